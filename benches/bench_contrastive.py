@@ -1,0 +1,163 @@
+"""Contrastive losses: forward + backward and forward alone, against plain PyTorch, chunked checkpointing and peers.
+
+python benches/bench_contrastive.py --help
+
+The work is that of the product's size, whoever does it: 2·N²·E for a forward, 8·N²·E for InfoNCE with its backward and
+6·N²·E for SigLIP. So a contender that forms the logits twice, or recomputes them, shows it as fewer TFLOP/s.
+Ratios refer to the faster of the plain PyTorch forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import Case, Inputs, Work, main
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mmkernels import infonce, siglip
+from mmkernels.testing.contrastive import plain_infonce, plain_infonce_two_matrices, plain_siglip
+
+Params = Mapping[str, Any]
+Outputs = tuple[Tensor, ...]
+
+INFONCE = ("queries", "keys", "logit_scale")
+SIGLIP = (*INFONCE, "logit_bias")
+
+CHUNK_ELEMENTS = 2**26  # logits of a chunk under checkpointing: 256 MiB of float32
+
+
+def setup(p: Params, device: torch.device) -> Inputs:
+    """Unit rows; a key resembles its query (cosine about .7), as in mid-training."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, p["N"], p["E"], generator=generator, device=device)
+    queries = F.normalize(draw(), dim=1)
+    keys = F.normalize(queries + F.normalize(draw(), dim=1), dim=1)
+    dtype = getattr(torch, p["dtype"])
+    inputs = {"queries": queries.to(dtype), "keys": keys.to(dtype)}
+    inputs["logit_scale"] = torch.tensor(1 / 0.07, device=device)
+    inputs["logit_bias"] = torch.tensor(-10.0, device=device)
+    return {name: x.requires_grad_() for name, x in inputs.items()}
+
+
+# What a user would otherwise write
+
+
+def infonce_chunk(queries: Tensor, keys: Tensor, logit_scale: Tensor, start: int) -> Tensor:
+    labels = torch.arange(start, start + len(queries), device=queries.device)
+    return F.cross_entropy(logit_scale * queries @ keys.T, labels, reduction="sum")
+
+
+def siglip_chunk(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, start: int) -> Tensor:
+    logits = logit_scale * queries @ keys.T + logit_bias
+    signs = torch.full_like(logits, -1)
+    signs.diagonal(start).fill_(1)
+    return -F.logsigmoid(signs * logits).sum()
+
+
+def chunked(chunk_loss: Callable[..., Tensor], queries: Tensor, keys: Tensor, *scalars: Tensor) -> Tensor:
+    """Sum over rows in chunks, whose logits are thrown away and formed again in the backward."""
+    total = torch.zeros((), dtype=torch.promote_types(queries.dtype, torch.float32), device=queries.device)
+    size = max(1, CHUNK_ELEMENTS // len(keys))
+    for start in range(0, len(queries), size):
+        rows = queries[start : start + size]
+        total = total + checkpoint(chunk_loss, rows, keys, *scalars, start, use_reentrant=False)
+    return total
+
+
+def chunked_infonce(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
+    forth = chunked(infonce_chunk, queries, keys, logit_scale)
+    return (forth + chunked(infonce_chunk, keys, queries, logit_scale)) / (2 * len(queries))
+
+
+def chunked_siglip(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    return chunked(siglip_chunk, queries, keys, logit_scale, logit_bias) / len(queries)
+
+
+# Cases
+
+
+def forward(loss: Callable[..., Tensor], names: tuple[str, ...], inputs: Inputs) -> Outputs:
+    with torch.no_grad():
+        return (loss(*(inputs[name] for name in names)),)
+
+
+def forward_backward(loss: Callable[..., Tensor], names: tuple[str, ...], inputs: Inputs) -> Outputs:
+    leaves = [inputs[name] for name in names]
+    value = loss(*leaves)
+    return value, *torch.autograd.grad(value, leaves)
+
+
+# Beyond these sizes a contender's N x N matrices are left out: of one float32 matrix each of plain PyTorch's forms
+# holds several, the reference some in float64.
+LARGEST = {"plain PyTorch": 32768, "plain PyTorch, two matrices": 32768, "torch.compile": 32768, "open_clip": 32768}
+LARGEST |= {"mmkernels [reference]": 16384}
+
+
+def limits(p: Params, name: str) -> str | None:
+    largest = LARGEST.get(name)
+    return f"stores N x N logits: left out beyond N={largest}" if largest is not None and p["N"] > largest else None
+
+
+def points(*sizes: int) -> list[Params]:
+    return [{"N": n, "E": 512, "dtype": dtype} for dtype in ("float32", "bfloat16") for n in sizes]
+
+
+Losses = Mapping[str, Callable[..., Tensor]]
+
+
+def case(
+    name: str,
+    ours: Callable[..., Tensor],
+    plain: Losses,
+    others: Losses,
+    names: tuple[str, ...],
+    gemms: int,
+    peers: Mapping[str, str],
+    run: Callable[[Callable[..., Tensor], tuple[str, ...], Inputs], Outputs],
+) -> Case:
+    """`plain`: forms of the loss in plain PyTorch, the first of which is the truth in float64."""
+    first, *more = plain
+    return Case(
+        name=name,
+        grid=points(1024, 4096, 8192),
+        quick=[{"N": 500, "E": 96, "dtype": dtype} for dtype in ("float32", "bfloat16")],
+        large=points(32768, 131072, 1048576),
+        gate={"N": 389},
+        setup=setup,
+        ours=lambda inputs, backend: run(partial(ours, backend=backend), names, inputs),
+        plain=partial(run, plain[first], names),
+        others={
+            **{form: partial(run, plain[form], names) for form in more},
+            "torch.compile": partial(run, torch.compile(plain[first], dynamic=False), names),
+            **{form: partial(run, loss, names) for form, loss in others.items()},
+        },
+        peers=peers,
+        work=lambda p: Work(flops=2 * gemms * p["N"] ** 2 * p["E"]),
+        outputs=("loss", *(f"gradient of {of}" for of in names)) if run is forward_backward else ("loss",),
+        limits=limits,
+        baseline=tuple(plain),
+        family="contrastive",
+    )
+
+
+INFONCE_PLAIN = {"plain PyTorch": plain_infonce, "plain PyTorch, two matrices": plain_infonce_two_matrices}
+SIGLIP_PLAIN = {"plain PyTorch": plain_siglip}
+INFONCE_PEERS = {"open_clip": "clip_loss", "inf_cl": "symmetric", "memeff": "clip_loss"}
+SIGLIP_PEERS = {"open_clip": "siglip_loss", "siglip_kernel": "loss"}
+INFONCE_OTHERS = {"chunked checkpointing": chunked_infonce}
+SIGLIP_OTHERS = {"chunked checkpointing": chunked_siglip}
+
+CASES = [
+    case("infonce fwd+bwd", infonce, INFONCE_PLAIN, INFONCE_OTHERS, INFONCE, 4, INFONCE_PEERS, forward_backward),
+    case("infonce fwd", infonce, INFONCE_PLAIN, INFONCE_OTHERS, INFONCE, 1, {}, forward),
+    case("siglip fwd+bwd", siglip, SIGLIP_PLAIN, SIGLIP_OTHERS, SIGLIP, 3, SIGLIP_PEERS, forward_backward),
+    case("siglip fwd", siglip, SIGLIP_PLAIN, SIGLIP_OTHERS, SIGLIP, 1, {}, forward),
+]
+
+if __name__ == "__main__":
+    main("contrastive", CASES)

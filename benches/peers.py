@@ -1,0 +1,132 @@
+"""Other packages, when they are installed: each adapter takes a bench's inputs and returns its outputs.
+
+None is a dependency. `python benches/peers.py` says which are here. An adapter imports its package inside, and is held
+to the same check as everyone: a peer whose result is wrong on a point is reported as wrong there, and not timed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Inputs = dict[str, Any]
+Adapter = Callable[[Inputs], tuple[Any, ...]]  # None stands for an output that the package does not compute
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A package: what to import, what to install, whether it needs a GPU, and its adapters by name."""
+
+    module: str
+    install: str
+    needs_cuda: bool = True
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+
+
+def _contrastive_gradients(loss: torch.Tensor, inputs: Inputs, *names: str) -> tuple[torch.Tensor, ...]:
+    return loss, *torch.autograd.grad(loss, [inputs[name] for name in names])
+
+
+def open_clip_clip_loss(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """`infonce`: queries, keys, logit_scale -> loss, dqueries, dkeys, dlogit_scale."""
+    from open_clip.loss import ClipLoss
+
+    loss = ClipLoss()(inputs["queries"], inputs["keys"], inputs["logit_scale"])
+    return _contrastive_gradients(loss, inputs, "queries", "keys", "logit_scale")
+
+
+def open_clip_siglip_loss(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """`siglip`: queries, keys, logit_scale, logit_bias -> loss, dqueries, dkeys, dlogit_scale, dlogit_bias."""
+    from open_clip.loss import SigLipLoss
+
+    loss = SigLipLoss()(inputs["queries"], inputs["keys"], inputs["logit_scale"], inputs["logit_bias"])
+    return _contrastive_gradients(loss, inputs, "queries", "keys", "logit_scale", "logit_bias")
+
+
+def inf_cl_symmetric(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """`infonce`: one direction a call, so two calls."""
+    from inf_cl import cal_flash_loss
+
+    queries, keys, scale = inputs["queries"], inputs["keys"], inputs["logit_scale"]
+    forth, back = cal_flash_loss(queries, keys, scale=scale), cal_flash_loss(keys, queries, scale=scale)
+    return _contrastive_gradients((forth.mean() + back.mean()) / 2, inputs, "queries", "keys", "logit_scale")
+
+
+def memeff_clip_loss(inputs: Inputs) -> tuple[torch.Tensor | None, ...]:
+    """`infonce`: the temperature is a Python float, so there is no gradient of the scale."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    # stable=True, its default, gives another gradient than the loss's.
+    loss_fn = MemoryEfficientCLIPLoss(
+        temperature=1 / float(inputs["logit_scale"]), normalized_inputs=True, stable=False
+    )
+    loss = loss_fn(inputs["queries"], inputs["keys"])
+    return *_contrastive_gradients(loss, inputs, "queries", "keys"), None
+
+
+def siglip_kernel_loss(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """`siglip`: takes the logarithm of the scale."""
+    from siglip_kernel import fused_siglip_loss
+
+    log_scale = inputs["logit_scale"].log()
+    loss = fused_siglip_loss(inputs["queries"], inputs["keys"], log_scale, inputs["logit_bias"])
+    return _contrastive_gradients(loss, inputs, "queries", "keys", "logit_scale", "logit_bias")
+
+
+def flash_attn_varlen(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """Packed attention: q, k, v, cu_seqlens_*, max_seqlen_*, causal, grad_out -> out, dq, dk, dv."""
+    from flash_attn import flash_attn_varlen_func
+
+    names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    out = flash_attn_varlen_func(*(inputs[name] for name in names), causal=inputs["causal"])
+    return out, *torch.autograd.grad(out, [inputs["q"], inputs["k"], inputs["v"]], inputs["grad_out"])
+
+
+def xformers_block_diagonal(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """The same through xformers' block-diagonal bias; it knows no GQA, so heads must agree."""
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    lengths_q, lengths_k = inputs["cu_seqlens_q"].diff().tolist(), inputs["cu_seqlens_k"].diff().tolist()
+    bias = BlockDiagonalMask.from_seqlens(lengths_q, lengths_k)
+    bias = bias.make_causal() if inputs["causal"] else bias
+    q, k, v = (inputs[name] for name in "qkv")
+    out = memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+    return out, *torch.autograd.grad(out, [q, k, v], inputs["grad_out"])
+
+
+PEERS = {
+    "open_clip": Peer(
+        "open_clip",
+        "open-clip-torch",
+        needs_cuda=False,
+        adapters={"clip_loss": open_clip_clip_loss, "siglip_loss": open_clip_siglip_loss},
+    ),
+    "inf_cl": Peer("inf_cl", "inf-cl", adapters={"symmetric": inf_cl_symmetric}),
+    "memeff": Peer("memeff", "memeff", adapters={"clip_loss": memeff_clip_loss}),
+    "siglip_kernel": Peer("siglip_kernel", "siglip-kernel", adapters={"loss": siglip_kernel_loss}),
+    "flash_attn": Peer("flash_attn", "flash-attn", adapters={"varlen": flash_attn_varlen}),
+    "xformers": Peer("xformers", "xformers", adapters={"block_diagonal": xformers_block_diagonal}),
+}
+
+
+def adapter(package: str, name: str, device: str) -> tuple[Adapter | None, str]:
+    """An adapter, or None and why it is not to be had."""
+    peer = PEERS[package]
+    if importlib.util.find_spec(peer.module) is None:
+        return None, f"absent (pip install {peer.install})"
+    if peer.needs_cuda and device == "cpu":
+        return None, "needs a GPU"
+    return peer.adapters[name], ""
+
+
+if __name__ == "__main__":
+    for package, peer in PEERS.items():
+        here = importlib.util.find_spec(peer.module) is not None
+        version = importlib.metadata.version(peer.install) if here else f"absent (pip install {peer.install})"
+        print(f"{package:16} {version}{', needs a GPU' if peer.needs_cuda else ''}")

@@ -1,0 +1,103 @@
+"""What a bench shows and keeps: a table, and a JSON file with the machine, the versions and the commit."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("model name", "CPU implementer")):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit, with a plus sign when the tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if head.returncode != 0:
+        return None
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit and date of a measurement."""
+    from mmkernels.runtime import native
+
+    about: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "numpy")}
+        | {"python": platform.python_version()},
+        "native": native.why_absent() or native.core().build_info(),
+    }
+    if device.type == "cuda":
+        about["cuda"] = {"runtime": torch.version.cuda, "capability": torch.cuda.get_device_capability(device)}
+    return about
+
+
+def _cells(row: Any) -> dict[str, str]:
+    def show(value: float | None, text: str) -> str:
+        return "" if value is None else text.format(value)
+
+    timing = row.timing
+    return {
+        "contender": row.contender,
+        "ms": "" if timing is None else f"{timing.median * 1e3:.3g}",
+        "quartiles": "" if timing is None else f"{timing.low * 1e3:.3g}..{timing.high * 1e3:.3g} ({timing.repeats})",
+        "speed-up": show(row.ratio, "{:.2f}x"),
+        "TFLOP/s": show(row.tflops, "{:.3g}"),
+        "GB/s": show(row.gbytes, "{:.3g}"),
+        "M items/s": show(row.mitems, "{:.3g}"),
+        "of ceiling": show(row.of_ceiling, "{:.0%}"),
+        "peak MB": "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.4g}",
+        "of baseline": show(row.memory_ratio, "{:.1%}"),
+        "error ratio": show(row.error_ratio, "{:.2f}"),
+        **{name: f"{value:.5g}" for name, value in row.figures.items()},
+        "note": row.note,
+    }
+
+
+def print_table(rows: Sequence[Any]) -> None:
+    """One point of the grid; columns that say nothing are left out."""
+    cells = [_cells(row) for row in rows]
+    names = dict.fromkeys(name for cell in cells for name in cell if cell[name])
+    shown = [name for name in names if name != "note"] + (["note"] if "note" in names else [])
+    table = [[cell.get(name, "") for name in shown] for cell in cells]
+    print(f"\n{rows[0].title}")
+    print(tabulate(table, headers=shown, disable_numparse=True), flush=True)
+
+
+def save(about: dict[str, Any], rows: Sequence[Any]) -> str:
+    """Write benches/results/<bench>-<device>-<date>.json; returns its name."""
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")[:40]
+    suffix = "-quick" if about["quick"] else ""
+    path = RESULTS / f"{about['bench']}-{device}-{about['date'][:10]}{suffix}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    return f"benches/results/{path.name}"

@@ -1,0 +1,58 @@
+// Packed attention with a row-interval mask: what the CPU and the CUDA launchers are given.
+//
+// Query head h reads key/value head h / (H / Hkv). With s_ij = scale * <q_i, k_j> over the keys lo[i] <= j < hi[i]:
+//   lse_i = log sum_j exp(s_ij)      out_i = sum_j exp(s_ij - lse_i) v_j
+// A query that sees no key (lo[i] >= hi[i]) gives out 0, lse -inf and adds zero to every gradient. first_q/last_q only
+// bound a key's loop over queries: between them there may be queries that do not see it. lo, hi, first_q and last_q may
+// hold anything for empty intervals; a launcher clamps lo and hi to [0, Tk], first_q and last_q to [0, Tq].
+//
+// Shapes; the last dimension of each is contiguous, the others have strides:
+//   q [Tq, H, D]  k [Tk, Hkv, D]  v [Tk, Hkv, Dv]  out, grad_out [Tq, H, Dv]   one dtype: f32, bf16, f16 (CPU: f64 too)
+//   lse, grad_lse, delta [H, Tq]                                               f32 (f64 with f64); contiguous
+//   lo, hi [Tq]  first_q, last_q [Tk]                                          int32, contiguous; half-open intervals
+// D and Dv may be any number from 1 to 256 (CPU: no upper bound). Any of Tq, Tk may be 0. Every element of every output
+// is written.
+#pragma once
+
+#include "common/dispatch.h"
+#include "common/tensor.h"
+
+namespace mmk {
+
+struct AttentionMask {
+  Tensor lo, hi;           // [Tq] keys that each query sees
+  Tensor first_q, last_q;  // [Tk] hull of the queries that see each key
+};
+
+struct AttentionFwdArgs {
+  // inputs
+  Tensor q, k, v;
+  AttentionMask mask;
+  double scale;
+  // outputs
+  Tensor out, lse;
+};
+
+struct AttentionBwdArgs {
+  // inputs
+  Tensor grad_out, grad_lse;  // grad_lse may be not given: zero
+  Tensor q, k, v, out, lse;
+  AttentionMask mask;
+  double scale;
+  // outputs
+  Tensor dq, dk, dv;  // shapes and dtypes of q, k, v
+  // scratch
+  Tensor delta;  // [H, Tq]: rowsum(grad_out * out) - grad_lse
+};
+
+struct AttentionKernels {
+  void (*forward)(const AttentionFwdArgs& args, int num_threads);
+  void (*backward)(const AttentionBwdArgs& args, int num_threads);
+};
+MMK_DECLARE_KERNELS(AttentionKernels, attention)
+
+// `stream` is a cudaStream_t. No atomics: the same input gives the same bits.
+void launch_attention_fwd_cuda(const AttentionFwdArgs& args, void* stream);
+void launch_attention_bwd_cuda(const AttentionBwdArgs& args, void* stream);
+
+}  // namespace mmk

@@ -1,0 +1,326 @@
+// Backward on the CPU.
+//
+//   P_ij = exp(scale <q_i, k_j> - lse_i)      dP_ij = <do_i, v_j>      dS_ij = P_ij (dP_ij - delta_i)
+//   dV = P^T dO      dK = scale dS^T Q      dQ = scale dS K      delta_i = <do_i, out_i> - dlse_i
+//
+// Where all keys of a query tile lie in one key tile, rows of P are divided by their sum and delta is sum_j P_ij dP_ij:
+// neither the rounding of lse nor that of out enters, and a query with a single key gets dS = 0 exactly. Elsewhere
+// delta comes from out, summed in the order in which the product sums dP.
+//
+// Tiles are computed transposed, keys down and queries across: P^T and dS^T then go straight into the packed layout of
+// the left operands of dV and dK, and lse, delta and the intervals are vectors along a row. dS is packed once more for
+// dQ. The sums are in the compute type and are cast once.
+//
+// No sum is shared between threads, so there are two ways to cut:
+//   one pass    a task owns a component (tiles and keys that only see each other) of a key/value head: five products
+//   two passes  tasks that own keys for dK and dV, then tasks that own queries for dQ: seven products; when there are
+//   too
+//               few components to keep every thread busy
+#pragma once
+
+#include "attention/attention_cpu_tiles.h"
+
+namespace mmk {
+namespace MMK_ISA {
+
+template <class T>
+struct BackwardScratch {
+  using C = ComputeOf<T>;
+  using Int = typename IntOf<C>::type;
+  static constexpr int64_t ld = kQueryTile + kLanes<C>;
+
+  struct TileState {
+    Packed<T>*q_columns, *do_columns;  // B [D, queries], B [Dv, queries]
+    Packed<T>*q_rows, *do_rows;        // B [queries, D], B [queries, Dv]
+    C *lse, *dot, *dlse;               // [queries]; dot: <do_i, out_i>
+    Int *lo, *hi;                      // [queries]
+    C* dq;                             // [queries, D]
+  };
+  TileState tile[kTilesPerTask];
+  Packed<T>* out_columns;  // B [Dv, queries]
+  Packed<T>*k, *v;         // A [keys, D], A [keys, Dv]
+  Packed<T>* k_rows;       // B [keys, D]
+  C *s, *dp;               // [keys, ld]
+  Packed<T>*p, *ds;        // A [keys, queries]
+  Packed<T>* ds_q;         // A [queries, keys]
+  C *dk, *dv;              // [key_range, D], [key_range, Dv]
+
+  BackwardScratch(Arena& arena, const AttentionShape& n, int64_t key_range) {
+    for (TileState& t : tile) {
+      t.q_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim));
+      t.do_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
+      t.q_rows = arena.take<Packed<T>>(packed_size_b<T>(n.dim, kQueryTile));
+      t.do_rows = arena.take<Packed<T>>(packed_size_b<T>(n.dim_v, kQueryTile));
+      t.lse = arena.take<C>(kQueryTile);
+      t.dot = arena.take<C>(kQueryTile);
+      t.dlse = arena.take<C>(kQueryTile);
+      t.lo = arena.take<Int>(kQueryTile);
+      t.hi = arena.take<Int>(kQueryTile);
+      t.dq = arena.take<C>(kQueryTile * n.dim);
+    }
+    out_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
+    k = arena.take<Packed<T>>(packed_size_a<T>(kKeyTile, n.dim));
+    v = arena.take<Packed<T>>(packed_size_a<T>(kKeyTile, n.dim_v));
+    k_rows = arena.take<Packed<T>>(packed_size_b<T>(n.dim, kKeyTile));
+    s = arena.take<C>(kKeyTile * ld);
+    dp = arena.take<C>(kKeyTile * ld);
+    p = arena.take<Packed<T>>(packed_size_a<T>(kKeyTile, kQueryTile));
+    ds = arena.take<Packed<T>>(packed_size_a<T>(kKeyTile, kQueryTile));
+    ds_q = arena.take<Packed<T>>(packed_size_a<T>(kQueryTile, kKeyTile));
+    dk = arena.take<C>(key_range * n.dim);
+    dv = arena.take<C>(key_range * n.dim_v);
+  }
+};
+
+// dst[i][d] = factor * src[i][d], rounded to T: the one cast of a gradient.
+template <class T, class C = ComputeOf<T>>
+void write_rows(const C* src, int64_t count, int64_t width, C factor, HeadView<T> dst, int64_t first) {
+  constexpr int L = kLanes<C>;
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = dst.row(first + i);
+    for (int64_t d = 0; d < width; d += L) {
+      const int64_t left = min64(L, width - d);
+      store_n(row + d, load_n(src + i * width + d, left) * factor, left);
+    }
+  }
+}
+
+// sum[j] = <column j of a, column j of b>, in the order of multiply(): both B [k, columns].
+template <class T>
+void multiply_columns(int64_t columns, int64_t k, const Packed<T>* a, const Packed<T>* b, ComputeOf<T>* sum) {
+  const int64_t words = count_words<T>(k);
+  const auto* word_a = reinterpret_cast<const Word<T>*>(a);
+  const auto* word_b = reinterpret_cast<const Word<T>*>(b);
+  for (int64_t j = 0; j < columns; j += kLanes<Word<T>>) {
+    const int64_t at = j / kColTile<T> * (kColTile<T> * words) + j % kColTile<T>;
+    Vec<ComputeOf<T>> total = {};
+    for (int64_t w = 0; w < words; ++w)
+      total = multiply_add(total, load_as<Word<T>>(word_a + at + w * kColTile<T>),
+                           load_as<Word<T>>(word_b + at + w * kColTile<T>));
+    store(sum + j, total);
+  }
+}
+
+template <class C>
+void clear(C* p, int64_t count) {
+  __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(C));
+}
+
+// One task: want_dq and want_dkv say which gradients it owns.
+template <class T, bool want_dq, bool want_dkv>
+class BackwardTask {
+  using C = ComputeOf<T>;
+  using Scratch = BackwardScratch<T>;
+  using TileState = typename Scratch::TileState;
+  using Int = typename Scratch::Int;
+
+ public:
+  BackwardTask(const AttentionBwdArgs& args, const AttentionShape& shape, const QueryTile* tiles,
+               const AttentionTask& part, const Scratch& scratch)
+      : args_(args), n_(shape), tiles_(tiles), part_(part), scale_(static_cast<C>(args.scale)), w_(scratch) {}
+
+  // The query heads [head_begin, head_end), which share one key/value head.
+  void run(int64_t head_begin, int64_t head_end) {
+    const int64_t kv_head = head_begin / n_.group(), keys = part_.key_end - part_.key_begin;
+    if (want_dkv) {
+      clear(w_.dk, keys * n_.dim);
+      clear(w_.dv, keys * n_.dim_v);
+    }
+    for (int64_t head = head_begin; head < head_end; ++head)
+      for (int64_t t = part_.tile_begin; t < part_.tile_end; t += kTilesPerTask)
+        run_tiles(head, kv_head, t, min64(t + kTilesPerTask, part_.tile_end));
+    if (want_dkv) {
+      write_rows<T>(w_.dk, keys, n_.dim, scale_, head_of<T>(args_.dk, kv_head), part_.key_begin);
+      write_rows<T>(w_.dv, keys, n_.dim_v, C{1}, head_of<T>(args_.dv, kv_head), part_.key_begin);
+    }
+  }
+
+ private:
+  void run_tiles(int64_t head, int64_t kv_head, int64_t tile_begin, int64_t tile_end) {
+    const QueryTile* tiles = tiles_ + tile_begin;
+    const int64_t count = tile_end - tile_begin;
+    int64_t key_begin = part_.key_end, key_end = part_.key_begin;
+    for (int64_t t = 0; t < count; ++t) {
+      if (tiles[t].key_begin == tiles[t].key_end) continue;
+      key_begin = min64(key_begin, tiles[t].key_begin);
+      key_end = -min64(-key_end, -tiles[t].key_end);
+    }
+    key_begin = -min64(-key_begin, -part_.key_begin);
+    key_end = min64(key_end, part_.key_end);
+    if (key_begin < key_end || want_dq)
+      for (int64_t t = 0; t < count; ++t) open(head, tiles[t], w_.tile[t]);
+    const HeadView<T> k = head_of<T>(args_.k, kv_head), v = head_of<T>(args_.v, kv_head);
+    for (int64_t key = key_begin; key < key_end; key += kKeyTile) {
+      const int64_t keys = min64(kKeyTile, key_end - key);
+      pack_rows_a<T>(k, key, keys, n_.dim, w_.k);
+      pack_rows_a<T>(v, key, keys, n_.dim_v, w_.v);
+      if (want_dq) pack_rows_b<T>(k, key, keys, n_.dim, w_.k_rows);
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t from = -min64(0, key - tiles[t].key_begin), to = min64(keys, tiles[t].key_end - key);
+        if (from < to) differentiate(tiles[t], w_.tile[t], key, keys, from, to);
+      }
+    }
+    if (!want_dq) return;
+    for (int64_t t = 0; t < count; ++t)
+      write_rows<T>(w_.tile[t].dq, tiles[t].end - tiles[t].begin, n_.dim, scale_, head_of<T>(args_.dq, head),
+                    tiles[t].begin);
+  }
+
+  void open(int64_t head, const QueryTile& tile, TileState& state) {
+    const int64_t rows = tile.end - tile.begin;
+    const HeadView<T> q = head_of<T>(args_.q, head), grad_out = head_of<T>(args_.grad_out, head);
+    pack_columns_b<T>(q, tile.begin, rows, n_.dim, state.q_columns);
+    pack_columns_b<T>(grad_out, tile.begin, rows, n_.dim_v, state.do_columns);
+    pack_columns_b<T>(head_of<T>(args_.out, head), tile.begin, rows, n_.dim_v, w_.out_columns);
+    multiply_columns<T>(rows, n_.dim_v, state.do_columns, w_.out_columns, state.dot);
+    if (want_dkv) {
+      pack_rows_b<T>(q, tile.begin, rows, n_.dim, state.q_rows);
+      pack_rows_b<T>(grad_out, tile.begin, rows, n_.dim_v, state.do_rows);
+    }
+    if (want_dq) clear(state.dq, rows * n_.dim);
+    const C* lse = args_.lse.ptr<C>() + head * n_.num_queries + tile.begin;
+    const C* dlse = args_.grad_lse.given() ? args_.grad_lse.ptr<C>() + head * n_.num_queries + tile.begin : nullptr;
+    const int32_t *lo = args_.mask.lo.ptr<int32_t>() + tile.begin, *hi = args_.mask.hi.ptr<int32_t>() + tile.begin;
+    for (int64_t i = 0; i < kQueryTile; ++i) {  // columns beyond the tile see nothing
+      state.lse[i] = i < rows ? lse[i] : 0;
+      state.dlse[i] = i < rows && dlse != nullptr ? dlse[i] : 0;
+      state.lo[i] = i < rows ? lo[i] : 0;
+      state.hi[i] = i < rows ? hi[i] : 0;
+    }
+  }
+
+  // The tile's queries against rows [from, to) of the packed key tile, which begins at `key`.
+  void differentiate(const QueryTile& tile, TileState& state, int64_t key, int64_t keys, int64_t from, int64_t to) {
+    const int64_t rows = tile.end - tile.begin;
+    // k_begin of the product for dQ must not split a word.
+    constexpr int64_t step = kRowTile * kWordElements<T>;
+    from -= from % step;
+    const int64_t height = to - from, panel = from / kRowTile;
+    multiply<T>(height, rows, n_.dim, w_.k + panel * panel_size_a<T>(n_.dim), state.q_columns, 0, n_.dim, w_.s,
+                Scratch::ld, false);
+    multiply<T>(height, rows, n_.dim_v, w_.v + panel * panel_size_a<T>(n_.dim_v), state.do_columns, 0, n_.dim_v, w_.dp,
+                Scratch::ld, false);
+    const int64_t first = key + from;
+    const bool full = rows % kLanes<C> == 0 && tile.full_begin <= first && first + height <= tile.full_end;
+    const bool whole = key <= tile.key_begin && tile.key_end <= key + keys;
+    if (full)
+      probabilities<true>(state, first, height, rows, whole);
+    else
+      probabilities<false>(state, first, height, rows, whole);
+    if (want_dkv) {
+      const int64_t at = first - part_.key_begin;
+      multiply<T>(height, n_.dim_v, rows, w_.p, state.do_rows, 0, rows, w_.dv + at * n_.dim_v, n_.dim_v, true);
+      multiply<T>(height, n_.dim, rows, w_.ds, state.q_rows, 0, rows, w_.dk + at * n_.dim, n_.dim, true);
+    }
+    if (want_dq) {
+      pack_a<T>(w_.dp, 1, Scratch::ld, rows, height, w_.ds_q);
+      multiply<T>(rows, n_.dim, height, w_.ds_q, w_.k_rows, from, keys, state.dq, n_.dim, true);
+    }
+  }
+
+  // From w_.s and w_.dp, `height` keys from `key` on down and `rows` queries across: P and dS packed, dS also in w_.dp.
+  // `whole`: these are all keys of the queries.
+  template <bool full>
+  void probabilities(const TileState& state, int64_t key, int64_t height, int64_t rows, bool whole) {
+    for (int64_t c = 0; c < rows; c += kLanes<C>) {
+      const Vec<C> dlse = load(state.dlse + c);
+      Vec<C> inverse = splat(C{1}), delta = load(state.dot + c);
+      if (whole)
+        softmax_column<full>(state, key, height, c, inverse, delta);
+      else
+        recall_column<full>(state, key, height, c);
+      for (int64_t i = 0; i < height; ++i) {
+        C* dp = w_.dp + i * Scratch::ld + c;
+        const Vec<C> p = load(w_.s + i * Scratch::ld + c) * inverse;
+        Vec<C> ds = p * (load(dp) - delta + dlse);
+        if (!full) ds = select(visible(state, key + i, c), ds, Vec<C>{});
+        if (want_dkv) {
+          store_packed(PackedRow<T>(w_.p, rows, i).at(c), p);
+          store_packed(PackedRow<T>(w_.ds, rows, i).at(c), ds);
+        }
+        if (want_dq) store(dp, ds);
+      }
+    }
+  }
+
+  // P from the forward's lse.
+  template <bool full>
+  void recall_column(const TileState& state, int64_t key, int64_t height, int64_t c) {
+    const Vec<C> lse = load(state.lse + c);
+    for (int64_t i = 0; i < height; ++i) {
+      C* s = w_.s + i * Scratch::ld + c;
+      const Vec<C> p = exp(load(s) * scale_ - lse);
+      store(s, full ? p : select(visible(state, key + i, c), p, Vec<C>{}));
+    }
+  }
+
+  // P before division by its sum, one over that sum, and delta, from all keys of the queries.
+  template <bool full>
+  void softmax_column(const TileState& state, int64_t key, int64_t height, int64_t c, Vec<C>& inverse, Vec<C>& delta) {
+    const Vec<C> lowest = splat(-FloatTraits<C>::infinity);
+    const C sign = scale_ < 0 ? -1 : 1, factor = scale_ * sign;
+    Vec<C> shift = lowest, sum = {}, dot = {};
+    for (int64_t i = 0; i < height; ++i) {
+      const Vec<C> s = load(w_.s + i * Scratch::ld + c) * sign;
+      shift = max(shift, full ? s : select(visible(state, key + i, c), s, lowest));
+    }
+    for (int64_t i = 0; i < height; ++i) {
+      C* s = w_.s + i * Scratch::ld + c;
+      Vec<C> p = exp((load(s) * sign - shift) * factor);
+      if (!full) p = select(visible(state, key + i, c), p, Vec<C>{});
+      store(s, p);
+      sum += p;
+      dot += p * load(w_.dp + i * Scratch::ld + c);
+    }
+    inverse = select(sum == Vec<C>{}, inverse, inverse / sum);
+    delta = dot * inverse;
+  }
+
+  // Which of the queries from column c on see a key.
+  MMK_INLINE static auto visible(const TileState& state, int64_t key, int64_t c) {
+    const Vec<Int> j = splat(static_cast<Int>(key));
+    return (load_as<Int>(state.lo + c) <= j) & (j < load_as<Int>(state.hi + c));
+  }
+
+  const AttentionBwdArgs& args_;
+  const AttentionShape& n_;
+  const QueryTile* tiles_;
+  const AttentionTask& part_;
+  const C scale_;
+  Scratch w_;
+};
+
+template <class T, bool want_dq, bool want_dkv>
+void run_backward(const AttentionBwdArgs& args, const AttentionShape& shape, const AttentionPlan& plan,
+                  int num_threads) {
+  const int64_t group = want_dkv ? shape.group() : 1, units = shape.heads / group;
+  const int64_t tasks = plan.num_tasks() * units, key_range = want_dkv ? plan.longest_key_range() : 0;
+  Arena measure(nullptr);
+  const BackwardScratch<T> sizes(measure, shape, key_range);
+  AlignedBuffer<char> memory(measure.used() * usable_threads(tasks, num_threads));
+  parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
+    Arena arena(memory.data() + thread * measure.used());
+    const BackwardScratch<T> scratch(arena, shape, key_range);
+    const int64_t head = task % units * group;
+    BackwardTask<T, want_dq, want_dkv>(args, shape, plan.tiles(), plan.tasks()[task / units], scratch)
+        .run(head, head + group);
+  });
+}
+
+template <class T>
+void backward(const AttentionBwdArgs& args, int num_threads) {
+  const AttentionShape shape(args);
+  AttentionPlan plan(args.mask.lo.ptr<int32_t>(), args.mask.hi.ptr<int32_t>(), shape.num_queries, shape.num_keys);
+  plan.cut_components();
+  if (plan.balanced(shape.kv_heads, num_threads, 7.0 / 5.0)) {
+    run_backward<T, true, true>(args, shape, plan, num_threads);
+    return;
+  }
+  plan.cut_keys(2 * kKeyTile);
+  run_backward<T, false, true>(args, shape, plan, num_threads);
+  plan.cut_queries(tiles_per_task(plan.num_tiles(), shape.heads, num_threads));
+  run_backward<T, true, false>(args, shape, plan, num_threads);
+}
+
+}  // namespace MMK_ISA
+}  // namespace mmk

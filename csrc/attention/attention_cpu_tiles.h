@@ -1,0 +1,130 @@
+// What the forward and the backward share: operands of one head, products over part of a packed operand, scratch
+// memory.
+#pragma once
+
+#include "attention/attention.h"
+#include "attention/attention_plan.h"
+#include "common/parallel.h"
+#include "common/simd/gemm.h"
+#include "common/simd/math.h"
+
+namespace mmk {
+namespace MMK_ISA {
+
+// One head of a [T, heads, D] tensor: rows of unit stride.
+template <class T>
+struct HeadView {
+  T* base;
+  int64_t stride;
+  T* row(int64_t t) const { return base + t * stride; }
+};
+
+template <class T>
+HeadView<T> head_of(const Tensor& x, int64_t head) {
+  return {x.ptr<T>() + head * x.stride[1], x.stride[0]};
+}
+
+// The four ways in which `count` rows of a head, `width` wide, become an operand.
+template <class T>
+void pack_rows_a(HeadView<T> x, int64_t first, int64_t count, int64_t width, Packed<T>* dst) {  // A [rows, width]
+  pack_a<T>(x.row(first), x.stride, 1, count, width, dst);
+}
+template <class T>
+void pack_columns_b(HeadView<T> x, int64_t first, int64_t count, int64_t width, Packed<T>* dst) {  // B [width, rows]
+  pack_b<T>(x.row(first), x.stride, 1, count, width, dst);
+}
+template <class T>
+void pack_rows_b(HeadView<T> x, int64_t first, int64_t count, int64_t width, Packed<T>* dst) {  // B [rows, width]
+  pack_b<T>(x.row(first), 1, x.stride, width, count, dst);
+}
+
+// C [m, n] (+)= A [m, k] B[k_begin : k_begin + k, 0 : n], where A was packed for k and B for k_total.
+// k_begin is a multiple of kWordElements<T>; k may end inside a word only at the end of both.
+template <class T>
+void multiply(int64_t m, int64_t n, int64_t k, const Packed<T>* a, const Packed<T>* b, int64_t k_begin, int64_t k_total,
+              ComputeOf<T>* c, int64_t ldc, bool accumulate) {
+  const int64_t words = count_words<T>(k);
+  const int64_t stride_a = kRowTile * round_up(words, kWordBlock<T>), stride_b = kColTile<T> * count_words<T>(k_total);
+  const auto* word_a = reinterpret_cast<const Word<T>*>(a);
+  const auto* word_b = reinterpret_cast<const Word<T>*>(b) + k_begin / kWordElements<T> * kColTile<T>;
+  for (int64_t j = 0; j < n; j += kColTile<T>)
+    for (int64_t i = 0; i < m; i += kRowTile)
+      multiply_edge<T, kRowTile, kColVectors>(words, word_a + i / kRowTile * stride_a,
+                                              word_b + j / kColTile<T> * stride_b, c + i * ldc + j, ldc,
+                                              min64(m - i, kRowTile), min64(n - j, kColTile<T>), accumulate);
+}
+
+// A vector of a computed tile, rounded to the type of a packed operand.
+MMK_INLINE void store_packed(float* p, Vec<float> v) { store(p, v); }
+MMK_INLINE void store_packed(double* p, Vec<double> v) { store(p, v); }
+#if defined(__AVX512BF16__)
+MMK_INLINE void store_packed(bf16* p, Vec<float> v) {
+  const auto h = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+#endif
+
+// Where row i of an A operand of depth k begins, and how far apart its 64-byte blocks lie.
+template <class T>
+struct PackedRow {
+  static constexpr int64_t block = kWordBlock<T> * kWordElements<T>;  // elements
+  static constexpr int64_t step = kRowTile * block;
+
+  Packed<T>* first;
+
+  PackedRow(Packed<T>* operand, int64_t k, int64_t i)
+      : first(operand + i / kRowTile * panel_size_a<T>(k) + i % kRowTile * block) {}
+  // Columns [j, j + lanes) of the row; j is a multiple of the lanes.
+  MMK_INLINE Packed<T>* at(int64_t j) const { return first + j / block * step + j % block; }
+};
+
+// 0, 1, 2, ...
+template <class Int>
+MMK_INLINE Vec<Int> count_lanes() {
+  Vec<Int> v;
+  for (int i = 0; i < kLanes<Int>; ++i) v[i] = i;
+  return v;
+}
+
+// Hands out 64-byte aligned slices of one block; over a null block it only measures.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+  template <class E>
+  E* take(int64_t count) {
+    E* slice = reinterpret_cast<E*>(base_ + used_);
+    used_ += round_up(count * static_cast<int64_t>(sizeof(E)), 64);
+    return base_ == nullptr ? nullptr : slice;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Sizes of one call.
+struct AttentionShape {
+  int64_t num_queries, num_keys, heads, kv_heads, dim, dim_v;
+
+  template <class Args>
+  explicit AttentionShape(const Args& args)
+      : num_queries(args.q.size[0]),
+        num_keys(args.k.size[0]),
+        heads(args.q.size[1]),
+        kv_heads(args.k.size[1]),
+        dim(args.q.size[2]),
+        dim_v(args.v.size[2]) {}
+  int64_t group() const { return heads / kv_heads; }
+};
+
+// Tiles per task: enough to spread the packing of keys over, few enough to keep every thread busy.
+constexpr int64_t kTilesPerTask = 4;
+
+static inline int64_t tiles_per_task(int64_t tiles, int64_t heads, int num_threads) {
+  const int64_t share = tiles * heads / (4 * static_cast<int64_t>(num_threads));
+  return share < 1 ? 1 : min64(share, kTilesPerTask);
+}
+
+}  // namespace MMK_ISA
+}  // namespace mmk

@@ -1,0 +1,131 @@
+// What the attention kernels share on the device: the problem, the tile sizes and the bounds of a tile's loop.
+#pragma once
+
+#include <climits>
+#include <type_traits>
+
+#include "attention/attention.h"
+#include "common/check.h"
+#include "common/cuda/launch.h"
+#include "common/cuda/tile.h"
+
+namespace mmk::cuda {
+
+// Sizes and the row-interval mask. Positions are int32 (as the mask is), offsets in memory 64-bit.
+struct AttentionProblem {
+  int tq, tk, heads, heads_kv, d, dv;
+  float scale;
+  const int* __restrict__ lo;       // [Tq] first key that a query sees
+  const int* __restrict__ hi;       // [Tq] one past the last
+  const int* __restrict__ first_q;  // [Tk] hull of the queries that see a key; bounds loops only
+  const int* __restrict__ last_q;   // [Tk]
+};
+
+// A tensor [tokens, heads, columns] with a contiguous last dimension; strides in elements.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t stride_token, stride_head;
+  bool vectors;  // every row starts at a multiple of 16 bytes
+
+  // One head's rows before `end`.
+  __device__ __forceinline__ Matrix<std::remove_const_t<T>> rows(int head, int end, int columns) const {
+    return {data + head * stride_head, stride_token, end, columns, vectors};
+  }
+  __device__ __forceinline__ T* row(int token, int head) const {
+    return data + token * stride_token + head * stride_head;
+  }
+};
+
+template <class T>
+Heads<T> heads_of(const Tensor& x) {
+  return {x.ptr<T>(), x.stride[0], x.stride[1], rows_aligned(x, sizeof(T))};
+}
+
+// Tiles by element size and padded head dim (64, 128, 256). A warp owns 16 of the `outer` rows that a block keeps
+// (queries forward and for dQ, keys for dK and dV), and the block loops over tiles of `inner` rows. Sized so that every
+// budget fits the 99 KB that the smallest devices give, and the accumulators fit 255 registers.
+template <class T, int kD>
+struct ForwardTile {
+  static constexpr int outer = sizeof(T) == 4 && kD == 256 ? 32 : 64;
+  static constexpr int inner = sizeof(T) == 2 ? (kD == 256 ? 32 : 64) : (kD == 64 ? 64 : kD == 128 ? 32 : 16);
+};
+template <class T, int kD>
+struct BackwardTile {
+  static constexpr int outer = sizeof(T) == 2 ? (kD == 256 ? 32 : 64) : (kD == 64 ? 64 : kD == 128 ? 32 : 16);
+  static constexpr int inner = sizeof(T) == 2 ? (kD == 64 ? 64 : 32) : (kD == 256 ? 16 : 32);
+};
+
+// scale * score, rounded once and the same way forward and backward: its difference from a maximum, or from the lse of
+// a row that it dominates, is then exact. (Fused into that difference it would not be.)
+__device__ __forceinline__ float logit(float score, float scale) { return __fmul_rn(score, scale); }
+
+struct Interval {
+  int begin, end;
+};
+
+// The interval of one row, inside [0, limit]; an empty one, or that of a row beyond the last, is {0, 0}.
+__device__ __forceinline__ Interval interval_of(const int* first, const int* last, int row, int rows, int limit) {
+  if (row >= rows) return {0, 0};
+  const int begin = max(first[row], 0), end = min(last[row], limit);
+  return begin < end ? Interval{begin, end} : Interval{0, 0};
+}
+
+// What a tile of rows sees together: the hull of all intervals, and the part that every row sees.
+struct Hull {
+  int begin, end;          // begin >= end: no row sees anything
+  int all_begin, all_end;  // a tile inside needs no mask
+};
+
+// Every warp computes the same hull for the block's kRows rows.
+template <int kRows>
+__device__ __forceinline__ Hull hull_of(const int* first, const int* last, int row0, int rows, int limit) {
+  Hull hull{INT_MAX, 0, 0, INT_MAX};
+  for (int row = row0 + threadIdx.x % kWarp; row < min(row0 + kRows, rows); row += kWarp) {
+    const Interval seen = interval_of(first, last, row, rows, limit);
+    if (seen.begin < seen.end) {
+      hull.begin = min(hull.begin, seen.begin);
+      hull.end = max(hull.end, seen.end);
+    }
+    hull.all_begin = max(hull.all_begin, seen.begin);
+    hull.all_end = min(hull.all_end, seen.end);
+  }
+  hull.begin = warp_reduce(hull.begin, Min{});
+  hull.end = warp_reduce(hull.end, Max{});
+  hull.all_begin = warp_reduce(hull.all_begin, Max{});
+  hull.all_end = warp_reduce(hull.all_end, Min{});
+  return hull;
+}
+
+inline AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionMask& mask,
+                                   double scale) {
+  MMK_CHECK(q.size[0] <= INT_MAX && k.size[0] <= INT_MAX, "attention: more than 2^31 - 1 tokens");
+  return {static_cast<int>(q.size[0]), static_cast<int>(k.size[0]), static_cast<int>(q.size[1]),
+          static_cast<int>(k.size[1]), static_cast<int>(q.size[2]), static_cast<int>(v.size[2]),
+          static_cast<float>(scale),   mask.lo.ptr<int>(),          mask.hi.ptr<int>(),
+          mask.first_q.ptr<int>(),     mask.last_q.ptr<int>()};
+}
+
+// Calls run(T{}, integral_constant<int, padded head dim>).
+template <class Run>
+void choose_attention_kernel(const Tensor& q, const Tensor& v, const Run& run) {
+  const int64_t d = q.size[2] > v.size[2] ? q.size[2] : v.size[2];
+  MMK_CHECK(d >= 1 && d <= 256, "attention: the CUDA kernels take head dims 1 to 256, got ", d);
+  const auto with_head_dim = [&](auto element) {
+    if (d <= 64) return run(element, std::integral_constant<int, 64>{});
+    if (d <= 128) return run(element, std::integral_constant<int, 128>{});
+    return run(element, std::integral_constant<int, 256>{});
+  };
+  switch (q.dtype) {
+    case DType::f32:
+      return with_head_dim(float{});
+    case DType::bf16:
+      return with_head_dim(bf16{});
+    case DType::f16:
+      return with_head_dim(f16{});
+    default:
+      fail("attention: the CUDA kernels take float32, bfloat16 and float16");
+  }
+}
+
+}  // namespace mmk::cuda

@@ -1,0 +1,21 @@
+// Argument checks of the core. Users' mistakes are caught in Python with the argument's name; these guard the boundary.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+
+namespace mmk {
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+}  // namespace mmk
+
+#define MMK_CHECK(condition, ...)                                   \
+  do {                                                              \
+    if (!(condition)) ::mmk::fail("mmkernels core: ", __VA_ARGS__); \
+  } while (0)

@@ -1,0 +1,46 @@
+// Element types of the native core, and the type each is computed in.
+//
+// Plain structs: this header is shared by the C++ kernels, the CUDA sources and the bindings.
+#pragma once
+
+#include <cstdint>
+
+namespace mmk {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+
+// Storage only: the bits of a bfloat16 or an IEEE binary16. Arithmetic happens in ComputeOf.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct ComputeTraits;
+template <>
+struct ComputeTraits<float> {
+  using type = float;
+  static constexpr DType dtype = DType::f32;
+};
+template <>
+struct ComputeTraits<bf16> {
+  using type = float;
+  static constexpr DType dtype = DType::bf16;
+};
+template <>
+struct ComputeTraits<f16> {
+  using type = float;
+  static constexpr DType dtype = DType::f16;
+};
+template <>
+struct ComputeTraits<double> {
+  using type = double;
+  static constexpr DType dtype = DType::f64;
+};
+
+template <class T>
+using ComputeOf = typename ComputeTraits<T>::type;
+
+}  // namespace mmk

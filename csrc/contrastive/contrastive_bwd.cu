@@ -1,0 +1,469 @@
+// Contrastive backward: G = d loss / d a is never whole. For each superblock of up to kSuperblock x kSuperblock pairs
+// one kernel recomputes the similarities and writes its part of G in the features' dtype, small enough to stay in the
+// L2 cache; two products then add G Y to the queries' gradient and Gᵀ X to the keys', in float32. Two kernels write the
+// gradients. Superblocks follow each other in one order and each sum has one owner: no atomics, bitwise reproducible.
+//
+//   InfoNCE  G = scale/2N (p_ij + q_ij - 2 [i = j])    p_ij = exp(s_ij - lse_q[i])  q_ij = exp(s_ij - lse_k[j])
+//   SigLIP   G = scale/N (-z_ij) σ(-z_ij (s_ij + bias))                              s_ij = scale a_ij
+// Elements of the superblock are stored without the factor in front and times 2^14, which is exact and keeps fp16 away
+// from its denormals (they are at most 2 in size).
+//
+// The positives stay out of it and are added at the end, in float32. InfoNCE's, p_ii - 1 + q_ii - 1, would be a
+// difference of almost equal numbers; it is -(Σ p_ij + Σ q_ji) over the others j, as good relatively as they are. And
+// where the others lose `e` to the dtype that G is stored in, the positive takes it back: then
+//   dx_i = Σ_j (p_ij + e_ij)(y_j - y_i) + Σ_j (q_ij y_j - q_ji y_i)
+// so that features which are close to each other, whose gradients cancel, keep their digits. lse is float64 and comes
+// in two parts: the first leaves a small and nearly exact difference from the logit, from which the second is taken.
+#include "contrastive/contrastive_tile.h"
+
+namespace mmk::cuda {
+namespace {
+
+constexpr float kStored = 16384.f;
+
+template <class T>
+constexpr int kSuperblock = sizeof(T) == 4 ? 2048 : 4096;
+
+enum class Loss { infonce, siglip };
+
+constexpr int kMaxTiles = kSuperblock<bf16> / kTile;  // along one side of a superblock
+
+// InfoNCE, sums over one line of a tile's others, with p, q and e as above. A row adds `towards_x` to the weight of its
+// positive in its own query's gradient and `towards_y` to that in its key's; a column does too.
+struct LineSums {
+  float towards_x, towards_y;
+
+  __device__ __forceinline__ LineSums operator+(LineSums o) const {
+    return {towards_x + o.towards_x, towards_y + o.towards_y};
+  }
+};
+
+template <class T>
+struct GradTileParams {
+  Matrix<T> queries;                 // [N, E]
+  Matrix<T> keys;                    // [M, E]
+  const float* __restrict__ scale;   // []
+  const float* __restrict__ bias;    // [] SigLIP only
+  const double* __restrict__ lse_q;  // [N] InfoNCE only
+  const double* __restrict__ lse_k;  // [M] InfoNCE only
+  int row0, column0;                 // the superblock's first row and column
+  // outputs
+  T* __restrict__ grad;  // [kSuperblock, ld] the superblock's G, zeros at the positives
+  int ld;
+  LineSums* __restrict__ row_sums;     // [column tiles, kSuperblock] InfoNCE only: one line per tile of the row
+  LineSums* __restrict__ column_sums;  // [row tiles, kSuperblock] InfoNCE only
+  float* __restrict__ positives;       // [min(N, M)] SigLIP only: G of the positives, not times 2^14
+};
+
+// A float64 in two float32.
+struct Split {
+  float high, low;
+};
+
+__device__ __forceinline__ Split split(double x) {
+  const float high = static_cast<float>(x);
+  return {high, static_cast<float>(x - high)};
+}
+
+// What the threads of a tile share; takes the place of the operand tiles.
+struct TileSums {
+  Split lse_q[kTile], lse_k[kTile];
+  LineSums rows[kWarpsN][kTile];
+  LineSums columns[kWarpsM][kTile];
+};
+static_assert(sizeof(TileSums) <= kGemmBytes<float> && sizeof(TileSums) <= kGemmBytes<bf16>, "shares their memory");
+
+// A row of this block's part of the superblock.
+template <class T>
+__device__ __forceinline__ T* grad_row(const GradTileParams<T>& a, int row) {
+  return a.grad + static_cast<int64_t>(blockIdx.y * kTile + row) * a.ld + blockIdx.x * kTile;
+}
+
+template <class T>
+__device__ __forceinline__ float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
+
+// Turns similarities into the stored elements and sums up its 64 x 32 part of the tile along rows and columns.
+template <class T>
+__device__ __forceinline__ void infonce_grad(Accumulator& s, const GradTileParams<T>& a, int row0, int column0,
+                                             int rows, int columns) {
+  TileSums& shared = *reinterpret_cast<TileSums*>(dynamic_smem());
+  const float scale = *a.scale;
+  const int line = threadIdx.x % kTile;
+  if (threadIdx.x < kTile) {
+    shared.lse_q[line] = split(line < rows ? a.lse_q[row0 + line] : 0.);
+  } else {
+    shared.lse_k[line] = split(line < columns ? a.lse_k[column0 + line] : 0.);
+  }
+  __syncthreads();
+  LineSums of_column[kNI][2] = {};
+#pragma unroll
+  for (int mi = 0; mi < kMI; ++mi) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = tile_row(mi, 2 * r);
+      const Split lse_q = shared.lse_q[row];
+      LineSums of_row{0.f, 0.f};
+#pragma unroll
+      for (int ni = 0; ni < kNI; ++ni) {
+        float stored[2] = {0.f, 0.f};
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = tile_column(ni, c);
+          if (row >= rows || column >= columns || row0 + row == column0 + column) continue;
+          const Split lse_k = shared.lse_k[column];
+          const float similarity = s[mi][ni][2 * r + c];
+          const float p = exp_of<T>(fmaf(scale, similarity, -lse_q.high) - lse_q.low);
+          const float q = exp_of<T>(fmaf(scale, similarity, -lse_k.high) - lse_k.low);
+          stored[c] = rounded<T>(kStored * (p + q));
+          const float kept = stored[c] * (1.f / kStored);
+          of_row = of_row + LineSums{kept - q, p};
+          of_column[ni][c] = of_column[ni][c] + LineSums{q, kept - p};
+        }
+        if (row < rows) store_pair(grad_row<T>(a, row), tile_column(ni, 0), columns, stored[0], stored[1], true);
+      }
+      of_row.towards_x = lanes_reduce<1, 2>(of_row.towards_x, Sum{});
+      of_row.towards_y = lanes_reduce<1, 2>(of_row.towards_y, Sum{});
+      if (threadIdx.x % 4 == 0) shared.rows[warp_n()][row] = of_row;
+    }
+  }
+#pragma unroll
+  for (int ni = 0; ni < kNI; ++ni) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      of_column[ni][c].towards_x = lanes_reduce<4, 16>(of_column[ni][c].towards_x, Sum{});
+      of_column[ni][c].towards_y = lanes_reduce<4, 16>(of_column[ni][c].towards_y, Sum{});
+      if (threadIdx.x % kWarp < 4) shared.columns[warp_m()][tile_column(ni, c)] = of_column[ni][c];
+    }
+  }
+}
+
+// The sums of a tile's warps, added in the order of the warps. Threads 0 .. 127 take a row each, the others a column.
+template <class T>
+__device__ __forceinline__ void write_sums(const GradTileParams<T>& a) {
+  const TileSums& shared = *reinterpret_cast<const TileSums*>(dynamic_smem());
+  const int line = threadIdx.x % kTile;
+  if (threadIdx.x < kTile) {
+    LineSums sums = shared.rows[0][line];
+#pragma unroll
+    for (int w = 1; w < kWarpsN; ++w) sums = sums + shared.rows[w][line];
+    a.row_sums[blockIdx.x * kSuperblock<T> + blockIdx.y * kTile + line] = sums;
+  } else {
+    LineSums sums = shared.columns[0][line];
+#pragma unroll
+    for (int w = 1; w < kWarpsM; ++w) sums = sums + shared.columns[w][line];
+    a.column_sums[blockIdx.y * kSuperblock<T> + blockIdx.x * kTile + line] = sums;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void siglip_grad(const Accumulator& s, const GradTileParams<T>& a, int row0, int column0,
+                                            int rows, int columns) {
+  const float scale = *a.scale, bias = *a.bias;
+#pragma unroll
+  for (int mi = 0; mi < kMI; ++mi) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = tile_row(mi, 2 * r);
+      if (row >= rows) continue;
+#pragma unroll
+      for (int ni = 0; ni < kNI; ++ni) {
+        float stored[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = tile_column(ni, c);
+          const float logit = fmaf(scale, s[mi][ni][2 * r + c], bias);
+          stored[c] = kStored / (1.f + exp_of<T>(-logit));
+          if (row0 + row != column0 + column) continue;
+          stored[c] = 0.f;
+          if (column < columns) a.positives[row0 + row] = -1.f / (1.f + expf(logit));
+        }
+        store_pair(grad_row<T>(a, row), tile_column(ni, 0), columns, stored[0], stored[1], true);
+      }
+    }
+  }
+}
+
+// Grid (column tiles, row tiles) of the superblock; a block computes 128 x 128 similarities and writes their G.
+// Shared memory: two stages of both operands, 73 KB (16-bit) or 72 KB (float); the sums (6 KB) share it.
+template <Loss kLoss, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
+    contrastive_grad_tile_kernel(const __grid_constant__ GradTileParams<T> a) {
+  const int row0 = a.row0 + blockIdx.y * kTile, column0 = a.column0 + blockIdx.x * kTile;
+  const int rows = a.queries.rows - row0, columns = a.keys.rows - column0;
+  Accumulator s;
+  block_gemm<Major::k, Major::k>(s, a.queries, row0, a.keys, column0, a.queries.columns);
+  if constexpr (kLoss == Loss::infonce) {
+    infonce_grad(s, a, row0, column0, rows, columns);
+    __syncthreads();
+    write_sums(a);
+  } else {
+    siglip_grad(s, a, row0, column0, rows, columns);
+  }
+}
+
+struct AddLinesParams {
+  const LineSums* __restrict__ sums;  // [tiles, stride]
+  int tiles, stride, lines;
+  // outputs: weights of the positives so far, from the superblock's first line
+  double* __restrict__ towards_x;  // [lines]
+  double* __restrict__ towards_y;  // [lines]
+};
+
+constexpr int kLineThreads = 128;
+
+// A thread per line.
+__global__ void __launch_bounds__(kLineThreads) contrastive_add_lines_kernel(const __grid_constant__ AddLinesParams a) {
+  const int line = blockIdx.x * kLineThreads + threadIdx.x;
+  if (line >= a.lines) return;
+  double x = 0, y = 0;
+  for (int tile = 0; tile < a.tiles; ++tile) {
+    const LineSums sums = a.sums[tile * a.stride + line];
+    x += sums.towards_x;
+    y += sums.towards_y;
+  }
+  a.towards_x[line] += x;
+  a.towards_y[line] += y;
+}
+
+template <class T>
+struct AccumulateParams {
+  Matrix<T> grad;      // [rows, columns] of the superblock
+  Matrix<T> features;  // [summed, E] the superblock's keys (for the queries' gradient) or queries
+  int rows;            // of the result
+  bool first;          // start the sum, do not add to it
+  // output
+  float* __restrict__ sum;  // [rows, E]
+};
+
+// sum (+)= G features (kMajor k) or Gᵀ features (kMajor outer). Grid (tiles of E, row tiles); a block owns 128 x 128 of
+// the sum. Shared memory: two stages of both operands, 73 KB (16-bit) or 72 KB (float).
+template <Major kMajor, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
+    contrastive_accumulate_kernel(const __grid_constant__ AccumulateParams<T> a) {
+  const int row0 = blockIdx.y * kTile, column0 = blockIdx.x * kTile, columns = a.features.columns;
+  Accumulator acc;
+  block_gemm<kMajor, Major::outer>(acc, a.grad, row0, a.features, column0, a.features.rows);
+#pragma unroll
+  for (int mi = 0; mi < kMI; ++mi) {
+#pragma unroll
+    for (int ni = 0; ni < kNI; ++ni) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = row0 + tile_row(mi, e), column = column0 + tile_column(ni, e);
+        if (row >= a.rows || column >= columns) continue;
+        float* target = a.sum + static_cast<int64_t>(row) * columns + column;
+        *target = a.first ? acc[mi][ni][e] : *target + acc[mi][ni][e];
+      }
+    }
+  }
+}
+
+constexpr int kWriteThreads = 128;
+
+template <class T>
+struct WriteParams {
+  const float* __restrict__ sum;        // [rows, E]
+  const double* __restrict__ others;    // [pairs] InfoNCE: the others' weight, or null
+  const float* __restrict__ positives;  // [pairs] SigLIP: the positives' G, or null
+  Matrix<T> partners;                   // [*, E] the features that positives multiply
+  int pairs;                            // rows with a positive
+  const float* __restrict__ grad_loss;  // []
+  const float* __restrict__ scale;      // []
+  double weight;                        // 1/2N or 1/N
+  // output
+  T* __restrict__ out;  // [rows, E]
+  int64_t out_stride;
+};
+
+// A block per row: out = grad_loss scale weight (sum / 2^14 + positive partner). Without partners nothing was summed.
+template <class T>
+__global__ void __launch_bounds__(kWriteThreads) contrastive_write_kernel(const __grid_constant__ WriteParams<T> a) {
+  const int64_t row = blockIdx.x;
+  const int columns = a.partners.columns;
+  const float factor = static_cast<float>(static_cast<double>(*a.grad_loss) * *a.scale * a.weight);
+  const bool paired = row < a.pairs;
+  const float positive = !paired ? 0.f : a.others != nullptr ? static_cast<float>(-a.others[row]) : a.positives[row];
+  for (int column = threadIdx.x; column < columns; column += kWriteThreads) {
+    float g = a.partners.rows > 0 ? a.sum[row * columns + column] * (1.f / kStored) : 0.f;
+    if (paired) g = fmaf(positive, to_float(a.partners.data[row * a.partners.row_stride + column]), g);
+    a.out[row * a.out_stride + column] = from_float<T>(factor * g);
+  }
+}
+
+struct GradWorkspace {
+  float* query_sum;       // [N, E]
+  float* key_sum;         // [M, E]
+  double* others;         // [2, pairs] InfoNCE: weights of the positives in the queries' and the keys' gradient
+  float* positives;       // [pairs] SigLIP
+  LineSums* row_sums;     // [kMaxTiles, kSuperblock]
+  LineSums* column_sums;  // [kMaxTiles, kSuperblock]
+  void* grad;             // the superblock
+
+  GradWorkspace(Workspace& workspace, int64_t n, int64_t m, int64_t e)
+      : query_sum(workspace.take<float>(n * e)),
+        key_sum(workspace.take<float>(m * e)),
+        others(workspace.take<double>(2 * smaller(n, m))),
+        positives(workspace.take<float>(smaller(n, m))),
+        row_sums(workspace.take<LineSums>(kMaxTiles * kSuperblock<bf16>)),
+        column_sums(workspace.take<LineSums>(kMaxTiles * kSuperblock<bf16>)),
+        grad(workspace.take<unsigned char>(larger(bytes<float>(n, m), bytes<bf16>(n, m)))) {}
+
+  // As float at its smaller size or 16-bit at its larger one: `grad` has room for either.
+  template <class T>
+  static int64_t bytes(int64_t n, int64_t m) {
+    return smaller(n, kSuperblock<T>) * leading<T>(m) * static_cast<int64_t>(sizeof(T));
+  }
+  // Elements from one row of the superblock to the next: whole 16-byte vectors.
+  template <class T>
+  static int leading(int64_t m) {
+    return static_cast<int>((smaller(m, kSuperblock<T>) + 15) / 16 * 16);
+  }
+};
+
+struct BackwardCall {
+  const Tensor &grad_loss, &queries, &keys, &logit_scale;
+  const float* bias;
+  const double *lse_q, *lse_k;
+  const Tensor &dqueries, &dkeys, &workspace;
+  double weight;
+  void* stream;
+
+  int64_t pairs() const { return smaller(queries.size[0], keys.size[0]); }
+};
+
+template <class T>
+Matrix<T> rows_from(Matrix<T> x, int first, int count) {
+  x.data += first * x.row_stride;
+  x.rows = count;
+  return x;
+}
+
+unsigned blocks_for(int64_t n) { return static_cast<unsigned>(tiles_of(n)); }
+
+// What the superblock's rows, or its columns, add to the weights of the positives.
+void add_lines(const BackwardCall& call, const GradWorkspace& work, const LineSums* sums, int tiles, int stride,
+               int first, int lines) {
+  double* towards_x = work.others + first;
+  const AddLinesParams params{sums, tiles, stride, lines, towards_x, towards_x + call.pairs()};
+  launch("contrastive_add_lines", contrastive_add_lines_kernel,
+         dim3(static_cast<unsigned>((lines + kLineThreads - 1) / kLineThreads)), kLineThreads, 0, call.stream, params);
+}
+
+template <Loss kLoss, class T>
+void add_superblock(const BackwardCall& call, const GradWorkspace& work, int row0, int column0) {
+  const Matrix<T> queries = matrix_of<T>(call.queries), keys = matrix_of<T>(call.keys);
+  const int e = queries.columns, ld = GradWorkspace::leading<T>(keys.rows);
+  const int rows = static_cast<int>(smaller(queries.rows - row0, kSuperblock<T>));
+  const int columns = static_cast<int>(smaller(keys.rows - column0, kSuperblock<T>));
+  T* grad = static_cast<T*>(work.grad);
+  const dim3 tiles(blocks_for(columns), blocks_for(rows));
+  const GradTileParams<T> tile{queries,
+                               keys,
+                               call.logit_scale.ptr<float>(),
+                               call.bias,
+                               call.lse_q,
+                               call.lse_k,
+                               row0,
+                               column0,
+                               grad,
+                               ld,
+                               work.row_sums,
+                               work.column_sums,
+                               work.positives};
+  launch("contrastive_grad_tile", contrastive_grad_tile_kernel<kLoss, T>, tiles, kThreads, kGemmBytes<T>, call.stream,
+         tile);
+  if constexpr (kLoss == Loss::infonce) {
+    add_lines(call, work, work.row_sums, tiles.x, kSuperblock<T>, row0, rows);
+    add_lines(call, work, work.column_sums, tiles.y, kSuperblock<T>, column0, columns);
+  }
+
+  const Matrix<T> g{grad, ld, rows, columns, true};
+  const AccumulateParams<T> to_queries{g, rows_from(keys, column0, columns), rows, column0 == 0,
+                                       work.query_sum + static_cast<int64_t>(row0) * e};
+  launch("contrastive_accumulate_queries", contrastive_accumulate_kernel<Major::k, T>,
+         dim3(blocks_for(e), blocks_for(rows)), kThreads, kGemmBytes<T>, call.stream, to_queries);
+  const AccumulateParams<T> to_keys{g, rows_from(queries, row0, rows), columns, row0 == 0,
+                                    work.key_sum + static_cast<int64_t>(column0) * e};
+  launch("contrastive_accumulate_keys", contrastive_accumulate_kernel<Major::outer, T>,
+         dim3(blocks_for(e), blocks_for(columns)), kThreads, kGemmBytes<T>, call.stream, to_keys);
+}
+
+template <class T>
+void write_gradient(const BackwardCall& call, const float* sum, const double* others, const float* positives,
+                    const Tensor& partners, const Tensor& out) {
+  const WriteParams<T> params{sum,
+                              others,
+                              positives,
+                              matrix_of<T>(partners),
+                              static_cast<int>(call.pairs()),
+                              call.grad_loss.ptr<float>(),
+                              call.logit_scale.ptr<float>(),
+                              call.weight,
+                              out.ptr<T>(),
+                              out.stride[0]};
+  launch("contrastive_write", contrastive_write_kernel<T>, dim3(static_cast<unsigned>(out.size[0])), kWriteThreads, 0,
+         call.stream, params);
+}
+
+template <Loss kLoss>
+void run_backward(const BackwardCall& call) {
+  const int64_t n = call.queries.size[0], m = call.keys.size[0], e = call.queries.size[1];
+  if (n == 0 || e == 0) return;
+  const DeviceGuard guard(call.queries);
+  Workspace pieces(call.workspace);
+  const GradWorkspace work(pieces, n, m, e);
+  const bool infonce = kLoss == Loss::infonce;
+  if (infonce) fill_zero(work.others, 2 * static_cast<size_t>(call.pairs()) * sizeof(double), call.stream);
+  choose_contrastive_kernel(call.queries, [&](auto element) {
+    using T = decltype(element);
+    for (int row0 = 0; row0 < n; row0 += kSuperblock<T>) {
+      for (int column0 = 0; column0 < m; column0 += kSuperblock<T>) {
+        add_superblock<kLoss, T>(call, work, row0, column0);
+      }
+    }
+    const double *towards_x = infonce ? work.others : nullptr,
+                 *towards_y = infonce ? towards_x + call.pairs() : nullptr;
+    write_gradient<T>(call, work.query_sum, towards_x, work.positives, call.keys, call.dqueries);
+    write_gradient<T>(call, work.key_sum, towards_y, work.positives, call.queries, call.dkeys);
+  });
+}
+
+int64_t backward_workspace(int64_t n, int64_t m, int64_t e) {
+  Workspace workspace;
+  GradWorkspace(workspace, n, m, e);
+  return workspace.used();
+}
+
+}  // namespace
+}  // namespace mmk::cuda
+
+namespace mmk {
+
+int64_t contrastive_infonce_bwd_workspace_cuda(int64_t n, int64_t m, int64_t e) {
+  return cuda::backward_workspace(n, m, e);
+}
+
+void launch_contrastive_infonce_bwd_cuda(const Tensor& grad_loss, const Tensor& queries, const Tensor& keys,
+                                         const Tensor& logit_scale, const Tensor& lse_q, const Tensor& lse_k,
+                                         const Tensor& dqueries, const Tensor& dkeys, const Tensor& workspace,
+                                         void* stream) {
+  cuda::run_backward<cuda::Loss::infonce>({grad_loss, queries, keys, logit_scale, nullptr, lse_q.ptr<double>(),
+                                           lse_k.ptr<double>(), dqueries, dkeys, workspace,
+                                           0.5 / static_cast<double>(queries.size[0]), stream});
+}
+
+int64_t contrastive_siglip_bwd_workspace_cuda(int64_t n, int64_t m, int64_t e) {
+  return cuda::backward_workspace(n, m, e);
+}
+
+void launch_contrastive_siglip_bwd_cuda(const Tensor& grad_loss, const Tensor& queries, const Tensor& keys,
+                                        const Tensor& logit_scale, const Tensor& logit_bias, const Tensor& dqueries,
+                                        const Tensor& dkeys, const Tensor& workspace, void* stream) {
+  cuda::run_backward<cuda::Loss::siglip>({grad_loss, queries, keys, logit_scale, logit_bias.ptr<float>(), nullptr,
+                                          nullptr, dqueries, dkeys, workspace,
+                                          1. / static_cast<double>(queries.size[0]), stream});
+}
+
+}  // namespace mmk

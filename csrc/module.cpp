@@ -1,0 +1,148 @@
+// Binds every launcher, nothing else; those of the CUDA kernels are in module_cuda.cpp. Each launcher releases the GIL.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "attention/attention.h"
+#include "common/binding.h"
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/simd/peak.h"
+#include "common/tensor.h"
+#include "contrastive/contrastive.h"
+#include "packing/packing.h"
+#include "packing/planner.h"
+
+namespace py = pybind11;
+
+#ifdef MMK_HAVE_CUDA
+void mmk_bind_cuda(py::module_& m);  // module_cuda.cpp
+#endif
+
+namespace {
+
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, separator);) parts.push_back(part);
+  return parts;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = MMK_VERSION;
+  info["compiler"] = __VERSION__;
+  info["cpu_isa"] = mmk::cpu_isa();
+  py::list isas;
+  for (const char* const* isa = mmk::compiled_isas(); *isa; ++isa) isas.append(*isa);
+  info["cpu_isas"] = isas;
+#ifdef _OPENMP
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = py::none();
+#endif
+#ifdef MMK_HAVE_CUDA
+  info["cuda_version"] = MMK_CUDA_VERSION;
+  info["cuda_archs"] = split(MMK_CUDA_ARCHS, ',');
+#else
+  info["cuda_version"] = py::none();
+  info["cuda_archs"] = std::vector<std::string>{};
+#endif
+  return info;
+}
+
+void bind_attention(py::module_& m) {
+  using mmk::Tensor;
+  const py::call_guard<py::gil_scoped_release> released;
+  m.def(
+      "launch_attention_fwd_cpu",
+      [](Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, double scale, Tensor out,
+         Tensor lse, int num_threads) {
+        mmk::attention_kernels().forward({q, k, v, {lo, hi, first_q, last_q}, scale, out, lse}, num_threads);
+      },
+      released);
+  m.def(
+      "launch_attention_bwd_cpu",
+      [](Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lo, Tensor hi,
+         Tensor first_q, Tensor last_q, double scale, Tensor dq, Tensor dk, Tensor dv, Tensor delta, int num_threads) {
+        mmk::attention_kernels().backward(
+            {grad_out, grad_lse, q, k, v, out, lse, {lo, hi, first_q, last_q}, scale, dq, dk, dv, delta}, num_threads);
+      },
+      released);
+}
+
+void bind_contrastive(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> released;
+  m.def("launch_contrastive_infonce_fwd_cpu", &mmk::launch_contrastive_infonce_fwd_cpu, released);
+  m.def("launch_contrastive_infonce_bwd_cpu", &mmk::launch_contrastive_infonce_bwd_cpu, released);
+  m.def("launch_contrastive_siglip_fwd_cpu", &mmk::launch_contrastive_siglip_fwd_cpu, released);
+  m.def("launch_contrastive_siglip_bwd_cpu", &mmk::launch_contrastive_siglip_bwd_cpu, released);
+}
+
+// A vector becomes a NumPy array that owns it.
+py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values) {
+  auto* owned = new std::vector<int64_t>(std::move(values));
+  py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<int64_t>*>(p); });
+  return py::array_t<int64_t>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
+}
+
+using Lengths = py::array_t<int64_t, py::array::c_style>;
+
+void bind_packing(py::module_& m) {
+  using mmk::PoolMode;
+  py::enum_<PoolMode>(m, "PoolMode")
+      .value("sum", PoolMode::sum)
+      .value("mean", PoolMode::mean)
+      .value("max", PoolMode::max)
+      .value("first", PoolMode::first);
+
+  // Each strategy: (lengths, capacity, one number of its own) -> (offsets, items).
+  const auto planner = [&m](const char* name, mmk::Plan (*make)(const int64_t*, int64_t, int64_t, int64_t)) {
+    m.def(
+        name,
+        [make](const Lengths& lengths, int64_t capacity, int64_t option) {
+          const int64_t* data = lengths.data();
+          const int64_t n = lengths.size();
+          mmk::Plan plan;
+          {
+            py::gil_scoped_release release;
+            plan = make(data, n, capacity, option);
+          }
+          return py::make_tuple(to_numpy(std::move(plan.offsets)), to_numpy(std::move(plan.items)));
+        },
+        py::arg("lengths").noconvert(), py::arg("capacity"), py::arg("option"));
+  };
+  planner("plan_best_fit", &mmk::plan_best_fit);
+  planner("plan_subset_sum", &mmk::plan_subset_sum);
+  planner("plan_next_fit", &mmk::plan_next_fit);
+
+  const auto& cpu = mmk::packing_kernels();
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("launch_packing_gather_fwd_cpu", cpu.gather_fwd, no_gil);
+  m.def("launch_packing_scatter_fwd_cpu", cpu.scatter_fwd, no_gil);
+  m.def("launch_packing_segment_pool_fwd_cpu", cpu.segment_pool_fwd, no_gil);
+  m.def("launch_packing_segment_pool_bwd_cpu", cpu.segment_pool_bwd, no_gil);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The native core of mmkernels: CPU and CUDA kernels over plain pointers.";
+  m.def("build_info", &build_info);
+  m.def(
+      "measure_peak",
+      [](int dtype, int threads, double seconds) {
+        return mmk::measure_fma_peak(static_cast<mmk::DType>(dtype), threads, seconds);
+      },
+      py::arg("dtype"), py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+      "Flop/s of register-only multiply-adds on this machine: the ceiling that benches report fractions of.");
+  bind_attention(m);
+  bind_contrastive(m);
+  bind_packing(m);
+#ifdef MMK_HAVE_CUDA
+  mmk_bind_cuda(m);
+#endif
+}

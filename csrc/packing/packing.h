@@ -1,0 +1,73 @@
+// Packing: what moves and pools rows of tokens. Launchers check nothing; bounds are checked in Python with names.
+//
+// Dimension letters: R rows of a source, T packed tokens, E features per row, S segments.
+// Tensors of rows are 2-D with a contiguous last dimension and any row stride; outputs are contiguous. Index tensors
+// are contiguous. Offsets are 64-bit. Low-precision sums accumulate in float32, float64 ones in float64.
+#pragma once
+
+#include "common/dispatch.h"
+#include "common/tensor.h"
+
+namespace mmk {
+
+enum class PoolMode : int { sum = 0, mean = 1, max = 2, first = 3 };
+
+struct PackingKernels {
+  // out[t] = source[index[t]], or zeros where index[t] == -1
+  void (*gather_fwd)(const Tensor& source,  // [R, E]
+                     const Tensor& index,   // [T] int64 in [-1, R)
+                     // outputs
+                     const Tensor& out,  // [T, E]
+                     int num_threads);
+
+  // out[r] = sum of packed[t] over the t with index[t] == r, in ascending t; zeros where there is none.
+  // Bitwise reproducible for any number of threads.
+  void (*scatter_fwd)(const Tensor& packed,  // [T, E]
+                      const Tensor& index,   // [T] int64 in [-1, R)
+                      // outputs
+                      const Tensor& out,  // [R, E]
+                      int num_threads);
+
+  // out[s] = sum, mean, max or first row of x[cu_seqlens[s] : cu_seqlens[s+1]]; zeros where the segment is empty.
+  // Rows past cu_seqlens[S] belong to no segment. Bitwise reproducible for any number of threads.
+  void (*segment_pool_fwd)(const Tensor& x,           // [T, E]
+                           const Tensor& cu_seqlens,  // [S+1] int32, from 0, not decreasing, last <= T
+                           PoolMode mode,
+                           // outputs
+                           const Tensor& out,     // [S, E]
+                           const Tensor& argmax,  // [S, E] int32 for max, else not given: the row of x that won (the
+                                                  // first of equals; a NaN wins over numbers), -1 in empty segments
+                           int num_threads);
+
+  // grad_x[t]: grad_out[s] for sum, divided by the segment's length for mean, at its first row for first, at
+  // argmax[s] for max; zeros elsewhere and in rows of no segment.
+  void (*segment_pool_bwd)(const Tensor& grad_out,    // [S, E]
+                           const Tensor& cu_seqlens,  // [S+1] int32
+                           const Tensor& argmax,      // [S, E] int32 for max, else not given
+                           PoolMode mode,
+                           // outputs
+                           const Tensor& grad_x,  // [T, E]
+                           int num_threads);
+};
+MMK_DECLARE_KERNELS(PackingKernels, packing)
+
+// CUDA: the same contracts on a stream (a cudaStream_t), without synchronisation. float32, bfloat16, float16.
+void launch_packing_gather_fwd_cuda(const Tensor& source, const Tensor& index, const Tensor& out, void* stream);
+
+// The scatter takes its index grouped by row, so that no two threads add to one row and the order of the sum is fixed:
+// out[r] = sum of packed[order[k]] for k in [starts[r], starts[r+1]), in ascending k.
+void launch_packing_scatter_fwd_cuda(
+    const Tensor& packed,  // [T, E]
+    const Tensor& order,   // [T] int64: stable argsort of index
+    const Tensor& starts,  // [R+1] int64 into order (entries of -1 come before starts[0])
+    // outputs
+    const Tensor& out,  // [R, E]
+    void* stream);
+
+void launch_packing_segment_pool_fwd_cuda(const Tensor& x, const Tensor& cu_seqlens, PoolMode mode, const Tensor& out,
+                                          const Tensor& argmax, void* stream);
+
+void launch_packing_segment_pool_bwd_cuda(const Tensor& grad_out, const Tensor& cu_seqlens, const Tensor& argmax,
+                                          PoolMode mode, const Tensor& grad_x, void* stream);
+
+}  // namespace mmk

@@ -1,0 +1,46 @@
+"""Fused cross-modal attention, large-batch contrastive losses and token packing for multimodal pretraining."""
+
+from importlib import metadata as _metadata
+
+__all__ = [
+    "AttentionMask",
+    "BackendError",
+    "GradCache",
+    "Modality",
+    "PackedBatch",
+    "PackingPlan",
+    "__version__",
+    "attention",
+    "infonce",
+    "pack",
+    "pad",
+    "plan_packing",
+    "segment_pool",
+    "siglip",
+    "unpack",
+    "unpad",
+]
+
+try:
+    __version__ = _metadata.version("mmkernels")
+except _metadata.PackageNotFoundError:  # a source tree on the path
+    __version__ = "0+unknown"
+
+try:
+    import torch as _torch  # noqa: F401
+except (ImportError, OSError) as _error:  # `mmkernels info` must still work, and say so
+    _why_no_torch = str(_error)
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            advice = "pip install torch (https://pytorch.org says which build)"
+            raise ImportError(f"mmkernels.{name} needs PyTorch: {advice}; the import says: {_why_no_torch}")
+        raise AttributeError(f"module 'mmkernels' has no attribute {name!r}")
+
+else:
+    from mmkernels.gradcache import GradCache
+    from mmkernels.ops.attention import AttentionMask, attention
+    from mmkernels.ops.contrastive import infonce, siglip
+    from mmkernels.ops.modality import Modality
+    from mmkernels.ops.packing import PackedBatch, PackingPlan, pack, pad, plan_packing, segment_pool, unpack, unpad
+    from mmkernels.runtime.backends import BackendError

@@ -1,0 +1,117 @@
+"""Splitting an encoder's input along its samples, whatever its shape: tensors, trees of them, lists, packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkernels.ops._checks import wrong_type, wrong_value
+
+__all__ = ["Args", "split", "tensors"]
+
+_EXPECTED = "a tensor, an array, a list of samples, a dict, a tuple, Args, or an object with split(chunk_size)"
+_WHOLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+
+
+class Args:
+    """Several arguments for one encoder: `Args(ids, mask=mask)` makes the call `encoder(ids, mask=mask)`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+
+@dataclass(frozen=True)
+class _Split:
+    chunks: list[Any]
+    samples: int | None  # None: an object with its own split, which alone knows
+    name: str  # of the member that says so
+
+
+def split(value: Any, size: int, name: str) -> list[Any]:
+    """Cut an input into chunks of `size` samples, the last one shorter.
+
+    Args:
+        value: tensors and arrays are cut along dim 0, lists by their entries, dicts, tuples and `Args` member by
+            member, other objects by their `split(size)`; numbers, strings and 0-dim tensors go to every chunk whole.
+        size: samples in a chunk.
+        name: how messages call the input.
+
+    Returns:
+        at least one chunk.
+
+    Raises:
+        TypeError: something in it cannot be split.
+        ValueError: its members disagree in samples.
+    """
+    cut = _split(value, size, name)
+    if cut is None or not cut.chunks:
+        wrong_type(name, _EXPECTED, value)
+    return cut.chunks
+
+
+def tensors(chunk: Any) -> Iterator[Tensor]:
+    """Every tensor of a chunk that can be seen from outside."""
+    if isinstance(chunk, Tensor):
+        yield chunk
+    elif isinstance(chunk, Args):
+        yield from tensors((chunk.args, chunk.kwargs))
+    elif isinstance(chunk, (list, tuple, Mapping)):
+        for member in chunk.values() if isinstance(chunk, Mapping) else chunk:
+            yield from tensors(member)
+
+
+def _split(value: Any, size: int, name: str) -> _Split | None:
+    """The chunks of a value, or None when it goes to every chunk whole."""
+    if isinstance(value, _WHOLE) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0):
+        return None
+    if isinstance(value, Tensor):
+        return _Split(list(value.split(size)), len(value), name)
+    if isinstance(value, (list, np.ndarray)):
+        return _Split([value[i : i + size] for i in range(0, max(len(value), 1), size)], len(value), name)
+    if isinstance(value, Mapping):
+        keys = list(value)
+        return _split_members(
+            [f"{name}[{key!r}]" for key in keys],
+            [value[key] for key in keys],
+            size,
+            lambda members: dict(zip(keys, members, strict=True)),
+        )
+    if isinstance(value, tuple):
+        make = type(value)._make if hasattr(value, "_make") else tuple  # a namedtuple stays one
+        return _split_members([f"{name}[{i}]" for i in range(len(value))], list(value), size, make)
+    if isinstance(value, Args):
+        return _split_members(
+            [f"{name}.args", f"{name}.kwargs"],
+            [value.args, value.kwargs],
+            size,
+            lambda members: Args(*members[0], **members[1]),
+        )
+    if callable(getattr(value, "split", None)):
+        return _Split(list(value.split(size)), None, name)
+    wrong_type(name, _EXPECTED, value)
+
+
+def _split_members(names: list[str], members: list[Any], size: int, make: Callable[[list[Any]], Any]) -> _Split | None:
+    """The chunks of a container from those of its members, which must agree in samples."""
+    cuts = [_split(member, size, name) for name, member in zip(names, members, strict=True)]
+    varying = [cut for cut in cuts if cut is not None]
+    if not varying:
+        return None
+    first = next((cut for cut in varying if cut.samples is not None), varying[0])
+    for cut in varying:
+        if cut.samples is not None and cut.samples != first.samples:
+            hint = "(a list holds one entry a sample)"
+            wrong_value(cut.name, f"{first.samples} samples like {first.name} {hint}", cut.samples)
+        if len(cut.chunks) != len(first.chunks):
+            wrong_value(cut.name, f"{len(first.chunks)} chunks like {first.name}", len(cut.chunks))
+    chunks = [
+        make([member if cut is None else cut.chunks[i] for member, cut in zip(members, cuts, strict=True)])
+        for i in range(len(first.chunks))
+    ]
+    return _Split(chunks, first.samples, first.name)

@@ -1,0 +1,1 @@
+"""The op families: attention, contrastive, packing. They do not import each other."""

@@ -1,0 +1,36 @@
+"""Triton helpers shared by the families."""
+
+import triton
+import triton.language as tl
+
+from mmkernels.runtime.backends import interpreting
+
+INTERPRETING = tl.constexpr(interpreting())
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b accumulated in float32: [M, K] x [K, N] -> [M, N].
+
+    Float32 operands keep float32 accuracy (three tf32 products). The interpreter's bf16 `tl.dot` is silently wrong
+    (triton #11584), so operands are converted up there.
+    """
+    if INTERPRETING:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="tf32x3" if a.dtype == tl.float32 else "tf32")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest even, NaN kept.
+
+    The interpreter's own float32 -> bfloat16 cuts the low bits off, so there the rounding is done here first.
+    """
+    if INTERPRETING and x.dtype == tl.float32 and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)

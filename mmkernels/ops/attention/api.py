@@ -1,0 +1,162 @@
+"""`attention`: documentation, validation, routing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from mmkernels.runtime import backends
+
+from .._checks import expect_tensor, not_yet, wrong_type, wrong_value
+from .mask import AttentionMask, MaskRows, dense_rows
+from .op import attention_fwd_op
+
+__all__ = ["attention"]
+
+# What registers hold on a GPU; a float32 product takes three tf32 products in Triton.
+_MAX_GPU_HEAD_DIM = 256
+_MAX_TRITON_HEAD_DIM_FLOAT32 = 128
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: AttentionMask | None = None,
+    *,
+    scale: float | None = None,
+    pair_bias: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of packed queries over the keys that a mask lets them see.
+
+        s_ij = scale <q_i, k_j>      out_i = sum_j softmax_j(s_ij) v_j      lse_i = log sum_j exp(s_ij)
+
+    over the visible keys j of query i. A query that sees no key gives out 0, lse -inf and zero gradients. Query head h
+    reads key/value head h // (H / Hkv). bf16 and fp16 accumulate in float32. The kernels read any strides as long as
+    the last dimension is contiguous; otherwise a contiguous copy is made. Under torch.autocast, q, k and v are cast as
+    for `F.scaled_dot_product_attention`.
+
+    Args:
+        q: [Tq, H, D] or [B, Tq, H, D]; float32, bfloat16, float16 or float64.
+        k: [Tk, Hkv, D] or [B, Tk, Hkv, D], q's dtype; Hkv divides H (grouped and multi-query attention).
+        v: [Tk, Hkv, Dv] or [B, Tk, Hkv, Dv], q's dtype; Dv may differ from D.
+        mask: which keys each query sees; with batched tensors it covers the B Tq queries and B Tk keys one after the
+            other. None: every query sees all keys (batched: of its own sample).
+        scale: factor of the logits; None: 1 / sqrt(D).
+        pair_bias, sink, dropout_p: not supported yet; anything but the default raises NotImplementedError.
+        return_lse: give lse too; it is differentiable.
+        deterministic: nothing to choose: no backend uses atomics, so the same input and thread count always give the
+            same bits.
+        backend: None for the fastest that can serve, or "native", "triton", "reference".
+
+    Returns:
+        out [Tq, H, Dv] (or [B, Tq, H, Dv]) in q's dtype; with `return_lse` also lse [H, Tq] (or [B, H, Tq]), natural
+        logarithm, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, named, with what was expected and what came.
+        BackendError: the named backend cannot serve the call.
+        NotImplementedError: a part of the contract that is not there yet.
+
+    Source: Vaswani et al. 2017 (attention); Dao 2023 (FlashAttention-2: tiling, recomputation).
+    """
+    q, k, v = _autocast(q, k, v)
+    _check(q, k, v, mask)
+    _check_options(scale, pair_bias, sink, dropout_p, return_lse, deterministic)
+    shape, tokens_q, tokens_k = q.shape, q.shape[-3], k.shape[-3]
+    samples = shape[0] if q.ndim == 4 else 1
+    if q.ndim == 4:
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    rows = _rows(mask, samples, tokens_q, tokens_k, q.device)
+    chosen = backends.resolve("attention", q, backend, _limits(q, v))
+    factor = 1.0 / math.sqrt(shape[-1]) if scale is None else float(scale)
+    out, lse = attention_fwd_op(q, k, v, *rows, factor, chosen)
+    if len(shape) == 4:
+        out = out.view(*shape[:-1], v.shape[-1])
+        lse = lse.view(shape[2], samples, tokens_q).transpose(0, 1)
+    return (out, lse) if return_lse else out
+
+
+def _rows(mask: AttentionMask | None, samples: int, tokens_q: int, tokens_k: int, device: torch.device) -> MaskRows:
+    if mask is None:
+        return dense_rows(samples, tokens_q, tokens_k, device)
+    return mask.rows(samples * tokens_q, samples * tokens_k)
+
+
+def _limits(q: torch.Tensor, v: torch.Tensor) -> dict[str, str | None] | None:
+    """Why a backend cannot take these head dims."""
+    head_dim = max(q.shape[-1], v.shape[-1])
+    triton = _MAX_TRITON_HEAD_DIM_FLOAT32 if q.dtype == torch.float32 else _MAX_GPU_HEAD_DIM
+    limits: dict[str, str | None] = {}
+    if head_dim > triton:
+        limits["triton"] = f"head dims up to {triton} in {_dtype(q)}, not {head_dim}"
+    if head_dim > _MAX_GPU_HEAD_DIM and q.device.type != "cpu":
+        limits["native"] = f"head dims up to {_MAX_GPU_HEAD_DIM} on a GPU, not {head_dim}"
+    return limits or None
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What torch.autocast does to F.scaled_dot_product_attention."""
+    kind = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    castable = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in castable else x for x in tensors)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask | None) -> None:
+    expect_tensor("q", q, "[Tq, H, D] or [B, Tq, H, D] floating point", ndim=(3, 4))
+    lead = "B, " if q.ndim == 4 else ""
+    expect_tensor("k", k, f"[{lead}Tk, Hkv, D] {_dtype(q)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)
+    expect_tensor("v", v, f"[{lead}Tk, Hkv, Dv] {_dtype(q)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)
+    H, D = q.shape[-2:]
+    if H < 1 or D < 1:
+        wrong_value("q", "at least one head and a head dim of at least 1", q)
+    if k.shape[-1] != D:
+        wrong_value("k", f"head dim D={D} like q", k)
+    if k.shape[-2] < 1 or H % k.shape[-2] != 0:
+        wrong_value("k", f"a number of heads Hkv that divides q's {H}", k)
+    if q.ndim == 4 and k.shape[0] != q.shape[0]:
+        wrong_value("k", f"batch B={q.shape[0]} like q", k)
+    if v.shape[:-1] != k.shape[:-1]:
+        wrong_value("v", f"{[*k.shape[:-1], 'Dv']} like k", v)
+    if v.shape[-1] < 1:
+        wrong_value("v", "a head dim of at least 1", v)
+    if mask is None:
+        return
+    if not isinstance(mask, AttentionMask):
+        wrong_type("mask", "an AttentionMask or None", mask)
+    if mask.device != q.device:
+        raise ValueError(f"mask: expected metadata on {q.device} like q, got {mask.device}")
+
+
+def _check_options(scale: Any, pair_bias: Any, sink: Any, dropout_p: Any, return_lse: Any, deterministic: Any) -> None:
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            wrong_type("scale", "a float or None", scale)
+        if not math.isfinite(scale):
+            wrong_value("scale", "a finite number", scale)
+    if pair_bias is not None:
+        not_yet("pair_bias", pair_bias)
+    if sink is not None:
+        not_yet("sink", sink)
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        wrong_type("dropout_p", "a float", dropout_p)
+    if dropout_p != 0:
+        not_yet("dropout_p", dropout_p)
+    if not isinstance(return_lse, bool):
+        wrong_type("return_lse", "a bool", return_lse)
+    if deterministic not in (None, True, False):
+        wrong_type("deterministic", "None, True or False", deterministic)
+
+
+def _dtype(x: torch.Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

@@ -1,0 +1,217 @@
+"""Forward in Triton.
+
+A program owns one tile of BLOCK_M queries of one head and walks the keys that any of them sees, BLOCK_N at a time, with
+the online softmax (running maximum m and sum l, both in units of log2). Keys that every row of the tile sees need no
+mask, so the walk has three parts: partial, full, partial. Tiles outside the rows' hull are never visited.
+Accumulators are float32; probabilities are rounded to the input's dtype for the second product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mmkernels.ops._tl import LN_2, LOG2_E, cast, dot
+
+__all__ = ["aot_cases", "attention_fwd"]
+
+INT32_MAX = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def load_tile(base_ptr, o_t, o_d, stride_t, T, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_T: tl.constexpr):
+    """Rows o_t of a [T, D] matrix with unit stride along D; zeros outside: [len(o_t), BLOCK_D]."""
+    pointers = base_ptr + o_t.to(tl.int64)[:, None] * stride_t + o_d[None, :]
+    if CHECK_T:
+        if D == BLOCK_D:
+            return tl.load(pointers, mask=(o_t < T)[:, None], other=0.0)
+        return tl.load(pointers, mask=(o_t < T)[:, None] & (o_d < D)[None, :], other=0.0)
+    if D == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(base_ptr, o_t, o_d, stride_t, T, D: tl.constexpr, b_x):
+    pointers = base_ptr + o_t.to(tl.int64)[:, None] * stride_t + o_d[None, :]
+    tl.store(pointers, cast(b_x, base_ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def load_intervals(lo_ptr, hi_ptr, o_m, Tq, Tk):
+    """Key intervals of the rows o_m, clamped to [0, Tk); rows past the end see nothing: 2 x [BLOCK_M]."""
+    b_lo = tl.load(lo_ptr + o_m, mask=o_m < Tq, other=0)
+    b_hi = tl.load(hi_ptr + o_m, mask=o_m < Tq, other=0)
+    return tl.maximum(b_lo, 0), tl.minimum(b_hi, Tk)
+
+
+@triton.jit
+def key_ranges(b_lo, b_hi, m_row, BLOCK_N: tl.constexpr):
+    """Bounds of the walk over keys: begin <= full_begin <= full_end <= end.
+
+    [begin, end) is the hull of the rows' intervals; every row sees all of [full_begin, full_end), which is a whole
+    number of tiles, a whole number of tiles after begin.
+    """
+    m_seen = m_row & (b_lo < b_hi)
+    begin = tl.min(tl.where(m_seen, b_lo, INT32_MAX), 0)
+    end = tl.max(tl.where(m_seen, b_hi, 0), 0)
+    begin = tl.minimum(begin, end)
+    all_from = tl.max(tl.where(m_row, b_lo, 0), 0)
+    all_to = tl.min(tl.where(m_row, b_hi, end), 0)
+    full_begin = tl.minimum(begin + tl.cdiv(tl.maximum(all_from - begin, 0), BLOCK_N) * BLOCK_N, end)
+    full_end = full_begin + tl.maximum(all_to - full_begin, 0) // BLOCK_N * BLOCK_N
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def _walk_keys(
+    b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, begin, end, scale_log2,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys [begin, end)."""
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for start in range(begin, end, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        b_k = load_tile(k_ptr, o_n, o_d, stride_kt, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
+        b_s = dot(b_q, tl.trans(b_k)) * scale_log2  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            m_visible = (b_lo[:, None] <= o_n[None, :]) & (o_n[None, :] < b_hi[:, None])
+            b_s = tl.where(m_visible, b_s, float("-inf"))
+        b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+        # A row that has seen nothing yet keeps m = -inf; subtracting 0 instead leaves its exponents at -inf.
+        b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+        b_p = tl.exp2(b_s - b_shift[:, None])  # [BLOCK_M, BLOCK_N]
+        b_alpha = tl.exp2(b_m - b_shift)
+        b_v = load_tile(v_ptr, o_n, o_dv, stride_vt, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
+        b_acc = b_acc * b_alpha[:, None] + dot(cast(b_p, b_v.dtype), b_v)
+        b_l = b_l * b_alpha + tl.sum(b_p, 1)
+        b_m = b_m_new
+    return b_acc, b_m, b_l
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr, out_ptr, lse_ptr,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    Tq, Tk, group, scale,
+    D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    i_h = tl.program_id(1).to(tl.int64)
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k_ptr += i_h // group * stride_kh
+    v_ptr += i_h // group * stride_vh
+    b_lo, b_hi = load_intervals(lo_ptr, hi_ptr, o_m, Tq, Tk)
+    begin, full_begin, full_end, end = key_ranges(b_lo, b_hi, o_m < Tq, BLOCK_N)
+    b_q = load_tile(q_ptr + i_h * stride_qh, o_m, tl.arange(0, BLOCK_D), stride_qt, Tq, D, BLOCK_D, True)
+
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_M], tl.float32)
+    scale_log2 = scale * LOG2_E
+    b_acc, b_m, b_l = _walk_keys(
+        b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, begin, full_begin, scale_log2,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+    )  # fmt: skip
+    b_acc, b_m, b_l = _walk_keys(
+        b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, full_begin, full_end, scale_log2,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+    )  # fmt: skip
+    b_acc, b_m, b_l = _walk_keys(
+        b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, full_end, end, scale_log2,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+    )  # fmt: skip
+
+    m_empty = b_l == 0.0
+    b_out = b_acc / tl.where(m_empty, 1.0, b_l)[:, None]
+    b_lse = tl.where(m_empty, float("-inf"), (b_m + tl.log2(tl.where(m_empty, 1.0, b_l))) * LN_2)
+    store_tile(out_ptr + i_h * stride_oh, o_m, tl.arange(0, BLOCK_DV), stride_ot, Tq, DV, b_out)
+    tl.store(lse_ptr + i_h * Tq + o_m, b_lse, mask=o_m < Tq)
+
+
+def block_dim(head_dim: int) -> int:
+    """Head dims are padded to a power of two, tensor cores want at least 16."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _config(single: bool, head_dim: int) -> dict[str, int]:
+    """Tiles and launch options without spills on sm_80, sm_90 and sm_100 (a float32 product is three tf32 products)."""
+    if single:
+        if head_dim <= 64:
+            return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if head_dim <= 64:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    if head_dim <= 128:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+
+
+def unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """The kernels want the last dimension contiguous; the others may have any stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    first_q: torch.Tensor,
+    last_q: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [Tq, H, Dv] and lse [H, Tq]."""
+    q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
+    (Tq, H, D), (Tk, Hkv, DV) = q.shape, v.shape
+    out = torch.empty((Tq, H, DV), dtype=q.dtype, device=q.device)
+    lse = torch.empty((H, Tq), dtype=torch.float32, device=q.device)
+    if Tq == 0:
+        return out, lse
+    config = _config(q.dtype == torch.float32, max(D, DV))
+    grid = (triton.cdiv(Tq, config["BLOCK_M"]), H)
+    _attention_fwd_kernel[grid](
+        q, k, v, lo, hi, out, lse,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
+        Tq, Tk, H // Hkv, scale,
+        D=D, DV=DV, BLOCK_D=block_dim(D), BLOCK_DV=block_dim(DV), **config,
+    )  # fmt: skip
+    return out, lse
+
+
+# Launches that the ahead-of-time gate compiles: one head dim per tile size, and one that is padded.
+AOT_LAUNCHES = (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 64), ("fp32", 128))
+_INT32 = ("lo_ptr", "hi_ptr", "first_q_ptr", "last_q_ptr")
+_STATISTICS = ("lse_ptr", "delta_ptr", "dlse_ptr")
+
+
+def aot_case(what: str, kernel: Any, kind: str, head_dim: int, config: dict[str, int], **constexprs: Any) -> Any:
+    """A TritonCase; types follow from the arguments' names."""
+    from mmkernels.testing.aot import TritonCase
+
+    def type_of(name: str) -> str:
+        if name.endswith("_ptr"):
+            return "*i32" if name in _INT32 else "*fp32" if name in _STATISTICS else f"*{kind}"
+        return "i32:16" if name.startswith("stride_") else "fp32" if name == "scale" else "i32"
+
+    constexprs |= {name: value for name, value in config.items() if name.startswith("BLOCK")}
+    launch: dict[str, Any] = {name: value for name, value in config.items() if name.startswith("num_")}
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    label = f"attention_{what}[{kind},D={head_dim}]"
+    signature = {name: type_of(name) for name in names}
+    return TritonCase(label, kernel, signature, constexprs, tensor_cores=what != "delta", **launch)
+
+
+def aot_cases() -> list[Any]:
+    """Every configuration that the launcher uses."""
+    cases = []
+    for kind, head_dim in AOT_LAUNCHES:
+        sizes = {"D": head_dim, "DV": head_dim, "BLOCK_D": block_dim(head_dim), "BLOCK_DV": block_dim(head_dim)}
+        config = _config(kind == "fp32", head_dim)
+        cases.append(aot_case("fwd", _attention_fwd_kernel, kind, head_dim, config, **sizes))
+    return cases

@@ -1,0 +1,5 @@
+"""Contrastive losses that never store the logit matrix."""
+
+from .api import infonce, siglip
+
+__all__ = ["infonce", "siglip"]

@@ -1,0 +1,19 @@
+"""What a token stands for; shared by the families, which do not import each other."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = ["MAX_MODALITIES", "Modality"]
+
+# One bit of an int32 per modality.
+MAX_MODALITIES = 32
+
+
+class Modality(IntEnum):
+    """Ids for `modality_ids` (uint8). Further ids up to 31 are the user's."""
+
+    TEXT = 0
+    IMAGE = 1
+    AUDIO = 2
+    VIDEO = 3

@@ -1,0 +1,160 @@
+"""Backward kernels of packing: scatter of rows (the gather's gradient), gradient of pooling.
+
+scatter           a program owns a tile of output rows and features and adds the packed rows that name them, one per row
+                  at a time, in ascending order: no atomics, bitwise reproducible, float32 accumulation
+segment_pool_bwd  a program owns a tile of x's rows and features; each row looks up its segment's gradient
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from mmkernels.ops._tl import cast
+from mmkernels.ops.packing.reference import group_by_row, segment_of_row
+from mmkernels.ops.packing.triton_fwd import on_device, row_tile, with_columns
+
+if TYPE_CHECKING:
+    from mmkernels.testing.aot import TritonCase
+
+# A tile of rows takes as many steps as its most wanted row, so tiles have few rows.
+_SCATTER_ROWS = 4
+
+
+@triton.jit
+def _scatter_fwd_kernel(
+    packed_ptr,  # [T, E]
+    order_ptr,  # [T] int64: packed rows grouped by the row they add to
+    starts_ptr,  # [R+1] int64 into order
+    out_ptr,  # [R, E]
+    rows,
+    width,
+    packed_stride,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_r = o_r < rows
+    m_e = o_e < width
+    b_first = tl.load(starts_ptr + o_r, mask=m_r, other=0)  # [BLOCK_R]
+    b_count = tl.load(starts_ptr + o_r + 1, mask=m_r, other=0) - b_first
+    b_sum = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
+    most = tl.max(b_count, 0).to(tl.int32)
+    for k in range(0, most):
+        m_k = k < b_count
+        b_from = tl.load(order_ptr + b_first + k, mask=m_k, other=0)
+        p_packed = packed_ptr + b_from[:, None] * packed_stride + o_e[None, :]
+        b_sum += tl.load(p_packed, mask=m_k[:, None] & m_e[None, :], other=0.0).to(tl.float32)
+    p_out = out_ptr + o_r[:, None] * width + o_e[None, :]
+    tl.store(p_out, cast(b_sum, out_ptr.dtype.element_ty), mask=m_r[:, None] & m_e[None, :])
+
+
+@triton.jit
+def _segment_pool_bwd_kernel(
+    grad_out_ptr,  # [S, E]
+    cu_seqlens_ptr,  # [S+1] int32
+    segment_ptr,  # [T] int64: the segment of each row, S for none
+    argmax_ptr,  # [S, E] int32, for "max"
+    grad_x_ptr,  # [T, E]
+    tokens,
+    segments,
+    width,
+    grad_stride,
+    MODE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_t = o_t < tokens
+    m_e = o_e < width
+    b_segment = tl.load(segment_ptr + o_t, mask=m_t, other=segments)  # [BLOCK_T]
+    m_in = b_segment < segments
+    b_begin = tl.load(cu_seqlens_ptr + b_segment, mask=m_in, other=0)
+    m_grad = m_in
+    if MODE == "first":
+        m_grad = m_in & (o_t == b_begin)
+    p_grad = grad_out_ptr + b_segment[:, None] * grad_stride + o_e[None, :]
+    b_grad = tl.load(p_grad, mask=m_grad[:, None] & m_e[None, :], other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_E]
+    if MODE == "mean":
+        b_end = tl.load(cu_seqlens_ptr + b_segment + 1, mask=m_in, other=1)
+        b_grad = b_grad / (b_end - b_begin).to(tl.float32)[:, None]
+    if MODE == "max":
+        p_argmax = argmax_ptr + b_segment[:, None] * width + o_e[None, :]
+        b_argmax = tl.load(p_argmax, mask=m_in[:, None] & m_e[None, :], other=-1)
+        b_grad = tl.where(b_argmax == o_t[:, None], b_grad, 0.0)
+    p_grad_x = grad_x_ptr + o_t[:, None] * width + o_e[None, :]
+    tl.store(p_grad_x, cast(b_grad, grad_x_ptr.dtype.element_ty), mask=m_t[:, None] & m_e[None, :])
+
+
+def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+    """packed [T, E], index [T] int64 -> [rows, E]."""
+    packed = with_columns(packed)
+    width = packed.shape[1]
+    out = packed.new_empty(rows, width)
+    if out.numel() == 0:
+        return out
+    order, starts = group_by_row(index, rows)
+    block_e = row_tile(width)[1]
+    grid = (triton.cdiv(rows, _SCATTER_ROWS), triton.cdiv(width, block_e))
+    with on_device(packed):
+        _scatter_fwd_kernel[grid](
+            packed, order, starts, out, rows, width, packed.stride(0), BLOCK_R=_SCATTER_ROWS, BLOCK_E=block_e
+        )
+    return out
+
+
+def segment_pool_bwd(
+    grad_out: torch.Tensor, cu_seqlens: torch.Tensor, argmax: torch.Tensor, rows: int, mode: str
+) -> torch.Tensor:
+    """grad_out [S, E] -> grad_x [rows, E]."""
+    grad_out, cu_seqlens = with_columns(grad_out), cu_seqlens.contiguous()
+    segments, width = grad_out.shape
+    grad_x = grad_out.new_empty(rows, width)
+    if grad_x.numel() == 0:
+        return grad_x
+    segment = segment_of_row(cu_seqlens, rows)
+    block_t, block_e = row_tile(width)
+    grid = (triton.cdiv(rows, block_t), triton.cdiv(width, block_e))
+    with on_device(grad_out):
+        _segment_pool_bwd_kernel[grid](
+            grad_out,
+            cu_seqlens,
+            segment,
+            argmax,
+            grad_x,
+            rows,
+            segments,
+            width,
+            grad_out.stride(0),
+            MODE=mode,
+            BLOCK_T=block_t,
+            BLOCK_E=block_e,
+        )
+    return grad_x
+
+
+def aot_cases() -> list[TritonCase]:
+    """Every kernel as it is launched for rows of 1024 features; fp16 differs from bf16 in conversions only."""
+    from mmkernels.testing.aot import TritonCase
+
+    cases = []
+    tile: dict[str, object]
+    block_t, block_e = row_tile(1024)
+    for dtype in ("bf16", "fp32"):
+        pointers = {"packed_ptr": f"*{dtype}", "order_ptr": "*i64", "starts_ptr": "*i64", "out_ptr": f"*{dtype}"}
+        sizes = {"rows": "i32", "width": "i32:16", "packed_stride": "i32:16"}
+        tile = {"BLOCK_R": _SCATTER_ROWS, "BLOCK_E": block_e}
+        cases.append(TritonCase(f"scatter_fwd[{dtype}]", _scatter_fwd_kernel, pointers | sizes, tile))
+        pointers = {"grad_out_ptr": f"*{dtype}", "grad_x_ptr": f"*{dtype}", "cu_seqlens_ptr": "*i32"}
+        pointers |= {"segment_ptr": "*i64", "argmax_ptr": "*i32"}
+        sizes = {"tokens": "i32", "segments": "i32", "width": "i32:16", "grad_stride": "i32:16"}
+        for mode in ("sum", "mean", "max", "first"):
+            tile = {"MODE": mode, "BLOCK_T": block_t, "BLOCK_E": block_e}
+            name = f"segment_pool_bwd[{dtype}-{mode}]"
+            cases.append(TritonCase(name, _segment_pool_bwd_kernel, pointers | sizes, tile))
+    return cases

@@ -1,0 +1,91 @@
+"""The curves of a report, as SVG that takes its font from the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "loss_chart", "recall_chart"]
+
+COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
+_INK, _GRID = "#475569", "#e2e8f0"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+}
+
+
+def loss_chart(steps: Sequence[Mapping[str, Any]], ignorance: float) -> str:
+    """Loss of every step and its running mean, with the loss of a model that knows nothing."""
+    with _drawing() as (figure, axes):
+        at, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
+        axes.plot(at, losses, color=COLOURS[0], alpha=0.25, linewidth=1)
+        axes.plot(at, _smoothed(losses), color=COLOURS[0], linewidth=2, label="loss")
+        axes.axhline(ignorance, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="knowing nothing")
+        axes.set_ylim(bottom=0, top=1.15 * max(ignorance, losses[0]))
+        axes.set_xlabel("step")
+        axes.legend(loc="lower left")
+        return _svg(figure)
+
+
+def recall_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], way: str, k: int) -> str:
+    """Recall at k of every split over the steps, in %; its chance as a dashed line of the same colour."""
+    with _drawing() as (figure, axes):
+        for colour, split in zip(COLOURS, splits, strict=False):
+            of_split = [r for r in evals if r["split"] == split]
+            at, values = [r["step"] for r in of_split], [100 * r[way][str(k)] for r in of_split]
+            axes.plot(at, values, color=colour, linewidth=2, marker="o", markersize=4, label=split)
+            axes.axhline(100 * of_split[0][f"chance_{way}"][str(k)], color=colour, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
+        axes.legend(loc="upper left")
+        return _svg(figure)
+
+
+@contextmanager
+def _drawing() -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.4, 2.7), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.subplots()
+        axes.patch.set_alpha(0)
+        axes.tick_params(length=0)
+        yield figure, axes
+
+
+def _smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential running mean, unbiased at the start."""
+    mean, total, smooth = 0.0, 0.0, []
+    for value in values:
+        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
+        smooth.append(mean / total)
+    return smooth
+
+
+def _svg(figure: Figure) -> str:
+    buffer = StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)

@@ -1,0 +1,61 @@
+"""Any picture file to a small RGBA square."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .base import BrokenImageError
+
+if TYPE_CHECKING:
+    from PIL import Image  # at run time it is imported where it is needed: the embedded data does without
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def decode_image(source: Path | bytes, resolution: int) -> np.ndarray:
+    """Decode, turn upright, fit into a square without distortion; the margins are transparent.
+
+    Args:
+        source: a file, or the bytes of one.
+        resolution: side of the square in pixels.
+
+    Returns:
+        uint8 [resolution, resolution, 4], RGBA with straight alpha.
+
+    Raises:
+        BrokenImageError: the file is missing, not an image, truncated, or absurdly large.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            opened.draft("RGB", (2 * resolution, 2 * resolution))  # JPEG: decode at a fraction of the size
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):  # 16- and 32-bit grey, which Pillow would clip at 255
+                image = _eight_bit(image)
+            image = image.convert("RGBA")
+            factor = resolution / max(image.size)
+            size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+            image = image.resize(size, Image.Resampling.BICUBIC)  # antialiased when it shrinks
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they like on broken files: OSError, SyntaxError, struct.error
+        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+    square = np.zeros((resolution, resolution, 4), np.uint8)
+    top, left = (resolution - image.height) // 2, (resolution - image.width) // 2
+    square[top : top + image.height, left : left + image.width] = np.asarray(image)
+    return square
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey over its range; floating point, which has none, over the values that occur."""
+    from PIL import Image
+
+    values = np.asarray(image, np.float64)
+    low, high = (0.0, 65535.0) if image.mode != "F" else (float(values.min()), float(values.max()))
+    scaled = (values - low) * (255 / max(high - low, 1e-12))
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))

@@ -1,0 +1,134 @@
+"""What a run says while it runs: a progress bar, `log.jsonl`, TensorBoard.
+
+One JSON object a line, told apart by "kind": start, step, eval, warning, end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint
+from .config import Config
+from .environment import environment
+from .evaluate import Recall
+from .run_folder import RunFolder
+
+__all__ = ["Journal"]
+
+_DATA_LOG = logging.getLogger("mmkernels.pretrain.data")
+
+
+class Journal(logging.Handler):
+    """Open from the start of a run to its end; also hears what the data loader says about broken images."""
+
+    def __init__(self, folder: RunFolder, config: Config, device: torch.device) -> None:
+        super().__init__(logging.WARNING)
+        self.device = device
+        self.step_now = checkpoint.step_of(checkpoint.latest(folder.checkpoints))
+        folder.keep_log_until(self.step_now)
+        self._file = folder.log.open("a", buffering=1)
+        self._tensorboard = self._open_tensorboard(folder) if config.tensorboard else None
+        self._bar = tqdm(total=config.steps, initial=self.step_now, unit="step", dynamic_ncols=True, disable=None)
+        self._bar_note: dict[str, str] = {}
+        self._waited = 0.0
+        self._step_began = time.perf_counter()
+
+    def __enter__(self) -> Journal:
+        _DATA_LOG.addHandler(self)
+        self._propagated, _DATA_LOG.propagate = _DATA_LOG.propagate, False
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _DATA_LOG.removeHandler(self)
+        _DATA_LOG.propagate = self._propagated
+        self._bar.close()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warn(record.getMessage())
+
+    def write(self, kind: str, **fields: Any) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": self.step_now, **fields}) + "\n")
+
+    def start(self, samples: int, parameters: int) -> None:
+        self.write("start", samples=samples, parameters=parameters, environment=environment(self.device))
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def warn(self, message: str) -> None:
+        self.write("warning", message=message)
+        self.say(f"warning: {message}")
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        self._step_began = began = time.perf_counter()
+        yield
+        self._waited = time.perf_counter() - began
+
+    def step(self, step: int, *, samples: int, tokens: int, **readings: float) -> None:
+        """After an optimizer step.
+
+        Args:
+            step: steps done.
+            samples, tokens: in the batch; tokens of both towers.
+            readings: loss, lr, grad_norm and what the objective adds.
+        """
+        self.step_now = step
+        seconds = time.perf_counter() - self._step_began
+        rates = {
+            "samples_per_s": samples / seconds,
+            "tokens_per_s": tokens / seconds,
+            "data_wait": self._waited / seconds,
+            "peak_memory": _peak_memory(self.device),
+            "seconds": seconds,
+        }
+        self.write("step", **readings, **{name: float(f"{value:.5g}") for name, value in rates.items()})
+        self._scalars("train", {**readings, **rates})
+        self._bar_note |= {"loss": f"{readings['loss']:.3f}", "samples/s": f"{rates['samples_per_s']:.0f}"}
+        self._bar.set_postfix(self._bar_note, refresh=False)
+        self._bar.update()
+
+    def evaluation(self, recalls: Mapping[str, Recall], seconds: float) -> None:
+        for split, recall in recalls.items():
+            self.write("eval", split=split, **recall.to_dict(), seconds=round(seconds, 3))
+            for way in ("image_to_text", "text_to_image"):
+                self._scalars(f"recall/{split}/{way}", {f"R@{k}": v for k, v in getattr(recall, way).items()})
+        if recalls:
+            best = {split: f"{100 * recall.image_to_text[10]:.1f}" for split, recall in recalls.items()}
+            self._bar_note |= {f"{split} R@10": value for split, value in best.items()}
+            shown = ", ".join(f"{split} {value}%" for split, value in best.items())
+            self.say(f"step {self.step_now}: image -> text R@10 {shown}")
+
+    def _open_tensorboard(self, folder: RunFolder) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.warn("TensorBoard is not installed, so nothing is logged for it; --no-tensorboard says so beforehand")
+            return None
+        return SummaryWriter(str(folder.path / "tensorboard"), purge_step=self.step_now + 1)
+
+    def _scalars(self, group: str, values: Mapping[str, float]) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{group}/{name}", value, self.step_now)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the device, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

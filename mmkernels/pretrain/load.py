@@ -1,0 +1,42 @@
+"""A trained model, to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from . import checkpoint
+from .data import Tokenizer
+from .model import DualEncoder
+from .run_folder import RunFolderError, stored_config
+from .trainer import tokenizer_for
+
+__all__ = ["load_model"]
+
+
+def load_model(run: Path | str, device: torch.device | str = "cpu") -> tuple[DualEncoder, Tokenizer]:
+    """The towers of a run's newest checkpoint, in evaluation mode, and the tokenizer they were trained with.
+
+    Args:
+        run: the run folder.
+        device: where the model goes.
+
+    Raises:
+        RunFolderError: no run there, or none that was saved.
+
+    Example:
+        >>> model, tokenizer = load_model("runs/clip")
+        >>> texts = model.text(tokenizer(["a red heart", "a grey cat"]))  # [2, E]
+        >>> similarity = model.image(images) @ texts.T  # images [B, 3, 32, 32] in [-1, 1]
+    """
+    folder = Path(run)
+    config = stored_config(folder)
+    newest = checkpoint.latest(folder / "checkpoints")
+    if newest is None:
+        raise RunFolderError(f"{folder} holds a run, but no checkpoint yet")
+    weights = load_file(newest / "model.safetensors", device=str(device))
+    model = DualEncoder(config.model, config.backend).to(device)
+    model.load_state_dict({n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")})
+    return model.eval(), tokenizer_for(config)

@@ -1,0 +1,192 @@
+"""Which backend serves a call, and why not the others.
+
+    native      the C++ core on CPU tensors, CUDA C++ on CUDA tensors
+    triton      Triton on CUDA tensors, or its interpreter on CPU tensors when TRITON_INTERPRET=1
+    reference   plain PyTorch, on any device
+
+`backend=None` takes the first that can serve. A backend named explicitly that cannot serve raises BackendError with
+every candidate and its reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from . import native
+
+__all__ = [
+    "BACKENDS",
+    "FAMILIES",
+    "VERIFIED_ON_GPU",
+    "BackendError",
+    "arch_served",
+    "candidates",
+    "defaults",
+    "resolve",
+]
+
+BACKENDS = ("native", "triton", "reference")
+FAMILIES = ("attention", "contrastive", "packing")
+
+# Families whose CUDA C++ kernels have passed `pytest -m gpu`: docs/verified.md has device, versions and date.
+# `backend=None` picks no other; `backend="native"` runs them all the same.
+VERIFIED_ON_GPU: frozenset[str] = frozenset()
+
+_LOW_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BackendError(RuntimeError):
+    """No backend, or not the requested one, can serve a call."""
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in the interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def arch_served(capability: tuple[int, int], archs: tuple[str, ...]) -> bool:
+    """Whether compiled code runs on a device: `90a-real` needs 9.0 itself, `80-real` 8.x, `80-virtual` (PTX) 8.0 or
+    later; `80` is both of the last."""
+    major, minor = capability
+    for arch in archs:
+        number, _, kind = arch.partition("-")
+        wants = int(number.rstrip("af"))
+        has = major * 10 + minor
+        if number[-1] in "af":
+            if has == wants:
+                return True
+            continue
+        if kind != "real" and has >= wants:
+            return True
+        if kind != "virtual" and major == wants // 10 and has >= wants:
+            return True
+    return False
+
+
+def _why_not_native(family: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    absent = native.why_absent()
+    if absent is not None:
+        return absent
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"no native kernels for {device.type} tensors"
+    if not native.has_cuda():
+        return "the native core was built without CUDA"
+    if dtype not in _LOW_AND_SINGLE:
+        return f"the CUDA kernels take float32, bfloat16 and float16, not {_name(dtype)}"
+    capability = torch.cuda.get_device_capability(device)
+    if not arch_served(capability, native.cuda_archs()):
+        return f"compiled for {', '.join(native.cuda_archs())}; this device is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'mmkernels[triton]')"
+    if dtype not in _LOW_AND_SINGLE:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {_name(dtype)}"
+    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+        return None
+    if device.type == "cpu":
+        return "Triton needs a CUDA tensor (or TRITON_INTERPRET=1, which is for tests)"
+    return f"no Triton kernels for {device.type} tensors"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def candidates(family: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """For each backend, why it cannot serve tensors of this device and dtype; None when it can."""
+    return {
+        "native": _why_not_native(family, device, dtype),
+        "triton": _why_not_triton(device, dtype),
+        "reference": None,
+    }
+
+
+def defaults(family: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """As `candidates`, with what `backend=None` passes over although it would run."""
+    found = candidates(family, device, dtype)
+    return {name: why or _why_not_by_default(family, name, device) for name, why in found.items()}
+
+
+def _why_not_by_default(family: str, backend: str, device: torch.device) -> str | None:
+    """What `backend=None` passes over although it would run."""
+    if backend == "native" and device.type == "cuda" and family not in VERIFIED_ON_GPU:
+        return "not yet verified on a GPU (docs/verified.md); name it to run it"
+    if backend == "triton" and device.type == "cpu":
+        return "the interpreter is for tests; name it to run it"
+    return None
+
+
+def resolve(
+    family: str,
+    tensor: torch.Tensor,
+    requested: str | None = None,
+    limits: Mapping[str, str | None] | None = None,
+) -> str:
+    """Name the backend that serves a call.
+
+    Args:
+        family: "attention", "contrastive" or "packing".
+        tensor: any tensor of the call; its device and dtype decide.
+        requested: the caller's `backend`, or None for the fastest that can serve.
+        limits: backend -> why this very call is beyond it (a head dim, say); absent or None means it is not.
+
+    Raises:
+        ValueError: `requested` is no backend.
+        BackendError: the requested backend cannot serve; the message lists each candidate's reason.
+    """
+    if requested is not None and requested not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {requested!r}")
+    excluded = tuple(limits.items()) if limits else ()
+    return _resolve(family, tensor.device, tensor.dtype, requested, excluded)
+
+
+_resolved: dict[Any, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _resolve(
+    family: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str | None,
+    limits: tuple[tuple[str, str | None], ...],
+) -> str:
+    """`resolve` over hashable arguments, remembered; a constant to torch.compile."""
+    key = (family, device, dtype, requested, limits)
+    if key not in _resolved:
+        _resolved[key] = _choose(*key)
+    return _resolved[key]
+
+
+def _choose(
+    family: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str | None,
+    limits: tuple[tuple[str, str | None], ...],
+) -> str:
+    beyond = dict(limits)
+    reasons = {name: why or beyond.get(name) for name, why in candidates(family, device, dtype).items()}
+    if requested is not None:
+        if reasons[requested] is None:
+            return requested
+        raise BackendError(_explain(f"{family}: backend={requested!r} cannot serve this call", reasons))
+    reasons = {name: why or _why_not_by_default(family, name, device) for name, why in reasons.items()}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    raise BackendError(_explain(f"{family}: no backend can serve this call", reasons))
+
+
+def _explain(headline: str, reasons: Mapping[str, str | None]) -> str:
+    return "\n".join([headline, *(f"  {name}: {reason or 'can serve'}" for name, reason in reasons.items())])

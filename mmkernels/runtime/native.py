@@ -1,0 +1,78 @@
+"""Loads the native core; if it is absent, says why.
+
+Torch is imported before the core, always: torch and the core then share one OpenMP runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+
+__all__ = ["View", "core", "cuda_archs", "has_cuda", "threads", "view", "why_absent"]
+
+# (data pointer, dtype code, sizes, strides in elements); the core reads it as mmk::Tensor, and None as "not given".
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_DTYPE_CODES |= {torch.int32: 4, torch.int64: 5, torch.uint8: 6, torch.bool: 6}
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("mmkernels._native"), None
+    except ModuleNotFoundError:
+        return None, "mmkernels was built without its native core (no C++ compiler at install time?)"
+    except ImportError as error:
+        return None, f"the native core does not load: {error}"
+
+
+_core, _why_absent = _load()
+if _why_absent is not None:
+    # The build says so too, but pip hides what a build prints.
+    warnings.warn(
+        f"{_why_absent}; Triton and plain PyTorch remain. Reinstall with MMKERNELS_REQUIRE_NATIVE=1 to see the build's "
+        "error; `mmkernels info` shows what runs.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def why_absent() -> str | None:
+    """Why the native core cannot be used, or None when it can."""
+    return _why_absent
+
+
+def core() -> ModuleType:
+    """The extension module; call it only after `backends.resolve` has chosen the native backend."""
+    assert _core is not None, _why_absent
+    return _core
+
+
+def has_cuda() -> bool:
+    """True when the core was compiled with CUDA kernels."""
+    return _core is not None and _core.build_info()["cuda_version"] is not None
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """Compiled CUDA architectures as CMake writes them, such as ("80-real", "90a-real", "120-virtual")."""
+    return tuple(_core.build_info()["cuda_archs"]) if _core is not None else ()
+
+
+def threads() -> int:
+    """CPU threads for one call: torch's own setting, so that the core never oversubscribes a trainer."""
+    return torch.get_num_threads()
+
+
+def view(tensor: torch.Tensor | None) -> View | None:
+    """What the core sees of a tensor. The caller keeps the tensor alive for the length of the call."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+
+
+def stream(tensor: torch.Tensor) -> int:
+    """The current CUDA stream of the tensor's device as an integer handle."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream

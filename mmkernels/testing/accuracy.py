@@ -1,0 +1,92 @@
+"""The one comparator: an error is judged against float64 truth, relative to plain PyTorch's error in the same dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Accuracy", "assert_as_accurate"]
+
+# A result that plain PyTorch happens to hit exactly would leave no room at all. The root mean square may differ by a
+# few float32 roundings whatever the dtype (accumulation is in float32); one element by one rounding of its own dtype.
+# Where terms cancel, any order of summation may err by a rounding of the terms, however small the result.
+_RMS_EPSILON = 2e-6
+_RMS_EPSILON_F64 = 1e-14
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Errors against float64 truth (root mean square and largest), plain PyTorch's, and the truth's own size."""
+
+    rms: float
+    worst: float
+    plain_rms: float
+    plain_worst: float
+    truth_rms: float
+    truth_worst: float
+
+    @property
+    def ratio(self) -> float:
+        """Our root-mean-square error over plain PyTorch's."""
+        return self.rms / self.plain_rms if self.plain_rms > 0 else (0.0 if self.rms == 0 else float("inf"))
+
+
+def _norms(x: torch.Tensor) -> tuple[float, float]:
+    if x.numel() == 0:
+        return 0.0, 0.0
+    return x.square().mean().sqrt().item(), x.abs().max().item()
+
+
+def measure(actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> Accuracy:
+    """Errors of `actual` and `plain` against `truth` (float64). Entries that are infinite in the truth must agree."""
+    assert truth.dtype == torch.float64, truth.dtype
+    assert actual.shape == truth.shape == plain.shape, (actual.shape, plain.shape, truth.shape)
+    finite = torch.isfinite(truth)
+    assert torch.equal(actual[~finite].double(), truth[~finite]), "an infinite entry of the truth is missed"
+    rms, worst = _norms(actual[finite].double() - truth[finite])
+    judged = finite & torch.isfinite(plain)  # where plain PyTorch overflows it gives no room, nor takes any
+    plain_rms, plain_worst = _norms(plain[judged].double() - truth[judged])
+    return Accuracy(rms, worst, plain_rms, plain_worst, *_norms(truth[finite]))
+
+
+def assert_as_accurate(
+    what: str,
+    actual: torch.Tensor,
+    plain: torch.Tensor,
+    truth: torch.Tensor,
+    *,
+    factor: float = 1.5,
+    terms: torch.Tensor | None = None,
+) -> Accuracy:
+    """Assert that a result errs no more than `factor` times plain PyTorch in the same dtype, plus the stated epsilon.
+
+    Args:
+        what: names the tensor in the message.
+        actual: the kernel's result.
+        plain: plain PyTorch's result on the same low-precision input.
+        truth: the float64 result on that input, converted up.
+        factor: the room; tests of this package never pass more than 1.5.
+        terms: truth's shape; the sum of the absolute terms that make up each entry, for results that cancel: one
+            rounding of it (float32; float64 for float64) is allowed beside.
+
+    Returns:
+        the errors, for a bench to print.
+
+    Raises:
+        AssertionError: a NaN, a missed infinity, or a larger error; the message has the figures.
+    """
+    assert not torch.isnan(actual).any(), f"{what}: NaN"
+    accuracy = measure(actual, plain, truth)
+    rms_epsilon = _RMS_EPSILON_F64 if actual.dtype == torch.float64 else _RMS_EPSILON
+    allowed_rms = factor * accuracy.plain_rms + rms_epsilon * accuracy.truth_rms
+    allowed_worst = factor * accuracy.plain_worst + torch.finfo(actual.dtype).eps * accuracy.truth_worst
+    if terms is not None:
+        rounding = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps
+        terms_rms, terms_worst = _norms(terms)
+        allowed_rms, allowed_worst = allowed_rms + rounding * terms_rms, allowed_worst + rounding * terms_worst
+    assert accuracy.rms <= allowed_rms, f"{what}: rms error {accuracy.rms:.3e} > {allowed_rms:.3e}; {accuracy}"
+    assert accuracy.worst <= allowed_worst, (
+        f"{what}: worst error {accuracy.worst:.3e} > {allowed_worst:.3e}; {accuracy}"
+    )
+    return accuracy

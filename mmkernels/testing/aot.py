@@ -1,0 +1,350 @@
+"""GPU kernels compiled ahead of time, with no GPU: registers, spills, local and shared memory, tensor-core use.
+
+Each family lists the Triton configurations it launches in `aot_cases()` of its `triton_fwd.py` and `triton_bwd.py`:
+
+    def aot_cases() -> list[TritonCase]:
+        return [
+            TritonCase(
+                name="gather_fwd[bf16]",
+                kernel=_gather_fwd_kernel,
+                signature={"source_ptr": "*bf16", "index_ptr": "*i64", "out_ptr": "*bf16", "width": "i32:16"},
+                constexprs={"BLOCK_M": 32, "BLOCK_E": 128},
+            )
+        ]
+
+`python -m mmkernels.testing.aot` prints the table of every family, or of those named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CUDA_ARCHS", "TRITON_ARCHS", "KernelReport", "TritonCase", "compile_cuda", "compile_triton", "find_nvcc"]
+
+TRITON_ARCHS = (80, 90, 100)
+CUDA_ARCHS = ("sm_80", "sm_90a", "sm_100a")
+
+# Shared memory one block may ask for, in bytes (CUDA programming guide, technical specifications per capability).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+# Matrix instructions in SASS: mma.sync is HMMA/IMMA/DMMA/QMMA, wgmma HGMMA/IGMMA/QGMMA, tcgen05 UTCHMMA/UTCQMMA/...
+_MATRIX_INSTRUCTION = re.compile(r"\b(?:[HIDQBO]MMA|[HIQB]GMMA|UTC[A-Z]*MMA)\b")
+_SASS_FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
+_RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_PTXAS_FUNCTION = re.compile(r"Function properties for (\S+)")
+_PTXAS_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+@dataclass(frozen=True)
+class TritonCase:
+    """One specialisation of a Triton kernel, as its launcher would launch it.
+
+    Args:
+        name: `<what>_<direction>[<configuration>]`, unique in its family.
+        kernel: the `@triton.jit` function, or one wrapped by autotune or heuristics.
+        signature: type of every argument that is not a constexpr: "*bf16", "*i32", "i64", "fp32", ... Pointers are
+            taken as 16-byte aligned, as torch allocates them; ":16" after an integer: it is a multiple of 16.
+        constexprs: value of every constexpr argument.
+        num_warps, num_stages: launch options.
+        tensor_cores: whether tensor-core instructions must be found.
+        local_budget: bytes of local memory a thread may use (spills are never allowed).
+        archs: compute capabilities (times ten) that the launcher uses this configuration on.
+        options: further launch options, such as {"enable_fp_fusion": False}.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    tensor_cores: bool = False
+    local_budget: int = 0
+    archs: tuple[int, ...] = TRITON_ARCHS
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What the assembler says of one kernel: per thread, and shared memory per block in bytes."""
+
+    name: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    has_tensor_core_instructions: bool
+
+    def problems(self, *, tensor_cores: bool, local_budget: int = 0, shared_limit: int | None = None) -> list[str]:
+        """What is wrong with the kernel, in words; empty when nothing is."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"{self.spill_bytes} bytes of register spills")
+        if self.local_bytes > local_budget:
+            found.append(f"{self.local_bytes} bytes of local memory (budget {local_budget})")
+        if tensor_cores and not self.has_tensor_core_instructions:
+            found.append("no tensor-core instruction")
+        if shared_limit is not None and self.shared_bytes > shared_limit:
+            found.append(f"{self.shared_bytes} bytes of shared memory (the device has {shared_limit})")
+        return [f"{self.name} {self.arch}: {problem}" for problem in found]
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _tool(name: str) -> Path:
+    """A binary utility of the CUDA toolkit; the triton wheel carries its own."""
+    nvcc = find_nvcc()
+    beside = [nvcc.parent / name] if nvcc is not None else []
+    on_path = shutil.which(name)
+    spec = importlib.util.find_spec("triton")
+    in_wheel = [Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name] if spec and spec.origin else []
+    for path in [*in_wheel, *beside, *([Path(on_path)] if on_path else [])]:
+        if path.exists():
+            return path
+    raise RuntimeError(
+        f"no {name} found: it comes with the CUDA toolkit and with triton (pip install 'mmkernels[triton]')"
+    )
+
+
+def _by_function(header: re.Pattern[str], text: str) -> dict[str, str]:
+    """The text between one function's header and the next."""
+    parts = header.split(text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _spills(ptxas_log: str) -> dict[str, int]:
+    """Kernel -> bytes of spill stores and loads, from `ptxas -v`."""
+    spills = {}
+    for name, rest in _by_function(_PTXAS_FUNCTION, ptxas_log).items():
+        found = _PTXAS_SPILLS.search(rest)
+        assert found is not None, f"ptxas -v gave no spill figures for {name}:\n{ptxas_log}"
+        spills[name] = int(found[1]) + int(found[2])
+    return spills
+
+
+def _reports(cubin: Path, arch: str, spills: Mapping[str, int]) -> dict[str, KernelReport]:
+    """Reads every kernel of a cubin."""
+    cuobjdump = _tool("cuobjdump")
+    sass = _by_function(_SASS_FUNCTION, _run(cuobjdump, "-sass", cubin))
+    reports = {}
+    for name, *figures in _RESOURCES.findall(_run(cuobjdump, "--dump-resource-usage", cubin)):
+        if name not in sass:
+            continue
+        registers, stack, shared, local = map(int, figures)
+        matrix = _MATRIX_INSTRUCTION.search(sass[name]) is not None
+        # Spills live in local memory, so a kernel without local memory has none.
+        spilled = spills[name] if stack + local else 0
+        reports[name] = KernelReport(name, arch, registers, spilled, stack + local, shared, matrix)
+    assert reports, f"{cubin}: no kernel found"
+    return reports
+
+
+# Triton
+
+
+def _jit_function(case: TritonCase) -> Any:
+    import triton
+
+    kernel = case.kernel
+    while not isinstance(kernel, triton.JITFunction) and hasattr(kernel, "fn") and hasattr(kernel.fn, "arg_names"):
+        kernel = kernel.fn
+    if not isinstance(kernel, triton.JITFunction):
+        raise TypeError(
+            f"{case.name}: expected a @triton.jit function, got {type(kernel).__name__} (is TRITON_INTERPRET set?)"
+        )
+    named = set(case.signature) | set(case.constexprs)
+    if named != set(kernel.arg_names):
+        raise ValueError(
+            f"{case.name}: signature and constexprs must name each argument of {kernel.__name__}; "
+            f"missing {sorted(set(kernel.arg_names) - named)}, unknown {sorted(named - set(kernel.arg_names))}"
+        )
+    return kernel
+
+
+def compile_triton(case: TritonCase, arch: int) -> KernelReport:
+    """Compile one specialisation for compute capability `arch` (80, 90 or 100) and read its cubin.
+
+    Raises:
+        TypeError: the kernel is no `@triton.jit` function (in the interpreter it is none).
+        ValueError: an argument is missing from the case, or is unknown to the kernel.
+        RuntimeError: a tool fails, or the triton wheel lacks it.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = _jit_function(case)
+    signature, attrs = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in case.constexprs:
+            signature[name] = "constexpr"
+            continue
+        signature[name], _, multiple = case.signature[name].partition(":")
+        if multiple == "16" or signature[name].startswith("*"):
+            attrs[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(case.constexprs), attrs=attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
+        fused = [] if case.options.get("enable_fp_fusion", True) else ["--fmad=false"]
+        log = _run(ptxas, "-v", "-lineinfo", *fused, f"--gpu-name={name}", ptx, "-o", Path(folder, "again.cubin"))
+        (report,) = _reports(cubin, name, _spills(log)).values()
+    # Dynamic shared memory is a launch argument; the cubin holds only the static part.
+    return replace(report, name=case.name, shared_bytes=max(report.shared_bytes, int(compiled.metadata.shared)))
+
+
+# CUDA C++
+
+
+def find_nvcc() -> Path | None:
+    """nvcc on PATH, or where toolkits are usually installed; None when there is none."""
+    places = [os.environ.get(name, "") + "/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join([*places, "/usr/local/cuda/bin"]))
+    return Path(found) if found else None
+
+
+def compile_cuda(source: Path, arch: str, include: Path | None = None) -> dict[str, KernelReport]:
+    """Compile a `.cu` for `arch` ("sm_80", "sm_90a", "sm_100a") with the flags of the build and read every kernel.
+
+    Args:
+        source: the file.
+        arch: the real architecture.
+        include: the include root; by default the `csrc` folder that holds the file.
+
+    Returns:
+        kernel name, such as `fwd_kernel<mmk::bf16, 64>` -> report.
+
+    Raises:
+        RuntimeError: no nvcc, or the file does not compile.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc found (PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda)")
+    include = include or next(folder for folder in source.parents if folder.name == "csrc")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "-lineinfo",
+            "-DNDEBUG",
+            f"-I{include}",
+            "-Xptxas",
+            "-v",
+        ]
+        log = _run(nvcc, "-cubin", f"-arch={arch}", *flags, source, "-o", cubin)
+        reports = _reports(cubin, arch, _spills(log))
+    filt = shutil.which("cu++filt") or shutil.which("c++filt")
+    names = [_short(name) for name in _run(filt, *reports).splitlines()] if filt else list(reports)
+    assert len(set(names)) == len(names), f"two kernels of one name: {names}"
+    return {name: replace(report, name=name) for name, report in zip(names, reports.values(), strict=True)}
+
+
+def _short(demangled: str) -> str:
+    """`fwd_kernel<mmk::bf16, 64>` of `void mmk::(anonymous namespace)::fwd_kernel<mmk::bf16, 64>(mmk::Params<...>)`."""
+    name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
+    depth, end = 0, len(name)
+    for i, letter in enumerate(name):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            end = i
+            break
+    head, template, arguments = name[:end].partition("<")
+    return head.split("::")[-1] + template + arguments
+
+
+# Discovery and the table
+
+
+def families() -> list[str]:
+    """The families that have Triton kernels."""
+    from mmkernels import ops
+
+    folders = [Path(path) for path in ops.__path__]
+    return sorted({found.parent.name for folder in folders for found in folder.glob("*/triton_fwd.py")})
+
+
+def cases(family: str) -> list[TritonCase]:
+    """Every Triton configuration of a family, forward and backward."""
+    listed = []
+    for direction in ("triton_fwd", "triton_bwd"):
+        module = importlib.import_module(f"mmkernels.ops.{family}.{direction}")
+        found = module.aot_cases()
+        assert found, f"{module.__name__}.aot_cases() lists nothing"
+        listed += found
+    names = [case.name for case in listed]
+    assert len(set(names)) == len(names), f"{family}: two AOT cases have one name: {names}"
+    return listed
+
+
+def check_triton(family: str, arch: int) -> tuple[list[KernelReport], list[str]]:
+    """Compile a family's cases for one architecture; reports, and every problem in words."""
+    reports, problems = [], []
+    for case in cases(family):
+        if arch not in case.archs:
+            continue
+        try:
+            report = compile_triton(case, arch)
+        except Exception as error:
+            problems.append(f"{case.name} sm_{arch}: does not compile: {error}")
+            continue
+        reports.append(report)
+        limits = {"local_budget": case.local_budget, "shared_limit": SHARED_LIMIT[arch]}
+        problems += report.problems(tensor_cores=case.tensor_cores, **limits)
+    return reports, problems
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table of Triton kernels; the exit status says whether there was a problem."""
+    parser = argparse.ArgumentParser(prog="python -m mmkernels.testing.aot", description=main.__doc__)
+    parser.add_argument("family", nargs="*", help="default: all")
+    parser.add_argument("--arch", type=int, nargs="*", default=list(TRITON_ARCHS), choices=TRITON_ARCHS)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(argv)
+    reports, problems = [], []
+    for family in arguments.family or families():
+        for arch in arguments.arch:
+            more_reports, more_problems = check_triton(family, arch)
+            reports += more_reports
+            problems += more_problems
+    if arguments.json:
+        print(json.dumps({"reports": [asdict(report) for report in reports], "problems": problems}))
+    else:
+        for r in reports:
+            matrix = "tensor cores" if r.has_tensor_core_instructions else "-"
+            print(
+                f"{r.name:60} {r.arch:8} {r.registers:4} registers {r.spill_bytes:5} spilled {r.local_bytes:5} local "
+                f"{r.shared_bytes:7} shared  {matrix}"
+            )
+        print(*problems, sep="\n", file=sys.stderr)
+    return 1 if problems or not reports else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

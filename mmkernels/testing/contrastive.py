@@ -1,0 +1,217 @@
+"""Inputs for the contrastive losses, the adversarial ones too, and what a user would otherwise write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels.ops.contrastive.reference import statistics_dtype
+
+from .accuracy import Accuracy, assert_as_accurate
+
+__all__ = [
+    "CASES",
+    "Case",
+    "compare",
+    "features",
+    "infonce_terms",
+    "loss_and_gradients",
+    "plain_infonce",
+    "plain_infonce_two_matrices",
+    "plain_siglip",
+    "siglip_terms",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: sizes, how the features are drawn, and the scalars."""
+
+    name: str
+    n: int
+    e: int
+    kind: str = "aligned"
+    scale: float = 14.3
+    bias: float = -10.0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _aligned(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Unit rows; a key resembles its query (cosine about .7), as in mid-training."""
+    queries = F.normalize(torch.randn(n, e, generator=generator, dtype=torch.float64), dim=1)
+    noise = F.normalize(torch.randn(n, e, generator=generator, dtype=torch.float64), dim=1)
+    return queries, F.normalize(queries + noise, dim=1)
+
+
+def _random(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Unit rows with nothing in common, as at the start of training."""
+    queries, keys = torch.randn(2, n, e, generator=generator, dtype=torch.float64)
+    return F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+
+
+def _unnormalized(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Normal entries: similarities of the order of sqrt(E)."""
+    queries, keys = torch.randn(2, n, e, generator=generator, dtype=torch.float64)
+    return queries, keys
+
+
+def _cone(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """All rows within a narrow cone: cosines above .999, as in a freshly initialised tower."""
+    axis = F.normalize(torch.randn(e, generator=generator, dtype=torch.float64), dim=0)
+    queries, keys = axis + 0.02 * torch.randn(2, n, e, generator=generator, dtype=torch.float64) / e**0.5
+    return F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+
+
+def _duplicates(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Every row occurs several times."""
+    queries, keys = _aligned(max(n // 5, 1), e, generator)
+    index = torch.arange(n) % queries.shape[0]
+    return queries[index], keys[index]
+
+
+def _solved(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Keys equal their queries: a loss next to nothing, gradients that cancel."""
+    queries, _ = _aligned(n, e, generator)
+    return queries, queries.clone()
+
+
+def _falling(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Norms over four decades: running maxima rise late and by a lot."""
+    queries, keys = _unnormalized(n, e, generator)
+    size = torch.logspace(-3, 1, n, dtype=torch.float64)[:, None]
+    return queries * size / e**0.5, keys * size
+
+
+_KINDS: dict[str, Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]] = {
+    "aligned": _aligned,
+    "random": _random,
+    "unnormalized": _unnormalized,
+    "cone": _cone,
+    "duplicates": _duplicates,
+    "solved": _solved,
+    "falling": _falling,
+}
+
+CASES = (
+    Case("one row", 1, 64),
+    Case("one column", 37, 1),
+    Case("two rows", 2, 3),
+    Case("tile", 128, 64),
+    Case("ragged", 203, 96),
+    Case("E=384", 150, 384),
+    Case("E=768", 97, 768),
+    Case("E=1152", 65, 1152),
+    Case("two tiles each way", 321, 40),
+    Case("random", 200, 80, kind="random"),
+    Case("scale=100, E=1024", 160, 1024, kind="unnormalized", scale=100.0),
+    Case("cone", 190, 128, kind="cone", scale=100.0),
+    Case("duplicates", 170, 64, kind="duplicates", scale=100.0),
+    Case("solved", 140, 64, kind="solved", scale=30.0, bias=-15.0),
+    Case("falling", 230, 48, kind="falling", scale=10.0, bias=0.0),
+    Case("scale=0", 110, 56, scale=0.0),
+    Case("negative scale", 90, 56, scale=-3.0, bias=2.0),
+    Case("tiny scale", 90, 56, scale=1e-6, bias=-0.1),
+    Case("huge scale", 70, 32, kind="aligned", scale=1e5, bias=-1e5),
+)
+
+
+def features(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Queries and keys [N, E] of a case in a dtype; drawn in float64, so every dtype rounds the same numbers."""
+    queries, keys = _KINDS[case.kind](case.n, case.e, torch.Generator().manual_seed(seed))
+    return queries.to(dtype), keys.to(dtype)
+
+
+def plain_infonce(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
+    """The CLIP loss as most people write it: one logit matrix, cross entropy of it and of its transpose."""
+    logits = logit_scale * queries @ keys.T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def plain_infonce_two_matrices(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
+    """The same with a product for each direction, which is faster on CPU and what gathered features need."""
+    labels = torch.arange(len(queries), device=queries.device)
+    logits_q, logits_k = logit_scale * queries @ keys.T, logit_scale * keys @ queries.T
+    return (F.cross_entropy(logits_q, labels) + F.cross_entropy(logits_k, labels)) / 2
+
+
+def plain_siglip(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """The SigLIP loss as in its paper."""
+    logits = logit_scale * queries @ keys.T + logit_bias
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def loss_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The loss and its gradient with respect to each input."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    loss = function(*leaves)
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def infonce_terms(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Tensor, ...]:
+    """Sums of the absolute terms of the loss and of each gradient, float64; a logit is rounded at its own size."""
+    similarity = queries @ keys.T
+    logits = logit_scale * similarity
+    n, size = len(logits), 1 + logits.abs()
+    weights = (logits.softmax(1) + logits.softmax(0)) * size + 2 * torch.eye(n, dtype=size.dtype, device=size.device)
+    lse = logits.logsumexp(1).abs() + logits.logsumexp(0).abs()
+    loss = (lse + 2 * logits.diagonal().abs()).mean() / 2
+    weights = weights / (2 * n)
+    features = logit_scale.abs() * weights @ keys.abs(), logit_scale.abs() * weights.T @ queries.abs()
+    return loss, *features, (weights * similarity.abs()).sum()
+
+
+def siglip_terms(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, ...]:
+    """The same for the sigmoid loss."""
+    similarity = queries @ keys.T
+    logits = logit_scale * similarity + logit_bias
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    size = 1 + (logit_scale * similarity).abs() + logit_bias.abs()
+    weights = torch.sigmoid(-signs * logits) * size / len(logits)
+    features = logit_scale.abs() * weights @ keys.abs(), logit_scale.abs() * weights.T @ queries.abs()
+    loss = -F.logsigmoid(signs * logits).sum() / len(logits) + weights.sum()
+    return loss, *features, (weights * similarity.abs()).sum(), weights.sum()
+
+
+def compare(
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    case: Case,
+    dtype: torch.dtype,
+    names: Sequence[str],
+    *,
+    seeds: int = 8,
+    device: str = "cpu",
+) -> dict[str, Accuracy]:
+    """Assert that a loss and its gradients are as accurate as plain PyTorch's in the same dtype.
+
+    One draw says little about the error of a scalar, so results of several seeds are judged together.
+
+    Args:
+        ours, plain: functions of queries, keys and the scalars, of which `names` has one each.
+        case, dtype, seeds, device: the input.
+        names: of the inputs: ("queries", "keys", "logit_scale") and "logit_bias" for SigLIP.
+
+    Raises:
+        AssertionError: an error is larger; the message names the result.
+    """
+    scalars = [torch.tensor(value, dtype=statistics_dtype(dtype)) for value in (case.scale, case.bias)]
+    terms_of = infonce_terms if len(names) == 3 else siglip_terms
+    results: list[list[tuple[Tensor, ...]]] = []
+    for seed in range(seeds):
+        inputs = [x.to(device) for x in (*features(case, dtype, seed), *scalars[: len(names) - 2])]
+        truth = loss_and_gradients(plain, *(x.double() for x in inputs))
+        terms = terms_of(*(x.double() for x in inputs))
+        results.append([loss_and_gradients(f, *inputs) for f in (ours, plain)] + [truth, terms])
+    figures = {}
+    for i, name in enumerate(("loss", *(f"gradient of {name}" for name in names))):
+        got, expected, truth_of, sizes = (torch.stack([draw[who][i] for draw in results]) for who in range(4))
+        figures[name] = assert_as_accurate(f"{case}, {dtype}: {name}", got, expected, truth_of, terms=sizes)
+    return figures

@@ -1,0 +1,114 @@
+"""Every CUDA C++ kernel, compiled for sm_80, sm_90a and sm_100a with no GPU: no spills, no local memory, tensor cores
+where they are expected."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mmkernels.testing import aot
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(aot.find_nvcc() is None, reason="no nvcc found: the CUDA C++ kernels are not checked"),
+]
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SOURCES = sorted(CSRC.rglob("*.cu"))
+
+# These must use tensor cores when they take 16-bit floats.
+TENSOR_CORE_KERNELS = (
+    "attention_fwd_kernel",
+    "attention_bwd_dkdv_kernel",
+    "attention_bwd_dq_kernel",
+    "infonce_stats_kernel",
+    "siglip_fwd_kernel",
+    "contrastive_grad_tile_kernel",
+    "contrastive_accumulate_kernel",
+)
+# Kernel name (a pattern) -> bytes of local memory that a thread may use, with the reason beside it.
+LOCAL_BUDGET: dict[str, int] = {}
+
+
+def problems_of(source: Path, arch: str, include: Path | None = None) -> list[str]:
+    found = []
+    for name, report in aot.compile_cuda(source, arch, include).items():
+        tensor_cores = name.split("<")[0] in TENSOR_CORE_KERNELS and "f16" in name
+        budget = max((size for pattern, size in LOCAL_BUDGET.items() if re.search(pattern, name)), default=0)
+        found += report.problems(tensor_cores=tensor_cores, local_budget=budget)
+    return found
+
+
+def test_there_are_kernels_of_every_family() -> None:
+    assert {source.parent.name for source in SOURCES} >= {"attention", "contrastive", "packing"}
+
+
+def test_tensor_core_kernels_exist() -> None:
+    text = "".join(source.read_text() for source in SOURCES)
+    assert not [name for name in TENSOR_CORE_KERNELS if not re.search(rf"\b{name}\b", text)]
+
+
+@pytest.mark.parametrize("arch", aot.CUDA_ARCHS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_compiles_without_spills(source: Path, arch: str) -> None:
+    problems = problems_of(source, arch)
+    assert not problems, "\n".join(problems)
+
+
+# The gate must be able to fail.
+
+GREEDY = """
+__global__ void indexed_kernel(float* x, int n) {  // a register array indexed at run time lives in local memory
+  float a[64];
+  for (int i = 0; i < 64; ++i) a[i] = x[i * n];
+  for (int k = 0; k < n; ++k) a[k % 64] += x[k];
+  for (int i = 0; i < 64; ++i) x[i] = a[i];
+}
+// 32 registers for 64 live values.
+__global__ void __launch_bounds__(1024, 2) spilling_kernel(const float* x, float* y, int n) {
+  float a[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) a[i] = 0;
+  for (int k = threadIdx.x; k < n; k += 1024) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) a[i] = a[i] * a[(i + 1) % 64] + x[64 * k + i];
+  }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) y[i * n + threadIdx.x] = a[i];
+}
+"""
+
+
+def test_gate_sees_spills_and_local_memory(tmp_path: Path) -> None:
+    source = tmp_path / "greedy.cu"
+    source.write_text(GREEDY)
+    problems = "\n".join(problems_of(source, "sm_80", tmp_path))
+    assert re.search(r"indexed_kernel.*bytes of local memory", problems), problems
+    assert re.search(r"spilling_kernel.*bytes of register spills", problems), problems
+    report = next(iter(aot.compile_cuda(source, "sm_80", tmp_path).values()))
+    assert any("no tensor-core instruction" in problem for problem in report.problems(tensor_cores=True))
+
+
+def test_source_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
+    source = tmp_path / "broken.cu"
+    source.write_text("__global__ void broken_kernel() { undeclared(); }")
+    with pytest.raises(RuntimeError, match="undeclared"):
+        aot.compile_cuda(source, "sm_80", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("demangled", "short"),
+    [
+        ("write_kernel(float*, int)", "write_kernel"),
+        (
+            "void mmk::(anonymous namespace)::fwd_kernel<mmk::bf16, 64>(mmk::Params<mmk::bf16>)",
+            "fwd_kernel<mmk::bf16, 64>",
+        ),
+        (
+            "void mmk::cuda::grad_kernel<(mmk::(anonymous namespace)::Loss)1, float>(P)",
+            "grad_kernel<(mmk::Loss)1, float>",
+        ),
+    ],
+)
+def test_names_are_shortened(demangled: str, short: str) -> None:
+    assert aot._short(demangled) == short

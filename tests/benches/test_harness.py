@@ -1,0 +1,115 @@
+"""The bench times only what is right, and its figures mean what they say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHES = Path(__file__).resolve().parents[2] / "benches"
+pytest.importorskip("tabulate", reason="mmkernels[bench] is not installed")
+sys.path.insert(0, str(BENCHES))
+
+import measure  # noqa: E402
+
+BENCH = """
+import sys
+sys.path.insert(0, {benches!r})
+import torch
+import report
+from pathlib import Path
+from harness import Case, Work, main
+
+report.RESULTS = Path(sys.argv[0]).parent / "results"
+
+def setup(p, device):
+    return {{"x": torch.randn(p["N"], 8, dtype=getattr(torch, p["dtype"]), device=device, requires_grad=True)}}
+
+def plain(inputs):
+    y = inputs["x"].square().sum()
+    return y, *torch.autograd.grad(y, inputs["x"])
+
+def ours(inputs, backend):
+    y, dx = plain(inputs)
+    return y, dx * {factor}
+
+CASES = [
+    Case(
+        name="square",
+        grid=[{{"N": 64, "dtype": "float32"}}, {{"N": 64, "dtype": "bfloat16"}}],
+        quick=[{{"N": 16, "dtype": "float32"}}],
+        setup=setup, ours=ours, plain=plain,
+        others={{"wrong": lambda inputs: (inputs["x"].sum(), inputs["x"]), "broken": lambda inputs: 1 / 0,
+                "limited": plain, "partial": lambda inputs: (plain(inputs)[0], None)}},
+        work=lambda p: Work(flops=16 * p["N"], bytes=64 * p["N"]),
+        limits=lambda p, name: "too large for it" if name == "limited" else None,
+        figures=lambda outputs, inputs: {{"answer": 42.0}},
+        outputs=("y", "dx"),
+    )
+]
+main("square", CASES)
+"""
+
+
+def run_bench(folder: Path, *arguments: str, factor: float = 1.0) -> subprocess.CompletedProcess:
+    script = folder / "bench_square.py"
+    script.write_text(BENCH.format(benches=str(BENCHES), factor=factor))
+    return subprocess.run([sys.executable, script, *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def test_bench_checks_times_and_writes(tmp_path: Path) -> None:
+    done = run_bench(tmp_path, "--quick", "--seconds", "0.01")
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "results").glob("square-*-quick.json")
+    result = json.loads(written.read_text())
+    assert {"date", "commit", "device", "versions", "threads", "ceilings"} <= set(result)
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert rows["plain PyTorch"]["ratio"] == 1.0
+    assert rows["mmkernels"]["timing"]["median"] > 0
+    assert rows["mmkernels"]["peak_bytes"] is not None
+    assert rows["mmkernels"]["tflops"] == pytest.approx(16 * 16 / rows["mmkernels"]["timing"]["median"] / 1e12)
+    assert rows["wrong"]["timing"] is None
+    assert rows["wrong"]["note"].startswith("WRONG, not timed")
+    assert "ZeroDivisionError" in rows["broken"]["note"]
+    assert rows["limited"]["note"] == "too large for it"
+    assert rows["limited"]["timing"] is None
+    assert rows["partial"]["note"] == "does not give dx"
+    assert rows["partial"]["timing"] is not None
+    assert rows["mmkernels"]["figures"] == {"answer": 42.0}
+    assert "mmkernels" in done.stdout
+
+
+def test_own_wrong_result_stops_the_bench(tmp_path: Path) -> None:
+    done = run_bench(tmp_path, "--quick", factor=1.001)
+    assert done.returncode != 0
+    assert "AssertionError: mmkernels: dx" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_filter_without_a_match_is_an_error(tmp_path: Path) -> None:
+    done = run_bench(tmp_path, "--filter", "N=65")
+    assert done.returncode != 0
+    assert "matches --filter 'N=65'" in done.stderr
+
+
+def test_peak_memory_sees_what_a_call_allocates() -> None:
+    script = f"""
+import sys; sys.path.insert(0, {str(BENCHES)!r})
+import torch, measure
+def run():
+    big = torch.ones(64 * 2**20, dtype=torch.uint8)
+    return big[:1].clone()
+print(measure.peak_memory(run, torch.device("cpu")))
+"""
+    peak = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert 60 * 2**20 < peak < 80 * 2**20
+
+
+def test_timings_take_turns() -> None:
+    calls = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    result = measure.timings(runs, torch.device("cpu"), seconds=1e-6, least=5)
+    assert calls[4:] == list("ab") * 5  # after a warm-up and a first look at each
+    assert all(timing.repeats == 5 for timing in result.values())

@@ -1,0 +1,38 @@
+"""What every test shares: two threads, a seed, GPU tests only where there is a GPU, Triton's interpreter where not."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # before the first kernel is decorated
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # With several workers (pytest -n) each has one thread: spinning OpenMP threads would keep each other from running.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Which package is under test, and what it cannot show on this machine."""
+    import mmkernels
+    from mmkernels.runtime import native
+
+    core = native.why_absent() or f"native core on {native.core().build_info()['cpu_isa']}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device: GPU tests are skipped"
+    return [f"mmkernels {mmkernels.__version__} from {mmkernels.__path__[0]}; {core}; {device}"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,322 @@
+"""The rules of the house, as functions that read a source tree and return what breaks them; test_layout.py runs them.
+
+cli -> pretrain, integrations -> nn, gradcache -> ops.<family>.api -> ops.<family>.op -> triton_*, runtime
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FAMILIES = ("attention", "contrastive", "packing")
+FAMILY_FILES = (
+    "__init__.py",
+    "api.py",
+    "op.py",
+    "native.py",
+    "reference.py",
+    "triton_fwd.py",
+    "triton_bwd.py",
+    "README.md",
+)
+
+_PYTORCH = frozenset({"torch", "numpy"})
+_EXTRAS = frozenset({"PIL", "tyro", "tqdm", "matplotlib", "tensorboard", "safetensors", "jinja2"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the modules of one layer may import.
+
+    Args:
+        module: pattern of the layer's modules; group `f` is the family.
+        below: modules of this package, "x.*" for x and all in it, "{f}" for the module's own family, "{any}" for each.
+        never: exceptions from `below`.
+        packages: other packages.
+        late: of all these, what must not be imported at the top: the module works without.
+    """
+
+    module: str
+    below: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+    packages: frozenset[str] = _PYTORCH
+    late: tuple[str, ...] = ()
+
+
+_OPS = r"mmkernels\.ops\.(?P<f>\w+)"
+_OWN, _SHARED, _RUNTIME = (
+    "mmkernels.ops.{f}.*",
+    ("mmkernels.ops._checks", "mmkernels.ops.modality"),
+    "mmkernels.runtime.*",
+)
+_FUNCTIONS = ("mmkernels.ops.{any}", "mmkernels.ops.{any}.api", *_SHARED)
+
+# The first that matches is a module's layer.
+LAYERS = (
+    Layer(
+        r"mmkernels",
+        below=(
+            "mmkernels.ops.{any}",
+            "mmkernels.ops.modality",
+            "mmkernels.gradcache",
+            "mmkernels.nn",
+            "mmkernels.runtime.backends",
+        ),
+        packages=frozenset({"torch"}),
+    ),
+    Layer(
+        r"mmkernels\.cli",
+        below=("mmkernels", "mmkernels.info", "mmkernels.pretrain.*"),
+        packages=frozenset({"tyro"}),
+        late=("tyro", "mmkernels.pretrain"),
+    ),
+    Layer(r"mmkernels\.info", below=("mmkernels", _RUNTIME), late=("torch", "numpy", "mmkernels.runtime")),
+    Layer(
+        r"mmkernels\.pretrain(\..*)?",
+        below=("mmkernels", "mmkernels.nn", "mmkernels.pretrain.*"),
+        packages=_PYTORCH | _EXTRAS,
+    ),
+    Layer(
+        r"mmkernels\.integrations(\..*)?",
+        below=("mmkernels", "mmkernels.nn", "mmkernels.gradcache", "mmkernels.integrations.*"),
+        packages=_PYTORCH | {"transformers", "open_clip"},
+    ),
+    Layer(r"mmkernels\.nn(\..*)?", below=("mmkernels.nn.*", *_FUNCTIONS)),
+    Layer(r"mmkernels\.(gradcache|_chunks)", below=("mmkernels._chunks", *_FUNCTIONS)),
+    Layer(r"mmkernels\.testing\.aot", below=("mmkernels.ops",), packages=frozenset({"triton"}), late=("triton",)),
+    Layer(r"mmkernels\.testing(\..*)?", below=("mmkernels.testing.*", "mmkernels.ops.*", _RUNTIME)),
+    Layer(r"mmkernels\.runtime(\..*)?", below=(_RUNTIME,)),
+    Layer(r"mmkernels\.ops(\.(_checks|modality))?"),
+    Layer(r"mmkernels\.ops\._tl", below=("mmkernels.runtime.backends",), packages=frozenset({"triton"})),
+    Layer(_OPS + r"\.reference", packages=frozenset({"torch"})),
+    Layer(
+        _OPS + r"\.triton_\w+",
+        below=(
+            "mmkernels.ops._tl",
+            "mmkernels.ops.{f}.triton_*",
+            "mmkernels.ops.{f}.reference",
+            "mmkernels.testing.aot",
+        ),
+        packages=frozenset({"torch", "triton"}),
+    ),
+    Layer(_OPS + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.reference")),
+    Layer(
+        _OPS + r"\.op",
+        below=(_OWN, _RUNTIME),
+        never=("mmkernels.ops.{f}.api",),
+        late=("mmkernels.ops.{f}.triton_*",),
+    ),
+    Layer(_OPS + r"(\.api)?", below=(_OWN, *_SHARED, _RUNTIME), never=("mmkernels.ops.{f}.triton_*",)),
+    Layer(
+        _OPS + r"\.\w+",
+        below=(_OWN, *_SHARED, _RUNTIME),
+        never=("mmkernels.ops.{f}.api", "mmkernels.ops.{f}.triton_*"),
+    ),
+)
+
+# What binds the launchers and does nothing else.
+PYBIND11_FILES = ("csrc/module.cpp", "csrc/module_cuda.cpp", "csrc/common/binding.h")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, and whether importing the file imports it too."""
+
+    name: str
+    line: int
+    eager: bool
+    names: tuple[str, ...] = ()
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _nodes_inside(tree: ast.AST, kinds: tuple[type[ast.AST], ...]) -> set[int]:
+    return {id(node) for outer in ast.walk(tree) if isinstance(outer, kinds) for node in ast.walk(outer)}
+
+
+def imports(path: Path, root: Path) -> Iterator[Import]:
+    """Every module that a file imports. `from a import b` counts as `a.b` when that is a module of the tree."""
+    package = module_name(path, root).split(".")
+    package = package if path.stem == "__init__" else package[:-1]
+    tree = ast.parse(path.read_text(), str(path))
+    late = _nodes_inside(tree, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    for branch in ast.walk(tree):
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test):
+            late |= {id(node) for node in ast.walk(branch)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, id(node) not in late)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[: len(package) - node.level + 1] if node.level else []
+            parts = [*parts, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                inner = root.joinpath(*parts, alias.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").exists()
+                name = ".".join([*parts, alias.name] if is_module else parts)
+                yield Import(name, node.lineno, id(node) not in late, () if is_module else (alias.name,))
+
+
+def _matches(name: str, patterns: tuple[str, ...], family: str) -> bool:
+    for pattern in patterns:
+        regex = pattern.replace(".", r"\.").replace("{f}", family).replace("{any}", f"({'|'.join(FAMILIES)})")
+        regex = regex.replace("_*", r"_\w+").replace(r"\.*", r"(\..*)?")
+        if re.fullmatch(regex, name):
+            return True
+    return False
+
+
+def _layer(module: str) -> tuple[Layer | None, str]:
+    for layer in LAYERS:
+        found = re.fullmatch(layer.module, module)
+        if found is not None:
+            return layer, found.groupdict().get("f", "")
+    return None, ""
+
+
+def import_problems(root: Path) -> list[str]:
+    """Imports in `mmkernels/` that point the wrong way, come too early, or need a package that the layer may not."""
+    problems = []
+    for path in sorted(root.joinpath("mmkernels").rglob("*.py")):
+        module = module_name(path, root)
+        layer, family = _layer(module)
+        if layer is None:
+            problems.append(f"{path.relative_to(root)}: {module} has no layer: give it one in tests/layout.py")
+            continue
+        for item in imports(path, root):
+            where = f"{path.relative_to(root)}:{item.line}: {module}"
+            top = item.name.split(".")[0]
+            if top == "mmkernels":
+                if not _matches(item.name, layer.below, family) or _matches(item.name, layer.never, family):
+                    problems.append(f"{where} must not import {item.name}")
+                    continue
+            elif top not in sys.stdlib_module_names and top not in layer.packages:
+                problems.append(f"{where} must not need the package {top}")
+                continue
+            if item.eager and _matches(item.name, tuple(f"{name}.*" for name in layer.late), family):
+                problems.append(f"{where} imports {item.name} at the top; it must work without")
+    return problems
+
+
+def public_name_problems(root: Path) -> list[str]:
+    """`from mmkernels import x` in pretrain and integrations: x must be public."""
+    tree = ast.parse(root.joinpath("mmkernels/__init__.py").read_text())
+    public: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
+            public = set(ast.literal_eval(node.value))
+    problems = []
+    for folder in ("pretrain", "integrations"):
+        for path in sorted(root.joinpath("mmkernels", folder).rglob("*.py")):
+            for item in imports(path, root):
+                private = [name for name in item.names if item.name == "mmkernels" and name not in public]
+                problems += [
+                    f"{path.relative_to(root)}:{item.line}: mmkernels.{name} is not public" for name in private
+                ]
+    return problems
+
+
+def include_problems(root: Path) -> list[str]:
+    """`#include` lines in `csrc/` that point the wrong way."""
+    problems = []
+    for path in sorted(root.joinpath("csrc").rglob("*")):
+        if path.suffix not in (".h", ".cuh", ".cpp", ".cu"):
+            continue
+        folder = path.relative_to(root / "csrc").parts[0]
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            found = re.match(r'\s*#\s*include\s*([<"])([^>"]+)', line)
+            if found is None:
+                continue
+            quoted, name = found[1] == '"', found[2]
+            top = name.split("/")[0]
+            where = f"{path.relative_to(root)}:{number}"
+            if top in ("torch", "ATen", "c10", "Python.h"):
+                problems.append(f"{where}: the core knows no {top}, but includes {name}")
+            elif top == "pybind11" and str(path.relative_to(root)) not in PYBIND11_FILES:
+                problems.append(f"{where}: pybind11 is for {', '.join(PYBIND11_FILES)} only, but this includes {name}")
+            elif quoted and folder == "common" and top != "common":
+                problems.append(f"{where}: common includes only common, not {name}")
+            elif quoted and folder in FAMILIES and top not in ("common", folder):
+                problems.append(f"{where}: csrc/{folder} includes only common and itself, not {name}")
+            elif quoted and not (root / "csrc" / name).exists():
+                problems.append(f"{where}: no file csrc/{name}; paths are written from csrc")
+    return problems
+
+
+def shape_problems(root: Path) -> list[str]:
+    """Families that lack a file which every family has, and folders in ops/ that are no family."""
+    problems = []
+    for family in FAMILIES:
+        folder = root / "mmkernels/ops" / family
+        wanted = [folder / name for name in FAMILY_FILES]
+        wanted += [root / f"csrc/{family}/{family}.h", root / f"csrc/{family}/{family}_cpu.cpp"]
+        wanted += [root / f"benches/bench_{family}.py", root / f"tests/ops/{family}"]
+        problems += [f"{family}: no {path.relative_to(root)}" for path in wanted if not path.exists()]
+        if not list(root.joinpath("csrc", family).glob("*.cu")):
+            problems.append(f"{family}: no CUDA kernel in csrc/{family}")
+    folders = {
+        path.name for path in root.joinpath("mmkernels/ops").iterdir() if path.is_dir() and path.name != "__pycache__"
+    }
+    return problems + [
+        f"mmkernels/ops/{name}: not a family that tests/layout.py knows" for name in sorted(folders - set(FAMILIES))
+    ]
+
+
+# Somebody's machine, or a package registry: neither belongs in a file that others read.
+_MACHINE = re.compile(
+    r"(?<![\w.~-])/(?:work|opt|root|mnt|tmp|home/\w+)/\w|\b(?:registry\.npmjs|files\.pythonhosted|download\.pytorch|pypi)\.(?:org|com)\b"
+)
+_TEXT = {
+    ".py",
+    ".md",
+    ".toml",
+    ".txt",
+    ".cmake",
+    ".h",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".json",
+    ".html",
+    ".cfg",
+    ".yml",
+    ".yaml",
+    "",
+}
+
+
+def machine_problems(root: Path) -> list[str]:
+    """Files that mention a path of somebody's machine or a registry's host."""
+    problems = []
+    skip = {
+        ".git",
+        ".venv",
+        "build",
+        "dist",
+        "runs",
+        "__pycache__",
+        ".hypothesis",
+        ".mypy_cache",
+        ".ruff_cache",
+        ".pytest_cache",
+    }
+    for path in sorted(root.rglob("*")):
+        inside = path.relative_to(root)
+        if skip & set(inside.parts) or path.suffix not in _TEXT or not path.is_file() or path == Path(__file__):
+            continue
+        try:
+            lines = path.read_text().splitlines()
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(lines, 1):
+            found = _MACHINE.search(line)
+            if found is not None:
+                problems.append(f"{inside}:{number}: mentions {found[0]!r}")
+    return problems

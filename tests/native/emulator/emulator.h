@@ -1,0 +1,65 @@
+// Runs the package's CUDA kernels on a CPU, for tests on machines without a GPU. An emulation, not a device: it shows
+// that indexing, masks, synchronisation and arithmetic are right by the rules of CUDA and PTX, it says nothing about
+// speed, and it does not replace `pytest -m gpu`.
+//
+// A block runs at a time; its threads are fibers, switched wherever CUDA synchronises (barriers, shuffles, warp-wide
+// matrix instructions). What would go unnoticed by luck is made to show:
+//   - the order in which fibers and blocks run is drawn from a seed; a result that depends on it differs between seeds
+//   - shared memory is NaN at the start of a block; bytes behind its end are checked
+//   - cp.async leaves NaN at its target until cp.async.wait_group, and reads its source only then
+//   - lanes of a warp that meet in different instructions, a barrier that some threads never reach, ldmatrix rows
+//   outside
+//     shared memory or off their alignment, blocks or grids beyond CUDA's limits: each is an error that says where
+//   - access to memory behind a tensor that the test placed before a guard page is an error too (see `fence`)
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Of the fiber that runs.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+// What the emulated device gives.
+struct Settings {
+  uint64_t seed = 0;        // 0: ascending order, else shuffled
+  int multiprocessors = 3;  // few, so that small problems fill several rounds of a persistent grid
+  size_t shared_limit = 99 * 1024;
+};
+extern Settings settings;
+
+// Counters since the last reset, so that a test can tell that a path was taken.
+struct Counts {
+  int64_t launches, blocks, barriers, matrix_products, async_copies;
+};
+extern Counts counts;
+
+void run(const char* kernel, dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+
+[[noreturn]] void fail(const std::string& what);
+
+void barrier();
+
+// All 32 lanes of a warp hand in a slot; `combine` sees them all once, and then every lane goes on.
+void warp_meet(const char* instruction, void* slot, void (*combine)(void* const* slots));
+
+unsigned char* shared_memory();
+bool in_shared_memory(const void* pointer, size_t bytes);
+
+void async_copy(void* target, const void* source, int bytes);
+void async_commit();
+void async_wait(int pending);
+
+// `bytes` of memory that end at an unreadable page; 16-byte aligned. Freed with unfence.
+void* fence(size_t bytes);
+void unfence(void* pointer, size_t bytes);
+
+}  // namespace emulator

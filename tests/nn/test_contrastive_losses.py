@@ -1,0 +1,201 @@
+"""InfoNCELoss and SigLIPLoss are the functions on normalised features, with parameters that behave."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmkernels import infonce, siglip
+from mmkernels.nn import InfoNCELoss, SigLIPLoss
+from mmkernels.testing.contrastive import plain_infonce, plain_siglip
+
+LOSSES = pytest.mark.parametrize("loss_type", [InfoNCELoss, SigLIPLoss])
+
+
+def batch(dtype: torch.dtype = torch.float32, n: int = 37, e: int = 24) -> tuple[Tensor, Tensor]:
+    """Rows of very different norms; a key resembles its query."""
+    queries = torch.randn(n, e) * torch.logspace(-2, 2, n)[:, None]
+    keys = F.normalize(queries, dim=1) + 0.2 * torch.randn(n, e)
+    return queries.to(dtype), keys.to(dtype)
+
+
+def run(loss_fn: nn.Module, queries: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+    """Loss and gradients: of queries, keys, and the parameters in order."""
+    leaves = [x.detach().clone().requires_grad_() for x in (queries, keys)]
+    loss = loss_fn(*leaves)
+    return loss.detach(), *torch.autograd.grad(loss, [*leaves, *loss_fn.parameters()])
+
+
+class Spelled(nn.Module):
+    """A module's computation written out, with a function of its own parameters' copies."""
+
+    def __init__(self, loss: Callable[..., Tensor], of: InfoNCELoss | SigLIPLoss) -> None:
+        super().__init__()
+        self.loss, self.normalize = loss, of.normalize
+        self.scalars = nn.ParameterList([nn.Parameter(x.detach().clone()) for x in of.parameters()])
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        if self.normalize:
+            wide = torch.promote_types(queries.dtype, torch.float32)
+            queries, keys = (F.normalize(x.to(wide), dim=1).to(x.dtype) for x in (queries, keys))
+        log_scale, *bias = self.scalars
+        return self.loss(queries, keys, log_scale.exp(), *bias)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@LOSSES
+def test_equals_plain_pytorch(loss_type: type, normalize: bool) -> None:
+    """In float64, where the formula alone decides; the parameters and their gradients are float32."""
+    loss_fn = loss_type(normalize=normalize)
+    plain = Spelled(plain_infonce if loss_type is InfoNCELoss else plain_siglip, loss_fn)
+    inputs = batch(torch.float64)
+    for i, (ours, expected) in enumerate(zip(run(loss_fn, *inputs), run(plain, *inputs), strict=True)):
+        torch.testing.assert_close(ours, expected, rtol=1e-6 if i > 2 else 1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [True, False])
+@LOSSES
+def test_is_the_function_bit_for_bit(loss_type: type, normalize: bool, dtype: torch.dtype) -> None:
+    loss_fn = loss_type(normalize=normalize)
+    function = Spelled(infonce if loss_type is InfoNCELoss else siglip, loss_fn)
+    inputs = batch(dtype)
+    for ours, expected in zip(run(loss_fn, *inputs), run(function, *inputs), strict=True):
+        assert ours.dtype == expected.dtype
+        assert torch.equal(ours, expected)
+
+
+def test_initial_parameters() -> None:
+    clip, sigmoid = InfoNCELoss(), SigLIPLoss()
+    assert clip.scale.item() == pytest.approx(1 / 0.07)
+    assert clip.max_scale == 100.0
+    assert sigmoid.scale.item() == pytest.approx(10.0)
+    assert sigmoid.logit_bias.item() == -10.0
+    assert sigmoid.max_scale is None
+    assert all(p.dtype == torch.float32 and p.shape == () for m in (clip, sigmoid) for p in m.parameters())
+
+
+@LOSSES
+def test_normalizes_in_float32(loss_type: type) -> None:
+    """In float16 the squares of these entries would be infinite, or zero."""
+    queries = torch.randn(16, 32)
+    loss_fn = loss_type()
+    expected = loss_fn(queries.half(), queries.half())
+    torch.testing.assert_close(loss_fn((queries * 2000).half(), (queries / 64).half()), expected, rtol=1e-2, atol=1e-3)
+
+
+@LOSSES
+def test_zero_row_is_no_nan(loss_type: type) -> None:
+    queries, keys = batch()
+    queries[3] = 0
+    assert all(torch.isfinite(x).all() for x in run(loss_type(), queries, keys))
+
+
+@LOSSES
+def test_scale_is_bounded_and_can_come_back(loss_type: type) -> None:
+    queries, keys = batch()
+    loss_fn = loss_type(max_scale=20.0)
+    at_bound = loss_type(init_scale=20.0, max_scale=20.0)
+    with torch.no_grad():
+        loss_fn.log_scale.fill_(math.log(500.0))
+    assert loss_fn.scale.item() == pytest.approx(20.0)
+    for beyond, expected in zip(run(loss_fn, queries, keys), run(at_bound, queries, keys), strict=True):
+        torch.testing.assert_close(beyond, expected, rtol=1e-4, atol=1e-6)
+    assert run(loss_fn, queries, keys)[3] != 0
+
+
+@LOSSES
+def test_clamp(loss_type: type) -> None:
+    loss_fn = loss_type(max_scale=20.0)
+    before = loss_fn.log_scale.item()
+    loss_fn.clamp_()
+    assert loss_fn.log_scale.item() == before
+    with torch.no_grad():
+        loss_fn.log_scale.fill_(9.0)
+    loss_fn.clamp_()
+    assert loss_fn.log_scale.item() == pytest.approx(math.log(20.0))
+    assert loss_fn.log_scale.requires_grad
+
+    unbounded = loss_type(max_scale=None)
+    with torch.no_grad():
+        unbounded.log_scale.fill_(9.0)
+    unbounded.clamp_()
+    assert unbounded.scale.item() == pytest.approx(math.exp(9.0))
+
+
+@LOSSES
+def test_a_step_of_the_optimizer_lowers_the_loss(loss_type: type) -> None:
+    queries, keys = batch()
+    loss_fn = loss_type()
+    optimizer = torch.optim.SGD(loss_fn.parameters(), lr=1e-3)
+    before = loss_fn(queries, keys)
+    before.backward()
+    assert loss_fn.log_scale.grad != 0
+    optimizer.step()
+    assert loss_fn(queries, keys) < before
+
+
+@LOSSES
+def test_state_dict_roundtrip(loss_type: type) -> None:
+    source, target = loss_type(init_scale=33.0), loss_type()
+    names = {"log_scale"} | ({"logit_bias"} if loss_type is SigLIPLoss else set())
+    assert set(source.state_dict()) == names
+    target.load_state_dict(source.state_dict())
+    queries, keys = batch()
+    assert torch.equal(target(queries, keys), source(queries, keys))
+
+
+@LOSSES
+def test_options_reach_the_function(loss_type: type) -> None:
+    queries, keys = batch()
+    assert "backend='reference'" in repr(loss_type(backend="reference"))
+    with pytest.raises(ValueError, match="backend: expected None or one of"):
+        loss_type(backend="nowhere")(queries, keys)
+    with pytest.raises(ValueError, match="backend: expected None or one of"):
+        loss_type(backend="reference")(queries, keys, backend="nowhere")
+    loss_type(backend="nowhere")(queries, keys, backend="reference")
+    with pytest.raises(NotImplementedError, match="group"):
+        loss_type()(queries, keys, group="everyone")
+
+
+BAD_ARGUMENTS = {
+    "negative scale": ({"init_scale": -1.0}, ValueError, "init_scale: expected a positive number, got -1.0"),
+    "scale zero": ({"init_scale": 0}, ValueError, "init_scale: expected a positive number, got 0"),
+    "scale NaN": ({"init_scale": math.nan}, ValueError, "init_scale: expected a finite number"),
+    "scale in words": ({"init_scale": "1"}, TypeError, "init_scale: expected a number, got '1' \\(str\\)"),
+    "bound below start": ({"init_scale": 50.0, "max_scale": 20.0}, ValueError, "max_scale: expected None or at least"),
+    "bound of no sign": ({"max_scale": 0.0}, ValueError, "max_scale: expected a positive number"),
+    "normalize in words": ({"normalize": "l2"}, TypeError, "normalize: expected True or False, got 'l2'"),
+    "unknown option": ({"temperature": 0.1}, TypeError, "temperature: expected one of .*backend"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
+@LOSSES
+def test_bad_argument(loss_type: type, arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        loss_type(**arguments)
+
+
+def test_bad_bias() -> None:
+    with pytest.raises(ValueError, match="init_bias: expected a finite number, got inf"):
+        SigLIPLoss(init_bias=math.inf)
+    with pytest.raises(TypeError, match="init_bias: expected a number"):
+        SigLIPLoss(init_bias=None)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@LOSSES
+def test_bad_batch(loss_type: type, normalize: bool) -> None:
+    queries, keys = batch()
+    loss_fn = loss_type(normalize=normalize)
+    for bad, error in ((queries[0], ValueError), (queries.long(), TypeError), ([1.0], TypeError)):
+        with pytest.raises(error, match=r"queries: expected \[N, E\] floating point"):
+            loss_fn(bad, keys)
+    with pytest.raises(ValueError, match="keys: expected"):
+        loss_fn(queries, keys[:-1])
+    with pytest.raises(TypeError, match="temperature: expected one of"):
+        loss_fn(queries, keys, temperature=0.1)

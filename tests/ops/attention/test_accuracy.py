@@ -1,0 +1,142 @@
+"""Every backend judged against float64, relative to `F.scaled_dot_product_attention` in the same dtype."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmkernels.runtime import native
+from mmkernels.runtime.backends import candidates
+from mmkernels.testing import assert_as_accurate
+from mmkernels.testing.attention import MASKS, AttentionInputs, Gradients, cu_seqlens, make_inputs, plain, run
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NAMES = ("out", "lse", "dq", "dk", "dv")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_backend = pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+every_mask = pytest.mark.parametrize("mask", MASKS)
+
+
+def needs(backend: str, dtype: torch.dtype) -> None:
+    reason = candidates("attention", torch.device("cpu"), dtype)[backend]
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def draws(backend: str) -> int:
+    """The largest error of few rows is a matter of luck: judge several draws at once. The interpreter is slow."""
+    return 1 if backend == "triton" else 3
+
+
+def assert_right(inputs: list[AttentionInputs], backend: str, *, with_lse: bool = False) -> None:
+    """Compare a backend with the truth over all draws at once."""
+
+    def stacked(results: list[Gradients], name: str) -> torch.Tensor:
+        return torch.stack([getattr(result, name) for result in results])
+
+    actual = [run(x, backend, with_lse=with_lse) for x in inputs]
+    truth = [plain(x.to(torch.float64), with_lse=with_lse) for x in inputs]
+    expected = [plain(x, with_lse=with_lse) for x in inputs]
+    for name in NAMES:
+        a, e, t = (stacked(results, name) for results in (actual, expected, truth))
+        if t.dtype == inputs[0].q.dtype:
+            torch.testing.assert_close(a, t, rtol=1e-11, atol=1e-12)
+        elif t.abs().max() > 1e-12:
+            assert_as_accurate(name, a, e, t)
+        else:
+            # With one visible key, <grad_out, v> - <grad_out, out> cancels: up to the rounding of two sums in Triton,
+            # which adds in another order, exactly elsewhere.
+            x = inputs[0]
+            floor = 1e-6 * x.grad_out.abs().max() * x.v.abs().max() if backend == "triton" else 0.0
+            assert a.abs().max() <= floor, name
+
+
+@every_backend
+@every_dtype
+@every_mask
+def test_masks(mask, dtype, backend):
+    needs(backend, dtype)
+    case = MASKS[mask]
+    heads = {"heads": 4, "kv_heads": 2, "dim": 32}
+    seeds = range(draws(backend))
+    assert_right([make_inputs(*case.tokens, **heads, dtype=dtype, mask=case.mask(), seed=s) for s in seeds], backend)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("dims", [(64, 64), (72, 72), (80, 40), (128, 128), (16, 33), (256, 256)], ids=str)
+def test_head_dims(dims, dtype, backend):
+    if backend == "triton" and dtype == torch.float32 and max(dims) > 128:
+        pytest.skip("float32 head dims up to 128 in Triton")
+    needs(backend, dtype)
+    case = MASKS["packed_causal"]
+    tokens = case.tokens if backend != "triton" else (76, 76)
+    mask = case.mask() if backend != "triton" else MASKS["packed"].build(cu_seqlens((5, 70, 1)), None)
+    sizes = {"heads": 2, "kv_heads": 1, "dim": dims[0], "dim_v": dims[1], "dtype": dtype}
+    assert_right([make_inputs(*tokens, **sizes, mask=mask, seed=seed) for seed in range(draws(backend))], backend)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("mask", ["dense", "packed_causal", "cross", "tiny"])
+def test_gradient_through_lse(mask, dtype, backend):
+    needs(backend, dtype)
+    case = MASKS[mask]
+    sizes = {"heads": 3, "kv_heads": 3, "dim": 40, "dtype": dtype}
+    inputs = [make_inputs(*case.tokens, **sizes, mask=case.mask(), seed=seed) for seed in range(draws(backend))]
+    assert_right(inputs, backend, with_lse=True)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("amplitude", [0.0, 10.0, 300.0])
+def test_logits_from_flat_to_one_hot(amplitude, dtype, backend):
+    needs(backend, dtype)
+    case = MASKS["cross"]
+    sizes = {"heads": 2, "dim": 48, "dtype": dtype, "amplitude": amplitude}
+    assert_right(
+        [make_inputs(*case.tokens, **sizes, mask=case.mask(), seed=seed) for seed in range(draws(backend))], backend
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0, 5])
+def test_scale(scale, backend):
+    needs(backend, torch.float32)
+    case = MASKS["packed"]
+    assert_right([make_inputs(*case.tokens, dim=16, scale=scale, mask=case.mask())], backend)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("heads", [(6, 1), (1, 1), (8, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_sequences(heads, dtype, backend):
+    """Several tiles and tasks in both directions; one head, so that backward takes two passes, and grouped heads."""
+    needs(backend, dtype)
+    mask = MASKS["packed"].build(cu_seqlens((500, 1, 299, 130)), cu_seqlens((413, 200, 0, 420)))
+    assert_right([make_inputs(930, 1033, heads=heads[0], kv_heads=heads[1], dim=24, dtype=dtype, mask=mask)], backend)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+def test_each_instruction_set(isa):
+    """The set is chosen when the core is loaded, so each runs in a process of its own."""
+    needs("native", torch.float32)
+    if isa not in native.core().build_info()["cpu_isas"]:
+        pytest.skip(f"{isa} is not compiled in, or this CPU lacks it")
+    environment = {**os.environ, "MMKERNELS_CPU_ISA": isa}
+    folder = os.path.dirname(__file__)
+    code = f"import sys; sys.path.insert(0, {folder!r}); import test_accuracy as t; t.check_all_dtypes()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def check_all_dtypes() -> None:
+    """Dense, ragged and tiny tiles in each dtype on the native backend."""
+    for dtype in DTYPES:
+        for name in ("dense", "packed_causal", "cross", "tiny"):
+            case = MASKS[name]
+            sizes = {"heads": 4, "kv_heads": 2, "dim": 40, "dtype": dtype}
+            inputs = [make_inputs(*case.tokens, **sizes, mask=case.mask(), seed=seed) for seed in range(3)]
+            assert_right(inputs, "native")

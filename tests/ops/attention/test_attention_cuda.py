@@ -1,0 +1,157 @@
+"""The CUDA C++ attention kernels, emulated and on a device: accuracy against float64, every layout, the same bits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmkernels.ops.attention import AttentionMask
+from mmkernels.testing import assert_as_accurate
+from mmkernels.testing.attention import MASKS, AttentionInputs, make_inputs, plain, run
+
+LOW = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *LOW)
+# Padded to 64, 128 and 256; no multiple of the 16 of a matrix instruction, of a vector, of two; Dv smaller and larger.
+DIMS = ((8, 8), (64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (20, 37), (64, 160), (176, 40), (256, 256))
+
+
+def inputs(mask: str, device: str, **options: object) -> AttentionInputs:
+    case = MASKS[mask]
+    return make_inputs(*case.tokens, mask=case.mask(device), device=device, **options)
+
+
+def assert_right(x: AttentionInputs, *, with_lse: bool = False) -> None:
+    actual = dict(run(x, "native", with_lse=with_lse).items())
+    truth = dict(plain(x.to(torch.float64), with_lse=with_lse).items())
+    for name, expected in plain(x, with_lse=with_lse).items():
+        assert actual[name].shape == truth[name].shape
+        if truth[name].count_nonzero() > 0:
+            assert_as_accurate(name, actual[name], expected, truth[name])
+        else:
+            # One visible key: <grad_out, v> - delta is zero, up to the rounding of two float32 sums of other orders.
+            assert name in ("dq", "dk")
+            assert actual[name].abs().max() <= 1e-6 * x.grad_out.abs().max() * x.v.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(cuda, mask, dtype):
+    # With one score per head a gradient of lse is one rounding of ds to 16 bits: no statistic to compare.
+    assert_right(inputs(mask, cuda.device, dtype=dtype, dim=64), with_lse=mask != "single" or dtype not in LOW)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_head_dims(cuda, dims, dtype):
+    mask = AttentionMask.packed(torch.tensor([0, 30, 75], dtype=torch.int32, device=cuda.device))
+    assert_right(make_inputs(75, 75, dim=dims[0], dim_v=dims[1], dtype=dtype, mask=mask, device=cuda.device))
+
+
+def test_tiny_head_dim(cuda):
+    # In float32: of so few products plain PyTorch on CPU makes no 16-bit matrices.
+    assert_right(inputs("packed", cuda.device, dim=1, dim_v=3), with_lse=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", ((4, 2), (6, 1)), ids=str)
+def test_grouped_heads(cuda, heads, dtype):
+    x = inputs("packed_causal", cuda.device, dtype=dtype, heads=heads[0], kv_heads=heads[1], dim=32)
+    assert_right(x, with_lse=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("amplitude", (0.0, 10.0, 300.0))
+def test_logits_from_flat_to_one_hot(cuda, amplitude, dtype):
+    assert_right(inputs("cross", cuda.device, dtype=dtype, amplitude=amplitude, dim=48))
+
+
+@pytest.mark.parametrize("scale", (-0.3, 0.0, 1.0))
+def test_scale(cuda, scale):
+    assert_right(inputs("packed", cuda.device, scale=scale, dim=16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ("packed_qkv", "heads_first", "off_by_one", "expanded"))
+def test_layouts(cuda, layout, dtype):
+    """Strides that a kernel must follow, and addresses at which it may not use 16-byte accesses."""
+    x = inputs("packed_causal", cuda.device, dtype=dtype, dim=40)
+
+    def laid_out(t: torch.Tensor) -> torch.Tensor:
+        if layout == "packed_qkv":
+            return torch.stack([t, t, t], 1).unbind(1)[1]
+        if layout == "heads_first":
+            return t.transpose(0, 1).contiguous().transpose(0, 1)
+        if layout == "off_by_one":
+            storage = t.new_zeros(t.numel() + 1)
+            return storage[1:].view(t.shape).copy_(t)
+        return t[:, :1].expand_as(t)
+
+    y = replace(x, **{name: laid_out(getattr(x, name)) for name in ("q", "k", "v", "grad_out")})
+    expected = replace(x, **{name: getattr(y, name).contiguous() for name in ("q", "k", "v", "grad_out")})
+    for (name, a), (_, b) in zip(run(y, "native").items(), run(expected, "native").items(), strict=True):
+        assert torch.equal(a, b), name
+    assert_right(y)
+
+
+@pytest.mark.parametrize("tokens", ((0, 5), (5, 0), (0, 0), (1, 1), (1, 300), (300, 1)), ids=str)
+def test_few_tokens(cuda, tokens):
+    x = make_inputs(*tokens, dim=24, dtype=torch.bfloat16, device=cuda.device)
+    if 0 not in tokens:
+        assert_right(x)
+        return
+    result = run(x, "native")
+    assert (result.out == 0).all() and (result.lse == -torch.inf).all()
+    for name in ("dq", "dk", "dv"):
+        assert (getattr(result, name) == 0).all(), name
+
+
+def test_rows_that_see_nothing(cuda):
+    generator = torch.Generator().manual_seed(1)
+    lo = torch.randint(0, 90, (130,), generator=generator)
+    hi = (lo + torch.randint(-40, 40, (130,), generator=generator)).clamp(
+        min=lo, max=torch.tensor(110)
+    )  # half are empty
+    mask = AttentionMask.from_rows(lo.int().to(cuda.device), hi.int().to(cuda.device))
+    x = make_inputs(130, 110, dim=64, dtype=torch.bfloat16, mask=mask, device=cuda.device)
+    assert_right(x, with_lse=True)
+    blind = (hi == lo).to(cuda.device)
+    result = run(x, "native")
+    assert blind.any() and (result.out[blind] == 0).all() and (result.dq[blind] == 0).all()
+    assert (result.lse[:, blind] == -torch.inf).all()
+
+
+def test_a_nan_is_not_hidden(cuda):
+    x = inputs("packed", cuda.device, dtype=torch.bfloat16)
+    x.k[3, 0, 0] = torch.nan
+    out = run(x, "native").out
+    assert out[0].isnan().any() and not out[80:].isnan().any()  # segment 0 has it, others do not
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_the_same_bits_whatever_runs_first(cuda, dtype):
+    x = inputs("cross", cuda.device, dtype=dtype, heads=4, kv_heads=2, dim=64)
+    results = [run(x, "native", with_lse=True) for _ in cuda.schedules()]
+    for other in results[1:]:
+        for (name, a), (_, b) in zip(results[0].items(), other.items(), strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_16_bit_runs_on_matrix_instructions(cuda):
+    if cuda.emulator is None:
+        pytest.skip("counted by the emulator; on a device tests/aot looks for them in the machine code")
+    cuda.emulator.reset_counts()
+    run(inputs("packed", cuda.device, dtype=torch.bfloat16), "native")
+    assert cuda.emulator.counts()["matrix_products"] > 0 and cuda.emulator.counts()["async_copies"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ("native", "triton"))
+def test_large(backend, dtype):
+    """What only a device can do in reasonable time: many blocks, long loops."""
+    cu = torch.tensor([0, 700, 701, 3000, 4096], dtype=torch.int32, device="cuda")
+    mask = AttentionMask.packed(cu, causal=True)
+    x = make_inputs(4096, 4096, heads=8, kv_heads=2, dim=128, dtype=dtype, mask=mask, device="cuda")
+    actual, expected, truth = run(x, backend), plain(x), plain(x.to(torch.float64))
+    for (name, a), (_, b), (_, c) in zip(actual.items(), expected.items(), truth.items(), strict=True):
+        assert_as_accurate(name, a, b, c)

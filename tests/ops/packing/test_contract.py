@@ -1,0 +1,228 @@
+"""The ops as torch sees them (opcheck, compile, functorch) and as a user errs with them."""
+
+import pytest
+import torch
+
+import mmkernels.ops.packing.op  # noqa: F401  (registers torch.ops.mmkernels.packing_*)
+from mmkernels.ops.packing import pack, pad, segment_pool, unpack, unpad
+from mmkernels.runtime.backends import BackendError, candidates
+from mmkernels.testing.packing import cu_seqlens_of
+
+MODES = ["sum", "mean", "max", "first"]
+INDEX = torch.tensor([3, -1, 0, 3, 5])
+CU_SEQLENS = cu_seqlens_of([2, 0, 3])
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request) -> str:
+    reason = candidates("packing", torch.device("cpu"), torch.float64)[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def test_opcheck(backend):
+    ops = torch.ops.mmkernels
+    x = torch.randn(6, 4, requires_grad=True)
+    torch.library.opcheck(ops.packing_gather_fwd.default, (x, INDEX, backend))
+    torch.library.opcheck(ops.packing_scatter_fwd.default, (x[:5], INDEX, 7, backend))
+    for mode in MODES:
+        torch.library.opcheck(ops.packing_segment_pool_fwd.default, (x, CU_SEQLENS, mode, backend))
+        argmax = ops.packing_segment_pool_fwd(x, CU_SEQLENS, mode, backend)[1]
+        grad = torch.randn(3, 4)
+        torch.library.opcheck(ops.packing_segment_pool_bwd.default, (grad, CU_SEQLENS, argmax, 6, mode, backend))
+
+
+def functions(backend: str):
+    """name -> a differentiable function of x [6, 4] that gives one tensor."""
+    table = {
+        "pack": lambda x: pack(x, INDEX, backend=backend),
+        "unpack": lambda x: unpack(x[:5], INDEX, 7, backend=backend),
+        "pad": lambda x: pad(x, CU_SEQLENS, 4, backend=backend),
+        "unpad": lambda x: unpad(x.reshape(2, 3, 4), torch.tensor([1, 3]), 5, backend=backend)[0],
+    }
+    for mode in MODES:
+        table[mode] = lambda x, mode=mode: segment_pool(x, CU_SEQLENS, mode, backend=backend)
+    return table
+
+
+NAMES = sorted(functions("reference"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck(name, backend):
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(functions(backend)[name], x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fullgraph_compile(name, backend):
+    function = functions(backend)[name]
+
+    def loss(x):
+        return function(x).square().sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    x = torch.randn(6, 4, requires_grad=True)
+    expected = torch.autograd.grad(loss(x), x)[0]
+    got = torch.autograd.grad(compiled(x), x)[0]
+    assert torch.equal(compiled(x.detach()), loss(x.detach()))
+    assert torch.equal(got, expected)
+
+
+def test_compile_with_dynamic_shapes(backend):
+    def loss(x, index, cu_seqlens):
+        return (unpack(pack(x, index, backend=backend), index, x.shape[0], backend=backend)).sum() + segment_pool(
+            x, cu_seqlens, backend=backend
+        ).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (6, 9, 14):
+        x = torch.randn(rows, 4, requires_grad=True)
+        arguments = (torch.randint(-1, rows, (rows + 2,)), cu_seqlens_of([rows - 3, 0, 3]))
+        expected, got = loss(x, *arguments), compiled(x, *arguments)
+        assert torch.equal(got, expected)
+        assert torch.equal(*(torch.autograd.grad(value, x)[0] for value in (got, expected)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functorch(name, backend):
+    function = functions(backend)[name]
+
+    def loss(x):
+        return function(x).square().sum()
+
+    x = torch.randn(3, 6, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(sum(loss(row) for row in x), x)
+    assert torch.equal(torch.func.grad(loss)(x[0].detach()), expected[0])
+    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(x.detach()), expected)
+    out, pull = torch.func.vjp(function, x[0].detach())
+    assert torch.equal(pull(2 * out)[0], expected[0])
+
+
+def test_bare_ops_differentiate(backend):
+    x = torch.randn(6, 4, requires_grad=True)
+    torch.ops.mmkernels.packing_gather_fwd(x, INDEX, backend).sum().backward()
+    assert x.grad[:, 0].tolist() == [1, 0, 0, 2, 0, 1]
+
+
+def test_checkpoint_and_saved_tensors(backend):
+    x = torch.randn(6, 4, requires_grad=True)
+
+    def run(x):
+        return segment_pool(pack(x, INDEX, backend=backend), CU_SEQLENS, "max", backend=backend)
+
+    run(x).sum().backward()
+    expected, x.grad = x.grad, None
+    torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False).sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+# Bad input: argument, what was expected, what came.
+
+X = torch.zeros(6, 4)
+BAD = [
+    (lambda b: pack([1.0], INDEX, backend=b), TypeError, r"sources\[0\]: expected \[R, ...\] floating point, got 1.0"),
+    (
+        lambda b: pack([], INDEX, backend=b),
+        TypeError,
+        "sources: expected a tensor or a sequence of at least one tensor",
+    ),
+    (lambda b: pack(X.long(), INDEX, backend=b), TypeError, r"sources: expected .* got \[6, 4\] int64 on cpu"),
+    (lambda b: pack(X.sum(), INDEX, backend=b), ValueError, r"sources: expected \[R, ...\] floating point, got \[\]"),
+    (lambda b: pack([X, X[:, :2]], INDEX, backend=b), ValueError, r"sources\[1\]: expected rows like those of sources"),
+    (lambda b: pack(X, INDEX.float(), backend=b), TypeError, r"index: expected \[T\] int64, got \[5\] float32"),
+    (lambda b: pack(X, INDEX[None], backend=b), ValueError, r"index: expected \[T\] int64, got \[1, 5\] int64"),
+    (lambda b: pack(X, INDEX.to("meta"), backend=b), ValueError, r"index: expected \[T\] int64 on cpu, got .* on meta"),
+    (lambda b: pack(X[:5], INDEX, backend=b), ValueError, r"index: expected each in \[-1, 5\), got 5 at position 4"),
+    (lambda b: pack(X, INDEX - 1, backend=b), ValueError, r"index: expected each in \[-1, 6\), got -2 at position 1"),
+    (lambda b: unpack(X, INDEX, backend=b), ValueError, "index: expected one entry for each of the 6 packed rows"),
+    (
+        lambda b: unpack(X[:5], INDEX, 4, backend=b),
+        ValueError,
+        r"index: expected each in \[-1, 4\), got 5 at position 4",
+    ),
+    (lambda b: unpack(X[:5], INDEX, -1, backend=b), ValueError, "rows: expected sizes >= 0, got -1"),
+    (lambda b: segment_pool(X, CU_SEQLENS.float(), backend=b), TypeError, r"cu_seqlens: expected \[S\+1\] int32"),
+    (lambda b: segment_pool(X, CU_SEQLENS[:0], backend=b), ValueError, "cu_seqlens: .* at least one entry"),
+    (
+        lambda b: segment_pool(X, CU_SEQLENS + 1, backend=b),
+        ValueError,
+        r"begin with 0 and end within \[0, 6\], got 1 ... 6",
+    ),
+    (
+        lambda b: segment_pool(X, CU_SEQLENS * 2, backend=b),
+        ValueError,
+        r"begin with 0 and end within \[0, 6\], got 0 ... 10",
+    ),
+    (
+        lambda b: segment_pool(X, torch.tensor([0, 4, 3, 6]), backend=b),
+        ValueError,
+        "cu_seqlens: expected not to decrease, got 4, 3 at 1",
+    ),
+    (
+        lambda b: segment_pool(X, CU_SEQLENS, "median", backend=b),
+        ValueError,
+        "mode: expected one of sum, mean, max, first",
+    ),
+    (lambda b: segment_pool(X, CU_SEQLENS, "weighted", backend=b), NotImplementedError, "mode: not supported yet"),
+    (
+        lambda b: pad(X, CU_SEQLENS, 2, backend=b),
+        ValueError,
+        "max_seqlen: expected at least the longest segment, got 2",
+    ),
+    (
+        lambda b: unpad(X, CU_SEQLENS, backend=b),
+        ValueError,
+        r"keep: expected a mask \[6, 4\] bool or lengths \[6\] int64",
+    ),
+    (lambda b: unpad(X, torch.ones(6, 4), backend=b), TypeError, r"keep: expected a mask \[6, 4\] bool"),
+    (lambda b: unpad(X, torch.full((6,), 5), backend=b), ValueError, r"keep: expected lengths in \[0, 4\]"),
+    (lambda b: unpad(X, torch.full((6,), 2), 11, backend=b), ValueError, "total: expected at least .* got 11"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[message[:40] for _, _, message in BAD])
+def test_bad_input(call, error, message, backend):
+    with pytest.raises(error, match=message):
+        call(backend)
+
+
+def test_a_backend_that_cannot_serve():
+    if candidates("packing", torch.device("cpu"), torch.float64)["triton"] is None:
+        pytest.skip("the interpreter serves")
+    with pytest.raises(BackendError, match=r"native: .*\n.*triton: .*\n.*reference: can serve"):
+        pack(X.double(), INDEX, backend="triton")
+    with pytest.raises(ValueError, match="backend: expected None or one of native, triton, reference, got 'cuda'"):
+        pack(X, INDEX, backend="cuda")
+
+
+@pytest.mark.gpu
+def test_no_host_sync():
+    """Forward and backward of every function queue their work and return."""
+    x = torch.randn(64, 8, device="cuda", requires_grad=True)
+    index = torch.randint(-1, 64, (80,), device="cuda")
+    cu_seqlens = cu_seqlens_of([10, 0, 54], "cuda")
+    keep = cu_seqlens.diff()
+
+    def run() -> torch.Tensor:
+        pooled = sum(segment_pool(x, cu_seqlens, mode).sum() for mode in MODES)
+        packed = pack(x, index)
+        padded = pad(x, cu_seqlens, 60)
+        return pooled + unpack(packed, index, 64).sum() + unpad(padded, keep, 64)[0].sum()
+
+    run().backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_bounds_on_a_gpu_when_asked_for(monkeypatch):
+    monkeypatch.setenv("MMKERNELS_VALIDATE", "1")
+    with pytest.raises(ValueError, match=r"index: expected each in \[-1, 6\), got 6 at position 0"):
+        pack(X.cuda(), torch.tensor([6], device="cuda"))

@@ -1,0 +1,120 @@
+"""The CUDA C++ packing kernels, emulated and on a device: exact moves, accurate sums, every layout, the same bits."""
+
+import pytest
+import torch
+
+from mmkernels.ops.packing import pack, segment_pool, unpack
+from mmkernels.testing import assert_as_accurate
+from mmkernels.testing.packing import cu_seqlens_of, random_index
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = ("sum", "mean", "max", "first")
+# (rows, tokens, width): one element, odd widths, whole vectors, several to a thread, more than a block's columns.
+SHAPES = ((1, 1, 1), (5, 9, 3), (40, 33, 64), (9, 21, 77), (7, 11, 1032), (4, 6, 4100))
+SEGMENTS = {
+    "ragged": ([0, 3, 1, 0, 0, 17, 64, 65, 0], 5),
+    "one long": ([700], 0),
+    "all empty": ([0, 0], 4),
+    "none": ([], 3),
+    "no rows": ([0, 0], 0),
+}
+
+
+def scattered(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+    """What a user would write."""
+    kept = index >= 0
+    return packed.new_zeros(rows, packed.shape[1]).index_add(0, index[kept], packed[kept])
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "row stride":
+        return torch.cat([x, torch.full_like(x, torch.nan)], 1)[:, : x.shape[1]]
+    if layout == "off by one":
+        return x.new_full((x.numel() + 1,), torch.nan)[1:].view(x.shape).copy_(x)
+    return x.T.contiguous().T
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pack_and_unpack(cuda, shape, dtype):
+    rows, tokens, width = shape
+    source = torch.randn(rows, width, dtype=dtype, device=cuda.device, requires_grad=True)
+    index = random_index(rows, tokens, device=cuda.device)  # repeats rows, leaves some out, has -1
+    packed = pack(source, index, backend="native")
+    assert torch.equal(packed, torch.where(index[:, None] >= 0, source[index.clamp(min=0)], 0))
+
+    grad = torch.randn(tokens, width, device=cuda.device).to(dtype)
+    (gradient,) = torch.autograd.grad(packed, source, grad)
+    truth = scattered(grad.double(), index, rows)
+    assert_as_accurate("gradient of pack", gradient, scattered(grad, index, rows), truth)
+    assert torch.equal(unpack(grad, index, rows, backend="native"), gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ("row stride", "off by one", "transposed"))
+def test_layouts(cuda, layout, dtype):
+    source = torch.randn(30, 40, device=cuda.device).to(dtype)
+    index = random_index(30, 50, device=cuda.device)
+    cu_seqlens = cu_seqlens_of([4, 0, 20], cuda.device)
+    strange = laid_out(source, layout)
+    assert torch.equal(pack(strange, index, backend="native"), pack(source, index, backend="native"))
+    into = index[:30]
+    assert torch.equal(unpack(strange, into, 30, backend="native"), unpack(source, into, 30, backend="native"))
+    for mode in MODES:
+        a, b = (segment_pool(x, cu_seqlens, mode, backend="native") for x in (strange, source))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("width", (1, 50, 264))
+def test_segment_pool(cuda, width, segments, mode, dtype):
+    lengths, more = SEGMENTS[segments]
+    x = torch.randn(sum(lengths) + more, width, device=cuda.device).to(dtype)
+    cu_seqlens = cu_seqlens_of(lengths, cuda.device)
+    grad = torch.randn(len(lengths), width, device=cuda.device).to(dtype)
+    results = {}
+    for name, backend, of in (("ours", "native", dtype), ("plain", "reference", dtype), ("truth", "reference", None)):
+        leaf = x.to(of or torch.float64).requires_grad_()
+        out = segment_pool(leaf, cu_seqlens, mode, backend=backend)
+        results[name] = out.detach(), *torch.autograd.grad(out, leaf, grad.to(out.dtype))
+    for what, ours, plain, truth in zip(("out", "gradient"), *results.values(), strict=True):
+        if mode in ("max", "first"):
+            assert torch.equal(ours, plain), what
+        else:
+            assert_as_accurate(what, ours, plain, truth)
+
+
+def test_max_prefers_nan_and_the_first_of_equals(cuda):
+    x = torch.tensor([[1.0, 2.0, torch.nan], [1.0, -torch.inf, 5.0], [0.0, 2.0, torch.nan]], device=cuda.device)
+    x.requires_grad_()
+    out = segment_pool(x, cu_seqlens_of([3], cuda.device), "max", backend="native")
+    assert torch.equal(out[0, :2], torch.tensor([1.0, 2.0], device=cuda.device)) and out[0, 2].isnan()
+    out.nansum().backward()
+    assert torch.equal(x.grad[:, :2], torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]], device=cuda.device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_whatever_runs_first(cuda, dtype):
+    packed = torch.randn(400, 72, device=cuda.device).to(dtype)
+    index = random_index(3, 400, device=cuda.device)  # about a hundred to a row
+    cu_seqlens = cu_seqlens_of([100, 0, 300], cuda.device)
+    sums, pools = [], []
+    for _ in cuda.schedules():
+        sums.append(unpack(packed, index, 3, backend="native"))
+        pools.append(segment_pool(packed, cu_seqlens, "sum", backend="native"))
+    assert all(torch.equal(x, sums[0]) for x in sums) and all(torch.equal(x, pools[0]) for x in pools)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ("native", "triton"))
+def test_large(backend, dtype):
+    """What only a device can do in reasonable time."""
+    source = torch.randn(50_000, 1024, device="cuda").to(dtype)
+    index = random_index(50_000, 70_000, device="cuda")
+    packed = pack(source, index, backend=backend)
+    assert torch.equal(packed, torch.where(index[:, None] >= 0, source[index.clamp(min=0)], 0))
+    plain, truth = (scattered(x, index, 50_000) for x in (packed, packed.double()))
+    assert_as_accurate("unpack", unpack(packed, index, 50_000, backend=backend), plain, truth)

@@ -1,0 +1,73 @@
+"""A folder of small pictures with captions, and a run on it that takes a second."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from mmkernels.pretrain import Config, ModelConfig
+
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("circle", "square", "cross", "bar", "frame")
+
+
+def draw(colour: str, shape: str, side: int = 24) -> Image.Image:
+    image = Image.new("RGB", (side, side), "white")
+    pen, low, high = ImageDraw.Draw(image), side // 5, side - side // 5
+    if shape == "circle":
+        pen.ellipse((low, low, high, high), fill=colour)
+    elif shape == "square":
+        pen.rectangle((low, low, high, high), fill=colour)
+    elif shape == "cross":
+        pen.line((low, low, high, high), fill=colour, width=4)
+        pen.line((low, high, high, low), fill=colour, width=4)
+    elif shape == "bar":
+        pen.rectangle((low, side // 2 - 2, high, side // 2 + 2), fill=colour)
+    else:
+        pen.rectangle((low, low, high, high), outline=colour, width=3)
+    return image
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Thirty pictures, each with one caption."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for colour in COLOURS:
+        for shape in SHAPES:
+            draw(colour, shape).save(folder / f"{colour}-{shape}.png")
+            rows.append(json.dumps({"image": f"{colour}-{shape}.png", "caption": f"a {colour} {shape}"}))
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def tiny(pictures: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Settings of a small run; keyword arguments change them."""
+    model = ModelConfig(image_size=16, width=16, heads=2, image_layers=1, text_layers=1, embed_dim=8, dropout=0.1)
+    model = dataclasses.replace(model, word_buckets=64, gram_buckets=64)
+    config = Config(data=f"folder:{pictures}", run=tmp_path / "run", steps=12, batch=8, chunk=3, warmup=2, model=model)
+    config = dataclasses.replace(
+        config, eval_every=5, checkpoint_every=3, eval_fraction=0.2, tensorboard=False, threads=1
+    )
+
+    def make(**changes: Any) -> Config:
+        return dataclasses.replace(config, **changes)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A run sets the number of threads of its process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

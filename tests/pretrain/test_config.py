@@ -1,0 +1,87 @@
+"""Settings: from the command line, to a file and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from mmkernels.pretrain import Config, ModelConfig, main
+from mmkernels.pretrain.cli import parse
+from mmkernels.pretrain.config import RESUMABLE, from_dict, to_dict
+
+
+def test_overrides() -> None:
+    config = parse(["--recipe", "siglip", "--lr", "2e-3", "--model.width", "64", "--augment.scale", "0.5", "1.0"])
+    assert (config.recipe, config.lr, config.model.width, config.augment.scale) == ("siglip", 2e-3, 64, (0.5, 1.0))
+    assert config.folder == Path("runs/siglip")
+    assert parse([]) == Config()
+    assert parse(["--profile", "3", "2", "--no-tensorboard"]).profile == (3, 2)
+
+
+def test_a_config_is_frozen_and_survives_json() -> None:
+    config = Config(run=Path("x/y"), profile=(1, 2), model=ModelConfig(width=64), backend="reference")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0  # type: ignore[misc]
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(to_dict(Config())) == Config()
+    with pytest.raises(ValueError, match="expected settings of this version, got nonsense"):
+        from_dict({**to_dict(config), "nonsense": 1})
+
+
+def test_resumable_settings_exist() -> None:
+    assert {field.name for field in dataclasses.fields(Config)} > RESUMABLE
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
+    stored = Config(recipe="siglip", run=tmp_path, lr=3e-4, steps=7)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(stored)))
+    config = parse(["--resume", "--run", str(tmp_path), "--eval-every", "2"])
+    assert config == dataclasses.replace(stored, resume=True, eval_every=2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--resume", "--run", "/nonexistent"], "no run to resume"),
+        (["--data", "folder:/nonexistent", "--run", "{tmp}/r"], "/nonexistent"),
+        (["--batch", "100000", "--run", "{tmp}/r"], "100000"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], message: str, tmp_path: Path, capsys) -> None:
+    assert main([part.replace("{tmp}", str(tmp_path)) for part in argv]) == 1
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in shown
+    assert shown.startswith("mmkernels pretrain: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--recipe", "nonsense"], "'nonsense'"),
+        (["--nonsense", "1"], "--nonsense"),
+        (["--lr", "fast"], "fast"),
+        (["--batch", "0"], "batch: expected at least 1, got 0"),
+        (["--warmup", "-1"], "warmup: expected at least 0, got -1"),
+        (["--lr", "nan"], "lr: expected a positive number, got nan"),
+        (["--model.heads", "3"], "model.width: expected a multiple of 3 heads"),
+        (["--model.image-size", "30"], "multiple of 8 pixels, got 30"),
+        (["--augment.grey", "2"], "grey: expected a share"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(argv: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_help(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--model.width" in shown
+    assert "Peak learning rate" in shown

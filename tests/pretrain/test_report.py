@@ -1,0 +1,55 @@
+"""The report: one file that holds all it shows."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from mmkernels.pretrain import Config, train
+from mmkernels.pretrain.report import recall_table
+
+Make = Callable[..., Config]
+
+
+def test_report(tiny: Make, pictures: Path) -> None:
+    rows = (pictures / "captions.jsonl").read_text().replace("a red circle", "a <b>red</b> circle & more")
+    (pictures / "captions.jsonl").write_text(rows)
+    folder = train(tiny(eval_fraction=0.5)).folder
+    page = folder.report.read_text()
+    evaluations = folder.records("eval")
+
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "nothing is loaded from elsewhere"
+    assert page.count("<svg") == 3
+    pictures_shown = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures_shown) > 20
+    for encoded in pictures_shown[:3]:
+        assert Image.open(BytesIO(base64.b64decode(encoded))).size == (48, 48)
+
+    table = page[page.index("What it finds") : page.index("Split held_out")]
+    for way in ("image_to_text", "text_to_image"):
+        for k in ("1", "5", "10"):
+            share, chance = evaluations[-1][way][k], evaluations[-1][f"chance_{way}"][k]
+            assert f"{100 * share:.1f}</b><small>{100 * chance:.1f}</small>" in table
+    assert 'class="right"' in page, "with five answers of fifteen some are right"
+    assert "a &lt;b&gt;red" in page or "<b>red" not in page, "captions are text"
+    assert "model.width" in page
+    assert "knowing nothing" in page
+
+
+def test_recall_table(tiny: Make) -> None:
+    folder = train(tiny()).folder
+    table, record = recall_table(folder), folder.records("eval")[-1]
+    assert table.count("held_out") == 2
+    assert f"{100 * record['image_to_text']['10']:.1f} ({100 * record['chance_image_to_text']['10']:.1f})" in table
+
+
+def test_a_run_that_holds_nothing_out_has_a_report(tiny: Make) -> None:
+    folder = train(tiny(eval_fraction=0.0, steps=3)).folder
+    page = folder.report.read_text()
+    assert "What it finds" not in page
+    assert page.count("<svg") == 1

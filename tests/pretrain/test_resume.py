@@ -1,0 +1,239 @@
+"""A run that was stopped, however rudely, ends where it would have ended: bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmkernels.pretrain import Config, checkpoint, main, train
+from mmkernels.pretrain.data import TrainLoader
+from mmkernels.pretrain.guards import Interrupt, NotFiniteError
+from mmkernels.pretrain.journal import Journal
+from mmkernels.pretrain.loop import open_source
+from mmkernels.pretrain.run_folder import RunFolder, RunFolderError
+from mmkernels.pretrain.trainer import Trainer
+
+Make = Callable[..., Config]
+
+
+def state(run: Path) -> tuple[int, dict[str, Tensor]]:
+    """Steps done, and every tensor of the newest checkpoint: weights, optimizer, random state."""
+    newest = checkpoint.latest(run / "checkpoints")
+    assert newest is not None
+    weights, training = checkpoint.load(newest)
+    moments = {
+        f"optimizer.{i}.{name}": tensor
+        for i, entries in training["optimizer"]["state"].items()
+        for name, tensor in entries.items()
+    }
+    return training["step"], {**weights, **moments, "random": training["random"]["cpu"]}
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    (steps, tensors), (other_steps, others) = state(run), state(other)
+    assert steps == other_steps
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def resumed(config: Config) -> Config:
+    return dataclasses.replace(config, resume=True)
+
+
+# The child kills itself: after the log of step 8 (the newest checkpoint is 6), or between writing checkpoint 9 and
+# giving it its name.
+KILLS = {
+    "in a step": """
+from mmkernels.pretrain.journal import Journal
+step = Journal.step
+def patched(self, number, **rest):
+    step(self, number, **rest)
+    if number == 8: os.kill(os.getpid(), signal.SIGKILL)
+Journal.step = patched
+""",
+    "in a checkpoint": """
+from mmkernels.pretrain import checkpoint
+replace = os.replace
+def patched(source, target):
+    if str(target).endswith("step-00000009"): os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+checkpoint.os.replace = patched
+""",
+}
+CHILD = """
+import os, pickle, signal, sys
+{kill}
+from mmkernels.pretrain import train
+train(pickle.load(sys.stdin.buffer))
+"""
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_killed(kill: str, tiny: Make, tmp_path: Path) -> None:
+    train(tiny(run=tmp_path / "whole"))
+    child = subprocess.run([sys.executable, "-c", CHILD.format(kill=KILLS[kill])], input=pickle.dumps(tiny()))
+    assert child.returncode == -signal.SIGKILL
+    assert state(tmp_path / "run")[0] == 6
+    train(resumed(tiny()))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+    steps = [record["step"] for record in RunFolder(resumed(tiny())).records("step")]
+    assert steps == list(range(1, 13)), "the log has every step once"
+    losses = [
+        [r["loss"] for r in RunFolder(resumed(tiny(run=tmp_path / name))).records("step")] for name in ("run", "whole")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(number: int, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    train(tiny(run=tmp_path / "whole"))
+    step = Journal.step
+
+    def interrupting(self: Journal, at: int, **rest: float) -> None:
+        step(self, at, **rest)
+        if at == 4:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "step", interrupting)
+        outcome = train(tiny())
+    assert outcome.interrupted
+    assert outcome.step == state(tmp_path / "run")[0] == 4, "the step is finished, and saved although none was due"
+    assert outcome.folder.report.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(resumed(tiny()))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_interrupted_command_says_how_to_go_on(tiny: Make, tmp_path: Path, monkeypatch, capsys) -> None:
+    step = Journal.step
+
+    def interrupting(self: Journal, at: int, **rest: float) -> None:
+        step(self, at, **rest)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Journal, "step", interrupting)
+    monkeypatch.setattr("mmkernels.pretrain.cli.parse", lambda argv: tiny())
+    assert main([]) == 130
+    assert f"mmkernels pretrain --resume --run {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+def test_the_second_interrupt_is_not_held_back() -> None:
+    interrupt = Interrupt()
+    with interrupt.listening():
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_killed_before_the_first_checkpoint(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tiny(run=tmp_path / "whole", checkpoint_every=0))
+    step = Journal.step
+
+    def failing(self: Journal, at: int, **rest: float) -> None:
+        step(self, at, **rest)
+        if at == 2:
+            raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "step", failing)
+        with pytest.raises(OSError, match="disk full"):
+            train(tiny(checkpoint_every=0))
+    train(resumed(tiny(checkpoint_every=0)))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_finished_run_resumes_to_itself(tiny: Make, tmp_path: Path) -> None:
+    train(tiny())
+    before = state(tmp_path / "run")
+    outcome = train(resumed(tiny()))
+    assert outcome.step == before[0] == 12
+    after = state(tmp_path / "run")
+    assert all(torch.equal(after[1][name], tensor) for name, tensor in before[1].items())
+
+
+def test_the_folder_of_another_run_is_refused(tiny: Make, tmp_path: Path) -> None:
+    train(tiny(steps=2))
+    with pytest.raises(RunFolderError, match=r"step-00000002\. Go on with it by --resume, or name a new one by --run"):
+        train(tiny(steps=2))
+    with pytest.raises(RunFolderError, match=r"steps: 2 -> 3; lr: 0\.0015 -> 0\.1"):
+        train(resumed(tiny(steps=3, lr=0.1)))
+    train(resumed(tiny(steps=2, eval_every=1)))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "x.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="holds files already"):
+        train(tiny(run=tmp_path / "notes"))
+    with pytest.raises(RunFolderError, match="no run to resume"):
+        train(resumed(tiny(run=tmp_path / "nowhere")))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tiny: Make, tmp_path: Path, monkeypatch) -> None:
+    train(tiny(run=tmp_path / "whole"))
+    following = TrainLoader.__next__
+
+    def poisoned(self: TrainLoader):
+        batch = following(self)
+        if batch.step == 7:
+            batch.images[3, 1] = float("nan")
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLoader, "__next__", poisoned)
+        with pytest.raises(NotFiniteError, match=r"step 7: the loss is nan .* saved in .*step-00000007.*\.png") as stop:
+            train(tiny())
+    assert "No weight was touched" in str(stop.value)
+    train(resumed(tiny()))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / "partial-00000001").mkdir(parents=True)
+    for step in (1, 2, 30):
+        checkpoint.save(folder, step, {"w": torch.full((3,), float(step))}, {"step": step, "seen": [1, "a"]}, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000030"]
+    newest = checkpoint.latest(folder)
+    weights, training = checkpoint.load(newest)
+    assert checkpoint.step_of(newest) == 30
+    assert torch.equal(weights["w"], torch.full((3,), 30.0))
+    assert training == {"step": 30, "seen": [1, "a"]}
+    checkpoint.save(folder, 30, {"w": torch.zeros(3)}, {}, keep=2)
+    assert torch.equal(checkpoint.load(newest)[0]["w"], torch.zeros(3))
+
+
+def test_a_checkpoint_holds_every_moving_part(tiny: Make) -> None:
+    """Another seed's trainer becomes the first one by loading its checkpoint, and both go on alike."""
+    config = tiny()
+    data = open_source(config)
+    first = Trainer(config, data.train, torch.device("cpu"))
+    for _ in range(3):
+        next(first.loader)
+        for p in first.parameters:
+            p.grad = torch.randn_like(p)
+        first.optimizer.step()
+        first.step += 1
+    path = first.save(config.folder / "checkpoints")
+    torch.manual_seed(99)
+    second = Trainer(dataclasses.replace(config), data.train, torch.device("cpu"))
+    torch.randn(5)
+    second.load(path)
+    assert second.step == 3
+    drawn = torch.randn(4)
+    second.load(path)
+    assert torch.equal(torch.randn(4), drawn)
+    assert torch.equal(next(first.loader).images, next(second.loader).images)
+    for a, b in zip(first.parameters, second.parameters, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,81 @@
+"""Which backend serves a call, and what is said of those that do not."""
+
+import pytest
+import torch
+
+from mmkernels.runtime import backends, native
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "served"),
+    [
+        ((8, 0), ("80",), True),
+        ((8, 9), ("80",), True),
+        ((12, 0), ("80",), True),  # from its PTX
+        ((12, 0), ("80-real",), False),
+        ((12, 0), ("80-virtual",), True),
+        ((7, 5), ("80", "90a-real"), False),
+        ((9, 0), ("90a-real",), True),
+        ((9, 1), ("90a-real",), False),  # "a" code runs on its own architecture only
+        ((10, 0), ("90a-real",), False),
+        ((10, 0), ("90a-virtual",), False),
+        ((10, 3), ("100a-real",), False),
+        ((8, 6), (), False),
+    ],
+)
+def test_arch_served(capability: tuple[int, int], archs: tuple[str, ...], served: bool) -> None:
+    assert backends.arch_served(capability, archs) is served
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def gpu_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core with CUDA kernels and an H100, as far as the choice can see."""
+    monkeypatch.setattr(native, "_why_absent", None)
+    monkeypatch.setattr(native, "has_cuda", lambda: True)
+    monkeypatch.setattr(native, "cuda_archs", lambda: ("80", "90a-real"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+def test_unverified_cuda_kernels_run_only_when_named(gpu_core: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "VERIFIED_ON_GPU", frozenset())
+    assert backends.candidates("attention", CUDA, torch.bfloat16)["native"] is None
+    assert "docs/verified.md" in (backends.defaults("attention", CUDA, torch.bfloat16)["native"] or "")
+    monkeypatch.setattr(backends, "VERIFIED_ON_GPU", frozenset({"attention"}))
+    assert backends.defaults("attention", CUDA, torch.bfloat16)["native"] is None
+
+
+def test_device_is_compared_with_what_was_compiled(gpu_core: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cuda_archs", lambda: ("100a-real",))
+    why = backends.candidates("attention", CUDA, torch.bfloat16)["native"]
+    assert why == "compiled for 100a-real; this device is sm_90"
+
+
+def test_interpreter_is_never_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.candidates("packing", CPU, torch.float32)["triton"] is None
+    assert backends.defaults("packing", CPU, torch.float32)["triton"] is not None
+
+
+def test_unknown_backend_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="backend: expected None or one of native, triton, reference, got 'cuda'"):
+        backends.resolve("packing", torch.empty(0), "cuda")
+
+
+def test_error_lists_every_candidate() -> None:
+    with pytest.raises(backends.BackendError) as raised:
+        backends.resolve("packing", torch.empty(0, dtype=torch.float64), "triton")
+    message = str(raised.value)
+    assert "backend='triton' cannot serve this call" in message
+    assert all(f"  {name}: " in message for name in backends.BACKENDS)
+    assert "not float64" in message
+
+
+def test_limit_of_a_call_excludes_a_backend() -> None:
+    limits = {"native": "head dims up to 256, not 300", "triton": None}
+    assert backends.resolve("attention", torch.empty(0), None, limits) == "reference"
+    with pytest.raises(backends.BackendError, match="head dims up to 256, not 300"):
+        backends.resolve("attention", torch.empty(0), "native", limits)

@@ -1,0 +1,113 @@
+"""The docs say what is so: variables, kernels, files, links."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mmkernels.runtime.backends import FAMILIES, VERIFIED_ON_GPU
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted(ROOT.glob("mmkernels/**/README.md"))
+
+
+def sources(*patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+
+
+# Environment variables
+
+_READS = re.compile(
+    r"""environ(?:\.get\(|\.setdefault\(|\[)\s*["'](\w+)|getenv\(\s*["'](\w+)|ENV\{(\w+)\}|if\.env\.(\w+)|set\((MMKERNELS_\w+)"""
+)
+# What the report shows but does not act upon.
+_SHOWN_ONLY = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}
+
+
+def variables_read() -> set[str]:
+    files = sources("mmkernels/**/*.py", "csrc/**/*", "cmake/*", "CMakeLists.txt", "pyproject.toml")
+    texts = [
+        path.read_text() for path in files if path.suffix in {".py", ".h", ".cpp", ".cu", ".cmake", ".txt", ".toml"}
+    ]
+    return {name for text in texts for groups in _READS.findall(text) for name in groups if name}
+
+
+def test_every_variable_is_documented() -> None:
+    documented = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs/environment.md").read_text()))
+    read = variables_read()
+    assert "TRITON_INTERPRET" in read  # the search finds something
+    assert "MMKERNELS_CPU_ISA" in read
+    assert read - documented - _SHOWN_ONLY == set()
+
+
+def test_no_variable_is_documented_that_nobody_reads() -> None:
+    documented = set(re.findall(r"`(MMKERNELS_\w+)`", (ROOT / "docs/environment.md").read_text()))
+    assert documented - variables_read() == set()
+
+
+# GPU kernels
+
+_CUDA_KERNEL = re.compile(r"__global__\s+(?:void\s+|__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)+(\w+)\s*\(")
+_TRITON_KERNEL = re.compile(r"@triton\.jit(?:\([^)]*\))?\s+def\s+(\w+_kernel)\b")
+_NEVER = "not yet run on a GPU"
+
+
+def gpu_kernels() -> set[tuple[str, str]]:
+    """(kernel, file) of every CUDA C++ and Triton kernel."""
+    found = set()
+    for path in sources("csrc/**/*.cu", "csrc/**/*.cuh", "csrc/**/*.h"):
+        found |= {(name, str(path.relative_to(ROOT))) for name in _CUDA_KERNEL.findall(path.read_text())}
+    for path in sources("mmkernels/ops/**/*.py"):
+        found |= {(name, str(path.relative_to(ROOT))) for name in _TRITON_KERNEL.findall(path.read_text())}
+    return found
+
+
+def verified_table() -> dict[tuple[str, str], tuple[str, str, str]]:
+    """(kernel, file) -> (device, versions, last pass)."""
+    rows = re.findall(
+        r"^\| `(\w+)` \| `([^`]+)` \| (.*?) \| (.*?) \| (.*?) \|$", (ROOT / "docs/verified.md").read_text(), re.M
+    )
+    return {(kernel, file): tuple(rest) for kernel, file, *rest in rows}
+
+
+def test_every_gpu_kernel_has_its_line() -> None:
+    listed, there = set(verified_table()), gpu_kernels()
+    assert there, "no GPU kernel found"
+    assert listed == there, f"missing: {sorted(there - listed)}; gone: {sorted(listed - there)}"
+
+
+@pytest.mark.parametrize("kernel", verified_table().items(), ids=lambda item: item[0][0])
+def test_line_is_complete(kernel) -> None:
+    device, versions, last_pass = kernel[1]
+    if last_pass == _NEVER:
+        assert (device, versions) == ("", "")
+    else:
+        assert device
+        assert re.search(r"torch \d", versions), versions
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", last_pass), last_pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_choice_follows_the_table(family: str) -> None:
+    passes = [row[2] for (_, file), row in verified_table().items() if file.startswith(f"csrc/{family}/")]
+    verified = bool(passes) and _NEVER not in passes
+    assert (family in VERIFIED_ON_GPU) == verified
+
+
+# Files and links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text())
+    assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", ["docs/adding-an-op.md", "docs/conventions.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_exist(page: str) -> None:
+    named = re.findall(
+        r"`((?:mmkernels|csrc|tests|benches|docs|cmake)/[\w/.<>-]+|CMakeLists\.txt)`", (ROOT / page).read_text()
+    )
+    paths = {path.replace("<family>", family) for path in named for family in FAMILIES if "<what>" not in path}
+    assert not sorted(path for path in paths if not (ROOT / path).exists())

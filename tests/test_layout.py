@@ -1,0 +1,142 @@
+"""The import rules of docs/design.md hold; and the checkers see what breaks them."""
+
+from pathlib import Path
+
+import layout
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    "checker",
+    [
+        layout.import_problems,
+        layout.public_name_problems,
+        layout.include_problems,
+        layout.shape_problems,
+        layout.machine_problems,
+    ],
+)
+def test_rule_holds(checker) -> None:
+    problems = checker(ROOT)
+    assert not problems, "\n".join(problems)
+
+
+# The checkers themselves: a sound tree, one file that breaks it, and what they say.
+
+
+def sound_tree(root: Path) -> Path:
+    modules = [f"ops/{family}/{name}" for family in layout.FAMILIES for name in ("__init__", "api", "op", "reference")]
+    modules += [
+        "runtime/native",
+        "runtime/backends",
+        "pretrain/train",
+        "cli",
+        "info",
+        "nn/__init__",
+        "ops/packing/triton_fwd",
+    ]
+    for name in modules:
+        write(root, f"mmkernels/{name}.py", "")
+    write(root, "mmkernels/__init__.py", '__all__ = ["attention"]\n')
+    for family in layout.FAMILIES:
+        write(root, f"csrc/{family}/{family}.h", '#include <cstdint>\n#include "common/tensor.h"\n')
+    write(root, "csrc/common/tensor.h", "#include <cstdint>\n")
+    return root
+
+
+def write(root: Path, name: str, text: str) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+BAD_IMPORTS = {
+    "families do not import each other": ("ops/packing/api.py", "from ..contrastive import api"),
+    "nor by their absolute name": ("ops/packing/op.py", "import mmkernels.ops.attention.reference"),
+    "nor late": ("ops/packing/op.py", "def f():\n    import mmkernels.ops.attention.reference"),
+    "reference knows only torch": ("ops/packing/reference.py", "from mmkernels.runtime import native"),
+    "not even numpy": ("ops/packing/reference.py", "import numpy"),
+    "op does not look up to api": ("ops/packing/op.py", "from .api import pack"),
+    "api goes through op to triton": ("ops/packing/api.py", "def f():\n    from .triton_fwd import gather"),
+    "a kernel knows no runtime": ("ops/packing/triton_fwd.py", "from mmkernels.runtime import native"),
+    "op loads triton late": ("ops/packing/op.py", "from .triton_fwd import gather"),
+    "only kernels need triton": ("ops/packing/op.py", "def f():\n    import triton"),
+    "runtime knows no family": ("runtime/backends.py", "from mmkernels.ops.packing import api"),
+    "nn goes through api": ("nn/pool.py", "from mmkernels.ops.packing.op import gather"),
+    "gradcache goes through api": ("gradcache.py", "from mmkernels.ops.contrastive import op"),
+    "pretrain uses public names": ("pretrain/train.py", "from mmkernels.ops.attention import attention"),
+    "nobody below imports pretrain": ("nn/pool.py", "from mmkernels.pretrain import train"),
+    "nobody imports the command line": ("pretrain/train.py", "import mmkernels.cli"),
+    "extras are for pretrain": ("ops/packing/api.py", "import tqdm"),
+    "info works without torch": ("info.py", "import torch"),
+    "info loads the runtime late": ("info.py", "from mmkernels.runtime import native"),
+    "cli works without tyro": ("cli.py", "import tyro"),
+    "every module has a layer": ("stray.py", "import json"),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), BAD_IMPORTS.values(), ids=BAD_IMPORTS.keys())
+def test_bad_import_is_seen(tmp_path: Path, name: str, text: str) -> None:
+    sound_tree(tmp_path)
+    assert not layout.import_problems(tmp_path)
+    write(tmp_path, f"mmkernels/{name}", text)
+    (found,) = layout.import_problems(tmp_path)
+    assert found.startswith(f"mmkernels/{name}:"), found
+
+
+GOOD_IMPORTS = {
+    "ops/packing/op.py": "from . import reference\ndef f():\n    from .triton_fwd import gather",
+    "ops/packing/api.py": "from .op import gather\nfrom mmkernels.runtime import backends",
+    "pretrain/train.py": "import tqdm\nfrom mmkernels import attention\nfrom .data import x",
+    "info.py": "def f():\n    import torch\n    from mmkernels.runtime import native",
+    "nn/pool.py": "from mmkernels.ops.packing import segment_pool",
+}
+
+
+@pytest.mark.parametrize(("name", "text"), GOOD_IMPORTS.items(), ids=GOOD_IMPORTS.keys())
+def test_good_import_passes(tmp_path: Path, name: str, text: str) -> None:
+    write(sound_tree(tmp_path), f"mmkernels/{name}", text)
+    assert not layout.import_problems(tmp_path)
+
+
+def test_private_name_is_seen(tmp_path: Path) -> None:
+    sound_tree(tmp_path)
+    write(tmp_path, "mmkernels/pretrain/train.py", "from mmkernels import attention, _secret")
+    (found,) = layout.public_name_problems(tmp_path)
+    assert "mmkernels._secret is not public" in found
+
+
+BAD_INCLUDES = {
+    "no torch header": ("attention/a.cpp", "#include <torch/extension.h>"),
+    "one pybind11 file": ("attention/a.cpp", "#include <pybind11/pybind11.h>"),
+    "families apart": ("attention/a.cu", '#include "packing/packing.h"'),
+    "common looks at no family": ("common/a.h", '#include "packing/packing.h"'),
+    "paths from csrc": ("packing/a.cpp", '#include "packing.h"'),
+    "the file must be there": ("packing/a.cpp", '#include "common/nowhere.h"'),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), BAD_INCLUDES.values(), ids=BAD_INCLUDES.keys())
+def test_bad_include_is_seen(tmp_path: Path, name: str, text: str) -> None:
+    sound_tree(tmp_path)
+    assert not layout.include_problems(tmp_path)
+    write(tmp_path, f"csrc/{name}", text)
+    (found,) = layout.include_problems(tmp_path)
+    assert found.startswith(f"csrc/{name}:1: "), found
+
+
+def test_missing_family_file_and_stray_folder_are_seen(tmp_path: Path) -> None:
+    write(sound_tree(tmp_path), "mmkernels/ops/stray/api.py", "")
+    problems = layout.shape_problems(tmp_path)
+    assert "packing: no mmkernels/ops/packing/README.md" in problems
+    assert "packing: no CUDA kernel in csrc/packing" in problems
+    assert "mmkernels/ops/stray: not a family that tests/layout.py knows" in problems
+
+
+@pytest.mark.parametrize("text", ["see /wo" + "rk/main/x", "cd /ro" + "ot/build", "https://py" + "pi.org/simple"])
+def test_machine_path_is_seen(tmp_path: Path, text: str) -> None:
+    write(tmp_path, "docs/page.md", f"first line, with a harmless build/work/tree and /usr/local/cuda\n{text}\n")
+    (found,) = layout.machine_problems(tmp_path)
+    assert found.startswith("docs/page.md:2: mentions")
