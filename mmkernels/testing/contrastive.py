@@ -153,8 +153,9 @@ def _plain_direction(
     weights: Tensor | None,
 ) -> Tensor:
     """Cross entropy of rows against their target distribution, all of it [N, M] and in memory."""
-    target = positive.to(logits.dtype) / positive.sum(1, keepdim=True)
-    target = (1 - label_smoothing) * target + label_smoothing * seen / seen.sum(1, keepdim=True)
+    positives, everyone = positive.to(logits.dtype), seen.to(logits.dtype)
+    target = (1 - label_smoothing) * positives / positives.sum(1, keepdim=True)
+    target = target + label_smoothing * everyone / everyone.sum(1, keepdim=True)
     if taught is not None:
         target = (1 - alpha) * target + alpha * taught.masked_fill(~seen, -torch.inf).softmax(1)
     masked = logits.masked_fill(~seen, -torch.inf)

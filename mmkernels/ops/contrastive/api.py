@@ -83,7 +83,7 @@ def infonce(
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.
         backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU the options
-            (anything beyond N pairs of query i and key i) are served by the reference alone, which stores the logits.
+            (anything beyond N pairs of query i and key i) are served by plain PyTorch, a chunk of rows at a time.
 
     Returns:
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys and
@@ -162,7 +162,7 @@ def siglip(
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.
         backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU ids and
-            return_stats are served by the reference alone, which stores the logits.
+            return_stats are served by plain PyTorch, a chunk of rows at a time.
 
     Returns:
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmkernels import BackendError, ContrastiveStats, infonce, siglip
-from mmkernels.ops.contrastive import op
+from mmkernels.ops.contrastive import chunks, op
 from mmkernels.ops.contrastive.reference import LSE, MEAN, POSITIVE, TOTAL
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
@@ -146,6 +146,10 @@ def test_siglip_ids(dtype, backend):
         for f in (functools.partial(siglip, backend=backend), plain_siglip_ids)
     )
     truth = loss_and_gradients(functools.partial(plain_siglip_ids, **ids), *(t.double() for t in inputs))
+    if dtype == torch.float64:
+        for ours, oracle in zip(got, truth, strict=True):
+            torch.testing.assert_close(ours, oracle, rtol=1e-11, atol=1e-14)
+        return
     for what, *three in zip(("loss", "queries", "keys", "scale", "bias"), got, plain, truth, strict=True):
         assert_as_accurate(what, *three)
 
@@ -217,6 +221,25 @@ def test_parts_merge_into_the_whole(backend):
     dx, dy = backward(slice(0, N))
     torch.testing.assert_close(torch.cat([backward(part)[0] for part in parts]), dx)
     torch.testing.assert_close(sum(backward(part)[1] for part in parts), dy)
+
+
+@pytest.mark.parametrize("name", ["all", "all, ids", "more keys"])
+def test_oracle_in_chunks_is_the_oracle(name, monkeypatch):
+    m, options = OPTIONS[name]
+    loss = functools.partial(infonce, backend="reference", **options)
+    whole = loss_and_gradients(loss, *inputs_of(m, torch.float64))
+    monkeypatch.setattr(chunks, "LOGITS", 17 * m)
+    for got, want in zip(loss_and_gradients(loss, *inputs_of(m, torch.float64)), whole, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_siglip_oracle_in_chunks(monkeypatch):
+    x, y, scale = inputs_of(N, torch.float64)
+    loss = functools.partial(siglip, logit_bias=-3.0, query_ids=IDS, backend="reference")
+    whole = loss_and_gradients(loss, x, y, scale)
+    monkeypatch.setattr(chunks, "LOGITS", 20 * N)
+    for got, want in zip(loss_and_gradients(loss, x, y, scale), whole, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", ["all", "ids", "one way"])

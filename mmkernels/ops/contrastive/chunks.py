@@ -1,0 +1,160 @@
+"""The oracle a few rows at a time: options without a kernel in memory that grows with N + M.
+
+Statistics of rows stand as they are; those of columns are merged as the README's table says. Chunks depend on sizes
+alone, so the bits do not change from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import BEST, LSE, MEAN, POSITIVE, STATISTICS, TEACHER, TOP, TOTAL, statistics_dtype
+
+__all__ = ["sigmoid_bwd", "sigmoid_fwd", "softmax_bwd", "softmax_fwd"]
+
+LOGITS = 2**24  # of a chunk: 64 MiB of float32
+
+
+def _chunks(queries: Tensor, keys: Tensor) -> Iterator[slice]:
+    """Of the rows; one chunk at least."""
+    n, rows = queries.shape[0], max(1, LOGITS // max(keys.shape[0], 1))
+    for start in range(0, max(n, 1), rows):
+        yield slice(start, start + rows)
+
+
+def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def _merge(into: Tensor, part: Tensor) -> Tensor:
+    """Statistics [7, M] of some rows and of others: those of both."""
+    lse = torch.logaddexp(into[LSE], part[LSE])
+    # Where neither has seen anything, the means are 0.
+    weights = [torch.where(lse == -torch.inf, 0.0, (of[LSE] - lse).exp()) for of in (into, part)]
+    merged = torch.empty_like(into)
+    merged[LSE] = lse
+    for what in (POSITIVE, TOTAL, TEACHER):
+        merged[what] = into[what] + part[what]
+    merged[MEAN] = weights[0] * into[MEAN] + weights[1] * part[MEAN]
+    for what in (TOP, BEST):
+        merged[what] = torch.maximum(into[what], part[what])
+    return merged
+
+
+def softmax_fwd(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_id: str,
+    teacher_queries: Tensor | None,
+    teacher_keys: Tensor | None,
+    teacher_lse_q: Tensor | None,
+    teacher_lse_k: Tensor | None,
+    totals: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor]:
+    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64; see op.py."""
+    of_rows = queries.new_empty(STATISTICS, queries.shape[0], dtype=torch.float64)
+    of_columns = None
+    for rows in _chunks(queries, keys):
+        pairs = _part(targets, rows), _part(query_ids, rows), key_ids, same_id
+        teacher = _part(teacher_queries, rows), teacher_keys, _part(teacher_lse_q, rows), teacher_lse_k
+        of_rows[:, rows], part = reference.softmax_fwd(
+            queries[rows], keys, logit_scale, *pairs, *teacher, totals, columns
+        )
+        of_columns = part if of_columns is None else _merge(of_columns, part)
+    assert of_columns is not None
+    return of_rows, of_columns
+
+
+def _gradients(queries: Tensor, keys: Tensor, need: tuple[bool, bool], chunk: Any) -> tuple[Tensor, Tensor]:
+    """Rows of dqueries one chunk after the other; dkeys summed over them in the type of the statistics."""
+    dqueries = queries.new_empty(queries.shape[0] if need[0] else 0, queries.shape[1])
+    dkeys = keys.new_zeros(keys.shape[0] if need[1] else 0, keys.shape[1], dtype=statistics_dtype(keys.dtype))
+    for rows in _chunks(queries, keys):
+        of_rows, of_keys = chunk(rows)
+        if need[0]:
+            dqueries[rows] = of_rows
+        dkeys += of_keys
+    return dqueries, dkeys.to(keys.dtype)
+
+
+def softmax_bwd(
+    coefficients_q: Tensor,
+    coefficients_k: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    lse_q: Tensor,
+    lse_k: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_id: str,
+    teacher_queries: Tensor | None,
+    teacher_keys: Tensor | None,
+    teacher_lse_q: Tensor | None,
+    teacher_lse_k: Tensor | None,
+    need_queries: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+
+    def chunk(rows: slice) -> tuple[Tensor, Tensor]:
+        lse = lse_q[rows], lse_k
+        ids = _part(query_ids, rows), key_ids
+        teacher = _part(teacher_queries, rows), teacher_keys, _part(teacher_lse_q, rows), teacher_lse_k
+        features = queries[rows], keys, logit_scale
+        weights = coefficients_q[:, rows], coefficients_k
+        return reference.softmax_bwd(
+            *weights, *features, *lse, _part(targets, rows), *ids, same_id, *teacher, need_queries, need_keys
+        )
+
+    return _gradients(queries, keys, (need_queries, need_keys), chunk)
+
+
+def sigmoid_fwd(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+) -> Tensor:
+    """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
+    sums = queries.new_zeros(3, dtype=torch.float64)
+    for rows in _chunks(queries, keys):
+        pairs = _part(targets, rows), _part(query_ids, rows), key_ids
+        sums += reference.sigmoid_fwd(queries[rows], keys, logit_scale, logit_bias, *pairs)
+    return sums
+
+
+def sigmoid_bwd(
+    grad_sum: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    need_queries: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+
+    def chunk(rows: slice) -> tuple[Tensor, Tensor]:
+        pairs = _part(targets, rows), _part(query_ids, rows), key_ids
+        features = queries[rows], keys, logit_scale, logit_bias
+        return reference.sigmoid_bwd(grad_sum, *features, *pairs, need_queries, need_keys)
+
+    return _gradients(queries, keys, (need_queries, need_keys), chunk)
