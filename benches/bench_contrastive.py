@@ -20,7 +20,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels import infonce, siglip
-from mmkernels.testing.contrastive import plain_infonce, plain_infonce_two_matrices, plain_siglip
+from mmkernels.testing.contrastive import (
+    plain_infonce,
+    plain_infonce_options,
+    plain_infonce_two_matrices,
+    plain_siglip,
+)
 
 Params = Mapping[str, Any]
 Outputs = tuple[Tensor, ...]
@@ -41,7 +46,14 @@ def setup(p: Params, device: torch.device) -> Inputs:
     inputs = {"queries": queries.to(dtype), "keys": keys.to(dtype)}
     inputs["logit_scale"] = torch.tensor(1 / 0.07, device=device)
     inputs["logit_bias"] = torch.tensor(-10.0, device=device)
-    return {name: x.requires_grad_() for name, x in inputs.items()}
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    # Four pairs share an id; a queue of as many keys again; a teacher that is the features of a moment ago.
+    inputs["ids"] = torch.randint(0, max(p["N"] // 4, 1), (p["N"],), generator=generator, device=device)
+    inputs["queue"] = F.normalize(draw(), dim=1).to(dtype)
+    for name in ("queries", "keys"):
+        moved = inputs[name].detach().float() + 0.3 * F.normalize(draw(), dim=1)
+        inputs[f"teacher_{name}"] = F.normalize(moved, dim=1).to(dtype)
+    return inputs
 
 
 # What a user would otherwise write
@@ -145,6 +157,59 @@ def case(
     )
 
 
+# Options of infonce, and the products of 2·N²·E that each makes a forward with its backward need.
+OPTIONS: dict[str, tuple[Callable[[Inputs], dict[str, Any]], int]] = {
+    "ids": (lambda inputs: {"query_ids": inputs["ids"]}, 4),
+    "ignored ids": (lambda inputs: {"query_ids": inputs["ids"], "same_id": "ignore"}, 4),
+    "negatives": (lambda inputs: {"negatives": inputs["queue"]}, 8),
+    "label smoothing": (lambda inputs: {"label_smoothing": 0.1}, 4),
+    "teacher": (lambda inputs: {"teacher": (inputs["teacher_queries"], inputs["teacher_keys"], 0.4)}, 7),
+}
+
+
+def option_case(name: str) -> Case:
+    options, gemms = OPTIONS[name]
+
+    def run(loss: Callable[..., Tensor], inputs: Inputs) -> Outputs:
+        leaves = [inputs[of] for of in INFONCE]
+        value = loss(*leaves, **options(inputs))
+        return value, *torch.autograd.grad(value, leaves)
+
+    def ours(inputs: Inputs, backend: str | None) -> Outputs:
+        return run(partial(infonce, backend=backend), inputs)
+
+    return Case(
+        name=f"infonce with {name} fwd+bwd",
+        grid=points(4096),
+        quick=[{"N": 500, "E": 96, "dtype": "float32"}],
+        large=points(32768, 131072),
+        gate={"N": 389},
+        setup=setup,
+        ours=ours,
+        plain=partial(run, plain_infonce_options),
+        work=lambda p: Work(flops=2 * gemms * p["N"] ** 2 * p["E"]),
+        outputs=("loss", *(f"gradient of {of}" for of in INFONCE)),
+        limits=limits,
+    )
+
+
+def statistics(inputs: Inputs, backend: str | None) -> Outputs:
+    """Forward and backward with the statistics of the same pass."""
+    leaves = [inputs[of] for of in INFONCE]
+    loss, stats = infonce(*leaves, return_stats=True, backend=backend)
+    return loss, *torch.autograd.grad(loss, leaves), stats.accuracy_q, stats.entropy
+
+
+def plain_statistics(inputs: Inputs) -> Outputs:
+    queries, keys, scale = leaves = [inputs[of] for of in INFONCE]
+    loss = plain_infonce(*leaves)
+    with torch.no_grad():
+        logits = scale * queries @ keys.T
+        accuracy = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
+        entropies = [-(s.softmax(1) * s.log_softmax(1)).sum(1).mean() for s in (logits, logits.T)]
+    return loss, *torch.autograd.grad(loss, leaves), accuracy, sum(entropies) / 2
+
+
 INFONCE_PLAIN = {"plain PyTorch": plain_infonce, "plain PyTorch, two matrices": plain_infonce_two_matrices}
 SIGLIP_PLAIN = {"plain PyTorch": plain_siglip}
 INFONCE_PEERS = {"open_clip": "clip_loss", "inf_cl": "symmetric", "memeff": "clip_loss"}
@@ -154,6 +219,19 @@ SIGLIP_OTHERS = {"chunked checkpointing": chunked_siglip}
 
 CASES = [
     case("infonce fwd+bwd", infonce, INFONCE_PLAIN, INFONCE_OTHERS, INFONCE, 4, INFONCE_PEERS, forward_backward),
+    *(option_case(name) for name in OPTIONS),
+    Case(
+        name="infonce with statistics fwd+bwd",
+        grid=points(4096),
+        quick=[{"N": 500, "E": 96, "dtype": "float32"}],
+        gate={"N": 389},
+        setup=setup,
+        ours=statistics,
+        plain=plain_statistics,
+        work=lambda p: Work(flops=8 * p["N"] ** 2 * p["E"]),
+        outputs=("loss", *(f"gradient of {of}" for of in INFONCE), "accuracy", "entropy"),
+        limits=limits,
+    ),
     case("infonce fwd", infonce, INFONCE_PLAIN, INFONCE_OTHERS, INFONCE, 1, {}, forward),
     case("siglip fwd+bwd", siglip, SIGLIP_PLAIN, SIGLIP_OTHERS, SIGLIP, 3, SIGLIP_PEERS, forward_backward),
     case("siglip fwd", siglip, SIGLIP_PLAIN, SIGLIP_OTHERS, SIGLIP, 1, {}, forward),
