@@ -13,19 +13,22 @@ Scores are computed again in both, seven products against the least possible fiv
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from mmkernels.ops._tl import LOG2_E, cast, dot
+from mmkernels.ops._tl import cast, dot
 
 from .triton_fwd import (
     AOT_LAUNCHES,
     INT32_MAX,
     aot_case,
     block_dim,
+    exponential,
+    in_log2,
     key_ranges,
     load_intervals,
     load_tile,
@@ -34,6 +37,8 @@ from .triton_fwd import (
 )
 
 __all__ = ["aot_cases", "attention_bwd"]
+
+DELTA_BLOCK_M = 32
 
 
 @triton.jit
@@ -80,11 +85,11 @@ def _attention_dkdv_kernel(
             b_lo, b_hi = load_intervals(lo_ptr, hi_ptr, o_m, Tq, Tk)
             b_q = load_tile(q_ptr + i_h * stride_qh, o_m, o_d, stride_qt, Tq, D, BLOCK_D, True)
             b_do = load_tile(do_ptr + i_h * stride_doh, o_m, o_dv, stride_dot, Tq, DV, BLOCK_DV, True)
-            b_lse = tl.load(lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0) * LOG2_E
+            b_lse = in_log2(tl.load(lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0), b_k.dtype)
             b_delta = tl.load(delta_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
-            b_s = dot(b_k, tl.trans(b_q)) * (scale * LOG2_E)  # [BLOCK_N, BLOCK_M]
+            b_s = dot(b_k, tl.trans(b_q)) * in_log2(scale, b_k.dtype)  # [BLOCK_N, BLOCK_M]
             m_visible = (b_lo[None, :] <= o_n[:, None]) & (o_n[:, None] < b_hi[None, :])
-            b_p = tl.where(m_visible, tl.exp2(b_s - b_lse[None, :]), 0.0)  # [BLOCK_N, BLOCK_M]
+            b_p = tl.where(m_visible, exponential(b_s - b_lse[None, :], b_k.dtype), 0.0)  # [BLOCK_N, BLOCK_M]
             b_dv += dot(cast(b_p, b_do.dtype), b_do)
             b_dp = dot(b_v, tl.trans(b_do))  # [BLOCK_N, BLOCK_M]
             b_ds = b_p * (b_dp - b_delta[None, :])
@@ -95,7 +100,7 @@ def _attention_dkdv_kernel(
 
 @triton.jit
 def _walk_keys(
-    b_dq, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, begin, end, scale_log2,
+    b_dq, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, begin, end, factor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -105,8 +110,8 @@ def _walk_keys(
         o_n = start + tl.arange(0, BLOCK_N)
         b_k = load_tile(k_ptr, o_n, o_d, stride_kt, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
         b_v = load_tile(v_ptr, o_n, o_dv, stride_vt, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
-        b_s = dot(b_q, tl.trans(b_k)) * scale_log2  # [BLOCK_M, BLOCK_N]
-        b_p = tl.exp2(b_s - b_lse[:, None])
+        b_s = dot(b_q, tl.trans(b_k)) * factor  # [BLOCK_M, BLOCK_N]
+        b_p = exponential(b_s - b_lse[:, None], b_q.dtype)
         if MASKED:
             m_visible = (b_lo[:, None] <= o_n[None, :]) & (o_n[None, :] < b_hi[:, None])
             b_p = tl.where(m_visible, b_p, 0.0)
@@ -132,22 +137,22 @@ def _attention_dq_kernel(
     begin, full_begin, full_end, end = key_ranges(b_lo, b_hi, o_m < Tq, BLOCK_N)
     b_q = load_tile(q_ptr + i_h * stride_qh, o_m, o_d, stride_qt, Tq, D, BLOCK_D, True)
     b_do = load_tile(do_ptr + i_h * stride_doh, o_m, o_dv, stride_dot, Tq, DV, BLOCK_DV, True)
-    b_lse = tl.load(lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0) * LOG2_E
+    b_lse = in_log2(tl.load(lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0), b_q.dtype)
     b_delta = tl.load(delta_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    scale_log2 = scale * LOG2_E
+    factor = in_log2(scale, b_q.dtype)
     b_dq = _walk_keys(
         b_dq, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, begin, full_begin,
-        scale_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        factor, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
     b_dq = _walk_keys(
         b_dq, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, full_begin, full_end,
-        scale_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        factor, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
     )  # fmt: skip
     b_dq = _walk_keys(
         b_dq, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, full_end, end,
-        scale_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        factor, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
     store_tile(dq_ptr + i_h * stride_dqh, o_m, o_d, stride_dqt, Tq, D, b_dq * scale)
 
@@ -159,7 +164,7 @@ def _dkdv_config(single: bool, head_dim: int) -> dict[str, int]:
             return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     if head_dim <= 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
     if head_dim <= 128:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
@@ -204,9 +209,9 @@ def attention_bwd(
     scalars = (Tq, Tk, H // Hkv, scale)
     if Tq > 0:
         dlse = grad_lse.contiguous() if grad_lse is not None else None
-        _attention_delta_kernel[(triton.cdiv(Tq, 64), H)](
+        _attention_delta_kernel[(triton.cdiv(Tq, DELTA_BLOCK_M), H)](
             do, out, dlse, delta, *do.stride()[:2], *out.stride()[:2], Tq,
-            DV=DV, HAS_DLSE=dlse is not None, BLOCK_M=64, BLOCK_DV=sizes["BLOCK_DV"],
+            DV=DV, HAS_DLSE=dlse is not None, BLOCK_M=DELTA_BLOCK_M, BLOCK_DV=sizes["BLOCK_DV"],
         )  # fmt: skip
         config = _dq_config(single, widest)
         grid = (triton.cdiv(Tq, config["BLOCK_M"]), H)
@@ -222,13 +227,16 @@ def attention_bwd(
 
 def aot_cases() -> list[Any]:
     """Every configuration that the launcher uses."""
+    from mmkernels.testing.aot import TRITON_ARCHS
+
     cases = []
-    for kind, head_dim in AOT_LAUNCHES:
+    for arch, (kind, head_dim) in itertools.product(TRITON_ARCHS, AOT_LAUNCHES):
         block, single = block_dim(head_dim), kind == "fp32"
         sizes = {"D": head_dim, "DV": head_dim, "BLOCK_D": block, "BLOCK_DV": block}
         dkdv, dq = _dkdv_config(single, head_dim), _dq_config(single, head_dim)
         delta = {"DV": head_dim, "BLOCK_DV": block, "HAS_DLSE": True}
-        cases.append(aot_case("delta", _attention_delta_kernel, kind, head_dim, {"BLOCK_M": 64}, **delta))
-        cases.append(aot_case("dkdv", _attention_dkdv_kernel, kind, head_dim, dkdv, **sizes))
-        cases.append(aot_case("dq", _attention_dq_kernel, kind, head_dim, dq, **sizes))
+        rows = {"BLOCK_M": DELTA_BLOCK_M}
+        cases.append(aot_case("delta", _attention_delta_kernel, kind, head_dim, rows, arch, **delta))
+        cases.append(aot_case("dkdv", _attention_dkdv_kernel, kind, head_dim, dkdv, arch, **sizes))
+        cases.append(aot_case("dq", _attention_dq_kernel, kind, head_dim, dq, arch, **sizes))
     return cases

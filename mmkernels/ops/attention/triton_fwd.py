@@ -1,20 +1,24 @@
 """Forward in Triton.
 
 A program owns one tile of BLOCK_M queries of one head and walks the keys that any of them sees, BLOCK_N at a time, with
-the online softmax (running maximum m and sum l, both in units of log2). Keys that every row of the tile sees need no
-mask, so the walk has three parts: partial, full, partial. Tiles outside the rows' hull are never visited.
-Accumulators are float32; probabilities are rounded to the input's dtype for the second product.
+the online softmax (running maximum m and sum l). Keys that every row of the tile sees need no mask, so the walk has
+three parts: partial, full, partial. Tiles outside the rows' hull are never visited.
+
+Accumulators are float32; probabilities are rounded to the input's dtype for the second product. Scores of 16-bit inputs
+are in units of log2, which saves a product before each exp2. In float32 they are natural: a score that is rounded at
+1.44 times its size would be the largest error of the result.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from mmkernels.ops._tl import LN_2, LOG2_E, cast, dot
+from mmkernels.ops._tl import LN_2, LOG2_E, cast, dot, generation
 
 __all__ = ["aot_cases", "attention_fwd"]
 
@@ -67,8 +71,20 @@ def key_ranges(b_lo, b_hi, m_row, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def in_log2(x, dtype: tl.constexpr):
+    """A factor of scores, or a natural logarithm, in the units that scores have for inputs of a type."""
+    return x if dtype == tl.float32 else x * LOG2_E
+
+
+@triton.jit
+def exponential(x, dtype: tl.constexpr):
+    """e to a difference of scores in those units."""
+    return tl.exp2(x * LOG2_E) if dtype == tl.float32 else tl.exp2(x)
+
+
+@triton.jit
 def _walk_keys(
-    b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, begin, end, scale_log2,
+    b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, begin, end, factor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -77,15 +93,15 @@ def _walk_keys(
     for start in range(begin, end, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         b_k = load_tile(k_ptr, o_n, o_d, stride_kt, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-        b_s = dot(b_q, tl.trans(b_k)) * scale_log2  # [BLOCK_M, BLOCK_N]
+        b_s = dot(b_q, tl.trans(b_k)) * factor  # [BLOCK_M, BLOCK_N]
         if MASKED:
             m_visible = (b_lo[:, None] <= o_n[None, :]) & (o_n[None, :] < b_hi[:, None])
             b_s = tl.where(m_visible, b_s, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
         # A row that has seen nothing yet keeps m = -inf; subtracting 0 instead leaves its exponents at -inf.
         b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
-        b_p = tl.exp2(b_s - b_shift[:, None])  # [BLOCK_M, BLOCK_N]
-        b_alpha = tl.exp2(b_m - b_shift)
+        b_p = exponential(b_s - b_shift[:, None], b_q.dtype)  # [BLOCK_M, BLOCK_N]
+        b_alpha = exponential(b_m - b_shift, b_q.dtype)
         b_v = load_tile(v_ptr, o_n, o_dv, stride_vt, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
         b_acc = b_acc * b_alpha[:, None] + dot(cast(b_p, b_v.dtype), b_v)
         b_l = b_l * b_alpha + tl.sum(b_p, 1)
@@ -112,23 +128,24 @@ def _attention_fwd_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
-    scale_log2 = scale * LOG2_E
+    factor = in_log2(scale, b_q.dtype)
     b_acc, b_m, b_l = _walk_keys(
-        b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, begin, full_begin, scale_log2,
+        b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, begin, full_begin, factor,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
     b_acc, b_m, b_l = _walk_keys(
-        b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, full_begin, full_end, scale_log2,
+        b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, full_begin, full_end, factor,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
     )  # fmt: skip
     b_acc, b_m, b_l = _walk_keys(
-        b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, full_end, end, scale_log2,
+        b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, full_end, end, factor,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
 
     m_empty = b_l == 0.0
     b_out = b_acc / tl.where(m_empty, 1.0, b_l)[:, None]
-    b_lse = tl.where(m_empty, float("-inf"), (b_m + tl.log2(tl.where(m_empty, 1.0, b_l))) * LN_2)
+    b_highest = b_m if b_q.dtype == tl.float32 else b_m * LN_2
+    b_lse = tl.where(m_empty, float("-inf"), b_highest + tl.log2(tl.where(m_empty, 1.0, b_l)) * LN_2)
     store_tile(out_ptr + i_h * stride_oh, o_m, tl.arange(0, BLOCK_DV), stride_ot, Tq, DV, b_out)
     tl.store(lse_ptr + i_h * Tq + o_m, b_lse, mask=o_m < Tq)
 
@@ -138,17 +155,17 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _config(single: bool, head_dim: int) -> dict[str, int]:
-    """Tiles and launch options without spills on sm_80, sm_90 and sm_100 (a float32 product is three tf32 products)."""
+def _config(single: bool, head_dim: int, major: int) -> dict[str, int]:
+    """Tiles and launch options without spills on compute capability `major` (a float32 product is three of tf32)."""
     if single:
         if head_dim <= 64:
-            return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+            return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     if head_dim <= 64:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if major == 8 else 3}
     if head_dim <= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 128, "BLOCK_N": 32 if major == 8 else 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1 if major >= 10 else 2}
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
@@ -173,7 +190,7 @@ def attention_fwd(
     lse = torch.empty((H, Tq), dtype=torch.float32, device=q.device)
     if Tq == 0:
         return out, lse
-    config = _config(q.dtype == torch.float32, max(D, DV))
+    config = _config(q.dtype == torch.float32, max(D, DV), generation(q.device))
     grid = (triton.cdiv(Tq, config["BLOCK_M"]), H)
     _attention_fwd_kernel[grid](
         q, k, v, lo, hi, out, lse,
@@ -190,7 +207,9 @@ _INT32 = ("lo_ptr", "hi_ptr", "first_q_ptr", "last_q_ptr")
 _STATISTICS = ("lse_ptr", "delta_ptr", "dlse_ptr")
 
 
-def aot_case(what: str, kernel: Any, kind: str, head_dim: int, config: dict[str, int], **constexprs: Any) -> Any:
+def aot_case(
+    what: str, kernel: Any, kind: str, head_dim: int, config: dict[str, int], arch: int, **constexprs: Any
+) -> Any:
     """A TritonCase; types follow from the arguments' names."""
     from mmkernels.testing.aot import TritonCase
 
@@ -202,16 +221,18 @@ def aot_case(what: str, kernel: Any, kind: str, head_dim: int, config: dict[str,
     constexprs |= {name: value for name, value in config.items() if name.startswith("BLOCK")}
     launch: dict[str, Any] = {name: value for name, value in config.items() if name.startswith("num_")}
     names = [name for name in kernel.arg_names if name not in constexprs]
-    label = f"attention_{what}[{kind},D={head_dim}]"
+    label = f"attention_{what}[{kind},D={head_dim},sm_{arch}]"
     signature = {name: type_of(name) for name in names}
-    return TritonCase(label, kernel, signature, constexprs, tensor_cores=what != "delta", **launch)
+    return TritonCase(label, kernel, signature, constexprs, tensor_cores=what != "delta", archs=(arch,), **launch)
 
 
 def aot_cases() -> list[Any]:
     """Every configuration that the launcher uses."""
+    from mmkernels.testing.aot import TRITON_ARCHS
+
     cases = []
-    for kind, head_dim in AOT_LAUNCHES:
+    for arch, (kind, head_dim) in itertools.product(TRITON_ARCHS, AOT_LAUNCHES):
         sizes = {"D": head_dim, "DV": head_dim, "BLOCK_D": block_dim(head_dim), "BLOCK_DV": block_dim(head_dim)}
-        config = _config(kind == "fp32", head_dim)
-        cases.append(aot_case("fwd", _attention_fwd_kernel, kind, head_dim, config, **sizes))
+        config = _config(kind == "fp32", head_dim, arch // 10)
+        cases.append(aot_case("fwd", _attention_fwd_kernel, kind, head_dim, config, arch, **sizes))
     return cases
