@@ -3,6 +3,7 @@
 scatter           a program owns a tile of output rows and features and adds the packed rows that name them, one per row
                   at a time, in ascending order: no atomics, bitwise reproducible, float32 accumulation
 segment_pool_bwd  a program owns a tile of x's rows and features; each row looks up its segment's gradient
+weighted_pool_bwd a program owns whole rows of x: it scales the segment's gradient and takes its product with the row
 """
 
 from __future__ import annotations
@@ -91,6 +92,41 @@ def _segment_pool_bwd_kernel(
     tl.store(p_grad_x, cast(b_grad, grad_x_ptr.dtype.element_ty), mask=m_t[:, None] & m_e[None, :])
 
 
+@triton.jit
+def _weighted_pool_bwd_kernel(
+    grad_out_ptr,  # [S, E]
+    x_ptr,  # [T, E]
+    weights_ptr,  # [T] float32
+    segment_ptr,  # [T] int64: the segment of each row, S for none
+    grad_x_ptr,  # [T, E]
+    grad_weights_ptr,  # [T] float32
+    tokens,
+    segments,
+    width,
+    grad_stride,
+    x_stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_t = o_t < tokens
+    b_segment = tl.load(segment_ptr + o_t, mask=m_t, other=segments)  # [BLOCK_T]
+    m_in = b_segment < segments
+    b_weight = tl.load(weights_ptr + o_t, mask=m_in, other=0.0)
+    b_dot = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, width, BLOCK_E):
+        o_e = start + tl.arange(0, BLOCK_E)
+        m = m_in[:, None] & (o_e < width)[None, :]
+        p_grad = grad_out_ptr + b_segment[:, None] * grad_stride + o_e[None, :]
+        b_grad = tl.load(p_grad, mask=m, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_E]
+        b_x = tl.load(x_ptr + o_t[:, None] * x_stride + o_e[None, :], mask=m, other=0.0).to(tl.float32)
+        b_dot += tl.sum(b_grad * b_x, 1)
+        b_grad_x = tl.where(m_in[:, None], b_grad * b_weight[:, None], 0.0)
+        p_grad_x = grad_x_ptr + o_t[:, None] * width + o_e[None, :]
+        tl.store(p_grad_x, cast(b_grad_x, grad_x_ptr.dtype.element_ty), mask=m_t[:, None] & (o_e < width)[None, :])
+    tl.store(grad_weights_ptr + o_t, b_dot, mask=m_t)
+
+
 def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
     """packed [T, E], index [T] int64 -> [rows, E]."""
     packed = with_columns(packed)
@@ -138,6 +174,36 @@ def segment_pool_bwd(
     return grad_x
 
 
+def weighted_pool_bwd(
+    grad_out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad_out [S, E] -> (grad_x [T, E], grad_weights [T])."""
+    grad_out, x, weights = with_columns(grad_out), with_columns(x), weights.contiguous()
+    rows, width = x.shape
+    grad_x, grad_weights = x.new_empty(rows, width), weights.new_empty(rows)
+    if grad_x.numel() == 0:
+        return grad_x, grad_weights.zero_()
+    segment = segment_of_row(cu_seqlens, rows)
+    block_t, block_e = row_tile(width)
+    with on_device(x):
+        _weighted_pool_bwd_kernel[(triton.cdiv(rows, block_t),)](
+            grad_out,
+            x,
+            weights,
+            segment,
+            grad_x,
+            grad_weights,
+            rows,
+            grad_out.shape[0],
+            width,
+            grad_out.stride(0),
+            x.stride(0),
+            BLOCK_T=block_t,
+            BLOCK_E=block_e,
+        )
+    return grad_x, grad_weights
+
+
 def aot_cases() -> list[TritonCase]:
     """Every kernel as it is launched for rows of 1024 features; fp16 differs from bf16 in conversions only."""
     from mmkernels.testing.aot import TritonCase
@@ -157,4 +223,9 @@ def aot_cases() -> list[TritonCase]:
             tile = {"MODE": mode, "BLOCK_T": block_t, "BLOCK_E": block_e}
             name = f"segment_pool_bwd[{dtype}-{mode}]"
             cases.append(TritonCase(name, _segment_pool_bwd_kernel, pointers | sizes, tile))
+        pointers = {"grad_out_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "grad_x_ptr": f"*{dtype}"}
+        pointers |= {"weights_ptr": "*fp32", "grad_weights_ptr": "*fp32", "segment_ptr": "*i64"}
+        sizes = {"tokens": "i32", "segments": "i32", "width": "i32:16", "grad_stride": "i32:16", "x_stride": "i32:16"}
+        tile = {"BLOCK_T": block_t, "BLOCK_E": block_e}
+        cases.append(TritonCase(f"weighted_pool_bwd[{dtype}]", _weighted_pool_bwd_kernel, pointers | sizes, tile))
     return cases
