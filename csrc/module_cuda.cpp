@@ -105,8 +105,30 @@ void bind_packing(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> released;
   m.def(
       "launch_packing_gather_fwd_cuda",
-      [](Tensor source, Tensor index, Tensor out, Stream stream) {
-        mmk::launch_packing_gather_fwd_cuda(source, index, out, stream.handle);
+      [](Tensor first, Tensor second, Tensor third, Tensor fourth, Tensor index, Tensor out, Stream stream) {
+        mmk::launch_packing_gather_fwd_cuda(first, second, third, fourth, index, out, stream.handle);
+      },
+      released);
+  m.def(
+      "launch_packing_patchify_fwd_cuda",
+      [](Tensor x, Tensor grid, Tensor starts, int channels, int patch, int temporal, int merge, bool inverse,
+         Tensor out, Stream stream) {
+        mmk::launch_packing_patchify_fwd_cuda(x, grid, starts, channels, patch, temporal, merge, inverse, out,
+                                              stream.handle);
+      },
+      released);
+  m.def(
+      "launch_packing_weighted_pool_fwd_cuda",
+      [](Tensor x, Tensor weights, Tensor cu_seqlens, Tensor out, Stream stream) {
+        mmk::launch_packing_weighted_pool_fwd_cuda(x, weights, cu_seqlens, out, stream.handle);
+      },
+      released);
+  m.def(
+      "launch_packing_weighted_pool_bwd_cuda",
+      [](Tensor grad_out, Tensor x, Tensor weights, Tensor cu_seqlens, Tensor grad_x, Tensor grad_weights,
+         Stream stream) {
+        mmk::launch_packing_weighted_pool_bwd_cuda(grad_out, x, weights, cu_seqlens, grad_x, grad_weights,
+                                                   stream.handle);
       },
       released);
   m.def(

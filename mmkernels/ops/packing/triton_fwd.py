@@ -8,6 +8,7 @@ patchify      a program owns a tile of tokens and elements of a patch, and finds
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,9 +27,9 @@ _NO_ROW = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _rows_of(source_ptr, b_index, begin, rows, source_stride, o_e, m_e):
-    """Rows b_index - begin of a source where they lie in it, else zeros: [BLOCK_T, BLOCK_E]."""
-    m_t = (b_index >= begin) & (b_index < begin + rows)
+def _rows_of(source_ptr, b_index, begin, end, source_stride, o_e, m_e):
+    """Rows b_index - begin of the source that has the numbers [begin, end), zeros elsewhere: [BLOCK_T, BLOCK_E]."""
+    m_t = (b_index >= begin) & (b_index < end)
     p_source = source_ptr + (b_index - begin)[:, None] * source_stride + o_e[None, :]
     return tl.load(p_source, mask=m_t[:, None] & m_e[None, :], other=0.0)
 
@@ -43,10 +44,10 @@ def _gather_fwd_kernel(
     out_ptr,  # [T, E]
     tokens,
     width,
-    first_rows,
-    second_rows,
-    third_rows,
-    fourth_rows,
+    second_begin,
+    third_begin,
+    fourth_begin,
+    end,
     first_stride,
     second_stride,
     third_stride,
@@ -60,20 +61,17 @@ def _gather_fwd_kernel(
     m_t = o_t < tokens
     m_e = o_e < width
     b_index = tl.load(index_ptr + o_t, mask=m_t, other=-1)  # [BLOCK_T]
-    b_rows = _rows_of(first_ptr, b_index, 0, first_rows, first_stride, o_e, m_e)  # [BLOCK_T, BLOCK_E]
-    begin = first_rows.to(tl.int64)
+    b_rows = _rows_of(first_ptr, b_index, 0, second_begin, first_stride, o_e, m_e)  # [BLOCK_T, BLOCK_E]
     # Only one source has the row; the loads of the others are masked off.
     if SOURCES > 1:
-        b_more = _rows_of(second_ptr, b_index, begin, second_rows, second_stride, o_e, m_e)
-        b_rows = tl.where((b_index >= begin)[:, None], b_more, b_rows)
-        begin += second_rows
+        b_more = _rows_of(second_ptr, b_index, second_begin, third_begin, second_stride, o_e, m_e)
+        b_rows = tl.where((b_index >= second_begin)[:, None], b_more, b_rows)
     if SOURCES > 2:
-        b_more = _rows_of(third_ptr, b_index, begin, third_rows, third_stride, o_e, m_e)
-        b_rows = tl.where((b_index >= begin)[:, None], b_more, b_rows)
-        begin += third_rows
+        b_more = _rows_of(third_ptr, b_index, third_begin, fourth_begin, third_stride, o_e, m_e)
+        b_rows = tl.where((b_index >= third_begin)[:, None], b_more, b_rows)
     if SOURCES > 3:
-        b_more = _rows_of(fourth_ptr, b_index, begin, fourth_rows, fourth_stride, o_e, m_e)
-        b_rows = tl.where((b_index >= begin)[:, None], b_more, b_rows)
+        b_more = _rows_of(fourth_ptr, b_index, fourth_begin, end, fourth_stride, o_e, m_e)
+        b_rows = tl.where((b_index >= fourth_begin)[:, None], b_more, b_rows)
     tl.store(out_ptr + o_t[:, None] * width + o_e[None, :], b_rows, mask=m_t[:, None] & m_e[None, :])
 
 
@@ -219,11 +217,11 @@ def gather(
     grid = (triton.cdiv(tokens, block_t), triton.cdiv(width, block_e))
     absent = 4 - len(given)
     sources = given + given[:1] * absent
-    rows = [source.shape[0] for source in given] + [0] * absent
+    ends = list(itertools.accumulate([source.shape[0] for source in given] + [0] * absent))
     strides = [source.stride(0) for source in sources]
     with on_device(first):
         _gather_fwd_kernel[grid](
-            *sources, index, out, tokens, width, *rows, *strides, SOURCES=len(given), BLOCK_T=block_t, BLOCK_E=block_e
+            *sources, index, out, tokens, width, *ends, *strides, SOURCES=len(given), BLOCK_T=block_t, BLOCK_E=block_e
         )
     return out
 
@@ -306,7 +304,8 @@ def aot_cases() -> list[TritonCase]:
         sources = ("first", "second", "third", "fourth")
         pointers = {f"{name}_ptr": f"*{dtype}" for name in (*sources, "out")} | {"index_ptr": "*i64"}
         sizes = {"tokens": "i32", "width": "i32:16"}
-        sizes |= {f"{name}_rows": "i32" for name in sources} | {f"{name}_stride": "i32:16" for name in sources}
+        sizes |= {f"{name}_begin": "i32" for name in sources[1:]} | {"end": "i32"}
+        sizes |= {f"{name}_stride": "i32:16" for name in sources}
         block_t, block_e = row_tile(1024)
         for count in range(1, 5):
             tile = {"SOURCES": count, "BLOCK_T": block_t, "BLOCK_E": block_e}
