@@ -6,8 +6,10 @@ __all__ = [
     "AttentionMask",
     "BackendError",
     "GradCache",
+    "Media",
     "Modality",
     "PackedBatch",
+    "PackedMedia",
     "PackingPlan",
     "__version__",
     "attention",
@@ -47,7 +49,9 @@ else:
     from mmkernels.ops.contrastive import infonce, siglip
     from mmkernels.ops.modality import Modality
     from mmkernels.ops.packing import (
+        Media,
         PackedBatch,
+        PackedMedia,
         PackingPlan,
         embed_splice,
         mrope_position_ids,

@@ -2,11 +2,14 @@
 
 from .api import embed_splice, pack, pad, segment_pool, unpack, unpad
 from .batch import PackedBatch
+from .media import Media, PackedMedia
 from .plan import PackingPlan, plan_packing
 from .vision import mrope_position_ids, patchify, unpatchify
 
 __all__ = [
+    "Media",
     "PackedBatch",
+    "PackedMedia",
     "PackingPlan",
     "embed_splice",
     "mrope_position_ids",

@@ -95,7 +95,9 @@ def _check_splice(
     if named.numel() and int(named.max()) > 1:
         at = int(named.argmax())
         positions = (dst_index == at).nonzero()[:2, 0].tolist()
-        raise ValueError(f"dst_index: expected each token once, got {at} at positions {positions[0]} and {positions[1]}")
+        raise ValueError(
+            f"dst_index: expected each token once, got {at} at positions {positions[0]} and {positions[1]}"
+        )
     wrong = ((token_ids < 0) | (token_ids >= vocabulary)) & (named == 0)
     if wrong.any():
         at = int(wrong.nonzero()[0])

@@ -225,9 +225,13 @@ def _check_spans(
     wrong = starts < before
     if wrong.any():
         i = int(wrong.nonzero()[0])
-        raise ValueError(f"starts[{i}]: expected at least {int(before[i])}, the end of the one before, got {int(starts[i])}")
+        raise ValueError(
+            f"starts[{i}]: expected at least {int(before[i])}, the end of the one before, got {int(starts[i])}"
+        )
     boundary = torch.cat([cu, cu.new_tensor([total])])
     wrong = ends > boundary[torch.searchsorted(boundary, starts, right=True).clamp(max=len(boundary) - 1)]
     if wrong.any():
         i = int(wrong.nonzero()[0])
-        raise ValueError(f"starts[{i}]: expected {int(tokens[i])} tokens within one segment, got them from {int(starts[i])}")
+        raise ValueError(
+            f"starts[{i}]: expected {int(tokens[i])} tokens within one segment, got them from {int(starts[i])}"
+        )

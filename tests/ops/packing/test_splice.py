@@ -144,8 +144,18 @@ BAD = [
     ((IDS.float(), TABLE, FEATURES, DST), {}, TypeError, r"token_ids: expected \[T\] int64, got \[10\] float32"),
     ((IDS[None], TABLE, FEATURES, DST), {}, ValueError, r"token_ids: expected \[T\] int64, got \[1, 10\] int64"),
     ((IDS, TABLE, FEATURES, DST[:2]), {}, ValueError, "dst_index: expected one entry for each of the 3 features"),
-    ((IDS, TABLE, FEATURES, DST * 0 - 2), {}, ValueError, r"dst_index: expected each in \[-1, 10\), got -2 at position 0"),
-    ((IDS, TABLE, FEATURES, DST * 0 + 10), {}, ValueError, r"dst_index: expected each in \[-1, 10\), got 10 at position 0"),
+    (
+        (IDS, TABLE, FEATURES, DST * 0 - 2),
+        {},
+        ValueError,
+        r"dst_index: expected each in \[-1, 10\), got -2 at position 0",
+    ),
+    (
+        (IDS, TABLE, FEATURES, DST * 0 + 10),
+        {},
+        ValueError,
+        r"dst_index: expected each in \[-1, 10\), got 10 at position 0",
+    ),
     (
         (IDS, TABLE, FEATURES, torch.tensor([4, 1, 4])),
         {},

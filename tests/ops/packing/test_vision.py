@@ -67,7 +67,9 @@ def test_patchify(cut, dtype, backend, device):
     assert all(torch.equal(a, b) for a, b in zip(gradients, back, strict=True))
     again = unpatchify(tokens, grids, patch, **options)
     assert all(torch.equal(a, b) for a, b in zip(images, again, strict=True))
-    (gradient,) = torch.autograd.grad(torch.cat([image.flatten() for image in again]).dot(tokens.detach().flatten()), tokens)
+    (gradient,) = torch.autograd.grad(
+        torch.cat([image.flatten() for image in again]).dot(tokens.detach().flatten()), tokens
+    )
     flat = torch.cat([image.flatten() for image in unpatchify(gradient, grids, patch, **options)])
     assert torch.equal(flat, tokens.detach().flatten())
 
@@ -101,21 +103,33 @@ BAD_CUTS = [
     (lambda: patchify([IMAGE.byte()], 2), TypeError, r"images\[0\]: .* floating point, got \[3, 8, 6\] uint8"),
     (lambda: patchify([IMAGE, IMAGE[:1]], 2), ValueError, r"images\[1\]: expected 3 channels, torch.float32 on cpu"),
     (lambda: patchify([IMAGE], 4), ValueError, r"images\[0\]: expected H and W that are multiples of 4"),
-    (lambda: patchify([IMAGE], 2, merge_size=2), ValueError, r"multiples of 4 \(patch_size x merge_size\).*\[3, 8, 6\]"),
+    (
+        lambda: patchify([IMAGE], 2, merge_size=2),
+        ValueError,
+        r"multiples of 4 \(patch_size x merge_size\).*\[3, 8, 6\]",
+    ),
     (lambda: patchify([IMAGE], 2, temporal_patch_size=2), ValueError, "a multiple of 2 frames"),
     (lambda: patchify([IMAGE[:, :0]], 2), ValueError, r"images\[0\]: expected H and W"),
     (lambda: patchify([IMAGE], 0), ValueError, "patch_size: expected an integer >= 1, got 0"),
     (lambda: unpatchify(torch.zeros(4, 13), [(1, 2, 2)], 2), ValueError, "tokens: expected rows of C x 4 elements"),
     (lambda: unpatchify(torch.zeros(5, 12), [(1, 2, 2)], 2), ValueError, "tokens: expected the 4 rows of grid_thw"),
-    (lambda: unpatchify(torch.zeros(2, 12), [(1, 1, 2)], 2, merge_size=2), ValueError, r"grid_thw\[0\]: expected \(t, h"),
+    (
+        lambda: unpatchify(torch.zeros(2, 12), [(1, 1, 2)], 2, merge_size=2),
+        ValueError,
+        r"grid_thw\[0\]: expected \(t, h",
+    ),
     (lambda: unpatchify(torch.zeros(4, 12), torch.ones(4, 2).long(), 2), ValueError, r"grid_thw: expected \[N, 3\]"),
     (
-        lambda: torch.ops.mmkernels.packing_patchify_fwd(IMAGE.flatten(), torch.tensor([[1, 2, 3]]), 3, 2, 1, 1, False, "native"),
+        lambda: torch.ops.mmkernels.packing_patchify_fwd(
+            IMAGE.flatten(), torch.tensor([[1, 2, 3]]), 3, 2, 1, 1, False, "native"
+        ),
         ValueError,
         "grid_thw: expected grids of 144 elements in all, got 72",
     ),
     (
-        lambda: torch.ops.mmkernels.packing_patchify_fwd(IMAGE.flatten(), torch.tensor([[1, 4, 3]]), 3, 2, 1, 2, False, "native"),
+        lambda: torch.ops.mmkernels.packing_patchify_fwd(
+            IMAGE.flatten(), torch.tensor([[1, 4, 3]]), 3, 2, 1, 2, False, "native"
+        ),
         ValueError,
         r"grid_thw\[0\]: expected t, h and w >= 1, h and w multiples of merge_size 2, got \[1, 4, 3\]",
     ),
@@ -250,9 +264,19 @@ BAD_SPANS = [
     ((CU, GRID, STARTS[:1], 14), {}, ValueError, "starts: expected one entry for each of the 2 grids"),
     ((CU, GRID - 1, STARTS, 14), {}, ValueError, r"grid_thw\[0\]: expected t, h and w >= 1.*got \[0, 1, 3\]"),
     ((CU, GRID, STARTS, 14), {"merge_size": 3}, ValueError, r"grid_thw\[0\]: .* multiples of merge_size 3"),
-    ((CU, GRID, STARTS.flip(0), 14), {}, ValueError, r"starts\[1\]: expected at least 6, the end of the one before, got 1"),
+    (
+        (CU, GRID, STARTS.flip(0), 14),
+        {},
+        ValueError,
+        r"starts\[1\]: expected at least 6, the end of the one before, got 1",
+    ),
     ((CU, GRID, STARTS + 2, 14), {}, ValueError, r"starts\[1\]: expected 4 tokens within one segment, got them from 6"),
-    ((CU, GRID, STARTS, 14), {"time_step": torch.ones(3)}, ValueError, "time_step: expected one entry for each of the 2"),
+    (
+        (CU, GRID, STARTS, 14),
+        {"time_step": torch.ones(3)},
+        ValueError,
+        "time_step: expected one entry for each of the 2",
+    ),
     ((CU, GRID, STARTS, 14), {"merge_size": 0}, ValueError, "merge_size: expected an integer >= 1"),
 ]
 

@@ -69,7 +69,9 @@ def test_weighted(segments, dtype, backend, device):
         weights = torch.randn(len(x), device=device).to(dtype)
         grad = torch.randn(len(lengths), width, device=device).to(dtype)
         cu = cu_seqlens_of(lengths, device)
-        ours = with_gradients(lambda x, w, cu=cu: segment_pool(x, cu, "weighted", weights=w, backend=backend), x, weights, grad)
+        ours = with_gradients(
+            lambda x, w, cu=cu: segment_pool(x, cu, "weighted", weights=w, backend=backend), x, weights, grad
+        )
         plain = with_gradients(lambda x, w: in_torch(x, w, lengths), x, weights, grad)
         truth = truth_of(x, weights, lengths, grad)
         sizes = truth_of(x.abs(), weights.abs(), lengths, grad.abs())
@@ -109,8 +111,13 @@ def test_layouts_and_trailing_dimensions(backend):
     want = segment_pool(x, cu, "weighted", weights=weights, backend=backend)
     assert want.shape == (3, 4, 3)
     strange = torch.stack([weights, weights], 1)[:, 0]
-    assert torch.equal(segment_pool(x.transpose(1, 2).contiguous().transpose(1, 2), cu, "weighted", weights=strange, backend=backend), want)
-    no_width = segment_pool(torch.zeros(30, 0, requires_grad=True), cu, "weighted", weights=weights.requires_grad_(), backend=backend)
+    assert torch.equal(
+        segment_pool(x.transpose(1, 2).contiguous().transpose(1, 2), cu, "weighted", weights=strange, backend=backend),
+        want,
+    )
+    no_width = segment_pool(
+        torch.zeros(30, 0, requires_grad=True), cu, "weighted", weights=weights.requires_grad_(), backend=backend
+    )
     no_width.sum().backward()
     assert weights.grad.tolist() == [0.0] * 30
 
