@@ -62,7 +62,7 @@ def _check_positions(batch: PackedBatch) -> None:
         return
     firsts = torch.arange(total) == begins
     _require_equal(
-        positions[:, firsts].amin(0), torch.zeros(int(firsts.sum())), "position_ids", "begins with 0 in a segment"
+        positions[:, firsts].amax(0), torch.zeros(int(firsts.sum())), "position_ids", "begins with 0 in a segment"
     )
     _require(bool((positions >= 0).all()), "position_ids", "is >= 0", positions.min() if total else 0)
 

@@ -82,8 +82,8 @@ class PackedBatch:
             sample_weight: a float >= 0 for each sample.
             pad_token: fills the padding.
             placeholder: the token id of media, or modality -> id.
-            mrope: positions in time, height and width, [3, T], by the rule of `mrope_position_ids`. Media without a grid
-                count like text.
+            mrope: positions in time, height and width, [3, T], by the rule of `mrope_position_ids`; media without a
+                grid count like text.
 
         Raises:
             TypeError, ValueError: a wrong argument, by name; samples longer than the capacity.
@@ -252,7 +252,7 @@ class PackedBatch:
         return _batch_export.megatron(self)
 
     def to_nested(self, x: torch.Tensor | None = None) -> torch.Tensor:
-        """A NestedTensor [S, *, ...] of jagged layout over `x` [T, ...], default the tokens; a view, without padding."""
+        """A NestedTensor [S, *, ...], jagged, of `x` [T, ...], by default the tokens: a view, without padding."""
         return _batch_export.nested(self, x)
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -130,7 +131,9 @@ class PackedMedia:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedMedia:
         """The same with each tensor replaced by `function` of it."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changed = {name: function(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        changed: dict[str, Any] = {
+            name: function(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)
+        }
         return dataclasses.replace(self, **changed)
 
     def between(self, begin: int, end: int) -> PackedMedia | None:

@@ -186,7 +186,8 @@ def _patchify_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
 
 patchify = Op(
     "packing_patchify_fwd",
-    "(Tensor x, Tensor grid_thw, int channels, int patch, int temporal, int merge, bool inverse, str backend) -> Tensor",
+    "(Tensor x, Tensor grid_thw, int channels, int patch, int temporal, int merge, bool inverse, str backend)"
+    " -> Tensor",
     impls=impls("patchify", "fwd", _check_grid),
     fake=_patchify_fake,
     setup_context=_patchify_context,

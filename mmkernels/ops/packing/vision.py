@@ -43,8 +43,8 @@ def patchify(
     of Qwen2-VL's image processor. Differentiable; a permutation, so bits are copied.
 
     Args:
-        images: images [C, H, W] or clips [F, C, H, W], of one floating dtype, device and C. H and W must be multiples of
-            patch_size * merge_size, F (1 for an image) of temporal_patch_size.
+        images: images [C, H, W] or clips [F, C, H, W], of one floating dtype, device and C. H and W must be multiples
+            of patch_size * merge_size, F (1 for an image) of temporal_patch_size.
         patch_size: pixels along a side of a patch.
         temporal_patch_size: frames in a tubelet. (An image shown to a model with 2 is `image.expand(2, -1, -1, -1)`.)
         merge_size: patches along a side of a block that is merged into one token later on.
@@ -138,8 +138,8 @@ def mrope_position_ids(
     """Positions in time, height and width for packed tokens, each segment from 0, as Qwen2-VL's `get_rope_index`.
 
     A text token has one position on all three axes, one more than the largest before it. The tokens of an image or clip
-    that begins at position p stand at p + (t, y, x) of their place in its grid of t x h/merge_size x w/merge_size, row by
-    row. Nothing is inferred from token ids, and padding cannot shift anything: each segment stands for itself.
+    that begins at position p stand at p + (t, y, x) of their place in its grid of t x h/merge_size x w/merge_size, row
+    by row. Nothing is inferred from token ids, and padding cannot shift anything: each segment stands for itself.
 
     Args:
         cu_seqlens: [S+1] int32 (int64 is converted), as in `segment_pool`; tokens past its end are text of their own.

@@ -146,7 +146,7 @@ def test_weighted_pool(cuda, width, segments, dtype):
     for name, backend, of in (("ours", "native", dtype), ("plain", "reference", dtype), ("truth", "reference", None)):
         leaves = (
             x.to(of or torch.float64).requires_grad_(),
-            weights.to(of and torch.float32 or torch.float64).requires_grad_(),
+            weights.to(torch.float32 if of else torch.float64).requires_grad_(),
         )
         out = segment_pool(leaves[0], cu_seqlens, "weighted", weights=leaves[1], backend=backend)
         results[name] = out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))

@@ -37,7 +37,7 @@ def by_unfold(images, patch, temporal, merge):
     rows = []
     for image in images:
         image = image if image.ndim == 4 else image[None]
-        frames, channels, height, width = image.shape
+        frames, _, height, width = image.shape
         for t in range(0, frames, temporal):
             for block_y in range(0, height, patch * merge):
                 for block_x in range(0, width, patch * merge):
