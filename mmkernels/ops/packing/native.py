@@ -11,6 +11,7 @@ __all__ = [
     "embed_splice",
     "gather",
     "patchify",
+    "patchify_images",
     "scatter",
     "segment_pool",
     "segment_pool_bwd",
@@ -129,8 +130,28 @@ def patchify(
     """Pixels [P] -> tokens [T, C temporal patch^2], or back."""
     x, row = x.contiguous(), channels * temporal * patch**2
     out = x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // row, row)
+    _patchify(x, grid_thw, (channels, patch, temporal, merge), inverse, out)
+    return out
+
+
+def patchify_images(
+    images: list[torch.Tensor], grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int
+) -> torch.Tensor:
+    """Images -> tokens [T, C temporal patch^2]; on a CPU read where they lie, one after the other."""
+    if images[0].device.type != "cpu":
+        pixels = torch.cat([image.flatten() for image in images])
+        return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
+    row = channels * temporal * patch**2
+    tokens = [image.numel() // row for image in images]
+    out = images[0].new_empty(sum(tokens), row)
+    for image, grid, part in zip(images, grid_thw.split(1), out.split(tokens), strict=True):
+        _patchify(image.contiguous(), grid, (channels, patch, temporal, merge), False, part)
+    return out
+
+
+def _patchify(
+    x: torch.Tensor, grid_thw: torch.Tensor, sizes: tuple[int, int, int, int], inverse: bool, out: torch.Tensor
+) -> None:
     if out.numel() > 0:
         grid, starts = reference.token_grid(grid_thw)
-        sizes = (channels, patch, temporal, merge)
-        _launch("patchify_fwd", x, view(x.flatten()), view(grid), view(starts), *sizes, inverse, view(out.flatten()))
-    return out
+        _launch("patchify_fwd", x, view(x.view(-1)), view(grid), view(starts), *sizes, inverse, view(out.view(-1)))

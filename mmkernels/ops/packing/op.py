@@ -6,6 +6,7 @@ mmkernels::packing_embed_splice_fwd   rows of a table by token id, or of feature
 mmkernels::packing_segment_pool_fwd   one row per segment (and the winners of "max"); op_pool.py
 mmkernels::packing_weighted_pool_fwd  the weighted sum of each segment's rows; op_pool.py
 mmkernels::packing_patchify_fwd       pixels to rows of patches, and back: its own backward
+mmkernels::packing_patchify_images_fwd  the same from images as they lie, without a gradient
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = [
     "embed_splice",
     "gather",
     "patchify",
+    "patchify_images",
     "scatter",
     "segment_pool",
     "segment_pool_bwd",
@@ -192,4 +194,17 @@ patchify = Op(
     fake=_patchify_fake,
     setup_context=_patchify_context,
     backward=_patchify_backward,
+)
+
+
+def _images_fake(images: list[torch.Tensor], grid_thw: Any, channels: int, patch: int, temporal: int, *_: Any) -> Any:
+    row = channels * temporal * patch**2
+    return images[0].new_empty(sum(image.numel() for image in images) // row, row)
+
+
+patchify_images = Op(
+    "packing_patchify_images_fwd",
+    "(Tensor[] images, Tensor grid_thw, int channels, int patch, int temporal, int merge, str backend) -> Tensor",
+    impls=impls("patchify_images", "fwd", lambda *args: None),  # the public function has read the sizes off the images
+    fake=_images_fake,
 )

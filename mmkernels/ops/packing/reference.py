@@ -12,6 +12,7 @@ __all__ = [
     "gather",
     "group_by_row",
     "patchify",
+    "patchify_images",
     "scatter",
     "segment_of_row",
     "segment_pool",
@@ -163,6 +164,14 @@ def patchify(
             parts.append(image.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1))
     flat = torch.cat(parts) if parts else x.reshape(-1)[:0]
     return flat if inverse else flat.view(-1, row)
+
+
+def patchify_images(
+    images: list[torch.Tensor], grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int
+) -> torch.Tensor:
+    """Images -> tokens [T, C temporal patch^2]."""
+    pixels = torch.cat([image.flatten() for image in images])
+    return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
 
 
 def token_grid(grid_thw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -294,6 +294,14 @@ def patchify(
     return out
 
 
+def patchify_images(
+    images: list[torch.Tensor], grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int
+) -> torch.Tensor:
+    """Images -> tokens [T, C temporal patch^2]."""
+    pixels = torch.cat([image.flatten() for image in images])
+    return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
+
+
 def aot_cases() -> list[TritonCase]:
     """Every kernel as it is launched for rows of 1024 features; fp16 differs from bf16 in conversions only."""
     from mmkernels.testing.aot import TritonCase

@@ -74,9 +74,19 @@ def patchify(
             wrong_value(f"images[{i}]", f"{expected}{temporal_patch_size} frames (temporal_patch_size)", image)
         grids.append((frames // temporal_patch_size, height // patch_size, width // patch_size))
     grid_thw = _on_device(grids, images[0].device)
-    pixels = images[0].flatten() if len(images) == 1 else torch.cat([image.flatten() for image in images])
     sizes = (images[0].shape[-3], patch_size, temporal_patch_size, merge_size)
-    return op.patchify(pixels, grid_thw, *sizes, False, resolve("packing", pixels, backend)), grid_thw
+    served = resolve("packing", images[0], backend)
+    if _needs_no_gradient(images):
+        return op.patchify_images(list(images), grid_thw, *sizes, served), grid_thw
+    pixels = torch.cat([image.flatten() for image in images])
+    return op.patchify(pixels, grid_thw, *sizes, False, served), grid_thw
+
+
+def _needs_no_gradient(images: Sequence[torch.Tensor]) -> bool:
+    """As pixels from a loader: they are read where they lie. A gradient goes through their concatenation."""
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return not (torch.is_grad_enabled() and any(image.requires_grad for image in images))
 
 
 def unpatchify(

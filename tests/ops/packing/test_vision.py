@@ -60,6 +60,8 @@ def test_patchify(cut, dtype, backend, device):
     options = {"temporal_patch_size": temporal, "merge_size": merge, "backend": backend}
     tokens, grid_thw = patchify(images, patch, **options)
     assert torch.equal(tokens, by_unfold(images, patch, temporal, merge))
+    with torch.no_grad():  # read where they lie
+        assert torch.equal(tokens, patchify(images, patch, **options)[0])
     assert grid_thw.tolist() == [list(grid) for grid in grids]
     grad = torch.randn_like(tokens)
     gradients = torch.autograd.grad(tokens, images, grad)
