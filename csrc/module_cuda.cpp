@@ -133,8 +133,8 @@ void bind_packing(py::module_& m) {
       released);
   m.def(
       "launch_packing_scatter_fwd_cuda",
-      [](Tensor packed, Tensor order, Tensor starts, Tensor out, Stream stream) {
-        mmk::launch_packing_scatter_fwd_cuda(packed, order, starts, out, stream.handle);
+      [](Tensor packed, Tensor index, Tensor order, Tensor starts, Tensor sums, Tensor out, Stream stream) {
+        mmk::launch_packing_scatter_fwd_cuda(packed, index, order, starts, sums, out, stream.handle);
       },
       released);
   m.def(

@@ -41,31 +41,71 @@ __global__ void __launch_bounds__(kThreads) packing_gather_kernel(const __grid_c
   }
 }
 
+constexpr int kChunk = kScatterChunk;
+
 template <class T>
 struct ScatterParams {
-  RowGrid grid;
+  RowGrid grid;                        // rows of `out`, or chunks
   const T* __restrict__ packed;        // [T, E], rows packed_stride apart
   int64_t packed_stride;               // in elements
+  const int64_t* __restrict__ index;   // [T] the row each goes to, or -1
   const int64_t* __restrict__ order;   // [T] positions sorted by the row they go to
   const int64_t* __restrict__ starts;  // [R + 1] into order
+  float* __restrict__ sums;            // [T / kChunk, E]: of chunks of order that have one target
   // output
   T* __restrict__ out;  // [R, E]
 };
 
+// Chunks as RowGrid lays out rows; a thread sums its columns of the chunk's packed rows if all go to one row. A row
+// that thousands name then takes a step for each chunk, not for each of them.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kThreads, 4)
+    packing_scatter_chunks_kernel(const __grid_constant__ ScatterParams<T> a) {
+  const int64_t chunk = a.grid.row();
+  if (chunk >= a.grid.rows) return;
+  const int64_t* order = a.order + chunk * kChunk;
+  const int64_t target = a.index[order[0]];
+  if (target < 0 || a.index[order[kChunk - 1]] != target) return;
+  for (int unit = a.grid.first_unit(); unit < a.grid.units; unit += a.grid.lanes) {
+    CarryingSum sums[kWidth] = {};
+    for (int i = 0; i < kChunk; ++i) {
+      float x[kWidth];
+      load_floats(x, a.packed + order[i] * a.packed_stride + unit * kWidth);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) sums[e].add(x[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) a.sums[(chunk * a.grid.units + unit) * kWidth + e] = sums[e].value();
+  }
+}
+
 // Rows as RowGrid lays them out; a thread sums its columns of every packed row that goes to its row, in order, in
-// float32.
+// float32: single rows up to the first whole chunk, the sums of whole chunks, single rows after the last.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 4) packing_scatter_kernel(const __grid_constant__ ScatterParams<T> a) {
   const int64_t row = a.grid.row();
   if (row >= a.grid.rows) return;
   const int64_t begin = a.starts[row], end = a.starts[row + 1];
+  const int64_t first_chunk = (begin + kChunk - 1) / kChunk, last_chunk = end / kChunk;
+  const bool whole = last_chunk > first_chunk;
   for (int unit = a.grid.first_unit(); unit < a.grid.units; unit += a.grid.lanes) {
     CarryingSum sums[kWidth] = {};
-    for (int64_t i = begin; i < end; ++i) {
-      float x[kWidth];
-      load_floats(x, a.packed + a.order[i] * a.packed_stride + unit * kWidth);
+    const auto add_singles = [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        float x[kWidth];
+        load_floats(x, a.packed + a.order[i] * a.packed_stride + unit * kWidth);
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) sums[e].add(x[e]);
+        for (int e = 0; e < kWidth; ++e) sums[e].add(x[e]);
+      }
+    };
+    add_singles(begin, whole ? first_chunk * kChunk : end);
+    if (whole) {
+      for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+        const float* sum = a.sums + (chunk * a.grid.units + unit) * kWidth;
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) sums[e].add(sum[e]);
+      }
+      add_singles(last_chunk * kChunk, end);
     }
     float out[kWidth];
 #pragma unroll
@@ -165,17 +205,25 @@ void launch_packing_gather_fwd_cuda(const Tensor& first, const Tensor& second, c
   });
 }
 
-void launch_packing_scatter_fwd_cuda(const Tensor& packed, const Tensor& order, const Tensor& starts, const Tensor& out,
-                                     void* stream) {
+void launch_packing_scatter_fwd_cuda(const Tensor& packed, const Tensor& index, const Tensor& order,
+                                     const Tensor& starts, const Tensor& sums, const Tensor& out, void* stream) {
   const cuda::DeviceGuard guard(out);
   cuda::choose_packing_kernel(packed, out, [&](auto element, auto width) {
     using T = decltype(element);
     constexpr int kWidth = decltype(width)::value;
-    const cuda::RowGrid grid(out.size[0], out.size[1] / kWidth);
-    const cuda::ScatterParams<T> params{
-        grid, packed.ptr<T>(), packed.stride[0], order.ptr<int64_t>(), starts.ptr<int64_t>(), out.ptr<T>()};
-    cuda::launch("packing_scatter", cuda::packing_scatter_kernel<T, kWidth>, grid.grid(), cuda::kThreads, 0, stream,
-                 params);
+    cuda::ScatterParams<T> params{cuda::RowGrid(sums.size[0], out.size[1] / kWidth),
+                                  packed.ptr<T>(),
+                                  packed.stride[0],
+                                  index.ptr<int64_t>(),
+                                  order.ptr<int64_t>(),
+                                  starts.ptr<int64_t>(),
+                                  sums.ptr<float>(),
+                                  out.ptr<T>()};
+    cuda::launch("packing_scatter_chunks", cuda::packing_scatter_chunks_kernel<T, kWidth>, params.grid.grid(),
+                 cuda::kThreads, 0, stream, params);
+    params.grid = cuda::RowGrid(out.size[0], out.size[1] / kWidth);
+    cuda::launch("packing_scatter", cuda::packing_scatter_kernel<T, kWidth>, params.grid.grid(), cuda::kThreads, 0,
+                 stream, params);
   });
 }
 

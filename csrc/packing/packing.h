@@ -93,12 +93,15 @@ void launch_packing_patchify_fwd_cuda(const Tensor& x, const Tensor& grid, const
                                       int patch, int temporal, int merge, bool inverse, const Tensor& out,
                                       void* stream);
 
-// The scatter takes its index grouped by row, so that no two threads add to one row and the order of the sum is fixed:
-// out[r] = sum of packed[order[k]] for k in [starts[r], starts[r+1]), in ascending k.
+// The scatter takes its index grouped by row too, so that no two threads add to one row and the order of the sum is
+// fixed: out[r] = sum of packed[order[k]] for k in [starts[r], starts[r+1]), in ascending k.
+constexpr int kScatterChunk = 32;
 void launch_packing_scatter_fwd_cuda(
     const Tensor& packed,  // [T, E]
+    const Tensor& index,   // [T] int64
     const Tensor& order,   // [T] int64: stable argsort of index
     const Tensor& starts,  // [R+1] int64 into order (entries of -1 come before starts[0])
+    const Tensor& sums,    // [T / kScatterChunk, E] float32: room for the sums of chunks of `order`
     // outputs
     const Tensor& out,  // [R, E]
     void* stream);

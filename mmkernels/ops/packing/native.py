@@ -19,6 +19,7 @@ __all__ = [
     "weighted_pool_bwd",
 ]
 
+SCATTER_CHUNK = 32  # kScatterChunk of packing.h
 # Below this many bytes a second thread costs more than it saves.
 _ONE_THREAD_BYTES = 1 << 16
 
@@ -70,7 +71,8 @@ def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tenso
         return out
     if packed.device.type == "cuda":
         order, starts = reference.group_by_row(index, rows)
-        _launch("scatter_fwd", out, view(packed), view(order), view(starts), view(out))
+        sums = packed.new_empty(index.shape[0] // SCATTER_CHUNK, packed.shape[1], dtype=torch.float32)
+        _launch("scatter_fwd", out, *map(view, (packed, index, order, starts, sums, out)))
     else:
         _launch("scatter_fwd", packed, view(packed), view(index), view(out))
     return out

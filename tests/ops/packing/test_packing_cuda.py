@@ -96,6 +96,17 @@ def test_max_prefers_nan_and_the_first_of_equals(cuda):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", (1, 40))
+def test_rows_that_many_name(cuda, width, dtype):
+    """A frequent token: whole chunks of one target, and what lies before and after them."""
+    packed = torch.randn(410, width, device=cuda.device).to(dtype)
+    index = torch.randint(-1, 5, (410,), device=cuda.device)
+    index[70:400] = 2
+    out = unpack(packed, index, 5, backend="native")
+    assert_as_accurate("unpack", out, scattered(packed, index, 5), scattered(packed.double(), index, 5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_whatever_runs_first(cuda, dtype):
     packed = torch.randn(400, 72, device=cuda.device).to(dtype)
     index = random_index(3, 400, device=cuda.device)  # about a hundred to a row
