@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from harness import Case, Inputs, Work, main
 
-from mmkernels.ops.packing import PackingPlan, embed_splice, pack, patchify, plan_packing, segment_pool, unpack
+from mmkernels.ops.packing import PackingPlan, embed_splice, pack, pad, patchify, plan_packing, segment_pool, unpack
 from mmkernels.ops.packing.plan_python import plan_best_fit
 from mmkernels.testing.packing import LENGTHS, lengths_like
 
@@ -215,6 +215,40 @@ POOLS = [
     for mode in ("mean", "max")
 ]
 
+# Packed to padded
+
+
+def setup_pad(p: Params, device: torch.device) -> Inputs:
+    inputs = setup_pool(p, device)
+    longest = int(inputs["cu_seqlens"].diff().max())
+    shape = (len(inputs["cu_seqlens"]) - 1, longest, p["E"])
+    return inputs | {"max_seqlen": longest, "grad_padded": torch.randn(shape, device=device).to(inputs["x"].dtype)}
+
+
+def pad_gradient(out: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    return out, *torch.autograd.grad(out, [inputs["x"]], inputs["grad_padded"])
+
+
+def pad_sequences(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    parts = inputs["x"].split(inputs["cu_seqlens"].diff().tolist())
+    return pad_gradient(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), inputs)
+
+
+PAD = Case(
+    name="pad fwd+bwd",
+    grid=[p for p in WIDTHS if p["E"] >= 512],
+    quick=QUICK,
+    gate={"MiB": 1},
+    setup=setup_pad,
+    ours=lambda inputs, backend: pad_gradient(
+        pad(inputs["x"], inputs["cu_seqlens"], inputs["max_seqlen"], backend=backend), inputs
+    ),
+    plain=pad_sequences,
+    peers={"fbgemm_gpu": "padded"},
+    outputs=("out", "grad_x"),
+    work=bytes_moved,
+)
+
 # Tokens: an embedding table and the features of images, spliced.
 
 
@@ -414,4 +448,4 @@ WEIGHTED = Case(
 )
 
 if __name__ == "__main__":
-    main("packing", [PLAN, PACK, SOURCES, UNPACK, *POOLS, WEIGHTED, SPLICE, PATCHES])
+    main("packing", [PLAN, PACK, SOURCES, UNPACK, PAD, *POOLS, WEIGHTED, SPLICE, PATCHES])

@@ -36,9 +36,9 @@ def fields(
 ) -> dict[str, Any]:
     """The arguments of `PackedBatch`; see `PackedBatch.from_samples`."""
     parts = _parts(samples)
-    whole = [_tokens(part, placeholder) for part in parts]
-    lengths = _lengths(whole)
-    device = whole[0].device if whole else torch.device("cpu")
+    like = _like(parts)
+    whole = [_tokens(part, placeholder, like) for part in parts]
+    lengths, device = _lengths(whole), like.device
     total = sum(lengths)
     padding = 0 if capacity is None else capacity - total
     if padding < 0:
@@ -96,13 +96,20 @@ def _parts(samples: Any) -> list[list[torch.Tensor | Media]]:
     return found
 
 
-def _tokens(parts: list[torch.Tensor | Media], placeholder: Placeholder) -> torch.Tensor:
+def _like(samples: list[list[torch.Tensor | Media]]) -> torch.Tensor:
+    """The first tokens; where there are none, int64 on the device of the first media."""
+    every = [part for parts in samples for part in parts]
+    given = next((part for part in every if isinstance(part, torch.Tensor)), None)
+    if given is not None:
+        return given
+    device = next((part.values.device for part in every if isinstance(part, Media)), None)
+    return torch.empty(0, dtype=torch.int64, device=device)
+
+
+def _tokens(parts: list[torch.Tensor | Media], placeholder: Placeholder, like: torch.Tensor) -> torch.Tensor:
     """A sample's tokens, placeholders for its media."""
     if len(parts) == 1 and isinstance(parts[0], torch.Tensor):
         return parts[0]
-    like = next((part for part in parts if isinstance(part, torch.Tensor)), None)
-    device = parts[0].values.device if parts and isinstance(parts[0], Media) else None
-    dtype, device = (torch.int64, device) if like is None else (like.dtype, like.device)
     pieces = []
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -117,8 +124,8 @@ def _tokens(parts: list[torch.Tensor | Media], placeholder: Placeholder) -> torc
             fill = placeholder[part.modality]
         else:
             fill = placeholder
-        pieces.append(torch.full((part.length,), fill, dtype=dtype, device=device))
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+        pieces.append(like.new_full((part.length,), fill))
+    return torch.cat(pieces) if pieces else like.new_empty((0, *like.shape[1:]))
 
 
 def _lengths(samples: list[torch.Tensor]) -> list[int]:

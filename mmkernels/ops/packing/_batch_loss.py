@@ -37,14 +37,15 @@ def _owner(batch: PackedBatch) -> torch.Tensor:
     return torch.searchsorted(batch.cu_seqlens[1:].contiguous(), at, right=True)
 
 
-def target_weights(batch: PackedBatch, *, of_samples: bool = True) -> torch.Tensor:
+def target_weights(batch: PackedBatch, causal: bool = True, *, of_samples: bool = True) -> torch.Tensor:
     """[T] float64: the weight of each token's label, 0 where there is no target; `of_samples`: times its sample's."""
     real = torch.arange(batch.num_tokens, device=batch.tokens.device) < batch.num_tokens - batch.padding
     weight = real.double()
     if batch.loss_weight is not None:
         weight = weight * batch.loss_weight
     if batch.labels is not None:
-        weight = torch.where((batch.labels == IGNORE_LABEL) | firsts(batch), 0, weight)
+        none = batch.labels == IGNORE_LABEL
+        weight = torch.where(none | firsts(batch) if causal else none, 0, weight)
     if of_samples and batch.sample_weight is not None:
         weight = weight * _of_samples(batch)[_owner(batch)]
     return weight
@@ -65,24 +66,24 @@ def _per_sample(batch: PackedBatch, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(sums, (0, 1))
 
 
-def totals(batch: PackedBatch) -> torch.Tensor:
+def totals(batch: PackedBatch, causal: bool) -> torch.Tensor:
     """See `PackedBatch.loss_totals`."""
-    sums = _per_sample(batch, target_weights(batch, of_samples=False))
-    return torch.stack([target_weights(batch).sum(), torch.where(sums > 0, _of_samples(batch), 0).sum()])
+    sums = _per_sample(batch, target_weights(batch, causal, of_samples=False))
+    return torch.stack([target_weights(batch, causal).sum(), torch.where(sums > 0, _of_samples(batch), 0).sum()])
 
 
-def weights(batch: PackedBatch, normalize: str, total: torch.Tensor | None) -> torch.Tensor:
+def weights(batch: PackedBatch, normalize: str, total: torch.Tensor | None, causal: bool) -> torch.Tensor:
     """See `PackedBatch.loss_weights`."""
     if normalize not in ("token", "sample"):
         wrong_value("normalize", '"token" or "sample"', normalize)
     if total is None:
-        total = totals(batch)
+        total = totals(batch, causal)
     expect_tensor("totals", total, "[2] float64", ndim=1, dtypes=(torch.float64,), like=batch.tokens)
     if total.shape != (2,):
         wrong_value("totals", "[2] float64", total)
-    weight = target_weights(batch)
+    weight = target_weights(batch, causal)
     if normalize == "sample":
-        sums = _per_sample(batch, target_weights(batch, of_samples=False))
+        sums = _per_sample(batch, target_weights(batch, causal, of_samples=False))
         weight = weight / torch.where(sums > 0, sums, 1)[_owner(batch)]
     count = total[0 if normalize == "token" else 1]
     # Nothing to learn from gives 0, not NaN.

@@ -197,32 +197,34 @@ class PackedBatch:
         of a causal language model, which never reach into the next sample."""
         return _batch_loss.next_labels(self)
 
-    def loss_totals(self) -> torch.Tensor:
+    def loss_totals(self, *, causal: bool = True) -> torch.Tensor:
         """[2] float64: the batch's sum of target weights, and its number of samples that have a target (their weights).
 
         Add them up over micro-batches and ranks (an all_reduce), and give the sum to `loss_weights`.
         """
-        return _batch_loss.totals(self)
+        return _batch_loss.totals(self, causal)
 
-    def loss_weights(self, normalize: str, totals: torch.Tensor | None = None) -> torch.Tensor:
+    def loss_weights(self, normalize: str, totals: torch.Tensor | None = None, *, causal: bool = True) -> torch.Tensor:
         """[T] float32: weights w such that the loss is the sum of w[t] * nll[t], nll[t] that of token t's label.
 
-        A target is a label that is not -100 and not its sample's first (nothing comes before it to predict it from);
-        without labels, any token. Its weight is its loss_weight (1 without), times its sample's sample_weight.
+        A target is a label that is not -100; without labels, any token. Its weight is its loss_weight (1 without),
+        times its sample's sample_weight.
 
         Args:
             normalize: "token": every target counts alike, w = weight / sum of all weights. "sample": every sample
                 counts alike, however long: w = weight / its sample's sum / number of samples that have a target.
             totals: `loss_totals` summed over everything that one optimizer step sees; the losses of its parts then add
                 up to the loss of all, whichever way the samples are packed. Default: this batch alone.
+            causal: a sample's first label is no target, for nothing comes before it to predict it from. False for
+                masked modelling, where a token is predicted in place.
 
         Returns:
-            weights by token t, whose prediction is made at t - 1; roll by -1 for `next_labels`.
+            weights by token t, whose prediction a causal model makes at t - 1: roll by -1 for `next_labels`.
 
         Raises:
             ValueError: `normalize` is neither.
         """
-        return _batch_loss.weights(self, normalize, totals)
+        return _batch_loss.weights(self, normalize, totals, causal)
 
     # Exporters
 

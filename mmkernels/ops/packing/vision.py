@@ -8,6 +8,7 @@ import torch
 
 from mmkernels.ops._checks import expect_tensor, wrong_type, wrong_value
 from mmkernels.ops.packing import op
+from mmkernels.ops.packing._impls import checks_values
 from mmkernels.runtime.backends import resolve
 
 __all__ = ["mrope_position_ids", "patchify", "unpatchify"]
@@ -156,7 +157,7 @@ def mrope_position_ids(
         grid_thw: [N, 3] int64 (int32 is converted): each image's or clip's patches in time, height and width, in the
             order of its tokens.
         starts: [N] int64 (int32 is converted): the token that each begins with, ascending. They must not overlap, nor
-            cross the end of a segment: checked on CPU.
+            cross the end of a segment. Checked as in `segment_pool`.
         total: T; on a GPU nobody may ask cu_seqlens.
         merge_size: patches along a side that one token stands for.
         time_step: [N] floating point: positions from one step in time to the next, rounded down after the product (for
@@ -220,8 +221,8 @@ def _mrope(
 def _check_spans(
     cu: torch.Tensor, starts: torch.Tensor, grid: torch.Tensor, tokens: torch.Tensor, total: int, merge: int
 ) -> None:
-    """On CPU: positive grids that merge, spans ascending, apart, and each in one segment."""
-    if cu.device.type != "cpu" or torch.compiler.is_compiling():
+    """Positive grids that merge, spans ascending, apart, and each in one segment."""
+    if torch.compiler.is_compiling() or not checks_values(cu):
         return
     if cu.shape[0] == 0 or int(cu[0]) != 0 or bool((cu.diff() < 0).any()) or int(cu[-1]) > total:
         wrong_value("cu_seqlens", f"[S+1] int32 from 0, not decreasing, within total {total}", cu.tolist()[:8])

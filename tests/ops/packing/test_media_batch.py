@@ -84,6 +84,15 @@ def test_mrope_positions():
     assert batch.position_ids[:, 12:16].tolist() == [[0, 1, 2, 3]] * 3  # audio counts like text
 
 
+def test_any_sample_may_come_first():
+    """Dtype and device are those of the token ids, wherever the first ones are."""
+    ids = torch.arange(3, dtype=torch.int32)
+    batch = PackedBatch.from_samples([[], [image(1, 2, 2)], ids], capacity=6).validate()
+    assert batch.tokens.dtype == torch.int32
+    assert batch.tokens.tolist() == [0, 0, 1, 2, 0, 0]
+    assert PackedBatch.from_samples([[image(1, 2, 2)], []]).validate().tokens.dtype == torch.int64
+
+
 def test_split():
     batch = a_batch(labels=[torch.arange(n) for n in (9, 3, 9, 0, 10)], sample_weight=[1, 2, 3, 4, 5], mrope=True)
     for size in (1, 2, 3, 5, 9):
@@ -244,6 +253,9 @@ def test_loss_totals_count_exactly():
     assert batch.loss_totals().tolist() == [int(targets.sum()), sum(len(w) > 0 for _, w in targets_by_hand(batch))]
     assert batch.loss_totals().dtype == torch.float64
     assert torch.equal(batch.loss_weights("token").roll(-1) > 0, targets)
+    in_place = batch.loss_weights("token", causal=False) > 0  # masked modelling: first labels count too
+    assert torch.equal(in_place, batch.labels != -100)
+    assert batch.loss_totals(causal=False)[0] == int((batch.labels != -100).sum())
     nothing = PackedBatch.from_samples([torch.arange(1)], labels=[torch.arange(1)], capacity=3)
     assert nothing.loss_weights("token").tolist() == nothing.loss_weights("sample").tolist() == [0, 0, 0]
     unlabelled = PackedBatch.from_samples([torch.arange(2), torch.arange(1)], capacity=4)
