@@ -132,7 +132,10 @@ def patchify(
     """Pixels [P] -> tokens [T, C temporal patch^2], or back."""
     x, row = x.contiguous(), channels * temporal * patch**2
     out = x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // row, row)
-    _patchify(x, grid_thw, (channels, patch, temporal, merge), inverse, out)
+    if out.numel() > 0:
+        grid, starts = reference.token_grid(grid_thw)
+        sizes = (channels, patch, temporal, merge)
+        _launch("patchify_fwd", x, view(x.view(-1)), view(grid), view(starts), *sizes, inverse, view(out.view(-1)))
     return out
 
 
@@ -146,14 +149,8 @@ def patchify_images(
     row = channels * temporal * patch**2
     tokens = [image.numel() // row for image in images]
     out = images[0].new_empty(sum(tokens), row)
-    for image, grid, part in zip(images, grid_thw.split(1), out.split(tokens), strict=True):
-        _patchify(image.contiguous(), grid, (channels, patch, temporal, merge), False, part)
+    grids, counts = grid_thw.long().split(1), torch.tensor([[0, count] for count in tokens])
+    for image, grid, starts, part in zip(images, grids, counts, out.split(tokens), strict=True):
+        x, sizes = image.contiguous().view(-1), (channels, patch, temporal, merge)
+        _launch("patchify_fwd", x, view(x), view(grid), view(starts), *sizes, False, view(part.view(-1)))
     return out
-
-
-def _patchify(
-    x: torch.Tensor, grid_thw: torch.Tensor, sizes: tuple[int, int, int, int], inverse: bool, out: torch.Tensor
-) -> None:
-    if out.numel() > 0:
-        grid, starts = reference.token_grid(grid_thw)
-        _launch("patchify_fwd", x, view(x.view(-1)), view(grid), view(starts), *sizes, inverse, view(out.view(-1)))

@@ -153,9 +153,7 @@ embed_splice = Op(
 )
 
 
-def _check_grid(
-    x: torch.Tensor, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
-) -> None:
+def _check_grid(elements: int, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int) -> None:
     if not checks_values(grid_thw):
         return
     wrong = (grid_thw < 1).any(1) | (grid_thw[:, 1:] % merge != 0).any(1)
@@ -164,8 +162,8 @@ def _check_grid(
         expected = f"t, h and w >= 1, h and w multiples of merge_size {merge}"
         raise ValueError(f"grid_thw[{at}]: expected {expected}, got {grid_thw[at].tolist()}")
     total = int(grid_thw.prod(1).sum()) * channels * temporal * patch**2
-    if total != x.numel():
-        raise ValueError(f"grid_thw: expected grids of {x.numel()} elements in all, got {total}")
+    if total != elements:
+        raise ValueError(f"grid_thw: expected grids of {elements} elements in all, got {total}")
 
 
 def _patchify_fake(
@@ -190,7 +188,7 @@ patchify = Op(
     "packing_patchify_fwd",
     "(Tensor x, Tensor grid_thw, int channels, int patch, int temporal, int merge, bool inverse, str backend)"
     " -> Tensor",
-    impls=impls("patchify", "fwd", _check_grid),
+    impls=impls("patchify", "fwd", lambda x, *sizes: _check_grid(x.numel(), *sizes[:-1])),
     fake=_patchify_fake,
     setup_context=_patchify_context,
     backward=_patchify_backward,
@@ -202,9 +200,19 @@ def _images_fake(images: list[torch.Tensor], grid_thw: Any, channels: int, patch
     return images[0].new_empty(sum(image.numel() for image in images) // row, row)
 
 
+def _check_images(images: list[torch.Tensor], grid_thw: torch.Tensor, *sizes: int) -> None:
+    elements = [image.numel() for image in images]
+    _check_grid(sum(elements), grid_thw, *sizes)
+    channels, patch, temporal, _ = sizes
+    if checks_values(grid_thw) and (grid_thw.prod(1) * channels * temporal * patch**2).tolist() != elements:
+        raise ValueError(
+            f"grid_thw: expected one for each of {len(images)} images, of its size, got {grid_thw.tolist()}"
+        )
+
+
 patchify_images = Op(
     "packing_patchify_images_fwd",
     "(Tensor[] images, Tensor grid_thw, int channels, int patch, int temporal, int merge, str backend) -> Tensor",
-    impls=impls("patchify_images", "fwd", lambda *args: None),  # the public function has read the sizes off the images
+    impls=impls("patchify_images", "fwd", _check_images),
     fake=_images_fake,
 )

@@ -138,6 +138,17 @@ BAD_CUTS = [
 ]
 
 
+BAD_CUTS.append(
+    (
+        lambda: torch.ops.mmkernels.packing_patchify_images_fwd(
+            [IMAGE, IMAGE[:, :4]], torch.tensor([[1, 2, 3], [1, 4, 3]]), 3, 2, 1, 1, "native"
+        ),
+        ValueError,
+        "grid_thw: expected one for each of 2 images, of its size",
+    )
+)
+
+
 @pytest.mark.parametrize(("call", "error", "message"), BAD_CUTS, ids=[message[:45] for *_, message in BAD_CUTS])
 def test_bad_images(call, error, message):
     needs("native", "cpu", torch.float32)
