@@ -118,6 +118,12 @@ void bind_packing(py::module_& m) {
       },
       released);
   m.def(
+      "launch_packing_mrope_fwd_cuda",
+      [](Tensor cu_seqlens, Tensor starts, Tensor extent, Tensor gained, Tensor out, Stream stream) {
+        mmk::launch_packing_mrope_fwd_cuda(cu_seqlens, starts, extent, gained, out, stream.handle);
+      },
+      released);
+  m.def(
       "launch_packing_weighted_pool_fwd_cuda",
       [](Tensor x, Tensor weights, Tensor cu_seqlens, Tensor out, Stream stream) {
         mmk::launch_packing_weighted_pool_fwd_cuda(x, weights, cu_seqlens, out, stream.handle);

@@ -2,6 +2,7 @@
 // allow them, element by element otherwise. Every output row has one owner and every sum one order: no atomics, bitwise
 // reproducible.
 #include "packing/packing.h"
+#include "packing/packing_mrope.h"
 #include "packing/packing_tile.h"
 
 namespace mmk::cuda {
@@ -158,6 +159,13 @@ __global__ void __launch_bounds__(kThreads) packing_patchify_kernel(const __grid
   }
 }
 
+// A thread owns a token.
+__global__ void __launch_bounds__(kThreads)
+    packing_mrope_kernel(const __grid_constant__ MropeSpans spans, int64_t tokens, int64_t* __restrict__ out) {
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (t < tokens) spans.place(t, out + t, tokens);
+}
+
 template <class Unit>
 void launch_gather(const Tensor* const (&sources)[kMaxSources], const Tensor& index, const Tensor& out,
                    int element_bytes, void* stream) {
@@ -225,6 +233,16 @@ void launch_packing_scatter_fwd_cuda(const Tensor& packed, const Tensor& index, 
     cuda::launch("packing_scatter", cuda::packing_scatter_kernel<T, kWidth>, params.grid.grid(), cuda::kThreads, 0,
                  stream, params);
   });
+}
+
+void launch_packing_mrope_fwd_cuda(const Tensor& cu_seqlens, const Tensor& starts, const Tensor& extent,
+                                   const Tensor& gained, const Tensor& out, void* stream) {
+  const cuda::DeviceGuard guard(out);
+  const MropeSpans spans{cu_seqlens.ptr<int64_t>(), cu_seqlens.size[0],   starts.ptr<int64_t>(), starts.size[0],
+                         extent.ptr<int64_t>(),     gained.ptr<int64_t>()};
+  const dim3 grid(static_cast<unsigned>((out.size[1] + cuda::kThreads - 1) / cuda::kThreads));
+  cuda::launch("packing_mrope", cuda::packing_mrope_kernel, grid, cuda::kThreads, 0, stream, spans, out.size[1],
+               out.ptr<int64_t>());
 }
 
 void launch_packing_patchify_fwd_cuda(const Tensor& x, const Tensor& grid, const Tensor& starts, int channels,

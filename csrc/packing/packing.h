@@ -40,6 +40,17 @@ struct PackingKernels {
                        // outputs
                        const Tensor& out,  // [T C temporal patch^2]
                        int num_threads);
+
+  // Positions in time, height and width: a text token goes on from the largest so far, the tokens of span n, a grid of
+  // extent[n] that begins at token starts[n], count from there. gained[n] is what the spans before n advanced the
+  // position by, beyond their numbers of tokens.
+  void (*mrope_fwd)(const Tensor& cu_seqlens,  // [S+1] int64, from 0, not decreasing, last <= T
+                    const Tensor& starts,      // [N] int64, ascending; spans apart, each in one segment
+                    const Tensor& extent,      // [N, 3] int64: t, h, w in tokens
+                    const Tensor& gained,      // [N+1] int64
+                    // outputs
+                    const Tensor& out,  // [3, T] int64
+                    int num_threads);
 };
 MMK_DECLARE_KERNELS(PackingKernels, packing)
 
@@ -105,6 +116,9 @@ void launch_packing_scatter_fwd_cuda(
     // outputs
     const Tensor& out,  // [R, E]
     void* stream);
+
+void launch_packing_mrope_fwd_cuda(const Tensor& cu_seqlens, const Tensor& starts, const Tensor& extent,
+                                   const Tensor& gained, const Tensor& out, void* stream);
 
 void launch_packing_segment_pool_fwd_cuda(const Tensor& x, const Tensor& cu_seqlens, PoolMode mode, const Tensor& out,
                                           const Tensor& argmax, void* stream);

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "common/parallel.h"
+#include "packing/packing_mrope.h"
 #include "packing/packing_sums.h"
 
 namespace mmk {
@@ -176,9 +177,23 @@ void patchify_fwd(const Tensor& x, const Tensor& grid, const Tensor& starts, int
   }
 }
 
+// ---- positions ------------------------------------------------------------------------------------------------------
+
+void mrope_fwd(const Tensor& cu_seqlens, const Tensor& starts, const Tensor& extent, const Tensor& gained,
+               const Tensor& out, int num_threads) {
+  const MropeSpans spans{cu_seqlens.ptr<const int64_t>(), cu_seqlens.size[0],
+                         starts.ptr<const int64_t>(),     starts.size[0],
+                         extent.ptr<const int64_t>(),     gained.ptr<const int64_t>()};
+  const int64_t T = out.size[1];
+  parallel_chunks(T, num_threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) spans.place(t, out.ptr<int64_t>() + t, T);
+  });
+}
+
 }  // namespace
 }  // namespace MMK_ISA
 
-MMK_DEFINE_KERNELS(PackingKernels, packing) = {&MMK_ISA::gather_fwd, &MMK_ISA::scatter_fwd, &MMK_ISA::patchify_fwd};
+MMK_DEFINE_KERNELS(PackingKernels, packing) = {&MMK_ISA::gather_fwd, &MMK_ISA::scatter_fwd, &MMK_ISA::patchify_fwd,
+                                               &MMK_ISA::mrope_fwd};
 
 }  // namespace mmk

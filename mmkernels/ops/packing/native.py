@@ -10,6 +10,7 @@ from mmkernels.runtime.native import core, stream, threads, view
 __all__ = [
     "embed_splice",
     "gather",
+    "mrope",
     "patchify",
     "patchify_images",
     "scatter",
@@ -153,4 +154,21 @@ def patchify_images(
     for image, grid, starts, part in zip(images, grids, counts, out.split(tokens), strict=True):
         x, sizes = image.contiguous().view(-1), (channels, patch, temporal, merge)
         _launch("patchify_fwd", x, view(x), view(grid), view(starts), *sizes, False, view(part.view(-1)))
+    return out
+
+
+def mrope(
+    cu_seqlens: torch.Tensor,
+    starts: torch.Tensor,
+    extent: torch.Tensor,
+    gained: torch.Tensor,
+    time_step: torch.Tensor | None,
+    total: int,
+) -> torch.Tensor:
+    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64 -> [3, T] int64."""
+    assert time_step is None
+    out = cu_seqlens.new_empty(3, total)
+    if total > 0:
+        inputs = (tensor.contiguous() for tensor in (cu_seqlens, starts, extent, gained))
+        _launch("mrope_fwd", out, *map(view, (*inputs, out)))
     return out

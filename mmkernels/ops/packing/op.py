@@ -6,6 +6,7 @@ mmkernels::packing_embed_splice_fwd   rows of a table by token id, or of feature
 mmkernels::packing_segment_pool_fwd   one row per segment (and the winners of "max"); op_pool.py
 mmkernels::packing_weighted_pool_fwd  the weighted sum of each segment's rows; op_pool.py
 mmkernels::packing_patchify_fwd       pixels to rows of patches, and back: its own backward
+mmkernels::packing_mrope_fwd          positions in time, height and width; no gradient
 mmkernels::packing_patchify_images_fwd  the same from images as they lie, without a gradient
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mmkernels.ops.packing._impls import check_index, checks_values, impls
+from mmkernels.ops.packing._impls import check_cu_seqlens, check_index, checks_values, impls
 from mmkernels.ops.packing.op_pool import MODES, segment_pool, segment_pool_bwd, weighted_pool, weighted_pool_bwd
 from mmkernels.runtime.register import Op
 
@@ -25,6 +26,7 @@ __all__ = [
     "MODES",
     "embed_splice",
     "gather",
+    "mrope",
     "patchify",
     "patchify_images",
     "scatter",
@@ -215,4 +217,13 @@ patchify_images = Op(
     "(Tensor[] images, Tensor grid_thw, int channels, int patch, int temporal, int merge, str backend) -> Tensor",
     impls=impls("patchify_images", "fwd", _check_images),
     fake=_images_fake,
+)
+
+
+mrope = Op(
+    "packing_mrope_fwd",
+    "(Tensor cu_seqlens, Tensor starts, Tensor extent, Tensor gained, Tensor? time_step, SymInt total, str backend)"
+    " -> Tensor",
+    impls=impls("mrope", "fwd", lambda cu_seqlens, *rest: check_cu_seqlens(cu_seqlens, rest[-1])),
+    fake=lambda cu_seqlens, starts, extent, gained, time_step, total, backend: cu_seqlens.new_empty(3, total),
 )

@@ -11,6 +11,7 @@ __all__ = [
     "embed_splice",
     "gather",
     "group_by_row",
+    "mrope",
     "patchify",
     "patchify_images",
     "scatter",
@@ -172,6 +173,37 @@ def patchify_images(
     """Images -> tokens [T, C temporal patch^2]."""
     pixels = torch.cat([image.flatten() for image in images])
     return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
+
+
+def mrope(
+    cu_seqlens: torch.Tensor,
+    starts: torch.Tensor,
+    extent: torch.Tensor,
+    gained: torch.Tensor,
+    time_step: torch.Tensor | None,
+    total: int,
+) -> torch.Tensor:
+    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64, time_step [N] or None -> [3, T] int64.
+
+    A span of n tokens advances the position by its largest extent instead of n; `gained` adds the differences up.
+    """
+    at = torch.arange(total, device=cu_seqlens.device)
+    # The segment's first token: of several boundaries at one place the last counts.
+    begin = cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
+    position = at - begin - gained[torch.searchsorted(starts, begin)]
+    if starts.shape[0] == 0:
+        return position.expand(3, -1).contiguous()
+    n = torch.searchsorted(starts, at, right=True) - 1  # the last span that begins at or before the token, or -1
+    of = n.clamp(min=0)
+    inside = at - starts[of]
+    is_media = (n >= 0) & (inside < extent.prod(1)[of])
+    # A token of a span stands at the span's begin; one after it has what the span gained.
+    position = position + torch.where(is_media, gained[of] - inside, gained[n + 1])
+    _, height, width = extent[of].clamp(min=1).unbind(1)
+    t, y, x = inside // (height * width), inside // width % height, inside % width
+    if time_step is not None:
+        t = (t * time_step[of]).long()
+    return position + torch.where(is_media, torch.stack([t, y, x]), 0)
 
 
 def token_grid(grid_thw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

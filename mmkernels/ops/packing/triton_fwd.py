@@ -1,9 +1,10 @@
-"""Forward kernels of packing: gather of rows, pooling of segments, patches.
+"""Forward kernels of packing: gather of rows, pooling of segments, patches, positions.
 
 gather        a program owns a tile of packed rows and features; reads are rows of the sources, contiguous in features
 segment_pool  a program owns one segment and a block of features, and walks the segment's rows in tiles, accumulating in
               float32; no atomics, so the result is bitwise reproducible
 patchify      a program owns a tile of tokens and elements of a patch, and finds each element's pixel by arithmetic
+mrope         a program owns a block of tokens and finds each one's segment and span by bisection
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Elements of a tile: 32 per thread with four warps.
 _TILE = 4096
+_TOKENS = 256
 _NO_ROW = tl.constexpr(2147483647)
 
 
@@ -183,6 +185,56 @@ def _patchify_fwd_kernel(
         tl.store(out_ptr + o_token, tl.load(x_ptr + b_pixel, mask=m), mask=m)
 
 
+@triton.jit
+def _count_below(values_ptr, count, steps, b_x):
+    """How many of the values, which do not decrease, are at most b_x: [BLOCK_T]."""
+    b_low = b_x * 0
+    b_high = b_low + count
+    for _ in range(0, steps):
+        b_middle = (b_low + b_high) // 2
+        m_open = b_low < b_high
+        m_right = m_open & (tl.load(values_ptr + b_middle, mask=m_open, other=0) <= b_x)
+        b_low = tl.where(m_right, b_middle + 1, b_low)
+        b_high = tl.where(m_right, b_high, b_middle)
+    return b_low
+
+
+@triton.jit
+def _mrope_fwd_kernel(
+    cu_seqlens_ptr,  # [S+1] int64
+    starts_ptr,  # [N] int64
+    extent_ptr,  # [N, 3] int64
+    gained_ptr,  # [N+1] int64
+    out_ptr,  # [3, T] int64
+    tokens,
+    boundaries,
+    spans,
+    boundary_steps,
+    span_steps,
+    BLOCK_T: tl.constexpr,
+):
+    o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_t = o_t < tokens
+    b_segment = _count_below(cu_seqlens_ptr, boundaries, boundary_steps, o_t) - 1  # [BLOCK_T]
+    b_begin = tl.load(cu_seqlens_ptr + b_segment, mask=m_t, other=0)
+    b_before = tl.load(gained_ptr + _count_below(starts_ptr, spans, span_steps, b_begin - 1), mask=m_t, other=0)
+    b_n = _count_below(starts_ptr, spans, span_steps, o_t)  # spans that begin at or before the token
+    m_n = m_t & (b_n > 0)
+    b_gained = tl.load(gained_ptr + b_n, mask=m_t, other=0)
+    b_inside = o_t - tl.load(starts_ptr + b_n - 1, mask=m_n, other=0)
+    b_t = tl.load(extent_ptr + 3 * b_n - 3, mask=m_n, other=0)
+    b_h = tl.load(extent_ptr + 3 * b_n - 2, mask=m_n, other=1)
+    b_w = tl.load(extent_ptr + 3 * b_n - 1, mask=m_n, other=1)
+    m_media = m_n & (b_inside < b_t * b_h * b_w)
+    b_first = tl.load(gained_ptr + b_n - 1, mask=m_n, other=0)
+    b_base = o_t - b_begin - b_before + tl.where(m_media, b_first - b_inside, b_gained)
+    p_out = out_ptr + o_t
+    stride = o_t * 0 + tokens  # 64 bits, whatever `tokens` has
+    tl.store(p_out, b_base + tl.where(m_media, b_inside // (b_h * b_w), 0), mask=m_t)
+    tl.store(p_out + stride, b_base + tl.where(m_media, b_inside // b_w % b_h, 0), mask=m_t)
+    tl.store(p_out + 2 * stride, b_base + tl.where(m_media, b_inside % b_w, 0), mask=m_t)
+
+
 def row_tile(width: int, most_features: int = 512) -> tuple[int, int]:
     """(rows, features) of a tile of about _TILE elements for rows of `width` features."""
     features = min(triton.next_power_of_2(width), most_features)
@@ -302,6 +354,26 @@ def patchify_images(
     return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
 
 
+def mrope(
+    cu_seqlens: torch.Tensor,
+    starts: torch.Tensor,
+    extent: torch.Tensor,
+    gained: torch.Tensor,
+    time_step: torch.Tensor | None,
+    total: int,
+) -> torch.Tensor:
+    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64 -> [3, T] int64."""
+    assert time_step is None
+    out = cu_seqlens.new_empty(3, total)
+    if total > 0:
+        inputs = [tensor.contiguous() for tensor in (cu_seqlens, starts, extent, gained)]
+        counts = (cu_seqlens.shape[0], starts.shape[0])
+        steps = [count.bit_length() for count in counts]
+        with on_device(out):
+            _mrope_fwd_kernel[(triton.cdiv(total, _TOKENS),)](*inputs, out, total, *counts, *steps, BLOCK_T=_TOKENS)
+    return out
+
+
 def aot_cases() -> list[TritonCase]:
     """Every kernel as it is launched for rows of 1024 features; fp16 differs from bf16 in conversions only."""
     from mmkernels.testing.aot import TritonCase
@@ -335,4 +407,7 @@ def aot_cases() -> list[TritonCase]:
                 tile |= {"BLOCK_T": block_t, "BLOCK_E": block_e}
                 name = f"patchify_fwd[{dtype}-{patch}-{'back' if inverse else 'there'}]"
                 cases.append(TritonCase(name, _patchify_fwd_kernel, pointers | {"tokens": "i32"}, tile))
+    pointers = {f"{name}_ptr": "*i64" for name in ("cu_seqlens", "starts", "extent", "gained", "out")}
+    sizes = dict.fromkeys(("tokens", "boundaries", "spans", "boundary_steps", "span_steps"), "i32")
+    cases.append(TritonCase("mrope_fwd", _mrope_fwd_kernel, pointers | sizes, {"BLOCK_T": _TOKENS}))
     return cases

@@ -145,6 +145,7 @@ def mrope_position_ids(
     *,
     merge_size: int = 2,
     time_step: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Positions in time, height and width for packed tokens, each segment from 0, as Qwen2-VL's `get_rope_index`.
 
@@ -161,13 +162,15 @@ def mrope_position_ids(
         total: T; on a GPU nobody may ask cu_seqlens.
         merge_size: patches along a side that one token stands for.
         time_step: [N] floating point: positions from one step in time to the next, rounded down after the product (for
-            Qwen2.5-VL second_per_grid_t * tokens_per_second); default 1.
+            Qwen2.5-VL second_per_grid_t * tokens_per_second); default 1. Only the reference backend knows it.
+        backend: as in `pack`.
 
     Returns:
-        [3, T] int64, on cu_seqlens' device; plain PyTorch on any device, without a host sync.
+        [3, T] int64, on cu_seqlens' device.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
+        BackendError: the backend asked for cannot serve.
 
     Source: Qwen2-VL (arXiv 2409.12191), section 2.1; transformers, `Qwen2VLModel.get_rope_index`.
     """
@@ -186,36 +189,14 @@ def mrope_position_ids(
     cu, starts, grid = cu_seqlens.long(), starts.long(), grid_thw.long()
     extent = torch.stack([grid[:, 0], grid[:, 1] // merge_size, grid[:, 2] // merge_size], 1)  # [N, 3]
     _check_spans(cu, starts, grid, extent.prod(1), total, merge_size)
-    return _mrope(cu, starts, extent, total, time_step)
-
-
-def _mrope(
-    cu: torch.Tensor, starts: torch.Tensor, extent: torch.Tensor, total: int, time_step: torch.Tensor | None
-) -> torch.Tensor:
-    """A span of n tokens advances the position by its largest extent instead of n; the differences add up."""
-    at = torch.arange(total, device=cu.device)
-    tokens = extent.prod(1)  # [N]
     last = extent - 1
     if time_step is not None:
         last = torch.stack([(last[:, 0] * time_step).long(), last[:, 1], last[:, 2]], 1)
-    gain = last.amax(1) + 1 - tokens
-    gained = torch.nn.functional.pad(gain.cumsum(0), (1, 0))  # [N+1]
-    # The segment's first token: of several boundaries at one place the last counts.
-    begin = cu[torch.searchsorted(cu, at, right=True) - 1]
-    position = at - begin - gained[torch.searchsorted(starts, begin)]
-    if starts.shape[0] == 0:
-        return position.expand(3, -1).contiguous()
-    n = torch.searchsorted(starts, at, right=True) - 1  # the last span that begins at or before the token, or -1
-    of = n.clamp(min=0)
-    inside = at - starts[of]
-    is_media = (n >= 0) & (inside < tokens[of])
-    # A token of a span stands at the span's begin; one after it has what the span gained.
-    position = position + torch.where(is_media, gained[of] - inside, gained[n + 1])
-    _, height, width = extent[of].clamp(min=1).unbind(1)
-    t, y, x = inside // (height * width), inside // width % height, inside % width
-    if time_step is not None:
-        t = (t * time_step[of]).long()
-    return position + torch.where(is_media, torch.stack([t, y, x]), 0)
+    gained = torch.nn.functional.pad((last.amax(1) + 1 - extent.prod(1)).cumsum(0), (1, 0))  # [N+1]
+    why = None if time_step is None else "the kernels count time in whole steps: time_step is for the reference"
+    limits = {"native": why, "triton": why}
+    served = resolve("packing", cu.new_empty(0, dtype=torch.float32), backend, limits)
+    return op.mrope(cu, starts, extent, gained, time_step, total, served)
 
 
 def _check_spans(

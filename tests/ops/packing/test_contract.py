@@ -56,6 +56,8 @@ def test_opcheck(backend):
     for image in (torch.randn(2 * 3 * 4 * 2, requires_grad=True), torch.randn(6, 8, requires_grad=True)):
         cut = (image, torch.tensor([[1, 2, 1], [2, 1, 2]]), 2, 2, 1, 1, image.ndim == 2, backend)
         torch.library.opcheck(ops.packing_patchify_fwd.default, cut)
+    spans = (torch.tensor([0, 9, 14]), torch.tensor([1, 4]), torch.tensor([[1, 1, 2], [2, 2, 1]]))
+    torch.library.opcheck(ops.packing_mrope_fwd.default, (*spans, torch.tensor([0, 0, -2]), None, 15, backend))
     cut = ([torch.randn(1, 2, 4, 2), torch.randn(2, 2, 2, 4)], torch.tensor([[1, 2, 1], [2, 1, 2]]), 2, 2, 1, 1)
     torch.library.opcheck(ops.packing_patchify_images_fwd.default, (*cut, backend))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmkernels.ops.packing import embed_splice, pack, patchify, segment_pool, unpack, unpatchify
+from mmkernels.ops.packing import embed_splice, mrope_position_ids, pack, patchify, segment_pool, unpack, unpatchify
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.packing import cu_seqlens_of, random_index, splice_inputs
 
@@ -163,6 +163,15 @@ def test_weighted_pool(cuda, width, segments, dtype):
         results[name] = out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
     for what, ours, plain, truth in zip(("out", "grad_x", "grad_weights"), *results.values(), strict=True):
         assert_as_accurate(what, ours, plain, truth)
+
+
+def test_mrope(cuda):
+    cu_seqlens = cu_seqlens_of([300, 0, 9, 400], cuda.device)
+    starts = torch.tensor([3, 40, 300, 330, 500], device=cuda.device)
+    grid_thw = torch.tensor([[1, 4, 6], [5, 8, 8], [1, 2, 2], [9, 2, 4], [1, 10, 12]], device=cuda.device)
+    args = (cu_seqlens, grid_thw, starts, 720)
+    got = mrope_position_ids(*args, backend="native")
+    assert torch.equal(got, mrope_position_ids(*args, backend="reference"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmkernels.ops.packing import mrope_position_ids, patchify, unpatchify
-from mmkernels.runtime.backends import candidates
+from mmkernels.runtime.backends import BackendError, candidates
 from mmkernels.testing.packing import cu_seqlens_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -214,7 +214,9 @@ SAMPLES = [
 
 
 @every_device
-def test_positions_are_those_of_transformers(device):
+@every_backend
+def test_positions_are_those_of_transformers(backend, device):
+    needs(backend, device, torch.float32)
     ids, grids, starts, expected, cu = [], [], [], [], [0]
     for parts in SAMPLES:
         more, own, at, images, videos = interleaved(parts)
@@ -228,6 +230,7 @@ def test_positions_are_those_of_transformers(device):
         torch.tensor(grids, device=device),
         torch.tensor(starts, device=device),
         len(ids) + padding,
+        backend=backend,
     )
     assert got.dtype == torch.int64
     assert torch.equal(got.cpu(), torch.cat([*expected, torch.arange(padding).expand(3, -1)], 1))
@@ -250,15 +253,44 @@ def test_time_steps_of_qwen2_5():
     steps = [2 * 0.75, 2 * 0.3]  # tokens_per_second x second_per_grid_t
     expected = get_rope_index(ids, images, videos, time_steps=steps)
     cu = cu_seqlens_of([len(ids)])
-    got = mrope_position_ids(cu, torch.tensor(grids), torch.tensor(starts), len(ids), time_step=torch.tensor(steps))
-    assert torch.equal(got, expected)
+    args, step = (cu, torch.tensor(grids), torch.tensor(starts), len(ids)), torch.tensor(steps)
+    assert torch.equal(mrope_position_ids(*args, time_step=step), expected)
+    with pytest.raises(BackendError, match="the kernels count time in whole steps: time_step is for the reference"):
+        mrope_position_ids(*args, time_step=step, backend="native")
 
 
-def test_without_media_and_without_tokens():
+@every_backend
+def test_without_media_and_without_tokens(backend):
+    needs(backend, "cpu", torch.float32)
     none = torch.zeros(0, 3, dtype=torch.int64)
-    got = mrope_position_ids(cu_seqlens_of([3, 0, 2]), none, none[:, 0], 6)
+    got = mrope_position_ids(cu_seqlens_of([3, 0, 2]), none, none[:, 0], 6, backend=backend)
     assert torch.equal(got, torch.tensor([0, 1, 2, 0, 1, 0]).expand(3, -1))
-    assert mrope_position_ids(cu_seqlens_of([]), none, none[:, 0], 0).shape == (3, 0)
+    assert mrope_position_ids(cu_seqlens_of([]), none, none[:, 0], 0, backend=backend).shape == (3, 0)
+
+
+@every_backend
+def test_positions_of_a_random_batch(backend):
+    """Hundreds of spans and segments, some empty: several blocks of the kernels."""
+    needs(backend, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    ids, grids, starts, expected, cu = [], [], [], [], [0]
+    for _ in range(60):
+        kinds = ("image", "video")
+        parts = [
+            draw(0, 9) if draw(0, 2) else (kinds[draw(0, 2)], draw(1, 4), 2 * draw(1, 4), 2 * draw(1, 4))
+            for _ in range(draw(0, 7))
+        ]
+        more, own, at, images, videos = interleaved(parts)
+        starts += [len(ids) + start for start in at]
+        ids, grids = ids + more, grids + own
+        cu.append(len(ids))
+        expected.append(get_rope_index(more, images, videos))
+    args = torch.tensor(cu), torch.tensor(grids), torch.tensor(starts), len(ids)
+    assert torch.equal(mrope_position_ids(*args, backend=backend), torch.cat(expected, 1))
 
 
 def test_positions_compile_into_one_graph():
