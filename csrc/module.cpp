@@ -123,8 +123,13 @@ void bind_packing(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("launch_packing_gather_fwd_cpu", cpu.gather_fwd, no_gil);
   m.def("launch_packing_scatter_fwd_cpu", cpu.scatter_fwd, no_gil);
-  m.def("launch_packing_segment_pool_fwd_cpu", cpu.segment_pool_fwd, no_gil);
-  m.def("launch_packing_segment_pool_bwd_cpu", cpu.segment_pool_bwd, no_gil);
+  m.def("launch_packing_patchify_fwd_cpu", cpu.patchify_fwd, no_gil);
+  m.def("launch_packing_mrope_fwd_cpu", cpu.mrope_fwd, no_gil);
+  const auto& pooling = mmk::pooling_kernels();
+  m.def("launch_packing_segment_pool_fwd_cpu", pooling.segment_pool_fwd, no_gil);
+  m.def("launch_packing_segment_pool_bwd_cpu", pooling.segment_pool_bwd, no_gil);
+  m.def("launch_packing_weighted_pool_fwd_cpu", pooling.weighted_pool_fwd, no_gil);
+  m.def("launch_packing_weighted_pool_bwd_cpu", pooling.weighted_pool_bwd, no_gil);
 }
 
 }  // namespace

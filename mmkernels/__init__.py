@@ -6,19 +6,25 @@ __all__ = [
     "AttentionMask",
     "BackendError",
     "GradCache",
+    "Media",
     "Modality",
     "PackedBatch",
+    "PackedMedia",
     "PackingPlan",
     "__version__",
     "attention",
+    "embed_splice",
     "infonce",
+    "mrope_position_ids",
     "pack",
     "pad",
+    "patchify",
     "plan_packing",
     "segment_pool",
     "siglip",
     "unpack",
     "unpad",
+    "unpatchify",
 ]
 
 try:
@@ -42,5 +48,20 @@ else:
     from mmkernels.ops.attention import AttentionMask, attention
     from mmkernels.ops.contrastive import infonce, siglip
     from mmkernels.ops.modality import Modality
-    from mmkernels.ops.packing import PackedBatch, PackingPlan, pack, pad, plan_packing, segment_pool, unpack, unpad
+    from mmkernels.ops.packing import (
+        Media,
+        PackedBatch,
+        PackedMedia,
+        PackingPlan,
+        embed_splice,
+        mrope_position_ids,
+        pack,
+        pad,
+        patchify,
+        plan_packing,
+        segment_pool,
+        unpack,
+        unpad,
+        unpatchify,
+    )
     from mmkernels.runtime.backends import BackendError

@@ -105,7 +105,7 @@ LAYERS = (
     ),
     Layer(_OPS + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.reference")),
     Layer(
-        _OPS + r"\.op",
+        _OPS + r"\.(op\w*|_impls)",
         below=(_OWN, _RUNTIME),
         never=("mmkernels.ops.{f}.api",),
         late=("mmkernels.ops.{f}.triton_*",),

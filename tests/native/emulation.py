@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from mmkernels.ops.packing.native import SCATTER_CHUNK
 from mmkernels.ops.packing.reference import group_by_row
 
 HERE = Path(__file__).parent
@@ -158,7 +159,8 @@ class EmulatedCore:
 
         packed, index, out = args
         order, starts = group_by_row(_tensor(index), out[2][0])
-        self._launch("packing_scatter_fwd", [packed, view(order), view(starts), out])
+        sums = torch.full((index[2][0] // SCATTER_CHUNK, out[2][1]), torch.nan)
+        self._launch("packing_scatter_fwd", [packed, index, view(order), view(starts), view(sums), out])
 
     @contextmanager
     def _fenced(self, args: Sequence[Any]) -> Iterator[list[Any]]:
