@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmkernels.ops._tl import cast, dot
+from mmkernels.ops._tl import cast, dot, generation
 
 from .reference import MaskRows, Options, bias_gradient, sink_gradient
 from .triton_extras import (
@@ -48,6 +48,7 @@ from .triton_fwd import (
     load_intervals,
     load_tile,
     store_tile,
+    tiles,
     unit_rows,
 )
 
@@ -282,7 +283,7 @@ def _attention_dq_kernel(
         tl.store(row_sums_ptr + o_c[None, :].to(tl.int64) * Tq + o_m[:, None], b_sums, mask=m_sums)
 
 
-def _dkdv_config(single: bool, head_dim: int) -> dict[str, int]:
+def _dkdv_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
     """Tiles and launch options that compile without spills for sm_80, sm_90 and sm_100."""
     if single:
         if head_dim <= 64:
@@ -295,12 +296,12 @@ def _dkdv_config(single: bool, head_dim: int) -> dict[str, int]:
     return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 
-def _dq_config(single: bool, head_dim: int) -> dict[str, int]:
+def _dq_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
     """Tiles and launch options that compile without spills for sm_80, sm_90 and sm_100."""
     if single:
         if head_dim <= 64:
             return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+        return tiles(16 if major >= 10 else 32, 16, 8)
     if head_dim <= 64:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     if head_dim <= 128:
@@ -308,23 +309,24 @@ def _dq_config(single: bool, head_dim: int) -> dict[str, int]:
     return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 
-def _rich_dkdv_config(single: bool, head_dim: int) -> dict[str, int]:
+def _rich_dkdv_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
     """The same with registers left for a pattern, a bias and dropout; tiles lie inside those of the tile map."""
     if single:
-        block = 32 if head_dim <= 64 else 16
-        return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4, "num_stages": 1}
+        return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
     if head_dim <= 128:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        if major >= 9:
+            return tiles(32, 64, 8)
+        return tiles(16, 64, 4) if head_dim <= 64 else tiles(16, 64, 8)
+    return tiles(32, 32, 8) if major != 9 else tiles(16, 32, 8)
 
 
-def _rich_dq_config(single: bool, head_dim: int) -> dict[str, int]:
+def _rich_dq_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
     """The same with registers left for a pattern, a bias and dropout; tiles lie inside those of the tile map."""
     if single:
-        return {"BLOCK_M": 32, "BLOCK_N": 32 if head_dim <= 64 else 16, "num_warps": 8, "num_stages": 1}
+        return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
     if head_dim <= 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        return tiles(64, 32 if major >= 9 or head_dim <= 64 else 16, 8)
+    return tiles(16, 32, 4)
 
 
 def attention_bwd(
@@ -346,6 +348,7 @@ def attention_bwd(
     if options.pair_bias is not None:
         row_sums = lse.new_empty((H, options.pair_bias.shape[2], Tq))
     single, widest, rich = q.dtype == torch.float32, max(D, DV), is_rich(rows, options)
+    major = generation(q.device)
     sizes = {"D": D, "DV": DV, "BLOCK_D": block_dim(D), "BLOCK_DV": block_dim(DV), **flags(rows, options)}
     inputs = (q, k, v, do, lse, delta, rows.lo, rows.hi, *arguments(rows, options))
     strides = tuple(stride for x in (q, k, v, do) for stride in x.stride()[:2])
@@ -356,13 +359,13 @@ def attention_bwd(
             do, out, dlse, delta, *do.stride()[:2], *out.stride()[:2], Tq,
             DV=DV, HAS_DLSE=dlse is not None, BLOCK_M=DELTA_BLOCK_M, BLOCK_DV=sizes["BLOCK_DV"],
         )  # fmt: skip
-        config = (_rich_dq_config if rich else _dq_config)(single, widest)
+        config = (_rich_dq_config if rich else _dq_config)(single, widest, major)
         _attention_dq_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
             *inputs, dq, row_sums, *strides, *dq.stride()[:2], *scalars,
             BLOCK_C=class_block(options.pair_bias), **sizes, **config,
         )  # fmt: skip
     if Tk > 0:
-        config = (_rich_dkdv_config if rich else _dkdv_config)(single, widest)
+        config = (_rich_dkdv_config if rich else _dkdv_config)(single, widest, major)
         _attention_dkdv_kernel[(triton.cdiv(Tk, config["BLOCK_N"]), Hkv)](
             *inputs, rows.first_q, rows.last_q, dk, dv, *strides, *dk.stride()[:2], *dv.stride()[:2], *scalars,
             **sizes, **config,
@@ -381,8 +384,8 @@ def aot_cases() -> list[Any]:
         block, single, about = block_dim(head_dim), kind == "fp32", (kind, head_dim)
         sizes: dict[str, Any] = {"D": head_dim, "DV": head_dim, "BLOCK_D": block, "BLOCK_DV": block}
         sizes |= dict.fromkeys(ALL_FLAGS, rich)
-        dkdv = (_rich_dkdv_config if rich else _dkdv_config)(single, head_dim)
-        dq = (_rich_dq_config if rich else _dq_config)(single, head_dim)
+        dkdv = (_rich_dkdv_config if rich else _dkdv_config)(single, head_dim, arch // 10)
+        dq = (_rich_dq_config if rich else _dq_config)(single, head_dim, arch // 10)
         if not rich:
             delta: dict[str, Any] = {"DV": head_dim, "BLOCK_DV": block, "HAS_DLSE": True}
             cases.append(aot_case("delta", _attention_delta_kernel, *about, {"BLOCK_M": DELTA_BLOCK_M}, arch, **delta))

@@ -232,13 +232,17 @@ def _config(single: bool, head_dim: int, major: int) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1 if major >= 10 else 2}
 
 
+def tiles(block_m: int, block_n: int, num_warps: int, num_stages: int = 1) -> dict[str, int]:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+
+
 def _rich_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
     """The same with registers left for a pattern, a bias and dropout; tiles lie inside those of the tile map."""
     if single:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    if head_dim <= 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        return tiles(32, 32, 8) if head_dim <= 64 else tiles(16, 16, 4)
+    if head_dim <= 64:
+        return tiles(64, 64, 8, 2)
+    return tiles(64, 32, 8) if head_dim <= 128 else tiles(32, 32, 8)
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
