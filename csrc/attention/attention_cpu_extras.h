@@ -94,7 +94,7 @@ class Dropout {
       : given_(extras.seed.given()),
         head_(static_cast<uint32_t>(head)),
         seed_(given_ ? static_cast<uint64_t>(*extras.seed.ptr<int64_t>()) : 0),
-        // As Python rounds: the product is below 2^53 and its half exact, ties to even.
+        // rounded as Python does, ties to even
         below_(static_cast<uint32_t>(__builtin_nearbyint((1.0 - extras.dropout_p) * 2147483648.0))),
         factor_(1.0 / (1.0 - extras.dropout_p)) {}
   bool given() const { return given_; }

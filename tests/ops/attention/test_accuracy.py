@@ -33,9 +33,9 @@ def needs(backend: str, dtype: torch.dtype) -> None:
         pytest.skip(reason)
 
 
-def draws(backend: str) -> int:
+def draws(backend: str, tokens: int = 239) -> int:
     """The largest error of few rows is a matter of luck: judge several draws at once. The interpreter is slow."""
-    return 1 if backend == "triton" else 3
+    return 1 if backend == "triton" and tokens > 200 else 3
 
 
 def assert_right(inputs: list[AttentionInputs], backend: str, *, with_lse: bool = False) -> None:
@@ -76,7 +76,7 @@ def test_masks(mask, dtype, backend):
         pytest.skip("in float32 only: the interpreter is slow")
     case = MASKS[mask]
     heads = {"heads": 4, "kv_heads": 2, "dim": 32}
-    seeds = range(draws(backend))
+    seeds = range(draws(backend, case.tokens[0]))
     assert_right([make_inputs(*case.tokens, **heads, dtype=dtype, mask=case.mask(), seed=s) for s in seeds], backend)
 
 

@@ -1,5 +1,6 @@
 """Attention as torch sees it (opcheck, compile, functorch, autocast) and as a user errs with it."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from mmkernels import AttentionMask, BackendError, GradCache, attention
-from mmkernels.ops.attention.reference import keep
+from mmkernels.ops.attention.api import _limits
+from mmkernels.ops.attention.reference import MaskRows, Options, keep
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing.attention import cu_seqlens, make_inputs, run
 
@@ -265,6 +267,32 @@ def test_a_class_beyond_the_table_shows_where_values_are_not_looked_at(monkeypat
     out = attention(q, k, v, mask, pair_bias=torch.zeros(4, 1, 1), backend="native")
     assert out[1:3].isnan().any()
     assert torch.isfinite(out[3:]).all()
+
+
+def test_cuda_kernels_say_what_they_do_not_take():
+    """On any tensor that is not the CPU's: the limits follow from the call alone."""
+    q = torch.empty(10, 4, 8, device="meta")
+    given = MaskRows(*CROSS.rows(10, 10)), Options(torch.zeros(4, 2, 2), torch.zeros(4), torch.tensor([1]), 0.1, 1.0)
+    bare = MaskRows(*MASK.rows(10, 10)), Options(None, None, None, 0.0, 1.0)
+    reason = _limits(q, q, *given)["native"]
+    for what in ("spans and classes in a mask", "pair_bias", "sink", "dropout_p"):
+        assert what in reason
+    assert "sink" in _limits(q, q, bare[0], bare[1]._replace(sink=torch.zeros(4)))["native"]
+    assert _limits(q, q, *bare) is None
+    assert _limits(torch.empty(10, 4, 8), q, *given) is None
+
+
+def test_kernel_tiles_lie_inside_those_of_the_map():
+    pytest.importorskip("triton")
+    from mmkernels.ops.attention import tiles, triton_bwd, triton_extras, triton_fwd
+
+    assert (triton_extras.TILE_Q.value, triton_extras.TILE_K.value) == (tiles.TILE_Q, tiles.TILE_K)
+    assert (triton_extras.SKIP.value, triton_extras.FULL.value) == (tiles.SKIP, tiles.FULL)
+    for choose in (triton_fwd._rich_config, triton_bwd._rich_dq_config, triton_bwd._rich_dkdv_config):
+        for single, head_dim, major in itertools.product((True, False), (64, 128, 256), (8, 9, 10)):
+            config = choose(single, head_dim, major)
+            assert tiles.TILE_Q % config["BLOCK_M"] == 0
+            assert tiles.TILE_K % config["BLOCK_N"] == 0
 
 
 @pytest.mark.gpu
