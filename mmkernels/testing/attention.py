@@ -209,7 +209,11 @@ def dense_mask(x: AttentionInputs) -> torch.Tensor:
 
 
 def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str, torch.Tensor]:
-    """For dbias and dsink, sums over all tokens that cancel: the sums of their absolute terms, in float64."""
+    """Results that cancel, and the sums of their absolute terms in float64.
+
+    dbias and dsink are sums over all tokens. With a bias dq is one too: plain PyTorch then forms the softmax and
+    cancels exactly, a kernel that keeps lse and the rounded out does so up to a rounding of the two terms of ds.
+    """
     if x.pair_bias is None and x.sink is None:
         return {}
     truth = x.to(torch.float64)
@@ -237,6 +241,8 @@ def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str,
             F.one_hot(ids, size).double()
             for ids, size in zip((class_q, class_k), truth.pair_bias.shape[1:], strict=True)
         ]
+        terms = p * (dp.abs() + delta[..., None].abs())
+        found["dq"] = torch.einsum("hqk,khd->qhd", terms, key.abs()) * abs(scale)
         found["dbias"] = torch.einsum("hqk,qa,kb->hab", ds, *one_hot)
     return found
 

@@ -6,7 +6,7 @@ With p_ij = exp(s_ij - lse_i), dp_ij = <do_i, v_j>, delta_i = <do_i, out_i> - dl
     dk, dv    a program owns BLOCK_N keys of a key/value head and walks the hull of the queries that see them, for each
               query head of the group in turn:  dv_j = sum_i p_ij do_i,  dk_j = scale sum_i ds_ij q_i
     dq        a program owns BLOCK_M queries of a head and walks their keys as the forward does:
-              dq_i = scale sum_j ds_ij k_j;  for a pair bias it adds up ds over the keys of each class, by a product
+              dq_i = scale sum_j ds_ij k_j;  for a pair bias it adds up ds over the keys of each class, by products
               with a one-hot matrix
 
 Scores are computed again in both, seven products against the least possible five. Sums are float32 and cast once.
@@ -169,14 +169,18 @@ def _attention_dkdv_kernel(
 
 @triton.jit
 def _gather_keys(
-    b_dq, b_sums, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span, b_allow, b_class,
+    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi,
+    b_span, b_allow, b_class,
     start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr, classes_q, classes_k, keep_below,
     keep_factor, i_h, i_m,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr, PATTERN: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """b_dq + ds k, and with a bias b_sums + ds onehot(class_k), over the keys [start, start + BLOCK_N)."""
+    """b_dq + ds k over the keys [start, start + BLOCK_N).
+
+    With a bias also sums of ds and, for 16-bit inputs, of p over the keys of each class, and of p dp over all.
+    """
     o_n = start + tl.arange(0, BLOCK_N)
     b_k = load_tile(k_ptr, o_n, tl.arange(0, BLOCK_D), stride_kt, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
     b_v = load_tile(v_ptr, o_n, tl.arange(0, BLOCK_DV), stride_vt, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
@@ -197,12 +201,18 @@ def _gather_keys(
     if DROPOUT:
         m_keep = keep_tile(seed_ptr, i_h, o_n, i_m * BLOCK_M, keep_below, BLOCK_M, BLOCK_N)
         b_dp = tl.where(tl.trans(m_keep), b_dp * keep_factor, 0.0)
-    b_ds = cast(b_p * (b_dp - b_delta[:, None]), b_k.dtype)  # [BLOCK_M, BLOCK_N]
+    b_exact = b_p * (b_dp - b_delta[:, None])  # [BLOCK_M, BLOCK_N]
+    b_ds = cast(b_exact, b_k.dtype)
     b_dq += dot(b_ds, b_k)
     if BIAS:
         b_one = b_class_k[:, None] == tl.arange(0, BLOCK_C)[None, :]  # [BLOCK_N, BLOCK_C]
-        b_sums += dot(b_ds, b_one.to(b_ds.dtype))
-    return b_dq, b_sums
+        b_one = cast(tl.where(b_one, 1.0, 0.0), b_ds.dtype)
+        b_sums += dot(b_ds, b_one)
+        if b_ds.dtype != tl.float32:  # what rounding to 16 bits has cut off: thousands of terms cancel in these sums
+            b_sums += dot(cast(b_exact - b_ds.to(tl.float32), b_ds.dtype), b_one)
+            b_mass += dot(cast(b_p, b_ds.dtype), b_one)
+            b_dot += tl.sum(b_p * b_dp, 1)
+    return b_dq, b_sums, b_mass, b_dot
 
 
 @triton.jit
@@ -210,12 +220,12 @@ def _attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
     span_q_ptr, span_k_ptr, allow_q_ptr, bit_k_ptr, tiles_ptr, class_q_ptr, class_k_ptr, bias_ptr, sink_ptr, seed_ptr,
     num_words, classes_q, classes_k, keep_below, keep_factor,
-    dq_ptr, row_sums_ptr,
+    dq_ptr, row_sums_ptr, grad_lse_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dqt, stride_dqh,
     Tq, Tk, group, scale,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr,
-    PATTERN: tl.constexpr, BIAS: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
+    PATTERN: tl.constexpr, BIAS: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -235,43 +245,50 @@ def _attention_dq_kernel(
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_sums = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    b_mass = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    b_dot = tl.zeros([BLOCK_M], tl.float32)
     factor = in_log2(scale, b_q.dtype)
     if PATTERN:
         for start in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
             state = tile_state(tiles_ptr, num_words, i_m * BLOCK_M, start)
             if state == FULL:
-                b_dq, b_sums = _gather_keys(
-                    b_dq, b_sums, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span,
-                    b_allow, b_class, start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr,
+                b_dq, b_sums, b_mass, b_dot = _gather_keys(
+                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt,
+                    b_lo, b_hi, b_span, b_allow, b_class, start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr,
+                    bias_ptr, seed_ptr,
                     classes_q, classes_k, keep_below, keep_factor, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                     BLOCK_C, False, True, BIAS, DROPOUT,
                 )  # fmt: skip
             elif state != SKIP:
-                b_dq, b_sums = _gather_keys(
-                    b_dq, b_sums, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span,
-                    b_allow, b_class, start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr,
+                b_dq, b_sums, b_mass, b_dot = _gather_keys(
+                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt,
+                    b_lo, b_hi, b_span, b_allow, b_class, start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr,
+                    bias_ptr, seed_ptr,
                     classes_q, classes_k, keep_below, keep_factor, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                     BLOCK_C, True, True, BIAS, DROPOUT,
                 )  # fmt: skip
     else:
         for start in range(begin, full_begin, BLOCK_N):
-            b_dq, b_sums = _gather_keys(
-                b_dq, b_sums, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span,
-                b_allow, b_class, start, full_begin, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr,
+            b_dq, b_sums, b_mass, b_dot = _gather_keys(
+                b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt,
+                b_lo, b_hi, b_span, b_allow, b_class, start, full_begin, factor, span_k_ptr, bit_k_ptr, class_k_ptr,
+                bias_ptr, seed_ptr,
                 classes_q, classes_k, keep_below, keep_factor, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 BLOCK_C, True, False, BIAS, DROPOUT,
             )  # fmt: skip
         for start in range(full_begin, full_end, BLOCK_N):
-            b_dq, b_sums = _gather_keys(
-                b_dq, b_sums, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span,
-                b_allow, b_class, start, full_end, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr,
+            b_dq, b_sums, b_mass, b_dot = _gather_keys(
+                b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt,
+                b_lo, b_hi, b_span, b_allow, b_class, start, full_end, factor, span_k_ptr, bit_k_ptr, class_k_ptr,
+                bias_ptr, seed_ptr,
                 classes_q, classes_k, keep_below, keep_factor, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 BLOCK_C, False, False, BIAS, DROPOUT,
             )  # fmt: skip
         for start in range(full_end, end, BLOCK_N):
-            b_dq, b_sums = _gather_keys(
-                b_dq, b_sums, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span,
-                b_allow, b_class, start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr,
+            b_dq, b_sums, b_mass, b_dot = _gather_keys(
+                b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt,
+                b_lo, b_hi, b_span, b_allow, b_class, start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr,
+                bias_ptr, seed_ptr,
                 classes_q, classes_k, keep_below, keep_factor, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 BLOCK_C, True, False, BIAS, DROPOUT,
             )  # fmt: skip
@@ -279,6 +296,13 @@ def _attention_dq_kernel(
     if BIAS:
         o_c = tl.arange(0, BLOCK_C)
         row_sums_ptr += i_h * classes_k * Tq
+        # delta has the rounding of a 16-bit out, the same for every key of a row: it would add up in these sums, so the
+        # sum of p dp takes its place here.
+        if b_q.dtype != tl.float32:
+            b_exact = b_dot
+            if HAS_DLSE:
+                b_exact -= tl.load(grad_lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
+            b_sums += (b_delta - b_exact)[:, None] * b_mass
         m_sums = (o_m < Tq)[:, None] & (o_c < classes_k)[None, :]
         tl.store(row_sums_ptr + o_c[None, :].to(tl.int64) * Tq + o_m[:, None], b_sums, mask=m_sums)
 
@@ -325,7 +349,7 @@ def _rich_dq_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
     if single:
         return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
     if head_dim <= 128:
-        return tiles(64, 32 if major >= 9 or head_dim <= 64 else 16, 8)
+        return tiles(64, 32 if major >= 10 else 16, 8)
     return tiles(16, 32, 4)
 
 
@@ -361,8 +385,8 @@ def attention_bwd(
         )  # fmt: skip
         config = (_rich_dq_config if rich else _dq_config)(single, widest, major)
         _attention_dq_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
-            *inputs, dq, row_sums, *strides, *dq.stride()[:2], *scalars,
-            BLOCK_C=class_block(options.pair_bias), **sizes, **config,
+            *inputs, dq, row_sums, dlse, *strides, *dq.stride()[:2], *scalars,
+            BLOCK_C=class_block(options.pair_bias), HAS_DLSE=dlse is not None, **sizes, **config,
         )  # fmt: skip
     if Tk > 0:
         config = (_rich_dkdv_config if rich else _dkdv_config)(single, widest, major)
@@ -390,5 +414,6 @@ def aot_cases() -> list[Any]:
             delta: dict[str, Any] = {"DV": head_dim, "BLOCK_DV": block, "HAS_DLSE": True}
             cases.append(aot_case("delta", _attention_delta_kernel, *about, {"BLOCK_M": DELTA_BLOCK_M}, arch, **delta))
         cases.append(aot_case("dkdv", _attention_dkdv_kernel, *about, dkdv, arch, **sizes))
-        cases.append(aot_case("dq", _attention_dq_kernel, *about, dq, arch, BLOCK_C=16 * (1 + rich), **sizes))
+        classes = {"BLOCK_C": 16 * (1 + rich), "HAS_DLSE": rich}
+        cases.append(aot_case("dq", _attention_dq_kernel, *about, dq, arch, **classes, **sizes))
     return cases

@@ -277,7 +277,7 @@ def attention_fwd(
 AOT_LAUNCHES = (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 64), ("fp32", 128))
 AOT_RICH_LAUNCHES = (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128))
 ALL_FLAGS = ("PATTERN", "BIAS", "SINK", "DROPOUT")
-_FLOAT32 = ("lse_ptr", "delta_ptr", "dlse_ptr", "bias_ptr", "sink_ptr", "row_sums_ptr")
+_FLOAT32 = ("lse_ptr", "delta_ptr", "dlse_ptr", "bias_ptr", "sink_ptr", "row_sums_ptr", "grad_lse_ptr")
 _INT32 = ("lo_ptr", "hi_ptr", "first_q_ptr", "last_q_ptr", *(x for x in POINTERS if x not in (*_FLOAT32, "seed_ptr")))
 
 
@@ -296,7 +296,7 @@ def aot_case(
     constexprs |= {name: value for name, value in config.items() if name.startswith("BLOCK")}
     rich = constexprs.get("PATTERN", False)
     if not rich:
-        constexprs |= {name: None for name in (*POINTERS, "row_sums_ptr") if name in kernel.arg_names}
+        constexprs |= {name: None for name in (*POINTERS, "row_sums_ptr", "grad_lse_ptr") if name in kernel.arg_names}
     launch: dict[str, Any] = {name: value for name, value in config.items() if name.startswith("num_")}
     names = [name for name in kernel.arg_names if name not in constexprs]
     label = f"attention_{what}[{kind},D={head_dim}{',all options' if rich else ''},sm_{arch}]"
