@@ -132,6 +132,8 @@ class EmulatedCore:
         if not name.startswith("launch_") or not name.endswith("_cpu"):
             raise AttributeError(name)
         what = name.removeprefix("launch_").removesuffix("_cpu")
+        if what.startswith("attention_"):
+            return lambda *args: self._attention(what, args[:-1])
         if what.startswith("contrastive_"):
             return lambda *args: self._contrastive(what, args[:-1])
         if what == "packing_scatter_fwd":
@@ -141,6 +143,11 @@ class EmulatedCore:
     def _launch(self, what: str, args: Sequence[Any]) -> None:
         with self._fenced(args) as fenced:
             getattr(self.module, f"launch_{what}_cuda")(*fenced, 0)
+
+    def _attention(self, what: str, args: Sequence[Any]) -> None:
+        """The CUDA launchers take none of what ends a CPU launcher's list (AttentionExtras)."""
+        assert not any(args[-12:]), "attention: the CUDA kernels take row intervals alone"
+        self._launch(what, args[:-12])
 
     def _contrastive(self, what: str, args: Sequence[Any]) -> None:
         """A CUDA launcher wants a workspace, and both gradients whoever asked for them."""
