@@ -33,6 +33,8 @@ inline int max(int a, int b) { return a < b ? b : a; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 
+inline float __fdividef(float a, float b) { return a / b; }
+
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
