@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1) infonce_grad_sm90_kernel(const __
   if (threadIdx.x < kWarpgroup) return produce_all(pipeline, a);
 
   take_registers<kConsumerRegisters>();
-  Consumer consumer(threadIdx.x / kWarpgroup - 1);
+  Consumer consumer;
   GradShared& shared = reinterpret_cast<GradShared*>(smem + Smem<GradShared>::extra)[consumer.index];
   const int thread = threadIdx.x % kWarpgroup;
   const float scale = *a.scale;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 1) infonce_grad_sm90_kernel(const __
     LineSums* row_sums = a.row_sums + static_cast<int64_t>(tile) * a.stride + row;
     LineSums* columns = shared.columns[thread / kWarp];
     const Split* lse_k = shared.lse_k + fragment_column(0);
-    if (part.whole) {
+    if (warp_uniform(part.whole)) {
       infonce_grad<true, T>(s, scale, lse_q, lse_k, part, grad, a.ld, row_sums, columns);
     } else {
       infonce_grad<false, T>(s, scale, lse_q, lse_k, part, grad, a.ld, row_sums, columns);
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 1) siglip_grad_sm90_kernel(const __g
   if (threadIdx.x < kWarpgroup) return produce_all(pipeline, a);
 
   take_registers<kConsumerRegisters>();
-  Consumer consumer(threadIdx.x / kWarpgroup - 1);
+  Consumer consumer;
   const float scale = *a.scale, bias = *a.bias;
   a.tiles.visit([&](int row_tile, int tile) {
     const int own_row = row_tile * kRows + first_row(consumer), own_column = tile * kColumns;
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   take_registers<kConsumerRegisters>();
-  Consumer consumer(threadIdx.x / kWarpgroup - 1);
+  Consumer consumer;
   for_products(a, [&](auto major, const Product& product, int row_tile, int tile) {
     Accumulator acc;
     multiply<T, decltype(major)::value, Major::outer>(acc, pipeline, consumer, product.depth);

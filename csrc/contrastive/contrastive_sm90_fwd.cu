@@ -64,9 +64,10 @@ struct StatsParams {
   float* __restrict__ diagonal;      // [N] b_ii
 };
 
-// Where the warps of a consumer meet.
-struct ColumnStats {
-  Stats of[4][kColumns];
+// The memory of a consumer. The rows' statistics lie here and not in registers because there are none left.
+struct StatsShared {
+  Stats columns[4][kColumns];  // of each warp's 16 rows
+  Stats rows[2][kWarpgroup];   // each thread's share of its two rows
 };
 
 // In powers of two, from a warp's largest similarity to its smallest; 2^-126 is the smallest normal number.
@@ -86,9 +87,9 @@ struct Weights {
   __device__ __forceinline__ bool any() const { return top > kBeyond || sum != sum; }
 };
 
-// Of a warp's 16 x 256 similarities b, all relative to `top`: into rows[2] and `columns`.
+// Of a warp's 16 x 256 similarities b, all relative to `top`: into rows[0], rows[128] and `columns`.
 template <class T>
-__device__ __forceinline__ void shared_stats(Accumulator& b, float k, float k2, float top, Stats (&rows)[2],
+__device__ __forceinline__ void shared_stats(Accumulator& b, float k, float k2, float top, Stats* rows,
                                              Stats* __restrict__ columns) {
   Stats of_row[2] = {{top, 0.f, 0.f}, {top, 0.f, 0.f}};
   sum_columns(b, [&](int ni) {
@@ -105,7 +106,7 @@ __device__ __forceinline__ void shared_stats(Accumulator& b, float k, float k2, 
     b[ni][2] = first[0] + first[2], b[ni][3] = first[1] + first[3];
   });
 #pragma unroll
-  for (int r = 0; r < 2; ++r) rows[r] = merge<T>(rows[r], of_row[r], k);
+  for (int r = 0; r < 2; ++r) rows[r * kWarpgroup] = merge<T>(rows[r * kWarpgroup], of_row[r], k);
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
@@ -115,7 +116,7 @@ __device__ __forceinline__ void shared_stats(Accumulator& b, float k, float k2, 
 
 // The same with each row and each column relative to its own largest.
 template <class T>
-__device__ __forceinline__ void separate_stats(const Accumulator& b, float k, float k2, Stats (&rows)[2],
+__device__ __forceinline__ void separate_stats(const Accumulator& b, float k, float k2, Stats* rows,
                                                Stats* __restrict__ columns) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -125,7 +126,8 @@ __device__ __forceinline__ void separate_stats(const Accumulator& b, float k, fl
     Weights weights(k2, top);
 #pragma unroll
     for (int ni = 0; ni < kNI; ++ni) weights.add(b[ni][2 * r]), weights.add(b[ni][2 * r + 1]);
-    if (weights.any()) rows[r] = merge<T>(rows[r], {top, weights.sum, weights.first}, k);
+    Stats& row = rows[r * kWarpgroup];
+    if (weights.any()) row = merge<T>(row, {top, weights.sum, weights.first}, k);
   }
 #pragma unroll
   for (int ni = 0; ni < kNI; ++ni) {
@@ -144,9 +146,9 @@ __device__ __forceinline__ void separate_stats(const Accumulator& b, float k, fl
   }
 }
 
-// Statistics of a warp's 16 x 256 similarities: into rows[2] and, for columns, `columns`.
+// Statistics of a warp's 16 x 256 similarities: into rows[0], rows[128] and, for columns, `columns`.
 template <class T>
-__device__ __forceinline__ void tile_stats(Accumulator& b, bool whole, float k, Stats (&rows)[2],
+__device__ __forceinline__ void tile_stats(Accumulator& b, bool whole, float k, Stats* rows,
                                            Stats* __restrict__ columns) {
   float top = b[0][0], bottom = b[0][0];
 #pragma unroll
@@ -159,9 +161,7 @@ __device__ __forceinline__ void tile_stats(Accumulator& b, bool whole, float k, 
   // At k 0 as at any small one: all weights are 1 but kBeyond's.
   const float k2 = fmaxf(k * 1.4426950408889634f, 1e-30f);
   // (A NaN hides from fmaxf and comes out of the sums either way; an infinity fails the comparison.)
-  int shared = whole && k2 * (top - bottom) < kFastRange;
-  opaque(shared);  // or the long separate_stats is compiled twice, for each reason that leads there
-  if (shared) {
+  if (warp_uniform(whole && k2 * (top - bottom) < kFastRange)) {
     shared_stats<T>(b, k, k2, top, rows, columns);
   } else {
     separate_stats<T>(b, k, k2, rows, columns);
@@ -171,7 +171,7 @@ __device__ __forceinline__ void tile_stats(Accumulator& b, bool whole, float k, 
 // Grid (blocks_m, blocks_n), see Sweep; three warpgroups, see contrastive_sm90_gemm.h. A thread keeps its share of the
 // statistics of its two rows while the block is in a row tile. The columns' meet in shared memory, from which the
 // consumer merges them into a line of column_parts that it alone owns.
-// Shared memory: four stages of both operands, 192 KB; the columns' statistics, 12 KB for each consumer.
+// Shared memory: four stages of both operands, 192 KB; the statistics, 15 KB for each consumer.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) infonce_stats_sm90_kernel(const __grid_constant__ StatsParams a) {
   unsigned char* smem = aligned_smem();
@@ -180,14 +180,13 @@ __global__ void __launch_bounds__(kThreads, 1) infonce_stats_sm90_kernel(const _
   if (threadIdx.x < kWarpgroup) return produce_all(pipeline, a.x, a.sweep);
 
   take_registers<kConsumerRegisters>();
-  Consumer consumer(threadIdx.x / kWarpgroup - 1);
+  Consumer consumer;
   const int thread = threadIdx.x % kWarpgroup, warp = thread / kWarp, n = a.x.n, m = a.x.m;
-  ColumnStats& shared = reinterpret_cast<ColumnStats*>(smem + Smem<ColumnStats>::extra)[consumer.index];
-  Stats* line = a.column_parts + static_cast<int64_t>(2 * blockIdx.x + consumer.index) * m;
+  StatsShared& shared = reinterpret_cast<StatsShared*>(smem + Smem<StatsShared>::extra)[consumer.index];
   const float scale = *a.scale, k = fabsf(scale);
-  Stats rows[2];
+  Stats* rows = &shared.rows[0][thread];
   for_tiles(a.sweep, [&](int row_tile, int tile) {
-    if (tile == a.sweep.first_column_tile()) rows[0] = rows[1] = no_stats();
+    if (tile == a.sweep.first_column_tile()) rows[0] = rows[kWarpgroup] = no_stats();
     Accumulator b;
     multiply<T, Major::k, Major::k>(b, pipeline, consumer, a.x.e);
     const int row0 = row_tile * kRows + first_row(consumer), column0 = tile * kColumns;
@@ -200,33 +199,38 @@ __global__ void __launch_bounds__(kThreads, 1) infonce_stats_sm90_kernel(const _
       }
     }
     if (!part.whole) {
+      float of_positive[2] = {0.f, 0.f};
 #pragma unroll
       for (int ni = 0; ni < kNI; ++ni) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int r = e / 2, c = e % 2;
-          const bool exists = part.has(r, ni, c), positive = part.positive(r, ni, c);
-          if (exists && positive) a.diagonal[part.row + 8 * r] = b[ni][e];
-          if (!exists || positive) b[ni][e] = kBeyond;
+          const bool positive = part.positive(e / 2, ni, e % 2);
+          if (positive) of_positive[e / 2] = b[ni][e];
+          if (positive || !part.has(e / 2, ni, e % 2)) b[ni][e] = kBeyond;
         }
       }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (part.has_positive(r)) a.diagonal[part.row + 8 * r] = of_positive[r];
+      }
     }
-    tile_stats<T>(b, part.whole, k, rows, shared.of[warp]);
+    tile_stats<T>(b, part.whole, k, rows, shared.columns[warp]);
     consumer.sync();
+    Stats* line = a.column_parts + static_cast<int64_t>(2 * blockIdx.x + consumer.index) * m;
 #pragma unroll
     for (int place = thread; place < kColumns; place += kWarpgroup) {
       const int column = column0 + column_at(place);
       if (column >= m) continue;
       Stats stats = row_tile == static_cast<int>(blockIdx.x) ? no_stats() : line[column];
 #pragma unroll
-      for (int w = 0; w < 4; ++w) stats = merge<T>(stats, shared.of[w][place], k);
+      for (int w = 0; w < 4; ++w) stats = merge<T>(stats, shared.columns[w][place], k);
       line[column] = stats;
     }
     consumer.sync();
     if (tile + 1 < a.sweep.last_column_tile()) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      Stats stats = rows[r];
+      Stats stats = rows[r * kWarpgroup];
 #pragma unroll
       for (int step = 1; step <= 2; step *= 2) {
         const Stats other = {__shfl_xor_sync(kFullWarp, stats.top, step), __shfl_xor_sync(kFullWarp, stats.sum, step),
@@ -280,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1) siglip_fwd_sm90_kernel(const __gr
   if (threadIdx.x < kWarpgroup) return produce_all(pipeline, a.x, a.sweep);
 
   take_registers<kConsumerRegisters>();
-  Consumer consumer(threadIdx.x / kWarpgroup - 1);
+  Consumer consumer;
   SigmoidSums* shared = reinterpret_cast<SigmoidSums*>(smem + Smem<SigmoidSums>::extra);
   const int n = a.x.n, m = a.x.m;
   const float scale = *a.scale, bias = *a.bias;
@@ -345,7 +349,7 @@ void launch_infonce_stats_sm90(const Sm90Features& x, const Sweep& sweep, Stats*
   const sm90::StatsParams params{sm90::maps_of(x), x.scale, sweep, row_parts, column_parts, diagonal};
   const auto kernel =
       x.queries.dtype == DType::bf16 ? sm90::infonce_stats_sm90_kernel<bf16> : sm90::infonce_stats_sm90_kernel<f16>;
-  launch("infonce_stats_sm90", kernel, sm90::grid_of(sweep), sm90::kThreads, sm90::Smem<sm90::ColumnStats>::bytes,
+  launch("infonce_stats_sm90", kernel, sm90::grid_of(sweep), sm90::kThreads, sm90::Smem<sm90::StatsShared>::bytes,
          stream, params);
 }
 

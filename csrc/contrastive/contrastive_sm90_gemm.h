@@ -92,7 +92,7 @@ struct Consumer {
   int index;                                 // 0 or 1
   int lead = kLead;
 
-  __device__ __forceinline__ explicit Consumer(int index) : index(index) {
+  __device__ __forceinline__ Consumer() : index(warp_uniform(threadIdx.x / kWarpgroup - 1)) {
     if (index == 1) named_sync(kLeadBarrier, 2 * kWarpgroup);
   }
   __device__ __forceinline__ void step() {
@@ -153,11 +153,16 @@ struct Part {
   __device__ __forceinline__ bool has_row(int r) const { return 8 * r < rows; }
   __device__ __forceinline__ bool has(int r, int ni, int c) const { return 8 * r < rows && 8 * ni + c < columns; }
   __device__ __forceinline__ bool positive(int r, int ni, int c) const { return 8 * (ni - r) + c == row - column; }
+  // Whether one of this thread's elements of row r is a positive that exists.
+  __device__ __forceinline__ bool has_positive(int r) const {
+    const int distance = row - column + 8 * r;
+    return distance >= 0 && distance < kColumns && distance % 8 < 2 && distance < columns && has_row(r);
+  }
 };
 
 // First row of this warp inside the block's tile.
 __device__ __forceinline__ int first_row(const Consumer& consumer) {
-  return consumer.index * kSm90Rows + threadIdx.x % kWarpgroup / kWarp * 16;
+  return consumer.index * kSm90Rows + warp_uniform(threadIdx.x % kWarpgroup / kWarp) * 16;
 }
 
 // A step towards sums over a warp's rows: of what two lanes know of two groups of columns, each keeps one group.

@@ -25,6 +25,10 @@ __device__ __forceinline__ unsigned char* aligned_smem() {
   return base + (kSwizzleTile - smem_address(base) % kSwizzleTile) % kSwizzleTile;
 }
 
+// A value that a warp's lanes agree on, in a form in which the compiler knows that they do: without it, shuffles behind
+// a branch on the value are compiled for diverged warps, too.
+__device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(kFullWarp, value, 0); }
+
 // Slot and parity of a ring of kSlots barriers that is walked in order.
 template <int kSlots>
 struct Ring {

@@ -197,9 +197,6 @@ __device__ __forceinline__ void wgmma(float (&acc)[NI][4], const uint32_t (&a)[4
 #undef MMK_WGMMA
 }
 
-// Hides from the compiler how a value came about.
-__device__ __forceinline__ void opaque(int& value) { asm volatile("" : "+r"(value)); }
-
 // ---- warps with different work --------------------------------------------------------------------------------------
 
 // Registers per thread, a multiple of 8, by all warps of a warpgroup: a producer gives what consumers take.

@@ -70,8 +70,6 @@ void wgmma(float (&acc)[NI][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   emulator::wgmma({&acc[0][0], a, 0, b, false, kB == Major::outer, add, 8 * NI, emulated::to_float_bits<T>});
 }
 
-inline void opaque(int&) {}
-
 template <int kCount>
 void give_registers() {
   emulator::set_registers(kCount, false);
