@@ -119,6 +119,16 @@ def test_gate_sees_what_sm90_lacks(tmp_path: Path) -> None:
     assert "wgmma is serialized" in problems and "no UTMALDG" in problems and "no HGMMA" not in problems, problems
 
 
+def test_every_atom_of_sm90_compiles(tmp_path: Path) -> None:
+    """The emulator's probe uses each of them once."""
+    probe = CSRC.parent / "tests/native/sm90_probe.h"
+    source = tmp_path / "probe_sm90_fwd.cu"
+    source.write_text(
+        f'#include "{probe}"\ntemplate __global__ void mmk::cuda::sm90_probe_kernel<0>(mmk::cuda::ProbeParams);'
+    )
+    assert not problems_of(source, "sm_90a", CSRC)
+
+
 def test_source_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
     source = tmp_path / "broken.cu"
     source.write_text("__global__ void broken_kernel() { undeclared(); }")
