@@ -10,7 +10,7 @@ import torch
 NATIVE = Path(__file__).parent / "native"
 sys.path.insert(0, str(NATIVE))
 
-import emulation
+import emulation  # noqa: E402
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="the emulator needs a C++ compiler")
 

@@ -123,9 +123,10 @@ def test_every_atom_of_sm90_compiles(tmp_path: Path) -> None:
     """The emulator's probe uses each of them once."""
     probe = CSRC.parent / "tests/native/sm90_probe.h"
     source = tmp_path / "probe_sm90_fwd.cu"
-    source.write_text(
-        f'#include "{probe}"\ntemplate __global__ void mmk::cuda::sm90_probe_kernel<0>(mmk::cuda::ProbeParams);'
+    instance = (
+        "template __global__ void mmk::cuda::sm90_probe_kernel<0>(const __grid_constant__ mmk::cuda::ProbeParams);"
     )
+    source.write_text(f'#include "{probe}"\n{instance}\n')
     assert not problems_of(source, "sm_90a", CSRC)
 
 

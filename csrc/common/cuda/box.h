@@ -22,8 +22,8 @@ struct Box {
 inline bool tma_serves(const Tensor& x) {
   if (reinterpret_cast<uintptr_t>(x.data) % 16 != 0) return false;
   for (int i = 0; i + 1 < x.ndim; ++i) {
-    // (The stride of a dimension of one element is nobody's business but the driver's, who wants it valid.)
-    if (x.stride[i] <= 0 || x.stride[i] * 2 % 16 != 0 || x.stride[i] * 2 >= 1ll << 40) return false;
+    // The driver wants even the stride of a dimension of one element valid, and rows that do not overlap.
+    if (x.stride[i] < x.size[x.ndim - 1] || x.stride[i] * 2 % 16 != 0 || x.stride[i] * 2 >= 1ll << 40) return false;
   }
   return x.stride[x.ndim - 1] == 1 || x.size[x.ndim - 1] == 1;
 }

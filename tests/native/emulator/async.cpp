@@ -301,6 +301,9 @@ void end_async() {
   for (const auto& stores : unpublished) {
     if (!stores.empty()) fail("a block ends with stores for the async proxy that were never fenced");
   }
+  for (const auto& [offset, barrier] : barriers) {
+    if (barrier.bytes != 0) fail("an mbarrier expected other bytes than were copied");
+  }
   int registers = 0;
   for (const Warpgroup& group : warpgroups) registers += group.registers * static_cast<int>(kWarpgroup);
   if (registers > kRegisters) fail("setmaxnreg: " + std::to_string(registers) + " registers");

@@ -9,8 +9,8 @@
 //   - operands are read when a product runs, wherever its descriptor points: start, leading and stride offset, swizzle
 //   - errors: a barrier not initialised, or not made known to TMA; more arrivals than a phase has; a box, address or
 //     descriptor off its alignment or outside shared memory; lanes of a warpgroup with different descriptors; wgmma
-//     without wgmma.fence; registers of A changed under way; work in flight when a block ends; more registers than
-//     there are
+//     without wgmma.fence; registers of A changed under way; work in flight, or bytes unaccounted for, when a block
+//     ends; more registers than there are
 #pragma once
 
 #include <cstddef>
