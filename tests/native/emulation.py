@@ -35,7 +35,7 @@ ROOT = HERE.parents[1]
 EMULATOR = HERE / "emulator"
 CSRC = ROOT / "csrc"
 KERNELS = sorted(CSRC.glob("*/*.cu"))
-CXX_FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden"]
+CXX_FLAGS = ["-DMMK_HAVE_SM90", "-std=c++17", "-O2", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 _BYTES = {0: 4, 1: 2, 2: 2, 3: 8, 4: 4, 5: 8, 6: 1}  # of the dtype codes of mmkernels.runtime.native
@@ -89,7 +89,7 @@ def build(name: str, sources: Sequence[Path]) -> ModuleType:
 @functools.cache
 def emulated_module() -> ModuleType:
     """The launchers of csrc/module_cuda.cpp over emulated kernels."""
-    own = [EMULATOR / "emulator.cpp", EMULATOR / "module.cpp", CSRC / "module_cuda.cpp"]
+    own = [EMULATOR / "emulator.cpp", EMULATOR / "async.cpp", EMULATOR / "module.cpp", CSRC / "module_cuda.cpp"]
     return build("mmk_emulated", [*KERNELS, *own])
 
 
