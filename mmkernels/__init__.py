@@ -7,14 +7,19 @@ __all__ = [
     "BackendError",
     "ContrastiveStats",
     "GradCache",
+    "Media",
     "Modality",
     "PackedBatch",
+    "PackedMedia",
     "PackingPlan",
     "__version__",
     "attention",
+    "embed_splice",
     "infonce",
+    "mrope_position_ids",
     "pack",
     "pad",
+    "patchify",
     "plan_packing",
     "sample_negatives",
     "segment_pool",
@@ -22,6 +27,7 @@ __all__ = [
     "topk_similar",
     "unpack",
     "unpad",
+    "unpatchify",
 ]
 
 try:
@@ -45,5 +51,20 @@ else:
     from mmkernels.ops.attention import AttentionMask, attention
     from mmkernels.ops.contrastive import ContrastiveStats, infonce, sample_negatives, siglip, topk_similar
     from mmkernels.ops.modality import Modality
-    from mmkernels.ops.packing import PackedBatch, PackingPlan, pack, pad, plan_packing, segment_pool, unpack, unpad
+    from mmkernels.ops.packing import (
+        Media,
+        PackedBatch,
+        PackedMedia,
+        PackingPlan,
+        embed_splice,
+        mrope_position_ids,
+        pack,
+        pad,
+        patchify,
+        plan_packing,
+        segment_pool,
+        unpack,
+        unpad,
+        unpatchify,
+    )
     from mmkernels.runtime.backends import BackendError

@@ -1,7 +1,24 @@
 """Packing: variable-length multimodal samples into dense token batches, and rows of tokens moved with gradients."""
 
-from .api import pack, pad, segment_pool, unpack, unpad
+from .api import embed_splice, pack, pad, segment_pool, unpack, unpad
 from .batch import PackedBatch
+from .media import Media, PackedMedia
 from .plan import PackingPlan, plan_packing
+from .vision import mrope_position_ids, patchify, unpatchify
 
-__all__ = ["PackedBatch", "PackingPlan", "pack", "pad", "plan_packing", "segment_pool", "unpack", "unpad"]
+__all__ = [
+    "Media",
+    "PackedBatch",
+    "PackedMedia",
+    "PackingPlan",
+    "embed_splice",
+    "mrope_position_ids",
+    "pack",
+    "pad",
+    "patchify",
+    "plan_packing",
+    "segment_pool",
+    "unpack",
+    "unpad",
+    "unpatchify",
+]
