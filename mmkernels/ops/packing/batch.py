@@ -154,6 +154,40 @@ class PackedBatch:
         """The same batch in page-locked memory; DataLoader(pin_memory=True) calls this."""
         return self._with_tensors(lambda tensor: tensor.pin_memory())
 
+    def split(self, size: int) -> list[PackedBatch]:
+        """The samples in batches of `size`, the last one smaller; views, without the padding. `GradCache` cuts so.
+
+        Args:
+            size: samples in a batch, at least 1.
+
+        Returns:
+            at least one batch: no samples make one empty batch.
+
+        Raises:
+            TypeError, ValueError: `size` is not an int, or below 1.
+        """
+        if isinstance(size, bool) or not isinstance(size, int):
+            wrong_type("size", "an int", size)
+        if size < 1:
+            wrong_value("size", "at least 1", size)
+        host, last = self.cu_seqlens_host, self.num_samples
+        batches = []
+        for first in range(0, max(last, 1), size):
+            end = min(first + size, last)
+            begin, stop = host[first], host[end]
+            per_token = {name: getattr(self, name) for name in _PER_TOKEN}
+            cut: dict[str, Any] = {name: None if x is None else x[begin:stop] for name, x in per_token.items()}
+            batches.append(
+                dataclasses.replace(
+                    self,
+                    **cut,
+                    cu_seqlens=self.cu_seqlens[first : end + 1] - begin,
+                    cu_seqlens_host=tuple(at - begin for at in host[first : end + 1]),
+                    padding=0,
+                )
+            )
+        return batches
+
     def validate(self) -> PackedBatch:
         """Check every invariant, reading the tensors (waits for a GPU).
 
