@@ -13,24 +13,26 @@ Source: Gao, Zhang, Han, Callan, "Scaling Deep Contrastive Learning Batch Size u
 
 from __future__ import annotations
 
-import functools
-import itertools
+import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from mmkernels._chunks import Args, split, tensors
 from mmkernels.ops._checks import not_yet, wrong_type, wrong_value
 
-__all__ = ["Args", "GradCache"]
+from .auto import AutoSize, split_together
+from .backward import Undo
+from .chunks import split
+from .replay import batch_norms
+from .step import RanOut, Step
+from .sync import Sync
+from .tokens import TokenLoss
+from .tower import Encoder, Tower, modules_behind
 
-Encoder = Callable[..., Tensor]
+__all__ = ["GradCache"]
 
 
 class GradCache:
@@ -43,8 +45,9 @@ class GradCache:
 
     - a tensor or NumPy array along dim 0;
     - a list by its entries, one a sample (ragged images, strings);
+    - `Ragged(values, counts)` by its counts (patches of a varying number of images per sample);
     - a dict, tuple or `Args` member by member, all with the same number of samples;
-    - any other object by its own `split(chunk_size)`, which returns a sequence of chunks (packed batches);
+    - any other object by its own `split(chunk_size)`, which returns a sequence of chunks (`PackedBatch`);
     - None, numbers, strings and 0-dim tensors go to every chunk whole.
 
     A chunk goes to its encoder as one argument, or as several when the input is `Args`. The encoder returns a tensor
@@ -55,9 +58,29 @@ class GradCache:
     where one forward leaves them. An encoder whose parameters are all frozen is not run a second time. When every
     input is a single chunk there is nothing to cache and one plain step is taken.
 
-    DistributedDataParallel encoders (or `functools.partial`s and bound methods of one) reduce their gradients once, in
-    the last backward that reaches them; encoders that share a wrapper run their last chunks in one backward. Parameters
-    of the loss are reduced with it when they belong to a wrapper.
+    **Token losses.** With `token_loss_fn` an encoder may return a tuple that begins with the embeddings, and each chunk
+    of samples also has losses over its tokens (masked words, captions), taken in the second pass, where its graph is::
+
+        def token_loss(outputs, inputs):                   # of one chunk: an entry for each encoder
+            logits, labels = outputs[1][1], inputs[1]["labels"]
+            return F.cross_entropy(logits, labels, reduction="sum"), (labels != -100).sum()
+
+    It returns (sum, count), or a dict of such pairs, one per objective; a weight is a factor of the sum. An objective
+    is its sum over the whole batch divided by its count over the whole batch, whatever the chunks; an objective with no
+    token at all is 0. The function is also run in the first pass, without gradients, for the counts. All encoders then
+    have chunks of the same samples, and frozen ones are run in both passes.
+
+    **Several ranks.** DistributedDataParallel encoders reduce their gradients once, in the last backward that reaches
+    them; encoders that share a wrapper run their last chunks in one backward. Parameters of the loss are reduced with
+    it when they belong to a wrapper. So do `fully_shard` modules, which hold whole gradients until then. Wrappers are
+    found in modules, compiled modules, bound methods, partials, and functions that close over them. Token counts are
+    summed over `group`, if given: the objective is then the mean over the tokens of all ranks, under DDP's averaging.
+
+    **Automatic sizes.** With `chunk_size="auto"` the first call measures a forward and backward of two small chunks,
+    fits `peak = a + b·amount` (tokens of packed batches, elements of tensors), and takes the largest chunks that
+    fit `memory_budget`. When memory runs out all the same, the step is undone, the chunks of the encoder that ran out
+    are halved, and the step begins anew; no gradient is added twice. Ranks begin anew together, except in the very
+    last backward, where the error is raised. `chunk_sizes` has the sizes of the last call.
 
     BatchNorm in training mode normalises by the chunk, so that its gradient is not the whole batch's: this is warned
     about once. Its running statistics move once per chunk, in the first pass.
@@ -65,14 +88,18 @@ class GradCache:
     Args:
         encoders: callables, each `chunk -> [rows, ...]` floating point; one may come several times (tied towers).
         loss_fn: `(*embeddings) -> scalar loss`, or a tuple that begins with the loss. May have parameters of its own.
-        chunk_size: samples in a chunk, for all encoders or one per encoder. "auto" is not supported yet.
-        memory_budget: bytes for "auto"; not supported yet.
-        token_loss_fn: loss per token in the third pass; not supported yet.
+        chunk_size: samples in a chunk, or "auto"; for all encoders or one per encoder.
+        memory_budget: for "auto": bytes that the forward and backward of one chunk may take. On a CUDA device its peak,
+            elsewhere what autograd saves. None for what is free at the first call.
+        token_loss_fn: `(outputs, inputs) -> (sum, count) or {objective: (sum, count)}` of one chunk; see above.
+        group: process group of the ranks that train together: token counts are summed over it. With "auto" also needed
+            when `loss_fn` talks to other ranks and no encoder is wrapped.
 
     Raises:
         TypeError: an argument, an input or an encoder's output of the wrong type.
-        ValueError: a chunk size below 1, a wrong number of inputs, or members of one input that disagree in samples.
-        NotImplementedError: an option that is not there yet.
+        ValueError: a chunk size below 1, a wrong number of inputs, members of one input that disagree in samples, or
+            under fully_shard ranks that disagree in chunks.
+        NotImplementedError: automatic sizes with fully_shard.
 
     Example:
         >>> step = GradCache([image_tower, text_tower], lambda x, y: infonce(x, y, log_scale.exp()), chunk_size=64)
@@ -85,9 +112,10 @@ class GradCache:
         encoders: Sequence[Encoder] | nn.ModuleList,
         loss_fn: Callable[..., Any],
         *,
-        chunk_size: int | Sequence[int] | Literal["auto"],
+        chunk_size: int | Literal["auto"] | Sequence[int | Literal["auto"]],
         memory_budget: int | None = None,
-        token_loss_fn: Callable[..., Tensor] | None = None,
+        token_loss_fn: Callable[[list[Any], list[Any]], Any] | None = None,
+        group: Any = None,
     ) -> None:
         if not isinstance(encoders, (Sequence, nn.ModuleList)) or not len(encoders):
             wrong_type("encoders", "a non-empty sequence of callables", encoders)
@@ -96,15 +124,22 @@ class GradCache:
                 wrong_type(f"encoders[{i}]", "a callable", encoder)
         if not callable(loss_fn):
             wrong_type("loss_fn", "a callable", loss_fn)
-        if chunk_size == "auto":
-            not_yet("chunk_size", chunk_size)
-        if memory_budget is not None:
-            not_yet("memory_budget", memory_budget)
-        if token_loss_fn is not None:
-            not_yet("token_loss_fn", token_loss_fn)
+        if token_loss_fn is not None and not callable(token_loss_fn):
+            wrong_type("token_loss_fn", "a callable", token_loss_fn)
+        if group is not None and not callable(getattr(group, "size", None)):
+            wrong_type("group", "a process group of torch.distributed", group)
         self.encoders: list[Encoder] = list(encoders)
         self.loss_fn = loss_fn
-        self.chunk_sizes = _chunk_sizes(chunk_size, len(self.encoders))
+        self.token_loss_fn = token_loss_fn
+        self.group = group
+        asked = _chunk_sizes(chunk_size, len(self.encoders))
+        if token_loss_fn is not None and len(set(asked)) > 1:
+            wrong_value("chunk_size", "the same for every encoder, because of token_loss_fn", chunk_size)
+        if memory_budget is not None:
+            _check_budget(memory_budget, asked)
+        auto = AutoSize(self.encoders, token_loss_fn, asked, memory_budget)
+        self._auto = auto if "auto" in asked else None
+        self.chunk_sizes: list[Any] = asked
         self._warned_of_batch_norm = False
 
     def __call__(self, *inputs: Any, scale_loss: Callable[[Tensor], Tensor] | None = None) -> Any:
@@ -112,257 +147,98 @@ class GradCache:
 
         Args:
             inputs: one per encoder, see the class.
-            scale_loss: applied to the loss before its backward, and so to every gradient: `scaler.scale` of a
-                `torch.amp.GradScaler`, or a division by the number of accumulated batches.
+            scale_loss: applied to the loss, part by part, before its backward, and so to every gradient: a
+                multiplication such as `scaler.scale` of a `torch.amp.GradScaler`, or a division by the number of
+                accumulated batches.
 
         Returns:
-            what `loss_fn` returned, the loss detached and not scaled.
+            what `loss_fn` returned, the loss detached and not scaled. With `token_loss_fn` a tuple: the loss with all
+            objectives added, what else `loss_fn` returned, and a dict of the objectives ("token_loss" for a bare pair).
         """
         if len(inputs) != len(self.encoders):
             wrong_value("inputs", f"{len(self.encoders)}, one per encoder", len(inputs))
+        if scale_loss is not None and not callable(scale_loss):
+            wrong_type("scale_loss", "a callable", scale_loss)
+        scale_loss = scale_loss or _as_it_is
+        modules = list({id(m): m for f in (*self.encoders, self.token_loss_fn) for m in modules_behind(f)}.values())
+        if self._auto is not None:
+            return self._run_auto(self._auto, inputs, scale_loss, modules)
+        if self.token_loss_fn is not None:
+            chunks = split_together(inputs, self.chunk_sizes[0])
+        else:
+            chunks = [
+                split(x, n, f"inputs[{i}]") for i, (x, n) in enumerate(zip(inputs, self.chunk_sizes, strict=True))
+            ]
+        return self._step(chunks, scale_loss, modules).run()
+
+    def _run_auto(
+        self, auto: AutoSize, inputs: Sequence[Any], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]
+    ) -> Any:
+        sync = Sync(modules)
+        if sync.fsdp:
+            not_yet("chunk_size", "auto, with fully_shard")
+        auto.fit(inputs, modules, sync)
+        peers = sync.groups() if self.group is None else [self.group]
+        while True:
+            self.chunk_sizes, chunks = auto.cut(inputs)
+            step = self._step(chunks, scale_loss, modules)
+            step.peers = peers
+            step.undo = undo = Undo(modules, {device for tower in step.towers for device in tower.devices})
+            try:
+                return step.run()
+            except RanOut as error:
+                undo.restore()
+                short = [i for i, tower in enumerate(step.towers) if tower in error.towers]
+                if not auto.back_off(self.chunk_sizes, chunks, short) and error.cause is not None:
+                    raise error.cause from None
+            del step
+            gc.collect()  # the error's frames hold activations
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+    def _step(self, chunks: list[list[Any]], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]) -> Step:
+        more = self.token_loss_fn is not None
         towers = [
-            _Tower(encoder, split(value, size, f"inputs[{i}]"), f"encoders[{i}]")
-            for i, (encoder, value, size) in enumerate(zip(self.encoders, inputs, self.chunk_sizes, strict=True))
+            Tower(encoder, parts, f"encoders[{i}]", more)
+            for i, (encoder, parts) in enumerate(zip(self.encoders, chunks, strict=True))
         ]
-        if all(len(tower.chunks) == 1 for tower in towers):
-            output = self.loss_fn(*(tower.embed(tower.chunks[0]) for tower in towers))
-            return self._backward_loss(output, scale_loss)
         self._warn_of_batch_norm(towers)
+        token = None if self.token_loss_fn is None else TokenLoss(self.token_loss_fn, self.group)
+        return Step(towers, self.loss_fn, token, scale_loss, modules)
 
-        with _no_sync(towers):
-            # 1. Embed without gradients. The cache of cast weights goes: filled under no_grad, it would cut pass 3 off.
-            for tower in towers:
-                tower.embed_all()
-            torch.clear_autocast_cache()
-
-            # 2. Loss on the detached embeddings of the whole batch; `.grad` of these is the cache.
-            output = self.loss_fn(*(tower.embeddings for tower in towers))
-            loss_leaves = _leaves(_loss_of(output))
-            result = self._backward_loss(output, scale_loss)
-
-        # 3. Re-embed with gradients, backward from the cache.
-        for group in _groups(towers):
-            _backward_from_cache(group, loss_leaves)
-        return result
-
-    @staticmethod
-    def _backward_loss(output: Any, scale_loss: Callable[[Tensor], Tensor] | None) -> Any:
-        """Backward of what `loss_fn` returned; gives it back with the loss detached."""
-        loss = _loss_of(output)
-        if not _backward([loss if scale_loss is None else scale_loss(loss)], [None]):
-            wrong_value("loss_fn: output", "a loss that depends on something trainable", loss)
-        return (loss.detach(), *output[1:]) if isinstance(output, tuple) else loss.detach()
-
-    def _warn_of_batch_norm(self, towers: list[_Tower]) -> None:
+    def _warn_of_batch_norm(self, towers: list[Tower]) -> None:
         for tower in towers:
-            if not self._warned_of_batch_norm and len(tower.chunks) > 1 and tower.batch_norms():
+            if not self._warned_of_batch_norm and len(tower.chunks) > 1 and batch_norms(tower.modules):
                 self._warned_of_batch_norm = True
                 warnings.warn(
                     f"{tower.name}: BatchNorm in training mode normalises by the chunk, not by the batch, so gradients "
                     "differ from the full batch's. Use LayerNorm or GroupNorm, or set those layers to eval().",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
 
 
-@dataclass
-class _Tower:
-    """One encoder's share of a step."""
-
-    encoder: Encoder
-    chunks: list[Any]
-    name: str
-    states: list[_RandomState] = field(default_factory=list)  # before each chunk of pass 1
-    rows: list[int] = field(default_factory=list)  # embeddings of each chunk
-    embeddings: Tensor = field(default_factory=lambda: torch.empty(0))  # [all rows, ...], detached
-
-    def __post_init__(self) -> None:
-        self.modules = _modules_behind(self.encoder)
-        self.wrapper = next((m for m in self.modules if isinstance(m, DistributedDataParallel)), None)
-
-    def embed(self, chunk: Any) -> Tensor:
-        """[rows, ...] of one chunk."""
-        out = self.encoder(*chunk.args, **chunk.kwargs) if isinstance(chunk, Args) else self.encoder(chunk)
-        if not isinstance(out, Tensor) or not out.is_floating_point():
-            wrong_type(f"{self.name}: output", "a floating-point tensor [rows, ...]", out)
-        if out.ndim == 0:
-            wrong_value(f"{self.name}: output", "a floating-point tensor [rows, ...]", out)
-        return out
-
-    @torch.no_grad()
-    def embed_all(self) -> None:
-        """Pass 1."""
-        devices = self._cuda_devices()
-        parts = []
-        for chunk in self.chunks:
-            self.states.append(_RandomState.now(devices))
-            parts.append(self.embed(chunk))
-            self.rows.append(len(parts[-1]))
-        self.embeddings = torch.cat(parts).requires_grad_(not self._frozen())
-
-    def embed_again(self, i: int) -> Tensor:
-        """Pass 3: chunk i as in pass 1, with its graph."""
-        with self.states[i].replayed():
-            return self.embed(self.chunks[i])
-
-    def batch_norms(self) -> list[nn.Module]:
-        layers = (layer for module in self.modules for layer in module.modules())
-        return [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training]
-
-    def _frozen(self) -> bool:
-        """Known to have nothing to learn. A partial or a closure may reach parameters that are not to be seen here."""
-        parameters = [p for module in self.modules for p in module.parameters()]
-        if isinstance(self.encoder, functools.partial) or not parameters or any(p.requires_grad for p in parameters):
-            return False
-        return not any(tensor.requires_grad for chunk in self.chunks for tensor in tensors(chunk))
-
-    def _cuda_devices(self) -> set[torch.device]:
-        if not torch.cuda.is_initialized():
-            return set()
-        parameters = (p for module in self.modules for p in module.parameters())
-        devices = {t.device for t in itertools.chain(parameters, tensors(self.chunks[0])) if t.is_cuda}
-        return devices | {torch.device("cuda", torch.cuda.current_device())}
-
-
-@dataclass(frozen=True)
-class _RandomState:
-    """PyTorch's default generators: the CPU's and those of the CUDA devices in play."""
-
-    cpu: Tensor
-    cuda: dict[torch.device, Tensor]
-
-    @staticmethod
-    def now(devices: set[torch.device]) -> _RandomState:
-        return _RandomState(torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices})
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Inside, the generators go on from this state; afterwards they stand as if nothing had been drawn."""
-        after = _RandomState.now(set(self.cuda))
-        self.restore()
-        try:
-            yield
-        finally:
-            after.restore()
-
-
-def _backward_from_cache(group: list[_Tower], loss_leaves: list[Tensor]) -> None:
-    """Pass 3 for the encoders of one DDP wrapper, or for one encoder alone.
-
-    A reducer finishes in the one backward that reaches every parameter of its wrapper. So that backward has the last
-    chunk of each encoder, and a zero for the parameters whose gradient came from the loss and is already in place.
-    """
-    towers = [
-        tower for tower in group if tower.embeddings.grad is not None
-    ]  # else frozen, or the loss has no use for it
-    caches = [tower.embeddings.grad.split(tower.rows) for tower in towers if tower.embeddings.grad is not None]
-    with _kept_batch_norm_statistics(towers):
-        with _no_sync(towers):
-            for tower, cache in zip(towers, caches, strict=True):
-                for i in range(len(tower.chunks) - 1):
-                    if not _backward([tower.embed_again(i)], [cache[i]]):
-                        break
-        wrapped = {id(p) for tower in towers if tower.wrapper is not None for p in tower.wrapper.parameters()}
-        from_loss = [leaf for leaf in loss_leaves if id(leaf) in wrapped]
-        _backward(
-            [*(tower.embed_again(len(tower.chunks) - 1) for tower in towers), *from_loss],
-            [*(cache[-1] for cache in caches), *map(torch.zeros_like, from_loss)],
-        )
-
-
-def _backward(outputs: list[Tensor], gradients: Sequence[Tensor | None]) -> bool:
-    """Backward from those outputs that have a graph; False if none has."""
-    live = [i for i, out in enumerate(outputs) if out.requires_grad]
-    with _autocast_off():
-        if live:
-            torch.autograd.backward([outputs[i] for i in live], [gradients[i] for i in live])
-    return bool(live)
-
-
-def _groups(towers: list[_Tower]) -> list[list[_Tower]]:
-    """Encoders that share one DDP wrapper together, every other one alone."""
-    groups: dict[int, list[_Tower]] = {}
-    for tower in towers:
-        groups.setdefault(id(tower if tower.wrapper is None else tower.wrapper), []).append(tower)
-    return list(groups.values())
-
-
-@contextmanager
-def _no_sync(towers: list[_Tower]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for wrapper in {id(tower.wrapper): tower.wrapper for tower in towers}.values():
-            if wrapper is not None:
-                stack.enter_context(wrapper.no_sync())
-        yield
-
-
-@contextmanager
-def _autocast_off() -> Iterator[None]:
-    """Backward runs in the dtypes that forward chose, not under autocast once more."""
-    with ExitStack() as stack:
-        for device_type in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
-
-
-@contextmanager
-def _kept_batch_norm_statistics(towers: list[_Tower]) -> Iterator[None]:
-    """The second forward leaves running statistics alone: they moved in the first."""
-    buffers = [b for tower in towers for layer in tower.batch_norms() for b in layer.buffers(recurse=False)]
-    kept = [buffer.clone() for buffer in buffers]
-    yield
-    for buffer, value in zip(buffers, kept, strict=True):
-        buffer.copy_(value)
-
-
-def _loss_of(output: Any) -> Tensor:
-    loss = output[0] if isinstance(output, tuple) and output else output
-    expected = "a scalar tensor, or a tuple that begins with one"
-    if not isinstance(loss, Tensor):
-        wrong_type("loss_fn: output", expected, output)
-    if loss.numel() != 1:
-        wrong_value("loss_fn: output", expected, loss)
+def _as_it_is(loss: Tensor) -> Tensor:
     return loss
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The leaves that a loss will send gradients to."""
-    leaves: list[Tensor] = []
-    seen: set[Any] = {None}
-    stack: list[Any] = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            if hasattr(node, "variable"):
-                leaves.append(node.variable)
-            stack.extend(following for following, _ in node.next_functions)
-    return leaves
+def _check_budget(budget: Any, asked: list[Any]) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        wrong_type("memory_budget", "None or bytes, an int", budget)
+    if budget < 1:
+        wrong_value("memory_budget", "at least 1 byte", budget)
+    if "auto" not in asked:
+        wrong_value("memory_budget", "None, unless a chunk_size is 'auto'", budget)
 
 
-def _modules_behind(encoder: Any) -> list[nn.Module]:
-    """The modules behind an encoder: itself, the owner of a bound method, a partial's function and arguments."""
-    if isinstance(encoder, nn.Module):
-        return [encoder]
-    if isinstance(encoder, functools.partial):
-        parts = (encoder.func, *encoder.args, *encoder.keywords.values())
-        return [module for part in parts for module in _modules_behind(part)]
-    owner = getattr(encoder, "__self__", None)
-    return [owner] if isinstance(owner, nn.Module) else []
-
-
-def _chunk_sizes(chunk_size: Any, encoders: int) -> list[int]:
-    sizes = list(chunk_size) if isinstance(chunk_size, Sequence) else [chunk_size] * encoders
+def _chunk_sizes(chunk_size: Any, encoders: int) -> list[Any]:
+    is_list = isinstance(chunk_size, Sequence) and not isinstance(chunk_size, str)
+    sizes = list(chunk_size) if is_list else [chunk_size] * encoders
     for size in sizes:
         if isinstance(size, bool) or not isinstance(size, int):
-            wrong_type("chunk_size", "an int, or one int per encoder", chunk_size)
-        if size < 1:
+            if size != "auto":
+                wrong_type("chunk_size", 'an int or "auto", or one per encoder', chunk_size)
+        elif size < 1:
             wrong_value("chunk_size", "at least 1", chunk_size)
     if len(sizes) != encoders:
-        wrong_value("chunk_size", f"an int, or one for each of the {encoders} encoders", chunk_size)
+        wrong_value("chunk_size", f"one for all, or one for each of the {encoders} encoders", chunk_size)
     return sizes
