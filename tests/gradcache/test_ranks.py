@@ -91,7 +91,7 @@ def _ddp(rank: int, world: int, shared: str, first: int, second: int) -> None:
 
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 4), (7, 6)])  # the last: some ranks have one chunk
 @pytest.mark.parametrize("shared", ["no", "partial", "closure"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_ddp_reduces_once(world: int, shared: str, sizes: tuple[int, int]) -> None:
     ranks.run(world, _ddp, shared, *sizes)
 
