@@ -75,11 +75,76 @@ void bind_attention(py::module_& m) {
 }
 
 void bind_contrastive(py::module_& m) {
+  using mmk::Tensor;
+  const auto& cpu = mmk::contrastive_kernels();
   const py::call_guard<py::gil_scoped_release> released;
-  m.def("launch_contrastive_infonce_fwd_cpu", &mmk::launch_contrastive_infonce_fwd_cpu, released);
-  m.def("launch_contrastive_infonce_bwd_cpu", &mmk::launch_contrastive_infonce_bwd_cpu, released);
-  m.def("launch_contrastive_siglip_fwd_cpu", &mmk::launch_contrastive_siglip_fwd_cpu, released);
-  m.def("launch_contrastive_siglip_bwd_cpu", &mmk::launch_contrastive_siglip_bwd_cpu, released);
+  m.def(
+      "launch_contrastive_softmax_fwd_cpu",
+      [](Tensor queries, Tensor keys, Tensor logit_scale, Tensor targets, Tensor query_ids, Tensor key_ids, bool ignore,
+         Tensor teacher_queries, Tensor teacher_keys, Tensor teacher_lse_q, Tensor teacher_lse_k, bool totals,
+         bool columns, Tensor rows_out, Tensor columns_out, int num_threads) {
+        mmk::contrastive_kernels().softmax_fwd({queries,
+                                                keys,
+                                                logit_scale,
+                                                {targets, query_ids, key_ids, ignore},
+                                                {teacher_queries, teacher_keys, teacher_lse_q, teacher_lse_k},
+                                                totals,
+                                                columns,
+                                                rows_out,
+                                                columns_out},
+                                               num_threads);
+      },
+      released);
+  m.def(
+      "launch_contrastive_softmax_bwd_cpu",
+      [](Tensor coefficients_q, Tensor coefficients_k, Tensor lse_q, Tensor lse_k, Tensor queries, Tensor keys,
+         Tensor logit_scale, Tensor targets, Tensor query_ids, Tensor key_ids, bool ignore, Tensor teacher_queries,
+         Tensor teacher_keys, Tensor teacher_lse_q, Tensor teacher_lse_k, bool columns, Tensor dqueries, Tensor dkeys,
+         int num_threads) {
+        mmk::contrastive_kernels().softmax_bwd({coefficients_q,
+                                                coefficients_k,
+                                                lse_q,
+                                                lse_k,
+                                                queries,
+                                                keys,
+                                                logit_scale,
+                                                {targets, query_ids, key_ids, ignore},
+                                                {teacher_queries, teacher_keys, teacher_lse_q, teacher_lse_k},
+                                                columns,
+                                                dqueries,
+                                                dkeys},
+                                               num_threads);
+      },
+      released);
+  m.def(
+      "launch_contrastive_sigmoid_fwd_cpu",
+      [](Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, Tensor targets, Tensor query_ids,
+         Tensor key_ids, Tensor sums, int num_threads) {
+        mmk::contrastive_kernels().sigmoid_fwd(queries, keys, logit_scale, logit_bias,
+                                               {targets, query_ids, key_ids, false}, sums, num_threads);
+      },
+      released);
+  m.def(
+      "launch_contrastive_sigmoid_bwd_cpu",
+      [](Tensor grad_sum, Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, Tensor targets,
+         Tensor query_ids, Tensor key_ids, Tensor dqueries, Tensor dkeys, int num_threads) {
+        mmk::contrastive_kernels().sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias,
+                                               {targets, query_ids, key_ids, false}, dqueries, dkeys, num_threads);
+      },
+      released);
+  m.def(
+      "launch_contrastive_sample_fwd_cpu",
+      [](Tensor queries, Tensor keys, Tensor logit_scale, Tensor seed, Tensor targets, Tensor query_ids, Tensor key_ids,
+         Tensor index, int num_threads) {
+        mmk::contrastive_kernels().sample_fwd(queries, keys, logit_scale, seed, {targets, query_ids, key_ids, false},
+                                              index, num_threads);
+      },
+      released);
+  m.def("launch_contrastive_infonce_fwd_cpu", cpu.infonce_fwd, released);
+  m.def("launch_contrastive_infonce_bwd_cpu", cpu.infonce_bwd, released);
+  m.def("launch_contrastive_siglip_fwd_cpu", cpu.siglip_fwd, released);
+  m.def("launch_contrastive_siglip_bwd_cpu", cpu.siglip_bwd, released);
+  m.def("launch_contrastive_topk_fwd_cpu", cpu.topk_fwd, released);
 }
 
 // A vector becomes a NumPy array that owns it.

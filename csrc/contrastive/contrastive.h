@@ -24,7 +24,66 @@ namespace mmk {
 
 // ---- CPU ------------------------------------------------------------------------------------------------------------
 
+// Which pairs are positive: those of one id when ids are given and not `ignore`; else targets[i] of row i, -1 for none.
+// With `ignore` other pairs of one id are not seen.
+struct PairArguments {
+  Tensor targets;    // [N] int64, or not given
+  Tensor query_ids;  // [N] int32, or not given
+  Tensor key_ids;    // [M] int32, or not given
+  bool ignore;
+};
+
+// Soft targets: the softmax of another pair of features' logits, whose lse are known. Not given, or all (lse_k only
+// with columns).
+struct TeacherArguments {
+  Tensor queries;  // [N, F]
+  Tensor keys;     // [M, F]
+  Tensor lse_q;    // [N] float64
+  Tensor lse_k;    // [M] float64
+};
+
+// Statistics of rows and columns, as rows of a matrix: lse, sum of positive similarities, sum of those seen (if
+// `totals`), the teacher's mean similarity, mean similarity under the softmax, largest logit, largest positive logit.
+struct SoftmaxForwardArguments {
+  Tensor queries;      // [N, E]
+  Tensor keys;         // [M, E]
+  Tensor logit_scale;  // []
+  PairArguments pairs;
+  TeacherArguments teacher;
+  bool totals, columns;
+  // outputs
+  Tensor rows_out;     // [7, N] float64
+  Tensor columns_out;  // [7, M] float64; nothing without `columns`
+};
+
+// The gradient of sums of coefficients times the first four statistics; lse may be that of more rows or columns than
+// are here.
+struct SoftmaxBackwardArguments {
+  Tensor coefficients_q;  // [4, N] float64
+  Tensor coefficients_k;  // [4, M] float64; nothing without `columns`
+  Tensor lse_q;           // [N] float64
+  Tensor lse_k;           // [M] float64
+  Tensor queries;         // [N, E]
+  Tensor keys;            // [M, E]
+  Tensor logit_scale;     // []
+  PairArguments pairs;
+  TeacherArguments teacher;
+  bool columns;
+  // outputs
+  Tensor dqueries;  // [N, E], or not given
+  Tensor dkeys;     // [M, E], or not given
+};
+
 struct ContrastiveKernels {
+  void (*softmax_fwd)(const SoftmaxForwardArguments& arguments, int num_threads);
+  void (*softmax_bwd)(const SoftmaxBackwardArguments& arguments, int num_threads);
+  // sums [3] float64: of all pairs' losses, and its derivatives by scale and bias
+  void (*sigmoid_fwd)(const Tensor& queries, const Tensor& keys, const Tensor& logit_scale, const Tensor& logit_bias,
+                      const PairArguments& pairs, const Tensor& sums, int num_threads);
+  void (*sigmoid_bwd)(const Tensor& grad_sum, const Tensor& queries, const Tensor& keys, const Tensor& logit_scale,
+                      const Tensor& logit_bias, const PairArguments& pairs, const Tensor& dqueries, const Tensor& dkeys,
+                      int num_threads);
+  // The plain losses, with the arguments of the CUDA launchers below.
   void (*infonce_fwd)(const Tensor& queries, const Tensor& keys, const Tensor& logit_scale, const Tensor& loss,
                       const Tensor& lse_q, const Tensor& lse_k, const Tensor& grad_scale, int num_threads);
   void (*infonce_bwd)(const Tensor& grad_loss, const Tensor& queries, const Tensor& keys, const Tensor& logit_scale,
@@ -34,57 +93,14 @@ struct ContrastiveKernels {
                      const Tensor& loss, const Tensor& grad_scale, const Tensor& grad_bias, int num_threads);
   void (*siglip_bwd)(const Tensor& grad_loss, const Tensor& queries, const Tensor& keys, const Tensor& logit_scale,
                      const Tensor& logit_bias, const Tensor& dqueries, const Tensor& dkeys, int num_threads);
+  // index [N] int64: a key that is no positive, drawn by softmax with noise from seed [2] int64; -1 where there is none
+  void (*sample_fwd)(const Tensor& queries, const Tensor& keys, const Tensor& logit_scale, const Tensor& seed,
+                     const PairArguments& pairs, const Tensor& index, int num_threads);
+  // values [N, k], indices [N, k] int64
+  void (*topk_fwd)(const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& indices,
+                   int num_threads);
 };
 MMK_DECLARE_KERNELS(ContrastiveKernels, contrastive)
-
-static inline void launch_contrastive_infonce_fwd_cpu(const Tensor& queries,      // [N, E]
-                                                      const Tensor& keys,         // [M, E], M == N
-                                                      const Tensor& logit_scale,  // []
-                                                      // outputs
-                                                      const Tensor& loss,        // []
-                                                      const Tensor& lse_q,       // [N] natural log
-                                                      const Tensor& lse_k,       // [M] natural log
-                                                      const Tensor& grad_scale,  // [] d loss / d logit_scale
-                                                      int num_threads) {
-  contrastive_kernels().infonce_fwd(queries, keys, logit_scale, loss, lse_q, lse_k, grad_scale, num_threads);
-}
-
-static inline void launch_contrastive_infonce_bwd_cpu(const Tensor& grad_loss,    // []
-                                                      const Tensor& queries,      // [N, E]
-                                                      const Tensor& keys,         // [M, E]
-                                                      const Tensor& logit_scale,  // []
-                                                      const Tensor& lse_q,        // [N]
-                                                      const Tensor& lse_k,        // [M]
-                                                      // outputs
-                                                      const Tensor& dqueries,  // [N, E]
-                                                      const Tensor& dkeys,     // [M, E]
-                                                      int num_threads) {
-  contrastive_kernels().infonce_bwd(grad_loss, queries, keys, logit_scale, lse_q, lse_k, dqueries, dkeys, num_threads);
-}
-
-static inline void launch_contrastive_siglip_fwd_cpu(const Tensor& queries,      // [N, E]
-                                                     const Tensor& keys,         // [M, E]
-                                                     const Tensor& logit_scale,  // []
-                                                     const Tensor& logit_bias,   // []
-                                                     // outputs
-                                                     const Tensor& loss,        // []
-                                                     const Tensor& grad_scale,  // [] d loss / d logit_scale
-                                                     const Tensor& grad_bias,   // [] d loss / d logit_bias
-                                                     int num_threads) {
-  contrastive_kernels().siglip_fwd(queries, keys, logit_scale, logit_bias, loss, grad_scale, grad_bias, num_threads);
-}
-
-static inline void launch_contrastive_siglip_bwd_cpu(const Tensor& grad_loss,    // []
-                                                     const Tensor& queries,      // [N, E]
-                                                     const Tensor& keys,         // [M, E]
-                                                     const Tensor& logit_scale,  // []
-                                                     const Tensor& logit_bias,   // []
-                                                     // outputs
-                                                     const Tensor& dqueries,  // [N, E]
-                                                     const Tensor& dkeys,     // [M, E]
-                                                     int num_threads) {
-  contrastive_kernels().siglip_bwd(grad_loss, queries, keys, logit_scale, logit_bias, dqueries, dkeys, num_threads);
-}
 
 // ---- CUDA -----------------------------------------------------------------------------------------------------------
 // The launchers allocate nothing and do not synchronise: scalars stay on the device, and the caller passes a workspace

@@ -7,14 +7,188 @@ from torch import Tensor
 
 from mmkernels.runtime.native import core, stream, threads, view
 
-from .reference import statistics_dtype
+from .reference import STATISTICS, statistics_dtype
 
-__all__ = ["infonce_bwd", "infonce_fwd", "siglip_bwd", "siglip_fwd"]
+__all__ = [
+    "infonce_bwd",
+    "infonce_fwd",
+    "sample_negatives",
+    "siglip_bwd",
+    "siglip_fwd",
+    "sigmoid_bwd",
+    "sigmoid_fwd",
+    "softmax_bwd",
+    "softmax_fwd",
+    "topk_similar",
+]
 
 
 def _rows(features: Tensor) -> Tensor:
     """The kernels want the last dimension contiguous; other layouts are copied."""
     return features if features.stride(-1) == 1 or features.shape[-1] <= 1 else features.contiguous()
+
+
+def _rows_or_none(features: Tensor | None) -> Tensor | None:
+    return None if features is None else _rows(features)
+
+
+def _codes(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The same ids counted up from 0, in the 32 bits that a kernel compares with a similarity's."""
+    if query_ids is None or key_ids is None:
+        return None, None
+    _, codes = torch.unique(torch.cat([query_ids, key_ids]), return_inverse=True)
+    query_codes, key_codes = codes.to(torch.int32).split([len(query_ids), len(key_ids)])
+    return query_codes, key_codes
+
+
+def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in vectors]
+
+
+def _outputs(queries: Tensor, keys: Tensor, need_queries: bool, need_keys: bool) -> list[Tensor | None]:
+    """Room for the gradients that will be written: on CUDA both, whoever asked."""
+    return [
+        x.new_empty(x.shape) if need or x.is_cuda else None for x, need in ((queries, need_queries), (keys, need_keys))
+    ]
+
+
+def _needed(gradient: Tensor | None, need: bool, features: Tensor) -> Tensor:
+    return gradient if need and gradient is not None else features.new_empty(0, features.shape[1])
+
+
+# On CPU alone
+
+
+def _launch_cpu(name: str, *arguments: Tensor | None | bool) -> None:
+    converted = [x if isinstance(x, bool) else view(x) for x in arguments]
+    getattr(core(), f"launch_contrastive_{name}_cpu")(*converted, threads())
+
+
+def softmax_fwd(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_id: str,
+    teacher_queries: Tensor | None,
+    teacher_keys: Tensor | None,
+    teacher_lse_q: Tensor | None,
+    teacher_lse_k: Tensor | None,
+    totals: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor]:
+    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64; see op.py."""
+    x, y = _rows(queries), _rows(keys)
+    of_rows = x.new_empty(STATISTICS, x.shape[0], dtype=torch.float64)
+    of_columns = y.new_empty(STATISTICS, y.shape[0] if columns else 0, dtype=torch.float64)
+    pairs = *_vectors(targets), *_codes(query_ids, key_ids), same_id == "ignore"
+    teacher = (
+        _rows_or_none(teacher_queries),
+        _rows_or_none(teacher_keys),
+        *_vectors(teacher_lse_q, teacher_lse_k),
+    )
+    _launch_cpu("softmax_fwd", x, y, logit_scale, *pairs, *teacher, totals, columns, of_rows, of_columns)
+    return of_rows, of_columns
+
+
+def softmax_bwd(
+    coefficients_q: Tensor,
+    coefficients_k: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    lse_q: Tensor,
+    lse_k: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_id: str,
+    teacher_queries: Tensor | None,
+    teacher_keys: Tensor | None,
+    teacher_lse_q: Tensor | None,
+    teacher_lse_k: Tensor | None,
+    need_queries: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+    x, y = _rows(queries), _rows(keys)
+    dqueries, dkeys = _outputs(x, y, need_queries, need_keys)
+    statistics = _vectors(coefficients_q, coefficients_k, lse_q, lse_k)
+    pairs = *_vectors(targets), *_codes(query_ids, key_ids), same_id == "ignore"
+    teacher = (
+        _rows_or_none(teacher_queries),
+        _rows_or_none(teacher_keys),
+        *_vectors(teacher_lse_q, teacher_lse_k),
+    )
+    columns = coefficients_k.shape[1] > 0
+    _launch_cpu("softmax_bwd", *statistics, x, y, logit_scale, *pairs, *teacher, columns, dqueries, dkeys)
+    return _needed(dqueries, need_queries, x), _needed(dkeys, need_keys, y)
+
+
+def sigmoid_fwd(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+) -> Tensor:
+    """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
+    x, y = _rows(queries), _rows(keys)
+    sums = x.new_empty(3, dtype=torch.float64)
+    _launch_cpu("sigmoid_fwd", x, y, logit_scale, logit_bias, *_vectors(targets), *_codes(query_ids, key_ids), sums)
+    return sums
+
+
+def sigmoid_bwd(
+    grad_sum: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    need_queries: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+    x, y = _rows(queries), _rows(keys)
+    dqueries, dkeys = _outputs(x, y, need_queries, need_keys)
+    pairs = *_vectors(targets), *_codes(query_ids, key_ids)
+    _launch_cpu("sigmoid_bwd", grad_sum, x, y, logit_scale, logit_bias, *pairs, dqueries, dkeys)
+    return _needed(dqueries, need_queries, x), _needed(dkeys, need_keys, y)
+
+
+def sample_negatives(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    seed: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+) -> Tensor:
+    """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
+    x, y = _rows(queries), _rows(keys)
+    index = x.new_empty(x.shape[0], dtype=torch.int64)
+    _launch_cpu("sample_fwd", x, y, logit_scale, seed, *_vectors(targets), *_codes(query_ids, key_ids), index)
+    return index
+
+
+def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """values [N, k], indices [N, k] int64: the most similar keys first, of equal ones the lower index."""
+    x, y = _rows(queries), _rows(keys)
+    values = x.new_empty(x.shape[0], k, dtype=statistics_dtype(x.dtype))
+    indices = x.new_empty(x.shape[0], k, dtype=torch.int64)
+    _launch_cpu("topk_fwd", x, y, values, indices)
+    return values, indices
+
+
+# The plain losses, on CPU and in CUDA C++
 
 
 def _launch(name: str, queries: Tensor, keys: Tensor, *tensors: Tensor | None) -> None:
@@ -31,17 +205,6 @@ def _launch(name: str, queries: Tensor, keys: Tensor, *tensors: Tensor | None) -
 
 def _scalars(queries: Tensor, count: int) -> list[Tensor]:
     return [queries.new_empty((), dtype=statistics_dtype(queries.dtype)) for _ in range(count)]
-
-
-def _outputs(queries: Tensor, keys: Tensor, need_queries: bool, need_keys: bool) -> list[Tensor | None]:
-    """Room for the gradients that will be written: on CUDA both, whoever asked."""
-    return [
-        x.new_empty(x.shape) if need or x.is_cuda else None for x, need in ((queries, need_queries), (keys, need_keys))
-    ]
-
-
-def _needed(gradient: Tensor | None, need: bool, features: Tensor) -> Tensor:
-    return gradient if need and gradient is not None else features.new_empty(0, features.shape[1])
 
 
 def infonce_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,7 +251,7 @@ def siglip_bwd(
     need_queries: bool,
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+    """dqueries [N, E], dkeys [N, E]; [0, E] where not needed."""
     queries, keys = _rows(queries), _rows(keys)
     dqueries, dkeys = _outputs(queries, keys, need_queries, need_keys)
     _launch("siglip_bwd", queries, keys, grad_loss, queries, keys, logit_scale, logit_bias, dqueries, dkeys)

@@ -11,11 +11,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["infonce_bwd", "infonce_fwd", "siglip_bwd", "siglip_fwd", "statistics_dtype"]
+__all__ = [
+    "BEST",
+    "COEFFICIENTS",
+    "LSE",
+    "MEAN",
+    "POSITIVE",
+    "STATISTICS",
+    "TEACHER",
+    "TOP",
+    "TOTAL",
+    "infonce_bwd",
+    "infonce_fwd",
+    "sample_negatives",
+    "siglip_bwd",
+    "siglip_fwd",
+    "sigmoid_bwd",
+    "sigmoid_fwd",
+    "softmax_bwd",
+    "softmax_fwd",
+    "statistics_dtype",
+    "topk_similar",
+]
+
+# Rows of the statistics [7, N] and [7, M]; the first four are differentiable, and are what a backward has coefficients
+# for. Sums and means are of similarities; TOP and BEST are logits.
+LSE, POSITIVE, TOTAL, TEACHER, MEAN, TOP, BEST = range(7)
+STATISTICS, COEFFICIENTS = 7, 4
 
 
 def statistics_dtype(features: torch.dtype) -> torch.dtype:
-    """The type of loss, lse and scalar gradients for features of a type."""
+    """The type of loss and scalar gradients for features of a type."""
     return torch.float64 if features == torch.float64 else torch.float32
 
 
@@ -37,6 +63,173 @@ def _feature_gradients(
         dqueries = grad_similarity @ keys.to(dtype) if need_queries else queries.new_empty(0, queries.shape[1])
         dkeys = grad_similarity.T @ queries.to(dtype) if need_keys else keys.new_empty(0, keys.shape[1])
     return dqueries.to(queries.dtype), dkeys.to(keys.dtype)
+
+
+def _pairs(
+    similarity: Tensor, targets: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, same_id: str
+) -> tuple[Tensor, Tensor]:
+    """Which pairs are positive, and which are seen at all: bool [N, M] each."""
+    n, m = similarity.shape
+    positive = torch.zeros(n, m, dtype=torch.bool, device=similarity.device)
+    if targets is not None:
+        positive = targets[:, None] == torch.arange(m, device=similarity.device)
+    if query_ids is None or key_ids is None:
+        return positive, torch.ones_like(positive)
+    same = query_ids[:, None] == key_ids
+    return (same, torch.ones_like(same)) if same_id == "positive" else (positive, ~same | positive)
+
+
+# Softmax statistics
+
+
+def _softmax(logits: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
+    """exp(logits - lse) of what is seen; 0 in a row that sees nothing."""
+    return torch.where(seen & (lse != -torch.inf), (logits - lse).exp(), 0.0).to(logits.dtype)
+
+
+def _highest(logits: Tensor, among: Tensor) -> Tensor:
+    padded = F.pad(logits.masked_fill(~among, -torch.inf), (0, 1), value=-torch.inf)
+    return padded.amax(1)
+
+
+def _statistics(
+    similarity: Tensor, logits: Tensor, positive: Tensor, seen: Tensor, totals: bool, teacher: Tensor | None
+) -> Tensor:
+    """Of each row: [7, N] float64."""
+    lse = logits.double().masked_fill(~seen, -torch.inf).logsumexp(1)
+    a = similarity.double()
+    mean = (_softmax(logits, lse[:, None], seen).double() * a).sum(1)
+    zero = torch.zeros_like(lse)
+    return torch.stack(
+        [
+            lse,
+            torch.where(positive, a, 0.0).sum(1),
+            torch.where(seen, a, 0.0).sum(1) if totals else zero,
+            (teacher.double() * a).sum(1) if teacher is not None else zero,
+            mean,
+            _highest(logits.double(), seen),
+            _highest(logits.double(), positive),
+        ]
+    )
+
+
+def softmax_fwd(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_id: str,
+    teacher_queries: Tensor | None,
+    teacher_keys: Tensor | None,
+    teacher_lse_q: Tensor | None,
+    teacher_lse_k: Tensor | None,
+    totals: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor]:
+    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64; see op.py."""
+    similarity = _similarity(queries, keys)
+    logits = logit_scale * similarity
+    positive, seen = _pairs(similarity, targets, query_ids, key_ids, same_id)
+    of_q = of_k = None
+    if teacher_queries is not None and teacher_keys is not None and teacher_lse_q is not None:
+        taught = logit_scale * _similarity(teacher_queries, teacher_keys)
+        of_q = _softmax(taught, teacher_lse_q[:, None], seen)
+        of_k = _softmax(taught, teacher_lse_k[None], seen).T if columns and teacher_lse_k is not None else None
+    of_rows = _statistics(similarity, logits, positive, seen, totals, of_q)
+    if not columns:
+        return of_rows, of_rows.new_empty(STATISTICS, 0)
+    return of_rows, _statistics(similarity.T, logits.T, positive.T, seen.T, totals, of_k)
+
+
+def softmax_bwd(
+    coefficients_q: Tensor,
+    coefficients_k: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    lse_q: Tensor,
+    lse_k: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_id: str,
+    teacher_queries: Tensor | None,
+    teacher_keys: Tensor | None,
+    teacher_lse_q: Tensor | None,
+    teacher_lse_k: Tensor | None,
+    need_queries: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+    similarity = _similarity(queries, keys)
+    logits = logit_scale * similarity
+    positive, seen = _pairs(similarity, targets, query_ids, key_ids, same_id)
+    columns = coefficients_k.shape[1] > 0
+    scale = logit_scale.double()
+    of_q, of_k = coefficients_q.double()[:, :, None], coefficients_k.double()[:, None, :]
+    grad = scale * of_q[LSE] * _softmax(logits, lse_q[:, None], seen) + of_q[POSITIVE] * positive + of_q[TOTAL] * seen
+    if columns:
+        grad += scale * of_k[LSE] * _softmax(logits, lse_k[None], seen) + of_k[POSITIVE] * positive + of_k[TOTAL] * seen
+    if teacher_queries is not None and teacher_keys is not None and teacher_lse_q is not None:
+        taught = logit_scale * _similarity(teacher_queries, teacher_keys)
+        grad += of_q[TEACHER] * _softmax(taught, teacher_lse_q[:, None], seen)
+        if columns and teacher_lse_k is not None:
+            grad += of_k[TEACHER] * _softmax(taught, teacher_lse_k[None], seen)
+    return _feature_gradients(grad.to(similarity.dtype), queries, keys, need_queries, need_keys)
+
+
+# Sigmoid
+
+
+def _signs(similarity: Tensor, targets: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None) -> Tensor:
+    positive, _ = _pairs(similarity, targets, query_ids, key_ids, "positive")
+    return torch.where(positive, 1.0, -1.0).to(similarity.dtype)
+
+
+def sigmoid_fwd(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+) -> Tensor:
+    """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
+    similarity = _similarity(queries, keys)
+    signs = _signs(similarity, targets, query_ids, key_ids)
+    z = signs * (logit_scale * similarity + logit_bias)
+    grad = -signs * torch.sigmoid(-z)
+    return torch.stack([-F.logsigmoid(z).double().sum(), (grad * similarity).double().sum(), grad.double().sum()])
+
+
+def sigmoid_bwd(
+    grad_sum: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    need_queries: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+    similarity = _similarity(queries, keys)
+    signs = _signs(similarity, targets, query_ids, key_ids)
+    grad = -signs * torch.sigmoid(-signs * (logit_scale * similarity + logit_bias))
+    factor = (grad_sum * logit_scale.double()).to(grad.dtype)
+    return _feature_gradients(grad * factor, queries, keys, need_queries, need_keys)
+
+
+# The plain losses: as many keys as queries, each query's positive its own key
+
+
+def _own(queries: Tensor) -> Tensor:
+    return torch.arange(queries.shape[0], device=queries.device)
 
 
 def infonce_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,19 +264,11 @@ def infonce_bwd(
     return _feature_gradients(grad * (grad_loss * logit_scale / (2 * n)), queries, keys, need_queries, need_keys)
 
 
-def _signs(similarity: Tensor) -> Tensor:
-    return 2 * torch.eye(*similarity.shape, dtype=similarity.dtype, device=similarity.device) - 1
-
-
 def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
-    similarity = _similarity(queries, keys)
-    n = max(similarity.shape[0], 1)
-    signs = _signs(similarity)
-    z = signs * (logit_scale * similarity + logit_bias)
-    loss = -F.logsigmoid(z).sum() / n
-    grad = -signs * torch.sigmoid(-z)
-    return loss, (grad * similarity).sum() / n, grad.sum() / n
+    sums = sigmoid_fwd(queries, keys, logit_scale, logit_bias, _own(queries), None, None)
+    loss, by_scale, by_bias = (sums / max(queries.shape[0], 1)).to(statistics_dtype(queries.dtype)).unbind()
+    return loss.clone(), by_scale.clone(), by_bias.clone()
 
 
 def siglip_bwd(
@@ -96,8 +281,52 @@ def siglip_bwd(
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+    grad_sum, own = grad_loss.double() / max(queries.shape[0], 1), _own(queries)
+    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, own, None, None, need_queries, need_keys)
+
+
+# Retrieval
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """An integer hash of 32 bits (in int64), whose every output bit depends on every input bit."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _exponential(seed: Tensor, n: int, m: int) -> Tensor:
+    """Noise [N, M] float64: exponential variates from counters, one for each pair; the kernels draw the same."""
+    rows = _mixed(torch.arange(n, device=seed.device) ^ seed[0])
+    columns = torch.arange(m, device=seed.device)
+    bits = _mixed(_mixed(columns[None] ^ rows[:, None]) ^ seed[1])
+    u = (bits.double() + 0.5) * 2.0**-32
+    return -torch.log1p(-u)
+
+
+def sample_negatives(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    seed: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+) -> Tensor:
+    """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
     similarity = _similarity(queries, keys)
-    n = max(similarity.shape[0], 1)
-    signs = _signs(similarity)
-    grad = -signs * torch.sigmoid(-signs * (logit_scale * similarity + logit_bias))
-    return _feature_gradients(grad * (grad_loss * logit_scale / n), queries, keys, need_queries, need_keys)
+    positive, _ = _pairs(similarity, targets, query_ids, key_ids, "positive")
+    if query_ids is not None and targets is not None:
+        positive = positive | (targets[:, None] == torch.arange(keys.shape[0], device=keys.device))
+    score = logit_scale.double() * similarity.double() - _exponential(seed, *similarity.shape).log()
+    score = F.pad(score.masked_fill(positive, -torch.inf), (0, 1), value=-torch.inf)
+    top, index = score.max(1)
+    return torch.where(top == -torch.inf, -1, index)
+
+
+def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """values [N, k], indices [N, k] int64: the most similar keys first, of equal ones the lower index."""
+    similarity = _similarity(queries, keys)
+    similarity = similarity.masked_fill(similarity.isnan(), -torch.inf)
+    values, indices = similarity.sort(dim=1, descending=True, stable=True)
+    return values[:, :k].clone(), indices[:, :k].clone()

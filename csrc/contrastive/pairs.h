@@ -1,0 +1,112 @@
+// Which pairs of a tile are positive and which are not seen, and the loops of the epilogues over a tile's vectors.
+#pragma once
+
+#include "contrastive/tiles.h"
+
+namespace mmk {
+namespace MMK_ISA {
+
+// 0, 1, 2, ... in the integer lanes that belong to C.
+template <class C>
+MMK_INLINE Vec<typename IntOf<C>::type> lane_numbers() {
+  Vec<typename IntOf<C>::type> lane;
+  for (int i = 0; i < kLanes<C>; ++i) lane[i] = i;
+  return lane;
+}
+
+// The mask of a vector whose lanes all exist.
+struct AllLanes {};
+template <class V>
+MMK_INLINE V keep(AllLanes, V value) {
+  return value;
+}
+template <class M, class V>
+MMK_INLINE V keep(M mask, V value) {
+  return mask ? value : V{};
+}
+template <class V>
+MMK_INLINE V keep(AllLanes, V value, V) {
+  return value;
+}
+template <class M, class V>
+MMK_INLINE V keep(M mask, V value, V otherwise) {
+  return mask ? value : otherwise;
+}
+
+// Calls body(offset, in) for each vector of a row of `count` elements, where the mask `in` says which lanes exist.
+template <class C, class Body>
+MMK_INLINE void for_each_vector(int64_t count, Body body) {
+  using Int = typename IntOf<C>::type;
+  int64_t v = 0;
+  for (; v + kLanes<C> <= count; v += kLanes<C>) body(v, AllLanes{});
+  if (v < count) body(v, lane_numbers<C>() < static_cast<Int>(count - v));
+}
+
+// targets [N]: the one positive of each row, or -1; ids: int32 codes of rows [N] and columns [M]. With ids and without
+// `ignore`, positives are the pairs of one id; with `ignore` these are not seen, but for the target.
+struct PairRule {
+  const int64_t* targets = nullptr;
+  const int32_t *row_ids = nullptr, *column_ids = nullptr;
+  bool ignore = false;
+
+  bool by_id() const { return row_ids && !ignore; }
+  bool ignores() const { return row_ids && ignore; }
+  int64_t target(int64_t i) const { return targets && !by_id() ? targets[i] : -1; }
+};
+
+template <class C>
+class Pairs {
+  using Int = typename IntOf<C>::type;
+  using Mask = decltype(Vec<Int>{} == Vec<Int>{});
+
+ public:
+  Pairs(const PairRule& rule, int64_t columns) : rule_(rule), ids_(rule.row_ids ? columns + kLanes<C> : 0) {
+    if (rule.row_ids)
+      for (int64_t j = 0; j < columns + kLanes<C>; ++j) ids_.data()[j] = j < columns ? rule.column_ids[j] : -1;
+  }
+
+  const PairRule& rule() const { return rule_; }
+
+  // Whether any row's target lies in a tile.
+  template <class T>
+  bool meet(const Tile<T>& tile) const {
+    for (int64_t r = 0; r < tile.rows; ++r)
+      if (in(tile, r) >= 0) return true;
+    return false;
+  }
+  // The column, counted in the tile, of row r's target; -1 where it lies elsewhere.
+  template <class T>
+  int64_t in(const Tile<T>& tile, int64_t r) const {
+    const int64_t column = rule_.target(tile.i0 + r) - tile.j0;
+    return column >= 0 && column < tile.cols ? column : -1;
+  }
+
+  // The masks of one row of a tile.
+  struct Row {
+    Int target, id;
+    const Int* ids;
+
+    MMK_INLINE Mask is_target(int64_t v) const {
+      return lane_numbers<C>() == (target >= v ? static_cast<Int>(target - v) : Int{-1});
+    }
+    MMK_INLINE Mask same_id(int64_t v) const { return load_as<Int>(ids + v) == id; }
+  };
+  template <class T>
+  Row row(const Tile<T>& tile, int64_t r) const {
+    return {static_cast<Int>(in(tile, r)), rule_.row_ids ? static_cast<Int>(rule_.row_ids[tile.i0 + r]) : Int{0},
+            ids_.data() + (rule_.row_ids ? tile.j0 : 0)};
+  }
+  MMK_INLINE Mask positive(const Row& row, int64_t v) const {
+    return rule_.by_id() ? row.same_id(v) : row.is_target(v);
+  }
+  MMK_INLINE Mask unseen(const Row& row, int64_t v) const {
+    return rule_.ignores() ? Mask(row.same_id(v) & ~row.is_target(v)) : Mask{};
+  }
+
+ private:
+  const PairRule rule_;
+  AlignedBuffer<Int> ids_;  // [M], readable for one vector past the end
+};
+
+}  // namespace MMK_ISA
+}  // namespace mmk

@@ -1,0 +1,524 @@
+// Softmax statistics of rows and columns, and the gradient of a function of them: epilogues of the tile engine.
+//
+// With a_ij = <x_i, y_j>, logits scale a_ij, and `ref` the similarity of the largest logit of a row,
+//   sum = Σ e^(scale (a - ref))     dot = Σ e^(scale (a - ref)) (a - ref)
+//   lse = scale ref + log sum       mean of a under the softmax = ref + dot / sum
+// The difference is taken before the product: near the largest logit it is exact, nothing overflows that float64 could
+// hold, and the mean does not cancel. Sums within a tile are short and in the features' compute type; those over tiles
+// are in double. A target (one positive of a row) stays out of them and joins in double at the end: when it has nearly
+// all of the mass, what little the others have is the loss.
+#pragma once
+
+#include "common/simd/math.h"
+#include "contrastive/gradients.h"
+#include "contrastive/pairs.h"
+
+namespace mmk {
+namespace MMK_ISA {
+
+MMK_INLINE double natural_log(double x) { return log2(splat(x))[0] * FloatTraits<double>::ln2; }
+MMK_INLINE double natural_exp(double x) { return exp(splat(x))[0]; }
+
+// An lse as scale * ref + rest with ref and rest of the compute type, so that the exponent of a softmax,
+// scale (a - ref) - rest, loses nothing where it matters.
+template <class C>
+class SplitLse {
+ public:
+  SplitLse(const double* lse, int64_t count, C scale) : count_(count + kLanes<C>), data_(2 * count_) {
+    for (int64_t i = 0; i < count_; ++i) {
+      const double value = i < count ? lse[i] : 0;
+      double near = scale != 0 ? value / static_cast<double>(scale) : 0;
+      if (!(near > -1e30 && near < 1e30)) near = 0;
+      const C ref = static_cast<C>(near);
+      data_.data()[i] = ref;
+      // A row that sees nothing (lse = -inf) has weights 0.
+      data_.data()[count_ + i] = value == -FloatTraits<double>::infinity
+                                     ? FloatTraits<C>::infinity
+                                     : static_cast<C>(value - static_cast<double>(scale) * ref);
+    }
+  }
+  const C* ref() const { return data_.data(); }  // both readable for one vector past the end
+  const C* rest() const { return data_.data() + count_; }
+
+ private:
+  int64_t count_;
+  AlignedBuffer<C> data_;
+};
+
+template <class C>
+MMK_INLINE Vec<C> softmax(Vec<C> a, C scale, Vec<C> ref, Vec<C> rest) {
+  return exp((a - ref) * scale - rest);
+}
+
+// What the forward keeps of rows or columns. Of targets only `ref` knows.
+template <class C>
+struct Stats {
+  C *ref, *sum, *dot;
+  C *total, *positive, *best, *taught;  // the last is sum p a with the teacher's p
+
+  static constexpr int kFields = 7;
+  Stats at(int64_t i) const { return {ref + i, sum + i, dot + i, total + i, positive + i, best + i, taught + i}; }
+};
+
+template <class C>
+class StatsBuffer {
+ public:
+  explicit StatsBuffer(int64_t count) : count_(count), data_(Stats<C>::kFields * count) {}
+  Stats<C> stats() const {
+    C* p = data_.data();
+    const int64_t n = count_;
+    return {p, p + n, p + 2 * n, p + 3 * n, p + 4 * n, p + 5 * n, p + 6 * n};
+  }
+  void clear() const {
+    for (int64_t i = 0; i < Stats<C>::kFields * count_; ++i) data_.data()[i] = 0;
+    const Stats<C> all = stats();
+    for (int64_t i = 0; i < count_; ++i) all.ref[i] = all.best[i] = -FloatTraits<C>::infinity;
+  }
+
+ private:
+  int64_t count_;
+  AlignedBuffer<C> data_;
+};
+
+struct TeacherLse {
+  const double *rows, *columns;
+};
+
+// Forward epilogue. A row tile updates its rows' running statistics and leaves the columns' statistics over its rows in
+// `partial`; finish_columns merges these in the order of tiles. While tiles come, `ref` and `best` are times the sign
+// of the scale, so that they are maxima.
+template <class T>
+class SoftmaxForward {
+  using C = ComputeOf<T>;
+  static constexpr int L = kLanes<C>;
+  static constexpr int kGroup = 8;  // rows at a time: their sums stay in registers, and the columns' sums are short
+  static constexpr C kLowest = -FloatTraits<C>::infinity;
+
+ public:
+  SoftmaxForward(const Rows<T>& x, const Rows<T>& y, C scale, const Pairs<C>& pairs, const TeacherLse& teacher,
+                 bool totals, bool columns, int threads)
+      : n_(x.count),
+        m_(y.count),
+        tiles_(ceil_div(x.count, kTileRows)),
+        scale_(scale),
+        sign_(scale < 0 ? C{-1} : C{1}),
+        threads_(threads),
+        totals_(totals),
+        with_columns_(columns),
+        pairs_(pairs),
+        taught_rows_(teacher.rows, teacher.rows ? x.count : 0, scale),
+        taught_columns_(teacher.columns, teacher.columns ? y.count : 0, scale),
+        target_(x.count),
+        rows_(x.count),
+        columns_(columns ? y.count : 0),
+        partial_(columns ? tiles_ * kPassCols : 0) {
+    rows_.clear();
+    columns_.clear();
+  }
+
+  void tile(int64_t t, const Tile<T>& tile, const C* taught) const {
+    const Stats<C> column = partial_.stats().at(with_columns_ ? t * kPassCols + tile.j0 % kPassCols : 0);
+    if (pairs_.rule().ignores())
+      with_columns_ ? statistics<true, true>(tile, column) : statistics<true, false>(tile, column);
+    else if (pairs_.rule().targets && pairs_.meet(tile))
+      with_columns_ ? statistics<true, true>(tile, column) : statistics<true, false>(tile, column);
+    else
+      with_columns_ ? statistics<false, true>(tile, column) : statistics<false, false>(tile, column);
+    if (totals_) add_totals(tile, column);
+    if (pairs_.rule().by_id()) add_positives(tile, column);
+    if (taught) add_taught(tile, taught, column);
+  }
+
+  void finish_columns(int64_t j0, int64_t cols) const {
+    if (!with_columns_) return;
+    parallel_chunks(cols, threads_, [&](int64_t begin, int64_t end, int) {
+      for (int64_t t = 0; t < tiles_; ++t) {
+        const Stats<C> of_tile = partial_.stats().at(t * kPassCols);
+        const Stats<double> column = columns_.stats().at(j0);
+        for (int64_t c = begin; c < end; ++c) {
+          column.ref[c] = of_tile.ref[c] > column.ref[c] ? of_tile.ref[c] : column.ref[c];
+          if (totals_) column.total[c] += of_tile.total[c];
+          if (taught_rows_.given()) column.taught[c] += of_tile.taught[c];
+          if (!pairs_.rule().by_id()) continue;
+          column.positive[c] += of_tile.positive[c];
+          column.best[c] = of_tile.best[c] > column.best[c] ? of_tile.best[c] : column.best[c];
+        }
+      }
+      for (int64_t t = 0; t < tiles_; ++t)
+        for (int64_t c = begin; c < end; c += L) merge(t, c, min64(end - c, L), columns_.stats().at(j0));
+    });
+  }
+
+  // The statistics of rows [7, N] and columns [7, M]; see mmkernels/ops/contrastive/op.py.
+  void finish(double* of_rows, double* of_columns) const {
+    if (pairs_.rule().targets && !pairs_.rule().by_id()) add_targets();
+    write(rows_.stats(), n_, of_rows);
+    if (with_columns_) write(columns_.stats(), m_, of_columns);
+  }
+
+ private:
+  class TaughtLse {
+   public:
+    TaughtLse(const double* lse, int64_t count, C scale) : given_(lse), split_(lse, count, scale) {}
+    bool given() const { return given_; }
+    const SplitLse<C>& split() const { return split_; }
+
+   private:
+    bool given_;
+    SplitLse<C> split_;
+  };
+
+  // kMasked: some pairs are left out of the sums, the target or what is not seen.
+  template <bool kMasked, bool kColumns>
+  void statistics(const Tile<T>& tile, const Stats<C>& column) const {
+    C ref[kTileRows];
+    raise<kMasked, kColumns>(tile, column.ref, ref);
+    if constexpr (kColumns)
+      for (int64_t v = 0; v < tile.cols; v += L) {
+        store(column.sum + v, Vec<C>{});
+        store(column.dot + v, Vec<C>{});
+      }
+    if constexpr (kMasked)
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const int64_t target = pairs_.in(tile, r);
+        if (target >= 0) target_.data()[tile.i0 + r] = tile.row(r)[target];
+      }
+    int64_t r = 0;
+    for (; r + kGroup <= tile.rows; r += kGroup) add_rows<kGroup, kMasked, kColumns>(tile, r, ref + r, column);
+    for (; r < tile.rows; ++r) add_rows<1, kMasked, kColumns>(tile, r, ref + r, column);
+  }
+
+  // The columns' references in this tile, and the rows' new running ones. What is not seen counts for nothing.
+  template <bool kMasked, bool kColumns>
+  void raise(const Tile<T>& tile, C* column_ref, C* ref) const {
+    const Vec<C> lowest = splat(kLowest);
+    if constexpr (kColumns)
+      for (int64_t v = 0; v < tile.cols; v += L) store(column_ref + v, lowest);
+    const double* running = rows_.stats().ref + tile.i0;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const C* s = tile.row(r);
+      const auto row = pairs_.row(tile, r);
+      Vec<C> highest = lowest;
+      for_each_vector<C>(tile.cols, [&](int64_t v, auto in) {
+        Vec<C> b = load(s + v) * sign_;
+        if constexpr (kMasked) b = pairs_.unseen(row, v) ? lowest : b;
+        highest = max(highest, keep(in, b, lowest));
+        if constexpr (kColumns) store(column_ref + v, max(load(column_ref + v), b));
+      });
+      const C of_tile = reduce_max(highest);
+      ref[r] = of_tile > running[r] ? of_tile : static_cast<C>(running[r]);
+    }
+  }
+
+  // Adds kRows rows, from r on, to the sums of rows and columns, whose references are raised already.
+  template <int kRows, bool kMasked, bool kColumns>
+  void add_rows(const Tile<T>& tile, int64_t r, const C* raised, const Stats<C>& column) const {
+    const Stats<double> running = rows_.stats().at(tile.i0 + r);
+    typename Pairs<C>::Row row[kRows];
+    C ref[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      if constexpr (kMasked) row[i] = pairs_.row(tile, r + i);
+      ref[i] = raised[i] * sign_;
+    }
+    Vec<C> sum[kRows] = {}, dot[kRows] = {};
+    for_each_vector<C>(tile.cols, [&](int64_t v, auto in) {
+      [[maybe_unused]] Vec<C> column_ref, column_sum{}, column_dot{};
+      if constexpr (kColumns) column_ref = load(column.ref + v) * sign_;
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<C> a = load(tile.row(r + i) + v);
+        Vec<C> below = keep(in, a - ref[i]), e = keep(in, exp(below * scale_));
+        [[maybe_unused]] Vec<C> column_below, column_e;
+        if constexpr (kColumns) column_below = a - column_ref, column_e = exp(column_below * scale_);
+        if constexpr (kMasked) {
+          const auto out = row[i].is_target(v) | pairs_.unseen(row[i], v);
+          below = out ? Vec<C>{} : below, e = out ? Vec<C>{} : e;
+          if constexpr (kColumns) column_below = out ? Vec<C>{} : column_below, column_e = out ? Vec<C>{} : column_e;
+        }
+        sum[i] += e;
+        dot[i] += e * below;
+        if constexpr (kColumns) column_sum += column_e, column_dot += column_e * column_below;
+      }
+      if constexpr (kColumns) {
+        store(column.sum + v, load(column.sum + v) + column_sum);
+        store(column.dot + v, load(column.dot + v) + column_dot);
+      }
+    });
+    for (int i = 0; i < kRows; ++i) {
+      const Shift shift(running.ref[i], raised[i], sign_, scale_);
+      shift.move(&running.sum[i], &running.dot[i]);
+      running.ref[i] = raised[i];
+      running.sum[i] += reduce_add(sum[i]);
+      running.dot[i] += reduce_add(dot[i]);
+    }
+  }
+
+  // Sums relative to one reference become sums relative to a higher one.
+  struct Shift {
+    double weight, below;
+
+    Shift(double from, double to, C sign, C scale) {
+      below = from > -FloatTraits<double>::infinity ? sign * (from - to) : 0;
+      weight = from > -FloatTraits<double>::infinity ? natural_exp(scale * below) : 0;
+    }
+    void move(double* sum, double* dot) const {
+      *dot = weight * (*dot + *sum * below);
+      *sum *= weight;
+    }
+  };
+
+  // Adds columns [c, c + count) of row tile t to the merged ones, whose references are final.
+  void merge(int64_t t, int64_t c, int64_t count, const Stats<double>& merged) const {
+    const Stats<C> of_tile = partial_.stats().at(t * kPassCols + c);
+    C below[L], weight[L];
+    for (int64_t i = 0; i < L; ++i) {
+      const bool seen = i < count && of_tile.ref[i] != kLowest;
+      below[i] = seen ? sign_ * static_cast<C>(of_tile.ref[i] - merged.ref[c + i]) : C{0};
+    }
+    store(weight, exp(load(below) * scale_));
+    for (int64_t i = 0; i < count; ++i) {
+      if (of_tile.ref[i] == kLowest) continue;
+      const double w = weight[i], sum = of_tile.sum[i];
+      merged.sum[c + i] += w * sum;
+      merged.dot[c + i] += w * (of_tile.dot[i] + sum * below[i]);
+    }
+  }
+
+  void add_totals(const Tile<T>& tile, const Stats<C>& column) const {
+    add_to_both(tile, column.total, rows_.stats().total, [&](const auto& row, int64_t r, int64_t v) {
+      const Vec<C> a = load(tile.row(r) + v);
+      return Both{pairs_.unseen(row, v) ? Vec<C>{} : a, pairs_.unseen(row, v) ? Vec<C>{} : a};
+    });
+  }
+
+  void add_taught(const Tile<T>& tile, const C* taught, const Stats<C>& column) const {
+    const SplitLse<C>&of_row = taught_rows_.split(), &of_column = taught_columns_.split();
+    add_to_both(tile, column.taught, rows_.stats().taught, [&](const auto& row, int64_t r, int64_t v) {
+      const Vec<C> a = load(tile.row(r) + v), b = load(taught + r * kTileCols<T> + v);
+      const int64_t i = tile.i0 + r, j = tile.j0 + v;
+      const auto unseen = pairs_.unseen(row, v);
+      const Vec<C> p = softmax(b, scale_, splat(of_row.ref()[i]), splat(of_row.rest()[i]));
+      Vec<C> q{};
+      if (with_columns_) q = softmax(b, scale_, load(of_column.ref() + j), load(of_column.rest() + j));
+      return Both{unseen ? Vec<C>{} : p * a, unseen ? Vec<C>{} : q * a};
+    });
+  }
+
+  void add_positives(const Tile<T>& tile, const Stats<C>& column) const {
+    add_to_both(tile, column.positive, rows_.stats().positive, [&](const auto& row, int64_t r, int64_t v) {
+      const Vec<C> a = row.same_id(v) ? load(tile.row(r) + v) : Vec<C>{};
+      return Both{a, a};
+    });
+    const Vec<C> lowest = splat(kLowest);
+    if (with_columns_)
+      for (int64_t v = 0; v < tile.cols; v += L) store(column.best + v, lowest);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const auto row = pairs_.row(tile, r);
+      Vec<C> highest = lowest;
+      for_each_vector<C>(tile.cols, [&](int64_t v, auto in) {
+        const Vec<C> b = row.same_id(v) ? load(tile.row(r) + v) * sign_ : lowest;
+        highest = max(highest, keep(in, b, lowest));
+        if (with_columns_) store(column.best + v, max(load(column.best + v), b));
+      });
+      double& best = rows_.stats().best[tile.i0 + r];
+      best = reduce_max(highest) > best ? reduce_max(highest) : best;
+    }
+  }
+
+  struct Both {
+    Vec<C> row, column;
+  };
+  template <class Value>
+  MMK_INLINE void add_to_both(const Tile<T>& tile, C* column, double* rows, const Value& value) const {
+    if (with_columns_)
+      for (int64_t v = 0; v < tile.cols; v += L) store(column + v, Vec<C>{});
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const auto row = pairs_.row(tile, r);
+      Vec<C> sum{};
+      for_each_vector<C>(tile.cols, [&](int64_t v, auto in) {
+        const Both both = value(row, r, v);
+        sum += keep(in, both.row);
+        if (with_columns_) store(column + v, load(column + v) + both.column);
+      });
+      rows[tile.i0 + r] += reduce_add(sum);
+    }
+  }
+
+  // The targets join: every row's, and with it that of its column.
+  void add_targets() const {
+    const Stats<double> row = rows_.stats(), column = columns_.stats();
+    for (int64_t i = 0; i < n_; ++i) {
+      const int64_t j = pairs_.rule().target(i);
+      if (j < 0 || j >= m_) continue;
+      const double a = target_.data()[i];
+      add_target(row.at(i), a);
+      if (with_columns_) add_target(column.at(j), a);
+    }
+  }
+  void add_target(const Stats<double>& line, double a) const {
+    const double below = a - sign_ * *line.ref, e = natural_exp(scale_ * below), b = a * sign_;
+    *line.sum += e;
+    *line.dot += e * below;
+    *line.positive += a;
+    *line.best = b > *line.best ? b : *line.best;
+  }
+
+  void write(const Stats<double>& stats, int64_t count, double* out) const {
+    constexpr double lowest = -FloatTraits<double>::infinity;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool any = stats.ref[i] != lowest;
+      const double ref = sign_ * stats.ref[i];
+      out[i] = any ? scale_ * ref + natural_log(stats.sum[i]) : lowest;
+      out[count + i] = stats.positive[i];
+      out[2 * count + i] = stats.total[i];
+      out[3 * count + i] = stats.taught[i];
+      out[4 * count + i] = any ? ref + stats.dot[i] / stats.sum[i] : 0;
+      out[5 * count + i] = any ? scale_ * ref : lowest;
+      out[6 * count + i] = stats.best[i] != lowest ? scale_ * (sign_ * stats.best[i]) : lowest;
+    }
+  }
+
+  const int64_t n_, m_, tiles_;
+  const C scale_, sign_;
+  const int threads_;
+  const bool totals_, with_columns_;
+  const Pairs<C>& pairs_;
+  const TaughtLse taught_rows_, taught_columns_;
+  AlignedBuffer<C> target_;  // [N] similarity of each row's target
+  StatsBuffer<double> rows_, columns_;
+  StatsBuffer<C> partial_;
+};
+
+// What a backward knows of rows, or of columns: coefficients [4, count] of lse, positive, total and teacher, and lse.
+struct Line {
+  const double *coefficients, *lse, *teacher_lse;
+  int64_t count;
+
+  double coefficient(int which, int64_t i) const { return coefficients[which * count + i]; }
+};
+
+// The same in the compute type; the coefficient of lse times scale. Readable for one vector past the end.
+template <class C>
+class SplitLine {
+ public:
+  SplitLine(const Line& line, C scale)
+      : count_(line.count + kLanes<C>),
+        data_(4 * count_),
+        lse_(line.lse, line.count, scale),
+        teacher_lse_(line.teacher_lse, line.teacher_lse ? line.count : 0, scale) {
+    for (int which = 0; which < 4; ++which)
+      for (int64_t i = 0; i < count_; ++i) {
+        const double value = i < line.count ? line.coefficient(which, i) : 0;
+        data_.data()[which * count_ + i] = static_cast<C>(which == 0 ? value * scale : value);
+        any_[which] |= value != 0;
+      }
+  }
+  const C* of(int which) const { return data_.data() + which * count_; }
+  bool any(int which) const { return any_[which]; }
+  const SplitLse<C>& lse() const { return lse_; }
+  const SplitLse<C>& teacher_lse() const { return teacher_lse_; }
+
+ private:
+  int64_t count_;
+  AlignedBuffer<C> data_;
+  SplitLse<C> lse_, teacher_lse_;
+  bool any_[4] = {};
+};
+
+// Backward epilogue: a tile of similarities becomes one of d / d similarity,
+//   scale (u_i p_ij + v_j q_ij) + positive (..) + seen (..) + teacher (..)
+// with p and q the softmax of rows and columns. A target's entry is formed in double: what a p close to 1 lacks is the
+// gradient.
+template <class T>
+class SoftmaxGradient {
+  using C = ComputeOf<T>;
+  enum { kLse, kPositive, kTotal, kTeacher };
+
+ public:
+  SoftmaxGradient(const Line& rows, const Line& columns, C scale, const Pairs<C>& pairs)
+      : of_rows_(rows),
+        of_columns_(columns),
+        scale_(scale),
+        pairs_(pairs),
+        rows_(rows, scale),
+        columns_(columns, scale),
+        plain_(!pairs.rule().row_ids && !rows_.any(kTotal) && !columns_.any(kTotal) && !rows.teacher_lse) {}
+
+  void operator()(const Tile<T>& tile, const C* taught) const {
+    if (plain_)
+      columns() ? gradient<false, true>(tile, taught) : gradient<false, false>(tile, taught);
+    else
+      columns() ? gradient<true, true>(tile, taught) : gradient<true, false>(tile, taught);
+  }
+
+ private:
+  bool columns() const { return of_columns_.count > 0; }
+
+  template <bool kGeneral, bool kColumns>
+  void gradient(const Tile<T>& tile, const C* taught) const {
+    const C *column_ref = columns_.lse().ref() + tile.j0, *column_rest = columns_.lse().rest() + tile.j0;
+    const C* weight = columns_.of(kLse) + tile.j0;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      C* s = tile.row(r);
+      const int64_t i = tile.i0 + r, target = pairs_.rule().targets ? pairs_.in(tile, r) : -1;
+      const double a = target >= 0 ? s[target] : 0;
+      const Vec<C> ref = splat(rows_.lse().ref()[i]), rest = splat(rows_.lse().rest()[i]);
+      const C row_weight = rows_.of(kLse)[i];
+      [[maybe_unused]] const auto row = pairs_.row(tile, r);
+      for_each_vector<C>(tile.cols, [&](int64_t v, auto) {
+        const Vec<C> here = load(s + v);
+        Vec<C> g = softmax(here, scale_, ref, rest) * row_weight;
+        if constexpr (kColumns)
+          g += softmax(here, scale_, load_at<kColumns>(column_ref, v), load_at<kColumns>(column_rest, v)) *
+               load_at<kColumns>(weight, v);
+        if constexpr (kGeneral) g = others<kColumns>(tile, row, r, v, g, taught);
+        store(s + v, g);
+      });
+      if (target >= 0) s[target] = at_target(i, tile.j0 + target, a, taught ? taught[r * kTileCols<T> + target] : 0);
+    }
+  }
+
+  template <bool kColumns>
+  static MMK_INLINE Vec<C> load_at(const C* p, int64_t v) {
+    return kColumns ? load(p + v) : Vec<C>{};
+  }
+
+  template <bool kColumns, class Row>
+  MMK_INLINE Vec<C> others(const Tile<T>& tile, const Row& row, int64_t r, int64_t v, Vec<C> g, const C* taught) const {
+    const int64_t i = tile.i0 + r, j = tile.j0 + v;
+    g += load_at<kColumns>(columns_.of(kTotal), j) + rows_.of(kTotal)[i];
+    if (taught) {
+      const Vec<C> b = load(taught + r * kTileCols<T> + v);
+      const SplitLse<C>&of_row = rows_.teacher_lse(), &of_column = columns_.teacher_lse();
+      g += softmax(b, scale_, splat(of_row.ref()[i]), splat(of_row.rest()[i])) * rows_.of(kTeacher)[i];
+      if constexpr (kColumns)
+        g +=
+            softmax(b, scale_, load(of_column.ref() + j), load(of_column.rest() + j)) * load(columns_.of(kTeacher) + j);
+    }
+    if (pairs_.rule().by_id())
+      g += row.same_id(v) ? load_at<kColumns>(columns_.of(kPositive), j) + rows_.of(kPositive)[i] : Vec<C>{};
+    return pairs_.unseen(row, v) ? Vec<C>{} : g;
+  }
+
+  C at_target(int64_t i, int64_t j, double a, double taught) const {
+    double g = of_line(of_rows_, i, a, taught);
+    if (columns()) g += of_line(of_columns_, j, a, taught);
+    return static_cast<C>(g);
+  }
+  double of_line(const Line& line, int64_t i, double a, double taught) const {
+    double g = scale_ * line.coefficient(kLse, i) * natural_exp(scale_ * a - line.lse[i]);
+    g += line.coefficient(kPositive, i);
+    g += line.coefficient(kTotal, i);
+    if (line.teacher_lse) g += line.coefficient(kTeacher, i) * natural_exp(scale_ * taught - line.teacher_lse[i]);
+    return g;
+  }
+
+  const Line of_rows_, of_columns_;
+  const C scale_;
+  const Pairs<C>& pairs_;
+  const SplitLine<C> rows_, columns_;
+  const bool plain_;
+};
+
+}  // namespace MMK_ISA
+}  // namespace mmk
