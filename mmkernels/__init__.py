@@ -5,6 +5,7 @@ from importlib import metadata as _metadata
 __all__ = [
     "AttentionMask",
     "BackendError",
+    "ContrastiveStats",
     "GradCache",
     "Modality",
     "PackedBatch",
@@ -15,8 +16,10 @@ __all__ = [
     "pack",
     "pad",
     "plan_packing",
+    "sample_negatives",
     "segment_pool",
     "siglip",
+    "topk_similar",
     "unpack",
     "unpad",
 ]
@@ -40,7 +43,7 @@ except (ImportError, OSError) as _error:  # `mmkernels info` must still work, an
 else:
     from mmkernels.gradcache import GradCache
     from mmkernels.ops.attention import AttentionMask, attention
-    from mmkernels.ops.contrastive import infonce, siglip
+    from mmkernels.ops.contrastive import ContrastiveStats, infonce, sample_negatives, siglip, topk_similar
     from mmkernels.ops.modality import Modality
     from mmkernels.ops.packing import PackedBatch, PackingPlan, pack, pad, plan_packing, segment_pool, unpack, unpad
     from mmkernels.runtime.backends import BackendError

@@ -21,6 +21,7 @@ __all__ = [
     "infonce_terms",
     "loss_and_gradients",
     "plain_infonce",
+    "plain_infonce_options",
     "plain_infonce_two_matrices",
     "plain_siglip",
     "siglip_terms",
@@ -139,6 +140,64 @@ def plain_infonce_two_matrices(queries: Tensor, keys: Tensor, logit_scale: Tenso
     labels = torch.arange(len(queries), device=queries.device)
     logits_q, logits_k = logit_scale * queries @ keys.T, logit_scale * keys @ queries.T
     return (F.cross_entropy(logits_q, labels) + F.cross_entropy(logits_k, labels)) / 2
+
+
+def _plain_direction(
+    logits: Tensor,
+    positive: Tensor,
+    seen: Tensor,
+    extra: Tensor | None,
+    label_smoothing: float,
+    taught: Tensor | None,
+    alpha: float,
+    weights: Tensor | None,
+) -> Tensor:
+    """Cross entropy of rows against their target distribution, all of it [N, M] and in memory."""
+    target = positive.to(logits.dtype) / positive.sum(1, keepdim=True)
+    target = (1 - label_smoothing) * target + label_smoothing * seen / seen.sum(1, keepdim=True)
+    if taught is not None:
+        target = (1 - alpha) * target + alpha * taught.masked_fill(~seen, -torch.inf).softmax(1)
+    masked = logits.masked_fill(~seen, -torch.inf)
+    everything = masked if extra is None else torch.cat([masked, extra], 1)
+    loss = everything.logsumexp(1) - (target * logits).sum(1)
+    return loss.mean() if weights is None else (weights.to(loss.dtype) * loss).sum() / weights.to(loss.dtype).sum()
+
+
+def plain_infonce_options(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    *,
+    targets: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_id: str = "positive",
+    negatives: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    symmetric: bool = True,
+    weights: Tensor | None = None,
+    teacher: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:
+    """InfoNCE with every option, written out with the logits and the target distribution in memory."""
+    (n, m), device = (len(queries), len(keys)), queries.device
+    logits = logit_scale * queries @ keys.T
+    positive = (torch.arange(n, device=device) if targets is None else targets)[:, None] == torch.arange(m)
+    seen = torch.ones_like(positive)
+    if query_ids is not None:
+        same = query_ids[:, None] == (query_ids if key_ids is None else key_ids)
+        positive, seen = (same, seen) if same_id == "positive" else (positive, ~same | positive)
+    extra = None if negatives is None else logit_scale * queries @ negatives.T
+    taught, alpha = None, 0.0
+    if teacher is not None:
+        taught, alpha = logit_scale.detach() * teacher[0].detach() @ teacher[1].detach().T, teacher[2]
+    loss = _plain_direction(logits, positive, seen, extra, label_smoothing, taught, alpha, weights)
+    if not symmetric:
+        return loss
+    if weights is not None and targets is not None:
+        weights = weights[targets.argsort()]
+    taught = None if taught is None else taught.T
+    back = _plain_direction(logits.T, positive.T, seen.T, None, label_smoothing, taught, alpha, weights)
+    return (loss + back) / 2
 
 
 def plain_siglip(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:

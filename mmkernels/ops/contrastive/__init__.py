@@ -1,5 +1,5 @@
 """Contrastive losses that never store the logit matrix."""
 
-from .api import infonce, siglip
+from .api import ContrastiveStats, infonce, sample_negatives, siglip, topk_similar
 
-__all__ = ["infonce", "siglip"]
+__all__ = ["ContrastiveStats", "infonce", "sample_negatives", "siglip", "topk_similar"]

@@ -1,19 +1,31 @@
-"""The contrastive losses: documentation, validation, routing."""
+"""The contrastive functions: documentation, validation, routing."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import expect_tensor, not_yet, wrong_type, wrong_value
+from mmkernels.ops._checks import not_yet, wrong_type, wrong_value
 from mmkernels.runtime.backends import resolve
 
 from . import op
-from .reference import statistics_dtype
+from .checks import (
+    check_features,
+    check_flag,
+    check_k,
+    negatives_of,
+    pairs_of,
+    scalar,
+    smoothing,
+    teacher_of,
+    weights_of,
+)
+from .losses import ContrastiveStats, Targets, infonce_loss, siglip_loss, siglip_stats
 
-__all__ = ["infonce", "siglip"]
+__all__ = ["ContrastiveStats", "infonce", "sample_negatives", "siglip", "topk_similar"]
 
 
 def infonce(
@@ -35,47 +47,83 @@ def infonce(
     return_stats: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
-) -> Tensor:
-    """Symmetric InfoNCE (the CLIP loss) in O((N+M)·E) memory: the logits are never stored.
+) -> Any:
+    """InfoNCE (the CLIP loss and its relatives) in O((N+M)·E) memory: the logits are never stored.
 
-    With `s_ij = logit_scale · <x_i, y_j>`::
+    With `s_ij = logit_scale · <x_i, y_j>`, and a target distribution `t_i` over the keys of each query::
 
-        loss = 1/2N · sum_i [log sum_j exp(s_ij) - s_ii] + [log sum_j exp(s_ji) - s_ii]
+        loss = mean_i [log sum_j exp(s_ij) - sum_j t_ij s_ij]
 
-    Nothing is normalised inside. Features are used in the dtype they have, autocast or not; products accumulate in
-    float32 (float64 for float64 features), where the loss and the statistics live too.
+    and, if symmetric, the mean of that and of the same with queries and keys exchanged. By default `t_i` is all on key
+    i. Nothing is normalised inside. Features are used in the dtype they have, autocast or not; products accumulate in
+    float32 (float64 for float64 features), where the loss lives too; what is O(N) is in float64.
 
     Args:
-        queries: [N, E] float32, bfloat16, float16 or float64; row i belongs to key i.
-        keys: [N, E], same dtype and device.
+        queries: [N, E] float32, bfloat16, float16 or float64.
+        keys: [M, E], same dtype and device. M == N, unless symmetric is False or positives are found by ids.
         logit_scale: what multiplies the similarities (already exponentiated): a number, or a tensor of one element of
             any floating dtype, which gets its exact gradient.
-        targets, query_ids, key_ids, same_id, negatives, label_smoothing, symmetric, weights, teacher, group, exchange,
-            return_stats: not supported yet; anything but the default raises NotImplementedError.
+        targets: [N] int64 or int32: each query's key; by default key i is query i's. If symmetric, each key occurs
+            once.
+        query_ids, key_ids: [N], [M] int64 or int32, such as class or image ids; key_ids are query_ids by default.
+        same_id: what becomes of pairs of one id: "positive": the target is uniform over the keys of the query's id
+            (at least one; targets must be None); "ignore": they are left out of the denominator, but for the target.
+        negatives: [K, E], same dtype and device: further keys (hard negatives, a queue) of the queries, positives of
+            none; they join the denominator of the queries' direction only.
+        label_smoothing: e in [0, 1]: the target is (1-e) of itself and e of the uniform distribution over the keys
+            that the row sees (negatives not among them), as in `F.cross_entropy`.
+        symmetric: both directions, or the queries' only.
+        weights: [N] floating point, not negative, not all zero, no gradient: a mean is sum(w·l) / sum(w). If symmetric,
+            a key has the weight of its query (N == M).
+        teacher: (queries_m [N, F], keys_m [M, F], alpha in [0, 1]): momentum distillation; the target, smoothed or
+            not, is (1-alpha) of itself and alpha of the softmax of `logit_scale · <queries_m, keys_m>`, to which no
+            gradient flows.
+        group, exchange: a distributed loss: not supported yet; anything but the default raises NotImplementedError.
+        return_stats: return `ContrastiveStats` too, from the same pass.
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.
-        backend: None for the fastest one that can serve, or "native", "triton", "reference".
+        backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU the options
+            (anything beyond N pairs of query i and key i) are served by the reference alone, which stores the logits.
 
     Returns:
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys and
-        logit_scale. The loss of no rows at all is 0, with zero gradients (`F.cross_entropy` gives NaN there), so that a
-        rank without samples does not poison a mean.
+        logit_scale; with return_stats (loss, ContrastiveStats). The loss of no rows at all is 0, with zero gradients
+        (`F.cross_entropy` gives NaN there), so that a rank without samples does not poison a mean. A NaN or an infinity
+        in the features or the scale makes the loss or its gradients NaN or infinite; none is hidden.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. On a GPU, and under
+            torch.compile, values (targets, ids, weights) are asserted on the device: RuntimeError.
         NotImplementedError: an argument that is not supported yet.
         mmkernels.BackendError: `backend` cannot serve this call.
 
-    Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020).
+    Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
+    (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher).
     """
-    _refuse(targets=targets, query_ids=query_ids, key_ids=key_ids, negatives=negatives, weights=weights)
-    _refuse(teacher=teacher, group=group)
-    _refuse_all_but(same_id=(same_id, "positive"), label_smoothing=(label_smoothing, 0.0))
-    _refuse_all_but(symmetric=(symmetric, True), exchange=(exchange, "auto"), return_stats=(return_stats, False))
-    _check_deterministic(deterministic)
-    _check_features(queries, keys)
-    scale = _scalar("logit_scale", logit_scale, queries)
-    return op.infonce_fwd(queries, keys, scale, resolve("contrastive", queries, backend))[0]
+    _refuse_group(group, exchange)
+    check_flag("deterministic", deterministic, none=True)
+    check_flag("symmetric", symmetric)
+    check_flag("return_stats", return_stats)
+    check_features(queries, keys)
+    scale = scalar("logit_scale", logit_scale, queries)
+    options = {
+        "targets": targets,
+        "query_ids": query_ids,
+        "negatives": negatives,
+        "weights": weights,
+        "teacher": teacher,
+        "label_smoothing": smoothing(label_smoothing) or None,
+        "symmetric=False": None if symmetric else True,
+        "return_stats": return_stats or None,
+    }
+    pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric)
+    if all(option is None for option in options.values()):
+        return op.infonce_fwd(queries, keys, scale, resolve("contrastive", queries, backend))[0]
+    target = Targets(float(label_smoothing), teacher_of(teacher, queries, keys))
+    extra, row_weights = negatives_of(negatives, queries), weights_of(weights, queries, keys, symmetric)
+    chosen = resolve("contrastive", queries, backend, _limits(options, queries))
+    loss, stats = infonce_loss(queries, keys, scale, pairs, target, extra, row_weights, symmetric, return_stats, chosen)
+    return (loss, stats) if return_stats else loss
 
 
 def siglip(
@@ -91,31 +139,35 @@ def siglip(
     return_stats: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """The pairwise sigmoid loss of SigLIP in O((N+M)·E) memory: the logits are never stored.
 
     ::
 
-        loss = -1/N · sum_ij log sigmoid(z_ij · (logit_scale · <x_i, y_j> + logit_bias)),  z_ij = +1 if i == j else -1
+        loss = -1/N · sum_ij log sigmoid(z_ij · (logit_scale · <x_i, y_j> + logit_bias))
 
-    Nothing is normalised inside. Features are used in the dtype they have, autocast or not; products accumulate in
-    float32 (float64 for float64 features), where the loss lives too.
+    with `z_ij` = +1 for a positive pair, else -1. Nothing is normalised inside. Features are used in the dtype they
+    have, autocast or not; products accumulate in float32 (float64 for float64 features), where the loss lives too.
 
     Args:
-        queries: [N, E] float32, bfloat16, float16 or float64; row i belongs to key i.
-        keys: [N, E], same dtype and device.
+        queries: [N, E] float32, bfloat16, float16 or float64.
+        keys: [M, E], same dtype and device; M == N unless there are ids.
         logit_scale: what multiplies the similarities: a number, or a tensor of one element of any floating dtype, which
             gets its exact gradient.
         logit_bias: what is added to the logits; likewise.
-        query_ids, key_ids, group, exchange, return_stats: not supported yet; anything but the default raises
-            NotImplementedError.
+        query_ids, key_ids: [N], [M] int64 or int32: pairs of one id are positive; key_ids are query_ids by default.
+            Without ids the positive of query i is key i.
+        group, exchange: a distributed loss: not supported yet; anything but the default raises NotImplementedError.
+        return_stats: return `ContrastiveStats` of the same logits too, from a forward pass of its own.
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.
-        backend: None for the fastest one that can serve, or "native", "triton", "reference".
+        backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU ids and
+            return_stats are served by the reference alone, which stores the logits.
 
     Returns:
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys,
-        logit_scale and logit_bias. The loss of no rows at all is 0, with zero gradients.
+        logit_scale and logit_bias; with return_stats (loss, ContrastiveStats). The loss of no rows at all is 0, with
+        zero gradients. A NaN or an infinity in the input is not hidden.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
@@ -124,51 +176,105 @@ def siglip(
 
     Source: Zhai et al. 2023 (arXiv:2303.15343).
     """
-    _refuse(query_ids=query_ids, key_ids=key_ids, group=group)
-    _refuse_all_but(exchange=(exchange, "auto"), return_stats=(return_stats, False))
-    _check_deterministic(deterministic)
-    _check_features(queries, keys)
-    scale, bias = _scalar("logit_scale", logit_scale, queries), _scalar("logit_bias", logit_bias, queries)
-    return op.siglip_fwd(queries, keys, scale, bias, resolve("contrastive", queries, backend))[0]
+    _refuse_group(group, exchange)
+    check_flag("deterministic", deterministic, none=True)
+    check_flag("return_stats", return_stats)
+    check_features(queries, keys)
+    scale, bias = scalar("logit_scale", logit_scale, queries), scalar("logit_bias", logit_bias, queries)
+    pairs = pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=True, each_has_one=False)
+    if query_ids is None and not return_stats:
+        return op.siglip_fwd(queries, keys, scale, bias, resolve("contrastive", queries, backend))[0]
+    limits = _limits({"query_ids": query_ids, "return_stats": return_stats or None}, queries)
+    chosen = resolve("contrastive", queries, backend, limits)
+    loss = siglip_loss(queries, keys, scale, bias, pairs, chosen)
+    return (loss, siglip_stats(queries, keys, scale, bias, pairs, chosen)) if return_stats else loss
 
 
-def _refuse(**arguments: Any) -> None:
-    """For arguments that default to None."""
-    for name, value in arguments.items():
-        if value is not None:
-            not_yet(name, value)
+@torch.no_grad()
+def sample_negatives(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    targets: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Draw a hard negative for each query: key j with the probability of its softmax among the query's negatives.
+
+    Sampled as `argmax_j logit_scale · <x_i, y_j> - log E_ij` with exponential variates E_ij that are a function of two
+    numbers from the generator, i and j alone: no N x M matrix is stored, and every backend draws the same.
+
+    Args:
+        queries: [N, E] float32, bfloat16, float16 or float64.
+        keys: [M, E], same dtype and device.
+        logit_scale: a number or a floating-point tensor of one element: the larger, the harder.
+        query_ids, key_ids: [N], [M] int64 or int32: keys of the query's id are no negatives; key_ids are query_ids by
+            default.
+        targets: [N] int64 or int32: each query's positive, when there are no ids; by default key i is query i's.
+        generator: a CPU generator, or None for torch's default one.
+        backend: None for the fastest one that can serve, or "native", "reference"; on a GPU the reference alone, which
+            stores the logits.
+
+    Returns:
+        [N] int64 indices of keys; -1 for a query without any negative. No gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+        mmkernels.BackendError: `backend` cannot serve this call.
+
+    Source: Gumbel 1954; Li et al. 2021 (arXiv:2107.07651, negatives for image-text matching).
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        wrong_type("generator", "a torch.Generator or None", generator)
+    if generator is not None and generator.device.type != "cpu":
+        wrong_value("generator", "a CPU generator", generator.device)
+    check_features(queries, keys)
+    scale = scalar("logit_scale", logit_scale, queries)
+    pairs = pairs_of(queries, keys, targets, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)
+    seed = torch.randint(2**32, (2,), generator=generator, device="cpu").to(queries.device)
+    chosen = resolve("contrastive", queries, backend, _limits({"sample_negatives": True}, queries))
+    return op.sample_negatives(queries.detach(), keys.detach(), scale.detach(), seed, *pairs.rule()[:3], chosen)
 
 
-def _refuse_all_but(**arguments: tuple[Any, Any]) -> None:
-    """For (value, default) pairs."""
-    for name, (value, default) in arguments.items():
-        if type(value) is not type(default) or value != default:
-            not_yet(name, value)
+@torch.no_grad()
+def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """The k keys of largest inner product with each query, streaming: no N x M matrix is stored.
+
+    Args:
+        queries: [N, E] float32, bfloat16, float16 or float64.
+        keys: [M, E], same dtype and device.
+        k: 1 to M.
+        backend: None for the fastest one that can serve, or "native", "reference"; on a GPU the reference alone, which
+            stores the similarities.
+
+    Returns:
+        values [N, k] in float32 (float64 for float64 features), largest first, and indices [N, k] int64; of equal
+        similarities the lower index comes first. A NaN counts as -inf. No gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+        mmkernels.BackendError: `backend` cannot serve this call.
+    """
+    check_features(queries, keys)
+    check_k(k, keys)
+    chosen = resolve("contrastive", queries, backend, _limits({"topk_similar": True}, queries))
+    return op.topk_similar(queries.detach(), keys.detach(), k, chosen)
 
 
-def _check_deterministic(deterministic: Any) -> None:
-    if deterministic is not None and not isinstance(deterministic, bool):
-        wrong_type("deterministic", "None, True or False", deterministic)
+def _limits(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None]:
+    """The GPU kernels know the plain losses alone."""
+    used = ", ".join(name for name, value in options.items() if value is not None)
+    reason = f"no GPU kernel knows {used} yet"
+    return {"triton": reason, "native": reason if queries.is_cuda else None}
 
 
-def _check_features(queries: Any, keys: Any) -> None:
-    expect_tensor("queries", queries, "[N, E] floating point", ndim=2)
-    expect_tensor("keys", keys, "[N, E] floating point", ndim=2, like=queries)
-    if keys.dtype != queries.dtype:
-        wrong_type("keys", f"{str(queries.dtype).removeprefix('torch.')} like queries", keys)
-    if keys.shape[1] != queries.shape[1]:
-        wrong_value("keys", f"[N, {queries.shape[1]}], as wide as queries", keys)
-    if keys.shape[0] != queries.shape[0]:
-        wrong_value("keys", f"[{queries.shape[0]}, E], one for each query (more keys: not supported yet)", keys)
-
-
-def _scalar(name: str, value: Any, queries: Tensor) -> Tensor:
-    """A number or a tensor of one element as a [] tensor in the type of the statistics; differentiable."""
-    expected = "a number or a floating-point tensor of one element"
-    dtype = statistics_dtype(queries.dtype)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.full((), value, dtype=dtype, device=queries.device)
-    expect_tensor(name, value, expected, ndim=(0, 1), like=queries)
-    if value.numel() != 1:
-        wrong_value(name, expected, value)
-    return value.to(dtype).reshape(())
+def _refuse_group(group: Any, exchange: Any) -> None:
+    if group is not None:
+        not_yet("group", group)
+    if exchange not in ("auto", "all_gather", "ring"):
+        wrong_value("exchange", "'auto', 'all_gather' or 'ring'", exchange)
+    if exchange != "auto":
+        not_yet("exchange", exchange)

@@ -59,7 +59,7 @@ def _needed(gradient: Tensor | None, need: bool, features: Tensor) -> Tensor:
 # On CPU alone
 
 
-def _launch_cpu(name: str, *arguments: Tensor | None | bool) -> None:
+def _launch_cpu(name: str, *arguments: Tensor | bool | None) -> None:
     converted = [x if isinstance(x, bool) else view(x) for x in arguments]
     getattr(core(), f"launch_contrastive_{name}_cpu")(*converted, threads())
 

@@ -1,0 +1,207 @@
+"""What a user may get wrong in a call of a contrastive loss, said by the argument's name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops._checks import describe, expect_tensor, wrong_type, wrong_value
+
+from .losses import Pairs
+from .reference import statistics_dtype
+
+__all__ = [
+    "check_features",
+    "check_flag",
+    "check_k",
+    "negatives_of",
+    "pairs_of",
+    "scalar",
+    "smoothing",
+    "teacher_of",
+    "weights_of",
+]
+
+
+def check_flag(name: str, value: Any, *, none: bool = False) -> None:
+    """A bool, or None if that may be."""
+    if not isinstance(value, bool) and not (none and value is None):
+        wrong_type(name, "None, True or False" if none else "True or False", value)
+
+
+def check_features(queries: Any, keys: Any) -> None:
+    """[N, E] and [M, E] of one dtype and device."""
+    expect_tensor("queries", queries, "[N, E] floating point", ndim=2)
+    _like_queries("keys", "M", keys, queries)
+
+
+def _like_queries(name: str, letter: str, value: Any, queries: Tensor) -> None:
+    expect_tensor(name, value, f"[{letter}, E] floating point", ndim=2, like=queries)
+    if value.dtype != queries.dtype:
+        wrong_type(name, f"{str(queries.dtype).removeprefix('torch.')} like queries", value)
+    if value.shape[1] != queries.shape[1]:
+        wrong_value(name, f"[{letter}, {queries.shape[1]}], as wide as queries", value)
+
+
+def scalar(name: str, value: Any, queries: Tensor) -> Tensor:
+    """A number or a tensor of one element as a [] tensor in the type of the statistics; differentiable."""
+    expected = "a number or a floating-point tensor of one element"
+    dtype = statistics_dtype(queries.dtype)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.full((), value, dtype=dtype, device=queries.device)
+    expect_tensor(name, value, expected, ndim=(0, 1), like=queries)
+    if value.numel() != 1:
+        wrong_value(name, expected, value)
+    return value.to(dtype).reshape(())
+
+
+def _fraction(name: str, value: Any, *, open_end: bool) -> float:
+    interval = "[0, 1)" if open_end else "[0, 1]"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        wrong_type(name, f"a number in {interval}", value)
+    if not (0 <= value <= 1) or (open_end and value == 1):
+        wrong_value(name, f"a number in {interval}", value)
+    return float(value)
+
+
+def smoothing(value: Any) -> float:
+    """A label_smoothing as F.cross_entropy takes it."""
+    return _fraction("label_smoothing", value, open_end=False)
+
+
+def _require(holds: Tensor, name: str, expected: str, got: Any) -> None:
+    """A condition on values. On a device, or being compiled, it is asserted there: reading it would wait."""
+    if holds.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(holds, f"{name}: expected {expected}")
+    elif not bool(holds):
+        wrong_value(name, expected, got)
+
+
+def _integers(name: str, value: Any, letter: str, count: int, queries: Tensor) -> Tensor:
+    expected = f"[{count}] int64 or int32, one for each {'query' if letter == 'N' else 'key'}"
+    expect_tensor(name, value, expected, ndim=1, dtypes=(torch.int64, torch.int32), like=queries)
+    if value.shape[0] != count:
+        wrong_value(name, expected, value)
+    return value.long()
+
+
+def pairs_of(
+    queries: Tensor,
+    keys: Tensor,
+    targets: Any,
+    query_ids: Any,
+    key_ids: Any,
+    same_id: Any,
+    *,
+    both_ways: bool,
+    each_has_one: bool = True,
+) -> Pairs:
+    """The positives' rule, checked.
+
+    Args:
+        queries, keys: checked features.
+        targets, query_ids, key_ids, same_id: as the user gave them.
+        both_ways: every key needs a positive query too.
+        each_has_one: a query without a positive is a mistake.
+    """
+    sizes = n, m = queries.shape[0], keys.shape[0]
+    if same_id not in ("positive", "ignore"):
+        wrong_value("same_id", "'positive' or 'ignore'", same_id)
+    if key_ids is not None and query_ids is None:
+        wrong_value("query_ids", "the ids of the queries beside key_ids", None)
+    if query_ids is not None:
+        query_ids = _integers("query_ids", query_ids, "N", n, queries)
+        if key_ids is None and n != m:
+            wrong_value("key_ids", f"[{m}] int64 or int32: there are not as many keys as queries", None)
+        key_ids = query_ids if key_ids is None else _integers("key_ids", key_ids, "M", m, queries)
+        if same_id == "positive":
+            if targets is not None:
+                raise ValueError(
+                    "targets: expected None beside query_ids, whose positives are the keys of the same id "
+                    f"(same_id='ignore' takes both), got {describe(targets)}"
+                )
+            if each_has_one:
+                _ids_meet("query_ids", query_ids, key_ids, "key_ids")
+                if both_ways and key_ids is not query_ids:
+                    _ids_meet("key_ids", key_ids, query_ids, "query_ids (symmetric=False needs no query for each)")
+            return Pairs(None, query_ids, key_ids, same_id, sizes)
+    elif same_id == "ignore":
+        wrong_value("query_ids", "the ids that same_id='ignore' speaks of", None)
+    return Pairs(_targets(targets, queries, keys, both_ways), query_ids, key_ids, same_id, sizes)
+
+
+def _ids_meet(name: str, ids: Tensor, others: Tensor, of: str) -> None:
+    _require(torch.isin(ids, others).all(), name, f"each to occur among {of}", ids)
+
+
+def _targets(targets: Any, queries: Tensor, keys: Tensor, both_ways: bool) -> Tensor:
+    n, m = queries.shape[0], keys.shape[0]
+    if both_ways and n != m:
+        expected = f"[{n}, E], one for each query (symmetric=False or ids take another number)"
+        wrong_value("keys", expected, keys)
+    if targets is None:
+        if n > m:
+            wrong_value("keys", f"at least [{n}, E]: query i belongs to key i unless targets say otherwise", keys)
+        return torch.arange(n, device=queries.device)
+    targets = _integers("targets", targets, "N", n, queries)
+    _require(((targets >= 0) & (targets < m)).all(), "targets", f"indices of keys, 0 to {m - 1}", targets)
+    if both_ways:
+        # Each key is a target once; others would have no query.
+        met = torch.zeros(m, dtype=torch.bool, device=queries.device).index_fill(
+            0, targets.clamp(0, max(m - 1, 0)), True
+        )
+        _require(met.all(), "targets", "each key once (symmetric=False takes any)", targets)
+    return targets
+
+
+def negatives_of(negatives: Any, queries: Tensor) -> Tensor | None:
+    """[K, E] like the queries, or None."""
+    if negatives is not None:
+        _like_queries("negatives", "K", negatives, queries)
+    return negatives
+
+
+def weights_of(weights: Any, queries: Tensor, keys: Tensor, symmetric: bool) -> Tensor | None:
+    """[N], none negative, not all zero."""
+    if weights is None:
+        return None
+    n, m = queries.shape[0], keys.shape[0]
+    expected = f"[{n}] floating point, one for each query"
+    expect_tensor("weights", weights, expected, ndim=1, like=queries)
+    if weights.shape[0] != n:
+        wrong_value("weights", expected, weights)
+    if weights.requires_grad:
+        wrong_value("weights", "a tensor that needs no gradient", weights)
+    if symmetric and n != m:
+        wrong_value("weights", f"None where {m} keys have no weights of their own (or symmetric=False)", weights)
+    if n > 0:
+        valid = ((weights >= 0) & (weights < math.inf)).all() & (weights.sum() > 0)
+        _require(valid, "weights", "finite numbers, none negative, not all zero", weights)
+    return weights
+
+
+def teacher_of(teacher: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """(queries_m [N, F], keys_m [M, F], alpha)."""
+    if teacher is None:
+        return None
+    if not isinstance(teacher, tuple) or len(teacher) != 3:
+        wrong_type("teacher", "(queries_m, keys_m, alpha)", teacher)
+    for name, taught, own in (("teacher[0]", teacher[0], queries), ("teacher[1]", teacher[1], keys)):
+        expected = f"[{own.shape[0]}, F] {str(own.dtype).removeprefix('torch.')}"
+        expect_tensor(name, taught, expected, ndim=2, dtypes=(own.dtype,), like=own)
+        if taught.shape[0] != own.shape[0]:
+            wrong_value(name, expected, taught)
+    if teacher[0].shape[1] != teacher[1].shape[1]:
+        wrong_value("teacher[1]", f"[{keys.shape[0]}, {teacher[0].shape[1]}], as wide as teacher[0]", teacher[1])
+    return teacher[0], teacher[1], _fraction("teacher[2]", teacher[2], open_end=False)
+
+
+def check_k(k: Any, keys: Tensor) -> None:
+    """How many keys to return."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        wrong_type("k", "an integer", k)
+    if not 1 <= k <= keys.shape[0]:
+        wrong_value("k", f"1 to {keys.shape[0]}, the number of keys", k)

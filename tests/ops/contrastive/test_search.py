@@ -1,0 +1,110 @@
+"""Softmax-weighted negatives and streaming top-k."""
+
+import pytest
+import torch
+
+from mmkernels import sample_negatives, topk_similar
+from mmkernels.runtime.backends import candidates
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request) -> str:
+    reason = candidates("contrastive", torch.device("cpu"), torch.float32)[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def drawn(seed, *args, **options):
+    return sample_negatives(*args, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def test_negatives_follow_the_softmax(backend):
+    """One query many times against few keys: frequencies within five standard deviations of the probabilities."""
+    query, keys = torch.randn(1, 8), torch.randn(7, 8)
+    draws = 20_000
+    index = drawn(1, query.expand(draws, 8), keys, 1.5, targets=torch.full((draws,), 2), backend=backend)
+    logits = 1.5 * (query @ keys.T)[0].double()
+    logits[2] = -torch.inf
+    expected = logits.softmax(0)
+    frequency = index.bincount(minlength=7) / draws
+    assert frequency[2] == 0
+    assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_every_backend_draws_the_same(dtype):
+    if candidates("contrastive", torch.device("cpu"), dtype)["native"]:
+        pytest.skip("no native core")
+    x, y = torch.randn(150, 24, dtype=torch.float64).to(dtype), torch.randn(700, 24, dtype=torch.float64).to(dtype)
+    ids = torch.arange(150) % 30, torch.arange(700) % 30
+    a, b = (drawn(5, x, y, 0.3, query_ids=ids[0], key_ids=ids[1], backend=name) for name in ("native", "reference"))
+    assert (a == b).float().mean() > 0.99  # but for ties of rounding
+    assert (ids[1][a] != ids[0]).all()
+    assert torch.equal(a, drawn(5, x, y, 0.3, query_ids=ids[0], key_ids=ids[1], backend="native"))
+    assert not torch.equal(a, drawn(6, x, y, 0.3, query_ids=ids[0], key_ids=ids[1], backend="native"))
+
+
+def test_a_query_without_negatives(backend):
+    x = torch.randn(3, 8)
+    assert drawn(0, x, x, 1.0, query_ids=torch.tensor([4, 4, 4]), backend=backend).tolist() == [-1, -1, -1]
+    assert drawn(0, x[:0], x, 1.0, backend=backend).tolist() == []
+    assert drawn(0, x[:1], x[:1], 1.0, backend=backend).tolist() == [-1]
+
+
+def test_torch_manual_seed_decides(backend):
+    x, y = torch.randn(2, 40, 8).unbind()
+    torch.manual_seed(3)
+    first = sample_negatives(x, y, 0.1, backend=backend)
+    torch.manual_seed(3)
+    assert torch.equal(first, sample_negatives(x, y, 0.1, backend=backend))
+
+
+@pytest.mark.parametrize("k", [1, 7, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_topk(dtype, k, backend):
+    x, y = torch.randn(101, 20, dtype=torch.float64).to(dtype), torch.randn(2300, 20, dtype=torch.float64).to(dtype)
+    values, indices = topk_similar(x, y, k, backend=backend)
+    truth = x.double() @ y.double().T
+    torch.testing.assert_close(values.double(), truth.topk(k).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(truth.gather(1, indices), values.double(), rtol=1e-5, atol=1e-5)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_topk_ties_go_to_the_lower_index(backend):
+    y = torch.ones(600, 4)
+    y[450] = 2
+    values, indices = topk_similar(torch.ones(2, 4), y, 5, backend=backend)
+    assert indices.tolist() == [[450, 0, 1, 2, 3]] * 2
+    assert values.tolist() == [[8, 4, 4, 4, 4]] * 2
+
+
+def test_topk_of_nan(backend):
+    y = torch.tensor([[torch.nan], [1.0], [torch.nan], [3.0]])
+    values, indices = topk_similar(torch.ones(1, 1), y, 4, backend=backend)
+    assert indices.tolist() == [[3, 1, 0, 2]]
+    assert values.tolist() == [[3, 1, -torch.inf, -torch.inf]]
+
+
+@pytest.mark.parametrize("k", [0, 5, -1])
+def test_topk_out_of_range(k):
+    with pytest.raises(ValueError, match="k: expected 1 to 4, the number of keys"):
+        topk_similar(torch.randn(2, 3), torch.randn(4, 3), k)
+
+
+def test_mistakes_are_named():
+    x = torch.randn(2, 3)
+    with pytest.raises(TypeError, match="k: expected an integer"):
+        topk_similar(x, x, 1.0)
+    with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator or None"):
+        sample_negatives(x, x, 1.0, generator=3)
+    with pytest.raises(ValueError, match="targets: expected indices of keys, 0 to 1"):
+        sample_negatives(x, x, 1.0, targets=torch.tensor([0, 2]))
+
+
+def test_opcheck(backend):
+    x, y = torch.randn(2, 9, 4).unbind()
+    seed = torch.tensor([1, 2])
+    args = (x, y, torch.tensor(1.0), seed, torch.arange(9), None, None, backend)
+    torch.library.opcheck(torch.ops.mmkernels.contrastive_sample_fwd.default, args)
+    torch.library.opcheck(torch.ops.mmkernels.contrastive_topk_fwd.default, (x, y, 3, backend))
