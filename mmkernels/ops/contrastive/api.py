@@ -11,7 +11,7 @@ from torch import Tensor
 from mmkernels.ops._checks import not_yet, wrong_type, wrong_value
 from mmkernels.runtime.backends import resolve
 
-from . import op
+from . import op, over_ranks
 from .checks import (
     check_features,
     check_flag,
@@ -100,28 +100,35 @@ def infonce(
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
     (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher).
     """
-    _refuse_group(group, exchange)
-    check_flag("deterministic", deterministic, none=True)
-    check_flag("symmetric", symmetric)
-    check_flag("return_stats", return_stats)
-    check_features(queries, keys)
-    scale = scalar("logit_scale", logit_scale, queries)
-    options = {
-        "targets": targets,
-        "query_ids": query_ids,
-        "negatives": negatives,
-        "weights": weights,
-        "teacher": teacher,
-        "label_smoothing": smoothing(label_smoothing) or None,
-        "symmetric=False": None if symmetric else True,
-        "return_stats": return_stats or None,
-    }
-    pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric)
-    if all(option is None for option in options.values()):
-        return op.infonce_fwd(queries, keys, scale, resolve("contrastive", queries, backend))[0]
-    target = Targets(float(label_smoothing), teacher_of(teacher, queries, keys))
-    extra, row_weights = negatives_of(negatives, queries), weights_of(weights, queries, keys, symmetric)
-    chosen = resolve("contrastive", queries, backend, _limits(options, queries))
+    with over_ranks.refusing(group, exchange, queries):
+        check_flag("deterministic", deterministic, none=True)
+        check_flag("symmetric", symmetric)
+        check_flag("return_stats", return_stats)
+        check_features(queries, keys)
+        scale = scalar("logit_scale", logit_scale, queries)
+        options = {
+            "targets": targets,
+            "query_ids": query_ids,
+            "negatives": negatives,
+            "weights": weights,
+            "teacher": teacher,
+            "label_smoothing": smoothing(label_smoothing) or None,
+            "symmetric=False": None if symmetric else True,
+            "return_stats": return_stats or None,
+            "group": group,
+        }
+        _not_over_ranks(group, negatives=negatives, teacher=teacher, return_stats=return_stats or None)
+        one_has = group is None  # over ranks they are looked for among all keys
+        pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
+        target = Targets(float(label_smoothing), teacher_of(teacher, queries, keys))
+        extra, row_weights = negatives_of(negatives, queries), weights_of(weights, queries, keys, symmetric)
+        plain = all(option is None for option in options.values())
+        chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+    if group is not None:
+        rule = pairs, target.label_smoothing, row_weights, symmetric
+        return over_ranks.infonce(queries, keys, scale, *rule, group, exchange, chosen)
+    if plain:
+        return op.infonce_fwd(queries, keys, scale, chosen)[0]
     loss, stats = infonce_loss(queries, keys, scale, pairs, target, extra, row_weights, symmetric, return_stats, chosen)
     return (loss, stats) if return_stats else loss
 
@@ -176,16 +183,20 @@ def siglip(
 
     Source: Zhai et al. 2023 (arXiv:2303.15343).
     """
-    _refuse_group(group, exchange)
-    check_flag("deterministic", deterministic, none=True)
-    check_flag("return_stats", return_stats)
-    check_features(queries, keys)
-    scale, bias = scalar("logit_scale", logit_scale, queries), scalar("logit_bias", logit_bias, queries)
-    pairs = pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=True, each_has_one=False)
-    if query_ids is None and not return_stats:
-        return op.siglip_fwd(queries, keys, scale, bias, resolve("contrastive", queries, backend))[0]
-    limits = _limits({"query_ids": query_ids, "return_stats": return_stats or None}, queries)
-    chosen = resolve("contrastive", queries, backend, limits)
+    with over_ranks.refusing(group, exchange, queries):
+        check_flag("deterministic", deterministic, none=True)
+        check_flag("return_stats", return_stats)
+        check_features(queries, keys)
+        scale, bias = scalar("logit_scale", logit_scale, queries), scalar("logit_bias", logit_bias, queries)
+        pairs = pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=True, each_has_one=False)
+        _not_over_ranks(group, return_stats=return_stats or None)
+        plain = query_ids is None and not return_stats and group is None
+        options = {"query_ids": query_ids, "return_stats": return_stats or None, "group": group}
+        chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+    if group is not None:
+        return over_ranks.siglip(queries, keys, scale, bias, pairs, group, exchange, chosen)
+    if plain:
+        return op.siglip_fwd(queries, keys, scale, bias, chosen)[0]
     loss = siglip_loss(queries, keys, scale, bias, pairs, chosen)
     return (loss, siglip_stats(queries, keys, scale, bias, pairs, chosen)) if return_stats else loss
 
@@ -271,10 +282,7 @@ def _limits(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None
     return {"triton": reason, "native": reason if queries.is_cuda else None}
 
 
-def _refuse_group(group: Any, exchange: Any) -> None:
-    if group is not None:
-        not_yet("group", group)
-    if exchange not in ("auto", "all_gather", "ring"):
-        wrong_value("exchange", "'auto', 'all_gather' or 'ring'", exchange)
-    if exchange != "auto":
-        not_yet("exchange", exchange)
+def _not_over_ranks(group: Any, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if group is not None and value is not None:
+            not_yet(name, value)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .distributed import mean_over_ranks, same_on_all_ranks, sigmoid_fwd, softmax_fwd
 from .exchange import Ranks, agree, check_group, refused
+from .losses import Pairs
 from .reference import LSE, POSITIVE, TOTAL, statistics_dtype
 
 __all__ = ["infonce", "refusing", "siglip"]
@@ -40,51 +41,51 @@ def infonce(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
-    *,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_id: str,
+    pairs: Pairs,
     label_smoothing: float,
-    symmetric: bool,
     weights: Tensor | None,
+    symmetric: bool,
     group: Any,
     exchange: str,
     backend: str,
 ) -> Tensor:
-    """The loss of all ranks' rows; arguments are checked, `targets` count this rank's keys."""
+    """The loss of all ranks' rows. Arguments are checked; targets count this rank's keys, ids meet everywhere.
+
+    Raises:
+        ValueError: on every rank, if ranks differ in what must be the same, or an id is without its like.
+    """
     same = {
-        "logit_scale": _needs(logit_scale),
-        "label_smoothing": float(label_smoothing),
+        "logit_scale: gradient": _needs(logit_scale),
+        "label_smoothing": label_smoothing,
         "symmetric": symmetric,
-        "same_id": same_id,
-        "query_ids": query_ids is not None,
-        "targets": targets is not None,
-        "weights": weights is not None,
+        "same_id": pairs.same_id,
+        "query_ids": "given" if pairs.query_ids is not None else "None",
+        "weights": "given" if weights is not None else "None",
     }
     ranks = agree(group, queries, keys, exchange, {**same, **_gradients(queries, keys)})
-    if query_ids is None or key_ids is None or same_id == "ignore":
-        targets = torch.arange(len(queries), device=queries.device) if targets is None else targets
     scale = same_on_all_ranks(ranks, logit_scale)
-    smooth = label_smoothing > 0
     of_rows, of_columns = softmax_fwd(
-        ranks, queries, keys, scale, targets, query_ids, key_ids, same_id, smooth, symmetric, backend
+        ranks, queries, keys, scale, *pairs.rule(), label_smoothing > 0, symmetric, backend
     )
-    counts = _Counts(ranks, targets, query_ids, key_ids, same_id)
-    share = (
-        torch.ones(len(queries), device=queries.device, dtype=torch.float64) if weights is None else weights.double()
-    )
-    sums = [(share * _losses(of_rows, scale, *counts.of_rows(), label_smoothing)).sum()]
-    rows = [float(sum(ranks.queries))]
-    if symmetric:
-        share_k = share if weights is not None else torch.ones(len(keys), device=keys.device, dtype=torch.float64)
-        sums.append((share_k * _losses(of_columns, scale, *counts.of_columns(), label_smoothing)).sum())
-        rows.append(float(sum(ranks.keys)))
-    of_all = torch.tensor(rows, device=queries.device, dtype=torch.float64)
-    if weights is not None:
-        of_all = ranks.summed(share.detach().sum()).expand(len(rows))
-    total = mean_over_ranks(ranks, torch.stack(sums))
-    return (total / torch.where(of_all == 0, 1.0, of_all)).mean().to(statistics_dtype(queries.dtype))
+    counts = _Counts(ranks, pairs)
+    rows, columns = counts.of_rows(), counts.of_columns() if symmetric else None
+    if pairs.targets is None:
+        _ids_meet(ranks, "query_ids", rows[0])
+        if columns is not None:
+            _ids_meet(ranks, "key_ids", columns[0])
+    wide = None if weights is None else weights.double()
+    losses = [_losses(of_rows, scale, *rows, label_smoothing)]
+    shares = [torch.ones_like(losses[0]) if wide is None else wide]
+    sizes = [float(sum(ranks.queries))]
+    if columns is not None:
+        losses.append(_losses(of_columns, scale, *columns, label_smoothing))
+        shares.append(torch.ones_like(losses[1]) if wide is None else _of_columns(wide, pairs))
+        sizes.append(float(sum(ranks.keys)))
+    share = torch.tensor(sizes, device=queries.device, dtype=torch.float64)
+    if wide is not None:
+        share = ranks.summed(wide.sum()).expand(len(sizes))
+    total = mean_over_ranks(ranks, torch.stack([(w * x).sum() for w, x in zip(shares, losses, strict=True)]))
+    return (total / torch.where(share == 0, 1.0, share)).mean().to(statistics_dtype(queries.dtype))
 
 
 def siglip(
@@ -92,25 +93,38 @@ def siglip(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    *,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
     group: Any,
     exchange: str,
     backend: str,
 ) -> Tensor:
-    """The loss of all ranks' rows; arguments are checked."""
+    """The loss of all ranks' rows. Arguments are checked; ids meet everywhere.
+
+    Raises:
+        ValueError: on every rank, if ranks differ in what must be the same.
+    """
     same = {
-        "logit_scale": _needs(logit_scale),
-        "logit_bias": _needs(logit_bias),
-        "query_ids": query_ids is not None,
+        "logit_scale: gradient": _needs(logit_scale),
+        "logit_bias: gradient": _needs(logit_bias),
+        "query_ids": "given" if pairs.query_ids is not None else "None",
     }
     ranks = agree(group, queries, keys, exchange, {**same, **_gradients(queries, keys)})
-    targets = torch.arange(len(queries), device=queries.device) if query_ids is None else None
     scale, bias = same_on_all_ranks(ranks, logit_scale), same_on_all_ranks(ranks, logit_bias)
-    sums = sigmoid_fwd(ranks, queries, keys, scale, bias, targets, query_ids, key_ids, backend)
+    sums = sigmoid_fwd(ranks, queries, keys, scale, bias, *pairs.rule()[:3], backend)
     loss = mean_over_ranks(ranks, sums[0]) / max(sum(ranks.queries), 1)
     return loss.to(statistics_dtype(queries.dtype))
+
+
+def _of_columns(weights: Tensor, pairs: Pairs) -> Tensor:
+    """A key has the weight of the query whose target it is, else of that at its place."""
+    return weights if pairs.targets is None else torch.zeros_like(weights).index_copy(0, pairs.targets, weights)
+
+
+def _ids_meet(ranks: Ranks, name: str, positives: Tensor) -> None:
+    missing = ranks.summed((positives == 0).sum())
+    if int(missing):
+        other = "key_ids" if name == "query_ids" else "query_ids"
+        raise ValueError(f"{name}: expected each to occur among the {other} of some rank, {int(missing)} do not")
 
 
 def _needs(x: Tensor) -> str:
@@ -124,16 +138,9 @@ def _gradients(queries: Tensor, keys: Tensor) -> dict[str, str]:
 class _Counts:
     """How many keys are positive for each query and how many it sees, and the same of queries for each key."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        targets: Tensor | None,
-        query_ids: Tensor | None,
-        key_ids: Tensor | None,
-        same_id: str,
-    ) -> None:
-        self._ranks, self._targets, self._ids = ranks, targets, (query_ids, key_ids)
-        self._ignore = same_id == "ignore"
+    def __init__(self, ranks: Ranks, pairs: Pairs) -> None:
+        self._ranks, self._targets, self._ids = ranks, pairs.targets, (pairs.query_ids, pairs.key_ids)
+        self._ignore = pairs.same_id == "ignore"
 
     def of_rows(self) -> tuple[Tensor, Tensor]:
         query_ids, key_ids = self._ids

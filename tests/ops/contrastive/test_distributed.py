@@ -58,15 +58,16 @@ def plain_infonce(
             logits = logits.masked_fill(same & ~positive, -torch.inf)
     weights = torch.ones(n, dtype=scale.dtype) if weights is None else weights
 
-    def one_way(logits: Tensor, positive: Tensor) -> Tensor:
+    def one_way(logits: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
         seen = (logits != -torch.inf).to(scale.dtype)
         target = positive / positive.sum(1, keepdim=True).clamp(min=1)
         target = (1 - label_smoothing) * target + label_smoothing * seen / seen.sum(1, keepdim=True)
         terms = target * logits.log_softmax(1).masked_fill(seen == 0, 0.0)
         return -(weights * terms.sum(1)).sum() / weights.sum()
 
-    loss = one_way(logits, positive.to(scale.dtype))
-    return (loss + one_way(logits.T, positive.T.to(scale.dtype))) / 2 if symmetric else loss
+    positive = positive.to(scale.dtype)
+    loss = one_way(logits, positive, weights)
+    return (loss + one_way(logits.T, positive.T, weights[targets.argsort()])) / 2 if symmetric else loss
 
 
 def plain_siglip(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, *, query_ids=None, key_ids=None) -> Tensor:
