@@ -78,7 +78,13 @@ def infonce(
         teacher: (queries_m [N, F], keys_m [M, F], alpha in [0, 1]): momentum distillation; the target, smoothed or
             not, is (1-alpha) of itself and alpha of the softmax of `logit_scale · <queries_m, keys_m>`, to which no
             gradient flows.
-        group, exchange: a distributed loss: not supported yet; anything but the default raises NotImplementedError.
+        group: a process group of torch.distributed: the rows are this rank's (any number, none too), and the loss is
+            that of one process with the rows of all ranks, the same on each. Gradients are made for a mean over the
+            ranks, as DistributedDataParallel takes it: the features get W times theirs, the scale its whole gradient on
+            every rank. targets count this rank's keys; ids meet those of all ranks. Everything else must be the same
+            on all ranks. negatives, teacher and return_stats are not supported yet with it.
+        exchange: how keys come to queries: "all_gather" (all at once, O(N·E) memory), "ring" (block by block, in
+            O(N/W·E), behind the computation) or "auto": the ring from 12,288 keys on a rank on. Only used with a group.
         return_stats: return `ContrastiveStats` too, from the same pass.
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.
@@ -164,7 +170,8 @@ def siglip(
         logit_bias: what is added to the logits; likewise.
         query_ids, key_ids: [N], [M] int64 or int32: pairs of one id are positive; key_ids are query_ids by default.
             Without ids the positive of query i is key i.
-        group, exchange: a distributed loss: not supported yet; anything but the default raises NotImplementedError.
+        group, exchange: as in `infonce`; scale and bias get their whole gradient on every rank. return_stats is not
+            supported yet with a group.
         return_stats: return `ContrastiveStats` of the same logits too, from a forward pass of its own.
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.

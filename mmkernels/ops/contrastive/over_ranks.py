@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops._checks import wrong_value
+
 from .distributed import mean_over_ranks, same_on_all_ranks, sigmoid_fwd, softmax_fwd
 from .exchange import Ranks, agree, check_group, refused
 from .losses import Pairs
@@ -27,6 +29,8 @@ __all__ = ["infonce", "refusing", "siglip"]
 def refusing(group: Any, exchange: Any, features: Any) -> Iterator[None]:
     """Check arguments inside: an error is raised here, and said to the ranks that wait for this one."""
     if group is None:
+        if exchange != "auto":
+            wrong_value("exchange", "'auto' without a group: there is nobody to exchange keys with", exchange)
         yield
         return
     check_group(group, exchange)

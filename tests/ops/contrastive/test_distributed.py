@@ -435,3 +435,29 @@ def _no_rows_anywhere(rank: int, world: int) -> None:
 
 def test_no_rows_on_any_rank() -> None:
     ranks.run(2, _no_rows_anywhere)
+
+
+def _ids_and_options(rank: int, world: int) -> None:
+    x, y = batch(4, 8)
+    group = dist.group.WORLD
+    ids = torch.arange(4) + 10 * rank
+    elsewhere = torch.arange(4) + 10 * (1 - rank)  # the like of each is on the other rank
+    infonce(x, y, 10.0, query_ids=ids, key_ids=elsewhere, group=group)
+    alike = torch.full((4,), rank)
+    unmet = torch.where(torch.arange(4) + rank == 0, 99, alike)  # on rank 0 alone
+    for name, other in (("query_ids", "key_ids"), ("key_ids", "query_ids")):
+        with pytest.raises(
+            ValueError, match=f"{name}: expected each to occur among the {other} of some rank, 1 do not"
+        ):
+            infonce(x, y, 10.0, group=group, **{name: unmet, other: alike})
+    for options in ({"negatives": y}, {"teacher": (x, y, 0.4)}, {"return_stats": True}):
+        with pytest.raises(NotImplementedError, match=next(iter(options))):
+            infonce(x, y, 10.0, group=group, **options)
+    with pytest.raises(NotImplementedError, match="return_stats"):
+        siglip(x, y, 10.0, 0.0, group=group, return_stats=True)
+    with pytest.raises(ValueError, match="exchange: expected 'auto' without a group"):
+        infonce(x, y, 10.0, exchange="ring")
+
+
+def test_ids_of_other_ranks_and_what_is_not_there() -> None:
+    ranks.run(2, _ids_and_options)
