@@ -86,7 +86,7 @@ LAYERS = (
         packages=_PYTORCH | {"transformers", "open_clip"},
     ),
     Layer(r"mmkernels\.nn(\..*)?", below=("mmkernels.nn.*", *_FUNCTIONS)),
-    Layer(r"mmkernels\.(gradcache|_chunks)", below=("mmkernels._chunks", *_FUNCTIONS)),
+    Layer(r"mmkernels\.gradcache(\..*)?", below=("mmkernels.gradcache.*", *_FUNCTIONS)),
     Layer(r"mmkernels\.testing\.aot", below=("mmkernels.ops",), packages=frozenset({"triton"}), late=("triton",)),
     Layer(r"mmkernels\.testing(\..*)?", below=("mmkernels.testing.*", "mmkernels.ops.*", _RUNTIME)),
     Layer(r"mmkernels\.runtime(\..*)?", below=(_RUNTIME,)),

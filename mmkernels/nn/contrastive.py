@@ -17,13 +17,16 @@ __all__ = ["InfoNCELoss", "SigLIPLoss"]
 
 
 class _ContrastiveLoss(nn.Module):
-    """What both losses share: the parameter `log_scale`, its upper bound, normalisation, options of the function."""
+    """What both losses share: `log_scale`, its upper bound, normalisation, options of the function."""
+
+    log_scale: Tensor
 
     def __init__(
         self,
         function: Callable[..., Any],
         init_scale: float,
         max_scale: float | None,
+        learnable: bool,
         normalize: bool,
         options: dict[str, Any],
     ) -> None:
@@ -33,16 +36,26 @@ class _ContrastiveLoss(nn.Module):
             _expect_positive("max_scale", max_scale)
             if max_scale < init_scale:
                 raise ValueError(f"max_scale: expected None or at least init_scale={init_scale!r}, got {max_scale!r}")
-        if not isinstance(normalize, bool):
-            raise TypeError(f"normalize: expected True or False, got {normalize!r} ({type(normalize).__name__})")
+        for name, value in (("learnable", learnable), ("normalize", normalize)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected True or False, got {value!r} ({type(value).__name__})")
         self._accepted = [
             name for name, p in inspect.signature(function).parameters.items() if p.kind == p.KEYWORD_ONLY
         ]
         self._expect_known(options)
         self.max_scale = max_scale
+        self.learnable = learnable
         self.normalize = normalize
         self.options = options
-        self.log_scale = nn.Parameter(torch.tensor(math.log(init_scale), dtype=torch.float32))
+        self._scalar("log_scale", math.log(init_scale))
+
+    def _scalar(self, name: str, value: float) -> None:
+        """A parameter, or a buffer when nothing is learnt: in the state dict under the same name."""
+        tensor = torch.tensor(value, dtype=torch.float32)
+        if self.learnable:
+            self.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.register_buffer(name, tensor)
 
     @property
     def scale(self) -> Tensor:
@@ -67,7 +80,8 @@ class _ContrastiveLoss(nn.Module):
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        return f"max_scale={self.max_scale}, normalize={self.normalize}{options}"
+        learnable = "" if self.learnable else "learnable=False, "
+        return f"max_scale={self.max_scale}, {learnable}normalize={self.normalize}{options}"
 
     def _expect_known(self, options: dict[str, Any]) -> None:
         for name in options:
@@ -83,8 +97,15 @@ class _ContrastiveLoss(nn.Module):
         return F.normalize(wide, dim=1).to(features.dtype)
 
     def _arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The module's options and those of a call, with further features treated like queries and keys."""
         self._expect_known(arguments)
-        return {**self.options, **arguments}
+        merged = {**self.options, **arguments}
+        if merged.get("negatives") is not None:
+            merged["negatives"] = self._features(merged["negatives"])
+        teacher = merged.get("teacher")
+        if isinstance(teacher, tuple) and len(teacher) == 3:
+            merged["teacher"] = (self._features(teacher[0]), self._features(teacher[1]), teacher[2])
+        return merged
 
 
 class InfoNCELoss(_ContrastiveLoss):
@@ -98,12 +119,15 @@ class InfoNCELoss(_ContrastiveLoss):
         init_scale: exp(log_scale) at the start, an inverse temperature.
         max_scale: the largest scale the loss uses, or None; call `clamp_()` after each optimizer step to hold the
             parameter itself to it.
-        normalize: divide every row by its Euclidean norm, taken in float32 (float64 for float64 features); the result
-            has the features' dtype again. A row of zeros stays zero.
-        **options: keyword arguments of `mmkernels.infonce` for every call, such as `backend="triton"`.
+        learnable: False keeps the scale where it starts: `log_scale` is then a buffer, not a parameter.
+        normalize: divide every row (of queries, keys, `negatives` and the teacher's features) by its Euclidean norm,
+            taken in float32 (float64 for float64 features); the result has the features' dtype again. A row of zeros
+            stays zero.
+        **options: keyword arguments of `mmkernels.infonce` for every call, such as `label_smoothing=0.1`,
+            `symmetric=False`, `group=...` or `backend="triton"`.
 
     Attributes:
-        log_scale: the parameter, a float32 scalar. It is best kept out of weight decay.
+        log_scale: a float32 scalar, in the state dict whether learnable or not. It is best kept out of weight decay.
         scale: the scale in use.
 
     Raises:
@@ -117,17 +141,19 @@ class InfoNCELoss(_ContrastiveLoss):
         *,
         init_scale: float = 1 / 0.07,
         max_scale: float | None = 100.0,
+        learnable: bool = True,
         normalize: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(infonce, init_scale, max_scale, normalize, options)
+        super().__init__(infonce, init_scale, max_scale, learnable, normalize, options)
 
     def forward(self, queries: Tensor, keys: Tensor, **arguments: Any) -> Any:
         """The loss of a batch.
 
         Args:
-            queries: [N, E] float32, bfloat16, float16 or float64; row i belongs to key i.
-            keys: [N, E], same dtype and device.
+            queries: [N, E] float32, bfloat16, float16 or float64; row i belongs to key i unless `targets` or ids say
+                otherwise.
+            keys: [M, E], same dtype and device.
             **arguments: keyword arguments of `mmkernels.infonce` for this call; they win over the module's.
 
         Returns:
@@ -151,12 +177,14 @@ class SigLIPLoss(_ContrastiveLoss):
         init_bias: logit_bias at the start; with far more negatives than positives it begins well below zero.
         max_scale: the largest scale the loss uses, or None; call `clamp_()` after each optimizer step to hold the
             parameter itself to it.
+        learnable: False keeps scale and bias where they start: both are then buffers, not parameters.
         normalize: divide every row by its Euclidean norm, taken in float32 (float64 for float64 features); the result
             has the features' dtype again. A row of zeros stays zero.
-        **options: keyword arguments of `mmkernels.siglip` for every call, such as `backend="triton"`.
+        **options: keyword arguments of `mmkernels.siglip` for every call, such as `group=...` or `backend="triton"`.
 
     Attributes:
-        log_scale, logit_bias: the parameters, float32 scalars. They are best kept out of weight decay.
+        log_scale, logit_bias: float32 scalars, in the state dict whether learnable or not. They are best kept out of
+            weight decay.
         scale: the scale in use.
 
     Raises:
@@ -165,18 +193,21 @@ class SigLIPLoss(_ContrastiveLoss):
     Source: Zhai et al. 2023 (arXiv:2303.15343).
     """
 
+    logit_bias: Tensor
+
     def __init__(
         self,
         *,
         init_scale: float = 10.0,
         init_bias: float = -10.0,
         max_scale: float | None = None,
+        learnable: bool = True,
         normalize: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(siglip, init_scale, max_scale, normalize, options)
+        super().__init__(siglip, init_scale, max_scale, learnable, normalize, options)
         _expect_finite("init_bias", init_bias)
-        self.logit_bias = nn.Parameter(torch.tensor(init_bias, dtype=torch.float32))
+        self._scalar("logit_bias", init_bias)
 
     def forward(self, queries: Tensor, keys: Tensor, **arguments: Any) -> Any:
         """The loss of a batch.

@@ -149,6 +149,44 @@ def test_state_dict_roundtrip(loss_type: type) -> None:
 
 
 @LOSSES
+def test_scale_that_is_not_learnt(loss_type: type) -> None:
+    fixed, learnt = loss_type(learnable=False, max_scale=20.0), loss_type(max_scale=20.0)
+    assert list(fixed.parameters()) == []
+    assert fixed.state_dict().keys() == learnt.state_dict().keys()
+    assert "learnable=False" in repr(fixed)
+    queries, keys = batch()
+    loss = fixed(queries.requires_grad_(), keys)
+    assert torch.equal(loss, learnt(queries, keys))
+    loss.backward()
+    assert fixed.log_scale.grad is None
+    with torch.no_grad():
+        learnt.log_scale.fill_(9.0)
+    fixed.load_state_dict(learnt.state_dict())
+    fixed.clamp_()
+    assert fixed.log_scale.item() == pytest.approx(math.log(20.0))
+    assert fixed.double().scale.dtype == torch.float64
+
+
+def test_every_feature_is_normalized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negatives and the teacher's features like queries and keys, and only when asked."""
+    seen = {}
+    loss_fn, unnormalized = InfoNCELoss(), InfoNCELoss(normalize=False)
+    monkeypatch.setattr("mmkernels.nn.contrastive.infonce", lambda *features, **options: seen.update(options))
+    features = {"negatives": 3 * torch.randn(5, 8), "teacher": (torch.randn(4, 8), torch.randn(4, 8), 0.4)}
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    loss_fn(x, y, **features, label_smoothing=0.1)
+    assert torch.equal(seen["negatives"], F.normalize(features["negatives"], dim=1))
+    assert all(
+        torch.equal(a, F.normalize(b, dim=1)) for a, b in zip(seen["teacher"][:2], features["teacher"][:2], strict=True)
+    )
+    assert (seen["teacher"][2], seen["label_smoothing"]) == (0.4, 0.1)
+    unnormalized(x, y, **features)
+    assert seen["negatives"] is features["negatives"]
+    loss_fn(x, y, teacher="a string")
+    assert seen["teacher"] == "a string", "for the function to refuse"
+
+
+@LOSSES
 def test_options_reach_the_function(loss_type: type) -> None:
     queries, keys = batch()
     assert "backend='reference'" in repr(loss_type(backend="reference"))
@@ -157,7 +195,7 @@ def test_options_reach_the_function(loss_type: type) -> None:
     with pytest.raises(ValueError, match="backend: expected None or one of"):
         loss_type(backend="reference")(queries, keys, backend="nowhere")
     loss_type(backend="nowhere")(queries, keys, backend="reference")
-    with pytest.raises(NotImplementedError, match="group"):
+    with pytest.raises(ValueError, match="group: expected None, or a group of an initialised"):
         loss_type()(queries, keys, group="everyone")
 
 
@@ -169,6 +207,7 @@ BAD_ARGUMENTS = {
     "bound below start": ({"init_scale": 50.0, "max_scale": 20.0}, ValueError, "max_scale: expected None or at least"),
     "bound of no sign": ({"max_scale": 0.0}, ValueError, "max_scale: expected a positive number"),
     "normalize in words": ({"normalize": "l2"}, TypeError, "normalize: expected True or False, got 'l2'"),
+    "learnable in words": ({"learnable": "no"}, TypeError, "learnable: expected True or False, got 'no'"),
     "unknown option": ({"temperature": 0.1}, TypeError, "temperature: expected one of .*backend"),
 }
 

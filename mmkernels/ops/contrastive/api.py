@@ -11,7 +11,7 @@ from torch import Tensor
 from mmkernels.ops._checks import not_yet, wrong_type, wrong_value
 from mmkernels.runtime.backends import resolve
 
-from . import op
+from . import op, over_ranks
 from .checks import (
     check_features,
     check_flag,
@@ -78,7 +78,13 @@ def infonce(
         teacher: (queries_m [N, F], keys_m [M, F], alpha in [0, 1]): momentum distillation; the target, smoothed or
             not, is (1-alpha) of itself and alpha of the softmax of `logit_scale · <queries_m, keys_m>`, to which no
             gradient flows.
-        group, exchange: a distributed loss: not supported yet; anything but the default raises NotImplementedError.
+        group: a process group of torch.distributed: the rows are this rank's (any number, none too), and the loss is
+            that of one process with the rows of all ranks, the same on each. Gradients are made for a mean over the
+            ranks, as DistributedDataParallel takes it: the features get W times theirs, the scale its whole gradient on
+            every rank. targets count this rank's keys; ids meet those of all ranks. Everything else must be the same
+            on all ranks. negatives, teacher and return_stats are not supported yet with it.
+        exchange: how keys come to queries: "all_gather" (all at once, O(N·E) memory), "ring" (block by block, in
+            O(N/W·E), behind the computation) or "auto": the ring from 12,288 keys on a rank on. Only used with a group.
         return_stats: return `ContrastiveStats` too, from the same pass.
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.
@@ -100,28 +106,35 @@ def infonce(
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
     (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher).
     """
-    _refuse_group(group, exchange)
-    check_flag("deterministic", deterministic, none=True)
-    check_flag("symmetric", symmetric)
-    check_flag("return_stats", return_stats)
-    check_features(queries, keys)
-    scale = scalar("logit_scale", logit_scale, queries)
-    options = {
-        "targets": targets,
-        "query_ids": query_ids,
-        "negatives": negatives,
-        "weights": weights,
-        "teacher": teacher,
-        "label_smoothing": smoothing(label_smoothing) or None,
-        "symmetric=False": None if symmetric else True,
-        "return_stats": return_stats or None,
-    }
-    pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric)
-    if all(option is None for option in options.values()):
-        return op.infonce_fwd(queries, keys, scale, resolve("contrastive", queries, backend))[0]
-    target = Targets(float(label_smoothing), teacher_of(teacher, queries, keys))
-    extra, row_weights = negatives_of(negatives, queries), weights_of(weights, queries, keys, symmetric)
-    chosen = resolve("contrastive", queries, backend, _limits(options, queries))
+    with over_ranks.refusing(group, exchange, queries):
+        check_flag("deterministic", deterministic, none=True)
+        check_flag("symmetric", symmetric)
+        check_flag("return_stats", return_stats)
+        check_features(queries, keys)
+        scale = scalar("logit_scale", logit_scale, queries)
+        options = {
+            "targets": targets,
+            "query_ids": query_ids,
+            "negatives": negatives,
+            "weights": weights,
+            "teacher": teacher,
+            "label_smoothing": smoothing(label_smoothing) or None,
+            "symmetric=False": None if symmetric else True,
+            "return_stats": return_stats or None,
+            "group": group,
+        }
+        _not_over_ranks(group, negatives=negatives, teacher=teacher, return_stats=return_stats or None)
+        one_has = group is None  # over ranks they are looked for among all keys
+        pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
+        target = Targets(float(label_smoothing), teacher_of(teacher, queries, keys))
+        extra, row_weights = negatives_of(negatives, queries), weights_of(weights, queries, keys, symmetric)
+        plain = all(option is None for option in options.values())
+        chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+    if group is not None:
+        rule = pairs, target.label_smoothing, row_weights, symmetric
+        return over_ranks.infonce(queries, keys, scale, *rule, group, exchange, chosen)
+    if plain:
+        return op.infonce_fwd(queries, keys, scale, chosen)[0]
     loss, stats = infonce_loss(queries, keys, scale, pairs, target, extra, row_weights, symmetric, return_stats, chosen)
     return (loss, stats) if return_stats else loss
 
@@ -157,7 +170,8 @@ def siglip(
         logit_bias: what is added to the logits; likewise.
         query_ids, key_ids: [N], [M] int64 or int32: pairs of one id are positive; key_ids are query_ids by default.
             Without ids the positive of query i is key i.
-        group, exchange: a distributed loss: not supported yet; anything but the default raises NotImplementedError.
+        group, exchange: as in `infonce`; scale and bias get their whole gradient on every rank. return_stats is not
+            supported yet with a group.
         return_stats: return `ContrastiveStats` of the same logits too, from a forward pass of its own.
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.
@@ -176,16 +190,20 @@ def siglip(
 
     Source: Zhai et al. 2023 (arXiv:2303.15343).
     """
-    _refuse_group(group, exchange)
-    check_flag("deterministic", deterministic, none=True)
-    check_flag("return_stats", return_stats)
-    check_features(queries, keys)
-    scale, bias = scalar("logit_scale", logit_scale, queries), scalar("logit_bias", logit_bias, queries)
-    pairs = pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=True, each_has_one=False)
-    if query_ids is None and not return_stats:
-        return op.siglip_fwd(queries, keys, scale, bias, resolve("contrastive", queries, backend))[0]
-    limits = _limits({"query_ids": query_ids, "return_stats": return_stats or None}, queries)
-    chosen = resolve("contrastive", queries, backend, limits)
+    with over_ranks.refusing(group, exchange, queries):
+        check_flag("deterministic", deterministic, none=True)
+        check_flag("return_stats", return_stats)
+        check_features(queries, keys)
+        scale, bias = scalar("logit_scale", logit_scale, queries), scalar("logit_bias", logit_bias, queries)
+        pairs = pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=True, each_has_one=False)
+        _not_over_ranks(group, return_stats=return_stats or None)
+        plain = query_ids is None and not return_stats and group is None
+        options = {"query_ids": query_ids, "return_stats": return_stats or None, "group": group}
+        chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+    if group is not None:
+        return over_ranks.siglip(queries, keys, scale, bias, pairs, group, exchange, chosen)
+    if plain:
+        return op.siglip_fwd(queries, keys, scale, bias, chosen)[0]
     loss = siglip_loss(queries, keys, scale, bias, pairs, chosen)
     return (loss, siglip_stats(queries, keys, scale, bias, pairs, chosen)) if return_stats else loss
 
@@ -271,10 +289,7 @@ def _limits(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None
     return {"triton": reason, "native": reason if queries.is_cuda else None}
 
 
-def _refuse_group(group: Any, exchange: Any) -> None:
-    if group is not None:
-        not_yet("group", group)
-    if exchange not in ("auto", "all_gather", "ring"):
-        wrong_value("exchange", "'auto', 'all_gather' or 'ring'", exchange)
-    if exchange != "auto":
-        not_yet("exchange", exchange)
+def _not_over_ranks(group: Any, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if group is not None and value is not None:
+            not_yet(name, value)

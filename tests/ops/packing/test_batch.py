@@ -106,6 +106,27 @@ def test_to_keeps_every_field():
             assert value == getattr(batch, field.name)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
+def test_split(size):
+    batch = a_batch()
+    parts = [part.validate() for part in batch.split(size)]
+    assert [part.num_samples for part in parts] == [min(size, 4 - i) for i in range(0, 4, size)]
+    assert all(part.padding == 0 for part in parts)
+    for name in ("tokens", "sample_ids", "position_ids", "modality_ids", "labels", "loss_weight"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)[:10]), name
+    assert sum((part.lengths for part in parts), ()) == batch.lengths[:4]
+
+
+def test_split_of_nothing_and_of_no_size():
+    (empty,) = PackedBatch.from_samples([], capacity=4).split(2)
+    assert (empty.validate().num_tokens, empty.num_samples) == (0, 0)
+    assert PackedBatch.from_samples([torch.arange(3)]).split(1)[0].labels is None
+    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
+        a_batch().split(0)
+    with pytest.raises(TypeError, match="size: expected an int"):
+        a_batch().split(2.0)
+
+
 @pytest.mark.gpu
 def test_pin_memory_and_cuda():
     pinned = a_batch().pin_memory()

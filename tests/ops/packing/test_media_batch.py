@@ -113,7 +113,7 @@ def test_split():
             assert_same(chunk, alone)
     (nothing,) = PackedBatch.from_samples([], capacity=3).split(4)
     assert (nothing.num_tokens, nothing.num_samples) == (0, 0)
-    with pytest.raises(ValueError, match="chunk_size: expected an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match="chunk_size: expected at least 1, got 0"):
         batch.split(0)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +14,9 @@ from torch import Tensor
 
 from mmkernels.ops._checks import wrong_type, wrong_value
 
-__all__ = ["Args", "split", "tensors"]
+__all__ = ["Args", "Ragged", "amount", "split", "tensors"]
 
-_EXPECTED = "a tensor, an array, a list of samples, a dict, a tuple, Args, or an object with split(chunk_size)"
+_EXPECTED = "a tensor, an array, a list of samples, a dict, a tuple, Args, Ragged, or an object with split(chunk_size)"
 _WHOLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
@@ -24,6 +26,37 @@ class Args:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
         self.kwargs = kwargs
+
+
+class Ragged:
+    """Rows of which each sample has its own number; an encoder gets the rows of its chunk as a plain tensor.
+
+    For models whose pictures are not indexed by the batch: `Args(ids, pixel_values=Ragged(patches, patches_per_sample),
+    image_grid_thw=Ragged(grid, images_per_sample))`.
+
+    Args:
+        values: [sum(counts), ...], sample after sample.
+        counts: rows of each sample: ints, or a 1-D integer tensor (read on the host).
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+
+    def __init__(self, values: Tensor, counts: Sequence[int] | Tensor) -> None:
+        if not isinstance(values, Tensor):
+            wrong_type("values", "a tensor [rows, ...]", values)
+        self.values = values
+        self.counts = [int(n) for n in (counts.tolist() if isinstance(counts, Tensor) else counts)]
+        if any(n < 0 for n in self.counts):
+            wrong_value("counts", "numbers >= 0", counts)
+        if values.ndim == 0 or sum(self.counts) != len(values):
+            wrong_value("counts", f"numbers that add up to the rows of values, {list(values.shape)}", sum(self.counts))
+
+    def chunks(self, size: int) -> list[Tensor]:
+        """The rows of every `size` samples."""
+        ends = [0, *itertools.accumulate(self.counts)]
+        last = len(self.counts)
+        return [self.values[ends[i] : ends[min(i + size, last)]] for i in range(0, max(last, 1), size)]
 
 
 @dataclass(frozen=True)
@@ -37,8 +70,9 @@ def split(value: Any, size: int, name: str) -> list[Any]:
     """Cut an input into chunks of `size` samples, the last one shorter.
 
     Args:
-        value: tensors and arrays are cut along dim 0, lists by their entries, dicts, tuples and `Args` member by
-            member, other objects by their `split(size)`; numbers, strings and 0-dim tensors go to every chunk whole.
+        value: tensors and arrays are cut along dim 0, lists by their entries, `Ragged` by its counts, dicts, tuples and
+            `Args` member by member, other objects by their `split(size)`; numbers, strings and 0-dim tensors go to
+            every chunk whole.
         size: samples in a chunk.
         name: how messages call the input.
 
@@ -64,6 +98,25 @@ def tensors(chunk: Any) -> Iterator[Tensor]:
     elif isinstance(chunk, (list, tuple, Mapping)):
         for member in chunk.values() if isinstance(chunk, Mapping) else chunk:
             yield from tensors(member)
+    elif dataclasses.is_dataclass(chunk) and not isinstance(chunk, type):
+        for member in dataclasses.fields(chunk):
+            yield from tensors(getattr(chunk, member.name))
+
+
+def amount(chunk: Any) -> int:
+    """How much a chunk is, in a unit that activations grow with: tokens where it counts them, else its elements."""
+    if isinstance(chunk, (Tensor, np.ndarray)):
+        return int(chunk.numel() if isinstance(chunk, Tensor) else chunk.size)
+    if isinstance(chunk, Args):
+        return amount((chunk.args, chunk.kwargs))
+    if isinstance(chunk, (list, tuple, Mapping)):
+        return sum(amount(member) for member in (chunk.values() if isinstance(chunk, Mapping) else chunk))
+    if isinstance(chunk, _WHOLE):
+        return 1
+    tokens = getattr(chunk, "num_tokens", None)
+    if isinstance(tokens, int):
+        return tokens
+    return len(chunk) if hasattr(chunk, "__len__") else sum(map(torch.Tensor.numel, tensors(chunk))) or 1
 
 
 def _split(value: Any, size: int, name: str) -> _Split | None:
@@ -74,6 +127,8 @@ def _split(value: Any, size: int, name: str) -> _Split | None:
         return _Split(list(value.split(size)), len(value), name)
     if isinstance(value, (list, np.ndarray)):
         return _Split([value[i : i + size] for i in range(0, max(len(value), 1), size)], len(value), name)
+    if isinstance(value, Ragged):
+        return _Split(value.chunks(size), len(value.counts), name)
     if isinstance(value, Mapping):
         keys = list(value)
         return _split_members(

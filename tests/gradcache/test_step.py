@@ -1,4 +1,4 @@
-"""GradCache: the gradient is the whole batch's, whatever the encoders, the inputs and the chunks."""
+"""GradCache: the gradient is the whole batch's, whatever the encoders, the loss and the chunks."""
 
 from __future__ import annotations
 
@@ -7,63 +7,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
-import ranks
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients, plain_infonce
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils.checkpoint import checkpoint
 
-from mmkernels import infonce, siglip
-from mmkernels.gradcache import Args, GradCache
-
-
-def plain_infonce(queries: Tensor, keys: Tensor, scale: Tensor | float = 10.0) -> Tensor:
-    logits = scale * queries @ keys.T
-    targets = torch.arange(len(queries))
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-
-
-class Encoder(nn.Module):
-    """A small tower; counts its calls."""
-
-    def __init__(self, width: int = 12, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(6, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 8))
-        self.calls: list[int] = []
-
-    def forward(self, x: Tensor, gain: float = 1.0, mask: Tensor | None = None) -> Tensor:
-        self.calls.append(len(x))
-        x = x if mask is None else x * mask
-        return F.normalize(gain * self.layers(x), dim=-1)
-
-
-def gradients(*modules: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for module in modules for p in module.parameters() if p.grad is not None]
-
-
-def clear(*modules: nn.Module) -> None:
-    for module in modules:
-        module.zero_grad(set_to_none=True)
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-6) -> None:
-    """The relative distance of each gradient."""
-    assert len(actual) == len(expected) > 0
-    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert a.dtype == b.dtype
-        distance = (a - b).norm() / b.norm()
-        assert distance <= tolerance, f"gradient {i}: relative distance {distance:.2e}"
-
-
-def chunk_graph(encoders: list[nn.Module], inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """All chunks in the order of pass 1, in one graph."""
-    return [
-        torch.cat([encoder(chunk) for chunk in value.split(size)])
-        for encoder, value, size in zip(encoders, inputs, sizes, strict=True)
-    ]
+from mmkernels import GradCache, infonce, siglip
 
 
 @pytest.mark.parametrize("sizes", [1, 3, 4, 11, 64, [2, 5], [11, 3]])
@@ -231,73 +182,6 @@ def test_autocast_is_the_same_in_both_passes(cache_enabled: bool) -> None:
     assert_same(gradients(image, text), expected, 2e-2)
 
 
-class Pair(NamedTuple):
-    x: Tensor
-    mask: Tensor
-
-
-class Packed:
-    """Ragged samples: only it knows how to split itself."""
-
-    def __init__(self, samples: list[Tensor]) -> None:
-        self.samples = samples
-
-    def split(self, size: int) -> list[Packed]:
-        return [Packed(self.samples[i : i + size]) for i in range(0, len(self.samples), size)]
-
-
-def _by_key(batch: dict[str, Any]) -> Tensor:
-    return batch["x"] * batch["nested"]["mask"] * batch["gain"]
-
-
-SHAPES: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[..., Tensor]]] = {
-    "dict": (lambda x, m: {"x": x, "nested": {"mask": m}, "gain": torch.tensor(1.5)}, _by_key),
-    "tuple": (lambda x, m: (x, (m, "whole")), lambda t: t[0] * t[1][0] * 1.5),
-    "namedtuple": (lambda x, m: Pair(x, m), lambda t: t.x * t.mask * 1.5),
-    "args": (lambda x, m: Args(x, mask=m, gain=1.5), lambda x, mask, gain: x * mask * gain),
-    "list of samples": (lambda x, m: list(x * m), lambda samples: torch.stack(samples) * 1.5),
-    "ragged list": (
-        lambda x, m: [row.expand(1 + i % 3, 6) for i, row in enumerate(x * m)],
-        lambda samples: torch.stack([sample.mean(0) for sample in samples]) * 1.5,
-    ),
-    "split method": (lambda x, m: Packed(list(x * m)), lambda packed: torch.stack(packed.samples) * 1.5),
-    "packed in a dict": (
-        lambda x, m: {"a": Packed(list(x)), "m": m},
-        lambda d: torch.stack(d["a"].samples) * d["m"] * 1.5,
-    ),
-    "array": (lambda x, m: (x * m).numpy(), lambda a: torch.from_numpy(a) * 1.5),
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_of_input(shape: str) -> None:
-    make, read = SHAPES[shape]
-    image, text, x, y = Encoder(), Encoder(), torch.randn(7, 6), torch.randn(7, 6)
-    mask = (torch.rand(7, 6) > 0.3).float()
-    plain_infonce(image(1.5 * x * mask), text(y)).backward()
-    expected = gradients(image, text)
-    clear(image, text)
-    image.calls.clear()
-    step = GradCache([lambda *a, **k: image(read(*a, **k)), text], plain_infonce, chunk_size=[3, 7])
-    step(make(x, mask), y)
-    assert image.calls == [3, 3, 1] * 2
-    assert_same(gradients(image, text), expected)
-
-
-def test_rows_and_samples_may_differ() -> None:
-    """Two keys per sample: M = 2 N."""
-    image, text, x, y = Encoder(), Encoder(), torch.randn(5, 6), torch.randn(5, 2, 6)
-
-    def loss_fn(a: Tensor, b: Tensor) -> Tensor:
-        return F.cross_entropy(10 * a @ b.T, torch.arange(0, 10, 2))
-
-    loss_fn(image(x), text(y.flatten(0, 1))).backward()
-    expected = gradients(image, text)
-    clear(image, text)
-    GradCache([image, lambda keys: text(keys.flatten(0, 1))], loss_fn, chunk_size=2)(x, y)
-    assert_same(gradients(image, text), expected)
-
-
 def test_single_sample_and_three_encoders() -> None:
     towers, inputs = [Encoder() for _ in range(3)], [torch.randn(6, 6) for _ in range(3)]
 
@@ -351,10 +235,11 @@ def test_activation_memory_is_one_chunk() -> None:
     assert peaks[0] == peaks[1] > 0
 
 
-def test_checkpointed_encoder() -> None:
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_encoder(reentrant: bool) -> None:
     image, text = Encoder(dropout=0.3), Encoder()
-    x, y = torch.randn(8, 6), torch.randn(8, 6)
-    checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, image, use_reentrant=False)
+    x, y = torch.randn(8, 6, requires_grad=True), torch.randn(8, 6)
+    checkpointed = functools.partial(checkpoint, image, use_reentrant=reentrant)
     torch.manual_seed(5)
     GradCache([image, text], plain_infonce, chunk_size=3)(x, y)
     expected = gradients(image, text)
@@ -383,66 +268,96 @@ def test_batch_norm_is_warned_about_once_and_moves_once() -> None:
         GradCache([image, text], plain_infonce, chunk_size=4)(x, y)
 
 
-def _dual_model() -> tuple[nn.Module, nn.Module, nn.Module, nn.Parameter]:
-    class Dual(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.image, self.text = Encoder(), Encoder(20)
-            self.log_scale = nn.Parameter(torch.tensor(2.0))
-
-        def forward(self, which: str, x: Tensor) -> Tensor:
-            return self.image(x) if which == "image" else self.text(x)
-
-    torch.manual_seed(0)
-    model = Dual()
-    return model, model.image, model.text, model.log_scale
+def hinge(a: Tensor, b: Tensor) -> Tensor:
+    """Frome et al. 2013: every wrong key should be less similar than the right one by a margin."""
+    similarity = a @ b.T
+    return (0.1 + similarity - similarity.diagonal()[:, None]).clamp(min=0).sum() / len(a)
 
 
-def _ddp_worker(rank: int, world: int, shared: bool) -> None:
-    model, image, text, log_scale = _dual_model()
-    x, y = torch.randn(world, 7, 6), torch.randn(world, 7, 6)
+def cca(a: Tensor, b: Tensor) -> Tensor:
+    """Minus the total canonical correlation: each gradient depends on every row."""
+    a, b = a - a.mean(0), b - b.mean(0)
 
-    def loss_fn(a: Tensor, b: Tensor) -> Tensor:
-        return plain_infonce(a, b, log_scale.exp())
+    def whitened(x: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x) + 1e-3 * torch.eye(x.shape[1]))
+        return x @ (vectors * values.rsqrt()) @ vectors.T
 
-    expected = []
-    for r in range(world):
-        loss_fn(image(x[r]), text(y[r])).backward()
-    expected = [grad / world for grad in gradients(model)]
-    clear(model)
-
-    reductions = 0
-
-    def count(state, bucket):  # unannotated: DDP reads annotations, not strings
-        nonlocal reductions
-        reductions += 1
-        return allreduce_hook(dist.group.WORLD, bucket)
-
-    encoders: list[Callable[..., Tensor]]
-    if shared:
-        wrapper = nn.parallel.DistributedDataParallel(model)
-        wrapper.register_comm_hook(None, count)
-        encoders = [functools.partial(wrapper, "image"), functools.partial(wrapper, "text")]
-    else:
-        wrappers = [nn.parallel.DistributedDataParallel(m) for m in (image, text)]
-        for each in wrappers:
-            each.register_comm_hook(None, count)
-        encoders = list(wrappers)
-    step = GradCache(encoders, loss_fn, chunk_size=[3, 2 + rank])  # ranks differ in chunks
-    for _ in range(2):  # a second step fails if the first left a reducer waiting
-        clear(model)
-        before = reductions
-        step(x[rank], y[rank])
-        assert reductions - before == (1 if shared else 2), "one bucket per wrapper, reduced once"
-    if not shared:  # the scale is in no wrapper: its reduction is the caller's
-        dist.all_reduce(log_scale.grad)
-        log_scale.grad /= world
-    assert_same(gradients(model), expected)
+    return -torch.linalg.matrix_norm(whitened(a).T @ whitened(b) / len(a), "nuc")
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_ddp_reduces_once(shared: bool, tmp_path: Any) -> None:
-    ranks.run(_ddp_worker, 2, tmp_path, shared)
+class Cycle(nn.Module):
+    """Two maps between the spaces, each the other's way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.back = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        there, back = F.mse_loss(self.there(a), b), F.mse_loss(self.back(self.there(a)), a)
+        return there + back, {"there": there.detach(), "back": back.detach()}
+
+
+@pytest.mark.parametrize("kind", ["hinge", "cca", "cycle"])
+def test_any_loss_of_embeddings(kind: str) -> None:
+    """In float64: the canonical correlation is ill-conditioned, and the sum over chunks is ordered otherwise."""
+    image, text = Encoder(dropout=0.2).double(), Encoder(20).double()
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss_fn = {"hinge": hinge, "cca": cca, "cycle": Cycle()}[kind]
+        own = [loss_fn] if isinstance(loss_fn, nn.Module) else []
+        inputs = [torch.randn(13, 6), torch.randn(13, 6)]
+        torch.manual_seed(5)
+        output = loss_fn(*chunk_graph([image, text], inputs, [4, 13]))
+        (output[0] if isinstance(output, tuple) else output).backward()
+        expected = gradients(image, text, *own)
+        clear(image, text, *own)
+        torch.manual_seed(5)
+        cached = GradCache([image, text], loss_fn, chunk_size=[4, 13])(*inputs)
+        torch.testing.assert_close(cached, (output[0].detach(), *output[1:]) if own else output.detach())
+        assert_same(gradients(image, text, *own), expected, 1e-12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Outcome(NamedTuple):
+    loss: Tensor
+    logits: Tensor
+
+
+def test_further_output_keeps_its_type_and_no_graph() -> None:
+    image, text = Encoder(), Encoder()
+    inputs = torch.randn(6, 6), torch.randn(6, 6)
+    for size in (2, 6):
+        out = GradCache([image, text], lambda a, b: Outcome(plain_infonce(a, b), a @ b.T), chunk_size=size)(*inputs)
+        assert isinstance(out, Outcome)
+        assert not out.loss.requires_grad and not out.logits.requires_grad
+
+
+def test_compiled_encoders() -> None:
+    """A compiled module and a compiled function; the last chunk is shorter."""
+    torch._dynamo.reset()
+    backend = "aot_eager"
+    encoders = [Encoder(dropout=0.3), Encoder(20)]
+    inputs = [torch.randn(10, 6), torch.randn(10, 6)]
+    layers = [torch.compile(encoder.layers, backend=backend) for encoder in encoders]
+    run = [layers[0], torch.compile(lambda x: F.normalize(layers[1](x), dim=-1), backend=backend)]
+    torch.manual_seed(5)
+    plain_infonce(*chunk_graph(run, inputs, [4, 3])).backward()
+    expected = gradients(*encoders)
+    clear(*encoders)
+    torch.manual_seed(5)
+    GradCache(run, plain_infonce, chunk_size=[4, 3])(*inputs)
+    assert_same(gradients(*encoders), expected)
+
+
+def test_no_samples_at_all() -> None:
+    """What a rank without data does: no gradient of its own, but a step like the others'."""
+    image, text = Encoder(), Encoder()
+    loss = GradCache([image, text], lambda a, b: infonce(a, b, 10.0), chunk_size=2)(
+        torch.empty(0, 6), torch.empty(0, 6)
+    )
+    assert loss == 0
+    assert all(not g.any() for g in gradients(image, text))
 
 
 @pytest.mark.gpu
@@ -460,72 +375,3 @@ def test_cuda_generators_are_replayed() -> None:
     torch.manual_seed(5)
     GradCache(encoders, loss_fn, chunk_size=4)(*inputs)
     assert_same(gradients(*encoders), expected)
-
-
-ENCODER = Encoder()
-X = torch.randn(6, 6)
-MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "no encoders": (lambda: GradCache([], plain_infonce, chunk_size=2), TypeError, "encoders: expected a non-empty"),
-    "a bare module": (lambda: GradCache(ENCODER, plain_infonce, chunk_size=2), TypeError, "encoders: expected"),
-    "not callable": (lambda: GradCache([ENCODER, 3], plain_infonce, chunk_size=2), TypeError, r"encoders\[1\]"),
-    "loss": (lambda: GradCache([ENCODER], None, chunk_size=2), TypeError, "loss_fn: expected a callable"),
-    "zero chunk": (lambda: GradCache([ENCODER], plain_infonce, chunk_size=0), ValueError, "at least 1, got 0"),
-    "float chunk": (lambda: GradCache([ENCODER], plain_infonce, chunk_size=2.0), TypeError, "chunk_size"),
-    "chunks": (lambda: GradCache([ENCODER] * 2, plain_infonce, chunk_size=[2]), ValueError, "the 2 encoders"),
-    "auto": (lambda: GradCache([ENCODER], plain_infonce, chunk_size="auto"), NotImplementedError, "chunk_size"),
-    "budget": (
-        lambda: GradCache([ENCODER], plain_infonce, chunk_size=2, memory_budget=1),
-        NotImplementedError,
-        "memory_budget",
-    ),
-    "token loss": (
-        lambda: GradCache([ENCODER], plain_infonce, chunk_size=2, token_loss_fn=plain_infonce),
-        NotImplementedError,
-        "token_loss_fn",
-    ),
-    "inputs": (lambda: step(X), ValueError, "inputs: expected 2, one per encoder, got 1"),
-    "members disagree": (
-        lambda: step(Args(X, mask=X[:5]), X),
-        ValueError,
-        r"inputs\[0\].kwargs\['mask'\]: expected 6 samples like inputs\[0\].args\[0\]",
-    ),
-    "a list of arguments": (lambda: step({"x": X, "rest": [X, X]}, X), ValueError, "a list holds one entry a sample"),
-    "nothing to split": (lambda: step(3, X), TypeError, r"inputs\[0\]: expected a tensor"),
-    "no way to split": (lambda: step({"x": X, "o": object()}, X), TypeError, r"inputs\[0\]\['o'\]"),
-    "output type": (lambda: bad_output(lambda x: (x,)), TypeError, r"encoders\[0\]: output"),
-    "output dtype": (lambda: bad_output(lambda x: x.long()), TypeError, r"encoders\[0\]: output"),
-    "output shape": (lambda: bad_output(lambda x: x.sum()), ValueError, r"encoders\[0\]: output"),
-    "loss type": (lambda: bad_loss(lambda a, b: 3.0), TypeError, "loss_fn: output"),
-    "loss shape": (lambda: bad_loss(lambda a, b: a), ValueError, "loss_fn: output"),
-    "constant loss": (lambda: bad_loss(lambda a, b: a.detach().sum()), ValueError, "something trainable"),
-}
-
-
-def step(*inputs: Any) -> Any:
-    return GradCache([ENCODER, ENCODER], plain_infonce, chunk_size=2)(*inputs)
-
-
-def bad_output(encoder: Callable[[Tensor], Any]) -> Any:
-    return GradCache([encoder, ENCODER], plain_infonce, chunk_size=2)(X, X)
-
-
-def bad_loss(loss_fn: Callable[..., Any]) -> Any:
-    return GradCache([ENCODER, ENCODER], loss_fn, chunk_size=2)(X, X)
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake: str) -> None:
-    call, error, message = MISTAKES[mistake]
-    with pytest.raises(error, match=message):
-        call()
-
-
-def test_array_input_keeps_its_dtype() -> None:
-    seen = []
-
-    def encoder(chunk: np.ndarray) -> Tensor:
-        seen.append(chunk.dtype)
-        return ENCODER(torch.from_numpy(chunk))
-
-    GradCache([encoder, ENCODER], plain_infonce, chunk_size=4)(X.numpy(), X)
-    assert seen == [np.dtype(np.float32)] * 4

@@ -1,0 +1,133 @@
+"""chunk_size="auto": when to measure, how to cut, what to do when memory ran out all the same."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backward import Undo
+from .budget import Fit, free_memory, largest_cut, peak_memory, probe
+from .chunks import amount, split, tensors
+from .sync import Sync
+from .tokens import TokenLoss
+from .tower import Encoder, Tower, embedding
+
+__all__ = ["AutoSize", "split_together"]
+
+
+class AutoSize:
+    """The chunk sizes of a GradCache, from its first call on.
+
+    Args:
+        encoders, token_loss_fn: as in `GradCache`.
+        asked: for each encoder a size, or "auto".
+        budget: bytes, or None for what is free.
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[Encoder],
+        token_loss_fn: Callable[..., Any] | None,
+        asked: Sequence[Any],
+        budget: int | None,
+    ) -> None:
+        self._encoders, self._token_loss_fn = encoders, token_loss_fn
+        self._asked, self._budget = asked, budget
+        self._fits: dict[int, Fit] = {}  # of each automatic encoder; with a token loss, 0 is all of them together
+        self._warned = False
+
+    def fit(self, inputs: Sequence[Any], modules: list[nn.Module], sync: Sync) -> None:
+        """Measure, at the first call."""
+        if self._fits:
+            return
+        known = itertools.chain(
+            (t for m in modules for t in itertools.chain(m.parameters(), m.buffers())), tensors(list(inputs))
+        )
+        there = list(known)
+        if self._token_loss_fn is not None:
+            self._fits[0] = self._probe(range(len(inputs)), tuple(inputs), "inputs", 1, there, modules, sync)
+            return
+        wrappers = [Sync(Tower(encoder, [None], "").modules).ids() for encoder in self._encoders]
+        for i, size in enumerate(self._asked):
+            if size == "auto":
+                sharing = sum(bool(wrappers[i] & other) for other in wrappers) or 1  # their last chunks go together
+                self._fits[i] = self._probe([i], inputs[i], f"inputs[{i}]", sharing, there, modules, sync)
+
+    def _probe(
+        self,
+        members: Sequence[int],
+        value: Any,
+        name: str,
+        sharing: int,
+        known: list[torch.Tensor],
+        modules: list[nn.Module],
+        sync: Sync,
+    ) -> Fit:
+        device = next((t.device for t in known if t.is_cuda), None)
+        budget = (free_memory(device) if self._budget is None else self._budget) / sharing
+
+        def measure(chunk: Any) -> int:
+            chunks = chunk if self._token_loss_fn is not None else [chunk]
+            towers = [self._tower(i, [part]) for i, part in zip(members, chunks, strict=True)]
+            undo = Undo(modules, {device for tower in towers for device in tower.devices})
+            try:
+                with sync.held():
+                    return peak_memory(lambda: self._run(towers), known, device, undo)
+            finally:
+                undo.restore()
+                torch.clear_autocast_cache()
+
+        return probe(value, name, measure, budget)
+
+    def _run(self, towers: list[Tower]) -> list[torch.Tensor]:
+        outputs = [tower.run(tower.chunks[0]) for tower in towers]
+        made = [embedding(out) for out in outputs]
+        if self._token_loss_fn is not None:
+            inputs = [tower.chunks[0] for tower in towers]
+            made += TokenLoss(self._token_loss_fn, None).first(outputs, inputs, ()).values()
+        return made
+
+    def _tower(self, i: int, chunks: list[Any]) -> Tower:
+        return Tower(self._encoders[i], chunks, f"encoders[{i}]", self._token_loss_fn is not None)
+
+    def cut(self, inputs: Sequence[Any]) -> tuple[list[int], list[list[Any]]]:
+        """The size in use and the chunks, for each encoder."""
+        if self._token_loss_fn is not None:
+            split_together(inputs, 1)
+            size, chunks = self._cut(tuple(inputs), 0, "inputs")
+            return [size] * len(inputs), [list(column) for column in zip(*chunks, strict=True)]
+        cuts = []
+        for i, (value, size) in enumerate(zip(inputs, self._asked, strict=True)):
+            name = f"inputs[{i}]"
+            cuts.append(self._cut(value, i, name) if size == "auto" else (size, split(value, size, name)))
+        return [size for size, _ in cuts], [chunks for _, chunks in cuts]
+
+    def _cut(self, value: Any, i: int, name: str) -> tuple[int, list[Any]]:
+        size, chunks = largest_cut(value, self._fits[i], name)
+        if size == 1 and not self._warned and max(map(amount, chunks)) > self._fits[i].largest:
+            self._warned = True
+            warnings.warn(f"{name}: a single sample is expected to take more than memory_budget", stacklevel=4)
+        return size, chunks
+
+    def back_off(self, sizes: Sequence[int], chunks: Sequence[list[Any]], towers: Sequence[int]) -> bool:
+        """Halve the chunks of these encoders; False if none can be."""
+        halved = False
+        for i in {0} if self._token_loss_fn is not None and towers else set(towers):
+            if i in self._fits and sizes[i] > 1:
+                together = list(zip(*chunks, strict=True)) if self._token_loss_fn is not None else chunks[i]
+                fit = self._fits[i]
+                fit.largest = fit.whole + (max(map(amount, together)) - fit.whole) / 2
+                halved = True
+        return halved
+
+
+def split_together(inputs: Sequence[Any], size: int) -> list[list[Any]]:
+    """The chunks for each encoder, of the same samples."""
+    for i, value in enumerate(inputs):
+        split(value, size, f"inputs[{i}]")
+    return [list(column) for column in zip(*split(tuple(inputs), size, "inputs"), strict=True)]

@@ -1,0 +1,95 @@
+"""Backward passes that can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .replay import RandomState, batch_norms
+
+__all__ = ["Undo", "backward", "leaves", "out_of_memory"]
+
+
+class Undo:
+    """What a step changes, as it was before: one that ran out of memory can begin anew.
+
+    These are the gradients, BatchNorm's running statistics and the random generators. A gradient that is there already,
+    as when several batches accumulate, is copied when a backward first reaches it.
+
+    Args:
+        modules: whose parameters and statistics the step may change.
+        devices: CUDA devices with generators in play.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> None:
+        modules = list(modules)
+        self._before: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        self._random = RandomState.now(devices)
+        self._statistics = [(b, b.clone()) for norm in batch_norms(modules) for b in norm.buffers(recurse=False)]
+        # Reentrant checkpoints hide their parameters from the graph.
+        self.keep(p for module in modules for p in module.parameters() if p.requires_grad)
+
+    def keep(self, leaves: Iterable[Tensor]) -> None:
+        for leaf in leaves:
+            if id(leaf) not in self._before:
+                grad = leaf.grad
+                self._before[id(leaf)] = leaf, grad, None if grad is None else grad.clone()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for leaf, grad, value in self._before.values():
+            if grad is not None and value is not None:
+                grad.copy_(value)  # in place: it may be a view of a reducer's bucket
+            leaf.grad = grad
+        for buffer, value in self._statistics:
+            buffer.copy_(value)
+        self._random.restore()
+
+
+def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], undo: Undo | None = None) -> bool:
+    """Backward from those outputs that have a graph; False if none has."""
+    live = [i for i, out in enumerate(outputs) if out.requires_grad]
+    if live and undo is not None:
+        undo.keep(leaf for i in live for leaf in leaves(outputs[i]))
+    with _autocast_off():
+        if live:
+            torch.autograd.backward([outputs[i] for i in live], [gradients[i] for i in live])
+    return bool(live)
+
+
+def leaves(output: Tensor) -> list[Tensor]:
+    """The leaves that a backward from this tensor sends gradients to."""
+    if output.grad_fn is None:
+        return [output] if output.requires_grad else []
+    found: list[Tensor] = []
+    seen: set[Any] = {None}
+    stack: list[Any] = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                found.append(node.variable)
+            stack.extend(following for following, _ in node.next_functions)
+    return found
+
+
+@contextmanager
+def _autocast_off() -> Iterator[None]:
+    """Backward runs in the dtypes that forward chose, not under autocast once more."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a device or on the host."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch's CPU allocator

@@ -1,0 +1,244 @@
+"""Gradient caching: the gradient of a large batch with the activations of one chunk in memory.
+
+    1. embed      every chunk through its encoder without gradients; the random state before each chunk is kept
+    2. loss       on the detached embeddings of the whole batch; its backward gives dloss/dembedding, the cache
+    3. re-embed   chunk by chunk with gradients and the random state replayed, backward from the cache
+
+The chain rule makes this exact: `.grad` afterwards equals that of one graph over the whole batch. The price is a second
+forward; what is saved is every activation but one chunk's.
+
+Source: Gao, Zhang, Han, Callan, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021
+(arXiv:2101.06983).
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.ops._checks import not_yet, wrong_type, wrong_value
+
+from .auto import AutoSize, split_together
+from .backward import Undo
+from .chunks import split
+from .replay import batch_norms
+from .step import RanOut, Step
+from .sync import Sync
+from .tokens import TokenLoss
+from .tower import Encoder, Tower, modules_behind
+
+__all__ = ["GradCache"]
+
+
+class GradCache:
+    """Forward and backward of a loss over embeddings, chunk by chunk.
+
+    `p.grad += d loss_fn(encoder_0(input_0), encoder_1(input_1), ...) / dp` for every parameter of the encoders and of
+    the loss.
+
+    Each call takes one input per encoder. An input is split into chunks along its samples:
+
+    - a tensor or NumPy array along dim 0;
+    - a list by its entries, one a sample (ragged images, strings);
+    - `Ragged(values, counts)` by its counts (patches of a varying number of images per sample);
+    - a dict, tuple or `Args` member by member, all with the same number of samples;
+    - any other object by its own `split(chunk_size)`, which returns a sequence of chunks (`PackedBatch`);
+    - None, numbers, strings and 0-dim tensors go to every chunk whole.
+
+    A chunk goes to its encoder as one argument, or as several when the input is `Args`. The encoder returns a tensor
+    whose rows are embeddings; the rows of all chunks, concatenated, go to the loss.
+
+    Both forward passes run under the caller's autocast, both backward passes outside it. Dropout and whatever else
+    draws from PyTorch's CPU and CUDA generators draws the same numbers in both passes; afterwards the generators stand
+    where one forward leaves them. An encoder whose parameters are all frozen is not run a second time. When every
+    input is a single chunk there is nothing to cache and one plain step is taken.
+
+    **Token losses.** With `token_loss_fn` an encoder may return a tuple that begins with the embeddings, and each chunk
+    of samples also has losses over its tokens (masked words, captions), taken in the second pass, where its graph is::
+
+        def token_loss(outputs, inputs):                   # of one chunk: an entry for each encoder
+            logits, labels = outputs[1][1], inputs[1]["labels"]
+            return F.cross_entropy(logits, labels, reduction="sum"), (labels != -100).sum()
+
+    It returns (sum, count), or a dict of such pairs, one per objective; a weight is a factor of the sum. An objective
+    is its sum over the whole batch divided by its count over the whole batch, whatever the chunks; an objective with no
+    token at all is 0. The function is also run in the first pass, without gradients, for the counts. All encoders then
+    have chunks of the same samples, and frozen ones are run in both passes.
+
+    **Several ranks.** DistributedDataParallel encoders reduce their gradients once, in the last backward that reaches
+    them; encoders that share a wrapper run their last chunks in one backward. Parameters of the loss are reduced with
+    it when they belong to a wrapper. So do `fully_shard` modules, which hold whole gradients until then. Wrappers are
+    found in modules, compiled modules, bound methods, partials, and functions that close over them. Token counts are
+    summed over `group`, if given: the objective is then the mean over the tokens of all ranks, under DDP's averaging.
+
+    **Automatic sizes.** With `chunk_size="auto"` the first call measures a forward and backward of two small chunks,
+    fits `peak = a + b·amount` (tokens of packed batches, elements of tensors), and takes the largest chunks that
+    fit `memory_budget`. When memory runs out all the same, the step is undone, the chunks of the encoder that ran out
+    are halved, and the step begins anew; no gradient is added twice. Ranks begin anew together, except in the very
+    last backward, where the error is raised. `chunk_sizes` has the sizes of the last call.
+
+    BatchNorm in training mode normalises by the chunk, so that its gradient is not the whole batch's: this is warned
+    about once. Its running statistics move once per chunk, in the first pass.
+
+    Args:
+        encoders: callables, each `chunk -> [rows, ...]` floating point; one may come several times (tied towers).
+        loss_fn: `(*embeddings) -> scalar loss`, or a tuple that begins with the loss. May have parameters of its own.
+        chunk_size: samples in a chunk, or "auto"; for all encoders or one per encoder.
+        memory_budget: for "auto": bytes that the forward and backward of one chunk may take. On a CUDA device its peak,
+            elsewhere what autograd saves. None for what is free at the first call.
+        token_loss_fn: `(outputs, inputs) -> (sum, count) or {objective: (sum, count)}` of one chunk; see above.
+        group: process group of the ranks that train together: token counts are summed over it. With "auto" also needed
+            when `loss_fn` talks to other ranks and no encoder is wrapped.
+
+    Raises:
+        TypeError: an argument, an input or an encoder's output of the wrong type.
+        ValueError: a chunk size below 1, a wrong number of inputs, members of one input that disagree in samples, or
+            under fully_shard ranks that disagree in chunks.
+        NotImplementedError: automatic sizes with fully_shard.
+
+    Example:
+        >>> step = GradCache([image_tower, text_tower], lambda x, y: infonce(x, y, log_scale.exp()), chunk_size=64)
+        >>> loss = step(images, texts)          # images [4096, 3, 224, 224]; gradients are in place
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[Encoder] | nn.ModuleList,
+        loss_fn: Callable[..., Any],
+        *,
+        chunk_size: int | Literal["auto"] | Sequence[int | Literal["auto"]],
+        memory_budget: int | None = None,
+        token_loss_fn: Callable[[list[Any], list[Any]], Any] | None = None,
+        group: Any = None,
+    ) -> None:
+        if not isinstance(encoders, (Sequence, nn.ModuleList)) or not len(encoders):
+            wrong_type("encoders", "a non-empty sequence of callables", encoders)
+        for i, encoder in enumerate(encoders):
+            if not callable(encoder):
+                wrong_type(f"encoders[{i}]", "a callable", encoder)
+        if not callable(loss_fn):
+            wrong_type("loss_fn", "a callable", loss_fn)
+        if token_loss_fn is not None and not callable(token_loss_fn):
+            wrong_type("token_loss_fn", "a callable", token_loss_fn)
+        if group is not None and not callable(getattr(group, "size", None)):
+            wrong_type("group", "a process group of torch.distributed", group)
+        self.encoders: list[Encoder] = list(encoders)
+        self.loss_fn = loss_fn
+        self.token_loss_fn = token_loss_fn
+        self.group = group
+        asked = _chunk_sizes(chunk_size, len(self.encoders))
+        if token_loss_fn is not None and len(set(asked)) > 1:
+            wrong_value("chunk_size", "the same for every encoder, because of token_loss_fn", chunk_size)
+        if memory_budget is not None:
+            _check_budget(memory_budget, asked)
+        auto = AutoSize(self.encoders, token_loss_fn, asked, memory_budget)
+        self._auto = auto if "auto" in asked else None
+        self.chunk_sizes: list[Any] = asked
+        self._warned_of_batch_norm = False
+
+    def __call__(self, *inputs: Any, scale_loss: Callable[[Tensor], Tensor] | None = None) -> Any:
+        """Run forward and backward; gradients are added to `.grad`.
+
+        Args:
+            inputs: one per encoder, see the class.
+            scale_loss: applied to the loss, part by part, before its backward, and so to every gradient: a
+                multiplication such as `scaler.scale` of a `torch.amp.GradScaler`, or a division by the number of
+                accumulated batches.
+
+        Returns:
+            what `loss_fn` returned, the loss detached and not scaled. With `token_loss_fn` a tuple: the loss with all
+            objectives added, what else `loss_fn` returned, and a dict of the objectives ("token_loss" for a bare pair).
+        """
+        if len(inputs) != len(self.encoders):
+            wrong_value("inputs", f"{len(self.encoders)}, one per encoder", len(inputs))
+        if scale_loss is not None and not callable(scale_loss):
+            wrong_type("scale_loss", "a callable", scale_loss)
+        scale_loss = scale_loss or _as_it_is
+        modules = list({id(m): m for f in (*self.encoders, self.token_loss_fn) for m in modules_behind(f)}.values())
+        if self._auto is not None:
+            return self._run_auto(self._auto, inputs, scale_loss, modules)
+        if self.token_loss_fn is not None:
+            chunks = split_together(inputs, self.chunk_sizes[0])
+        else:
+            chunks = [
+                split(x, n, f"inputs[{i}]") for i, (x, n) in enumerate(zip(inputs, self.chunk_sizes, strict=True))
+            ]
+        return self._step(chunks, scale_loss, modules).run()
+
+    def _run_auto(
+        self, auto: AutoSize, inputs: Sequence[Any], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]
+    ) -> Any:
+        sync = Sync(modules)
+        if sync.fsdp:
+            not_yet("chunk_size", "auto, with fully_shard")
+        auto.fit(inputs, modules, sync)
+        peers = sync.groups() if self.group is None else [self.group]
+        while True:
+            self.chunk_sizes, chunks = auto.cut(inputs)
+            step = self._step(chunks, scale_loss, modules)
+            step.peers = peers
+            step.undo = undo = Undo(modules, {device for tower in step.towers for device in tower.devices})
+            try:
+                return step.run()
+            except RanOut as error:
+                undo.restore()
+                short = [i for i, tower in enumerate(step.towers) if tower in error.towers]
+                if not auto.back_off(self.chunk_sizes, chunks, short) and error.cause is not None:
+                    raise error.cause from None
+            del step
+            gc.collect()  # the error's frames hold activations
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+    def _step(self, chunks: list[list[Any]], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]) -> Step:
+        more = self.token_loss_fn is not None
+        towers = [
+            Tower(encoder, parts, f"encoders[{i}]", more)
+            for i, (encoder, parts) in enumerate(zip(self.encoders, chunks, strict=True))
+        ]
+        self._warn_of_batch_norm(towers)
+        token = None if self.token_loss_fn is None else TokenLoss(self.token_loss_fn, self.group)
+        return Step(towers, self.loss_fn, token, scale_loss, modules)
+
+    def _warn_of_batch_norm(self, towers: list[Tower]) -> None:
+        for tower in towers:
+            if not self._warned_of_batch_norm and len(tower.chunks) > 1 and batch_norms(tower.modules):
+                self._warned_of_batch_norm = True
+                warnings.warn(
+                    f"{tower.name}: BatchNorm in training mode normalises by the chunk, not by the batch, so gradients "
+                    "differ from the full batch's. Use LayerNorm or GroupNorm, or set those layers to eval().",
+                    stacklevel=4,
+                )
+
+
+def _as_it_is(loss: Tensor) -> Tensor:
+    return loss
+
+
+def _check_budget(budget: Any, asked: list[Any]) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        wrong_type("memory_budget", "None or bytes, an int", budget)
+    if budget < 1:
+        wrong_value("memory_budget", "at least 1 byte", budget)
+    if "auto" not in asked:
+        wrong_value("memory_budget", "None, unless a chunk_size is 'auto'", budget)
+
+
+def _chunk_sizes(chunk_size: Any, encoders: int) -> list[Any]:
+    is_list = isinstance(chunk_size, Sequence) and not isinstance(chunk_size, str)
+    sizes = list(chunk_size) if is_list else [chunk_size] * encoders
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int):
+            if size != "auto":
+                wrong_type("chunk_size", 'an int or "auto", or one per encoder', chunk_size)
+        elif size < 1:
+            wrong_value("chunk_size", "at least 1", chunk_size)
+    if len(sizes) != encoders:
+        wrong_value("chunk_size", f"one for all, or one for each of the {encoders} encoders", chunk_size)
+    return sizes

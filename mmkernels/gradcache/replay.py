@@ -1,0 +1,65 @@
+"""What a second forward must find as the first one did: random generators and the state that modules carry along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RandomState", "batch_norms", "cuda_devices", "kept"]
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """PyTorch's default generators: the CPU's and those of the CUDA devices in play."""
+
+    cpu: Tensor
+    cuda: dict[torch.device, Tensor]
+
+    @staticmethod
+    def now(devices: Iterable[torch.device]) -> RandomState:
+        return RandomState(torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices})
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, the generators go on from this state; afterwards they stand as if nothing had been drawn."""
+        after = RandomState.now(self.cuda)
+        self.restore()
+        try:
+            yield
+        finally:
+            after.restore()
+
+
+def cuda_devices(tensors: Iterable[Tensor]) -> set[torch.device]:
+    """The CUDA devices of these tensors, and the current one; empty where CUDA is not in use."""
+    if not torch.cuda.is_initialized():
+        return set()
+    return {t.device for t in tensors if t.is_cuda} | {torch.device("cuda", torch.cuda.current_device())}
+
+
+def batch_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The BatchNorm layers in training mode."""
+    layers = (layer for module in modules for layer in module.modules())
+    return [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training]
+
+
+@contextmanager
+def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """BatchNorm's running statistics stand afterwards as they stood before: they move once, in the first pass."""
+    buffers = [buffer for layer in batch_norms(modules) for buffer in layer.buffers(recurse=False)]
+    values = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)

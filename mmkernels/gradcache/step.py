@@ -1,0 +1,236 @@
+"""One step of gradient caching in its three passes, and how it gives up when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.ops._checks import wrong_type, wrong_value
+
+from .backward import Undo, backward, leaves, out_of_memory
+from .replay import kept
+from .sync import Sync, reduced
+from .tokens import TokenLoss
+from .tower import Tower, embedding
+
+__all__ = ["RanOut", "Step"]
+
+# Chunks that share one backward: (tower, number of its chunk).
+Bundle = list[tuple[Tower, int]]
+
+
+class RanOut(Exception):  # noqa: N818  what happened, not a mistake
+    """Memory ran out, and nothing was done that cannot be undone. No towers: it was on another rank."""
+
+    def __init__(self, towers: Sequence[Tower], cause: BaseException | None) -> None:
+        super().__init__()
+        self.towers, self.cause = towers, cause
+
+
+@dataclass
+class _Made:
+    """What the forward of a bundle made: outputs of its encoders, sums of the token objectives."""
+
+    outputs: list[Any]
+    sums: dict[str, Tensor]
+
+
+@dataclass
+class Step:
+    """Forward and backward of one batch.
+
+    Args:
+        towers: the encoders with their chunks.
+        loss_fn: of the embeddings.
+        token: the loss per token, if any; then all towers have the same number of chunks.
+        scale_loss: applied to every part of the loss before its backward.
+        modules: all that may be run: encoders and token loss.
+        undo: under automatic sizes: raise `RanOut`, not what the allocator said.
+        peers: under automatic sizes: process groups whose ranks must begin anew together.
+    """
+
+    towers: list[Tower]
+    loss_fn: Callable[..., Any]
+    token: TokenLoss | None
+    scale_loss: Callable[[Tensor], Tensor]
+    modules: list[nn.Module]
+    undo: Undo | None = None
+    peers: Sequence[Any] = ()
+
+    def run(self) -> Any:
+        """What `loss_fn` returned, the loss detached; with a token loss, the whole loss first and its parts last.
+
+        When every encoder has one chunk there is nothing to cache: the graph of pass 1 serves pass 3. Not so over
+        several ranks: they may differ in chunks, and all must talk in the same order, wrapper by wrapper.
+        """
+        sync, bundles = Sync(self.modules), self._bundles()
+        sync.expect_equal([len(tower.chunks) for tower in self.towers])
+        at_once = all(len(tower.chunks) == 1 for tower in self.towers) and not (sync.ddp_over_ranks() or self.peers)
+        with nullcontext() if at_once else sync.held():
+            # 1. Embed without gradients. The cache of cast weights goes: filled under no_grad, it would cut pass 3 off.
+            with torch.set_grad_enabled(at_once and torch.is_grad_enabled()):
+                made = [self._embed(bundle, at_once) for bundle in bundles]
+            if not at_once:
+                torch.clear_autocast_cache()
+
+            # 2. Loss on the detached embeddings of the whole batch; `.grad` of these is the cache.
+            for tower in self.towers:
+                tower.join()
+            output = self.loss_fn(*(tower.embeddings for tower in self.towers))
+            from_loss = leaves(_loss_of(output))
+            self._backward_loss(output)
+
+        # 3. Re-embed with gradients, backward from the cache. Gradients are reduced in the last backward alone.
+        if at_once:
+            joined = _Made([out for each in made for out in each.outputs], made[-1].sums)
+            with self._may_run_out(self.towers):
+                self._backward([pair for bundle in bundles for pair in bundle], joined)
+            return self._result(output)
+        for first, last in self._order():
+            with kept(self.modules):
+                with sync.held(), self._all_or_none():
+                    self._embed_again_and_backward(first)
+                with self._may_run_out(self.towers, reducing=True):
+                    self._backward(last, self._embed_again(last), from_loss)
+        return self._result(output)
+
+    def _bundles(self) -> list[Bundle]:
+        """The order of pass 1: encoder by encoder; with a token loss, all encoders chunk by chunk."""
+        if self.token is not None:
+            return [[(tower, i) for tower in self.towers] for i in range(len(self.towers[0].chunks))]
+        return [[(tower, i)] for tower in self.towers for i in range(len(tower.chunks))]
+
+    def _embed(self, bundle: Bundle, keep: bool) -> _Made:
+        """Pass 1 of a bundle; what it made has a graph, or is not kept."""
+        with self._may_run_out([tower for tower, _ in bundle]):
+            outputs = [tower.first(i) for tower, i in bundle]
+            sums = {} if self.token is None else self.token.first(outputs, _inputs(bundle), self._devices())
+        return _Made(outputs if keep else [], sums if keep else {})
+
+    def _backward_loss(self, output: Any) -> None:
+        loss = _loss_of(output)
+        if not backward([self.scale_loss(loss)], [None], self.undo) and self.token is None:
+            wrong_value("loss_fn: output", "a loss that depends on something trainable", loss)
+        if self.token is not None:
+            self.token.settle()
+
+    def _order(self) -> list[tuple[list[Bundle], Bundle]]:
+        """The bundles of pass 3, wrapper by wrapper, and the one in which each wrapper reduces.
+
+        A DDP reducer finishes in the one backward that reaches every parameter of its wrapper: the last chunks of
+        encoders that share one go together.
+        """
+        if self.token is not None:
+            bundles = self._bundles()
+            return [(bundles[:-1], bundles[-1])]
+        return [
+            (
+                [[(tower, i)] for tower in group for i in range(len(tower.chunks) - 1)],
+                [(tower, len(tower.chunks) - 1) for tower in group],
+            )
+            for group in _sharing(self.towers)
+        ]
+
+    def _embed_again_and_backward(self, bundles: list[Bundle]) -> None:
+        idle: set[int] = set()  # towers that turn out to have nothing to learn
+        for bundle in bundles:
+            if id(bundle[0][0]) not in idle and not self._backward(bundle, self._embed_again(bundle)):
+                idle.add(id(bundle[0][0]))
+
+    def _embed_again(self, bundle: Bundle) -> _Made:
+        """Pass 3 of a bundle: what pass 1 made, with its graph."""
+        with self._may_run_out([tower for tower, _ in bundle]):
+            outputs = [tower.again(i) for tower, i in bundle]
+            sums = {} if self.token is None else self.token.again(bundle[0][1], outputs, _inputs(bundle))
+        return _Made(outputs, sums)
+
+    def _backward(self, bundle: Bundle, made: _Made, from_loss: Sequence[Tensor] = ()) -> bool:
+        """Backward of a bundle from the cache; False if nothing in it learns."""
+        outputs: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        for (tower, i), out in zip(bundle, made.outputs, strict=True):
+            if tower.cache:
+                outputs.append(embedding(out))
+                gradients.append(tower.cache[i])
+        if self.token is not None:
+            outputs.append(self.scale_loss(self.token.part(made.sums)))
+            gradients.append(None)
+        # A zero for the parameters of a wrapper whose gradient came from the loss and is in place.
+        modules = self.modules if self.token is not None else [m for tower, _ in bundle for m in tower.modules]
+        wrapped = Sync(modules).ddp_parameters() if from_loss else set()
+        zeros = [leaf for leaf in from_loss if id(leaf) in wrapped]
+        with self._may_run_out([tower for tower, _ in bundle]):
+            return backward([*outputs, *zeros], [*gradients, *map(torch.zeros_like, zeros)], self.undo)
+
+    def _result(self, output: Any) -> Any:
+        loss, rest = _loss_of(output).detach(), []
+        if isinstance(output, tuple):
+            rest = [x.detach() if isinstance(x, Tensor) else x for x in output[1:]]
+        if self.token is not None:
+            return (self.token.total(loss), *rest, self.token.values)
+        if not isinstance(output, tuple):
+            return loss
+        return type(output)._make([loss, *rest]) if hasattr(output, "_make") else (loss, *rest)
+
+    def _devices(self) -> set[torch.device]:
+        return {device for tower in self.towers for device in tower.devices}
+
+    @contextmanager
+    def _may_run_out(self, towers: Sequence[Tower], reducing: bool = False) -> Iterator[None]:
+        """Turn the allocator's error into `RanOut`; not while peers wait in a collective, who cannot be called back."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, RanOut):
+                if reducing and self.peers and error.cause is not None:
+                    raise error.cause from None
+                raise
+            if self.undo is None or not out_of_memory(error):
+                raise
+            raise RanOut(towers, error) from None
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """If one rank ran out inside, all begin anew: its embeddings will be others, and so is every gradient."""
+        short: RanOut | None = None
+        try:
+            yield
+        except RanOut as error:
+            short = error
+        for group in self.peers:
+            if reduced([short is not None], group, "max").item() and short is None:
+                short = RanOut([], None)
+        if short is not None:
+            raise short
+
+
+def _inputs(bundle: Bundle) -> list[Any]:
+    return [tower.chunks[i] for tower, i in bundle]
+
+
+def _sharing(towers: list[Tower]) -> list[list[Tower]]:
+    """The towers with something to learn: those that share a wrapper together, every other one alone."""
+    groups: list[tuple[set[int], list[Tower]]] = []
+    for tower in towers:
+        if tower.cache:
+            wrappers, members = tower.sync.ids(), [tower]
+            for other in [group for group in groups if group[0] & wrappers]:
+                groups.remove(other)
+                wrappers, members = wrappers | other[0], other[1] + members
+            groups.append((wrappers, members))
+    return [members for _, members in groups]
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = output[0] if isinstance(output, tuple) and output else output
+    expected = "a scalar tensor, or a tuple that begins with one"
+    if not isinstance(loss, Tensor):
+        wrong_type("loss_fn: output", expected, output)
+    if loss.numel() != 1:
+        wrong_value("loss_fn: output", expected, loss)
+    return loss

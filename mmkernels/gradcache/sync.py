@@ -1,0 +1,93 @@
+"""Encoders over several ranks: when gradients are reduced, and what ranks must agree on before a collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmkernels.ops._checks import wrong_value
+
+__all__ = ["Sync", "reduced"]
+
+if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+
+class Sync:
+    """The DistributedDataParallel and fully_shard modules behind some encoders.
+
+    Args:
+        modules: where to look; wrappers inside them, as in a compiled module, are found too.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        inner = {id(m): m for module in modules for m in module.modules()}.values()
+        self.ddp: list[DistributedDataParallel] = [m for m in inner if isinstance(m, DistributedDataParallel)]
+        self.fsdp: list[Any] = [m for m in inner if dist.is_available() and isinstance(m, FSDPModule)]
+        self.norms = [m for m in inner if isinstance(m, nn.SyncBatchNorm) and m.training and dist.is_initialized()]
+
+    def ids(self) -> set[int]:
+        return {id(m) for m in (*self.ddp, *self.fsdp)}
+
+    def ddp_over_ranks(self) -> bool:
+        return any(m.process_group.size() > 1 for m in self.ddp)
+
+    def ddp_parameters(self) -> set[int]:
+        return {id(p) for m in self.ddp for p in m.parameters()}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, backward leaves gradients where they are; nothing is reduced, and shards stay gathered."""
+        with ExitStack() as stack:
+            for wrapper in self.ddp:
+                stack.enter_context(wrapper.no_sync())
+            self._set_fsdp(False)
+            try:
+                yield
+            finally:
+                self._set_fsdp(True)
+
+    def _set_fsdp(self, on: bool) -> None:
+        for module in self.fsdp:
+            module.set_requires_gradient_sync(on, recurse=False)
+            module.set_reshard_after_backward(on, recurse=False)
+
+    def groups(self) -> list[Any]:
+        """The process groups that gradients are reduced over."""
+        return _distinct([*(m.process_group for m in self.ddp), *self._sharded_over()])
+
+    def expect_equal(self, counts: list[int]) -> None:
+        """Sharded parameters and synchronised BatchNorm talk in every forward: ranks must run as many of them.
+
+        Raises:
+            ValueError: on every rank, if they do not.
+        """
+        for group in _distinct([*(m.process_group or dist.group.WORLD for m in self.norms), *self._sharded_over()]):
+            most = reduced([*counts, *(-n for n in counts)], group, "max").tolist()
+            if most[: len(counts)] != [-n for n in most[len(counts) :]]:
+                expected = "as many chunks on every rank (sharded parameters and SyncBatchNorm talk in every forward)"
+                wrong_value("inputs", expected, f"{counts} chunks here")
+
+    def _sharded_over(self) -> list[Any]:
+        meshes = {p.device_mesh for m in self.fsdp for p in m.parameters() if isinstance(p, DTensor)}
+        return [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim)]
+
+
+def _distinct(groups: Iterable[Any]) -> list[Any]:
+    return list({id(group): group for group in groups}.values())
+
+
+def reduced(values: Sequence[float] | Tensor, group: Any, op: str = "sum") -> Tensor:
+    """The elementwise sum or maximum over the ranks of a group, float64 on the host."""
+    flat = torch.as_tensor(values, dtype=torch.float64).detach()
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    moved = flat.to(device, copy=True)
+    dist.all_reduce(moved, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
+    return moved.cpu()

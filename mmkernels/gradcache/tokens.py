@@ -1,0 +1,101 @@
+"""Losses over tokens in the second pass: sums over a chunk, divided by counts over the whole batch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops._checks import wrong_type, wrong_value
+
+from .replay import RandomState
+from .sync import reduced
+
+__all__ = ["TokenLoss"]
+
+_EXPECTED = "(sum, count), or a dict of such pairs"
+
+
+class TokenLoss:
+    """One step's share of `token_loss_fn`: first every chunk is seen, then each is a part of the loss.
+
+    With W ranks in the group, an objective is `sum over ranks and chunks / count over ranks and chunks`; a rank's part
+    is W times its share of it, which a mean over the ranks undoes.
+
+    Args:
+        function: `(outputs, inputs)` of one chunk -> (sum, count) or {objective: (sum, count)}.
+        group: process group that counts are summed over, or None.
+    """
+
+    def __init__(self, function: Callable[..., Any], group: Any) -> None:
+        self._function, self._group = function, group
+        self._states: list[RandomState] = []
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._factors: dict[str, float] = {}
+        self.values: dict[str, Tensor] = {}  # after `settle`: each objective over the whole batch
+
+    def first(self, outputs: list[Any], inputs: list[Any], devices: Iterable[torch.device]) -> dict[str, Tensor]:
+        """Count one chunk, and return its sums."""
+        self._states.append(RandomState.now(devices))
+        terms = self._terms(outputs, inputs)
+        if self._sums and terms.keys() != self._sums.keys():
+            wrong_value("token_loss_fn: output", f"the objectives of the first chunk, {list(self._sums)}", list(terms))
+        for name, (total, count) in terms.items():
+            self._sums[name] = self._sums.get(name, 0) + total.detach().double()
+            self._counts[name] = self._counts.get(name, 0) + torch.as_tensor(count).detach().double().cpu()
+        return {name: total for name, (total, _) in terms.items()}
+
+    def settle(self) -> None:
+        """Every chunk was seen: now the counts are known."""
+        names = list(self._sums)
+        sums = torch.stack([self._sums[name].cpu() for name in names])
+        counts = torch.stack([self._counts[name] for name in names])
+        ranks = 1
+        if self._group is not None:
+            ranks = self._group.size()
+            mark = zlib.crc32(repr(names).encode())
+            if reduced([mark, -mark], self._group, "max").tolist() != [mark, -mark]:
+                wrong_value("token_loss_fn: output", "the same objectives on every rank", names)
+            sums, counts = reduced(torch.stack([sums, counts]), self._group)
+        safe = counts.where(counts != 0, 1.0)
+        self._factors = {name: ranks / n for name, n in zip(names, safe.tolist(), strict=True)}
+        self.values = {
+            name: (total / n).float().to(self._sums[name].device)
+            for name, total, n in zip(names, sums, safe, strict=True)
+        }
+
+    def again(self, i: int, outputs: list[Any], inputs: list[Any]) -> dict[str, Tensor]:
+        """The sums of chunk i, which was counted before; it draws the same random numbers."""
+        with self._states[i].replayed():
+            return {name: total for name, (total, _) in self._terms(outputs, inputs).items()}
+
+    def part(self, sums: dict[str, Tensor]) -> Tensor:
+        """A chunk's share of the loss."""
+        return torch.stack([factor * sums[name].float() for name, factor in self._factors.items()]).sum()
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The embedding loss with every objective added."""
+        return loss.detach() + sum(value.to(loss.device, loss.dtype) for value in self.values.values())
+
+    def _terms(self, outputs: list[Any], inputs: list[Any]) -> dict[str, Any]:
+        out = self._function(outputs, inputs)
+        terms = out if isinstance(out, dict) else {"token_loss": out}
+        if not terms:
+            wrong_value("token_loss_fn: output", _EXPECTED, out)
+        for name, pair in terms.items():
+            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], Tensor):
+                wrong_type(f"token_loss_fn: {name}", _EXPECTED, pair)
+            total, count = pair
+            if total.numel() != 1 or not total.is_floating_point():
+                wrong_value(f"token_loss_fn: {name}", "a sum, a floating-point scalar tensor", total)
+            if not isinstance(count, (int, float)) and not (isinstance(count, Tensor) and count.numel() == 1):
+                wrong_type(f"token_loss_fn: {name}", "a count, a number or a scalar tensor", count)
+        return {name: (pair[0].reshape(()), _scalar(pair[1])) for name, pair in terms.items()}
+
+
+def _scalar(count: Any) -> Any:
+    return count.reshape(()) if isinstance(count, Tensor) else count

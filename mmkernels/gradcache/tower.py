@@ -1,0 +1,135 @@
+"""One encoder's share of a step, and the modules that are behind an encoder."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.ops._checks import wrong_type, wrong_value
+
+from .chunks import Args, tensors
+from .replay import RandomState, cuda_devices
+from .sync import Sync
+
+__all__ = ["Encoder", "Tower", "modules_behind"]
+
+Encoder = Callable[..., Any]
+
+
+@dataclass
+class Tower:
+    """One encoder and the chunks of its input.
+
+    Args:
+        encoder: the callable.
+        chunks: at least one.
+        name: how messages call it.
+        more: whether its output may be a tuple that begins with the embeddings.
+    """
+
+    encoder: Encoder
+    chunks: list[Any]
+    name: str
+    more: bool = False
+    states: list[RandomState] = field(default_factory=list)  # before each chunk of pass 1
+    parts: list[Tensor] = field(default_factory=list)  # embeddings of each chunk, detached
+    embeddings: Tensor = field(default_factory=lambda: torch.empty(0))  # [all rows, ...], detached
+
+    def __post_init__(self) -> None:
+        self.modules = modules_behind(self.encoder)
+        self.sync = Sync(self.modules)
+        parameters = (p for module in self.modules for p in module.parameters())
+        self.devices = cuda_devices(itertools.chain(parameters, tensors(self.chunks[0])))
+
+    def run(self, chunk: Any) -> Any:
+        """The encoder's output, checked."""
+        out = self.encoder(*chunk.args, **chunk.kwargs) if isinstance(chunk, Args) else self.encoder(chunk)
+        rows = embedding(out) if self.more else out
+        expected = "a floating-point tensor [rows, ...]" + (" or a tuple that begins with one" if self.more else "")
+        if not isinstance(rows, Tensor) or not rows.is_floating_point():
+            wrong_type(f"{self.name}: output", expected, out)
+        if rows.ndim == 0:
+            wrong_value(f"{self.name}: output", expected, rows)
+        return out
+
+    def first(self, i: int) -> Any:
+        """Pass 1 of chunk i, without gradients."""
+        self.states.append(RandomState.now(self.devices))
+        out = self.run(self.chunks[i])
+        self.parts.append(embedding(out).detach())
+        return out
+
+    def again(self, i: int) -> Any:
+        """Pass 3: chunk i as in pass 1, with its graph."""
+        with self.states[i].replayed():
+            return self.run(self.chunks[i])
+
+    def join(self) -> None:
+        """The embeddings of the whole batch, ready to receive their gradient."""
+        self.embeddings = torch.cat(self.parts).requires_grad_(not self.frozen())
+
+    @property
+    def cache(self) -> list[Tensor]:
+        """The gradient of each chunk's embeddings; empty if frozen, or if the loss has no use for them."""
+        grad = self.embeddings.grad
+        return [] if grad is None else list(grad.split([len(part) for part in self.parts]))
+
+    def frozen(self) -> bool:
+        """Known to have nothing to learn. A partial or a closure may reach parameters that are not to be seen here."""
+        known = isinstance(self.encoder, nn.Module) or isinstance(getattr(self.encoder, "__self__", None), nn.Module)
+        parameters = [p for module in self.modules for p in module.parameters()]
+        if not known or not parameters or any(p.requires_grad for p in parameters):
+            return False
+        return not any(tensor.requires_grad for chunk in self.chunks for tensor in tensors(chunk))
+
+
+def embedding(output: Any) -> Any:
+    """What of an encoder's output goes to the loss."""
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def modules_behind(function: Any) -> list[nn.Module]:
+    """The modules that a callable reaches: itself, the owner of a bound method, the parts of a partial, what an object
+    holds, what a function closes over or names."""
+    return list({id(m): m for m in _reach(function)}.values())
+
+
+def _reach(value: Any, depth: int = 4) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    parts: list[Any] = []
+    if isinstance(value, functools.partial):
+        parts = [value.func, *value.args, *value.keywords.values()]
+    elif inspect.ismethod(value):
+        parts = [value.__self__]
+    elif inspect.isfunction(value):
+        closed = [cell for cell in map(_contents, value.__closure__ or ()) if _may_reach(cell, functions=True)]
+        named = [value.__globals__.get(name) for name in value.__code__.co_names]
+        parts = closed + [part for part in named if _may_reach(part, functions=False)]
+    elif isinstance(value, (list, tuple, dict)):
+        parts = [part for part in (value.values() if isinstance(value, dict) else value) if isinstance(part, nn.Module)]
+    elif callable(value) and not isinstance(value, type):
+        parts = [part for part in getattr(value, "__dict__", {}).values() if _may_reach(part, functions=True)]
+    for part in parts if depth else ():
+        yield from _reach(part, depth - 1)
+
+
+def _may_reach(value: Any, functions: bool) -> bool:
+    """Functions that a function names lead all over a program, and are left alone."""
+    kinds = (nn.Module, functools.partial, list, tuple, dict)
+    return isinstance(value, kinds) or inspect.ismethod(value) or (functions and inspect.isfunction(value))
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None

@@ -1,0 +1,229 @@
+"""How rows move between the ranks of a process group. Every rank calls the same functions in the same order; what a
+rank holds may be any number of rows, none too. All is moved as bytes, whatever the dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmkernels.ops._checks import wrong_type, wrong_value
+
+__all__ = ["Ranks", "agree", "check_group", "refused"]
+
+# From so many local keys on, computing on a block takes longer than sending it over 50 GB/s.
+RING_FROM = 12288
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A group whose ranks have agreed on a call.
+
+    Attributes:
+        group: the process group.
+        rank: this one.
+        queries, keys: rows of each rank.
+        ring: move keys block by block, or all at once.
+    """
+
+    group: Any
+    rank: int
+    queries: list[int]
+    keys: list[int]
+    ring: bool
+
+    @property
+    def world(self) -> int:
+        return len(self.queries)
+
+    @property
+    def first_key(self) -> int:
+        """The index of this rank's first key among all keys."""
+        return sum(self.keys[: self.rank])
+
+    def gathered(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """[sum(counts), ...]: every rank's rows. Ranks with fewer rows than others send as many, padded."""
+        longest = max(counts)
+        if self.world == 1 or longest == 0:
+            return rows
+        padded = rows if len(rows) == longest else rows.new_zeros(longest, *rows.shape[1:])
+        if padded is not rows:
+            padded[: len(rows)] = rows
+        everything = rows.new_empty(self.world * longest, *rows.shape[1:])
+        _all_gather(_bytes(everything), _bytes(padded.contiguous()), self.group)
+        if min(counts) == longest:
+            return everything
+        return torch.cat([part[:n] for part, n in zip(everything.split(longest), counts, strict=True)])
+
+    def scattered(self, rows: Tensor) -> list[Tensor]:
+        """From [all keys, ...], the part about each rank's keys, to that rank: what every rank has about this one's."""
+        if self.world == 1 or len(rows) == 0:
+            return [rows] * self.world
+        mine = self.keys[self.rank]
+        each = rows.element_size() * rows[0].numel()
+        out = rows.new_empty(self.world * mine, *rows.shape[1:])
+        dist.all_to_all_single(
+            _bytes(out),
+            _bytes(rows.contiguous()),
+            [mine * each] * self.world,
+            [n * each for n in self.keys],
+            self.group,
+        )
+        return list(out.split(mine)) if mine else [out] * self.world
+
+    def around(
+        self,
+        block: Sequence[Tensor],
+        compute: Callable[[int, list[Tensor]], Tensor],
+        combine: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Every rank's block visits every rank; what they make of it is combined on the way and comes home.
+
+        The next block arrives and the last result leaves while this one is computed on. Each rank takes as many steps
+        as there are ranks. At most two blocks and two results of other ranks are here at a time.
+
+        Args:
+            block: this rank's tensors [keys, ...].
+            compute: (owner, block) -> what this rank makes of it, [rows or more, ...], a shape that depends on the
+                owner's number of keys alone.
+            combine: of two such results.
+        """
+        block = [x.contiguous() for x in block]
+        coming = self._pass_on(block, self.rank - 1, 0)
+        mine = compute(self.rank, block)
+        result: Tensor | None = None
+        for step in range(1, self.world):
+            owner = (self.rank - step) % self.world
+            here = coming.wait()
+            if step < self.world - 1:
+                coming = self._pass_on(here, owner - 1, 0)
+            before = None if result is None else self._pass_on([result], owner, len(block))
+            result = compute(owner, here)
+            if before is not None:
+                result = combine(before.wait()[0], result)
+        if result is None:
+            return mine
+        return combine(mine, self._pass_on([result], self.rank, len(block)).wait()[0])
+
+    def _pass_on(self, tensors: Sequence[Tensor], owner: int, tag: int) -> _Passing:
+        """To the next rank; from the one before, the same about `owner`'s keys. Rows are in the last or first place."""
+        if self.world == 1:
+            return _Passing([], [], [])
+        rows = self.keys[owner % self.world]
+        peers = [dist.get_global_rank(self.group, (self.rank + d) % self.world) for d in (1, -1)]
+        operations, received = [], []
+        for i, x in enumerate(tensors):
+            shape = (rows, *x.shape[1:])
+            arriving = x.new_empty(shape)
+            if x.numel():
+                operations.append(dist.P2POp(dist.isend, _bytes(x), peers[0], self.group, tag + i))
+            if arriving.numel():
+                operations.append(dist.P2POp(dist.irecv, _bytes(arriving), peers[1], self.group, tag + i))
+            received.append(arriving)
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return _Passing(works, received, list(tensors))
+
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        if self.world == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+
+@dataclass
+class _Passing:
+    """Tensors on their way; those that leave are held until they have left."""
+
+    works: list[Any]
+    received: list[Tensor]
+    leaving: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        self.leaving = []
+        return self.received
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
+
+
+def agree(group: Any, queries: Tensor, keys: Tensor, exchange: str, same: Mapping[str, Any]) -> Ranks:
+    """Tell the others what this rank has, and check that the call is the same everywhere.
+
+    Args:
+        group: the process group.
+        queries, keys: [N, E], [M, E] of this rank.
+        exchange: "auto", "all_gather" or "ring".
+        same: what must be equal on every rank, by name: bools, numbers, strings.
+
+    Raises:
+        ValueError: on every rank, with the name of what differs.
+    """
+    width, dtype = queries.shape[1], str(queries.dtype).removeprefix("torch.")
+    common = {"queries: width": width, "queries: dtype": dtype, "exchange": exchange, **same}
+    table = _table(group, [0, queries.shape[0], keys.shape[0], *map(_code, common.values())], queries.device)
+    rank = dist.get_rank(group)
+    for other, line in enumerate(table):
+        if line[0]:
+            raise ValueError(f"group: expected every rank to call with valid arguments, rank {other} raised an error")
+        for i, name in enumerate(common, 3):
+            if line[i] != table[0][i]:
+                difference = f"rank {other} differs from rank 0; here, on rank {rank}, it is {common[name]!r}"
+                raise ValueError(f"{name}: expected the same on every rank of the group, but {difference}")
+    keys_of = [line[2] for line in table]
+    ring = exchange == "ring" or (exchange == "auto" and max(keys_of) >= RING_FROM)
+    return Ranks(group, rank, [line[1] for line in table], keys_of, ring)
+
+
+def refused(group: Any, device: torch.device | None) -> None:
+    """This rank will raise: the others, who wait in `agree`, must know. Without a device, one that the group serves."""
+    if device is None or (device.type != "cuda" and dist.get_backend(group) == "nccl"):
+        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    _table(group, [1], device)
+
+
+def check_group(group: Any, exchange: Any) -> None:
+    """Raise TypeError or ValueError for a group that this rank cannot talk to, or an unknown exchange."""
+    if not dist.is_available() or not dist.is_initialized():
+        wrong_value("group", "None, or a group of an initialised torch.distributed (init_process_group)", group)
+    if not isinstance(group, dist.ProcessGroup):
+        wrong_type("group", "None, or a process group of torch.distributed that this rank is a member of", group)
+    if exchange not in ("auto", "all_gather", "ring"):
+        wrong_value("exchange", "'auto', 'all_gather' or 'ring'", exchange)
+
+
+_FIELDS = 16
+
+
+def _table(group: Any, numbers: list[int], device: torch.device) -> list[list[int]]:
+    """Everybody's numbers, a line for each rank."""
+    assert len(numbers) <= _FIELDS
+    mine = torch.tensor(numbers + [0] * (_FIELDS - len(numbers)), dtype=torch.int64, device=device)
+    everybody = mine.new_empty(group.size() * _FIELDS)
+    _all_gather(everybody, mine, group)
+    return everybody.view(-1, _FIELDS).tolist()
+
+
+def _all_gather(out: Tensor, mine: Tensor, group: Any) -> None:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
+    gather(out, mine, group=group)
+
+
+def _code(value: Any) -> int:
+    """A number that is equal for equal values, and for others almost surely not."""
+    if isinstance(value, float):
+        return int(struct.unpack("<q", struct.pack("<d", value))[0])
+    if isinstance(value, int):
+        return int(value)
+    return functools.reduce(lambda code, c: (code * 257 + ord(c)) % (2**61 - 1), str(value), 0)
