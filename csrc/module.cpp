@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "attention/gate.h"
+#include "attention/rope.h"
 #include "common/binding.h"
 #include "common/check.h"
 #include "common/dispatch.h"
@@ -70,6 +72,40 @@ void bind_attention(py::module_& m) {
          Tensor first_q, Tensor last_q, double scale, Tensor dq, Tensor dk, Tensor dv, Tensor delta, int num_threads) {
         mmk::attention_kernels().backward(
             {grad_out, grad_lse, q, k, v, out, lse, {lo, hi, first_q, last_q}, scale, dq, dk, dv, delta}, num_threads);
+      },
+      released);
+}
+
+void bind_attention_rows(py::module_& m) {
+  using mmk::Norm;
+  using mmk::Tensor;
+  const py::call_guard<py::gil_scoped_release> released;
+  py::enum_<Norm>(m, "Norm").value("none", Norm::none).value("rms", Norm::rms).value("layer", Norm::layer);
+  m.def(
+      "launch_attention_norm_rope_fwd_cpu",
+      [](Tensor x, Tensor cos, Tensor sin, Tensor weight, Tensor bias, Tensor y, Norm norm, double eps,
+         bool interleaved, int num_threads) {
+        mmk::rope_kernels().forward({x, cos, sin, weight, bias, y, norm, eps, interleaved}, num_threads);
+      },
+      released);
+  m.def(
+      "launch_attention_norm_rope_bwd_cpu",
+      [](Tensor grad_out, Tensor x, Tensor cos, Tensor sin, Tensor weight, Tensor dx, Tensor dweight, Tensor dbias,
+         Norm norm, double eps, bool interleaved, int num_threads) {
+        mmk::rope_kernels().backward({grad_out, x, cos, sin, weight, dx, dweight, dbias, norm, eps, interleaved},
+                                     num_threads);
+      },
+      released);
+  m.def(
+      "launch_attention_gated_residual_fwd_cpu",
+      [](Tensor residual, Tensor x, Tensor gate, bool by_column, Tensor out, int num_threads) {
+        mmk::gate_kernels().forward({residual, x, gate, by_column, out}, num_threads);
+      },
+      released);
+  m.def(
+      "launch_attention_gated_residual_bwd_cpu",
+      [](Tensor grad_out, Tensor x, Tensor gate, bool by_column, Tensor dx, Tensor dgate, int num_threads) {
+        mmk::gate_kernels().backward({grad_out, x, gate, by_column, dx, dgate}, num_threads);
       },
       released);
 }
@@ -140,6 +176,7 @@ PYBIND11_MODULE(_native, m) {
       py::arg("dtype"), py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
       "Flop/s of register-only multiply-adds on this machine: the ceiling that benches report fractions of.");
   bind_attention(m);
+  bind_attention_rows(m);
   bind_contrastive(m);
   bind_packing(m);
 #ifdef MMK_HAVE_CUDA

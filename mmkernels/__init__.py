@@ -11,10 +11,14 @@ __all__ = [
     "PackingPlan",
     "__version__",
     "attention",
+    "gated_residual",
     "infonce",
+    "norm_rope",
     "pack",
     "pad",
     "plan_packing",
+    "qk_norm_rope",
+    "rotary_cos_sin",
     "segment_pool",
     "siglip",
     "unpack",
@@ -39,7 +43,14 @@ except (ImportError, OSError) as _error:  # `mmkernels info` must still work, an
 
 else:
     from mmkernels.gradcache import GradCache
-    from mmkernels.ops.attention import AttentionMask, attention
+    from mmkernels.ops.attention import (
+        AttentionMask,
+        attention,
+        gated_residual,
+        norm_rope,
+        qk_norm_rope,
+        rotary_cos_sin,
+    )
     from mmkernels.ops.contrastive import infonce, siglip
     from mmkernels.ops.modality import Modality
     from mmkernels.ops.packing import PackedBatch, PackingPlan, pack, pad, plan_packing, segment_pool, unpack, unpad

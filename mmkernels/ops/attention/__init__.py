@@ -1,6 +1,8 @@
-"""Attention over packed tokens, with one interval of keys per query as its mask."""
+"""Attention over packed tokens, its prologue (norm and rotary embedding) and epilogue (gated residual)."""
 
 from .api import attention
+from .gate import gated_residual
 from .mask import AttentionMask
+from .rope import norm_rope, qk_norm_rope, rotary_cos_sin
 
-__all__ = ["AttentionMask", "attention"]
+__all__ = ["AttentionMask", "attention", "gated_residual", "norm_rope", "qk_norm_rope", "rotary_cos_sin"]
