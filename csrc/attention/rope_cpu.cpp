@@ -36,18 +36,28 @@ MMK_INLINE void join_pairs(const C* halves, int64_t half, C* pairs) {
   }
 }
 
-// to[d] = from[d], where the first 2 half elements are turned by sign times the angles.
-template <class From, class To, class C>
-MMK_INLINE void turn(const From* from, To* to, const C* cos, const C* sin, C sign, int64_t half, int64_t dim) {
+// to[d] = from(d), where the first 2 half elements are turned by sign times the angles; from(d, n) gives n elements.
+template <class C, class From, class To>
+MMK_INLINE void turn(From&& from, To* to, const C* cos, const C* sin, C sign, int64_t half, int64_t dim) {
   each_vector<C>(half, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-    const auto a = read(from + j, n), b = read(from + half + j, n);
+    const auto a = from(j, n), b = from(half + j, n);
     const auto c = read(cos + j, n), s = read(sin + j, n) * sign;
     write(to + j, a * c - b * s, n);
     write(to + half + j, b * c + a * s, n);
   });
   each_vector<C>(dim - 2 * half, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
-    write(to + 2 * half + d, read(from + 2 * half + d, n), n);
+    write(to + 2 * half + d, from(2 * half + d, n), n);
   });
+}
+
+template <class E>
+struct Elements {
+  const E* data;
+  MMK_INLINE Vec<ComputeOf<E>> operator()(int64_t d, int64_t n) const { return read(data + d, n); }
+};
+template <class E>
+MMK_INLINE Elements<E> elements(const E* data) {
+  return {data};
 }
 
 template <class C>
@@ -73,52 +83,38 @@ struct Prologue {
         eps(static_cast<C>(args.eps)),
         interleaved(args.interleaved) {}
 
-  // h[d] = (x[d] - mu) r; returns r.
+  // c[d] = x[d] - mu; returns r.
   template <class T>
-  MMK_INLINE C normalise(const T* x, C* h) const {
+  MMK_INLINE C centre(const T* x, C* c) const {
     const C count = static_cast<C>(dim);
     Vec<C> total = {}, squares = {};
     if (norm == Norm::layer) {
       each_vector<C>(dim, [&](int64_t d, int64_t n) __attribute__((always_inline)) { total += read(x + d, n); });
       const C mean = reduce_add(total) / count;
       each_vector<C>(dim, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
-        write(h + d, read(x + d, n) - mean, n);
-        const auto v = read(h + d, n);  // again, for the zeros beyond the end
+        write(c + d, read(x + d, n) - mean, n);
+        const auto v = read(c + d, n);  // again, for the zeros beyond the end
         squares += v * v;
       });
     } else {
       each_vector<C>(dim, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
         const auto v = read(x + d, n);
-        write(h + d, v, n);
+        write(c + d, v, n);
         squares += v * v;
       });
     }
-    const C r = 1 / __builtin_sqrt(reduce_add(squares) / count + eps);
-    each_vector<C>(dim,
-                   [&](int64_t d, int64_t n) __attribute__((always_inline)) { write(h + d, read(h + d, n) * r, n); });
-    return r;
-  }
-
-  MMK_INLINE void affine(C* h) const {
-    if (weight == nullptr && bias == nullptr) return;
-    each_vector<C>(dim, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
-      auto v = read(h + d, n);
-      if (weight != nullptr) v = v * read(weight + d, n);
-      if (bias != nullptr) v = v + read(bias + d, n);
-      write(h + d, v, n);
-    });
+    return 1 / __builtin_sqrt(reduce_add(squares) / count + eps);
   }
 
   // As `turn`, for either layout of the pairs; `spare` [2, dim] holds the halves on their way.
   template <class From, class To>
-  MMK_INLINE void rotate(const From* from, To* to, int64_t token, C sign, C* spare) const {
+  MMK_INLINE void rotate(From&& from, To* to, int64_t token, C sign, C* spare) const {
     const int64_t line = token % table_rows * half;
     if (!interleaved || half == 0) return turn(from, to, cos + line, sin + line, sign, half, dim);
     C *wide = spare, *halves = spare + padded(dim);
-    each_vector<C>(dim,
-                   [&](int64_t d, int64_t n) __attribute__((always_inline)) { write(wide + d, read(from + d, n), n); });
+    each_vector<C>(dim, [&](int64_t d, int64_t n) __attribute__((always_inline)) { write(wide + d, from(d, n), n); });
     split_pairs(wide, half, halves);
-    turn(halves, halves, cos + line, sin + line, sign, half, 2 * half);
+    turn(elements(halves), halves, cos + line, sin + line, sign, half, 2 * half);
     join_pairs(halves, half, wide);
     each_vector<C>(dim,
                    [&](int64_t d, int64_t n) __attribute__((always_inline)) { write(to + d, read(wide + d, n), n); });
@@ -141,23 +137,28 @@ void forward(const NormRopeFwdArgs& args, int num_threads) {
       for (int64_t h = 0; h < p.heads; ++h) {
         T* const to = y + (t * p.heads + h) * p.dim;
         if (p.norm == Norm::none) {
-          p.rotate(x.row(t, h), to, t, C(1), spare);
+          p.rotate(elements(x.row(t, h)), to, t, C(1), spare);
           continue;
         }
-        p.normalise(x.row(t, h), row);
-        p.affine(row);
-        p.rotate(row, to, t, C(1), spare);
+        const C r = p.centre(x.row(t, h), row);
+        const auto normalised = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
+          auto v = read(row + d, n) * r;
+          if (p.weight != nullptr) v = v * read(p.weight + d, n);
+          if (p.bias != nullptr) v = v + read(p.bias + d, n);
+          return v;
+        };
+        p.rotate(normalised, to, t, C(1), spare);
       }
   });
 }
 
-// dx from g (the gradient of n, overwritten) and h = (x - mu) r; adds g h and g to the sums.
+// dx from g (the gradient of n, overwritten) and c = x - mu, h = c r; adds g h and g to the sums.
 template <class T, class C>
-MMK_INLINE void normalise_bwd(const Prologue<C>& p, C* g, const C* h, C r, C* dweight, C* dbias, T* dx) {
+MMK_INLINE void normalise_bwd(const Prologue<C>& p, C* g, const C* c, C r, C* dweight, C* dbias, T* dx) {
   Vec<C> total = {}, product = {};
   each_vector<C>(p.dim, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
     auto u = read(g + d, n);
-    const auto v = read(h + d, n);
+    const auto v = read(c + d, n) * r;
     write(dweight + d, read(dweight + d, n) + u * v, n);
     if (p.norm == Norm::layer) write(dbias + d, read(dbias + d, n) + u, n);
     if (p.weight != nullptr) u = u * read(p.weight + d, n);
@@ -166,9 +167,9 @@ MMK_INLINE void normalise_bwd(const Prologue<C>& p, C* g, const C* h, C r, C* dw
     product += u * v;
   });
   const C count = static_cast<C>(p.dim);
-  const C mean = p.norm == Norm::layer ? reduce_add(total) / count : 0, slope = reduce_add(product) / count;
+  const C mean = p.norm == Norm::layer ? reduce_add(total) / count : 0, slope = reduce_add(product) / count * r;
   each_vector<C>(p.dim, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
-    write(dx + d, (read(g + d, n) - mean - read(h + d, n) * slope) * r, n);
+    write(dx + d, (read(g + d, n) - mean - read(c + d, n) * slope) * r, n);
   });
 }
 
@@ -183,7 +184,7 @@ void backward(const NormRopeBwdArgs& args, int num_threads) {
   AlignedBuffer<C> memory(usable_threads(strips.count(), num_threads) * 6 * width);
   AlignedBuffer<C> sums(lines * 2 * width);
   parallel_for(strips.count(), num_threads, [&](int64_t strip, int thread) {
-    C *const g = memory.data() + thread * 6 * width, *const h = g + width, *const spare = h + width;
+    C *const g = memory.data() + thread * 6 * width, *const c = g + width, *const spare = c + width;
     C* const part = spare + 2 * width;  // of dweight and dbias
     C* const total = sums.data() + strip * 2 * width;
     if (lines > 0)
@@ -193,12 +194,12 @@ void backward(const NormRopeBwdArgs& args, int num_threads) {
       for (int64_t head = 0; head < p.heads; ++head) {
         T* const to = dx + (t * p.heads + head) * p.dim;
         if (p.norm == Norm::none) {
-          p.rotate(grad_out.row(t, head), to, t, C(-1), spare);
+          p.rotate(elements(grad_out.row(t, head)), to, t, C(-1), spare);
           continue;
         }
-        p.rotate(grad_out.row(t, head), g, t, C(-1), spare);
-        const C r = p.normalise(x.row(t, head), h);
-        normalise_bwd(p, g, h, r, part, part + width, to);
+        p.rotate(elements(grad_out.row(t, head)), g, t, C(-1), spare);
+        const C r = p.centre(x.row(t, head), c);
+        normalise_bwd(p, g, c, r, part, part + width, to);
         if (++rows % kRowsPerPart == 0) add_part(part, total, 2 * width);
       }
     if (lines > 0) add_part(part, total, 2 * width);

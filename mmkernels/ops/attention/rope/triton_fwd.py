@@ -37,7 +37,7 @@ def load_part(p_rows, m_r, o_c, m_c):
 @triton.jit
 def store_part(p_rows, m_r, o_c, m_c, b_x):
     m = m_r[:, None] & m_c[None, :]
-    tl.store(p_rows[:, None] + o_c[None, :], cast(b_x, p_rows.dtype.element_ty.element_ty), mask=m)
+    tl.store(p_rows[:, None] + o_c[None, :], cast(b_x, p_rows.dtype.element_ty), mask=m)
 
 
 @triton.jit
