@@ -1,5 +1,4 @@
-"""The row-wise ops around attention against plain PyTorch and a copy of the same bytes: norm + rotary embedding of q and
-k, gated residual.
+"""The row-wise ops around attention, norm + rotary embedding and gated residual, against plain PyTorch.
 
 python benches/bench_attention_rows.py --help
 
@@ -7,8 +6,8 @@ On a CPU run it with MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=85
 glibc takes the memory of each output afresh from the kernel, and all contenders mostly wait for its zeroed pages.
 
 Each is bound by memory: GB/s count what has to be read and written, forward and backward, and no more; the fraction of
-the ceiling is that of a large copy. Plain PyTorch is what model code says: `F.rms_norm` and the rotation as transformers
-writes it; `residual + gate.tanh() * x`.
+the ceiling is that of a large copy. Plain PyTorch is what model code says: `F.rms_norm` and the rotation as
+transformers writes it; `residual + gate.tanh() * x`.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ def gradients(p: Params, *like: torch.Tensor) -> Inputs:
 
 
 def same_bytes(outputs: int, pairs: tuple[tuple[str, ...], ...], inputs: Inputs) -> tuple[None, ...]:
-    """The ceiling with fresh memory for what is written, as torch gives it: `clone` where one tensor is read, `add` where
-    two are; once more for the backward, which reads the gradient and x."""
+    """What torch moves as many bytes in: `clone` where one tensor is read, `add` where two are; once more for the
+    backward, which reads the gradient and x."""
     written = []
     for i, names in enumerate(pairs):
         read = [inputs[name].detach() for name in names]

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/additive.h"
 #include "attention/attention.h"
 #include "attention/gate.h"
 #include "attention/rope.h"
@@ -110,6 +111,29 @@ void bind_attention_rows(py::module_& m) {
       released);
 }
 
+void bind_attention_additive(py::module_& m) {
+  using mmk::Tensor;
+  const py::call_guard<py::gil_scoped_release> released;
+  m.def(
+      "launch_attention_additive_fwd_cpu",
+      [](Tensor q, Tensor k, Tensor v, Tensor w, Tensor bias, Tensor lo, Tensor hi, Tensor first_q, Tensor last_q,
+         Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor out, Tensor lse, int num_threads) {
+        const mmk::AdditiveMask mask{lo, hi, first_q, last_q, span_q, span_k, allow_q, bit_k};
+        mmk::additive_kernels().forward({q, k, v, w, bias, mask, out, lse}, num_threads);
+      },
+      released);
+  m.def(
+      "launch_attention_additive_bwd_cpu",
+      [](Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor w, Tensor bias, Tensor out, Tensor lse,
+         Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, Tensor span_q, Tensor span_k, Tensor allow_q,
+         Tensor bit_k, Tensor dq, Tensor dk, Tensor dv, Tensor dw, int num_threads) {
+        const mmk::AdditiveMask mask{lo, hi, first_q, last_q, span_q, span_k, allow_q, bit_k};
+        mmk::additive_kernels().backward({grad_out, grad_lse, q, k, v, w, bias, out, lse, mask, dq, dk, dv, dw},
+                                         num_threads);
+      },
+      released);
+}
+
 void bind_contrastive(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> released;
   m.def("launch_contrastive_infonce_fwd_cpu", &mmk::launch_contrastive_infonce_fwd_cpu, released);
@@ -177,6 +201,7 @@ PYBIND11_MODULE(_native, m) {
       "Flop/s of register-only multiply-adds on this machine: the ceiling that benches report fractions of.");
   bind_attention(m);
   bind_attention_rows(m);
+  bind_attention_additive(m);
   bind_contrastive(m);
   bind_packing(m);
 #ifdef MMK_HAVE_CUDA

@@ -10,6 +10,7 @@ __all__ = [
     "PackedBatch",
     "PackingPlan",
     "__version__",
+    "additive_attention",
     "attention",
     "gated_residual",
     "infonce",
@@ -45,6 +46,7 @@ else:
     from mmkernels.gradcache import GradCache
     from mmkernels.ops.attention import (
         AttentionMask,
+        additive_attention,
         attention,
         gated_residual,
         norm_rope,

@@ -38,7 +38,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """tanh of float32 within a few units in the last place: an odd polynomial near 0, where the exponential would cancel."""
+    """tanh of float32, a few units in the last place: an odd polynomial near 0, where the exponential would cancel."""
     z = x * x
     p = -0.0062742396257817745 * z + 0.021071679890155792
     p = p * z - 0.05385230854153633

@@ -83,8 +83,8 @@ def plain_norm_rope(
     eps: float,
     interleaved: bool,
 ) -> torch.Tensor:
-    """As transformers composes it: `F.rms_norm` or `F.layer_norm`, then the rotation by halves or pairs, each rounded to
-    the dtype of x; cos and sin [T, R/2] too."""
+    """As transformers composes it: `F.rms_norm` or `F.layer_norm`, then the rotation by halves or pairs, in the dtype
+    of x, to which cos and sin [T, R/2] are rounded too."""
     D = x.shape[-1]
     weight, bias = (t.to(x.dtype) if t is not None else None for t in (weight, bias))
     if norm == "rms":
@@ -123,7 +123,11 @@ def gated_rows(
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     outer = residual_dtype or dtype
-    inputs = {"residual": normal(shape, outer), "x": normal(shape, dtype), "gate": gate_scale * normal(gate_shape, wide)}
+    inputs = {
+        "residual": normal(shape, outer),
+        "x": normal(shape, dtype),
+        "gate": gate_scale * normal(gate_shape, wide),
+    }
     return Rows(inputs, normal(shape, outer), {})
 
 

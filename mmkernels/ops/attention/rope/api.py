@@ -166,7 +166,7 @@ def _table(
     section_layout: str,
 ) -> CosSin | None:
     """Cosines and sines [P, R/2], contiguous; token t (all samples one after the other) reads row t % P."""
-    options = {"rotary_dim": rotary_dim, "base": base, "inv_freq": inv_freq, "sections": sections}
+    options: dict[str, object] = {"rotary_dim": rotary_dim, "base": base, "inv_freq": inv_freq, "sections": sections}
     options["section_layout"] = None if section_layout == "contiguous" else section_layout
     given = [name for name, value in options.items() if value is not None]
     if position_ids is None:
