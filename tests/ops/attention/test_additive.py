@@ -1,5 +1,7 @@
 """Additive attention judged against float64 under every mask, and the ways in which a user calls and errs."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -33,17 +35,20 @@ def needs(backend: str, dtype: torch.dtype = torch.float32) -> None:
         pytest.skip(reason)
 
 
-def assert_right(x: AdditiveInputs, backend: str, *, with_lse: bool = False) -> None:
-    got, plain = run_additive(x, backend, with_lse=with_lse), plain_additive(x, with_lse=with_lse)
-    for name, true in plain_additive(x.double(), with_lse=with_lse).items():
-        if x.q.dtype == torch.float64:
-            torch.testing.assert_close(got[name], true, rtol=1e-11, atol=1e-11)
-        elif true.numel() and true[torch.isfinite(true)].abs().max() > 1e-12:
-            # Gradients of the scores cancel where few keys are seen: a rounding of their terms is any order's due.
-            terms = torch.full_like(true, 8.0) if name in ("dq", "dk", "dw", "dbias") else None
-            assert_as_accurate(name, got[name], plain[name], true, terms=terms)
+def assert_right(draw: Callable[[int], AdditiveInputs], backend: str, *, with_lse: bool = False) -> None:
+    """`draw(seed)` three times (once in Triton), judged at once: the largest error of few rows is a matter of luck."""
+    inputs = [draw(seed) for seed in range(1 if backend == "triton" else 3)]
+    got = [run_additive(x, backend, with_lse=with_lse) for x in inputs]
+    plain = [plain_additive(x, with_lse=with_lse) for x in inputs]
+    truth = [plain_additive(x.double(), with_lse=with_lse) for x in inputs]
+    for name in truth[0]:
+        ours, theirs, true = (torch.stack([result[name] for result in results]) for results in (got, plain, truth))
+        if inputs[0].q.dtype == torch.float64:
+            torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11)
+        elif true[torch.isfinite(true)].abs().max() > 1e-12:
+            assert_as_accurate(name, ours, theirs, true)
         else:
-            assert got[name][torch.isfinite(true)].abs().max() < 1e-5, name
+            assert ours[torch.isfinite(true)].abs().max() < 1e-5, name
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -52,7 +57,10 @@ def assert_right(x: AdditiveInputs, backend: str, *, with_lse: bool = False) -> 
 def test_masks(mask, dtype, backend):
     needs(backend, dtype)
     case = MASKS[mask]
-    assert_right(make_additive(*case.tokens, heads=2, kv_heads=1, dim=12, dtype=dtype, mask=case.mask()), backend)
+    assert_right(
+        lambda seed: make_additive(*case.tokens, heads=2, kv_heads=1, dim=12, dtype=dtype, mask=case.mask(), seed=seed),
+        backend,
+    )
 
 
 @pytest.mark.parametrize("mask", SMALL)
@@ -60,7 +68,10 @@ def test_masks(mask, dtype, backend):
 def test_masks_in_triton(mask, dtype):
     needs("triton", dtype)
     case = SMALL[mask]
-    assert_right(make_additive(*case.tokens, heads=2, kv_heads=1, dim=5, dtype=dtype, mask=case.mask()), "triton")
+    assert_right(
+        lambda seed: make_additive(*case.tokens, heads=2, kv_heads=1, dim=5, dtype=dtype, mask=case.mask(), seed=seed),
+        "triton",
+    )
 
 
 @every_backend
@@ -69,7 +80,7 @@ def test_head_dims(dims, backend):
     needs(backend)
     if backend == "triton" and max(dims) > 128:
         pytest.skip("float32 head dims up to 128 in Triton")
-    assert_right(make_additive(18, 40, heads=1, dim=dims[0], dim_v=dims[1]), backend)
+    assert_right(lambda seed: make_additive(18, 40, heads=1, dim=dims[0], dim_v=dims[1], seed=seed), backend)
 
 
 @every_backend
@@ -77,7 +88,11 @@ def test_head_dims(dims, backend):
 def test_tanh_from_flat_to_saturated(amplitude, backend):
     needs(backend)
     case = SMALL["cross_causal"]
-    assert_right(make_additive(*case.tokens, dim=6, amplitude=amplitude, mask=case.mask()), backend, with_lse=True)
+    assert_right(
+        lambda seed: make_additive(*case.tokens, dim=6, amplitude=amplitude, mask=case.mask(), seed=seed),
+        backend,
+        with_lse=True,
+    )
 
 
 def spans_and_classes(tokens_q: int, tokens_k: int) -> Visible:

@@ -1,14 +1,9 @@
 """The gated residual judged against float64, and the ways in which a user calls and errs."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from mmkernels import gated_residual
-from mmkernels.runtime import native
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.attention_rows import Rows, differentiate, gated_rows, plain_gated_residual
@@ -81,24 +76,6 @@ def test_gates_from_closed_to_saturated(scale, backend):
     assert_right(rows, backend)
     if scale == 0.0:
         assert torch.equal(gated_residual(**rows.inputs, backend=backend), rows.inputs["residual"])
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
-def test_each_instruction_set(isa):
-    """The set is chosen when the core is loaded, so each runs in a process of its own."""
-    needs("native")
-    if isa not in native.core().build_info()["cpu_isas"]:
-        pytest.skip(f"{isa} is not compiled in, or this CPU lacks it")
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_gate as t; t.check_all_dtypes()"
-    environment = {**os.environ, "MMKERNELS_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def check_all_dtypes() -> None:
-    for dtype in DTYPES:
-        for case in ("channels", "heads", "scalar"):
-            assert_right(gated_rows(*CASES[case], dtype=dtype), "native")
 
 
 @every_backend

@@ -1,16 +1,12 @@
 """The prologue: norm and rotary embedding judged against float64, and the ways in which a user calls and errs."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from mmkernels import norm_rope, qk_norm_rope, rotary_cos_sin
 from mmkernels.ops.attention.rope.table import frequency_axes
-from mmkernels.runtime import native
 from mmkernels.runtime.backends import BackendError, candidates
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.attention_rows import Rows, differentiate, norm_rope_rows, plain_norm_rope
@@ -61,26 +57,10 @@ CASES = {
 def test_against_float64(case, dtype, backend):
     needs(backend, dtype)
     tokens, heads, dim, rotary, norm, affine, interleaved = CASES[case]
+    if backend == "triton" and case == "many_strips":
+        tokens = 300  # two programs of the backward; the interpreter is slow
     options = {"rotary_dim": rotary, "norm": norm, "affine": affine, "interleaved": interleaved, "dtype": dtype}
     assert_right(norm_rope_rows(tokens, heads, dim, **options), backend)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
-def test_each_instruction_set(isa):
-    """The set is chosen when the core is loaded, so each runs in a process of its own."""
-    needs("native")
-    if isa not in native.core().build_info()["cpu_isas"]:
-        pytest.skip(f"{isa} is not compiled in, or this CPU lacks it")
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_rope as t; t.check_all_dtypes()"
-    environment = {**os.environ, "MMKERNELS_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def check_all_dtypes() -> None:
-    for dtype in DTYPES:
-        for case in ("half_of_the_head", "neighbours_in_part", "rotation_alone"):
-            test_against_float64(case, dtype, "native")
 
 
 # Angles

@@ -138,7 +138,9 @@ def _additive_dkdv_kernel(
 
 def _config(single: bool, widest: int) -> dict[str, int]:
     """Tiles and launch options without spills on sm_80, sm_90 and sm_100."""
-    if single or widest <= 64:
+    if single:
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4 if widest <= 64 else 8, "num_stages": 1}
+    if widest <= 64:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4 if widest <= 128 else 8, "num_stages": 1}
 
