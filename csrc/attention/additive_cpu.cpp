@@ -15,6 +15,7 @@ namespace MMK_ISA {
 namespace {
 
 constexpr int64_t kQueries = 32, kKeys = 64;
+constexpr int64_t kTerms = 8;  // that are summed before they join a longer sum: nearly pairwise
 
 MMK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MMK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -113,10 +114,14 @@ template <class C>
 void score(const C* q, const C* w, const C* k, int64_t dim, int64_t from, int64_t to, C* s, C* t) {
   for (int64_t j = from / kLanes<C> * kLanes<C>; j < to; j += kLanes<C>) {
     Vec<C> sum = {};
-    for (int64_t d = 0; d < dim; ++d) {
-      const auto x = tanh(load(k + d * kKeys + j) + q[d]);
-      if (t != nullptr) store(t + d * kKeys + j, select(x == x, x, Vec<C>{}));
-      sum += x * w[d];
+    for (int64_t first = 0; first < dim; first += kTerms) {
+      Vec<C> part = {};
+      for (int64_t d = first; d < least(first + kTerms, dim); ++d) {
+        const auto x = tanh(load(k + d * kKeys + j) + q[d]);
+        if (t != nullptr) store(t + d * kKeys + j, select(x == x, x, Vec<C>{}));
+        part += x * w[d];
+      }
+      sum += part;
     }
     store(s + j, sum);
   }
@@ -177,6 +182,7 @@ class ForwardTask {
         if (!packed) {
           transpose_tile(k_, key, keys, n_.dim, row_, kt_);
           widen_tile(v_, key, keys, n_.dim_v, ld_, vt_);
+          for (int64_t d = 0; d < n_.dim_v; ++d) row_[d] = 0;  // from here on, of the sum over a few keys
           packed = true;
         }
         score(qb_ + (i - first) * padded(n_.dim), w_, kt_, n_.dim, at.begin, at.end, s_, static_cast<C*>(nullptr));
@@ -218,10 +224,13 @@ class ForwardTask {
       total += p;
     }
     sum_[r] += reduce_add(total);
-    for (int64_t j = at.begin; j < at.end; ++j) {
-      const C p = s_[j];
-      if (p == 0) continue;
-      for (int64_t d = 0; d < n_.dim_v; ++d) acc[d] += p * vt_[j * ld_ + d];
+    for (int64_t first = at.begin; first < at.end; first += kTerms) {
+      for (int64_t j = first; j < least(first + kTerms, at.end); ++j) {
+        const C p = s_[j];
+        if (p == 0) continue;
+        for (int64_t d = 0; d < n_.dim_v; ++d) row_[d] += p * vt_[j * ld_ + d];
+      }
+      add_part(row_, acc, n_.dim_v);
     }
   }
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mmkernels import AttentionMask, additive_attention
+from mmkernels import AttentionMask, additive_attention, attention
 from mmkernels.ops.attention.additive.op import additive_bwd_op, additive_fwd_op
 from mmkernels.ops.attention.additive.reference import Visible
 from mmkernels.runtime.backends import BackendError, candidates
@@ -134,6 +134,23 @@ def test_a_query_that_sees_nothing(backend):
     grads = torch.autograd.grad(out.sum() + lse[:, 2:].sum(), (q, k, v))
     assert not grads[0][:2].any()
     assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_as_a_score_of_attention():
+    x = make_additive(9, 9, heads=2, dim=8, mask=AttentionMask.packed(cu_seqlens((4, 5))))
+    expected = additive_attention(x.q, x.k, x.v, x.w, x.mask, bias=x.bias, return_lse=True)
+    score = {"score": "additive", "score_weight": x.w, "score_bias": x.bias}
+    got = attention(x.q, x.k, x.v, x.mask, **score, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    with pytest.raises(ValueError, match="score: expected 'dot' or 'additive', got 'cosine'"):
+        attention(x.q, x.k, x.v, score="cosine")
+    with pytest.raises(ValueError, match=r"score_weight: expected \[H, D\] or \[D\] .* got None"):
+        attention(x.q, x.k, x.v, score="additive")
+    with pytest.raises(ValueError, match="score_bias: expected None with score='dot'"):
+        attention(x.q, x.k, x.v, score_bias=x.bias)
+    for option in ({"scale": 0.5}, {"dropout_p": 0.1}, {"sink": torch.zeros(2)}, {"pair_bias": torch.zeros(2, 1, 1)}):
+        with pytest.raises(NotImplementedError, match=f"{next(iter(option))} with score='additive'"):
+            attention(x.q, x.k, x.v, **score, **option)
 
 
 @every_backend
