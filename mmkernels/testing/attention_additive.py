@@ -9,7 +9,7 @@ import torch
 
 from mmkernels.ops.attention import AttentionMask, additive_attention
 
-__all__ = ["AdditiveInputs", "make_additive", "plain_additive", "run_additive"]
+__all__ = ["AdditiveInputs", "gradient_terms", "make_additive", "plain_additive", "run_additive"]
 
 Results = dict[str, torch.Tensor]
 
@@ -104,3 +104,23 @@ def plain_additive(x: AdditiveInputs, *, with_lse: bool = False) -> Results:
         return out.transpose(0, 1), torch.where(some, scores.logsumexp(-1), -torch.inf)
 
     return _differentiate(x, call, with_lse)
+
+
+def gradient_terms(x: AdditiveInputs, *, with_lse: bool = False) -> Results:
+    """Sums of the absolute terms of the gradients that go through the scores: the gradient of a softmax sums to zero
+    over the keys, so what is left of them is small beside its terms."""
+    q, k, v, grad_out = (t.double().transpose(0, 1) for t in (x.q, x.k, x.v, x.grad_out))
+    w = x.w.double()
+    group, tokens = q.shape[0] // k.shape[0], (x.q.shape[0], x.k.shape[0])
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    seen = torch.ones(tokens, dtype=torch.bool) if x.mask is None else x.mask.to_dense(*tokens)
+    t = torch.tanh((q + x.bias.double()[:, None])[:, :, None] + k[:, None])  # [H, Tq, Tk, D]
+    p = torch.where(seen, (t @ w[:, None, :, None])[..., 0].masked_fill(~seen, -torch.inf).softmax(-1), 0.0)
+    dp = (grad_out @ v.mT).abs()
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True))
+    if with_lse:
+        ds = ds + p * x.grad_lse.double().abs()[..., None]
+    g = ds[..., None] * (w.abs()[:, None, None] * (1 - t * t))
+    dk = g.sum(1).unflatten(0, (-1, group)).sum(1)
+    terms = {"dq": g.sum(2).transpose(0, 1), "dk": dk.transpose(0, 1), "dbias": g.sum((1, 2))}
+    return terms | {"dw": (ds[..., None] * t.abs()).sum((1, 2))}

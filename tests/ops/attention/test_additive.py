@@ -11,7 +11,13 @@ from mmkernels.ops.attention.additive.reference import Visible
 from mmkernels.runtime.backends import BackendError, candidates
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.attention import MASKS, MaskCase, cu_seqlens
-from mmkernels.testing.attention_additive import AdditiveInputs, make_additive, plain_additive, run_additive
+from mmkernels.testing.attention_additive import (
+    AdditiveInputs,
+    gradient_terms,
+    make_additive,
+    plain_additive,
+    run_additive,
+)
 
 OPS = torch.ops.mmkernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,12 +47,14 @@ def assert_right(draw: Callable[[int], AdditiveInputs], backend: str, *, with_ls
     got = [run_additive(x, backend, with_lse=with_lse) for x in inputs]
     plain = [plain_additive(x, with_lse=with_lse) for x in inputs]
     truth = [plain_additive(x.double(), with_lse=with_lse) for x in inputs]
+    terms = [gradient_terms(x, with_lse=with_lse) for x in inputs]
     for name in truth[0]:
         ours, theirs, true = (torch.stack([result[name] for result in results]) for results in (got, plain, truth))
         if inputs[0].q.dtype == torch.float64:
             torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11)
         elif true[torch.isfinite(true)].abs().max() > 1e-12:
-            assert_as_accurate(name, ours, theirs, true)
+            of_each = torch.stack([each[name] for each in terms]) if name in terms[0] else None
+            assert_as_accurate(name, ours, theirs, true, terms=of_each)
         else:
             assert ours[torch.isfinite(true)].abs().max() < 1e-5, name
 

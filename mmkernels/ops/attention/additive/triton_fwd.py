@@ -51,14 +51,11 @@ def scores(
     q_ptr, k_ptr, w_ptr, bias_ptr, o_m, o_n, stride_qt, stride_kt, Tq, Tk,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N]; eight terms are summed before they join the longer sum: nearly pairwise."""
+    """[BLOCK_M, BLOCK_N]"""
     b_s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, D, 8):
-        b_part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for i_d in range(first, tl.minimum(first + 8, D)):
-            b_t = tanh_tile(q_ptr, k_ptr, bias_ptr, o_m, o_n, i_d, stride_qt, stride_kt, Tq, Tk)
-            b_part += tl.load(w_ptr + i_d) * b_t
-        b_s += b_part
+    for i_d in range(0, D):
+        b_t = tanh_tile(q_ptr, k_ptr, bias_ptr, o_m, o_n, i_d, stride_qt, stride_kt, Tq, Tk)
+        b_s += tl.load(w_ptr + i_d) * b_t
     return b_s
 
 
