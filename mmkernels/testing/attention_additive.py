@@ -107,8 +107,8 @@ def plain_additive(x: AdditiveInputs, *, with_lse: bool = False) -> Results:
 
 
 def gradient_terms(x: AdditiveInputs, *, with_lse: bool = False) -> Results:
-    """Sums of the absolute terms of the gradients that go through the scores: the gradient of a softmax sums to zero
-    over the keys, so what is left of them is small beside its terms."""
+    """Sums of the absolute terms of the gradients, which cancel: that of a softmax sums to zero over the keys, and
+    those of the values come with either sign."""
     q, k, v, grad_out = (t.double().transpose(0, 1) for t in (x.q, x.k, x.v, x.grad_out))
     w = x.w.double()
     group, tokens = q.shape[0] // k.shape[0], (x.q.shape[0], x.k.shape[0])
@@ -121,6 +121,6 @@ def gradient_terms(x: AdditiveInputs, *, with_lse: bool = False) -> Results:
     if with_lse:
         ds = ds + p * x.grad_lse.double().abs()[..., None]
     g = ds[..., None] * (w.abs()[:, None, None] * (1 - t * t))
-    dk = g.sum(1).unflatten(0, (-1, group)).sum(1)
-    terms = {"dq": g.sum(2).transpose(0, 1), "dk": dk.transpose(0, 1), "dbias": g.sum((1, 2))}
+    dk, dv = (y.unflatten(0, (-1, group)).sum(1).transpose(0, 1) for y in (g.sum(1), p.mT @ grad_out.abs()))
+    terms = {"dq": g.sum(2).transpose(0, 1), "dk": dk, "dv": dv, "dbias": g.sum((1, 2))}
     return terms | {"dw": (ds[..., None] * t.abs()).sum((1, 2))}
