@@ -6,7 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "attention/additive.h"
 #include "attention/attention.h"
+#include "attention/gate.h"
+#include "attention/rope.h"
 #include "common/binding.h"
 #include "common/check.h"
 #include "common/dispatch.h"
@@ -79,6 +82,63 @@ void bind_attention(py::module_& m) {
         mmk::attention_kernels().backward(
             {grad_out, grad_lse, q, k, v, out, lse, {lo, hi, first_q, last_q}, scale, dq, dk, dv, delta, extras},
             num_threads);
+      },
+      released);
+}
+
+void bind_attention_rows(py::module_& m) {
+  using mmk::Norm;
+  using mmk::Tensor;
+  const py::call_guard<py::gil_scoped_release> released;
+  py::enum_<Norm>(m, "Norm").value("none", Norm::none).value("rms", Norm::rms).value("layer", Norm::layer);
+  m.def(
+      "launch_attention_norm_rope_fwd_cpu",
+      [](Tensor x, Tensor cos, Tensor sin, Tensor weight, Tensor bias, Tensor y, Norm norm, double eps,
+         bool interleaved, int num_threads) {
+        mmk::rope_kernels().forward({x, cos, sin, weight, bias, y, norm, eps, interleaved}, num_threads);
+      },
+      released);
+  m.def(
+      "launch_attention_norm_rope_bwd_cpu",
+      [](Tensor grad_out, Tensor x, Tensor cos, Tensor sin, Tensor weight, Tensor dx, Tensor dweight, Tensor dbias,
+         Norm norm, double eps, bool interleaved, int num_threads) {
+        mmk::rope_kernels().backward({grad_out, x, cos, sin, weight, dx, dweight, dbias, norm, eps, interleaved},
+                                     num_threads);
+      },
+      released);
+  m.def(
+      "launch_attention_gated_residual_fwd_cpu",
+      [](Tensor residual, Tensor x, Tensor gate, bool by_column, Tensor out, int num_threads) {
+        mmk::gate_kernels().forward({residual, x, gate, by_column, out}, num_threads);
+      },
+      released);
+  m.def(
+      "launch_attention_gated_residual_bwd_cpu",
+      [](Tensor grad_out, Tensor x, Tensor gate, bool by_column, Tensor dx, Tensor dgate, int num_threads) {
+        mmk::gate_kernels().backward({grad_out, x, gate, by_column, dx, dgate}, num_threads);
+      },
+      released);
+}
+
+void bind_attention_additive(py::module_& m) {
+  using mmk::Tensor;
+  const py::call_guard<py::gil_scoped_release> released;
+  m.def(
+      "launch_attention_additive_fwd_cpu",
+      [](Tensor q, Tensor k, Tensor v, Tensor w, Tensor bias, Tensor lo, Tensor hi, Tensor first_q, Tensor last_q,
+         Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor out, Tensor lse, int num_threads) {
+        const mmk::AdditiveMask mask{lo, hi, first_q, last_q, span_q, span_k, allow_q, bit_k};
+        mmk::additive_kernels().forward({q, k, v, w, bias, mask, out, lse}, num_threads);
+      },
+      released);
+  m.def(
+      "launch_attention_additive_bwd_cpu",
+      [](Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor w, Tensor bias, Tensor out, Tensor lse,
+         Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, Tensor span_q, Tensor span_k, Tensor allow_q,
+         Tensor bit_k, Tensor dq, Tensor dk, Tensor dv, Tensor dw, int num_threads) {
+        const mmk::AdditiveMask mask{lo, hi, first_q, last_q, span_q, span_k, allow_q, bit_k};
+        mmk::additive_kernels().backward({grad_out, grad_lse, q, k, v, w, bias, out, lse, mask, dq, dk, dv, dw},
+                                         num_threads);
       },
       released);
 }
@@ -219,6 +279,8 @@ PYBIND11_MODULE(_native, m) {
       py::arg("dtype"), py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
       "Flop/s of register-only multiply-adds on this machine: the ceiling that benches report fractions of.");
   bind_attention(m);
+  bind_attention_rows(m);
+  bind_attention_additive(m);
   bind_contrastive(m);
   bind_packing(m);
 #ifdef MMK_HAVE_CUDA

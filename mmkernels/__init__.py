@@ -13,14 +13,19 @@ __all__ = [
     "PackedMedia",
     "PackingPlan",
     "__version__",
+    "additive_attention",
     "attention",
     "embed_splice",
+    "gated_residual",
     "infonce",
     "mrope_position_ids",
+    "norm_rope",
     "pack",
     "pad",
     "patchify",
     "plan_packing",
+    "qk_norm_rope",
+    "rotary_cos_sin",
     "sample_negatives",
     "segment_pool",
     "siglip",
@@ -48,7 +53,15 @@ except (ImportError, OSError) as _error:  # `mmkernels info` must still work, an
 
 else:
     from mmkernels.gradcache import GradCache
-    from mmkernels.ops.attention import AttentionMask, attention
+    from mmkernels.ops.attention import (
+        AttentionMask,
+        additive_attention,
+        attention,
+        gated_residual,
+        norm_rope,
+        qk_norm_rope,
+        rotary_cos_sin,
+    )
     from mmkernels.ops.contrastive import ContrastiveStats, infonce, sample_negatives, siglip, topk_similar
     from mmkernels.ops.modality import Modality
     from mmkernels.ops.packing import (

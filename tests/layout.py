@@ -23,6 +23,9 @@ FAMILY_FILES = (
     "triton_bwd.py",
     "README.md",
 )
+# Smaller ops beside a family's own, each a folder of the same files; its documentation is a section of the family's.
+PARTS = {"attention": ("additive", "gate", "rope")}
+PART_FILES = tuple(name for name in FAMILY_FILES if name != "README.md")
 
 _PYTORCH = frozenset({"torch", "numpy"})
 _EXTRAS = frozenset({"PIL", "tyro", "tqdm", "matplotlib", "tensorboard", "safetensors", "jinja2"})
@@ -48,6 +51,7 @@ class Layer:
 
 
 _OPS = r"mmkernels\.ops\.(?P<f>\w+)"
+_OPS_OR_PART = _OPS + rf"(\.({'|'.join(part for parts in PARTS.values() for part in parts)}))?"
 _OWN, _SHARED, _RUNTIME = (
     "mmkernels.ops.{f}.*",
     ("mmkernels.ops._checks", "mmkernels.ops.modality"),
@@ -92,25 +96,25 @@ LAYERS = (
     Layer(r"mmkernels\.runtime(\..*)?", below=(_RUNTIME,)),
     Layer(r"mmkernels\.ops(\.(_checks|modality))?"),
     Layer(r"mmkernels\.ops\._tl", below=("mmkernels.runtime.backends",), packages=frozenset({"torch", "triton"})),
-    Layer(_OPS + r"\.reference", packages=frozenset({"torch"})),
+    Layer(_OPS_OR_PART + r"\.reference", packages=frozenset({"torch"})),
     Layer(
-        _OPS + r"\.triton_\w+",
+        _OPS_OR_PART + r"\.triton_\w+",
         below=(
             "mmkernels.ops._tl",
-            "mmkernels.ops.{f}.triton_*",
-            "mmkernels.ops.{f}.reference",
+            "mmkernels.ops.{f}.*.triton_*",
+            "mmkernels.ops.{f}.*.reference",
             "mmkernels.testing.aot",
         ),
         packages=frozenset({"torch", "triton"}),
     ),
-    Layer(_OPS + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.reference")),
+    Layer(_OPS_OR_PART + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.*.reference")),
     Layer(
-        _OPS + r"\.(op\w*|_impls)",
+        _OPS_OR_PART + r"\.(op\w*|_impls)",
         below=(_OWN, _RUNTIME),
-        never=("mmkernels.ops.{f}.api",),
-        late=("mmkernels.ops.{f}.triton_*",),
+        never=("mmkernels.ops.{f}.*.api",),
+        late=("mmkernels.ops.{f}.*.triton_*",),
     ),
-    Layer(_OPS + r"(\.api)?", below=(_OWN, *_SHARED, _RUNTIME), never=("mmkernels.ops.{f}.triton_*",)),
+    Layer(_OPS_OR_PART + r"(\.api)?", below=(_OWN, *_SHARED, _RUNTIME), never=("mmkernels.ops.{f}.*.triton_*",)),
     Layer(
         _OPS + r"\.plot",
         below=("mmkernels.ops.{f}.*", *_SHARED),
@@ -119,9 +123,9 @@ LAYERS = (
         late=("matplotlib",),
     ),
     Layer(
-        _OPS + r"\.\w+",
+        _OPS_OR_PART + r"\.\w+",
         below=(_OWN, *_SHARED, _RUNTIME),
-        never=("mmkernels.ops.{f}.api", "mmkernels.ops.{f}.triton_*"),
+        never=("mmkernels.ops.{f}.*.api", "mmkernels.ops.{f}.*.triton_*"),
     ),
 )
 
@@ -266,6 +270,11 @@ def shape_problems(root: Path) -> list[str]:
         wanted += [root / f"csrc/{family}/{family}.h", root / f"csrc/{family}/{family}_cpu.cpp"]
         wanted += [root / f"benches/bench_{family}.py", root / f"tests/ops/{family}"]
         problems += [f"{family}: no {path.relative_to(root)}" for path in wanted if not path.exists()]
+        for part in PARTS.get(family, ()):
+            wanted = [folder / part / name for name in PART_FILES]
+            wanted += [root / f"csrc/{family}/{part}{end}" for end in (".h", "_cpu.cpp")]
+            wanted += [root / f"tests/ops/{family}/test_{part}.py"]
+            problems += [f"{family}: no {path.relative_to(root)}" for path in wanted if not path.exists()]
         if not list(root.joinpath("csrc", family).glob("*.cu")):
             problems.append(f"{family}: no CUDA kernel in csrc/{family}")
     folders = {

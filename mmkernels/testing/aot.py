@@ -1,6 +1,6 @@
 """GPU kernels compiled ahead of time, with no GPU: registers, spills, local and shared memory, tensor-core use.
 
-Each family lists the Triton configurations it launches in `aot_cases()` of its `triton_fwd.py` and `triton_bwd.py`:
+Each family lists the Triton configurations it launches in `aot_cases()` of each `triton_fwd.py` and `triton_bwd.py`:
 
     def aot_cases() -> list[TritonCase]:
         return [
@@ -302,13 +302,16 @@ def families() -> list[str]:
 
 
 def cases(family: str) -> list[TritonCase]:
-    """Every Triton configuration of a family, forward and backward."""
+    """Every Triton configuration of a family and of the packages in its folder, forward and backward."""
+    from mmkernels import ops
+
+    found = {p.relative_to(root) for root in ops.__path__ for p in Path(root).glob(f"{family}/**/triton_[fb]wd.py")}
     listed = []
-    for direction in ("triton_fwd", "triton_bwd"):
-        module = importlib.import_module(f"mmkernels.ops.{family}.{direction}")
-        found = module.aot_cases()
-        assert found, f"{module.__name__}.aot_cases() lists nothing"
-        listed += found
+    for path in sorted(found):
+        module = importlib.import_module(".".join(["mmkernels.ops", *path.with_suffix("").parts]))
+        listed_here = module.aot_cases()
+        assert listed_here, f"{module.__name__}.aot_cases() lists nothing"
+        listed += listed_here
     names = [case.name for case in listed]
     assert len(set(names)) == len(names), f"{family}: two AOT cases have one name: {names}"
     return listed

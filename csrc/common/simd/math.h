@@ -1,9 +1,9 @@
-// Vectorised exp2, exp, log2 and log-sigmoid, one path for each precision on every instruction set.
+// Vectorised exp2, exp, log2, log-sigmoid and tanh, one path for each precision on every instruction set.
 //
 // Error bounds in units in the last place, float and double, with or without FMA (tests/native/simd_test.cpp sweeps
-// them against long double):  exp2 1.25   exp 1.5   log2 1.25   log2_1p 1.25   log_sigmoid 2.5 Results below the
-// smallest normal number are flushed to zero; everything else follows IEEE: exp2(-inf) = 0, exp2(inf) = inf, log2(0) =
-// -inf, log2(x < 0) = NaN, and a NaN stays a NaN.
+// them against long double):  exp2 1.25   exp 1.5   log2 1.25   log2_1p 1.25   log_sigmoid 2.5   tanh 2   Results below
+// the smallest normal number are flushed to zero; everything else follows IEEE: exp2(-inf) = 0, exp2(inf) = inf,
+// log2(0) = -inf, log2(x < 0) = NaN, and a NaN stays a NaN.
 #pragma once
 
 #include "common/simd/vec.h"
@@ -56,6 +56,12 @@ constexpr float kLog2Float[] = {-0x1.715474p-1f, 0x1.ec7082p-2f,  -0x1.715626p-2
 constexpr double kAtanhDouble[] = {0x1.555555555554fp-1, 0x1.999999999c0f7p-2, 0x1.24924921ec0d0p-2,
                                    0x1.c71c7488d92a5p-3, 0x1.745c4c7ae1969p-3, 0x1.3b358baef3276p-3,
                                    0x1.0dcf13bb99606p-3, 0x1.1b69ec6c4d0e5p-3};
+// (tanh(x) / x - 1) / x^2 as a function of x^2, |x| <= 0.55 (1.1e-9, 5.8e-19 of tanh)
+constexpr float kTanhFloat[] = {-0x1.55554ap-2f, 0x1.110d26p-3f, -0x1.b9287ap-5f, 0x1.593d08p-6f, -0x1.9b3046p-8f};
+constexpr double kTanhDouble[] = {-0x1.555555555554fp-2,  0x1.111111111079fp-3,  -0x1.ba1ba1b97d88fp-5,
+                                  0x1.664f485970a5cp-6,   -0x1.226e2f147b04ep-7, 0x1.d6d29b96e7615p-9,
+                                  -0x1.7d8fd3ad75e7ap-10, 0x1.3483ae90b5a72p-11, -0x1.e96fc5ebe95abp-13,
+                                  0x1.5d745a65bd7b7p-14,  -0x1.47110b57cb041p-16};
 
 // c[0] + x (c[1] + x (...)), every step one fma.
 template <class E, int n>
@@ -176,6 +182,20 @@ MMK_INLINE V log2_1p(V x) {
 template <class V, class E = LaneOf<V>>
 MMK_INLINE V log_sigmoid(V x) {
   return min(Vec<E>{}, x) - log2_1p(exp(min(x, -x))) * FloatTraits<E>::ln2;
+}
+
+// ---- tanh -----------------------------------------------------------------------------------------------------------
+
+MMK_INLINE Vec<float> tanh_curvature(Vec<float> z) { return polynomial(z, kTanhFloat); }
+MMK_INLINE Vec<double> tanh_curvature(Vec<double> z) { return polynomial(z, kTanhDouble); }
+
+// tanh(x): an odd polynomial near 0, where 1 - 2 / (e^2|x| + 1) would cancel
+template <class V, class E = LaneOf<V>>
+MMK_INLINE V tanh(V x) {
+  const Vec<E> z = x * x, size = x < E{0} ? -x : x;
+  const Vec<E> near = x + x * (z * tanh_curvature(z));
+  const Vec<E> far = E{1} - E{2} / (exp(size + size) + E{1});
+  return size < E(0.55) ? near : (x < E{0} ? -far : far);
 }
 
 }  // namespace MMK_ISA

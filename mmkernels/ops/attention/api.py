@@ -10,7 +10,8 @@ import torch
 from mmkernels.ops.modality import MAX_MODALITIES
 from mmkernels.runtime import backends
 
-from .._checks import describe, expect_tensor, wrong_type, wrong_value
+from .._checks import describe, expect_tensor, not_yet, wrong_type, wrong_value
+from .additive import additive_attention
 from .mask import AttentionMask
 from .op import attention_fwd_op
 from .reference import MaskRows, Options
@@ -35,6 +36,9 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool | None = None,
+    score: str = "dot",
+    score_weight: torch.Tensor | None = None,
+    score_bias: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of packed queries over the keys that a mask lets them see.
@@ -65,6 +69,9 @@ def attention(
         return_lse: give lse too; it is differentiable.
         deterministic: nothing to choose: no backend uses atomics, so the same input and thread count always give the
             same bits.
+        score: "dot", or "additive": `additive_attention` with w `score_weight` and bias `score_bias`; without scale,
+            pair_bias, sink and dropout_p.
+        score_weight, score_bias: [H, D] or [D], with score="additive" only.
         backend: None for the fastest that can serve, or "native", "triton", "reference".
 
     Returns:
@@ -78,6 +85,10 @@ def attention(
     Source: Vaswani et al. 2017 (attention); Dao 2023 (FlashAttention-2: tiling, recomputation); Xiao et al. 2023
         (sinks); Salmon et al. 2011 (Philox).
     """
+    if _is_additive(score, score_weight, score_bias):
+        _expect_defaults(scale=scale, pair_bias=pair_bias, sink=sink, dropout_p=dropout_p or None)
+        assert score_weight is not None
+        return additive_attention(q, k, v, score_weight, mask, bias=score_bias, return_lse=return_lse, backend=backend)
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, mask)
     _check_scalars(scale, dropout_p, return_lse, deterministic)
@@ -95,6 +106,24 @@ def attention(
         out = out.view(*shape[:-1], v.shape[-1])
         lse = lse.view(shape[2], samples, tokens_q).transpose(0, 1)
     return (out, lse) if return_lse else out
+
+
+def _is_additive(score: Any, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+    if score not in ("dot", "additive"):
+        wrong_value("score", "'dot' or 'additive'", score)
+    if score == "additive" and weight is None:
+        raise ValueError("score_weight: expected [H, D] or [D] floating point with score='additive', got None")
+    for name, value in (("score_weight", weight), ("score_bias", bias)):
+        if score == "dot" and value is not None:
+            wrong_value(name, "None with score='dot'", value)
+    return score == "additive"
+
+
+def _expect_defaults(**options: Any) -> None:
+    """Of what an additive score does not know: accepted and ignored would be worse."""
+    for name, value in options.items():
+        if value is not None:
+            not_yet(f"{name} with score='additive'", value)
 
 
 def _rows(

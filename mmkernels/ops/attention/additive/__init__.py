@@ -1,0 +1,5 @@
+"""Additive (Bahdanau) attention: a score through tanh, over the pairs that a mask lets see each other."""
+
+from .api import additive_attention
+
+__all__ = ["additive_attention"]

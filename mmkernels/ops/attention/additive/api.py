@@ -1,0 +1,140 @@
+"""`additive_attention`: documentation, validation, routing."""
+
+from __future__ import annotations
+
+import torch
+
+from mmkernels.runtime import backends
+
+from ..._checks import expect_tensor, wrong_type, wrong_value
+from ..mask import AttentionMask
+from .op import additive_fwd_op
+from .reference import Visible
+
+__all__ = ["additive_attention"]
+
+# What registers hold on a GPU, as in `attention`.
+_MAX_TRITON_HEAD_DIM = 256
+_MAX_TRITON_HEAD_DIM_FLOAT32 = 128
+
+
+def additive_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w: torch.Tensor,
+    mask: AttentionMask | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention with an additive score (Bahdanau) of packed queries over the keys that a mask lets them see.
+
+        s_ij = <w, tanh(q_i + k_j + bias)>     out_i = sum_j softmax_j(s_ij) v_j     lse_i = log sum_j exp(s_ij)
+
+    over the visible keys j of query i; q and k are already projected. Nothing of size Tq x Tk is kept, let alone
+    Tq x Tk x D. It costs a tanh per visible pair, head and element of D, where `attention` costs a product on tensor
+    cores: take it for what was trained with it, or short sequences. A query that sees no key gives out 0, lse -inf and
+    zero gradients. Query head h reads key/value head h // (H / Hkv). Everything inside is float32 (float64 for
+    float64). Dtypes are kept under torch.autocast.
+
+    Args:
+        q: [Tq, H, D] or [B, Tq, H, D]; float32, bfloat16, float16 or float64.
+        k: [Tk, Hkv, D] or [B, Tk, Hkv, D], q's dtype; Hkv divides H.
+        v: [Tk, Hkv, Dv] or [B, Tk, Hkv, Dv], q's dtype.
+        w: [H, D], or [D] for all heads; float32 or q's dtype.
+        mask: as for `attention`.
+        bias: [H, D] or [D]; float32 or q's dtype; None: 0.
+        return_lse: give lse too; it is differentiable.
+        backend: None for the fastest that can serve, or "native", "triton", "reference".
+
+    Returns:
+        out [Tq, H, Dv] (or [B, Tq, H, Dv]) in q's dtype; with `return_lse` also lse [H, Tq] (or [B, H, Tq]), natural
+        logarithm, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, named, with what was expected and what came.
+        BackendError: the named backend cannot serve the call.
+
+    Source: Bahdanau et al. 2015.
+    """
+    _check(q, k, v, mask, return_lse)
+    H, D = q.shape[-2:]
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    w = _per_head("w", w, q, compute)
+    bias = torch.zeros((H, D), dtype=compute, device=q.device) if bias is None else _per_head("bias", bias, q, compute)
+    shape, samples, tokens_q = q.shape, q.shape[0] if q.ndim == 4 else 1, q.shape[-3]
+    visible = _visible(mask, samples, tokens_q, k.shape[-3], q.device)
+    if q.ndim == 4:
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    chosen = backends.resolve("attention", q, backend, _limits(q, v))
+    out, lse = additive_fwd_op(q, k, v, w, bias, *visible, chosen)
+    if len(shape) == 4:
+        out = out.view(*shape[:-1], v.shape[-1])
+        lse = lse.view(H, samples, tokens_q).transpose(0, 1)
+    return (out, lse) if return_lse else out
+
+
+def _visible(mask: AttentionMask | None, samples: int, tokens_q: int, tokens_k: int, device: torch.device) -> Visible:
+    """The mask's vectors; without a mask a query sees all keys of its sample."""
+    if mask is None:
+        mask = AttentionMask.packed(*(_boundaries(samples, tokens, device) for tokens in (tokens_q, tokens_k)))
+    rows = mask.rows(samples * tokens_q, samples * tokens_k)
+    return Visible(**{name: getattr(rows, name) for name in Visible._fields if hasattr(rows, name)})
+
+
+def _boundaries(samples: int, tokens: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(samples + 1, dtype=torch.int32, device=device) * tokens
+
+
+def _limits(q: torch.Tensor, v: torch.Tensor) -> dict[str, str | None] | None:
+    limits: dict[str, str | None] = {}
+    if q.device.type != "cpu":
+        limits["native"] = "additive_attention has no CUDA C++ kernel"
+    most = _MAX_TRITON_HEAD_DIM_FLOAT32 if q.dtype == torch.float32 else _MAX_TRITON_HEAD_DIM
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > most:
+        limits["triton"] = f"head dims up to {most} in {_name(q.dtype)}, not {widest}"
+    return limits or None
+
+
+def _per_head(name: str, x: torch.Tensor, q: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """[H, D] in the dtype of computation, contiguous; gradients go back through the conversion."""
+    H, D = q.shape[-2:]
+    dtypes = (compute, q.dtype)
+    expected = f"[{H}, {D}] or [{D}] " + " or ".join(dict.fromkeys(map(_name, dtypes)))
+    expect_tensor(name, x, expected, ndim=(1, 2), dtypes=dtypes, like=q)
+    if tuple(x.shape) not in ((H, D), (D,)):
+        wrong_value(name, expected, x)
+    return x.to(compute).expand(H, D).contiguous()
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask | None, return_lse: bool) -> None:
+    expect_tensor("q", q, "[Tq, H, D] or [B, Tq, H, D] floating point", ndim=(3, 4))
+    lead = "B, " if q.ndim == 4 else ""
+    expect_tensor("k", k, f"[{lead}Tk, Hkv, D] {_name(q.dtype)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)
+    expect_tensor("v", v, f"[{lead}Tk, Hkv, Dv] {_name(q.dtype)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)
+    H, D = q.shape[-2:]
+    if H < 1 or D < 1:
+        wrong_value("q", "at least one head and a head dim of at least 1", q)
+    if k.shape[-1] != D:
+        wrong_value("k", f"head dim D={D} like q", k)
+    if k.shape[-2] < 1 or H % k.shape[-2] != 0:
+        wrong_value("k", f"a number of heads Hkv that divides q's {H}", k)
+    if q.ndim == 4 and k.shape[0] != q.shape[0]:
+        wrong_value("k", f"batch B={q.shape[0]} like q", k)
+    if v.shape[:-1] != k.shape[:-1] or v.shape[-1] < 1:
+        wrong_value("v", f"{[*k.shape[:-1], 'Dv']} like k, Dv at least 1", v)
+    if not isinstance(return_lse, bool):
+        wrong_type("return_lse", "a bool", return_lse)
+    if mask is None:
+        return
+    if not isinstance(mask, AttentionMask):
+        wrong_type("mask", "an AttentionMask or None", mask)
+    if mask.device != q.device:
+        raise ValueError(f"mask: expected metadata on {q.device} like q, got {mask.device}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

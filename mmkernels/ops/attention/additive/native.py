@@ -1,0 +1,47 @@
+"""Calls of the native core: allocates the outputs and launches the CPU kernels; there are none in CUDA C++."""
+
+from __future__ import annotations
+
+import torch
+
+from mmkernels.runtime.native import core, threads, view
+
+from .reference import Visible
+
+__all__ = ["additive_bwd", "additive_fwd"]
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The kernels want the last dimension contiguous; the others may have any stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def additive_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, mask: Visible
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [Tq, H, Dv] and lse [H, Tq]."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out, lse = q.new_empty((q.shape[0], q.shape[1], v.shape[2])), w.new_empty((q.shape[1], q.shape[0]))
+    core().launch_attention_additive_fwd_cpu(*map(view, (q, k, v, w, bias, *mask, out, lse)), threads())
+    return out, lse
+
+
+def additive_bwd(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mask: Visible,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq in w's dtype, dk, dv, dw."""
+    grad_out, q, k, v, out = (_rows(x) for x in (grad_out, q, k, v, out))
+    grad_lse = grad_lse.contiguous() if grad_lse is not None else None
+    dq, dk, dv, dw = w.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(w)
+    tensors = (grad_out, grad_lse, q, k, v, w, bias, out, lse, *mask, dq, dk, dv, dw)
+    core().launch_attention_additive_bwd_cpu(*map(view, tensors), threads())
+    return dq, dk, dv, dw

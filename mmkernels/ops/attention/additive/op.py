@@ -1,0 +1,91 @@
+"""The ops `mmkernels::attention_additive_fwd` and `_bwd`: schema, fake, backward.
+
+q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> out [Tq, H, Dv] in q's dtype, lse [H, Tq]. w, bias [H, D] and lse are
+float32 (float64 for float64); the mask's tensors are int32, `reference.Visible`. dq leaves the backward in w's dtype:
+the bias's gradient is its sum over the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mmkernels.runtime.register import Op
+
+from . import native, reference
+from .reference import Visible
+
+__all__ = ["additive_bwd_op", "additive_fwd_op"]
+
+_MASK = (
+    "Tensor lo, Tensor hi, Tensor first_q, Tensor last_q,"
+    " Tensor? span_q, Tensor? span_k, Tensor? allow_q, Tensor? bit_k"
+)
+_NUM_MASK = len(Visible._fields)
+
+
+def _with_mask(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend's function, which takes a Visible, as one of the op's flat arguments."""
+    return lambda *args: run(*args[:-_NUM_MASK], Visible(*args[-_NUM_MASK:]))
+
+
+def _triton_fwd(*args: Any) -> Any:
+    from .triton_fwd import additive_fwd
+
+    return additive_fwd(*args)
+
+
+def _triton_bwd(*args: Any) -> Any:
+    from .triton_bwd import additive_bwd
+
+    return additive_bwd(*args)
+
+
+def _fwd_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, *rest: Any) -> Any:
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), w.new_empty((q.shape[1], q.shape[0]))
+
+
+def _bwd_fake(grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, w: torch.Tensor, *rest: Any) -> Any:
+    return w.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), w.new_empty(w.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors[:5], *output, *tensors[5:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[5])
+    dq, dk, dv, dw = additive_bwd_op(grad_out, grad_lse, *saved, ctx.backend)
+    return (dq.to(saved[0].dtype), dk, dv, dw, dq.sum(0), *(None,) * (_NUM_MASK + 1))
+
+
+additive_bwd_op = Op(
+    "attention_additive_bwd",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor w, Tensor bias, Tensor out, Tensor lse,"
+    f" {_MASK}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    impls={
+        "native": _with_mask(native.additive_bwd),
+        "triton": _with_mask(_triton_bwd),
+        "reference": _with_mask(reference.additive_bwd),
+    },
+    fake=_bwd_fake,
+)
+
+additive_fwd_op = Op(
+    "attention_additive_fwd",
+    f"(Tensor q, Tensor k, Tensor v, Tensor w, Tensor bias, {_MASK}, str backend) -> (Tensor, Tensor)",
+    impls={
+        "native": _with_mask(native.additive_fwd),
+        "triton": _with_mask(_triton_fwd),
+        "reference": _with_mask(reference.additive_fwd),
+    },
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -1,0 +1,92 @@
+"""The oracle of additive attention: plain PyTorch over [H, Tq, Tk, D], float64-capable.
+
+    t_ijd = tanh(q_id + k_jd + b_d)      s_ij = sum_d w_d t_ijd  where i sees j, else -inf
+    lse_i = log sum_j exp(s_ij)          p_ij = exp(s_ij - lse_i)          out_i = sum_j p_ij v_j
+
+and with do, dlse the gradients of out and lse, delta_i = <do_i, out_i> - dlse_i:
+
+    ds_ij = p_ij (<do_i, v_j> - delta_i)       g_ijd = ds_ij w_d (1 - t_ijd^2)       dv_j = sum_i p_ij do_i
+    dq_i = sum_j g_ij      dk_j = sum_i g_ij      db = sum_ij g_ij      dw_d = sum_ij ds_ij t_ijd
+
+A row that sees no key gives out 0, lse -inf and adds nothing to any gradient. Low precision is computed in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Visible", "additive_bwd", "additive_fwd"]
+
+
+class Visible(NamedTuple):
+    """What the kernels read of a mask, int32: visible(i, j) = lo[i] <= j < hi[i] and (no pattern, or
+    span_q[i] == span_k[j], or allow_q[i] & bit_k[j] != 0). The pattern is four vectors, or none; first_q, last_q [Tk]
+    bound the queries that see a key."""
+
+    lo: torch.Tensor
+    hi: torch.Tensor
+    first_q: torch.Tensor
+    last_q: torch.Tensor
+    span_q: torch.Tensor | None = None
+    span_k: torch.Tensor | None = None
+    allow_q: torch.Tensor | None = None
+    bit_k: torch.Tensor | None = None
+
+    def dense(self, num_keys: int) -> torch.Tensor:
+        """bool [Tq, Tk]."""
+        key = torch.arange(num_keys, device=self.lo.device)
+        seen = (self.lo[:, None] <= key) & (key < self.hi[:, None])
+        if self.span_q is None or self.span_k is None or self.allow_q is None or self.bit_k is None:
+            return seen
+        return seen & ((self.span_q[:, None] == self.span_k) | (self.allow_q[:, None] & self.bit_k != 0))
+
+
+def _heads_first(x: torch.Tensor, dtype: torch.dtype, heads: int) -> torch.Tensor:
+    """[T, heads or fewer, D] -> [H, T, D]."""
+    return x.to(dtype).repeat_interleave(heads // x.shape[1], dim=1).transpose(0, 1)
+
+
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, seen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """t [H, Tq, Tk, D], p [H, Tq, Tk], lse [H, Tq]."""
+    x, y = (_heads_first(t, w.dtype, q.shape[1]) for t in (q, k))
+    t = torch.tanh((x + bias[:, None])[:, :, None] + y[:, None])
+    scores = (t @ w[:, None, :, None])[..., 0].masked_fill(~seen, -torch.inf)
+    return t, torch.where(seen, scores.softmax(-1), 0.0), torch.logsumexp(scores, -1)
+
+
+def additive_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, mask: Visible
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [Tq, H, Dv] in q's dtype, lse [H, Tq] in w's."""
+    _, p, lse = _probabilities(q, k, w, bias, mask.dense(k.shape[0]))
+    out = p @ _heads_first(v, w.dtype, q.shape[1])
+    return out.transpose(0, 1).to(q.dtype).contiguous(), lse
+
+
+def additive_bwd(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mask: Visible,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq in w's dtype, dk and dv in k's and v's, dw; probabilities are computed again, `out` and `lse` not needed."""
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    t, p, _ = _probabilities(q, k, w, bias, mask.dense(k.shape[0]))
+    do = _heads_first(grad_out, w.dtype, heads)
+    dp = do @ _heads_first(v, w.dtype, heads).mT
+    dp = dp - (p * dp).sum(-1, keepdim=True)  # <do_i, out_i> without out's rounding
+    ds = p * (dp if grad_lse is None else dp + grad_lse.to(w.dtype)[..., None])
+    g = ds[..., None] * (1 - t) * (1 + t) * w[:, None, None]
+    dk, dv = (x.unflatten(0, (k.shape[1], group)).sum(1).transpose(0, 1) for x in (g.sum(1), p.mT @ do))
+    dq, dw = g.sum(2).transpose(0, 1).contiguous(), (ds[..., None] * t).sum((1, 2))
+    return dq, dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dw

@@ -1,0 +1,75 @@
+"""`gated_residual`: documentation, validation, routing."""
+
+from __future__ import annotations
+
+import torch
+
+from mmkernels.runtime import backends
+
+from ..._checks import FLOATING, expect_tensor, wrong_value
+from .op import gated_residual_fwd_op
+
+__all__ = ["gated_residual"]
+
+
+def gated_residual(
+    residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """Add a branch to the residual stream through a learned gate, in one pass over memory.
+
+        out = residual + tanh(gate) x
+
+    With a gate of 0 the branch begins closed: out is the residual. Sums are float32 (float64 for float64) and are
+    rounded once; the gradient of the gate is summed in a fixed order. Rows may have any stride as long as the last
+    dimension is contiguous; otherwise a copy is made. Dtypes are kept under torch.autocast.
+
+    Args:
+        residual: [..., C]; float32, bfloat16, float16 or float64.
+        x: residual's shape and dtype; beside a float32 residual also bfloat16 or float16 (what a layer gives under
+            autocast).
+        gate: float32 or x's dtype (float64 for float64), broadcast as in `tanh(gate) * x`: [] or [1], one for all; [C],
+            one per channel; [H, 1], one per head, for x [..., H, C].
+        backend: None for the fastest that can serve, or "native", "triton", "reference".
+
+    Returns:
+        out, a new contiguous tensor of residual's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, named, with what was expected and what came.
+        BackendError: the named backend cannot serve the call.
+
+    Source: Alayrac et al. 2022 (Flamingo).
+    """
+    _check(residual, x, gate)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    by_column = gate.ndim == 1 and gate.shape[0] == x.shape[-1] and gate.shape[0] != 1
+    rows = (x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1])
+    limits = {"native": "gated_residual has no CUDA C++ kernel"} if x.device.type != "cpu" else None
+    chosen = backends.resolve("attention", x, backend, limits)
+    gates = gate.to(compute).reshape(-1)
+    return gated_residual_fwd_op(residual.reshape(rows), x.reshape(rows), gates, by_column, chosen).view(x.shape)
+
+
+def _check(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor) -> None:
+    expect_tensor("residual", residual, "[..., C] floating point", dtypes=FLOATING)
+    if residual.ndim < 1:
+        wrong_value("residual", "at least one dimension", residual)
+    low = (torch.bfloat16, torch.float16) if residual.dtype == torch.float32 else ()
+    expected = f"{list(residual.shape)} {_names(residual.dtype, *low)}"
+    expect_tensor("x", x, expected, dtypes=(residual.dtype, *low), like=residual)
+    if x.shape != residual.shape:
+        wrong_value("x", expected, x)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    C = x.shape[-1]
+    heads = f", or [{x.shape[-2]}, 1]" if x.ndim > 1 else ""
+    expected = f"[], [1] or [{C}]{heads} {_names(compute, x.dtype)}"
+    expect_tensor("gate", gate, expected, dtypes=(compute, x.dtype), like=x)
+    allowed: list[tuple[int, ...]] = [(), (1,), (C,)]
+    if x.ndim > 1:
+        allowed.append((x.shape[-2], 1))
+    if tuple(gate.shape) not in allowed:
+        wrong_value("gate", expected, gate)
+
+
+def _names(*dtypes: torch.dtype) -> str:
+    return " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -1,0 +1,35 @@
+"""Calls of the native core: allocates the outputs and launches the CPU kernels; there are none in CUDA C++."""
+
+from __future__ import annotations
+
+import torch
+
+from mmkernels.runtime.native import core, threads, view
+
+__all__ = ["gated_residual_bwd", "gated_residual_fwd"]
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[N, C] with contiguous columns and any row stride; copied when its columns are not."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def gated_residual_fwd(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, by_column: bool) -> torch.Tensor:
+    """out [N, C]."""
+    residual, x, out = _rows(residual), _rows(x), residual.new_empty(residual.shape)
+    core().launch_attention_gated_residual_fwd_cpu(
+        view(residual), view(x), view(gate.contiguous()), by_column, view(out), threads()
+    )
+    return out
+
+
+def gated_residual_bwd(
+    grad_out: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, by_column: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx [N, C] and dgate [G]."""
+    grad_out, x, gate = _rows(grad_out), _rows(x), gate.contiguous()
+    dx, dgate = x.new_empty(x.shape), torch.empty_like(gate)
+    core().launch_attention_gated_residual_bwd_cpu(
+        view(grad_out), view(x), view(gate), by_column, view(dx), view(dgate), threads()
+    )
+    return dx, dgate

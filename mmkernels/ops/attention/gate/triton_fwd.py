@@ -1,0 +1,125 @@
+"""Forward of the gated residual in Triton: out = residual + tanh(gate) x.
+
+A program owns a tile of BLOCK_N rows and BLOCK_C columns; the tile's gates are loaded once, by column or by row. All
+arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mmkernels.ops._tl import cast, tanh
+
+if TYPE_CHECKING:
+    from mmkernels.testing.aot import TritonCase
+
+__all__ = ["aot_cases", "gated_residual_fwd"]
+
+# Elements of a tile: 16 per thread with four warps.
+_TILE = 2048
+_MOST_COLUMNS = 512
+
+
+@triton.jit
+def load_gate(gate_ptr, o_n, m_n, o_c, m_c, gates, BY_COLUMN: tl.constexpr):
+    """tanh of the tile's gates: [1, BLOCK_C] or [BLOCK_N, 1]."""
+    if BY_COLUMN:
+        b_gate = tl.load(gate_ptr + o_c, mask=m_c, other=0.0)[None, :]
+    else:
+        b_gate = tl.load(gate_ptr + o_n % gates, mask=m_n, other=0.0)[:, None]
+    return tanh(b_gate)
+
+
+@triton.jit
+def load_tile(x_ptr, stride_n, o_n, m_n, o_c, m_c):
+    """float32, zeros outside: [BLOCK_N, BLOCK_C]."""
+    p_x = x_ptr + o_n[:, None] * stride_n + o_c[None, :]
+    return tl.load(p_x, mask=m_n[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _gated_residual_fwd_kernel(
+    residual_ptr,  # [N, C]
+    x_ptr,  # [N, C]
+    gate_ptr,  # [C], or [gates]: row n reads n % gates
+    out_ptr,  # [N, C]
+    stride_rn, stride_xn, N, C, gates,
+    BY_COLUMN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_n, m_c = o_n < N, o_c < C
+    b_gate = load_gate(gate_ptr, o_n, m_n, o_c, m_c, gates, BY_COLUMN)
+    b_out = load_tile(residual_ptr, stride_rn, o_n, m_n, o_c, m_c)  # [BLOCK_N, BLOCK_C]
+    b_out += b_gate * load_tile(x_ptr, stride_xn, o_n, m_n, o_c, m_c)
+    p_out = out_ptr + o_n[:, None] * C + o_c[None, :]
+    tl.store(p_out, cast(b_out, out_ptr.dtype.element_ty), mask=m_n[:, None] & m_c[None, :])
+
+
+def unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """[N, C] with contiguous columns and any row stride; copied when its columns are not."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def on_device(x: torch.Tensor) -> torch.cuda.device:
+    """Makes x's GPU the current one for a launch; does nothing for the interpreter's CPU tensors."""
+    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
+
+
+def tile(width: int) -> dict[str, int]:
+    """Rows and columns of a tile for rows of `width` elements."""
+    columns = min(triton.next_power_of_2(width), _MOST_COLUMNS)
+    return {"BLOCK_N": max(_TILE // columns, 1), "BLOCK_C": columns}
+
+
+def gated_residual_fwd(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, by_column: bool) -> torch.Tensor:
+    """out [N, C]."""
+    residual, x = unit_rows(residual), unit_rows(x)
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    if out.numel() == 0:
+        return out
+    (N, C), block = x.shape, tile(x.shape[1])
+    grid = (triton.cdiv(N, block["BLOCK_N"]), triton.cdiv(C, block["BLOCK_C"]))
+    with on_device(x):
+        _gated_residual_fwd_kernel[grid](
+            residual, x, gate.contiguous(), out, residual.stride(0), x.stride(0), N, C, gate.shape[0],
+            BY_COLUMN=by_column, **block,
+        )  # fmt: skip
+    return out
+
+
+# What the ahead-of-time gate compiles: (residual's kind, x's kind, width, by column).
+AOT_LAUNCHES = (
+    ("bf16", "bf16", 4096, True),
+    ("bf16", "bf16", 128, False),
+    ("fp32", "bf16", 1024, False),
+    ("fp32", "fp32", 80, True),
+)
+
+
+def aot_case(kernel: Any, launch: tuple[str, str, int, bool]) -> TritonCase:
+    """A TritonCase; types follow from the arguments' names."""
+    from mmkernels.testing.aot import TritonCase
+
+    residual, x, width, by_column = launch
+    constexprs = {"BY_COLUMN": by_column, **tile(width)}
+    kinds = {"residual_ptr": residual, "out_ptr": residual, "grad_out_ptr": residual, "x_ptr": x, "dx_ptr": x}
+
+    def type_of(name: str) -> str:
+        if name.endswith("_ptr"):
+            return "*" + kinds.get(name, "fp32")
+        return "i32:16" if name.startswith("stride_") or name == "C" else "i32"
+
+    signature = {name: type_of(name) for name in kernel.arg_names if name not in constexprs}
+    what = "fwd" if "fwd" in kernel.__name__ else "bwd"
+    label = f"gated_residual_{what}[{residual}+{x},C={width},{'column' if by_column else 'row'}]"
+    return TritonCase(label, kernel, signature, constexprs)
+
+
+def aot_cases() -> list[TritonCase]:
+    """Every kind of launch: gates by column and by row, a residual of x's dtype and a wider one."""
+    return [aot_case(_gated_residual_fwd_kernel, launch) for launch in AOT_LAUNCHES]

@@ -1,0 +1,55 @@
+"""Calls of the native core: allocates the outputs and launches the CPU kernels; there are none in CUDA C++."""
+
+from __future__ import annotations
+
+import torch
+
+from mmkernels.runtime.native import core, threads, view
+
+__all__ = ["norm_rope_bwd", "norm_rope_fwd"]
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The kernels want the last dimension contiguous; the others may have any stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def norm_rope_fwd(
+    x: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> torch.Tensor:
+    """y [T, H, D]."""
+    x, y = _rows(x), x.new_empty(x.shape)
+    tensors = [view(t) for t in (x, cos, sin, weight, bias, y)]
+    core().launch_attention_norm_rope_fwd_cpu(*tensors, core().Norm.__members__[norm or "none"], eps, interleaved,
+                                              threads())  # fmt: skip
+    return y
+
+
+def norm_rope_bwd(
+    grad_out: torch.Tensor,
+    x: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx [T, H, D]; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
+    grad_out, x = _rows(grad_out), _rows(x) if x is not None else None
+    dx = grad_out.new_empty(grad_out.shape)
+    dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
+    D = grad_out.shape[2]
+    dweight = grad_out.new_empty(D if norm else 0, dtype=dtype)
+    dbias = dweight.new_empty(D if norm == "layer" else 0)
+    tensors = [view(t) for t in (grad_out, x, cos, sin, weight, dx, dweight, dbias)]
+    core().launch_attention_norm_rope_bwd_cpu(*tensors, core().Norm.__members__[norm or "none"], eps, interleaved,
+                                              threads())  # fmt: skip
+    return dx, dweight, dbias

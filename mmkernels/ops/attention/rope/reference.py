@@ -1,0 +1,94 @@
+"""The oracle of the prologue: plain PyTorch, float64-capable.
+
+With r = 1 / sqrt(mean_d (x_d - mu)^2 + eps), where mu = mean_d x_d for "layer" and 0 for "rms":
+
+    h_d = r (x_d - mu)        n_d = h_d w_d + b_d          (norm None: n = x)
+    y_a = n_a cos - n_b sin   y_b = n_b cos + n_a sin      for each rotated pair (a, b); y_d = n_d elsewhere
+
+and with g the gradient of n, which is that of y turned back (-sin for sin), u = g w:
+
+    dx_d = r (u_d - [mean u] - h_d mean(u h))              the bracket for "layer" only
+    dw_d = sum_rows g_d h_d      db_d = sum_rows g_d
+
+Pairs (a, b) are (j, j + R/2), or (2j, 2j + 1) when interleaved, 0 <= j < R/2. Low precision is computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["norm_rope_bwd", "norm_rope_fwd"]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _rotate(
+    x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool, sign: float
+) -> torch.Tensor:
+    """x [T, H, D] turned by sign times the angles of the table [P, R/2], whose row t % P belongs to token t."""
+    if cos is None or sin is None:
+        return x
+    repeats = x.shape[0] // cos.shape[0] if cos.shape[0] else 1
+    cos, sin = (t.repeat(repeats, 1)[:, None] for t in (cos, sign * sin))  # [T, 1, R/2]
+    rotated, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    if interleaved:
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = rotated.chunk(2, -1)
+        pairs = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([pairs, rest], -1)
+
+
+def _normalised(x: torch.Tensor, norm: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """h [T, H, D] and r [T, H, 1]."""
+    if norm == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x * r, r
+
+
+def norm_rope_fwd(
+    x: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> torch.Tensor:
+    """y [T, H, D] in x's dtype."""
+    n = _wide(x)
+    if norm:
+        n, _ = _normalised(n, norm, eps)
+        n = n * weight if weight is not None else n
+        n = n + bias if bias is not None else n
+    y = _rotate(n, cos, sin, interleaved, 1.0).to(x.dtype).contiguous()
+    return y.clone() if y.data_ptr() == x.data_ptr() else y
+
+
+def norm_rope_bwd(
+    grad_out: torch.Tensor,
+    x: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx in grad_out's dtype; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
+    g = _rotate(_wide(grad_out), cos, sin, interleaved, -1.0)
+    if x is None:
+        dx = g.to(grad_out.dtype).contiguous()
+        return dx, g.new_empty(0), g.new_empty(0)
+    h, r = _normalised(_wide(x), norm, eps)
+    u = g * weight if weight is not None else g
+    dx = u - h * (u * h).mean(-1, keepdim=True)
+    dbias = g.new_empty(0)
+    if norm == "layer":
+        dx, dbias = dx - u.mean(-1, keepdim=True), g.sum((0, 1))
+    return (r * dx).to(grad_out.dtype).contiguous(), (g * h).sum((0, 1)), dbias

@@ -1,0 +1,149 @@
+"""Cosines and sines of the rotary embedding: computed in float64, rounded once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..._checks import describe, expect_tensor, not_yet, wrong_type, wrong_value
+
+__all__ = ["rotary_cos_sin"]
+
+_INTEGERS = (torch.int32, torch.int64)
+_POSITIONS = (*_INTEGERS, torch.float32, torch.float64)
+_LAYOUTS = ("contiguous", "interleaved")
+
+
+def rotary_cos_sin(
+    position_ids: torch.Tensor,
+    rotary_dim: int,
+    *,
+    base: float = 10000.0,
+    inv_freq: torch.Tensor | None = None,
+    sections: Sequence[int] | None = None,
+    section_layout: str = "contiguous",
+    scaling: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table of a rotary embedding: built once per batch, used by every layer.
+
+        angle_tj = position_t inv_freq_j,  inv_freq_j = base^(-2 j / R),  0 <= j < R / 2
+        cos_tj = scaling cos(angle_tj)     sin_tj = scaling sin(angle_tj)
+
+    with R = rotary_dim. With `sections` there are several positions per token, and frequency j reads the one of its
+    axis (M-RoPE: time, height, width):
+
+        "contiguous"    the first sections[0] frequencies read axis 0, the next sections[1] axis 1, ... (Qwen2-VL)
+        "interleaved"   frequency j reads axis a = j mod P, if a > 0 and j < P sections[a], else axis 0 (Qwen3-VL)
+
+    Angles are float64: in float32 position 10^6 would be off by 0.03 rad. transformers rounds inv_freq to float32; hand
+    its own over as `inv_freq` to meet a checkpoint's angles exactly.
+
+    Args:
+        position_ids: [T] or [B, T]; with `sections` [P, T] or [P, B, T] for P axes. int32, int64, float32 or float64.
+        rotary_dim: R, how many of the head dim's elements are rotated; even.
+        base: of the geometric series of frequencies; not read when `inv_freq` is given.
+        inv_freq: [R / 2] float32 or float64: any frequencies (a scaled or learned-elsewhere series), radian per
+            position. No gradient flows into it.
+        sections: frequencies per axis, summing to R / 2.
+        section_layout: "contiguous" or "interleaved", which frequencies belong to which axis.
+        scaling: factor of both (YaRN's attention factor).
+        dtype: float32, or float64 for float64 q and k.
+
+    Returns:
+        (cos, sin), each [T, R / 2] or [B, T, R / 2].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, named.
+
+    Source: Su et al. 2021 (RoFormer); Wang et al. 2024 (Qwen2-VL: sections); Bai et al. 2025 (Qwen3-VL: interleaved).
+    """
+    _check(position_ids, rotary_dim, base, inv_freq, sections, section_layout, scaling, dtype)
+    half, device = rotary_dim // 2, position_ids.device
+    order = torch.arange(half, dtype=torch.float64, device=device)
+    frequency = inv_freq.double() if inv_freq is not None else float(base) ** (order * (-2.0 / rotary_dim))
+    position = position_ids.double()
+    if sections is None:
+        angle = position[..., None] * frequency
+    else:
+        axis = frequency_axes(sections, section_layout, device)
+        angle = position.movedim(0, -1)[..., axis] * frequency
+    return (angle.cos() * scaling).to(dtype), (angle.sin() * scaling).to(dtype)
+
+
+def frequency_axes(sections: Sequence[int], layout: str, device: torch.device) -> torch.Tensor:
+    """Which axis of the positions each frequency reads: int64 [sum(sections)]."""
+    order = torch.arange(sum(sections), device=device)
+    axis = torch.zeros_like(order)
+    if layout == "interleaved":
+        axes = len(sections)
+        for a in range(1, axes):
+            axis = torch.where((order % axes == a) & (order < axes * sections[a]), a, axis)
+        return axis
+    end = 0
+    for length in sections[:-1]:
+        end += length
+        axis = axis + (order >= end)
+    return axis
+
+
+def _check(
+    position_ids: Any,
+    rotary_dim: Any,
+    base: Any,
+    inv_freq: Any,
+    sections: Any,
+    section_layout: Any,
+    scaling: Any,
+    dtype: Any,
+) -> None:
+    if isinstance(rotary_dim, bool) or not isinstance(rotary_dim, int):
+        wrong_type("rotary_dim", "an even int", rotary_dim)
+    if rotary_dim < 2 or rotary_dim % 2:
+        wrong_value("rotary_dim", "an even number of at least 2", rotary_dim)
+    for name, value in (("base", base), ("scaling", scaling)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            wrong_type(name, "a float", value)
+        if not math.isfinite(value) or value <= 0:
+            wrong_value(name, "a positive finite number", value)
+    if dtype not in (torch.float32, torch.float64):
+        wrong_value("dtype", "torch.float32 or torch.float64", dtype)
+    if section_layout not in _LAYOUTS:
+        wrong_value("section_layout", " or ".join(map(repr, _LAYOUTS)), section_layout)
+    if sections is None:
+        expected, ndim = "[T] or [B, T] int32, int64, float32 or float64", (1, 2)
+        if section_layout != "contiguous":
+            raise ValueError(f"section_layout: expected sections beside {section_layout!r}, got None")
+    else:
+        check_sections(sections, section_layout, rotary_dim)
+        axes = len(sections)
+        expected, ndim = f"[{axes}, T] or [{axes}, B, T] int32, int64, float32 or float64", (2, 3)
+    expect_tensor("position_ids", position_ids, expected, ndim=ndim, dtypes=_POSITIONS)
+    if sections is not None and position_ids.shape[0] != len(sections):
+        wrong_value("position_ids", expected, position_ids)
+    if inv_freq is not None:
+        expected = f"[{rotary_dim // 2}] float32 or float64"
+        expect_tensor("inv_freq", inv_freq, expected, ndim=1, dtypes=(torch.float32, torch.float64), like=position_ids)
+        if inv_freq.shape[0] != rotary_dim // 2:
+            wrong_value("inv_freq", expected, inv_freq)
+    for name, value in (("inv_freq", inv_freq), ("position_ids", position_ids)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            not_yet(name, f"{describe(value)} that requires a gradient")
+
+
+def check_sections(sections: Any, layout: str, rotary_dim: int) -> None:
+    """Raises unless `sections` share out the rotary_dim / 2 frequencies in this layout."""
+    whole = isinstance(sections, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in sections)
+    if not whole or isinstance(sections, str):
+        wrong_type("sections", "a sequence of ints", sections)
+    if len(sections) < 1 or min(sections) < 0 or sum(sections) != rotary_dim // 2:
+        wrong_value("sections", f"numbers of frequencies that sum to rotary_dim / 2 = {rotary_dim // 2}", sections)
+    if layout == "interleaved":
+        axes = len(sections)
+        for a in range(1, axes):
+            if sections[a] > 0 and axes * (sections[a] - 1) + a >= rotary_dim // 2:
+                most = (rotary_dim // 2 - a + axes - 1) // axes
+                wrong_value("sections", f"at most {most} interleaved frequencies of axis {a}", sections)

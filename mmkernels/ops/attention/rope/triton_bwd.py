@@ -1,0 +1,183 @@
+"""Backward of the prologue in Triton.
+
+With g the gradient of y turned back, u = g w and h, r computed again from x:
+
+    dx = r (u - [mean u] - h mean(u h))      dw = sum_rows g h      db = sum_rows g
+
+A program owns TILES consecutive tiles of rows (as in the forward, in up to three parts) and keeps the sums of its rows'
+g h and g in float32 registers; it writes one line of partial sums, and the lines are added in order: no atomics.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .triton_fwd import (
+    AOT_LAUNCHES,
+    NORMS,
+    aot_case,
+    centred,
+    load_angles,
+    load_part,
+    on_device,
+    store_part,
+    tile,
+    unit_rows,
+)
+
+if TYPE_CHECKING:
+    from mmkernels.testing.aot import TritonCase
+
+__all__ = ["aot_cases", "norm_rope_bwd"]
+
+# Tiles per program: a line of partial sums for each is a thirtieth of what is read.
+_TILES = 32
+
+
+@triton.jit
+def _weighted(b_g, weight_ptr, o_c, m_c, HAS_WEIGHT: tl.constexpr):
+    if HAS_WEIGHT:
+        return b_g * tl.load(weight_ptr + o_c, mask=m_c, other=0.0)[None, :]
+    return b_g
+
+
+@triton.jit
+def _write_sums(dweight_ptr, dbias_ptr, o_line, o_c, m_c, b_dw, b_db, NORM: tl.constexpr):
+    tl.store(dweight_ptr + o_line + o_c, tl.sum(b_dw, 0), mask=m_c)
+    if NORM == 2:
+        tl.store(dbias_ptr + o_line + o_c, tl.sum(b_db, 0), mask=m_c)
+
+
+@triton.jit
+def _norm_rope_bwd_kernel(
+    grad_out_ptr, x_ptr,  # [T, H, D]
+    cos_ptr, sin_ptr,  # [table_rows, HALF]
+    weight_ptr,  # [D]
+    dx_ptr,  # [T, H, D]
+    dweight_ptr, dbias_ptr,  # [programs, D] partial sums
+    stride_gt, stride_gh, stride_xt, stride_xh, rows, heads, table_rows, eps, tiles,
+    D: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    i_p = tl.program_id(0).to(tl.int64)
+    REST: tl.constexpr = D - 2 * HALF
+    o_j = tl.arange(0, BLOCK_HALF)
+    m_j = o_j < HALF
+    o_a, o_b = o_j * STEP, o_j * STEP + SHIFT
+    o_c = 2 * HALF + tl.arange(0, BLOCK_REST)
+    m_c = o_c < D
+    b_dwa = tl.zeros([BLOCK_R, BLOCK_HALF], tl.float32)
+    b_dwb, b_dba, b_dbb = b_dwa, b_dwa, b_dwa
+    b_dwc = tl.zeros([BLOCK_R, BLOCK_REST], tl.float32)
+    b_dbc = b_dwc
+    for i in range(tiles):
+        o_r = (i_p * tiles + i) * BLOCK_R + tl.arange(0, BLOCK_R)
+        m_r = o_r < rows
+        o_t, o_h = o_r // heads, o_r % heads
+        p_g = grad_out_ptr + o_t * stride_gt + o_h * stride_gh
+        p_x = x_ptr + o_t * stride_xt + o_h * stride_xh
+        p_dx = dx_ptr + o_r * D
+        if HALF > 0:
+            b_ya, b_yb = load_part(p_g, m_r, o_a, m_j), load_part(p_g, m_r, o_b, m_j)  # [BLOCK_R, BLOCK_HALF]
+            b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_t, m_r, o_j, m_j, table_rows, HALF)
+            b_ga, b_gb = b_ya * b_cos + b_yb * b_sin, b_yb * b_cos - b_ya * b_sin
+        if REST > 0:
+            b_gc = load_part(p_g, m_r, o_c, m_c)  # [BLOCK_R, BLOCK_REST]
+        if NORM > 0:
+            if HALF > 0:
+                b_a, b_b = load_part(p_x, m_r, o_a, m_j), load_part(p_x, m_r, o_b, m_j)
+            if REST > 0:
+                b_c = load_part(p_x, m_r, o_c, m_c)
+            if NORM == 2:
+                b_sum = tl.zeros([BLOCK_R], tl.float32)
+                if HALF > 0:
+                    b_sum += tl.sum(b_a, 1) + tl.sum(b_b, 1)
+                if REST > 0:
+                    b_sum += tl.sum(b_c, 1)
+                b_mean = b_sum / D
+                if HALF > 0:
+                    b_a, b_b = centred(b_a, m_j, b_mean), centred(b_b, m_j, b_mean)
+                if REST > 0:
+                    b_c = centred(b_c, m_c, b_mean)
+            b_square = tl.zeros([BLOCK_R], tl.float32)
+            b_u, b_uh = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
+            if HALF > 0:
+                b_square += tl.sum(b_a * b_a, 1) + tl.sum(b_b * b_b, 1)
+            if REST > 0:
+                b_square += tl.sum(b_c * b_c, 1)
+            b_r = 1.0 / tl.sqrt_rn(b_square / D + eps)
+            if HALF > 0:
+                b_a, b_b = b_a * b_r[:, None], b_b * b_r[:, None]
+                b_dwa += b_ga * b_a
+                b_dwb += b_gb * b_b
+                if NORM == 2:
+                    b_dba += b_ga
+                    b_dbb += b_gb
+                b_ga = _weighted(b_ga, weight_ptr, o_a, m_j, HAS_WEIGHT)
+                b_gb = _weighted(b_gb, weight_ptr, o_b, m_j, HAS_WEIGHT)
+                b_u += tl.sum(b_ga, 1) + tl.sum(b_gb, 1)
+                b_uh += tl.sum(b_ga * b_a, 1) + tl.sum(b_gb * b_b, 1)
+            if REST > 0:
+                b_c = b_c * b_r[:, None]
+                b_dwc += b_gc * b_c
+                if NORM == 2:
+                    b_dbc += b_gc
+                b_gc = _weighted(b_gc, weight_ptr, o_c, m_c, HAS_WEIGHT)
+                b_u += tl.sum(b_gc, 1)
+                b_uh += tl.sum(b_gc * b_c, 1)
+            b_u = b_u / D if NORM == 2 else b_u * 0.0
+            b_uh = b_uh / D
+            if HALF > 0:
+                b_ga = b_r[:, None] * (b_ga - b_u[:, None] - b_a * b_uh[:, None])
+                b_gb = b_r[:, None] * (b_gb - b_u[:, None] - b_b * b_uh[:, None])
+            if REST > 0:
+                b_gc = b_r[:, None] * (b_gc - b_u[:, None] - b_c * b_uh[:, None])
+        if HALF > 0:
+            store_part(p_dx, m_r, o_a, m_j, b_ga)
+            store_part(p_dx, m_r, o_b, m_j, b_gb)
+        if REST > 0:
+            store_part(p_dx, m_r, o_c, m_c, b_gc)
+    if NORM > 0:
+        if HALF > 0:
+            _write_sums(dweight_ptr, dbias_ptr, i_p * D, o_a, m_j, b_dwa, b_dba, NORM)
+            _write_sums(dweight_ptr, dbias_ptr, i_p * D, o_b, m_j, b_dwb, b_dbb, NORM)
+        if REST > 0:
+            _write_sums(dweight_ptr, dbias_ptr, i_p * D, o_c, m_c, b_dwc, b_dbc, NORM)
+
+
+def norm_rope_bwd(
+    grad_out: torch.Tensor,
+    x: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx [T, H, D]; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
+    grad_out = unit_rows(grad_out)
+    x = unit_rows(x) if x is not None else grad_out  # not read without a norm
+    (T, H, D), half = grad_out.shape, cos.shape[1] if cos is not None else 0
+    sizes = tile(D, half, interleaved)
+    programs = triton.cdiv(T * H, sizes["BLOCK_R"] * _TILES)
+    dx = torch.empty(grad_out.shape, dtype=grad_out.dtype, device=grad_out.device)
+    dweights = torch.empty((programs, D if norm else 0), dtype=torch.float32, device=grad_out.device)
+    dbiases = dweights.new_empty((programs, D if norm == "layer" else 0))
+    if dx.numel() > 0:
+        table_rows = cos.shape[0] if cos is not None else 1
+        with on_device(grad_out):
+            _norm_rope_bwd_kernel[(programs,)](
+                grad_out, x, cos, sin, weight, dx, dweights, dbiases, *grad_out.stride()[:2], *x.stride()[:2],
+                T * H, H, table_rows, eps, _TILES, NORM=NORMS[norm], HAS_WEIGHT=weight is not None, **sizes,
+            )  # fmt: skip
+    return dx, dweights.sum(0), dbiases.sum(0)
+
+
+def aot_cases() -> list[TritonCase]:
+    """As in the forward."""
+    return [aot_case(_norm_rope_bwd_kernel, launch) for launch in AOT_LAUNCHES]

@@ -1,0 +1,205 @@
+"""Forward of the prologue in Triton.
+
+    h = (x - mu) / sqrt(mean (x - mu)^2 + eps)     n = h w + b     y_a = n_a cos - n_b sin     y_b = n_b cos + n_a sin
+
+A program owns BLOCK_R rows (a token and a head each) and holds them in up to three parts: the first and the second
+elements of the rotated pairs, and the rest. Element j of the first part is column j * STEP, its partner lies SHIFT
+columns on: (1, HALF) for halves, (2, 1) for neighbours. Rows of one token share a line of the table through the L1
+cache. All arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mmkernels.ops._tl import cast
+
+if TYPE_CHECKING:
+    from mmkernels.testing.aot import TritonCase
+
+__all__ = ["aot_cases", "norm_rope_fwd"]
+
+# Elements of a tile: 16 per thread with four warps.
+_TILE = 2048
+NORMS = {"": 0, "rms": 1, "layer": 2}
+
+
+@triton.jit
+def load_part(p_rows, m_r, o_c, m_c):
+    """Columns o_c of rows that begin at p_rows, float32, zeros outside: [BLOCK_R, len(o_c)]."""
+    return tl.load(p_rows[:, None] + o_c[None, :], mask=m_r[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_part(p_rows, m_r, o_c, m_c, b_x):
+    m = m_r[:, None] & m_c[None, :]
+    tl.store(p_rows[:, None] + o_c[None, :], cast(b_x, p_rows.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def centred(b_x, m_c, b_mean):
+    return tl.where(m_c[None, :], b_x - b_mean[:, None], 0.0)
+
+
+@triton.jit
+def _affine(b_x, weight_ptr, bias_ptr, o_c, m_c, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    if HAS_WEIGHT:
+        b_x = b_x * tl.load(weight_ptr + o_c, mask=m_c, other=0.0)[None, :]
+    if HAS_BIAS:
+        b_x = b_x + tl.load(bias_ptr + o_c, mask=m_c, other=0.0)[None, :]
+    return b_x
+
+
+@triton.jit
+def load_angles(cos_ptr, sin_ptr, o_t, m_r, o_j, m_j, table_rows, HALF: tl.constexpr):
+    """Lines of the table for the tokens o_t: 2 x [BLOCK_R, BLOCK_HALF]."""
+    o_line = (o_t % table_rows)[:, None] * HALF + o_j[None, :]
+    m = m_r[:, None] & m_j[None, :]
+    return tl.load(cos_ptr + o_line, mask=m, other=0.0), tl.load(sin_ptr + o_line, mask=m, other=0.0)
+
+
+@triton.jit
+def _norm_rope_fwd_kernel(
+    x_ptr,  # [T, H, D]
+    cos_ptr, sin_ptr,  # [table_rows, HALF]
+    weight_ptr, bias_ptr,  # [D]
+    y_ptr,  # [T, H, D]
+    stride_xt, stride_xh, rows, heads, table_rows, eps,
+    D: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_r = o_r < rows
+    o_t = o_r // heads
+    p_x = x_ptr + o_t * stride_xt + o_r % heads * stride_xh
+    p_y = y_ptr + o_r * D
+    REST: tl.constexpr = D - 2 * HALF
+    # Parts that are not there are one column wide and masked out; the compiler drops them.
+    o_j = tl.arange(0, BLOCK_HALF)
+    m_j = o_j < HALF
+    o_a, o_b = o_j * STEP, o_j * STEP + SHIFT
+    o_c = 2 * HALF + tl.arange(0, BLOCK_REST)
+    m_c = o_c < D
+    if HALF > 0:
+        b_a = load_part(p_x, m_r, o_a, m_j)  # [BLOCK_R, BLOCK_HALF]
+        b_b = load_part(p_x, m_r, o_b, m_j)
+    if REST > 0:
+        b_c = load_part(p_x, m_r, o_c, m_c)  # [BLOCK_R, BLOCK_REST]
+    if NORM == 2:
+        b_sum = tl.zeros([BLOCK_R], tl.float32)
+        if HALF > 0:
+            b_sum += tl.sum(b_a, 1) + tl.sum(b_b, 1)
+        if REST > 0:
+            b_sum += tl.sum(b_c, 1)
+        b_mean = b_sum / D
+        if HALF > 0:
+            b_a, b_b = centred(b_a, m_j, b_mean), centred(b_b, m_j, b_mean)
+        if REST > 0:
+            b_c = centred(b_c, m_c, b_mean)
+    if NORM > 0:
+        b_square = tl.zeros([BLOCK_R], tl.float32)
+        if HALF > 0:
+            b_square += tl.sum(b_a * b_a, 1) + tl.sum(b_b * b_b, 1)
+        if REST > 0:
+            b_square += tl.sum(b_c * b_c, 1)
+        b_r = 1.0 / tl.sqrt_rn(b_square / D + eps)
+        if HALF > 0:
+            b_a = _affine(b_a * b_r[:, None], weight_ptr, bias_ptr, o_a, m_j, HAS_WEIGHT, HAS_BIAS)
+            b_b = _affine(b_b * b_r[:, None], weight_ptr, bias_ptr, o_b, m_j, HAS_WEIGHT, HAS_BIAS)
+        if REST > 0:
+            b_c = _affine(b_c * b_r[:, None], weight_ptr, bias_ptr, o_c, m_c, HAS_WEIGHT, HAS_BIAS)
+    if HALF > 0:
+        b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_t, m_r, o_j, m_j, table_rows, HALF)
+        store_part(p_y, m_r, o_a, m_j, b_a * b_cos - b_b * b_sin)
+        store_part(p_y, m_r, o_b, m_j, b_b * b_cos + b_a * b_sin)
+    if REST > 0:
+        store_part(p_y, m_r, o_c, m_c, b_c)
+
+
+def unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """The kernels want the last dimension contiguous; the others may have any stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def on_device(x: torch.Tensor) -> torch.cuda.device:
+    """Makes x's GPU the current one for a launch; does nothing for the interpreter's CPU tensors."""
+    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
+
+
+def tile(head_dim: int, half: int, interleaved: bool) -> dict[str, int]:
+    """How rows of one head dim are cut into parts, and how many are taken at once."""
+    rest = head_dim - 2 * half
+    blocks = {"BLOCK_HALF": triton.next_power_of_2(max(half, 1)), "BLOCK_REST": triton.next_power_of_2(max(rest, 1))}
+    width = 2 * blocks["BLOCK_HALF"] * (half > 0) + blocks["BLOCK_REST"] * (rest > 0)
+    step, shift = (2, 1) if interleaved else (1, half)
+    block_r = triton.next_power_of_2(max(_TILE // width, 1))
+    return {"D": head_dim, "HALF": half, "STEP": step, "SHIFT": shift, "BLOCK_R": block_r, **blocks}
+
+
+def norm_rope_fwd(
+    x: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> torch.Tensor:
+    """y [T, H, D]."""
+    x = unit_rows(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    (T, H, D), half = x.shape, cos.shape[1] if cos is not None else 0
+    sizes = tile(D, half, interleaved)
+    table_rows = cos.shape[0] if cos is not None else 1
+    grid = (triton.cdiv(T * H, sizes["BLOCK_R"]),)
+    with on_device(x):
+        _norm_rope_fwd_kernel[grid](
+            x, cos, sin, weight, bias, y, *x.stride()[:2], T * H, H, table_rows, eps,
+            NORM=NORMS[norm], HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **sizes,
+        )  # fmt: skip
+    return y
+
+
+# What the ahead-of-time gate compiles: (kind, D, R, norm, weight, bias, interleaved).
+AOT_LAUNCHES = (
+    ("bf16", 128, 128, "rms", True, False, False),
+    ("bf16", 256, 256, "layer", True, True, True),
+    ("bf16", 64, 32, "rms", True, False, False),
+    ("bf16", 72, 0, "layer", True, True, False),
+    ("bf16", 128, 128, "", False, False, False),
+    ("fp32", 80, 80, "rms", False, False, False),
+    ("fp32", 1024, 512, "layer", True, True, False),
+)
+
+
+def aot_case(kernel: Any, launch: tuple[Any, ...]) -> TritonCase:
+    """A TritonCase; types follow from the arguments' names."""
+    from mmkernels.testing.aot import TritonCase
+
+    kind, head_dim, rotary_dim, norm, has_weight, has_bias, interleaved = launch
+    constexprs: dict[str, Any] = dict(tile(head_dim, rotary_dim // 2, interleaved))
+    constexprs |= {"NORM": NORMS[norm], "HAS_WEIGHT": has_weight, "HAS_BIAS": has_bias}
+    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+
+    def type_of(name: str) -> str:
+        if name.endswith("_ptr"):
+            return f"*{kind}" if name in ("x_ptr", "y_ptr", "grad_out_ptr", "dx_ptr") else "*fp32"
+        return "i32:16" if name.startswith("stride_") else "fp32" if name == "eps" else "i32"
+
+    signature = {name: type_of(name) for name in kernel.arg_names if name not in constexprs}
+    what = "fwd" if "fwd" in kernel.__name__ else "bwd"
+    label = f"norm_rope_{what}[{kind},D={head_dim},R={rotary_dim},{norm or 'no norm'}{',interleaved' * interleaved}]"
+    return TritonCase(label, kernel, signature, constexprs)
+
+
+def aot_cases() -> list[TritonCase]:
+    """Every kind of launch: with and without norm, affine, rotation, and each layout of the pairs."""
+    return [aot_case(_norm_rope_fwd_kernel, launch) for launch in AOT_LAUNCHES]

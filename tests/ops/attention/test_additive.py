@@ -1,0 +1,304 @@
+"""Additive attention judged against float64 under every mask, and the ways in which a user calls and errs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mmkernels import AttentionMask, additive_attention, attention
+from mmkernels.ops.attention.additive.op import additive_bwd_op, additive_fwd_op
+from mmkernels.ops.attention.additive.reference import Visible
+from mmkernels.runtime.backends import BackendError, candidates
+from mmkernels.testing import assert_as_accurate
+from mmkernels.testing.attention import MASKS, MaskCase, cu_seqlens
+from mmkernels.testing.attention_additive import (
+    AdditiveInputs,
+    gradient_terms,
+    make_additive,
+    plain_additive,
+    run_additive,
+)
+
+OPS = torch.ops.mmkernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+every_backend = pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+# The interpreter takes a millisecond for each element of the head dim and pair of tiles: ragged, but few.
+SMALL = {
+    "dense": MaskCase((21,), (37,), lambda cu_q, cu_k: None),
+    "packed": MaskCase((5, 20, 0, 1, 9)),
+    "cross_causal": MaskCase((18, 0, 7), (3, 0, 34), options={"causal": True}),
+    "window": MaskCase((30, 5), options={"causal": True, "window": 6}),
+    "single": MaskCase((1,)),
+}
+
+
+def needs(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    reason = candidates("attention", torch.device("cpu"), dtype)[backend]
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def assert_right(draw: Callable[[int], AdditiveInputs], backend: str, *, with_lse: bool = False) -> None:
+    """`draw(seed)` three times (once in Triton), judged at once: the largest error of few rows is a matter of luck."""
+    inputs = [draw(seed) for seed in range(1 if backend == "triton" else 3)]
+    got = [run_additive(x, backend, with_lse=with_lse) for x in inputs]
+    plain = [plain_additive(x, with_lse=with_lse) for x in inputs]
+    truth = [plain_additive(x.double(), with_lse=with_lse) for x in inputs]
+    terms = [gradient_terms(x, with_lse=with_lse) for x in inputs]
+    for name in truth[0]:
+        ours, theirs, true = (torch.stack([result[name] for result in results]) for results in (got, plain, truth))
+        if inputs[0].q.dtype == torch.float64:
+            torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11)
+        elif true[torch.isfinite(true)].abs().max() > 1e-12:
+            of_each = torch.stack([each[name] for each in terms]) if name in terms[0] else None
+            assert_as_accurate(name, ours, theirs, true, terms=of_each)
+        else:
+            assert ours[torch.isfinite(true)].abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@every_dtype
+@pytest.mark.parametrize("mask", ["dense", "packed", "cross", "cross_causal", "window", "tiny", "single"])
+def test_masks(mask, dtype, backend):
+    needs(backend, dtype)
+    case = MASKS[mask]
+    assert_right(
+        lambda seed: make_additive(*case.tokens, heads=2, kv_heads=1, dim=12, dtype=dtype, mask=case.mask(), seed=seed),
+        backend,
+    )
+
+
+@pytest.mark.parametrize("mask", SMALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_in_triton(mask, dtype):
+    needs("triton", dtype)
+    case = SMALL[mask]
+    assert_right(
+        lambda seed: make_additive(*case.tokens, heads=2, kv_heads=1, dim=5, dtype=dtype, mask=case.mask(), seed=seed),
+        "triton",
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("dims", [(1, 1), (7, 33), (20, 16), (130, 64)], ids=str)
+def test_head_dims(dims, backend):
+    needs(backend)
+    if backend == "triton" and max(dims) > 128:
+        pytest.skip("float32 head dims up to 128 in Triton")
+    assert_right(lambda seed: make_additive(18, 40, heads=1, dim=dims[0], dim_v=dims[1], seed=seed), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("amplitude", [0.0, 0.1, 30.0])
+def test_tanh_from_flat_to_saturated(amplitude, backend):
+    needs(backend)
+    case = SMALL["cross_causal"]
+    assert_right(
+        lambda seed: make_additive(*case.tokens, dim=6, amplitude=amplitude, mask=case.mask(), seed=seed),
+        backend,
+        with_lse=True,
+    )
+
+
+def spans_and_classes(tokens_q: int, tokens_k: int) -> Visible:
+    """Random intervals, spans and classes, with queries that see nothing."""
+    lo = torch.randint(0, tokens_k, (tokens_q,), dtype=torch.int32)
+    hi = (lo + torch.randint(0, tokens_k, (tokens_q,), dtype=torch.int32)).clamp(max=tokens_k)
+    first, last = torch.zeros(tokens_k, dtype=torch.int32), torch.full((tokens_k,), tokens_q, dtype=torch.int32)
+    span_q, span_k = (torch.randint(0, 5, (n,), dtype=torch.int32) for n in (tokens_q, tokens_k))
+    allow, bit = torch.randint(0, 4, (tokens_q,), dtype=torch.int32), 1 << torch.randint(0, 3, (tokens_k,))
+    return Visible(lo, hi, first, last, span_q, span_k, allow, bit.int())
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)], ids=str)
+def test_spans_and_classes(heads, backend):
+    needs(backend)
+    tokens = (75, 150) if backend == "native" else (20, 40)
+    x = make_additive(*tokens, heads=heads[0], kv_heads=heads[1], dim=6)
+    mask = spans_and_classes(*tokens)
+    assert 0.05 < mask.dense(tokens[1]).float().mean() < 0.5
+    inputs = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.w, x.bias)]
+    results = []
+    for name in (backend, "reference"):
+        out, lse = additive_fwd_op(*inputs, *mask, name)
+        grad_lse = torch.where(torch.isfinite(lse), x.grad_lse, 0.0)
+        results.append([out, lse, *torch.autograd.grad([out, lse], inputs, [x.grad_out, grad_lse])])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+
+
+@every_backend
+def test_a_query_that_sees_nothing(backend):
+    needs(backend)
+    mask = AttentionMask.packed(cu_seqlens((2, 3)), cu_seqlens((0, 4)))
+    q, k, v = (torch.randn(tokens, 2, 8, requires_grad=True) for tokens in (5, 4, 4))
+    out, lse = additive_attention(q, k, v, torch.randn(8), mask, return_lse=True, backend=backend)
+    assert not out[:2].any()
+    assert (lse[:, :2] == -torch.inf).all()
+    grads = torch.autograd.grad(out.sum() + lse[:, 2:].sum(), (q, k, v))
+    assert not grads[0][:2].any()
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_as_a_score_of_attention():
+    x = make_additive(9, 9, heads=2, dim=8, mask=AttentionMask.packed(cu_seqlens((4, 5))))
+    expected = additive_attention(x.q, x.k, x.v, x.w, x.mask, bias=x.bias, return_lse=True)
+    score = {"score": "additive", "score_weight": x.w, "score_bias": x.bias}
+    got = attention(x.q, x.k, x.v, x.mask, **score, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    with pytest.raises(ValueError, match="score: expected 'dot' or 'additive', got 'cosine'"):
+        attention(x.q, x.k, x.v, score="cosine")
+    with pytest.raises(ValueError, match=r"score_weight: expected \[H, D\] or \[D\] .* got None"):
+        attention(x.q, x.k, x.v, score="additive")
+    with pytest.raises(ValueError, match="score_bias: expected None with score='dot'"):
+        attention(x.q, x.k, x.v, score_bias=x.bias)
+    for option in ({"scale": 0.5}, {"dropout_p": 0.1}, {"sink": torch.zeros(2)}, {"pair_bias": torch.zeros(2, 1, 1)}):
+        with pytest.raises(NotImplementedError, match=f"{next(iter(option))} with score='additive'"):
+            attention(x.q, x.k, x.v, **score, **option)
+
+
+@every_backend
+@pytest.mark.parametrize("tokens", [(0, 0), (0, 3), (3, 0)])
+def test_empty(backend, tokens):
+    needs(backend)
+    q, k, v = (torch.randn(t, 2, 8, requires_grad=True) for t in (tokens[0], tokens[1], tokens[1]))
+    w = torch.randn(2, 8, requires_grad=True)
+    out = additive_attention(q, k, v, w, backend=backend)
+    assert out.shape == (tokens[0], 2, 8)
+    assert not out.any()
+    for grad, x in zip(torch.autograd.grad(out.sum(), (q, k, v, w)), (q, k, v, w), strict=True):
+        assert grad.shape == x.shape
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("poison", [1e30, torch.nan])
+def test_samples_do_not_see_each_other(poison):
+    needs("native")
+    case = MASKS["packed_causal"]
+    x = make_additive(*case.tokens, mask=case.mask())
+    before = run_additive(x, "native")
+    for t in (x.q, x.k, x.v, x.grad_out):
+        t[76:206] = poison
+    after = run_additive(x, "native")
+    for name in ("out", "dq", "dk", "dv"):
+        assert torch.equal(after[name][:76], before[name][:76])
+        assert torch.equal(after[name][206:], before[name][206:])
+
+
+@every_backend
+def test_strides_batches_and_shared_weights(backend):
+    needs(backend)
+    q, k, v = torch.randn(3, 4, 5, 8).transpose(1, 2), torch.randn(3, 7, 2, 8), torch.randn(3, 7, 2, 16)[..., ::2]
+    w, bias = torch.randn(8), torch.randn(8)
+    out, lse = additive_attention(q, k, v, w, bias=bias, return_lse=True, backend=backend)
+    assert out.shape == (3, 5, 4, 8)
+    assert lse.shape == (3, 4, 5)
+    for b in range(3):
+        one, one_lse = additive_attention(
+            q[b].contiguous(), k[b], v[b].contiguous(), w.expand(4, 8), bias=bias.expand(4, 8), return_lse=True,
+            backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(out[b], one)
+        torch.testing.assert_close(lse[b], one_lse)
+
+
+def test_same_bits_with_any_number_of_threads():
+    needs("native")
+    case, threads, results = MASKS["cross"], torch.get_num_threads(), []
+    x = make_additive(*case.tokens, heads=4, kv_heads=2, mask=case.mask())
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run_additive(x, "native"))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(other[name], results[0][name]) for name in other)
+
+
+def test_memory_is_of_the_tokens():
+    """2048 x 2048 pairs and 32 elements of the head dim would be 512 MB."""
+    needs("native")
+    x = make_additive(2048, 2048, heads=1, dim=32, mask=AttentionMask.packed(cu_seqlens([16] * 128)))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run_additive(x, "native")
+    assert max(event.cpu_memory_usage for event in profile.key_averages()) < 8 * 2**20
+
+
+# As torch sees it
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend_of_torch(request) -> str:
+    needs(request.param)
+    return request.param
+
+
+MASK = AttentionMask.packed(cu_seqlens((3, 0, 6, 1)), causal=True)
+
+
+def leaves():
+    x = make_additive(10, 10, heads=4, kv_heads=2, dim=8)
+    return [t.requires_grad_() for t in (x.q, x.k, x.v, x.w, x.bias)]
+
+
+def test_opcheck(backend_of_torch):
+    rows = MASK.rows(10, 10)[:4]
+    for mask in (Visible(*rows), spans_and_classes(10, 10)):
+        torch.library.opcheck(OPS.attention_additive_fwd.default, (*leaves(), *mask, backend_of_torch))
+        inputs = [t.detach() for t in leaves()]
+        out, lse = additive_fwd_op(*inputs, *mask, backend_of_torch)
+        for grad_lse in (torch.randn_like(lse), None):
+            args = (torch.randn_like(out), grad_lse, *inputs, out, lse, *mask, backend_of_torch)
+            torch.library.opcheck(OPS.attention_additive_bwd.default, args)
+    assert additive_bwd_op is not None
+
+
+def test_compile_functorch_and_checkpoint(backend_of_torch):
+    def loss(q, k, v, w, bias):
+        out, lse = additive_attention(q, k, v, w, MASK, bias=bias, return_lse=True, backend=backend_of_torch)
+        return out.square().sum() + lse.sum()
+
+    inputs = leaves()
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got in (
+        torch.autograd.grad(compiled(*inputs), inputs),
+        torch.func.grad(loss, argnums=(0, 1, 2, 3, 4))(*(x.detach() for x in inputs)),
+        torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False), inputs),
+    ):
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+# As a user errs
+
+Q, K, V, W = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(4, 8)
+BAD = [
+    (dict(q=None), TypeError, r"q: expected \[Tq, H, D\] or \[B, Tq, H, D\] floating point, got None"),
+    (dict(k=K.double()), TypeError, r"k: expected \[Tk, Hkv, D\] float32, got .*float64"),
+    (dict(k=K[..., :7]), ValueError, "k: expected head dim D=8 like q"),
+    (dict(k=torch.randn(5, 3, 8)), ValueError, "k: expected a number of heads Hkv that divides q's 4"),
+    (dict(v=V[:4]), ValueError, r"v: expected \[5, 2, 'Dv'\] like k"),
+    (dict(w=torch.randn(2, 8)), ValueError, r"w: expected \[4, 8\] or \[8\] float32, got \[2, 8\]"),
+    (dict(w=W.double()), TypeError, "w: expected .* float32, got .*float64"),
+    (dict(bias=torch.randn(7)), ValueError, r"bias: expected \[4, 8\] or \[8\]"),
+    (dict(mask=torch.ones(5, 5)), TypeError, "mask: expected an AttentionMask or None"),
+    (dict(return_lse=1), TypeError, "return_lse: expected a bool"),
+    (dict(backend="cudnn"), ValueError, "backend: expected None or one of"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BAD)
+def test_a_mistake_is_named(wrong, error, message):
+    with pytest.raises(error, match=message):
+        additive_attention(**(dict(q=Q, k=K, v=V, w=W) | wrong))
+
+
+def test_a_backend_that_cannot_serve_says_why():
+    x = torch.randn(3, 1, 300)
+    with pytest.raises(BackendError, match=r"(?s)backend='triton' cannot serve.*head dims up to 128"):
+        additive_attention(x, x, x, x[0], backend="triton")

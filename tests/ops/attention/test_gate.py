@@ -1,0 +1,160 @@
+"""The gated residual judged against float64, and the ways in which a user calls and errs."""
+
+import pytest
+import torch
+
+from mmkernels import gated_residual
+from mmkernels.runtime.backends import candidates
+from mmkernels.testing import assert_as_accurate
+from mmkernels.testing.attention_rows import Rows, differentiate, gated_rows, plain_gated_residual
+
+OPS = torch.ops.mmkernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+every_backend = pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def needs(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    reason = candidates("attention", torch.device("cpu"), dtype)[backend]
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def assert_right(rows: Rows, backend: str) -> None:
+    got = differentiate(rows, lambda **kwargs: gated_residual(**kwargs, backend=backend))
+    plain = differentiate(rows, plain_gated_residual)
+    truth = differentiate(rows.double(), plain_gated_residual)
+    for name, true in truth.items():
+        assert got[name].dtype == plain[name].dtype, name
+        if rows.grad_out.dtype == torch.float64:
+            torch.testing.assert_close(got[name], true, rtol=1e-11, atol=1e-11)
+            continue
+        # The gate's gradient is a sum that cancels: one float32 rounding of its terms is any order's due.
+        product = rows.inputs["x"].double().abs() * rows.grad_out.double().abs()
+        terms = product.sum_to_size(true.shape) if name == "dgate" and true.ndim else None
+        if name == "dgate" and terms is None:
+            terms = product.sum()
+        assert_as_accurate(name, got[name], plain[name], true, terms=terms)
+
+
+CASES = {
+    "flamingo": ((61, 96), (1,)),
+    "scalar": ((7, 33), ()),
+    "channels": ((61, 96), (96,)),
+    "heads": ((45, 3, 40), (3, 1)),
+    "samples_and_heads": ((2, 11, 4, 16), (4, 1)),
+    "many_strips": ((1500, 72), (72,)),
+    "many_strips_of_heads": ((500, 3, 72), (3, 1)),
+    "vector": ((37,), (37,)),
+    "one_channel": ((9, 1), (1,)),
+    "one": ((1, 1), ()),
+    "wide": ((3, 1300), (1300,)),
+}
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64(case, dtype, backend):
+    needs(backend, dtype)
+    assert_right(gated_rows(*CASES[case], dtype=dtype), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["flamingo", "channels", "heads"])
+def test_wider_residual(case, dtype, backend):
+    needs(backend, dtype)
+    assert_right(gated_rows(*CASES[case], dtype=dtype, residual_dtype=torch.float32), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 0.3, 30.0])
+def test_gates_from_closed_to_saturated(scale, backend):
+    needs(backend)
+    rows = gated_rows((40, 64), (64,), gate_scale=scale)
+    assert_right(rows, backend)
+    if scale == 0.0:
+        assert torch.equal(gated_residual(**rows.inputs, backend=backend), rows.inputs["residual"])
+
+
+@every_backend
+def test_strides_and_empty(backend):
+    needs(backend)
+    wide = torch.randn(9, 2, 32)
+    residual, x, gate = wide[:, 0], wide[:, 1], torch.randn(32)
+    expected = gated_residual(residual.contiguous(), x.contiguous(), gate, backend=backend)
+    assert torch.equal(gated_residual(residual, x, gate, backend=backend), expected)
+    columns = torch.stack([x, x], -1)[..., 1]
+    assert torch.equal(gated_residual(residual.T.contiguous().T, columns, gate, backend=backend), expected)
+    for shape, gates in (((0, 4), (4,)), ((3, 0), ()), ((0, 2, 4), (2, 1))):
+        empty, zero = torch.zeros(shape, requires_grad=True), torch.zeros(gates, requires_grad=True)
+        out = gated_residual(empty, empty, zero, backend=backend)
+        assert out.shape == shape
+        assert not torch.autograd.grad(out.sum(), zero)[0].any()
+
+
+def test_same_bits_with_any_number_of_threads():
+    needs("native")
+    threads = torch.get_num_threads()
+    for gate in ((72,), ()):
+        rows, results = gated_rows((1500, 72), gate), []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(differentiate(rows, lambda **kwargs: gated_residual(**kwargs, backend="native")))
+        torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert all(torch.equal(other[name], results[0][name]) for name in other)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request) -> str:
+    needs(request.param)
+    return request.param
+
+
+def test_opcheck(backend):
+    residual, x = (torch.randn(6, 8, requires_grad=True) for _ in range(2))
+    for gate, by_column in ((torch.randn(8, requires_grad=True), True), (torch.randn(3, requires_grad=True), False)):
+        torch.library.opcheck(OPS.attention_gated_residual_fwd.default, (residual, x, gate, by_column, backend))
+        inputs = (torch.randn(6, 8), x.detach(), gate.detach(), by_column, backend)
+        torch.library.opcheck(OPS.attention_gated_residual_bwd.default, inputs)
+
+
+def test_compile_functorch_and_checkpoint(backend):
+    def loss(residual, x, gate):
+        return gated_residual(residual, x, gate, backend=backend).pow(3).sum()
+
+    inputs = [torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8, requires_grad=True)]
+    inputs.append(torch.randn(8, requires_grad=True))
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got in (
+        torch.autograd.grad(compiled(*inputs), inputs),
+        torch.func.grad(loss, argnums=(0, 1, 2))(*(x.detach() for x in inputs)),
+        torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False), inputs),
+    ):
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+R, X, G = torch.randn(5, 3, 8), torch.randn(5, 3, 8), torch.zeros(8)
+BAD = [
+    (dict(residual=None), TypeError, r"residual: expected \[..., C\] floating point, got None"),
+    (dict(residual=torch.zeros(())), ValueError, "residual: expected at least one dimension"),
+    (dict(x=X[:4]), ValueError, r"x: expected \[5, 3, 8\] float32 or bfloat16 or float16, got \[4, 3, 8\]"),
+    (dict(x=X.double()), TypeError, "x: expected .*, got .*float64"),
+    (dict(residual=R.bfloat16()), TypeError, r"x: expected \[5, 3, 8\] bfloat16, got .*float32"),
+    (dict(gate=0.5), TypeError, r"gate: expected \[\], \[1\] or \[8\], or \[3, 1\] float32, got 0.5"),
+    (dict(gate=torch.zeros(3)), ValueError, "gate: expected"),
+    (dict(gate=torch.zeros(5, 1, 1)), ValueError, "gate: expected"),
+    (dict(gate=torch.zeros(8).bfloat16()), TypeError, "gate: expected .* float32, got .*bfloat16"),
+    (dict(backend="cudnn"), ValueError, "backend: expected None or one of"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BAD)
+def test_a_mistake_is_named(wrong, error, message):
+    with pytest.raises(error, match=message):
+        gated_residual(**(dict(residual=R, x=X, gate=G) | wrong))
