@@ -405,15 +405,16 @@ def aot_cases() -> list[Any]:
     """Every configuration that the launcher uses."""
     cases = []
     for arch, kind, head_dim, rich in aot_launches():
-        block, single, about = block_dim(head_dim), kind == "fp32", (kind, head_dim)
+        block, single = block_dim(head_dim), kind == "fp32"
         sizes: dict[str, Any] = {"D": head_dim, "DV": head_dim, "BLOCK_D": block, "BLOCK_DV": block}
         sizes |= dict.fromkeys(ALL_FLAGS, rich)
         dkdv = (_rich_dkdv_config if rich else _dkdv_config)(single, head_dim, arch // 10)
         dq = (_rich_dq_config if rich else _dq_config)(single, head_dim, arch // 10)
         if not rich:
             delta: dict[str, Any] = {"DV": head_dim, "BLOCK_DV": block, "HAS_DLSE": True}
-            cases.append(aot_case("delta", _attention_delta_kernel, *about, {"BLOCK_M": DELTA_BLOCK_M}, arch, **delta))
-        cases.append(aot_case("dkdv", _attention_dkdv_kernel, *about, dkdv, arch, **sizes))
-        classes = {"BLOCK_C": 16 * (1 + rich), "HAS_DLSE": rich}
-        cases.append(aot_case("dq", _attention_dq_kernel, *about, dq, arch, **classes, **sizes))
+            rows = {"BLOCK_M": DELTA_BLOCK_M}
+            cases.append(aot_case("delta", _attention_delta_kernel, kind, head_dim, rows, arch, **delta))
+        cases.append(aot_case("dkdv", _attention_dkdv_kernel, kind, head_dim, dkdv, arch, **sizes))
+        classes: dict[str, Any] = {"BLOCK_C": 16 * (1 + rich), "HAS_DLSE": rich}
+        cases.append(aot_case("dq", _attention_dq_kernel, kind, head_dim, dq, arch, **classes, **sizes))
     return cases
