@@ -3,14 +3,19 @@
 from importlib import metadata as _metadata
 
 __all__ = [
+    "AttentionCost",
     "AttentionMask",
     "BackendError",
+    "EncoderCost",
     "GradCache",
     "Modality",
     "PackedBatch",
     "PackingPlan",
+    "RankSchedule",
+    "StreamPlanner",
     "__version__",
     "attention",
+    "balance_ranks",
     "infonce",
     "pack",
     "pad",
@@ -42,5 +47,19 @@ else:
     from mmkernels.ops.attention import AttentionMask, attention
     from mmkernels.ops.contrastive import infonce, siglip
     from mmkernels.ops.modality import Modality
-    from mmkernels.ops.packing import PackedBatch, PackingPlan, pack, pad, plan_packing, segment_pool, unpack, unpad
+    from mmkernels.ops.packing import (
+        AttentionCost,
+        EncoderCost,
+        PackedBatch,
+        PackingPlan,
+        RankSchedule,
+        StreamPlanner,
+        balance_ranks,
+        pack,
+        pad,
+        plan_packing,
+        segment_pool,
+        unpack,
+        unpad,
+    )
     from mmkernels.runtime.backends import BackendError
