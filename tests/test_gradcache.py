@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -400,10 +398,7 @@ def _dual_model() -> tuple[nn.Module, nn.Module, nn.Module, nn.Parameter]:
     return model, model.image, model.text, model.log_scale
 
 
-def _ddp_worker(rank: int, world: int, path: str, shared: bool) -> None:
-    torch.set_num_threads(1)
-    patience = timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=patience)
+def _ddp_worker(rank: int, world: int, shared: bool) -> None:
     model, image, text, log_scale = _dual_model()
     x, y = torch.randn(world, 7, 6), torch.randn(world, 7, 6)
 
@@ -443,13 +438,11 @@ def _ddp_worker(rank: int, world: int, path: str, shared: bool) -> None:
         dist.all_reduce(log_scale.grad)
         log_scale.grad /= world
     assert_same(gradients(model), expected)
-    dist.barrier()
-    os._exit(0)  # without teardown, in which a process group and a hook written in Python can wait for each other
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_ddp_reduces_once(shared: bool, tmp_path: Any) -> None:
-    mp.spawn(_ddp_worker, (2, str(tmp_path / "rendezvous"), shared), nprocs=2)
+    ranks.run(_ddp_worker, 2, tmp_path, shared)
 
 
 @pytest.mark.gpu
