@@ -11,7 +11,7 @@ import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mmkernels import StreamPlanner
-from mmkernels.integrations.torch_collate import Collate, PackCollator
+from mmkernels.integrations.torch_collate import Collate, PackCollator, as_tokens
 
 __all__ = ["PackedStream", "rank_and_world"]
 
@@ -169,4 +169,7 @@ class _SampleLength:
 
     def __call__(self, record: Any) -> int:
         sample = self._load(record)
-        return len(sample["tokens"] if isinstance(sample, Mapping) else sample)
+        tokens = as_tokens(sample["tokens"] if isinstance(sample, Mapping) else sample)
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError(f"length: expected a function of the record, for its tokens are a {type(tokens).__name__}")
+        return len(tokens)

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import re
 import time
 from pathlib import Path
 
@@ -12,12 +13,22 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import mmkernels
 from mmkernels import plan_packing
 from mmkernels.integrations.torch_data import PackCollator, PackedDataset, PackedLoader, PackedSampler, PackedStream
 from mmkernels.testing.lengths import lengths_like
 
 CAPACITY = 512
 LENGTHS = np.minimum(lengths_like("obelics@8192", 160)[0] // 8, CAPACITY).tolist()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors all: threads of workers and of the main process would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Samples(Dataset):
@@ -60,7 +71,6 @@ LOADERS = {"map": map_loader, "stream": stream_loader}
 
 def items_of(batch) -> list[int]:
     """The samples of a batch, as its tokens say."""
-    batch.validate()
     assert batch.num_tokens == CAPACITY
     host = batch.cu_seqlens_host[: batch.num_samples + 1]
     items = [int(batch.tokens[begin]) for begin in host[:-1]]
@@ -82,7 +92,7 @@ def whole_epoch(kind: str) -> list[list[int]]:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_every_sample_once_in_an_order_that_workers_do_not_change(kind, workers):
-    packs = [items_of(batch) for batch in LOADERS[kind](num_workers=workers)]
+    packs = [items_of(batch.validate()) for batch in LOADERS[kind](num_workers=workers)]
     assert sorted(item for pack in packs for item in pack) == list(range(len(LENGTHS)))
     assert packs == whole_epoch(kind)
     assert len(packs) <= plan_packing(LENGTHS, CAPACITY).lower_bound + 2
@@ -190,7 +200,7 @@ def test_a_place_inside_accumulated_packs():
 
 def run_until_killed(kind: str, workers: int, path: Path) -> None:
     """The child: notes each batch and the place after it."""
-    torch.set_num_threads(1)  # a fork has no OpenMP threads to wait for
+    torch.set_num_threads(1)
     loader = LOADERS[kind](num_workers=workers)
     with path.open("w") as file:
         for batch in loader:
@@ -201,7 +211,7 @@ def run_until_killed(kind: str, workers: int, path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("kind", LOADERS)
-def test_a_killed_process_goes_on_with_the_same_packs(kind, workers, tmp_path):
+def test_mid_epoch_resume_of_a_killed_process(kind, workers, tmp_path):
     """torchdata #1520: what workers had fetched ahead was lost, or came twice, when a run was killed in mid-epoch."""
     path = tmp_path / "seen.jsonl"
     child = multiprocessing.get_context("fork").Process(target=run_until_killed, args=(kind, workers, path))
@@ -262,6 +272,7 @@ def test_collator_takes_the_fields_it_is_told():
     assert nothing.labels.tolist() == [-100] * 8
     assert PackCollator(4, tokens="input_ids")([{"input_ids": torch.arange(3)}], (0,)).tokens.tolist() == [0, 1, 2, 0]
     assert PackCollator(4)([torch.arange(2)], (3,)).num_samples == 1
+    assert PackCollator(2)([[]], (0,)).tokens.tolist() == [0, 0]
     with pytest.raises(KeyError, match="labels"):
         PackCollator(8, labels="labels")([{"tokens": [1]}], (0,))
 
@@ -275,8 +286,17 @@ def test_own_collator_and_many_at_once():
     assert packed[(3, 1)] == (["sample 3", "sample 1"], (3, 1))
 
 
-def test_five_lines_pack_a_data_set_for_plain_torch():
-    """DataLoader itself is enough where nothing is resumed."""
+def test_the_five_lines_of_the_readme():
+    readme = (Path(mmkernels.__file__).parent / "ops/packing/README.md").read_text()
+    (block,) = (text for text in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "PackedLoader" in text)
+    assert len([line for line in block.splitlines() if line]) == 5
+    seen: list[int] = []
+    dataset = [{"tokens": torch.full((length * 8,), item)} for item, length in enumerate(LENGTHS)]
+    exec(block, {"dataset": dataset, "train": lambda batch: seen.extend(set(batch.sample_ids.tolist()) - {-1})})
+    assert sorted(seen) == list(range(len(LENGTHS)))
+
+
+def test_plain_data_loader_is_enough_where_nothing_is_resumed():
     sampler = PackedSampler(
         LENGTHS, CAPACITY, shuffle=False, images=[1] * len(LENGTHS), max_images=9, strategy="subset_sum"
     )
@@ -299,8 +319,8 @@ def test_a_stream_that_cannot_seek_and_one_that_drops():
     assert [batch.sample_ids.tolist() for batch in drop] == [[0, 0, 0, 2, 2, 2, 2, 2]]
 
 
-def test_samples_that_are_longer_than_planned_are_refused():
-    """TRL #5904, verl #3469: such samples were cut, images and all."""
+def test_truncated_or_split_images():
+    """TRL #5904, verl #3469: samples that were longer than thought were cut, images and all. Here they are refused."""
     loader = PackedLoader(PackedDataset(Samples(), CAPACITY), PackedSampler([1] * len(LENGTHS), CAPACITY))
     with pytest.raises(ValueError, match=r"samples: expected at most capacity=512 tokens, got .* are the lengths"):
         list(loader)
@@ -331,6 +351,7 @@ def test_samples_that_are_longer_than_planned_are_refused():
             TypeError,
             "batch_size: expected to be left to PackedLoader, got 4",
         ),
+        (lambda: next(iter(PackedStream([[[1]]], 8))), TypeError, "length: expected a function of the record, for its"),
         (lambda: PackedStream([], 8, last="x"), ValueError, "last: expected 'pad' or 'drop', got 'x'"),
         (
             lambda: PackedStream([], 8, max_images=2),

@@ -373,7 +373,7 @@ def test_a_plan_is_frozen():
 
 
 @pytest.mark.parametrize("capacity", [1000, 1023, 1025, 3001])
-def test_capacity_that_is_no_power_of_two(capacity):
+def test_non_power_of_two_capacity_packs_nothing(capacity):
     """TRL #3887: such a capacity packed nothing."""
     lengths = np.random.default_rng(0).integers(1, 301, 2000)
     plan = plan_packing(lengths, capacity)
@@ -381,13 +381,27 @@ def test_capacity_that_is_no_power_of_two(capacity):
     assert plan.efficiency > 0.99
 
 
-def test_no_token_is_dropped_or_cut():
-    """TRL #4554, #5904: tokens past the capacity vanished."""
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_tokens_dropped(strategy):
+    """TRL #4554: tokens past the capacity vanished."""
     lengths, capacity = lengths_like("llavaov@16384", 2000)
-    plan = plan_packing(lengths, capacity)
+    plan = plan_packing(lengths, capacity, strategy=strategy)
     assert plan.pack_lengths.sum() == lengths.sum()
     with pytest.raises(ValueError, match=r"capacity=16384\], got 16385 at index 2000"):
-        plan_packing([*lengths, capacity + 1], capacity)
+        plan_packing([*lengths, capacity + 1], capacity, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_truncated_or_split_images(strategy):
+    """TRL #5904, verl #3469: an item's images were cut off, or its halves went into two packs."""
+    samples = samples_like("llavaov@16384", 1000)
+    plan = plan_packing(samples.lengths, samples.capacity, images=samples.images, max_images=40, strategy=strategy)
+    whole = np.full(1000, -1)
+    for number, pack in enumerate(plan):
+        assert (whole[pack] == -1).all()
+        whole[pack] = number
+    assert np.array_equal(np.bincount(whole, samples.images).astype(np.int64), plan.pack_images)
+    assert np.array_equal(np.bincount(whole, samples.lengths).astype(np.int64), plan.pack_lengths)
 
 
 @pytest.mark.parametrize(
