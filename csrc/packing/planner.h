@@ -37,8 +37,8 @@ Plan plan_best_fit(Items items, Caps caps);
 // Age-ordered subset sum: the first `lookahead` items not yet packed wait, and fullest_pack takes one pack after the
 // other from them.
 //
-// caps.tokens <= kMostSubsetSum; O(lookahead * capacity / 64) time per pack and as many bytes * 8 in all, or 32 (both
-// caps: 64) times that with a cap on images or samples.
+// caps.tokens <= kMostSubsetSum; O(lookahead * capacity / 64) time per pack and as many bytes * 8 in all, or 32 times
+// that with a cap on images or samples.
 constexpr int64_t kMostSubsetSum = int64_t{1} << 24;
 Plan plan_subset_sum(Items items, Caps caps, int64_t lookahead);
 
@@ -47,9 +47,9 @@ Plan plan_subset_sum(Items items, Caps caps, int64_t lookahead);
 // is met exactly or all have joined. The pack becomes the largest sum, made of the oldest items that made it possible.
 // Nearly keeps the order.
 //
-// With a cap on images the set keeps the fewest images that each sum needs (with a cap on samples alone: the fewest
-// samples); with both, the fewest images, of equals the fewest samples, and the pack is the largest sum for which those
-// keep both caps.
+// With a cap on images the set keeps the fewest images that each sum needs, with a cap on samples alone the fewest
+// samples. With both, the pack is the largest sum whose oldest items within the one cap keep the other as well, by
+// images first and, where that fills it less, by samples: not always the fullest that there is.
 std::vector<int64_t> fullest_pack(Items waiting, Caps caps);
 
 // Next fit: items in their order; one that does not fit closes the pack. No plan that keeps the order has fewer packs.

@@ -30,12 +30,22 @@ class PackPicker {
     take(0);
     const bool count_samples = caps_.samples < static_cast<int64_t>(waiting->size());
     if (left_.samples > 0) {
-      if (count_images() && count_samples)
-        join(&both_, waiting, take);
-      else if (count_images() || count_samples)
-        join(&one_, waiting, take);
-      else
-        join(&any_, waiting, take);
+      chosen_.clear();
+      if (!count_images() && !count_samples) {
+        if (!any_) any_.emplace(lookahead_, caps_.tokens);
+        any_->restart(left_.tokens);
+        join(*waiting, [&](Id item) { return any_->add(items_.lengths[item]); });
+        any_->largest([&](int64_t step) { chosen_.push_back(place_of_[step]); });
+      } else {
+        int64_t fullest = 0;
+        if (count_images()) fullest = join_within(*waiting, left_.images, [&](Id item) { return images_of(item); });
+        if (count_samples && fullest < left_.tokens) {
+          const std::vector<Id> by_images = std::move(chosen_);
+          const int64_t sum = join_within(*waiting, left_.samples, [](Id) { return int64_t{1}; });
+          if (count_images() && sum <= fullest) chosen_ = by_images;
+        }
+      }
+      for (const Id place : chosen_) take(place);
     }
     for (Id place = 1; place < static_cast<Id>(waiting->size()); ++place) {  // what takes no tokens
       const Id item = (*waiting)[place];
@@ -48,45 +58,44 @@ class PackPicker {
   bool count_images() const { return items_.images != nullptr && caps_.images != kNoCap; }
   int64_t images_of(Id item) const { return items_.images == nullptr ? 0 : items_.images[item]; }
 
-  void restart(ReachableSums* sums) { sums->restart(left_.tokens); }
-  void restart(CheapestSums<uint32_t>* sums) {
-    sums->restart(left_.tokens, static_cast<uint32_t>(count_images() ? left_.images : left_.samples));
-  }
-  void restart(CheapestSums<uint64_t>* sums) {
-    sums->restart(left_.tokens, static_cast<uint64_t>(left_.images) << 32 | static_cast<uint64_t>(left_.samples));
-  }
-  bool add(ReachableSums* sums, Id item) { return sums->add(items_.lengths[item]); }
-  bool add(CheapestSums<uint32_t>* sums, Id item) {
-    return sums->add(items_.lengths[item], count_images() ? static_cast<uint32_t>(images_of(item)) : 1u);
-  }
-  bool add(CheapestSums<uint64_t>* sums, Id item) {
-    return sums->add(items_.lengths[item], static_cast<uint64_t>(images_of(item)) << 32 | 1);
-  }
-
-  template <class Sums, class F>
-  void join(std::optional<Sums>* made, std::vector<Id>* waiting, F take) {
-    if (!*made) made->emplace(lookahead_, caps_.tokens);
-    Sums* sums = &**made;
-    restart(sums);
+  // Adds the items that fit, oldest first, until add(item) says that the capacity is met.
+  template <class Add>
+  void join(const std::vector<Id>& waiting, Add add) {
     place_of_.assign(1, kNone);
     bool met = left_.tokens == 0;
-    for (Id place = 1; !met && place < static_cast<Id>(waiting->size()); ++place) {
-      const Id item = (*waiting)[place];
+    for (Id place = 1; !met && place < static_cast<Id>(waiting.size()); ++place) {
+      const Id item = waiting[place];
       const int64_t length = items_.lengths[item];
       if (length == 0 || length > left_.tokens || images_of(item) > left_.images) continue;
       place_of_.push_back(place);
-      met = add(sums, item);
+      met = add(item);
     }
-    sums->largest([&](int64_t step) { take(place_of_[step]); });
+  }
+
+  // Chooses items that cost at most `most`, and keep the other cap too; returns their sum.
+  template <class CostOf>
+  int64_t join_within(const std::vector<Id>& waiting, int64_t most, CostOf cost_of) {
+    if (!within_) within_.emplace(lookahead_, caps_.tokens);
+    within_->restart(left_.tokens, most);
+    join(waiting, [&](Id item) { return within_->add(items_.lengths[item], cost_of(item)); });
+    const int64_t sum = within_->largest(&steps_, [&] {
+      int64_t images = 0;
+      for (const int64_t step : steps_) images += images_of(waiting[place_of_[step]]);
+      return images <= left_.images && static_cast<int64_t>(steps_.size()) <= left_.samples;
+    });
+    chosen_.clear();
+    for (const int64_t step : steps_) chosen_.push_back(place_of_[step]);
+    return sum;
   }
 
   Items items_;
   Caps caps_, left_{};
   int64_t lookahead_;
   std::optional<ReachableSums> any_;
-  std::optional<CheapestSums<uint32_t>> one_;
-  std::optional<CheapestSums<uint64_t>> both_;
-  std::vector<Id> place_of_;  // of each step of the sums
+  std::optional<CheapestSums> within_;
+  std::vector<Id> place_of_;    // of each step of the sums
+  std::vector<int64_t> steps_;  // of the subset looked at
+  std::vector<Id> chosen_;      // places
 };
 
 void check_capacity(Caps caps) {

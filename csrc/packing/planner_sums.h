@@ -76,89 +76,91 @@ class ReachableSums {
   std::vector<int64_t> length_;
 };
 
-// The least cost of each sum. What a sum costs only falls from item to item, so the first item after which it is
-// affordable is found by bisection too.
-//
-// Cost is uint32_t for one resource (images, or samples), and uint64_t for two: the high half is minimised and, of
-// equals, the low half.
-template <class Cost>
+// The least cost of each sum, where a subset may only cost so much. What a sum costs only falls from item to item, so
+// the first item after which it is affordable is found by bisection too.
 class CheapestSums {
  public:
-  static constexpr bool kTwo = sizeof(Cost) == 8;
-  static constexpr int kHalf = 32;
-  static constexpr Cost kUnreachable = Cost{1} << (8 * sizeof(Cost) - 1);
-
   CheapestSums(int64_t most_items, int64_t most_sum)
       : row_(most_sum + 1),
-        least_(new Cost[(most_items + 1) * row_]),
+        least_(new int32_t[(most_items + 1) * row_]),
         width_(most_items + 1),
         length_(most_items + 1),
         cost_(most_items + 1) {}
 
-  // Subsets may have sums up to limit and cost up to most (below half of kUnreachable); with two resources each of
-  // the halves counts for itself.
-  void restart(int64_t limit, Cost most) {
+  // Subsets may have sums up to limit and cost up to most < kUnreachable.
+  void restart(int64_t limit, int64_t most) {
     limit_ = limit;
-    most_ = most;
+    most_ = static_cast<int32_t>(most);
     steps_ = 0;
     width_[0] = 1;
     least_[0] = 0;
   }
 
   // Adds an item of length in [1, limit] that is affordable alone; says whether the limit can now be met exactly.
-  bool add(int64_t length, Cost cost) {
-    const Cost* old = row(steps_);
+  bool add(int64_t length, int64_t cost_of_item) {
+    const int32_t cost = static_cast<int32_t>(cost_of_item), most = most_;
+    const int32_t* old = row(steps_);
     const int64_t old_width = width_[steps_];
     length_[++steps_] = length;
     cost_[steps_] = cost;
-    Cost* now = row(steps_);
+    int32_t* now = row(steps_);
     const int64_t width = width_[steps_] = std::min(limit_, old_width - 1 + length) + 1;
     std::copy(old, old + old_width, now);
     std::fill(now + old_width, now + width, kUnreachable);
-    const Cost most = kTwo ? most_ | 0xffffffffu : most_;  // the low half may yet fall when the high one does
-    Cost* moved = now + length;
-    for (int64_t s = 0; s < std::min(old_width, width - length); ++s) {
-      const Cost sum = old[s] + cost;
+    int32_t* moved = now + length;
+    const int64_t count = std::min(old_width, width - length);
+    for (int64_t s = 0; s < count; ++s) {
+      const int32_t sum = old[s] + cost;
       moved[s] = std::min(moved[s], sum > most ? kUnreachable : sum);
     }
     return affordable(limit_);
   }
 
-  template <class F>
-  void largest(F fn) const {
-    int64_t sum = limit_;
-    while (!affordable(sum)) --sum;
-    // With one resource the oldest items that keep to the limit will do; with two, those of the very subset judged.
-    Cost left = kTwo ? least(steps_, sum) : most_;
+  // The largest sum that is affordable and whose oldest items, written to *steps, the youngest first, are such that
+  // keep() is true; of many that are not, some are passed over unseen. The empty subset is always kept.
+  template <class Keep>
+  int64_t largest(std::vector<int64_t>* steps, Keep keep) const {
+    int64_t seen = 0;
+    for (int64_t sum = limit_; sum > 0; sum -= 1 + seen / 64) {
+      if (!affordable(sum)) continue;
+      trace(sum, steps);
+      if (keep()) return sum;
+      ++seen;
+    }
+    steps->clear();
+    return 0;
+  }
+
+ private:
+  static constexpr int32_t kUnreachable = int32_t{1} << 30;
+
+  void trace(int64_t sum, std::vector<int64_t>* steps) const {
+    steps->clear();
+    int32_t left = most_;
     for (int64_t last = steps_; sum > 0;) {
       int64_t low = 0, high = last;
       while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
         (least(middle, sum) <= left ? high : low) = middle;
       }
-      fn(high);
+      steps->push_back(high);
       sum -= length_[high];
       left -= cost_[high];
       last = high - 1;
     }
   }
 
- private:
-  const Cost* row(int64_t step) const { return least_.get() + step * row_; }
-  Cost* row(int64_t step) { return least_.get() + step * row_; }
-  Cost least(int64_t step, int64_t sum) const { return sum < width_[step] ? row(step)[sum] : kUnreachable; }
-  bool affordable(int64_t sum) const {
-    const Cost cost = least(steps_, sum);
-    if (!kTwo) return cost <= most_;
-    return (cost >> (kTwo * kHalf)) <= (most_ >> (kTwo * kHalf)) && (cost & 0xffffffffu) <= (most_ & 0xffffffffu);
-  }
+  const int32_t* row(int64_t step) const { return least_.get() + step * row_; }
+  int32_t* row(int64_t step) { return least_.get() + step * row_; }
+  int32_t least(int64_t step, int64_t sum) const { return sum < width_[step] ? row(step)[sum] : kUnreachable; }
+  bool affordable(int64_t sum) const { return least(steps_, sum) <= most_; }
 
   int64_t row_, limit_ = 0, steps_ = 0;
-  Cost most_ = 0;
-  std::unique_ptr<Cost[]> least_;  // [steps + 1, row]
-  std::vector<int64_t> width_;     // sums of a row in use; those beyond count as unreachable
+  int32_t most_ = 0;
+  std::unique_ptr<int32_t[]> least_;  // [steps + 1, row]
+  std::vector<int64_t> width_;        // sums of a row in use; those beyond count as unreachable
   std::vector<int64_t> length_;
-  std::vector<Cost> cost_;
+  std::vector<int32_t> cost_;
 };
 
 }  // namespace mmk

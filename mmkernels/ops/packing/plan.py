@@ -64,8 +64,8 @@ class Caps:
             return "capacity", f"at most {_MOST_SUBSET_SUM}", self.capacity
         if self.max_images is not None and self.max_images > _MOST_IMAGES:
             return "max_images", f"at most {_MOST_IMAGES}", self.max_images
-        resources = (self.max_images is not None) + (self.max_samples is not None)
-        most = 8 * _MOST_BYTES // ((1, 32, 64)[resources] * (self.capacity + 64)) - 1
+        bits = 1 if self.max_images is None and self.max_samples is None else 32
+        most = 8 * _MOST_BYTES // (bits * (self.capacity + 64)) - 1
         return ("lookahead", f"at most {most} (1 GiB of tables)", lookahead) if lookahead > most else None
 
 

@@ -7,6 +7,7 @@ the core: lengths [n] int64, images [n] int64 or None, the capacity, the most im
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from itertools import groupby
 
 import numpy as np
@@ -134,16 +135,9 @@ def fullest_pack(lengths: Array, images: Array | None, capacity: int, max_images
     taken = [0]
     if sample_room > 0:
         joining = [i for i in range(1, len(size)) if 0 < size[i] <= room and pictures[i] <= image_room]
-        count_images, count_samples = images is not None and max_images != NO_CAP, max_samples < len(size)
-        if count_images and count_samples:
-            costs = {i: pictures[i] << 32 | 1 for i in joining}
-            taken += _largest_affordable(joining, size, room, costs, image_room << 32 | sample_room, two=True)
-        elif count_images:
-            taken += _largest_affordable(joining, size, room, dict(enumerate(pictures)), image_room)
-        elif count_samples:
-            taken += _largest_affordable(joining, size, room, dict.fromkeys(joining, 1), sample_room)
-        else:
-            taken += _largest_sum(joining, size, room)
+        taken += _joining(
+            joining, size, pictures, images is not None and max_images != NO_CAP, room, image_room, sample_room
+        )
     image_room = max_images - sum(pictures[i] for i in taken)
     sample_room = max_samples - len(taken)
     for i in range(1, len(size)):  # what takes no tokens
@@ -152,6 +146,33 @@ def fullest_pack(lengths: Array, images: Array | None, capacity: int, max_images
             image_room -= pictures[i]
             sample_room -= 1
     return np.array(sorted(taken), np.int64)
+
+
+def _joining(
+    joining: list[int],
+    size: list[int],
+    pictures: list[int],
+    count_images: bool,
+    room: int,
+    image_room: int,
+    sample_room: int,
+) -> list[int]:
+    """Those of the items that join the oldest."""
+    count_samples = sample_room + 1 < len(size)
+    if not count_images and not count_samples:
+        return _largest_sum(joining, size, room)
+
+    def keep(taken: list[int]) -> bool:
+        return sum(pictures[i] for i in taken) <= image_room and len(taken) <= sample_room
+
+    chosen: list[int] = []
+    if count_images:
+        chosen = _largest_affordable(joining, size, room, pictures, image_room, keep)
+    if count_samples and sum(size[i] for i in chosen) < room:
+        by_samples = _largest_affordable(joining, size, room, [1] * len(size), sample_room, keep)
+        if not count_images or sum(size[i] for i in by_samples) > sum(size[i] for i in chosen):
+            chosen = by_samples
+    return chosen
 
 
 def _largest_sum(joining: list[int], size: list[int], room: int) -> list[int]:
@@ -174,40 +195,41 @@ def _largest_sum(joining: list[int], size: list[int], room: int) -> list[int]:
 
 
 def _largest_affordable(
-    joining: list[int], size: list[int], room: int, cost: dict[int, int], most: int, *, two: bool = False
+    joining: list[int], size: list[int], room: int, cost: list[int], most: int, keep: Callable[[list[int]], bool]
 ) -> list[int]:
-    """The same where a subset may cost `most`: the least cost of each sum is kept.
-
-    Two resources are the high and the low half of a cost, and each has its own limit.
-    """
-    low = 2**32 - 1 if two else 0
+    """The oldest items of the largest sum that cost at most `most` and that are to be kept: the least cost of each sum
+    is remembered; of many that are not kept, some are passed over unseen."""
     steps: list[int] = []
     least: list[dict[int, int]] = [{0: 0}]  # after each step: sum -> the least cost of a subset
-
-    def affordable(total: int) -> bool:
-        spent = least[-1].get(total)
-        return spent is not None and spent | low <= most | low and spent & low <= most & low
-
     for i in joining:
-        if affordable(room):
+        if room in least[-1]:
             break
         now = dict(least[-1])
         for total, spent in least[-1].items():
             longer, dearer = total + size[i], spent + cost[i]
-            if longer <= room and dearer <= most | low and dearer < now.get(longer, NO_CAP):
+            if longer <= room and dearer <= most and dearer < now.get(longer, NO_CAP):
                 now[longer] = dearer
         steps.append(i)
         least.append(now)
-    total = max(filter(affordable, least[-1]))
-    # With one resource the oldest items that keep to the limit will do; with two, those of the very subset judged.
-    left = least[-1][total] if two else most
-    taken = []
+
+    def trace(total: int) -> list[int]:
+        left, taken = most, []
+        while total > 0:
+            first = bisect_left(least, True, key=lambda costs: costs.get(total, NO_CAP) <= left)
+            taken.append(steps[first - 1])
+            total -= size[steps[first - 1]]
+            left -= cost[steps[first - 1]]
+        return taken
+
+    total, seen = room, 0
     while total > 0:
-        first = bisect_left(least, True, key=lambda costs: costs.get(total, NO_CAP) <= left)
-        taken.append(steps[first - 1])
-        total -= size[steps[first - 1]]
-        left -= cost[steps[first - 1]]
-    return taken
+        if total in least[-1]:
+            taken = trace(total)
+            if keep(taken):
+                return taken
+            seen += 1
+        total -= 1 + seen // 64
+    return []
 
 
 # Histogram
