@@ -79,6 +79,7 @@ class PackedSampler(Sampler[tuple[int, ...]]):
         self._made: tuple[int, PackingPlan] | None = None
         what = (capacity, shuffle, seed, sorted(options.items()))
         arrays = [self._lengths] if self._images is None else [self._lengths, self._images]
+        arrays.append((cost or AttentionCost()).of_packs(self.plan()))
         self.fingerprint = zlib.crc32(b"".join([repr(what).encode(), *(array.tobytes() for array in arrays)]))
         """Of what decides the packs and their order: a state is for this alone."""
         self.schedule()  # finds what is wrong with the arguments
