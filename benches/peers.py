@@ -101,6 +101,15 @@ def xformers_block_diagonal(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return out, *torch.autograd.grad(out, [q, k, v], inputs["grad_out"])
 
 
+def fbgemm_padded(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """Packed to padded: x, cu_seqlens, max_seqlen, grad_padded -> out, dx."""
+    import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
+
+    offsets = [inputs["cu_seqlens"].long()]
+    out = torch.ops.fbgemm.jagged_to_padded_dense(inputs["x"], offsets, [inputs["max_seqlen"]], 0.0)
+    return out, *torch.autograd.grad(out, [inputs["x"]], inputs["grad_padded"])
+
+
 PEERS = {
     "open_clip": Peer(
         "open_clip",
@@ -112,6 +121,7 @@ PEERS = {
     "memeff": Peer("memeff", "memeff", adapters={"clip_loss": memeff_clip_loss}),
     "siglip_kernel": Peer("siglip_kernel", "siglip-kernel", adapters={"loss": siglip_kernel_loss}),
     "flash_attn": Peer("flash_attn", "flash-attn", adapters={"varlen": flash_attn_varlen}),
+    "fbgemm_gpu": Peer("fbgemm_gpu", "fbgemm-gpu", needs_cuda=False, adapters={"padded": fbgemm_padded}),
     "xformers": Peer("xformers", "xformers", adapters={"block_diagonal": xformers_block_diagonal}),
     "trl": Peer("trl", "trl", needs_cuda=False, adapters={"bfd": planner_peers.trl_bfd}),
     "numba": Peer("numba", "numba", needs_cuda=False, adapters={"first_fit": planner_peers.numba_first_fit}),

@@ -61,16 +61,25 @@ void bind_attention(py::module_& m) {
   m.def(
       "launch_attention_fwd_cpu",
       [](Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, double scale, Tensor out,
-         Tensor lse, int num_threads) {
-        mmk::attention_kernels().forward({q, k, v, {lo, hi, first_q, last_q}, scale, out, lse}, num_threads);
+         Tensor lse, Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, Tensor class_q,
+         Tensor class_k, Tensor pair_bias, Tensor row_sums, Tensor sink, Tensor seed, double dropout_p,
+         int num_threads) {
+        const mmk::AttentionExtras extras = {span_q,  span_k,    allow_q,  bit_k, tiles, class_q,
+                                             class_k, pair_bias, row_sums, sink,  seed,  dropout_p};
+        mmk::attention_kernels().forward({q, k, v, {lo, hi, first_q, last_q}, scale, out, lse, extras}, num_threads);
       },
       released);
   m.def(
       "launch_attention_bwd_cpu",
       [](Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lo, Tensor hi,
-         Tensor first_q, Tensor last_q, double scale, Tensor dq, Tensor dk, Tensor dv, Tensor delta, int num_threads) {
+         Tensor first_q, Tensor last_q, double scale, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor span_q,
+         Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, Tensor class_q, Tensor class_k, Tensor pair_bias,
+         Tensor row_sums, Tensor sink, Tensor seed, double dropout_p, int num_threads) {
+        const mmk::AttentionExtras extras = {span_q,  span_k,    allow_q,  bit_k, tiles, class_q,
+                                             class_k, pair_bias, row_sums, sink,  seed,  dropout_p};
         mmk::attention_kernels().backward(
-            {grad_out, grad_lse, q, k, v, out, lse, {lo, hi, first_q, last_q}, scale, dq, dk, dv, delta}, num_threads);
+            {grad_out, grad_lse, q, k, v, out, lse, {lo, hi, first_q, last_q}, scale, dq, dk, dv, delta, extras},
+            num_threads);
       },
       released);
 }
@@ -186,8 +195,13 @@ void bind_packing(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("launch_packing_gather_fwd_cpu", cpu.gather_fwd, no_gil);
   m.def("launch_packing_scatter_fwd_cpu", cpu.scatter_fwd, no_gil);
-  m.def("launch_packing_segment_pool_fwd_cpu", cpu.segment_pool_fwd, no_gil);
-  m.def("launch_packing_segment_pool_bwd_cpu", cpu.segment_pool_bwd, no_gil);
+  m.def("launch_packing_patchify_fwd_cpu", cpu.patchify_fwd, no_gil);
+  m.def("launch_packing_mrope_fwd_cpu", cpu.mrope_fwd, no_gil);
+  const auto& pooling = mmk::pooling_kernels();
+  m.def("launch_packing_segment_pool_fwd_cpu", pooling.segment_pool_fwd, no_gil);
+  m.def("launch_packing_segment_pool_bwd_cpu", pooling.segment_pool_bwd, no_gil);
+  m.def("launch_packing_weighted_pool_fwd_cpu", pooling.weighted_pool_fwd, no_gil);
+  m.def("launch_packing_weighted_pool_bwd_cpu", pooling.weighted_pool_bwd, no_gil);
 }
 
 }  // namespace

@@ -105,14 +105,42 @@ void bind_packing(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> released;
   m.def(
       "launch_packing_gather_fwd_cuda",
-      [](Tensor source, Tensor index, Tensor out, Stream stream) {
-        mmk::launch_packing_gather_fwd_cuda(source, index, out, stream.handle);
+      [](Tensor first, Tensor second, Tensor third, Tensor fourth, Tensor index, Tensor out, Stream stream) {
+        mmk::launch_packing_gather_fwd_cuda(first, second, third, fourth, index, out, stream.handle);
+      },
+      released);
+  m.def(
+      "launch_packing_patchify_fwd_cuda",
+      [](Tensor x, Tensor grid, Tensor starts, int channels, int patch, int temporal, int merge, bool inverse,
+         Tensor out, Stream stream) {
+        mmk::launch_packing_patchify_fwd_cuda(x, grid, starts, channels, patch, temporal, merge, inverse, out,
+                                              stream.handle);
+      },
+      released);
+  m.def(
+      "launch_packing_mrope_fwd_cuda",
+      [](Tensor cu_seqlens, Tensor starts, Tensor extent, Tensor gained, Tensor out, Stream stream) {
+        mmk::launch_packing_mrope_fwd_cuda(cu_seqlens, starts, extent, gained, out, stream.handle);
+      },
+      released);
+  m.def(
+      "launch_packing_weighted_pool_fwd_cuda",
+      [](Tensor x, Tensor weights, Tensor cu_seqlens, Tensor out, Stream stream) {
+        mmk::launch_packing_weighted_pool_fwd_cuda(x, weights, cu_seqlens, out, stream.handle);
+      },
+      released);
+  m.def(
+      "launch_packing_weighted_pool_bwd_cuda",
+      [](Tensor grad_out, Tensor x, Tensor weights, Tensor cu_seqlens, Tensor grad_x, Tensor grad_weights,
+         Stream stream) {
+        mmk::launch_packing_weighted_pool_bwd_cuda(grad_out, x, weights, cu_seqlens, grad_x, grad_weights,
+                                                   stream.handle);
       },
       released);
   m.def(
       "launch_packing_scatter_fwd_cuda",
-      [](Tensor packed, Tensor order, Tensor starts, Tensor out, Stream stream) {
-        mmk::launch_packing_scatter_fwd_cuda(packed, order, starts, out, stream.handle);
+      [](Tensor packed, Tensor index, Tensor order, Tensor starts, Tensor sums, Tensor out, Stream stream) {
+        mmk::launch_packing_scatter_fwd_cuda(packed, index, order, starts, sums, out, stream.handle);
       },
       released);
   m.def(

@@ -97,7 +97,7 @@ LAYERS = (
     Layer(r"mmkernels\.testing(\..*)?", below=("mmkernels.testing.*", "mmkernels.ops.*", _RUNTIME)),
     Layer(r"mmkernels\.runtime(\..*)?", below=(_RUNTIME,)),
     Layer(r"mmkernels\.ops(\.(_checks|modality))?"),
-    Layer(r"mmkernels\.ops\._tl", below=("mmkernels.runtime.backends",), packages=frozenset({"triton"})),
+    Layer(r"mmkernels\.ops\._tl", below=("mmkernels.runtime.backends",), packages=frozenset({"torch", "triton"})),
     Layer(_OPS + r"\.reference", packages=frozenset({"torch"})),
     Layer(
         _OPS + r"\.triton_\w+",
@@ -111,12 +111,19 @@ LAYERS = (
     ),
     Layer(_OPS + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.reference")),
     Layer(
-        _OPS + r"\.op",
+        _OPS + r"\.(op\w*|_impls)",
         below=(_OWN, _RUNTIME),
         never=("mmkernels.ops.{f}.api",),
         late=("mmkernels.ops.{f}.triton_*",),
     ),
     Layer(_OPS + r"(\.api)?", below=(_OWN, *_SHARED, _RUNTIME), never=("mmkernels.ops.{f}.triton_*",)),
+    Layer(
+        _OPS + r"\.plot",
+        below=("mmkernels.ops.{f}.*", *_SHARED),
+        never=("mmkernels.ops.{f}.api", "mmkernels.ops.{f}.triton_*"),
+        packages=_PYTORCH | {"matplotlib"},
+        late=("matplotlib",),
+    ),
     Layer(
         _OPS + r"\.\w+",
         below=(_OWN, *_SHARED, _RUNTIME),

@@ -10,6 +10,7 @@
 //   q [Tq, H, D]  k [Tk, Hkv, D]  v [Tk, Hkv, Dv]  out, grad_out [Tq, H, Dv]   one dtype: f32, bf16, f16 (CPU: f64 too)
 //   lse, grad_lse, delta [H, Tq]                                               f32 (f64 with f64); contiguous
 //   lo, hi [Tq]  first_q, last_q [Tk]                                          int32, contiguous; half-open intervals
+//   AttentionExtras: what the CPU kernels take besides; maths in mmkernels/ops/attention/reference.py
 // D and Dv may be any number from 1 to 256 (CPU: no upper bound). Any of Tq, Tk may be 0. Every element of every output
 // is written.
 #pragma once
@@ -24,6 +25,20 @@ struct AttentionMask {
   Tensor first_q, last_q;  // [Tk] hull of the queries that see each key
 };
 
+// Contiguous; a tensor that is not given adds nothing. int32, f32 like lse (f64 with f64), seed int64.
+struct AttentionExtras {
+  // pattern: inside its interval a query sees a key if span_q == span_k or allow_q & bit_k; all five, or none
+  Tensor span_q, span_k, allow_q, bit_k;  // [Tq] [Tk] [Tq] [Tk]
+  Tensor tiles;                           // [ceil(Tq / 128), ceil(ceil(Tk / 64) / 16)]: two bits a tile of 128 x 64
+  // logit bias: all of them (row_sums, an output, in the backward), or none
+  Tensor class_q, class_k;  // [Tq] [Tk]
+  Tensor pair_bias;         // [H, Cq, Ck]
+  Tensor row_sums;          // [H, Ck, Tq]: sums of dS over the keys of a class
+  Tensor sink;              // [H]
+  Tensor seed;              // [1], given with dropout
+  double dropout_p = 0;
+};
+
 struct AttentionFwdArgs {
   // inputs
   Tensor q, k, v;
@@ -31,6 +46,8 @@ struct AttentionFwdArgs {
   double scale;
   // outputs
   Tensor out, lse;
+  // CPU only
+  AttentionExtras extras = {};
 };
 
 struct AttentionBwdArgs {
@@ -43,6 +60,8 @@ struct AttentionBwdArgs {
   Tensor dq, dk, dv;  // shapes and dtypes of q, k, v
   // scratch
   Tensor delta;  // [H, Tq]: rowsum(grad_out * out) - grad_lse
+  // CPU only
+  AttentionExtras extras = {};
 };
 
 struct AttentionKernels {

@@ -18,7 +18,7 @@
 //               few components to keep every thread busy
 #pragma once
 
-#include "attention/attention_cpu_tiles.h"
+#include "attention/attention_cpu_extras.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -35,6 +35,10 @@ struct BackwardScratch {
     C *lse, *dot, *dlse;               // [queries]; dot: <do_i, out_i>
     Int *lo, *hi;                      // [queries]
     C* dq;                             // [queries, D]
+    // For a pattern, a bias:
+    Int *span, *allow, *class_q;  // [queries]
+    C* row_sums;                  // [Ck + 1, queries]
+    C sink;                       // -inf: none
   };
   TileState tile[kTilesPerTask];
   Packed<T>* out_columns;  // B [Dv, queries]
@@ -44,8 +48,11 @@ struct BackwardScratch {
   Packed<T>*p, *ds;        // A [keys, queries]
   Packed<T>* ds_q;         // A [queries, keys]
   C *dk, *dv;              // [key_range, D], [key_range, Dv]
+  C* bias;
+  C* z;  // [keys, ld]: dropout's factors
 
-  BackwardScratch(Arena& arena, const AttentionShape& n, int64_t key_range) {
+  BackwardScratch(Arena& arena, const AttentionShape& n, const AttentionExtras& extras, int64_t key_range) {
+    const int64_t pattern = extras.tiles.given() ? kQueryTile : 0, biased = extras.pair_bias.given() ? kQueryTile : 0;
     for (TileState& t : tile) {
       t.q_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim));
       t.do_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
@@ -57,6 +64,10 @@ struct BackwardScratch {
       t.lo = arena.take<Int>(kQueryTile);
       t.hi = arena.take<Int>(kQueryTile);
       t.dq = arena.take<C>(kQueryTile * n.dim);
+      t.span = arena.take<Int>(pattern);
+      t.allow = arena.take<Int>(pattern);
+      t.class_q = arena.take<Int>(biased);
+      t.row_sums = arena.take<C>(biased * (extras.pair_bias.size[2] + 1));
     }
     out_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
     k = arena.take<Packed<T>>(packed_size_a<T>(kKeyTile, n.dim));
@@ -69,6 +80,8 @@ struct BackwardScratch {
     ds_q = arena.take<Packed<T>>(packed_size_a<T>(kQueryTile, kKeyTile));
     dk = arena.take<C>(key_range * n.dim);
     dv = arena.take<C>(key_range * n.dim_v);
+    bias = arena.take<C>(biased > 0 ? BiasTable<C>::kSize : 0);
+    z = arena.take<C>(extras.seed.given() ? kKeyTile * ld + Dropout::kWide * ld : 0);
   }
 };
 
@@ -117,7 +130,15 @@ class BackwardTask {
  public:
   BackwardTask(const AttentionBwdArgs& args, const AttentionShape& shape, const QueryTile* tiles,
                const AttentionTask& part, const Scratch& scratch)
-      : args_(args), n_(shape), tiles_(tiles), part_(part), scale_(static_cast<C>(args.scale)), w_(scratch) {}
+      : args_(args),
+        n_(shape),
+        tiles_(tiles),
+        part_(part),
+        map_(args.extras.tiles),
+        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given() || args.extras.sink.given()),
+        scale_(static_cast<C>(args.scale)),
+        logit_scale_(rewrites_ ? C{1} : scale_),
+        w_(scratch) {}
 
   // The query heads [head_begin, head_end), which share one key/value head.
   void run(int64_t head_begin, int64_t head_end) {
@@ -139,6 +160,8 @@ class BackwardTask {
   void run_tiles(int64_t head, int64_t kv_head, int64_t tile_begin, int64_t tile_end) {
     const QueryTile* tiles = tiles_ + tile_begin;
     const int64_t count = tile_end - tile_begin;
+    const Dropout dropout(args_.extras, head);
+    const BiasTable<C> bias(args_.extras.pair_bias, head, true, w_.bias);
     int64_t key_begin = part_.key_end, key_end = part_.key_begin;
     for (int64_t t = 0; t < count; ++t) {
       if (tiles[t].key_begin == tiles[t].key_end) continue;
@@ -148,7 +171,7 @@ class BackwardTask {
     key_begin = -min64(-key_begin, -part_.key_begin);
     key_end = min64(key_end, part_.key_end);
     if (key_begin < key_end || want_dq)
-      for (int64_t t = 0; t < count; ++t) open(head, tiles[t], w_.tile[t]);
+      for (int64_t t = 0; t < count; ++t) open(head, tiles[t], w_.tile[t], bias);
     const HeadView<T> k = head_of<T>(args_.k, kv_head), v = head_of<T>(args_.v, kv_head);
     for (int64_t key = key_begin; key < key_end; key += kKeyTile) {
       const int64_t keys = min64(kKeyTile, key_end - key);
@@ -156,17 +179,28 @@ class BackwardTask {
       pack_rows_a<T>(v, key, keys, n_.dim_v, w_.v);
       if (want_dq) pack_rows_b<T>(k, key, keys, n_.dim, w_.k_rows);
       for (int64_t t = 0; t < count; ++t) {
-        const int64_t from = -min64(0, key - tiles[t].key_begin), to = min64(keys, tiles[t].key_end - key);
-        if (from < to) differentiate(tiles[t], w_.tile[t], key, keys, from, to);
+        int64_t first = -min64(-key, -tiles[t].key_begin), end = min64(key + keys, tiles[t].key_end);
+        if (map_.given()) map_.trim(tiles[t], first, end);
+        if (first < end) differentiate(tiles[t], w_.tile[t], bias, dropout, key, keys, first - key, end - key);
       }
     }
     if (!want_dq) return;
-    for (int64_t t = 0; t < count; ++t)
+    for (int64_t t = 0; t < count; ++t) {
       write_rows<T>(w_.tile[t].dq, tiles[t].end - tiles[t].begin, n_.dim, scale_, head_of<T>(args_.dq, head),
                     tiles[t].begin);
+      if (args_.extras.pair_bias.given()) write_row_sums(head, tiles[t], w_.tile[t]);
+    }
   }
 
-  void open(int64_t head, const QueryTile& tile, TileState& state) {
+  void write_row_sums(int64_t head, const QueryTile& tile, const TileState& state) {
+    const int64_t classes = args_.extras.pair_bias.size[2];
+    for (int64_t c = 0; c < classes; ++c) {
+      C* sums = args_.extras.row_sums.ptr<C>() + (head * classes + c) * n_.num_queries;
+      for (int64_t i = 0; i < tile.end - tile.begin; ++i) sums[tile.begin + i] = state.row_sums[c * kQueryTile + i];
+    }
+  }
+
+  void open(int64_t head, const QueryTile& tile, TileState& state, const BiasTable<C>& bias) {
     const int64_t rows = tile.end - tile.begin;
     const HeadView<T> q = head_of<T>(args_.q, head), grad_out = head_of<T>(args_.grad_out, head);
     pack_columns_b<T>(q, tile.begin, rows, n_.dim, state.q_columns);
@@ -182,15 +216,28 @@ class BackwardTask {
     const C* dlse = args_.grad_lse.given() ? args_.grad_lse.ptr<C>() + head * n_.num_queries + tile.begin : nullptr;
     const int32_t *lo = args_.mask.lo.ptr<int32_t>() + tile.begin, *hi = args_.mask.hi.ptr<int32_t>() + tile.begin;
     for (int64_t i = 0; i < kQueryTile; ++i) {  // columns beyond the tile see nothing
-      state.lse[i] = i < rows ? lse[i] : 0;
+      // A query that sees nothing has lse -inf; against 0 its logits, all -inf, give 0.
+      state.lse[i] = i < rows && lse[i] != -FloatTraits<C>::infinity ? lse[i] : 0;
       state.dlse[i] = i < rows && dlse != nullptr ? dlse[i] : 0;
       state.lo[i] = i < rows ? lo[i] : 0;
       state.hi[i] = i < rows ? hi[i] : 0;
     }
+    const AttentionExtras& extras = args_.extras;
+    state.sink = extras.sink.given() ? extras.sink.ptr<C>()[head] : -FloatTraits<C>::infinity;
+    if (map_.given()) {
+      copy_padded<Int>(extras.span_q.ptr<int32_t>() + tile.begin, rows, kQueryTile, 0, state.span);
+      copy_padded<Int>(extras.allow_q.ptr<int32_t>() + tile.begin, rows, kQueryTile, 0, state.allow);
+    }
+    if (extras.pair_bias.given()) {
+      copy_padded<Int>(extras.class_q.ptr<int32_t>() + tile.begin, rows, kQueryTile, 0, state.class_q);
+      for (int64_t i = 0; i < rows; ++i) state.class_q[i] = static_cast<Int>(bias.column_index(state.class_q[i]));
+      if (want_dq) clear(state.row_sums, kQueryTile * (extras.pair_bias.size[2] + 1));
+    }
   }
 
   // The tile's queries against rows [from, to) of the packed key tile, which begins at `key`.
-  void differentiate(const QueryTile& tile, TileState& state, int64_t key, int64_t keys, int64_t from, int64_t to) {
+  void differentiate(const QueryTile& tile, TileState& state, const BiasTable<C>& bias, const Dropout& dropout,
+                     int64_t key, int64_t keys, int64_t from, int64_t to) {
     const int64_t rows = tile.end - tile.begin;
     // k_begin of the product for dQ must not split a word.
     constexpr int64_t step = kRowTile * kWordElements<T>;
@@ -203,10 +250,12 @@ class BackwardTask {
     const int64_t first = key + from;
     const bool full = rows % kLanes<C> == 0 && tile.full_begin <= first && first + height <= tile.full_end;
     const bool whole = key <= tile.key_begin && tile.key_end <= key + keys;
-    if (full)
-      probabilities<true>(state, first, height, rows, whole);
+    if (rewrites_) write_logits(tile, state, bias, first, height, full);
+    if (dropout.given()) weigh(tile, dropout, first, height);
+    if (full || rewrites_)
+      probabilities<true>(state, bias, first, height, rows, whole);
     else
-      probabilities<false>(state, first, height, rows, whole);
+      probabilities<false>(state, bias, first, height, rows, whole);
     if (want_dkv) {
       const int64_t at = first - part_.key_begin;
       multiply<T>(height, n_.dim_v, rows, w_.p, state.do_rows, 0, rows, w_.dv + at * n_.dim_v, n_.dim_v, true);
@@ -218,10 +267,50 @@ class BackwardTask {
     }
   }
 
+  // Scores become logits: scaled and biased, -inf where a query does not see a key. `inside`: the intervals hide none.
+  void write_logits(const QueryTile& tile, const TileState& state, const BiasTable<C>& bias, int64_t key,
+                    int64_t height, bool inside) {
+    const bool biased = args_.extras.pair_bias.given();
+    const bool patterned = map_.given() && !map_.full(tile, key, key + height);
+    for (int64_t i = 0; i < height; ++i) {
+      const C* row = biased ? bias.row(bias.row_index(args_.extras.class_k.ptr<int32_t>()[key + i])) : nullptr;
+      const Vec<Int> span = splat(static_cast<Int>(patterned ? args_.extras.span_k.ptr<int32_t>()[key + i] : 0));
+      const Vec<Int> bit = splat(static_cast<Int>(patterned ? args_.extras.bit_k.ptr<int32_t>()[key + i] : 0));
+      for (int64_t c = 0; c < tile.end - tile.begin; c += kLanes<C>) {
+        C* s = w_.s + i * Scratch::ld + c;
+        Vec<C> logit = load(s) * scale_;
+        if (biased) logit += look_up(row, state.class_q + c);
+        if (!inside) logit = select(visible(state, key + i, c), logit, splat(-FloatTraits<C>::infinity));
+        if (patterned) {
+          const auto sees =
+              (load_as<Int>(state.span + c) == span) | ((load_as<Int>(state.allow + c) & bit) != Vec<Int>{});
+          logit = select(sees, logit, splat(-FloatTraits<C>::infinity));
+        }
+        store(s, logit);
+      }
+    }
+  }
+
+  // Dropout's factors into w_.z and onto dP.
+  void weigh(const QueryTile& tile, const Dropout& dropout, int64_t key, int64_t height) {
+    const int64_t rows = tile.end - tile.begin;
+    const C factor = static_cast<C>(dropout.factor());
+    dropout.for_each(tile.begin, rows, key, height,
+                     [&](int64_t i, int64_t j, bool kept) { w_.z[j * Scratch::ld + i] = kept ? factor : C{0}; });
+    for (int64_t j = 0; j < height; ++j) {
+      C *z = w_.z + j * Scratch::ld, *dp = w_.dp + j * Scratch::ld;
+      for (int64_t c = rows; c < round_up(rows, kLanes<C>); ++c) z[c] = 0;
+      for (int64_t c = 0; c < rows; c += kLanes<C>) store(dp + c, load(dp + c) * load(z + c));
+    }
+  }
+
   // From w_.s and w_.dp, `height` keys from `key` on down and `rows` queries across: P and dS packed, dS also in w_.dp.
   // `whole`: these are all keys of the queries.
   template <bool full>
-  void probabilities(const TileState& state, int64_t key, int64_t height, int64_t rows, bool whole) {
+  void probabilities(TileState& state, const BiasTable<C>& bias, int64_t key, int64_t height, int64_t rows,
+                     bool whole) {
+    const bool dropped = args_.extras.seed.given(), sums = want_dq && args_.extras.pair_bias.given();
+    const int32_t* class_k = args_.extras.class_k.ptr<int32_t>();
     for (int64_t c = 0; c < rows; c += kLanes<C>) {
       const Vec<C> dlse = load(state.dlse + c);
       Vec<C> inverse = splat(C{1}), delta = load(state.dot + c);
@@ -234,9 +323,14 @@ class BackwardTask {
         const Vec<C> p = load(w_.s + i * Scratch::ld + c) * inverse;
         Vec<C> ds = p * (load(dp) - delta + dlse);
         if (!full) ds = select(visible(state, key + i, c), ds, Vec<C>{});
+        if (rewrites_) ds = select(p == Vec<C>{}, Vec<C>{}, ds);  // dP of a hidden pair may be anything
         if (want_dkv) {
-          store_packed(PackedRow<T>(w_.p, rows, i).at(c), p);
+          store_packed(PackedRow<T>(w_.p, rows, i).at(c), dropped ? p * load(w_.z + i * Scratch::ld + c) : p);
           store_packed(PackedRow<T>(w_.ds, rows, i).at(c), ds);
+        }
+        if (sums) {
+          C* sum = state.row_sums + bias.row_index(class_k[key + i]) * kQueryTile + c;
+          store(sum, load(sum) + ds);
         }
         if (want_dq) store(dp, ds);
       }
@@ -249,7 +343,7 @@ class BackwardTask {
     const Vec<C> lse = load(state.lse + c);
     for (int64_t i = 0; i < height; ++i) {
       C* s = w_.s + i * Scratch::ld + c;
-      const Vec<C> p = exp(load(s) * scale_ - lse);
+      const Vec<C> p = exp(load(s) * logit_scale_ - lse);
       store(s, full ? p : select(visible(state, key + i, c), p, Vec<C>{}));
     }
   }
@@ -258,11 +352,16 @@ class BackwardTask {
   template <bool full>
   void softmax_column(const TileState& state, int64_t key, int64_t height, int64_t c, Vec<C>& inverse, Vec<C>& delta) {
     const Vec<C> lowest = splat(-FloatTraits<C>::infinity);
-    const C sign = scale_ < 0 ? -1 : 1, factor = scale_ * sign;
+    const C sign = logit_scale_ < 0 ? -1 : 1, factor = logit_scale_ * sign;
     Vec<C> shift = lowest, sum = {}, dot = {};
     for (int64_t i = 0; i < height; ++i) {
       const Vec<C> s = load(w_.s + i * Scratch::ld + c) * sign;
       shift = max(shift, full ? s : select(visible(state, key + i, c), s, lowest));
+    }
+    if (rewrites_) {
+      shift = max(shift, splat(state.sink));
+      shift = select(shift == lowest, Vec<C>{}, shift);  // sees nothing: -inf minus 0 stays -inf
+      sum = exp(splat(state.sink) - shift);
     }
     for (int64_t i = 0; i < height; ++i) {
       C* s = w_.s + i * Scratch::ld + c;
@@ -286,7 +385,9 @@ class BackwardTask {
   const AttentionShape& n_;
   const QueryTile* tiles_;
   const AttentionTask& part_;
-  const C scale_;
+  const TileMap map_;
+  const bool rewrites_;  // scores become logits before the softmax
+  const C scale_, logit_scale_;
   Scratch w_;
 };
 
@@ -296,11 +397,11 @@ void run_backward(const AttentionBwdArgs& args, const AttentionShape& shape, con
   const int64_t group = want_dkv ? shape.group() : 1, units = shape.heads / group;
   const int64_t tasks = plan.num_tasks() * units, key_range = want_dkv ? plan.longest_key_range() : 0;
   Arena measure(nullptr);
-  const BackwardScratch<T> sizes(measure, shape, key_range);
+  const BackwardScratch<T> sizes(measure, shape, args.extras, key_range);
   AlignedBuffer<char> memory(measure.used() * usable_threads(tasks, num_threads));
   parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
     Arena arena(memory.data() + thread * measure.used());
-    const BackwardScratch<T> scratch(arena, shape, key_range);
+    const BackwardScratch<T> scratch(arena, shape, args.extras, key_range);
     const int64_t head = task % units * group;
     BackwardTask<T, want_dq, want_dkv>(args, shape, plan.tiles(), plan.tasks()[task / units], scratch)
         .run(head, head + group);

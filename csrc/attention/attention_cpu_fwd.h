@@ -7,7 +7,7 @@
 // exp(scale (s - m)) the largest term is exactly 1 and the difference of near scores is exact.
 #pragma once
 
-#include "attention/attention_cpu_tiles.h"
+#include "attention/attention_cpu_extras.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -15,6 +15,7 @@ namespace MMK_ISA {
 template <class T>
 struct ForwardScratch {
   using C = ComputeOf<T>;
+  using Int = typename IntOf<C>::type;
   static constexpr int64_t ld = kKeyTile + kLanes<C>;  // keeps rows off a power of two
 
   struct TileState {
@@ -29,8 +30,12 @@ struct ForwardScratch {
   C* s;          // [queries, ld]
   Packed<T>* p;  // A [queries, keys]
   C* rescale;    // [queries]
+  // For a pattern, a bias, dropout:
+  Int *span_k, *bit_k, *class_k;  // [keys], padded to whole registers
+  C* bias;
+  uint8_t* keep;  // [queries, ld]
 
-  ForwardScratch(Arena& arena, const AttentionShape& n) {
+  ForwardScratch(Arena& arena, const AttentionShape& n, const AttentionExtras& extras) {
     for (TileState& t : tile) {
       t.q = arena.take<Packed<T>>(packed_size_a<T>(kQueryTile, n.dim));
       t.out = arena.take<C>(kQueryTile * n.dim_v);
@@ -42,6 +47,12 @@ struct ForwardScratch {
     s = arena.take<C>(kQueryTile * ld);
     p = arena.take<Packed<T>>(packed_size_a<T>(kQueryTile, kKeyTile));
     rescale = arena.take<C>(kQueryTile);
+    const int64_t pattern = extras.tiles.given() ? ld : 0, biased = extras.pair_bias.given() ? 1 : 0;
+    span_k = arena.take<Int>(pattern);
+    bit_k = arena.take<Int>(pattern);
+    class_k = arena.take<Int>(biased * ld);
+    bias = arena.take<C>(biased * BiasTable<C>::kSize);
+    keep = arena.take<uint8_t>(extras.seed.given() ? kQueryTile * (kKeyTile + Dropout::kWide) : 0);
   }
 };
 
@@ -98,8 +109,14 @@ class ForwardTask {
         head_(head),
         lo_(args.mask.lo.ptr<int32_t>()),
         hi_(args.mask.hi.ptr<int32_t>()),
-        sign_(args.scale < 0 ? -1 : 1),
-        factor_(static_cast<C>(args.scale) * sign_),
+        extras_(args.extras),
+        map_(args.extras.tiles),
+        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given()),
+        scale_(static_cast<C>(args.scale)),
+        sign_(!rewrites_ && args.scale < 0 ? -1 : 1),
+        factor_(rewrites_ ? C{1} : scale_ * sign_),
+        dropout_(args.extras, head),
+        bias_(args.extras.pair_bias, head, false, scratch.bias),
         q_(head_of<T>(args.q, head)),
         k_(head_of<T>(args.k, head / shape.group())),
         v_(head_of<T>(args.v, head / shape.group())),
@@ -121,14 +138,12 @@ class ForwardTask {
       const int64_t keys = min64(kKeyTile, key_end - key);
       bool packed = false;
       for (int64_t t = 0; t < count; ++t) {
-        const int64_t from = -min64(0, key - tiles[t].key_begin), to = min64(keys, tiles[t].key_end - key);
-        if (from >= to) continue;
-        if (!packed) {
-          pack_columns_b<T>(k_, key, keys, n_.dim, w_.k);
-          pack_rows_b<T>(v_, key, keys, n_.dim_v, w_.v);
-          packed = true;
-        }
-        attend(tiles[t], w_.tile[t], key, keys, from, to);
+        int64_t first = -min64(-key, -tiles[t].key_begin), end = min64(key + keys, tiles[t].key_end);
+        if (map_.given()) map_.trim(tiles[t], first, end);
+        if (first >= end) continue;
+        if (!packed) pack_keys(key, keys);
+        packed = true;
+        attend(tiles[t], w_.tile[t], key, keys, first - key, end - key);
       }
     }
     for (int64_t t = 0; t < count; ++t) close(tiles[t], w_.tile[t]);
@@ -136,6 +151,20 @@ class ForwardTask {
 
  private:
   using TileState = typename Scratch::TileState;
+  using Int = typename Scratch::Int;
+
+  void pack_keys(int64_t key, int64_t keys) {
+    pack_columns_b<T>(k_, key, keys, n_.dim, w_.k);
+    pack_rows_b<T>(v_, key, keys, n_.dim_v, w_.v);
+    if (map_.given()) {
+      copy_padded<Int>(extras_.span_k.ptr<int32_t>() + key, keys, Scratch::ld, 0, w_.span_k);
+      copy_padded<Int>(extras_.bit_k.ptr<int32_t>() + key, keys, Scratch::ld, 0, w_.bit_k);
+    }
+    if (extras_.pair_bias.given()) {
+      copy_padded<Int>(extras_.class_k.ptr<int32_t>() + key, keys, Scratch::ld, 0, w_.class_k);
+      for (int64_t j = 0; j < keys; ++j) w_.class_k[j] = static_cast<Int>(bias_.column_index(w_.class_k[j]));
+    }
+  }
 
   void open(const QueryTile& tile, TileState& state) {
     pack_rows_a<T>(q_, tile.begin, tile.end - tile.begin, n_.dim, state.q);
@@ -153,12 +182,53 @@ class ForwardTask {
     const int64_t width = to - from;
     multiply<T>(rows, width, n_.dim, state.q, w_.k + from / kColTile<T> * panel_size_b<T>(n_.dim), 0, n_.dim, w_.s,
                 Scratch::ld, false);
+    if (rewrites_) write_logits(tile, key, from, width);
     softmax(tile, state, key + from, width);
+    if (dropout_.given()) drop(tile, key + from, width);
     if (state.touched)
       for (int64_t i = 0; i < rows; ++i)
         if (w_.rescale[i] != 1) scale_row(state.out + i * n_.dim_v, w_.rescale[i]);
     multiply<T>(rows, n_.dim_v, width, w_.p, w_.v, from, keys, state.out, n_.dim_v, state.touched);
     state.touched = true;
+  }
+
+  // Scores become logits: scaled and biased, -inf where the pattern hides a key. Column 0 is key + from.
+  void write_logits(const QueryTile& tile, int64_t key, int64_t from, int64_t width) {
+    const bool hides = map_.given() && !map_.full(tile, key + from, key + from + width);
+    const bool biased = extras_.pair_bias.given();
+    for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
+      const int64_t query = tile.begin + i;
+      C* s = w_.s + i * Scratch::ld;
+      const C* bias = biased ? bias_.row(bias_.row_index(extras_.class_q.ptr<int32_t>()[query])) : nullptr;
+      const Vec<Int> span = splat(static_cast<Int>(hides ? extras_.span_q.ptr<int32_t>()[query] : 0));
+      const Vec<Int> allow = splat(static_cast<Int>(hides ? extras_.allow_q.ptr<int32_t>()[query] : 0));
+      for (int64_t j = 0; j < width; j += kLanes<C>) {
+        Vec<C> logit = load(s + j) * scale_;
+        if (biased) logit += look_up(bias, w_.class_k + from + j);
+        if (hides) {
+          const auto sees = (load_as<Int>(w_.span_k + from + j) == span) |
+                            ((load_as<Int>(w_.bit_k + from + j) & allow) != Vec<Int>{});
+          logit = select(sees, logit, splat(-FloatTraits<C>::infinity));
+        }
+        store(s + j, logit);
+      }
+    }
+  }
+
+  // Zeros in w_.p where dropout does not keep a pair; close() has the factor of the others.
+  void drop(const QueryTile& tile, int64_t key, int64_t width) {
+    constexpr int64_t ld = kKeyTile + Dropout::kWide;
+    const int64_t rows = tile.end - tile.begin;
+    dropout_.for_each(tile.begin, rows, key, width,
+                      [&](int64_t i, int64_t j, bool kept) { w_.keep[i * ld + j] = kept; });
+    for (int64_t i = 0; i < rows; ++i) {
+      const PackedRow<T> p(w_.p, width, i);
+      for (int64_t j = 0; j < width; j += kLanes<C>) {
+        Packed<T>* lanes = p.at(j);
+        for (int64_t l = 0; l < min64(kLanes<C>, width - j); ++l)
+          if (!w_.keep[i * ld + j + l]) lanes[l] = Packed<T>{};
+      }
+    }
   }
 
   // Turns scores w_.s into probabilities w_.p relative to the running maximum, which it moves; column 0 is `key`.
@@ -196,23 +266,43 @@ class ForwardTask {
     constexpr int L = kLanes<C>;
     for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
       const bool empty = state.sum[i] == 0;
-      const C inverse = empty ? 0 : 1 / state.sum[i];
+      C shift = state.shift[i] * factor_, sum = state.sum[i], factor = static_cast<C>(dropout_.factor());
+      if (extras_.sink.given() && !empty) add_sink(shift, sum, factor);
+      const C inverse = empty ? 0 : factor / sum;
       T* out = out_.row(tile.begin + i);
       for (int64_t d = 0; d < n_.dim_v; d += L) {
         const int64_t left = min64(L, n_.dim_v - d);
         const Vec<C> x = empty ? Vec<C>{} : load_n(state.out + i * n_.dim_v + d, left) * inverse;
         store_n(out + d, x, left);
       }
-      lse_[tile.begin + i] = empty ? -FloatTraits<C>::infinity
-                                   : state.shift[i] * factor_ + log2(splat(state.sum[i]))[0] * FloatTraits<C>::ln2;
+      lse_[tile.begin + i] = empty ? -FloatTraits<C>::infinity : shift + log2(splat(sum))[0] * FloatTraits<C>::ln2;
     }
+  }
+
+  // The sink's term joins a row's sum; `factor` takes what that moves the maximum by.
+  void add_sink(C& shift, C& sum, C& factor) {
+    const C sink = extras_.sink.ptr<C>()[head_];
+    if (sink <= shift) {
+      sum += exp(splat(sink - shift))[0];
+      return;
+    }
+    const C rescale = exp(splat(shift - sink))[0];
+    sum = sum * rescale + 1;
+    factor *= rescale;
+    shift = sink;
   }
 
   const AttentionShape& n_;
   const QueryTile* tiles_;
   const int64_t head_;
   const int32_t *lo_, *hi_;
-  const C sign_, factor_;  // of the scale
+  const AttentionExtras& extras_;
+  const TileMap map_;
+  const bool rewrites_;  // scores become logits before the softmax
+  const C scale_;
+  const C sign_, factor_;  // of the scale; 1 and 1 for logits
+  const Dropout dropout_;
+  const BiasTable<C> bias_;
   const HeadView<T> q_, k_, v_, out_;
   C* lse_;
   Scratch w_;
@@ -227,11 +317,11 @@ void forward(const AttentionFwdArgs& args, int num_threads) {
   const int64_t tasks = plan.num_tasks() * shape.heads;
 
   Arena measure(nullptr);
-  const ForwardScratch<T> sizes(measure, shape);
+  const ForwardScratch<T> sizes(measure, shape, args.extras);
   AlignedBuffer<char> memory(measure.used() * usable_threads(tasks, num_threads));
   parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
     Arena arena(memory.data() + thread * measure.used());
-    const ForwardScratch<T> scratch(arena, shape);
+    const ForwardScratch<T> scratch(arena, shape, args.extras);
     const AttentionTask& part = plan.tasks()[task / shape.heads];
     ForwardTask<T>(args, shape, plan.tiles(), task % shape.heads, scratch).run(part.tile_begin, part.tile_end);
   });

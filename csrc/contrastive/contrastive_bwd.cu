@@ -14,12 +14,12 @@
 //   dx_i = Σ_j (p_ij + e_ij)(y_j - y_i) + Σ_j (q_ij y_j - q_ji y_i)
 // so that features which are close to each other, whose gradients cancel, keep their digits. lse is float64 and comes
 // in two parts: the first leaves a small and nearly exact difference from the logit, from which the second is taken.
+#include "contrastive/contrastive_grad.h"
+#include "contrastive/contrastive_sm90.h"
 #include "contrastive/contrastive_tile.h"
 
 namespace mmk::cuda {
 namespace {
-
-constexpr float kStored = 16384.f;
 
 template <class T>
 constexpr int kSuperblock = sizeof(T) == 4 ? 2048 : 4096;
@@ -27,16 +27,6 @@ constexpr int kSuperblock = sizeof(T) == 4 ? 2048 : 4096;
 enum class Loss { infonce, siglip };
 
 constexpr int kMaxTiles = kSuperblock<bf16> / kTile;  // along one side of a superblock
-
-// InfoNCE, sums over one line of a tile's others, with p, q and e as above. A row adds `towards_x` to the weight of its
-// positive in its own query's gradient and `towards_y` to that in its key's; a column does too.
-struct LineSums {
-  float towards_x, towards_y;
-
-  __device__ __forceinline__ LineSums operator+(LineSums o) const {
-    return {towards_x + o.towards_x, towards_y + o.towards_y};
-  }
-};
 
 template <class T>
 struct GradTileParams {
@@ -55,16 +45,6 @@ struct GradTileParams {
   float* __restrict__ positives;       // [min(N, M)] SigLIP only: G of the positives, not times 2^14
 };
 
-// A float64 in two float32.
-struct Split {
-  float high, low;
-};
-
-__device__ __forceinline__ Split split(double x) {
-  const float high = static_cast<float>(x);
-  return {high, static_cast<float>(x - high)};
-}
-
 // What the threads of a tile share; takes the place of the operand tiles.
 struct TileSums {
   Split lse_q[kTile], lse_k[kTile];
@@ -77,11 +57,6 @@ static_assert(sizeof(TileSums) <= kGemmBytes<float> && sizeof(TileSums) <= kGemm
 template <class T>
 __device__ __forceinline__ T* grad_row(const GradTileParams<T>& a, int row) {
   return a.grad + static_cast<int64_t>(blockIdx.y * kTile + row) * a.ld + blockIdx.x * kTile;
-}
-
-template <class T>
-__device__ __forceinline__ float rounded(float x) {
-  return to_float(from_float<T>(x));
 }
 
 // Turns similarities into the stored elements and sums up its 64 x 32 part of the tile along rows and columns.
@@ -298,7 +273,7 @@ struct GradWorkspace {
   double* others;         // [2, pairs] InfoNCE: weights of the positives in the queries' and the keys' gradient
   float* positives;       // [pairs] SigLIP
   LineSums* row_sums;     // [kMaxTiles, kSuperblock]
-  LineSums* column_sums;  // [kMaxTiles, kSuperblock]
+  LineSums* column_sums;  // [2 kMaxTiles, kSuperblock]: on sm_90a a line per 64 rows
   void* grad;             // the superblock
 
   GradWorkspace(Workspace& workspace, int64_t n, int64_t m, int64_t e)
@@ -307,7 +282,7 @@ struct GradWorkspace {
         others(workspace.take<double>(2 * smaller(n, m))),
         positives(workspace.take<float>(smaller(n, m))),
         row_sums(workspace.take<LineSums>(kMaxTiles * kSuperblock<bf16>)),
-        column_sums(workspace.take<LineSums>(kMaxTiles * kSuperblock<bf16>)),
+        column_sums(workspace.take<LineSums>(2 * kMaxTiles * kSuperblock<bf16>)),
         grad(workspace.take<unsigned char>(larger(bytes<float>(n, m), bytes<bf16>(n, m)))) {}
 
   // As float at its smaller size or 16-bit at its larger one: `grad` has room for either.
@@ -349,6 +324,25 @@ void add_lines(const BackwardCall& call, const GradWorkspace& work, const LineSu
   const AddLinesParams params{sums, tiles, stride, lines, towards_x, towards_x + call.pairs()};
   launch("contrastive_add_lines", contrastive_add_lines_kernel,
          dim3(static_cast<unsigned>((lines + kLineThreads - 1) / kLineThreads)), kLineThreads, 0, call.stream, params);
+}
+
+// add_superblock by the kernels for sm_90a.
+template <Loss kLoss>
+void add_superblock_sm90(const BackwardCall& call, const GradWorkspace& work, int row0, int column0) {
+  const int64_t n = call.queries.size[0], m = call.keys.size[0];
+  constexpr int kSide = kSuperblock<bf16>;
+  const int rows = static_cast<int>(smaller(n - row0, kSide)), columns = static_cast<int>(smaller(m - column0, kSide));
+  const Superblock block{row0, column0, rows, columns, work.grad, GradWorkspace::leading<bf16>(m)};
+  const Sm90Features x{call.queries, call.keys, call.logit_scale.ptr<float>(), call.bias};
+  if constexpr (kLoss == Loss::infonce) {
+    launch_infonce_grad_sm90(x, call.lse_q, call.lse_k, block, work.row_sums, work.column_sums, kSide, call.stream);
+    const auto lines = [](int count, int tile) { return (count + tile - 1) / tile; };
+    add_lines(call, work, work.row_sums, lines(columns, kSm90Columns), kSide, row0, rows);
+    add_lines(call, work, work.column_sums, lines(rows, kSm90Rows), kSide, column0, columns);
+  } else {
+    launch_siglip_grad_sm90(x, block, work.positives, call.stream);
+  }
+  launch_accumulate_sm90(x, block, work.query_sum, work.key_sum, call.stream);
 }
 
 template <Loss kLoss, class T>
@@ -416,10 +410,17 @@ void run_backward(const BackwardCall& call) {
   const GradWorkspace work(pieces, n, m, e);
   const bool infonce = kLoss == Loss::infonce;
   if (infonce) fill_zero(work.others, 2 * static_cast<size_t>(call.pairs()) * sizeof(double), call.stream);
+  [[maybe_unused]] const bool sm90 = use_sm90(call.queries, call.keys);
   choose_contrastive_kernel(call.queries, [&](auto element) {
     using T = decltype(element);
     for (int row0 = 0; row0 < n; row0 += kSuperblock<T>) {
       for (int column0 = 0; column0 < m; column0 += kSuperblock<T>) {
+        if constexpr (kHaveSm90) {
+          if (sm90) {
+            add_superblock_sm90<kLoss>(call, work, row0, column0);
+            continue;
+          }
+        }
         add_superblock<kLoss, T>(call, work, row0, column0);
       }
     }

@@ -7,24 +7,12 @@
 // the log odds of the others, a row's (or column's) part of
 //   loss is softplus(x)   and of   d loss / d scale   sign σ(x) (top + first / sum - b_ii)
 // both times 1/2N; the latter holds at scale 0 too.
+#include "contrastive/contrastive_sm90.h"
+#include "contrastive/contrastive_stats.h"
 #include "contrastive/contrastive_tile.h"
 
 namespace mmk::cuda {
 namespace {
-
-struct Stats {
-  float top, sum, first;
-};
-
-// Nothing yet. Not -inf: top - other.top must stay finite where the sums are zero.
-__device__ __forceinline__ Stats no_stats() { return {-FLT_MAX, 0.f, 0.f}; }
-
-template <class T>
-__device__ __forceinline__ Stats merge(Stats x, Stats y, float k) {
-  const float top = fmaxf(x.top, y.top), dx = x.top - top, dy = y.top - top;
-  const float ex = exp_of<T>(k * dx), ey = exp_of<T>(k * dy);
-  return {top, x.sum * ex + y.sum * ey, ex * (x.first + x.sum * dx) + ey * (y.first + y.sum * dy)};
-}
 
 template <class T>
 struct InfoNceParams {
@@ -37,29 +25,6 @@ struct InfoNceParams {
   Stats* __restrict__ column_parts;  // [blocks_m, M]
   float* __restrict__ diagonal;      // [N] b_ii
 };
-
-// Stands for an element beyond the matrix, or for the positive. (-inf weighs nothing either.)
-constexpr float kBeyond = -FLT_MAX;
-
-// Statistics of one row or column: kOthers values in this thread's registers and those of the lanes whose numbers
-// differ in the bits kFirst .. kLast.
-template <class T, int kOthers, int kFirst, int kLast, class Value>
-__device__ __forceinline__ Stats line_stats(float k, const Value& value) {
-  Stats stats = no_stats();
-#pragma unroll
-  for (int i = 0; i < kOthers; ++i) stats.top = fmaxf(stats.top, value(i));
-  stats.top = lanes_reduce<kFirst, kLast>(stats.top, Max{});
-#pragma unroll
-  for (int i = 0; i < kOthers; ++i) {
-    if (value(i) <= kBeyond) continue;  // a NaN goes on
-    const float below = value(i) - stats.top, weight = exp_of<T>(k * below);
-    stats.sum += weight;
-    stats.first = fmaf(weight, below, stats.first);
-  }
-  stats.sum = lanes_reduce<kFirst, kLast>(stats.sum, Sum{});
-  stats.first = lanes_reduce<kFirst, kLast>(stats.first, Sum{});
-  return stats;
-}
 
 // Where the warps of a tile meet; takes the place of the operand tiles between two products.
 struct TileStats {
@@ -144,10 +109,10 @@ constexpr int kFinishThreads = 256;
 
 struct InfoNceFinishParams {
   int64_t n;
-  int blocks_m, blocks_n;
+  int column_lines, row_lines;
   const float* __restrict__ scale;         // []
-  const Stats* __restrict__ row_parts;     // [blocks_n, N]
-  const Stats* __restrict__ column_parts;  // [blocks_m, N]
+  const Stats* __restrict__ row_parts;     // [row_lines, N]
+  const Stats* __restrict__ column_parts;  // [column_lines, N]
   const float* __restrict__ diagonal;      // [N]
   // outputs
   double* __restrict__ lse_q;   // [N]
@@ -183,8 +148,8 @@ __global__ void __launch_bounds__(kFinishThreads) infonce_finish_kernel(const __
   const float scale = *a.scale, k = fabsf(scale);
   double loss = 0, grad = 0;
   if (i < a.n) {
-    const LineLoss row = line_loss(merge_parts(a.row_parts + i, a.blocks_n, a.n, k), a.diagonal[i], k);
-    const LineLoss column = line_loss(merge_parts(a.column_parts + i, a.blocks_m, a.n, k), a.diagonal[i], k);
+    const LineLoss row = line_loss(merge_parts(a.row_parts + i, a.row_lines, a.n, k), a.diagonal[i], k);
+    const LineLoss column = line_loss(merge_parts(a.column_parts + i, a.column_lines, a.n, k), a.diagonal[i], k);
     a.lse_q[i] = row.lse;
     a.lse_k[i] = column.lse;
     loss = static_cast<double>(row.loss) + column.loss;
@@ -293,7 +258,7 @@ struct InfoNceWorkspace {
 
   InfoNceWorkspace(Workspace& workspace, int64_t n, int64_t m)
       : row_parts(workspace.take<Stats>(max_blocks_n(n, m) * n)),
-        column_parts(workspace.take<Stats>(max_blocks_m(n) * m)),
+        column_parts(workspace.take<Stats>(smaller(2 * tiles_of(n), kMaxBlocksM) * m)),  // sm_90a: two a block
         diagonal(workspace.take<float>(n)),
         totals(workspace.take<double>(2 * (n / kFinishThreads + 1))) {}
 };
@@ -316,11 +281,19 @@ void launch_contrastive_infonce_fwd_cuda(const Tensor& queries, const Tensor& ke
   const int64_t n = queries.size[0], m = keys.size[0];
   MMK_CHECK(n == m, "infonce: expected as many keys as queries, got ", m, " and ", n);
   const cuda::DeviceGuard guard(logit_scale);
-  const cuda::Sweep sweep = cuda::sweep_of(n, m);
+  cuda::Sweep sweep = cuda::sweep_of(n, m);
+  int column_lines = sweep.blocks_m;
   cuda::Workspace pieces(workspace);
   const cuda::InfoNceWorkspace work(pieces, n, m);
   const unsigned blocks = static_cast<unsigned>((n + cuda::kFinishThreads - 1) / cuda::kFinishThreads);
-  if (n > 0) {
+  if (cuda::use_sm90(queries, keys)) {
+    if constexpr (cuda::kHaveSm90) {
+      sweep = cuda::sm90_sweep_of(n, m);
+      column_lines = cuda::sm90_column_lines(sweep);
+      cuda::launch_infonce_stats_sm90({queries, keys, logit_scale.ptr<float>(), nullptr}, sweep, work.row_parts,
+                                      work.column_parts, work.diagonal, stream);
+    }
+  } else if (n > 0) {
     cuda::choose_contrastive_kernel(queries, [&](auto element) {
       using T = decltype(element);
       const cuda::InfoNceParams<T> params{cuda::matrix_of<T>(queries),
@@ -335,7 +308,7 @@ void launch_contrastive_infonce_fwd_cuda(const Tensor& queries, const Tensor& ke
     });
   }
   const cuda::InfoNceFinishParams finish{n,
-                                         sweep.blocks_m,
+                                         column_lines,
                                          sweep.blocks_n,
                                          logit_scale.ptr<float>(),
                                          work.row_parts,
@@ -366,11 +339,20 @@ void launch_contrastive_siglip_fwd_cuda(const Tensor& queries, const Tensor& key
                                         const Tensor& grad_bias, const Tensor& workspace, void* stream) {
   const int64_t n = queries.size[0], m = keys.size[0];
   const cuda::DeviceGuard guard(logit_scale);
-  const cuda::Sweep sweep = cuda::sweep_of(n, m);
+  const bool sm90 = cuda::use_sm90(queries, keys);
+  cuda::Sweep sweep = cuda::sweep_of(n, m);
+  if constexpr (cuda::kHaveSm90) {
+    if (sm90) sweep = cuda::sm90_sweep_of(n, m);
+  }
   const int64_t blocks = n > 0 && m > 0 ? sweep.blocks_m * sweep.blocks_n : 0;
   cuda::Workspace pieces(workspace);
   double* totals = pieces.take<double>(3 * blocks);
-  if (blocks > 0) {
+  if (sm90) {
+    if constexpr (cuda::kHaveSm90) {
+      cuda::launch_siglip_fwd_sm90({queries, keys, logit_scale.ptr<float>(), logit_bias.ptr<float>()}, sweep, totals,
+                                   stream);
+    }
+  } else if (blocks > 0) {
     cuda::choose_contrastive_kernel(queries, [&](auto element) {
       using T = decltype(element);
       const cuda::SiglipParams<T> params{cuda::matrix_of<T>(queries),

@@ -1,82 +1,22 @@
-// Packing: rows of tokens gathered, scattered and pooled at memory speed. 16-byte accesses where rows allow them,
-// element by element otherwise. Every output row has one owner and every sum one order: no atomics, bitwise
+// Packing: rows of tokens gathered and scattered, pixels cut into patches, at memory speed. 16-byte accesses where rows
+// allow them, element by element otherwise. Every output row has one owner and every sum one order: no atomics, bitwise
 // reproducible.
 #include "packing/packing.h"
-
-#include <type_traits>
-
-#include "common/check.h"
-#include "common/cuda/launch.h"
-#include "common/cuda/tile.h"
+#include "packing/packing_mrope.h"
+#include "packing/packing_tile.h"
 
 namespace mmk::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
-// Several short rows to a block, or one long row: `lanes` threads side by side on a row, a power of two.
-struct RowGrid {
-  int64_t rows;
-  int units;  // pieces of a row, each read and written at once
-  int lanes;
-
-  RowGrid(int64_t row_count, int64_t unit_count) : rows(row_count), units(static_cast<int>(unit_count)), lanes(1) {
-    while (lanes < units && lanes < kThreads) lanes *= 2;
-  }
-  dim3 grid() const {
-    const int64_t per_block = kThreads / lanes;
-    return dim3(static_cast<unsigned>(units > 0 ? (rows + per_block - 1) / per_block : 0));
-  }
-  __device__ __forceinline__ int64_t row() const {
-    return static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
-  }
-  __device__ __forceinline__ int first_unit() const { return threadIdx.x % lanes; }
-};
-
-// kWidth elements in float32: one 16-byte access, or one element.
-template <int kWidth, class T>
-__device__ __forceinline__ void load_floats(float (&x)[kWidth], const T* from) {
-  alignas(16) T elements[kWidth];
-  if constexpr (kWidth > 1) {
-    *reinterpret_cast<uint4*>(elements) = *reinterpret_cast<const uint4*>(from);
-  } else {
-    elements[0] = *from;
-  }
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e) x[e] = to_float(elements[e]);
-}
-
-template <int kWidth, class T>
-__device__ __forceinline__ void store_floats(T* to, const float (&x)[kWidth]) {
-  alignas(16) T elements[kWidth];
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e) elements[e] = from_float<T>(x[e]);
-  if constexpr (kWidth > 1) {
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(elements);
-  } else {
-    *to = elements[0];
-  }
-}
-
-// A float32 sum and the rounding errors of its additions (Knuth's two-sum: exact in any order of sizes).
-struct CarryingSum {
-  float sum, carry;
-
-  __device__ __forceinline__ void add(float x) {
-    const float next = sum + x, rounded = next - sum;
-    carry += (sum - (next - rounded)) + (x - rounded);
-    sum = next;
-  }
-  // An infinite sum, whose carry is a NaN, stays what it is.
-  __device__ __forceinline__ float value() const { return carry == carry ? sum + carry : sum; }
-};
+constexpr int kMaxSources = 4;
 
 template <class Unit>
 struct GatherParams {
   RowGrid grid;
-  const Unit* __restrict__ source;    // [R, units], rows source_stride apart
-  int64_t source_stride;              // in units
-  const int64_t* __restrict__ index;  // [T] in [-1, R)
+  const Unit* __restrict__ sources[kMaxSources];  // [R_k, units], rows strides[k] apart; null after the last
+  int64_t strides[kMaxSources];                   // in units
+  int64_t rows[kMaxSources];                      // R_k
+  const int64_t* __restrict__ index;              // [T] into the sources end to end, or -1
   // output
   Unit* __restrict__ out;  // [T, units]
 };
@@ -86,40 +26,87 @@ template <class Unit>
 __global__ void __launch_bounds__(kThreads) packing_gather_kernel(const __grid_constant__ GatherParams<Unit> a) {
   const int64_t row = a.grid.row();
   if (row >= a.grid.rows) return;
-  const int64_t from = a.index[row];
-  const Unit* source = a.source + (from < 0 ? 0 : from * a.source_stride);
+  int64_t from = a.index[row];
+  const Unit* source = nullptr;
+  if (from >= 0) {
+#pragma unroll
+    for (int k = 0; k < kMaxSources; ++k) {  // unrolled: the parameters are not indexed at run time
+      if (source == nullptr && from < a.rows[k]) source = a.sources[k] + from * a.strides[k];
+      from -= a.rows[k];
+    }
+  }
   Unit* out = a.out + row * a.grid.units;
 #pragma unroll 4
   for (int unit = a.grid.first_unit(); unit < a.grid.units; unit += a.grid.lanes) {
-    out[unit] = from < 0 ? Unit{} : source[unit];
+    out[unit] = source == nullptr ? Unit{} : source[unit];
   }
 }
 
+constexpr int kChunk = kScatterChunk;
+
 template <class T>
 struct ScatterParams {
-  RowGrid grid;
+  RowGrid grid;                        // rows of `out`, or chunks
   const T* __restrict__ packed;        // [T, E], rows packed_stride apart
   int64_t packed_stride;               // in elements
+  const int64_t* __restrict__ index;   // [T] the row each goes to, or -1
   const int64_t* __restrict__ order;   // [T] positions sorted by the row they go to
   const int64_t* __restrict__ starts;  // [R + 1] into order
+  float* __restrict__ sums;            // [T / kChunk, E]: of chunks of order that have one target
   // output
   T* __restrict__ out;  // [R, E]
 };
 
+// Chunks as RowGrid lays out rows; a thread sums its columns of the chunk's packed rows if all go to one row. A row
+// that thousands name then takes a step for each chunk, not for each of them.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kThreads, 4)
+    packing_scatter_chunks_kernel(const __grid_constant__ ScatterParams<T> a) {
+  const int64_t chunk = a.grid.row();
+  if (chunk >= a.grid.rows) return;
+  const int64_t* order = a.order + chunk * kChunk;
+  const int64_t target = a.index[order[0]];
+  if (target < 0 || a.index[order[kChunk - 1]] != target) return;
+  for (int unit = a.grid.first_unit(); unit < a.grid.units; unit += a.grid.lanes) {
+    CarryingSum sums[kWidth] = {};
+    for (int i = 0; i < kChunk; ++i) {
+      float x[kWidth];
+      load_floats(x, a.packed + order[i] * a.packed_stride + unit * kWidth);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) sums[e].add(x[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) a.sums[(chunk * a.grid.units + unit) * kWidth + e] = sums[e].value();
+  }
+}
+
 // Rows as RowGrid lays them out; a thread sums its columns of every packed row that goes to its row, in order, in
-// float32.
+// float32: single rows up to the first whole chunk, the sums of whole chunks, single rows after the last.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 4) packing_scatter_kernel(const __grid_constant__ ScatterParams<T> a) {
   const int64_t row = a.grid.row();
   if (row >= a.grid.rows) return;
   const int64_t begin = a.starts[row], end = a.starts[row + 1];
+  const int64_t first_chunk = (begin + kChunk - 1) / kChunk, last_chunk = end / kChunk;
+  const bool whole = last_chunk > first_chunk;
   for (int unit = a.grid.first_unit(); unit < a.grid.units; unit += a.grid.lanes) {
     CarryingSum sums[kWidth] = {};
-    for (int64_t i = begin; i < end; ++i) {
-      float x[kWidth];
-      load_floats(x, a.packed + a.order[i] * a.packed_stride + unit * kWidth);
+    const auto add_singles = [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        float x[kWidth];
+        load_floats(x, a.packed + a.order[i] * a.packed_stride + unit * kWidth);
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) sums[e].add(x[e]);
+        for (int e = 0; e < kWidth; ++e) sums[e].add(x[e]);
+      }
+    };
+    add_singles(begin, whole ? first_chunk * kChunk : end);
+    if (whole) {
+      for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+        const float* sum = a.sums + (chunk * a.grid.units + unit) * kWidth;
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) sums[e].add(sum[e]);
+      }
+      add_singles(last_chunk * kChunk, end);
     }
     float out[kWidth];
 #pragma unroll
@@ -128,169 +115,78 @@ __global__ void __launch_bounds__(kThreads, 4) packing_scatter_kernel(const __gr
   }
 }
 
-constexpr int kPoolLanes = 32, kPoolGroups = kThreads / kPoolLanes;
-
-template <class T>
-struct PoolParams {
-  const T* __restrict__ x;  // [T, E], rows x_stride apart
-  int64_t x_stride;         // in elements
-  int columns;
-  const int* __restrict__ cu_seqlens;  // [S + 1]
-  PoolMode mode;
-  // outputs
-  T* __restrict__ out;       // [S, E]
-  int* __restrict__ argmax;  // [S, E] for max
-};
-
-// Whether (value, row) comes before (best, best_row): larger, a NaN before numbers, the first of equals.
-__device__ __forceinline__ bool wins(float value, int row, float best, int best_row) {
-  if (row < 0 || best_row < 0) return row >= 0;
-  const bool nan = value != value, best_nan = best != best;
-  if (nan != best_nan) return nan;
-  if (nan || value == best) return row < best_row;
-  return value > best;
-}
-
-// Rows so far of one column: the sum of their values, or the one that wins.
-struct SumOfRows {
-  CarryingSum total{0.f, 0.f};
-
-  __device__ __forceinline__ void add(float value, int) { total.add(value); }
-  __device__ __forceinline__ void add(const SumOfRows& o) { total.add(o.total.sum), total.carry += o.total.carry; }
-  __device__ __forceinline__ float value() const { return total.value(); }
-};
-struct MaxOfRows {
-  float best = 0.f;
-  int row = -1;
-
-  __device__ __forceinline__ void add(float value, int at) {
-    if (wins(value, at, best, row)) best = value, row = at;
-  }
-  __device__ __forceinline__ void add(const MaxOfRows& o) { add(o.best, o.row); }
-  __device__ __forceinline__ float value() const { return best; }
-};
-static_assert(sizeof(SumOfRows) == 8 && sizeof(MaxOfRows) == 8, "the shared-memory budget");
-
-// Grid (segments, parts of a row). 32 threads side by side on a row's columns, 8 groups taking every eighth row of the
-// segment; their results meet in shared memory and are combined in the groups' order.
-// Shared memory: 8 bytes for each group and column, [8][32 kWidth]: 16 KB at most.
-template <class T, int kWidth, class OfRows>
-__global__ void __launch_bounds__(kThreads, 4)
-    packing_segment_pool_fwd_kernel(const __grid_constant__ PoolParams<T> a) {
-  constexpr int kColumns = kPoolLanes * kWidth;
-  OfRows* shared = reinterpret_cast<OfRows*>(dynamic_smem());  // [groups, kColumns]
-  const int lane = threadIdx.x % kPoolLanes, group = threadIdx.x / kPoolLanes;
-  const int column = (blockIdx.y * kPoolLanes + lane) * kWidth;
-  const int begin = a.cu_seqlens[blockIdx.x], length = a.cu_seqlens[blockIdx.x + 1] - begin;
-  const int end = a.mode == PoolMode::first ? begin + min(length, 1) : begin + length;
-
-  OfRows pooled[kWidth];
-  if (column < a.columns) {
-    for (int row = begin + group; row < end; row += kPoolGroups) {
-      float value[kWidth];
-      load_floats(value, a.x + row * a.x_stride + column);
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) pooled[e].add(value[e], row);
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e) shared[group * kColumns + lane * kWidth + e] = pooled[e];
-  __syncthreads();
-  if (group != 0 || column >= a.columns) return;
-  for (int other = 1; other < kPoolGroups; ++other) {
-#pragma unroll
-    for (int e = 0; e < kWidth; ++e) pooled[e].add(shared[other * kColumns + lane * kWidth + e]);
-  }
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * a.columns + column;
-  float out[kWidth];
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e) {
-    out[e] = pooled[e].value();
-    if (a.mode == PoolMode::mean && length > 0) out[e] /= static_cast<float>(length);
-    if constexpr (std::is_same_v<OfRows, MaxOfRows>) a.argmax[at + e] = pooled[e].row;
-  }
-  store_floats(a.out + at, out);
-}
-
-template <class T>
-struct PoolGradParams {
-  RowGrid grid;
-  const T* __restrict__ grad_out;      // [S, E], rows grad_stride apart
-  int64_t grad_stride;                 // in elements
-  const int* __restrict__ cu_seqlens;  // [S + 1]
-  const int* __restrict__ argmax;      // [S, E] for max, else null
-  int segments;
-  PoolMode mode;
+template <class Unit>
+struct PatchifyParams {
+  RowGrid grid;                        // tokens and their units
+  const Unit* __restrict__ x;          // pixels image after image, or tokens [T, units]
+  const int64_t* __restrict__ grids;   // [N, 3]: t, h, w in patches
+  const int64_t* __restrict__ starts;  // [N + 1]: the first token of each image
+  int images, channels, patch, temporal, merge;
+  int line;  // units of a line of a patch
+  bool inverse;
   // output
-  T* __restrict__ grad_x;  // [T, E]
+  Unit* __restrict__ out;  // the other of the two
 };
 
-// The segment of a row, or -1 past the last.
-__device__ __forceinline__ int segment_of(const int* cu_seqlens, int segments, int64_t row) {
-  int low = 0, high = segments;  // the first boundary after `row` is in (low, high]
-  if (row >= cu_seqlens[segments]) return -1;
-  while (high - low > 1) {
-    const int middle = low + (high - low) / 2;
-    (cu_seqlens[middle] <= row ? low : high) = middle;
-  }
-  return low;
-}
-
-// Rows as RowGrid lays them out; a thread finds its row's segment by bisection and writes its columns.
-template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads)
-    packing_segment_pool_bwd_kernel(const __grid_constant__ PoolGradParams<T> a) {
-  const int64_t row = a.grid.row();
-  if (row >= a.grid.rows) return;
-  const int segment = segment_of(a.cu_seqlens, a.segments, row);
-  const int begin = segment < 0 ? 0 : a.cu_seqlens[segment];
-  const float length = segment < 0 ? 1.f : static_cast<float>(a.cu_seqlens[segment + 1] - begin);
-  const bool zero = segment < 0 || (a.mode == PoolMode::first && row != begin);
+// Tokens as RowGrid lays them out; a thread finds its token's image by bisection and moves units of its lines. Tokens
+// go by time, then by blocks of merge x merge patches, then inside the block; a token is [C, temporal, patch, patch].
+template <class Unit>
+__global__ void __launch_bounds__(kThreads) packing_patchify_kernel(const __grid_constant__ PatchifyParams<Unit> a) {
+  const int64_t token = a.grid.row();
+  if (token >= a.grid.rows) return;
+  const int image = segment_of(a.starts, a.images, token);
+  if (image < 0) return;
+  const int64_t height = a.grids[3 * image + 1], width = a.grids[3 * image + 2];
+  const int64_t in_image = token - a.starts[image], in_block = in_image % (a.merge * a.merge);
+  const int64_t block = in_image / (a.merge * a.merge), blocks_x = width / a.merge, blocks_y = height / a.merge;
+  const int64_t x = block % blocks_x * a.merge + in_block % a.merge;
+  const int64_t y = block / blocks_x % blocks_y * a.merge + in_block / a.merge;
+  const int64_t frame = block / (blocks_x * blocks_y) * a.temporal;
+  const int64_t line = width * a.line, channel = line * height * a.patch;  // units from one to the next
+  const int64_t corner =
+      a.starts[image] * a.grid.units + frame * a.channels * channel + y * a.patch * line + x * a.line;
   for (int unit = a.grid.first_unit(); unit < a.grid.units; unit += a.grid.lanes) {
-    float grad[kWidth] = {};
-    if (!zero) {
-      load_floats(grad, a.grad_out + segment * a.grad_stride + unit * kWidth);
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) {
-        if (a.mode == PoolMode::mean) grad[e] /= length;
-        if (a.mode == PoolMode::max) {
-          const int64_t at = (static_cast<int64_t>(segment) * a.grid.units + unit) * kWidth + e;
-          grad[e] = a.argmax[at] == row ? grad[e] : 0.f;
-        }
-      }
+    const int row = unit / a.line, in_line = unit % a.line;  // the line's number in the token: [C, temporal, patch]
+    const int f = row / a.patch % a.temporal, c = row / (a.patch * a.temporal);
+    const int64_t pixel =
+        corner + (static_cast<int64_t>(f) * a.channels + c) * channel + row % a.patch * line + in_line;
+    const int64_t in_token = token * a.grid.units + unit;
+    if (a.inverse) {
+      a.out[pixel] = a.x[in_token];
+    } else {
+      a.out[in_token] = a.x[pixel];
     }
-    store_floats(a.grad_x + (row * a.grid.units + unit) * kWidth, grad);
   }
 }
 
-// Calls run(T{}, integral_constant<int, elements at once>).
-template <class Run>
-void choose_packing_kernel(const Tensor& in, const Tensor& out, const Run& run) {
-  const auto with_width = [&](auto element) {
-    using T = decltype(element);
-    const bool vectors = in.size[1] % kVector<T> == 0 && rows_aligned(in, sizeof(T)) && rows_aligned(out, sizeof(T));
-    if (vectors) return run(element, std::integral_constant<int, kVector<T>>{});
-    return run(element, std::integral_constant<int, 1>{});
-  };
-  switch (in.dtype) {
-    case DType::f32:
-      return with_width(float{});
-    case DType::bf16:
-      return with_width(bf16{});
-    case DType::f16:
-      return with_width(f16{});
-    default:
-      fail("packing: the CUDA kernels take float32, bfloat16 and float16");
-  }
+// A thread owns a token.
+__global__ void __launch_bounds__(kThreads)
+    packing_mrope_kernel(const __grid_constant__ MropeSpans spans, int64_t tokens, int64_t* __restrict__ out) {
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (t < tokens) spans.place(t, out + t, tokens);
 }
 
 template <class Unit>
-void launch_gather(const Tensor& source, const Tensor& index, const Tensor& out, int element_bytes, void* stream) {
+void launch_gather(const Tensor* const (&sources)[kMaxSources], const Tensor& index, const Tensor& out,
+                   int element_bytes, void* stream) {
   const int64_t per_unit = static_cast<int64_t>(sizeof(Unit)) / element_bytes;
-  const RowGrid grid(index.size[0], source.size[1] / per_unit);
-  const GatherParams<Unit> params{grid, source.ptr<Unit>(), source.stride[0] / per_unit, index.ptr<int64_t>(),
-                                  out.ptr<Unit>()};
-  launch("packing_gather", packing_gather_kernel<Unit>, grid.grid(), kThreads, 0, stream, params);
+  GatherParams<Unit> params{
+      RowGrid(index.size[0], out.size[1] / per_unit), {}, {}, {}, index.ptr<int64_t>(), out.ptr<Unit>()};
+  for (int k = 0; k < kMaxSources && sources[k]->given(); ++k) {
+    params.sources[k] = sources[k]->ptr<Unit>();
+    params.strides[k] = sources[k]->stride[0] / per_unit;
+    params.rows[k] = sources[k]->size[0];
+  }
+  launch("packing_gather", packing_gather_kernel<Unit>, params.grid.grid(), kThreads, 0, stream, params);
+}
+
+// Calls run(Unit{}) with the largest unit that divides moves of `bytes` and every address.
+template <class Run>
+void choose_unit(int64_t bytes, uintptr_t addresses, const Run& run) {
+  const uintptr_t all = static_cast<uintptr_t>(bytes) | addresses;
+  if (all % 16 == 0) return run(uint4{});
+  if (all % 4 == 0) return run(uint32_t{});
+  run(uint16_t{});
 }
 
 }  // namespace
@@ -298,72 +194,81 @@ void launch_gather(const Tensor& source, const Tensor& index, const Tensor& out,
 
 namespace mmk {
 
-void launch_packing_gather_fwd_cuda(const Tensor& source, const Tensor& index, const Tensor& out, void* stream) {
+void launch_packing_gather_fwd_cuda(const Tensor& first, const Tensor& second, const Tensor& third,
+                                    const Tensor& fourth, const Tensor& index, const Tensor& out, void* stream) {
   const cuda::DeviceGuard guard(out);
-  cuda::choose_packing_kernel(source, out, [&](auto element, auto width) {
+  const Tensor* const sources[] = {&first, &second, &third, &fourth};
+  bool all_aligned = true;
+  cuda::choose_packing_kernel(first, out, [&](auto element, auto width) {
     using T = decltype(element);
-    if constexpr (decltype(width)::value > 1) {
-      cuda::launch_gather<uint4>(source, index, out, sizeof(T), stream);
+    for (const Tensor* source : sources)
+      all_aligned = all_aligned && (!source->given() || cuda::rows_aligned(*source, sizeof(T)));
+    if (decltype(width)::value > 1 && all_aligned) {
+      cuda::launch_gather<uint4>(sources, index, out, sizeof(T), stream);
     } else if constexpr (sizeof(T) == 4) {
-      cuda::launch_gather<uint32_t>(source, index, out, sizeof(T), stream);
+      cuda::launch_gather<uint32_t>(sources, index, out, sizeof(T), stream);
     } else {
-      cuda::launch_gather<uint16_t>(source, index, out, sizeof(T), stream);
+      cuda::launch_gather<uint16_t>(sources, index, out, sizeof(T), stream);
     }
   });
 }
 
-void launch_packing_scatter_fwd_cuda(const Tensor& packed, const Tensor& order, const Tensor& starts, const Tensor& out,
-                                     void* stream) {
+void launch_packing_scatter_fwd_cuda(const Tensor& packed, const Tensor& index, const Tensor& order,
+                                     const Tensor& starts, const Tensor& sums, const Tensor& out, void* stream) {
   const cuda::DeviceGuard guard(out);
   cuda::choose_packing_kernel(packed, out, [&](auto element, auto width) {
     using T = decltype(element);
     constexpr int kWidth = decltype(width)::value;
-    const cuda::RowGrid grid(out.size[0], out.size[1] / kWidth);
-    const cuda::ScatterParams<T> params{
-        grid, packed.ptr<T>(), packed.stride[0], order.ptr<int64_t>(), starts.ptr<int64_t>(), out.ptr<T>()};
-    cuda::launch("packing_scatter", cuda::packing_scatter_kernel<T, kWidth>, grid.grid(), cuda::kThreads, 0, stream,
-                 params);
-  });
-}
-
-void launch_packing_segment_pool_fwd_cuda(const Tensor& x, const Tensor& cu_seqlens, PoolMode mode, const Tensor& out,
-                                          const Tensor& argmax, void* stream) {
-  const cuda::DeviceGuard guard(out);
-  cuda::choose_packing_kernel(x, out, [&](auto element, auto width) {
-    using T = decltype(element);
-    constexpr int kWidth = decltype(width)::value, kColumns = cuda::kPoolLanes * kWidth;
-    const cuda::PoolParams<T> params{
-        x.ptr<T>(),   x.stride[0],      static_cast<int>(x.size[1]), cu_seqlens.ptr<int>(), mode,
-        out.ptr<T>(), argmax.ptr<int>()};
-    const dim3 grid(static_cast<unsigned>(out.size[0]), static_cast<unsigned>((x.size[1] + kColumns - 1) / kColumns));
-    constexpr int kBytes = cuda::kPoolGroups * kColumns * 8;
-    if (mode == PoolMode::max) {
-      cuda::launch("packing_segment_pool_fwd", cuda::packing_segment_pool_fwd_kernel<T, kWidth, cuda::MaxOfRows>, grid,
-                   cuda::kThreads, kBytes, stream, params);
-    } else {
-      cuda::launch("packing_segment_pool_fwd", cuda::packing_segment_pool_fwd_kernel<T, kWidth, cuda::SumOfRows>, grid,
-                   cuda::kThreads, kBytes, stream, params);
-    }
-  });
-}
-
-void launch_packing_segment_pool_bwd_cuda(const Tensor& grad_out, const Tensor& cu_seqlens, const Tensor& argmax,
-                                          PoolMode mode, const Tensor& grad_x, void* stream) {
-  const cuda::DeviceGuard guard(grad_x);
-  cuda::choose_packing_kernel(grad_out, grad_x, [&](auto element, auto width) {
-    using T = decltype(element);
-    constexpr int kWidth = decltype(width)::value;
-    const cuda::RowGrid grid(grad_x.size[0], grad_x.size[1] / kWidth);
-    const cuda::PoolGradParams<T> params{grid,
-                                         grad_out.ptr<T>(),
-                                         grad_out.stride[0],
-                                         cu_seqlens.ptr<int>(),
-                                         argmax.ptr<int>(),
-                                         static_cast<int>(cu_seqlens.size[0]) - 1,
-                                         mode,
-                                         grad_x.ptr<T>()};
-    cuda::launch("packing_segment_pool_bwd", cuda::packing_segment_pool_bwd_kernel<T, kWidth>, grid.grid(),
+    cuda::ScatterParams<T> params{cuda::RowGrid(sums.size[0], out.size[1] / kWidth),
+                                  packed.ptr<T>(),
+                                  packed.stride[0],
+                                  index.ptr<int64_t>(),
+                                  order.ptr<int64_t>(),
+                                  starts.ptr<int64_t>(),
+                                  sums.ptr<float>(),
+                                  out.ptr<T>()};
+    cuda::launch("packing_scatter_chunks", cuda::packing_scatter_chunks_kernel<T, kWidth>, params.grid.grid(),
                  cuda::kThreads, 0, stream, params);
+    params.grid = cuda::RowGrid(out.size[0], out.size[1] / kWidth);
+    cuda::launch("packing_scatter", cuda::packing_scatter_kernel<T, kWidth>, params.grid.grid(), cuda::kThreads, 0,
+                 stream, params);
+  });
+}
+
+void launch_packing_mrope_fwd_cuda(const Tensor& cu_seqlens, const Tensor& starts, const Tensor& extent,
+                                   const Tensor& gained, const Tensor& out, void* stream) {
+  const cuda::DeviceGuard guard(out);
+  const MropeSpans spans{cu_seqlens.ptr<int64_t>(), cu_seqlens.size[0],   starts.ptr<int64_t>(), starts.size[0],
+                         extent.ptr<int64_t>(),     gained.ptr<int64_t>()};
+  const dim3 grid(static_cast<unsigned>((out.size[1] + cuda::kThreads - 1) / cuda::kThreads));
+  cuda::launch("packing_mrope", cuda::packing_mrope_kernel, grid, cuda::kThreads, 0, stream, spans, out.size[1],
+               out.ptr<int64_t>());
+}
+
+void launch_packing_patchify_fwd_cuda(const Tensor& x, const Tensor& grid, const Tensor& starts, int channels,
+                                      int patch, int temporal, int merge, bool inverse, const Tensor& out,
+                                      void* stream) {
+  const cuda::DeviceGuard guard(out);
+  const int64_t bytes = x.dtype == DType::f32 ? 4 : 2, row = int64_t{1} * channels * temporal * patch * patch;
+  const auto addresses = reinterpret_cast<uintptr_t>(x.data) | reinterpret_cast<uintptr_t>(out.data);
+  cuda::choose_unit(patch * bytes, addresses, [&](auto unit) {
+    using Unit = decltype(unit);
+    const int64_t per_unit = static_cast<int64_t>(sizeof(Unit)) / bytes;
+    const cuda::RowGrid rows(x.size[0] / row, row / per_unit);
+    const cuda::PatchifyParams<Unit> params{rows,
+                                            x.ptr<Unit>(),
+                                            grid.ptr<int64_t>(),
+                                            starts.ptr<int64_t>(),
+                                            static_cast<int>(grid.size[0]),
+                                            channels,
+                                            patch,
+                                            temporal,
+                                            merge,
+                                            static_cast<int>(patch / per_unit),
+                                            inverse,
+                                            out.ptr<Unit>()};
+    cuda::launch("packing_patchify", cuda::packing_patchify_kernel<Unit>, rows.grid(), cuda::kThreads, 0, stream,
+                 params);
   });
 }
 

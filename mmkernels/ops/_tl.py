@@ -1,5 +1,6 @@
 """Triton helpers shared by the families."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -8,6 +9,11 @@ from mmkernels.runtime.backends import interpreting
 INTERPRETING = tl.constexpr(interpreting())
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def generation(device: torch.device) -> int:
+    """Major compute capability, 8, 9 or 10; the interpreter counts as 9."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 @triton.jit

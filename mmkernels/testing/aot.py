@@ -44,6 +44,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _MATRIX_INSTRUCTION = re.compile(r"\b(?:[HIDQBO]MMA|[HIQB]GMMA|UTC[A-Z]*MMA)\b")
 _SASS_FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_SM90_INSTRUCTION = re.compile(r"\b(HGMMA|UTMALDG)\b")
 _PTXAS_FUNCTION = re.compile(r"Function properties for (\S+)")
 _PTXAS_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -88,6 +89,8 @@ class KernelReport:
     local_bytes: int
     shared_bytes: int
     has_tensor_core_instructions: bool
+    instructions: tuple[str, ...] = ()  # of those that only some architectures have: HGMMA, UTMALDG
+    serialized: bool = False  # the assembler waits after every wgmma, because registers are touched under way
 
     def problems(self, *, tensor_cores: bool, local_budget: int = 0, shared_limit: int | None = None) -> list[str]:
         """What is wrong with the kernel, in words; empty when nothing is."""
@@ -98,6 +101,8 @@ class KernelReport:
             found.append(f"{self.local_bytes} bytes of local memory (budget {local_budget})")
         if tensor_cores and not self.has_tensor_core_instructions:
             found.append("no tensor-core instruction")
+        if self.serialized:
+            found.append("wgmma is serialized")
         if shared_limit is not None and self.shared_bytes > shared_limit:
             found.append(f"{self.shared_bytes} bytes of shared memory (the device has {shared_limit})")
         return [f"{self.name} {self.arch}: {problem}" for problem in found]
@@ -153,7 +158,8 @@ def _reports(cubin: Path, arch: str, spills: Mapping[str, int]) -> dict[str, Ker
         matrix = _MATRIX_INSTRUCTION.search(sass[name]) is not None
         # Spills live in local memory, so a kernel without local memory has none.
         spilled = spills[name] if stack + local else 0
-        reports[name] = KernelReport(name, arch, registers, spilled, stack + local, shared, matrix)
+        special = tuple(sorted(set(_SM90_INSTRUCTION.findall(sass[name]))))
+        reports[name] = KernelReport(name, arch, registers, spilled, stack + local, shared, matrix, special)
     assert reports, f"{cubin}: no kernel found"
     return reports
 
@@ -254,12 +260,17 @@ def compile_cuda(source: Path, arch: str, include: Path | None = None) -> dict[s
             "--expt-relaxed-constexpr",
             "-lineinfo",
             "-DNDEBUG",
+            "-DMMK_HAVE_SM90",
             f"-I{include}",
             "-Xptxas",
             "-v",
         ]
         log = _run(nvcc, "-cubin", f"-arch={arch}", *flags, source, "-o", cubin)
         reports = _reports(cubin, arch, _spills(log))
+    # ptxas warns of it with the function's name.
+    warnings = [line for line in log.splitlines() if "wgmma" in line and "serialized" in line]
+    for name, report in reports.items():
+        reports[name] = replace(report, serialized=any(name in line for line in warnings))
     filt = shutil.which("cu++filt") or shutil.which("c++filt")
     names = [_short(name) for name in _run(filt, *reports).splitlines()] if filt else list(reports)
     assert len(set(names)) == len(names), f"two kernels of one name: {names}"

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from mmkernels.ops.attention import AttentionMask
+from mmkernels.ops.attention.reference import keep
 
-__all__ = ["MASKS", "AttentionInputs", "Gradients", "cu_seqlens", "dense_mask", "make_inputs", "plain", "run"]
+__all__ = [
+    "INTERVAL_MASKS",
+    "MASKS",
+    "AttentionInputs",
+    "Gradients",
+    "cancelling_terms",
+    "cu_seqlens",
+    "dense_mask",
+    "interleaved",
+    "make_inputs",
+    "plain",
+    "run",
+]
 
 
 def cu_seqlens(lengths: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
@@ -22,7 +36,10 @@ def cu_seqlens(lengths: Sequence[int], device: torch.device | str = "cpu") -> to
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv], their mask, and gradients of out [Tq, H, Dv] and lse [H, Tq]."""
+    """q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv], their mask, and gradients of out [Tq, H, Dv] and lse [H, Tq].
+
+    pair_bias [H, Cq, Ck], sink [H] and dropout_p as `attention` takes them; `seed` is torch's, before the call.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -31,12 +48,23 @@ class AttentionInputs:
     grad_lse: torch.Tensor
     mask: AttentionMask | None = None
     scale: float | None = None
+    pair_bias: torch.Tensor | None = None
+    sink: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int = 0
 
     def to(self, dtype: torch.dtype) -> AttentionInputs:
         """The same values in another dtype (float64 for the truth)."""
         lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         q, k, v, grad_out = (x.to(dtype) for x in (self.q, self.k, self.v, self.grad_out))
-        return replace(self, q=q, k=k, v=v, grad_out=grad_out, grad_lse=self.grad_lse.to(lse_dtype))
+        pair_bias, sink = (None if x is None else x.to(lse_dtype) for x in (self.pair_bias, self.sink))
+        options = {"pair_bias": pair_bias, "sink": sink, "grad_lse": self.grad_lse.to(lse_dtype)}
+        return replace(self, q=q, k=k, v=v, grad_out=grad_out, **options)  # type: ignore[arg-type]
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """What has a gradient, by name."""
+        given = {"q": self.q, "k": self.k, "v": self.v, "bias": self.pair_bias, "sink": self.sink}
+        return {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
 
 
 @dataclass(frozen=True)
@@ -48,19 +76,23 @@ class Gradients:
     dq: torch.Tensor
     dk: torch.Tensor
     dv: torch.Tensor
+    dbias: torch.Tensor | None = None
+    dsink: torch.Tensor | None = None
 
     def items(self) -> list[tuple[str, torch.Tensor]]:
-        return [(name, getattr(self, name)) for name in ("out", "lse", "dq", "dk", "dv")]
+        names = ("out", "lse", "dq", "dk", "dv", "dbias", "dsink")
+        return [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True)
 class MaskCase:
-    """Lengths of the query and key segments, and the mask over them; `dense` defines it independently."""
+    """Lengths of the query and key segments, and the mask over them. `pattern`: it is more than row intervals."""
 
     lengths_q: tuple[int, ...]
     lengths_k: tuple[int, ...] = ()
-    build: Callable[[torch.Tensor, torch.Tensor], AttentionMask | None] = AttentionMask.packed
+    build: Callable[..., AttentionMask | None] = AttentionMask.packed
     options: dict[str, object] = field(default_factory=dict)
+    pattern: bool = False
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -71,16 +103,70 @@ class MaskCase:
         return self.build(cu_seqlens(self.lengths_q, device), cu_seqlens(lengths_k, device), **self.options)
 
 
+def interleaved(cu: torch.Tensor, longest: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs of text, and of images with a span each: modality_ids uint8 [T] and span_ids int32 [T]."""
+    generator = torch.Generator().manual_seed(1)
+    modalities, spans, image = [], [], 0
+    for length in cu.diff().tolist():
+        left, is_image = length, False
+        while left > 0:
+            run = min(left, int(torch.randint(1, longest + 1, (1,), generator=generator)))
+            modalities += [int(is_image)] * run
+            spans += [image if is_image else -1] * run
+            left, image, is_image = left - run, image + is_image, not is_image
+    ids = torch.tensor(modalities, dtype=torch.uint8), torch.tensor(spans, dtype=torch.int32)
+    return ids[0].to(cu.device), ids[1].to(cu.device)
+
+
+def _multimodal(cu_q: torch.Tensor, cu_k: torch.Tensor, **options: Any) -> AttentionMask:
+    return AttentionMask.multimodal(cu_q, *interleaved(cu_q), **options)
+
+
+def _cross_only(cu_q: torch.Tensor, cu_k: torch.Tensor) -> AttentionMask:
+    return AttentionMask.cross_only(cu_q, interleaved(cu_q)[0])
+
+
+def _media(cu_q: torch.Tensor, cu_k: torch.Tensor, mode: Any) -> AttentionMask:
+    """Media of 16 tokens; the text begins before the first and moves on at random."""
+    generator = torch.Generator().manual_seed(2)
+    media_k = [j // 16 for length in cu_k.diff().tolist() for j in range(length)]
+    media_q: list[int] = []
+    for length_q, length_k in zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True):
+        steps = (torch.rand(length_q, generator=generator) < 0.05).cumsum(0) - 1
+        media_q += steps.clamp(max=length_k // 16).tolist()
+    ids = (torch.tensor(x, dtype=torch.int32, device=cu_q.device) for x in (media_q, media_k))
+    return AttentionMask.media(cu_q, cu_k, *ids, mode=mode)
+
+
+def _noise(cu_q: torch.Tensor, cu_k: torch.Tensor) -> AttentionMask:
+    """Hidden noise spans (BAGEL): causal or in one span, and no key of another span's noise."""
+    modality, span = interleaved(cu_q)
+    causal = AttentionMask.multimodal(cu_q, modality, span).rows(len(span), len(span))
+    clean = torch.ones_like(span)  # bit 0: keys of class 0, which are not noise
+    none = torch.where(span < 0, -2, span)
+    return AttentionMask.from_rows(
+        causal.lo, causal.hi, span_q=span, span_k=none, allow_q=clean, class_q=modality, class_k=modality
+    )
+
+
+_LENGTHS = (5, 70, 0, 1, 130, 33)
 MASKS = {
     "dense": MaskCase((150,), (203,), lambda cu_q, cu_k: None),
-    "packed": MaskCase((5, 70, 0, 1, 130, 33)),
-    "packed_causal": MaskCase((5, 70, 0, 1, 130, 33), options={"causal": True}),
+    "packed": MaskCase(_LENGTHS),
+    "packed_causal": MaskCase(_LENGTHS, options={"causal": True}),
     "cross": MaskCase((40, 0, 7, 100, 12), (3, 90, 0, 110, 17)),
     "cross_causal": MaskCase((40, 20, 7, 100), (30, 90, 0, 110), options={"causal": True}),
     "window": MaskCase((120, 75), options={"causal": True, "window": 17}),
     "tiny": MaskCase((4, 3, 1, 0, 2, 5) * 11),
     "single": MaskCase((1,)),
+    "image_spans": MaskCase(_LENGTHS, build=_multimodal),
+    "image_spans_window": MaskCase((120, 75), build=_multimodal, options={"window": 25}),
+    "media_last": MaskCase((40, 0, 7, 100, 12), (3, 90, 0, 110, 17), _media, {"mode": "last"}),
+    "media_own": MaskCase((40, 0, 7, 100, 12), (3, 90, 0, 110, 17), _media, {"mode": "own"}, pattern=True),
+    "cross_only": MaskCase(_LENGTHS, build=_cross_only, pattern=True),
+    "noise": MaskCase((150, 60), build=_noise, pattern=True),
 }
+INTERVAL_MASKS = [name for name, case in MASKS.items() if not case.pattern]
 
 
 def make_inputs(
@@ -95,10 +181,13 @@ def make_inputs(
     mask: AttentionMask | None = None,
     scale: float | None = None,
     amplitude: float = 1.0,
+    classes: tuple[int, int] | None = None,
+    sink: bool = False,
+    dropout_p: float = 0.0,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> AttentionInputs:
-    """Normal inputs; `amplitude` multiplies q, and so the logits."""
+    """Normal inputs; `amplitude` multiplies q, and so the logits. `classes`: sizes (Cq, Ck) of a pair bias."""
     kv_heads, dim_v = kv_heads or heads, dim_v or dim
     generator = torch.Generator().manual_seed(seed)
 
@@ -108,7 +197,9 @@ def make_inputs(
     q, k, v = normal(tokens_q, heads, dim), normal(tokens_k, kv_heads, dim), normal(tokens_k, kv_heads, dim_v)
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     grad_out, grad_lse = normal(tokens_q, heads, dim_v), normal(heads, tokens_q, of=lse_dtype)
-    return AttentionInputs(q * amplitude, k, v, grad_out, grad_lse, mask, scale)
+    bias = None if classes is None else normal(heads, *classes, of=lse_dtype)
+    sinks = normal(heads, of=lse_dtype) if sink else None
+    return AttentionInputs(q * amplitude, k, v, grad_out, grad_lse, mask, scale, bias, sinks, dropout_p, seed)
 
 
 def dense_mask(x: AttentionInputs) -> torch.Tensor:
@@ -117,25 +208,74 @@ def dense_mask(x: AttentionInputs) -> torch.Tensor:
     return torch.ones(size, dtype=torch.bool, device=x.q.device) if x.mask is None else x.mask.to_dense(*size)
 
 
+def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str, torch.Tensor]:
+    """Results that cancel, and the sums of their absolute terms in float64.
+
+    dbias and dsink are sums over all tokens. With a bias dq is one too: plain PyTorch then forms the softmax and
+    cancels exactly, a kernel that keeps lse and the rounded out does so up to a rounding of the two terms of ds.
+    """
+    if x.pair_bias is None and x.sink is None:
+        return {}
+    truth = x.to(torch.float64)
+    exact = plain(truth, with_lse=with_lse)
+    delta = torch.einsum("qhd,qhd->hq", truth.grad_out, exact.out)
+    if with_lse:
+        delta = delta - torch.where(torch.isfinite(exact.lse), truth.grad_lse, 0.0)
+    found = {}
+    if truth.sink is not None:
+        share = torch.where(torch.isfinite(exact.lse), (truth.sink[:, None] - exact.lse).exp(), 0.0)
+        found["dsink"] = (share * delta).abs().sum(1)
+    if truth.pair_bias is not None:
+        assert x.mask is not None and x.mask.classes is not None
+        class_q, class_k = (ids.long() for ids in x.mask.classes)
+        group = x.q.shape[1] // x.k.shape[1]
+        scale = x.q.shape[-1] ** -0.5 if x.scale is None else x.scale
+        key, value = (t.repeat_interleave(group, 1) for t in (truth.k, truth.v))
+        scores = torch.einsum("qhd,khd->hqk", truth.q, key) * scale + truth.pair_bias[:, class_q[:, None], class_k]
+        p = (scores - exact.lse[..., None]).exp().where(dense_mask(x), 0.0).nan_to_num(0.0)
+        dp = torch.einsum("qhd,khd->hqk", truth.grad_out, value)
+        if x.dropout_p > 0:
+            dp = dp * _kept(x) / (1 - x.dropout_p)
+        ds = (p * (dp - delta[..., None])).abs()
+        one_hot = [
+            F.one_hot(ids, size).double()
+            for ids, size in zip((class_q, class_k), truth.pair_bias.shape[1:], strict=True)
+        ]
+        terms = p * (dp.abs() + delta[..., None].abs())
+        found["dq"] = torch.einsum("hqk,khd->qhd", terms, key.abs()) * abs(scale)
+        found["dbias"] = torch.einsum("hqk,qa,kb->hab", ds, *one_hot)
+    return found
+
+
+def _kept(x: AttentionInputs) -> torch.Tensor:
+    """bool [H, Tq, Tk]: what `attention` keeps under x's seed."""
+    torch.manual_seed(x.seed)
+    seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.q.device)
+    return keep(seed, x.dropout_p, x.q.shape[1], x.q.shape[0], x.k.shape[0])
+
+
 def _differentiate(
-    x: AttentionInputs, call: Callable[..., tuple[torch.Tensor, torch.Tensor]], with_lse: bool
+    x: AttentionInputs, call: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]], with_lse: bool
 ) -> Gradients:
-    q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
-    out, lse = call(q, k, v)
+    leaves = x.leaves()
+    out, lse = call(leaves)
     outputs, grads = [out], [x.grad_out]
     if with_lse:
         outputs.append(lse)
         grads.append(torch.where(torch.isfinite(lse), x.grad_lse, 0.0).to(lse.dtype))
-    dq, dk, dv = torch.autograd.grad(outputs, [q, k, v], grads)
-    return Gradients(out.detach(), lse.detach(), dq, dk, dv)
+    found = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    return Gradients(out.detach(), lse.detach(), **{f"d{name}": g for name, g in zip(leaves, found, strict=True)})
 
 
 def run(x: AttentionInputs, backend: str | None = None, *, with_lse: bool = False) -> Gradients:
     """Our op, forward and backward; `with_lse` lets a gradient flow into lse too."""
     from mmkernels.ops.attention import attention
 
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out = attention(q, k, v, x.mask, scale=x.scale, return_lse=True, backend=backend)
+    def call(leaf: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(x.seed)
+        options = {"pair_bias": leaf.get("bias"), "sink": leaf.get("sink"), "dropout_p": x.dropout_p}
+        qkv = leaf["q"], leaf["k"], leaf["v"]
+        out = attention(*qkv, x.mask, scale=x.scale, return_lse=True, backend=backend, **options)  # type: ignore[arg-type]
         assert isinstance(out, tuple)
         return out
 
@@ -146,7 +286,9 @@ def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
     """`F.scaled_dot_product_attention` with the equivalent dense mask, in x's dtype; lse by logsumexp of the scores.
 
     A row that sees no key, undefined there, is given all keys and then replaced by zeros. Head dims are padded with
-    zeros to one size, for SDPA has no fused kernel for others and would go through float32 matrices instead.
+    zeros to one size, for SDPA has no fused kernel for others and would go through float32 matrices instead. A bias is
+    part of the mask, a sink one more key whose value is 0. With dropout, whose random numbers SDPA does not let choose,
+    the softmax is written out.
     """
     mask = dense_mask(x)
     seen = mask.any(1)
@@ -154,14 +296,54 @@ def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
     lse_dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
     width = max(x.q.shape[-1], x.v.shape[-1])
 
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def call(leaf: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = leaf["q"], leaf["k"], leaf["v"]
         group, dim_v = q.shape[1] // k.shape[1], v.shape[2]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         query, key, value = (F.pad(t, (0, width - t.shape[2])).transpose(0, 1)[None] for t in (q, k, v))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | ~seen[:, None], scale=scale)
+        terms = _logit_terms(x, leaf, mask | ~seen[:, None])
+        if "sink" in leaf:
+            key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+        if x.dropout_p > 0:
+            out = _written_out(x, query, key, value, terms, scale)
+        else:
+            allowed = (mask | ~seen[:, None]) if terms is None else terms.to(q.dtype)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
         out = torch.where(seen[:, None, None], out[0].transpose(0, 1)[..., :dim_v], 0.0)
         scores = query[0].to(lse_dtype) @ key[0].to(lse_dtype).mT * scale
-        lse = torch.logsumexp(scores.masked_fill(~mask & seen[:, None], -torch.inf), -1)
-        return out, torch.where(seen, lse, -torch.inf)
+        scores = scores.masked_fill(~mask & seen[:, None], -torch.inf) if terms is None else scores + terms
+        return out, torch.where(seen, torch.logsumexp(scores, -1), -torch.inf)
 
     return _differentiate(x, call, with_lse)
+
+
+def _logit_terms(x: AttentionInputs, leaf: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor | None:
+    """What is added to the scores, -inf included: [H, Tq, Tk (+ 1 with a sink)]; None when it is the mask alone."""
+    if "bias" not in leaf and "sink" not in leaf and x.dropout_p == 0:
+        return None
+    dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+    terms = x.q.new_zeros((x.q.shape[1], *mask.shape), dtype=dtype)
+    if "bias" in leaf:
+        assert x.mask is not None and x.mask.classes is not None
+        class_q, class_k = (ids.long() for ids in x.mask.classes)
+        terms = terms + leaf["bias"][:, class_q[:, None], class_k]
+    terms = terms.masked_fill(~mask, -torch.inf)
+    if "sink" in leaf:
+        terms = torch.cat([terms, leaf["sink"][:, None, None].expand(-1, len(mask), 1)], -1)
+    return terms
+
+
+def _written_out(
+    x: AttentionInputs,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    terms: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """[1, H, Tq, width], with the pairs that `attention` keeps for the same state of torch's generator."""
+    assert terms is not None
+    kept = _kept(x)
+    kept = F.pad(kept, (0, key.shape[2] - kept.shape[2]))  # a sink has no value to drop
+    p = (query @ key.mT * scale + terms.to(query.dtype)).softmax(-1)
+    return (p * kept / (1 - x.dropout_p)) @ value

@@ -7,7 +7,7 @@ import torch
 
 from mmkernels.testing.lengths import LENGTHS, lengths_like
 
-__all__ = ["LENGTHS", "cu_seqlens_of", "lengths_like", "random_index"]
+__all__ = ["LENGTHS", "cu_seqlens_of", "lengths_like", "random_index", "splice_inputs"]
 
 
 def cu_seqlens_of(lengths: list[int], device: str = "cpu") -> torch.Tensor:
@@ -20,3 +20,22 @@ def random_index(rows: int, tokens: int, *, device: str = "cpu") -> torch.Tensor
     index = torch.randint(0, max(rows, 1), (tokens,), device=device)
     nobody = torch.rand(tokens, device=device) < 0.15
     return torch.where(nobody | torch.full_like(nobody, rows == 0), -1, index)
+
+
+def splice_inputs(
+    vocabulary: int,
+    tokens: int,
+    features: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    some_left_out: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(token_ids [T], table [V, E], features [F, E], dst_index [F]) of `embed_splice`, the features in any order."""
+    token_ids = torch.randint(0, vocabulary, (tokens,), device=device)
+    table, rows = (torch.randn(n, width, device=device).to(dtype) for n in (vocabulary, features))
+    dst_index = torch.randperm(tokens, device=device)[:features]
+    if some_left_out:
+        dst_index = torch.where(torch.rand(features, device=device) < 0.1, -1, dst_index)
+    return token_ids, table, rows, dst_index

@@ -26,6 +26,9 @@ TENSOR_CORE_KERNELS = (
     "contrastive_grad_tile_kernel",
     "contrastive_accumulate_kernel",
 )
+# Files named so are for sm_90a alone, and their kernels must use wgmma and TMA.
+SM90 = "_sm90_"
+CASES = [(source, arch) for source in SOURCES for arch in aot.CUDA_ARCHS if SM90 not in source.name or arch == "sm_90a"]
 # Kernel name (a pattern) -> bytes of local memory that a thread may use, with the reason beside it.
 LOCAL_BUDGET: dict[str, int] = {}
 
@@ -36,6 +39,9 @@ def problems_of(source: Path, arch: str, include: Path | None = None) -> list[st
         tensor_cores = name.split("<")[0] in TENSOR_CORE_KERNELS and "f16" in name
         budget = max((size for pattern, size in LOCAL_BUDGET.items() if re.search(pattern, name)), default=0)
         found += report.problems(tensor_cores=tensor_cores, local_budget=budget)
+        if SM90 in source.name:
+            missing = {"HGMMA", "UTMALDG"} - set(report.instructions)
+            found += [f"{name} {arch}: no {instruction}" for instruction in sorted(missing)]
     return found
 
 
@@ -48,8 +54,7 @@ def test_tensor_core_kernels_exist() -> None:
     assert not [name for name in TENSOR_CORE_KERNELS if not re.search(rf"\b{name}\b", text)]
 
 
-@pytest.mark.parametrize("arch", aot.CUDA_ARCHS)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+@pytest.mark.parametrize(("source", "arch"), CASES, ids=lambda value: getattr(value, "stem", value))
 def test_compiles_without_spills(source: Path, arch: str) -> None:
     problems = problems_of(source, arch)
     assert not problems, "\n".join(problems)
@@ -87,6 +92,42 @@ def test_gate_sees_spills_and_local_memory(tmp_path: Path) -> None:
     assert re.search(r"spilling_kernel.*bytes of register spills", problems), problems
     report = next(iter(aot.compile_cuda(source, "sm_80", tmp_path).values()))
     assert any("no tensor-core instruction" in problem for problem in report.problems(tensor_cores=True))
+
+
+SLOW_WGMMA = """
+#include "common/cuda/sm90.h"
+using namespace mmk;
+using namespace mmk::cuda;
+__global__ void touching_kernel(float* out, uint64_t a, uint64_t b) {  // uses the accumulator before it has waited
+  float acc[8][4];
+  wgmma_fence();
+  wgmma<bf16, Major::k, Major::k>(acc, a, b, false);
+  acc[0][0] += 1.f;
+  wgmma<bf16, Major::k, Major::k>(acc, a, b, true);
+  wgmma_commit();
+  wgmma_wait<0>();
+  accumulator_ready(acc);
+  for (int i = 0; i < 8; ++i) out[128 * i + threadIdx.x] = acc[i][0];
+}
+"""
+
+
+def test_gate_sees_what_sm90_lacks(tmp_path: Path) -> None:
+    source = tmp_path / "slow_sm90_fwd.cu"
+    source.write_text(SLOW_WGMMA)
+    problems = "\n".join(problems_of(source, "sm_90a", CSRC))
+    assert "wgmma is serialized" in problems and "no UTMALDG" in problems and "no HGMMA" not in problems, problems
+
+
+def test_every_atom_of_sm90_compiles(tmp_path: Path) -> None:
+    """The emulator's probe uses each of them once."""
+    probe = CSRC.parent / "tests/native/sm90_probe.h"
+    source = tmp_path / "probe_sm90_fwd.cu"
+    instance = (
+        "template __global__ void mmk::cuda::sm90_probe_kernel<0>(const __grid_constant__ mmk::cuda::ProbeParams);"
+    )
+    source.write_text(f'#include "{probe}"\n{instance}\n')
+    assert not problems_of(source, "sm_90a", CSRC)
 
 
 def test_source_that_does_not_compile_is_an_error(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from mmkernels.ops.packing.native import SCATTER_CHUNK
 from mmkernels.ops.packing.reference import group_by_row
 
 HERE = Path(__file__).parent
@@ -34,7 +35,7 @@ ROOT = HERE.parents[1]
 EMULATOR = HERE / "emulator"
 CSRC = ROOT / "csrc"
 KERNELS = sorted(CSRC.glob("*/*.cu"))
-CXX_FLAGS = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden"]
+CXX_FLAGS = ["-DMMK_HAVE_SM90", "-std=c++17", "-O2", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 _BYTES = {0: 4, 1: 2, 2: 2, 3: 8, 4: 4, 5: 8, 6: 1}  # of the dtype codes of mmkernels.runtime.native
@@ -88,7 +89,7 @@ def build(name: str, sources: Sequence[Path]) -> ModuleType:
 @functools.cache
 def emulated_module() -> ModuleType:
     """The launchers of csrc/module_cuda.cpp over emulated kernels."""
-    own = [EMULATOR / "emulator.cpp", EMULATOR / "module.cpp", CSRC / "module_cuda.cpp"]
+    own = [EMULATOR / "emulator.cpp", EMULATOR / "async.cpp", EMULATOR / "module.cpp", CSRC / "module_cuda.cpp"]
     return build("mmk_emulated", [*KERNELS, *own])
 
 
@@ -131,6 +132,8 @@ class EmulatedCore:
         if not name.startswith("launch_") or not name.endswith("_cpu"):
             raise AttributeError(name)
         what = name.removeprefix("launch_").removesuffix("_cpu")
+        if what.startswith("attention_"):
+            return lambda *args: self._attention(what, args[:-1])
         if what.startswith("contrastive_"):
             return lambda *args: self._contrastive(what, args[:-1])
         if what == "packing_scatter_fwd":
@@ -140,6 +143,11 @@ class EmulatedCore:
     def _launch(self, what: str, args: Sequence[Any]) -> None:
         with self._fenced(args) as fenced:
             getattr(self.module, f"launch_{what}_cuda")(*fenced, 0)
+
+    def _attention(self, what: str, args: Sequence[Any]) -> None:
+        """The CUDA launchers take none of what ends a CPU launcher's list (AttentionExtras)."""
+        assert not any(args[-12:]), "attention: the CUDA kernels take row intervals alone"
+        self._launch(what, args[:-12])
 
     def _contrastive(self, what: str, args: Sequence[Any]) -> None:
         """A CUDA launcher wants a workspace, and both gradients whoever asked for them."""
@@ -158,7 +166,8 @@ class EmulatedCore:
 
         packed, index, out = args
         order, starts = group_by_row(_tensor(index), out[2][0])
-        self._launch("packing_scatter_fwd", [packed, view(order), view(starts), out])
+        sums = torch.full((index[2][0] // SCATTER_CHUNK, out[2][1]), torch.nan)
+        self._launch("packing_scatter_fwd", [packed, index, view(order), view(starts), view(sums), out])
 
     @contextmanager
     def _fenced(self, args: Sequence[Any]) -> Iterator[list[Any]]:

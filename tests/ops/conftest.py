@@ -30,6 +30,11 @@ class CudaKernels:
                 self.emulator.set_seed(seed)
             yield seed
 
+    def capability(self, capability: int) -> None:
+        """Which kernels an emulated device runs (90 for 9.0); a real one has what it has."""
+        if self.emulator is not None:
+            self.emulator.set_capability(capability)
+
     def multiprocessors(self, count: int) -> None:
         """How large the emulated device is; a real one stays as it is."""
         if self.emulator is not None:
@@ -48,6 +53,7 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(native, "_why_absent", None)
     core.module.set_seed(1)
     core.module.set_multiprocessors(3)
+    core.module.set_capability(80)
     # torch.empty gives NaN: an output that no thread writes shows.
     torch.use_deterministic_algorithms(True)
     yield CudaKernels("cpu", core.module)

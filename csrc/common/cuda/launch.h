@@ -50,6 +50,11 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// 90 for 9.0.
+inline int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
 inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 constexpr size_t kDefaultSharedMemory = 48 * 1024;

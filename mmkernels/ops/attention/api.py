@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from mmkernels.ops.modality import MAX_MODALITIES
 from mmkernels.runtime import backends
 
-from .._checks import expect_tensor, not_yet, wrong_type, wrong_value
-from .mask import AttentionMask, MaskRows, dense_rows
+from .._checks import describe, expect_tensor, wrong_type, wrong_value
+from .mask import AttentionMask
 from .op import attention_fwd_op
+from .reference import MaskRows, Options
+from .rows import dense_rows
 
 __all__ = ["attention"]
 
@@ -36,12 +39,13 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of packed queries over the keys that a mask lets them see.
 
-        s_ij = scale <q_i, k_j>      out_i = sum_j softmax_j(s_ij) v_j      lse_i = log sum_j exp(s_ij)
+        s_ij = scale <q_i, k_j> + pair_bias[class_i, class_j]
+        lse_i = log(exp(sink) + sum_j exp(s_ij))      out_i = sum_j exp(s_ij - lse_i) v_j
 
-    over the visible keys j of query i. A query that sees no key gives out 0, lse -inf and zero gradients. Query head h
-    reads key/value head h // (H / Hkv). bf16 and fp16 accumulate in float32. The kernels read any strides as long as
-    the last dimension is contiguous; otherwise a contiguous copy is made. Under torch.autocast, q, k and v are cast as
-    for `F.scaled_dot_product_attention`.
+    over the visible keys j of query i (no sink: without its term). A query that sees no key gives out 0, lse -inf and
+    zero gradients, with or without a sink. Query head h reads key/value head h // (H / Hkv). bf16 and fp16 accumulate
+    in float32. The kernels read any strides as long as the last dimension is contiguous; otherwise a contiguous copy is
+    made. Under torch.autocast, q, k and v are cast as for `F.scaled_dot_product_attention`.
 
     Args:
         q: [Tq, H, D] or [B, Tq, H, D]; float32, bfloat16, float16 or float64.
@@ -50,7 +54,14 @@ def attention(
         mask: which keys each query sees; with batched tensors it covers the B Tq queries and B Tk keys one after the
             other. None: every query sees all keys (batched: of its own sample).
         scale: factor of the logits; None: 1 / sqrt(D).
-        pair_bias, sink, dropout_p: not supported yet; anything but the default raises NotImplementedError.
+        pair_bias: [H, Cq, Ck] floating point, added to the logits by query head, class of the query and class of the
+            key; differentiable. The mask has the classes: modalities of `multimodal` and `cross_only`, or what
+            `from_rows` or `with_classes` were given.
+        sink: [H] floating point, a logit per head that joins the softmax without a value; differentiable.
+        dropout_p: in [0, 1): each probability is dropped with it, the others are divided by 1 - dropout_p; lse is as
+            without. The seed is drawn from torch's generator of q's device, and what is kept follows from the seed
+            alone: the same on every backend, in the backward, and when the generator's state is replayed
+            (`torch.utils.checkpoint`, `GradCache`). It is applied whenever it is above 0: there is no training mode.
         return_lse: give lse too; it is differentiable.
         deterministic: nothing to choose: no backend uses atomics, so the same input and thread count always give the
             same bits.
@@ -63,42 +74,69 @@ def attention(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, named, with what was expected and what came.
         BackendError: the named backend cannot serve the call.
-        NotImplementedError: a part of the contract that is not there yet.
 
-    Source: Vaswani et al. 2017 (attention); Dao 2023 (FlashAttention-2: tiling, recomputation).
+    Source: Vaswani et al. 2017 (attention); Dao 2023 (FlashAttention-2: tiling, recomputation); Xiao et al. 2023
+        (sinks); Salmon et al. 2011 (Philox).
     """
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, mask)
-    _check_options(scale, pair_bias, sink, dropout_p, return_lse, deterministic)
+    _check_scalars(scale, dropout_p, return_lse, deterministic)
+    pair_bias, sink = _check_logits(q, pair_bias, sink, mask)
     shape, tokens_q, tokens_k = q.shape, q.shape[-3], k.shape[-3]
     samples = shape[0] if q.ndim == 4 else 1
     if q.ndim == 4:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    rows = _rows(mask, samples, tokens_q, tokens_k, q.device)
-    chosen = backends.resolve("attention", q, backend, _limits(q, v))
+    rows = _rows(mask, samples, tokens_q, tokens_k, q.device, pair_bias)
     factor = 1.0 / math.sqrt(shape[-1]) if scale is None else float(scale)
-    out, lse = attention_fwd_op(q, k, v, *rows, factor, chosen)
+    options = Options(pair_bias, sink, _seed(q.device) if dropout_p > 0 else None, float(dropout_p), factor)
+    chosen = backends.resolve("attention", q, backend, _limits(q, v, rows, options))
+    out, lse = attention_fwd_op(q, k, v, *rows, *options, chosen)
     if len(shape) == 4:
         out = out.view(*shape[:-1], v.shape[-1])
         lse = lse.view(shape[2], samples, tokens_q).transpose(0, 1)
     return (out, lse) if return_lse else out
 
 
-def _rows(mask: AttentionMask | None, samples: int, tokens_q: int, tokens_k: int, device: torch.device) -> MaskRows:
+def _rows(
+    mask: AttentionMask | None,
+    samples: int,
+    tokens_q: int,
+    tokens_k: int,
+    device: torch.device,
+    pair_bias: torch.Tensor | None,
+) -> MaskRows:
     if mask is None:
         return dense_rows(samples, tokens_q, tokens_k, device)
-    return mask.rows(samples * tokens_q, samples * tokens_k)
+    sizes = samples * tokens_q, samples * tokens_k
+    if pair_bias is None:
+        return mask.rows(*sizes)
+    return mask.rows_with_classes(*sizes, (pair_bias.shape[1], pair_bias.shape[2]))
 
 
-def _limits(q: torch.Tensor, v: torch.Tensor) -> dict[str, str | None] | None:
-    """Why a backend cannot take these head dims."""
+def _seed(device: torch.device) -> torch.Tensor:
+    """From torch's generator of the device, without a sync: int64 [1]."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _limits(q: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options) -> dict[str, str | None] | None:
+    """Why a backend cannot take this call."""
     head_dim = max(q.shape[-1], v.shape[-1])
     triton = _MAX_TRITON_HEAD_DIM_FLOAT32 if q.dtype == torch.float32 else _MAX_GPU_HEAD_DIM
     limits: dict[str, str | None] = {}
     if head_dim > triton:
         limits["triton"] = f"head dims up to {triton} in {_dtype(q)}, not {head_dim}"
-    if head_dim > _MAX_GPU_HEAD_DIM and q.device.type != "cpu":
-        limits["native"] = f"head dims up to {_MAX_GPU_HEAD_DIM} on a GPU, not {head_dim}"
+    if q.device.type != "cpu":
+        if head_dim > _MAX_GPU_HEAD_DIM:
+            limits["native"] = f"head dims up to {_MAX_GPU_HEAD_DIM} on a GPU, not {head_dim}"
+        beyond = {
+            "spans and classes in a mask": rows.span_q,
+            "pair_bias": options.pair_bias,
+            "sink": options.sink,
+            "dropout_p": options.seed,
+        }
+        wanted = [what for what, given in beyond.items() if given is not None]
+        if wanted:
+            limits["native"] = f"the CUDA C++ kernels take row intervals alone, not {', '.join(wanted)}"
     return limits or None
 
 
@@ -138,24 +176,40 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMas
         raise ValueError(f"mask: expected metadata on {q.device} like q, got {mask.device}")
 
 
-def _check_options(scale: Any, pair_bias: Any, sink: Any, dropout_p: Any, return_lse: Any, deterministic: Any) -> None:
+def _check_scalars(scale: Any, dropout_p: Any, return_lse: Any, deterministic: Any) -> None:
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             wrong_type("scale", "a float or None", scale)
         if not math.isfinite(scale):
             wrong_value("scale", "a finite number", scale)
-    if pair_bias is not None:
-        not_yet("pair_bias", pair_bias)
-    if sink is not None:
-        not_yet("sink", sink)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         wrong_type("dropout_p", "a float", dropout_p)
-    if dropout_p != 0:
-        not_yet("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        wrong_value("dropout_p", "a probability in [0, 1)", dropout_p)
     if not isinstance(return_lse, bool):
         wrong_type("return_lse", "a bool", return_lse)
     if deterministic not in (None, True, False):
         wrong_type("deterministic", "None, True or False", deterministic)
+
+
+def _check_logits(
+    q: torch.Tensor, pair_bias: Any, sink: Any, mask: AttentionMask | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """pair_bias and sink in the dtype of lse."""
+    H, dtype = q.shape[-2], torch.float64 if q.dtype == torch.float64 else torch.float32
+    if pair_bias is not None:
+        expect_tensor("pair_bias", pair_bias, "[H, Cq, Ck] floating point", ndim=3, like=q)
+        if pair_bias.shape[0] != H or min(pair_bias.shape) < 1 or max(pair_bias.shape[1:]) > MAX_MODALITIES:
+            wrong_value("pair_bias", f"[{H}, Cq, Ck] with 1 to {MAX_MODALITIES} classes on each side", pair_bias)
+        if mask is None:
+            raise ValueError(f"mask: expected one with classes for pair_bias, got {describe(mask)}")
+        pair_bias = pair_bias.to(dtype).contiguous()
+    if sink is not None:
+        expect_tensor("sink", sink, "[H] floating point", ndim=1, like=q)
+        if sink.shape[0] != H:
+            wrong_value("sink", f"[{H}], one per head", sink)
+        sink = sink.to(dtype).contiguous()
+    return pair_bias, sink
 
 
 def _dtype(x: torch.Tensor) -> str:

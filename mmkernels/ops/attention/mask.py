@@ -1,10 +1,9 @@
-"""Which keys each query sees, as one interval of keys per query.
+"""Which keys each query sees: an interval per query, and where that is not enough spans and classes inside it.
 
-    visible(i, j) = lo[i] <= j < hi[i]
+    visible(i, j) = lo[i] <= j < hi[i] and (no pattern, or span_q[i] == span_k[j], or allow_q[i] >> class_k[j] & 1)
 
-A mask costs O(tokens) memory and is built on the device of its metadata without a host sync: once per batch, then
-reused by every layer, forward and backward. Beside the rows it holds, per key, the hull of the queries that see it;
-the hull only bounds the backward loops.
+A mask costs O(tokens) memory (and two bits a tile where it has a pattern) and is built on the device of its metadata
+without a host sync: once per batch, then reused by every layer, forward and backward.
 
 Numbers of tokens are not known on the host when the metadata lies on a GPU, so a mask is laid out at its first use
 (`rows`), from the shapes of q and k, and kept. Values are checked on CPU metadata at once; on CUDA metadata, where that
@@ -14,136 +13,26 @@ would force a sync, by `validate()`, or at first use when MMKERNELS_VALIDATE=1.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
-from .._checks import expect_tensor, not_yet, wrong_type, wrong_value
-from . import reference
+from mmkernels.ops._checks import describe, expect_tensor, wrong_type, wrong_value
+from mmkernels.ops.modality import MAX_MODALITIES, Modality
 
-__all__ = ["AttentionMask", "MaskRows"]
+from . import builders, reference
+from .reference import MaskRows
+from .tiles import TILE_K, TILE_Q, pack_states, tile_states
+
+__all__ = ["AttentionMask"]
 
 VALIDATE_ON_DEVICE = os.environ.get("MMKERNELS_VALIDATE", "0") == "1"
 
-
-class MaskRows(NamedTuple):
-    """What the kernels read, all int32: lo, hi [Tq] and first_q, last_q [Tk], half-open."""
-
-    lo: torch.Tensor
-    hi: torch.Tensor
-    first_q: torch.Tensor
-    last_q: torch.Tensor
-
-
-def dense_rows(samples: int, tokens_q: int, tokens_k: int, device: torch.device) -> MaskRows:
-    """Each query of a sample sees all keys of its sample."""
-    if samples == 1:
-        zeros = torch.zeros(max(tokens_q, tokens_k), dtype=torch.int32, device=device)
-        ends_k = torch.full((tokens_q,), tokens_k, dtype=torch.int32, device=device)
-        ends_q = ends_k if tokens_q == tokens_k else torch.full((tokens_k,), tokens_q, dtype=torch.int32, device=device)
-        return MaskRows(zeros[:tokens_q], ends_k, zeros[:tokens_k], ends_q)
-    sample = torch.arange(samples, dtype=torch.int32, device=device)[:, None]
-    first_k = (sample * tokens_k).expand(samples, tokens_q).reshape(-1)
-    first_q = (sample * tokens_q).expand(samples, tokens_k).reshape(-1)
-    return MaskRows(first_k, first_k + tokens_k, first_q, first_q + tokens_q)
-
-
-class _Segments(NamedTuple):
-    """Per token: its segment (clamped), position inside it, and whether it lies in any segment at all."""
-
-    segment: torch.Tensor
-    position: torch.Tensor
-    inside: torch.Tensor
-
-
-def _segments(cu_seqlens: torch.Tensor, tokens: int) -> _Segments:
-    token = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
-    # The last segment that begins at or before the token: segments of length zero are passed over.
-    index = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    inside = (index >= 0) & (index < cu_seqlens.shape[0] - 1)
-    index = index.clamp(0, max(cu_seqlens.shape[0] - 2, 0))
-    return _Segments(index, token - cu_seqlens[index], inside)
-
-
-def _packed_rows(
-    cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool, window: int | None, tokens_q: int, tokens_k: int
-) -> MaskRows:
-    """Rows of `packed`: with d = len_k - len_q, query p of a segment sees its keys p + d - window < j <= p + d."""
-    if cu_q.shape[0] == 1:
-        cu_q, cu_k = cu_q.expand(2), cu_k.expand(2)
-    begin_q, end_q, begin_k, end_k = cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]
-    offset = (end_k - begin_k) - (end_q - begin_q)
-    q, k = _segments(cu_q, tokens_q), _segments(cu_k, tokens_k)
-    lo, hi = begin_k[q.segment], end_k[q.segment]
-    first_q, last_q = begin_q[k.segment], end_q[k.segment]
-    if causal:
-        past_self = lo + q.position + offset[q.segment] + 1
-        sees_self = first_q + k.position - offset[k.segment]
-        if window is not None:
-            lo = torch.maximum(lo, past_self - window)
-            last_q = torch.minimum(last_q, sees_self + window)
-        hi = torch.minimum(hi, past_self)
-        first_q = torch.maximum(first_q, sees_self)
-    return _normalised(lo, hi, q.inside, first_q, last_q, k.inside)
-
-
-def _prefix_rows(cu: torch.Tensor, prefix_lengths: torch.Tensor, tokens: int) -> MaskRows:
-    if cu.shape[0] == 1:
-        cu, prefix_lengths = cu.expand(2), torch.zeros_like(cu)
-    token = _segments(cu, tokens)
-    lo, end, prefix = cu[token.segment], cu[token.segment + 1], prefix_lengths[token.segment]
-    hi = torch.minimum(lo + torch.maximum(prefix, token.position + 1), end)
-    first_q = lo + torch.where(token.position < prefix, 0, token.position)
-    return _normalised(lo, hi, token.inside, first_q, end, token.inside)
-
-
-def _normalised(
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    inside_q: torch.Tensor,
-    first_q: torch.Tensor,
-    last_q: torch.Tensor,
-    inside_k: torch.Tensor,
-) -> MaskRows:
-    """Tokens outside every segment get empty intervals, and an empty interval ends where it begins."""
-    hi, last_q = torch.where(inside_q, torch.maximum(lo, hi), lo), torch.maximum(first_q, last_q)
-    last_q = torch.where(inside_k, last_q, first_q)
-    return MaskRows(lo.int(), hi.int(), first_q.int(), last_q.int())
-
-
-def query_hull(lo: torch.Tensor, hi: torch.Tensor, tokens_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each key the smallest query that sees it and one past the largest, for any intervals: int32 [Tk] twice.
-
-    A sparse table run backwards: an interval of length n is the union of two of length 2^p <= n, which write their
-    query with an integer min/max at level p; each level then hands its result down to the two halves below. O(T log T)
-    work, no sync, and order does not matter, so it is deterministic. A key that nobody sees gets first_q = last_q = 0.
-    """
-    tokens_q, nobody = lo.shape[0], torch.iinfo(torch.int32).max
-    lo, hi = lo.clamp(0, tokens_k).long(), hi.clamp(0, tokens_k).long()
-    length = hi - lo
-    levels = max(tokens_k, 1).bit_length()
-    power = torch.arange(levels, device=lo.device)
-    level = (length[:, None] >= (1 << power)).sum(1) - 1  # -1 for an empty interval
-    seen, level = level >= 0, level.clamp(min=0)
-    # One row more than there are levels takes what empty intervals write.
-    at = torch.where(seen, level, levels)[:, None] * (tokens_k + 1) + torch.stack([lo, hi - (1 << level)], 1).clamp(
-        min=0
-    )
-    query = torch.arange(tokens_q, dtype=torch.int32, device=lo.device)[:, None].expand(-1, 2)
-    size = (levels + 1) * (tokens_k + 1)
-    first = torch.full((size,), nobody, dtype=torch.int32, device=lo.device)
-    last = torch.full((size,), -1, dtype=torch.int32, device=lo.device)
-    first = first.scatter_reduce(0, at.reshape(-1), query.reshape(-1), "amin").view(levels + 1, tokens_k + 1)
-    last = last.scatter_reduce(0, at.reshape(-1), query.reshape(-1), "amax").view(levels + 1, tokens_k + 1)
-    low, high = first[levels - 1], last[levels - 1]
-    for p in range(levels - 2, -1, -1):
-        half = 1 << p
-        moved_low, moved_high = torch.full_like(low, nobody), torch.full_like(high, -1)
-        moved_low[half:], moved_high[half:] = low[:-half], high[:-half]
-        low = torch.minimum(first[p], torch.minimum(low, moved_low))
-        high = torch.maximum(last[p], torch.maximum(high, moved_high))
-    low, high = low[:tokens_k], high[:tokens_k] + 1
-    return torch.where(high > 0, low, 0), high
+_INT32 = (torch.int32,)
+_UINT8 = (torch.uint8,)
+_CLASS = (torch.uint8, torch.int32)
+_ROWS_A_CHUNK = 1024  # of the dense mask that density() counts
 
 
 class AttentionMask:
@@ -154,20 +43,13 @@ class AttentionMask:
     nobody sees them.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        metadata: tuple[torch.Tensor, ...],
-        *,
-        causal: bool = False,
-        window: int | None = None,
-    ) -> None:
+    def __init__(self, builder: builders.Builder, classes: builders.Classes | None = None) -> None:
         """For the builders; call those."""
-        self._kind = kind
-        self._metadata = metadata
-        self._causal = causal
-        self._window = window
+        self._builder = builder
+        self._classes = classes if classes is not None else builder.classes()
         self._rows: MaskRows | None = None
+        self._int_classes: builders.Classes | None = None
+        self._validate_if_cheap(None, None)
 
     @classmethod
     def packed(
@@ -191,25 +73,14 @@ class AttentionMask:
         Raises:
             TypeError, ValueError: wrong dtype or shape; on CPU also wrong values.
         """
-        expected = "[S+1] int32"
-        expect_tensor("cu_seqlens_q", cu_seqlens_q, expected, ndim=1, dtypes=(torch.int32,))
+        _expect_boundaries("cu_seqlens_q", cu_seqlens_q)
         if cu_seqlens_k is None:
             cu_seqlens_k = cu_seqlens_q
-        expect_tensor("cu_seqlens_k", cu_seqlens_k, expected, ndim=1, dtypes=(torch.int32,), like=cu_seqlens_q)
-        if cu_seqlens_q.shape[0] < 1:
-            wrong_value("cu_seqlens_q", "at least one boundary", cu_seqlens_q)
-        if cu_seqlens_k.shape != cu_seqlens_q.shape:
-            wrong_value("cu_seqlens_k", f"{cu_seqlens_q.shape[0]} boundaries, as cu_seqlens_q has", cu_seqlens_k)
-        if window is not None:
-            if isinstance(window, bool) or not isinstance(window, int):
-                wrong_type("window", "an int or None", window)
-            if window < 1:
-                wrong_value("window", "at least 1 key", window)
-            if not causal:
-                wrong_value("window", "None without causal=True", window)
-        mask = cls("packed", (cu_seqlens_q, cu_seqlens_k), causal=bool(causal), window=window)
-        mask._validate_if_cheap(None, None)
-        return mask
+        _expect_boundaries("cu_seqlens_k", cu_seqlens_k, like=cu_seqlens_q)
+        _expect_window(window)
+        if window is not None and not causal:
+            wrong_value("window", "None without causal=True", window)
+        return cls(builders.Packed(cu_seqlens_q, cu_seqlens_k, bool(causal), window))
 
     @classmethod
     def prefix(cls, cu_seqlens: torch.Tensor, prefix_lengths: torch.Tensor) -> AttentionMask:
@@ -219,13 +90,96 @@ class AttentionMask:
             cu_seqlens: int32 [S+1], boundaries of the samples.
             prefix_lengths: int32 [S], tokens in each sample's prefix, at most the sample's length.
         """
-        expect_tensor("cu_seqlens", cu_seqlens, "[S+1] int32", ndim=1, dtypes=(torch.int32,))
-        expect_tensor("prefix_lengths", prefix_lengths, "[S] int32", ndim=1, dtypes=(torch.int32,), like=cu_seqlens)
+        _expect_boundaries("cu_seqlens", cu_seqlens)
+        expect_tensor("prefix_lengths", prefix_lengths, "[S] int32", ndim=1, dtypes=_INT32, like=cu_seqlens)
         if prefix_lengths.shape[0] != cu_seqlens.shape[0] - 1:
             wrong_value("prefix_lengths", f"{cu_seqlens.shape[0] - 1} lengths, one per sample", prefix_lengths)
-        mask = cls("prefix", (cu_seqlens, prefix_lengths))
-        mask._validate_if_cheap(None, None)
-        return mask
+        return cls(builders.Prefix(cu_seqlens, prefix_lengths))
+
+    @classmethod
+    def multimodal(
+        cls,
+        cu_seqlens: torch.Tensor,
+        modality_ids: torch.Tensor,
+        span_ids: torch.Tensor,
+        *,
+        bidirectional: Sequence[int] = (Modality.IMAGE,),
+        window: int | None = None,
+    ) -> AttentionMask:
+        """Causal self attention, and both ways inside a span of a bidirectional modality (Gemma 3, PaliGemma).
+
+            j <= i, or i and j in one span;  with a window also j > i - window
+
+        Args:
+            cu_seqlens: int32 [S+1], boundaries of the samples.
+            modality_ids: uint8 [T], below 32.
+            span_ids: int32 [T], which image (or other span) a token is part of, -1 for none. The tokens of a span lie
+                side by side in one sample.
+            bidirectional: modalities whose spans see both ways; elsewhere span_ids do not count.
+            window: a query sees at most the last `window` keys up to itself, in its own span too; what comes after it
+                in its span it sees whole.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape; on CPU also wrong values.
+        """
+        _expect_boundaries("cu_seqlens", cu_seqlens)
+        expect_tensor("modality_ids", modality_ids, "[T] uint8", ndim=1, dtypes=_UINT8, like=cu_seqlens)
+        expect_tensor("span_ids", span_ids, "[T] int32", ndim=1, dtypes=_INT32, like=cu_seqlens)
+        if span_ids.shape != modality_ids.shape:
+            wrong_value("span_ids", f"{list(modality_ids.shape)} like modality_ids", span_ids)
+        _expect_window(window)
+        bits = _bits("bidirectional", bidirectional)
+        return cls(builders.Multimodal(cu_seqlens, modality_ids, span_ids.contiguous(), bits, window))
+
+    @classmethod
+    def media(
+        cls,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        media_ids_q: torch.Tensor,
+        media_ids_k: torch.Tensor,
+        *,
+        mode: Literal["last", "all_previous", "own"] = "last",
+    ) -> AttentionMask:
+        """Cross attention from text to the media interleaved with it (Flamingo, Mllama), sample by sample.
+
+        A query of medium m sees the keys
+
+            "last"          of the last medium there is with an id up to m
+            "all_previous"  of every medium with an id up to m
+            "own"           of medium m, and nothing if it is not there
+
+        Args:
+            cu_seqlens_q: int32 [S+1], boundaries of the text of each sample.
+            cu_seqlens_k: int32 [S+1], boundaries of the media tokens of each sample.
+            media_ids_q: int32 [Tq], the last medium before each text token, negative for none: such a query sees
+                nothing.
+            media_ids_k: int32 [Tk], the medium that each key is a token of, at least 0, never falling inside a sample
+                (mode "own" takes any order, and keys of a negative id, which nobody sees).
+            mode: see above.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape; on CPU also wrong values.
+        """
+        _expect_boundaries("cu_seqlens_q", cu_seqlens_q)
+        _expect_boundaries("cu_seqlens_k", cu_seqlens_k, like=cu_seqlens_q)
+        expect_tensor("media_ids_q", media_ids_q, "[Tq] int32", ndim=1, dtypes=_INT32, like=cu_seqlens_q)
+        expect_tensor("media_ids_k", media_ids_k, "[Tk] int32", ndim=1, dtypes=_INT32, like=cu_seqlens_q)
+        if mode not in ("last", "all_previous", "own"):
+            raise ValueError(f"mode: expected 'last', 'all_previous' or 'own', got {describe(mode)}")
+        return cls(builders.Media(cu_seqlens_q, cu_seqlens_k, media_ids_q, media_ids_k.contiguous(), mode))
+
+    @classmethod
+    def cross_only(cls, cu_seqlens: torch.Tensor, modality_ids: torch.Tensor) -> AttentionMask:
+        """A token sees the tokens of the other modalities of its own sample, and no others (ERNIE-M).
+
+        Args:
+            cu_seqlens: int32 [S+1], boundaries of the samples.
+            modality_ids: uint8 [T], below 32, in any order.
+        """
+        _expect_boundaries("cu_seqlens", cu_seqlens)
+        expect_tensor("modality_ids", modality_ids, "[T] uint8", ndim=1, dtypes=_UINT8, like=cu_seqlens)
+        return cls(builders.CrossOnly(cu_seqlens, modality_ids))
 
     @classmethod
     def from_rows(
@@ -239,53 +193,77 @@ class AttentionMask:
         class_q: torch.Tensor | None = None,
         class_k: torch.Tensor | None = None,
     ) -> AttentionMask:
-        """Any interval per query: query i sees the keys lo[i] <= j < hi[i].
+        """Any interval per query, and inside it any spans and classes.
+
+            visible(i, j) = lo[i] <= j < hi[i]
+                            and (span_q[i] == span_k[j] or allow_q[i] >> class_k[j] & 1)
+
+        Of the last two terms those count that are given; with neither, the interval alone decides.
 
         Args:
             lo, hi: int32 [Tq], 0 <= lo <= hi <= Tk.
-            span_q, span_k, allow_q, class_q, class_k: not supported yet.
+            span_q, span_k: int32 [Tq], [Tk], both or none; equal is equal, so "in no span" is a number of its own on
+                each side.
+            allow_q: int32 [Tq], one bit for each class of keys that the query may see; needs class_k.
+            class_q, class_k: uint8 or int32 [Tq], [Tk], in [0, 32); class_q is for a pair bias, which needs both.
         """
-        for name, value in (
-            ("span_q", span_q),
-            ("span_k", span_k),
-            ("allow_q", allow_q),
-            ("class_q", class_q),
-            ("class_k", class_k),
+        expect_tensor("lo", lo, "[Tq] int32", ndim=1, dtypes=_INT32)
+        expect_tensor("hi", hi, "[Tq] int32", ndim=1, dtypes=_INT32, like=lo)
+        for name, value, dtypes in (
+            ("span_q", span_q, _INT32),
+            ("allow_q", allow_q, _INT32),
+            ("class_q", class_q, _CLASS),
         ):
             if value is not None:
-                not_yet(name, value)
-        expect_tensor("lo", lo, "[Tq] int32", ndim=1, dtypes=(torch.int32,))
-        expect_tensor("hi", hi, "[Tq] int32", ndim=1, dtypes=(torch.int32,), like=lo)
-        if lo.shape != hi.shape:
-            wrong_value("hi", f"{list(lo.shape)} like lo", hi)
-        mask = cls("rows", (lo.contiguous(), hi.contiguous()))
-        mask._validate_if_cheap(None, None)
+                expect_tensor(name, value, f"[Tq] {_names(dtypes)}", ndim=1, dtypes=dtypes, like=lo)
+        for name, value, dtypes in (("span_k", span_k, _INT32), ("class_k", class_k, _CLASS)):
+            if value is not None:
+                expect_tensor(name, value, f"[Tk] {_names(dtypes)}", ndim=1, dtypes=dtypes, like=lo)
+        for name, value in (("hi", hi), ("span_q", span_q), ("allow_q", allow_q), ("class_q", class_q)):
+            if value is not None and value.shape != lo.shape:
+                wrong_value(name, f"{list(lo.shape)} like lo", value)
+        if (span_q is None) != (span_k is None):
+            raise ValueError("span_q, span_k: expected both or neither")
+        if allow_q is not None and class_k is None:
+            wrong_value("class_k", "the class of each key, which allow_q speaks of", class_k)
+        if class_q is not None and class_k is None:
+            wrong_value("class_k", "the class of each key, as class_q is given", class_k)
+        if span_k is not None and class_k is not None and span_k.shape != class_k.shape:
+            wrong_value("class_k", f"{list(span_k.shape)} like span_k", class_k)
+        rows = (lo.contiguous(), hi.contiguous(), span_q, span_k, allow_q)
+        return cls(builders.FromRows(*rows, class_q, class_k))
+
+    def with_classes(self, class_q: torch.Tensor, class_k: torch.Tensor | None = None) -> AttentionMask:
+        """The same mask with classes for a pair bias; `multimodal` and `cross_only` have their modalities already.
+
+        Args:
+            class_q: uint8 or int32 [Tq], in [0, 32).
+            class_k: the same for the keys [Tk]; None: class_q (self attention).
+        """
+        class_k = class_q if class_k is None else class_k
+        device = self._builder.tensors()[0]
+        expect_tensor("class_q", class_q, f"[Tq] {_names(_CLASS)}", ndim=1, dtypes=_CLASS, like=device)
+        expect_tensor("class_k", class_k, f"[Tk] {_names(_CLASS)}", ndim=1, dtypes=_CLASS, like=device)
+        mask = AttentionMask(self._builder, (class_q, class_k))
+        mask._rows = self._rows
         return mask
-
-    @classmethod
-    def multimodal(cls, *args: object, **kwargs: object) -> AttentionMask:
-        """Causal, and both ways inside an image span: not supported yet."""
-        raise NotImplementedError("AttentionMask.multimodal: not supported yet; from_rows takes any interval per query")
-
-    @classmethod
-    def media(cls, *args: object, **kwargs: object) -> AttentionMask:
-        """Interleaved cross-attention from text to media: not supported yet."""
-        raise NotImplementedError("AttentionMask.media: not supported yet; from_rows takes any interval per query")
-
-    @classmethod
-    def cross_only(cls, *args: object, **kwargs: object) -> AttentionMask:
-        """A token sees only the other modalities of its sample: not supported yet."""
-        raise NotImplementedError("AttentionMask.cross_only: not supported yet")
 
     @property
     def device(self) -> torch.device:
         """Where the metadata lies."""
-        return self._metadata[0].device
+        return self._builder.tensors()[0].device
+
+    @property
+    def classes(self) -> builders.Classes | None:
+        """Class of each query [Tq] and key [Tk] for a pair bias; None when there are none."""
+        return self._classes
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionMask:
         """The same mask on another device."""
-        moved = tuple(x.to(device, non_blocking=non_blocking) for x in self._metadata)
-        return AttentionMask(self._kind, moved, causal=self._causal, window=self._window)
+        classes = self._classes
+        if classes is not None:
+            classes = classes[0].to(device, non_blocking=non_blocking), classes[1].to(device, non_blocking=non_blocking)
+        return AttentionMask(self._builder.to(device, non_blocking), classes)
 
     def rows(self, tokens_q: int, tokens_k: int) -> MaskRows:
         """The kernels' view for so many queries and keys; laid out once, then kept.
@@ -304,6 +282,27 @@ class AttentionMask:
             )
         return self._rows
 
+    def rows_with_classes(self, tokens_q: int, tokens_k: int, table: tuple[int, int]) -> MaskRows:
+        """`rows`, and the classes as indices into a pair bias of `table` = (Cq, Ck) entries a head.
+
+        Raises:
+            ValueError: the mask has no classes, of other sizes than q and k, or (CPU metadata) beyond the table.
+        """
+        rows = self.rows(tokens_q, tokens_k)
+        if self._classes is None:
+            raise ValueError("mask: expected classes for a pair_bias (multimodal, cross_only, or with_classes)")
+        for name, ids, tokens in (("class_q", self._classes[0], tokens_q), ("class_k", self._classes[1], tokens_k)):
+            if ids.shape[0] != tokens:
+                wrong_value(f"mask: {name}", f"[{tokens}], one per token", ids)
+        if self._int_classes is None:
+            self._int_classes = self._classes[0].int().contiguous(), self._classes[1].int().contiguous()
+        if self._values_are_cheap():
+            for name, ids, size in zip(("class_q", "class_k"), self._int_classes, table, strict=True):
+                builders.expect_all(
+                    f"mask: {name}", f"classes in [0, {size}) for pair_bias", (ids >= 0) & (ids < size), ids
+                )
+        return rows._replace(class_q=self._int_classes[0], class_k=self._int_classes[1])
+
     def to_dense(self, tokens_q: int | None = None, tokens_k: int | None = None) -> torch.Tensor:
         """bool [Tq, Tk]: for tests and pictures, never for a kernel.
 
@@ -312,17 +311,36 @@ class AttentionMask:
                 CUDA metadata).
         """
         rows = self.rows(*self._sizes(tokens_q, tokens_k))
-        return reference.visible(rows.lo, rows.hi, rows.first_q.shape[0])
+        return reference.visible(rows, rows.first_q.shape[0])
 
     def density(self, tokens_q: int | None = None, tokens_k: int | None = None) -> float:
         """Visible pairs over Tq Tk (0 when there are none). Syncs with a CUDA device."""
         rows = self.rows(*self._sizes(tokens_q, tokens_k))
         tokens_q, tokens_k = rows.lo.shape[0], rows.first_q.shape[0]
-        return (rows.hi.long() - rows.lo.long()).clamp(min=0).sum().item() / max(tokens_q * tokens_k, 1)
+        if rows.span_q is None:
+            seen = (rows.hi.long() - rows.lo.long()).clamp(min=0).sum().item()
+        else:
+            along_q = [rows.lo, rows.hi, rows.span_q, rows.allow_q]
+            chunks = zip(*(x.split(_ROWS_A_CHUNK) for x in along_q if x is not None), strict=True)
+            seen = sum(
+                reference.visible(rows._replace(lo=lo, hi=hi, span_q=span, allow_q=allow), tokens_k).sum().item()
+                for lo, hi, span, allow in chunks
+            )
+        return seen / max(tokens_q * tokens_k, 1)
 
-    def plot(self, path: str) -> None:
-        """A picture of the visited tiles: not supported yet."""
-        raise NotImplementedError("AttentionMask.plot: not supported yet")
+    def plot(self, path: str, *, tile: tuple[int, int] = (TILE_Q, TILE_K)) -> None:
+        """Write a picture of the tiles that are skipped, masked and computed whole, with the modalities coloured.
+
+        Args:
+            path: where to; the suffix names the format (png, svg, pdf).
+            tile: queries and keys of a tile; by default those of the kernels' tile map.
+        """
+        from .plot import plot_mask
+
+        if len(tile) != 2 or min(tile) < 1:
+            wrong_value("tile", "two sizes of at least 1", tile)
+        rows = self.rows(*self._sizes(None, None))
+        plot_mask(str(path), rows, self._classes, tile, f"{type(self._builder).__name__}, density {self.density():.1%}")
 
     def validate(self, tokens_q: int | None = None, tokens_k: int | None = None) -> None:
         """Check the values of the metadata, with a host sync on CUDA metadata.
@@ -333,38 +351,28 @@ class AttentionMask:
         Raises:
             ValueError: names the argument and the first offending place.
         """
-        first, second = self._metadata
-        if self._kind == "rows":
-            _expect_all("lo", "at least 0", first >= 0, first)
-            _expect_all("hi", "at least lo", second >= first, second)
-            _expect_all("hi", f"at most {tokens_k} keys", second <= _or_any(tokens_k), second)
-            if tokens_q is not None and first.shape[0] != tokens_q:
-                wrong_value("lo", f"[{tokens_q}] rows, one per query", first)
-            return
-        suffix = "" if self._kind == "prefix" else "_q"
-        _validate_boundaries("cu_seqlens" + suffix, first, tokens_q)
-        if self._kind == "packed":
-            _validate_boundaries("cu_seqlens_k", second, tokens_k)
-            return
-        length = first[1:] - first[:-1]
-        _expect_all(
-            "prefix_lengths", "at least 0, at most its sample's length", (second >= 0) & (second <= length), second
-        )
+        self._builder.validate(tokens_q, tokens_k)
+        if self._classes is not None:
+            for name, ids in zip(("class_q", "class_k"), self._classes, strict=True):
+                builders.expect_all(name, f"classes in [0, {MAX_MODALITIES})", builders.is_class(ids), ids)
+
+    def _values_are_cheap(self) -> bool:
+        """Whether values may be looked at: never while tracing, on a GPU only in debugging."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        return self.device.type == "cpu" or VALIDATE_ON_DEVICE
 
     def _validate_if_cheap(self, tokens_q: int | None, tokens_k: int | None) -> None:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return
-        if self.device.type == "cpu" or VALIDATE_ON_DEVICE:
+        if self._values_are_cheap():
             self.validate(tokens_q, tokens_k)
 
     def _sizes(self, tokens_q: int | None, tokens_k: int | None) -> tuple[int, int]:
-        first, second = self._metadata
         if self._rows is not None:
             known = self._rows.lo.shape[0], self._rows.first_q.shape[0]
-        elif self._kind == "rows":
-            known = first.shape[0], int(second.max()) if second.numel() else 0
+        elif tokens_q is None or tokens_k is None:
+            known = self._builder.ends()
         else:
-            known = int(first[-1]), int((second if self._kind == "packed" else first)[-1])
+            return tokens_q, tokens_k
         return known[0] if tokens_q is None else tokens_q, known[1] if tokens_k is None else tokens_k
 
     def _lay_out_for_keeps(self, tokens_q: int, tokens_k: int) -> MaskRows:
@@ -372,34 +380,45 @@ class AttentionMask:
             return self._lay_out(tokens_q, tokens_k)
         with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
             rows = self._lay_out(tokens_q, tokens_k)
-            return MaskRows(*(x.clone() if x.is_inference() else x for x in rows))
+            kept = [x.clone() if x is not None and x.is_inference() else x for x in rows]
+            return MaskRows(*kept)  # type: ignore[arg-type]
 
     def _lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
-        first, second = self._metadata
-        if self._kind == "packed":
-            return _packed_rows(first, second, self._causal, self._window, tokens_q, tokens_k)
-        if self._kind == "prefix":
-            if tokens_q != tokens_k:
-                wrong_value("mask", "as many queries as keys for a prefix mask", (tokens_q, tokens_k))
-            return _prefix_rows(first, second, tokens_q)
-        if first.shape[0] != tokens_q:
-            wrong_value("mask", f"{tokens_q} rows, one per query", first)
-        return MaskRows(first, second, *query_hull(first, second, tokens_k))
+        rows = self._builder.lay_out(tokens_q, tokens_k)
+        if rows.span_q is None:
+            return rows
+        return rows._replace(tiles=pack_states(tile_states(rows, tokens_k)))
 
 
-def _or_any(limit: int | None) -> int:
-    return torch.iinfo(torch.int32).max if limit is None else limit
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _expect_all(name: str, expected: str, good: torch.Tensor, values: torch.Tensor) -> None:
-    if not bool(good.all()):
-        at = int((~good).nonzero()[0, 0])
-        raise ValueError(f"{name}: expected {expected}, got {int(values[at])} at index {at}")
+def _expect_boundaries(name: str, cu_seqlens: torch.Tensor, like: torch.Tensor | None = None) -> None:
+    expect_tensor(name, cu_seqlens, "[S+1] int32", ndim=1, dtypes=_INT32, like=like)
+    if cu_seqlens.shape[0] < 1:
+        wrong_value(name, "at least one boundary", cu_seqlens)
+    if like is not None and cu_seqlens.shape != like.shape:
+        wrong_value(name, f"{like.shape[0]} boundaries, as cu_seqlens_q has", cu_seqlens)
 
 
-def _validate_boundaries(name: str, cu_seqlens: torch.Tensor, tokens: int | None) -> None:
-    _expect_all(name, "0 at index 0", cu_seqlens[:1] == 0, cu_seqlens)
-    falls = torch.cat([cu_seqlens.new_zeros(1), cu_seqlens[:-1]]) <= cu_seqlens
-    _expect_all(name, "boundaries that never fall", falls, cu_seqlens)
-    if tokens is not None:
-        _expect_all(name, f"at most {tokens} tokens", cu_seqlens <= tokens, cu_seqlens)
+def _expect_window(window: int | None) -> None:
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int):
+        wrong_type("window", "an int or None", window)
+    if window < 1:
+        wrong_value("window", "at least 1 key", window)
+
+
+def _bits(name: str, modalities: Sequence[int]) -> int:
+    if isinstance(modalities, (str, bytes, torch.Tensor)) or not isinstance(modalities, Sequence):
+        wrong_type(name, "a sequence of modalities", modalities)
+    bits = 0
+    for modality in modalities:
+        if isinstance(modality, bool) or not isinstance(modality, int):
+            wrong_type(name, "modalities, which are integers", modality)
+        if not 0 <= modality < MAX_MODALITIES:
+            wrong_value(name, f"modalities in [0, {MAX_MODALITIES})", modality)
+        bits |= 1 << modality
+    return bits

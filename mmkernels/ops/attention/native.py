@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mmkernels.runtime import native
+
+from .reference import MaskRows, Options, bias_gradient, sink_gradient
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -14,31 +18,36 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _launch(what: str, q: torch.Tensor, *args: torch.Tensor | float | None) -> None:
-    views = [native.view(a) if a is None or isinstance(a, torch.Tensor) else a for a in args]
+def _views(*values: torch.Tensor | float | None) -> list[Any]:
+    return [native.view(x) if x is None or isinstance(x, torch.Tensor) else x for x in values]
+
+
+def _launch(what: str, q: torch.Tensor, inputs: list[Any], outputs: list[Any], extras: list[Any]) -> None:
+    """The CUDA launchers take row intervals alone: api.py lets nothing else through to them."""
     if q.device.type == "cpu":
-        getattr(native.core(), f"launch_attention_{what}_cpu")(*views, native.threads())
+        launch = getattr(native.core(), f"launch_attention_{what}_cpu")
+        launch(*_views(*inputs, *outputs, *extras), native.threads())
         return
     with torch.cuda.device(q.device):
-        getattr(native.core(), f"launch_attention_{what}_cuda")(*views, native.stream(q))
+        launch = getattr(native.core(), f"launch_attention_{what}_cuda")
+        launch(*_views(*inputs, *outputs), native.stream(q))
+
+
+def _extras(rows: MaskRows, options: Options, row_sums: torch.Tensor | None) -> list[Any]:
+    pattern = [rows.span_q, rows.span_k, rows.allow_q, rows.bit_k, rows.tiles]
+    bias = [rows.class_q, rows.class_k, options.pair_bias, row_sums]
+    return [*pattern, *bias, options.sink, options.seed, options.dropout_p]
 
 
 def attention_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    first_q: torch.Tensor,
-    last_q: torch.Tensor,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [Tq, H, Dv] and lse [H, Tq]."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=lse_dtype, device=q.device)
-    _launch("fwd", q, q, k, v, lo, hi, first_q, last_q, scale, out, lse)
+    _launch("fwd", q, [q, k, v, *rows[:4], options.scale], [out, lse], _extras(rows, options, None))
     return out, lse
 
 
@@ -50,18 +59,28 @@ def attention_bwd(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    first_q: torch.Tensor,
-    last_q: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv, contiguous."""
+    rows: MaskRows,
+    options: Options,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv, dbias and dsink, contiguous; the last two empty where there is none."""
     grad_out, q, k, v, out = _rows(grad_out), _rows(q), _rows(k), _rows(v), _rows(out)
     grad_lse = grad_lse.contiguous() if grad_lse is not None else None
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(lse)
-    _launch(
-        "bwd", q, grad_out, grad_lse, q, k, v, out, lse, lo, hi, first_q, last_q, scale, dq, dk, dv, delta
-    )  # fmt: skip
-    return dq, dk, dv
+    delta, dbias, dsink = torch.empty_like(lse), lse.new_empty(0), lse.new_empty(0)
+    row_sums = None
+    if options.pair_bias is not None:
+        row_sums = lse.new_empty((q.shape[1], options.pair_bias.shape[2], q.shape[0]))  # [H, Ck, Tq]
+    inputs = [grad_out, grad_lse, q, k, v, out, lse, *rows[:4], options.scale]
+    _launch("bwd", q, inputs, [dq, dk, dv, delta], _extras(rows, options, row_sums))
+    if row_sums is not None:
+        dbias = bias_gradient(row_sums, rows, options)
+    if options.sink is not None:
+        dsink = sink_gradient(_delta(grad_out, out, grad_lse), lse, options.sink)
+    return dq, dk, dv, dbias, dsink
+
+
+def _delta(grad_out: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor | None) -> torch.Tensor:
+    """<do_i, out_i> - dlse_i: [H, Tq]."""
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    delta = torch.einsum("qhd,qhd->hq", grad_out.to(dtype), out.to(dtype))
+    return delta if grad_lse is None else delta - grad_lse

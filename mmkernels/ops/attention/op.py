@@ -1,11 +1,13 @@
 """The ops `mmkernels::attention_fwd` and `mmkernels::attention_bwd`: schema, fake, backward.
 
 q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> out [Tq, H, Dv] in q's dtype, lse [H, Tq] natural log (float32; float64
-for float64). lo, hi int32 [Tq] and first_q, last_q int32 [Tk] are the rows of an AttentionMask.
+for float64). The mask's eleven tensors are `reference.MaskRows`, what follows them `reference.Options`; backends get
+the two as such.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +15,27 @@ import torch
 from mmkernels.runtime.register import Op
 
 from . import native, reference
+from .reference import MaskRows, Options
 
 __all__ = ["attention_bwd_op", "attention_fwd_op"]
+
+_MASK = (
+    "Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, Tensor? span_q, Tensor? span_k, Tensor? allow_q,"
+    " Tensor? bit_k, Tensor? tiles, Tensor? class_q, Tensor? class_k"
+)
+_OPTIONS = "Tensor? pair_bias, Tensor? sink, Tensor? seed, float dropout_p, float scale"
+_NUM_MASK, _NUM_OPTIONS = len(MaskRows._fields), len(Options._fields)
+_NUM_EXTRA = _NUM_MASK + _NUM_OPTIONS
+
+
+def _structured(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend's function over MaskRows and Options, as one over the op's flat arguments."""
+
+    def flat(*args: Any) -> Any:
+        tensors, extra = args[:-_NUM_EXTRA], args[-_NUM_EXTRA:]
+        return run(*tensors, MaskRows(*extra[:_NUM_MASK]), Options(*extra[_NUM_MASK:]))
+
+    return flat
 
 
 def _triton_fwd(*args: Any) -> Any:
@@ -36,38 +57,56 @@ def _fwd_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> 
 
 
 def _bwd_fake(
-    grad_out: torch.Tensor, grad_lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+    grad_out: torch.Tensor,
+    grad_lse: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    options = Options(*rest[_NUM_MASK:-1])
+    small = (lse.new_empty(0 if x is None else x.shape) for x in (options.pair_bias, options.sink))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *small
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, lo, hi, first_q, last_q, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output, lo, hi, first_q, last_q)
+    *tensors, ctx.dropout_p, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, *rest = ctx.saved_tensors
+    saved = ctx.saved_tensors
     if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = attention_bwd_op(grad_out, grad_lse, q, k, v, out, *rest, ctx.scale, ctx.backend)
-    return (*grads, *(None,) * 6)
+        grad_out = torch.zeros_like(saved[3])
+    *grads, dbias, dsink = attention_bwd_op(grad_out, grad_lse, *saved, ctx.dropout_p, ctx.scale, ctx.backend)
+    has_bias, has_sink = saved[-3] is not None, saved[-2] is not None
+    options = (dbias if has_bias else None, dsink if has_sink else None, None, None, None)
+    return (*grads, *(None,) * _NUM_MASK, *options, None)
 
 
 attention_bwd_op = Op(
     "attention_bwd",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, float scale, str backend) -> (Tensor, Tensor, Tensor)",
-    impls={"native": native.attention_bwd, "triton": _triton_bwd, "reference": reference.attention_bwd},
+    f" {_MASK}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    impls={
+        "native": _structured(native.attention_bwd),
+        "triton": _structured(_triton_bwd),
+        "reference": _structured(reference.attention_bwd),
+    },
     fake=_bwd_fake,
 )
 
 attention_fwd_op = Op(
     "attention_fwd",
-    "(Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, float scale, str backend)"
-    " -> (Tensor, Tensor)",
-    impls={"native": native.attention_fwd, "triton": _triton_fwd, "reference": reference.attention_fwd},
+    f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_OPTIONS}, str backend) -> (Tensor, Tensor)",
+    impls={
+        "native": _structured(native.attention_fwd),
+        "triton": _structured(_triton_fwd),
+        "reference": _structured(reference.attention_fwd),
+    },
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,

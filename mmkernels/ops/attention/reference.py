@@ -1,55 +1,136 @@
-"""The oracle: plain PyTorch over the dense score matrix, float64-capable.
+"""The oracle: plain PyTorch over the dense score matrix, float64-capable, and what every backend is given.
 
-    s_ij  = scale <q_i, k_j>  for lo_i <= j < hi_i, else -inf          lse_i = log sum_j exp(s_ij)
-    p_ij  = exp(s_ij - lse_i)                                          out_i = sum_j p_ij v_j
+    s_ij  = scale <q_i, k_j> + bias[class_q_i, class_k_j]  where i sees j, else -inf
+    lse_i = log(exp(sink) + sum_j exp(s_ij))       p_ij = exp(s_ij - lse_i)       out_i = sum_j z_ij p_ij v_j
 
-and with do = dL/dout, dlse = dL/dlse, delta_i = <do_i, out_i> - dlse_i:
+with z_ij = 1 / (1 - dropout_p) for what dropout keeps and 0 for the rest (1 without dropout). With do = dL/dout,
+dlse = dL/dlse, dp_ij = z_ij <do_i, v_j> and delta_i = sum_j p_ij dp_ij - dlse_i:
 
-    ds_ij = p_ij (<do_i, v_j> - delta_i)
-    dq_i  = scale sum_j ds_ij k_j     dk_j = scale sum_i ds_ij q_i     dv_j = sum_i p_ij do_i
+    ds_ij = p_ij (dp_ij - delta_i)      dbias[a, b] = sum of ds_ij over i of class a, j of class b
+    dq_i  = scale sum_j ds_ij k_j       dk_j = scale sum_i ds_ij q_i       dv_j = sum_i z_ij p_ij do_i
+    dsink = -sum_i exp(sink - lse_i) delta_i
 
-A row that sees no key has lse = -inf and p = 0. Low-precision inputs are computed in float32.
+A row that sees no key has out 0, lse -inf, with or without a sink, and adds nothing to any gradient. Low-precision
+inputs are computed in float32.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-__all__ = ["attention_bwd", "attention_fwd", "visible"]
+__all__ = ["MaskRows", "Options", "attention_bwd", "attention_fwd", "bias_gradient", "keep", "sink_gradient", "visible"]
 
 
-def visible(lo: torch.Tensor, hi: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """Dense mask of row intervals: bool [Tq, Tk]."""
-    key = torch.arange(num_keys, device=lo.device)
-    return (lo[:, None] <= key) & (key < hi[:, None])
+class MaskRows(NamedTuple):
+    """A mask as the kernels read it: int32, lo to allow_q and class_q along the queries, the others along the keys.
+
+        visible(i, j) = lo[i] <= j < hi[i] and (no pattern, or span_q[i] == span_k[j], or allow_q[i] & bit_k[j] != 0)
+
+    first_q, last_q bound the queries that see a key. The pattern is four vectors, or none; a key has one bit, always.
+    `tiles` is its tile map (tiles.py). The classes index a pair bias and are given with one only.
+    """
+
+    lo: torch.Tensor
+    hi: torch.Tensor
+    first_q: torch.Tensor
+    last_q: torch.Tensor
+    span_q: torch.Tensor | None = None
+    span_k: torch.Tensor | None = None
+    allow_q: torch.Tensor | None = None
+    bit_k: torch.Tensor | None = None
+    tiles: torch.Tensor | None = None
+    class_q: torch.Tensor | None = None
+    class_k: torch.Tensor | None = None
+
+
+class Options(NamedTuple):
+    """What a call adds to q, k, v and the mask.
+
+    pair_bias [H, Cq, Ck] and sink [H] in the dtype of lse; seed int64 [1] of the dropout, given when dropout_p > 0.
+    """
+
+    pair_bias: torch.Tensor | None
+    sink: torch.Tensor | None
+    seed: torch.Tensor | None
+    dropout_p: float
+    scale: float
+
+
+def visible(rows: MaskRows, num_keys: int) -> torch.Tensor:
+    """Dense mask: bool [Tq, Tk]."""
+    key = torch.arange(num_keys, device=rows.lo.device)
+    seen = (rows.lo[:, None] <= key) & (key < rows.hi[:, None])
+    if rows.span_q is None or rows.span_k is None or rows.allow_q is None or rows.bit_k is None:
+        return seen
+    return seen & ((rows.span_q[:, None] == rows.span_k) | (rows.allow_q[:, None] & rows.bit_k != 0))
+
+
+def keep(seed: torch.Tensor, dropout_p: float, heads: int, tokens_q: int, tokens_k: int) -> torch.Tensor:
+    """What dropout keeps: bool [H, Tq, Tk], the same on every backend.
+
+    Philox 4x32-10 under the key `seed` at the counter (j, i // 4, h, 0) gives four words, one for each of four
+    queries; pair (i, j) of head h is kept if word i % 4, less its lowest bit, is below (1 - dropout_p) 2^31.
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    low = 0xFFFFFFFF
+
+    def mul(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """High and low word of a 32 x 32 bit product, without leaving the range of int64."""
+        high = ((a >> 16) * b + ((a & 0xFFFF) * b >> 16)) >> 16
+        return high, (((a >> 16) * b & 0xFFFF) << 16) + (a & 0xFFFF) * b & low
+
+    groups, device = (tokens_q + 3) // 4, seed.device
+    c0 = torch.arange(tokens_k, device=device).expand(heads, groups, tokens_k)
+    c1 = torch.arange(groups, device=device)[:, None].expand_as(c0)
+    c2 = torch.arange(heads, device=device)[:, None, None].expand_as(c0)
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & low, seed >> 32 & low
+    for _ in range(10):
+        (high_a, low_a), (high_b, low_b) = mul(0xD2511F53, c0), mul(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    words = torch.stack([c0, c1, c2, c3], 2).flatten(1, 2)[:, :tokens_q]
+    return words >> 1 < round((1 - dropout_p) * 2**31)
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
-    """p [H, Tq, Tk] and lse [H, Tq] from q [Tq, H, D], k [Tk, H, D] and mask [Tq, Tk]."""
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.where(mask, scores.softmax(-1), 0.0), torch.logsumexp(scores, dim=-1)
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, rows: MaskRows, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """p [H, Tq, Tk] and lse [H, Tq] from q [Tq, H, D], k [Tk, H, D] and seen [Tq, Tk]."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) * options.scale
+    if options.pair_bias is not None:
+        assert rows.class_q is not None and rows.class_k is not None
+        scores = scores + options.pair_bias.to(q.dtype)[:, rows.class_q.long()[:, None], rows.class_k.long()]
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if options.sink is not None:
+        sink = options.sink.to(q.dtype)[:, None, None].expand(-1, q.shape[0], 1)
+        scores = torch.cat([scores, sink.masked_fill(~seen.any(1)[:, None], -torch.inf)], -1)
+    p = scores.softmax(-1)[..., : k.shape[0]]
+    return torch.where(seen, p, 0.0), torch.logsumexp(scores, dim=-1)
+
+
+def _dropout(options: Options, heads: int, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """z [H, Tq, Tk]."""
+    if options.seed is None:
+        return None
+    return keep(options.seed, options.dropout_p, heads, *seen.shape).to(dtype) / (1 - options.dropout_p)
 
 
 def attention_fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    first_q: torch.Tensor,
-    last_q: torch.Tensor,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [Tq, H, Dv] in q's dtype and lse [H, Tq]; first_q and last_q only bound loops, and there are none here."""
+    """out [Tq, H, Dv] in q's dtype and lse [H, Tq]."""
     dtype, group = _compute_dtype(q), q.shape[1] // k.shape[1]
-    mask = visible(lo, hi, k.shape[0])
-    p, lse = _probabilities(q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1), mask, scale)
-    out = torch.einsum("hqk,khd->qhd", p, v.to(dtype).repeat_interleave(group, dim=1))
+    seen = visible(rows, k.shape[0])
+    p, lse = _probabilities(q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1), seen, rows, options)
+    z = _dropout(options, q.shape[1], seen, dtype)
+    out = torch.einsum("hqk,khd->qhd", p if z is None else p * z, v.to(dtype).repeat_interleave(group, dim=1))
     return out.to(q.dtype).contiguous(), lse
 
 
@@ -61,23 +142,50 @@ def attention_bwd(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    first_q: torch.Tensor,
-    last_q: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv in the dtypes of q, k and v; probabilities are computed again, `out` and `lse` are not needed."""
+    rows: MaskRows,
+    options: Options,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv in the dtypes of q, k, v, and dbias, dsink (empty where there is none).
+
+    Probabilities are computed again, `out` and `lse` are not needed.
+    """
     dtype, group = _compute_dtype(q), q.shape[1] // k.shape[1]
     x, do = q.to(dtype), grad_out.to(dtype)
     y, w = (t.to(dtype).repeat_interleave(group, dim=1) for t in (k, v))
-    p, _ = _probabilities(x, y, visible(lo, hi, k.shape[0]), scale)
+    seen = visible(rows, k.shape[0])
+    p, lse = _probabilities(x, y, seen, rows, options)
+    z = _dropout(options, q.shape[1], seen, dtype)
     dp = torch.einsum("qhd,khd->hqk", do, w)
-    dp = dp - (p * dp).sum(-1, keepdim=True)  # <do_i, out_i> without out's rounding
+    dp = dp if z is None else dp * z
+    delta = (p * dp).sum(-1)  # <do_i, out_i> without out's rounding
     if grad_lse is not None:
-        dp = dp + grad_lse.to(dtype)[..., None]
-    ds = p * dp * scale
-    dq = torch.einsum("hqk,khd->qhd", ds, y)
-    dk = torch.einsum("hqk,qhd->khd", ds, x).unflatten(1, (k.shape[1], group)).sum(2)
-    dv = torch.einsum("hqk,qhd->khd", p, do).unflatten(1, (k.shape[1], group)).sum(2)
-    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+        delta = delta - grad_lse.to(dtype)
+    ds = p * (dp - delta[..., None])
+    dq = torch.einsum("hqk,khd->qhd", ds * options.scale, y)
+    dk = torch.einsum("hqk,qhd->khd", ds * options.scale, x).unflatten(1, (k.shape[1], group)).sum(2)
+    dv = torch.einsum("hqk,qhd->khd", p if z is None else p * z, do).unflatten(1, (k.shape[1], group)).sum(2)
+    dbias, dsink = lse.new_empty(0), lse.new_empty(0)
+    if options.pair_bias is not None:
+        assert rows.class_k is not None
+        of_class = torch.arange(options.pair_bias.shape[2], device=q.device)[:, None] == rows.class_k
+        dbias = bias_gradient(torch.einsum("hqk,bk->hbq", ds, of_class.to(dtype)), rows, options)
+    if options.sink is not None:
+        dsink = sink_gradient(delta, lse, options.sink)
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dbias, dsink
+
+
+def bias_gradient(row_sums: torch.Tensor, rows: MaskRows, options: Options) -> torch.Tensor:
+    """dbias [H, Cq, Ck] from the sums of ds over the keys of each class: [H, Ck, Tq].
+
+    A product with a one-hot matrix: one order of summation, so the same input gives the same bits.
+    """
+    assert options.pair_bias is not None and rows.class_q is not None
+    of_class = rows.class_q[:, None] == torch.arange(options.pair_bias.shape[1], device=row_sums.device)
+    sums = row_sums.double() @ of_class.double()  # [H, Ck, Cq]
+    return sums.transpose(1, 2).to(options.pair_bias.dtype).contiguous()
+
+
+def sink_gradient(delta: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """dsink [H] from delta, lse [H, Tq]. A row that sees no key has no sink either."""
+    share = torch.where(lse == -torch.inf, 0.0, torch.exp(sink[:, None] - lse))
+    return -(share.double() * delta.double()).sum(1).to(sink.dtype)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._tl import cast, dot
+from mmkernels.ops._tl import cast, dot, generation
 
 from .triton_fwd import NUM_STAGES, NUM_WARPS, TRITON_TYPES, depth_block, pairs, rows_of, sigmoid_of_sign, similarity
 
@@ -35,9 +35,9 @@ SUPERBLOCK = 4096
 GRADIENT_UNIT = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 2.0**14}
 
 
-def _gradient_tile(dtype: torch.dtype) -> dict[str, int]:
-    # Three tf32 products for each float32 one need the room.
-    return {"BLOCK_M": 128, "BLOCK_N": 64} if dtype == torch.float32 else TILE
+def _gradient_tile(dtype: torch.dtype, major: int) -> dict[str, int]:
+    # Three tf32 products for each float32 one need the room; so does sm_100.
+    return {"BLOCK_M": 128, "BLOCK_N": 64} if dtype == torch.float32 or major >= 10 else TILE
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _feature_gradients(
     dx, dy = x.new_empty(n if need_x else 0, e), y.new_empty(m if need_y else 0, e)
     if n == 0 or e == 0:
         return dx, dy
-    size, tile = SUPERBLOCK, _gradient_tile(x.dtype)
+    size, tile = SUPERBLOCK, _gradient_tile(x.dtype, generation(x.device))
     unit = GRADIENT_UNIT[x.dtype]
     factor = factor / unit
     pair = pairs(x, y)
@@ -209,17 +209,18 @@ def aot_cases() -> list:
             "g_ptr": f"*{name}",
         }
         launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-        tile: dict[str, Any] = {"constexprs": {**_gradient_tile(dtype), "BLOCK_E": depth_block(dtype)}, **launch}
         lse = {"lse_q_ptr": "*fp64", "lse_k_ptr": "*fp64"}
-        cases += [
-            TritonCase(f"infonce_gradient_bwd[{name}]", _infonce_gradient_kernel, features | lse | sizes, **tile),
-            TritonCase(
-                f"siglip_gradient_bwd[{name}]",
-                _siglip_gradient_kernel,
-                features | {"bias_ptr": "*fp32"} | sizes,
-                **tile,
-            ),
-        ]
+        for major, archs in ((9, (80, 90)), (10, (100,))):
+            tile = _gradient_tile(dtype, major)
+            constexprs = {**tile, "BLOCK_E": depth_block(dtype)}
+            label = f"gradient_bwd[{name},{tile['BLOCK_M']}x{tile['BLOCK_N']},sm_{archs[0]}]"
+            for what, kernel, more in (
+                ("infonce", _infonce_gradient_kernel, lse),
+                ("siglip", _siglip_gradient_kernel, {"bias_ptr": "*fp32"}),
+            ):
+                signature = features | more | sizes
+                exact = {"archs": archs, "options": {"enable_fp_fusion": False}, **launch}
+                cases.append(TritonCase(f"{what}_{label}", kernel, signature, constexprs, **exact))
         operands = {"a_ptr": f"*{name}", "b_ptr": f"*{name}", "sum_ptr": "*fp32", "out_ptr": f"*{name}"}
         operands |= {"factor_ptr": "*fp32", "rows": "i32", "depth": "i32", "e": "i32:16"}
         operands |= {"stride_b": "i32:16", "stride_out": "i32:16", "first": "i32", "last": "i32"}

@@ -25,12 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._tl import dot
+from mmkernels.ops._tl import dot, generation
 
 __all__ = ["aot_cases", "infonce_fwd", "siglip_fwd"]
 
-# The epilogues hold three or four tiles of float32 at once: 32 elements of each in each of 256 threads. On sm_100 the
-# InfoNCE forward, the longest, spills at that size.
+# The epilogues hold three or four tiles of float32 at once: 32 elements of each in each of 256 threads. On sm_100 they
+# do not fit into the registers at that size.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64}
 SMALL_TILE = {"BLOCK_M": 64, "BLOCK_N": 64}
 NUM_WARPS, NUM_STAGES = 8, 3
@@ -208,8 +208,8 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _infonce_tile(device: torch.device) -> dict[str, int]:
-    return SMALL_TILE if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0) else TILE
+def _tile(major: int) -> dict[str, int]:
+    return SMALL_TILE if major >= 10 else TILE
 
 
 def _grid(n: int, m: int, tile: dict[str, int], device: torch.device) -> tuple[int, int, int]:
@@ -230,7 +230,7 @@ def infonce_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Ten
         zero = x.new_zeros((), dtype=torch.float32)
         return zero, lse[0].clone(), lse[1].clone(), zero.clone()
     pair = pairs(x, y)
-    tile = _infonce_tile(x.device)
+    tile = _tile(generation(x.device))
     groups, splits, split_size = _grid(n, m, tile, x.device)
     of_rows = x.new_empty(splits, 3, n, dtype=torch.float32)
     of_columns = x.new_empty(groups, 3, m, dtype=torch.float32)
@@ -287,13 +287,14 @@ def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: T
     """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
     x, y = rows_of(queries), rows_of(keys)
     (n, e), m = x.shape, y.shape[0]
-    row_tiles = triton.cdiv(n, TILE["BLOCK_M"])
-    _, splits, split_size = _grid(max(n, 1), max(m, 1), TILE, x.device)
+    tile = _tile(generation(x.device))
+    row_tiles = triton.cdiv(n, tile["BLOCK_M"])
+    _, splits, split_size = _grid(max(n, 1), max(m, 1), tile, x.device)
     sums = x.new_empty(row_tiles, splits, 3, dtype=torch.float32)
     if n > 0:
         _siglip_fwd_kernel[(row_tiles, splits)](
             x, y, pairs(x, y), logit_scale, logit_bias, sums, n, m, e, x.stride(0), y.stride(0), split_size,
-            **TILE, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=False,
+            **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=False,
         )  # fmt: skip
     loss, by_scale, by_bias = sums.sum((0, 1), dtype=torch.float64).div(max(n, 1)).float().unbind()
     return loss.clone(), by_scale.clone(), by_bias.clone()
@@ -314,15 +315,16 @@ def aot_cases() -> list:
     for dtype, name in TRITON_TYPES.items():
         features = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "pair_ptr": "*fp32", "scale_ptr": "*fp32"}
         launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-        statistics = {"row_ptr": "*fp32", "column_ptr": "*fp32"}
         for tile, archs in ((TILE, (80, 90)), (SMALL_TILE, (100,))):
             constexprs = {**tile, "BLOCK_E": depth_block(dtype)}
-            label = f"infonce_fwd[{name},{tile['BLOCK_M']}x{tile['BLOCK_N']}]"
-            signature = features | statistics | sizes
-            cases.append(TritonCase(label, _infonce_fwd_kernel, signature, constexprs, archs=archs, **launch))
-        signature = features | {"bias_ptr": "*fp32", "sums_ptr": "*fp32"} | sizes
-        constexprs = {**TILE, "BLOCK_E": depth_block(dtype)}
-        cases.append(TritonCase(f"siglip_fwd[{name}]", _siglip_fwd_kernel, signature, constexprs, **launch))
+            label = f"[{name},{tile['BLOCK_M']}x{tile['BLOCK_N']}]"
+            for what, kernel, more in (
+                ("infonce", _infonce_fwd_kernel, {"row_ptr": "*fp32", "column_ptr": "*fp32"}),
+                ("siglip", _siglip_fwd_kernel, {"bias_ptr": "*fp32", "sums_ptr": "*fp32"}),
+            ):
+                signature = features | more | sizes
+                exact = {"archs": archs, "options": {"enable_fp_fusion": False}, **launch}
+                cases.append(TritonCase(f"{what}_fwd{label}", kernel, signature, constexprs, **exact))
         signature = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "pair_ptr": "*fp32", "n": "i32"}
         signature |= dict.fromkeys(("e", "stride_x", "stride_y"), "i32:16")
         cases.append(TritonCase(f"pairs[{name}]", _pairs_kernel, signature, PAIRS_BLOCK))

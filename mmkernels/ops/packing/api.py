@@ -1,4 +1,4 @@
-"""Public functions that move and pool rows of packed tokens."""
+"""Public functions that move and pool rows of packed tokens; those for images are in vision.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from mmkernels.ops._checks import expect_tensor, not_yet, wrong_type, wrong_value
+from mmkernels.ops._checks import FLOATING, expect_tensor, wrong_type, wrong_value
 from mmkernels.ops.packing import op
 from mmkernels.runtime.backends import resolve
 
-__all__ = ["pack", "pad", "segment_pool", "unpack", "unpad"]
+__all__ = ["embed_splice", "pack", "pad", "segment_pool", "unpack", "unpad"]
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -46,7 +46,7 @@ def pack(
 
     Args:
         sources: [R, ...] floating point; or a sequence of tensors with equal trailing dimensions and dtype, whose rows
-            are numbered one after the other (they are concatenated first).
+            are numbered one after the other. Up to four are read where they lie; more are concatenated first.
         index: [T] int64 (int32 is converted), each in [-1, R). Checked on CPU always; on a GPU, where the check would
             wait for the device, when the environment has MMKERNELS_VALIDATE=1.
         backend: None for the fastest that can serve, or one of "native", "triton", "reference".
@@ -58,17 +58,21 @@ def pack(
         TypeError, ValueError: a wrong argument, by name.
         BackendError: the backend asked for cannot serve.
     """
-    source = _one_source(sources)
-    expect_tensor("index", index, "[T] int64", ndim=1, dtypes=_INTEGERS, like=source)
-    out = op.gather(_flat(source), index.long(), resolve("packing", source, backend))
-    return out.reshape(index.shape[0], *source.shape[1:])
+    parts = _sources(sources)
+    first = parts[0]
+    expect_tensor("index", index, "[T] int64", ndim=1, dtypes=_INTEGERS, like=first)
+    if len(parts) > op.MAX_SOURCES:
+        parts = [torch.cat(parts)]
+    flat = [_flat(part) for part in parts] + [None] * (op.MAX_SOURCES - len(parts))
+    out = op.gather(*flat, index.long(), resolve("packing", first, backend))
+    return out.reshape(index.shape[0], *first.shape[1:])
 
 
-def _one_source(sources: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+def _sources(sources: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
     expected = "[R, ...] floating point"
     if isinstance(sources, torch.Tensor):
         _check_rows("sources", sources, expected)
-        return sources
+        return [sources]
     if not isinstance(sources, Sequence) or len(sources) == 0:
         wrong_type("sources", "a tensor or a sequence of at least one tensor", sources)
     for i, source in enumerate(sources):
@@ -76,7 +80,55 @@ def _one_source(sources: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         first = sources[0]
         if source.shape[1:] != first.shape[1:] or source.dtype != first.dtype or source.device != first.device:
             wrong_value(f"sources[{i}]", f"rows like those of sources[0], {list(first.shape)} {first.dtype}", source)
-    return sources[0] if len(sources) == 1 else torch.cat(list(sources))
+    return list(sources)
+
+
+def embed_splice(
+    token_ids: torch.Tensor,
+    table: torch.Tensor,
+    features: torch.Tensor,
+    dst_index: torch.Tensor,
+    *,
+    padding_idx: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Embedding lookup with features put in place of placeholders: `out = table[token_ids]; out[dst_index] = features`.
+
+    One pass over the tokens, no mask and no intermediate. The gradient of the table sums its tokens' gradients (in
+    float32 for low-precision dtypes, in ascending order: bitwise reproducible), that of the features is a gather; what
+    needs no gradient costs none.
+
+    Args:
+        token_ids: [T] int64 (int32 is converted), each in [0, V) where no feature goes; elsewhere anything, such as a
+            placeholder outside the vocabulary.
+        table: [V, E] floating point.
+        features: [F, E], of the table's dtype.
+        dst_index: [F] int64 (int32 is converted): the token that each feature replaces, each token once; -1 leaves a
+            feature out. Bounds and repeats are checked on CPU always; on a GPU, where the check would wait for the
+            device, when the environment has MMKERNELS_VALIDATE=1 (unchecked, the last of several features wins).
+        padding_idx: a row of the table that gets no gradient, as in `torch.nn.Embedding`.
+        backend: as in `pack`.
+
+    Returns:
+        [T, E].
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+        BackendError: the backend asked for cannot serve.
+    """
+    expect_tensor("table", table, "[V, E] floating point", ndim=2)
+    expected = f"[F, {table.shape[1]}] {str(table.dtype).removeprefix('torch.')}"
+    expect_tensor("features", features, expected, ndim=2, like=table, dtypes=(table.dtype,))
+    if features.shape[1] != table.shape[1]:
+        wrong_value("features", expected, features)
+    expect_tensor("token_ids", token_ids, "[T] int64", ndim=1, dtypes=_INTEGERS, like=table)
+    expect_tensor("dst_index", dst_index, "[F] int64", ndim=1, dtypes=_INTEGERS, like=table)
+    if dst_index.shape[0] != features.shape[0]:
+        wrong_value("dst_index", f"one entry for each of the {features.shape[0]} features", dst_index)
+    if padding_idx is not None and not 0 <= padding_idx < table.shape[0]:
+        wrong_value("padding_idx", f"None or a row in [0, {table.shape[0]})", padding_idx)
+    served = resolve("packing", table, backend)
+    return op.embed_splice(table, features, token_ids.long(), dst_index.long(), padding_idx, served)[0]
 
 
 def unpack(
@@ -117,19 +169,26 @@ def unpack(
 
 
 def segment_pool(
-    x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str = "mean", *, backend: str | None = None
+    x: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    mode: str = "mean",
+    *,
+    weights: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Pool each segment's rows to one: `out[s] = mode(x[cu_seqlens[s]:cu_seqlens[s+1]])`.
 
     Sums are taken in float32 for low-precision dtypes. An empty segment gives 0 in every mode and passes no gradient.
-    "max" is taken per feature; its gradient goes to the first of equal rows, and a NaN wins over every number. Rows
-    past `cu_seqlens[-1]` (padding, say) belong to no segment and get gradient 0.
+    "max" is taken per feature; its gradient goes to the first of equal rows, and a NaN wins over every number.
+    "weighted" is the sum of weights[t] x[t], differentiable in both; for a weighted mean divide the weights by their
+    segment's sum. Rows past `cu_seqlens[-1]` (padding, say) belong to no segment and get gradient 0.
 
     Args:
         x: [T, ...] floating point.
         cu_seqlens: [S+1] int32 (int64 is converted): begins with 0, does not decrease, ends with at most T. Checked on
             CPU always; on a GPU when the environment has MMKERNELS_VALIDATE=1.
-        mode: "mean", "sum", "max" or "first" (the segment's first row); "weighted" is not there yet.
+        mode: "mean", "sum", "max", "first" (the segment's first row) or "weighted".
+        weights: [T] floating point, for "weighted" alone; taken in float32 (float64 for float64 rows).
         backend: as in `pack`.
 
     Returns:
@@ -138,15 +197,24 @@ def segment_pool(
     Raises:
         TypeError, ValueError: a wrong argument, by name.
         BackendError: the backend asked for cannot serve.
-        NotImplementedError: mode "weighted".
     """
     _check_rows("x", x, "[T, ...] floating point")
-    if mode == "weighted":
-        not_yet("mode", mode)
-    if mode not in op.MODES:
-        wrong_value("mode", f"one of {', '.join(op.MODES)}", mode)
+    modes = (*op.MODES, "weighted")
+    if mode not in modes:
+        wrong_value("mode", f"one of {', '.join(modes)}", mode)
+    if (weights is not None) != (mode == "weighted"):
+        wrong_value("weights", "[T] floating point" if weights is None else f'None for mode "{mode}"', weights)
     cu_seqlens = _check_cu_seqlens(cu_seqlens, x)
-    out, _ = op.segment_pool(_flat(x), cu_seqlens, mode, resolve("packing", x, backend))
+    served = resolve("packing", x, backend)
+    if weights is None:
+        out, _ = op.segment_pool(_flat(x), cu_seqlens, mode, served)
+    else:
+        expected = f"[{x.shape[0]}] floating point"
+        expect_tensor("weights", weights, expected, ndim=1, dtypes=FLOATING, like=x)
+        if weights.shape[0] != x.shape[0]:
+            wrong_value("weights", expected, weights)
+        wide = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        out = op.weighted_pool(_flat(x), wide, cu_seqlens, served)
     return out.reshape(cu_seqlens.shape[0] - 1, *x.shape[1:])
 
 

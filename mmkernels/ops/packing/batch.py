@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mmkernels.ops._checks import FLOATING, expect_tensor, not_yet, wrong_type, wrong_value
-from mmkernels.ops.modality import MAX_MODALITIES, Modality
+from mmkernels.ops._checks import wrong_value
+from mmkernels.ops.packing import _batch_build, _batch_check, _batch_export, _batch_loss
+from mmkernels.ops.packing.media import Media, PackedMedia
 
-__all__ = ["IGNORE_LABEL", "NO_SAMPLE", "PackedBatch"]
-
-# What F.cross_entropy ignores by default; the sample id of padding.
-IGNORE_LABEL = -100
-NO_SAMPLE = -1
-
-_PER_TOKEN = ("tokens", "sample_ids", "position_ids", "modality_ids", "labels", "loss_weight")
+__all__ = ["PackedBatch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +28,16 @@ class PackedBatch:
         tokens: [T] int64 token ids (or any dtype, and trailing dimensions, that the samples have).
         cu_seqlens: [segments+1] int32: where each segment begins, from 0 to T.
         cu_seqlens_host: the same as a tuple, so that nobody needs to ask the device.
-        sample_ids: [T] int64: the id of each token's sample, NO_SAMPLE (-1) in padding.
-        position_ids: [T] int64, from 0 in each segment.
+        sample_ids: [T] int64: the id of each token's sample, -1 in padding.
+        position_ids: [T] int64, from 0 in each segment; or [3, T], positions in time, height and width.
         modality_ids: [T] uint8, see `Modality`; TEXT in padding.
+        span_ids: [T] int32: the number, in this batch, of the image, clip or recording that a token belongs to; -1 for
+            none. `AttentionMask.multimodal` takes it.
         padding: tokens in the padding segment; 0 if there is none.
-        labels: [T] int64 or None; IGNORE_LABEL (-100) in padding.
+        labels: [T] int64 or None, each a token's own label (not shifted); -100 where there is none, in padding too.
         loss_weight: [T] float32 or None; 0 in padding.
+        sample_weight: [S] float32 or None.
+        media: modality -> values, grid_thw and dst_index of its items.
     """
 
     tokens: torch.Tensor
@@ -47,72 +46,59 @@ class PackedBatch:
     sample_ids: torch.Tensor
     position_ids: torch.Tensor
     modality_ids: torch.Tensor
+    span_ids: torch.Tensor
     padding: int = 0
     labels: torch.Tensor | None = None
     loss_weight: torch.Tensor | None = None
+    sample_weight: torch.Tensor | None = None
+    media: Mapping[int, PackedMedia] = field(default_factory=dict)
 
     @classmethod
     def from_samples(
         cls,
-        samples: Sequence[torch.Tensor],
+        samples: Sequence[torch.Tensor | Sequence[torch.Tensor | Media]],
         *,
         capacity: int | None = None,
         sample_ids: Sequence[int] | None = None,
         modality_ids: Sequence[torch.Tensor] | None = None,
         labels: Sequence[torch.Tensor] | None = None,
         loss_weight: Sequence[torch.Tensor] | None = None,
+        sample_weight: Sequence[float] | None = None,
         pad_token: int = 0,
+        placeholder: int | Mapping[int, int] = 0,
+        mrope: bool = False,
     ) -> PackedBatch:
-        """Pack samples one after the other, whole, in the order given.
+        """Pack samples one after the other, whole, in the order given. Nothing is cut, dropped or resized.
 
         Args:
-            samples: token tensors [L_i, ...] of one dtype and device, usually 1-D ids; zero length is fine.
+            samples: each a tensor of tokens [L_i, ...], usually 1-D ids; or a sequence of parts in their order, token
+                ids [n] and `Media`. One dtype and device; zero length is fine.
             capacity: T; the tokens missing become the padding segment. None for no padding.
             sample_ids: an id >= 0 for each sample, such as the items of a plan's pack; default 0, 1, ...
-            modality_ids: [L_i] integers in [0, 32) for each sample; default `Modality.TEXT` everywhere.
-            labels: [L_i] integers for each sample.
+            modality_ids: [L_i] integers in [0, 32) for each sample; default what the parts say, `Modality.TEXT` for
+                tokens. Only for samples without media.
+            labels: [L_i] integers for each sample, tokens of media included.
             loss_weight: [L_i] floats for each sample.
+            sample_weight: a float >= 0 for each sample.
             pad_token: fills the padding.
+            placeholder: the token id of media, or modality -> id.
+            mrope: positions in time, height and width, [3, T], by the rule of `mrope_position_ids`; media without a
+                grid count like text.
 
         Raises:
             TypeError, ValueError: a wrong argument, by name; samples longer than the capacity.
         """
-        lengths = _check_samples(samples)
-        total = sum(lengths)
-        padding = 0 if capacity is None else capacity - total
-        if padding < 0:
-            raise ValueError(f"capacity: expected at least the {total} tokens of the samples, got {capacity}")
-        ids = list(range(len(samples))) if sample_ids is None else [int(i) for i in sample_ids]
-        if len(ids) != len(samples) or any(i < 0 for i in ids):
-            wrong_value("sample_ids", f"{len(samples)} ids >= 0", sample_ids)
-
-        segments = lengths + [padding] * (padding > 0)
-        ends = [0]
-        for length in segments:
-            ends.append(ends[-1] + length)
-        device = samples[0].device if samples else torch.device("cpu")
-        sizes = torch.tensor(segments, device=device, dtype=torch.int64)
-        begins = torch.tensor(ends[:-1], device=device, dtype=torch.int64)
-        owners = torch.tensor(ids + [NO_SAMPLE] * (padding > 0), device=device, dtype=torch.int64)
-        position = torch.arange(ends[-1], device=device) - begins.repeat_interleave(sizes, output_size=ends[-1])
-
-        def joined(name: str, parts: Sequence[torch.Tensor] | None, dtype: torch.dtype, fill: float) -> Any:
-            if parts is None:
-                return None
-            _check_parts(name, parts, lengths, dtype)
-            return _join([part.to(device, dtype) for part in parts], padding, fill, dtype, device)
-
-        kinds = joined("modality_ids", modality_ids, torch.uint8, Modality.TEXT)
         return cls(
-            tokens=_join(list(samples), padding, pad_token, torch.int64, device),
-            cu_seqlens=torch.tensor(ends, device=device, dtype=torch.int32),
-            cu_seqlens_host=tuple(ends),
-            sample_ids=owners.repeat_interleave(sizes, output_size=ends[-1]),
-            position_ids=position,
-            modality_ids=torch.zeros_like(position, dtype=torch.uint8) if kinds is None else kinds,
-            padding=padding,
-            labels=joined("labels", labels, torch.int64, IGNORE_LABEL),
-            loss_weight=joined("loss_weight", loss_weight, torch.float32, 0.0),
+            **_batch_build.fields(
+                samples,
+                capacity=capacity,
+                sample_ids=sample_ids,
+                per_token={"modality_ids": modality_ids, "labels": labels, "loss_weight": loss_weight},
+                sample_weight=sample_weight,
+                pad_token=pad_token,
+                placeholder=placeholder,
+                mrope=mrope,
+            )
         )
 
     @property
@@ -141,9 +127,12 @@ class PackedBatch:
         """Tokens of the longest segment, padding included; 0 in an empty batch."""
         return max(self.lengths, default=0)
 
-    def _with_tensors(self, function: Any) -> PackedBatch:
+    def _with_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changed = {name: function(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        changed: dict[str, Any] = {
+            name: function(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)
+        }
+        changed["media"] = {modality: media.map(function) for modality, media in self.media.items()}
         return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
@@ -154,6 +143,41 @@ class PackedBatch:
         """The same batch in page-locked memory; DataLoader(pin_memory=True) calls this."""
         return self._with_tensors(lambda tensor: tensor.pin_memory())
 
+    def split(self, chunk_size: int) -> list[PackedBatch]:
+        """Batches of `chunk_size` samples each, the last one smaller; `GradCache` calls this.
+
+        The chunks are views of this batch. Padding belongs to no sample and is left out; a batch without samples is one
+        chunk without any.
+        """
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            wrong_value("chunk_size", "an integer >= 1", chunk_size)
+        firsts = range(0, max(self.num_samples, 1), chunk_size)
+        return [self._samples(first, min(first + chunk_size, self.num_samples)) for first in firsts]
+
+    def _samples(self, first: int, last: int) -> PackedBatch:
+        """Samples [first, last) without padding."""
+        begin, end = self.cu_seqlens_host[first], self.cu_seqlens_host[last]
+        media = {modality: media.between(begin, end) for modality, media in self.media.items()}
+        spans_before = sum(start < begin for media in self.media.values() for start in media.starts_host)
+        span_ids = self.span_ids[begin:end]
+
+        def cut(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else value[begin:end]
+
+        return PackedBatch(
+            tokens=self.tokens[begin:end],
+            cu_seqlens=self.cu_seqlens[first : last + 1] - begin,
+            cu_seqlens_host=tuple(value - begin for value in self.cu_seqlens_host[first : last + 1]),
+            sample_ids=self.sample_ids[begin:end],
+            position_ids=self.position_ids[..., begin:end],
+            modality_ids=self.modality_ids[begin:end],
+            span_ids=torch.where(span_ids < 0, span_ids, span_ids - spans_before),
+            labels=cut(self.labels),
+            loss_weight=cut(self.loss_weight),
+            sample_weight=None if self.sample_weight is None else self.sample_weight[first:last],
+            media={modality: items for modality, items in media.items() if items is not None},
+        )
+
     def validate(self) -> PackedBatch:
         """Check every invariant, reading the tensors (waits for a GPU).
 
@@ -163,138 +187,79 @@ class PackedBatch:
         Raises:
             ValueError: the first broken invariant, by name.
         """
-        host, total = self.cu_seqlens_host, self.num_tokens
-        _require(len(host) > 0 and host[0] == 0, "cu_seqlens", "begins with 0", host[:1])
-        _require(host[-1] == total, "cu_seqlens", f"ends with T = {total}", host[-1])
-        falls = [i for i, length in enumerate(self.lengths) if length < 0]
-        _require(not falls, "cu_seqlens", "does not decrease", f"a fall after entry {falls[:1]}")
-        device = (self.cu_seqlens.dtype, tuple(self.cu_seqlens.tolist()))
-        _require(device == (torch.int32, host), "cu_seqlens", "is int32 and equal to cu_seqlens_host", device)
-        for name in _PER_TOKEN:
-            value = getattr(self, name)
-            if value is not None:
-                _require(value.shape[:1] == (total,), name, f"has T = {total} entries", list(value.shape))
-                _require(value.device == self.tokens.device, name, f"is on {self.tokens.device}", value.device)
-        _require(
-            self.padding in (0, self.lengths[-1] if self.lengths else 0), "padding", "is the last segment", self.padding
-        )
-        self._validate_tokens()
+        _batch_check.check(self)
         return self
 
-    def _validate_tokens(self) -> None:
-        """The invariants of single tokens."""
-        sizes = torch.tensor(self.lengths, dtype=torch.int64)
-        begins = torch.tensor(self.cu_seqlens_host[:-1], dtype=torch.int64).repeat_interleave(sizes)
-        position = torch.arange(self.num_tokens) - begins
-        _require_equal(self.position_ids.cpu(), position, "position_ids", "counts from 0 in each segment")
-        owners = self.sample_ids.cpu()
-        _require_equal(owners, owners[begins], "sample_ids", "is the same in a whole segment")
-        real = self.num_tokens - self.padding
-        _require(bool((owners[:real] >= 0).all()), "sample_ids", "is >= 0 outside the padding", owners[:real])
-        _require(bool((owners[real:] == NO_SAMPLE).all()), "sample_ids", "is -1 in the padding", owners[real:])
-        starts = torch.tensor(self.cu_seqlens_host[: self.num_samples], dtype=torch.int64)
-        heads = owners[starts[sizes[: self.num_samples] > 0]]
-        _require(len(heads.unique()) == len(heads), "sample_ids", "names each sample once", heads)
-        _require(self.modality_ids.dtype == torch.uint8, "modality_ids", "is uint8", self.modality_ids)
-        _require(bool((self.modality_ids < MAX_MODALITIES).all()), "modality_ids", "is below 32", self.modality_ids)
-        if self.labels is not None:
-            _require(bool((self.labels[real:] == IGNORE_LABEL).all()), "labels", "is -100 in the padding", self.labels)
-        if self.loss_weight is not None:
-            _require(bool((self.loss_weight[real:] == 0).all()), "loss_weight", "is 0 in the padding", self.loss_weight)
+    # Losses
+
+    def next_labels(self) -> torch.Tensor:
+        """[T] int64: for each token the label of the next one of its sample, -100 at a sample's end: the shifted labels
+        of a causal language model, which never reach into the next sample."""
+        return _batch_loss.next_labels(self)
+
+    def loss_totals(self, *, causal: bool = True) -> torch.Tensor:
+        """[2] float64: the batch's sum of target weights, and its number of samples that have a target (their weights).
+
+        Add them up over micro-batches and ranks (an all_reduce), and give the sum to `loss_weights`.
+        """
+        return _batch_loss.totals(self, causal)
+
+    def loss_weights(self, normalize: str, totals: torch.Tensor | None = None, *, causal: bool = True) -> torch.Tensor:
+        """[T] float32: weights w such that the loss is the sum of w[t] * nll[t], nll[t] that of token t's label.
+
+        A target is a label that is not -100; without labels, any token. Its weight is its loss_weight (1 without),
+        times its sample's sample_weight.
+
+        Args:
+            normalize: "token": every target counts alike, w = weight / sum of all weights. "sample": every sample
+                counts alike, however long: w = weight / its sample's sum / number of samples that have a target.
+            totals: `loss_totals` summed over everything that one optimizer step sees; the losses of its parts then add
+                up to the loss of all, whichever way the samples are packed. Default: this batch alone.
+            causal: a sample's first label is no target, for nothing comes before it to predict it from. False for
+                masked modelling, where a token is predicted in place.
+
+        Returns:
+            weights by token t, whose prediction a causal model makes at t - 1: roll by -1 for `next_labels`.
+
+        Raises:
+            ValueError: `normalize` is neither.
+        """
+        return _batch_loss.weights(self, normalize, totals, causal)
+
+    # Exporters
 
     def to_flash_attn(self) -> dict[str, Any]:
         """Keyword arguments of `flash_attn_varlen_func` for self-attention: cu_seqlens and the longest segment."""
-        return {
-            "cu_seqlens_q": self.cu_seqlens,
-            "cu_seqlens_k": self.cu_seqlens,
-            "max_seqlen_q": self.max_seqlen,
-            "max_seqlen_k": self.max_seqlen,
-        }
+        return _batch_export.flash_attn(self)
 
     def to_hf(self) -> dict[str, Any]:
         """Keyword arguments of a transformers causal model with flash attention, batch dimension 1.
 
         transformers shifts the labels itself, so the first label of each segment, which the last token of the segment
-        before would be asked for, becomes IGNORE_LABEL. `loss_weight` has no place there and must be None.
+        before would be asked for, becomes -100. Positions [3, T] become [4, 1, T], as Qwen2-VL wants them for packed
+        batches: counted from 0 in each segment, then time, height and width. Images and clips are passed as
+        pixel_values, image_grid_thw, pixel_values_videos and video_grid_thw.
+
+        Raises:
+            ValueError: weights or media that have no place there.
         """
-        if self.loss_weight is not None:
-            wrong_value("loss_weight", "None for to_hf, whose loss takes no weights", self.loss_weight)
-        arguments = {
-            "input_ids": self.tokens[None],
-            "position_ids": self.position_ids[None],
-            "cu_seq_lens_q": self.cu_seqlens,
-            "cu_seq_lens_k": self.cu_seqlens,
-            "max_length_q": self.max_seqlen,
-            "max_length_k": self.max_seqlen,
-        }
-        if self.labels is not None:
-            arguments["labels"] = torch.where(self.position_ids == 0, IGNORE_LABEL, self.labels)[None]
-        return arguments
+        return _batch_export.hf(self)
 
-    def to_nested(self) -> Any:
-        """Not there yet."""
-        not_yet("to_nested", self)
+    def to_megatron(self) -> dict[str, Any]:
+        """What Megatron-LM's packed ("thd") path takes: tokens, labels, loss_mask and position_ids [1, T], and the
+        keyword arguments of its `PackedSeqParams` as "packed_seq_params".
 
-    def to_megatron(self) -> Any:
-        """Not there yet."""
-        not_yet("to_megatron", self)
+        Labels are shifted (Megatron does not), 0 where loss_mask is 0. loss_mask is loss_weight times sample_weight.
+        """
+        return _batch_export.megatron(self)
+
+    def to_nested(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        """A NestedTensor [S, *, ...], jagged, of `x` [T, ...], by default the tokens: a view, without padding."""
+        return _batch_export.nested(self, x)
 
     def __repr__(self) -> str:
+        media = "".join(f", {m.num_items} of modality {int(modality)}" for modality, m in self.media.items())
         return (
             f"PackedBatch({self.num_samples} samples, {self.num_tokens - self.padding} tokens, {self.padding} padding, "
-            f"longest {self.max_seqlen}, on {self.tokens.device})"
+            f"longest {self.max_seqlen}{media}, on {self.tokens.device})"
         )
-
-
-def _check_samples(samples: Sequence[torch.Tensor]) -> list[int]:
-    """The samples' lengths."""
-    if isinstance(samples, torch.Tensor) or not isinstance(samples, Sequence):
-        wrong_type("samples", "a sequence of tensors [L, ...]", samples)
-    for i, sample in enumerate(samples):
-        if not isinstance(sample, torch.Tensor):
-            wrong_type(f"samples[{i}]", "a tensor [L, ...]", sample)
-        first = samples[0]
-        if sample.ndim < 1 or sample.shape[1:] != first.shape[1:]:
-            wrong_value(
-                f"samples[{i}]", f"[L, ...] with the trailing dimensions of samples[0], {list(first.shape[1:])}", sample
-            )
-        if sample.dtype != first.dtype or sample.device != first.device:
-            wrong_value(f"samples[{i}]", f"{first.dtype} on {first.device} like samples[0]", sample)
-    return [sample.shape[0] for sample in samples]
-
-
-def _check_parts(name: str, parts: Sequence[torch.Tensor], lengths: list[int], dtype: torch.dtype) -> None:
-    """One tensor [L_i] per sample that fits into `dtype` without loss."""
-    if len(parts) != len(lengths):
-        wrong_value(name, f"one tensor for each of {len(lengths)} samples", f"{len(parts)} tensors")
-    for i, (part, length) in enumerate(zip(parts, lengths, strict=True)):
-        expected = f"[{length}] {'floating point' if dtype.is_floating_point else 'integer'}"
-        integers = (torch.int64, torch.int32, torch.int16, torch.uint8)
-        expect_tensor(f"{name}[{i}]", part, expected, ndim=1, dtypes=FLOATING if dtype.is_floating_point else integers)
-        if part.shape[0] != length:
-            wrong_value(f"{name}[{i}]", expected, part)
-        if dtype == torch.uint8 and length and not 0 <= int(part.min()) <= int(part.max()) < MAX_MODALITIES:
-            raise ValueError(
-                f"{name}[{i}]: expected ids in [0, {MAX_MODALITIES}), got {int(part.min())}..{int(part.max())}"
-            )
-
-
-def _join(
-    parts: list[torch.Tensor], padding: int, fill: float, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """The parts, then `padding` entries of `fill`; `dtype` when there is no part to tell."""
-    like = parts[0] if parts else torch.empty(0, dtype=dtype, device=device)
-    tail = like.new_full((padding, *like.shape[1:]), fill)
-    return torch.cat([*parts, tail])
-
-
-def _require(holds: bool, name: str, invariant: str, got: Any) -> None:
-    if not holds:
-        raise ValueError(f"PackedBatch: {name} {invariant}: broken, got {got}")
-
-
-def _require_equal(got: torch.Tensor, expected: torch.Tensor, name: str, invariant: str) -> None:
-    wrong = (got != expected).nonzero()
-    if len(wrong):
-        at = int(wrong[0])
-        _require(False, name, invariant, f"{int(got[at])} at token {at}, expected {int(expected[at])}")

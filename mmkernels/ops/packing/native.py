@@ -7,8 +7,20 @@ import torch
 from mmkernels.ops.packing import reference
 from mmkernels.runtime.native import core, stream, threads, view
 
-__all__ = ["gather", "scatter", "segment_pool", "segment_pool_bwd"]
+__all__ = [
+    "embed_splice",
+    "gather",
+    "mrope",
+    "patchify",
+    "patchify_images",
+    "scatter",
+    "segment_pool",
+    "segment_pool_bwd",
+    "weighted_pool",
+    "weighted_pool_bwd",
+]
 
+SCATTER_CHUNK = 32  # kScatterChunk of packing.h
 # Below this many bytes a second thread costs more than it saves.
 _ONE_THREAD_BYTES = 1 << 16
 
@@ -28,13 +40,28 @@ def _launch(name: str, moved: torch.Tensor, *args: object) -> None:
         getattr(core(), f"launch_packing_{name}_cpu")(*args, 1 if few else threads())
 
 
-def gather(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """source [R, E], index [T] int64 -> [T, E]."""
-    source, index = _rows(source), index.contiguous()
-    out = source.new_empty(index.shape[0], source.shape[1])
+def gather(
+    first: torch.Tensor,
+    second: torch.Tensor | None,
+    third: torch.Tensor | None,
+    fourth: torch.Tensor | None,
+    index: torch.Tensor,
+) -> torch.Tensor:
+    """Sources [R_i, E], index [T] int64 -> [T, E]."""
+    index = index.contiguous()
+    sources = [None if source is None else _rows(source) for source in (first, second, third, fourth)]
+    out = first.new_empty(index.shape[0], first.shape[1])
     if out.numel() > 0:
-        _launch("gather_fwd", out, view(source), view(index), view(out))
+        _launch("gather_fwd", out, *map(view, sources), view(index), view(out))
     return out
+
+
+def embed_splice(
+    table: torch.Tensor, features: torch.Tensor, token_ids: torch.Tensor, dst_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """table [V, E], features [F, E], token_ids [T], dst_index [F] -> (out [T, E], its rows [T])."""
+    index = reference.splice_index(token_ids, dst_index, table.shape[0])
+    return gather(table, features, None, None, index), index
 
 
 def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
@@ -45,7 +72,8 @@ def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tenso
         return out
     if packed.device.type == "cuda":
         order, starts = reference.group_by_row(index, rows)
-        _launch("scatter_fwd", out, view(packed), view(order), view(starts), view(out))
+        sums = packed.new_empty(index.shape[0] // SCATTER_CHUNK, packed.shape[1], dtype=torch.float32)
+        _launch("scatter_fwd", out, *map(view, (packed, index, order, starts, sums, out)))
     else:
         _launch("scatter_fwd", packed, view(packed), view(index), view(out))
     return out
@@ -75,3 +103,72 @@ def segment_pool_bwd(
         pool_mode = core().PoolMode.__members__[mode]
         _launch("segment_pool_bwd", grad_x, view(grad_out), view(cu_seqlens), chosen, pool_mode, view(grad_x))
     return grad_x
+
+
+def weighted_pool(x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """x [T, E], weights [T] in the compute type -> [S, E]."""
+    x, weights, cu_seqlens = _rows(x), weights.contiguous(), cu_seqlens.contiguous()
+    out = x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
+    if out.numel() > 0:
+        _launch("weighted_pool_fwd", x, view(x), view(weights), view(cu_seqlens), view(out))
+    return out
+
+
+def weighted_pool_bwd(
+    grad_out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad_out [S, E] -> (grad_x [T, E], grad_weights [T])."""
+    grad_out, x, weights, cu_seqlens = _rows(grad_out), _rows(x), weights.contiguous(), cu_seqlens.contiguous()
+    grad_x, grad_weights = x.new_empty(x.shape), weights.new_empty(x.shape[0])
+    if grad_x.numel() == 0:
+        return grad_x, grad_weights.zero_()
+    tensors = (grad_out, x, weights, cu_seqlens, grad_x, grad_weights)
+    _launch("weighted_pool_bwd", x, *map(view, tensors))
+    return grad_x, grad_weights
+
+
+def patchify(
+    x: torch.Tensor, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
+) -> torch.Tensor:
+    """Pixels [P] -> tokens [T, C temporal patch^2], or back."""
+    x, row = x.contiguous(), channels * temporal * patch**2
+    out = x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // row, row)
+    if out.numel() > 0:
+        grid, starts = reference.token_grid(grid_thw)
+        sizes = (channels, patch, temporal, merge)
+        _launch("patchify_fwd", x, view(x.view(-1)), view(grid), view(starts), *sizes, inverse, view(out.view(-1)))
+    return out
+
+
+def patchify_images(
+    images: list[torch.Tensor], grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int
+) -> torch.Tensor:
+    """Images -> tokens [T, C temporal patch^2]; on a CPU read where they lie, one after the other."""
+    if images[0].device.type != "cpu":
+        pixels = torch.cat([image.flatten() for image in images])
+        return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
+    row = channels * temporal * patch**2
+    tokens = [image.numel() // row for image in images]
+    out = images[0].new_empty(sum(tokens), row)
+    grids, counts = grid_thw.long().split(1), torch.tensor([[0, count] for count in tokens])
+    for image, grid, starts, part in zip(images, grids, counts, out.split(tokens), strict=True):
+        x, sizes = image.contiguous().view(-1), (channels, patch, temporal, merge)
+        _launch("patchify_fwd", x, view(x), view(grid), view(starts), *sizes, False, view(part.view(-1)))
+    return out
+
+
+def mrope(
+    cu_seqlens: torch.Tensor,
+    starts: torch.Tensor,
+    extent: torch.Tensor,
+    gained: torch.Tensor,
+    time_step: torch.Tensor | None,
+    total: int,
+) -> torch.Tensor:
+    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64 -> [3, T] int64."""
+    assert time_step is None
+    out = cu_seqlens.new_empty(3, total)
+    if total > 0:
+        inputs = (tensor.contiguous() for tensor in (cu_seqlens, starts, extent, gained))
+        _launch("mrope_fwd", out, *map(view, (*inputs, out)))
+    return out

@@ -1,100 +1,67 @@
 """The packing ops: schema, fake, backward. Rows are 2-D here; api.py flattens trailing dimensions.
 
-mmkernels::packing_gather_fwd        rows by index, -1 a row of zeros; backward is the scatter
-mmkernels::packing_scatter_fwd       rows added by index, -1 left out; backward is the gather
-mmkernels::packing_segment_pool_fwd  one row per segment (and the winners of "max")
-mmkernels::packing_segment_pool_bwd
+mmkernels::packing_gather_fwd         rows of up to four sources by index, -1 a row of zeros; backward is the scatter
+mmkernels::packing_scatter_fwd        rows added by index, -1 left out; backward is the gather
+mmkernels::packing_embed_splice_fwd   rows of a table by token id, or of features; backward is a scatter and a gather
+mmkernels::packing_segment_pool_fwd   one row per segment (and the winners of "max"); op_pool.py
+mmkernels::packing_weighted_pool_fwd  the weighted sum of each segment's rows; op_pool.py
+mmkernels::packing_patchify_fwd       pixels to rows of patches, and back: its own backward
+mmkernels::packing_mrope_fwd          positions in time, height and width; no gradient
+mmkernels::packing_patchify_images_fwd  the same from images as they lie, without a gradient
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from mmkernels.ops.packing import native, reference
+from mmkernels.ops.packing._impls import check_cu_seqlens, check_index, checks_values, impls
+from mmkernels.ops.packing.op_pool import MODES, segment_pool, segment_pool_bwd, weighted_pool, weighted_pool_bwd
 from mmkernels.runtime.register import Op
 
-__all__ = ["MODES", "gather", "scatter", "segment_pool", "segment_pool_bwd"]
+__all__ = [
+    "MAX_SOURCES",
+    "MODES",
+    "embed_splice",
+    "gather",
+    "mrope",
+    "patchify",
+    "patchify_images",
+    "scatter",
+    "segment_pool",
+    "segment_pool_bwd",
+    "weighted_pool",
+    "weighted_pool_bwd",
+]
 
-MODES = ("sum", "mean", "max", "first")
-
-
-def _checks_values(tensor: torch.Tensor) -> bool:
-    """Whether to look into an index: always on CPU; on a GPU it would wait for the device, so only when asked to."""
-    return tensor.device.type == "cpu" or os.environ.get("MMKERNELS_VALIDATE", "0") == "1"
-
-
-def _check_index(index: torch.Tensor, rows: int) -> None:
-    if index.numel() == 0 or not _checks_values(index):
-        return
-    low, high = (int(value) for value in torch.aminmax(index))
-    if low < -1 or high >= rows:
-        at = int(((index < -1) | (index >= rows)).nonzero()[0])
-        raise ValueError(f"index: expected each in [-1, {rows}), got {int(index[at])} at position {at}")
-
-
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, rows: int) -> None:
-    if not _checks_values(cu_seqlens):
-        return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last > rows:
-        raise ValueError(f"cu_seqlens: expected to begin with 0 and end within [0, {rows}], got {first} ... {last}")
-    falls = cu_seqlens[1:] < cu_seqlens[:-1]
-    if falls.any():
-        at = int(falls.nonzero()[0])
-        raise ValueError(
-            f"cu_seqlens: expected not to decrease, got {int(cu_seqlens[at])}, {int(cu_seqlens[at + 1])} at {at}"
-        )
+MAX_SOURCES = 4
 
 
-def _triton(module: str, name: str) -> Callable[..., Any]:
-    """A Triton launcher, imported when it is first called."""
-
-    def launch(*args: Any) -> Any:
-        from mmkernels.ops.packing import triton_bwd, triton_fwd
-
-        return getattr({"fwd": triton_fwd, "bwd": triton_bwd}[module], name)(*args)
-
-    return launch
-
-
-def _impls(name: str, direction: str, check: Callable[..., None]) -> dict[str, Callable[..., Any]]:
-    """The backends' functions of one name, each behind the check of its values."""
-
-    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            check(*args)
-            return function(*args)
-
-        return run
-
-    functions = {
-        "native": getattr(native, name),
-        "triton": _triton(direction, name),
-        "reference": getattr(reference, name),
-    }
-    return {backend: checked(function) for backend, function in functions.items()}
+def _total_rows(*sources: torch.Tensor | None) -> int:
+    return sum(source.shape[0] for source in sources if source is not None)
 
 
 def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    source, index, ctx.backend = inputs
-    ctx.rows = source.shape[0]
+    *sources, index, ctx.backend = inputs
+    ctx.rows = [None if source is None else source.shape[0] for source in sources]
     ctx.save_for_backward(index)
 
 
 def _gather_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """One scatter for all sources; each takes its rows of it."""
     (index,) = ctx.saved_tensors
-    return scatter(grad, index, ctx.rows, ctx.backend), None, None
+    sizes = [rows for rows in ctx.rows if rows is not None]
+    parts = iter(scatter(grad, index, sum(sizes), ctx.backend).split(sizes))
+    return *(None if rows is None else next(parts) for rows in ctx.rows), None, None
 
 
 gather = Op(
     "packing_gather_fwd",
-    "(Tensor source, Tensor index, str backend) -> Tensor",
-    impls=_impls("gather", "fwd", lambda source, index: _check_index(index, source.shape[0])),
-    fake=lambda source, index, backend: source.new_empty(index.shape[0], source.shape[1]),
+    "(Tensor first, Tensor? second, Tensor? third, Tensor? fourth, Tensor index, str backend) -> Tensor",
+    impls=impls("gather", "fwd", lambda a, b, c, d, index: check_index("index", index, _total_rows(a, b, c, d))),
+    fake=lambda a, b, c, d, index, backend: a.new_empty(index.shape[0], a.shape[1]),
     setup_context=_gather_context,
     backward=_gather_backward,
 )
@@ -107,48 +74,156 @@ def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) ->
 
 def _scatter_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     (index,) = ctx.saved_tensors
-    return gather(grad, index, ctx.backend), None, None, None
+    return gather(grad, None, None, None, index, ctx.backend), None, None, None
 
 
 scatter = Op(
     "packing_scatter_fwd",
     "(Tensor packed, Tensor index, SymInt rows, str backend) -> Tensor",
-    impls=_impls("scatter", "bwd", lambda packed, index, rows: _check_index(index, rows)),
+    impls=impls("scatter", "bwd", lambda packed, index, rows: check_index("index", index, rows)),
     fake=lambda packed, index, rows, backend: packed.new_empty(rows, packed.shape[1]),
     setup_context=_scatter_context,
     backward=_scatter_backward,
 )
 
 
-segment_pool_bwd = Op(
-    "packing_segment_pool_bwd",
-    "(Tensor grad_out, Tensor cu_seqlens, Tensor argmax, SymInt rows, str mode, str backend) -> Tensor",
-    impls=_impls("segment_pool_bwd", "bwd", lambda grad, cu_seqlens, *rest: None),
-    fake=lambda grad_out, cu_seqlens, argmax, rows, mode, backend: grad_out.new_empty(rows, grad_out.shape[1]),
+def _check_splice(
+    table: torch.Tensor, features: torch.Tensor, token_ids: torch.Tensor, dst_index: torch.Tensor
+) -> None:
+    """Bounds, and no token named twice. Ids of tokens that features replace may be anything."""
+    tokens, vocabulary = token_ids.shape[0], table.shape[0]
+    check_index("dst_index", dst_index, tokens)
+    if not checks_values(dst_index):
+        return
+    named = torch.bincount(dst_index[dst_index >= 0], minlength=tokens)
+    if named.numel() and int(named.max()) > 1:
+        at = int(named.argmax())
+        positions = (dst_index == at).nonzero()[:2, 0].tolist()
+        raise ValueError(
+            f"dst_index: expected each token once, got {at} at positions {positions[0]} and {positions[1]}"
+        )
+    wrong = ((token_ids < 0) | (token_ids >= vocabulary)) & (named == 0)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"token_ids: expected each in [0, {vocabulary}) where no feature goes, got {int(token_ids[at])} at "
+            f"position {at}"
+        )
+
+
+def _splice_fake(table: torch.Tensor, features: Any, token_ids: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return table.new_empty(token_ids.shape[0], table.shape[1]), torch.empty_like(token_ids)
+
+
+def _splice_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    table, _, _, dst_index, ctx.padding_idx, ctx.backend = inputs
+    ctx.vocabulary, ctx.tokens = table.shape[0], output[1].shape[0]
+    ctx.save_for_backward(output[1], dst_index)
+
+
+def _splice_backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    """A frozen table, or frozen features, cost nothing."""
+    index, dst_index = ctx.saved_tensors
+    grad_table = grad_features = None
+    if ctx.needs_input_grad[0]:
+        kept = index < ctx.vocabulary
+        if ctx.padding_idx is not None:
+            kept = kept & (index != ctx.padding_idx)
+        grad_table = scatter(grad, torch.where(kept, index, -1), ctx.vocabulary, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        if ctx.tokens:
+            # A feature that another one displaced (which only an unchecked index can do) gets no gradient.
+            row = torch.arange(ctx.vocabulary, ctx.vocabulary + dst_index.shape[0], device=index.device)
+            dst_index = torch.where(index[dst_index.clamp(min=0)] == row, dst_index, -1)
+        grad_features = gather(grad, None, None, None, dst_index, ctx.backend)
+    return grad_table, grad_features, None, None, None, None
+
+
+def _forward_only(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Without padding_idx, which concerns the gradient alone."""
+    return lambda *args: run(*args[:-1])
+
+
+embed_splice = Op(
+    "packing_embed_splice_fwd",
+    "(Tensor table, Tensor features, Tensor token_ids, Tensor dst_index, int? padding_idx, str backend)"
+    " -> (Tensor, Tensor)",
+    impls={name: _forward_only(run) for name, run in impls("embed_splice", "fwd", _check_splice).items()},
+    fake=_splice_fake,
+    setup_context=_splice_context,
+    backward=_splice_backward,
 )
 
 
-def _pool_fake(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    segments, width = cu_seqlens.shape[0] - 1, x.shape[1]
-    return x.new_empty(segments, width), x.new_empty(segments if mode == "max" else 0, width, dtype=torch.int32)
+def _check_grid(elements: int, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int) -> None:
+    if not checks_values(grid_thw):
+        return
+    wrong = (grid_thw < 1).any(1) | (grid_thw[:, 1:] % merge != 0).any(1)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        expected = f"t, h and w >= 1, h and w multiples of merge_size {merge}"
+        raise ValueError(f"grid_thw[{at}]: expected {expected}, got {grid_thw[at].tolist()}")
+    total = int(grid_thw.prod(1).sum()) * channels * temporal * patch**2
+    if total != elements:
+        raise ValueError(f"grid_thw: expected grids of {elements} elements in all, got {total}")
 
 
-def _pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, cu_seqlens, ctx.mode, ctx.backend = inputs
-    ctx.rows = x.shape[0]
-    ctx.save_for_backward(cu_seqlens, output[1])
+def _patchify_fake(
+    x: torch.Tensor, grid_thw: Any, channels: int, patch: int, temporal: int, merge: int, inverse: bool, backend: str
+) -> torch.Tensor:
+    if inverse:
+        return x.new_empty(x.numel())
+    row = channels * temporal * patch**2
+    return x.new_empty(x.numel() // row, row)
 
 
-def _pool_backward(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    cu_seqlens, argmax = ctx.saved_tensors
-    return segment_pool_bwd(grad_out, cu_seqlens, argmax, ctx.rows, ctx.mode, ctx.backend), None, None, None
+def _patchify_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, grid_thw, *ctx.sizes, ctx.inverse, ctx.backend = inputs
+    ctx.save_for_backward(grid_thw)
 
 
-segment_pool = Op(
-    "packing_segment_pool_fwd",
-    "(Tensor x, Tensor cu_seqlens, str mode, str backend) -> (Tensor, Tensor)",
-    impls=_impls("segment_pool", "fwd", lambda x, cu_seqlens, mode: _check_cu_seqlens(cu_seqlens, x.shape[0])),
-    fake=_pool_fake,
-    setup_context=_pool_context,
-    backward=_pool_backward,
+def _patchify_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    return patchify(grad, *ctx.saved_tensors, *ctx.sizes, not ctx.inverse, ctx.backend), *[None] * 7
+
+
+patchify = Op(
+    "packing_patchify_fwd",
+    "(Tensor x, Tensor grid_thw, int channels, int patch, int temporal, int merge, bool inverse, str backend)"
+    " -> Tensor",
+    impls=impls("patchify", "fwd", lambda x, *sizes: _check_grid(x.numel(), *sizes[:-1])),
+    fake=_patchify_fake,
+    setup_context=_patchify_context,
+    backward=_patchify_backward,
+)
+
+
+def _images_fake(images: list[torch.Tensor], grid_thw: Any, channels: int, patch: int, temporal: int, *_: Any) -> Any:
+    row = channels * temporal * patch**2
+    return images[0].new_empty(sum(image.numel() for image in images) // row, row)
+
+
+def _check_images(images: list[torch.Tensor], grid_thw: torch.Tensor, *sizes: int) -> None:
+    elements = [image.numel() for image in images]
+    _check_grid(sum(elements), grid_thw, *sizes)
+    channels, patch, temporal, _ = sizes
+    if checks_values(grid_thw) and (grid_thw.prod(1) * channels * temporal * patch**2).tolist() != elements:
+        raise ValueError(
+            f"grid_thw: expected one for each of {len(images)} images, of its size, got {grid_thw.tolist()}"
+        )
+
+
+patchify_images = Op(
+    "packing_patchify_images_fwd",
+    "(Tensor[] images, Tensor grid_thw, int channels, int patch, int temporal, int merge, str backend) -> Tensor",
+    impls=impls("patchify_images", "fwd", _check_images),
+    fake=_images_fake,
+)
+
+
+mrope = Op(
+    "packing_mrope_fwd",
+    "(Tensor cu_seqlens, Tensor starts, Tensor extent, Tensor gained, Tensor? time_step, SymInt total, str backend)"
+    " -> Tensor",
+    impls=impls("mrope", "fwd", lambda cu_seqlens, *rest: check_cu_seqlens(cu_seqlens, rest[-1])),
+    fake=lambda cu_seqlens, starts, extent, gained, time_step, total, backend: cu_seqlens.new_empty(3, total),
 )

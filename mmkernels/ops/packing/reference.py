@@ -1,19 +1,61 @@
 """Plain PyTorch oracle of the packing ops: any device, any floating dtype, no cleverness. Sums are taken in float64.
 
-Also the two index computations that the GPU kernels take as inputs, in plain PyTorch without a host sync.
+Also the index computations that the kernels take as inputs, in plain PyTorch without a host sync.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["gather", "group_by_row", "scatter", "segment_of_row", "segment_pool", "segment_pool_bwd"]
+__all__ = [
+    "embed_splice",
+    "gather",
+    "group_by_row",
+    "mrope",
+    "patchify",
+    "patchify_images",
+    "scatter",
+    "segment_of_row",
+    "segment_pool",
+    "segment_pool_bwd",
+    "splice_index",
+    "token_grid",
+    "weighted_pool",
+    "weighted_pool_bwd",
+]
 
 
-def gather(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """source [R, E], index [T] int64 -> [T, E]: row `index[t]`, or zeros for -1."""
-    with_zero_row = torch.cat([source, source.new_zeros(1, source.shape[1])])  # [R + 1, E]
-    return with_zero_row.index_select(0, torch.where(index < 0, source.shape[0], index))
+def gather(
+    first: torch.Tensor,
+    second: torch.Tensor | None,
+    third: torch.Tensor | None,
+    fourth: torch.Tensor | None,
+    index: torch.Tensor,
+) -> torch.Tensor:
+    """Sources [R_i, E], index [T] int64 -> [T, E]: row `index[t]` of the sources end to end, or zeros for -1."""
+    given = [source for source in (first, second, third, fourth) if source is not None]
+    with_zero_row = torch.cat([*given, first.new_zeros(1, first.shape[1])])  # [R + 1, E]
+    return with_zero_row.index_select(0, torch.where(index < 0, with_zero_row.shape[0] - 1, index))
+
+
+def splice_index(token_ids: torch.Tensor, dst_index: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """token_ids [T], dst_index [F] -> [T]: the token's row of the table, or of the features, which follow the table.
+
+    Of features that name one token the last wins; -1 names none.
+    """
+    tokens, features = token_ids.shape[0], dst_index.shape[0]
+    row = torch.arange(vocabulary, vocabulary + features, device=token_ids.device)
+    taken = token_ids.new_full((tokens + 1,), -1)
+    taken = taken.scatter_reduce(0, torch.where(dst_index < 0, tokens, dst_index), row, "amax")[:tokens]
+    return torch.where(taken < 0, token_ids, taken)
+
+
+def embed_splice(
+    table: torch.Tensor, features: torch.Tensor, token_ids: torch.Tensor, dst_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """table [V, E], features [F, E], token_ids [T], dst_index [F] -> (out [T, E], the rows [T] of `splice_index`)."""
+    index = splice_index(token_ids, dst_index, table.shape[0])
+    return gather(table, features, None, None, index), index
 
 
 def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
@@ -42,7 +84,7 @@ def segment_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> tuple[
     begin, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
     no_argmax = x.new_empty(0, width, dtype=torch.int32)
     if mode == "first":
-        return gather(x, torch.where(lengths > 0, begin, -1)), no_argmax
+        return gather(x, None, None, None, torch.where(lengths > 0, begin, -1)), no_argmax
     segment = segment_of_row(cu_seqlens, rows)
     if mode in ("sum", "mean"):
         out = x.new_zeros(segments + 1, width, dtype=torch.float64).index_add_(0, segment, x.double())
@@ -78,3 +120,93 @@ def segment_pool_bwd(
         row = torch.cat([argmax, argmax.new_full((1, argmax.shape[1]), -1)])[segment]
         return torch.where(row == at[:, None], grad, 0)
     return grad
+
+
+def weighted_pool(x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """x [T, E], weights [T] -> [S, E]: the sum of weights[t] x[t] over each segment."""
+    segments = cu_seqlens.shape[0] - 1
+    out = x.new_zeros(segments + 1, x.shape[1], dtype=torch.float64)
+    weighted = x.double() * weights.double()[:, None]
+    return out.index_add_(0, segment_of_row(cu_seqlens, x.shape[0]), weighted)[:segments].to(x.dtype)
+
+
+def weighted_pool_bwd(
+    grad_out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad_out [S, E] -> (grad_x [T, E], grad_weights [T])."""
+    with_zero_row = torch.cat([grad_out, grad_out.new_zeros(1, grad_out.shape[1])]).double()
+    segment = segment_of_row(cu_seqlens, x.shape[0])
+    grad = with_zero_row[segment]  # [T, E]
+    in_none = segment == cu_seqlens.shape[0] - 1
+    grad_x = torch.where(in_none[:, None], 0, weights.double()[:, None] * grad)
+    grad_weights = torch.where(in_none, 0, (x.double() * grad).sum(1))
+    return grad_x.to(x.dtype), grad_weights.to(weights.dtype)
+
+
+def patchify(
+    x: torch.Tensor, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
+) -> torch.Tensor:
+    """Pixels [P], image after image, each [t temporal, C, h patch, w patch] -> tokens [T, C temporal patch^2], or back.
+
+    Tokens go by t, then by blocks of merge x merge patches, then inside the block; a token is [C, temporal, patch,
+    patch].
+    """
+    row = channels * temporal * patch**2
+    parts, begin = [], 0
+    for t, h, w in grid_thw.tolist():
+        size = t * h * w * row
+        part = x.reshape(-1)[begin : begin + size]
+        begin += size
+        if inverse:
+            blocks = part.view(t, h // merge, w // merge, merge, merge, channels, temporal, patch, patch)
+            parts.append(blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(-1))
+        else:
+            image = part.view(t, temporal, channels, h // merge, merge, patch, w // merge, merge, patch)
+            parts.append(image.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1))
+    flat = torch.cat(parts) if parts else x.reshape(-1)[:0]
+    return flat if inverse else flat.view(-1, row)
+
+
+def patchify_images(
+    images: list[torch.Tensor], grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int
+) -> torch.Tensor:
+    """Images -> tokens [T, C temporal patch^2]."""
+    pixels = torch.cat([image.flatten() for image in images])
+    return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
+
+
+def mrope(
+    cu_seqlens: torch.Tensor,
+    starts: torch.Tensor,
+    extent: torch.Tensor,
+    gained: torch.Tensor,
+    time_step: torch.Tensor | None,
+    total: int,
+) -> torch.Tensor:
+    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64, time_step [N] or None -> [3, T] int64.
+
+    A span of n tokens advances the position by its largest extent instead of n; `gained` adds the differences up.
+    """
+    at = torch.arange(total, device=cu_seqlens.device)
+    # The segment's first token: of several boundaries at one place the last counts.
+    begin = cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
+    position = at - begin - gained[torch.searchsorted(starts, begin)]
+    if starts.shape[0] == 0:
+        return position.expand(3, -1).contiguous()
+    n = torch.searchsorted(starts, at, right=True) - 1  # the last span that begins at or before the token, or -1
+    of = n.clamp(min=0)
+    inside = at - starts[of]
+    is_media = (n >= 0) & (inside < extent.prod(1)[of])
+    # A token of a span stands at the span's begin; one after it has what the span gained.
+    position = position + torch.where(is_media, gained[of] - inside, gained[n + 1])
+    _, height, width = extent[of].clamp(min=1).unbind(1)
+    t, y, x = inside // (height * width), inside // width % height, inside % width
+    if time_step is not None:
+        t = (t * time_step[of]).long()
+    return position + torch.where(is_media, torch.stack([t, y, x]), 0)
+
+
+def token_grid(grid_thw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """grid_thw [N, 3] integer -> the same as contiguous int64, and [N+1] int64: the first token of each image."""
+    grid = grid_thw.long().contiguous()
+    return grid, torch.nn.functional.pad(grid.prod(1).cumsum(0), (1, 0))

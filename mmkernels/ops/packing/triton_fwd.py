@@ -1,12 +1,15 @@
-"""Forward kernels of packing: gather of rows, pooling of segments.
+"""Forward kernels of packing: gather of rows, pooling of segments, patches, positions.
 
-gather        a program owns a tile of packed rows and features; reads are rows of the source, contiguous in features
+gather        a program owns a tile of packed rows and features; reads are rows of the sources, contiguous in features
 segment_pool  a program owns one segment and a block of features, and walks the segment's rows in tiles, accumulating in
               float32; no atomics, so the result is bitwise reproducible
+patchify      a program owns a tile of tokens and elements of a patch, and finds each element's pixel by arithmetic
+mrope         a program owns a block of tokens and finds each one's segment and span by bisection
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,23 +17,44 @@ import triton
 import triton.language as tl
 
 from mmkernels.ops._tl import cast
+from mmkernels.ops.packing.reference import splice_index, token_grid
 
 if TYPE_CHECKING:
     from mmkernels.testing.aot import TritonCase
 
 # Elements of a tile: 32 per thread with four warps.
 _TILE = 4096
+_TOKENS = 256
 _NO_ROW = tl.constexpr(2147483647)
 
 
 @triton.jit
+def _rows_of(source_ptr, b_index, begin, end, source_stride, o_e, m_e):
+    """Rows b_index - begin of the source that has the numbers [begin, end), zeros elsewhere: [BLOCK_T, BLOCK_E]."""
+    m_t = (b_index >= begin) & (b_index < end)
+    p_source = source_ptr + (b_index - begin)[:, None] * source_stride + o_e[None, :]
+    return tl.load(p_source, mask=m_t[:, None] & m_e[None, :], other=0.0)
+
+
+@triton.jit
 def _gather_fwd_kernel(
-    source_ptr,  # [R, E]
+    first_ptr,  # [R1, E]
+    second_ptr,  # [R2, E], and so on: the first again where there are fewer sources
+    third_ptr,
+    fourth_ptr,
     index_ptr,  # [T] int64, -1 for a row of zeros
     out_ptr,  # [T, E]
     tokens,
     width,
-    source_stride,
+    second_begin,
+    third_begin,
+    fourth_begin,
+    end,
+    first_stride,
+    second_stride,
+    third_stride,
+    fourth_stride,
+    SOURCES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -39,8 +63,17 @@ def _gather_fwd_kernel(
     m_t = o_t < tokens
     m_e = o_e < width
     b_index = tl.load(index_ptr + o_t, mask=m_t, other=-1)  # [BLOCK_T]
-    p_source = source_ptr + b_index[:, None] * source_stride + o_e[None, :]
-    b_rows = tl.load(p_source, mask=(b_index >= 0)[:, None] & m_e[None, :], other=0.0)  # [BLOCK_T, BLOCK_E]
+    b_rows = _rows_of(first_ptr, b_index, 0, second_begin, first_stride, o_e, m_e)  # [BLOCK_T, BLOCK_E]
+    # Only one source has the row; the loads of the others are masked off.
+    if SOURCES > 1:
+        b_more = _rows_of(second_ptr, b_index, second_begin, third_begin, second_stride, o_e, m_e)
+        b_rows = tl.where((b_index >= second_begin)[:, None], b_more, b_rows)
+    if SOURCES > 2:
+        b_more = _rows_of(third_ptr, b_index, third_begin, fourth_begin, third_stride, o_e, m_e)
+        b_rows = tl.where((b_index >= third_begin)[:, None], b_more, b_rows)
+    if SOURCES > 3:
+        b_more = _rows_of(fourth_ptr, b_index, fourth_begin, end, fourth_stride, o_e, m_e)
+        b_rows = tl.where((b_index >= fourth_begin)[:, None], b_more, b_rows)
     tl.store(out_ptr + o_t[:, None] * width + o_e[None, :], b_rows, mask=m_t[:, None] & m_e[None, :])
 
 
@@ -48,6 +81,7 @@ def _gather_fwd_kernel(
 def _segment_pool_fwd_kernel(
     x_ptr,  # [T, E]
     cu_seqlens_ptr,  # [S+1] int32
+    weights_ptr,  # [T] float32, for "weighted"
     out_ptr,  # [S, E]
     argmax_ptr,  # [S, E] int32, for "max"
     width,
@@ -92,10 +126,113 @@ def _segment_pool_fwd_kernel(
             o_t = start + tl.arange(0, BLOCK_T)
             m = (o_t < last)[:, None] & m_e[None, :]
             p_x = x_ptr + o_t.to(tl.int64)[:, None] * x_stride + o_e[None, :]
-            b_sum += tl.sum(tl.load(p_x, mask=m, other=0.0).to(tl.float32), 0)
+            b_x = tl.load(p_x, mask=m, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_E]
+            if MODE == "weighted":
+                b_x = b_x * tl.load(weights_ptr + o_t, mask=o_t < last, other=0.0)[:, None]
+            b_sum += tl.sum(b_x, 0)
         if MODE == "mean":
             b_sum = b_sum / tl.maximum(end - begin, 1).to(tl.float32)
         tl.store(out_ptr + o_out, cast(b_sum, out_ptr.dtype.element_ty), mask=m_e)
+
+
+@triton.jit
+def _patchify_fwd_kernel(
+    x_ptr,  # pixels [P], image after image, or tokens [T, C TEMPORAL PATCH^2]
+    grid_ptr,  # [N, 3] int64: t, h, w in patches
+    starts_ptr,  # [N+1] int64: the first token of each image
+    image_ptr,  # [T] int64: the image of each token
+    out_ptr,  # the other of the two
+    tokens,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    TEMPORAL: tl.constexpr,
+    MERGE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    ROW: tl.constexpr = CHANNELS * TEMPORAL * PATCH * PATCH
+    o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_t = o_t < tokens
+    b_image = tl.load(image_ptr + o_t, mask=m_t, other=0)  # [BLOCK_T]
+    b_start = tl.load(starts_ptr + b_image, mask=m_t, other=0)
+    b_h = tl.load(grid_ptr + 3 * b_image + 1, mask=m_t, other=MERGE)
+    b_w = tl.load(grid_ptr + 3 * b_image + 2, mask=m_t, other=MERGE)
+    # The token's place in its image, in patches: in the block of MERGE x MERGE, the block, the time.
+    b_in = (o_t - b_start) % (MERGE * MERGE)
+    b_block = (o_t - b_start) // (MERGE * MERGE)
+    b_blocks_w = b_w // MERGE
+    b_x = b_block % b_blocks_w * MERGE + b_in % MERGE
+    b_row = b_block // b_blocks_w
+    b_y = b_row % (b_h // MERGE) * MERGE + b_in // MERGE
+    b_t = b_row // (b_h // MERGE)
+    # The element's place in its patch.
+    o_x = o_e % PATCH
+    o_y = o_e // PATCH % PATCH
+    o_f = o_e // (PATCH * PATCH) % TEMPORAL
+    o_c = o_e // (PATCH * PATCH * TEMPORAL)
+    b_line = b_w * PATCH
+    b_channel = b_line * b_h * PATCH
+    b_base = b_start * ROW + b_t * TEMPORAL * CHANNELS * b_channel + b_y * PATCH * b_line + b_x * PATCH
+    b_pixel = b_base[:, None] + (o_f * CHANNELS + o_c)[None, :] * b_channel[:, None]
+    b_pixel += o_y[None, :] * b_line[:, None] + o_x[None, :]  # [BLOCK_T, BLOCK_E]
+    o_token = o_t[:, None] * ROW + o_e[None, :]
+    m = m_t[:, None] & (o_e < ROW)[None, :]
+    if INVERSE:
+        tl.store(out_ptr + b_pixel, tl.load(x_ptr + o_token, mask=m), mask=m)
+    else:
+        tl.store(out_ptr + o_token, tl.load(x_ptr + b_pixel, mask=m), mask=m)
+
+
+@triton.jit
+def _count_below(values_ptr, count, steps, b_x):
+    """How many of the values, which do not decrease, are at most b_x: [BLOCK_T]."""
+    b_low = b_x * 0
+    b_high = b_low + count
+    for _ in range(0, steps):
+        b_middle = (b_low + b_high) // 2
+        m_open = b_low < b_high
+        m_right = m_open & (tl.load(values_ptr + b_middle, mask=m_open, other=0) <= b_x)
+        b_low = tl.where(m_right, b_middle + 1, b_low)
+        b_high = tl.where(m_right, b_high, b_middle)
+    return b_low
+
+
+@triton.jit
+def _mrope_fwd_kernel(
+    cu_seqlens_ptr,  # [S+1] int64
+    starts_ptr,  # [N] int64
+    extent_ptr,  # [N, 3] int64
+    gained_ptr,  # [N+1] int64
+    out_ptr,  # [3, T] int64
+    tokens,
+    boundaries,
+    spans,
+    boundary_steps,
+    span_steps,
+    BLOCK_T: tl.constexpr,
+):
+    o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_t = o_t < tokens
+    b_segment = _count_below(cu_seqlens_ptr, boundaries, boundary_steps, o_t) - 1  # [BLOCK_T]
+    b_begin = tl.load(cu_seqlens_ptr + b_segment, mask=m_t, other=0)
+    b_before = tl.load(gained_ptr + _count_below(starts_ptr, spans, span_steps, b_begin - 1), mask=m_t, other=0)
+    b_n = _count_below(starts_ptr, spans, span_steps, o_t)  # spans that begin at or before the token
+    m_n = m_t & (b_n > 0)
+    b_gained = tl.load(gained_ptr + b_n, mask=m_t, other=0)
+    b_inside = o_t - tl.load(starts_ptr + b_n - 1, mask=m_n, other=0)
+    b_t = tl.load(extent_ptr + 3 * b_n - 3, mask=m_n, other=0)
+    b_h = tl.load(extent_ptr + 3 * b_n - 2, mask=m_n, other=1)
+    b_w = tl.load(extent_ptr + 3 * b_n - 1, mask=m_n, other=1)
+    m_media = m_n & (b_inside < b_t * b_h * b_w)
+    b_first = tl.load(gained_ptr + b_n - 1, mask=m_n, other=0)
+    b_base = o_t - b_begin - b_before + tl.where(m_media, b_first - b_inside, b_gained)
+    p_out = out_ptr + o_t
+    stride = o_t * 0 + tokens  # 64 bits, whatever `tokens` has
+    tl.store(p_out, b_base + tl.where(m_media, b_inside // (b_h * b_w), 0), mask=m_t)
+    tl.store(p_out + stride, b_base + tl.where(m_media, b_inside // b_w % b_h, 0), mask=m_t)
+    tl.store(p_out + 2 * stride, b_base + tl.where(m_media, b_inside % b_w, 0), mask=m_t)
 
 
 def row_tile(width: int, most_features: int = 512) -> tuple[int, int]:
@@ -114,18 +251,39 @@ def with_columns(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def gather(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """source [R, E], index [T] int64 -> [T, E]."""
-    source, index = with_columns(source), index.contiguous()
-    tokens, width = index.shape[0], source.shape[1]
-    out = source.new_empty(tokens, width)
+def gather(
+    first: torch.Tensor,
+    second: torch.Tensor | None,
+    third: torch.Tensor | None,
+    fourth: torch.Tensor | None,
+    index: torch.Tensor,
+) -> torch.Tensor:
+    """Sources [R_i, E], index [T] int64 -> [T, E]."""
+    index = index.contiguous()
+    given = [with_columns(source) for source in (first, second, third, fourth) if source is not None]
+    tokens, width = index.shape[0], first.shape[1]
+    out = first.new_empty(tokens, width)
     if out.numel() == 0:
         return out
     block_t, block_e = row_tile(width)
     grid = (triton.cdiv(tokens, block_t), triton.cdiv(width, block_e))
-    with on_device(source):
-        _gather_fwd_kernel[grid](source, index, out, tokens, width, source.stride(0), BLOCK_T=block_t, BLOCK_E=block_e)
+    absent = 4 - len(given)
+    sources = given + given[:1] * absent
+    ends = list(itertools.accumulate([source.shape[0] for source in given] + [0] * absent))
+    strides = [source.stride(0) for source in sources]
+    with on_device(first):
+        _gather_fwd_kernel[grid](
+            *sources, index, out, tokens, width, *ends, *strides, SOURCES=len(given), BLOCK_T=block_t, BLOCK_E=block_e
+        )
     return out
+
+
+def embed_splice(
+    table: torch.Tensor, features: torch.Tensor, token_ids: torch.Tensor, dst_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """table [V, E], features [F, E], token_ids [T], dst_index [F] -> (out [T, E], its rows [T])."""
+    index = splice_index(token_ids, dst_index, table.shape[0])
+    return gather(table, features, None, None, index), index
 
 
 def segment_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,14 +294,84 @@ def segment_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> tuple[
     argmax = x.new_empty(segments if mode == "max" else 0, width, dtype=torch.int32)
     if out.numel() == 0:
         return out, argmax
+    _pool(x, cu_seqlens, None, mode, out, argmax)
+    return out, argmax
+
+
+def weighted_pool(x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """x [T, E], weights [T] float32 -> [S, E]."""
+    x, cu_seqlens = with_columns(x), cu_seqlens.contiguous()
+    out = x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
+    if out.numel() > 0:
+        _pool(x, cu_seqlens, weights.contiguous(), "weighted", out, cu_seqlens)
+    return out
+
+
+def _pool(
+    x: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    weights: torch.Tensor | None,
+    mode: str,
+    out: torch.Tensor,
+    argmax: torch.Tensor,
+) -> None:
+    """Launch; a pointer that the mode does not read may be any."""
+    segments, width = out.shape
     # Few features per program: segments are few, and their blocks of features must fill the device.
     block_t, block_e = row_tile(width, most_features=128)
     grid = (segments, triton.cdiv(width, block_e))
+    weights = x if weights is None else weights
     with on_device(x):
         _segment_pool_fwd_kernel[grid](
-            x, cu_seqlens, out, argmax, width, x.stride(0), MODE=mode, BLOCK_T=block_t, BLOCK_E=block_e
+            x, cu_seqlens, weights, out, argmax, width, x.stride(0), MODE=mode, BLOCK_T=block_t, BLOCK_E=block_e
         )
-    return out, argmax
+
+
+def patchify(
+    x: torch.Tensor, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
+) -> torch.Tensor:
+    """Pixels [P] -> tokens [T, C temporal patch^2], or back."""
+    x, row = x.contiguous(), channels * temporal * patch**2
+    out = x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // row, row)
+    if out.numel() == 0:
+        return out
+    grid_thw, starts = token_grid(grid_thw)
+    tokens = x.numel() // row
+    image = torch.searchsorted(starts, torch.arange(tokens, device=x.device), right=True) - 1
+    block_t, block_e = row_tile(row)
+    grid = (triton.cdiv(tokens, block_t), triton.cdiv(row, block_e))
+    sizes = {"CHANNELS": channels, "PATCH": patch, "TEMPORAL": temporal, "MERGE": merge, "INVERSE": inverse}
+    with on_device(x):
+        _patchify_fwd_kernel[grid](x, grid_thw, starts, image, out, tokens, **sizes, BLOCK_T=block_t, BLOCK_E=block_e)
+    return out
+
+
+def patchify_images(
+    images: list[torch.Tensor], grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int
+) -> torch.Tensor:
+    """Images -> tokens [T, C temporal patch^2]."""
+    pixels = torch.cat([image.flatten() for image in images])
+    return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
+
+
+def mrope(
+    cu_seqlens: torch.Tensor,
+    starts: torch.Tensor,
+    extent: torch.Tensor,
+    gained: torch.Tensor,
+    time_step: torch.Tensor | None,
+    total: int,
+) -> torch.Tensor:
+    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64 -> [3, T] int64."""
+    assert time_step is None
+    out = cu_seqlens.new_empty(3, total)
+    if total > 0:
+        inputs = [tensor.contiguous() for tensor in (cu_seqlens, starts, extent, gained)]
+        counts = (cu_seqlens.shape[0], starts.shape[0])
+        steps = [count.bit_length() for count in counts]
+        with on_device(out):
+            _mrope_fwd_kernel[(triton.cdiv(total, _TOKENS),)](*inputs, out, total, *counts, *steps, BLOCK_T=_TOKENS)
+    return out
 
 
 def aot_cases() -> list[TritonCase]:
@@ -153,16 +381,33 @@ def aot_cases() -> list[TritonCase]:
     cases = []
     tile: dict[str, object]
     for dtype in ("bf16", "fp32"):
-        tokens = {"tokens": "i32", "width": "i32:16", "source_stride": "i32:16"}
-        pointers = {"source_ptr": f"*{dtype}", "index_ptr": "*i64", "out_ptr": f"*{dtype}"}
+        sources = ("first", "second", "third", "fourth")
+        pointers = {f"{name}_ptr": f"*{dtype}" for name in (*sources, "out")} | {"index_ptr": "*i64"}
+        sizes = {"tokens": "i32", "width": "i32:16"}
+        sizes |= {f"{name}_begin": "i32" for name in sources[1:]} | {"end": "i32"}
+        sizes |= {f"{name}_stride": "i32:16" for name in sources}
         block_t, block_e = row_tile(1024)
-        tile = {"BLOCK_T": block_t, "BLOCK_E": block_e}
-        cases.append(TritonCase(f"gather_fwd[{dtype}]", _gather_fwd_kernel, pointers | tokens, tile))
+        for count in range(1, 5):
+            tile = {"SOURCES": count, "BLOCK_T": block_t, "BLOCK_E": block_e}
+            cases.append(TritonCase(f"gather_fwd[{dtype}-{count}]", _gather_fwd_kernel, pointers | sizes, tile))
         pointers = {"x_ptr": f"*{dtype}", "cu_seqlens_ptr": "*i32", "out_ptr": f"*{dtype}", "argmax_ptr": "*i32"}
         sizes = {"width": "i32:16", "x_stride": "i32:16"}
         block_t, block_e = row_tile(1024, most_features=128)
-        for mode in ("sum", "mean", "max", "first"):
+        for mode in ("sum", "mean", "max", "first", "weighted"):
+            pointers["weights_ptr"] = "*fp32" if mode == "weighted" else f"*{dtype}"
             tile = {"MODE": mode, "BLOCK_T": block_t, "BLOCK_E": block_e}
             name = f"segment_pool_fwd[{dtype}-{mode}]"
             cases.append(TritonCase(name, _segment_pool_fwd_kernel, pointers | sizes, tile))
+        pointers = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+        pointers |= {"grid_ptr": "*i64", "starts_ptr": "*i64", "image_ptr": "*i64"}
+        for patch, temporal, merge in ((16, 1, 1), (14, 2, 2)):
+            block_t, block_e = row_tile(3 * temporal * patch**2)
+            for inverse in (False, True):
+                tile = {"CHANNELS": 3, "PATCH": patch, "TEMPORAL": temporal, "MERGE": merge, "INVERSE": inverse}
+                tile |= {"BLOCK_T": block_t, "BLOCK_E": block_e}
+                name = f"patchify_fwd[{dtype}-{patch}-{'back' if inverse else 'there'}]"
+                cases.append(TritonCase(name, _patchify_fwd_kernel, pointers | {"tokens": "i32"}, tile))
+    pointers = {f"{name}_ptr": "*i64" for name in ("cu_seqlens", "starts", "extent", "gained", "out")}
+    sizes = dict.fromkeys(("tokens", "boundaries", "spans", "boundary_steps", "span_steps"), "i32")
+    cases.append(TritonCase("mrope_fwd", _mrope_fwd_kernel, pointers | sizes, {"BLOCK_T": _TOKENS}))
     return cases

@@ -33,6 +33,8 @@ inline int max(int a, int b) { return a < b ? b : a; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 
+inline float __fdividef(float a, float b) { return a / b; }
+
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -52,6 +54,19 @@ struct Exchange {
   T result;
 };
 }  // namespace emulator
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  if (mask != 0xffffffffu) emulator::fail("shuffles of part of a warp are not emulated");
+  emulator::Exchange<T> own{value, lane, T{}};
+  emulator::warp_meet("__shfl_sync", &own, [](void* const* slots) {
+    for (int i = 0; i < 32; ++i) {
+      auto* slot = static_cast<emulator::Exchange<T>*>(slots[i]);
+      slot->result = static_cast<emulator::Exchange<T>*>(slots[slot->bits])->value;
+    }
+  });
+  return own.result;
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {

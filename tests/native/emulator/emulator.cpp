@@ -1,5 +1,7 @@
 #include "emulator.h"
 
+#include "async.h"
+
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -41,6 +43,8 @@ struct Fiber {
   bool started = false, done = false;
   const uint64_t* waits_for = nullptr;  // goes on when this is no longer `seen`
   uint64_t seen = 0;
+  std::function<bool()> ready;  // or goes on when this says so
+  const char* waits_at = nullptr;
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
   unsigned char* stack = nullptr;
@@ -135,6 +139,7 @@ std::string stuck() {
   std::string text = "threads wait for others that never come:";
   for (const Fiber& fiber : fibers) {
     if (fiber.done) continue;
+    if (fiber.ready) return text + " thread " + std::to_string(fiber.index) + " at " + fiber.waits_at;
     const bool at_barrier = fiber.waits_for == &block_meeting.generation;
     const Meeting& meeting = at_barrier ? block_meeting : warps[fiber.index / kWarp];
     return text + " thread " + std::to_string(fiber.index) + " at " + meeting.instruction;
@@ -142,29 +147,57 @@ std::string stuck() {
   return text;
 }
 
+bool can_go_on(Fiber& fiber) {
+  if (fiber.done || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen)) return false;
+  return !fiber.ready || fiber.ready();
+}
+
+// How often each warp is passed over: never without a seed.
+std::vector<double> idleness(unsigned threads, std::mt19937_64& random) {
+  std::vector<double> idle((threads + kWarp - 1) / kWarp, 0.);
+  if (settings.seed == 0) return idle;
+  constexpr double kChoices[] = {0., 0., .5, .9};
+  for (double& chance : idle) chance = kChoices[random() % 4];
+  return idle;
+}
+
 void run_block(unsigned threads, std::mt19937_64& random) {
   prepare_block(threads);
+  begin_async(threads, random());
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
+  const std::vector<double> idle = idleness(threads, random);
+  std::vector<char> passed_over(idle.size());
+  std::uniform_real_distribution<double> uniform(0., 1.);
+  bool hurry = false;  // nothing moved in the last round: pass nobody over, let something asynchronous happen
   for (unsigned left = threads; left > 0;) {
     if (settings.seed != 0) std::shuffle(order.begin(), order.end(), random);
-    bool moved = false;
+    for (size_t warp = 0; warp < idle.size(); ++warp) passed_over[warp] = !hurry && uniform(random) < idle[warp];
+    bool moved = step_async(hurry);
     for (const unsigned i : order) {
       Fiber& fiber = fibers[i];
-      if (fiber.done || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen)) continue;
+      if (passed_over[i / kWarp] || !can_go_on(fiber)) continue;
       fiber.waits_for = nullptr;
+      fiber.ready = nullptr;
       resume(fiber);
       moved = true;
       if (fiber.done) --left;
       if (!error.empty()) return;
     }
-    if (!moved) {
+    if (!moved && hurry) {
       current = nullptr;
       error = place() + ": " + stuck();
       return;
     }
+    hurry = !moved;
   }
   current = nullptr;
+  try {
+    end_async();
+  } catch (const std::exception& e) {
+    error = e.what();
+    return;
+  }
   for (size_t i = 0; i < kCanary; ++i) {
     if (shared_base[shared_bytes + i] != 0xff) {
       error = place() + ": shared memory was written behind its " + std::to_string(shared_bytes) + " bytes";
@@ -230,7 +263,7 @@ void run(const char* kernel, dim3 grid, unsigned threads, size_t bytes, const st
   error.clear();
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) throw std::runtime_error(place() + ": grid too large");
   if (threads == 0 || threads > 1024) throw std::runtime_error(place() + ": bad block size");
-  if (bytes > settings.shared_limit) {
+  if (bytes > settings.shared_limit()) {
     throw std::runtime_error(place() + ": " + std::to_string(bytes) + " bytes of shared memory");
   }
   ++counts.launches;
@@ -273,7 +306,18 @@ void warp_meet(const char* instruction, void* slot, void (*combine)(void* const*
   wait_for(warp.generation);
 }
 
+void wait_until(const char* instruction, const std::function<bool()>& ready) {
+  if (ready()) return;
+  current->waits_at = instruction;
+  current->ready = ready;
+  yield();
+}
+
+unsigned thread_index() { return current->index; }
+unsigned num_threads() { return static_cast<unsigned>(fibers.size()); }
+
 unsigned char* shared_memory() { return shared_base; }
+size_t shared_size() { return shared_bytes; }
 
 bool in_shared_memory(const void* pointer, size_t bytes) {
   const auto* p = static_cast<const unsigned char*>(pointer);

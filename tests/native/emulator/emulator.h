@@ -11,6 +11,7 @@
 //   outside
 //     shared memory or off their alignment, blocks or grids beyond CUDA's limits: each is an error that says where
 //   - access to memory behind a tensor that the test placed before a guard page is an error too (see `fence`)
+// With a seed, warps also run at different speeds. What sm_90a adds runs behind the program's back: see async.h.
 #pragma once
 
 #include <cstddef>
@@ -32,13 +33,15 @@ namespace emulator {
 struct Settings {
   uint64_t seed = 0;        // 0: ascending order, else shuffled
   int multiprocessors = 3;  // few, so that small problems fill several rounds of a persistent grid
-  size_t shared_limit = 99 * 1024;
+  int capability = 80;      // 10 * major + minor
+
+  size_t shared_limit() const { return (capability == 90 ? 227 : 99) * size_t{1024}; }
 };
 extern Settings settings;
 
 // Counters since the last reset, so that a test can tell that a path was taken.
 struct Counts {
-  int64_t launches, blocks, barriers, matrix_products, async_copies;
+  int64_t launches, blocks, barriers, matrix_products, async_copies, warpgroup_products, tma_loads, tma_stores;
 };
 extern Counts counts;
 
@@ -51,7 +54,14 @@ void barrier();
 // All 32 lanes of a warp hand in a slot; `combine` sees them all once, and then every lane goes on.
 void warp_meet(const char* instruction, void* slot, void (*combine)(void* const* slots));
 
+// The thread goes on once `ready()`; `instruction` names where it waits.
+void wait_until(const char* instruction, const std::function<bool()>& ready);
+
+unsigned thread_index();
+unsigned num_threads();
+
 unsigned char* shared_memory();
+size_t shared_size();
 bool in_shared_memory(const void* pointer, size_t bytes);
 
 void async_copy(void* target, const void* source, int bytes);

@@ -11,6 +11,7 @@ PYBIND11_MODULE(mmk_emulated, m) {
   mmk_bind_cuda(m);
   m.def("set_seed", [](uint64_t seed) { emulator::settings.seed = seed; });
   m.def("set_multiprocessors", [](int count) { emulator::settings.multiprocessors = count; });
+  m.def("set_capability", [](int capability) { emulator::settings.capability = capability; });
   m.def("reset_counts", [] { emulator::counts = {}; });
   m.def("counts", [] {
     py::dict counts;
@@ -19,6 +20,9 @@ PYBIND11_MODULE(mmk_emulated, m) {
     counts["barriers"] = emulator::counts.barriers;
     counts["matrix_products"] = emulator::counts.matrix_products;
     counts["async_copies"] = emulator::counts.async_copies;
+    counts["warpgroup_products"] = emulator::counts.warpgroup_products;
+    counts["tma_loads"] = emulator::counts.tma_loads;
+    counts["tma_stores"] = emulator::counts.tma_stores;
     return counts;
   });
   m.def("fence", [](size_t bytes) { return reinterpret_cast<uintptr_t>(emulator::fence(bytes)); });

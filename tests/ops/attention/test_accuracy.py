@@ -10,10 +10,18 @@ import torch
 from mmkernels.runtime import native
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
-from mmkernels.testing.attention import MASKS, AttentionInputs, Gradients, cu_seqlens, make_inputs, plain, run
+from mmkernels.testing.attention import (
+    MASKS,
+    AttentionInputs,
+    Gradients,
+    cancelling_terms,
+    cu_seqlens,
+    make_inputs,
+    plain,
+    run,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NAMES = ("out", "lse", "dq", "dk", "dv")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_backend = pytest.mark.parametrize("backend", ["native", "triton", "reference"])
 every_mask = pytest.mark.parametrize("mask", MASKS)
@@ -25,9 +33,9 @@ def needs(backend: str, dtype: torch.dtype) -> None:
         pytest.skip(reason)
 
 
-def draws(backend: str) -> int:
+def draws(backend: str, tokens: int = 239) -> int:
     """The largest error of few rows is a matter of luck: judge several draws at once. The interpreter is slow."""
-    return 1 if backend == "triton" else 3
+    return 1 if backend == "triton" and tokens > 200 else 3
 
 
 def assert_right(inputs: list[AttentionInputs], backend: str, *, with_lse: bool = False) -> None:
@@ -39,12 +47,15 @@ def assert_right(inputs: list[AttentionInputs], backend: str, *, with_lse: bool 
     actual = [run(x, backend, with_lse=with_lse) for x in inputs]
     truth = [plain(x.to(torch.float64), with_lse=with_lse) for x in inputs]
     expected = [plain(x, with_lse=with_lse) for x in inputs]
-    for name in NAMES:
+    terms = [cancelling_terms(x, with_lse=with_lse) for x in inputs]
+    for name, _ in actual[0].items():
         a, e, t = (stacked(results, name) for results in (actual, expected, truth))
         if t.dtype == inputs[0].q.dtype:
             torch.testing.assert_close(a, t, rtol=1e-11, atol=1e-12)
         elif t.abs().max() > 1e-12:
-            assert_as_accurate(name, a, e, t)
+            cancels = name in terms[0] and (name != "dq" or backend == "triton")
+            cancelling = torch.stack([one[name] for one in terms]) if cancels else None
+            assert_as_accurate(name, a, e, t, terms=cancelling)
         else:
             # With one visible key, <grad_out, v> - <grad_out, out> cancels: up to the rounding of two sums in Triton,
             # which adds in another order, exactly elsewhere.
@@ -53,14 +64,20 @@ def assert_right(inputs: list[AttentionInputs], backend: str, *, with_lse: bool 
             assert a.abs().max() <= floor, name
 
 
+# What takes the same road through a kernel as another mask runs in one dtype where that is slow.
+_INTERPRETED_ONCE = ("image_spans", "image_spans_window", "media_last", "media_own", "noise")
+
+
 @every_backend
 @every_dtype
 @every_mask
 def test_masks(mask, dtype, backend):
     needs(backend, dtype)
+    if backend == "triton" and dtype != torch.float32 and mask in _INTERPRETED_ONCE:
+        pytest.skip("in float32 only: the interpreter is slow")
     case = MASKS[mask]
     heads = {"heads": 4, "kv_heads": 2, "dim": 32}
-    seeds = range(draws(backend))
+    seeds = range(draws(backend, case.tokens[0]))
     assert_right([make_inputs(*case.tokens, **heads, dtype=dtype, mask=case.mask(), seed=s) for s in seeds], backend)
 
 
@@ -99,6 +116,31 @@ def test_logits_from_flat_to_one_hot(amplitude, dtype, backend):
     assert_right(
         [make_inputs(*case.tokens, **sizes, mask=case.mask(), seed=seed) for seed in range(draws(backend))], backend
     )
+
+
+OPTIONS = {
+    "bias": ("image_spans", {"classes": (2, 2)}),
+    "sink": ("image_spans", {"sink": True}),
+    "dropout": ("image_spans", {"dropout_p": 0.3}),
+    "all": ("image_spans", {"classes": (2, 2), "sink": True, "dropout_p": 0.1}),
+    "all_and_pattern": ("cross_only", {"classes": (2, 2), "sink": True, "dropout_p": 0.1}),
+}
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(option, dtype, backend):
+    needs(backend, dtype)
+    if backend == "triton" and dtype != torch.float32 and option != "all_and_pattern":
+        pytest.skip("in float32 only: the interpreter is slow")
+    mask, options = OPTIONS[option]
+    case = MASKS[mask]
+    heads = (2, 1) if backend == "triton" else (4, 2)
+    sizes = {"heads": heads[0], "kv_heads": heads[1], "dim": 40, "dtype": dtype, **options}
+    count = 3 if option == "all_and_pattern" else draws(backend)
+    inputs = [make_inputs(*case.tokens, **sizes, mask=case.mask(), seed=seed) for seed in range(count)]
+    assert_right(inputs, backend, with_lse=option != "bias")
 
 
 @every_backend

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkernels import AttentionMask
-from mmkernels.testing.attention import cu_seqlens
+from mmkernels import AttentionMask, Modality
+from mmkernels.ops.attention import tiles
+from mmkernels.testing.attention import MASKS, cu_seqlens, make_inputs, plain, run
 
 segments = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=6)
 window = st.none() | st.integers(1, 9)
@@ -26,11 +27,35 @@ def dense_packed(lengths_q, lengths_k, causal, window):
     return mask
 
 
-def check_hull(mask, tokens_q, tokens_k):
-    """Every visible pair lies inside its key's hull, without which backward would miss it."""
-    dense, rows = mask.to_dense(tokens_q, tokens_k), mask.rows(tokens_q, tokens_k)
+def check(mask, expected):
+    """A mask is the dense one; no visible pair lies outside its key's hull or in a tile that is skipped."""
+    tokens_q, tokens_k = expected.shape
+    assert torch.equal(mask.to_dense(tokens_q, tokens_k), expected)
+    assert mask.density(tokens_q, tokens_k) == pytest.approx(expected.double().mean().item() if expected.numel() else 0)
+    rows = mask.rows(tokens_q, tokens_k)
     query = torch.arange(tokens_q)[:, None]
-    assert not (dense & ((query < rows.first_q[None]) | (query >= rows.last_q[None]))).any()
+    assert not (expected & ((query < rows.first_q[None]) | (query >= rows.last_q[None]))).any()
+    check_tiles(rows, expected, 4, 3)
+    assert (rows.tiles is not None) == (rows.span_q is not None)
+    if rows.tiles is not None:
+        word = torch.arange(rows.tiles.shape[1] * 16)
+        unpacked = rows.tiles[:, word // 16] >> 2 * (word % 16) & 3
+        states = tiles.tile_states(rows, tokens_k)
+        assert torch.equal(unpacked[:, : states.shape[1]], states)
+        assert not unpacked[:, states.shape[1] :].any()
+
+
+def check_tiles(rows, expected, tile_q, tile_k):
+    """SKIP has no visible pair, FULL no other; of tiles that are one of both most are found."""
+    states = tiles.tile_states(rows, expected.shape[1], tile_q, tile_k)
+    for a in range(states.shape[0]):
+        for b in range(states.shape[1]):
+            block = expected[a * tile_q : (a + 1) * tile_q, b * tile_k : (b + 1) * tile_k]
+            if states[a, b] == tiles.SKIP:
+                assert not block.any()
+            if states[a, b] == tiles.FULL:
+                assert block.all()
+                assert block.shape[1] == tile_k
 
 
 @settings(max_examples=300, deadline=None)
@@ -39,11 +64,7 @@ def test_packed(pairs, causal, window):
     window = window if causal else None
     lengths_q, lengths_k = [q for q, _ in pairs], [k for _, k in pairs]
     mask = AttentionMask.packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k), causal=causal, window=window)
-    tokens = sum(lengths_q), sum(lengths_k)
-    expected = dense_packed(lengths_q, lengths_k, causal, window)
-    assert torch.equal(mask.to_dense(*tokens), expected)
-    assert mask.density(*tokens) == pytest.approx(expected.float().mean().item() if expected.numel() else 0.0)
-    check_hull(mask, *tokens)
+    check(mask, dense_packed(lengths_q, lengths_k, causal, window))
 
 
 @settings(max_examples=200, deadline=None)
@@ -59,20 +80,188 @@ def test_prefix(samples):
         for p in range(length):
             expected[begin + p, begin : begin + max(p + 1, prefix)] = True
         begin += length
-    assert torch.equal(mask.to_dense(tokens, tokens), expected)
-    check_hull(mask, tokens, tokens)
+    check(mask, expected)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 12), st.data())
-def test_from_rows(tokens_k, data):
-    ends = data.draw(st.lists(st.tuples(st.integers(0, tokens_k), st.integers(0, tokens_k)), max_size=10))
-    lo = torch.tensor([min(pair) for pair in ends], dtype=torch.int32)
-    hi = torch.tensor([max(pair) for pair in ends], dtype=torch.int32)
-    mask = AttentionMask.from_rows(lo, hi)
-    key = torch.arange(tokens_k)
-    assert torch.equal(mask.to_dense(len(ends), tokens_k), (lo[:, None] <= key) & (key < hi[:, None]))
-    check_hull(mask, len(ends), tokens_k)
+# A token of interleaved input: its sample, modality and span (-1: none). Runs of a few tokens, some of them empty.
+runs = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.booleans()), max_size=5)
+samples = st.lists(runs, max_size=4)
+
+
+def token_table(samples):
+    """(sample, modality, span) of each token; spans are numbered inside a sample."""
+    table = []
+    for s, sample in enumerate(samples):
+        for span, (length, modality, in_span) in enumerate(sample):
+            table += [(s, modality, span if in_span else -1)] * length
+    return table
+
+
+def lengths_of(samples):
+    return [sum(length for length, _, _ in sample) for sample in samples]
+
+
+def pairwise(num_q, num_k, visible):
+    dense = torch.zeros(num_q, num_k, dtype=torch.bool)
+    for i in range(num_q):
+        for j in range(num_k):
+            dense[i, j] = visible(i, j)
+    return dense
+
+
+def column(table, at, dtype):
+    return torch.tensor([row[at] for row in table], dtype=dtype)
+
+
+@settings(max_examples=600, deadline=None)
+@given(samples, window, st.sets(st.integers(0, 3)))
+def test_multimodal(samples, window, bidirectional):
+    table = token_table(samples)
+
+    def visible(i, j):
+        (sample, modality, span), (other, _, other_span) = table[i], table[j]
+        if sample != other or (window is not None and j <= i - window):
+            return False
+        return j <= i or (span >= 0 and span == other_span and modality in bidirectional)
+
+    mask = AttentionMask.multimodal(
+        cu_seqlens(lengths_of(samples)),
+        column(table, 1, torch.uint8),
+        column(table, 2, torch.int32),
+        bidirectional=tuple(bidirectional),
+        window=window,
+    )
+    check(mask, pairwise(len(table), len(table), visible))
+
+
+@settings(max_examples=400, deadline=None)
+@given(samples)
+def test_cross_only(samples):
+    table = token_table(samples)
+
+    def visible(i, j):
+        return table[i][0] == table[j][0] and table[i][1] != table[j][1]
+
+    mask = AttentionMask.cross_only(cu_seqlens(lengths_of(samples)), column(table, 1, torch.uint8))
+    check(mask, pairwise(len(table), len(table), visible))
+
+
+media = st.lists(
+    st.tuples(st.lists(st.integers(-1, 6), max_size=6), st.lists(st.integers(0, 6), max_size=6)), max_size=4
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(media, st.sampled_from(["last", "all_previous", "own"]))
+def test_media(samples, mode):
+    """Ids of text tokens in any order; those of keys sorted, except for "own", which may hide keys of a negative id."""
+    queries = [(s, m) for s, (text, _) in enumerate(samples) for m in text]
+    keys = [
+        (s, m if mode != "own" else m - 1)
+        for s, (_, of) in enumerate(samples)
+        for m in (of if mode == "own" else sorted(of))
+    ]
+
+    def visible(i, j):
+        (sample, medium), (other, of) = queries[i], keys[j]
+        if sample != other or medium < 0:
+            return False
+        if mode == "own":
+            return of == medium
+        if mode == "all_previous":
+            return of <= medium
+        return of == max((m for s, m in keys if s == sample and m <= medium), default=None)
+
+    mask = AttentionMask.media(
+        cu_seqlens([len(text) for text, _ in samples]),
+        cu_seqlens([len(of) for _, of in samples]),
+        column(queries, 1, torch.int32),
+        column(keys, 1, torch.int32),
+        mode=mode,
+    )
+    check(mask, pairwise(len(queries), len(keys), visible))
+
+
+row = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(-2, 2), st.integers(-(2**31), 2**31 - 1))
+key = st.tuples(st.integers(-2, 2), st.integers(0, 31))
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(row, max_size=10), st.lists(key, max_size=12), st.booleans(), st.booleans())
+def test_from_rows(queries, keys, spans, classes):
+    num_k = len(keys)
+    ends = [sorted((min(a, num_k), min(b, num_k))) for a, b, _, _ in queries]
+
+    def visible(i, j):
+        inside = ends[i][0] <= j < ends[i][1]
+        same = spans and queries[i][2] == keys[j][0]
+        allowed = classes and queries[i][3] >> keys[j][1] & 1 == 1
+        return inside and (same or allowed or not (spans or classes))
+
+    pattern = {}
+    if spans:
+        pattern |= {"span_q": column(queries, 2, torch.int32), "span_k": column(keys, 0, torch.int32)}
+    if classes:
+        pattern |= {"allow_q": column(queries, 3, torch.int32), "class_k": column(keys, 1, torch.uint8)}
+    lo, hi = (torch.tensor([end[side] for end in ends], dtype=torch.int32) for side in (0, 1))
+    check(AttentionMask.from_rows(lo, hi, **pattern), pairwise(len(queries), num_k, visible))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from(sorted(MASKS)), st.data())
+def test_kernels_see_what_the_mask_shows(name, data):
+    """Through the kernels: with segments of any lengths, out and gradients are those of the dense mask."""
+    case = MASKS[name]
+    count = data.draw(st.integers(1, 4))
+    lengths = st.lists(st.sampled_from([0, 1, 2, 63, 64, 65, 130, 200]), min_size=count, max_size=count)
+    lengths_q = data.draw(lengths)
+    lengths_k = data.draw(lengths) if case.lengths_k else lengths_q
+    mask = case.build(cu_seqlens(lengths_q), cu_seqlens(lengths_k), **case.options)
+    x = make_inputs(sum(lengths_q), sum(lengths_k), dim=16, dtype=torch.float64, mask=mask)
+    for (what, got), (_, expected) in zip(run(x).items(), plain(x).items(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[3] * 3000, [1, 2, 0] * 1500, [9001], [1, 9000, 0, 3]],
+    ids=["tiny", "tiny and empty", "one huge", "huge among tiny"],
+)
+def test_segments_of_every_size(lengths):
+    cu, tokens = cu_seqlens(lengths), sum(lengths)
+    modality = (torch.arange(tokens) % 3 == 0).byte()
+    rows = AttentionMask.cross_only(cu, modality).rows(tokens, tokens)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    some = torch.randint(0, tokens, (200,))
+    some_rows = rows._replace(lo=rows.lo[some], hi=rows.hi[some], span_q=rows.span_q[some], allow_q=rows.allow_q[some])
+    from mmkernels.ops.attention.reference import visible
+
+    expected = (owner[some][:, None] == owner) & (modality[some][:, None] != modality)
+    assert torch.equal(visible(some_rows, tokens), expected)
+    assert rows.tiles.numel() * 4 <= (tokens / 128 + 1) * (tokens / 64 / 16 + 1) * 4
+
+
+def test_a_map_finds_what_it_may_skip_and_take_whole():
+    """Two modalities in long runs: of 64 x 64 tiles inside runs none is left to mask."""
+    modality = torch.repeat_interleave(
+        torch.tensor([0, 1, 0, 1], dtype=torch.uint8), torch.tensor([256, 128, 128, 256])
+    )
+    rows = AttentionMask.cross_only(cu_seqlens([768]), modality).rows(768, 768)
+    states = tiles.tile_states(rows, 768)
+    assert (states != tiles.PARTIAL).all()
+    assert (states == tiles.FULL).float().mean() == pytest.approx(0.5)
+
+
+def test_plot(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    case = MASKS["image_spans"]
+    case.mask().plot(tmp_path / "mask.png", tile=(8, 8))
+    MASKS["packed"].mask().plot(str(tmp_path / "packed.svg"))
+    assert (tmp_path / "mask.png").read_bytes()[:4] == b"\x89PNG"
+    assert b"</svg>" in (tmp_path / "packed.svg").read_bytes()
+    assert matplotlib.get_backend() is not None
+    with pytest.raises(ValueError, match="tile: expected two sizes of at least 1"):
+        case.mask().plot(tmp_path / "x.png", tile=(0, 8))
 
 
 def test_tokens_after_the_last_segment_belong_to_none():
@@ -83,6 +272,23 @@ def test_tokens_after_the_last_segment_belong_to_none():
 
 
 INT = torch.int32
+ZEROS = torch.zeros(2, dtype=INT)
+
+
+def multimodal(**changed):
+    args = {"cu_seqlens": cu_seqlens([3]), "modality_ids": torch.ones(3, dtype=torch.uint8)}
+    return AttentionMask.multimodal(**(args | {"span_ids": torch.tensor([0, 0, -1], dtype=INT)} | changed))
+
+
+def media_mask(**changed):
+    args = {"cu_seqlens_q": cu_seqlens([2]), "cu_seqlens_k": cu_seqlens([2])}
+    return AttentionMask.media(**(args | {"media_ids_q": ZEROS, "media_ids_k": ZEROS} | changed))
+
+
+def from_rows(**changed):
+    return AttentionMask.from_rows(**({"lo": ZEROS, "hi": ZEROS + 2} | changed))
+
+
 BAD = [
     (lambda: AttentionMask.packed([0, 3]), TypeError, r"cu_seqlens_q: expected \[S\+1\] int32"),
     (lambda: AttentionMask.packed(torch.tensor([0, 3])), TypeError, "cu_seqlens_q: .*int64"),
@@ -105,9 +311,66 @@ BAD = [
         "hi: expected at least lo, got 1 at index 0",
     ),
     (lambda: AttentionMask.packed(cu_seqlens([9])).rows(5, 5), ValueError, "cu_seqlens_q: expected at most 5 tokens"),
-    (lambda: AttentionMask.multimodal(), NotImplementedError, "multimodal: not supported yet"),
-    (lambda: AttentionMask.media(), NotImplementedError, "media: not supported yet"),
-    (lambda: AttentionMask.cross_only(), NotImplementedError, "cross_only: not supported yet"),
+    (lambda: multimodal(modality_ids=torch.zeros(3, dtype=INT)), TypeError, r"modality_ids: expected \[T\] uint8"),
+    (
+        lambda: multimodal(modality_ids=torch.tensor([0, 32, 0], dtype=torch.uint8)),
+        ValueError,
+        "modality_ids: .*got 32",
+    ),
+    (lambda: multimodal(span_ids=torch.zeros(3)), TypeError, r"span_ids: expected \[T\] int32"),
+    (lambda: multimodal(span_ids=torch.zeros(4, dtype=INT)), ValueError, r"span_ids: expected \[3\] like modality_ids"),
+    (
+        lambda: multimodal(span_ids=torch.tensor([4, -1, 4], dtype=INT)),
+        ValueError,
+        "side by side, got id 4 again at index 2",
+    ),
+    (lambda: multimodal(cu_seqlens=cu_seqlens([4])), ValueError, "cu_seqlens: expected at most 3 tokens"),
+    (lambda: multimodal(window=0), ValueError, "window: expected at least 1 key"),
+    (lambda: multimodal(window=2.0), TypeError, "window: expected an int or None"),
+    (lambda: multimodal(bidirectional=(32,)), ValueError, r"bidirectional: expected modalities in \[0, 32\)"),
+    (lambda: multimodal(bidirectional="image"), TypeError, "bidirectional: expected a sequence of modalities"),
+    (lambda: multimodal().rows(4, 4), ValueError, r"mask: span_ids: expected \[4\], one per token"),
+    (lambda: multimodal().rows(3, 4), ValueError, "as many queries as keys for a multimodal mask"),
+    (lambda: media_mask(mode="first"), ValueError, "mode: expected 'last', 'all_previous' or 'own', got 'first'"),
+    (
+        lambda: media_mask(media_ids_k=torch.tensor([1, 0], dtype=INT)),
+        ValueError,
+        "media_ids_k: .*never fall.*got 0 at index 1",
+    ),
+    (
+        lambda: media_mask(media_ids_k=torch.tensor([-1, 0], dtype=INT)),
+        ValueError,
+        "media_ids_k: expected at least 0, got -1",
+    ),
+    (lambda: media_mask(media_ids_q=torch.zeros(2)), TypeError, "media_ids_q: .*int32"),
+    (lambda: media_mask(cu_seqlens_k=cu_seqlens([3])), ValueError, "cu_seqlens_k: expected at most 2 tokens"),
+    (lambda: media_mask().rows(3, 2), ValueError, r"mask: media_ids_q: expected \[3\], one per token"),
+    (
+        lambda: AttentionMask.cross_only(cu_seqlens([1]), torch.tensor([200], dtype=torch.uint8)),
+        ValueError,
+        r"modality_ids: expected ids in \[0, 32\), got 200 at index 0",
+    ),
+    (lambda: from_rows(span_q=ZEROS), ValueError, "span_q, span_k: expected both or neither"),
+    (lambda: from_rows(allow_q=ZEROS), ValueError, "class_k: expected the class of each key, which allow_q speaks of"),
+    (lambda: from_rows(class_q=ZEROS), ValueError, "class_k: expected the class of each key"),
+    (lambda: from_rows(allow_q=ZEROS.long(), class_k=ZEROS), TypeError, r"allow_q: expected \[Tq\] int32"),
+    (lambda: from_rows(class_k=ZEROS + 32), ValueError, r"class_k: expected classes in \[0, 32\), got 32 at index 0"),
+    (lambda: from_rows(class_k=ZEROS - 1), ValueError, r"class_k: expected classes in \[0, 32\), got -1 at index 0"),
+    (lambda: from_rows(span_q=ZEROS[:1], span_k=ZEROS), ValueError, r"span_q: expected \[2\] like lo"),
+    (
+        lambda: from_rows(span_q=ZEROS, span_k=ZEROS).rows(2, 3),
+        ValueError,
+        r"mask: span_k: expected \[3\], one per token",
+    ),
+    (
+        lambda: from_rows(span_q=ZEROS, span_k=ZEROS, class_k=ZEROS[:1]),
+        ValueError,
+        r"class_k: expected \[2\] like span_k",
+    ),
+    (lambda: from_rows(lo=ZEROS - 1), ValueError, "lo: expected at least 0, got -1 at index 0"),
+    (lambda: from_rows().rows(2, 1), ValueError, "hi: expected at most 1 keys, got 2 at index 0"),
+    (lambda: from_rows().with_classes(ZEROS + 40), ValueError, r"class_q: expected classes in \[0, 32\), got 40"),
+    (lambda: from_rows().with_classes(ZEROS.long()), TypeError, r"class_q: expected \[Tq\] uint8 or int32"),
 ]
 
 
@@ -122,3 +385,26 @@ def test_a_mask_serves_one_pair_of_sizes():
     mask.rows(5, 5)
     with pytest.raises(ValueError, match="mask: expected q and k of 5 and 5 tokens, which it was laid out for"):
         mask.rows(6, 6)
+
+
+def test_values_on_a_device_are_checked_when_asked(monkeypatch):
+    """As on a GPU, where nothing looks at values until validate() or the debug switch asks for it."""
+    from mmkernels.ops.attention import mask as module
+
+    monkeypatch.setattr(AttentionMask, "_values_are_cheap", lambda self: module.VALIDATE_ON_DEVICE)
+    bad = AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT))
+    with pytest.raises(ValueError, match="never fall, got 3 at index 2"):
+        bad.validate()
+    monkeypatch.setattr(module, "VALIDATE_ON_DEVICE", True)
+    with pytest.raises(ValueError, match="never fall, got 3 at index 2"):
+        AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT))
+
+
+def test_a_mask_moves_with_its_classes():
+    mask = multimodal().to("cpu")
+    assert torch.equal(mask.to_dense(), multimodal().to_dense())
+    assert torch.equal(mask.classes[0], multimodal().classes[0])
+    assert AttentionMask.packed(cu_seqlens([2])).classes is None
+    other = AttentionMask.packed(cu_seqlens([2])).with_classes(ZEROS)
+    assert other.to("cpu").classes is not None
+    assert int(Modality.IMAGE) == 1

@@ -163,6 +163,87 @@ def test_bad_features_are_not_hidden(cuda, loss, bad):
     assert not ours.isfinite() and ours.isnan() == expected.isnan()
 
 
+# The kernels for compute capability 9.0: on an emulated device by its capability, on a real one by its own.
+
+
+@pytest.fixture
+def sm90(cuda):
+    if cuda.emulator is None and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the device is no sm_90")
+    cuda.capability(90)
+    yield cuda
+    cuda.capability(80)
+
+
+SM90_CASES = (
+    *(case for case in CASES if case.e % 8 == 0),
+    Case("a tile and a warpgroup", 320, 72),
+    Case("far apart in one row", 300, 64, kind="unnormalized", scale=60.0),
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", SM90_CASES, ids=str)
+def test_sm90(sm90, case, dtype):
+    if sm90.emulator is not None:
+        sm90.emulator.reset_counts()
+    for function, plain, names in (
+        (infonce, plain_infonce, ("queries", "keys", "logit_scale")),
+        (siglip, plain_siglip, ("queries", "keys", "logit_scale", "logit_bias")),
+    ):
+        ours = partial(function, backend="native")
+        compare(ours, widened(plain, case, dtype), case, dtype, names, seeds=2, device=sm90.device)
+    if sm90.emulator is not None:
+        counts = sm90.emulator.counts()
+        assert counts["warpgroup_products"] > 0 and counts["tma_loads"] > 0 and counts["matrix_products"] == 0
+
+
+@pytest.mark.parametrize("loss", ("infonce", "siglip"))
+@pytest.mark.parametrize("multiprocessors", (1, 5, 132))
+def test_sm90_gives_the_same_bits_whatever_runs_first(sm90, loss, multiprocessors):
+    """Blocks with several tiles, or one, or none; warps and copies of any speed."""
+    sm90.multiprocessors(multiprocessors)
+    function, scalars = losses(sm90.device)[loss]
+    inputs = [x.to(sm90.device) for x in features(Case("ragged", 450, 136), torch.bfloat16)]
+    results = [loss_and_gradients(function, *inputs, *scalars) for _ in sm90.schedules()]
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("loss", ("infonce", "siglip"))
+def test_sm90_leaves_what_tma_cannot_follow(sm90, loss):
+    """Odd strides and addresses run on the kernels for sm_80; a stride that TMA can follow gives the same bits."""
+    function, scalars = losses(sm90.device)[loss]
+    plain = [x.to(sm90.device) for x in features(SMALL, torch.bfloat16)]
+    expected = loss_and_gradients(function, *plain, *scalars)
+    wide = [torch.cat([x, torch.full_like(x, torch.nan)], 1)[:, : x.shape[1]].requires_grad_() for x in plain]
+    value = function(*wide, *scalars)
+    for a, b in zip((value.detach(), *torch.autograd.grad(value, wide)), expected, strict=False):
+        assert torch.equal(a, b)
+    odd = [x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x).requires_grad_() for x in plain]
+    if sm90.emulator is not None:
+        sm90.emulator.reset_counts()
+    value = function(*odd, *scalars)
+    gradients = torch.autograd.grad(value, odd)
+    torch.testing.assert_close(value.detach(), expected[0], rtol=1e-5, atol=0)
+    for a, b in zip(gradients, expected[1:3], strict=True):
+        assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
+    if sm90.emulator is not None:
+        assert sm90.emulator.counts()["warpgroup_products"] == 0
+
+
+@pytest.mark.parametrize("loss", ("infonce", "siglip"))
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+def test_sm90_does_not_hide_bad_features(sm90, loss, bad):
+    function, scalars = losses(sm90.device)[loss]
+    queries, keys = (x.to(sm90.device) for x in features(SMALL, torch.bfloat16))
+    queries[140, 3] = bad
+    plain = {"infonce": plain_infonce, "siglip": plain_siglip}[loss]
+    ours, expected = function(queries, keys, *scalars), plain(queries.float(), keys.float(), *scalars)
+    assert not ours.isfinite() and ours.isnan() == expected.isnan()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("loss", ("infonce", "siglip"))

@@ -126,9 +126,6 @@ def test_exporters():
     assert hf["max_length_k"] == 6
     with pytest.raises(ValueError, match="loss_weight: expected None for to_hf"):
         a_batch().to_hf()
-    for export in (batch.to_nested, batch.to_megatron):
-        with pytest.raises(NotImplementedError, match="not supported yet"):
-            export()
 
 
 def changed(name: str, at: int, value: int):
@@ -173,8 +170,8 @@ ONE = [torch.arange(3)]
 @pytest.mark.parametrize(
     ("samples", "options", "error", "message"),
     [
-        (torch.arange(3), {}, TypeError, r"samples: expected a sequence of tensors \[L, ...\], got \[3\] int64"),
-        ([[1, 2]], {}, TypeError, r"samples\[0\]: expected a tensor \[L, ...\], got \[1, 2\] \(list\)"),
+        (torch.arange(3), {}, TypeError, r"samples: expected a sequence of tensors .* got \[3\] int64"),
+        ([[1, 2]], {}, TypeError, r"samples\[0\]: expected a tensor \[L, ...\], or a sequence of .* got \[1, 2\]"),
         ([torch.tensor(1)], {}, ValueError, r"samples\[0\]: expected \[L, ...\]"),
         ([*ONE, torch.ones(2, 2)], {}, ValueError, r"samples\[1\]: expected \[L, ...\] with the trailing dimensions"),
         ([*ONE, torch.ones(2)], {}, ValueError, r"samples\[1\]: expected torch.int64 on cpu like samples\[0\]"),

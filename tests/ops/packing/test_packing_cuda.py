@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mmkernels.ops.packing import pack, segment_pool, unpack
+from mmkernels.ops.packing import embed_splice, mrope_position_ids, pack, patchify, segment_pool, unpack, unpatchify
 from mmkernels.testing import assert_as_accurate
-from mmkernels.testing.packing import cu_seqlens_of, random_index
+from mmkernels.testing.packing import cu_seqlens_of, random_index, splice_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("sum", "mean", "max", "first")
@@ -96,6 +96,17 @@ def test_max_prefers_nan_and_the_first_of_equals(cuda):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", (1, 40))
+def test_rows_that_many_name(cuda, width, dtype):
+    """A frequent token: whole chunks of one target, and what lies before and after them."""
+    packed = torch.randn(410, width, device=cuda.device).to(dtype)
+    index = torch.randint(-1, 5, (410,), device=cuda.device)
+    index[70:400] = 2
+    out = unpack(packed, index, 5, backend="native")
+    assert_as_accurate("unpack", out, scattered(packed, index, 5), scattered(packed.double(), index, 5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_whatever_runs_first(cuda, dtype):
     packed = torch.randn(400, 72, device=cuda.device).to(dtype)
     index = random_index(3, 400, device=cuda.device)  # about a hundred to a row
@@ -105,6 +116,81 @@ def test_the_same_bits_whatever_runs_first(cuda, dtype):
         sums.append(unpack(packed, index, 3, backend="native"))
         pools.append(segment_pool(packed, cu_seqlens, "sum", backend="native"))
     assert all(torch.equal(x, sums[0]) for x in sums) and all(torch.equal(x, pools[0]) for x in pools)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", ((3, 4), (0, 5, 2), (2, 0, 1, 30)), ids=str)
+@pytest.mark.parametrize("width", (8, 33))
+def test_pack_from_several_sources(cuda, width, sizes, dtype):
+    """Among them one that lies off 16-byte boundaries."""
+    sources = [torch.randn(n, width, device=cuda.device).to(dtype) for n in sizes]
+    sources[1] = laid_out(sources[1], "off by one")
+    index = random_index(sum(sizes), 50, device=cuda.device)
+    assert torch.equal(pack(sources, index, backend="native"), pack(torch.cat(sources), index, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ((1, 1, 1, 1), (7, 20, 0, 3), (5, 12, 12, 16), (50, 130, 41, 72)), ids=str)
+def test_embed_splice(cuda, shape, dtype):
+    token_ids, table, features, dst_index = splice_inputs(*shape, dtype=dtype, device=cuda.device)
+    grad = torch.randn(shape[1], shape[3], device=cuda.device).to(dtype)
+    results = []
+    for backend in ("native", "reference"):
+        leaves = table.detach().requires_grad_(), features.detach().requires_grad_()
+        out = embed_splice(token_ids, *leaves, dst_index, padding_idx=0, backend=backend)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
+    (out, grad_table, grad_features), (want, want_table, want_features) = results
+    assert torch.equal(out, want) and torch.equal(grad_features, want_features)
+    torch.testing.assert_close(grad_table, want_table)
+    assert grad_table[0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("width", (1, 50, 264))
+def test_weighted_pool(cuda, width, segments, dtype):
+    lengths, more = SEGMENTS[segments]
+    x = torch.randn(sum(lengths) + more, width, device=cuda.device).to(dtype)
+    weights, cu_seqlens = torch.randn(len(x), device=cuda.device), cu_seqlens_of(lengths, cuda.device)
+    grad = torch.randn(len(lengths), width, device=cuda.device).to(dtype)
+    results = {}
+    for name, backend, of in (("ours", "native", dtype), ("plain", "reference", dtype), ("truth", "reference", None)):
+        leaves = (
+            x.to(of or torch.float64).requires_grad_(),
+            weights.to(torch.float32 if of else torch.float64).requires_grad_(),
+        )
+        out = segment_pool(leaves[0], cu_seqlens, "weighted", weights=leaves[1], backend=backend)
+        results[name] = out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    for what, ours, plain, truth in zip(("out", "grad_x", "grad_weights"), *results.values(), strict=True):
+        assert_as_accurate(what, ours, plain, truth)
+
+
+def test_mrope(cuda):
+    cu_seqlens = cu_seqlens_of([300, 0, 9, 400], cuda.device)
+    starts = torch.tensor([3, 40, 300, 330, 500], device=cuda.device)
+    grid_thw = torch.tensor([[1, 4, 6], [5, 8, 8], [1, 2, 2], [9, 2, 4], [1, 10, 12]], device=cuda.device)
+    args = (cu_seqlens, grid_thw, starts, 720)
+    got = mrope_position_ids(*args, backend="native")
+    assert torch.equal(got, mrope_position_ids(*args, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cut", ((2, 1, 1), (3, 2, 1), (16, 1, 2), (14, 2, 2), (4, 1, 3)), ids=str)
+def test_patchify(cuda, cut, dtype):
+    """Units of 16, 4 and 2 bytes, images of several sizes."""
+    patch, temporal, merge = cut
+    grids = [(1, merge, 2 * merge), (2, 2 * merge, merge), (1, merge, merge)]
+    images = [
+        torch.randn(t * temporal, 3, h * patch, w * patch, device=cuda.device).to(dtype).requires_grad_()
+        for t, h, w in grids
+    ]
+    options = {"temporal_patch_size": temporal, "merge_size": merge}
+    tokens, grid_thw = patchify(images, patch, **options, backend="native")
+    assert torch.equal(tokens, patchify(images, patch, **options, backend="reference")[0])
+    grad = laid_out(torch.randn_like(tokens), "off by one")
+    gradients = torch.autograd.grad(tokens, images, grad)
+    back = unpatchify(grad, grid_thw.cpu(), patch, **options, backend="reference")
+    assert all(torch.equal(a, b) for a, b in zip(gradients, back, strict=True))
 
 
 @pytest.mark.gpu

@@ -8,11 +8,13 @@
 #include <cstring>
 #include <vector>
 
+#include "async.h"
 #include "common/dtype.h"
 
 namespace mmk::cuda {
 
 inline unsigned char* dynamic_smem() { return emulator::shared_memory(); }
+inline uint32_t smem_address(const void* pointer) { return emulator::window_address(pointer); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }

@@ -16,6 +16,7 @@ class DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
 };
 
+inline int compute_capability() { return emulator::settings.capability; }
 inline int num_multiprocessors() { return emulator::settings.multiprocessors; }
 
 template <class... Params, class... Args>

@@ -1,0 +1,31 @@
+// What TMA moves, in words of our own; tensor_map.h makes the driver's descriptor of it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/tensor.h"
+
+namespace mmk::cuda {
+
+// A tensor of 16-bit elements whose innermost dimension is contiguous, and the box that one load or store moves. The
+// box's innermost dimension is 64 elements, one swizzled row.
+struct Box {
+  static constexpr int kMaxRank = 3;
+  int rank;
+  const void* data;          // a multiple of 16 bytes
+  int64_t size[kMaxRank];    // elements, the innermost first
+  int64_t stride[kMaxRank];  // elements; [0] is 1, the others are multiples of 8
+  int box[kMaxRank];         // at most 256
+};
+
+// Whether TMA can follow a tensor's strides.
+inline bool tma_serves(const Tensor& x) {
+  if (reinterpret_cast<uintptr_t>(x.data) % 16 != 0) return false;
+  for (int i = 0; i + 1 < x.ndim; ++i) {
+    // The driver wants even the stride of a dimension of one element valid, and rows that do not overlap.
+    if (x.stride[i] < x.size[x.ndim - 1] || x.stride[i] * 2 % 16 != 0 || x.stride[i] * 2 >= 1ll << 40) return false;
+  }
+  return x.stride[x.ndim - 1] == 1 || x.size[x.ndim - 1] == 1;
+}
+
+}  // namespace mmk::cuda

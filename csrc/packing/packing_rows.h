@@ -1,0 +1,107 @@
+// Rows of bytes, read with any row stride and written so that large outputs bypass the caches.
+#pragma once
+
+#include "common/simd/vec.h"
+#include "common/tensor.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+// Outputs beyond this leave the caches anyway: stores then bypass them and save reading each line before writing it.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+MMK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+MMK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Calls fn with a null T* for the element type.
+template <class F>
+MMK_INLINE void with_type(DType dtype, F fn) {
+  switch (dtype) {
+    case DType::f32:
+      return fn(static_cast<float*>(nullptr));
+    case DType::bf16:
+      return fn(static_cast<bf16*>(nullptr));
+    case DType::f16:
+      return fn(static_cast<f16*>(nullptr));
+    case DType::f64:
+      return fn(static_cast<double*>(nullptr));
+    default:
+      return;
+  }
+}
+
+MMK_INLINE int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+#if defined(__x86_64__)
+using Line = Vec<int64_t>;
+
+MMK_INLINE void stream_line(char* to, Line v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
+#else
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)v);
+#endif
+}
+#endif
+
+// Writes rows of one width; decides once whether they can and should bypass the caches.
+class RowWriter {
+ public:
+  RowWriter(void* out, int64_t rows, int64_t row_bytes) : out_(static_cast<char*>(out)), bytes_(row_bytes) {
+    const bool aligned = (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(row_bytes)) % 64 == 0;
+#if defined(__x86_64__)
+    streams_ = aligned && rows * row_bytes >= kStreamBytes;
+#else
+    (void)aligned;
+    (void)rows;
+#endif
+  }
+
+  // Row i = the bytes at `from`, or zeros where `from` is null.
+  MMK_INLINE void write(int64_t i, const void* from) const {
+    char* to = out_ + i * bytes_;
+#if defined(__x86_64__)
+    if (streams_) {
+      const char* source = static_cast<const char*>(from);
+      for (int64_t b = 0; b < bytes_; b += kVecBytes)
+        stream_line(to + b, source != nullptr ? load_as<int64_t>(source + b) : Line{});
+      return;
+    }
+#endif
+    if (from != nullptr) {
+      __builtin_memcpy(to, from, static_cast<size_t>(bytes_));
+    } else {
+      __builtin_memset(to, 0, static_cast<size_t>(bytes_));
+    }
+  }
+
+  // To be called by each thread after its last row.
+  MMK_INLINE void finish() const {
+#if defined(__x86_64__)
+    if (streams_) _mm_sfence();
+#endif
+  }
+
+ private:
+  char* out_;
+  int64_t bytes_;
+  bool streams_ = false;
+};
+
+// Rows of a tensor as bytes: any row stride, contiguous columns.
+struct RowReader {
+  const char* data = nullptr;
+  int64_t stride_bytes = 0;
+
+  RowReader() = default;
+  explicit RowReader(const Tensor& x)
+      : data(static_cast<const char*>(x.data)), stride_bytes(x.stride[0] * element_bytes(x.dtype)) {}
+  MMK_INLINE const void* row(int64_t i) const { return data + i * stride_bytes; }
+};
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

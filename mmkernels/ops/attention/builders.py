@@ -1,0 +1,284 @@
+"""What a mask is built from: metadata of O(tokens), its checks, and its rows once the numbers of tokens are known.
+
+Every builder answers the same questions: `to` a device, `ends` (tokens of q and k that the metadata speaks of, with a
+host sync), `validate` (the values, with a host sync), `lay_out` (the rows, without one), `classes` (of queries and
+keys, or None).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from mmkernels.ops._checks import wrong_value
+from mmkernels.ops.modality import MAX_MODALITIES
+
+from .reference import MaskRows
+from .rows import cross_rows, media_rows, multimodal_rows, packed_rows, prefix_rows, query_hull, segments_of
+
+__all__ = ["Builder", "CrossOnly", "FromRows", "Media", "Multimodal", "Packed", "Prefix"]
+
+Classes = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Builder:
+    """The common part; the first field of every builder is a tensor."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        values = [getattr(self, item.name) for item in dataclasses.fields(self)]
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
+    def to(self, device: torch.device | str, non_blocking: bool) -> Builder:
+        moved = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            moved[item.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+        return type(self)(**moved)
+
+    def classes(self) -> Classes | None:
+        return None
+
+    def ends(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def validate(self, tokens_q: int | None, tokens_k: int | None) -> None:
+        raise NotImplementedError
+
+    def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
+        raise NotImplementedError
+
+
+@dataclass
+class Packed(Builder):
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    causal: bool
+    window: int | None
+
+    def ends(self) -> tuple[int, int]:
+        return int(self.cu_q[-1]), int(self.cu_k[-1])
+
+    def validate(self, tokens_q: int | None, tokens_k: int | None) -> None:
+        _expect_boundaries("cu_seqlens_q", self.cu_q, tokens_q)
+        _expect_boundaries("cu_seqlens_k", self.cu_k, tokens_k)
+
+    def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
+        return packed_rows(self.cu_q, self.cu_k, self.causal, self.window, tokens_q, tokens_k)
+
+
+@dataclass
+class Prefix(Builder):
+    cu: torch.Tensor
+    lengths: torch.Tensor
+
+    def ends(self) -> tuple[int, int]:
+        return int(self.cu[-1]), int(self.cu[-1])
+
+    def validate(self, tokens_q: int | None, tokens_k: int | None) -> None:
+        _expect_boundaries("cu_seqlens", self.cu, tokens_q)
+        fits = (self.lengths >= 0) & (self.lengths <= self.cu.diff())
+        expect_all("prefix_lengths", "at least 0, at most its sample's length", fits, self.lengths)
+
+    def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
+        _expect_self_attention("prefix", tokens_q, tokens_k)
+        return prefix_rows(self.cu, self.lengths, tokens_q)
+
+
+@dataclass
+class Multimodal(Builder):
+    cu: torch.Tensor
+    modality_ids: torch.Tensor
+    span_ids: torch.Tensor
+    bidirectional: int  # one bit per modality
+    window: int | None
+
+    def classes(self) -> Classes | None:
+        return self.modality_ids, self.modality_ids
+
+    def ends(self) -> tuple[int, int]:
+        return self.span_ids.shape[0], self.span_ids.shape[0]
+
+    def validate(self, tokens_q: int | None, tokens_k: int | None) -> None:
+        _expect_boundaries("cu_seqlens", self.cu, self.span_ids.shape[0])
+        _expect_modalities(self.modality_ids)
+        self._expect_unbroken_spans()
+
+    def _expect_unbroken_spans(self) -> None:
+        """An id that comes back in its sample would be a second span, where its user means the same."""
+        if self.cu.shape[0] == 1:
+            return
+        token = segments_of(self.cu, self.span_ids.shape[0])
+        at = (self._in_span() & token.inside).nonzero()[:, 0]
+        key = token.segment[at].long() * 2**32 + self.span_ids[at].long()
+        begins = torch.ones_like(key, dtype=torch.bool)
+        begins[1:] = (key[1:] != key[:-1]) | (at[1:] != at[:-1] + 1)
+        at, key = at[begins], key[begins]
+        order = key.argsort(stable=True)
+        again = order[1:][key[order][1:] == key[order][:-1]]
+        if len(again):
+            index = int(at[again.min()])
+            raise ValueError(
+                f"span_ids: expected the tokens of a span side by side, got id {int(self.span_ids[index])} again at"
+                f" index {index}"
+            )
+
+    def _in_span(self) -> torch.Tensor:
+        bidirectional = self.bidirectional >> self.modality_ids.long() & 1 == 1
+        return (self.span_ids >= 0) & bidirectional
+
+    def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
+        _expect_self_attention("multimodal", tokens_q, tokens_k)
+        _expect_tokens("span_ids", self.span_ids, tokens_q)
+        return multimodal_rows(self.cu, self._in_span(), self.span_ids, self.window, tokens_q)
+
+
+@dataclass
+class Media(Builder):
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    media_q: torch.Tensor
+    media_k: torch.Tensor
+    mode: str
+
+    def ends(self) -> tuple[int, int]:
+        return self.media_q.shape[0], self.media_k.shape[0]
+
+    def validate(self, tokens_q: int | None, tokens_k: int | None) -> None:
+        _expect_boundaries("cu_seqlens_q", self.cu_q, self.media_q.shape[0])
+        _expect_boundaries("cu_seqlens_k", self.cu_k, self.media_k.shape[0])
+        if self.mode == "own" or self.media_k.shape[0] == 0 or self.cu_k.shape[0] == 1:
+            return
+        segments = segments_of(self.cu_k, self.media_k.shape[0])
+        expect_all("media_ids_k", "at least 0", (self.media_k >= 0) | ~segments.inside, self.media_k)
+        falls = (self.media_k[1:] < self.media_k[:-1]) & (segments.segment[1:] == segments.segment[:-1])
+        good = torch.cat([falls.new_ones(1), ~falls | ~segments.inside[1:]])
+        expect_all("media_ids_k", f"ids that never fall inside a sample for mode={self.mode!r}", good, self.media_k)
+
+    def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
+        _expect_tokens("media_ids_q", self.media_q, tokens_q)
+        _expect_tokens("media_ids_k", self.media_k, tokens_k)
+        if self.mode != "own":
+            return media_rows(self.cu_q, self.cu_k, self.media_q, self.media_k, self.mode == "all_previous")
+        rows = cross_rows(self.cu_q, self.cu_k, self.media_q < 0, (tokens_q, tokens_k))
+        return _with_pattern(rows, self.media_q, self.media_k, None, None)
+
+
+@dataclass
+class CrossOnly(Builder):
+    cu: torch.Tensor
+    modality_ids: torch.Tensor
+
+    def classes(self) -> Classes | None:
+        return self.modality_ids, self.modality_ids
+
+    def ends(self) -> tuple[int, int]:
+        return self.modality_ids.shape[0], self.modality_ids.shape[0]
+
+    def validate(self, tokens_q: int | None, tokens_k: int | None) -> None:
+        _expect_boundaries("cu_seqlens", self.cu, self.modality_ids.shape[0])
+        _expect_modalities(self.modality_ids)
+
+    def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
+        _expect_self_attention("cross_only", tokens_q, tokens_k)
+        _expect_tokens("modality_ids", self.modality_ids, tokens_q)
+        rows = cross_rows(self.cu, self.cu, None, (tokens_q, tokens_k))
+        return _with_pattern(rows, None, None, ~(1 << self.modality_ids.int()), self.modality_ids)
+
+
+@dataclass
+class FromRows(Builder):
+    lo: torch.Tensor
+    hi: torch.Tensor
+    span_q: torch.Tensor | None
+    span_k: torch.Tensor | None
+    allow_q: torch.Tensor | None
+    class_q: torch.Tensor | None
+    class_k: torch.Tensor | None
+
+    def classes(self) -> Classes | None:
+        return None if self.class_q is None or self.class_k is None else (self.class_q, self.class_k)
+
+    def ends(self) -> tuple[int, int]:
+        for per_key in (self.span_k, self.class_k):
+            if per_key is not None:
+                return self.lo.shape[0], per_key.shape[0]
+        return self.lo.shape[0], int(self.hi.max()) if self.hi.numel() else 0
+
+    def validate(self, tokens_q: int | None, tokens_k: int | None) -> None:
+        expect_all("lo", "at least 0", self.lo >= 0, self.lo)
+        expect_all("hi", "at least lo", self.hi >= self.lo, self.hi)
+        expect_all("hi", f"at most {tokens_k} keys", self.hi <= _or_any(tokens_k), self.hi)
+        for name, classes in (("class_q", self.class_q), ("class_k", self.class_k)):
+            if classes is not None:
+                expect_all(name, f"classes in [0, {MAX_MODALITIES})", is_class(classes), classes)
+
+    def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
+        _expect_tokens("lo", self.lo, tokens_q)
+        for name, per_key in (("span_k", self.span_k), ("class_k", self.class_k)):
+            if per_key is not None:
+                _expect_tokens(name, per_key, tokens_k)
+        rows = MaskRows(self.lo, self.hi, *query_hull(self.lo, self.hi, tokens_k))
+        if self.span_q is None and self.allow_q is None:
+            return rows
+        return _with_pattern(rows, self.span_q, self.span_k, self.allow_q, self.class_k)
+
+
+def _with_pattern(
+    rows: MaskRows,
+    span_q: torch.Tensor | None,
+    span_k: torch.Tensor | None,
+    allow_q: torch.Tensor | None,
+    class_k: torch.Tensor | None,
+) -> MaskRows:
+    """Spans, classes or both, as the four vectors: what is not given lets nothing through."""
+    tokens_q, tokens_k = rows.lo.shape[0], rows.first_q.shape[0]
+    if span_q is None or span_k is None:
+        span_q, span_k = rows.lo.new_zeros(tokens_q), rows.lo.new_ones(tokens_k)
+    if allow_q is None or class_k is None:
+        allow_q, bit_k = rows.lo.new_zeros(tokens_q), rows.lo.new_ones(tokens_k)
+    else:
+        bit_k = (1 << class_k.int()).int()
+    pattern = (span_q.contiguous(), span_k.contiguous(), allow_q.int().contiguous(), bit_k.contiguous())
+    return rows._replace(span_q=pattern[0], span_k=pattern[1], allow_q=pattern[2], bit_k=pattern[3])
+
+
+# What is wrong with the metadata, in words
+
+
+def _or_any(limit: int | None) -> int:
+    return torch.iinfo(torch.int32).max if limit is None else limit
+
+
+def expect_all(name: str, expected: str, good: torch.Tensor, values: torch.Tensor) -> None:
+    if not bool(good.all()):
+        at = int((~good).nonzero()[0, 0])
+        raise ValueError(f"{name}: expected {expected}, got {int(values[at])} at index {at}")
+
+
+def _expect_boundaries(name: str, cu_seqlens: torch.Tensor, tokens: int | None) -> None:
+    expect_all(name, "0 at index 0", cu_seqlens[:1] == 0, cu_seqlens)
+    falls = torch.cat([cu_seqlens.new_zeros(1), cu_seqlens[:-1]]) <= cu_seqlens
+    expect_all(name, "boundaries that never fall", falls, cu_seqlens)
+    if tokens is not None:
+        expect_all(name, f"at most {tokens} tokens", cu_seqlens <= tokens, cu_seqlens)
+
+
+def is_class(ids: torch.Tensor) -> torch.Tensor:
+    return (ids >= 0) & (ids < MAX_MODALITIES)
+
+
+def _expect_modalities(modality_ids: torch.Tensor) -> None:
+    expect_all("modality_ids", f"ids in [0, {MAX_MODALITIES})", is_class(modality_ids), modality_ids)
+
+
+def _expect_tokens(name: str, per_token: torch.Tensor, tokens: int) -> None:
+    if per_token.shape[0] != tokens:
+        wrong_value(f"mask: {name}", f"[{tokens}], one per token", per_token)
+
+
+def _expect_self_attention(kind: str, tokens_q: int, tokens_k: int) -> None:
+    if tokens_q != tokens_k:
+        wrong_value("mask", f"as many queries as keys for a {kind} mask", (tokens_q, tokens_k))

@@ -1,0 +1,187 @@
+"""Row intervals of the builders, and the hull of the queries that see a key: on the device, without a sync."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .reference import MaskRows
+
+__all__ = ["cross_rows", "dense_rows", "media_rows", "multimodal_rows", "packed_rows", "prefix_rows", "query_hull"]
+
+
+def dense_rows(samples: int, tokens_q: int, tokens_k: int, device: torch.device) -> MaskRows:
+    """Each query of a sample sees all keys of its sample."""
+    if samples == 1:
+        zeros = torch.zeros(max(tokens_q, tokens_k), dtype=torch.int32, device=device)
+        ends_k = torch.full((tokens_q,), tokens_k, dtype=torch.int32, device=device)
+        ends_q = ends_k if tokens_q == tokens_k else torch.full((tokens_k,), tokens_q, dtype=torch.int32, device=device)
+        return MaskRows(zeros[:tokens_q], ends_k, zeros[:tokens_k], ends_q)
+    sample = torch.arange(samples, dtype=torch.int32, device=device)[:, None]
+    first_k = (sample * tokens_k).expand(samples, tokens_q).reshape(-1)
+    first_q = (sample * tokens_q).expand(samples, tokens_k).reshape(-1)
+    return MaskRows(first_k, first_k + tokens_k, first_q, first_q + tokens_q)
+
+
+class Segments(NamedTuple):
+    """Per token: its segment (clamped), position inside it, and whether it lies in any segment at all."""
+
+    segment: torch.Tensor
+    position: torch.Tensor
+    inside: torch.Tensor
+
+
+def segments_of(cu_seqlens: torch.Tensor, tokens: int) -> Segments:
+    token = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
+    # The last segment that begins at or before the token: segments of length zero are passed over.
+    index = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    inside = (index >= 0) & (index < cu_seqlens.shape[0] - 1)
+    index = index.clamp(0, max(cu_seqlens.shape[0] - 2, 0))
+    return Segments(index, token - cu_seqlens[index], inside)
+
+
+def packed_rows(
+    cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool, window: int | None, tokens_q: int, tokens_k: int
+) -> MaskRows:
+    """Rows of `packed`: with d = len_k - len_q, query p of a segment sees its keys p + d - window < j <= p + d."""
+    if cu_q.shape[0] == 1:
+        cu_q, cu_k = cu_q.expand(2), cu_k.expand(2)
+    begin_q, end_q, begin_k, end_k = cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]
+    offset = (end_k - begin_k) - (end_q - begin_q)
+    q, k = segments_of(cu_q, tokens_q), segments_of(cu_k, tokens_k)
+    lo, hi = begin_k[q.segment], end_k[q.segment]
+    first_q, last_q = begin_q[k.segment], end_q[k.segment]
+    if causal:
+        past_self = lo + q.position + offset[q.segment] + 1
+        sees_self = first_q + k.position - offset[k.segment]
+        if window is not None:
+            lo = torch.maximum(lo, past_self - window)
+            last_q = torch.minimum(last_q, sees_self + window)
+        hi = torch.minimum(hi, past_self)
+        first_q = torch.maximum(first_q, sees_self)
+    return normalised(lo, hi, q.inside, first_q, last_q, k.inside)
+
+
+def prefix_rows(cu: torch.Tensor, prefix_lengths: torch.Tensor, tokens: int) -> MaskRows:
+    if cu.shape[0] == 1:
+        cu, prefix_lengths = cu.expand(2), torch.zeros_like(cu)
+    token = segments_of(cu, tokens)
+    lo, end, prefix = cu[token.segment], cu[token.segment + 1], prefix_lengths[token.segment]
+    hi = torch.minimum(lo + torch.maximum(prefix, token.position + 1), end)
+    first_q = lo + torch.where(token.position < prefix, 0, token.position)
+    return normalised(lo, hi, token.inside, first_q, end, token.inside)
+
+
+def normalised(
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    inside_q: torch.Tensor,
+    first_q: torch.Tensor,
+    last_q: torch.Tensor,
+    inside_k: torch.Tensor,
+) -> MaskRows:
+    """Tokens outside every segment get empty intervals, and an empty interval ends where it begins."""
+    hi, last_q = torch.where(inside_q, torch.maximum(lo, hi), lo), torch.maximum(first_q, last_q)
+    last_q = torch.where(inside_k, last_q, first_q)
+    return MaskRows(lo.int(), hi.int(), first_q.int(), last_q.int())
+
+
+def query_hull(lo: torch.Tensor, hi: torch.Tensor, tokens_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each key the smallest query that sees it and one past the largest, for any intervals: int32 [Tk] twice.
+
+    A sparse table run backwards: an interval of length n is the union of two of length 2^p <= n, which write their
+    query with an integer min/max at level p; each level then hands its result down to the two halves below. O(T log T)
+    work, no sync, and order does not matter, so it is deterministic. A key that nobody sees gets first_q = last_q = 0.
+    """
+    tokens_q, nobody = lo.shape[0], torch.iinfo(torch.int32).max
+    lo, hi = lo.clamp(0, tokens_k).long(), hi.clamp(0, tokens_k).long()
+    length = hi - lo
+    levels = max(tokens_k, 1).bit_length()
+    power = torch.arange(levels, device=lo.device)
+    level = (length[:, None] >= (1 << power)).sum(1) - 1  # -1 for an empty interval
+    seen, level = level >= 0, level.clamp(min=0)
+    # One row more than there are levels takes what empty intervals write.
+    at = torch.where(seen, level, levels)[:, None] * (tokens_k + 1) + torch.stack([lo, hi - (1 << level)], 1).clamp(
+        min=0
+    )
+    query = torch.arange(tokens_q, dtype=torch.int32, device=lo.device)[:, None].expand(-1, 2)
+    size = (levels + 1) * (tokens_k + 1)
+    first = torch.full((size,), nobody, dtype=torch.int32, device=lo.device)
+    last = torch.full((size,), -1, dtype=torch.int32, device=lo.device)
+    first = first.scatter_reduce(0, at.reshape(-1), query.reshape(-1), "amin").view(levels + 1, tokens_k + 1)
+    last = last.scatter_reduce(0, at.reshape(-1), query.reshape(-1), "amax").view(levels + 1, tokens_k + 1)
+    low, high = first[levels - 1], last[levels - 1]
+    for p in range(levels - 2, -1, -1):
+        half = 1 << p
+        moved_low, moved_high = torch.full_like(low, nobody), torch.full_like(high, -1)
+        moved_low[half:], moved_high[half:] = low[:-half], high[:-half]
+        low = torch.minimum(first[p], torch.minimum(low, moved_low))
+        high = torch.maximum(last[p], torch.maximum(high, moved_high))
+    low, high = low[:tokens_k], high[:tokens_k] + 1
+    return torch.where(high > 0, low, 0), high
+
+
+def multimodal_rows(
+    cu: torch.Tensor, in_span: torch.Tensor, span_ids: torch.Tensor, window: int | None, tokens: int
+) -> MaskRows:
+    """Query i sees its sample's keys from i - window on, up to itself or to the end of its span.
+
+    A span is a run of neighbouring tokens of one sample with the same id, `in_span` [T] bool says which tokens may
+    belong to one.
+    """
+    if cu.shape[0] == 1:
+        cu = cu.expand(2)
+    token = segments_of(cu, tokens)
+    begin, end = cu[token.segment], cu[token.segment + 1]
+    index = torch.arange(tokens, dtype=torch.int32, device=cu.device)
+    run_begin, run_end = _runs(in_span & token.inside, span_ids, token.segment, index)
+    lo, hi, first_q, last_q = begin, run_end, run_begin, end
+    if window is not None:
+        lo, last_q = torch.maximum(lo, index + 1 - window), torch.minimum(end, index + window)
+    return normalised(lo, hi, token.inside, first_q, last_q, token.inside)
+
+
+def _runs(
+    in_span: torch.Tensor, ids: torch.Tensor, segment: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First token of each token's run and one past its last; a token outside every span is a run of its own."""
+    if index.shape[0] == 0:
+        return index, index
+    same = (ids[1:] == ids[:-1]) & (segment[1:] == segment[:-1]) & in_span[1:] & in_span[:-1]
+    starts = torch.cat([same.new_ones(1), ~same])
+    begin = torch.where(starts, index, 0).cummax(0).values
+    next_start = torch.cat([starts[1:], same.new_ones(1)])  # the token after this one begins a run
+    ends = torch.where(next_start, index + 1, torch.iinfo(torch.int32).max)
+    return begin, ends.flip(0).cummin(0).values.flip(0)
+
+
+def media_rows(
+    cu_q: torch.Tensor, cu_k: torch.Tensor, media_q: torch.Tensor, media_k: torch.Tensor, every: bool
+) -> MaskRows:
+    """Query of medium m sees the keys of the last medium up to m in its sample, or of `every` one up to m.
+
+    Media never fall along a sample's keys, so that (sample, medium) in one int64 never falls along all keys and the
+    interval is found by binary search.
+    """
+    if cu_q.shape[0] == 1:
+        cu_q, cu_k = cu_q.expand(2), cu_k.expand(2)
+    tokens_k = media_k.shape[0]
+    q, k = segments_of(cu_q, media_q.shape[0]), segments_of(cu_k, tokens_k)
+    sample_k = torch.where(k.inside, k.segment.long(), cu_k.shape[0])
+    keys = sample_k * 2**32 + torch.where(k.inside, media_k.long(), 0)
+    begin = cu_k[:-1][q.segment]
+    hi = torch.searchsorted(keys, q.segment.long() * 2**32 + media_q.long(), right=True)
+    lo = begin
+    if not every and tokens_k > 0:
+        lo = torch.searchsorted(keys, keys[(hi - 1).clamp(min=0)], right=False)
+    sees = q.inside & (media_q >= 0) & (hi > begin)
+    lo = torch.where(sees, torch.maximum(lo, begin), 0).int()
+    hi = torch.where(sees, hi, 0).int()
+    return MaskRows(lo, hi, *query_hull(lo, hi, tokens_k))
+
+
+def cross_rows(cu_q: torch.Tensor, cu_k: torch.Tensor, blind: torch.Tensor | None, tokens: tuple[int, int]) -> MaskRows:
+    """Each query sees its sample's keys, except the `blind` [Tq]."""
+    rows = packed_rows(cu_q, cu_k, False, None, *tokens)
+    return rows if blind is None else rows._replace(hi=torch.where(blind, rows.lo, rows.hi))

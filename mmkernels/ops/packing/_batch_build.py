@@ -1,0 +1,224 @@
+"""Lays out the fields of a `PackedBatch` from samples, and says what is wrong with them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mmkernels.ops._checks import FLOATING, expect_tensor, wrong_type, wrong_value
+from mmkernels.ops.modality import MAX_MODALITIES, Modality
+from mmkernels.ops.packing.media import Media, PackedMedia
+from mmkernels.ops.packing.vision import mrope_position_ids
+
+__all__ = ["IGNORE_LABEL", "NO_SAMPLE", "NO_SPAN", "fields"]
+
+# What F.cross_entropy ignores by default; the sample of padding; the span of text.
+IGNORE_LABEL = -100
+NO_SAMPLE = -1
+NO_SPAN = -1
+
+Placeholder = int | Mapping[int, int]
+
+
+def fields(
+    samples: Sequence[torch.Tensor | Sequence[torch.Tensor | Media]],
+    *,
+    capacity: int | None,
+    sample_ids: Sequence[int] | None,
+    per_token: Mapping[str, Sequence[torch.Tensor] | None],
+    sample_weight: Sequence[float] | None,
+    pad_token: int,
+    placeholder: Placeholder,
+    mrope: bool,
+) -> dict[str, Any]:
+    """The arguments of `PackedBatch`; see `PackedBatch.from_samples`."""
+    parts = _parts(samples)
+    like = _like(parts)
+    whole = [_tokens(part, placeholder, like) for part in parts]
+    lengths, device = _lengths(whole), like.device
+    total = sum(lengths)
+    padding = 0 if capacity is None else capacity - total
+    if padding < 0:
+        raise ValueError(f"capacity: expected at least the {total} tokens of the samples, got {capacity}")
+    ids = list(range(len(samples))) if sample_ids is None else [int(i) for i in sample_ids]
+    if len(ids) != len(samples) or any(i < 0 for i in ids):
+        wrong_value("sample_ids", f"{len(samples)} ids >= 0", sample_ids)
+
+    segments = lengths + [padding] * (padding > 0)
+    ends = (0, *itertools.accumulate(segments))
+    sizes = torch.tensor(segments, dtype=torch.int64)
+    begins = torch.tensor(ends[:-1], dtype=torch.int64).repeat_interleave(sizes)
+    owners = torch.tensor(ids + [NO_SAMPLE] * (padding > 0), dtype=torch.int64).repeat_interleave(sizes)
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    items, starts = _media(parts, ends)
+    kinds, spans = _spans(items, starts, ends[-1])
+
+    def joined(name: str, dtype: torch.dtype, fill: float) -> torch.Tensor | None:
+        given = per_token[name]
+        if given is None:
+            return None
+        _check_parts(name, given, lengths, dtype)
+        return _join([part.to(device, dtype) for part in given], padding, fill, dtype, device)
+
+    own_kinds = joined("modality_ids", torch.uint8, Modality.TEXT)
+    if own_kinds is not None and items:
+        wrong_value("modality_ids", "None: the media of the samples say it", per_token["modality_ids"])
+    return {
+        "tokens": _join(whole, padding, pad_token, torch.int64, device),
+        "cu_seqlens": cu_seqlens.to(device),
+        "cu_seqlens_host": ends,
+        "sample_ids": owners.to(device),
+        "position_ids": _positions(items, starts, cu_seqlens, begins, mrope).to(device),
+        "modality_ids": kinds.to(device) if own_kinds is None else own_kinds,
+        "span_ids": spans.to(device),
+        "padding": padding,
+        "labels": joined("labels", torch.int64, IGNORE_LABEL),
+        "loss_weight": joined("loss_weight", torch.float32, 0.0),
+        "sample_weight": _sample_weight(sample_weight, len(samples), device),
+        "media": _packed_media(items, starts, device),
+    }
+
+
+def _parts(samples: Any) -> list[list[torch.Tensor | Media]]:
+    """Each sample as a list of its parts."""
+    if isinstance(samples, torch.Tensor) or not isinstance(samples, Sequence):
+        wrong_type("samples", "a sequence of tensors [L, ...] or of sequences of parts", samples)
+    found = []
+    for i, sample in enumerate(samples):
+        if isinstance(sample, torch.Tensor | Media):
+            sample = [sample]
+        if not isinstance(sample, Sequence) or not all(isinstance(part, torch.Tensor | Media) for part in sample):
+            wrong_type(f"samples[{i}]", "a tensor [L, ...], or a sequence of tensors and Media", sample)
+        found.append(list(sample))
+    return found
+
+
+def _like(samples: list[list[torch.Tensor | Media]]) -> torch.Tensor:
+    """The first tokens; where there are none, int64 on the device of the first media."""
+    every = [part for parts in samples for part in parts]
+    given = next((part for part in every if isinstance(part, torch.Tensor)), None)
+    if given is not None:
+        return given
+    device = next((part.values.device for part in every if isinstance(part, Media)), None)
+    return torch.empty(0, dtype=torch.int64, device=device)
+
+
+def _tokens(parts: list[torch.Tensor | Media], placeholder: Placeholder, like: torch.Tensor) -> torch.Tensor:
+    """A sample's tokens, placeholders for its media."""
+    if len(parts) == 1 and isinstance(parts[0], torch.Tensor):
+        return parts[0]
+    pieces = []
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            expect_tensor(
+                "samples: token ids beside media", part, "[n] int64", ndim=1, dtypes=(torch.int64, torch.int32)
+            )
+            pieces.append(part)
+            continue
+        if isinstance(placeholder, Mapping):
+            if part.modality not in placeholder:
+                wrong_value("placeholder", f"an id for modality {int(part.modality)}", dict(placeholder))
+            fill = placeholder[part.modality]
+        else:
+            fill = placeholder
+        pieces.append(like.new_full((part.length,), fill))
+    return torch.cat(pieces) if pieces else like.new_empty((0, *like.shape[1:]))
+
+
+def _lengths(samples: list[torch.Tensor]) -> list[int]:
+    """The samples' lengths; they must be alike."""
+    for i, sample in enumerate(samples):
+        first = samples[0]
+        if sample.ndim < 1 or sample.shape[1:] != first.shape[1:]:
+            wrong_value(
+                f"samples[{i}]", f"[L, ...] with the trailing dimensions of samples[0], {list(first.shape[1:])}", sample
+            )
+        if sample.dtype != first.dtype or sample.device != first.device:
+            wrong_value(f"samples[{i}]", f"{first.dtype} on {first.device} like samples[0]", sample)
+    return [sample.shape[0] for sample in samples]
+
+
+def _media(parts: list[list[torch.Tensor | Media]], ends: tuple[int, ...]) -> tuple[list[Media], list[int]]:
+    """Every item in the order of its tokens, and the token that it begins with."""
+    items, starts = [], []
+    for sample, at in zip(parts, ends, strict=False):
+        for part in sample:
+            if isinstance(part, Media):
+                items.append(part)
+                starts.append(at)
+            at += part.length if isinstance(part, Media) else part.shape[0]
+    return items, starts
+
+
+def _spans(items: list[Media], starts: list[int], total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(modality_ids [T] uint8, span_ids [T] int32)."""
+    kinds = torch.full((total,), int(Modality.TEXT), dtype=torch.uint8)
+    spans = torch.full((total,), NO_SPAN, dtype=torch.int32)
+    for n, (item, start) in enumerate(zip(items, starts, strict=True)):
+        kinds[start : start + item.length] = int(item.modality)
+        spans[start : start + item.length] = n
+    return kinds, spans
+
+
+def _positions(
+    items: list[Media], starts: list[int], cu_seqlens: torch.Tensor, begins: torch.Tensor, mrope: bool
+) -> torch.Tensor:
+    """[T], or [3, T] with `mrope`."""
+    total = begins.shape[0]
+    if not mrope:
+        return torch.arange(total) - begins
+    # Grids after merging, so that items of different merge sizes go together.
+    grids = [
+        (item.grid_thw[0], item.grid_thw[1] // item.merge_size, item.grid_thw[2] // item.merge_size)
+        for item in items
+        if item.grid_thw is not None
+    ]
+    places = [start for item, start in zip(items, starts, strict=True) if item.grid_thw is not None]
+    grid_thw = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+    return mrope_position_ids(cu_seqlens, grid_thw, torch.tensor(places, dtype=torch.int64), total, merge_size=1)
+
+
+def _packed_media(items: list[Media], starts: list[int], device: torch.device) -> dict[int, PackedMedia]:
+    """modality -> its items."""
+    packed = {}
+    for modality in sorted({int(item.modality) for item in items}):
+        own = [(item, start) for item, start in zip(items, starts, strict=True) if item.modality == modality]
+        packed[modality] = PackedMedia.of([item for item, _ in own], [start for _, start in own], device)
+    return packed
+
+
+def _sample_weight(weights: Sequence[float] | None, samples: int, device: torch.device) -> torch.Tensor | None:
+    if weights is None:
+        return None
+    values = torch.as_tensor(weights, dtype=torch.float32)
+    if values.shape != (samples,) or not bool((values >= 0).all()):
+        wrong_value("sample_weight", f"{samples} floats >= 0", weights)
+    return values.to(device)
+
+
+def _check_parts(name: str, parts: Sequence[torch.Tensor], lengths: list[int], dtype: torch.dtype) -> None:
+    """One tensor [L_i] per sample that fits into `dtype` without loss."""
+    if len(parts) != len(lengths):
+        wrong_value(name, f"one tensor for each of {len(lengths)} samples", f"{len(parts)} tensors")
+    for i, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        expected = f"[{length}] {'floating point' if dtype.is_floating_point else 'integer'}"
+        integers = (torch.int64, torch.int32, torch.int16, torch.uint8)
+        expect_tensor(f"{name}[{i}]", part, expected, ndim=1, dtypes=FLOATING if dtype.is_floating_point else integers)
+        if part.shape[0] != length:
+            wrong_value(f"{name}[{i}]", expected, part)
+        if dtype == torch.uint8 and length and not 0 <= int(part.min()) <= int(part.max()) < MAX_MODALITIES:
+            raise ValueError(
+                f"{name}[{i}]: expected ids in [0, {MAX_MODALITIES}), got {int(part.min())}..{int(part.max())}"
+            )
+
+
+def _join(
+    parts: list[torch.Tensor], padding: int, fill: float, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The parts, then `padding` entries of `fill`; `dtype` when there is no part to tell."""
+    like = parts[0] if parts else torch.empty(0, dtype=dtype, device=device)
+    tail = like.new_full((padding, *like.shape[1:]), fill)
+    return torch.cat([*parts, tail])

@@ -1,0 +1,100 @@
+"""A `PackedBatch` in the words of other packages; see the methods of the same names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmkernels.ops._checks import expect_tensor, wrong_value
+from mmkernels.ops.modality import Modality
+from mmkernels.ops.packing._batch_build import IGNORE_LABEL
+from mmkernels.ops.packing._batch_loss import firsts, next_labels, target_weights
+
+if TYPE_CHECKING:
+    from mmkernels.ops.packing.batch import PackedBatch
+
+__all__ = ["flash_attn", "hf", "megatron", "nested"]
+
+_HF_MEDIA = {
+    Modality.IMAGE: ("pixel_values", "image_grid_thw"),
+    Modality.VIDEO: ("pixel_values_videos", "video_grid_thw"),
+}
+
+
+def flash_attn(batch: PackedBatch) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": batch.cu_seqlens,
+        "cu_seqlens_k": batch.cu_seqlens,
+        "max_seqlen_q": batch.max_seqlen,
+        "max_seqlen_k": batch.max_seqlen,
+    }
+
+
+def hf(batch: PackedBatch) -> dict[str, Any]:
+    for name in ("loss_weight", "sample_weight"):
+        if getattr(batch, name) is not None:
+            wrong_value(name, "None for to_hf, whose loss takes no weights", getattr(batch, name))
+    arguments = {
+        "input_ids": batch.tokens[None],
+        "position_ids": _hf_positions(batch),
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+    }
+    if batch.labels is not None:
+        arguments["labels"] = torch.where(firsts(batch), IGNORE_LABEL, batch.labels)[None]
+    for modality, media in batch.media.items():
+        if modality not in _HF_MEDIA or media.grid_thw is None:
+            wrong_value("media", "images and videos with grid_thw for to_hf", f"modality {int(modality)}")
+        values, grid = _HF_MEDIA[Modality(modality)]
+        arguments |= {values: media.values, grid: media.grid_thw}
+    return arguments
+
+
+def _hf_positions(batch: PackedBatch) -> torch.Tensor:
+    """[1, T], or [4, 1, T]: positions in the segment, from which transformers tells packed samples, then the three."""
+    if batch.position_ids.ndim == 1:
+        return batch.position_ids[None]
+    begins = torch.where(firsts(batch), torch.arange(batch.num_tokens, device=batch.tokens.device), 0)
+    within = torch.arange(batch.num_tokens, device=batch.tokens.device) - begins.cummax(0).values
+    return torch.cat([within[None], batch.position_ids])[:, None]
+
+
+def megatron(batch: PackedBatch) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "tokens": batch.tokens[None],
+        "position_ids": batch.position_ids[None] if batch.position_ids.ndim == 1 else batch.position_ids[:, None],
+        "packed_seq_params": {
+            "qkv_format": "thd",
+            "cu_seqlens_q": batch.cu_seqlens,
+            "cu_seqlens_kv": batch.cu_seqlens,
+            "cu_seqlens_q_padded": batch.cu_seqlens,
+            "cu_seqlens_kv_padded": batch.cu_seqlens,
+            "max_seqlen_q": batch.max_seqlen,
+            "max_seqlen_kv": batch.max_seqlen,
+        },
+    }
+    if batch.labels is not None:
+        labels = next_labels(batch)
+        weight = target_weights(batch).float().roll(-1)
+        arguments["labels"] = torch.where(labels == IGNORE_LABEL, 0, labels)[None]
+        arguments["loss_mask"] = torch.where(labels == IGNORE_LABEL, 0, weight)[None]
+    return arguments
+
+
+def nested(batch: PackedBatch, x: torch.Tensor | None) -> torch.Tensor:
+    if x is None:
+        x = batch.tokens
+    elif not isinstance(x, torch.Tensor) or x.ndim < 1 or x.shape[0] != batch.num_tokens:
+        expect_tensor("x", x, f"[{batch.num_tokens}, ...]", dtypes=(x.dtype,) if isinstance(x, torch.Tensor) else ())
+        wrong_value("x", f"[{batch.num_tokens}, ...]", x)
+    offsets = batch.cu_seqlens[: batch.num_samples + 1].long()
+    lengths = batch.lengths[: batch.num_samples]
+    return torch.nested.nested_tensor_from_jagged(
+        x[: batch.num_tokens - batch.padding],
+        offsets,
+        min_seqlen=min(lengths, default=0),
+        max_seqlen=max(lengths, default=0),
+    )

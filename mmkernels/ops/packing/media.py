@@ -1,0 +1,156 @@
+"""Images, clips and recordings: one of a sample, and what a packed batch holds of one modality."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops.modality import MAX_MODALITIES, Modality
+
+__all__ = ["Media", "PackedMedia"]
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """One image, clip or recording of a sample: whole, never split.
+
+    Args:
+        modality: its id, see `Modality`; not TEXT.
+        values: [n, ...], what its encoder reads: patches or tubelets at native resolution, audio frames.
+        grid_thw: patches in time, height and width, with t * h * w = n; None for what has no grid, such as audio.
+        tokens: how many tokens of the language model it takes: its encoder's features. Default t * h * w divided by
+            merge_size^2 with a grid, else n.
+        merge_size: patches along a side that one token stands for.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+
+    modality: int
+    values: torch.Tensor
+    grid_thw: tuple[int, int, int] | None = None
+    tokens: int | None = None
+    merge_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not Modality.TEXT < self.modality < MAX_MODALITIES:
+            wrong_value("modality", f"an id in [1, {MAX_MODALITIES})", self.modality)
+        if not isinstance(self.values, torch.Tensor) or self.values.ndim < 1:
+            wrong_type("values", "a tensor [n, ...]", self.values)
+        rows, merge = self.values.shape[0], self.merge_size
+        if merge < 1:
+            wrong_value("merge_size", "an integer >= 1", merge)
+        if self.grid_thw is not None:
+            t, h, w = grid = tuple(int(size) for size in self.grid_thw)
+            if min(grid) < 1 or h % merge or w % merge or t * h * w != rows:
+                expected = f"(t, h, w) >= 1 with t * h * w = {rows}, h and w multiples of merge_size {merge}"
+                wrong_value("grid_thw", expected, self.grid_thw)
+            object.__setattr__(self, "grid_thw", grid)
+            merged = t * (h // merge) * (w // merge)
+            if self.tokens is not None and self.tokens != merged:
+                wrong_value("tokens", f"None or the {merged} of its grid", self.tokens)
+            object.__setattr__(self, "tokens", merged)
+        elif merge != 1:
+            wrong_value("merge_size", "1 without grid_thw (say tokens instead)", merge)
+        elif self.tokens is None:
+            object.__setattr__(self, "tokens", rows)
+        if self.length < 1:
+            wrong_value("tokens", "at least one", self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        assert self.tokens is not None
+        return self.tokens
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMedia:
+    """What a batch holds of one modality: N items, in the order of their tokens.
+
+    Attributes:
+        values: [V, ...]: the items' values, one after the other, for the encoder.
+        dst_index: [F] int64: the token that each feature goes to; the items' features one after the other
+            (`embed_splice` takes it).
+        cu_values: [N+1] int32: where each item's values begin: cu_seqlens of the encoder's attention.
+        cu_values_host: the same as a tuple.
+        starts_host: the first token of each item.
+        tokens_host: tokens of each item.
+        grid_thw: [N, 3] int64, or None.
+        merge_size: patches along a side that one token stands for; the same for all.
+    """
+
+    values: torch.Tensor
+    dst_index: torch.Tensor
+    cu_values: torch.Tensor
+    cu_values_host: tuple[int, ...]
+    starts_host: tuple[int, ...]
+    tokens_host: tuple[int, ...]
+    grid_thw: torch.Tensor | None = None
+    merge_size: int = 1
+
+    @classmethod
+    def of(cls, items: Sequence[Media], starts: Sequence[int], device: torch.device) -> PackedMedia:
+        """Lay out the items of one modality, whose tokens begin at `starts`."""
+        first = items[0]
+        for i, item in enumerate(items):
+            same = item.values.shape[1:] == first.values.shape[1:] and item.values.dtype == first.values.dtype
+            if not same or item.values.device != device:
+                expected = f"[n, ...] like the first of modality {first.modality}, {list(first.values.shape)} "
+                wrong_value(f"media {i}: values", f"{expected}{first.values.dtype} on {device}", item.values)
+            if item.merge_size != first.merge_size or (item.grid_thw is None) != (first.grid_thw is None):
+                wrong_value(
+                    f"media {i}: grid_thw", "a grid and merge_size as the others of its modality", item.grid_thw
+                )
+        ends = (0, *itertools.accumulate(item.values.shape[0] for item in items))
+        tokens = tuple(item.length for item in items)
+        places = [torch.arange(start, start + n) for start, n in zip(starts, tokens, strict=True)]
+        grids = None if first.grid_thw is None else torch.tensor([item.grid_thw for item in items], device=device)
+        return cls(
+            values=torch.cat([item.values for item in items]) if len(items) > 1 else first.values,
+            dst_index=torch.cat(places).to(device),
+            cu_values=torch.tensor(ends, dtype=torch.int32, device=device),
+            cu_values_host=ends,
+            starts_host=tuple(starts),
+            tokens_host=tokens,
+            grid_thw=grids,
+            merge_size=first.merge_size,
+        )
+
+    @property
+    def num_items(self) -> int:
+        """N."""
+        return len(self.starts_host)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedMedia:
+        """The same with each tensor replaced by `function` of it."""
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed: dict[str, Any] = {
+            name: function(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)
+        }
+        return dataclasses.replace(self, **changed)
+
+    def between(self, begin: int, end: int) -> PackedMedia | None:
+        """The items whose tokens lie in [begin, end), with tokens counted from `begin`; None when there is none."""
+        chosen = [i for i, start in enumerate(self.starts_host) if begin <= start < end]
+        if not chosen:
+            return None
+        i, j = chosen[0], chosen[-1] + 1
+        first, last = self.cu_values_host[i], self.cu_values_host[j]
+        skipped = sum(self.tokens_host[:i])
+        return PackedMedia(
+            values=self.values[first:last],
+            dst_index=self.dst_index[skipped : skipped + sum(self.tokens_host[i:j])] - begin,
+            cu_values=self.cu_values[i : j + 1] - first,
+            cu_values_host=tuple(value - first for value in self.cu_values_host[i : j + 1]),
+            starts_host=tuple(start - begin for start in self.starts_host[i:j]),
+            tokens_host=self.tokens_host[i:j],
+            grid_thw=None if self.grid_thw is None else self.grid_thw[i:j],
+            merge_size=self.merge_size,
+        )

@@ -1,0 +1,191 @@
+"""Samples of a packed batch do not touch each other, through attention and through every op, forward and backward."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mmkernels import AttentionMask, attention
+from mmkernels.ops.modality import Modality
+from mmkernels.ops.packing import Media, PackedBatch, embed_splice, segment_pool
+from mmkernels.runtime.backends import candidates
+from mmkernels.testing import assert_as_accurate
+
+HEADS, DIM, WIDTH = 2, 16, 32
+LENGTHS = ((5, (1, 4, 6)), (70, None), (1, (1, 2, 2)), (3, (4, 4, 4)), (40, (1, 8, 8)))
+every_backend = pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+
+
+def needs(backend: str) -> None:
+    for family in ("attention", "packing"):
+        reason = candidates(family, torch.device("cpu"), torch.float32)[backend]
+        if reason is not None:
+            pytest.skip(reason)
+
+
+def make_samples(seed: int) -> list:
+    """Text, text and an image or clip, text; the same lengths for every seed."""
+    torch.manual_seed(seed)
+    samples = []
+    for n, grid in LENGTHS:
+        parts: list = [torch.randint(0, 50, (n,))]
+        if grid is not None:
+            kind = Modality.IMAGE if grid[0] == 1 else Modality.VIDEO
+            parts.append(Media(kind, torch.randn(grid[0] * grid[1] * grid[2], WIDTH), grid, merge_size=2))
+        samples.append([*parts, torch.randint(0, 50, (2,))])
+    return samples
+
+
+@dataclasses.dataclass
+class Model:
+    """An embedding, one layer of attention, a pooled row for each sample: what a batch goes through."""
+
+    backend: str
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(7)
+        self.table = torch.randn(50, WIDTH).to(self.dtype)
+        self.qkv = (torch.randn(WIDTH, 3 * HEADS * DIM) / 6).to(self.dtype)
+
+    def mask(self, kind: str, batch: PackedBatch) -> AttentionMask:
+        if kind == "multimodal":
+            try:
+                return AttentionMask.multimodal(batch.cu_seqlens, batch.modality_ids, batch.span_ids)
+            except NotImplementedError:
+                pytest.skip("AttentionMask.multimodal is not there yet")
+        return AttentionMask.packed(batch.cu_seqlens, causal=kind == "causal")
+
+    def run(self, batch: PackedBatch, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens' outputs [T, H D], samples' rows [S, H D], gradient of the embedded tokens [T, WIDTH])."""
+        media = list(batch.media.values())
+        merged = [m.values.to(self.dtype).unflatten(0, (-1, 4)).sum(1) for m in media]
+        features = torch.cat(merged) if media else torch.zeros(0, WIDTH, dtype=self.dtype)
+        dst_index = torch.cat([m.dst_index for m in media]) if media else torch.zeros(0, dtype=torch.int64)
+        x = embed_splice(batch.tokens, self.table, features, dst_index, backend=self.backend).requires_grad_()
+        q, k, v = (x @ self.qkv).unflatten(1, (3, HEADS, DIM)).unbind(1)
+        out = attention(q, k, v, self.mask(kind, batch), backend=self.backend).flatten(1)
+        pooled = segment_pool(out, batch.cu_seqlens, "mean", backend=self.backend)[: batch.num_samples]
+        # A loss that is a sum over samples, each with a gradient of its own.
+        pooled.square().sum().backward()
+        return out.detach(), pooled.detach(), x.grad
+
+
+def pack_of(samples: list, capacity: int | None = None) -> PackedBatch:
+    return PackedBatch.from_samples(samples, capacity=capacity, mrope=True).validate()
+
+
+KINDS = ("packed", "causal", "multimodal")
+
+
+@every_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_sample_is_as_if_alone(kind, backend):
+    """nanoVLM #201, #204, cross-contamination: output and gradient of each sample are those of the sample by itself."""
+    needs(backend)
+    model, exact = Model(backend), Model("reference", torch.float64)
+    samples = make_samples(0)
+    batch = pack_of(samples, capacity=200)
+    out, pooled, gradient = model.run(batch, kind)
+    for s, sample in enumerate(samples):
+        begin, end = batch.cu_seqlens_host[s : s + 2]
+        alone, truth = model.run(pack_of([sample]), kind), exact.run(pack_of([sample]), kind)
+        parts = (out[begin:end], pooled[s : s + 1], gradient[begin:end])
+        for what, part, plain, true in zip(("out", "pooled", "gradient"), parts, alone, truth, strict=True):
+            assert_as_accurate(f"{what} of sample {s}", part, plain, true)
+
+
+@every_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_changing_one_sample_changes_no_other(kind, backend):
+    """Bit for bit, forward and backward, whichever sample changes, and the padding too."""
+    needs(backend)
+    model = Model(backend)
+    samples, others = make_samples(0), make_samples(1)
+    batch = pack_of(samples, capacity=200)
+    before = model.run(batch, kind)
+    for changed in range(len(samples)) if backend != "triton" else (3,):
+        mixed = [others[s] if s == changed else sample for s, sample in enumerate(samples)]
+        after = model.run(pack_of(mixed, capacity=200), kind)
+        begin, end = batch.cu_seqlens_host[changed : changed + 2]
+        same = torch.ones(batch.num_tokens, dtype=torch.bool)
+        same[begin:end] = False
+        rows = torch.arange(len(samples)) != changed
+        assert torch.equal(after[0][same], before[0][same])
+        assert torch.equal(after[1][rows], before[1][rows])
+        assert torch.equal(after[2][same], before[2][same])
+        assert not torch.equal(after[1][changed], before[1][changed])
+
+
+@every_backend
+@pytest.mark.parametrize("mode", ["sum", "mean", "max", "first", "weighted"])
+def test_a_nan_stays_in_its_sample(mode, backend):
+    """No op of packing multiplies another sample's NaN with 0: forward and backward."""
+    needs(backend)
+    batch = pack_of(make_samples(0), capacity=200)
+    (begin, end), own = batch.cu_seqlens_host[3:5], torch.zeros(200, dtype=torch.bool)
+    own[begin:end] = True
+    x = torch.randn(200, 8).masked_fill(own[:, None], torch.nan).requires_grad_()
+    weights = torch.rand(200).masked_fill(own, torch.inf).requires_grad_() if mode == "weighted" else None
+    pooled = segment_pool(x, batch.cu_seqlens, mode, weights=weights, backend=backend)
+    grad = torch.randn_like(pooled)
+    grad[3] = torch.nan
+    pooled.backward(grad)
+    assert pooled.isnan().any(1).tolist() == [False, False, False, True, False, False]
+    assert not x.grad[~own].isnan().any()
+    assert weights is None or not weights.grad[~own].isnan().any()
+
+
+def test_positions_alone_do_not_isolate():
+    """nanoVLM #204: boundaries are said by cu_seqlens; two samples whose positions go on stay apart all the same."""
+    model, samples = Model("reference"), make_samples(0)
+    batch = pack_of(samples)
+    shifted = dataclasses.replace(batch, position_ids=batch.position_ids * 0)
+    for a, b in zip(model.run(batch, "causal"), model.run(shifted, "causal"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_images_are_neither_truncated_nor_split():
+    """TRL #5904, verl #3469: what does not fit is refused by name; what fits is there whole."""
+    samples = make_samples(0)
+    total = sum(pack_of([sample]).num_tokens for sample in samples)
+    for capacity in (total - 1, total // 2, 1):
+        with pytest.raises(
+            ValueError, match=f"capacity: expected at least the {total} tokens of the samples, got {capacity}"
+        ):
+            pack_of(samples, capacity)
+    batch = pack_of(samples, total)
+    items = [part for sample in samples for part in sample if isinstance(part, Media)]
+    values = sum(len(media.values) for media in batch.media.values())
+    assert values == sum(len(item.values) for item in items)
+    for media in batch.media.values():
+        for start, count in zip(media.starts_host, media.tokens_host, strict=True):
+            assert len(batch.sample_ids[start : start + count].unique()) == 1
+            assert len(batch.span_ids[start : start + count].unique()) == 1
+
+
+@pytest.mark.parametrize("capacity", [None, 173, 200, 1000])
+def test_no_token_is_dropped(capacity):
+    """TRL #4554: every token and every value of every sample arrives, once, whatever the capacity."""
+    samples = make_samples(0)
+    batch = pack_of(samples, capacity)
+    for s, sample in enumerate(samples):
+        begin, end = batch.cu_seqlens_host[s : s + 2]
+        texts = torch.cat([part for part in sample if not isinstance(part, Media)])
+        own = batch.tokens[begin:end]
+        assert torch.equal(own[batch.span_ids[begin:end] < 0], texts)
+    for modality, media in batch.media.items():
+        given = [p.values for sample in samples for p in sample if isinstance(p, Media) and p.modality == modality]
+        assert torch.equal(media.values, torch.cat(given))
+    assert (batch.sample_ids < 0).sum() == batch.padding == batch.num_tokens - sum(batch.lengths[:5])
+
+
+def test_memory_of_a_batch_is_linear():
+    """torchtune #1097, dense-mask memory: 32 Ki tokens and their mask take a few dozen bytes a token, not gigabytes."""
+    tokens = 1 << 15
+    batch = PackedBatch.from_samples([torch.zeros(1 << 10, dtype=torch.int64)] * 32)
+    held = [v for f in dataclasses.fields(batch) if isinstance(v := getattr(batch, f.name), torch.Tensor)]
+    assert sum(tensor.nbytes for tensor in held) <= 40 * tokens
+    q = torch.zeros(tokens, 1, 8)
+    rows = AttentionMask.packed(batch.cu_seqlens, causal=True).rows(q.shape[0], q.shape[0])
+    assert sum(tensor.nbytes for tensor in rows if isinstance(tensor, torch.Tensor)) <= 40 * tokens

@@ -1,0 +1,453 @@
+"""PackedBatch of several modalities: layout, positions, splitting, exporters, loss weights, DataLoader."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmkernels import GradCache
+from mmkernels.ops.modality import Modality
+from mmkernels.ops.packing import Media, PackedBatch, embed_splice, mrope_position_ids, segment_pool
+
+IMAGE, AUDIO, VIDEO = Modality.IMAGE, Modality.AUDIO, Modality.VIDEO
+
+
+def text(*ids: int) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def image(t: int, h: int, w: int, merge: int = 2, modality: int = IMAGE, fill: float = 1.0) -> Media:
+    return Media(modality, torch.full((t * h * w, 12), fill), (t, h, w), merge_size=merge)
+
+
+def audio(frames: int, tokens: int) -> Media:
+    return Media(AUDIO, torch.arange(frames * 5.0).reshape(frames, 5), tokens=tokens)
+
+
+def samples() -> list:
+    return [
+        [text(1, 2), image(1, 4, 6, fill=1.0), text(3)],
+        text(4, 5, 6),
+        [audio(7, 3), text(7), image(1, 2, 2, fill=2.0), image(1, 4, 4, fill=3.0)],
+        [],
+        [image(4, 2, 4, modality=VIDEO, fill=4.0), text(8, 9)],
+    ]
+
+
+def a_batch(**options) -> PackedBatch:
+    options = {"capacity": 40, "placeholder": {IMAGE: 91, AUDIO: 92, VIDEO: 93}, "pad_token": 99} | options
+    return PackedBatch.from_samples(samples(), **options)
+
+
+def test_layout():
+    batch = a_batch().validate()
+    tokens = [1, 2, *[91] * 6, 3, 4, 5, 6, *[92] * 3, 7, 91, *[91] * 4, *[93] * 8, 8, 9, *[99] * 9]
+    assert batch.tokens.tolist() == tokens
+    assert batch.lengths == (9, 3, 9, 0, 10, 9)
+    kinds = [0, 0, *[1] * 6, 0, 0, 0, 0, *[2] * 3, 0, *[1] * 5, *[3] * 8, 0, 0, *[0] * 9]
+    assert batch.modality_ids.tolist() == kinds
+    spans = [-1, -1, *[0] * 6, *[-1] * 4, *[1] * 3, -1, 2, *[3] * 4, *[4] * 8, *[-1] * 11]
+    assert batch.span_ids.tolist() == spans
+    assert batch.span_ids.dtype == torch.int32
+    images = batch.media[IMAGE]
+    assert images.grid_thw.tolist() == [[1, 4, 6], [1, 2, 2], [1, 4, 4]]
+    assert images.cu_values.tolist() == [0, 24, 28, 44] == list(images.cu_values_host)
+    assert images.values[:, 0].tolist() == [1.0] * 24 + [2.0] * 4 + [3.0] * 16
+    assert images.dst_index.tolist() == [2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20]
+    assert batch.media[AUDIO].dst_index.tolist() == [12, 13, 14]
+    assert batch.media[AUDIO].values.shape == (7, 5)
+    assert batch.media[AUDIO].grid_thw is None
+    assert list(batch.media) == [IMAGE, AUDIO, VIDEO]
+    assert "3 of modality 1, 1 of modality 2, 1 of modality 3" in repr(batch)
+
+
+def test_features_go_to_their_tokens():
+    batch = a_batch()
+    table = torch.randn(100, 4)
+    images = batch.media[IMAGE]
+    features = images.values.reshape(-1, 4, 12).mean((1, 2))[:, None].expand(-1, 4)  # one for each merged token
+    x = embed_splice(batch.tokens, table, features, images.dst_index)
+    is_image = batch.modality_ids == IMAGE
+    assert x[is_image, 0].tolist() == [1.0] * 6 + [2.0] + [3.0] * 4
+    assert torch.equal(x[~is_image], table[batch.tokens[~is_image]])
+
+
+def test_mrope_positions():
+    batch = a_batch(mrope=True).validate()
+    with_grid = [(2, [1, 4, 6]), (16, [1, 2, 2]), (17, [1, 4, 4]), (21, [4, 2, 4])]
+    starts, grids = (torch.tensor(column) for column in zip(*with_grid, strict=True))
+    assert torch.equal(batch.position_ids, mrope_position_ids(batch.cu_seqlens, grids, starts, 40))
+    assert batch.position_ids[:, 2:9].tolist() == [[2] * 6 + [5], [2, 2, 2, 3, 3, 3, 5], [2, 3, 4, 2, 3, 4, 5]]
+    assert batch.position_ids[:, 12:16].tolist() == [[0, 1, 2, 3]] * 3  # audio counts like text
+
+
+def test_any_sample_may_come_first():
+    """Dtype and device are those of the token ids, wherever the first ones are."""
+    ids = torch.arange(3, dtype=torch.int32)
+    batch = PackedBatch.from_samples([[], [image(1, 2, 2)], ids], capacity=6).validate()
+    assert batch.tokens.dtype == torch.int32
+    assert batch.tokens.tolist() == [0, 0, 1, 2, 0, 0]
+    assert PackedBatch.from_samples([[image(1, 2, 2)], []]).validate().tokens.dtype == torch.int64
+
+
+def test_split():
+    batch = a_batch(labels=[torch.arange(n) for n in (9, 3, 9, 0, 10)], sample_weight=[1, 2, 3, 4, 5], mrope=True)
+    for size in (1, 2, 3, 5, 9):
+        chunks = batch.split(size)
+        assert [chunk.num_samples for chunk in chunks] == [min(size, 5 - first) for first in range(0, 5, size)]
+        given = samples()
+        for i, chunk in enumerate(chunks):
+            chunk.validate()
+            assert chunk.padding == 0
+            alone = PackedBatch.from_samples(
+                given[i * size : (i + 1) * size],
+                placeholder={IMAGE: 91, AUDIO: 92, VIDEO: 93},
+                mrope=True,
+                sample_ids=range(i * size, min(5, (i + 1) * size)),
+                labels=[torch.arange(n) for n in (9, 3, 9, 0, 10)[i * size : (i + 1) * size]],
+                sample_weight=[1, 2, 3, 4, 5][i * size : (i + 1) * size],
+            )
+            assert_same(chunk, alone)
+    (nothing,) = PackedBatch.from_samples([], capacity=3).split(4)
+    assert (nothing.num_tokens, nothing.num_samples) == (0, 0)
+    with pytest.raises(ValueError, match="chunk_size: expected an integer >= 1, got 0"):
+        batch.split(0)
+
+
+def assert_same(a, b) -> None:
+    """Two batches, or what they hold of one modality, field by field."""
+    for f in dataclasses.fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, y) and x.dtype == y.dtype, f.name
+        elif f.name == "media":
+            assert list(x) == list(y)
+            for modality in x:
+                assert_same(x[modality], y[modality])
+        else:
+            assert x == y, f.name
+
+
+def test_grad_cache_splits_packed_batches():
+    """The gradient of all samples at once, two at a time."""
+    torch.manual_seed(3)
+    batch = PackedBatch.from_samples([torch.randint(0, 20, (n,)) for n in (3, 1, 4, 2, 6)], capacity=20)
+    others = torch.randn(5, 8)
+    table = torch.nn.Embedding(20, 8)
+
+    class Tower(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = table
+
+        def forward(self, chunk: PackedBatch) -> torch.Tensor:
+            return segment_pool(self.table(chunk.tokens), chunk.cu_seqlens)[: chunk.num_samples]
+
+    def loss_fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(x @ y.T, torch.arange(5))
+
+    head = torch.nn.Linear(8, 8)
+    loss_fn(Tower()(batch), head(others)).backward()
+    expected, table.weight.grad = table.weight.grad, None
+    GradCache([Tower(), head], loss_fn, chunk_size=2)(batch, others)
+    torch.testing.assert_close(table.weight.grad, expected)
+
+
+def test_pickle_and_copy():
+    batch = a_batch(mrope=True, sample_weight=[1.0] * 5)
+    assert_same(pickle.loads(pickle.dumps(batch)).validate(), batch)
+    assert_same(copy.deepcopy(batch), batch)
+
+
+class Packs(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, i: int) -> PackedBatch:
+        return a_batch(sample_ids=range(5 * i, 5 * i + 5))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_loader(workers):
+    loader = torch.utils.data.DataLoader(Packs(), batch_size=None, num_workers=workers)
+    ids = [batch.validate().sample_ids.amax().item() for batch in loader]
+    assert ids == [4, 9, 14]
+
+
+@pytest.mark.gpu
+def test_data_loader_pins_every_tensor():
+    (batch, *_) = torch.utils.data.DataLoader(Packs(), batch_size=None, pin_memory=True)
+    assert batch.tokens.is_pinned()
+    assert batch.media[IMAGE].values.is_pinned()
+    moved = batch.to("cuda", non_blocking=True).validate()
+    assert moved.media[AUDIO].dst_index.is_cuda
+
+
+def test_to_moves_media():
+    moved = a_batch().to("meta")
+    assert all(m.values.is_meta and m.dst_index.is_meta and m.cu_values.is_meta for m in moved.media.values())
+    assert moved.media[IMAGE].grid_thw.is_meta
+
+
+# Losses
+
+
+def lm_batch(lengths, seed=0, capacity=None, **options) -> PackedBatch:
+    torch.manual_seed(seed)
+    tokens = [torch.randint(0, 9, (n,)) for n in lengths]
+    labels = [torch.where(torch.rand(n) < 0.3, -100, ids) for ids, n in zip(tokens, lengths, strict=True)]
+    return PackedBatch.from_samples(tokens, labels=labels, capacity=capacity, **options)
+
+
+def nll_of(batch: PackedBatch) -> torch.Tensor:
+    """[T] any loss of each token's label, depending on its sample alone."""
+    return (1 + batch.position_ids).sqrt() * (1 + batch.tokens)
+
+
+def targets_by_hand(batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each sample the losses of its targets and their weights."""
+    nll, found = nll_of(batch), []
+    for s, (begin, end) in enumerate(zip(batch.cu_seqlens_host, batch.cu_seqlens_host[1:], strict=False)):
+        if s < batch.num_samples:
+            at = [t for t in range(begin + 1, end) if batch.labels[t] != -100]
+            weight = torch.ones(len(at)) if batch.loss_weight is None else batch.loss_weight[at]
+            found.append((nll[at], weight))
+    return found
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_normalised_per_sample_against_per_token(weighted):
+    """unsloth #1216: the two differ, each is what its name says, and neither depends on how samples are packed."""
+    lengths = [5, 30, 1, 12, 0, 7]
+    options = {}
+    if weighted:
+        options = {"loss_weight": [torch.rand(n) for n in lengths], "sample_weight": [1.0, 2.0, 3.0, 0.5, 1.0, 0.0]}
+    batch = lm_batch(lengths, capacity=64, **options)
+    of_samples = torch.ones(6) if not weighted else torch.tensor(options["sample_weight"])
+    by_hand = targets_by_hand(batch)
+    has_any = [s for s, (_, w) in enumerate(by_hand) if w.sum() > 0]
+    terms = [of_samples[s] * (by_hand[s][0] * by_hand[s][1]).sum() for s in has_any]
+    sums = [of_samples[s] * by_hand[s][1].sum() for s in has_any]
+    per_token = sum(terms) / sum(sums)
+    per_sample = sum(t / by_hand[s][1].sum() for s, t in zip(has_any, terms, strict=True)) / of_samples[has_any].sum()
+    nll = nll_of(batch)
+    assert not torch.isclose(per_token, per_sample)
+    torch.testing.assert_close((batch.loss_weights("token") * nll).sum(), per_token)
+    torch.testing.assert_close((batch.loss_weights("sample") * nll).sum(), per_sample)
+    # Packed another way, in micro-batches or on ranks: the parts add up to the same loss.
+    for size in (1, 2, 4):
+        chunks = batch.split(size)
+        totals = sum(chunk.loss_totals() for chunk in chunks)
+        torch.testing.assert_close(totals, batch.loss_totals())
+        for normalize, expected in (("token", per_token), ("sample", per_sample)):
+            parts = [(chunk.loss_weights(normalize, totals) * nll_of(chunk)).sum() for chunk in chunks]
+            torch.testing.assert_close(sum(parts), expected)
+
+
+def test_loss_totals_count_exactly():
+    batch = lm_batch([5, 30, 1, 12, 0, 7], capacity=70)
+    targets = batch.next_labels() != -100
+    assert batch.loss_totals().tolist() == [int(targets.sum()), sum(len(w) > 0 for _, w in targets_by_hand(batch))]
+    assert batch.loss_totals().dtype == torch.float64
+    assert torch.equal(batch.loss_weights("token").roll(-1) > 0, targets)
+    in_place = batch.loss_weights("token", causal=False) > 0  # masked modelling: first labels count too
+    assert torch.equal(in_place, batch.labels != -100)
+    assert batch.loss_totals(causal=False)[0] == int((batch.labels != -100).sum())
+    nothing = PackedBatch.from_samples([torch.arange(1)], labels=[torch.arange(1)], capacity=3)
+    assert nothing.loss_weights("token").tolist() == nothing.loss_weights("sample").tolist() == [0, 0, 0]
+    unlabelled = PackedBatch.from_samples([torch.arange(2), torch.arange(1)], capacity=4)
+    assert unlabelled.loss_weights("token").tolist() == pytest.approx([1 / 3] * 3 + [0])
+    assert unlabelled.loss_weights("sample").tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 2, 0])
+    with pytest.raises(ValueError, match='normalize: expected "token" or "sample", got'):
+        batch.loss_weights("mean")
+    with pytest.raises(TypeError, match=r"totals: expected \[2\] float64"):
+        batch.loss_weights("token", torch.ones(2))
+    with pytest.raises(ValueError, match="labels: expected"):
+        unlabelled.next_labels()
+
+
+def test_next_labels_stay_in_their_sample():
+    batch = PackedBatch.from_samples(
+        [text(1, 2, 3), text(4), text(5, 6)], capacity=8, labels=[text(1, 2, 3), text(4), text(5, 6)]
+    )
+    assert batch.next_labels().tolist() == [2, 3, -100, -100, 6, -100, -100, -100]
+
+
+# Exporters
+
+
+def test_to_hf():
+    batch = PackedBatch.from_samples(
+        [[text(1, 2), image(1, 4, 4)], [image(2, 2, 2, modality=VIDEO), text(3)]],
+        capacity=12,
+        mrope=True,
+        placeholder=7,
+    )
+    hf = batch.to_hf()
+    assert hf["position_ids"].shape == (4, 1, 12)
+    assert hf["position_ids"][0, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2]
+    assert torch.equal(hf["position_ids"][1:, 0], batch.position_ids)
+    assert hf["pixel_values"] is batch.media[IMAGE].values
+    assert hf["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert hf["pixel_values_videos"].shape == (8, 12)
+    assert hf["video_grid_thw"].tolist() == [[2, 2, 2]]
+    with pytest.raises(ValueError, match="media: expected images and videos with grid_thw for to_hf, got 'modality 2'"):
+        a_batch().to_hf()
+    with pytest.raises(ValueError, match="sample_weight: expected None for to_hf"):
+        PackedBatch.from_samples([text(1)], sample_weight=[1.0]).to_hf()
+
+
+def test_to_megatron():
+    ids = [text(1, 2, 3), text(4, 5)]
+    batch = PackedBatch.from_samples(
+        ids, labels=ids, capacity=7, loss_weight=[torch.tensor([1, 1, 0.5]), torch.ones(2)]
+    )
+    thd = batch.to_megatron()
+    assert thd["tokens"].tolist() == [[1, 2, 3, 4, 5, 0, 0]]
+    assert thd["labels"].tolist() == [[2, 3, 0, 5, 0, 0, 0]]
+    assert thd["loss_mask"].tolist() == [[1, 0.5, 0, 1, 0, 0, 0]]
+    assert thd["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    params = thd["packed_seq_params"]
+    assert params["qkv_format"] == "thd"
+    assert params["cu_seqlens_q"] is params["cu_seqlens_kv_padded"] is batch.cu_seqlens
+    assert params["max_seqlen_q"] == params["max_seqlen_kv"] == 3
+    assert "labels" not in PackedBatch.from_samples(ids).to_megatron()
+    assert a_batch(mrope=True).to_megatron()["position_ids"].shape == (3, 1, 40)
+
+
+def test_to_nested():
+    batch = a_batch()
+    nested = batch.to_nested()
+    parts = nested.unbind()
+    assert [len(part) for part in parts] == [9, 3, 9, 0, 10]
+    assert torch.equal(torch.cat(parts), batch.tokens[:31])
+    x = torch.randn(40, 3, requires_grad=True)
+    hidden = batch.to_nested(x)
+    assert hidden.layout == torch.jagged
+    hidden.values().square().sum().backward()
+    assert torch.equal(x.grad[:31], 2 * x.detach()[:31])
+    assert x.grad[31:].count_nonzero() == 0
+    for wrong in (torch.zeros(39, 3), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"x: expected \[40, ...\], got"):
+            batch.to_nested(wrong)
+    with pytest.raises(TypeError, match=r"x: expected \[40, ...\], got"):
+        batch.to_nested([1, 2])
+
+
+# Broken invariants and bad input
+
+
+def media_with(modality, **changes):
+    def change(batch: PackedBatch) -> PackedBatch:
+        media = dict(batch.media)
+        media[modality] = dataclasses.replace(media[modality], **changes)
+        return dataclasses.replace(batch, media=media)
+
+    return change
+
+
+def set_at(name, where, value):
+    def change(batch: PackedBatch) -> PackedBatch:
+        tensor = getattr(batch, name).clone()
+        tensor[where] = value
+        return dataclasses.replace(batch, **{name: tensor})
+
+    return change
+
+
+BROKEN = [
+    (set_at("span_ids", 3, 1), "span_ids numbers the media in the order of their tokens: broken, got 1 at token 3"),
+    (set_at("span_ids", 39, 5), "span_ids is -1 in the padding"),
+    (lambda b: dataclasses.replace(b, span_ids=b.span_ids.long()), "span_ids is int32"),
+    (lambda b: dataclasses.replace(b, span_ids=b.span_ids[1:]), "span_ids has T = 40 entries"),
+    (set_at("modality_ids", 4, 0), "modality_ids is 1 in its media"),
+    (set_at("position_ids", (1, 9), 2), "position_ids begins with 0 in a segment"),
+    (set_at("position_ids", (1, 11), -2), "position_ids is >= 0"),
+    (lambda b: dataclasses.replace(b, position_ids=b.position_ids[:2]), r"position_ids is \[T\] or \[3, T\]"),
+    (lambda b: dataclasses.replace(b, sample_weight=torch.ones(6)), "sample_weight has S = 5 entries"),
+    (lambda b: dataclasses.replace(b, sample_weight=-torch.ones(5)), "sample_weight is >= 0"),
+    (media_with(IMAGE, dst_index=torch.arange(11)), r"media\[1\].dst_index is each item's tokens in order"),
+    (media_with(IMAGE, dst_index=torch.arange(10)), r"media\[1\].dst_index has an entry for each of 11 tokens"),
+    (
+        media_with(IMAGE, values=torch.zeros(43, 12)),
+        r"media\[1\].cu_values is N \+ 1 = 4 entries from 0 to the 43 rows",
+    ),
+    (media_with(IMAGE, values=torch.zeros(44, 12, device="meta")), r"media\[1\].values is on cpu"),
+    (media_with(IMAGE, cu_values=torch.tensor([0, 24, 27, 44]).int()), r"media\[1\].cu_values is int32 and equal to"),
+    (
+        media_with(IMAGE, grid_thw=torch.tensor([[1, 4, 6], [1, 2, 2], [1, 4, 3]])),
+        "grid_thw multiplies to the items' rows",
+    ),
+    (media_with(IMAGE, merge_size=1), "grid_thw merges to the items' tokens"),
+    (
+        media_with(VIDEO, starts_host=(16,), dst_index=torch.arange(16, 24)),
+        r"media\[3\] has each item whole in one sample",
+    ),
+    (media_with(VIDEO, starts_host=(36,), dst_index=torch.arange(36, 44)), r"media\[3\] lies in the batch"),
+]
+
+
+@pytest.mark.parametrize(("breaks", "message"), BROKEN, ids=[message[:40] for _, message in BROKEN])
+def test_validate_names_the_broken_invariant(breaks, message):
+    with pytest.raises(ValueError, match=f"PackedBatch: .*{message}"):
+        breaks(a_batch(mrope=True)).validate()
+
+
+V = torch.zeros(8, 3)
+BAD = [
+    (lambda: Media(0, V), ValueError, r"modality: expected an id in \[1, 32\), got"),
+    (lambda: Media(32, V), ValueError, r"modality: expected an id in \[1, 32\), got 32"),
+    (lambda: Media(1, [1.0]), TypeError, r"values: expected a tensor \[n, ...\]"),
+    (lambda: Media(1, V, (1, 2, 3)), ValueError, r"grid_thw: expected \(t, h, w\) >= 1 with t \* h \* w = 8"),
+    (lambda: Media(1, V, (2, 1, 4), merge_size=2), ValueError, "h and w multiples of merge_size 2"),
+    (lambda: Media(1, V, (1, 2, 4), tokens=3), ValueError, "tokens: expected None or the 8 of its grid, got 3"),
+    (lambda: Media(1, V, merge_size=2), ValueError, "merge_size: expected 1 without grid_thw"),
+    (lambda: Media(1, V, merge_size=0), ValueError, "merge_size: expected an integer >= 1"),
+    (lambda: Media(1, V, tokens=0), ValueError, "tokens: expected at least one"),
+    (lambda: PackedBatch.from_samples([[text(1), 5]]), TypeError, r"samples\[0\]: expected a tensor .*, or a sequence"),
+    (
+        lambda: PackedBatch.from_samples([[torch.ones(2), image(1, 2, 2)]]),
+        TypeError,
+        r"samples: token ids beside media: expected \[n\] int64, got \[2\] float32",
+    ),
+    (
+        lambda: PackedBatch.from_samples([[image(1, 2, 2)]], placeholder={VIDEO: 1}),
+        ValueError,
+        "placeholder: expected an id for modality 1, got {",
+    ),
+    (
+        lambda: PackedBatch.from_samples([[image(1, 2, 2)], [image(1, 2, 2, merge=1)]]),
+        ValueError,
+        "media 1: grid_thw: expected a grid and merge_size as the others",
+    ),
+    (
+        lambda: PackedBatch.from_samples([[image(1, 2, 2)], [Media(IMAGE, V)]]),
+        ValueError,
+        r"media 1: values: expected \[n, ...\] like the first of modality 1, \[4, 12\]",
+    ),
+    (
+        lambda: PackedBatch.from_samples([[image(1, 2, 2)]], modality_ids=[torch.ones(1).long()]),
+        ValueError,
+        "modality_ids: expected None: the media of the samples say it",
+    ),
+    (lambda: PackedBatch.from_samples([text(1)], sample_weight=[1, 2]), ValueError, "sample_weight: expected 1 floats"),
+    (
+        lambda: PackedBatch.from_samples([text(1)], sample_weight=[-1]),
+        ValueError,
+        "sample_weight: expected 1 floats >= 0",
+    ),
+    (
+        lambda: PackedBatch.from_samples([text(1)], sample_weight=[float("nan")]),
+        ValueError,
+        "sample_weight: expected 1 floats >= 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[message[:40] for _, _, message in BAD])
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
