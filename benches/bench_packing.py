@@ -1,4 +1,4 @@
-"""Packing: the planner in items per second and efficiency, the ops against a copy of the same bytes and plain PyTorch.
+"""Packing: the ops against a copy of the same bytes and plain PyTorch; the planner's bench is bench_planner.py.
 
 python benches/bench_packing.py --help
 """
@@ -13,70 +13,10 @@ import numpy as np
 import torch
 from harness import Case, Inputs, Work, main
 
-from mmkernels.ops.packing import PackingPlan, embed_splice, pack, pad, patchify, plan_packing, segment_pool, unpack
-from mmkernels.ops.packing.plan_python import plan_best_fit
-from mmkernels.testing.packing import LENGTHS, lengths_like
+from mmkernels.ops.packing import embed_splice, pack, pad, patchify, segment_pool, unpack
+from mmkernels.testing.lengths import lengths_like
 
 Params = Mapping[str, Any]
-
-# The planner
-
-
-def setup_plan(p: Params, device: torch.device) -> Inputs:
-    lengths, capacity = lengths_like(p["lengths"], p["n"])
-    return {"lengths": lengths, "capacity": capacity, "title": (p["lengths"], p["n"])}
-
-
-def plan_with(strategy: str, inputs: Inputs, backend: str | None = None) -> tuple[PackingPlan]:
-    return (plan_packing(inputs["lengths"], inputs["capacity"], strategy=strategy),)
-
-
-def plan_in_python(inputs: Inputs) -> tuple[PackingPlan]:
-    offsets, items = plan_best_fit(inputs["lengths"], inputs["capacity"], 2**62)
-    return (PackingPlan(offsets, items, inputs["lengths"], inputs["capacity"], "best_fit"),)
-
-
-def pad_to_longest(inputs: Inputs, batch: int = 32) -> tuple[Any]:
-    """Not a plan: what padding batches of 32 to their longest sample makes of the same items."""
-    lengths = inputs["lengths"]
-    padded = np.resize(lengths, -(-len(lengths) // batch) * batch).reshape(-1, batch).max(1).sum() * batch
-    return (float(lengths.sum() / padded),)
-
-
-_seen: set[tuple[Any, ...]] = set()
-
-
-def check_plan(name: str, outputs: Sequence[Any], inputs: Inputs) -> None:
-    """Each item once, no pack over the capacity; says the efficiency, which a table of times has no column for."""
-    lengths, capacity, result = inputs["lengths"], inputs["capacity"], outputs[0]
-    if (name, inputs["title"]) not in _seen:
-        _seen.add((name, inputs["title"]))
-        efficiency = result if isinstance(result, float) else result.efficiency
-        print(f"    {name:28} efficiency {efficiency:.3%}", end="" if isinstance(result, PackingPlan) else "\n")
-        if isinstance(result, PackingPlan):
-            print(f"  {result.num_packs} packs, bound {result.lower_bound}, displacement {result.displacement:.1f}")
-    if isinstance(result, PackingPlan):
-        assert np.array_equal(np.sort(result.items), np.arange(len(lengths))), f"{name}: not each item once"
-        assert result.pack_lengths.max() <= capacity, f"{name}: a pack is over the capacity"
-
-
-PLAN = Case(
-    name="plan",
-    grid=[{"lengths": name, "n": n} for n in (1_000_000,) for name in LENGTHS],
-    quick=[{"lengths": name, "n": 2000} for name in LENGTHS],
-    setup=setup_plan,
-    ours=partial(plan_with, "auto"),
-    others={
-        "mmkernels best_fit": partial(plan_with, "best_fit"),
-        "mmkernels subset_sum": partial(plan_with, "subset_sum"),
-        "mmkernels next_fit": partial(plan_with, "next_fit"),
-        "Python best-fit decreasing": plan_in_python,
-        "padding 32 to the longest": pad_to_longest,
-    },
-    check=check_plan,
-    limits=lambda p, name: "too slow" if name.startswith("Python") and p["n"] > 100_000 else None,
-    work=lambda p: Work(items=p["n"]),
-)
 
 # The ops. `dtype` decides the bytes of a row; each case moves about `MiB` of them in and as many out.
 
@@ -453,4 +393,4 @@ WEIGHTED = Case(
 )
 
 if __name__ == "__main__":
-    main("packing", [PLAN, PACK, SOURCES, UNPACK, PAD, *POOLS, WEIGHTED, SPLICE, PATCHES])
+    main("packing", [PACK, SOURCES, UNPACK, PAD, *POOLS, WEIGHTED, SPLICE, PATCHES])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import planner_peers
 import torch
 
 Inputs = dict[str, Any]
@@ -122,6 +123,14 @@ PEERS = {
     "flash_attn": Peer("flash_attn", "flash-attn", adapters={"varlen": flash_attn_varlen}),
     "fbgemm_gpu": Peer("fbgemm_gpu", "fbgemm-gpu", needs_cuda=False, adapters={"padded": fbgemm_padded}),
     "xformers": Peer("xformers", "xformers", adapters={"block_diagonal": xformers_block_diagonal}),
+    "trl": Peer("trl", "trl", needs_cuda=False, adapters={"bfd": planner_peers.trl_bfd}),
+    "numba": Peer("numba", "numba", needs_cuda=False, adapters={"first_fit": planner_peers.numba_first_fit}),
+    "lightbinpack": Peer(
+        "lightbinpack", "lightbinpack", needs_cuda=False, adapters={"obfd": planner_peers.lightbinpack_obfd}
+    ),
+    "torchtune": Peer(
+        "torchtune", "torchtune", needs_cuda=False, adapters={"next_fit": planner_peers.torchtune_next_fit}
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -225,6 +226,88 @@ py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values) {
 
 using Lengths = py::array_t<int64_t, py::array::c_style>;
 
+py::tuple to_tuple(mmk::Plan&& plan) {
+  return py::make_tuple(to_numpy(std::move(plan.offsets)), to_numpy(std::move(plan.items)));
+}
+
+// The planner's functions: (lengths, images or None, capacity, max_images, max_samples, ...).
+mmk::Items items_of(const Lengths& lengths, const std::optional<Lengths>& images) {
+  MMK_CHECK(!images || images->size() == lengths.size(), "expected as many images as lengths, got ", images->size());
+  return {lengths.data(), images ? images->data() : nullptr, static_cast<int64_t>(lengths.size())};
+}
+
+void bind_planner(py::module_& m) {
+  using Images = std::optional<Lengths>;
+  const auto planner = [&m](const char* name, mmk::Plan (*make)(mmk::Items, mmk::Caps)) {
+    m.def(name, [make](const Lengths& lengths, const Images& images, int64_t capacity, int64_t max_images,
+                       int64_t max_samples) {
+      const mmk::Items items = items_of(lengths, images);
+      mmk::Plan plan;
+      {
+        py::gil_scoped_release release;
+        plan = make(items, {capacity, max_images, max_samples});
+      }
+      return to_tuple(std::move(plan));
+    });
+  };
+  planner("plan_best_fit", &mmk::plan_best_fit);
+  planner("plan_next_fit", &mmk::plan_next_fit);
+  m.def("plan_subset_sum", [](const Lengths& lengths, const Images& images, int64_t capacity, int64_t max_images,
+                              int64_t max_samples, int64_t lookahead) {
+    const mmk::Items items = items_of(lengths, images);
+    mmk::Plan plan;
+    {
+      py::gil_scoped_release release;
+      plan = mmk::plan_subset_sum(items, {capacity, max_images, max_samples}, lookahead);
+    }
+    return to_tuple(std::move(plan));
+  });
+  m.def("fullest_pack",
+        [](const Lengths& lengths, const Images& images, int64_t capacity, int64_t max_images, int64_t max_samples) {
+          return to_numpy(mmk::fullest_pack(items_of(lengths, images), {capacity, max_images, max_samples}));
+        });
+  m.def("plan_histogram",
+        [](const Lengths& lengths, const Images& images, int64_t capacity, int64_t max_images, int64_t max_samples) {
+          const mmk::Items items = items_of(lengths, images);
+          mmk::CountedPlan counted;
+          {
+            py::gil_scoped_release release;
+            counted = mmk::plan_histogram(items, {capacity, max_images, max_samples});
+          }
+          return py::make_tuple(to_numpy(std::move(counted.steps)), counted.packs);
+        });
+  m.def("list_histogram", [](const Lengths& lengths, const Images& images, const Lengths& steps, int64_t packs) {
+    const mmk::Items items = items_of(lengths, images);
+    const mmk::CountedPlan counted{{steps.data(), steps.data() + steps.size()}, packs};
+    mmk::Plan plan;
+    {
+      py::gil_scoped_release release;
+      plan = mmk::list_histogram(items, counted);
+    }
+    return to_tuple(std::move(plan));
+  });
+  // (steps, packs, a copy of the lengths, narrow when they are), or None when a length is out of [0, capacity].
+  m.def("count_and_plan", [](const Lengths& lengths, int64_t capacity, int64_t max_samples) -> py::object {
+    const auto run = [&](auto copy) -> py::object {
+      const int64_t* data = lengths.data();
+      const int64_t n = lengths.size();
+      auto* copied = copy.mutable_data();
+      bool good;
+      mmk::CountedPlan counted;
+      {
+        py::gil_scoped_release release;
+        std::vector<int64_t> counts(capacity + 1);
+        good = mmk::count_lengths(data, n, capacity, counts.data(), copied);
+        if (good) counted = mmk::plan_counts(counts.data(), {capacity, mmk::kNoCap, max_samples});
+      }
+      if (!good) return py::none();
+      return py::make_tuple(to_numpy(std::move(counted.steps)), counted.packs, copy);
+    };
+    if (capacity <= UINT16_MAX) return run(py::array_t<uint16_t>(lengths.size()));
+    return run(py::array_t<int64_t>(lengths.size()));
+  });
+}
+
 void bind_packing(py::module_& m) {
   using mmk::PoolMode;
   py::enum_<PoolMode>(m, "PoolMode")
@@ -232,26 +315,6 @@ void bind_packing(py::module_& m) {
       .value("mean", PoolMode::mean)
       .value("max", PoolMode::max)
       .value("first", PoolMode::first);
-
-  // Each strategy: (lengths, capacity, one number of its own) -> (offsets, items).
-  const auto planner = [&m](const char* name, mmk::Plan (*make)(const int64_t*, int64_t, int64_t, int64_t)) {
-    m.def(
-        name,
-        [make](const Lengths& lengths, int64_t capacity, int64_t option) {
-          const int64_t* data = lengths.data();
-          const int64_t n = lengths.size();
-          mmk::Plan plan;
-          {
-            py::gil_scoped_release release;
-            plan = make(data, n, capacity, option);
-          }
-          return py::make_tuple(to_numpy(std::move(plan.offsets)), to_numpy(std::move(plan.items)));
-        },
-        py::arg("lengths").noconvert(), py::arg("capacity"), py::arg("option"));
-  };
-  planner("plan_best_fit", &mmk::plan_best_fit);
-  planner("plan_subset_sum", &mmk::plan_subset_sum);
-  planner("plan_next_fit", &mmk::plan_next_fit);
 
   const auto& cpu = mmk::packing_kernels();
   const py::call_guard<py::gil_scoped_release> no_gil;
@@ -283,6 +346,7 @@ PYBIND11_MODULE(_native, m) {
   bind_attention_additive(m);
   bind_contrastive(m);
   bind_packing(m);
+  bind_planner(m);
 #ifdef MMK_HAVE_CUDA
   mmk_bind_cuda(m);
 #endif

@@ -3,18 +3,23 @@
 from importlib import metadata as _metadata
 
 __all__ = [
+    "AttentionCost",
     "AttentionMask",
     "BackendError",
     "ContrastiveStats",
+    "EncoderCost",
     "GradCache",
     "Media",
     "Modality",
     "PackedBatch",
     "PackedMedia",
     "PackingPlan",
+    "RankSchedule",
+    "StreamPlanner",
     "__version__",
     "additive_attention",
     "attention",
+    "balance_ranks",
     "embed_splice",
     "gated_residual",
     "infonce",
@@ -65,10 +70,15 @@ else:
     from mmkernels.ops.contrastive import ContrastiveStats, infonce, sample_negatives, siglip, topk_similar
     from mmkernels.ops.modality import Modality
     from mmkernels.ops.packing import (
+        AttentionCost,
+        EncoderCost,
         Media,
         PackedBatch,
         PackedMedia,
         PackingPlan,
+        RankSchedule,
+        StreamPlanner,
+        balance_ranks,
         embed_splice,
         mrope_position_ids,
         pack,

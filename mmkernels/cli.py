@@ -9,12 +9,14 @@ __all__ = ["main"]
 USAGE = """usage: mmkernels <command> [options]
 
   info       what is installed, which backend runs, and why not another
+  plan       how well lengths pack, and how evenly ranks share the packs (needs mmkernels[plan])
   pretrain   train a dual encoder on images and captions (needs mmkernels[pretrain])
 
 mmkernels <command> --help says more; mmkernels --version shows the version"""
 
-# Packages of the [pretrain] extra, by the name they are imported under.
+# Packages of the extras, by the name they are imported under.
 _PRETRAIN_PACKAGES = {"tyro", "tqdm", "PIL", "tensorboard", "matplotlib", "safetensors", "jinja2"}
+_PLAN_PACKAGES = {"tyro", "tabulate", "matplotlib", "pyarrow"}
 
 
 def _info(argv: list[str]) -> int:
@@ -23,18 +25,34 @@ def _info(argv: list[str]) -> int:
     return info.main(argv)
 
 
+def _missing(command: str, extra: str, error: ModuleNotFoundError, packages: set[str]) -> int:
+    """Says which package a command lacks and which extra has it; raises for one that is no extra's."""
+    if error.name is None or error.name.split(".")[0] not in packages:
+        raise error
+    print(f"mmkernels {command} needs the package {error.name}: pip install 'mmkernels[{extra}]'", file=sys.stderr)
+    return 2
+
+
 def _pretrain(argv: list[str]) -> int:
     try:
         from mmkernels import pretrain
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in _PRETRAIN_PACKAGES:
-            raise
-        print(f"mmkernels pretrain needs the package {error.name}: pip install 'mmkernels[pretrain]'", file=sys.stderr)
-        return 2
+        return _missing("pretrain", "pretrain", error, _PRETRAIN_PACKAGES)
     return pretrain.main(argv)
 
 
-_COMMANDS = {"info": _info, "pretrain": _pretrain}
+def _plan(argv: list[str]) -> int:
+    try:
+        from mmkernels import plan_cli
+
+        return plan_cli.main(argv)
+    except ModuleNotFoundError as error:  # those of a file's format and of the picture come late
+        return _missing(
+            "plan", "parquet" if (error.name or "").startswith("pyarrow") else "plan", error, _PLAN_PACKAGES
+        )
+
+
+_COMMANDS = {"info": _info, "plan": _plan, "pretrain": _pretrain}
 
 
 def main(argv: list[str] | None = None) -> int:

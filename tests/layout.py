@@ -74,9 +74,15 @@ LAYERS = (
     ),
     Layer(
         r"mmkernels\.cli",
-        below=("mmkernels", "mmkernels.info", "mmkernels.pretrain.*"),
+        below=("mmkernels", "mmkernels.info", "mmkernels.plan_cli.*", "mmkernels.pretrain.*"),
         packages=frozenset({"tyro"}),
-        late=("tyro", "mmkernels.pretrain"),
+        late=("tyro", "mmkernels.plan_cli", "mmkernels.pretrain"),
+    ),
+    Layer(
+        r"mmkernels\.plan_cli(\..*)?",
+        below=("mmkernels", "mmkernels.plan_cli.*"),
+        packages=_PYTORCH | {"tyro", "tabulate", "matplotlib", "pyarrow"},
+        late=("pyarrow", "mmkernels.plan_cli.picture"),
     ),
     Layer(r"mmkernels\.info", below=("mmkernels", _RUNTIME), late=("torch", "numpy", "mmkernels.runtime")),
     Layer(

@@ -1,106 +1,72 @@
-"""Which items share a pack: the planner's public face and the plan itself."""
+"""Which items share a pack: the planner's public face."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from mmkernels.ops._checks import not_yet, wrong_type, wrong_value
-from mmkernels.ops.packing import plan_python
+from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops.packing.plan_result import CountedPlan, PackingPlan, planner
 from mmkernels.runtime import native
 
-__all__ = ["STRATEGIES", "PackingPlan", "plan_packing"]
+__all__ = ["LOOKAHEAD", "OVERSIZE", "STRATEGIES", "Caps", "PackingPlan", "plan_packing", "shuffled"]
 
 STRATEGIES = ("auto", "best_fit", "subset_sum", "histogram", "next_fit")
-_NO_LIMIT = np.iinfo(np.int64).max
-_LOOKAHEAD = 128
+OVERSIZE = ("error", "drop", "own_pack")
+LOOKAHEAD = 128
+
+_NO_CAP = np.iinfo(np.int64).max
 _MOST_SUBSET_SUM = 2**24  # kMostSubsetSum in planner.h
+_MOST_IMAGES = 2**30 - 1  # of a pack of subset sum, so that a cost fits into 32 bits
+_MOST_BYTES = 2**30  # of subset sum's tables
+_MOST_TABLE = 2**20  # a capacity up to which lengths are counted in a table
+
+Array = NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class PackingPlan:
-    """The packs of a `plan_packing` call, in CSR form.
+@dataclass(frozen=True)
+class Caps:
+    """The most that a pack may hold; None where there is no limit."""
 
-    `plan[p]` and iteration give the item indices of a pack. Packs come in the order of their first items and a pack's
-    items in the order of the stream (the order given, or the one that `seed` makes of it).
-
-    Attributes:
-        offsets: [P+1] int64; pack p holds `items[offsets[p]:offsets[p+1]]`.
-        items: [n] int64, each item index exactly once.
-        lengths: [n] int64, the lengths planned for.
-        capacity: most tokens in a pack.
-        strategy: the one that made this plan; never "auto".
-    """
-
-    offsets: NDArray[np.int64]
-    items: NDArray[np.int64]
-    lengths: NDArray[np.int64]
     capacity: int
-    strategy: str
+    max_images: int | None = None
+    max_samples: int | None = None
 
-    def __post_init__(self) -> None:
-        for array in (self.offsets, self.items, self.lengths):
-            array.flags.writeable = False
+    @classmethod
+    def checked(cls, capacity: Any, max_images: Any, max_samples: Any) -> Caps:
+        """Raises TypeError or ValueError for one that is no integer >= 1."""
+        caps = {"max_images": max_images, "max_samples": max_samples}
+        given = {name: integer(name, cap, at_least=1) for name, cap in caps.items() if cap is not None}
+        return cls(integer("capacity", capacity, at_least=1), **given)
 
-    @property
-    def num_packs(self) -> int:
-        """P."""
-        return len(self.offsets) - 1
+    def arguments(self) -> tuple[int, int, int]:
+        """As the planner's functions take them."""
+        images, samples = (_NO_CAP if cap is None else cap for cap in (self.max_images, self.max_samples))
+        return self.capacity, images, samples
 
-    @cached_property
-    def pack_lengths(self) -> NDArray[np.int64]:
-        """[P] int64: tokens in each pack."""
-        ends = np.concatenate([[0], np.cumsum(self.lengths[self.items])])[self.offsets]
-        return np.diff(ends)
+    def counted(self, images: Array | None) -> Array | None:
+        """The images, where they are limited."""
+        return None if self.max_images is None else images
 
-    @property
-    def efficiency(self) -> float:
-        """Tokens over room: sum(lengths) / (P * capacity); 1.0 for a plan of nothing."""
-        return int(self.lengths.sum()) / (self.num_packs * self.capacity) if self.num_packs else 1.0
+    def oversize(self, lengths: Array, images: Array | None) -> NDArray[np.bool_]:
+        """[n]: items that not even an empty pack can take."""
+        over = lengths > self.capacity
+        return over | (images > self.max_images) if images is not None and self.max_images is not None else over
 
-    @property
-    def lower_bound(self) -> int:
-        """No plan has fewer packs: max(ceil(sum(lengths) / capacity), items longer than half the capacity).
-
-        Caps on images and samples are not counted in.
-        """
-        if len(self.lengths) == 0:
-            return 0
-        by_sum = -(-int(self.lengths.sum()) // self.capacity)
-        return max(1, by_sum, int(np.count_nonzero(self.lengths > self.capacity // 2)))
-
-    @property
-    def displacement(self) -> float:
-        """Mean distance, in items, between an item's place in `items` and its place in the data."""
-        if len(self.items) == 0:
-            return 0.0
-        return float(np.abs(self.items - np.arange(len(self.items))).mean())
-
-    def __len__(self) -> int:
-        return self.num_packs
-
-    def __getitem__(self, pack: int) -> NDArray[np.int64]:
-        number = operator.index(pack)
-        if not -self.num_packs <= number < self.num_packs:
-            raise IndexError(f"pack: expected at most {self.num_packs} packs, got index {pack}")
-        number %= self.num_packs
-        return self.items[self.offsets[number] : self.offsets[number + 1]]
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        return (self[pack] for pack in range(self.num_packs))
-
-    def __repr__(self) -> str:
-        return (
-            f"PackingPlan({len(self.items)} items in {self.num_packs} packs of {self.capacity}, "
-            f"efficiency {self.efficiency:.2%}, at least {self.lower_bound} packs, strategy {self.strategy!r})"
-        )
+    def why_no_subset_sum(self, lookahead: int) -> tuple[str, str, int] | None:
+        """The argument, what is expected of it with strategy "subset_sum", and what it is; None when all is well."""
+        if self.capacity > _MOST_SUBSET_SUM:
+            return "capacity", f"at most {_MOST_SUBSET_SUM}", self.capacity
+        if self.max_images is not None and self.max_images > _MOST_IMAGES:
+            return "max_images", f"at most {_MOST_IMAGES}", self.max_images
+        bits = 1 if self.max_images is None and self.max_samples is None else 32
+        most = 8 * _MOST_BYTES // (bits * (self.capacity + 64)) - 1
+        return ("lookahead", f"at most {most} (1 GiB of tables)", lookahead) if lookahead > most else None
 
 
 def plan_packing(
@@ -111,8 +77,9 @@ def plan_packing(
     images: ArrayLike | None = None,
     max_images: int | None = None,
     max_samples: int | None = None,
-    lookahead: int = _LOOKAHEAD,
+    lookahead: int = LOOKAHEAD,
     keep_order: bool = False,
+    oversize: str = "error",
     seed: int = 0,
 ) -> PackingPlan:
     """Group items into packs of at most `capacity` tokens, each item whole and in exactly one pack.
@@ -125,16 +92,21 @@ def plan_packing(
         strategy: how to group them.
             "best_fit": best fit decreasing, at most 11/9 of the optimum + 6/9; moves items far from their order.
             "subset_sum": the oldest waiting item, and the subset of the `lookahead` oldest others that fills its pack
-            best; nearly keeps the order. Takes a capacity of at most 2^24 and no `max_samples` yet.
+            best; nearly keeps the order. Takes a capacity of at most 2^24.
+            "histogram": best fit over counts of equal items, which lists its packs when they are first asked for: the
+            way to learn quickly how well tens of millions of items pack.
             "next_fit": keeps the order, and has the fewest packs of all plans that do.
             "auto": of the plans that the strategies make of this call the one with the fewest packs, and of those the
             one with the least displacement; "next_fit" with `keep_order`.
-            "histogram" is not there yet.
-        images, max_images: images per item and the most in a pack; not there yet.
+        images: [n] integers, images per item (or whatever else is to be limited); the plan keeps them.
+        max_images: most images in a pack; None for no limit.
         max_samples: most items in a pack; None for no limit.
         lookahead: how many of the oldest items "subset_sum" chooses from: more fills packs better and moves items
             further. An error where that strategy has no part.
         keep_order: the items must stay in order: only "next_fit" does that.
+        oversize: what becomes of items that no pack can take, longer than the capacity or with more than `max_images`.
+            "error" raises; "drop" leaves them out and lists them in `plan.dropped`; "own_pack" gives each a pack of its
+            own, whole, above the caps, listed in `plan.oversize_packs`.
         seed: 0 takes the items in the order given; any other number takes them in a random order of its own (the same
             on every machine). "best_fit" then groups other items among those of equal length; `keep_order` forbids it.
 
@@ -142,93 +114,153 @@ def plan_packing(
         the plan.
 
     Raises:
-        TypeError: lengths that are no integers.
-        ValueError: an item that is negative or longer than the capacity (its index and length are named; nothing is
-            ever truncated), or any other argument out of range.
-        NotImplementedError: a part that is not there yet.
+        TypeError: lengths or images that are no integers.
+        ValueError: an item that is negative, or oversize with oversize="error" (its index and size are named; nothing
+            is ever truncated), or any other argument out of range.
 
-    Source: best fit decreasing: Johnson, Near-optimal bin packing algorithms, 1973, its bound: Dósa, 2007; the
+    Source: best fit decreasing: Johnson, Near-optimal bin packing algorithms, 1973, its bound: Dósa, 2007; packing
+        counts of equal lengths: Krell et al., Efficient sequence packing without cross-contamination, 2021; the
         age-ordered subset sum is this package's own.
     """
-    capacity = _integer("capacity", capacity, at_least=1)
-    array = _check_lengths(lengths, capacity)
-    max_items = _NO_LIMIT if max_samples is None else _integer("max_samples", max_samples, at_least=1)
-    seed = _integer("seed", seed, at_least=0)
-    if strategy not in STRATEGIES:
-        wrong_value("strategy", f"one of {', '.join(STRATEGIES)}", strategy)
-    for name, value in (("images", images), ("max_images", max_images)):
-        if value is not None:
-            not_yet(name, value)
-    lookahead = _integer("lookahead", lookahead, at_least=1)
+    caps = Caps.checked(capacity, max_images, max_samples)
+    seed, lookahead = integer("seed", seed, at_least=0), integer("lookahead", lookahead, at_least=1)
+    for name, value, known in (("strategy", strategy, STRATEGIES), ("oversize", oversize, OVERSIZE)):
+        if value not in known:
+            wrong_value(name, f"one of {', '.join(known)}", value)
+    if max_images is not None and images is None:
+        wrong_value("images", "[n] integers with max_images", images)
     if keep_order and (strategy not in ("auto", "next_fit") or seed):
         wrong_value("keep_order", "strategy='next_fit' or 'auto', and seed=0", f"strategy={strategy!r}, seed={seed}")
+    names = _strategies(strategy, caps, lookahead, keep_order)
+    if strategy == "histogram" and images is None and not seed:
+        counted = _count_and_plan(lengths, caps)
+        if counted is not None:
+            return counted
 
-    order = _shuffled(len(array), seed) if seed else None
-    stream = array if order is None else array[order]
-    names = _strategies(strategy, capacity, max_samples, keep_order)
-    if lookahead != _LOOKAHEAD and "subset_sum" not in names:
-        wrong_value("lookahead", f"its default, for {' and '.join(names)} look at no window", lookahead)
-    plans = []
-    for name in names:
-        offsets, items = _run(name, stream, capacity, max_items, lookahead)
-        plans.append(PackingPlan(offsets, items, stream, capacity, name))
+    sizes = integers("lengths", lengths)
+    pictures = None if images is None else integers("images", images, n=len(sizes))
+    over = caps.oversize(sizes, pictures)
+    if oversize == "error" and over.any():
+        _refuse(sizes, pictures, caps)
+    order = shuffled(len(sizes), seed) if seed else None
+    if order is None and not over.any():
+        plans = [_run(name, sizes, pictures, caps, lookahead) for name in names]
+        return min(plans, key=lambda plan: (plan.num_packs, plan.displacement if len(plans) > 1 else 0))
+    order = np.arange(len(sizes)) if order is None else order
+    stream = order[~over[order]]
+    some = None if pictures is None else pictures[stream]
+    plans = [_run(name, sizes[stream], some, caps, lookahead) for name in names]
     best = min(plans, key=lambda plan: (plan.num_packs, plan.displacement))
-    return best if order is None else replace(best, items=order[best.items], lengths=array)
+    plan = replace(_listed(best), items=stream[best.items], lengths=sizes, images=pictures)
+    if oversize == "drop":
+        return replace(plan, dropped=np.flatnonzero(over))
+    return _with_own_packs(plan, order, over) if over.any() else plan
 
 
-def _strategies(strategy: str, capacity: int, max_samples: int | None, keep_order: bool) -> list[str]:
+def _strategies(strategy: str, caps: Caps, lookahead: int, keep_order: bool) -> list[str]:
     """The strategies to try; raises for one that cannot serve the call."""
-    if strategy == "histogram":
-        not_yet("strategy", strategy)
-    if strategy == "subset_sum" and capacity > _MOST_SUBSET_SUM:
-        wrong_value("capacity", f"at most {_MOST_SUBSET_SUM} with strategy='subset_sum'", capacity)
-    if strategy == "subset_sum" and max_samples is not None:
-        not_yet("max_samples with strategy='subset_sum'", max_samples)
+    why = caps.why_no_subset_sum(lookahead)
+    if strategy == "subset_sum" and why is not None:
+        wrong_value(why[0], f"{why[1]} with strategy='subset_sum'", why[2])
     if keep_order:
-        return ["next_fit"]
-    if strategy != "auto":
-        return [strategy]
-    sums = capacity <= _MOST_SUBSET_SUM and max_samples is None
-    return ["best_fit", "next_fit", *(["subset_sum"] if sums else [])]
+        names = ["next_fit"]
+    elif strategy != "auto":
+        names = [strategy]
+    else:
+        # Without caps on images and samples histogram has as many packs as best fit.
+        capped = caps.max_images is not None or caps.max_samples is not None
+        names = ["best_fit", "next_fit", *(["subset_sum"] if why is None else []), *(["histogram"] if capped else [])]
+    if lookahead != LOOKAHEAD and "subset_sum" not in names:
+        wrong_value("lookahead", f"its default, for {' and '.join(names)} look at no window", lookahead)
+    return names
 
 
-def _run(strategy: str, lengths: NDArray[np.int64], capacity: int, max_items: int, lookahead: int) -> plan_python.Csr:
-    planner: Any = plan_python if native.why_absent() else native.core()
-    option = lookahead if strategy == "subset_sum" else max_items
-    return getattr(planner, f"plan_{strategy}")(lengths, capacity, option)
+def _run(strategy: str, lengths: Array, images: Array | None, caps: Caps, lookahead: int) -> PackingPlan:
+    arguments = (lengths, caps.counted(images), *caps.arguments())
+    kept: dict[str, Any] = {"images": images, "max_images": caps.max_images, "max_samples": caps.max_samples}
+    if strategy == "histogram":
+        steps, num_packs = planner().plan_histogram(*arguments)
+        return CountedPlan(steps, num_packs, lengths, caps.capacity, **kept)
+    window = (min(lookahead, max(len(lengths), 1)),) if strategy == "subset_sum" else ()
+    offsets, items = getattr(planner(), f"plan_{strategy}")(*arguments, *window)
+    return PackingPlan(offsets, items, lengths, caps.capacity, strategy, **kept)
 
 
-def _integer(name: str, value: Any, *, at_least: int) -> int:
+def _count_and_plan(lengths: ArrayLike, caps: Caps) -> CountedPlan | None:
+    """A histogram plan in one pass over the lengths; None when they need a closer look first."""
+    array = np.asarray(lengths)
+    plain = array.ndim == 1 and array.dtype == np.int64 and array.flags.c_contiguous and array.flags.aligned
+    if native.why_absent() or not plain or caps.capacity > _MOST_TABLE:
+        return None
+    counted = native.core().count_and_plan(array, caps.capacity, caps.arguments()[2])
+    if counted is None:
+        return None
+    steps, num_packs, copy = counted
+    return CountedPlan(steps, num_packs, copy, caps.capacity, max_samples=caps.max_samples)
+
+
+def _listed(plan: PackingPlan) -> PackingPlan:
+    """A plan that `replace` can change."""
+    names = ("offsets", "items", "lengths", "capacity", "strategy", "images", "max_images", "max_samples")
+    return PackingPlan(*(getattr(plan, name) for name in names)) if isinstance(plan, CountedPlan) else plan
+
+
+def _with_own_packs(plan: PackingPlan, order: Array, over: NDArray[np.bool_]) -> PackingPlan:
+    """The plan with a pack more for each oversize item, where the item comes in the stream `order`."""
+    alone = order[over[order]]
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    first = np.concatenate([place[plan.items[plan.offsets[:-1]]], place[alone]])
+    number = np.empty(len(first), np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    sizes = np.concatenate([np.diff(plan.offsets), np.ones(len(alone), np.int64)])
+    by_pack = np.argsort(np.repeat(number, sizes), kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(sizes[np.argsort(number)])])
+    items = np.concatenate([plan.items, alone])[by_pack]
+    return replace(plan, offsets=offsets, items=items, oversize_packs=np.sort(number[plan.num_packs :]))
+
+
+def integer(name: str, value: Any, *, at_least: int) -> int:
+    """An integer argument; raises TypeError or ValueError."""
     try:
         number = operator.index(value)
     except TypeError:
         wrong_type(name, f"an integer >= {at_least}", value)
-    if not at_least <= number <= _NO_LIMIT:
+    if not at_least <= number <= _NO_CAP:
         wrong_value(name, f"an integer >= {at_least}", value)
     return number
 
 
-def _check_lengths(lengths: ArrayLike, capacity: int) -> NDArray[np.int64]:
-    """A private int64 copy of the lengths."""
-    if isinstance(lengths, torch.Tensor):
-        if lengths.device.type != "cpu":
-            wrong_value("lengths", "[n] integers on cpu", lengths)
-        lengths = lengths.numpy()
-    array = np.asarray(lengths)
-    if array.ndim != 1:
-        wrong_value("lengths", "[n] integers", f"{list(array.shape)} {array.dtype}")
+def integers(name: str, values: ArrayLike, n: int | None = None) -> Array:
+    """A private int64 copy of numbers >= 0, one per item."""
+    if isinstance(values, torch.Tensor):
+        if values.device.type != "cpu":
+            wrong_value(name, "[n] integers on cpu", values)
+        values = values.numpy()
+    array = np.asarray(values)
+    if array.ndim != 1 or (n is not None and len(array) != n):
+        wrong_value(name, f"[{'n' if n is None else n}] integers", f"{list(array.shape)} {array.dtype}")
     if array.size and array.dtype.kind not in "iu":
-        wrong_type("lengths", "[n] integers", f"{list(array.shape)} {array.dtype}")
-    bad = np.flatnonzero((array < 0) | (array > capacity))
-    if len(bad):
-        raise ValueError(
-            f"lengths: expected each in [0, capacity={capacity}], got {array[bad[0]]} at index {bad[0]}"
-            + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
-        )
+        wrong_type(name, "[n] integers", f"{list(array.shape)} {array.dtype}")
+    _refuse_where((array < 0) | (array > _NO_CAP), name, array, "an integer in [0, 2^63)")
     return array.astype(np.int64, copy=True)
 
 
-def _shuffled(n: int, seed: int) -> NDArray[np.int64]:
+def _refuse(lengths: Array, images: Array | None, caps: Caps) -> None:
+    """Raise for the oversize items."""
+    _refuse_where(lengths > caps.capacity, "lengths", lengths, f"each in [0, capacity={caps.capacity}]")
+    if images is not None and caps.max_images is not None:
+        _refuse_where(images > caps.max_images, "images", images, f"each in [0, max_images={caps.max_images}]")
+
+
+def _refuse_where(bad: NDArray[np.bool_], name: str, array: NDArray[Any], expected: str) -> None:
+    at = np.flatnonzero(bad)
+    if len(at):
+        more = f" and {len(at) - 1} more" if len(at) > 1 else ""
+        raise ValueError(f"{name}: expected {expected}, got {array[at[0]]} at index {at[0]}{more}")
+
+
+def shuffled(n: int, seed: int) -> Array:
     """A permutation of n by SplitMix64 keys: our own, because NumPy's streams may change between its versions."""
 
     def mixed(key: NDArray[np.uint64]) -> NDArray[np.uint64]:

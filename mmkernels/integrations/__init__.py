@@ -1,0 +1,1 @@
+"""One module per library that mmkernels plugs into; each imports its library itself."""

@@ -1,0 +1,301 @@
+"""Packs of an existing data set, through torch's DataLoader: planned, dealt to ranks, resumed exactly.
+
+    sampler = PackedSampler([len(sample["tokens"]) for sample in dataset], capacity=4096)
+    loader = PackedLoader(PackedDataset(dataset, capacity=4096), sampler, num_workers=2)
+    for batch in loader:  # PackedBatch, this rank's share
+        ...
+
+A sampler names the items of a pack, workers read and collate them. For a stream without an index there is
+`PackedStream`. `PackedLoader.state_dict()` is the place after the last batch given out, whatever workers have fetched
+ahead; torchdata's StatefulDataLoader does the same through the `state_dict` of the sampler and of the stream:
+
+    StatefulDataLoader(PackedDataset(dataset, capacity=4096), sampler=sampler, batch_size=None, num_workers=2)
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from mmkernels import AttentionCost, PackingPlan, RankSchedule, balance_ranks, plan_packing
+from mmkernels.integrations.torch_collate import Collate, PackCollator
+from mmkernels.integrations.torch_stream import PackedStream, rank_and_world
+
+__all__ = ["PackCollator", "PackedDataset", "PackedLoader", "PackedSampler", "PackedStream"]
+
+
+class PackedSampler(Sampler[tuple[int, ...]]):
+    """The packs of this rank, each as a tuple of item numbers; empty where no pack is left for it.
+
+    Every epoch is planned and dealt anew from (seed, epoch): every rank computes the same, and no two epochs share
+    their packs. An epoch ends at the same step on every rank, and the next iteration is the next epoch.
+
+    Args:
+        lengths: [n] integers, tokens per item; the same on every rank.
+        capacity: most tokens in a pack.
+        images: [n] integers, images per item, where they are to be limited or spread.
+        rank, world_size: default those of torch.distributed when it is initialised, else one rank.
+        accum: packs per step and rank; balanced together.
+        cost: of a pack, for the balance between ranks.
+        shuffle: False keeps the data's order, in every epoch.
+        seed: of the shuffling, below 2^31.
+        last: "pad" or "drop", see `balance_ranks`.
+        **options: of `plan_packing`: strategy, max_images, max_samples, lookahead, oversize.
+
+    Raises:
+        TypeError, ValueError: an argument that is wrong or out of range.
+    """
+
+    def __init__(
+        self,
+        lengths: ArrayLike,
+        capacity: int,
+        *,
+        images: ArrayLike | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        accum: int = 1,
+        cost: AttentionCost | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        last: str = "pad",
+        **options: Any,
+    ) -> None:
+        for name in ("seed", "keep_order"):
+            if name in options:
+                raise TypeError(f"{name}: expected to be left to PackedSampler, got {options[name]!r}")
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"seed: expected in [0, 2^31), got {seed}")
+        self.rank, self.world_size = rank_and_world(rank, world_size)
+        self.accum, self.epoch = accum, 0
+        self._lengths, self._images = np.array(lengths), None if images is None else np.array(images)
+        self._capacity, self._cost, self._shuffle, self._seed, self._last = capacity, cost, shuffle, seed, last
+        self._options = options
+        self._made: tuple[int, PackingPlan] | None = None
+        what = (capacity, shuffle, seed, sorted(options.items()))
+        arrays = [self._lengths] if self._images is None else [self._lengths, self._images]
+        arrays.append((cost or AttentionCost()).of_packs(self.plan()))
+        self.fingerprint = zlib.crc32(b"".join([repr(what).encode(), *(array.tobytes() for array in arrays)]))
+        """Of what decides the packs and their order: a state is for this alone."""
+        self.schedule()  # finds what is wrong with the arguments
+
+    def plan(self, epoch: int | None = None) -> PackingPlan:
+        """The packs of an epoch, default the current one."""
+        epoch = self.epoch if epoch is None else epoch
+        if self._made is None or self._made[0] != epoch:
+            seed = self._epoch_seed(epoch)
+            plan = plan_packing(self._lengths, self._capacity, images=self._images, seed=seed, **self._options)
+            self._made = epoch, plan
+        return self._made[1]
+
+    def schedule(self, epoch: int | None = None, start: int = 0) -> RankSchedule:
+        """Which rank takes which pack of an epoch, from the pack `start` of its order on."""
+        epoch = self.epoch if epoch is None else epoch
+        options: Any = {"accum": self.accum, "cost": self._cost, "last": self._last, "start": start}
+        return balance_ranks(self.plan(epoch), self.world_size, seed=self._epoch_seed(epoch), **options)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def _epoch_seed(self, epoch: int) -> int:
+        return (self._seed << 32) + epoch + 1 if self._shuffle else 0
+
+    def __len__(self) -> int:
+        """Packs of this rank in the current epoch."""
+        return self.schedule().num_steps * self.accum
+
+    def __iter__(self) -> PackIterator:
+        return PackIterator(self)
+
+
+class PackIterator(Iterator[tuple[int, ...]]):
+    """One epoch of a `PackedSampler`; its state is a place in the order that all ranks share."""
+
+    def __init__(self, sampler: PackedSampler) -> None:
+        self._sampler = sampler
+        self._begin(sampler.epoch, 0, 0)
+
+    def _begin(self, epoch: int, start: int, turn: int) -> None:
+        self._epoch, self._taken = epoch, turn  # taken: packs of this rank since `start`
+        self._plan = self._sampler.plan(epoch)
+        self._schedule = self._sampler.schedule(epoch, start)
+        self._packs = self._schedule.rank(self._sampler.rank).ravel()
+
+    def __next__(self) -> tuple[int, ...]:
+        if self._taken == len(self._packs):
+            self._sampler.set_epoch(self._epoch + 1)
+            raise StopIteration
+        pack = int(self._packs[self._taken])
+        self._taken += 1
+        return tuple(self._plan[pack].tolist()) if pack >= 0 else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration is, small enough for JSON."""
+        steps, turn = divmod(self._taken, self._sampler.accum)
+        return {
+            "epoch": self._epoch,
+            "position": self._schedule.position(steps),
+            "turn": turn,
+            "fingerprint": self._sampler.fingerprint,
+            "ranks": [self._sampler.world_size, self._sampler.accum],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the pack last given out; at another world size too, when that was the last of a step.
+
+        Raises:
+            ValueError: the state is of other lengths or options, or falls into a step of another world size.
+        """
+        if state["fingerprint"] != self._sampler.fingerprint:
+            raise ValueError("state: expected one of the same lengths, images and options, got that of others")
+        ranks = [self._sampler.world_size, self._sampler.accum]
+        if state["turn"] and state["ranks"] != ranks:
+            raise ValueError(f"state: expected the end of a step for [world_size, accum] {ranks}, got {dict(state)}")
+        self._sampler.set_epoch(int(state["epoch"]))
+        self._begin(int(state["epoch"]), int(state["position"]), int(state["turn"]))
+
+
+class PackedDataset(Dataset[Any]):
+    """A map-style data set whose index is a pack: the item numbers that a `PackedSampler` names together.
+
+    Args:
+        dataset: anything with `dataset[item]`; `__getitems__` is used where it has that.
+        capacity: most tokens in a pack; of the default collator.
+        collate: (samples, item numbers) -> batch; default `PackCollator(capacity)`. It must take no samples too.
+    """
+
+    def __init__(self, dataset: Any, capacity: int | None = None, *, collate: Collate | None = None) -> None:
+        if (capacity is None) == (collate is None):
+            raise ValueError(f"capacity, collate: expected one of them, got {capacity!r} and {collate!r}")
+        self.dataset = dataset
+        self.collate: Collate = PackCollator(int(capacity or 0)) if collate is None else collate
+
+    def __getitem__(self, pack: Sequence[int]) -> Any:
+        if not isinstance(pack, Sequence):
+            raise TypeError(f"index: expected the item numbers of a pack, as PackedSampler gives them, got {pack!r}")
+        together = getattr(self.dataset, "__getitems__", None)
+        samples = together(list(pack)) if together is not None and pack else [self.dataset[item] for item in pack]
+        return self.collate(samples, pack)
+
+
+class PackedLoader:
+    """torch's DataLoader over packs, with an exact place: `state_dict` is that after the last batch given out.
+
+    An iteration gives what is left of the epoch, and the next one the epoch after; one that is broken off is gone on
+    with. A state may be loaded with another number of workers, and for a map-style data set at another world size.
+
+    Args:
+        dataset: a `PackedDataset`, with its sampler, or a `PackedStream`.
+        sampler: a `PackedSampler` for the former.
+        **options: of the DataLoader: num_workers, multiprocessing_context, pin_memory, prefetch_factor, ...
+
+    Raises:
+        TypeError: a sampler is missing or too many; an option that is not the user's to choose here.
+    """
+
+    def __init__(
+        self, dataset: PackedDataset | PackedStream, sampler: PackedSampler | None = None, **options: Any
+    ) -> None:
+        stream = isinstance(dataset, PackedStream)
+        if stream == (sampler is not None):
+            expected = "none with a PackedStream" if stream else "a PackedSampler"
+            raise TypeError(f"sampler: expected {expected}, got {sampler!r}")
+        taken = {"batch_size", "batch_sampler", "shuffle", "collate_fn", "drop_last"} & set(options)
+        if taken:
+            raise TypeError(f"{min(taken)}: expected to be left to PackedLoader, got {options[min(taken)]!r}")
+        if stream and options.get("persistent_workers"):
+            raise TypeError("persistent_workers: expected False with a PackedStream, whose workers begin where it is")
+        if not options.get("in_order", True):
+            raise TypeError("in_order: expected True, for the place is that of the last batch in order")
+        self._dataset, self._sampler = dataset, sampler
+        self._state: dict[str, Any] | None = None
+        source: Any = _WithStates(dataset) if isinstance(dataset, PackedStream) else dataset
+        indices = None if sampler is None else _Indices(self)
+        self._loader: DataLoader[Any] = DataLoader(source, batch_size=None, sampler=indices, **options)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        if self._sampler is None:
+            raise TypeError("a stream has no length")
+        return len(self._sampler)
+
+    def _iterator(self) -> PackIterator:
+        """A new one that goes on where this loader is."""
+        assert self._sampler is not None
+        iterator = iter(self._sampler)
+        if self._state is not None:
+            iterator.load_state_dict(self._state)
+        return iterator
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self._dataset, PackedStream):
+            yield from self._stream(self._dataset)
+            return
+        place = self._iterator()  # steps as batches are given out, while that of the DataLoader runs ahead
+        for batch in self._loader:
+            next(place)
+            self._state = place.state_dict()
+            yield batch
+        next(place, None)  # sets the next epoch
+        self._state = None
+
+    def _stream(self, stream: PackedStream) -> Iterator[Any]:
+        if self._state is not None:
+            stream.load_state_dict(self._state | {"first": self._state["step"]})
+        for batch, state in self._loader:
+            self._state = state
+            yield batch
+        stream.set_epoch((stream.epoch if self._state is None else int(self._state["epoch"])) + 1)
+        self._state = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last batch given out, small enough for JSON."""
+        if self._state is not None:
+            return dict(self._state)
+        return self._dataset.state_dict() if isinstance(self._dataset, PackedStream) else self._iterator().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on there with the next iteration.
+
+        Raises:
+            ValueError: a state of other lengths or options.
+        """
+        before, self._state = self._state, dict(state)
+        try:
+            if isinstance(self._dataset, PackedStream):
+                self._dataset.load_state_dict(state)
+            else:
+                self._iterator()
+        except Exception:
+            self._state = before
+            raise
+
+
+class _Indices(Sampler[Any]):
+    """The sampler inside a PackedLoader's DataLoader: begins where the loader is."""
+
+    def __init__(self, loader: PackedLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._loader._iterator()
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+
+class _WithStates(IterableDataset[Any]):
+    """A stream whose workers send the state after each batch along."""
+
+    def __init__(self, stream: PackedStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._stream:
+            yield batch, self._stream.state_dict()

@@ -1,0 +1,7 @@
+"""`mmkernels plan`: how well lengths pack, strategy by strategy, and how evenly ranks share the packs."""
+
+from __future__ import annotations
+
+from .command import main
+
+__all__ = ["main"]

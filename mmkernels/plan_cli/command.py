@@ -1,0 +1,220 @@
+"""The command: options, the figures, a table of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from tabulate import tabulate
+
+from mmkernels import AttentionCost, EncoderCost, PackingPlan, RankSchedule, balance_ranks, plan_packing
+
+from .files import FileError, read_columns
+
+__all__ = ["Options", "Report", "StrategyFigures", "main", "study"]
+
+STRATEGIES = ("best_fit", "subset_sum", "histogram", "next_fit")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How well lengths pack, strategy by strategy, and how evenly ranks share the packs."""
+
+    lengths: tyro.conf.Positional[Path]
+    """LENGTHS.npy, .jsonl (numbers, or objects) or .parquet: tokens per item."""
+    capacity: int
+    """Most tokens in a pack."""
+    column: str = "length"
+    """Where a file has columns: that of the tokens; a list counts as its length."""
+    images: str | None = None
+    """The column of the images per item."""
+    max_images: int | None = None
+    """Most images in a pack (needs --images)."""
+    max_samples: int | None = None
+    """Most items in a pack."""
+    lookahead: int = 128
+    """Items that subset_sum chooses from."""
+    oversize: Literal["error", "drop", "own_pack"] = "error"
+    """What becomes of items that no pack can take."""
+    seed: int = 0
+    """Shuffle the items first; 0 takes them in the file's order."""
+    ranks: int = 64
+    """Ranks that share the packs."""
+    accum: int = 1
+    """Packs per rank and step."""
+    width: int = 4096
+    """Model width, for the cost of a pack: attention weighs the more the narrower the model."""
+    picture: Path | None = Path("packs.png")
+    """Where to draw the packs; None for no picture."""
+    json: bool = False
+    """Print the figures as JSON."""
+
+
+@dataclass(frozen=True)
+class StrategyFigures:
+    """One strategy's plan."""
+
+    strategy: str
+    packs: int
+    above_bound: int
+    efficiency: float
+    displacement: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the command shows."""
+
+    items: int
+    tokens: int
+    capacity: int
+    lower_bound: int
+    dropped: int
+    oversize_packs: int
+    best: str
+    padding_efficiency: float
+    strategies: list[StrategyFigures]
+    ranks: int
+    steps: int
+    dummies: int
+    without_image: int
+    imbalance: float
+    imbalance_in_turn: float
+
+
+def _padding_efficiency(lengths: NDArray[np.int64], batch: int = 32) -> float:
+    """Of what most trainers do without packing: batches padded to their longest item."""
+    if not lengths.sum():
+        return 1.0
+    padded = np.pad(lengths, (0, -len(lengths) % batch)).reshape(-1, batch)
+    counts = np.minimum(len(lengths) - np.arange(len(padded)) * batch, batch)
+    return float(lengths.sum() / (padded.max(1) * counts).sum())
+
+
+def in_turn(plan: PackingPlan, ranks: int, accum: int, cost: AttentionCost) -> NDArray[np.float64]:
+    """[steps, ranks] float64: what each rank has to do where packs go to ranks in turn, the last step being short."""
+    costs = cost.of_packs(plan)
+    return np.pad(costs, (0, -len(costs) % (ranks * accum))).reshape(-1, accum, ranks).sum(1)
+
+
+def study(options: Options) -> tuple[Report, PackingPlan, RankSchedule, AttentionCost]:
+    """Plan with every strategy, deal the packs of the best.
+
+    Raises:
+        ValueError: what the file or the options have wrong.
+    """
+    columns = [options.column, *([options.images] if options.images else [])]
+    found = read_columns(options.lengths, columns)
+    lengths, images = found[options.column], found[options.images] if options.images else None
+    caps: dict[str, Any] = {"images": images, "max_images": options.max_images, "max_samples": options.max_samples}
+    figures, plans = [], []
+    for strategy in STRATEGIES:
+        window: dict[str, Any] = {"lookahead": options.lookahead} if strategy == "subset_sum" else {}
+        common: dict[str, Any] = {"strategy": strategy, "oversize": options.oversize, "seed": options.seed}
+        begin = time.perf_counter()
+        try:
+            plan = plan_packing(lengths, options.capacity, **common, **caps, **window)
+        except ValueError as error:
+            if strategy == "subset_sum" and "subset_sum" in str(error):
+                print(f"subset_sum is left out: {error}", file=sys.stderr)
+                continue
+            raise
+        seconds = time.perf_counter() - begin
+        plans.append(plan)
+        row = (plan.num_packs, plan.num_packs - plan.lower_bound, plan.efficiency, plan.displacement, seconds)
+        figures.append(StrategyFigures(strategy, *row))
+    best = min(plans, key=lambda plan: (plan.num_packs, plan.displacement))
+    cost = AttentionCost(EncoderCost.transformer(options.width))
+    schedule = balance_ranks(best, options.ranks, accum=options.accum, cost=cost)
+    turns = in_turn(best, options.ranks, options.accum, cost)
+    mean = float(turns.mean(1).sum()) if len(turns) else 0.0
+    report = Report(
+        items=len(lengths),
+        tokens=int(lengths.sum()),
+        capacity=options.capacity,
+        lower_bound=best.lower_bound,
+        dropped=len(best.dropped),
+        oversize_packs=len(best.oversize_packs),
+        best=best.strategy,
+        padding_efficiency=_padding_efficiency(lengths),
+        strategies=figures,
+        ranks=options.ranks,
+        steps=schedule.num_steps,
+        dummies=int((schedule.packs < 0).sum()),
+        without_image=int(schedule.no_image.sum()),
+        imbalance=schedule.imbalance,
+        imbalance_in_turn=float(turns.max(1).sum()) / mean if mean else 1.0,
+    )
+    return report, best, schedule, cost
+
+
+def render(report: Report) -> str:
+    """The report for a person."""
+    lines = [
+        f"{report.items:,} items, {report.tokens:,} tokens, mean {report.tokens / max(report.items, 1):,.1f}; "
+        f"packs of {report.capacity:,}",
+        f"no plan has fewer than {report.lower_bound:,} packs",
+    ]
+    if report.dropped:
+        lines.append(f"{report.dropped:,} items DROPPED: longer than a pack, or with too many images")
+    if report.oversize_packs:
+        lines.append(f"{report.oversize_packs:,} items are packs of their own, above the caps")
+    rows = [
+        (
+            f"{each.strategy}{' *' if each.strategy == report.best else ''}",
+            f"{each.packs:,}",
+            f"{each.above_bound:,}",
+            f"{each.efficiency:.3%}",
+            f"{each.displacement:,.1f}",
+            f"{each.seconds * 1e3:,.1f}",
+        )
+        for each in report.strategies
+    ]
+    rows.append(("padding 32 to the longest", "", "", f"{report.padding_efficiency:.3%}", "", ""))
+    headers = ("strategy", "packs", "above bound", "efficiency", "items moved by", "ms")
+    lines += ["", tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 5))]
+    lines += [
+        "* the one that strategy='auto' takes",
+        "",
+        f"{report.ranks} ranks, {report.steps:,} steps each: dearest rank {report.imbalance:.3f} of the mean, "
+        f"{report.imbalance_in_turn:.3f} with packs dealt in turn",
+    ]
+    if report.dummies:
+        lines.append(f"{report.dummies} dummies in the last step")
+    if report.without_image:
+        lines.append(f"{report.without_image:,} times a rank has no image in a step")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `mmkernels plan`; returns the exit status."""
+    options = tyro.cli(Options, prog="mmkernels plan", args=None if argv is None else list(argv))
+    try:
+        report, plan, schedule, cost = study(options)
+    except FileError as error:
+        print(f"mmkernels plan: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        hint = "; --oversize drop or own_pack takes such items" if "expected each in" in str(error) else ""
+        print(f"mmkernels plan: {error}{hint}", file=sys.stderr)
+        return 1
+    print(json.dumps(asdict(report), indent=1) if options.json else render(report))
+    if options.picture is not None and plan.num_packs:
+        from .picture import draw
+
+        try:
+            draw(report, plan, schedule, cost, options.picture)
+        except (OSError, ValueError) as error:
+            print(f"mmkernels plan: --picture: {error}", file=sys.stderr)
+            return 1
+        print(f"picture: {options.picture}", file=sys.stderr if options.json else sys.stdout)
+    return 0
