@@ -309,12 +309,11 @@ struct Pairs {
     const C lse = args.lse.template ptr<const C>()[head * n.num_queries + i];
     score(qb, args.w.template ptr<const C>() + head * n.dim, kt, n.dim, at.begin, at.end, p, t);
     blank(mask, i, key, at, p);
-    // A query whose keys the pattern hides has lse -inf: subtracting 0 leaves its exponents at -inf.
-    const C shift = lse == -FloatTraits<C>::infinity ? 0 : lse;
     for (int64_t j = at.begin / L * L; j < at.end; j += L) {
       Vec<C> dp = {};
       for (int64_t d = 0; d < n.dim_v; ++d) dp += load(vt + d * kKeys + j) * grad[d];
-      const Vec<C> x = exp(load(p + j) - shift);
+      // By comparison, for lse may be -inf (the pattern hides all keys) or NaN, which only the keys seen may meet.
+      const Vec<C> s = load(p + j), x = select(s == -FloatTraits<C>::infinity, Vec<C>{}, exp(s - lse));
       store(p + j, x);
       store(ds + j, select(x == C(0), Vec<C>{}, x * (dp - delta)));
     }

@@ -54,7 +54,7 @@ def _probabilities(
     """t [H, Tq, Tk, D], p [H, Tq, Tk], lse [H, Tq]."""
     x, y = (_heads_first(t, w.dtype, q.shape[1]) for t in (q, k))
     t = torch.tanh((x + bias[:, None])[:, :, None] + y[:, None])
-    scores = (t @ w[:, None, :, None])[..., 0].masked_fill(~seen, -torch.inf)
+    scores = (t * w[:, None, None]).sum(-1).masked_fill(~seen, -torch.inf)  # pairwise, as a product is not
     return t, torch.where(seen, scores.softmax(-1), 0.0), torch.logsumexp(scores, -1)
 
 
