@@ -21,11 +21,11 @@ def dot(a, b):
     """a @ b accumulated in float32: [M, K] x [K, N] -> [M, N].
 
     Float32 operands keep float32 accuracy (three tf32 products). The interpreter's bf16 `tl.dot` is silently wrong
-    (triton #11584), so operands are converted up there.
+    (triton #11584), and its float32 one errs as the BLAS of the machine does; there products are taken in float64 and
+    rounded once.
     """
     if INTERPRETING:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     return tl.dot(a, b, input_precision="tf32x3" if a.dtype == tl.float32 else "tf32")
 
 

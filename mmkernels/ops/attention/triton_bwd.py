@@ -350,7 +350,7 @@ def _rich_dq_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
         return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
     if head_dim <= 128:
         return tiles(64, 32 if major >= 10 else 16, 8)
-    return tiles(16, 32, 4)
+    return tiles(16, 16 if major >= 10 else 32, 4)
 
 
 def attention_bwd(

@@ -158,7 +158,8 @@ def test_long_sequences(heads, dtype, backend):
     """Several tiles and tasks in both directions; one head, so that backward takes two passes, and grouped heads."""
     needs(backend, dtype)
     mask = MASKS["packed"].build(cu_seqlens((500, 1, 299, 130)), cu_seqlens((413, 200, 0, 420)))
-    assert_right([make_inputs(930, 1033, heads=heads[0], kv_heads=heads[1], dim=24, dtype=dtype, mask=mask)], backend)
+    sizes = {"heads": heads[0], "kv_heads": heads[1], "dim": 24, "dtype": dtype, "mask": mask}
+    assert_right([make_inputs(930, 1033, **sizes, seed=seed) for seed in range(8)], backend)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])

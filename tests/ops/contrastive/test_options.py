@@ -353,9 +353,8 @@ MISTAKES = [
     ),
     (dict(keys=torch.cat([Y, Y]), query_ids=FOUR), ValueError, r"key_ids: expected \[8\]"),
     (dict(return_stats=1), TypeError, "return_stats: expected True or False"),
-    (dict(exchange="bus"), ValueError, "exchange: expected 'auto', 'all_gather' or 'ring'"),
-    (dict(group=object()), NotImplementedError, "group: not supported yet"),
-    (dict(exchange="ring"), NotImplementedError, "exchange: not supported yet"),
+    (dict(exchange="ring"), ValueError, "exchange: expected 'auto' without a group"),
+    (dict(group=object()), ValueError, "group: expected None, or a group of an initialised torch.distributed"),
 ]
 
 
