@@ -88,8 +88,8 @@ def infonce(
         return_stats: return `ContrastiveStats` too, from the same pass.
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.
-        backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU the options
-            (anything beyond N pairs of query i and key i) are served by plain PyTorch, a chunk of rows at a time.
+        backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU "native"
+            knows N pairs of query i and key i alone, without options.
 
     Returns:
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys and
@@ -175,8 +175,8 @@ def siglip(
         return_stats: return `ContrastiveStats` of the same logits too, from a forward pass of its own.
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.
-        backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU ids and
-            return_stats are served by plain PyTorch, a chunk of rows at a time.
+        backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU "native"
+            knows neither ids nor return_stats.
 
     Returns:
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys,
@@ -253,7 +253,7 @@ def sample_negatives(
     scale = scalar("logit_scale", logit_scale, queries)
     pairs = pairs_of(queries, keys, targets, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)
     seed = torch.randint(2**32, (2,), generator=generator, device="cpu").to(queries.device)
-    chosen = resolve("contrastive", queries, backend, _limits({"sample_negatives": True}, queries))
+    chosen = resolve("contrastive", queries, backend, _limits({"sample_negatives": True}, queries) | {"triton": "not yet"})
     return op.sample_negatives(queries.detach(), keys.detach(), scale.detach(), seed, *pairs.rule()[:3], chosen)
 
 
@@ -278,15 +278,14 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
     """
     check_features(queries, keys)
     check_k(k, keys)
-    chosen = resolve("contrastive", queries, backend, _limits({"topk_similar": True}, queries))
+    chosen = resolve("contrastive", queries, backend, _limits({"topk_similar": True}, queries) | {"triton": "not yet"})
     return op.topk_similar(queries.detach(), keys.detach(), k, chosen)
 
 
 def _limits(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None]:
-    """The GPU kernels know the plain losses alone."""
+    """The CUDA C++ kernels know the plain losses alone."""
     used = ", ".join(name for name, value in options.items() if value is not None)
-    reason = f"no GPU kernel knows {used} yet"
-    return {"triton": reason, "native": reason if queries.is_cuda else None}
+    return {"native": f"no CUDA C++ kernel knows {used}" if queries.is_cuda else None}
 
 
 def _not_over_ranks(group: Any, **arguments: Any) -> None:

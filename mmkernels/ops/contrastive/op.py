@@ -110,7 +110,7 @@ softmax_bwd = Op(
     "(Tensor coefficients_q, Tensor coefficients_k, Tensor queries, Tensor keys, Tensor logit_scale, Tensor lse_q, "
     f"Tensor lse_k, {_PAIRS}, str same_id, {_TEACHER}, bool need_queries, bool need_keys, str backend) "
     "-> (Tensor dqueries, Tensor dkeys)",
-    impls={"native": native.softmax_bwd, "reference": chunks.softmax_bwd},
+    impls={"native": native.softmax_bwd, "triton": _triton("bwd", "softmax_bwd"), "reference": chunks.softmax_bwd},
     fake=_softmax_bwd_fake,
 )
 
@@ -118,7 +118,7 @@ softmax_fwd = Op(
     "contrastive_softmax_fwd",
     f"(Tensor queries, Tensor keys, Tensor logit_scale, {_PAIRS}, str same_id, {_TEACHER}, bool totals, bool columns, "
     "str backend) -> (Tensor rows, Tensor columns)",
-    impls={"native": native.softmax_fwd, "reference": chunks.softmax_fwd},
+    impls={"native": native.softmax_fwd, "triton": _triton("fwd", "softmax_fwd"), "reference": chunks.softmax_fwd},
     fake=_softmax_fwd_fake,
     setup_context=_softmax_setup,
     backward=_softmax_backward,
@@ -161,14 +161,14 @@ sigmoid_bwd = Op(
     "contrastive_sigmoid_bwd",
     f"(Tensor grad_sum, Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, {_PAIRS}, "
     "bool need_queries, bool need_keys, str backend) -> (Tensor dqueries, Tensor dkeys)",
-    impls={"native": native.sigmoid_bwd, "reference": chunks.sigmoid_bwd},
+    impls={"native": native.sigmoid_bwd, "triton": _triton("bwd", "sigmoid_bwd"), "reference": chunks.sigmoid_bwd},
     fake=_sigmoid_bwd_fake,
 )
 
 sigmoid_fwd = Op(
     "contrastive_sigmoid_fwd",
     f"(Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, {_PAIRS}, str backend) -> Tensor",
-    impls={"native": native.sigmoid_fwd, "reference": chunks.sigmoid_fwd},
+    impls={"native": native.sigmoid_fwd, "triton": _triton("fwd", "sigmoid_fwd"), "reference": chunks.sigmoid_fwd},
     fake=_sigmoid_fwd_fake,
     setup_context=_sigmoid_setup,
     backward=_sigmoid_backward,

@@ -1,18 +1,25 @@
 """Backward of the contrastive losses: feature gradients.
 
-With G = d loss / d logits up to a constant factor, dX = factor · G Y and dY = factor · Gᵀ X. Superblock by superblock,
+With G = d / d similarity up to a constant factor, dX = factor · G Y and dY = factor · Gᵀ X. Superblock by superblock,
 small enough for its G to stay in L2, two kinds of kernel take turns:
 
-    gradient     recomputes a tile of S = X Yᵀ and writes that tile of G in the features' type, the positives' p - 1
-                 taken in float32 before it is rounded
+    gradient     recomputes a tile of S = X Yᵀ and writes that tile of G in the features' type
     accumulate   a product with float32 sums: rows of dX += G Y, rows of dY += Gᵀ X; the last one of a row scales and
                  rounds to the features' type
+
+The gradient of softmax statistics, given coefficients u, v, ... of rows and columns (op.py):
+
+    G_ij = scale (u_i p_ij + v_j q_ij) + positive (..) + seen (..) + teacher (..)
+
+with p and q the softmax of rows and columns. A target's entry is formed in float64 by a kernel of its own: what a p
+close to 1 lacks is the gradient. EXTRAS as in the forward; with 0 all coefficients of an lse are one number.
 
 Nothing is added atomically, so the bits do not depend on timing. Together with the forward: four products for InfoNCE.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,64 +29,128 @@ from torch import Tensor
 
 from mmkernels.ops._tl import cast, dot, generation
 
-from .triton_fwd import NUM_STAGES, NUM_WARPS, TRITON_TYPES, depth_block, pairs, rows_of, sigmoid_of_sign, similarity
+from .reference import LSE, POSITIVE
+from .triton_sigmoid import _sigmoid_gradient_kernel, positive_pointers, positives_of
+from .triton_tile import (
+    NUM_STAGES,
+    NUM_WARPS,
+    TRITON_TYPES,
+    Rule,
+    depth_block,
+    lines_of,
+    own,
+    pairs,
+    rows_of,
+    rule_of,
+    similarity,
+    split_softmax,
+)
 
-__all__ = ["aot_cases", "infonce_bwd", "siglip_bwd"]
+__all__ = ["aot_cases", "infonce_bwd", "siglip_bwd", "sigmoid_bwd", "softmax_bwd"]
 
 TILE = {"BLOCK_M": 128, "BLOCK_N": 128}
 
 # Rows and columns of the superblock of G: 32 MB in a 16-bit type.
 SUPERBLOCK = 4096
+TARGETS_BLOCK = 128
 
-# |G| <= 2 and its small entries matter: in float16 they would be subnormal, so G is stored times 2^14.
-GRADIENT_UNIT = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 2.0**14}
+# The small entries of G matter: in float16 they would be subnormal, so there G is stored times a power of two that
+# takes the largest to about this.
+HIGHEST_G = 2.0**15
 
 
-def _gradient_tile(dtype: torch.dtype, major: int) -> dict[str, int]:
-    # Three tf32 products for each float32 one need the room; so does sm_100.
-    return {"BLOCK_M": 128, "BLOCK_N": 64} if dtype == torch.float32 or major >= 10 else TILE
+def _gradient_tile(dtype: torch.dtype, major: int, extras: int = 0) -> dict[str, int]:
+    # Three tf32 products for each float32 one need the room; so do sm_100 and EXTRAS.
+    if extras > 1:
+        return {"BLOCK_M": 64, "BLOCK_N": 64}
+    return {"BLOCK_M": 128, "BLOCK_N": 64} if dtype == torch.float32 or major >= 10 or extras > 0 else TILE
+
+
+@triton.jit(do_not_specialize=["columns"])
+def _at_target_kernel(
+    pair_ptr, target_ptr, lse_q_ptr, lse_k_ptr,  # [N] similarities, [N], [N], [M]
+    coefficient_q_ptr, coefficient_k_ptr, scale_ptr, unit_ptr,  # [4, N], [4, M], [], []
+    out_ptr,  # [N]: G of each row and its target, but for totals and teacher
+    n, m, columns,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    o_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_i = o_i < n
+    target = tl.load(target_ptr + o_i, mask=m_i, other=-1)
+    m_j = m_i & (target >= 0) & (target < m) & (columns != 0)
+    scale = tl.load(scale_ptr).to(tl.float64)
+    logit = scale * tl.load(pair_ptr + o_i, mask=m_i, other=0.0).to(tl.float64)
+    p = tl.exp(logit - tl.load(lse_q_ptr + o_i, mask=m_i, other=0.0))
+    g = scale * tl.load(coefficient_q_ptr + o_i, mask=m_i, other=0.0) * p
+    g += tl.load(coefficient_q_ptr + n + o_i, mask=m_i, other=0.0)
+    q = tl.exp(logit - tl.load(lse_k_ptr + target, mask=m_j, other=float("inf")))
+    g += scale * tl.load(coefficient_k_ptr + target, mask=m_j, other=0.0) * q
+    g += tl.load(coefficient_k_ptr + m + target, mask=m_j, other=0.0)
+    tl.store(out_ptr + o_i, (g * tl.load(unit_ptr).to(tl.float64)).to(tl.float32), mask=m_i)
 
 
 @triton.jit
-def _infonce_gradient_kernel(
-    x_ptr, y_ptr, pair_ptr, scale_ptr, lse_q_ptr, lse_k_ptr,  # [N, E], [M, E], [N], [], [N], [M]
+def softmax_of(b_a, line_ptr, count, mask, scale, AXIS: tl.constexpr):
+    """exp(scale · a - lse) of a tile whose rows (AXIS 1) or columns (AXIS 0) have the lse."""
+    ref, rest = tl.load(line_ptr, mask=mask, other=0.0), tl.load(line_ptr + count, mask=mask, other=0.0)
+    return split_softmax(b_a, ref, rest, scale, AXIS)
+
+
+@triton.jit
+def weighted_softmax(b_a, line_ptr, weight_ptr, count, mask, scale, AXIS: tl.constexpr):
+    """The same times a weight of each row or column."""
+    weight = tl.load(weight_ptr, mask=mask, other=0.0)
+    return softmax_of(b_a, line_ptr, count, mask, scale, AXIS) * tl.expand_dims(weight, AXIS)
+
+
+@triton.jit(do_not_specialize=["has_ids", "by_id", "ignore"])
+def _softmax_gradient_kernel(
+    x_ptr, y_ptr, scale_ptr, target_ptr, at_target_ptr,  # [N, E], [M, E], [], [N], [N]
+    line_q_ptr, line_k_ptr,  # [6, N], [6, M]: see lines_of
+    row_id_ptr, column_id_ptr,  # [N], [M]
+    taught_x_ptr, taught_y_ptr, taught_row_ptr, taught_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
     g_ptr,  # [rows, cols] of the superblock at (row0, column0)
-    row0, column0, rows, cols, e, stride_x, stride_y, stride_g, unit,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    row0, column0, rows, cols, n, m, e, stride_x, stride_y, f, stride_taught_x, stride_taught_y, stride_g,
+    has_ids, by_id, ignore,
+    EXTRAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     o_r = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_i, m_j = o_r < rows, o_c < cols
     o_i, o_j = row0 + o_r, column0 + o_c
-    b_s = similarity(x_ptr, y_ptr, pair_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
-    b_l = b_s * tl.load(scale_ptr)  # [BLOCK_M, BLOCK_N]
-    # float64, subtracted in two float32 parts
-    lse_q = tl.load(lse_q_ptr + o_i, mask=m_i, other=0.0)  # [BLOCK_M]
-    lse_k = tl.load(lse_k_ptr + o_j, mask=m_j, other=0.0)  # [BLOCK_N]
-    high_q, high_k = lse_q.to(tl.float32), lse_k.to(tl.float32)
-    low_q, low_k = (lse_q - high_q.to(tl.float64)).to(tl.float32), (lse_k - high_k.to(tl.float64)).to(tl.float32)
-    b_pair = tl.where(o_i[:, None] == o_j[None, :], 1.0, 0.0)  # [BLOCK_M, BLOCK_N]
-    b_p = tl.exp((b_l - high_q[:, None]) - low_q[:, None]) - b_pair
-    b_g = (b_p + (tl.exp((b_l - high_k[None, :]) - low_k[None, :]) - b_pair)) * unit
-    o_g = o_r.to(tl.int64)[:, None] * stride_g + o_c[None, :]
-    tl.store(g_ptr + o_g, cast(b_g, g_ptr.dtype.element_ty), mask=m_i[:, None] & m_j[None, :])
-
-
-@triton.jit
-def _siglip_gradient_kernel(
-    x_ptr, y_ptr, pair_ptr, scale_ptr, bias_ptr,  # [N, E], [M, E], [N], [], []
-    g_ptr,  # [rows, cols] of the superblock at (row0, column0)
-    row0, column0, rows, cols, e, stride_x, stride_y, stride_g, unit,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    o_r = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_i, m_j = o_r < rows, o_c < cols
-    o_i, o_j = row0 + o_r, column0 + o_c
-    b_s = similarity(x_ptr, y_ptr, pair_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
-    b_sign = tl.where(o_i[:, None] == o_j[None, :], -1.0, 1.0)  # [BLOCK_M, BLOCK_N]
-    b_z = b_sign * (b_s * tl.load(scale_ptr) + tl.load(bias_ptr))
-    b_g = b_sign * sigmoid_of_sign(b_z, tl.exp(-tl.abs(b_z))) * unit
+    scale = tl.load(scale_ptr)
+    b_s = similarity(x_ptr, y_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
+    if EXTRAS == 0:
+        weight = tl.load(line_q_ptr + 2 * n)
+    line_q_ptr += o_i
+    line_k_ptr += o_j
+    if EXTRAS == 0:
+        b_g = softmax_of(b_s, line_q_ptr, n, m_i, scale, 1)  # [BLOCK_M, BLOCK_N]
+        b_g = (b_g + softmax_of(b_s, line_k_ptr, m, m_j, scale, 0)) * weight
+    else:
+        b_g = weighted_softmax(b_s, line_q_ptr, line_q_ptr + 2 * n, n, m_i, scale, 1)
+        b_g += weighted_softmax(b_s, line_k_ptr, line_k_ptr + 2 * m, m, m_j, scale, 0)
+    target = tl.load(target_ptr + o_i, mask=m_i, other=-1).to(tl.int32)
+    m_target = o_j[None, :] == target[:, None]
+    b_g = tl.where(m_target, tl.load(at_target_ptr + o_i, mask=m_i, other=0.0)[:, None], b_g)
+    if EXTRAS > 0:
+        row_id = tl.load(row_id_ptr + o_i, mask=m_i & (has_ids != 0), other=0)
+        column_id = tl.load(column_id_ptr + o_j, mask=m_j & (has_ids != 0), other=0)
+        m_same = row_id[:, None] == column_id[None, :]
+        of_row = tl.load(line_q_ptr + 3 * n, mask=m_i, other=0.0)
+        of_column = tl.load(line_k_ptr + 3 * m, mask=m_j, other=0.0)
+        b_g += tl.where(m_same & (by_id != 0), of_row[:, None] + of_column[None, :], 0.0)
+        of_row = tl.load(line_q_ptr + 4 * n, mask=m_i, other=0.0)
+        of_column = tl.load(line_k_ptr + 4 * m, mask=m_j, other=0.0)
+        b_g += of_row[:, None] + of_column[None, :]
+        if EXTRAS > 1:
+            b_taught = similarity(
+                taught_x_ptr, taught_y_ptr, o_i, o_j, m_i, m_j, f, stride_taught_x, stride_taught_y,
+                BLOCK_M, BLOCK_N, BLOCK_E,
+            )  # fmt: skip
+            b_g += weighted_softmax(b_taught, taught_row_ptr + o_i, line_q_ptr + 5 * n, n, m_i, scale, 1)
+            b_g += weighted_softmax(b_taught, taught_column_ptr + o_j, line_k_ptr + 5 * m, m, m_j, scale, 0)
+        b_g = tl.where(m_same & (ignore != 0) & ~m_target, 0.0, b_g)
     o_g = o_r.to(tl.int64)[:, None] * stride_g + o_c[None, :]
     tl.store(g_ptr + o_g, cast(b_g, g_ptr.dtype.element_ty), mask=m_i[:, None] & m_j[None, :])
 
@@ -125,33 +196,28 @@ def _accumulate(a: Tensor, b: Tensor, running: Tensor, out: Tensor, factor: Tens
     )  # fmt: skip
 
 
+# Launches G of a superblock: (row0, column0, rows, cols, g, grid).
+_Gradient = Callable[[int, int, int, int, Tensor, tuple[int, int]], None]
+
+
 def _feature_gradients(
-    kernel: Any, statistics: tuple[Tensor, ...], factor: Tensor, queries: Tensor, keys: Tensor, need: tuple[bool, bool]
+    gradient: _Gradient, tile: dict[str, int], factor: Tensor, x: Tensor, y: Tensor, need: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Runs over the superblocks of G; `kernel` makes one from X, Y and the statistics."""
-    x, y = rows_of(queries), rows_of(keys)
+    """Runs over the superblocks of G, which `gradient` makes in tiles of `tile`."""
     (n, e), m = x.shape, y.shape[0]
     need_x, need_y = need
     dx, dy = x.new_empty(n if need_x else 0, e), y.new_empty(m if need_y else 0, e)
-    if n == 0 or e == 0:
-        return dx, dy
-    size, tile = SUPERBLOCK, _gradient_tile(x.dtype, generation(x.device))
-    unit = GRADIENT_UNIT[x.dtype]
-    factor = factor / unit
-    pair = pairs(x, y)
+    if n == 0 or m == 0 or e == 0:
+        return dx.zero_(), dy.zero_()
+    size = SUPERBLOCK
     g = x.new_empty(min(n, size), min(m, size))
-    x_running = x.new_empty(min(n, size) if need_x else 0, e, dtype=torch.float32)
+    x_running = x.new_empty(min(n, size) if need_x and m > size else 0, e, dtype=torch.float32)
     y_running = x.new_empty(m if need_y and n > size else 0, e, dtype=torch.float32)
     for i in range(0, n, size):
         rows = min(size, n - i)
         for j in range(0, m, size):
             cols = min(size, m - j)
-            grid = triton.cdiv(cols, tile["BLOCK_N"]), triton.cdiv(rows, tile["BLOCK_M"])
-            kernel[grid](
-                x, y, pair, *statistics, g, i, j, rows, cols, e, x.stride(0), y.stride(0), g.stride(0), unit,
-                **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
-                enable_fp_fusion=False,
-            )  # fmt: skip
+            gradient(i, j, rows, cols, g, (triton.cdiv(cols, tile["BLOCK_N"]), triton.cdiv(rows, tile["BLOCK_M"])))
             b_g = g[:rows, :cols]
             if need_x:
                 _accumulate(b_g, y[j : j + cols], x_running, dx[i : i + rows], factor, j == 0, j + cols == m)
@@ -159,6 +225,99 @@ def _feature_gradients(
                 running = y_running[j : j + cols]
                 _accumulate(b_g.T, x[i : i + rows], running, dy[j : j + cols], factor, i == 0, i + rows == n)
     return dx, dy
+
+
+def _unit(coefficients: tuple[Tensor, Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What G is stored times, [] float32."""
+    if dtype != torch.float16:
+        return scale.new_ones((), dtype=torch.float32)
+    bound = torch.zeros((), dtype=torch.float64, device=scale.device)
+    for of in coefficients:
+        if of.shape[1] > 0:
+            largest = of.abs().amax(1)
+            bound = bound + largest[LSE] * scale.abs() + largest[LSE + 1 :].sum()
+    power = (HIGHEST_G / torch.where(bound > 0, bound, 1.0)).log2().floor().clamp(-100, 100)
+    return power.exp2().float()
+
+
+def _softmax_gradients(
+    coefficients: tuple[Tensor, Tensor],
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    lse: tuple[Tensor, Tensor],
+    rule: Rule,
+    teacher: tuple[Tensor, ...] | None,
+    extras: int,
+    need: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Of the rows' coefficients, and the columns' if their number is not 0."""
+    (n, e), m = x.shape, y.shape[0]
+    unit = _unit(coefficients, scale, x.dtype)
+    columns = coefficients[1].shape[1] > 0
+    of_rows = coefficients[0].contiguous()
+    of_columns = coefficients[1].contiguous() if columns else of_rows.new_zeros(4, m)
+    at_target = x.new_empty(n, dtype=torch.float32)
+    lse_q, lse_k = (of.contiguous() for of in lse)
+    if n > 0:
+        _at_target_kernel[(triton.cdiv(n, TARGETS_BLOCK),)](
+            pairs(x, y, rule.target), rule.target, lse_q, lse_k, of_rows, of_columns, scale, unit, at_target, n, m,
+            int(columns), BLOCK=TARGETS_BLOCK, num_warps=4,
+        )  # fmt: skip
+    lines = (
+        lines_of(lse_q, scale, n, of_rows, unit),
+        lines_of(lse_k if columns else None, scale, m, of_columns, unit),
+    )
+    more: tuple[Any, ...] = (None,) * 6
+    sizes: tuple[int, ...] = (0, 0, 0)
+    if extras > 0:
+        more = rule.row_ids, rule.column_ids, *((None,) * 4 if teacher is None else teacher)
+    if teacher is not None:
+        sizes = teacher[0].shape[1], teacher[0].stride(0), teacher[1].stride(0)
+    flags = int(rule.by_id or rule.ignore), int(rule.by_id), int(rule.ignore)
+    tile = _gradient_tile(x.dtype, generation(x.device), extras)
+
+    def gradient(i: int, j: int, rows: int, cols: int, g: Tensor, grid: tuple[int, int]) -> None:
+        _softmax_gradient_kernel[grid](
+            x, y, scale, rule.target, at_target, *lines, *more, g, i, j, rows, cols, n, m, e, x.stride(0),
+            y.stride(0), *sizes, g.stride(0), *flags, **tile, EXTRAS=extras, BLOCK_E=depth_block(x.dtype),
+            num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        )  # fmt: skip
+
+    return _feature_gradients(gradient, tile, 1 / unit, x, y, need)
+
+
+def softmax_bwd(
+    coefficients_q: Tensor,
+    coefficients_k: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    lse_q: Tensor,
+    lse_k: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_id: str,
+    teacher_queries: Tensor | None,
+    teacher_keys: Tensor | None,
+    teacher_lse_q: Tensor | None,
+    teacher_lse_k: Tensor | None,
+    need_queries: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+    x, y = rows_of(queries), rows_of(keys)
+    n, m = x.shape[0], y.shape[0]
+    rule = rule_of(x, targets, query_ids, key_ids, same_id)
+    teacher = None
+    if teacher_queries is not None and teacher_keys is not None and teacher_lse_q is not None:
+        of_rows, of_columns = lines_of(teacher_lse_q, logit_scale, n), lines_of(teacher_lse_k, logit_scale, m)
+        teacher = rows_of(teacher_queries), rows_of(teacher_keys), of_rows, of_columns
+    extras = 2 if teacher is not None else 1
+    coefficients, lse = (coefficients_q, coefficients_k), (lse_q, lse_k)
+    need = need_queries, need_keys
+    return _softmax_gradients(coefficients, x, y, logit_scale, lse, rule, teacher, extras, need)
 
 
 def infonce_bwd(
@@ -172,10 +331,50 @@ def infonce_bwd(
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [N, E]; [0, E] where not needed."""
-    factor = grad_loss * logit_scale / (2 * max(queries.shape[0], 1))
-    statistics = logit_scale, lse_q.contiguous(), lse_k.contiguous()
+    x, y = rows_of(queries), rows_of(keys)
+    n, target = x.shape[0], own(x)
+    of_lse = grad_loss.double() / (2 * max(n, 1))
+    zero = torch.zeros_like(of_lse)
+    weights = torch.stack([of_lse, -logit_scale * of_lse, zero, zero])[:, None].expand(4, n).contiguous()
+    rule = Rule(target, target, target, False, False)
     need = need_queries, need_keys
-    return _feature_gradients(_infonce_gradient_kernel, statistics, factor, queries, keys, need)
+    return _softmax_gradients((weights, weights), x, y, logit_scale, (lse_q, lse_k), rule, None, 0, need)
+
+
+def _sigmoid_gradients(
+    factor: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rule: Rule, need: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    e = x.shape[1]
+    tile = _gradient_tile(x.dtype, generation(x.device))
+    unit = HIGHEST_G / 2 if x.dtype == torch.float16 else 1.0
+    positives = positives_of(x, y, rule)
+
+    def gradient(i: int, j: int, rows: int, cols: int, g: Tensor, grid: tuple[int, int]) -> None:
+        _sigmoid_gradient_kernel[grid](
+            x, y, scale, bias, *positives, g, i, j, rows, cols, e, x.stride(0), y.stride(0), g.stride(0), unit,
+            IDS=rule.by_id, **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        )  # fmt: skip
+
+    return _feature_gradients(gradient, tile, (factor / unit).float(), x, y, need)
+
+
+def sigmoid_bwd(
+    grad_sum: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    need_queries: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+    x, y = rows_of(queries), rows_of(keys)
+    rule = rule_of(x, targets, query_ids, key_ids, "positive")
+    factor = grad_sum.double() * logit_scale
+    return _sigmoid_gradients(factor, x, y, logit_scale, logit_bias, rule, (need_queries, need_keys))
 
 
 def siglip_bwd(
@@ -188,49 +387,67 @@ def siglip_bwd(
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
-    factor = grad_loss * logit_scale / max(queries.shape[0], 1)
-    need = need_queries, need_keys
-    return _feature_gradients(_siglip_gradient_kernel, (logit_scale, logit_bias), factor, queries, keys, need)
+    grad_sum = grad_loss.double() / max(queries.shape[0], 1)
+    own_keys = own(queries), None, None
+    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, *own_keys, need_queries, need_keys)
 
 
 def aot_cases() -> list:
     """Every configuration the launchers above use."""
     from mmkernels.testing.aot import TritonCase
 
-    sizes = dict.fromkeys(("row0", "column0", "e", "stride_x", "stride_y", "stride_g"), "i32:16")
-    sizes |= {"rows": "i32", "cols": "i32", "unit": "fp32"}
+    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
     cases = []
     for dtype, name in TRITON_TYPES.items():
-        features = {
-            "x_ptr": f"*{name}",
-            "y_ptr": f"*{name}",
-            "pair_ptr": "*fp32",
-            "scale_ptr": "*fp32",
-            "g_ptr": f"*{name}",
-        }
-        launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-        lse = {"lse_q_ptr": "*fp64", "lse_k_ptr": "*fp64"}
-        for major, archs in ((9, (80, 90)), (10, (100,))):
-            tile = _gradient_tile(dtype, major)
-            constexprs = {**tile, "BLOCK_E": depth_block(dtype)}
-            label = f"gradient_bwd[{name},{tile['BLOCK_M']}x{tile['BLOCK_N']},sm_{archs[0]}]"
-            for what, kernel, more in (
-                ("infonce", _infonce_gradient_kernel, lse),
-                ("siglip", _siglip_gradient_kernel, {"bias_ptr": "*fp32"}),
-            ):
-                signature = features | more | sizes
-                exact = {"archs": archs, "options": {"enable_fp_fusion": False}, **launch}
-                cases.append(TritonCase(f"{what}_{label}", kernel, signature, constexprs, **exact))
+        cases += [*_softmax_cases(dtype, name, launch), *_sigmoid_cases(dtype, name, launch)]
         operands = {"a_ptr": f"*{name}", "b_ptr": f"*{name}", "sum_ptr": "*fp32", "out_ptr": f"*{name}"}
         operands |= {"factor_ptr": "*fp32", "rows": "i32", "depth": "i32", "e": "i32:16"}
         operands |= {"stride_b": "i32:16", "stride_out": "i32:16", "first": "i32", "last": "i32"}
         constexprs = {**TILE, "BLOCK_K": depth_block(dtype)}
         # G as it lies, and transposed. Triton makes a stride of 1 a constant of the kernel.
         for what, long, unit in (("dx", "stride_a_row", "stride_a_depth"), ("dy", "stride_a_depth", "stride_a_row")):
-            signature = operands | {long: "i32:16"}
+            label, signature = f"accumulate_{what}_bwd[{name}]", operands | {long: "i32:16"}
+            cases.append(TritonCase(label, _accumulate_kernel, signature, constexprs | {unit: 1}, **launch))
+    signature = {"pair_ptr": "*fp32", "target_ptr": "*i64", "scale_ptr": "*fp32", "unit_ptr": "*fp32"}
+    signature |= dict.fromkeys(("lse_q_ptr", "lse_k_ptr", "coefficient_q_ptr", "coefficient_k_ptr"), "*fp64")
+    signature |= {"out_ptr": "*fp32"} | dict.fromkeys(("n", "m", "columns"), "i32")
+    return [*cases, TritonCase("at_target_bwd", _at_target_kernel, signature, {"BLOCK": TARGETS_BLOCK})]
+
+
+def _softmax_cases(dtype: torch.dtype, name: str, launch: dict[str, Any]) -> list:
+    from mmkernels.testing.aot import TritonCase
+
+    plain = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "g_ptr": f"*{name}", "target_ptr": "*i64"}
+    plain |= dict.fromkeys(("scale_ptr", "at_target_ptr", "line_q_ptr", "line_k_ptr"), "*fp32")
+    plain |= dict.fromkeys(("rows", "cols", "n", "m", "has_ids", "by_id", "ignore"), "i32")
+    plain |= dict.fromkeys(("row0", "column0", "e", "stride_x", "stride_y", "stride_g"), "i32:16")
+    plain |= dict.fromkeys(("f", "stride_taught_x", "stride_taught_y"), "i32:16")
+    ids = {"row_id_ptr": "*i64", "column_id_ptr": "*i64"}
+    taught = {"taught_x_ptr": f"*{name}", "taught_y_ptr": f"*{name}"}
+    taught |= {"taught_row_ptr": "*fp32", "taught_column_ptr": "*fp32"}
+    cases = []
+    for extras, more, without in ((0, {}, ids | taught), (1, ids, taught), (2, ids | taught, {})):
+        for major, archs in ((8, (80,)), (9, (90,)), (10, (100,))):
+            constexprs = {**_gradient_tile(dtype, major, extras), "BLOCK_E": depth_block(dtype), "EXTRAS": extras}
+            label = f"softmax_gradient_bwd[{name},{('plain', 'ids', 'teacher')[extras]},sm_{archs[0]}]"
+            constexprs |= dict.fromkeys(without)
+            cases.append(TritonCase(label, _softmax_gradient_kernel, plain | more, constexprs, archs=archs, **launch))
+    return cases
+
+
+def _sigmoid_cases(dtype: torch.dtype, name: str, launch: dict[str, Any]) -> list:
+    from mmkernels.testing.aot import TritonCase
+
+    signature = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "g_ptr": f"*{name}", "unit": "fp32"}
+    signature |= {"scale_ptr": "*fp32", "bias_ptr": "*fp32", "rows": "i32", "cols": "i32"}
+    signature |= dict.fromkeys(("row0", "column0", "e", "stride_x", "stride_y", "stride_g"), "i32:16")
+    cases = []
+    for major, archs in ((9, (80, 90)), (10, (100,))):
+        for ids in (False, True):
+            pointers, without = positive_pointers(ids)
+            constexprs = {**_gradient_tile(dtype, major), "BLOCK_E": depth_block(dtype), "IDS": ids} | without
+            label = f"sigmoid_gradient_bwd[{name},{'ids' if ids else 'plain'},sm_{archs[0]}]"
             cases.append(
-                TritonCase(
-                    f"accumulate_{what}_bwd[{name}]", _accumulate_kernel, signature, constexprs | {unit: 1}, **launch
-                )
+                TritonCase(label, _sigmoid_gradient_kernel, signature | pointers, constexprs, archs=archs, **launch)
             )
     return cases

@@ -1,333 +1,409 @@
-"""Forward of the contrastive losses.
+"""Forward of the softmax losses: statistics of rows and columns in one pass.
 
 A program takes row tiles of X (BLOCK_M queries) one after the other, each against the tiles of its share of Y:
 
     S = X Yᵀ        [BLOCK_M, BLOCK_N] in registers, float32, over chunks of E; logits = scale · S
 
-InfoNCE: from the same tile come the online softmax statistics of its rows, which stay in registers until the row tile
-is done, and of its columns, which the program merges into its own slice of a [groups, 3, M] buffer: the maximum m,
-sum e^(l-m), and sum e^(l-m) · (S - the pair's S), whose quotient by the second is the derivative by the scale (the
-pair's is taken off first, so that nothing cancels when the pair has nearly all of the mass). Programs share no slice,
-so there are no atomics and the bits do not depend on timing; a small kernel merges the slices. Kernels run without FP
-fusion: a logit is rounded once, the same way in forward and backward, so that differences from it are exact. An lse
-goes to the backward as float64. The pairs' similarities, the largest in a row that has been learnt, come from a
-kernel of their own that adds in many short sums; they replace the diagonal of S in forward and backward alike.
+With ref the similarity of the largest logit of a row, or of a column, and d = S - ref (both times the sign of the
+scale, so that ref is a maximum):
 
-SigLIP: each program leaves three sums.
+    sum = Σ e^(|scale| d)       dot = Σ e^(|scale| d) d        lse = |scale| ref + log sum,  mean of S = ref + dot / sum
+
+The difference is taken before the product: near the largest logit it is exact, and the mean does not cancel. Those of
+rows stay in registers until the row tile is done; those of columns the program merges into its own slice of a
+[groups, FIELDS, M] buffer. Programs share no slice, so there are no atomics and the bits do not depend on timing.
+
+A small kernel merges the slices in float64. There a row's target joins, which the tiles leave out of these sums: when
+it has nearly all of the mass, what little the others have is the loss.
+
+EXTRAS, the same kernel with more sums: 1, totals and ids; 2, those and a second product S' = X' Y'ᵀ, the teacher's.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._tl import dot, generation
+from mmkernels.ops._tl import generation
 
-__all__ = ["aot_cases", "infonce_fwd", "siglip_fwd"]
+from . import triton_search, triton_sigmoid, triton_tile
+from .reference import BEST, LSE, MEAN, POSITIVE, STATISTICS, TOP, TOTAL
+from .triton_search import sample_negatives, topk_similar
+from .triton_sigmoid import sigmoid_fwd, siglip_fwd
+from .triton_tile import (
+    LOWEST,
+    NUM_STAGES,
+    NUM_WARPS,
+    SMALL_TILE,
+    TRITON_TYPES,
+    Rule,
+    depth_block,
+    grid_of,
+    lines_of,
+    own,
+    pairs,
+    rows_of,
+    rule_of,
+    similarity,
+    split_softmax,
+    tile_of,
+)
 
-# The epilogues hold three or four tiles of float32 at once: 32 elements of each in each of 256 threads. On sm_100 they
-# do not fit into the registers at that size.
-TILE = {"BLOCK_M": 128, "BLOCK_N": 64}
-SMALL_TILE = {"BLOCK_M": 64, "BLOCK_N": 64}
-NUM_WARPS, NUM_STAGES = 8, 3
+__all__ = [
+    "aot_cases",
+    "infonce_fwd",
+    "sample_negatives",
+    "sigmoid_fwd",
+    "siglip_fwd",
+    "softmax_fwd",
+    "topk_similar",
+]
+
+# Lines of partial statistics: ref, sum, dot; total, positive, best; teacher.
+FIELDS = (3, 6, 7)
 MERGE_BLOCK = 128
-PAIRS_BLOCK = {"BLOCK": 16, "BLOCK_E": 128}
 
 
-def depth_block(dtype: torch.dtype) -> int:
-    """BLOCK_E: 128 bytes of a row."""
-    return 32 if dtype == torch.float32 else 64
+def _tile(major: int, extras: int) -> dict[str, int]:
+    if extras > 1:
+        return {"BLOCK_M": 64, "BLOCK_N": 32}
+    return SMALL_TILE if extras > 0 else tile_of(major)
 
 
 @triton.jit
-def _pairs_kernel(
-    x_ptr, y_ptr, pair_ptr,  # [N, E], [N, E], [N]: the similarity of each pair
-    n, e, stride_x, stride_y,
-    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+def _add_tile(ref, total, dot, b_s, b_t, size, AXIS: tl.constexpr):
+    """Running ref, sum and dot, and those of a tile along AXIS; b_t is b_s, but LOWEST where it does not count."""
+    highest = tl.maximum(ref, tl.max(b_t, AXIS))
+    base = tl.where(highest > LOWEST, highest, 0.0)
+    below = tl.where(ref > LOWEST, ref - base, 0.0)
+    before = tl.exp(below * size)
+    b_d = b_t - tl.expand_dims(base, AXIS)  # [BLOCK_M, BLOCK_N]
+    b_p = tl.exp(b_d * size)
+    return highest, total * before + tl.sum(b_p, AXIS), (dot + total * below) * before + tl.sum(b_p * b_d, AXIS)
+
+
+@triton.jit(do_not_specialize=["columns", "has_ids", "by_id", "ignore"])
+def _softmax_fwd_kernel(
+    x_ptr, y_ptr, scale_ptr, target_ptr,  # [N, E], [M, E], [], [N]
+    row_id_ptr, column_id_ptr,  # [N], [M]
+    taught_x_ptr, taught_y_ptr, taught_row_ptr, taught_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
+    row_ptr, column_ptr,  # [splits, FIELDS, N], [groups, FIELDS, M]
+    n, m, e, stride_x, stride_y, f, stride_taught_x, stride_taught_y, split_size, columns, has_ids, by_id, ignore,
+    EXTRAS: tl.constexpr, FIELDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    o_i = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    o_e = tl.arange(0, BLOCK_E)
-    m_i = o_i < n
-    b_sum = tl.zeros((BLOCK, BLOCK_E), tl.float32)
-    for e0 in range(0, e, BLOCK_E):
-        mask = m_i[:, None] & (o_e < e - e0)[None, :]
-        b_x = tl.load(x_ptr + o_i[:, None] * stride_x + e0 + o_e[None, :], mask=mask, other=0.0)
-        b_y = tl.load(y_ptr + o_i[:, None] * stride_y + e0 + o_e[None, :], mask=mask, other=0.0)
-        b_sum += b_x.to(tl.float32) * b_y.to(tl.float32)  # [BLOCK, BLOCK_E]
-    tl.store(pair_ptr + o_i, tl.sum(b_sum, 1), mask=m_i)
-
-
-@triton.jit
-def similarity(
-    x_ptr, y_ptr, pair_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Rows o_i of X times rows o_j of Y, zero where either does not exist: [BLOCK_M, BLOCK_N] float32.
-
-    A pair's entry is the one of `_pairs_kernel`.
-    """
-    o_e = tl.arange(0, BLOCK_E)
-    x_ptrs = x_ptr + o_i.to(tl.int64)[:, None] * stride_x + o_e[None, :]
-    y_ptrs = y_ptr + o_j.to(tl.int64)[None, :] * stride_y + o_e[:, None]
-    s = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for e0 in range(0, e, BLOCK_E):
-        m_e = o_e < e - e0
-        b_x = tl.load(x_ptrs + e0, mask=m_i[:, None] & m_e[None, :], other=0.0)  # [BLOCK_M, BLOCK_E]
-        b_y = tl.load(y_ptrs + e0, mask=m_j[None, :] & m_e[:, None], other=0.0)  # [BLOCK_E, BLOCK_N]
-        s += dot(b_x, b_y)
-    pair = tl.load(pair_ptr + o_i, mask=m_i, other=0.0)  # [BLOCK_M]
-    return tl.where((o_i[:, None] == o_j[None, :]) & m_i[:, None], pair[:, None], s)
-
-
-@triton.jit
-def log1p_of_unit(e):
-    """log(1 + e) for e in [0, 1] as 2 atanh(e / (2 + e)): relative error below 1e-7 however small e is."""
-    s = e / (2.0 + e)
-    z = s * s
-    p = 1.0 / 15.0
-    p = p * z + 1.0 / 13.0
-    p = p * z + 1.0 / 11.0
-    p = p * z + 1.0 / 9.0
-    p = p * z + 1.0 / 7.0
-    p = p * z + 1.0 / 5.0
-    p = p * z + 1.0 / 3.0
-    return 2.0 * s * (p * z + 1.0)
-
-
-@triton.jit
-def sigmoid_of_sign(z, e):
-    """sigmoid(z) given e = exp(-|z|), without cancellation on either side."""
-    return tl.where(z >= 0, 1.0, e) / (1.0 + e)
-
-
-# InfoNCE
-
-
-@triton.jit
-def _infonce_fwd_kernel(
-    x_ptr, y_ptr, pair_ptr, scale_ptr,  # [N, E], [M, E], [N], []
-    row_ptr, column_ptr,  # [splits, 3, N], [groups, 3, M]
-    n, m, e, stride_x, stride_y, split_size,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    group, split = tl.program_id(0), tl.program_id(1)
+    group, part = tl.program_id(0), tl.program_id(1)
     scale = tl.load(scale_ptr)
-    row_ptr += split.to(tl.int64) * 3 * n
-    column_ptr += group.to(tl.int64) * 3 * m
-    row_tiles = tl.cdiv(n, BLOCK_M)
-    for tile in range(group, row_tiles, tl.num_programs(0)):
+    sign = tl.where(scale < 0, -1.0, 1.0)
+    # Not 0, so that what does not count has no weight.
+    size = tl.maximum(tl.abs(scale), 1e-30)
+    size = tl.where(scale == scale, size, scale)
+    row_ptr += part.to(tl.int64) * FIELDS * n
+    column_ptr += group.to(tl.int64) * FIELDS * m
+    for tile in range(group, tl.cdiv(n, BLOCK_M), tl.num_programs(0)):
         # What this program's other threads wrote to its column slice must have arrived.
         tl.debug_barrier()
         o_i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         m_i = o_i < n
-        row_pair = tl.load(pair_ptr + o_i, mask=m_i, other=0.0)  # [BLOCK_M]
-        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        target = tl.load(target_ptr + o_i, mask=m_i, other=-1).to(tl.int32)  # [BLOCK_M]
+        row_ref = tl.full((BLOCK_M,), LOWEST, tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         row_dot = tl.zeros((BLOCK_M,), tl.float32)
-        for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, m), BLOCK_N):
+        if EXTRAS > 0:
+            row_id = tl.load(row_id_ptr + o_i, mask=m_i & (has_ids != 0), other=0)
+            row_total = tl.zeros((BLOCK_M,), tl.float32)
+            row_positive = tl.zeros((BLOCK_M,), tl.float32)
+            row_best = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        if EXTRAS > 1:
+            row_taught = tl.zeros((BLOCK_M,), tl.float32)
+            taught_ref = tl.load(taught_row_ptr + o_i, mask=m_i, other=0.0)
+            taught_rest = tl.load(taught_row_ptr + n + o_i, mask=m_i, other=float("inf"))
+        for j0 in range(part * split_size, tl.minimum((part + 1) * split_size, m), BLOCK_N):
             o_j = j0 + tl.arange(0, BLOCK_N)
             m_j = o_j < m
-            b_s = similarity(
-                x_ptr, y_ptr, pair_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E
-            )
-            b_l = tl.where(m_i[:, None] & m_j[None, :], b_s * scale, float("-inf"))  # [BLOCK_M, BLOCK_N]
-
-            new_max = tl.maximum(row_max, tl.max(b_l, 1))
-            before = tl.exp(row_max - new_max)
-            b_p = tl.exp(b_l - new_max[:, None])  # [BLOCK_M, BLOCK_N]
-            row_sum = row_sum * before + tl.sum(b_p, 1)
-            row_dot = row_dot * before + tl.sum(b_p * (b_s - row_pair[:, None]), 1)
-            row_max = new_max
-
-            m_old = m_j & (tile != group)
-            old_max = tl.load(column_ptr + o_j, mask=m_old, other=float("-inf"))  # [BLOCK_N]
-            old_sum = tl.load(column_ptr + m + o_j, mask=m_old, other=0.0)
-            old_dot = tl.load(column_ptr + 2 * m + o_j, mask=m_old, other=0.0)
-            column_pair = tl.load(pair_ptr + o_j, mask=m_j, other=0.0)
-            column_max = tl.maximum(old_max, tl.max(b_l, 0))
-            before = tl.exp(old_max - column_max)
-            b_p = tl.exp(b_l - column_max[None, :])
-            tl.store(column_ptr + o_j, column_max, mask=m_j)
-            tl.store(column_ptr + m + o_j, old_sum * before + tl.sum(b_p, 0), mask=m_j)
-            tl.store(
-                column_ptr + 2 * m + o_j, old_dot * before + tl.sum(b_p * (b_s - column_pair[None, :]), 0), mask=m_j
-            )
-        tl.store(row_ptr + o_i, row_max, mask=m_i)
+            b_s = similarity(x_ptr, y_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
+            b_s *= sign
+            m_target = o_j[None, :] == target[:, None]  # [BLOCK_M, BLOCK_N]
+            m_counted = m_i[:, None] & m_j[None, :] & ~m_target
+            if EXTRAS > 0:
+                column_id = tl.load(column_id_ptr + o_j, mask=m_j & (has_ids != 0), other=0)
+                m_same = row_id[:, None] == column_id[None, :]
+                m_ignored = m_same & (ignore != 0)
+                m_seen = m_i[:, None] & m_j[None, :] & (m_target | ~m_ignored)
+                m_positive = m_i[:, None] & m_j[None, :] & m_same & (by_id != 0)
+                m_counted = m_counted & ~m_ignored
+            b_t = tl.where(m_counted, b_s, LOWEST)
+            row_ref, row_sum, row_dot = _add_tile(row_ref, row_sum, row_dot, b_s, b_t, size, 1)
+            if EXTRAS > 0:
+                row_total += tl.sum(tl.where(m_seen, b_s, 0.0), 1)
+                row_positive += tl.sum(tl.where(m_positive, b_s, 0.0), 1)
+                row_best = tl.maximum(row_best, tl.max(tl.where(m_positive, b_s, LOWEST), 1))
+            if EXTRAS > 1:
+                b_taught = similarity(
+                    taught_x_ptr, taught_y_ptr, o_i, o_j, m_i, m_j, f, stride_taught_x, stride_taught_y,
+                    BLOCK_M, BLOCK_N, BLOCK_E,
+                )  # fmt: skip
+                b_p = split_softmax(b_taught, taught_ref, taught_rest, scale, 1)
+                row_taught += tl.sum(tl.where(m_seen, b_p * b_s, 0.0), 1)
+            if columns != 0:
+                m_old = m_j & (tile != group)
+                old_ref = tl.load(column_ptr + o_j, mask=m_old, other=LOWEST)  # [BLOCK_N]
+                old_sum = tl.load(column_ptr + m + o_j, mask=m_old, other=0.0)
+                old_dot = tl.load(column_ptr + 2 * m + o_j, mask=m_old, other=0.0)
+                new_ref, new_sum, new_dot = _add_tile(old_ref, old_sum, old_dot, b_s, b_t, size, 0)
+                tl.store(column_ptr + o_j, new_ref, mask=m_j)
+                tl.store(column_ptr + m + o_j, new_sum, mask=m_j)
+                tl.store(column_ptr + 2 * m + o_j, new_dot, mask=m_j)
+                if EXTRAS > 0:
+                    more = column_ptr + 3 * tl.cast(m, tl.int64) + o_j
+                    old = tl.load(more, mask=m_old, other=0.0)
+                    tl.store(more, old + tl.sum(tl.where(m_seen, b_s, 0.0), 0), mask=m_j)
+                    old = tl.load(more + m, mask=m_old, other=0.0)
+                    tl.store(more + m, old + tl.sum(tl.where(m_positive, b_s, 0.0), 0), mask=m_j)
+                    old = tl.load(more + 2 * m, mask=m_old, other=LOWEST)
+                    best = tl.max(tl.where(m_positive, b_s, LOWEST), 0)
+                    tl.store(more + 2 * m, tl.maximum(old, best), mask=m_j)
+                if EXTRAS > 1:
+                    ref = tl.load(taught_column_ptr + o_j, mask=m_j, other=0.0)
+                    rest = tl.load(taught_column_ptr + m + o_j, mask=m_j, other=float("inf"))
+                    b_p = split_softmax(b_taught, ref, rest, scale, 0)
+                    old = tl.load(more + 3 * m, mask=m_old, other=0.0)
+                    tl.store(more + 3 * m, old + tl.sum(tl.where(m_seen, b_p * b_s, 0.0), 0), mask=m_j)
+        tl.store(row_ptr + o_i, row_ref, mask=m_i)
         tl.store(row_ptr + n + o_i, row_sum, mask=m_i)
         tl.store(row_ptr + 2 * n + o_i, row_dot, mask=m_i)
+        if EXTRAS > 0:
+            tl.store(row_ptr + 3 * n + o_i, row_total, mask=m_i)
+            tl.store(row_ptr + 4 * n + o_i, row_positive, mask=m_i)
+            tl.store(row_ptr + 5 * n + o_i, row_best, mask=m_i)
+        if EXTRAS > 1:
+            tl.store(row_ptr + 6 * n + o_i, row_taught, mask=m_i)
 
 
 @triton.jit
-def _infonce_merge_kernel(
-    part_ptr, pair_ptr, scale_ptr,  # [parts, 3, N], [N], []
-    lse_ptr, loss_ptr, slope_ptr,  # [N] each: lse (float64), loss, d loss / d scale of a row
-    n, parts,
-    BLOCK: tl.constexpr,
+def _softmax_merge_kernel(
+    part_ptr, scale_ptr,  # [parts, FIELDS, count], []
+    pair_ptr, order_ptr, start_ptr, end_ptr,  # [N], [N], [count], [count]: the pairs order[start:end] join a line
+    out_ptr,  # [7, count] float64; see op.py
+    count, parts,
+    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    o_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_i = o_i < n
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    expected = tl.zeros((BLOCK,), tl.float32)
-    ptr = part_ptr + o_i
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < count
+    scale = tl.load(scale_ptr)
+    sign = tl.where(scale < 0, -1.0, 1.0).to(tl.float64)
+    size = tl.maximum(tl.abs(scale), 1e-30)
+    size = tl.where(scale == scale, size, scale)
+    ptr = part_ptr + o
+    highest = tl.full((BLOCK,), LOWEST, tl.float32)
     for _ in range(parts):
-        b_max = tl.load(ptr, mask=m_i, other=0.0)  # [BLOCK]
-        new_max = tl.maximum(highest, b_max)
-        before, weight = tl.exp(highest - new_max), tl.exp(b_max - new_max)
-        total = total * before + tl.load(ptr + n, mask=m_i, other=1.0) * weight
-        expected = expected * before + tl.load(ptr + 2 * n, mask=m_i, other=0.0) * weight
-        highest = new_max
-        ptr += 3 * n
-    logit = tl.load(pair_ptr + o_i, mask=m_i, other=0.0) * tl.load(scale_ptr)
-    log_total = tl.log(total)
-    tl.store(lse_ptr + o_i, highest.to(tl.float64) + log_total.to(tl.float64), mask=m_i)
-    tl.store(loss_ptr + o_i, (highest - logit) + log_total, mask=m_i)
-    tl.store(slope_ptr + o_i, expected / total, mask=m_i)
+        highest = tl.maximum(highest, tl.load(ptr, mask=mask, other=LOWEST))  # [BLOCK]
+        ptr += FIELDS * count
+    total = tl.zeros((BLOCK,), tl.float64)
+    dot = tl.zeros((BLOCK,), tl.float64)
+    seen = tl.zeros((BLOCK,), tl.float64)
+    positive = tl.zeros((BLOCK,), tl.float64)
+    taught = tl.zeros((BLOCK,), tl.float64)
+    best = tl.full((BLOCK,), LOWEST, tl.float64)
+    ptr = part_ptr + o
+    for _ in range(parts):
+        b_ref = tl.load(ptr, mask=mask, other=LOWEST)
+        below = tl.where(b_ref > LOWEST, b_ref - highest, 0.0)
+        weight = tl.exp(below * size).to(tl.float64)
+        b_sum = tl.load(ptr + count, mask=mask, other=0.0).to(tl.float64)
+        b_dot = tl.load(ptr + 2 * count, mask=mask, other=0.0).to(tl.float64)
+        total += weight * b_sum
+        dot += weight * (b_dot + b_sum * below.to(tl.float64))
+        if FIELDS > 3:
+            seen += tl.load(ptr + 3 * count, mask=mask, other=0.0).to(tl.float64)
+            positive += tl.load(ptr + 4 * count, mask=mask, other=0.0).to(tl.float64)
+            best = tl.maximum(best, tl.load(ptr + 5 * count, mask=mask, other=LOWEST).to(tl.float64))
+        if FIELDS > 6:
+            taught += tl.load(ptr + 6 * count, mask=mask, other=0.0).to(tl.float64)
+        ptr += FIELDS * count
+
+    ref, size = highest.to(tl.float64), size.to(tl.float64)
+    start = tl.load(start_ptr + o, mask=mask, other=0)
+    joining = tl.load(end_ptr + o, mask=mask, other=0) - start
+    for k in range(tl.max(joining, 0)):
+        joins = k < joining
+        i = tl.load(order_ptr + start + k, mask=joins, other=0)
+        a = tl.load(pair_ptr + i, mask=joins, other=0.0).to(tl.float64) * sign
+        higher = tl.where(joins, tl.maximum(ref, a), ref)
+        before, e = tl.exp((ref - higher) * size), tl.where(joins, tl.exp((a - higher) * size), 0.0)
+        dot = (dot + total * (ref - higher)) * before + tl.where(joins, e * (a - higher), 0.0)
+        total = total * before + e
+        positive += tl.where(joins, a, 0.0)
+        best = tl.where(joins, tl.maximum(best, a), best)
+        ref = higher
+
+    nothing = float("-inf")
+    size = tl.abs(scale).to(tl.float64)
+    any_seen = total != 0
+    tl.store(out_ptr + o, tl.where(any_seen, size * ref + tl.log(total), nothing), mask=mask)
+    out_ptr += o
+    tl.store(out_ptr + count, sign * positive, mask=mask)
+    tl.store(out_ptr + 2 * count, sign * seen, mask=mask)
+    tl.store(out_ptr + 3 * count, sign * taught, mask=mask)
+    tl.store(out_ptr + 4 * count, tl.where(any_seen, sign * (ref + dot / total), 0.0), mask=mask)
+    tl.store(out_ptr + 5 * count, tl.where(ref > LOWEST, size * ref, nothing), mask=mask)
+    tl.store(out_ptr + 6 * count, tl.where(best > LOWEST, size * best, nothing), mask=mask)
 
 
-def rows_of(features: Tensor) -> Tensor:
-    """The kernels want the last dimension contiguous; other layouts are copied."""
-    return features if features.stride(-1) == 1 or features.shape[-1] <= 1 else features.contiguous()
+class _Joins(NamedTuple):
+    """Which rows' targets join each row, or each column: rows order[start[o] : end[o]], int64."""
+
+    order: Tensor
+    start: Tensor
+    end: Tensor
 
 
-def pairs(x: Tensor, y: Tensor) -> Tensor:
-    """[N] float32: the similarity of each pair."""
-    n, e = x.shape
-    pair = x.new_empty(n, dtype=torch.float32)
-    grid = (triton.cdiv(n, PAIRS_BLOCK["BLOCK"]),)
-    _pairs_kernel[grid](x, y, pair, n, e, x.stride(0), y.stride(0), **PAIRS_BLOCK, num_warps=4)
-    return pair
+def _joins_of_rows(target: Tensor, m: int) -> _Joins:
+    own_row = torch.arange(target.shape[0], device=target.device)
+    return _Joins(own_row, own_row, own_row + ((target >= 0) & (target < m)))
 
 
-def _processors(device: torch.device) -> int:
-    # Two in the interpreter, so that its tests meet groups of several row tiles.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def _joins_of_columns(target: Tensor, m: int) -> _Joins:
+    ordered, order = target.sort(stable=True)
+    columns = torch.arange(m, device=target.device)
+    return _Joins(
+        order, torch.searchsorted(ordered, columns, right=False), torch.searchsorted(ordered, columns, right=True)
+    )
 
 
-def _tile(major: int) -> dict[str, int]:
-    return SMALL_TILE if major >= 10 else TILE
+def _merge(parts: Tensor, scale: Tensor, pair: Tensor, joins: _Joins, extras: int) -> Tensor:
+    count = parts.shape[2]
+    out = parts.new_empty(STATISTICS, count, dtype=torch.float64)
+    _softmax_merge_kernel[(triton.cdiv(count, MERGE_BLOCK),)](
+        parts, scale, pair, *joins, out, count, parts.shape[0], FIELDS=FIELDS[extras], BLOCK=MERGE_BLOCK, num_warps=4
+    )
+    return out
 
 
-def _grid(n: int, m: int, tile: dict[str, int], device: torch.device) -> tuple[int, int, int]:
-    """Groups of row tiles, splits of the columns, columns per split: about one program for each multiprocessor."""
-    row_tiles, column_tiles = triton.cdiv(n, tile["BLOCK_M"]), triton.cdiv(m, tile["BLOCK_N"])
-    processors = _processors(device)
-    groups = min(row_tiles, processors)
-    tiles_per_split = triton.cdiv(column_tiles, max(processors // groups, 1))
-    return groups, triton.cdiv(column_tiles, tiles_per_split), tiles_per_split * tile["BLOCK_N"]
+def _of_nothing(features: Tensor) -> Tensor:
+    """The statistics of rows that see nothing: [7, count]."""
+    out = features.new_zeros(STATISTICS, features.shape[0], dtype=torch.float64)
+    for what in (LSE, TOP, BEST):
+        out[what] = -torch.inf
+    return out
+
+
+class _Teacher(NamedTuple):
+    """Features [N, F], [M, F] and the lse of rows [2, N] and columns [2, M], split."""
+
+    x: Tensor
+    y: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def _statistics(
+    x: Tensor, y: Tensor, scale: Tensor, rule: Rule, teacher: _Teacher | None, extras: int, columns: _Joins | None
+) -> tuple[Tensor, Tensor | None]:
+    """Of rows [7, N], and of columns [7, M] if it is said which targets join them."""
+    (n, e), m = x.shape, y.shape[0]
+    pair = pairs(x, y, rule.target)
+    tile = _tile(generation(x.device), extras)
+    groups, splits, split_size = grid_of(n, m, tile, x.device)
+    of_rows = x.new_empty(splits, FIELDS[extras], n, dtype=torch.float32)
+    of_columns = x.new_empty(groups if columns else 0, FIELDS[extras], m, dtype=torch.float32)
+    more: tuple[Any, ...] = (None,) * 6
+    sizes: tuple[int, ...] = (0, 0, 0)
+    if extras > 0:
+        more = rule.row_ids, rule.column_ids, *((None,) * 4 if teacher is None else teacher)
+    if teacher is not None:
+        sizes = teacher.x.shape[1], teacher.x.stride(0), teacher.y.stride(0)
+    has_ids = rule.by_id or rule.ignore
+    _softmax_fwd_kernel[(groups, splits)](
+        x, y, scale, rule.target, *more, of_rows, of_columns, n, m, e, x.stride(0), y.stride(0), *sizes, split_size,
+        int(columns is not None), int(has_ids), int(rule.by_id), int(rule.ignore), **tile, EXTRAS=extras,
+        FIELDS=FIELDS[extras], BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+    )  # fmt: skip
+    merged = _merge(of_rows, scale, pair, _joins_of_rows(rule.target, m), extras)
+    return merged, None if columns is None else _merge(of_columns, scale, pair, columns, extras)
+
+
+def softmax_fwd(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_id: str,
+    teacher_queries: Tensor | None,
+    teacher_keys: Tensor | None,
+    teacher_lse_q: Tensor | None,
+    teacher_lse_k: Tensor | None,
+    totals: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor]:
+    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64; see op.py."""
+    x, y = rows_of(queries), rows_of(keys)
+    n, m = x.shape[0], y.shape[0]
+    if n == 0 or m == 0:
+        return _of_nothing(x), _of_nothing(y if columns else y[:0])
+    rule = rule_of(x, targets, query_ids, key_ids, same_id)
+    teacher = None
+    if teacher_queries is not None and teacher_keys is not None and teacher_lse_q is not None:
+        lse = lines_of(teacher_lse_q, logit_scale, n), lines_of(teacher_lse_k, logit_scale, m)
+        teacher = _Teacher(rows_of(teacher_queries), rows_of(teacher_keys), *lse)
+    extras = 2 if teacher is not None else int(totals or rule.by_id or rule.ignore)
+    joins = _joins_of_columns(rule.target, m) if columns else None
+    of_rows, of_columns = _statistics(x, y, logit_scale, rule, teacher, extras, joins)
+    if not totals:
+        for of in (of_rows, of_columns):
+            if of is not None:
+                of[TOTAL] = 0
+    return of_rows, of_rows.new_empty(STATISTICS, 0) if of_columns is None else of_columns
 
 
 def infonce_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [], lse_q [N] and lse_k [N] in float64, d loss / d logit_scale []."""
     x, y = rows_of(queries), rows_of(keys)
-    (n, e), m = x.shape, y.shape[0]
-    lse = x.new_empty(2, n, dtype=torch.float64)
+    n = x.shape[0]
     if n == 0:
-        zero = x.new_zeros((), dtype=torch.float32)
-        return zero, lse[0].clone(), lse[1].clone(), zero.clone()
-    pair = pairs(x, y)
-    tile = _tile(generation(x.device))
-    groups, splits, split_size = _grid(n, m, tile, x.device)
-    of_rows = x.new_empty(splits, 3, n, dtype=torch.float32)
-    of_columns = x.new_empty(groups, 3, m, dtype=torch.float32)
-    _infonce_fwd_kernel[(groups, splits)](
-        x, y, pair, logit_scale, of_rows, of_columns, n, m, e, x.stride(0), y.stride(0), split_size,
-        **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=False,
-    )  # fmt: skip
-    loss, slope = x.new_empty(2, n, dtype=torch.float32), x.new_empty(2, n, dtype=torch.float32)
-    for direction, parts in enumerate((of_rows, of_columns)):
-        _infonce_merge_kernel[(triton.cdiv(n, MERGE_BLOCK),)](
-            parts, pair, logit_scale, lse[direction], loss[direction], slope[direction], n, parts.shape[0],
-            BLOCK=MERGE_BLOCK, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    mean_loss, mean_slope = (total.sum(dtype=torch.float64).div(2 * n).float() for total in (loss, slope))
-    return mean_loss, lse[0].clone(), lse[1].clone(), mean_slope
-
-
-# SigLIP
-
-
-@triton.jit
-def _siglip_fwd_kernel(
-    x_ptr, y_ptr, pair_ptr, scale_ptr, bias_ptr,  # [N, E], [M, E], [N], [], []
-    sums_ptr,  # [row tiles, splits, 3]: loss, d loss / d scale, d loss / d bias, times N
-    n, m, e, stride_x, stride_y, split_size,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1)
-    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
-    o_i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_i = o_i < n
-    loss = tl.zeros((BLOCK_M,), tl.float32)
-    by_scale = tl.zeros((BLOCK_M,), tl.float32)
-    by_bias = tl.zeros((BLOCK_M,), tl.float32)
-    for j0 in range(split * split_size, tl.minimum((split + 1) * split_size, m), BLOCK_N):
-        o_j = j0 + tl.arange(0, BLOCK_N)
-        m_j = o_j < m
-        b_s = similarity(x_ptr, y_ptr, pair_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
-        b_sign = tl.where(o_i[:, None] == o_j[None, :], -1.0, 1.0)  # [BLOCK_M, BLOCK_N]
-        b_z = b_sign * (b_s * scale + bias)
-        b_e = tl.exp(-tl.abs(b_z))
-        m_ij = m_i[:, None] & m_j[None, :]
-        loss += tl.sum(tl.where(m_ij, tl.maximum(b_z, 0.0) + log1p_of_unit(b_e), 0.0), 1)
-        b_g = tl.where(m_ij, b_sign * sigmoid_of_sign(b_z, b_e), 0.0)
-        by_scale += tl.sum(b_g * b_s, 1)
-        by_bias += tl.sum(b_g, 1)
-    sums_ptr += (tile * tl.num_programs(1) + split) * 3
-    tl.store(sums_ptr, tl.sum(loss, 0))
-    tl.store(sums_ptr + 1, tl.sum(by_scale, 0))
-    tl.store(sums_ptr + 2, tl.sum(by_bias, 0))
-
-
-def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
-    x, y = rows_of(queries), rows_of(keys)
-    (n, e), m = x.shape, y.shape[0]
-    tile = _tile(generation(x.device))
-    row_tiles = triton.cdiv(n, tile["BLOCK_M"])
-    _, splits, split_size = _grid(max(n, 1), max(m, 1), tile, x.device)
-    sums = x.new_empty(row_tiles, splits, 3, dtype=torch.float32)
-    if n > 0:
-        _siglip_fwd_kernel[(row_tiles, splits)](
-            x, y, pairs(x, y), logit_scale, logit_bias, sums, n, m, e, x.stride(0), y.stride(0), split_size,
-            **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=False,
-        )  # fmt: skip
-    loss, by_scale, by_bias = sums.sum((0, 1), dtype=torch.float64).div(max(n, 1)).float().unbind()
-    return loss.clone(), by_scale.clone(), by_bias.clone()
-
-
-# Compiled ahead of time
-
-
-TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        zero, lse = x.new_zeros((), dtype=torch.float32), x.new_empty(0, dtype=torch.float64)
+        return zero, lse, lse.clone(), zero.clone()
+    target = own(x)
+    rule = Rule(target, target, target, False, False)
+    of_rows, of_columns = _statistics(x, y, logit_scale, rule, None, 0, _Joins(target, target, target + 1))
+    assert of_columns is not None
+    total = (of_rows + of_columns).sum(1) / (2 * n)
+    loss, slope = total[LSE] - logit_scale * total[POSITIVE], total[MEAN] - total[POSITIVE]
+    return loss.float(), of_rows[LSE].clone(), of_columns[LSE].clone(), slope.float()
 
 
 def aot_cases() -> list:
-    """Every configuration the launchers above use."""
+    """Every configuration of the forward: the launchers' above, and those of the other epilogues."""
     from mmkernels.testing.aot import TritonCase
 
-    sizes = dict.fromkeys(("n", "m"), "i32") | dict.fromkeys(("e", "stride_x", "stride_y", "split_size"), "i32:16")
-    cases = []
+    sizes = dict.fromkeys(("n", "m", "columns", "has_ids", "by_id", "ignore"), "i32")
+    sizes |= dict.fromkeys(("e", "stride_x", "stride_y", "f", "stride_taught_x", "stride_taught_y"), "i32:16")
+    sizes |= {"split_size": "i32:16"}
+    ids = {"row_id_ptr": "*i64", "column_id_ptr": "*i64"}
+    cases = [*triton_tile.aot_cases(), *triton_sigmoid.aot_cases(), *triton_search.aot_cases()]
+    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
     for dtype, name in TRITON_TYPES.items():
-        features = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "pair_ptr": "*fp32", "scale_ptr": "*fp32"}
-        launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-        for tile, archs in ((TILE, (80, 90)), (SMALL_TILE, (100,))):
-            constexprs = {**tile, "BLOCK_E": depth_block(dtype)}
-            label = f"[{name},{tile['BLOCK_M']}x{tile['BLOCK_N']}]"
-            for what, kernel, more in (
-                ("infonce", _infonce_fwd_kernel, {"row_ptr": "*fp32", "column_ptr": "*fp32"}),
-                ("siglip", _siglip_fwd_kernel, {"bias_ptr": "*fp32", "sums_ptr": "*fp32"}),
-            ):
-                signature = features | more | sizes
-                exact = {"archs": archs, "options": {"enable_fp_fusion": False}, **launch}
-                cases.append(TritonCase(f"{what}_fwd{label}", kernel, signature, constexprs, **exact))
-        signature = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "pair_ptr": "*fp32", "n": "i32"}
-        signature |= dict.fromkeys(("e", "stride_x", "stride_y"), "i32:16")
-        cases.append(TritonCase(f"pairs[{name}]", _pairs_kernel, signature, PAIRS_BLOCK))
-    pointers = ("part_ptr", "pair_ptr", "scale_ptr", "loss_ptr", "slope_ptr")
-    signature = dict.fromkeys(pointers, "*fp32") | {"lse_ptr": "*fp64", "n": "i32", "parts": "i32"}
-    return [*cases, TritonCase("infonce_merge", _infonce_merge_kernel, signature, {"BLOCK": MERGE_BLOCK})]
+        plain = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "scale_ptr": "*fp32", "target_ptr": "*i64"}
+        plain |= {"row_ptr": "*fp32", "column_ptr": "*fp32"} | sizes
+        taught = {"taught_x_ptr": f"*{name}", "taught_y_ptr": f"*{name}"}
+        taught |= {"taught_row_ptr": "*fp32", "taught_column_ptr": "*fp32"}
+        for extras, more, without in ((0, {}, ids | taught), (1, ids, taught), (2, ids | taught, {})):
+            for major, archs in ((8, (80,)), (9, (90,)), (10, (100,))):
+                tile = _tile(major, extras)
+                constexprs = {**tile, "BLOCK_E": depth_block(dtype), "EXTRAS": extras, "FIELDS": FIELDS[extras]}
+                constexprs |= dict.fromkeys(without)
+                label = f"softmax_fwd[{name},{('plain', 'ids', 'teacher')[extras]},sm_{archs[0]}]"
+                cases.append(
+                    TritonCase(label, _softmax_fwd_kernel, plain | more, constexprs, archs=archs, **launch)
+                )
+    pointers = {"part_ptr": "*fp32", "scale_ptr": "*fp32", "pair_ptr": "*fp32", "out_ptr": "*fp64"}
+    pointers |= dict.fromkeys(("order_ptr", "start_ptr", "end_ptr"), "*i64") | {"count": "i32", "parts": "i32"}
+    for fields in FIELDS:
+        constexprs = {"FIELDS": fields, "BLOCK": MERGE_BLOCK}
+        cases.append(TritonCase(f"softmax_merge[{fields}]", _softmax_merge_kernel, pointers, constexprs))
+    return cases

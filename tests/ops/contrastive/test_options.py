@@ -1,27 +1,38 @@
 """InfoNCE and SigLIP with their options: against the written-out loss, the statistics, and a user's mistakes."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mmkernels import BackendError, ContrastiveStats, infonce, siglip
-from mmkernels.ops.contrastive import chunks, op
+from mmkernels.ops.contrastive import api, chunks, op
 from mmkernels.ops.contrastive.reference import LSE, MEAN, POSITIVE, TOTAL
-from mmkernels.runtime.backends import candidates
+from mmkernels.runtime.backends import candidates, resolve
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.contrastive import loss_and_gradients, plain_infonce_options
 
 N, E = 111, 40
 
 
-@pytest.fixture(params=["native", "reference"])
-def backend(request) -> str:
-    reason = candidates("contrastive", torch.device("cpu"), torch.float32)[request.param]
+def served(backend: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
+    reason = candidates("contrastive", torch.device(device), dtype)[backend]
     if reason is not None:
         pytest.skip(reason)
-    return request.param
+    return backend
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def backend(request) -> str:
+    return served(request.param)
+
+
+@pytest.fixture
+def widest(backend) -> torch.dtype:
+    """The widest type that a backend takes."""
+    return torch.float32 if backend == "triton" else torch.float64
 
 
 def rows(n, e=E, seed=0):
@@ -76,6 +87,14 @@ def cast(options, dtype):
     return {name: converted(value) for name, value in options.items()}
 
 
+def to_device(value, device):
+    if isinstance(value, dict):
+        return {name: to_device(v, device) for name, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(to_device(v, device) for v in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
 def inputs_of(m, dtype, seed=0):
     x = rows(N, E, 10 + seed)
     y = F.normalize(rows(m, E, 20 + seed) + (x if m == N else 0), dim=1)
@@ -90,29 +109,51 @@ def terms_of(x, y, scale):
     return logits.logsumexp(1).abs().mean(), None, None, (logits.softmax(1) * similarity.abs()).sum(1).mean()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_as_accurate_as_plain_pytorch(name, dtype):
-    if candidates("contrastive", torch.device("cpu"), dtype)["native"]:
-        pytest.skip("no native core")
+def judge(name, dtype, backend, device="cpu", seeds=4, factor=1.5):
+    """As accurate as plain PyTorch in the same dtype, several draws together."""
+    served(backend, dtype, device)
     m, options = OPTIONS[name]
-    ours = functools.partial(infonce, backend="native", **cast(options, dtype))
+    options = to_device(options, device)
+    ours = functools.partial(infonce, backend=backend, **cast(options, dtype))
     plain = functools.partial(plain_infonce_options, **cast(options, dtype))
     wide = functools.partial(plain_infonce_options, **cast(cast(options, dtype), torch.float64))
     results = []
-    for seed in range(4):
-        inputs = inputs_of(m, dtype, seed)
+    for seed in range(seeds):
+        inputs = [x.to(device) for x in inputs_of(m, dtype, seed)]
         truth = loss_and_gradients(wide, *(x.double() for x in inputs))
         mine, theirs = loss_and_gradients(ours, *inputs), loss_and_gradients(plain, *inputs)
         results.append((mine, theirs, truth, terms_of(*inputs)))
     for i, what in enumerate(("loss", "queries", "keys", "logit_scale")):
         got, expected, true = (torch.stack([draw[who][i] for draw in results]) for who in range(3))
         terms = None if true.ndim > 1 else torch.stack([draw[3][i] for draw in results])
-        assert_as_accurate(f"{name}: {what}", got, expected, true, factor=1.2, terms=terms)
+        assert_as_accurate(f"{name}: {what}", got, expected, true, factor=factor, terms=terms)
 
 
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_as_accurate_as_plain_pytorch(name, dtype):
+    judge(name, dtype, "native", factor=1.2)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(name, LOW[i % 3]) for i, name in enumerate(OPTIONS)], ids=str)
+def test_triton_interpreted(name, dtype):
+    judge(name, dtype, "triton", seeds=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_triton_on_a_gpu(name, dtype):
+    judge(name, dtype, "triton", "cuda")
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_float64_is_the_oracle(name, backend):
+    served(backend)
     m, options = OPTIONS[name]
     inputs = inputs_of(m, torch.float64)
     ours = loss_and_gradients(functools.partial(infonce, backend=backend, **options), *inputs)
@@ -137,6 +178,7 @@ def plain_siglip_ids(x, y, scale, bias, query_ids, key_ids):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_siglip_ids(dtype, backend):
+    served(backend, dtype)
     m, key_ids = N + 30, torch.cat([IDS, torch.arange(30)])
     ids = dict(query_ids=IDS, key_ids=key_ids)
     x, y, scale = inputs_of(m, dtype)
@@ -154,9 +196,9 @@ def test_siglip_ids(dtype, backend):
         assert_as_accurate(what, *three)
 
 
-def test_statistics(backend):
-    x, y, scale = inputs_of(N, torch.float64)
-    negatives = rows(30, E, 8)
+def test_statistics(backend, widest):
+    x, y, scale = inputs_of(N, widest)
+    negatives = rows(30, E, 8).to(widest)
     loss, stats = infonce(x, y, scale, negatives=negatives, return_stats=True, backend=backend)
     assert isinstance(stats, ContrastiveStats)
     logits, wide = scale * x @ y.T, scale * x @ torch.cat([y, negatives]).T
@@ -164,8 +206,8 @@ def test_statistics(backend):
     torch.testing.assert_close(loss, infonce(x, y, scale, negatives=negatives, backend=backend))
     torch.testing.assert_close(stats.lse_q, wide.logsumexp(1))
     torch.testing.assert_close(stats.lse_k, logits.logsumexp(0))
-    assert stats.accuracy_q == (wide.argmax(1) == labels).double().mean()
-    assert stats.accuracy_k == (logits.argmax(0) == labels).double().mean()
+    torch.testing.assert_close(stats.accuracy_q, (wide.argmax(1) == labels).to(widest).mean())
+    torch.testing.assert_close(stats.accuracy_k, (logits.argmax(0) == labels).to(widest).mean())
     torch.testing.assert_close(stats.positive, (logits / scale).diagonal().mean())
     torch.testing.assert_close(stats.negative, (logits / scale)[off].mean())
     entropies = (-(s.softmax(1) * s.log_softmax(1)).sum(1).mean() for s in (wide, logits.T))
@@ -190,27 +232,33 @@ def test_statistics_of_siglip(backend):
     loss, stats = siglip(x, y, scale, -5.0, return_stats=True, backend=backend)
     torch.testing.assert_close(loss, siglip(x, y, scale, -5.0, backend=backend))
     torch.testing.assert_close(stats.lse_q, (scale * x @ y.T - 5).logsumexp(1))
-    assert stats.accuracy_q == ((x @ y.T).argmax(1) == torch.arange(N)).float().mean()
+    torch.testing.assert_close(stats.accuracy_q, ((x @ y.T).argmax(1) == torch.arange(N)).float().mean())
+
+
+def tolerance(dtype):
+    """Of sums in another order."""
+    return dict(rtol=1e-5, atol=2e-6) if dtype == torch.float32 else {}
 
 
 def statistics(x, y, scale, targets, backend="native", columns=True):
     return op.softmax_fwd(x, y, scale, targets, None, None, "positive", *(None,) * 4, True, columns, backend)
 
 
-def test_parts_merge_into_the_whole(backend):
+def test_parts_merge_into_the_whole(backend, widest):
     """What a distributed loss does: local rows against all keys, columns merged over ranks; one rank has no rows."""
-    x, y, scale = inputs_of(N, torch.float64)
+    x, y, scale = inputs_of(N, widest)
+    assert_close = functools.partial(torch.testing.assert_close, **tolerance(widest))
     targets = torch.arange(N)
     of_rows, of_columns = statistics(x, y, scale, targets, backend)
     parts = [slice(0, 40), slice(40, 40), slice(40, N)]
     seen = [statistics(x[part], y, scale, targets[part], backend) for part in parts]
-    torch.testing.assert_close(torch.cat([rows for rows, _ in seen], 1), of_rows)
+    assert_close(torch.cat([rows for rows, _ in seen], 1), of_rows)
     columns = torch.stack([columns for _, columns in seen])  # [W, 7, M]
     lse = columns[:, LSE].logsumexp(0)
-    torch.testing.assert_close(lse, of_columns[LSE])
-    torch.testing.assert_close(((columns[:, LSE] - lse).exp() * columns[:, MEAN]).sum(0), of_columns[MEAN])
-    torch.testing.assert_close(columns[:, [POSITIVE, TOTAL]].sum(0), of_columns[[POSITIVE, TOTAL]])
-    torch.testing.assert_close(columns[:, 5:].amax(0), of_columns[5:])
+    assert_close(lse, of_columns[LSE])
+    assert_close(((columns[:, LSE] - lse).exp() * columns[:, MEAN]).sum(0), of_columns[MEAN])
+    assert_close(columns[:, [POSITIVE, TOTAL]].sum(0), of_columns[[POSITIVE, TOTAL]])
+    assert_close(columns[:, 5:].amax(0), of_columns[5:])
 
     weights = torch.rand(2, 4, N, dtype=torch.float64)
 
@@ -219,8 +267,8 @@ def test_parts_merge_into_the_whole(backend):
         return op.softmax_bwd(weights[0][:, part], weights[1], x[part], y, scale, of_rows[LSE, part], lse, *rest)
 
     dx, dy = backward(slice(0, N))
-    torch.testing.assert_close(torch.cat([backward(part)[0] for part in parts]), dx)
-    torch.testing.assert_close(sum(backward(part)[1] for part in parts), dy)
+    assert_close(torch.cat([backward(part)[0] for part in parts]), dx)
+    assert_close(sum(backward(part)[1] for part in parts), dy)
 
 
 @pytest.mark.parametrize("name", ["all", "all, ids", "more keys"])
@@ -240,6 +288,15 @@ def test_siglip_oracle_in_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "LOGITS", 20 * N)
     for got, want in zip(loss_and_gradients(loss, x, y, scale), whole, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["all", "ids", "one way", "targets"])
+def test_same_bits_again_interpreted(name):
+    served("triton")
+    m, options = OPTIONS[name]
+    loss = functools.partial(infonce, backend="triton", **cast(options, torch.float32))
+    first, again = (loss_and_gradients(loss, *inputs_of(m, torch.float32)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("name", ["all", "ids", "one way"])
@@ -299,7 +356,7 @@ def test_no_rows_and_one_row(backend):
 def test_logits_that_overflow_float32(backend):
     """Where float64 has a finite loss, so have we."""
     x, y = rows(20, 8), rows(20, 8, 1)
-    loss = infonce(x.float() * 1e15, y.float() * 1e15, torch.tensor(1e6), symmetric=False, backend="native")
+    loss = infonce(x.float() * 1e15, y.float() * 1e15, torch.tensor(1e6), symmetric=False, backend=backend)
     truth = plain_infonce_options(
         (x.float() * 1e15).double(), (y.float() * 1e15).double(), torch.tensor(1e6).double(), symmetric=False
     )
@@ -372,5 +429,8 @@ def test_mistakes_under_compile_are_asserted():
 
 
 def test_a_backend_that_does_not_know_an_option_says_so():
-    with pytest.raises(BackendError, match="no GPU kernel knows label_smoothing yet"):
-        infonce(X, Y, 1.0, label_smoothing=0.1, backend="triton")
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32)
+    limits = api._limits({"targets": None, "label_smoothing": 0.1}, on_gpu)
+    with pytest.raises(BackendError, match=r"(?s)native: no CUDA C\+\+ kernel knows label_smoothing.*reference: can"):
+        resolve("contrastive", on_gpu, "native", limits)
+    assert resolve("contrastive", on_gpu, "triton", limits) == "triton"

@@ -1,0 +1,182 @@
+"""The pairwise sigmoid loss and its gradient: epilogues of the tile engine.
+
+With z = -1 for a positive pair, else +1, and u = z (scale · S + bias), the loss is softplus(u), its derivative by the
+logit z sigmoid(u). Each program leaves three sums; nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmkernels.ops._tl import cast, generation
+
+from .triton_tile import (
+    NUM_STAGES,
+    NUM_WARPS,
+    SMALL_TILE,
+    TILE,
+    TRITON_TYPES,
+    Rule,
+    depth_block,
+    grid_of,
+    log1p_of_unit,
+    own,
+    pairs,
+    rows_of,
+    rule_of,
+    sigmoid_of_sign,
+    similarity,
+    tile_of,
+)
+
+__all__ = ["aot_cases", "positive_pointers", "positives_of", "sigmoid_fwd", "siglip_fwd"]
+
+
+@triton.jit
+def _logit_tile(
+    x_ptr, y_ptr, scale_ptr, bias_ptr, target_ptr, pair_ptr, row_id_ptr, column_id_ptr,
+    o_i, o_j, m_i, m_j, e, stride_x, stride_y,
+    IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """S, z and u: [BLOCK_M, BLOCK_N] each. Positive are the pairs of one id, or the target, whose similarity is given."""
+    b_s = similarity(x_ptr, y_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
+    if IDS:
+        row_id = tl.load(row_id_ptr + o_i, mask=m_i, other=0)  # [BLOCK_M]
+        column_id = tl.load(column_id_ptr + o_j, mask=m_j, other=0)  # [BLOCK_N]
+        m_positive = row_id[:, None] == column_id[None, :]
+    else:
+        target = tl.load(target_ptr + o_i, mask=m_i, other=-1).to(tl.int32)  # [BLOCK_M]
+        pair = tl.load(pair_ptr + o_i, mask=m_i, other=0.0)
+        m_positive = o_j[None, :] == target[:, None]
+        b_s = tl.where(m_positive, pair[:, None], b_s)
+    b_sign = tl.where(m_positive, -1.0, 1.0)
+    return b_s, b_sign, b_sign * (b_s * tl.load(scale_ptr) + tl.load(bias_ptr))
+
+
+@triton.jit
+def _sigmoid_fwd_kernel(
+    x_ptr, y_ptr, scale_ptr, bias_ptr,  # [N, E], [M, E], [], []
+    target_ptr, pair_ptr, row_id_ptr, column_id_ptr,  # [N], [N], [N], [M]
+    sums_ptr,  # [row tiles, splits, 3]: loss, d loss / d scale, d loss / d bias
+    n, m, e, stride_x, stride_y, split_size,
+    IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    tile, part = tl.program_id(0), tl.program_id(1)
+    o_i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_i = o_i < n
+    loss = tl.zeros((BLOCK_M,), tl.float32)
+    by_scale = tl.zeros((BLOCK_M,), tl.float32)
+    by_bias = tl.zeros((BLOCK_M,), tl.float32)
+    for j0 in range(part * split_size, tl.minimum((part + 1) * split_size, m), BLOCK_N):
+        o_j = j0 + tl.arange(0, BLOCK_N)
+        m_j = o_j < m
+        b_s, b_sign, b_z = _logit_tile(
+            x_ptr, y_ptr, scale_ptr, bias_ptr, target_ptr, pair_ptr, row_id_ptr, column_id_ptr,
+            o_i, o_j, m_i, m_j, e, stride_x, stride_y, IDS, BLOCK_M, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
+        b_e = tl.exp(-tl.abs(b_z))
+        m_ij = m_i[:, None] & m_j[None, :]
+        loss += tl.sum(tl.where(m_ij, tl.maximum(b_z, 0.0) + log1p_of_unit(b_e), 0.0), 1)
+        b_g = tl.where(m_ij, b_sign * sigmoid_of_sign(b_z, b_e), 0.0)
+        by_scale += tl.sum(b_g * b_s, 1)
+        by_bias += tl.sum(b_g, 1)
+    sums_ptr += (tile * tl.num_programs(1) + part) * 3
+    tl.store(sums_ptr, tl.sum(loss, 0))
+    tl.store(sums_ptr + 1, tl.sum(by_scale, 0))
+    tl.store(sums_ptr + 2, tl.sum(by_bias, 0))
+
+
+@triton.jit
+def _sigmoid_gradient_kernel(
+    x_ptr, y_ptr, scale_ptr, bias_ptr,  # [N, E], [M, E], [], []
+    target_ptr, pair_ptr, row_id_ptr, column_id_ptr,  # [N], [N], [N], [M]
+    g_ptr,  # [rows, cols] of the superblock at (row0, column0): d loss / d logit, times `unit`
+    row0, column0, rows, cols, e, stride_x, stride_y, stride_g, unit,
+    IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    o_r = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_i, m_j = o_r < rows, o_c < cols
+    _, b_sign, b_z = _logit_tile(
+        x_ptr, y_ptr, scale_ptr, bias_ptr, target_ptr, pair_ptr, row_id_ptr, column_id_ptr,
+        row0 + o_r, column0 + o_c, m_i, m_j, e, stride_x, stride_y, IDS, BLOCK_M, BLOCK_N, BLOCK_E,
+    )  # fmt: skip
+    b_g = b_sign * sigmoid_of_sign(b_z, tl.exp(-tl.abs(b_z))) * unit
+    o_g = o_r.to(tl.int64)[:, None] * stride_g + o_c[None, :]
+    tl.store(g_ptr + o_g, cast(b_g, g_ptr.dtype.element_ty), mask=m_i[:, None] & m_j[None, :])
+
+
+def positives_of(x: Tensor, y: Tensor, rule: Rule) -> tuple[Tensor | None, ...]:
+    """target_ptr, pair_ptr, row_id_ptr, column_id_ptr of the kernels: those of a rule that they read."""
+    if rule.by_id:
+        return None, None, rule.row_ids, rule.column_ids
+    return rule.target, pairs(x, y, rule.target), None, None
+
+
+def _sums(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rule: Rule) -> Tensor:
+    (n, e), m = x.shape, y.shape[0]
+    if n == 0 or m == 0:
+        return x.new_zeros(3, dtype=torch.float64)
+    tile = tile_of(generation(x.device))
+    row_tiles = triton.cdiv(n, tile["BLOCK_M"])
+    _, splits, split_size = grid_of(n, m, tile, x.device)
+    sums = x.new_empty(row_tiles, splits, 3, dtype=torch.float32)
+    _sigmoid_fwd_kernel[(row_tiles, splits)](
+        x, y, scale, bias, *positives_of(x, y, rule), sums, n, m, e, x.stride(0), y.stride(0), split_size,
+        IDS=rule.by_id, **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return sums.sum((0, 1), dtype=torch.float64)
+
+
+def sigmoid_fwd(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+) -> Tensor:
+    """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
+    x, y = rows_of(queries), rows_of(keys)
+    return _sums(x, y, logit_scale, logit_bias, rule_of(x, targets, query_ids, key_ids, "positive"))
+
+
+def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
+    x, y = rows_of(queries), rows_of(keys)
+    sums = _sums(x, y, logit_scale, logit_bias, rule_of(x, own(x), None, None, "positive"))
+    loss, by_scale, by_bias = (sums / max(x.shape[0], 1)).float().unbind()
+    return loss.clone(), by_scale.clone(), by_bias.clone()
+
+
+def aot_cases() -> list:
+    """Every configuration of the forward; those of the gradient are in `triton_bwd.py`, whose launcher has them."""
+    from mmkernels.testing.aot import TritonCase
+
+    sizes = {"n": "i32", "m": "i32"} | dict.fromkeys(("e", "stride_x", "stride_y", "split_size"), "i32:16")
+    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
+    cases = []
+    for dtype, name in TRITON_TYPES.items():
+        features = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "scale_ptr": "*fp32", "bias_ptr": "*fp32"}
+        features |= {"sums_ptr": "*fp32"} | sizes
+        for tile, archs in ((TILE, (80, 90)), (SMALL_TILE, (100,))):
+            for ids in (False, True):
+                signature, without = positive_pointers(ids)
+                constexprs = {**tile, "BLOCK_E": depth_block(dtype), "IDS": ids} | without
+                label = f"sigmoid_fwd[{name},{'ids' if ids else 'plain'},{tile['BLOCK_M']}x{tile['BLOCK_N']}]"
+                options = {"archs": archs, "options": {"enable_fp_fusion": False}, **launch}
+                cases.append(TritonCase(label, _sigmoid_fwd_kernel, features | signature, constexprs, **options))
+    return cases
+
+
+def positive_pointers(ids: bool) -> tuple[dict[str, str], dict[str, None]]:
+    """Types of the pointers that `positives_of` gives, and names of those that are None."""
+    by_target, by_id = {"target_ptr": "*i64", "pair_ptr": "*fp32"}, dict.fromkeys(("row_id_ptr", "column_id_ptr"), "*i64")
+    return (by_id, dict.fromkeys(by_target)) if ids else (by_target, dict.fromkeys(by_id))
