@@ -233,8 +233,8 @@ def sample_negatives(
             default.
         targets: [N] int64 or int32: each query's positive, when there are no ids; by default key i is query i's.
         generator: a CPU generator, or None for torch's default one.
-        backend: None for the fastest one that can serve, or "native", "reference"; on a GPU the reference alone, which
-            stores the logits.
+        backend: None for the fastest one that can serve, or "native" (CPU), "triton", "reference", which stores the
+            logits.
 
     Returns:
         [N] int64 indices of keys; -1 for a query without any negative. No gradient.
@@ -253,7 +253,7 @@ def sample_negatives(
     scale = scalar("logit_scale", logit_scale, queries)
     pairs = pairs_of(queries, keys, targets, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)
     seed = torch.randint(2**32, (2,), generator=generator, device="cpu").to(queries.device)
-    chosen = resolve("contrastive", queries, backend, _limits({"sample_negatives": True}, queries) | {"triton": "not yet"})
+    chosen = resolve("contrastive", queries, backend, _limits({"sample_negatives": True}, queries))
     return op.sample_negatives(queries.detach(), keys.detach(), scale.detach(), seed, *pairs.rule()[:3], chosen)
 
 
@@ -265,8 +265,8 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
         queries: [N, E] float32, bfloat16, float16 or float64.
         keys: [M, E], same dtype and device.
         k: 1 to M.
-        backend: None for the fastest one that can serve, or "native", "reference"; on a GPU the reference alone, which
-            stores the similarities.
+        backend: None for the fastest one that can serve, or "native" (CPU), "triton", "reference", which stores the
+            similarities. On a GPU every 128 of k are one more pass over the keys.
 
     Returns:
         values [N, k] in float32 (float64 for float64 features), largest first, and indices [N, k] int64; of equal
@@ -278,7 +278,7 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
     """
     check_features(queries, keys)
     check_k(k, keys)
-    chosen = resolve("contrastive", queries, backend, _limits({"topk_similar": True}, queries) | {"triton": "not yet"})
+    chosen = resolve("contrastive", queries, backend, _limits({"topk_similar": True}, queries))
     return op.topk_similar(queries.detach(), keys.detach(), k, chosen)
 
 

@@ -61,9 +61,12 @@ HIGHEST_G = 2.0**15
 
 def _gradient_tile(dtype: torch.dtype, major: int, extras: int = 0) -> dict[str, int]:
     # Three tf32 products for each float32 one need the room; so do sm_100 and EXTRAS.
+    full = dtype == torch.float32
     if extras > 1:
+        return {"BLOCK_M": 32 if full else 64, "BLOCK_N": 64}
+    if full and extras > 0:
         return {"BLOCK_M": 64, "BLOCK_N": 64}
-    return {"BLOCK_M": 128, "BLOCK_N": 64} if dtype == torch.float32 or major >= 10 or extras > 0 else TILE
+    return {"BLOCK_M": 128, "BLOCK_N": 64} if full or major >= 10 or extras > 0 else TILE
 
 
 @triton.jit(do_not_specialize=["columns"])

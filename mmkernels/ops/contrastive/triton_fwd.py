@@ -38,7 +38,6 @@ from .triton_tile import (
     LOWEST,
     NUM_STAGES,
     NUM_WARPS,
-    SMALL_TILE,
     TRITON_TYPES,
     Rule,
     depth_block,
@@ -68,10 +67,13 @@ FIELDS = (3, 6, 7)
 MERGE_BLOCK = 128
 
 
-def _tile(major: int, extras: int) -> dict[str, int]:
-    if extras > 1:
-        return {"BLOCK_M": 64, "BLOCK_N": 32}
-    return SMALL_TILE if extras > 0 else tile_of(major)
+def _tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
+    """With BLOCK_E. Further sums, the teacher's tile and three tf32 products for each float32 one need the room."""
+    if extras == 0:
+        return {**tile_of(major), "BLOCK_E": depth_block(dtype)}
+    full = dtype == torch.float32
+    depth = 16 if full and extras > 1 else depth_block(dtype)
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if full or extras > 1 else 64, "BLOCK_E": depth}
 
 
 @triton.jit
@@ -306,7 +308,7 @@ def _statistics(
     """Of rows [7, N], and of columns [7, M] if it is said which targets join them."""
     (n, e), m = x.shape, y.shape[0]
     pair = pairs(x, y, rule.target)
-    tile = _tile(generation(x.device), extras)
+    tile = _tile(x.dtype, generation(x.device), extras)
     groups, splits, split_size = grid_of(n, m, tile, x.device)
     of_rows = x.new_empty(splits, FIELDS[extras], n, dtype=torch.float32)
     of_columns = x.new_empty(groups if columns else 0, FIELDS[extras], m, dtype=torch.float32)
@@ -320,7 +322,7 @@ def _statistics(
     _softmax_fwd_kernel[(groups, splits)](
         x, y, scale, rule.target, *more, of_rows, of_columns, n, m, e, x.stride(0), y.stride(0), *sizes, split_size,
         int(columns is not None), int(has_ids), int(rule.by_id), int(rule.ignore), **tile, EXTRAS=extras,
-        FIELDS=FIELDS[extras], BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        FIELDS=FIELDS[extras], num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     merged = _merge(of_rows, scale, pair, _joins_of_rows(rule.target, m), extras)
     return merged, None if columns is None else _merge(of_columns, scale, pair, columns, extras)
@@ -394,8 +396,7 @@ def aot_cases() -> list:
         taught |= {"taught_row_ptr": "*fp32", "taught_column_ptr": "*fp32"}
         for extras, more, without in ((0, {}, ids | taught), (1, ids, taught), (2, ids | taught, {})):
             for major, archs in ((8, (80,)), (9, (90,)), (10, (100,))):
-                tile = _tile(major, extras)
-                constexprs = {**tile, "BLOCK_E": depth_block(dtype), "EXTRAS": extras, "FIELDS": FIELDS[extras]}
+                constexprs = {**_tile(dtype, major, extras), "EXTRAS": extras, "FIELDS": FIELDS[extras]}
                 constexprs |= dict.fromkeys(without)
                 label = f"softmax_fwd[{name},{('plain', 'ids', 'teacher')[extras]},sm_{archs[0]}]"
                 cases.append(

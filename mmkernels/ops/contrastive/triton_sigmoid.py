@@ -18,8 +18,6 @@ from mmkernels.ops._tl import cast, generation
 from .triton_tile import (
     NUM_STAGES,
     NUM_WARPS,
-    SMALL_TILE,
-    TILE,
     TRITON_TYPES,
     Rule,
     depth_block,
@@ -35,6 +33,10 @@ from .triton_tile import (
 )
 
 __all__ = ["aot_cases", "positive_pointers", "positives_of", "sigmoid_fwd", "siglip_fwd"]
+
+
+def _tile(dtype: torch.dtype, major: int, ids: bool) -> dict[str, int]:
+    return {"BLOCK_M": 64, "BLOCK_N": 32} if ids and dtype == torch.float32 else tile_of(major)
 
 
 @triton.jit
@@ -122,7 +124,7 @@ def _sums(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rule: Rule) -> Tens
     (n, e), m = x.shape, y.shape[0]
     if n == 0 or m == 0:
         return x.new_zeros(3, dtype=torch.float64)
-    tile = tile_of(generation(x.device))
+    tile = _tile(x.dtype, generation(x.device), rule.by_id)
     row_tiles = triton.cdiv(n, tile["BLOCK_M"])
     _, splits, split_size = grid_of(n, m, tile, x.device)
     sums = x.new_empty(row_tiles, splits, 3, dtype=torch.float32)
@@ -166,11 +168,11 @@ def aot_cases() -> list:
     for dtype, name in TRITON_TYPES.items():
         features = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "scale_ptr": "*fp32", "bias_ptr": "*fp32"}
         features |= {"sums_ptr": "*fp32"} | sizes
-        for tile, archs in ((TILE, (80, 90)), (SMALL_TILE, (100,))):
+        for major, archs in ((9, (80, 90)), (10, (100,))):
             for ids in (False, True):
                 signature, without = positive_pointers(ids)
-                constexprs = {**tile, "BLOCK_E": depth_block(dtype), "IDS": ids} | without
-                label = f"sigmoid_fwd[{name},{'ids' if ids else 'plain'},{tile['BLOCK_M']}x{tile['BLOCK_N']}]"
+                constexprs = {**_tile(dtype, major, ids), "BLOCK_E": depth_block(dtype), "IDS": ids} | without
+                label = f"sigmoid_fwd[{name},{'ids' if ids else 'plain'},sm_{archs[0]}]"
                 options = {"archs": archs, "options": {"enable_fp_fusion": False}, **launch}
                 cases.append(TritonCase(label, _sigmoid_fwd_kernel, features | signature, constexprs, **options))
     return cases

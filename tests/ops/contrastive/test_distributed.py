@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkernels import GradCache, infonce, siglip
+from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 
 EXCHANGES = ("all_gather", "ring")
@@ -191,7 +192,7 @@ def test_siglip_is_that_of_one_process(world: int, ragged: bool) -> None:
     ranks.run(world, _siglip, ragged)
 
 
-def _accuracy(rank: int, world: int, dtype: torch.dtype, exchange: str) -> None:
+def _accuracy(rank: int, world: int, dtype: torch.dtype, exchange: str, backend: str | None) -> None:
     rows, e = [40, 23, 0, 61][:world], 48
     begin = sum(rows[:rank])
     mine = slice(begin, begin + rows[rank])
@@ -207,7 +208,7 @@ def _accuracy(rank: int, world: int, dtype: torch.dtype, exchange: str) -> None:
     truth = run(plain_infonce, *(x.double() for x in inputs), mine, 1)
     plain = run(plain_infonce, *inputs, mine, 1)
     ours = run(
-        lambda x, y, s: infonce(x, y, s, group=dist.group.WORLD, exchange=exchange),
+        lambda x, y, s: infonce(x, y, s, group=dist.group.WORLD, exchange=exchange, backend=backend),
         *(x[mine] for x in inputs),
         slice(None),
         world,
@@ -219,7 +220,15 @@ def _accuracy(rank: int, world: int, dtype: torch.dtype, exchange: str) -> None:
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_as_accurate_as_plain_pytorch(dtype: torch.dtype, exchange: str) -> None:
-    ranks.run(4, _accuracy, dtype, exchange)
+    ranks.run(4, _accuracy, dtype, exchange, None)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_triton_interpreted(exchange: str) -> None:
+    reason = candidates("contrastive", torch.device("cpu"), torch.float32)["triton"]
+    if reason is not None:
+        pytest.skip(reason)
+    ranks.run(4, _accuracy, torch.float32, exchange, "triton")
 
 
 class Tower(nn.Module):
