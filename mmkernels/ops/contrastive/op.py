@@ -294,13 +294,21 @@ def _topk_fake(queries: Tensor, keys: Tensor, k: int, backend: str) -> tuple[Ten
 sample_negatives = Op(
     "contrastive_sample_fwd",
     f"(Tensor queries, Tensor keys, Tensor logit_scale, Tensor seed, {_PAIRS}, str backend) -> Tensor",
-    impls={"native": native.sample_negatives, "triton": _triton("fwd", "sample_negatives"), "reference": reference.sample_negatives},
+    impls={
+        "native": native.sample_negatives,
+        "triton": _triton("fwd", "sample_negatives"),
+        "reference": reference.sample_negatives,
+    },
     fake=_sample_fake,
 )
 
 topk_similar = Op(
     "contrastive_topk_fwd",
     "(Tensor queries, Tensor keys, int k, str backend) -> (Tensor values, Tensor indices)",
-    impls={"native": native.topk_similar, "triton": _triton("fwd", "topk_similar"), "reference": reference.topk_similar},
+    impls={
+        "native": native.topk_similar,
+        "triton": _triton("fwd", "topk_similar"),
+        "reference": reference.topk_similar,
+    },
     fake=_topk_fake,
 )

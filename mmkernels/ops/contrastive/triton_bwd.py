@@ -1,25 +1,17 @@
-"""Backward of the contrastive losses: feature gradients.
+"""Backward of the softmax losses: the gradient of any function of their statistics.
 
-With G = d / d similarity up to a constant factor, dX = factor · G Y and dY = factor · Gᵀ X. Superblock by superblock,
-small enough for its G to stay in L2, two kinds of kernel take turns:
-
-    gradient     recomputes a tile of S = X Yᵀ and writes that tile of G in the features' type
-    accumulate   a product with float32 sums: rows of dX += G Y, rows of dY += Gᵀ X; the last one of a row scales and
-                 rounds to the features' type
-
-The gradient of softmax statistics, given coefficients u, v, ... of rows and columns (op.py):
+Given coefficients u, v, ... of rows and columns (op.py), `triton_gradients.py` runs on tiles of
 
     G_ij = scale (u_i p_ij + v_j q_ij) + positive (..) + seen (..) + teacher (..)
 
 with p and q the softmax of rows and columns. A target's entry is formed in float64 by a kernel of its own: what a p
 close to 1 lacks is the gradient. EXTRAS as in the forward; with 0 all coefficients of an lse are one number.
 
-Nothing is added atomically, so the bits do not depend on timing. Together with the forward: four products for InfoNCE.
+Together with the forward: four products for InfoNCE.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._tl import cast, dot, generation
+from mmkernels.ops._tl import cast, generation
 
-from .reference import LSE, POSITIVE
-from .triton_sigmoid import _sigmoid_gradient_kernel, positive_pointers, positives_of
+from . import triton_gradients, triton_sigmoid
+from .reference import LSE
+from .triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
+from .triton_sigmoid import siglip_bwd, sigmoid_bwd
 from .triton_tile import (
     NUM_STAGES,
     NUM_WARPS,
@@ -48,25 +42,17 @@ from .triton_tile import (
 
 __all__ = ["aot_cases", "infonce_bwd", "siglip_bwd", "sigmoid_bwd", "softmax_bwd"]
 
-TILE = {"BLOCK_M": 128, "BLOCK_N": 128}
-
-# Rows and columns of the superblock of G: 32 MB in a 16-bit type.
-SUPERBLOCK = 4096
 TARGETS_BLOCK = 128
 
-# The small entries of G matter: in float16 they would be subnormal, so there G is stored times a power of two that
-# takes the largest to about this.
-HIGHEST_G = 2.0**15
 
-
-def _gradient_tile(dtype: torch.dtype, major: int, extras: int = 0) -> dict[str, int]:
-    # Three tf32 products for each float32 one need the room; so do sm_100 and EXTRAS.
+def _tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
+    """Further terms of G need the room."""
     full = dtype == torch.float32
     if extras > 1:
         return {"BLOCK_M": 32 if full else 64, "BLOCK_N": 64}
-    if full and extras > 0:
-        return {"BLOCK_M": 64, "BLOCK_N": 64}
-    return {"BLOCK_M": 128, "BLOCK_N": 64} if full or major >= 10 or extras > 0 else TILE
+    if extras > 0:
+        return {"BLOCK_M": 64 if full else 128, "BLOCK_N": 64}
+    return gradient_tile(dtype, major)
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -158,78 +144,6 @@ def _softmax_gradient_kernel(
     tl.store(g_ptr + o_g, cast(b_g, g_ptr.dtype.element_ty), mask=m_i[:, None] & m_j[None, :])
 
 
-@triton.jit(do_not_specialize=["first", "last"])
-def _accumulate_kernel(
-    a_ptr, b_ptr, sum_ptr, out_ptr, factor_ptr,  # [rows, depth], [depth, E], [rows, E], [rows, E], []
-    rows, depth, e, stride_a_row, stride_a_depth, stride_b, stride_out, first, last,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    o_i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_e = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
-    m_i, m_e = o_i < rows, o_e < e
-    a_ptrs = a_ptr + o_i.to(tl.int64)[:, None] * stride_a_row + o_k.to(tl.int64)[None, :] * stride_a_depth
-    b_ptrs = b_ptr + o_k.to(tl.int64)[:, None] * stride_b + o_e[None, :]
-    b_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k0 in range(0, depth, BLOCK_K):
-        m_k = o_k < depth - k0
-        b_a = tl.load(a_ptrs, mask=m_i[:, None] & m_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        b_b = tl.load(b_ptrs, mask=m_k[:, None] & m_e[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-        b_sum += dot(b_a, b_b)
-        a_ptrs += BLOCK_K * stride_a_depth
-        b_ptrs += BLOCK_K * stride_b
-    mask = m_i[:, None] & m_e[None, :]
-    o_sum = o_i.to(tl.int64)[:, None] * e + o_e[None, :]
-    if first == 0:
-        b_sum += tl.load(sum_ptr + o_sum, mask=mask, other=0.0)
-    if last != 0:
-        o_out = o_i.to(tl.int64)[:, None] * stride_out + o_e[None, :]
-        tl.store(out_ptr + o_out, cast(b_sum * tl.load(factor_ptr), out_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(sum_ptr + o_sum, b_sum, mask=mask)
-
-
-def _accumulate(a: Tensor, b: Tensor, running: Tensor, out: Tensor, factor: Tensor, first: bool, last: bool) -> None:
-    """out = factor * (running + a @ b) when last, else running += a @ b (without what was there when first)."""
-    (rows, depth), e = a.shape, b.shape[1]
-    grid = triton.cdiv(e, TILE["BLOCK_N"]), triton.cdiv(rows, TILE["BLOCK_M"])
-    _accumulate_kernel[grid](
-        a, b, running, out, factor, rows, depth, e, a.stride(0), a.stride(1), b.stride(0), out.stride(0),
-        int(first), int(last), **TILE, BLOCK_K=depth_block(b.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
-    )  # fmt: skip
-
-
-# Launches G of a superblock: (row0, column0, rows, cols, g, grid).
-_Gradient = Callable[[int, int, int, int, Tensor, tuple[int, int]], None]
-
-
-def _feature_gradients(
-    gradient: _Gradient, tile: dict[str, int], factor: Tensor, x: Tensor, y: Tensor, need: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
-    """Runs over the superblocks of G, which `gradient` makes in tiles of `tile`."""
-    (n, e), m = x.shape, y.shape[0]
-    need_x, need_y = need
-    dx, dy = x.new_empty(n if need_x else 0, e), y.new_empty(m if need_y else 0, e)
-    if n == 0 or m == 0 or e == 0:
-        return dx.zero_(), dy.zero_()
-    size = SUPERBLOCK
-    g = x.new_empty(min(n, size), min(m, size))
-    x_running = x.new_empty(min(n, size) if need_x and m > size else 0, e, dtype=torch.float32)
-    y_running = x.new_empty(m if need_y and n > size else 0, e, dtype=torch.float32)
-    for i in range(0, n, size):
-        rows = min(size, n - i)
-        for j in range(0, m, size):
-            cols = min(size, m - j)
-            gradient(i, j, rows, cols, g, (triton.cdiv(cols, tile["BLOCK_N"]), triton.cdiv(rows, tile["BLOCK_M"])))
-            b_g = g[:rows, :cols]
-            if need_x:
-                _accumulate(b_g, y[j : j + cols], x_running, dx[i : i + rows], factor, j == 0, j + cols == m)
-            if need_y:
-                running = y_running[j : j + cols]
-                _accumulate(b_g.T, x[i : i + rows], running, dy[j : j + cols], factor, i == 0, i + rows == n)
-    return dx, dy
-
-
 def _unit(coefficients: tuple[Tensor, Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What G is stored times, [] float32."""
     if dtype != torch.float16:
@@ -278,7 +192,7 @@ def _softmax_gradients(
     if teacher is not None:
         sizes = teacher[0].shape[1], teacher[0].stride(0), teacher[1].stride(0)
     flags = int(rule.by_id or rule.ignore), int(rule.by_id), int(rule.ignore)
-    tile = _gradient_tile(x.dtype, generation(x.device), extras)
+    tile = _tile(x.dtype, generation(x.device), extras)
 
     def gradient(i: int, j: int, rows: int, cols: int, g: Tensor, grid: tuple[int, int]) -> None:
         _softmax_gradient_kernel[grid](
@@ -287,7 +201,7 @@ def _softmax_gradients(
             num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         )  # fmt: skip
 
-    return _feature_gradients(gradient, tile, 1 / unit, x, y, need)
+    return feature_gradients(gradient, tile, 1 / unit, x, y, need)
 
 
 def softmax_bwd(
@@ -344,113 +258,34 @@ def infonce_bwd(
     return _softmax_gradients((weights, weights), x, y, logit_scale, (lse_q, lse_k), rule, None, 0, need)
 
 
-def _sigmoid_gradients(
-    factor: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rule: Rule, need: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
-    e = x.shape[1]
-    tile = _gradient_tile(x.dtype, generation(x.device))
-    unit = HIGHEST_G / 2 if x.dtype == torch.float16 else 1.0
-    positives = positives_of(x, y, rule)
-
-    def gradient(i: int, j: int, rows: int, cols: int, g: Tensor, grid: tuple[int, int]) -> None:
-        _sigmoid_gradient_kernel[grid](
-            x, y, scale, bias, *positives, g, i, j, rows, cols, e, x.stride(0), y.stride(0), g.stride(0), unit,
-            IDS=rule.by_id, **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
-        )  # fmt: skip
-
-    return _feature_gradients(gradient, tile, (factor / unit).float(), x, y, need)
-
-
-def sigmoid_bwd(
-    grad_sum: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    need_queries: bool,
-    need_keys: bool,
-) -> tuple[Tensor, Tensor]:
-    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
-    x, y = rows_of(queries), rows_of(keys)
-    rule = rule_of(x, targets, query_ids, key_ids, "positive")
-    factor = grad_sum.double() * logit_scale
-    return _sigmoid_gradients(factor, x, y, logit_scale, logit_bias, rule, (need_queries, need_keys))
-
-
-def siglip_bwd(
-    grad_loss: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    need_queries: bool,
-    need_keys: bool,
-) -> tuple[Tensor, Tensor]:
-    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
-    grad_sum = grad_loss.double() / max(queries.shape[0], 1)
-    own_keys = own(queries), None, None
-    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, *own_keys, need_queries, need_keys)
-
-
 def aot_cases() -> list:
-    """Every configuration the launchers above use."""
+    """Every configuration of the backward: the launchers' above, the product, and the sigmoid's G."""
     from mmkernels.testing.aot import TritonCase
 
     launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-    cases = []
+    cases = [*triton_gradients.aot_cases(), *triton_sigmoid.aot_cases_bwd()]
     for dtype, name in TRITON_TYPES.items():
-        cases += [*_softmax_cases(dtype, name, launch), *_sigmoid_cases(dtype, name, launch)]
-        operands = {"a_ptr": f"*{name}", "b_ptr": f"*{name}", "sum_ptr": "*fp32", "out_ptr": f"*{name}"}
-        operands |= {"factor_ptr": "*fp32", "rows": "i32", "depth": "i32", "e": "i32:16"}
-        operands |= {"stride_b": "i32:16", "stride_out": "i32:16", "first": "i32", "last": "i32"}
-        constexprs = {**TILE, "BLOCK_K": depth_block(dtype)}
-        # G as it lies, and transposed. Triton makes a stride of 1 a constant of the kernel.
-        for what, long, unit in (("dx", "stride_a_row", "stride_a_depth"), ("dy", "stride_a_depth", "stride_a_row")):
-            label, signature = f"accumulate_{what}_bwd[{name}]", operands | {long: "i32:16"}
-            cases.append(TritonCase(label, _accumulate_kernel, signature, constexprs | {unit: 1}, **launch))
+        plain = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "g_ptr": f"*{name}", "target_ptr": "*i64"}
+        plain |= dict.fromkeys(("scale_ptr", "at_target_ptr", "line_q_ptr", "line_k_ptr"), "*fp32")
+        plain |= dict.fromkeys(("rows", "cols", "n", "m", "has_ids", "by_id", "ignore"), "i32")
+        plain |= dict.fromkeys(("row0", "column0", "e", "stride_x", "stride_y", "stride_g"), "i32:16")
+        plain |= dict.fromkeys(("f", "stride_taught_x", "stride_taught_y"), "i32:16")
+        ids = {"row_id_ptr": "*i64", "column_id_ptr": "*i64"}
+        taught = {"taught_x_ptr": f"*{name}", "taught_y_ptr": f"*{name}"}
+        taught |= {"taught_row_ptr": "*fp32", "taught_column_ptr": "*fp32"}
+        for extras, more, without in ((0, {}, ids | taught), (1, ids, taught), (2, ids | taught, {})):
+            for major, archs in ((8, (80,)), (9, (90,)), (10, (100,))):
+                constexprs: dict[str, Any] = {
+                    **_tile(dtype, major, extras),
+                    "BLOCK_E": depth_block(dtype),
+                    "EXTRAS": extras,
+                }
+                label = f"softmax_gradient_bwd[{name},{('plain', 'ids', 'teacher')[extras]},sm_{archs[0]}]"
+                constexprs |= dict.fromkeys(without)
+                cases.append(
+                    TritonCase(label, _softmax_gradient_kernel, plain | more, constexprs, archs=archs, **launch)
+                )
     signature = {"pair_ptr": "*fp32", "target_ptr": "*i64", "scale_ptr": "*fp32", "unit_ptr": "*fp32"}
     signature |= dict.fromkeys(("lse_q_ptr", "lse_k_ptr", "coefficient_q_ptr", "coefficient_k_ptr"), "*fp64")
     signature |= {"out_ptr": "*fp32"} | dict.fromkeys(("n", "m", "columns"), "i32")
     return [*cases, TritonCase("at_target_bwd", _at_target_kernel, signature, {"BLOCK": TARGETS_BLOCK})]
-
-
-def _softmax_cases(dtype: torch.dtype, name: str, launch: dict[str, Any]) -> list:
-    from mmkernels.testing.aot import TritonCase
-
-    plain = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "g_ptr": f"*{name}", "target_ptr": "*i64"}
-    plain |= dict.fromkeys(("scale_ptr", "at_target_ptr", "line_q_ptr", "line_k_ptr"), "*fp32")
-    plain |= dict.fromkeys(("rows", "cols", "n", "m", "has_ids", "by_id", "ignore"), "i32")
-    plain |= dict.fromkeys(("row0", "column0", "e", "stride_x", "stride_y", "stride_g"), "i32:16")
-    plain |= dict.fromkeys(("f", "stride_taught_x", "stride_taught_y"), "i32:16")
-    ids = {"row_id_ptr": "*i64", "column_id_ptr": "*i64"}
-    taught = {"taught_x_ptr": f"*{name}", "taught_y_ptr": f"*{name}"}
-    taught |= {"taught_row_ptr": "*fp32", "taught_column_ptr": "*fp32"}
-    cases = []
-    for extras, more, without in ((0, {}, ids | taught), (1, ids, taught), (2, ids | taught, {})):
-        for major, archs in ((8, (80,)), (9, (90,)), (10, (100,))):
-            constexprs = {**_gradient_tile(dtype, major, extras), "BLOCK_E": depth_block(dtype), "EXTRAS": extras}
-            label = f"softmax_gradient_bwd[{name},{('plain', 'ids', 'teacher')[extras]},sm_{archs[0]}]"
-            constexprs |= dict.fromkeys(without)
-            cases.append(TritonCase(label, _softmax_gradient_kernel, plain | more, constexprs, archs=archs, **launch))
-    return cases
-
-
-def _sigmoid_cases(dtype: torch.dtype, name: str, launch: dict[str, Any]) -> list:
-    from mmkernels.testing.aot import TritonCase
-
-    signature = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "g_ptr": f"*{name}", "unit": "fp32"}
-    signature |= {"scale_ptr": "*fp32", "bias_ptr": "*fp32", "rows": "i32", "cols": "i32"}
-    signature |= dict.fromkeys(("row0", "column0", "e", "stride_x", "stride_y", "stride_g"), "i32:16")
-    cases = []
-    for major, archs in ((9, (80, 90)), (10, (100,))):
-        for ids in (False, True):
-            pointers, without = positive_pointers(ids)
-            constexprs = {**_gradient_tile(dtype, major), "BLOCK_E": depth_block(dtype), "IDS": ids} | without
-            label = f"sigmoid_gradient_bwd[{name},{'ids' if ids else 'plain'},sm_{archs[0]}]"
-            cases.append(
-                TritonCase(label, _sigmoid_gradient_kernel, signature | pointers, constexprs, archs=archs, **launch)
-            )
-    return cases

@@ -13,8 +13,8 @@ The difference is taken before the product: near the largest logit it is exact, 
 rows stay in registers until the row tile is done; those of columns the program merges into its own slice of a
 [groups, FIELDS, M] buffer. Programs share no slice, so there are no atomics and the bits do not depend on timing.
 
-A small kernel merges the slices in float64. There a row's target joins, which the tiles leave out of these sums: when
-it has nearly all of the mass, what little the others have is the loss.
+`triton_merge.py` merges the slices in float64. There a row's target joins, which the tiles leave out of these sums:
+when it has nearly all of the mass, what little the others have is the loss.
 
 EXTRAS, the same kernel with more sums: 1, totals and ids; 2, those and a second product S' = X' Y'ᵀ, the teacher's.
 """
@@ -30,10 +30,11 @@ from torch import Tensor
 
 from mmkernels.ops._tl import generation
 
-from . import triton_search, triton_sigmoid, triton_tile
-from .reference import BEST, LSE, MEAN, POSITIVE, STATISTICS, TOP, TOTAL
+from . import triton_merge, triton_search, triton_sigmoid, triton_tile
+from .reference import LSE, MEAN, POSITIVE, STATISTICS, TOTAL
+from .triton_merge import FIELDS, Joins, joins_of_columns, joins_of_rows, merge, of_nothing
 from .triton_search import sample_negatives, topk_similar
-from .triton_sigmoid import sigmoid_fwd, siglip_fwd
+from .triton_sigmoid import siglip_fwd, sigmoid_fwd
 from .triton_tile import (
     LOWEST,
     NUM_STAGES,
@@ -56,15 +57,11 @@ __all__ = [
     "aot_cases",
     "infonce_fwd",
     "sample_negatives",
-    "sigmoid_fwd",
     "siglip_fwd",
+    "sigmoid_fwd",
     "softmax_fwd",
     "topk_similar",
 ]
-
-# Lines of partial statistics: ref, sum, dot; total, positive, best; teacher.
-FIELDS = (3, 6, 7)
-MERGE_BLOCK = 128
 
 
 def _tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
@@ -160,7 +157,7 @@ def _softmax_fwd_kernel(
                 tl.store(column_ptr + m + o_j, new_sum, mask=m_j)
                 tl.store(column_ptr + 2 * m + o_j, new_dot, mask=m_j)
                 if EXTRAS > 0:
-                    more = column_ptr + 3 * tl.cast(m, tl.int64) + o_j
+                    more = column_ptr + 3 * m + o_j
                     old = tl.load(more, mask=m_old, other=0.0)
                     tl.store(more, old + tl.sum(tl.where(m_seen, b_s, 0.0), 0), mask=m_j)
                     old = tl.load(more + m, mask=m_old, other=0.0)
@@ -185,114 +182,6 @@ def _softmax_fwd_kernel(
             tl.store(row_ptr + 6 * n + o_i, row_taught, mask=m_i)
 
 
-@triton.jit
-def _softmax_merge_kernel(
-    part_ptr, scale_ptr,  # [parts, FIELDS, count], []
-    pair_ptr, order_ptr, start_ptr, end_ptr,  # [N], [N], [count], [count]: the pairs order[start:end] join a line
-    out_ptr,  # [7, count] float64; see op.py
-    count, parts,
-    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = o < count
-    scale = tl.load(scale_ptr)
-    sign = tl.where(scale < 0, -1.0, 1.0).to(tl.float64)
-    size = tl.maximum(tl.abs(scale), 1e-30)
-    size = tl.where(scale == scale, size, scale)
-    ptr = part_ptr + o
-    highest = tl.full((BLOCK,), LOWEST, tl.float32)
-    for _ in range(parts):
-        highest = tl.maximum(highest, tl.load(ptr, mask=mask, other=LOWEST))  # [BLOCK]
-        ptr += FIELDS * count
-    total = tl.zeros((BLOCK,), tl.float64)
-    dot = tl.zeros((BLOCK,), tl.float64)
-    seen = tl.zeros((BLOCK,), tl.float64)
-    positive = tl.zeros((BLOCK,), tl.float64)
-    taught = tl.zeros((BLOCK,), tl.float64)
-    best = tl.full((BLOCK,), LOWEST, tl.float64)
-    ptr = part_ptr + o
-    for _ in range(parts):
-        b_ref = tl.load(ptr, mask=mask, other=LOWEST)
-        below = tl.where(b_ref > LOWEST, b_ref - highest, 0.0)
-        weight = tl.exp(below * size).to(tl.float64)
-        b_sum = tl.load(ptr + count, mask=mask, other=0.0).to(tl.float64)
-        b_dot = tl.load(ptr + 2 * count, mask=mask, other=0.0).to(tl.float64)
-        total += weight * b_sum
-        dot += weight * (b_dot + b_sum * below.to(tl.float64))
-        if FIELDS > 3:
-            seen += tl.load(ptr + 3 * count, mask=mask, other=0.0).to(tl.float64)
-            positive += tl.load(ptr + 4 * count, mask=mask, other=0.0).to(tl.float64)
-            best = tl.maximum(best, tl.load(ptr + 5 * count, mask=mask, other=LOWEST).to(tl.float64))
-        if FIELDS > 6:
-            taught += tl.load(ptr + 6 * count, mask=mask, other=0.0).to(tl.float64)
-        ptr += FIELDS * count
-
-    ref, size = highest.to(tl.float64), size.to(tl.float64)
-    start = tl.load(start_ptr + o, mask=mask, other=0)
-    joining = tl.load(end_ptr + o, mask=mask, other=0) - start
-    for k in range(tl.max(joining, 0)):
-        joins = k < joining
-        i = tl.load(order_ptr + start + k, mask=joins, other=0)
-        a = tl.load(pair_ptr + i, mask=joins, other=0.0).to(tl.float64) * sign
-        higher = tl.where(joins, tl.maximum(ref, a), ref)
-        before, e = tl.exp((ref - higher) * size), tl.where(joins, tl.exp((a - higher) * size), 0.0)
-        dot = (dot + total * (ref - higher)) * before + tl.where(joins, e * (a - higher), 0.0)
-        total = total * before + e
-        positive += tl.where(joins, a, 0.0)
-        best = tl.where(joins, tl.maximum(best, a), best)
-        ref = higher
-
-    nothing = float("-inf")
-    size = tl.abs(scale).to(tl.float64)
-    any_seen = total != 0
-    tl.store(out_ptr + o, tl.where(any_seen, size * ref + tl.log(total), nothing), mask=mask)
-    out_ptr += o
-    tl.store(out_ptr + count, sign * positive, mask=mask)
-    tl.store(out_ptr + 2 * count, sign * seen, mask=mask)
-    tl.store(out_ptr + 3 * count, sign * taught, mask=mask)
-    tl.store(out_ptr + 4 * count, tl.where(any_seen, sign * (ref + dot / total), 0.0), mask=mask)
-    tl.store(out_ptr + 5 * count, tl.where(ref > LOWEST, size * ref, nothing), mask=mask)
-    tl.store(out_ptr + 6 * count, tl.where(best > LOWEST, size * best, nothing), mask=mask)
-
-
-class _Joins(NamedTuple):
-    """Which rows' targets join each row, or each column: rows order[start[o] : end[o]], int64."""
-
-    order: Tensor
-    start: Tensor
-    end: Tensor
-
-
-def _joins_of_rows(target: Tensor, m: int) -> _Joins:
-    own_row = torch.arange(target.shape[0], device=target.device)
-    return _Joins(own_row, own_row, own_row + ((target >= 0) & (target < m)))
-
-
-def _joins_of_columns(target: Tensor, m: int) -> _Joins:
-    ordered, order = target.sort(stable=True)
-    columns = torch.arange(m, device=target.device)
-    return _Joins(
-        order, torch.searchsorted(ordered, columns, right=False), torch.searchsorted(ordered, columns, right=True)
-    )
-
-
-def _merge(parts: Tensor, scale: Tensor, pair: Tensor, joins: _Joins, extras: int) -> Tensor:
-    count = parts.shape[2]
-    out = parts.new_empty(STATISTICS, count, dtype=torch.float64)
-    _softmax_merge_kernel[(triton.cdiv(count, MERGE_BLOCK),)](
-        parts, scale, pair, *joins, out, count, parts.shape[0], FIELDS=FIELDS[extras], BLOCK=MERGE_BLOCK, num_warps=4
-    )
-    return out
-
-
-def _of_nothing(features: Tensor) -> Tensor:
-    """The statistics of rows that see nothing: [7, count]."""
-    out = features.new_zeros(STATISTICS, features.shape[0], dtype=torch.float64)
-    for what in (LSE, TOP, BEST):
-        out[what] = -torch.inf
-    return out
-
-
 class _Teacher(NamedTuple):
     """Features [N, F], [M, F] and the lse of rows [2, N] and columns [2, M], split."""
 
@@ -303,7 +192,7 @@ class _Teacher(NamedTuple):
 
 
 def _statistics(
-    x: Tensor, y: Tensor, scale: Tensor, rule: Rule, teacher: _Teacher | None, extras: int, columns: _Joins | None
+    x: Tensor, y: Tensor, scale: Tensor, rule: Rule, teacher: _Teacher | None, extras: int, columns: Joins | None
 ) -> tuple[Tensor, Tensor | None]:
     """Of rows [7, N], and of columns [7, M] if it is said which targets join them."""
     (n, e), m = x.shape, y.shape[0]
@@ -324,8 +213,8 @@ def _statistics(
         int(columns is not None), int(has_ids), int(rule.by_id), int(rule.ignore), **tile, EXTRAS=extras,
         FIELDS=FIELDS[extras], num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
-    merged = _merge(of_rows, scale, pair, _joins_of_rows(rule.target, m), extras)
-    return merged, None if columns is None else _merge(of_columns, scale, pair, columns, extras)
+    merged = merge(of_rows, scale, pair, joins_of_rows(rule.target, m), extras)
+    return merged, None if columns is None else merge(of_columns, scale, pair, columns, extras)
 
 
 def softmax_fwd(
@@ -347,14 +236,14 @@ def softmax_fwd(
     x, y = rows_of(queries), rows_of(keys)
     n, m = x.shape[0], y.shape[0]
     if n == 0 or m == 0:
-        return _of_nothing(x), _of_nothing(y if columns else y[:0])
+        return of_nothing(x), of_nothing(y if columns else y[:0])
     rule = rule_of(x, targets, query_ids, key_ids, same_id)
     teacher = None
     if teacher_queries is not None and teacher_keys is not None and teacher_lse_q is not None:
         lse = lines_of(teacher_lse_q, logit_scale, n), lines_of(teacher_lse_k, logit_scale, m)
         teacher = _Teacher(rows_of(teacher_queries), rows_of(teacher_keys), *lse)
     extras = 2 if teacher is not None else int(totals or rule.by_id or rule.ignore)
-    joins = _joins_of_columns(rule.target, m) if columns else None
+    joins = joins_of_columns(rule.target, m) if columns else None
     of_rows, of_columns = _statistics(x, y, logit_scale, rule, teacher, extras, joins)
     if not totals:
         for of in (of_rows, of_columns):
@@ -372,7 +261,7 @@ def infonce_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Ten
         return zero, lse, lse.clone(), zero.clone()
     target = own(x)
     rule = Rule(target, target, target, False, False)
-    of_rows, of_columns = _statistics(x, y, logit_scale, rule, None, 0, _Joins(target, target, target + 1))
+    of_rows, of_columns = _statistics(x, y, logit_scale, rule, None, 0, Joins(target, target, target + 1))
     assert of_columns is not None
     total = (of_rows + of_columns).sum(1) / (2 * n)
     loss, slope = total[LSE] - logit_scale * total[POSITIVE], total[MEAN] - total[POSITIVE]
@@ -387,7 +276,12 @@ def aot_cases() -> list:
     sizes |= dict.fromkeys(("e", "stride_x", "stride_y", "f", "stride_taught_x", "stride_taught_y"), "i32:16")
     sizes |= {"split_size": "i32:16"}
     ids = {"row_id_ptr": "*i64", "column_id_ptr": "*i64"}
-    cases = [*triton_tile.aot_cases(), *triton_sigmoid.aot_cases(), *triton_search.aot_cases()]
+    cases = [
+        *triton_tile.aot_cases(),
+        *triton_merge.aot_cases(),
+        *triton_sigmoid.aot_cases(),
+        *triton_search.aot_cases(),
+    ]
     launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
     for dtype, name in TRITON_TYPES.items():
         plain = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "scale_ptr": "*fp32", "target_ptr": "*i64"}
@@ -396,15 +290,8 @@ def aot_cases() -> list:
         taught |= {"taught_row_ptr": "*fp32", "taught_column_ptr": "*fp32"}
         for extras, more, without in ((0, {}, ids | taught), (1, ids, taught), (2, ids | taught, {})):
             for major, archs in ((8, (80,)), (9, (90,)), (10, (100,))):
-                constexprs = {**_tile(dtype, major, extras), "EXTRAS": extras, "FIELDS": FIELDS[extras]}
+                constexprs: dict[str, Any] = {**_tile(dtype, major, extras), "EXTRAS": extras, "FIELDS": FIELDS[extras]}
                 constexprs |= dict.fromkeys(without)
                 label = f"softmax_fwd[{name},{('plain', 'ids', 'teacher')[extras]},sm_{archs[0]}]"
-                cases.append(
-                    TritonCase(label, _softmax_fwd_kernel, plain | more, constexprs, archs=archs, **launch)
-                )
-    pointers = {"part_ptr": "*fp32", "scale_ptr": "*fp32", "pair_ptr": "*fp32", "out_ptr": "*fp64"}
-    pointers |= dict.fromkeys(("order_ptr", "start_ptr", "end_ptr"), "*i64") | {"count": "i32", "parts": "i32"}
-    for fields in FIELDS:
-        constexprs = {"FIELDS": fields, "BLOCK": MERGE_BLOCK}
-        cases.append(TritonCase(f"softmax_merge[{fields}]", _softmax_merge_kernel, pointers, constexprs))
+                cases.append(TritonCase(label, _softmax_fwd_kernel, plain | more, constexprs, archs=archs, **launch))
     return cases

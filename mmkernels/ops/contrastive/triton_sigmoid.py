@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmkernels.ops._tl import cast, generation
 
+from .triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
 from .triton_tile import (
     NUM_STAGES,
     NUM_WARPS,
@@ -32,7 +33,7 @@ from .triton_tile import (
     tile_of,
 )
 
-__all__ = ["aot_cases", "positive_pointers", "positives_of", "sigmoid_fwd", "siglip_fwd"]
+__all__ = ["aot_cases", "aot_cases_bwd", "siglip_bwd", "siglip_fwd", "sigmoid_bwd", "sigmoid_fwd"]
 
 
 def _tile(dtype: torch.dtype, major: int, ids: bool) -> dict[str, int]:
@@ -45,7 +46,7 @@ def _logit_tile(
     o_i, o_j, m_i, m_j, e, stride_x, stride_y,
     IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """S, z and u: [BLOCK_M, BLOCK_N] each. Positive are the pairs of one id, or the target, whose similarity is given."""
+    """S, z and u: [BLOCK_M, BLOCK_N] each. Positive: the pairs of one id, or the target, whose similarity is known."""
     b_s = similarity(x_ptr, y_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
     if IDS:
         row_id = tl.load(row_id_ptr + o_i, mask=m_i, other=0)  # [BLOCK_M]
@@ -113,7 +114,7 @@ def _sigmoid_gradient_kernel(
     tl.store(g_ptr + o_g, cast(b_g, g_ptr.dtype.element_ty), mask=m_i[:, None] & m_j[None, :])
 
 
-def positives_of(x: Tensor, y: Tensor, rule: Rule) -> tuple[Tensor | None, ...]:
+def _positives_of(x: Tensor, y: Tensor, rule: Rule) -> tuple[Tensor | None, ...]:
     """target_ptr, pair_ptr, row_id_ptr, column_id_ptr of the kernels: those of a rule that they read."""
     if rule.by_id:
         return None, None, rule.row_ids, rule.column_ids
@@ -129,7 +130,7 @@ def _sums(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rule: Rule) -> Tens
     _, splits, split_size = grid_of(n, m, tile, x.device)
     sums = x.new_empty(row_tiles, splits, 3, dtype=torch.float32)
     _sigmoid_fwd_kernel[(row_tiles, splits)](
-        x, y, scale, bias, *positives_of(x, y, rule), sums, n, m, e, x.stride(0), y.stride(0), split_size,
+        x, y, scale, bias, *_positives_of(x, y, rule), sums, n, m, e, x.stride(0), y.stride(0), split_size,
         IDS=rule.by_id, **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -158,8 +159,67 @@ def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: T
     return loss.clone(), by_scale.clone(), by_bias.clone()
 
 
+def _sigmoid_gradients(
+    factor: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rule: Rule, need: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    tile = gradient_tile(x.dtype, generation(x.device))
+    unit = HIGHEST_G / 2 if x.dtype == torch.float16 else 1.0
+    positives = _positives_of(x, y, rule)
+
+    def gradient(i: int, j: int, rows: int, cols: int, g: Tensor, grid: tuple[int, int]) -> None:
+        _sigmoid_gradient_kernel[grid](
+            x, y, scale, bias, *positives, g, i, j, rows, cols, x.shape[1], x.stride(0), y.stride(0), g.stride(0), unit,
+            IDS=rule.by_id, **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        )  # fmt: skip
+
+    return feature_gradients(gradient, tile, (factor / unit).float(), x, y, need)
+
+
+def sigmoid_bwd(
+    grad_sum: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    need_queries: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+    x, y = rows_of(queries), rows_of(keys)
+    rule = rule_of(x, targets, query_ids, key_ids, "positive")
+    factor = grad_sum.double() * logit_scale
+    return _sigmoid_gradients(factor, x, y, logit_scale, logit_bias, rule, (need_queries, need_keys))
+
+
+def siglip_bwd(
+    grad_loss: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    need_queries: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
+    grad_sum = grad_loss.double() / max(queries.shape[0], 1)
+    own_keys = own(queries), None, None
+    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, *own_keys, need_queries, need_keys)
+
+
+def _positive_pointers(ids: bool) -> tuple[dict[str, str], dict[str, None]]:
+    """Types of the pointers that `_positives_of` gives, and names of those that are None."""
+    by_target, by_id = (
+        {"target_ptr": "*i64", "pair_ptr": "*fp32"},
+        dict.fromkeys(("row_id_ptr", "column_id_ptr"), "*i64"),
+    )
+    return (by_id, dict.fromkeys(by_target)) if ids else (by_target, dict.fromkeys(by_id))
+
+
 def aot_cases() -> list:
-    """Every configuration of the forward; those of the gradient are in `triton_bwd.py`, whose launcher has them."""
+    """Every configuration of the forward."""
     from mmkernels.testing.aot import TritonCase
 
     sizes = {"n": "i32", "m": "i32"} | dict.fromkeys(("e", "stride_x", "stride_y", "split_size"), "i32:16")
@@ -170,7 +230,7 @@ def aot_cases() -> list:
         features |= {"sums_ptr": "*fp32"} | sizes
         for major, archs in ((9, (80, 90)), (10, (100,))):
             for ids in (False, True):
-                signature, without = positive_pointers(ids)
+                signature, without = _positive_pointers(ids)
                 constexprs = {**_tile(dtype, major, ids), "BLOCK_E": depth_block(dtype), "IDS": ids} | without
                 label = f"sigmoid_fwd[{name},{'ids' if ids else 'plain'},sm_{archs[0]}]"
                 options = {"archs": archs, "options": {"enable_fp_fusion": False}, **launch}
@@ -178,7 +238,22 @@ def aot_cases() -> list:
     return cases
 
 
-def positive_pointers(ids: bool) -> tuple[dict[str, str], dict[str, None]]:
-    """Types of the pointers that `positives_of` gives, and names of those that are None."""
-    by_target, by_id = {"target_ptr": "*i64", "pair_ptr": "*fp32"}, dict.fromkeys(("row_id_ptr", "column_id_ptr"), "*i64")
-    return (by_id, dict.fromkeys(by_target)) if ids else (by_target, dict.fromkeys(by_id))
+def aot_cases_bwd() -> list:
+    """Every configuration of the gradient."""
+    from mmkernels.testing.aot import TritonCase
+
+    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
+    cases = []
+    for dtype, name in TRITON_TYPES.items():
+        signature = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "g_ptr": f"*{name}", "unit": "fp32"}
+        signature |= {"scale_ptr": "*fp32", "bias_ptr": "*fp32", "rows": "i32", "cols": "i32"}
+        signature |= dict.fromkeys(("row0", "column0", "e", "stride_x", "stride_y", "stride_g"), "i32:16")
+        for major, archs in ((9, (80, 90)), (10, (100,))):
+            for ids in (False, True):
+                pointers, without = _positive_pointers(ids)
+                constexprs = {**gradient_tile(dtype, major), "BLOCK_E": depth_block(dtype), "IDS": ids} | without
+                label = f"sigmoid_gradient_bwd[{name},{'ids' if ids else 'plain'},sm_{archs[0]}]"
+                cases.append(
+                    TritonCase(label, _sigmoid_gradient_kernel, signature | pointers, constexprs, archs=archs, **launch)
+                )
+    return cases

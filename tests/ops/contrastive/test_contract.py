@@ -11,7 +11,7 @@ from mmkernels.testing.contrastive import plain_infonce, plain_siglip
 OPS = torch.ops.mmkernels
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=["native", "triton", "reference"])
 def backend(request) -> str:
     reason = candidates("contrastive", torch.device("cpu"), torch.float32)[request.param]
     if reason is not None:

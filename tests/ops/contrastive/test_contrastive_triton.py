@@ -1,0 +1,145 @@
+"""Triton's ops themselves, in the interpreter, against the float64 oracle: several tiles and superblocks each way."""
+
+import pytest
+import torch
+
+from mmkernels.ops.contrastive import reference
+from mmkernels.ops.contrastive.reference import LSE
+from mmkernels.runtime.backends import candidates
+from mmkernels.testing import assert_as_accurate
+
+REASON = candidates("contrastive", torch.device("cpu"), torch.float32)["triton"]
+if REASON is not None:
+    pytest.skip(REASON, allow_module_level=True)
+
+from mmkernels.ops.contrastive import triton_bwd, triton_fwd, triton_gradients  # noqa: E402
+
+N, M, E, F = 150, 170, 24, 10
+NO_TEACHER = (None,) * 4
+
+
+def drawn(*shape, seed):
+    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(low, high, count, seed):
+    return torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+X, Y = drawn(N, E, seed=0), drawn(M, E, seed=1)
+TEACHER = drawn(N, F, seed=2), drawn(M, F, seed=3)
+TARGETS = integers(-1, M, N, seed=4)  # several of one column, some of none
+IDS = integers(0, 20, N, seed=5), integers(0, 25, M, seed=6)  # rows and columns of no positive among them
+
+# name -> scale, (targets, query_ids, key_ids, same_id), teacher, totals, columns
+RULES = {
+    "targets": (3.0, (TARGETS, None, None, "positive"), False, False, True),
+    "targets, negative scale": (-3.0, (TARGETS, None, None, "positive"), False, True, True),
+    "targets, scale 0": (0.0, (TARGETS, None, None, "positive"), False, True, True),
+    "targets, large scale": (300.0, (TARGETS, None, None, "positive"), False, False, True),
+    "ids, teacher": (3.0, (None, *IDS, "positive"), True, True, True),
+    "ids, one way": (3.0, (None, *IDS, "positive"), False, False, False),
+    "ignored, teacher": (3.0, (TARGETS, *IDS, "ignore"), True, True, True),
+    "ignored, teacher, one way": (-3.0, (TARGETS, *IDS, "ignore"), True, False, False),
+    "ignored without targets": (3.0, (None, *IDS, "ignore"), False, True, True),
+    "nothing is positive": (3.0, (None, None, None, "positive"), False, False, False),
+    "nothing is seen": (3.0, (None, torch.zeros(N).long(), torch.zeros(M).long(), "ignore"), False, True, True),
+}
+
+
+def wide(values):
+    return tuple(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in values)
+
+
+def teacher_of(name):
+    """Features and lse of rows and columns."""
+    scale, rule, taught, _, columns = RULES[name]
+    if not taught:
+        return NO_TEACHER
+    rows, of_columns = reference.softmax_fwd(*wide((*TEACHER, torch.tensor(scale))), *rule, *NO_TEACHER, False, columns)
+    return *TEACHER, rows[LSE], of_columns[LSE] if columns else None
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_statistics(name):
+    scale, rule, _, totals, columns = RULES[name]
+    arguments = (X, Y, torch.tensor(scale), *rule, *teacher_of(name), totals, columns)
+    ours, truth = triton_fwd.softmax_fwd(*arguments), reference.softmax_fwd(*wide(arguments))
+    for got, expected in zip(ours, truth, strict=True):
+        torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6 * max(1, abs(scale)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [4096, 80])
+@pytest.mark.parametrize("name", RULES)
+def test_gradients(name, size, dtype, monkeypatch):
+    monkeypatch.setattr(triton_gradients, "SUPERBLOCK", size)
+    scale, rule, _, _, columns = RULES[name]
+    x, y, *teacher = (None if t is None else t.to(dtype) if t.ndim == 2 else t for t in (X, Y, *teacher_of(name)))
+    inputs = (x, y, torch.tensor(scale))
+    of_rows, of_columns = reference.softmax_fwd(*wide(inputs), *rule, *NO_TEACHER, False, columns)
+    # Of the size that a mean over many rows has: in float16 they would be 0.
+    coefficients = 1e-7 * drawn(4, N, seed=7).double(), 1e-7 * drawn(4, M if columns else 0, seed=8).double()
+    arguments = (*coefficients, *inputs, of_rows[LSE], of_columns[LSE], *rule, *teacher, True, True)
+    truth = reference.softmax_bwd(*wide(arguments))
+    plain = reference.softmax_bwd(*arguments)
+    for what, got, same_dtype, exact in zip("xy", triton_bwd.softmax_bwd(*arguments), plain, truth, strict=True):
+        assert got.dtype == dtype
+        if dtype == torch.float32:
+            assert_as_accurate(f"{name}: d{what}", got, same_dtype, exact)
+        else:  # the oracle rounds the result alone, a subnormal one to 2^-25; the kernels round G too
+            assert (got.double() - exact).abs().max() <= 1e-3 * exact.abs().max() + 2.0**-25
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize("ids", [False, True])
+def test_sides_without_rows(sizes, ids):
+    n, m = sizes
+    x, y, scale = X[:n], Y[:m], torch.tensor(2.0)
+    of_ids = (torch.zeros(n).long(), torch.zeros(m).long()) if ids else (None, None)
+    rule = (None if ids else torch.zeros(n).long(), *of_ids, "positive")
+    arguments = (x, y, scale, *rule, *NO_TEACHER, True, True)
+    ours, truth = triton_fwd.softmax_fwd(*arguments), reference.softmax_fwd(*wide(arguments))
+    for got, expected in zip(ours, truth, strict=True):
+        torch.testing.assert_close(got, expected)
+    coefficients = torch.ones(4, n).double(), torch.ones(4, m).double()
+    lse = ours[0][LSE], ours[1][LSE]
+    arguments = (*coefficients, x, y, scale, *lse, *rule, *NO_TEACHER, True, True)
+    for got, expected in zip(triton_bwd.softmax_bwd(*arguments), reference.softmax_bwd(*arguments), strict=True):
+        torch.testing.assert_close(got, expected)
+    bias = torch.tensor(-1.0)
+    got = triton_fwd.sigmoid_fwd(x, y, scale, bias, *rule[:3])
+    torch.testing.assert_close(got, reference.sigmoid_fwd(x, y, scale, bias, *rule[:3]), rtol=1e-6, atol=1e-6)
+    assert triton_fwd.sample_negatives(x, y, scale, torch.tensor([1, 2]), *rule[:3]).tolist() == [-1] * n
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_sigmoid_over_several_superblocks(ids, monkeypatch):
+    monkeypatch.setattr(triton_gradients, "SUPERBLOCK", 80)
+    rule = (None, *IDS) if ids else (TARGETS, None, None)
+    inputs = (X, Y, torch.tensor(3.0), torch.tensor(-2.0), *rule)
+    torch.testing.assert_close(
+        triton_fwd.sigmoid_fwd(*inputs), reference.sigmoid_fwd(*wide(inputs)), rtol=2e-6, atol=1e-4
+    )
+    grad = torch.tensor(1e-3, dtype=torch.float64)
+    truth = reference.sigmoid_bwd(grad, *wide(inputs), True, True)
+    for got, expected in zip(triton_bwd.sigmoid_bwd(grad, *inputs, True, True), truth, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+
+
+def test_a_gradient_nobody_needs_is_not_formed():
+    scale, rule, *_ = RULES["targets"]
+    of_rows, of_columns = reference.softmax_fwd(X, Y, torch.tensor(scale), *rule, *NO_TEACHER, False, True)
+    coefficients = torch.ones(4, N).double(), torch.ones(4, M).double()
+    arguments = (*coefficients, X, Y, torch.tensor(scale), of_rows[LSE], of_columns[LSE], *rule, *NO_TEACHER)
+    both = triton_bwd.softmax_bwd(*arguments, True, True)
+    for need in ((True, False), (False, True), (False, False)):
+        for alone, together, needed in zip(triton_bwd.softmax_bwd(*arguments, *need), both, need, strict=True):
+            assert torch.equal(alone, together if needed else together[:0])
+
+
+def test_topk_of_more_than_one_pass_and_split():
+    values, indices = triton_fwd.topk_similar(X[:3], Y, 140)
+    expected = reference.topk_similar(X[:3].double(), Y.double(), 140)
+    torch.testing.assert_close(values.double(), expected[0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(indices, expected[1])
