@@ -1,4 +1,4 @@
-"""The oracle a few rows at a time: options without a kernel in memory that grows with N + M.
+"""The oracle a few rows at a time: what no kernel serves (float64 on a GPU), in memory that grows with N + M.
 
 Statistics of rows stand as they are; those of columns are merged as the README's table says. Chunks depend on sizes
 alone, so the bits do not change from run to run.

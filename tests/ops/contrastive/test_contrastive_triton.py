@@ -1,4 +1,7 @@
-"""Triton's ops themselves, in the interpreter, against the float64 oracle: several tiles and superblocks each way."""
+"""Triton's ops themselves against the float64 oracle: several tiles and superblocks each way.
+
+On a GPU where there is one, else in the interpreter.
+"""
 
 import pytest
 import torch
@@ -8,22 +11,29 @@ from mmkernels.ops.contrastive.reference import LSE
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 
-REASON = candidates("contrastive", torch.device("cpu"), torch.float32)["triton"]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REASON = candidates("contrastive", DEVICE, torch.float32)["triton"]
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
 from mmkernels.ops.contrastive import triton_bwd, triton_fwd, triton_gradients  # noqa: E402
+
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 N, M, E, F = 150, 170, 24, 10
 NO_TEACHER = (None,) * 4
 
 
 def drawn(*shape, seed):
-    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def integers(low, high, count, seed):
-    return torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def number(value, dtype=torch.float32):
+    return torch.tensor(value, dtype=dtype, device=DEVICE)
 
 
 X, Y = drawn(N, E, seed=0), drawn(M, E, seed=1)
@@ -43,7 +53,7 @@ RULES = {
     "ignored, teacher, one way": (-3.0, (TARGETS, *IDS, "ignore"), True, False, False),
     "ignored without targets": (3.0, (None, *IDS, "ignore"), False, True, True),
     "nothing is positive": (3.0, (None, None, None, "positive"), False, False, False),
-    "nothing is seen": (3.0, (None, torch.zeros(N).long(), torch.zeros(M).long(), "ignore"), False, True, True),
+    "nothing is seen": (3.0, (None, integers(0, 1, N, seed=0), integers(0, 1, M, seed=0), "ignore"), False, True, True),
 }
 
 
@@ -56,14 +66,14 @@ def teacher_of(name):
     scale, rule, taught, _, columns = RULES[name]
     if not taught:
         return NO_TEACHER
-    rows, of_columns = reference.softmax_fwd(*wide((*TEACHER, torch.tensor(scale))), *rule, *NO_TEACHER, False, columns)
+    rows, of_columns = reference.softmax_fwd(*wide((*TEACHER, number(scale))), *rule, *NO_TEACHER, False, columns)
     return *TEACHER, rows[LSE], of_columns[LSE] if columns else None
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_statistics(name):
     scale, rule, _, totals, columns = RULES[name]
-    arguments = (X, Y, torch.tensor(scale), *rule, *teacher_of(name), totals, columns)
+    arguments = (X, Y, number(scale), *rule, *teacher_of(name), totals, columns)
     ours, truth = triton_fwd.softmax_fwd(*arguments), reference.softmax_fwd(*wide(arguments))
     for got, expected in zip(ours, truth, strict=True):
         torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6 * max(1, abs(scale)))
@@ -76,7 +86,7 @@ def test_gradients(name, size, dtype, monkeypatch):
     monkeypatch.setattr(triton_gradients, "SUPERBLOCK", size)
     scale, rule, _, _, columns = RULES[name]
     x, y, *teacher = (None if t is None else t.to(dtype) if t.ndim == 2 else t for t in (X, Y, *teacher_of(name)))
-    inputs = (x, y, torch.tensor(scale))
+    inputs = (x, y, number(scale))
     of_rows, of_columns = reference.softmax_fwd(*wide(inputs), *rule, *NO_TEACHER, False, columns)
     # Of the size that a mean over many rows has: in float16 they would be 0.
     coefficients = 1e-7 * drawn(4, N, seed=7).double(), 1e-7 * drawn(4, M if columns else 0, seed=8).double()
@@ -95,33 +105,33 @@ def test_gradients(name, size, dtype, monkeypatch):
 @pytest.mark.parametrize("ids", [False, True])
 def test_sides_without_rows(sizes, ids):
     n, m = sizes
-    x, y, scale = X[:n], Y[:m], torch.tensor(2.0)
-    of_ids = (torch.zeros(n).long(), torch.zeros(m).long()) if ids else (None, None)
-    rule = (None if ids else torch.zeros(n).long(), *of_ids, "positive")
+    x, y, scale = X[:n], Y[:m], number(2.0)
+    of_ids = (X.new_zeros(n).long(), X.new_zeros(m).long()) if ids else (None, None)
+    rule = (None if ids else X.new_zeros(n).long(), *of_ids, "positive")
     arguments = (x, y, scale, *rule, *NO_TEACHER, True, True)
     ours, truth = triton_fwd.softmax_fwd(*arguments), reference.softmax_fwd(*wide(arguments))
     for got, expected in zip(ours, truth, strict=True):
         torch.testing.assert_close(got, expected)
-    coefficients = torch.ones(4, n).double(), torch.ones(4, m).double()
+    coefficients = X.new_ones(4, n).double(), X.new_ones(4, m).double()
     lse = ours[0][LSE], ours[1][LSE]
     arguments = (*coefficients, x, y, scale, *lse, *rule, *NO_TEACHER, True, True)
     for got, expected in zip(triton_bwd.softmax_bwd(*arguments), reference.softmax_bwd(*arguments), strict=True):
         torch.testing.assert_close(got, expected)
-    bias = torch.tensor(-1.0)
+    bias = number(-1.0)
     got = triton_fwd.sigmoid_fwd(x, y, scale, bias, *rule[:3])
     torch.testing.assert_close(got, reference.sigmoid_fwd(x, y, scale, bias, *rule[:3]), rtol=1e-6, atol=1e-6)
-    assert triton_fwd.sample_negatives(x, y, scale, torch.tensor([1, 2]), *rule[:3]).tolist() == [-1] * n
+    assert triton_fwd.sample_negatives(x, y, scale, number([1, 2], torch.int64), *rule[:3]).tolist() == [-1] * n
 
 
 @pytest.mark.parametrize("ids", [False, True])
 def test_sigmoid_over_several_superblocks(ids, monkeypatch):
     monkeypatch.setattr(triton_gradients, "SUPERBLOCK", 80)
     rule = (None, *IDS) if ids else (TARGETS, None, None)
-    inputs = (X, Y, torch.tensor(3.0), torch.tensor(-2.0), *rule)
+    inputs = (X, Y, number(3.0), number(-2.0), *rule)
     torch.testing.assert_close(
         triton_fwd.sigmoid_fwd(*inputs), reference.sigmoid_fwd(*wide(inputs)), rtol=2e-6, atol=1e-4
     )
-    grad = torch.tensor(1e-3, dtype=torch.float64)
+    grad = number(1e-3, torch.float64)
     truth = reference.sigmoid_bwd(grad, *wide(inputs), True, True)
     for got, expected in zip(triton_bwd.sigmoid_bwd(grad, *inputs, True, True), truth, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
@@ -129,9 +139,9 @@ def test_sigmoid_over_several_superblocks(ids, monkeypatch):
 
 def test_a_gradient_nobody_needs_is_not_formed():
     scale, rule, *_ = RULES["targets"]
-    of_rows, of_columns = reference.softmax_fwd(X, Y, torch.tensor(scale), *rule, *NO_TEACHER, False, True)
-    coefficients = torch.ones(4, N).double(), torch.ones(4, M).double()
-    arguments = (*coefficients, X, Y, torch.tensor(scale), of_rows[LSE], of_columns[LSE], *rule, *NO_TEACHER)
+    of_rows, of_columns = reference.softmax_fwd(X, Y, number(scale), *rule, *NO_TEACHER, False, True)
+    coefficients = X.new_ones(4, N).double(), X.new_ones(4, M).double()
+    arguments = (*coefficients, X, Y, number(scale), of_rows[LSE], of_columns[LSE], *rule, *NO_TEACHER)
     both = triton_bwd.softmax_bwd(*arguments, True, True)
     for need in ((True, False), (False, True), (False, False)):
         for alone, together, needed in zip(triton_bwd.softmax_bwd(*arguments, *need), both, need, strict=True):
@@ -143,3 +153,12 @@ def test_topk_of_more_than_one_pass_and_split():
     expected = reference.topk_similar(X[:3].double(), Y.double(), 140)
     torch.testing.assert_close(values.double(), expected[0], rtol=1e-6, atol=1e-6)
     assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_sampling(ids):
+    rule = (None, *IDS) if ids else (TARGETS, None, None)
+    arguments = (X, Y, number(0.5), number([7, 2**32 - 1], torch.int64), *rule)
+    drawn_here, expected = triton_fwd.sample_negatives(*arguments), reference.sample_negatives(*wide(arguments))
+    assert (drawn_here == expected).double().mean() > 0.99  # but for ties of rounding
+    assert torch.equal(drawn_here, triton_fwd.sample_negatives(*arguments))
