@@ -45,7 +45,9 @@ def _triton(module: str, name: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         from . import triton_bwd, triton_fwd
 
-        return getattr({"fwd": triton_fwd, "bwd": triton_bwd}[module], name)(*args)
+        device = args[0].device
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            return getattr({"fwd": triton_fwd, "bwd": triton_bwd}[module], name)(*args)
 
     return launch
 

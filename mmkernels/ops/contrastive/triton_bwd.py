@@ -5,14 +5,14 @@ Given coefficients u, v, ... of rows and columns (op.py), `triton_gradients.py` 
     G_ij = scale (u_i p_ij + v_j q_ij) + positive (..) + seen (..) + teacher (..)
 
 with p and q the softmax of rows and columns. A target's entry is formed in float64 by a kernel of its own: what a p
-close to 1 lacks is the gradient. EXTRAS as in the forward; with 0 all coefficients of an lse are one number.
+close to 1 lacks is the gradient. EXTRAS as in the forward; 0 is the plain loss, whose G is p + q - 2 [j = target].
 
 Together with the forward: four products for InfoNCE.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -58,9 +58,9 @@ def _tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
 @triton.jit(do_not_specialize=["columns"])
 def _at_target_kernel(
     pair_ptr, target_ptr, lse_q_ptr, lse_k_ptr,  # [N] similarities, [N], [N], [M]
-    coefficient_q_ptr, coefficient_k_ptr, scale_ptr, unit_ptr,  # [4, N], [4, M], [], []
+    coefficient_q_ptr, coefficient_k_ptr, scale_ptr, unit_ptr,  # [4, N], [4, M], [], []; None, None: of EXTRAS 0
     out_ptr,  # [N]: G of each row and its target, but for totals and teacher
-    n, m, columns,
+    n, m, columns, unit,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -70,12 +70,16 @@ def _at_target_kernel(
     scale = tl.load(scale_ptr).to(tl.float64)
     logit = scale * tl.load(pair_ptr + o_i, mask=m_i, other=0.0).to(tl.float64)
     p = tl.exp(logit - tl.load(lse_q_ptr + o_i, mask=m_i, other=0.0))
-    g = scale * tl.load(coefficient_q_ptr + o_i, mask=m_i, other=0.0) * p
-    g += tl.load(coefficient_q_ptr + n + o_i, mask=m_i, other=0.0)
     q = tl.exp(logit - tl.load(lse_k_ptr + target, mask=m_j, other=float("inf")))
-    g += scale * tl.load(coefficient_k_ptr + target, mask=m_j, other=0.0) * q
-    g += tl.load(coefficient_k_ptr + m + target, mask=m_j, other=0.0)
-    tl.store(out_ptr + o_i, (g * tl.load(unit_ptr).to(tl.float64)).to(tl.float32), mask=m_i)
+    if coefficient_q_ptr is None:
+        g = ((p - 1.0) + (q - 1.0)) * unit
+    else:
+        g = scale * tl.load(coefficient_q_ptr + o_i, mask=m_i, other=0.0) * p
+        g += tl.load(coefficient_q_ptr + n + o_i, mask=m_i, other=0.0)
+        g += scale * tl.load(coefficient_k_ptr + target, mask=m_j, other=0.0) * q
+        g += tl.load(coefficient_k_ptr + m + target, mask=m_j, other=0.0)
+        g *= tl.load(unit_ptr).to(tl.float64)
+    tl.store(out_ptr + o_i, g.to(tl.float32), mask=m_i)
 
 
 @triton.jit
@@ -95,12 +99,12 @@ def weighted_softmax(b_a, line_ptr, weight_ptr, count, mask, scale, AXIS: tl.con
 @triton.jit(do_not_specialize=["has_ids", "by_id", "ignore"])
 def _softmax_gradient_kernel(
     x_ptr, y_ptr, scale_ptr, target_ptr, at_target_ptr,  # [N, E], [M, E], [], [N], [N]
-    line_q_ptr, line_k_ptr,  # [6, N], [6, M]: see lines_of
+    line_q_ptr, line_k_ptr,  # [6, N], [6, M] of lines_of; [2, N], [2, M] for EXTRAS 0
     row_id_ptr, column_id_ptr,  # [N], [M]
     taught_x_ptr, taught_y_ptr, taught_row_ptr, taught_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
     g_ptr,  # [rows, cols] of the superblock at (row0, column0)
     row0, column0, rows, cols, n, m, e, stride_x, stride_y, f, stride_taught_x, stride_taught_y, stride_g,
-    has_ids, by_id, ignore,
+    has_ids, by_id, ignore, unit,
     EXTRAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     o_r = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -109,13 +113,11 @@ def _softmax_gradient_kernel(
     o_i, o_j = row0 + o_r, column0 + o_c
     scale = tl.load(scale_ptr)
     b_s = similarity(x_ptr, y_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
-    if EXTRAS == 0:
-        weight = tl.load(line_q_ptr + 2 * n)
     line_q_ptr += o_i
     line_k_ptr += o_j
     if EXTRAS == 0:
         b_g = softmax_of(b_s, line_q_ptr, n, m_i, scale, 1)  # [BLOCK_M, BLOCK_N]
-        b_g = (b_g + softmax_of(b_s, line_k_ptr, m, m_j, scale, 0)) * weight
+        b_g = (b_g + softmax_of(b_s, line_k_ptr, m, m_j, scale, 0)) * unit
     else:
         b_g = weighted_softmax(b_s, line_q_ptr, line_q_ptr + 2 * n, n, m_i, scale, 1)
         b_g += weighted_softmax(b_s, line_k_ptr, line_k_ptr + 2 * m, m, m_j, scale, 0)
@@ -157,34 +159,48 @@ def _unit(coefficients: tuple[Tensor, Tensor], scale: Tensor, dtype: torch.dtype
     return power.exp2().float()
 
 
-def _softmax_gradients(
-    coefficients: tuple[Tensor, Tensor],
+class _Lines(NamedTuple):
+    """What the gradient kernel knows of rows and columns: lines_of each, and G at the targets [N]."""
+
+    at_target: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def _at_target(
+    x: Tensor,
+    y: Tensor,
+    target: Tensor,
+    lse: tuple[Tensor, Tensor],
+    coefficients: tuple[Tensor, Tensor] | tuple[None, None],
+    scale: Tensor,
+    unit: Tensor | float,
+    columns: bool,
+) -> Tensor:
+    n, m = x.shape[0], y.shape[0]
+    out = x.new_empty(n, dtype=torch.float32)
+    if n > 0:
+        units = (None, unit) if isinstance(unit, float) else (unit, 1.0)
+        _at_target_kernel[(triton.cdiv(n, TARGETS_BLOCK),)](
+            pairs(x, y, target), target, *lse, *coefficients, scale, units[0], out, n, m, int(columns), units[1],
+            BLOCK=TARGETS_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _features_from(
+    lines: _Lines,
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    lse: tuple[Tensor, Tensor],
     rule: Rule,
     teacher: tuple[Tensor, ...] | None,
     extras: int,
+    unit: float,
+    factor: Tensor,
     need: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
-    """Of the rows' coefficients, and the columns' if their number is not 0."""
     (n, e), m = x.shape, y.shape[0]
-    unit = _unit(coefficients, scale, x.dtype)
-    columns = coefficients[1].shape[1] > 0
-    of_rows = coefficients[0].contiguous()
-    of_columns = coefficients[1].contiguous() if columns else of_rows.new_zeros(4, m)
-    at_target = x.new_empty(n, dtype=torch.float32)
-    lse_q, lse_k = (of.contiguous() for of in lse)
-    if n > 0:
-        _at_target_kernel[(triton.cdiv(n, TARGETS_BLOCK),)](
-            pairs(x, y, rule.target), rule.target, lse_q, lse_k, of_rows, of_columns, scale, unit, at_target, n, m,
-            int(columns), BLOCK=TARGETS_BLOCK, num_warps=4,
-        )  # fmt: skip
-    lines = (
-        lines_of(lse_q, scale, n, of_rows, unit),
-        lines_of(lse_k if columns else None, scale, m, of_columns, unit),
-    )
     more: tuple[Any, ...] = (None,) * 6
     sizes: tuple[int, ...] = (0, 0, 0)
     if extras > 0:
@@ -196,12 +212,12 @@ def _softmax_gradients(
 
     def gradient(i: int, j: int, rows: int, cols: int, g: Tensor, grid: tuple[int, int]) -> None:
         _softmax_gradient_kernel[grid](
-            x, y, scale, rule.target, at_target, *lines, *more, g, i, j, rows, cols, n, m, e, x.stride(0),
-            y.stride(0), *sizes, g.stride(0), *flags, **tile, EXTRAS=extras, BLOCK_E=depth_block(x.dtype),
-            num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+            x, y, scale, rule.target, *lines, *more, g, i, j, rows, cols, n, m, e, x.stride(0), y.stride(0), *sizes,
+            g.stride(0), *flags, unit, **tile, EXTRAS=extras, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
         )  # fmt: skip
 
-    return feature_gradients(gradient, tile, 1 / unit, x, y, need)
+    return feature_gradients(gradient, tile, factor, x, y, need)
 
 
 def softmax_bwd(
@@ -231,10 +247,19 @@ def softmax_bwd(
     if teacher_queries is not None and teacher_keys is not None and teacher_lse_q is not None:
         of_rows, of_columns = lines_of(teacher_lse_q, logit_scale, n), lines_of(teacher_lse_k, logit_scale, m)
         teacher = rows_of(teacher_queries), rows_of(teacher_keys), of_rows, of_columns
-    extras = 2 if teacher is not None else 1
-    coefficients, lse = (coefficients_q, coefficients_k), (lse_q, lse_k)
-    need = need_queries, need_keys
-    return _softmax_gradients(coefficients, x, y, logit_scale, lse, rule, teacher, extras, need)
+    unit = _unit((coefficients_q, coefficients_k), logit_scale, x.dtype)
+    columns = coefficients_k.shape[1] > 0
+    lse = lse_q.contiguous(), lse_k.contiguous() if columns else None
+    coefficients = coefficients_q.contiguous(), coefficients_k.contiguous() if columns else lse_q.new_zeros(4, m)
+    # Where there are no columns the kernel reads nothing of their lse.
+    seen_lse = lse[0], lse[0] if lse[1] is None else lse[1]
+    lines = _Lines(
+        _at_target(x, y, rule.target, seen_lse, coefficients, logit_scale, unit, columns),
+        lines_of(lse[0], logit_scale, n, coefficients[0], unit),
+        lines_of(lse[1], logit_scale, m, coefficients[1], unit),
+    )
+    extras, need = (1 if teacher is None else 2), (need_queries, need_keys)
+    return _features_from(lines, x, y, logit_scale, rule, teacher, extras, 1.0, 1 / unit, need)
 
 
 def infonce_bwd(
@@ -250,12 +275,16 @@ def infonce_bwd(
     """dqueries [N, E], dkeys [N, E]; [0, E] where not needed."""
     x, y = rows_of(queries), rows_of(keys)
     n, target = x.shape[0], own(x)
-    of_lse = grad_loss.double() / (2 * max(n, 1))
-    zero = torch.zeros_like(of_lse)
-    weights = torch.stack([of_lse, -logit_scale * of_lse, zero, zero])[:, None].expand(4, n).contiguous()
-    rule = Rule(target, target, target, False, False)
-    need = need_queries, need_keys
-    return _softmax_gradients((weights, weights), x, y, logit_scale, (lse_q, lse_k), rule, None, 0, need)
+    lse = lse_q.contiguous(), lse_k.contiguous()
+    unit = HIGHEST_G / 2 if x.dtype == torch.float16 else 1.0
+    lines = _Lines(
+        _at_target(x, y, target, lse, (None, None), logit_scale, unit, True),
+        lines_of(lse[0], logit_scale, n),
+        lines_of(lse[1], logit_scale, n),
+    )
+    factor = (grad_loss * logit_scale / (2 * max(n, 1) * unit)).float()
+    rule, need = Rule(target, target, target, False, False), (need_queries, need_keys)
+    return _features_from(lines, x, y, logit_scale, rule, None, 0, unit, factor, need)
 
 
 def aot_cases() -> list:
@@ -267,7 +296,7 @@ def aot_cases() -> list:
     for dtype, name in TRITON_TYPES.items():
         plain = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "g_ptr": f"*{name}", "target_ptr": "*i64"}
         plain |= dict.fromkeys(("scale_ptr", "at_target_ptr", "line_q_ptr", "line_k_ptr"), "*fp32")
-        plain |= dict.fromkeys(("rows", "cols", "n", "m", "has_ids", "by_id", "ignore"), "i32")
+        plain |= dict.fromkeys(("rows", "cols", "n", "m", "has_ids", "by_id", "ignore"), "i32") | {"unit": "fp32"}
         plain |= dict.fromkeys(("row0", "column0", "e", "stride_x", "stride_y", "stride_g"), "i32:16")
         plain |= dict.fromkeys(("f", "stride_taught_x", "stride_taught_y"), "i32:16")
         ids = {"row_id_ptr": "*i64", "column_id_ptr": "*i64"}
@@ -285,7 +314,9 @@ def aot_cases() -> list:
                 cases.append(
                     TritonCase(label, _softmax_gradient_kernel, plain | more, constexprs, archs=archs, **launch)
                 )
-    signature = {"pair_ptr": "*fp32", "target_ptr": "*i64", "scale_ptr": "*fp32", "unit_ptr": "*fp32"}
-    signature |= dict.fromkeys(("lse_q_ptr", "lse_k_ptr", "coefficient_q_ptr", "coefficient_k_ptr"), "*fp64")
-    signature |= {"out_ptr": "*fp32"} | dict.fromkeys(("n", "m", "columns"), "i32")
-    return [*cases, TritonCase("at_target_bwd", _at_target_kernel, signature, {"BLOCK": TARGETS_BLOCK})]
+    signature = {"pair_ptr": "*fp32", "target_ptr": "*i64", "lse_q_ptr": "*fp64", "lse_k_ptr": "*fp64"}
+    signature |= {"scale_ptr": "*fp32", "out_ptr": "*fp32", "n": "i32", "m": "i32", "columns": "i32", "unit": "fp32"}
+    weights = {"coefficient_q_ptr": "*fp64", "coefficient_k_ptr": "*fp64", "unit_ptr": "*fp32"}
+    block = {"BLOCK": TARGETS_BLOCK}
+    cases.append(TritonCase("at_target_bwd[plain]", _at_target_kernel, signature, block | dict.fromkeys(weights)))
+    return [*cases, TritonCase("at_target_bwd", _at_target_kernel, signature | weights, block)]

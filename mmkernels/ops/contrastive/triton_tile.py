@@ -239,9 +239,9 @@ def lines_of(
     coefficients [4, count] (op.py) times `unit`, that of the lse times scale too. Without an lse: of rows that see
     nothing.
     """
-    out = torch.zeros(2 if coefficients is None else 6, count, dtype=torch.float32, device=scale.device)
+    out = torch.empty(2 if coefficients is None else 6, count, dtype=torch.float32, device=scale.device)
     if lse is None:
-        out[1] = torch.inf
+        out.zero_()[1] = torch.inf
     elif count > 0:
         _lines_kernel[(triton.cdiv(count, VECTOR_BLOCK),)](
             lse.contiguous(), scale, coefficients, unit, out, count, BLOCK=VECTOR_BLOCK, num_warps=4
