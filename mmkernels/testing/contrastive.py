@@ -182,7 +182,9 @@ def plain_infonce_options(
     """InfoNCE with every option, written out with the logits and the target distribution in memory."""
     (n, m), device = (len(queries), len(keys)), queries.device
     logits = logit_scale * queries @ keys.T
-    positive = (torch.arange(n, device=device) if targets is None else targets)[:, None] == torch.arange(m)
+    positive = (torch.arange(n, device=device) if targets is None else targets)[:, None] == torch.arange(
+        m, device=device
+    )
     seen = torch.ones_like(positive)
     if query_ids is not None:
         same = query_ids[:, None] == (query_ids if key_ids is None else key_ids)

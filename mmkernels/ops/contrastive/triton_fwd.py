@@ -74,8 +74,8 @@ def _tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
 
 
 @triton.jit
-def _add_tile(ref, total, dot, b_s, b_t, size, AXIS: tl.constexpr):
-    """Running ref, sum and dot, and those of a tile along AXIS; b_t is b_s, but LOWEST where it does not count."""
+def _add_tile(ref, total, dot, b_t, size, AXIS: tl.constexpr):
+    """Running ref, sum and dot with those of a tile along AXIS, which is LOWEST where it does not count."""
     highest = tl.maximum(ref, tl.max(b_t, AXIS))
     base = tl.where(highest > LOWEST, highest, 0.0)
     below = tl.where(ref > LOWEST, ref - base, 0.0)
@@ -135,7 +135,7 @@ def _softmax_fwd_kernel(
                 m_positive = m_i[:, None] & m_j[None, :] & m_same & (by_id != 0)
                 m_counted = m_counted & ~m_ignored
             b_t = tl.where(m_counted, b_s, LOWEST)
-            row_ref, row_sum, row_dot = _add_tile(row_ref, row_sum, row_dot, b_s, b_t, size, 1)
+            row_ref, row_sum, row_dot = _add_tile(row_ref, row_sum, row_dot, b_t, size, 1)
             if EXTRAS > 0:
                 row_total += tl.sum(tl.where(m_seen, b_s, 0.0), 1)
                 row_positive += tl.sum(tl.where(m_positive, b_s, 0.0), 1)
@@ -152,7 +152,7 @@ def _softmax_fwd_kernel(
                 old_ref = tl.load(column_ptr + o_j, mask=m_old, other=LOWEST)  # [BLOCK_N]
                 old_sum = tl.load(column_ptr + m + o_j, mask=m_old, other=0.0)
                 old_dot = tl.load(column_ptr + 2 * m + o_j, mask=m_old, other=0.0)
-                new_ref, new_sum, new_dot = _add_tile(old_ref, old_sum, old_dot, b_s, b_t, size, 0)
+                new_ref, new_sum, new_dot = _add_tile(old_ref, old_sum, old_dot, b_t, size, 0)
                 tl.store(column_ptr + o_j, new_ref, mask=m_j)
                 tl.store(column_ptr + m + o_j, new_sum, mask=m_j)
                 tl.store(column_ptr + 2 * m + o_j, new_dot, mask=m_j)
