@@ -16,7 +16,7 @@ REASON = candidates("contrastive", DEVICE, torch.float32)["triton"]
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
-from mmkernels.ops.contrastive import triton_bwd, triton_fwd, triton_gradients  # noqa: E402
+from mmkernels.ops.contrastive import triton_bwd, triton_fwd, triton_gradients, triton_tile  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
@@ -162,3 +162,14 @@ def test_sampling(ids):
     drawn_here, expected = triton_fwd.sample_negatives(*arguments), reference.sample_negatives(*wide(arguments))
     assert (drawn_here == expected).double().mean() > 0.99  # but for ties of rounding
     assert torch.equal(drawn_here, triton_fwd.sample_negatives(*arguments))
+
+
+@pytest.mark.parametrize("scale", [14.3, -3.0, 0.0, 1e-6])
+def test_an_lse_keeps_its_digits(scale):
+    """Rounded to float32 it would put an error of half its last place into a whole row of softmax."""
+    lse = 30 * torch.rand(300, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(DEVICE)
+    scale = number(scale)
+    ref, rest = triton_tile.lines_of(lse, scale, 300).double()
+    bound = 2.0**-48 if scale != 0 else 2.0**-24
+    assert ((scale.double() * ref + rest - lse).abs() <= bound * lse.abs() + 1e-14).all()
+    assert triton_tile.lines_of(torch.full_like(lse, -torch.inf), scale, 300)[1].eq(torch.inf).all()
