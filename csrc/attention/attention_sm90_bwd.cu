@@ -192,11 +192,9 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_dkdv_sm90_kernel(co
       for (int e = 0; e < 4; ++e) ds[ni][e] = s[ni][e] * (ds[ni][e] - (e % 2 == 0 ? delta.x : delta.y));
     }
     to_operand<T>(p_operand, s);
-    wgmma_fence();
-    multiply_tokens<T>(dv, p_operand, grad_out_tile);
-    wgmma_commit();
     to_operand<T>(ds_operand, ds);
     wgmma_fence();
+    multiply_tokens<T>(dv, p_operand, grad_out_tile);
     multiply_tokens<T>(dk, ds_operand, q_tile);
     wgmma_commit();
     wgmma_wait<0>();
