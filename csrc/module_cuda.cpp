@@ -40,21 +40,31 @@ struct type_caster<Stream> {
 
 namespace {
 
+// Of the extras the CUDA launchers take the pattern.
+mmk::AttentionExtras pattern_of(Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles) {
+  mmk::AttentionExtras extras;
+  extras.span_q = span_q, extras.span_k = span_k, extras.allow_q = allow_q, extras.bit_k = bit_k, extras.tiles = tiles;
+  return extras;
+}
+
 void bind_attention(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> released;
   m.def(
       "launch_attention_fwd_cuda",
       [](Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, double scale, Tensor out,
-         Tensor lse, Stream stream) {
-        mmk::launch_attention_fwd_cuda({q, k, v, {lo, hi, first_q, last_q}, scale, out, lse}, stream.handle);
+         Tensor lse, Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, Stream stream) {
+        const mmk::AttentionExtras extras = pattern_of(span_q, span_k, allow_q, bit_k, tiles);
+        mmk::launch_attention_fwd_cuda({q, k, v, {lo, hi, first_q, last_q}, scale, out, lse, extras}, stream.handle);
       },
       released);
   m.def(
       "launch_attention_bwd_cuda",
       [](Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lo, Tensor hi,
-         Tensor first_q, Tensor last_q, double scale, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Stream stream) {
+         Tensor first_q, Tensor last_q, double scale, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor span_q,
+         Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, Stream stream) {
+        const mmk::AttentionExtras extras = pattern_of(span_q, span_k, allow_q, bit_k, tiles);
         mmk::launch_attention_bwd_cuda(
-            {grad_out, grad_lse, q, k, v, out, lse, {lo, hi, first_q, last_q}, scale, dq, dk, dv, delta},
+            {grad_out, grad_lse, q, k, v, out, lse, {lo, hi, first_q, last_q}, scale, dq, dk, dv, delta, extras},
             stream.handle);
       },
       released);

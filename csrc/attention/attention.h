@@ -10,7 +10,8 @@
 //   q [Tq, H, D]  k [Tk, Hkv, D]  v [Tk, Hkv, Dv]  out, grad_out [Tq, H, Dv]   one dtype: f32, bf16, f16 (CPU: f64 too)
 //   lse, grad_lse, delta [H, Tq]                                               f32 (f64 with f64); contiguous
 //   lo, hi [Tq]  first_q, last_q [Tk]                                          int32, contiguous; half-open intervals
-//   AttentionExtras: what the CPU kernels take besides; maths in mmkernels/ops/attention/reference.py
+//   AttentionExtras: what the CPU kernels take besides, and the CUDA kernels for sm_90 its pattern; maths in
+//   mmkernels/ops/attention/reference.py
 // D and Dv may be any number from 1 to 256 (CPU: no upper bound). Any of Tq, Tk may be 0. Every element of every output
 // is written.
 #pragma once
@@ -46,7 +47,6 @@ struct AttentionFwdArgs {
   double scale;
   // outputs
   Tensor out, lse;
-  // CPU only
   AttentionExtras extras = {};
 };
 
@@ -60,7 +60,6 @@ struct AttentionBwdArgs {
   Tensor dq, dk, dv;  // shapes and dtypes of q, k, v
   // scratch
   Tensor delta;  // [H, Tq]: rowsum(grad_out * out) - grad_lse
-  // CPU only
   AttentionExtras extras = {};
 };
 

@@ -3,6 +3,7 @@
 //   dv_j = sum_i p_ij grad_out_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale sum_j ds_ij k_j
 // Two kernels recompute p, one per key tile and one per query tile: every sum has one owner and a fixed order, so there
 // are no atomics and the same input gives the same bits.
+#include "attention/attention_sm90.h"
 #include "attention/attention_tile.h"
 
 namespace mmk::cuda {
@@ -257,12 +258,14 @@ __global__ void __launch_bounds__(BackwardTile<T, kD>::outer * 2, 1)
 namespace mmk {
 
 void launch_attention_bwd_cuda(const AttentionBwdArgs& args, void* stream) {
+  const cuda::DeviceGuard guard(args.q);
+  const bool sm90 = cuda::use_attention_sm90(args.grad_out, args.q, args.k, args.v);
+  if (!sm90) cuda::expect_no_pattern(args);
   cuda::choose_attention_kernel(args.q, args.v, [&](auto element, auto head_dim) {
     using T = decltype(element);
     constexpr int kD = decltype(head_dim)::value;
     using Tile = cuda::BackwardTile<T, kD>;
     constexpr int kBytes = cuda::BackwardSmem<T, kD>::bytes, kParts = kD > 128 ? kD / 128 : 1;
-    const cuda::DeviceGuard guard(args.q);
     const cuda::AttentionProblem p = cuda::problem_of(args.q, args.k, args.v, args.mask, args.scale);
 
     const cuda::DeltaParams<T> delta{p.tq,
@@ -277,6 +280,9 @@ void launch_attention_bwd_cuda(const AttentionBwdArgs& args, void* stream) {
     cuda::launch("attention_delta", cuda::attention_delta_kernel<T>,
                  dim3(static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock)), cuda::kDeltaThreads, 0,
                  stream, delta);
+    if constexpr (cuda::kHaveSm90) {
+      if (sm90) return cuda::launch_attention_bwd_sm90(args, stream);
+    }
 
     const cuda::BackwardParams<T> params{p,
                                          cuda::heads_of<const T>(args.grad_out),

@@ -1,4 +1,5 @@
 // Attention forward: out_i = sum_j exp(scale <q_i, k_j> - lse_i) v_j over the keys lo[i] <= j < hi[i].
+#include "attention/attention_sm90.h"
 #include "attention/attention_tile.h"
 
 namespace mmk::cuda {
@@ -151,11 +152,15 @@ __global__ void __launch_bounds__(ForwardTile<T, kD>::outer * 2, 1)
 namespace mmk {
 
 void launch_attention_fwd_cuda(const AttentionFwdArgs& args, void* stream) {
+  const cuda::DeviceGuard guard(args.q);
+  if constexpr (cuda::kHaveSm90) {
+    if (cuda::use_attention_sm90(args.q, args.k, args.v)) return cuda::launch_attention_fwd_sm90(args, stream);
+  }
+  cuda::expect_no_pattern(args);
   cuda::choose_attention_kernel(args.q, args.v, [&](auto element, auto head_dim) {
     using T = decltype(element);
     constexpr int kD = decltype(head_dim)::value;
     constexpr int kRows = cuda::ForwardTile<T, kD>::outer;
-    const cuda::DeviceGuard guard(args.q);
     const cuda::ForwardParams<T> params{cuda::problem_of(args.q, args.k, args.v, args.mask, args.scale),
                                         cuda::heads_of<const T>(args.q),
                                         cuda::heads_of<const T>(args.k),

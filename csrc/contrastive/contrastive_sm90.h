@@ -3,18 +3,12 @@
 // small kernels around them and the workspace are the same.
 #pragma once
 
+#include "common/cuda/box.h"
 #include "contrastive/contrastive_grad.h"
 #include "contrastive/contrastive_stats.h"
 #include "contrastive/contrastive_tile.h"
 
 namespace mmk::cuda {
-
-// contrastive_sm90_*.cu are built when 90a is among the architectures.
-#ifdef MMK_HAVE_SM90
-constexpr bool kHaveSm90 = true;
-#else
-constexpr bool kHaveSm90 = false;
-#endif
 
 // Whether the kernels below take these features on the current device: bf16 or f16, E even, strides of multiples of 8.
 bool sm90_serves(const Tensor& queries, const Tensor& keys);

@@ -28,6 +28,7 @@ __all__ = [
     "candidates",
     "defaults",
     "resolve",
+    "sm90_wants",
 ]
 
 BACKENDS = ("native", "triton", "reference")
@@ -37,7 +38,8 @@ FAMILIES = ("attention", "contrastive", "packing")
 # `backend=None` picks no other; `backend="native"` runs them all the same.
 VERIFIED_ON_GPU: frozenset[str] = frozenset()
 
-_LOW_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_LOW = (torch.bfloat16, torch.float16)
+_LOW_AND_SINGLE = (torch.float32, *_LOW)
 
 
 class BackendError(RuntimeError):
@@ -83,6 +85,19 @@ def _why_not_native(family: str, device: torch.device, dtype: torch.dtype) -> st
     capability = torch.cuda.get_device_capability(device)
     if not arch_served(capability, native.cuda_archs()):
         return f"compiled for {', '.join(native.cuda_archs())}; this device is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def sm90_wants(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the native kernels for compute capability 9.0 alone (`csrc/*/*_sm90_*.cu`) want and these tensors have not;
+    None when they run."""
+    if dtype not in _LOW:
+        return f"bfloat16 or float16, not {_name(dtype)}"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "a device of compute capability 9.0"
+    if not any(arch in ("90a", "90a-real") for arch in native.cuda_archs()):
+        return "a native core compiled for 90a"
     return None
 
 

@@ -145,9 +145,9 @@ class EmulatedCore:
             getattr(self.module, f"launch_{what}_cuda")(*fenced, 0)
 
     def _attention(self, what: str, args: Sequence[Any]) -> None:
-        """The CUDA launchers take none of what ends a CPU launcher's list (AttentionExtras)."""
-        assert not any(args[-12:]), "attention: the CUDA kernels take row intervals alone"
-        self._launch(what, args[:-12])
+        """Of what ends a CPU launcher's list (AttentionExtras) the CUDA launchers take the pattern, its first five."""
+        assert not any(args[-7:]), "attention: the CUDA kernels take no bias, sink or dropout"
+        self._launch(what, args[:-7])
 
     def _contrastive(self, what: str, args: Sequence[Any]) -> None:
         """A CUDA launcher wants a workspace, and both gradients whoever asked for them."""

@@ -7,6 +7,13 @@
 
 namespace mmk::cuda {
 
+// *_sm90_*.cu are built when 90a is among the architectures.
+#ifdef MMK_HAVE_SM90
+constexpr bool kHaveSm90 = true;
+#else
+constexpr bool kHaveSm90 = false;
+#endif
+
 // A tensor of 16-bit elements whose innermost dimension is contiguous, and the box that one load or store moves. The
 // box's innermost dimension is 64 elements, one swizzled row.
 struct Box {

@@ -4,7 +4,7 @@
 // with its bits 7 .. 9. It starts at a multiple of 1024 bytes.
 //
 //   Major::k      [m or n][64 k]    a tile has any multiple of 8 rows
-//   Major::outer  [64 k][64 m or n] a tile has 64 of m or n, the next follows behind it
+//   Major::outer  [k][64 m or n]    a tile has 64 of m or n and any multiple of 8 rows, the next follows behind it
 //
 // wgmma's accumulator of a warpgroup, [64, 8 NI]: acc[ni][e] of lane 4 g + t of warp w is row 16 w + g + 8 (e / 2),
 // column 8 ni + 2 t + e % 2: each warp has 16 rows, and a row's fragments lie as those of mma.m16n8 (tile.h).
@@ -49,10 +49,12 @@ __device__ __forceinline__ uint64_t k_descriptor(const void* tile) {
   return kFixed | (smem_address(tile) & 0x3ffff) >> 4;
 }
 
-// Of tiles of Major::outer, [64, 64] each and one behind the other.
+// Of tiles of Major::outer, [kRows k, 64] each and one behind the other; a product reads 16 of the kRows.
+template <int kRows = kSwizzleDepth>
 __device__ __forceinline__ uint64_t outer_descriptor(const void* tile) {
+  static_assert(kRows % 8 == 0, "whole groups of 8 rows");
   constexpr uint64_t kFixed = 1ull << 62 | static_cast<uint64_t>(kSwizzleTile >> 4) << 32 |
-                              static_cast<uint64_t>(kSwizzleDepth * kSwizzleRow >> 4) << 16;
+                              static_cast<uint64_t>(kRows * kSwizzleRow >> 4) << 16;
   return kFixed | (smem_address(tile) & 0x3ffff) >> 4;
 }
 

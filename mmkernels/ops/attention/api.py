@@ -22,6 +22,7 @@ __all__ = ["attention"]
 # What registers hold on a GPU; a float32 product takes three tf32 products in Triton.
 _MAX_GPU_HEAD_DIM = 256
 _MAX_TRITON_HEAD_DIM_FLOAT32 = 128
+_MAX_SM90_HEAD_DIM = 128
 
 
 def attention(
@@ -157,16 +158,22 @@ def _limits(q: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options) 
     if q.device.type != "cpu":
         if head_dim > _MAX_GPU_HEAD_DIM:
             limits["native"] = f"head dims up to {_MAX_GPU_HEAD_DIM} on a GPU, not {head_dim}"
-        beyond = {
-            "spans and classes in a mask": rows.span_q,
-            "pair_bias": options.pair_bias,
-            "sink": options.sink,
-            "dropout_p": options.seed,
-        }
-        wanted = [what for what, given in beyond.items() if given is not None]
-        if wanted:
-            limits["native"] = f"the CUDA C++ kernels take row intervals alone, not {', '.join(wanted)}"
+        beyond = {"pair_bias": options.pair_bias, "sink": options.sink, "dropout_p": options.seed}
+        refused = [what for what, given in beyond.items() if given is not None]
+        lacking = _pattern_wants(q, v) if rows.span_q is not None else None
+        if lacking is not None:
+            refused.insert(0, f"spans and classes in a mask (for which they want {lacking})")
+        if refused:
+            limits["native"] = f"the CUDA C++ kernels do not take {', '.join(refused)}"
     return limits or None
+
+
+def _pattern_wants(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """What the CUDA C++ kernels that take a pattern want and a call has not; None when they take it."""
+    dims = q.shape[-1], v.shape[-1]
+    if max(dims) > _MAX_SM90_HEAD_DIM or any(dim % 8 for dim in dims):
+        return f"head dims that are multiples of 8 up to {_MAX_SM90_HEAD_DIM}, not {dims[0]} and {dims[1]}"
+    return backends.sm90_wants(q.device, q.dtype)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -18,19 +18,32 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _tiles(x: torch.Tensor) -> torch.Tensor:
+    """What TMA can follow: rows side by side or apart, at multiples of 16 bytes."""
+    steps = x.stride()[:-1]
+    good = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s >= x.shape[-1] and s % 8 == 0 for s in steps)
+    return x if good else x.clone(memory_format=torch.contiguous_format)
+
+
+def _inputs(rows: MaskRows, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """As the kernels want them. On a GPU those that take a pattern fetch with TMA, and no other can stand in."""
+    patterned = rows.tiles is not None and tensors[0].device.type != "cpu"
+    return [_tiles(x) if patterned else _rows(x) for x in tensors]
+
+
 def _views(*values: torch.Tensor | float | None) -> list[Any]:
     return [native.view(x) if x is None or isinstance(x, torch.Tensor) else x for x in values]
 
 
 def _launch(what: str, q: torch.Tensor, inputs: list[Any], outputs: list[Any], extras: list[Any]) -> None:
-    """The CUDA launchers take row intervals alone: api.py lets nothing else through to them."""
+    """Of the extras the CUDA launchers take the pattern: api.py lets nothing else through to them."""
     if q.device.type == "cpu":
         launch = getattr(native.core(), f"launch_attention_{what}_cpu")
         launch(*_views(*inputs, *outputs, *extras), native.threads())
         return
     with torch.cuda.device(q.device):
         launch = getattr(native.core(), f"launch_attention_{what}_cuda")
-        launch(*_views(*inputs, *outputs), native.stream(q))
+        launch(*_views(*inputs, *outputs, *extras[:5]), native.stream(q))
 
 
 def _extras(rows: MaskRows, options: Options, row_sums: torch.Tensor | None) -> list[Any]:
@@ -43,7 +56,7 @@ def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [Tq, H, Dv] and lse [H, Tq]."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = _inputs(rows, q, k, v)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=lse_dtype, device=q.device)
@@ -63,7 +76,7 @@ def attention_bwd(
     options: Options,
 ) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv, dbias and dsink, contiguous; the last two empty where there is none."""
-    grad_out, q, k, v, out = _rows(grad_out), _rows(q), _rows(k), _rows(v), _rows(out)
+    grad_out, q, k, v, out = _inputs(rows, grad_out, q, k, v, out)
     grad_lse = grad_lse.contiguous() if grad_lse is not None else None
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta, dbias, dsink = torch.empty_like(lse), lse.new_empty(0), lse.new_empty(0)
