@@ -98,7 +98,7 @@ class FeatureGradients {
       const int64_t n = min64(cols - c, kTileCols<T>);
       const C* taught = teacher_ ? taught_.tile(count, c, n, thread) : nullptr;
       C* s = product_.tile(count, c, n, thread);
-      const Tile<T> tile{i0 + r, count, j0 + c, n, s};
+      const TileOf<T> tile{i0 + r, count, j0 + c, n, s};
       epilogue_(tile, taught);
       if (dy_)
         for (int64_t i = 0; i < count; ++i) store_g(tile.row(i), n, g_.data() + (r + i) * block_cols_ + c);

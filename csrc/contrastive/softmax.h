@@ -87,36 +87,36 @@ struct TeacherLse {
 // Forward epilogue. A row tile updates its rows' running statistics and leaves the columns' statistics over its rows in
 // `partial`; finish_columns merges these in the order of tiles. While tiles come, `ref` and `best` are times the sign
 // of the scale, so that they are maxima.
-template <class T>
+template <class Tile>
 class SoftmaxForward {
-  using C = ComputeOf<T>;
+  using C = typename Tile::Number;
   static constexpr int L = kLanes<C>;
   static constexpr int kGroup = 8;  // rows at a time: their sums stay in registers, and the columns' sums are short
   static constexpr C kLowest = -FloatTraits<C>::infinity;
 
  public:
-  SoftmaxForward(const Rows<T>& x, const Rows<T>& y, C scale, const Pairs<C>& pairs, const TeacherLse& teacher,
-                 bool totals, bool columns, int threads)
-      : n_(x.count),
-        m_(y.count),
-        tiles_(ceil_div(x.count, kTileRows)),
+  SoftmaxForward(int64_t n, int64_t m, C scale, const Pairs<C>& pairs, const TeacherLse& teacher, bool totals,
+                 bool columns, int threads)
+      : n_(n),
+        m_(m),
+        tiles_(ceil_div(n, kTileRows)),
         scale_(scale),
         sign_(scale < 0 ? C{-1} : C{1}),
         threads_(threads),
         totals_(totals),
         with_columns_(columns),
         pairs_(pairs),
-        taught_rows_(teacher.rows, teacher.rows ? x.count : 0, scale),
-        taught_columns_(teacher.columns, teacher.columns ? y.count : 0, scale),
-        target_(x.count),
-        rows_(x.count),
-        columns_(columns ? y.count : 0),
+        taught_rows_(teacher.rows, teacher.rows ? n : 0, scale),
+        taught_columns_(teacher.columns, teacher.columns ? m : 0, scale),
+        target_(n),
+        rows_(n),
+        columns_(columns ? m : 0),
         partial_(columns ? tiles_ * kPassCols : 0) {
     rows_.clear();
     columns_.clear();
   }
 
-  void tile(int64_t t, const Tile<T>& tile, const C* taught) const {
+  void tile(int64_t t, const Tile& tile, const C* taught) const {
     const Stats<C> column = partial_.stats().at(with_columns_ ? t * kPassCols + tile.j0 % kPassCols : 0);
     if (pairs_.rule().ignores())
       with_columns_ ? statistics<true, true>(tile, column) : statistics<true, false>(tile, column);
@@ -170,7 +170,7 @@ class SoftmaxForward {
 
   // kMasked: some pairs are left out of the sums, the target or what is not seen.
   template <bool kMasked, bool kColumns>
-  void statistics(const Tile<T>& tile, const Stats<C>& column) const {
+  void statistics(const Tile& tile, const Stats<C>& column) const {
     C ref[kTileRows];
     raise<kMasked, kColumns>(tile, column.ref, ref);
     if constexpr (kColumns)
@@ -190,7 +190,7 @@ class SoftmaxForward {
 
   // The columns' references in this tile, and the rows' new running ones. What is not seen counts for nothing.
   template <bool kMasked, bool kColumns>
-  void raise(const Tile<T>& tile, C* column_ref, C* ref) const {
+  void raise(const Tile& tile, C* column_ref, C* ref) const {
     const Vec<C> lowest = splat(kLowest);
     if constexpr (kColumns)
       for (int64_t v = 0; v < tile.cols; v += L) store(column_ref + v, lowest);
@@ -212,7 +212,7 @@ class SoftmaxForward {
 
   // Adds kRows rows, from r on, to the sums of rows and columns, whose references are raised already.
   template <int kRows, bool kMasked, bool kColumns>
-  void add_rows(const Tile<T>& tile, int64_t r, const C* raised, const Stats<C>& column) const {
+  void add_rows(const Tile& tile, int64_t r, const C* raised, const Stats<C>& column) const {
     const Stats<double> running = rows_.stats().at(tile.i0 + r);
     typename Pairs<C>::Row row[kRows];
     C ref[kRows];
@@ -284,17 +284,17 @@ class SoftmaxForward {
     }
   }
 
-  void add_totals(const Tile<T>& tile, const Stats<C>& column) const {
+  void add_totals(const Tile& tile, const Stats<C>& column) const {
     add_to_both(tile, column.total, rows_.stats().total, [&](const auto& row, int64_t r, int64_t v) {
       const Vec<C> a = load(tile.row(r) + v);
       return Both{pairs_.unseen(row, v) ? Vec<C>{} : a, pairs_.unseen(row, v) ? Vec<C>{} : a};
     });
   }
 
-  void add_taught(const Tile<T>& tile, const C* taught, const Stats<C>& column) const {
+  void add_taught(const Tile& tile, const C* taught, const Stats<C>& column) const {
     const SplitLse<C>&of_row = taught_rows_.split(), &of_column = taught_columns_.split();
     add_to_both(tile, column.taught, rows_.stats().taught, [&](const auto& row, int64_t r, int64_t v) {
-      const Vec<C> a = load(tile.row(r) + v), b = load(taught + r * kTileCols<T> + v);
+      const Vec<C> a = load(tile.row(r) + v), b = load(taught + r * Tile::kCols + v);
       const int64_t i = tile.i0 + r, j = tile.j0 + v;
       const auto unseen = pairs_.unseen(row, v);
       const Vec<C> p = softmax(b, scale_, splat(of_row.ref()[i]), splat(of_row.rest()[i]));
@@ -304,7 +304,7 @@ class SoftmaxForward {
     });
   }
 
-  void add_positives(const Tile<T>& tile, const Stats<C>& column) const {
+  void add_positives(const Tile& tile, const Stats<C>& column) const {
     add_to_both(tile, column.positive, rows_.stats().positive, [&](const auto& row, int64_t r, int64_t v) {
       const Vec<C> a = row.same_id(v) ? load(tile.row(r) + v) : Vec<C>{};
       return Both{a, a};
@@ -329,7 +329,7 @@ class SoftmaxForward {
     Vec<C> row, column;
   };
   template <class Value>
-  MMK_INLINE void add_to_both(const Tile<T>& tile, C* column, double* rows, const Value& value) const {
+  MMK_INLINE void add_to_both(const Tile& tile, C* column, double* rows, const Value& value) const {
     if (with_columns_)
       for (int64_t v = 0; v < tile.cols; v += L) store(column + v, Vec<C>{});
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -429,9 +429,9 @@ class SplitLine {
 //   scale (u_i p_ij + v_j q_ij) + positive (..) + seen (..) + teacher (..)
 // with p and q the softmax of rows and columns. A target's entry is formed in double: what a p close to 1 lacks is the
 // gradient.
-template <class T>
+template <class Tile>
 class SoftmaxGradient {
-  using C = ComputeOf<T>;
+  using C = typename Tile::Number;
   enum { kLse, kPositive, kTotal, kTeacher };
 
  public:
@@ -444,7 +444,7 @@ class SoftmaxGradient {
         columns_(columns, scale),
         plain_(!pairs.rule().row_ids && !rows_.any(kTotal) && !columns_.any(kTotal) && !rows.teacher_lse) {}
 
-  void operator()(const Tile<T>& tile, const C* taught) const {
+  void operator()(const Tile& tile, const C* taught) const {
     if (plain_)
       columns() ? gradient<false, true>(tile, taught) : gradient<false, false>(tile, taught);
     else
@@ -455,7 +455,7 @@ class SoftmaxGradient {
   bool columns() const { return of_columns_.count > 0; }
 
   template <bool kGeneral, bool kColumns>
-  void gradient(const Tile<T>& tile, const C* taught) const {
+  void gradient(const Tile& tile, const C* taught) const {
     const C *column_ref = columns_.lse().ref() + tile.j0, *column_rest = columns_.lse().rest() + tile.j0;
     const C* weight = columns_.of(kLse) + tile.j0;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -474,7 +474,7 @@ class SoftmaxGradient {
         if constexpr (kGeneral) g = others<kColumns>(tile, row, r, v, g, taught);
         store(s + v, g);
       });
-      if (target >= 0) s[target] = at_target(i, tile.j0 + target, a, taught ? taught[r * kTileCols<T> + target] : 0);
+      if (target >= 0) s[target] = at_target(i, tile.j0 + target, a, taught ? taught[r * Tile::kCols + target] : 0);
     }
   }
 
@@ -484,11 +484,11 @@ class SoftmaxGradient {
   }
 
   template <bool kColumns, class Row>
-  MMK_INLINE Vec<C> others(const Tile<T>& tile, const Row& row, int64_t r, int64_t v, Vec<C> g, const C* taught) const {
+  MMK_INLINE Vec<C> others(const Tile& tile, const Row& row, int64_t r, int64_t v, Vec<C> g, const C* taught) const {
     const int64_t i = tile.i0 + r, j = tile.j0 + v;
     g += load_at<kColumns>(columns_.of(kTotal), j) + rows_.of(kTotal)[i];
     if (taught) {
-      const Vec<C> b = load(taught + r * kTileCols<T> + v);
+      const Vec<C> b = load(taught + r * Tile::kCols + v);
       const SplitLse<C>&of_row = rows_.teacher_lse(), &of_column = columns_.teacher_lse();
       g += softmax(b, scale_, splat(of_row.ref()[i]), splat(of_row.rest()[i])) * rows_.of(kTeacher)[i];
       if constexpr (kColumns)
