@@ -58,13 +58,17 @@ void zero(const Tensor& gradient) {
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
+// Whether features are coarser than what is computed from them.
+template <class T>
+constexpr bool kLowPrecision = sizeof(T) < sizeof(ComputeOf<T>);
+
 template <class T>
 void statistics(const Operands<T>& student, const Operands<T>* teacher, const TeacherLse& teacher_lse,
                 ComputeOf<T> scale, const PairRule& rule, bool totals, bool columns, double* of_rows,
                 double* of_columns, int threads) {
   const Pairs<ComputeOf<T>> pairs(rule, student.y.count);
   SoftmaxForward<TileOf<T>> epilogue(student.x.count, student.y.count, scale, pairs, teacher_lse, totals, columns,
-                                     threads);
+                                     kLowPrecision<T>, threads);
   for_each_tile(student, teacher, threads, epilogue);
   epilogue.finish(of_rows, of_columns);
 }
@@ -91,7 +95,7 @@ void softmax_gradients(const Operands<T>& student, const Operands<T>* teacher, c
     return;
   }
   const Pairs<ComputeOf<T>> pairs(rule, student.y.count);
-  const SoftmaxGradient<TileOf<T>> epilogue(rows, columns, scale, pairs);
+  const SoftmaxGradient<TileOf<T>> epilogue(rows, columns, scale, pairs, kLowPrecision<T>);
   feature_gradients(student, teacher, dqueries.ptr<T>(), dkeys.ptr<T>(), ComputeOf<T>{1}, threads, epilogue);
 }
 

@@ -10,9 +10,10 @@ namespace mmk {
 namespace MMK_ISA {
 
 // Words of k per pass, whole blocks of A. A pass ends with its sums added to C, at the price of some ten steps; its
-// rounding errors are as small as its partial sum, so several passes err less than one long one.
+// rounding errors are as small as its partial sum, so several passes err less than one long one. Words of two bf16,
+// whose own rounding is far coarser, make longer passes.
 template <class T>
-constexpr int64_t kDepthBlock = 128 / kWordBlock<T> * kWordBlock<T>;
+constexpr int64_t kDepthBlock = (kWordElements<T> > 1 ? 256 : 128) / kWordBlock<T> * kWordBlock<T>;
 
 MMK_INLINE Vec<float> multiply_add(Vec<float> acc, Vec<float> a, Vec<float> b) { return acc + a * b; }
 MMK_INLINE Vec<double> multiply_add(Vec<double> acc, Vec<double> a, Vec<double> b) { return acc + a * b; }
