@@ -18,8 +18,7 @@
 // No sum is shared between threads, so there are two ways to cut:
 //   one pass    a task owns a component (tiles and keys that only see each other) of a key/value head: five products
 //   two passes  tasks that own keys for dK and dV, then tasks that own queries for dQ: seven products; when there are
-//   too
-//               few components to keep every thread busy
+//               too few components to keep every thread busy
 #pragma once
 
 #include "attention/attention_cpu_extras.h"
