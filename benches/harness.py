@@ -33,7 +33,7 @@ A bench file lists its cases and calls `main`:
     if __name__ == "__main__":
         main("something", CASES)
 
-Before a contender is timed: (1) at the gate's size our result errs at most 1.2 times plain PyTorch's error against
+Before a contender is timed: (1) at the gate's size our result errs at most 1.5 times plain PyTorch's error against
 float64, plus the stated epsilon; (2) at full size every contender agrees with plain PyTorch as far as the dtype allows.
 One that fails is reported as wrong and has no time.
 """

@@ -38,7 +38,7 @@ struct BackwardScratch {
   struct TileState {
     Packed<T>*q_columns, *do_columns;  // B [D, queries], B [Dv, queries]
     Packed<S>*q_rows, *do_rows;        // B [queries, D], B [queries, Dv]
-    C *lse, *dot, *dlse;               // [queries]; dot: <do_i, out_i>
+    C *lse, *dot, *dlse;               // [queries]; dot: delta without dlse
     Int *lo, *hi;                      // [queries]
     C* dq;                             // [queries, D]
     // For a pattern, a bias:
@@ -141,7 +141,8 @@ class BackwardTask {
         tiles_(tiles),
         part_(part),
         map_(args.extras.tiles),
-        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given() || args.extras.sink.given()),
+        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given() ||
+                  (args.extras.sink.given() && args.scale > -1e-6 && args.scale < 1e-6)),
         scale_(static_cast<C>(args.scale)),
         logit_scale_(rewrites_ ? C{1} : scale_),
         w_(scratch) {}
@@ -194,6 +195,9 @@ class BackwardTask {
     for (int64_t t = 0; t < count; ++t) {
       write_rows<T>(w_.tile[t].dq, tiles[t].end - tiles[t].begin, n_.dim, scale_, head_of<T>(args_.dq, head),
                     tiles[t].begin);
+      C* delta = args_.delta.ptr<C>() + head * n_.num_queries;
+      for (int64_t i = tiles[t].begin; i < tiles[t].end; ++i)
+        delta[i] = w_.tile[t].dot[i - tiles[t].begin] - w_.tile[t].dlse[i - tiles[t].begin];
       if (args_.extras.pair_bias.given()) write_row_sums(head, tiles[t], w_.tile[t]);
     }
   }
@@ -320,10 +324,12 @@ class BackwardTask {
     for (int64_t c = 0; c < rows; c += kLanes<C>) {
       const Vec<C> dlse = load(state.dlse + c);
       Vec<C> inverse = splat(C{1}), delta = load(state.dot + c);
-      if (whole)
+      if (whole) {
         softmax_column<full>(state, key, height, c, inverse, delta);
-      else
+        store(state.dot + c, delta);
+      } else {
         recall_column<full>(state, key, height, c);
+      }
       for (int64_t i = 0; i < height; ++i) {
         C* dp = w_.dp + i * Scratch::ld + c;
         const Vec<C> p = load(w_.s + i * Scratch::ld + c) * inverse;
@@ -364,10 +370,10 @@ class BackwardTask {
       const Vec<C> s = load(w_.s + i * Scratch::ld + c) * sign;
       shift = max(shift, full ? s : select(visible(state, key + i, c), s, lowest));
     }
-    if (rewrites_) {
-      shift = max(shift, splat(state.sink));
+    if (rewrites_ || args_.extras.sink.given()) {
+      shift = max(shift, splat(state.sink / factor));
       shift = select(shift == lowest, Vec<C>{}, shift);  // sees nothing: -inf minus 0 stays -inf
-      sum = exp(splat(state.sink) - shift);
+      sum = exp(splat(state.sink) - shift * factor);
     }
     for (int64_t i = 0; i < height; ++i) {
       C* s = w_.s + i * Scratch::ld + c;
@@ -392,7 +398,7 @@ class BackwardTask {
   const QueryTile* tiles_;
   const AttentionTask& part_;
   const TileMap map_;
-  const bool rewrites_;  // scores become logits before the softmax
+  const bool rewrites_;  // scores become logits before the softmax; for a sink only where it is none in units of scores
   const C scale_, logit_scale_;
   Scratch w_;
 };
