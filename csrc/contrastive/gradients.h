@@ -6,9 +6,9 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// Rows and columns of the superblock of G that is kept while both gradients take from it (19 MB of floats).
-// Multiples of kTileRows and kTileCols, so that widening it for many threads changes no order of additions.
-constexpr int64_t kBlockRows = 3072, kBlockCols = 1536, kThreadsPerBlock = 16;
+// Rows and columns of the superblock of G that is kept while both gradients take from it (13 MB of floats).
+// Multiples of kTileCols, so that widening it for many threads changes no order of additions.
+constexpr int64_t kBlockRows = 2048, kBlockCols = 1536, kThreadsPerBlock = 16;
 
 template <class T>
 void store_scaled(const ComputeOf<T>* from, ComputeOf<T> factor, int64_t count, T* to) {
