@@ -138,7 +138,7 @@ def case(
         name=name,
         grid=points(1024, 4096, 8192),
         quick=[{"N": 500, "E": 96, "dtype": dtype} for dtype in ("float32", "bfloat16")],
-        large=points(32768, 131072, 1048576),
+        large=points(32768, 65536, 131072, 1048576),
         gate={"N": 389},
         setup=setup,
         ours=lambda inputs, backend: run(partial(ours, backend=backend), names, inputs),

@@ -105,7 +105,7 @@ UNPACK = Case(
 def setup_pool(p: Params, device: torch.device) -> Inputs:
     rows = rows_of(p)
     x = torch.randn(rows, p["E"], device=device).to(getattr(torch, p["dtype"]))
-    lengths, _ = lengths_like("caption@4096", rows // 256)
+    lengths, _ = lengths_like("caption@4096", max(1, rows // 256))
     ends = np.minimum(np.cumsum(lengths), rows)
     ends[-1] = rows
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=device)
@@ -179,6 +179,16 @@ def pad_by_index(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return pad_gradient(out.view(len(lengths), inputs["max_seqlen"], x.shape[1]), inputs)
 
 
+def copy_of_padded(inputs: Inputs) -> tuple[None, None]:
+    """The ceiling: the rows and as many zeros as there is padding written, and the rows back."""
+    x, grad = inputs["x"].detach().view(-1), inputs["grad_padded"].view(-1)
+    padded = torch.empty_like(grad)
+    padded[: len(x)].copy_(x)
+    padded[len(x) :].zero_()
+    torch.empty_like(x).copy_(grad[: len(x)])
+    return None, None
+
+
 PAD = Case(
     name="pad fwd+bwd",
     grid=[p for p in WIDTHS if p["E"] >= 512],
@@ -189,6 +199,7 @@ PAD = Case(
         pad(inputs["x"], inputs["cu_seqlens"], inputs["max_seqlen"], backend=backend), inputs
     ),
     plain=pad_by_index,
+    others={"copy of the same bytes": copy_of_padded},
     peers={"fbgemm_gpu": "padded"},
     outputs=("out", "grad_x"),
     work=bytes_moved,
@@ -380,6 +391,15 @@ def setup_weighted(p: Params, device: torch.device) -> Inputs:
     return inputs | {"weights": torch.rand(len(inputs["x"]), device=device).requires_grad_()}
 
 
+def copy_of_three(inputs: Inputs) -> tuple[None, None, None]:
+    """The ceiling: half a copy reads the rows, a whole one reads them again and writes their gradient."""
+    x = inputs["x"].detach()
+    half = x[: len(x) // 2]
+    torch.empty_like(half).copy_(half)
+    torch.empty_like(x).copy_(x)
+    return None, None, None
+
+
 WEIGHTED = Case(
     name="segment_pool weighted fwd+bwd",
     grid=[p for p in WIDTHS if p["E"] >= 512],
@@ -388,6 +408,7 @@ WEIGHTED = Case(
     setup=setup_weighted,
     ours=weighted,
     plain=weighted_in_torch,
+    others={"copy of the same bytes": copy_of_three},
     outputs=("out", "grad_x", "grad_weights"),
     work=lambda p: Work(bytes=3 * p["MiB"] * 2**20),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -108,6 +110,8 @@ def peak_memory(run: Run, device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would hide what the call takes of it
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
     before = _status("VmRSS")
     result = run()

@@ -94,10 +94,41 @@ def print_table(rows: Sequence[Any]) -> None:
 
 
 def save(about: dict[str, Any], rows: Sequence[Any]) -> str:
-    """Write benches/results/<bench>-<device>-<date>.json; returns its name."""
+    """Add rows to benches/results/<bench>-<device>-<date>.json; returns its name.
+
+    The file holds the day's runs, and rows that name theirs by its place in `runs`. A row takes the place of an older
+    one of the same case, parameters and contender; a run of which no row is left goes with them.
+    """
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")[:40]
     suffix = "-quick" if about["quick"] else ""
     path = RESULTS / f"{about['bench']}-{device}-{about['date'][:10]}{suffix}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    runs, kept = _earlier(path)
+    new = [asdict(row) | {"run": len(runs)} for row in rows]
+    replaced = {_what(row) for row in new}
+    joined = _renumbered([*runs, about], [row for row in kept if _what(row) not in replaced] + new)
+    scratch = path.with_suffix(".tmp")  # a run that is killed here leaves the earlier rows
+    scratch.write_text(json.dumps(joined, indent=1) + "\n")
+    scratch.replace(path)
     return f"benches/results/{path.name}"
+
+
+def _earlier(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The runs and rows of a file; one that describes a single run is read too."""
+    if not path.exists():
+        return [], []
+    found = json.loads(path.read_text())
+    if "runs" in found:
+        return found["runs"], found["rows"]
+    rows = found.pop("rows")
+    return [found], [row | {"run": 0} for row in rows]
+
+
+def _what(row: dict[str, Any]) -> str:
+    return json.dumps([row["case"], row["params"], row["contender"]], sort_keys=True)
+
+
+def _renumbered(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    used = sorted({row["run"] for row in rows})
+    place = {run: i for i, run in enumerate(used)}
+    return {"runs": [runs[run] for run in used], "rows": [row | {"run": place[row["run"]]} for row in rows]}

@@ -321,6 +321,7 @@ void bind_packing(py::module_& m) {
   m.def("launch_packing_gather_fwd_cpu", cpu.gather_fwd, no_gil);
   m.def("launch_packing_scatter_fwd_cpu", cpu.scatter_fwd, no_gil);
   m.def("launch_packing_patchify_fwd_cpu", cpu.patchify_fwd, no_gil);
+  m.def("launch_packing_patchify_images_fwd_cpu", cpu.patchify_images_fwd, no_gil);
   m.def("launch_packing_mrope_fwd_cpu", cpu.mrope_fwd, no_gil);
   const auto& pooling = mmk::pooling_kernels();
   m.def("launch_packing_segment_pool_fwd_cpu", pooling.segment_pool_fwd, no_gil);

@@ -58,8 +58,7 @@ struct AttentionBwdArgs {
   double scale;
   // outputs
   Tensor dq, dk, dv;  // shapes and dtypes of q, k, v
-  // scratch
-  Tensor delta;  // [H, Tq]: rowsum(grad_out * out) - grad_lse
+  Tensor delta;       // [H, Tq]: rowsum(grad_out * out) - grad_lse; on the CPU without the rounding of out where it can
   AttentionExtras extras = {};
 };
 

@@ -7,6 +7,10 @@
 // neither the rounding of lse nor that of out enters, and a query with a single key gets dS = 0 exactly. Elsewhere
 // delta comes from out, summed in the order in which the product sums dP.
 //
+// S and dP come from 16-bit inputs as they are. P and dS are operands of type S: the compute type, which makes a
+// gradient in bf16 as accurate as a float32 one that was cast; but bf16, at half the cost of three products and sqrt(2)
+// times the error, where more than half of all pairs is computed.
+//
 // Tiles are computed transposed, keys down and queries across: P^T and dS^T then go straight into the packed layout of
 // the left operands of dV and dK, and lse, delta and the intervals are vectors along a row. dS is packed once more for
 // dQ. The sums are in the compute type and are cast once.
@@ -14,8 +18,7 @@
 // No sum is shared between threads, so there are two ways to cut:
 //   one pass    a task owns a component (tiles and keys that only see each other) of a key/value head: five products
 //   two passes  tasks that own keys for dK and dV, then tasks that own queries for dQ: seven products; when there are
-//   too
-//               few components to keep every thread busy
+//               too few components to keep every thread busy
 #pragma once
 
 #include "attention/attention_cpu_extras.h"
@@ -23,7 +26,10 @@
 namespace mmk {
 namespace MMK_ISA {
 
-template <class T>
+// So long that segments of 256 are whole.
+constexpr int64_t kGradientKeyTile = 256;
+
+template <class T, class S>
 struct BackwardScratch {
   using C = ComputeOf<T>;
   using Int = typename IntOf<C>::type;
@@ -31,8 +37,8 @@ struct BackwardScratch {
 
   struct TileState {
     Packed<T>*q_columns, *do_columns;  // B [D, queries], B [Dv, queries]
-    Packed<T>*q_rows, *do_rows;        // B [queries, D], B [queries, Dv]
-    C *lse, *dot, *dlse;               // [queries]; dot: <do_i, out_i>
+    Packed<S>*q_rows, *do_rows;        // B [queries, D], B [queries, Dv]
+    C *lse, *dot, *dlse;               // [queries]; dot: delta without dlse
     Int *lo, *hi;                      // [queries]
     C* dq;                             // [queries, D]
     // For a pattern, a bias:
@@ -43,10 +49,10 @@ struct BackwardScratch {
   TileState tile[kTilesPerTask];
   Packed<T>* out_columns;  // B [Dv, queries]
   Packed<T>*k, *v;         // A [keys, D], A [keys, Dv]
-  Packed<T>* k_rows;       // B [keys, D]
+  Packed<S>* k_rows;       // B [keys, D]
   C *s, *dp;               // [keys, ld]
-  Packed<T>*p, *ds;        // A [keys, queries]
-  Packed<T>* ds_q;         // A [queries, keys]
+  Packed<S>*p, *ds;        // A [keys, queries]
+  Packed<S>* ds_q;         // A [queries, keys]
   C *dk, *dv;              // [key_range, D], [key_range, Dv]
   C* bias;
   C* z;  // [keys, ld]: dropout's factors
@@ -56,8 +62,8 @@ struct BackwardScratch {
     for (TileState& t : tile) {
       t.q_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim));
       t.do_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
-      t.q_rows = arena.take<Packed<T>>(packed_size_b<T>(n.dim, kQueryTile));
-      t.do_rows = arena.take<Packed<T>>(packed_size_b<T>(n.dim_v, kQueryTile));
+      t.q_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim, kQueryTile));
+      t.do_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim_v, kQueryTile));
       t.lse = arena.take<C>(kQueryTile);
       t.dot = arena.take<C>(kQueryTile);
       t.dlse = arena.take<C>(kQueryTile);
@@ -70,18 +76,18 @@ struct BackwardScratch {
       t.row_sums = arena.take<C>(biased * (extras.pair_bias.size[2] + 1));
     }
     out_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
-    k = arena.take<Packed<T>>(packed_size_a<T>(kKeyTile, n.dim));
-    v = arena.take<Packed<T>>(packed_size_a<T>(kKeyTile, n.dim_v));
-    k_rows = arena.take<Packed<T>>(packed_size_b<T>(n.dim, kKeyTile));
-    s = arena.take<C>(kKeyTile * ld);
-    dp = arena.take<C>(kKeyTile * ld);
-    p = arena.take<Packed<T>>(packed_size_a<T>(kKeyTile, kQueryTile));
-    ds = arena.take<Packed<T>>(packed_size_a<T>(kKeyTile, kQueryTile));
-    ds_q = arena.take<Packed<T>>(packed_size_a<T>(kQueryTile, kKeyTile));
+    k = arena.take<Packed<T>>(packed_size_a<T>(kGradientKeyTile, n.dim));
+    v = arena.take<Packed<T>>(packed_size_a<T>(kGradientKeyTile, n.dim_v));
+    k_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim, kGradientKeyTile));
+    s = arena.take<C>(kGradientKeyTile * ld);
+    dp = arena.take<C>(kGradientKeyTile * ld);
+    p = arena.take<Packed<S>>(packed_size_a<S>(kGradientKeyTile, kQueryTile));
+    ds = arena.take<Packed<S>>(packed_size_a<S>(kGradientKeyTile, kQueryTile));
+    ds_q = arena.take<Packed<S>>(packed_size_a<S>(kQueryTile, kGradientKeyTile));
     dk = arena.take<C>(key_range * n.dim);
     dv = arena.take<C>(key_range * n.dim_v);
     bias = arena.take<C>(biased > 0 ? BiasTable<C>::kSize : 0);
-    z = arena.take<C>(extras.seed.given() ? kKeyTile * ld + Dropout::kWide * ld : 0);
+    z = arena.take<C>(extras.seed.given() ? kGradientKeyTile * ld + Dropout::kWide * ld : 0);
   }
 };
 
@@ -120,10 +126,10 @@ void clear(C* p, int64_t count) {
 }
 
 // One task: want_dq and want_dkv say which gradients it owns.
-template <class T, bool want_dq, bool want_dkv>
+template <class T, class S, bool want_dq, bool want_dkv>
 class BackwardTask {
   using C = ComputeOf<T>;
-  using Scratch = BackwardScratch<T>;
+  using Scratch = BackwardScratch<T, S>;
   using TileState = typename Scratch::TileState;
   using Int = typename Scratch::Int;
 
@@ -135,7 +141,8 @@ class BackwardTask {
         tiles_(tiles),
         part_(part),
         map_(args.extras.tiles),
-        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given() || args.extras.sink.given()),
+        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given() ||
+                  (args.extras.sink.given() && args.scale > -1e-6 && args.scale < 1e-6)),
         scale_(static_cast<C>(args.scale)),
         logit_scale_(rewrites_ ? C{1} : scale_),
         w_(scratch) {}
@@ -173,11 +180,11 @@ class BackwardTask {
     if (key_begin < key_end || want_dq)
       for (int64_t t = 0; t < count; ++t) open(head, tiles[t], w_.tile[t], bias);
     const HeadView<T> k = head_of<T>(args_.k, kv_head), v = head_of<T>(args_.v, kv_head);
-    for (int64_t key = key_begin; key < key_end; key += kKeyTile) {
-      const int64_t keys = min64(kKeyTile, key_end - key);
+    for (int64_t key = key_begin; key < key_end; key += kGradientKeyTile) {
+      const int64_t keys = min64(kGradientKeyTile, key_end - key);
       pack_rows_a<T>(k, key, keys, n_.dim, w_.k);
       pack_rows_a<T>(v, key, keys, n_.dim_v, w_.v);
-      if (want_dq) pack_rows_b<T>(k, key, keys, n_.dim, w_.k_rows);
+      if (want_dq) pack_rows_b<S>(k, key, keys, n_.dim, w_.k_rows);
       for (int64_t t = 0; t < count; ++t) {
         int64_t first = -min64(-key, -tiles[t].key_begin), end = min64(key + keys, tiles[t].key_end);
         if (map_.given()) map_.trim(tiles[t], first, end);
@@ -188,6 +195,9 @@ class BackwardTask {
     for (int64_t t = 0; t < count; ++t) {
       write_rows<T>(w_.tile[t].dq, tiles[t].end - tiles[t].begin, n_.dim, scale_, head_of<T>(args_.dq, head),
                     tiles[t].begin);
+      C* delta = args_.delta.ptr<C>() + head * n_.num_queries;
+      for (int64_t i = tiles[t].begin; i < tiles[t].end; ++i)
+        delta[i] = w_.tile[t].dot[i - tiles[t].begin] - w_.tile[t].dlse[i - tiles[t].begin];
       if (args_.extras.pair_bias.given()) write_row_sums(head, tiles[t], w_.tile[t]);
     }
   }
@@ -208,8 +218,8 @@ class BackwardTask {
     pack_columns_b<T>(head_of<T>(args_.out, head), tile.begin, rows, n_.dim_v, w_.out_columns);
     multiply_columns<T>(rows, n_.dim_v, state.do_columns, w_.out_columns, state.dot);
     if (want_dkv) {
-      pack_rows_b<T>(q, tile.begin, rows, n_.dim, state.q_rows);
-      pack_rows_b<T>(grad_out, tile.begin, rows, n_.dim_v, state.do_rows);
+      pack_rows_b<S>(q, tile.begin, rows, n_.dim, state.q_rows);
+      pack_rows_b<S>(grad_out, tile.begin, rows, n_.dim_v, state.do_rows);
     }
     if (want_dq) clear(state.dq, rows * n_.dim);
     const C* lse = args_.lse.ptr<C>() + head * n_.num_queries + tile.begin;
@@ -240,7 +250,7 @@ class BackwardTask {
                      int64_t key, int64_t keys, int64_t from, int64_t to) {
     const int64_t rows = tile.end - tile.begin;
     // k_begin of the product for dQ must not split a word.
-    constexpr int64_t step = kRowTile * kWordElements<T>;
+    constexpr int64_t step = kRowTile * kWordElements<S>;
     from -= from % step;
     const int64_t height = to - from, panel = from / kRowTile;
     multiply<T>(height, rows, n_.dim, w_.k + panel * panel_size_a<T>(n_.dim), state.q_columns, 0, n_.dim, w_.s,
@@ -258,12 +268,12 @@ class BackwardTask {
       probabilities<false>(state, bias, first, height, rows, whole);
     if (want_dkv) {
       const int64_t at = first - part_.key_begin;
-      multiply<T>(height, n_.dim_v, rows, w_.p, state.do_rows, 0, rows, w_.dv + at * n_.dim_v, n_.dim_v, true);
-      multiply<T>(height, n_.dim, rows, w_.ds, state.q_rows, 0, rows, w_.dk + at * n_.dim, n_.dim, true);
+      multiply<S>(height, n_.dim_v, rows, w_.p, state.do_rows, 0, rows, w_.dv + at * n_.dim_v, n_.dim_v, true);
+      multiply<S>(height, n_.dim, rows, w_.ds, state.q_rows, 0, rows, w_.dk + at * n_.dim, n_.dim, true);
     }
     if (want_dq) {
-      pack_a<T>(w_.dp, 1, Scratch::ld, rows, height, w_.ds_q);
-      multiply<T>(rows, n_.dim, height, w_.ds_q, w_.k_rows, from, keys, state.dq, n_.dim, true);
+      pack_a<S>(w_.dp, 1, Scratch::ld, rows, height, w_.ds_q);
+      multiply<S>(rows, n_.dim, height, w_.ds_q, w_.k_rows, from, keys, state.dq, n_.dim, true);
     }
   }
 
@@ -314,10 +324,12 @@ class BackwardTask {
     for (int64_t c = 0; c < rows; c += kLanes<C>) {
       const Vec<C> dlse = load(state.dlse + c);
       Vec<C> inverse = splat(C{1}), delta = load(state.dot + c);
-      if (whole)
+      if (whole) {
         softmax_column<full>(state, key, height, c, inverse, delta);
-      else
+        store(state.dot + c, delta);
+      } else {
         recall_column<full>(state, key, height, c);
+      }
       for (int64_t i = 0; i < height; ++i) {
         C* dp = w_.dp + i * Scratch::ld + c;
         const Vec<C> p = load(w_.s + i * Scratch::ld + c) * inverse;
@@ -325,8 +337,8 @@ class BackwardTask {
         if (!full) ds = select(visible(state, key + i, c), ds, Vec<C>{});
         if (rewrites_) ds = select(p == Vec<C>{}, Vec<C>{}, ds);  // dP of a hidden pair may be anything
         if (want_dkv) {
-          store_packed(PackedRow<T>(w_.p, rows, i).at(c), dropped ? p * load(w_.z + i * Scratch::ld + c) : p);
-          store_packed(PackedRow<T>(w_.ds, rows, i).at(c), ds);
+          store_packed(PackedRow<S>(w_.p, rows, i).at(c), dropped ? p * load(w_.z + i * Scratch::ld + c) : p);
+          store_packed(PackedRow<S>(w_.ds, rows, i).at(c), ds);
         }
         if (sums) {
           C* sum = state.row_sums + bias.row_index(class_k[key + i]) * kQueryTile + c;
@@ -358,10 +370,10 @@ class BackwardTask {
       const Vec<C> s = load(w_.s + i * Scratch::ld + c) * sign;
       shift = max(shift, full ? s : select(visible(state, key + i, c), s, lowest));
     }
-    if (rewrites_) {
-      shift = max(shift, splat(state.sink));
+    if (rewrites_ || args_.extras.sink.given()) {
+      shift = max(shift, splat(state.sink / factor));
       shift = select(shift == lowest, Vec<C>{}, shift);  // sees nothing: -inf minus 0 stays -inf
-      sum = exp(splat(state.sink) - shift);
+      sum = exp(splat(state.sink) - shift * factor);
     }
     for (int64_t i = 0; i < height; ++i) {
       C* s = w_.s + i * Scratch::ld + c;
@@ -386,41 +398,49 @@ class BackwardTask {
   const QueryTile* tiles_;
   const AttentionTask& part_;
   const TileMap map_;
-  const bool rewrites_;  // scores become logits before the softmax
+  const bool rewrites_;  // scores become logits before the softmax; for a sink only where it is none in units of scores
   const C scale_, logit_scale_;
   Scratch w_;
 };
 
-template <class T, bool want_dq, bool want_dkv>
+template <class T, class S, bool want_dq, bool want_dkv>
 void run_backward(const AttentionBwdArgs& args, const AttentionShape& shape, const AttentionPlan& plan,
                   int num_threads) {
   const int64_t group = want_dkv ? shape.group() : 1, units = shape.heads / group;
   const int64_t tasks = plan.num_tasks() * units, key_range = want_dkv ? plan.longest_key_range() : 0;
   Arena measure(nullptr);
-  const BackwardScratch<T> sizes(measure, shape, args.extras, key_range);
+  const BackwardScratch<T, S> sizes(measure, shape, args.extras, key_range);
   AlignedBuffer<char> memory(measure.used() * usable_threads(tasks, num_threads));
   parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
     Arena arena(memory.data() + thread * measure.used());
-    const BackwardScratch<T> scratch(arena, shape, args.extras, key_range);
+    const BackwardScratch<T, S> scratch(arena, shape, args.extras, key_range);
     const int64_t head = task % units * group;
-    BackwardTask<T, want_dq, want_dkv>(args, shape, plan.tiles(), plan.tasks()[task / units], scratch)
+    BackwardTask<T, S, want_dq, want_dkv>(args, shape, plan.tiles(), plan.tasks()[task / units], scratch)
         .run(head, head + group);
   });
+}
+
+template <class T, class S>
+void backward_as(const AttentionBwdArgs& args, const AttentionShape& shape, AttentionPlan& plan, int num_threads) {
+  plan.cut_components();
+  if (plan.balanced(shape.kv_heads, num_threads, 7.0 / 5.0)) {
+    run_backward<T, S, true, true>(args, shape, plan, num_threads);
+    return;
+  }
+  plan.cut_keys(2 * kGradientKeyTile);
+  run_backward<T, S, false, true>(args, shape, plan, num_threads);
+  plan.cut_queries(tiles_per_task(plan.num_tiles(), shape.heads, num_threads));
+  run_backward<T, S, true, false>(args, shape, plan, num_threads);
 }
 
 template <class T>
 void backward(const AttentionBwdArgs& args, int num_threads) {
   const AttentionShape shape(args);
   AttentionPlan plan(args.mask.lo.ptr<int32_t>(), args.mask.hi.ptr<int32_t>(), shape.num_queries, shape.num_keys);
-  plan.cut_components();
-  if (plan.balanced(shape.kv_heads, num_threads, 7.0 / 5.0)) {
-    run_backward<T, true, true>(args, shape, plan, num_threads);
-    return;
-  }
-  plan.cut_keys(2 * kKeyTile);
-  run_backward<T, false, true>(args, shape, plan, num_threads);
-  plan.cut_queries(tiles_per_task(plan.num_tiles(), shape.heads, num_threads));
-  run_backward<T, true, false>(args, shape, plan, num_threads);
+  if constexpr (kWordElements<T> > 1)
+    if (2 * plan.num_pairs() > shape.num_queries * shape.num_keys)
+      return backward_as<T, T>(args, shape, plan, num_threads);
+  backward_as<T, ComputeOf<T>>(args, shape, plan, num_threads);
 }
 
 }  // namespace MMK_ISA

@@ -33,8 +33,8 @@ template <class T>
 void pack_columns_b(HeadView<T> x, int64_t first, int64_t count, int64_t width, Packed<T>* dst) {  // B [width, rows]
   pack_b<T>(x.row(first), x.stride, 1, count, width, dst);
 }
-template <class T>
-void pack_rows_b(HeadView<T> x, int64_t first, int64_t count, int64_t width, Packed<T>* dst) {  // B [rows, width]
+template <class T, class S>
+void pack_rows_b(HeadView<S> x, int64_t first, int64_t count, int64_t width, Packed<T>* dst) {  // B [rows, width]
   pack_b<T>(x.row(first), 1, x.stride, width, count, dst);
 }
 

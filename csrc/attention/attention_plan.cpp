@@ -130,6 +130,11 @@ AttentionPlan::AttentionPlan(const int32_t* lo, const int32_t* hi, int64_t num_q
 AttentionPlan::~AttentionPlan() { delete lists_; }
 
 int64_t AttentionPlan::num_tiles() const { return static_cast<int64_t>(lists_->tiles.size()); }
+int64_t AttentionPlan::num_pairs() const {
+  int64_t sum = 0;
+  for (const QueryTile& tile : lists_->tiles) sum += pairs(tile, 0, lists_->num_keys);
+  return sum;
+}
 int64_t AttentionPlan::num_tasks() const { return static_cast<int64_t>(lists_->tasks.size()); }
 
 void AttentionPlan::cut_components() {

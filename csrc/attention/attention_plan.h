@@ -32,6 +32,8 @@ class AttentionPlan {
 
   const QueryTile* tiles() const { return tiles_; }
   int64_t num_tiles() const;
+  // Query-key pairs that are computed, those of all tiles with the hulls of their keys.
+  int64_t num_pairs() const;
 
   // Components share no key: a list that covers every tile and every key exactly once.
   void cut_components();

@@ -58,12 +58,17 @@ void zero(const Tensor& gradient) {
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
+// Whether features are coarser than what is computed from them.
+template <class T>
+constexpr bool kLowPrecision = sizeof(T) < sizeof(ComputeOf<T>);
+
 template <class T>
 void statistics(const Operands<T>& student, const Operands<T>* teacher, const TeacherLse& teacher_lse,
                 ComputeOf<T> scale, const PairRule& rule, bool totals, bool columns, double* of_rows,
                 double* of_columns, int threads) {
   const Pairs<ComputeOf<T>> pairs(rule, student.y.count);
-  SoftmaxForward<T> epilogue(student.x, student.y, scale, pairs, teacher_lse, totals, columns, threads);
+  SoftmaxForward<TileOf<T>> epilogue(student.x.count, student.y.count, scale, pairs, teacher_lse, totals, columns,
+                                     kLowPrecision<T>, threads);
   for_each_tile(student, teacher, threads, epilogue);
   epilogue.finish(of_rows, of_columns);
 }
@@ -90,7 +95,7 @@ void softmax_gradients(const Operands<T>& student, const Operands<T>* teacher, c
     return;
   }
   const Pairs<ComputeOf<T>> pairs(rule, student.y.count);
-  const SoftmaxGradient<T> epilogue(rows, columns, scale, pairs);
+  const SoftmaxGradient<TileOf<T>> epilogue(rows, columns, scale, pairs, kLowPrecision<T>);
   feature_gradients(student, teacher, dqueries.ptr<T>(), dkeys.ptr<T>(), ComputeOf<T>{1}, threads, epilogue);
 }
 
@@ -166,7 +171,7 @@ template <class T>
 void sigmoid_sums(const Operands<T>& student, ComputeOf<T> scale, ComputeOf<T> bias, const PairRule& rule, double* sums,
                   int threads) {
   const Pairs<ComputeOf<T>> pairs(rule, student.y.count);
-  SigmoidForward<T> epilogue(student.x.count, scale, bias, pairs);
+  SigmoidForward<TileOf<T>> epilogue(student.x.count, scale, bias, pairs);
   for_each_tile<T>(student, nullptr, threads, epilogue);
   epilogue.finish(sums);
 }
@@ -191,7 +196,7 @@ void sigmoid_gradients(double grad, const Tensor& queries, const Tensor& keys, C
     return;
   }
   const Pairs<ComputeOf<T>> pairs(rule, student.y.count);
-  const SigmoidGradient<T> epilogue(scale, bias, pairs);
+  const SigmoidGradient<TileOf<T>> epilogue(scale, bias, pairs);
   feature_gradients<T>(student, nullptr, dqueries.ptr<T>(), dkeys.ptr<T>(), static_cast<ComputeOf<T>>(grad * scale),
                        threads, epilogue);
 }
@@ -243,8 +248,8 @@ void sample_fwd(const Tensor& queries, const Tensor& keys, const Tensor& logit_s
     using C = ComputeOf<T>;
     const Operands<T> student{rows_of<T>(queries), rows_of<T>(keys)};
     const Pairs<C> rule(rule_of(pairs), student.y.count);
-    SampleForward<T> epilogue(student.x.count, *logit_scale.ptr<C>(), seed.ptr<const int64_t>(), rule,
-                              index.ptr<int64_t>());
+    SampleForward<TileOf<T>> epilogue(student.x.count, *logit_scale.ptr<C>(), seed.ptr<const int64_t>(), rule,
+                                      index.ptr<int64_t>());
     for_each_tile<T>(student, nullptr, threads, epilogue);
   });
 }
@@ -253,7 +258,7 @@ void topk_fwd(const Tensor& queries, const Tensor& keys, const Tensor& values, c
   with_dtype(queries.dtype, [&](auto t) {
     using T = decltype(t);
     const Operands<T> student{rows_of<T>(queries), rows_of<T>(keys)};
-    TopKForward<T> epilogue(values.size[1], values.ptr<ComputeOf<T>>(), indices.ptr<int64_t>());
+    TopKForward<TileOf<T>> epilogue(values.size[1], values.ptr<ComputeOf<T>>(), indices.ptr<int64_t>());
     for_each_tile<T>(student, nullptr, threads, epilogue);
   });
 }

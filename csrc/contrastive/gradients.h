@@ -6,9 +6,9 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// Rows and columns of the superblock of G that is kept while both gradients take from it (19 MB of floats).
-// Multiples of kTileRows and kTileCols, so that widening it for many threads changes no order of additions.
-constexpr int64_t kBlockRows = 3072, kBlockCols = 1536, kThreadsPerBlock = 16;
+// Rows and columns of the superblock of G that is kept while both gradients take from it (13 MB of floats).
+// Multiples of kTileCols, so that widening it for many threads changes no order of additions.
+constexpr int64_t kBlockRows = 2048, kBlockCols = 1536, kThreadsPerBlock = 16;
 
 template <class T>
 void store_scaled(const ComputeOf<T>* from, ComputeOf<T> factor, int64_t count, T* to) {
@@ -98,7 +98,7 @@ class FeatureGradients {
       const int64_t n = min64(cols - c, kTileCols<T>);
       const C* taught = teacher_ ? taught_.tile(count, c, n, thread) : nullptr;
       C* s = product_.tile(count, c, n, thread);
-      const Tile<T> tile{i0 + r, count, j0 + c, n, s};
+      const TileOf<T> tile{i0 + r, count, j0 + c, n, s};
       epilogue_(tile, taught);
       if (dy_)
         for (int64_t i = 0; i < count; ++i) store_g(tile.row(i), n, g_.data() + (r + i) * block_cols_ + c);

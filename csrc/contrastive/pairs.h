@@ -68,15 +68,15 @@ class Pairs {
   const PairRule& rule() const { return rule_; }
 
   // Whether any row's target lies in a tile.
-  template <class T>
-  bool meet(const Tile<T>& tile) const {
+  template <class Tile>
+  bool meet(const Tile& tile) const {
     for (int64_t r = 0; r < tile.rows; ++r)
       if (in(tile, r) >= 0) return true;
     return false;
   }
   // The column, counted in the tile, of row r's target; -1 where it lies elsewhere.
-  template <class T>
-  int64_t in(const Tile<T>& tile, int64_t r) const {
+  template <class Tile>
+  int64_t in(const Tile& tile, int64_t r) const {
     const int64_t column = rule_.target(tile.i0 + r) - tile.j0;
     return column >= 0 && column < tile.cols ? column : -1;
   }
@@ -91,8 +91,8 @@ class Pairs {
     }
     MMK_INLINE Mask same_id(int64_t v) const { return load_as<Int>(ids + v) == id; }
   };
-  template <class T>
-  Row row(const Tile<T>& tile, int64_t r) const {
+  template <class Tile>
+  Row row(const Tile& tile, int64_t r) const {
     return {static_cast<Int>(in(tile, r)), rule_.row_ids ? static_cast<Int>(rule_.row_ids[tile.i0 + r]) : Int{0},
             ids_.data() + (rule_.row_ids ? tile.j0 : 0)};
   }

@@ -18,9 +18,9 @@ MMK_INLINE V mixed(V x) {
 
 // Draws one key a row with the probability of its softmax among those that are no positive: the largest of
 // scale a - log E with E exponential variates, which are a function of seed, row and column alone.
-template <class T>
+template <class Tile>
 class SampleForward {
-  using C = ComputeOf<T>;
+  using C = typename Tile::Number;
   using Bits = typename IntOf<C>::bits;
   static constexpr int L = kLanes<C>;
 
@@ -35,7 +35,7 @@ class SampleForward {
     for (int64_t i = 0; i < n; ++i) best_.data()[i] = -FloatTraits<C>::infinity, index[i] = -1;
   }
 
-  void tile(int64_t, const Tile<T>& tile, const C*) const {
+  void tile(int64_t, const Tile& tile, const C*) const {
     const auto lane = lane_numbers<C>();
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.i0 + r;
@@ -73,15 +73,15 @@ class SampleForward {
 };
 
 // The k most similar keys of each row in order, of equal ones the lower index. A NaN counts as -inf.
-template <class T>
+template <class Tile>
 class TopKForward {
-  using C = ComputeOf<T>;
+  using C = typename Tile::Number;
   static constexpr int L = kLanes<C>;
 
  public:
   TopKForward(int64_t k, C* values, int64_t* indices) : k_(k), values_(values), indices_(indices) {}
 
-  void tile(int64_t, const Tile<T>& tile, const C*) const {
+  void tile(int64_t, const Tile& tile, const C*) const {
     const Vec<C> lowest = splat(-FloatTraits<C>::infinity);
     for (int64_t r = 0; r < tile.rows; ++r) {
       C* values = values_ + (tile.i0 + r) * k_;

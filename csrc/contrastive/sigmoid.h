@@ -26,15 +26,15 @@ MMK_INLINE Vec<C> signs(const Pairs<C>& pairs, const Row& row, int64_t v) {
     return splat(C{1});
 }
 
-template <class C, class T>
-MMK_INLINE bool may_have_positives(const Pairs<C>& pairs, const Tile<T>& tile) {
+template <class C, class Tile>
+MMK_INLINE bool may_have_positives(const Pairs<C>& pairs, const Tile& tile) {
   return pairs.rule().by_id() || pairs.meet(tile);
 }
 
 // Forward epilogue: sums over each row of the loss and of its derivatives.
-template <class T>
+template <class Tile>
 class SigmoidForward {
-  using C = ComputeOf<T>;
+  using C = typename Tile::Number;
 
  public:
   SigmoidForward(int64_t n, C scale, C bias, const Pairs<C>& pairs)
@@ -42,7 +42,7 @@ class SigmoidForward {
     for (int64_t i = 0; i < 3 * n; ++i) sums_.data()[i] = 0;
   }
 
-  void tile(int64_t, const Tile<T>& tile, const C*) const {
+  void tile(int64_t, const Tile& tile, const C*) const {
     may_have_positives(pairs_, tile) ? add<true>(tile) : add<false>(tile);
   }
   void finish_columns(int64_t, int64_t) const {}
@@ -56,7 +56,7 @@ class SigmoidForward {
 
  private:
   template <bool kPositives>
-  void add(const Tile<T>& tile) const {
+  void add(const Tile& tile) const {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const C* s = tile.row(r);
       const auto row = pairs_.row(tile, r);
@@ -84,20 +84,20 @@ class SigmoidForward {
 };
 
 // Backward epilogue: the derivative of a pair's loss by its logit.
-template <class T>
+template <class Tile>
 class SigmoidGradient {
-  using C = ComputeOf<T>;
+  using C = typename Tile::Number;
 
  public:
   SigmoidGradient(C scale, C bias, const Pairs<C>& pairs) : scale_(scale), bias_(bias), pairs_(pairs) {}
 
-  void operator()(const Tile<T>& tile, const C*) const {
+  void operator()(const Tile& tile, const C*) const {
     may_have_positives(pairs_, tile) ? gradient<true>(tile) : gradient<false>(tile);
   }
 
  private:
   template <bool kPositives>
-  void gradient(const Tile<T>& tile) const {
+  void gradient(const Tile& tile) const {
     for (int64_t r = 0; r < tile.rows; ++r) {
       C* s = tile.row(r);
       const auto row = pairs_.row(tile, r);

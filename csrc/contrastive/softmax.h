@@ -84,39 +84,45 @@ struct TeacherLse {
   const double *rows, *columns;
 };
 
+// Exponents of features of low precision, whose similarities err more than an exponent rounded at its own size, may
+// have one reference for rows and columns whose own are no farther apart than this: what is flushed to zero is below
+// e^-47 of the largest.
+constexpr int kSpread = 40;
+
 // Forward epilogue. A row tile updates its rows' running statistics and leaves the columns' statistics over its rows in
 // `partial`; finish_columns merges these in the order of tiles. While tiles come, `ref` and `best` are times the sign
 // of the scale, so that they are maxima.
-template <class T>
+template <class Tile>
 class SoftmaxForward {
-  using C = ComputeOf<T>;
+  using C = typename Tile::Number;
   static constexpr int L = kLanes<C>;
   static constexpr int kGroup = 8;  // rows at a time: their sums stay in registers, and the columns' sums are short
   static constexpr C kLowest = -FloatTraits<C>::infinity;
 
  public:
-  SoftmaxForward(const Rows<T>& x, const Rows<T>& y, C scale, const Pairs<C>& pairs, const TeacherLse& teacher,
-                 bool totals, bool columns, int threads)
-      : n_(x.count),
-        m_(y.count),
-        tiles_(ceil_div(x.count, kTileRows)),
+  SoftmaxForward(int64_t n, int64_t m, C scale, const Pairs<C>& pairs, const TeacherLse& teacher, bool totals,
+                 bool columns, bool low_precision, int threads)
+      : n_(n),
+        m_(m),
+        tiles_(ceil_div(n, kTileRows)),
         scale_(scale),
         sign_(scale < 0 ? C{-1} : C{1}),
         threads_(threads),
         totals_(totals),
         with_columns_(columns),
+        low_precision_(low_precision),
         pairs_(pairs),
-        taught_rows_(teacher.rows, teacher.rows ? x.count : 0, scale),
-        taught_columns_(teacher.columns, teacher.columns ? y.count : 0, scale),
-        target_(x.count),
-        rows_(x.count),
-        columns_(columns ? y.count : 0),
+        taught_rows_(teacher.rows, teacher.rows ? n : 0, scale),
+        taught_columns_(teacher.columns, teacher.columns ? m : 0, scale),
+        target_(n),
+        rows_(n),
+        columns_(columns ? m : 0),
         partial_(columns ? tiles_ * kPassCols : 0) {
     rows_.clear();
     columns_.clear();
   }
 
-  void tile(int64_t t, const Tile<T>& tile, const C* taught) const {
+  void tile(int64_t t, const Tile& tile, const C* taught) const {
     const Stats<C> column = partial_.stats().at(with_columns_ ? t * kPassCols + tile.j0 % kPassCols : 0);
     if (pairs_.rule().ignores())
       with_columns_ ? statistics<true, true>(tile, column) : statistics<true, false>(tile, column);
@@ -170,7 +176,7 @@ class SoftmaxForward {
 
   // kMasked: some pairs are left out of the sums, the target or what is not seen.
   template <bool kMasked, bool kColumns>
-  void statistics(const Tile<T>& tile, const Stats<C>& column) const {
+  void statistics(const Tile& tile, const Stats<C>& column) const {
     C ref[kTileRows];
     raise<kMasked, kColumns>(tile, column.ref, ref);
     if constexpr (kColumns)
@@ -183,14 +189,51 @@ class SoftmaxForward {
         const int64_t target = pairs_.in(tile, r);
         if (target >= 0) target_.data()[tile.i0 + r] = tile.row(r)[target];
       }
+    if constexpr (kColumns && !kMasked) {
+      const Range range(ref, tile.rows, column.ref, tile.cols);
+      if (low_precision_ && sign_ * scale_ * (range.high - range.low) <= kSpread) {
+        add_all_rows<kMasked, kColumns, true>(tile, ref, range.high, column);
+        for (int64_t v = 0; v < tile.cols; v += L) {
+          const Vec<C> below = (range.high - load(column.ref + v)) * sign_, weight = exp(below * scale_);
+          const Vec<C> sum = load(column.sum + v);
+          store(column.dot + v, weight * (load(column.dot + v) + sum * below));
+          store(column.sum + v, weight * sum);
+        }
+        return;
+      }
+    }
+    add_all_rows<kMasked, kColumns, false>(tile, ref, 0, column);
+  }
+
+  // Of the references of a tile.
+  struct Range {
+    C low, high;
+
+    Range(const C* rows, int64_t row_count, const C* columns, int64_t column_count) {
+      Vec<C> least = splat(rows[0]), most = least;
+      for_each_vector<C>(column_count, [&](int64_t v, auto in) {
+        const Vec<C> ref = keep(in, load(columns + v), splat(rows[0]));
+        least = min(ref, least), most = max(ref, most);
+      });
+      low = -reduce_max(-least), high = reduce_max(most);
+      for (int64_t r = 0; r < row_count; ++r) {
+        low = rows[r] < low ? rows[r] : low;
+        high = rows[r] > high ? rows[r] : high;
+      }
+    }
+  };
+
+  template <bool kMasked, bool kColumns, bool kShared>
+  void add_all_rows(const Tile& tile, const C* ref, C shared, const Stats<C>& column) const {
     int64_t r = 0;
-    for (; r + kGroup <= tile.rows; r += kGroup) add_rows<kGroup, kMasked, kColumns>(tile, r, ref + r, column);
-    for (; r < tile.rows; ++r) add_rows<1, kMasked, kColumns>(tile, r, ref + r, column);
+    for (; r + kGroup <= tile.rows; r += kGroup)
+      add_rows<kGroup, kMasked, kColumns, kShared>(tile, r, ref + r, shared, column);
+    for (; r < tile.rows; ++r) add_rows<1, kMasked, kColumns, kShared>(tile, r, ref + r, shared, column);
   }
 
   // The columns' references in this tile, and the rows' new running ones. What is not seen counts for nothing.
   template <bool kMasked, bool kColumns>
-  void raise(const Tile<T>& tile, C* column_ref, C* ref) const {
+  void raise(const Tile& tile, C* column_ref, C* ref) const {
     const Vec<C> lowest = splat(kLowest);
     if constexpr (kColumns)
       for (int64_t v = 0; v < tile.cols; v += L) store(column_ref + v, lowest);
@@ -210,26 +253,30 @@ class SoftmaxForward {
     }
   }
 
-  // Adds kRows rows, from r on, to the sums of rows and columns, whose references are raised already.
-  template <int kRows, bool kMasked, bool kColumns>
-  void add_rows(const Tile<T>& tile, int64_t r, const C* raised, const Stats<C>& column) const {
+  // Adds kRows rows, from r on, to the sums of rows and columns, whose references are raised already. kShared: one
+  // exponential, relative to `shared`, serves both; the columns' sums are left relative to it.
+  template <int kRows, bool kMasked, bool kColumns, bool kShared>
+  void add_rows(const Tile& tile, int64_t r, const C* raised, C shared, const Stats<C>& column) const {
     const Stats<double> running = rows_.stats().at(tile.i0 + r);
     typename Pairs<C>::Row row[kRows];
     C ref[kRows];
     for (int i = 0; i < kRows; ++i) {
       if constexpr (kMasked) row[i] = pairs_.row(tile, r + i);
-      ref[i] = raised[i] * sign_;
+      ref[i] = (kShared ? shared : raised[i]) * sign_;
     }
     Vec<C> sum[kRows] = {}, dot[kRows] = {};
     for_each_vector<C>(tile.cols, [&](int64_t v, auto in) {
       [[maybe_unused]] Vec<C> column_ref, column_sum{}, column_dot{};
-      if constexpr (kColumns) column_ref = load(column.ref + v) * sign_;
+      if constexpr (kColumns && !kShared) column_ref = load(column.ref + v) * sign_;
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const Vec<C> a = load(tile.row(r + i) + v);
         Vec<C> below = keep(in, a - ref[i]), e = keep(in, exp(below * scale_));
         [[maybe_unused]] Vec<C> column_below, column_e;
-        if constexpr (kColumns) column_below = a - column_ref, column_e = exp(column_below * scale_);
+        if constexpr (kShared)
+          column_below = below, column_e = e;
+        else if constexpr (kColumns)
+          column_below = a - column_ref, column_e = exp(column_below * scale_);
         if constexpr (kMasked) {
           const auto out = row[i].is_target(v) | pairs_.unseen(row[i], v);
           below = out ? Vec<C>{} : below, e = out ? Vec<C>{} : e;
@@ -248,12 +295,14 @@ class SoftmaxForward {
       const Shift shift(running.ref[i], raised[i], sign_, scale_);
       shift.move(&running.sum[i], &running.dot[i]);
       running.ref[i] = raised[i];
-      running.sum[i] += reduce_add(sum[i]);
-      running.dot[i] += reduce_add(dot[i]);
+      double more = reduce_add(sum[i]), more_dot = reduce_add(dot[i]);
+      if constexpr (kShared) Shift(shared, raised[i], sign_, scale_).move(&more, &more_dot);
+      running.sum[i] += more;
+      running.dot[i] += more_dot;
     }
   }
 
-  // Sums relative to one reference become sums relative to a higher one.
+  // Sums relative to one reference become sums relative to another.
   struct Shift {
     double weight, below;
 
@@ -284,17 +333,17 @@ class SoftmaxForward {
     }
   }
 
-  void add_totals(const Tile<T>& tile, const Stats<C>& column) const {
+  void add_totals(const Tile& tile, const Stats<C>& column) const {
     add_to_both(tile, column.total, rows_.stats().total, [&](const auto& row, int64_t r, int64_t v) {
       const Vec<C> a = load(tile.row(r) + v);
       return Both{pairs_.unseen(row, v) ? Vec<C>{} : a, pairs_.unseen(row, v) ? Vec<C>{} : a};
     });
   }
 
-  void add_taught(const Tile<T>& tile, const C* taught, const Stats<C>& column) const {
+  void add_taught(const Tile& tile, const C* taught, const Stats<C>& column) const {
     const SplitLse<C>&of_row = taught_rows_.split(), &of_column = taught_columns_.split();
     add_to_both(tile, column.taught, rows_.stats().taught, [&](const auto& row, int64_t r, int64_t v) {
-      const Vec<C> a = load(tile.row(r) + v), b = load(taught + r * kTileCols<T> + v);
+      const Vec<C> a = load(tile.row(r) + v), b = load(taught + r * Tile::kCols + v);
       const int64_t i = tile.i0 + r, j = tile.j0 + v;
       const auto unseen = pairs_.unseen(row, v);
       const Vec<C> p = softmax(b, scale_, splat(of_row.ref()[i]), splat(of_row.rest()[i]));
@@ -304,7 +353,7 @@ class SoftmaxForward {
     });
   }
 
-  void add_positives(const Tile<T>& tile, const Stats<C>& column) const {
+  void add_positives(const Tile& tile, const Stats<C>& column) const {
     add_to_both(tile, column.positive, rows_.stats().positive, [&](const auto& row, int64_t r, int64_t v) {
       const Vec<C> a = row.same_id(v) ? load(tile.row(r) + v) : Vec<C>{};
       return Both{a, a};
@@ -329,7 +378,7 @@ class SoftmaxForward {
     Vec<C> row, column;
   };
   template <class Value>
-  MMK_INLINE void add_to_both(const Tile<T>& tile, C* column, double* rows, const Value& value) const {
+  MMK_INLINE void add_to_both(const Tile& tile, C* column, double* rows, const Value& value) const {
     if (with_columns_)
       for (int64_t v = 0; v < tile.cols; v += L) store(column + v, Vec<C>{});
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -381,7 +430,7 @@ class SoftmaxForward {
   const int64_t n_, m_, tiles_;
   const C scale_, sign_;
   const int threads_;
-  const bool totals_, with_columns_;
+  const bool totals_, with_columns_, low_precision_;
   const Pairs<C>& pairs_;
   const TaughtLse taught_rows_, taught_columns_;
   AlignedBuffer<C> target_;  // [N] similarity of each row's target
@@ -425,27 +474,68 @@ class SplitLine {
   bool any_[4] = {};
 };
 
+// One exponential for rows and columns, where kSpread allows it:
+//   u_i p_ij + v_j q_ij = e^(scale a_ij - base) (u_i e^(base - lse_i) + v_j e^(base - lse_j)).
+template <class C>
+class SharedExponent {
+ public:
+  SharedExponent(const Line& rows, const Line& columns, C scale, bool wanted)
+      : rows_(rows.count), factors_(wanted ? rows.count + columns.count + kLanes<C> : 0) {
+    if (!wanted) return;
+    double low = FloatTraits<double>::infinity, high = -low;
+    bool finite = true;
+    for (const Line* line : {&rows, &columns})
+      for (int64_t i = 0; i < line->count; ++i) {
+        const double lse = line->lse[i];
+        finite &= lse - lse == 0;
+        low = lse < low ? lse : low, high = lse > high ? lse : high;
+      }
+    serves_ = finite && high - low <= kSpread;
+    base_ = static_cast<C>(high);
+    if (!serves_) return;
+    C* factor = factors_.data();
+    for (const Line* line : {&rows, &columns})
+      for (int64_t i = 0; i < line->count; ++i)
+        *factor++ = static_cast<C>(scale * line->coefficient(0, i) * natural_exp(base_ - line->lse[i]));
+    for (int i = 0; i < kLanes<C>; ++i) factor[i] = 0;
+  }
+
+  bool serves() const { return serves_; }
+  C base() const { return base_; }
+  const C* of_rows() const { return factors_.data(); }
+  const C* of_columns() const { return factors_.data() + rows_; }  // readable for one vector past the end
+
+ private:
+  int64_t rows_;
+  AlignedBuffer<C> factors_;
+  bool serves_ = false;
+  C base_ = 0;
+};
+
 // Backward epilogue: a tile of similarities becomes one of d / d similarity,
 //   scale (u_i p_ij + v_j q_ij) + positive (..) + seen (..) + teacher (..)
 // with p and q the softmax of rows and columns. A target's entry is formed in double: what a p close to 1 lacks is the
 // gradient.
-template <class T>
+template <class Tile>
 class SoftmaxGradient {
-  using C = ComputeOf<T>;
+  using C = typename Tile::Number;
   enum { kLse, kPositive, kTotal, kTeacher };
 
  public:
-  SoftmaxGradient(const Line& rows, const Line& columns, C scale, const Pairs<C>& pairs)
+  SoftmaxGradient(const Line& rows, const Line& columns, C scale, const Pairs<C>& pairs, bool low_precision)
       : of_rows_(rows),
         of_columns_(columns),
         scale_(scale),
         pairs_(pairs),
         rows_(rows, scale),
         columns_(columns, scale),
-        plain_(!pairs.rule().row_ids && !rows_.any(kTotal) && !columns_.any(kTotal) && !rows.teacher_lse) {}
+        plain_(!pairs.rule().row_ids && !rows_.any(kTotal) && !columns_.any(kTotal) && !rows.teacher_lse),
+        shared_(rows, columns, scale, low_precision && plain_ && columns.count > 0) {}
 
-  void operator()(const Tile<T>& tile, const C* taught) const {
-    if (plain_)
+  void operator()(const Tile& tile, const C* taught) const {
+    if (shared_.serves())
+      shared_gradient(tile);
+    else if (plain_)
       columns() ? gradient<false, true>(tile, taught) : gradient<false, false>(tile, taught);
     else
       columns() ? gradient<true, true>(tile, taught) : gradient<true, false>(tile, taught);
@@ -455,7 +545,7 @@ class SoftmaxGradient {
   bool columns() const { return of_columns_.count > 0; }
 
   template <bool kGeneral, bool kColumns>
-  void gradient(const Tile<T>& tile, const C* taught) const {
+  void gradient(const Tile& tile, const C* taught) const {
     const C *column_ref = columns_.lse().ref() + tile.j0, *column_rest = columns_.lse().rest() + tile.j0;
     const C* weight = columns_.of(kLse) + tile.j0;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -474,7 +564,21 @@ class SoftmaxGradient {
         if constexpr (kGeneral) g = others<kColumns>(tile, row, r, v, g, taught);
         store(s + v, g);
       });
-      if (target >= 0) s[target] = at_target(i, tile.j0 + target, a, taught ? taught[r * kTileCols<T> + target] : 0);
+      if (target >= 0) s[target] = at_target(i, tile.j0 + target, a, taught ? taught[r * Tile::kCols + target] : 0);
+    }
+  }
+
+  void shared_gradient(const Tile& tile) const {
+    const C* of_column = shared_.of_columns() + tile.j0;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      C* s = tile.row(r);
+      const int64_t i = tile.i0 + r, target = pairs_.rule().targets ? pairs_.in(tile, r) : -1;
+      const double a = target >= 0 ? s[target] : 0;
+      const C of_row = shared_.of_rows()[i];
+      for_each_vector<C>(tile.cols, [&](int64_t v, auto) {
+        store(s + v, exp(load(s + v) * scale_ - shared_.base()) * (load(of_column + v) + of_row));
+      });
+      if (target >= 0) s[target] = at_target(i, tile.j0 + target, a, 0);
     }
   }
 
@@ -484,11 +588,11 @@ class SoftmaxGradient {
   }
 
   template <bool kColumns, class Row>
-  MMK_INLINE Vec<C> others(const Tile<T>& tile, const Row& row, int64_t r, int64_t v, Vec<C> g, const C* taught) const {
+  MMK_INLINE Vec<C> others(const Tile& tile, const Row& row, int64_t r, int64_t v, Vec<C> g, const C* taught) const {
     const int64_t i = tile.i0 + r, j = tile.j0 + v;
     g += load_at<kColumns>(columns_.of(kTotal), j) + rows_.of(kTotal)[i];
     if (taught) {
-      const Vec<C> b = load(taught + r * kTileCols<T> + v);
+      const Vec<C> b = load(taught + r * Tile::kCols + v);
       const SplitLse<C>&of_row = rows_.teacher_lse(), &of_column = columns_.teacher_lse();
       g += softmax(b, scale_, splat(of_row.ref()[i]), splat(of_row.rest()[i])) * rows_.of(kTeacher)[i];
       if constexpr (kColumns)
@@ -518,6 +622,7 @@ class SoftmaxGradient {
   const Pairs<C>& pairs_;
   const SplitLine<C> rows_, columns_;
   const bool plain_;
+  const SharedExponent<C> shared_;
 };
 
 }  // namespace MMK_ISA

@@ -25,13 +25,20 @@ constexpr int64_t kTileRows = 96;
 template <class T>
 constexpr int64_t kTileCols = 256 * kWordElements<T>;
 
-template <class T>
-struct Tile {
-  int64_t i0, rows, j0, cols;  // rows i0.. of X against rows j0.. of Y
-  ComputeOf<T>* s;             // [rows, kTileCols<T>], cols of them filled
+template <class C, int64_t kStride>
+struct SimilarityTile {
+  using Number = C;
+  static constexpr int64_t kCols = kStride;
 
-  ComputeOf<T>* row(int64_t r) const { return s + r * kTileCols<T>; }
+  int64_t i0, rows, j0, cols;  // rows i0.. of X against rows j0.. of Y
+  C* s;                        // [rows, kCols], cols of them filled
+
+  C* row(int64_t r) const { return s + r * kCols; }
 };
+
+// Features of several types have tiles of one type, and epilogues that know no other are compiled once for them.
+template <class T>
+using TileOf = SimilarityTile<ComputeOf<T>, kTileCols<T>>;
 
 MMK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 MMK_INLINE int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
@@ -119,7 +126,7 @@ void for_each_tile(const Operands<T>& student, const Operands<T>* teacher, int t
       for (int64_t c = 0; c < cols; c += kTileCols<T>) {
         const int64_t count = min64(cols - c, kTileCols<T>);
         const auto* s = teacher ? taught.tile(rows, c, count, thread) : nullptr;
-        epilogue.tile(t, Tile<T>{i0, rows, j0 + c, count, product.tile(rows, c, count, thread)}, s);
+        epilogue.tile(t, TileOf<T>{i0, rows, j0 + c, count, product.tile(rows, c, count, thread)}, s);
       }
     });
     epilogue.finish_columns(j0, cols);

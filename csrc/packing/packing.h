@@ -41,6 +41,15 @@ struct PackingKernels {
                        const Tensor& out,  // [T C temporal patch^2]
                        int num_threads);
 
+  // The same from images where they lie.
+  void (*patchify_images_fwd)(const Tensor& addresses,  // [N] int64: of each image's first pixel
+                              const Tensor& grid,       // as above
+                              const Tensor& starts,     // as above
+                              int channels, int patch, int temporal, int merge,
+                              // outputs
+                              const Tensor& out,  // [T C temporal patch^2]
+                              int num_threads);
+
   // Positions in time, height and width: a text token goes on from the largest so far, the tokens of span n, a grid of
   // extent[n] that begins at token starts[n], count from there. gained[n] is what the spans before n advanced the
   // position by, beyond their numbers of tokens.

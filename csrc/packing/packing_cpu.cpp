@@ -35,6 +35,8 @@ class Sources {
   int count_ = 0;
 };
 
+constexpr int64_t kRowsAhead = 2;  // scattered rows are short streams, which the hardware does not foresee
+
 void gather_fwd(const Tensor& first, const Tensor& second, const Tensor& third, const Tensor& fourth,
                 const Tensor& index, const Tensor& out, int num_threads) {
   const int64_t row_bytes = first.size[1] * element_bytes(first.dtype);
@@ -42,14 +44,8 @@ void gather_fwd(const Tensor& first, const Tensor& second, const Tensor& third, 
   const Sources from({&first, &second, &third, &fourth});
   const RowWriter to(out.data, index.size[0], row_bytes);
   parallel_chunks(index.size[0], num_threads, [&](int64_t begin, int64_t end, int) {
-    const void* row = begin < end ? from.row(at[begin]) : nullptr;
-    for (int64_t t = begin; t < end; ++t) {
-      // The rows are scattered, so the hardware cannot foresee where the next one begins.
-      const void* next = t + 1 < end ? from.row(at[t + 1]) : nullptr;
-      if (next != nullptr) __builtin_prefetch(next);
-      to.write(t, row);
-      row = next;
-    }
+    for (int64_t t = begin; t < end; ++t)
+      to.write(t, from.row(at[t]), t + kRowsAhead < end ? from.row(at[t + kRowsAhead]) : nullptr);
     to.finish();
   });
 }
@@ -80,7 +76,9 @@ void scatter(const Tensor& packed, const Tensor& index, const Tensor& out, int n
     for (int64_t r = task * kTaskRows; r < least(R, (task + 1) * kTaskRows); ++r) {
       const int64_t *first = order + begin[r], count = begin[r + 1] - begin[r];
       if (count <= 1) {
-        to.write(r, count == 1 ? from.row(first[0]) : nullptr);
+        const int64_t later = begin[r] + count;
+        const void* next = later < begin[R] ? from.row(order[later]) : nullptr;
+        to.write(r, count == 1 ? from.row(first[0]) : nullptr, next);
         continue;
       }
       const auto row = [&](int64_t k) { return static_cast<const T*>(from.row(first[k])); };
@@ -117,53 +115,71 @@ MMK_INLINE PatchPlace place_of(const int64_t* grid, int64_t token, int64_t chann
   return {t * temporal * frame + y * patch * line + x * patch, line, frame, channel};
 }
 
-// kBytes: of a line, or 0 for the width given.
-template <int kBytes, class Move>
-MMK_INLINE void each_line(const PatchPlace& place, int64_t channels, int64_t patch, int64_t temporal, int64_t bytes,
-                          int64_t element, Move move) {
-  const int64_t width = kBytes > 0 ? kBytes : bytes;
-  int64_t in_token = 0;
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t f = 0; f < temporal; ++f) {
-      int64_t pixel = (place.pixel + f * place.frame + c * place.channel) * element;
-      for (int64_t i = 0; i < patch; ++i, in_token += width, pixel += place.line * element)
-        move(in_token, pixel, width);
-    }
+// Tokens that are composed in the cache and then written at once: their bytes fill whole cache lines.
+MMK_INLINE int64_t tokens_at_once(int64_t row_bytes) {
+  int64_t n = 1;
+  while (n * row_bytes % 64 != 0 || n * row_bytes < 16384) n *= 2;
+  return n;
 }
 
+// pixels [N]: the addresses of the images. kBytes: of a line, or 0 for any number.
 template <int kBytes>
-void move_patches(const Tensor& x, const Tensor& grid, const Tensor& starts, int64_t channels, int64_t patch,
-                  int64_t temporal, int64_t merge, bool inverse, const Tensor& out, int num_threads) {
-  const int64_t element = element_bytes(x.dtype), row = channels * temporal * patch * patch, images = grid.size[0];
+void move_patches(const int64_t* pixels, const Tensor& grid, const Tensor& starts, int64_t channels, int64_t patch,
+                  int64_t temporal, int64_t merge, bool inverse, const Tensor& tokens, int num_threads) {
+  const int64_t element = element_bytes(tokens.dtype), width = kBytes > 0 ? kBytes : patch * element;
+  const int64_t row = channels * temporal * patch * width;
   const int64_t *grids = grid.ptr<const int64_t>(), *first = starts.ptr<const int64_t>();
-  const char* from = x.ptr<const char>();
-  char* to = out.ptr<char>();
-  parallel_chunks(first[images], num_threads, [&](int64_t begin, int64_t end, int) {
-    int64_t n = 0;
+  // Calls move(a line of the image, its place in the tokens in bytes, the line of the next row of patches) for every
+  // line of tokens [begin, end).
+  const auto each_line = [&](int64_t begin, int64_t end, auto move) {
+    int64_t n = 0, in_tokens = begin * row;
     for (int64_t token = begin; token < end; ++token) {
       while (token >= first[n + 1]) ++n;
-      PatchPlace place = place_of(grids + 3 * n, token - first[n], channels, patch, temporal, merge);
-      place.pixel += first[n] * row;
-      const int64_t base = token * row * element;
-      each_line<kBytes>(place, channels, patch, temporal, patch * element, element,
-                        [&](int64_t in_token, int64_t pixel, int64_t width) {
-                          if (inverse) {
-                            __builtin_memcpy(to + pixel, from + base + in_token, static_cast<size_t>(width));
-                          } else {
-                            __builtin_memcpy(to + base + in_token, from + pixel, static_cast<size_t>(width));
-                          }
-                        });
+      const PatchPlace place = place_of(grids + 3 * n, token - first[n], channels, patch, temporal, merge);
+      char* image = reinterpret_cast<char*>(pixels[n]) + place.pixel * element;
+      const int64_t stride = place.line * element, below = merge * patch * stride;
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t f = 0; f < temporal; ++f) {
+          char* line = image + (f * place.frame + c * place.channel) * element;
+          for (int64_t i = 0; i < patch; ++i, in_tokens += width, line += stride) move(line, in_tokens, line + below);
+        }
     }
+  };
+  char* rows = tokens.ptr<char>();
+  if (inverse) {
+    parallel_chunks(first[grid.size[0]], num_threads, [&](int64_t begin, int64_t end, int) {
+      each_line(begin, end, [&](char* line, int64_t in_tokens, const char*) {
+        __builtin_memcpy(line, rows + in_tokens, static_cast<size_t>(width));
+      });
+    });
+    return;
+  }
+  const int64_t at_once = tokens_at_once(row), groups = first[grid.size[0]] / at_once;
+  const RowWriter to(rows, groups, at_once * row);
+  AlignedBuffer<char> composed(usable_threads(groups, num_threads) * at_once * row);
+  parallel_chunks(groups, num_threads, [&](int64_t begin, int64_t end, int thread) {
+    char* mine = composed.data() + thread * at_once * row;
+    for (int64_t g = begin; g < end; ++g) {
+      each_line(g * at_once, (g + 1) * at_once, [&](const char* line, int64_t in_tokens, const char* ahead) {
+        __builtin_prefetch(ahead);
+        __builtin_memcpy(mine + in_tokens - g * at_once * row, line, static_cast<size_t>(width));
+      });
+      to.write(g, mine);
+    }
+    to.finish();
+  });
+  each_line(groups * at_once, first[grid.size[0]], [&](const char* line, int64_t in_tokens, const char*) {
+    __builtin_memcpy(rows + in_tokens, line, static_cast<size_t>(width));
   });
 }
 
-void patchify_fwd(const Tensor& x, const Tensor& grid, const Tensor& starts, int channels, int patch, int temporal,
-                  int merge, bool inverse, const Tensor& out, int num_threads) {
+void choose_patches(const int64_t* pixels, const Tensor& grid, const Tensor& starts, int channels, int patch,
+                    int temporal, int merge, bool inverse, const Tensor& tokens, int num_threads) {
   const auto run = [&](auto kernel) {
-    kernel(x, grid, starts, channels, patch, temporal, merge, inverse, out, num_threads);
+    kernel(pixels, grid, starts, channels, patch, temporal, merge, inverse, tokens, num_threads);
   };
   // The usual patches, 14 and 16 pixels wide, as moves of a size known here.
-  switch (patch * element_bytes(x.dtype)) {
+  switch (patch * element_bytes(tokens.dtype)) {
     case 28:
       return run(move_patches<28>);
     case 32:
@@ -175,6 +191,22 @@ void patchify_fwd(const Tensor& x, const Tensor& grid, const Tensor& starts, int
     default:
       return run(move_patches<0>);
   }
+}
+
+void patchify_fwd(const Tensor& x, const Tensor& grid, const Tensor& starts, int channels, int patch, int temporal,
+                  int merge, bool inverse, const Tensor& out, int num_threads) {
+  const Tensor &pixels = inverse ? out : x, &tokens = inverse ? x : out;
+  const int64_t row_bytes = int64_t{channels} * temporal * patch * patch * element_bytes(x.dtype);
+  AlignedBuffer<int64_t> addresses(grid.size[0]);
+  for (int64_t n = 0; n < grid.size[0]; ++n)
+    addresses.data()[n] = reinterpret_cast<int64_t>(pixels.data) + starts.ptr<const int64_t>()[n] * row_bytes;
+  choose_patches(addresses.data(), grid, starts, channels, patch, temporal, merge, inverse, tokens, num_threads);
+}
+
+void patchify_images_fwd(const Tensor& addresses, const Tensor& grid, const Tensor& starts, int channels, int patch,
+                         int temporal, int merge, const Tensor& out, int num_threads) {
+  const int64_t* pixels = addresses.ptr<const int64_t>();
+  choose_patches(pixels, grid, starts, channels, patch, temporal, merge, false, out, num_threads);
 }
 
 // ---- positions ------------------------------------------------------------------------------------------------------
@@ -194,6 +226,6 @@ void mrope_fwd(const Tensor& cu_seqlens, const Tensor& starts, const Tensor& ext
 }  // namespace MMK_ISA
 
 MMK_DEFINE_KERNELS(PackingKernels, packing) = {&MMK_ISA::gather_fwd, &MMK_ISA::scatter_fwd, &MMK_ISA::patchify_fwd,
-                                               &MMK_ISA::mrope_fwd};
+                                               &MMK_ISA::patchify_images_fwd, &MMK_ISA::mrope_fwd};
 
 }  // namespace mmk

@@ -251,9 +251,10 @@ void weighted_pool_fwd(const Tensor& x, const Tensor& weights, const Tensor& cu_
 }
 
 // scaled [width] = weight * grad, rounded to T; returns <x, grad>, summed in blocks so that the error does not grow
-// with the width.
+// with the width. `next` [width] is the row that will be read after x.
 template <class T>
-MMK_INLINE ComputeOf<T> scale_and_dot(const T* x, const T* grad, ComputeOf<T> weight, int64_t width, T* scaled) {
+MMK_INLINE ComputeOf<T> scale_and_dot(const T* x, const T* next, const T* grad, ComputeOf<T> weight, int64_t width,
+                                      T* scaled) {
   using C = ComputeOf<T>;
   constexpr int kL = kLanes<C>;
   Vec<C> total{};
@@ -263,6 +264,7 @@ MMK_INLINE ComputeOf<T> scale_and_dot(const T* x, const T* grad, ComputeOf<T> we
     int64_t e = begin;
     for (; e + 2 * kL <= end; e += 2 * kL) {
       const auto g0 = load(grad + e), g1 = load(grad + e + kL);
+      __builtin_prefetch(next + e), __builtin_prefetch(next + e + kL);
       even = fma(load(x + e), g0, even), odd = fma(load(x + e + kL), g1, odd);
       store(scaled + e, g0 * splat(weight)), store(scaled + e + kL, g1 * splat(weight));
     }
@@ -282,7 +284,7 @@ void weighted_bwd(const Tensor& grad_out, const Tensor& x, const Tensor& weights
                   const Tensor& grad_x, const Tensor& grad_weights, int num_threads) {
   using C = ComputeOf<T>;
   const Chunks chunks(cu_seqlens, x.size[0]);
-  const int64_t S = chunks.segments(), E = x.size[1], all = chunks.first(S + 1);
+  const int64_t S = chunks.segments(), E = x.size[1], all = chunks.first(S + 1), last = x.size[0] - 1;
   const RowReader from(x), grads(grad_out);
   const RowWriter to(grad_x.data, x.size[0], E * static_cast<int64_t>(sizeof(T)));
   AlignedBuffer<T> scratch(Chunks::threads(all, num_threads) * E);
@@ -291,8 +293,10 @@ void weighted_bwd(const Tensor& grad_out, const Tensor& x, const Tensor& weights
     for (int64_t t = chunk.begin; t < chunk.end; ++t) {
       C dot = 0;
       if (chunk.segment < S) {
+        const auto *row = static_cast<const T*>(from.row(t)),
+                   *next = static_cast<const T*>(from.row(least(t + 1, last)));
         const auto* grad = static_cast<const T*>(grads.row(chunk.segment));
-        dot = scale_and_dot(static_cast<const T*>(from.row(t)), grad, weights.ptr<const C>()[t], E, scaled);
+        dot = scale_and_dot(row, next, grad, weights.ptr<const C>()[t], E, scaled);
       }
       grad_weights.ptr<C>()[t] = dot;
       to.write(t, chunk.segment < S ? scaled : nullptr);

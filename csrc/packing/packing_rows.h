@@ -60,17 +60,20 @@ class RowWriter {
 #endif
   }
 
-  // Row i = the bytes at `from`, or zeros where `from` is null.
-  MMK_INLINE void write(int64_t i, const void* from) const {
+  // Row i = the bytes at `from`, or zeros where `from` is null. `next`, if any, is a row that a later call will read.
+  MMK_INLINE void write(int64_t i, const void* from, const void* next = nullptr) const {
     char* to = out_ + i * bytes_;
 #if defined(__x86_64__)
     if (streams_) {
-      const char* source = static_cast<const char*>(from);
-      for (int64_t b = 0; b < bytes_; b += kVecBytes)
+      const char *source = static_cast<const char*>(from), *ahead = static_cast<const char*>(next);
+      for (int64_t b = 0; b < bytes_; b += kVecBytes) {
+        if (ahead != nullptr && b % 64 == 0) __builtin_prefetch(ahead + b);
         stream_line(to + b, source != nullptr ? load_as<int64_t>(source + b) : Line{});
+      }
       return;
     }
 #endif
+    if (next != nullptr) __builtin_prefetch(next);
     if (from != nullptr) {
       __builtin_memcpy(to, from, static_cast<size_t>(bytes_));
     } else {

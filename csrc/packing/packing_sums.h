@@ -60,8 +60,12 @@ MMK_INLINE void sum_rows(int64_t count, int64_t width, Row row, Term term, Compu
     int64_t r = b;
     for (; r + 4 <= end; r += 4) {
       const T *x0 = row(r), *x1 = row(r + 1), *x2 = row(r + 2), *x3 = row(r + 3);
+      // Four short streams at once are more than the hardware foresees.
+      const T *y0 = row(least(r + 4, count - 1)), *y1 = row(least(r + 5, count - 1));
+      const T *y2 = row(least(r + 6, count - 1)), *y3 = row(least(r + 7, count - 1));
       int64_t e = 0;
       for (; e + kL <= width; e += kL) {
+        __builtin_prefetch(y0 + e), __builtin_prefetch(y1 + e), __builtin_prefetch(y2 + e), __builtin_prefetch(y3 + e);
         const auto four = (term(r, load(x0 + e)) + term(r + 1, load(x1 + e))) +
                           (term(r + 2, load(x2 + e)) + term(r + 3, load(x3 + e)));
         store(block + e, load(block + e) + four);

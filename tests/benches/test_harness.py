@@ -64,7 +64,9 @@ def test_bench_checks_times_and_writes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (written,) = (tmp_path / "results").glob("square-*-quick.json")
     result = json.loads(written.read_text())
-    assert {"date", "commit", "device", "versions", "threads", "ceilings"} <= set(result)
+    (run,) = result["runs"]
+    assert {"date", "commit", "device", "versions", "threads", "ceilings"} <= set(run)
+    assert {row["run"] for row in result["rows"]} == {0}
     rows = {row["contender"]: row for row in result["rows"]}
     assert rows["plain PyTorch"]["ratio"] == 1.0
     assert rows["mmkernels"]["timing"]["median"] > 0
@@ -79,6 +81,43 @@ def test_bench_checks_times_and_writes(tmp_path: Path) -> None:
     assert rows["partial"]["timing"] is not None
     assert rows["mmkernels"]["figures"] == {"answer": 42.0}
     assert "mmkernels" in done.stdout
+
+
+def test_runs_of_a_day_are_joined(tmp_path: Path) -> None:
+    def written(*arguments: str) -> dict:
+        done = run_bench(tmp_path, "--seconds", "0.01", "--no-memory", *arguments)
+        assert done.returncode == 0, done.stderr
+        (file,) = (tmp_path / "results").glob("square-*")
+        return json.loads(file.read_text())
+
+    def runs_of(result: dict, dtype: str) -> set[int]:
+        return {row["run"] for row in result["rows"] if row["params"]["dtype"] == dtype}
+
+    first = written("--filter", "float32")
+    both = written("--filter", "bfloat16")
+    assert len(both["runs"]) == 2
+    assert runs_of(both, "float32") == {0}
+    assert runs_of(both, "bfloat16") == {1}
+    assert [row for row in both["rows"] if row["run"] == 0] == first["rows"]
+    again = written(
+        "--filter", "float32", "--threads", "1"
+    )  # its rows replace the first run's, which is gone with them
+    assert len(again["rows"]) == len(both["rows"])
+    assert [run["threads"] for run in again["runs"]] == [both["runs"][1]["threads"], 1]
+    assert runs_of(again, "bfloat16") == {0}
+    assert runs_of(again, "float32") == {1}
+
+
+def test_an_older_file_of_one_run_is_joined_too(tmp_path: Path) -> None:
+    assert run_bench(tmp_path, "--filter", "float32", "--seconds", "0.01", "--no-memory").returncode == 0
+    (file,) = (tmp_path / "results").glob("square-*")
+    result = json.loads(file.read_text())
+    rows = [{name: value for name, value in row.items() if name != "run"} for row in result["rows"]]
+    file.write_text(json.dumps(result["runs"][0] | {"rows": rows}))
+    assert run_bench(tmp_path, "--filter", "bfloat16", "--seconds", "0.01", "--no-memory").returncode == 0
+    joined = json.loads(file.read_text())
+    assert len(joined["runs"]) == 2
+    assert [row for row in joined["rows"] if row["run"] == 0] == result["rows"]
 
 
 def test_own_wrong_result_stops_the_bench(tmp_path: Path) -> None:

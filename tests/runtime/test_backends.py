@@ -53,6 +53,35 @@ def test_device_is_compared_with_what_was_compiled(gpu_core: None, monkeypatch: 
     assert why == "compiled for 100a-real; this device is sm_90"
 
 
+@pytest.mark.parametrize("arch", ["90a", "90a-real"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sm90_wants_nothing_more(
+    gpu_core: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arch: str
+) -> None:
+    monkeypatch.setattr(native, "cuda_archs", lambda: ("80", arch))
+    assert backends.sm90_wants(CUDA, dtype) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32], ids=str)
+def test_sm90_wants_16_bits(gpu_core: None, dtype: torch.dtype) -> None:
+    assert backends.sm90_wants(CUDA, dtype) == f"bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 1), (10, 0), (12, 0)], ids=str)
+def test_sm90_wants_its_device(gpu_core: None, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """`sm_90a` code runs on 9.0 alone, on no later device either."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert backends.sm90_wants(CUDA, torch.bfloat16) == "a device of compute capability 9.0"
+    assert backends.sm90_wants(CPU, torch.bfloat16) == "a device of compute capability 9.0"
+
+
+@pytest.mark.parametrize("archs", [(), ("80",), ("90",), ("90-real", "90-virtual"), ("100a-real",)], ids=str)
+def test_sm90_wants_its_code(gpu_core: None, monkeypatch: pytest.MonkeyPatch, archs: tuple[str, ...]) -> None:
+    """Of a build for 9.0 without its `a` features these kernels are no part."""
+    monkeypatch.setattr(native, "cuda_archs", lambda: archs)
+    assert backends.sm90_wants(CUDA, torch.bfloat16) == "a native core compiled for 90a"
+
+
 def test_interpreter_is_never_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

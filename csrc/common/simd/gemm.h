@@ -1,7 +1,7 @@
 // C (+)= A * B on packed operands (pack.h): one register tile of accumulators per MR x NR block of C.
 //
-// Loops, outside in: k in blocks whose B panel stays in L1, NR columns, MR rows. The caller chooses tiles of A, B and C
-// that together fit L2 (count on 1 MiB).
+// Loops, outside in: NR columns, k in blocks whose B panel stays in L1 as C's columns do, MR rows. The caller chooses
+// tiles of A, B and C that together fit L2 (count on 1 MiB).
 #pragma once
 
 #include "common/simd/pack.h"
@@ -9,11 +9,11 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// Words of k per pass, whole blocks of A. Few, for accuracy: the rounding errors of a pass are as small as its partial
-// sum, so short passes come close to pairwise summation (E = 512: a third of the error of 256 words, at the same
-// speed).
+// Words of k per pass, whole blocks of A. A pass ends with its sums added to C, at the price of some ten steps; its
+// rounding errors are as small as its partial sum, so several passes err less than one long one. Words of two bf16,
+// whose own rounding is far coarser, make longer passes.
 template <class T>
-constexpr int64_t kDepthBlock = 32 / kWordBlock<T> * kWordBlock<T>;
+constexpr int64_t kDepthBlock = (kWordElements<T> > 1 ? 256 : 128) / kWordBlock<T> * kWordBlock<T>;
 
 MMK_INLINE Vec<float> multiply_add(Vec<float> acc, Vec<float> a, Vec<float> b) { return acc + a * b; }
 MMK_INLINE Vec<double> multiply_add(Vec<double> acc, Vec<double> a, Vec<double> b) { return acc + a * b; }
@@ -88,17 +88,18 @@ void gemm_packed(int64_t m, int64_t n, int64_t k, const Packed<T>* a, const Pack
   const int64_t stride_a = kRowTile * round_up(words, kWordBlock<T>), stride_b = kColTile<T> * words;
   const auto* word_a = reinterpret_cast<const Word<T>*>(a);
   const auto* word_b = reinterpret_cast<const Word<T>*>(b);
-  int64_t w0 = 0;
-  do {  // at least once: k = 0 writes zeros
-    const int64_t depth = min64(words - w0, kDepthBlock<T>);
-    for (int64_t j = 0; j < n; j += kColTile<T>)
+  for (int64_t j = 0; j < n; j += kColTile<T>) {
+    int64_t w0 = 0;
+    do {  // at least once: k = 0 writes zeros
+      const int64_t depth = min64(words - w0, kDepthBlock<T>);
       for (int64_t i = 0; i < m; i += kRowTile)
         multiply_edge<T, kRowTile, kColVectors>(depth, word_a + i / kRowTile * stride_a + w0 * kRowTile,
                                                 word_b + j / kColTile<T> * stride_b + w0 * kColTile<T>, c + i * ldc + j,
                                                 ldc, min64(m - i, kRowTile), min64(n - j, kColTile<T>),
                                                 accumulate || w0 > 0);
-    w0 += depth;
-  } while (w0 < words);
+      w0 += depth;
+    } while (w0 < words);
+  }
 }
 
 }  // namespace MMK_ISA

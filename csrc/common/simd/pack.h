@@ -186,6 +186,8 @@ void pack_a(const S* src, int64_t row_stride, int64_t k_stride, int64_t rows, in
       Vec<Word<T>> tile[L];
       for (int t = 0; t < L; ++t) {
         const int64_t kk = (w0 + t) * E;
+        // A line of each k is a stream of its own, more than the hardware follows.
+        for (int e = 0; e < E; ++e) __builtin_prefetch(src + i0 + (kk + L * E + e) * k_stride);
         tile[t] = kk < k && present > 0 ? pack::across_k<T>(src + i0 + kk * k_stride, k_stride, present, kk + 1 < k)
                                         : Vec<Word<T>>{};
       }

@@ -88,12 +88,5 @@ def attention_bwd(
     if row_sums is not None:
         dbias = bias_gradient(row_sums, rows, options)
     if options.sink is not None:
-        dsink = sink_gradient(_delta(grad_out, out, grad_lse), lse, options.sink)
+        dsink = sink_gradient(delta, lse, options.sink)
     return dq, dk, dv, dbias, dsink
-
-
-def _delta(grad_out: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor | None) -> torch.Tensor:
-    """<do_i, out_i> - dlse_i: [H, Tq]."""
-    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-    delta = torch.einsum("qhd,qhd->hq", grad_out.to(dtype), out.to(dtype))
-    return delta if grad_lse is None else delta - grad_lse

@@ -143,17 +143,17 @@ def patchify(
 def patchify_images(
     images: list[torch.Tensor], grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int
 ) -> torch.Tensor:
-    """Images -> tokens [T, C temporal patch^2]; on a CPU read where they lie, one after the other."""
+    """Images -> tokens [T, C temporal patch^2]; on a CPU read where they lie."""
     if images[0].device.type != "cpu":
         pixels = torch.cat([image.flatten() for image in images])
         return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
+    images = [image.contiguous() for image in images]
+    addresses = torch.tensor([image.data_ptr() for image in images])
+    grid, starts = reference.token_grid(grid_thw)
     row = channels * temporal * patch**2
-    tokens = [image.numel() // row for image in images]
-    out = images[0].new_empty(sum(tokens), row)
-    grids, counts = grid_thw.long().split(1), torch.tensor([[0, count] for count in tokens])
-    for image, grid, starts, part in zip(images, grids, counts, out.split(tokens), strict=True):
-        x, sizes = image.contiguous().view(-1), (channels, patch, temporal, merge)
-        _launch("patchify_fwd", x, view(x), view(grid), view(starts), *sizes, False, view(part.view(-1)))
+    out = images[0].new_empty(sum(image.numel() for image in images) // row, row)
+    sizes = (channels, patch, temporal, merge)
+    _launch("patchify_images_fwd", out, view(addresses), view(grid), view(starts), *sizes, view(out.view(-1)))
     return out
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from mmkernels.ops.attention import AttentionMask
 from mmkernels.runtime import native
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
@@ -160,6 +161,39 @@ def test_long_sequences(heads, dtype, backend):
     mask = MASKS["packed"].build(cu_seqlens((500, 1, 299, 130)), cu_seqlens((413, 200, 0, 420)))
     sizes = {"heads": heads[0], "kv_heads": heads[1], "dim": 24, "dtype": dtype, "mask": mask}
     assert_right([make_inputs(930, 1033, **sizes, seed=seed) for seed in range(8)], backend)
+
+
+def image_spans(lengths: tuple[int, ...], run_of: int) -> AttentionMask:
+    """Text and images in turn."""
+    part = torch.cat([torch.arange(n) // run_of for n in lengths])
+    image = part % 2 == 1
+    return AttentionMask.multimodal(cu_seqlens(lengths), image.byte(), torch.where(image, part, -1).int())
+
+
+# How much larger the error of a bf16 gradient may be than that of a float32 one cast to bf16. Where more than half of
+# all pairs is computed the products with P and dS are in bf16: sqrt(2) times, and a little for a rounded delta.
+GRADIENTS = {
+    "packed": (lambda: AttentionMask.packed(cu_seqlens((256, 100, 1, 211))), 1.02),
+    "packed causal": (lambda: AttentionMask.packed(cu_seqlens((256, 100, 1, 211)), causal=True), 1.02),
+    "image spans": (lambda: image_spans((256, 312), 64), 1.02),
+    "dense": (lambda: None, 1.5),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_bfloat16_gradients_like_float32_ones_that_were_cast(kind):
+    needs("native", torch.bfloat16)
+    build, factor = GRADIENTS[kind]
+    mask = build()
+    sizes = {"heads": 4, "kv_heads": 2, "dim": 64, "dtype": torch.bfloat16, "mask": mask}
+    inputs = [make_inputs(568, 568, **sizes, seed=seed) for seed in range(4)]
+    results = [(run(x, "native"), plain(x.to(torch.float32)), plain(x.to(torch.float64))) for x in inputs]
+    for name in ("dq", "dk", "dv"):
+        ours, single, truth = (
+            torch.stack([getattr(one, name) for one in these]) for these in zip(*results, strict=True)
+        )
+        error, least = ((x.bfloat16().double() - truth).square().mean().sqrt() for x in (ours, single))
+        assert error <= factor * least, f"{name}: {error / least:.3f}"
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])

@@ -108,3 +108,22 @@ def test_same_bits_again_and_for_any_number_of_threads(name):
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 4.0, -4.0, 40.0])
+def test_low_precision_errs_by_its_rounding_alone(scale, dtype):
+    """Rows and columns near enough to each other for one exponential, and not; bf16 rounds the logits' gradient too."""
+    require("native", dtype)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.linspace(0.3, 2.7, 301)[:, None]
+    draw = functools.partial(torch.randn, 301, 72, generator=generator)
+    queries, keys = (torch.nn.functional.normalize(draw(), dim=1) * size for size in (sizes, sizes.flip(0)))
+    keys = (keys + 0.5 * queries).to(dtype)
+    inputs = (queries.to(dtype), keys, torch.tensor(scale))
+    ours = loss_and_gradients(functools.partial(infonce, backend="native"), *inputs)
+    truth = loss_and_gradients(plain_infonce, *(x.double() for x in inputs))
+    for what, result, exact in zip(("loss", "queries", "keys", "scale"), ours, truth, strict=True):
+        unavoidable = (exact.to(result.dtype).double() - exact).norm() + 2e-6 * exact.norm()
+        roundings = 1.1 if dtype == torch.float16 or what in ("loss", "scale") else 1.5
+        assert (result.double() - exact).norm() <= roundings * unavoidable, what

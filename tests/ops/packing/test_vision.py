@@ -93,6 +93,9 @@ def test_patchify_layouts_and_threads(backend):
     assert torch.equal(tokens, by_unfold([image, image[:, ::2, ::3]], 2, 1, 1))
     wide = torch.randn(3, 256, 512)
     assert torch.equal(patchify([wide], 16, backend="native")[0], patchify([wide], 16, backend="reference")[0])
+    # More than the caches hold, lines that fill no cache line, images that end inside a group of tokens.
+    many = [torch.randn(3, 14 * (40 + i), 14 * 50).bfloat16() for i in range(5)]
+    assert torch.equal(patchify(many, 14, backend="native")[0], patchify(many, 14, backend="reference")[0])
     none = unpatchify(torch.zeros(0, 12), [], 2, backend=backend)
     assert none == []
 

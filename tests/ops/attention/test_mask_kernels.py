@@ -1,0 +1,128 @@
+"""Random masks of every builder through the kernels, forward and backward: what the dense mask gives."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmkernels import AttentionMask
+from mmkernels.runtime.backends import candidates
+from mmkernels.testing.attention import cu_seqlens, make_inputs, plain, run
+
+# Around the edges of tiles (16 to 128 queries, 16 to 64 keys), few enough for the interpreter.
+length = st.sampled_from([0, 1, 2, 15, 17, 33, 64, 65])
+window = st.none() | st.sampled_from([1, 5, 40])
+
+
+def column(values, dtype):
+    return torch.tensor(values, dtype=dtype)
+
+
+def in_runs(draw, tokens, values):
+    """A value for each token, changing every few to every many of them."""
+    found = []
+    while len(found) < tokens:
+        found += [draw(values)] * draw(st.sampled_from([1, 3, 16, 40, 70]))
+    return found[:tokens]
+
+
+def lengths_of(draw, most=3):
+    return draw(st.lists(length, min_size=1, max_size=most))
+
+
+def packed(draw):
+    lengths_q = lengths_of(draw)
+    lengths_k = draw(st.lists(length, min_size=len(lengths_q), max_size=len(lengths_q)))
+    causal = draw(st.booleans())
+    options = {"causal": causal, "window": draw(window) if causal else None}
+    return AttentionMask.packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k), **options), sum(lengths_q), sum(lengths_k)
+
+
+def prefix(draw):
+    lengths = lengths_of(draw)
+    prefixes = [draw(st.integers(0, n)) for n in lengths]
+    return AttentionMask.prefix(cu_seqlens(lengths), column(prefixes, torch.int32)), sum(lengths), sum(lengths)
+
+
+def multimodal(draw):
+    lengths = lengths_of(draw)
+    tokens = sum(lengths)
+    spans, modalities = [], []
+    for n in lengths:  # a span is numbered inside its sample and has one modality
+        run_of = in_runs(draw, n, st.tuples(st.integers(0, 3), st.booleans()))
+        starts = [i == 0 or run_of[i] != run_of[i - 1] for i in range(n)]
+        number = torch.tensor(starts, dtype=torch.int32).cumsum(0).tolist()
+        modalities += [modality for modality, _ in run_of]
+        spans += [at if in_span else -1 for at, (_, in_span) in zip(number, run_of, strict=True)]
+    bidirectional = tuple(draw(st.sets(st.integers(0, 3))))
+    ids = column(modalities, torch.uint8), column(spans, torch.int32)
+    mask = AttentionMask.multimodal(cu_seqlens(lengths), *ids, bidirectional=bidirectional, window=draw(window))
+    return mask, tokens, tokens
+
+
+def cross_only(draw):
+    lengths = lengths_of(draw)
+    modalities = in_runs(draw, sum(lengths), st.integers(0, 3))
+    mask = AttentionMask.cross_only(cu_seqlens(lengths), column(modalities, torch.uint8))
+    return mask, sum(lengths), sum(lengths)
+
+
+def media(draw):
+    lengths_q = lengths_of(draw)
+    lengths_k = draw(st.lists(length, min_size=len(lengths_q), max_size=len(lengths_q)))
+    mode = draw(st.sampled_from(["last", "all_previous", "own"]))
+    of_q = in_runs(draw, sum(lengths_q), st.integers(-1, 4))
+    of_k = []
+    for n in lengths_k:
+        of = in_runs(draw, n, st.integers(0, 4))
+        of_k += of if mode == "own" else sorted(of)
+    ids = column(of_q, torch.int32), column(of_k, torch.int32)
+    mask = AttentionMask.media(cu_seqlens(lengths_q), cu_seqlens(lengths_k), *ids, mode=mode)
+    return mask, sum(lengths_q), sum(lengths_k)
+
+
+def from_rows(draw):
+    tokens_q, tokens_k = sum(lengths_of(draw)), sum(lengths_of(draw))
+    ends = in_runs(draw, tokens_q, st.tuples(st.integers(0, tokens_k), st.integers(0, tokens_k)))
+    lo, hi = (column([pick(pair) for pair in ends], torch.int32) for pick in (min, max))
+    pattern = {}
+    if draw(st.booleans()):
+        spans = (in_runs(draw, n, st.integers(0, 2)) for n in (tokens_q, tokens_k))
+        pattern |= dict(zip(("span_q", "span_k"), (column(ids, torch.int32) for ids in spans), strict=True))
+    if draw(st.booleans()):
+        allow = in_runs(draw, tokens_q, st.sampled_from([0, 1, 5, -1, -(2**31)]))
+        pattern["allow_q"] = column(allow, torch.int32)
+        pattern["class_k"] = column(in_runs(draw, tokens_k, st.sampled_from([0, 2, 31])), torch.uint8)
+    return AttentionMask.from_rows(lo, hi, **pattern), tokens_q, tokens_k
+
+
+def check(data, builder, backend, dtype, heads, tolerance):
+    mask, tokens_q, tokens_k = builder(data.draw)
+    x = make_inputs(tokens_q, tokens_k, **heads, dim=16, dtype=dtype, mask=mask)
+    truth = plain(x.to(torch.float64), with_lse=True)
+    for (what, got), (_, expected) in zip(run(x, backend, with_lse=True).items(), truth.items(), strict=True):
+        torch.testing.assert_close(
+            got.double(), expected, rtol=tolerance, atol=tolerance, msg=lambda m, what=what: f"{what}: {m}"
+        )
+
+
+BUILDERS = pytest.mark.parametrize("builder", [packed, prefix, multimodal, cross_only, media, from_rows])
+FEW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "derandomize": True}
+
+
+@BUILDERS
+@settings(max_examples=60, **FEW)
+@given(data=st.data())
+def test_native(builder, data):
+    if candidates("attention", torch.device("cpu"), torch.float64)["native"] is not None:
+        pytest.skip("no native core")
+    check(data, builder, "native", torch.float64, {"heads": 2, "kv_heads": 1}, 1e-10)
+
+
+@BUILDERS
+@settings(max_examples=8, **FEW)
+@given(data=st.data())
+def test_triton(builder, data):
+    if candidates("attention", torch.device("cpu"), torch.float32)["triton"] is not None:
+        pytest.skip("Triton's interpreter is off")
+    check(data, builder, "triton", torch.float32, {"heads": 1}, 2e-5)
