@@ -249,7 +249,7 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> Any:
         queries, keys, logit_scale, *rule, of_rows, of_columns = ctx.saved_tensors[:12]
         _, need_queries, need_keys, need_scale, *_ = ctx.needs_input_grad
-        side = _Side(ctx.ranks, queries, keys, *rule[:3], teacher=tuple(rule[3:]))
+        side = _Side(ctx.ranks, queries, keys, rule[0], rule[1], rule[2], (rule[3], rule[4], rule[5], rule[6]))
         of_queries, lse_q = grad_rows[:COEFFICIENTS].contiguous(), of_rows[LSE]
         columns = torch.cat([grad_columns[:COEFFICIENTS], of_columns[LSE : LSE + 1]]).T if ctx.columns else None
 
