@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import not_yet, wrong_type, wrong_value
+from mmkernels.ops._checks import wrong_type, wrong_value
 from mmkernels.runtime.backends import resolve
 
 from . import op, over_ranks
@@ -80,9 +80,11 @@ def infonce(
             gradient flows.
         group: a process group of torch.distributed: the rows are this rank's (any number, none too), and the loss is
             that of one process with the rows of all ranks, the same on each. Gradients are made for a mean over the
-            ranks, as DistributedDataParallel takes it: the features get W times theirs, the scale its whole gradient on
-            every rank. targets count this rank's keys; ids meet those of all ranks. Everything else must be the same
-            on all ranks. negatives, teacher and return_stats are not supported yet with it.
+            ranks, as DistributedDataParallel takes it: features and negatives get W times theirs, the scale its whole
+            gradient on every rank. targets count this rank's keys; ids meet those of all ranks; a rank's negatives (any
+            number) are keys of every rank's queries, so one queue on all ranks would count W times: give each rank its
+            part. Of the statistics lse_q and lse_k are those of this rank's rows, the others those of all. Everything
+            else must be the same on all ranks.
         exchange: how keys come to queries: "all_gather" (all at once, O(N·E) memory), "ring" (block by block, in
             O(N/W·E), behind the computation) or "auto": the ring from 12,288 keys on a rank on. Only used with a group.
         return_stats: return `ContrastiveStats` too, from the same pass.
@@ -100,7 +102,6 @@ def infonce(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. On a GPU, and under
             torch.compile, values (targets, ids, weights) are asserted on the device: RuntimeError.
-        NotImplementedError: an argument that is not supported yet.
         mmkernels.BackendError: `backend` cannot serve this call.
 
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
@@ -123,19 +124,20 @@ def infonce(
             "return_stats": return_stats or None,
             "group": group,
         }
-        _not_over_ranks(group, negatives=negatives, teacher=teacher, return_stats=return_stats or None)
         one_has = group is None  # over ranks they are looked for among all keys
         pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
         target = Targets(float(label_smoothing), teacher_of(teacher, queries, keys))
-        extra, row_weights = negatives_of(negatives, queries), weights_of(weights, queries, keys, symmetric)
+        extra = negatives_of(negatives, queries)
+        row_weights = weights_of(weights, queries, keys, symmetric, some=one_has)
         plain = all(option is None for option in options.values())
         chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+    rule = pairs, target, extra, row_weights, symmetric, return_stats
     if group is not None:
-        rule = pairs, target.label_smoothing, row_weights, symmetric
-        return over_ranks.infonce(queries, keys, scale, *rule, group, exchange, chosen)
-    if plain:
-        return op.infonce_fwd(queries, keys, scale, chosen)[0]
-    loss, stats = infonce_loss(queries, keys, scale, pairs, target, extra, row_weights, symmetric, return_stats, chosen)
+        loss, stats = over_ranks.infonce(queries, keys, scale, *rule, group, exchange, chosen)
+    elif plain:
+        loss, stats = op.infonce_fwd(queries, keys, scale, chosen)[0], None
+    else:
+        loss, stats = infonce_loss(queries, keys, scale, *rule, chosen)
     return (loss, stats) if return_stats else loss
 
 
@@ -170,8 +172,7 @@ def siglip(
         logit_bias: what is added to the logits; likewise.
         query_ids, key_ids: [N], [M] int64 or int32: pairs of one id are positive; key_ids are query_ids by default.
             Without ids the positive of query i is key i.
-        group, exchange: as in `infonce`; scale and bias get their whole gradient on every rank. return_stats is not
-            supported yet with a group.
+        group, exchange: as in `infonce`; scale and bias get their whole gradient on every rank.
         return_stats: return `ContrastiveStats` of the same logits too, from a forward pass of its own.
         deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
             for any number of threads.
@@ -185,7 +186,6 @@ def siglip(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        NotImplementedError: an argument that is not supported yet.
         mmkernels.BackendError: `backend` cannot serve this call.
 
     Source: Zhai et al. 2023 (arXiv:2303.15343).
@@ -196,12 +196,12 @@ def siglip(
         check_features(queries, keys)
         scale, bias = scalar("logit_scale", logit_scale, queries), scalar("logit_bias", logit_bias, queries)
         pairs = pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=True, each_has_one=False)
-        _not_over_ranks(group, return_stats=return_stats or None)
         plain = query_ids is None and not return_stats and group is None
         options = {"query_ids": query_ids, "return_stats": return_stats or None, "group": group}
         chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
     if group is not None:
-        return over_ranks.siglip(queries, keys, scale, bias, pairs, group, exchange, chosen)
+        loss, stats = over_ranks.siglip(queries, keys, scale, bias, pairs, return_stats, group, exchange, chosen)
+        return (loss, stats) if return_stats else loss
     if plain:
         return op.siglip_fwd(queries, keys, scale, bias, chosen)[0]
     loss = siglip_loss(queries, keys, scale, bias, pairs, chosen)
@@ -286,9 +286,3 @@ def _limits(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None
     """The CUDA C++ kernels know the plain losses alone."""
     used = ", ".join(name for name, value in options.items() if value is not None)
     return {"native": f"no CUDA C++ kernel knows {used}" if queries.is_cuda else None}
-
-
-def _not_over_ranks(group: Any, **arguments: Any) -> None:
-    for name, value in arguments.items():
-        if group is not None and value is not None:
-            not_yet(name, value)

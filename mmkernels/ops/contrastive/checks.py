@@ -164,8 +164,8 @@ def negatives_of(negatives: Any, queries: Tensor) -> Tensor | None:
     return negatives
 
 
-def weights_of(weights: Any, queries: Tensor, keys: Tensor, symmetric: bool) -> Tensor | None:
-    """[N], none negative, not all zero."""
+def weights_of(weights: Any, queries: Tensor, keys: Tensor, symmetric: bool, *, some: bool = True) -> Tensor | None:
+    """[N], none negative; if `some`, not all zero."""
     if weights is None:
         return None
     n, m = queries.shape[0], keys.shape[0]
@@ -178,8 +178,10 @@ def weights_of(weights: Any, queries: Tensor, keys: Tensor, symmetric: bool) -> 
     if symmetric and n != m:
         wrong_value("weights", f"None where {m} keys have no weights of their own (or symmetric=False)", weights)
     if n > 0:
-        valid = ((weights >= 0) & (weights < math.inf)).all() & (weights.sum() > 0)
-        _require(valid, "weights", "finite numbers, none negative, not all zero", weights)
+        valid = ((weights >= 0) & (weights < math.inf)).all()
+        if some:
+            valid = valid & (weights.sum() > 0)
+        _require(valid, "weights", "finite numbers, none negative" + ", not all zero" * some, weights)
     return weights
 
 

@@ -13,7 +13,8 @@ With N keys in all, in features of b bytes, a rank receives
     all_gather   b·N·E for the keys, b·N·E for their gradient, one part from each rank, added in float32
     ring         2b·N·E for the keys, once in each direction, 4·N·E for their gradient, which travels in float32
 
-times (W-1)/W, and O(N) statistics. Memory beyond the rank's own rows is O(N·E), and in the ring O(N/W·E).
+times (W-1)/W, and O(N) statistics. Memory beyond the rank's own rows is O(N·E), and in the ring O(N/W·E). A teacher's
+keys travel with the keys and have no gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from . import op
 from .exchange import Ranks
 from .reference import BEST, COEFFICIENTS, LSE, MEAN, STATISTICS, TOP, statistics_dtype
 
-__all__ = ["mean_over_ranks", "same_on_all_ranks", "sigmoid_fwd", "softmax_fwd"]
+__all__ = ["NO_TEACHER", "Rule", "Teacher", "mean_over_ranks", "same_on_all_ranks", "sigmoid_fwd", "softmax_fwd"]
+
+# As the ops want them: targets, query_ids, key_ids and same_id; a teacher's queries and keys, and the lse of both.
+Rule = tuple[Tensor | None, Tensor | None, Tensor | None, str]
+Teacher = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+NO_TEACHER: Teacher = (None, None, None, None)
 
 
 def softmax_fwd(
@@ -39,19 +45,15 @@ def softmax_fwd(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_id: str,
+    rule: Rule,
+    teacher: Teacher,
     totals: bool,
     columns: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`op.softmax_fwd` of the whole batch: statistics of this rank's rows [7, N] over all keys, of its columns [7, M]
-    over all queries. `targets` count this rank's keys."""
-    out = _Softmax.apply(
-        ranks, queries, keys, logit_scale, targets, query_ids, key_ids, same_id, totals, columns, backend
-    )
+    over all queries. The rule's targets count this rank's keys; the teacher's lse are those of the whole batch."""
+    out = _Softmax.apply(ranks, queries, keys, logit_scale, *rule, *teacher, totals, columns, backend)
     return out[0], out[1]
 
 
@@ -114,11 +116,13 @@ class _Visit:
     Attributes:
         keys: [m, E].
         pairs: targets, query_ids, key_ids: which pairs are positive.
+        teacher: with its keys that are here.
         columns: what else travels with each key [m, C]; None in a forward.
     """
 
     keys: Tensor
     pairs: tuple[Tensor | None, Tensor | None, Tensor | None]
+    teacher: Teacher
     columns: Tensor | None
 
 
@@ -132,30 +136,39 @@ class _Side:
     targets: Tensor | None
     query_ids: Tensor | None
     key_ids: Tensor | None
+    teacher: Teacher = NO_TEACHER
 
-    def gathered(self) -> tuple[Tensor, Tensor | None]:
-        """All keys and their ids."""
-        ids = None if self.key_ids is None else self.ranks.gathered(self.key_ids, self.ranks.keys)
-        return self.ranks.gathered(self.keys, self.ranks.keys), ids
+    def _of_keys(self) -> tuple[Tensor | None, ...]:
+        """What comes to the other ranks' queries: keys, their ids, the teacher's keys and their lse."""
+        return self.keys, self.key_ids, self.teacher[1], self.teacher[3]
 
-    def all_at_once(self, all_keys: Tensor, all_ids: Tensor | None, columns: Tensor | None = None) -> _Visit:
+    def _visit(self, targets: Tensor | None, of_keys: Sequence[Tensor | None], columns: Tensor | None = None) -> _Visit:
+        keys, key_ids, teacher_keys, teacher_lse_k = of_keys
+        assert keys is not None
+        teacher = self.teacher[0], teacher_keys, self.teacher[2], teacher_lse_k
+        return _Visit(keys, (targets, self.query_ids, key_ids), teacher, columns)
+
+    def gathered(self) -> tuple[Tensor | None, ...]:
+        """What comes with each key, of all keys."""
+        return tuple(None if x is None else self.ranks.gathered(x, self.ranks.keys) for x in self._of_keys())
+
+    def all_at_once(self, of_all_keys: Sequence[Tensor | None], columns: Tensor | None = None) -> _Visit:
         targets = None if self.targets is None else self.targets + self.ranks.first_key
-        return _Visit(all_keys, (targets, self.query_ids, all_ids), columns)
+        return self._visit(targets, of_all_keys, columns)
 
     def around(
         self, compute: Callable[[_Visit], Tensor], combine: Callable[[Tensor, Tensor], Tensor], columns: Tensor | None
     ) -> Tensor:
         """`compute` on each rank's keys in turn; what the ranks made of this one's, combined."""
         elsewhere = None if self.targets is None else torch.full_like(self.targets, -1)
+        travelling = [*self._of_keys(), columns]
 
         def visit(owner: int, block: list[Tensor]) -> Tensor:
-            keys, *more = block
-            ids = None if self.key_ids is None else more.pop(0)
-            targets = self.targets if owner == self.ranks.rank else elsewhere
-            return compute(_Visit(keys, (targets, self.query_ids, ids), more[0] if more else None))
+            arrived = iter(block)
+            *of_keys, more = (None if x is None else next(arrived) for x in travelling)
+            return compute(self._visit(self.targets if owner == self.ranks.rank else elsewhere, of_keys, more))
 
-        block = [x for x in (self.keys, self.key_ids, columns) if x is not None]
-        return self.ranks.around(block, visit, combine)
+        return self.ranks.around([x for x in travelling if x is not None], visit, combine)
 
     def gradients(
         self,
@@ -167,10 +180,8 @@ class _Side:
         """dqueries, dkeys of this rank, from those of each visit; sums are in the type of the statistics."""
         wide = statistics_dtype(self.queries.dtype)
         if not self.ranks.ring:
-            all_keys, all_ids = everything
-            assert all_keys is not None
             travelled = None if columns is None else self.ranks.gathered(columns, self.ranks.keys)
-            dqueries, dkeys = compute(self.all_at_once(all_keys, all_ids, travelled))
+            dqueries, dkeys = compute(self.all_at_once(everything, travelled))
             if need_keys:
                 parts = self.ranks.scattered(dkeys)
                 dkeys = parts[0] if len(parts) == 1 else sum(part.to(wide) for part in parts[1:]) + parts[0]
@@ -198,18 +209,23 @@ class _Softmax(torch.autograd.Function):
         query_ids: Tensor | None,
         key_ids: Tensor | None,
         same_id: str,
+        teacher_queries: Tensor | None,
+        teacher_keys: Tensor | None,
+        teacher_lse_q: Tensor | None,
+        teacher_lse_k: Tensor | None,
         totals: bool,
         columns: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        side = _Side(ranks, queries, keys, targets, query_ids, key_ids)
+        pairs, teacher = (targets, query_ids, key_ids), (teacher_queries, teacher_keys, teacher_lse_q, teacher_lse_k)
+        side = _Side(ranks, queries, keys, *pairs, teacher)
         rows = _nothing_seen(queries)
 
         def statistics(here: _Visit) -> Tensor:  # of the columns [m, 7], or [m, 0]
             nonlocal rows
             of_columns = _nothing_seen(here.keys)
             if len(queries) and len(here.keys):
-                arguments = queries, here.keys, logit_scale, *here.pairs, same_id, *_NO_TEACHER
+                arguments = queries, here.keys, logit_scale, *here.pairs, same_id, *here.teacher
                 of_rows, made = op.softmax_fwd(*arguments, totals, columns, backend)
                 rows, of_columns = _merged(rows, of_rows.T), made.T.contiguous() if columns else of_columns
             return of_columns if columns else of_columns[:, :0]
@@ -219,21 +235,21 @@ class _Softmax(torch.autograd.Function):
             of_keys = side.around(statistics, _merged if columns else _first, None)
         else:
             everything = side.gathered()
-            of_all = statistics(side.all_at_once(*everything))
+            of_all = statistics(side.all_at_once(everything))
             parts = ranks.scattered(of_all) if columns else [of_all[:0]]
             of_keys = functools.reduce(_merged, parts) if columns else parts[0]
         of_rows = rows.T.contiguous()
         of_columns = of_keys.T.contiguous() if columns else rows.new_empty(STATISTICS, 0)
         ctx.ranks, ctx.same_id, ctx.columns, ctx.backend = ranks, same_id, columns, backend
-        ctx.save_for_backward(queries, keys, logit_scale, targets, query_ids, key_ids, of_rows, of_columns, *everything)
+        ctx.save_for_backward(queries, keys, logit_scale, *pairs, *teacher, of_rows, of_columns, *everything)
         return of_rows, of_columns
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> Any:
-        queries, keys, logit_scale, *pairs, of_rows, of_columns = ctx.saved_tensors[:8]
+        queries, keys, logit_scale, *rule, of_rows, of_columns = ctx.saved_tensors[:12]
         _, need_queries, need_keys, need_scale, *_ = ctx.needs_input_grad
-        side = _Side(ctx.ranks, queries, keys, *pairs)
+        side = _Side(ctx.ranks, queries, keys, rule[0], rule[1], rule[2], (rule[3], rule[4], rule[5], rule[6]))
         of_queries, lse_q = grad_rows[:COEFFICIENTS].contiguous(), of_rows[LSE]
         columns = torch.cat([grad_columns[:COEFFICIENTS], of_columns[LSE : LSE + 1]]).T if ctx.columns else None
 
@@ -244,17 +260,17 @@ class _Softmax(torch.autograd.Function):
             of_keys = of_keys if here.columns is None else here.columns.T.contiguous()
             arguments = of_queries, of_keys[:COEFFICIENTS], queries, here.keys, logit_scale, lse_q, of_keys[-1]
             dqueries, dkeys = op.softmax_bwd(
-                *arguments, *here.pairs, ctx.same_id, *_NO_TEACHER, need_queries, need_keys, ctx.backend
+                *arguments, *here.pairs, ctx.same_id, *here.teacher, need_queries, need_keys, ctx.backend
             )
             return dqueries if need_queries else torch.zeros_like(queries), dkeys
 
         dqueries = dkeys = dscale = None
         if need_queries or need_keys:
-            dqueries, dkeys = side.gradients(gradients, ctx.saved_tensors[8:], columns, need_keys)
+            dqueries, dkeys = side.gradients(gradients, ctx.saved_tensors[12:], columns, need_keys)
         if need_scale:
             parts = (grad_rows[LSE] * of_rows[MEAN]).sum() + (grad_columns[LSE] * of_columns[MEAN]).sum()
             dscale = parts.to(logit_scale.dtype)
-        return None, dqueries if need_queries else None, dkeys if need_keys else None, dscale, *(None,) * 7
+        return None, dqueries if need_queries else None, dkeys if need_keys else None, dscale, *(None,) * 11
 
 
 class _Sigmoid(torch.autograd.Function):
@@ -284,7 +300,7 @@ class _Sigmoid(torch.autograd.Function):
             side.around(visit, _first, None)
         else:
             everything = side.gathered()
-            visit(side.all_at_once(*everything))
+            visit(side.all_at_once(everything))
         ctx.ranks, ctx.backend = ranks, backend
         ctx.save_for_backward(
             queries, keys, logit_scale, logit_bias, targets, query_ids, key_ids, sums.clone(), *everything
@@ -317,9 +333,6 @@ class _Sigmoid(torch.autograd.Function):
             (grad * sums[2]).to(logit_bias.dtype) if need_bias else None,
             *(None,) * 4,
         )
-
-
-_NO_TEACHER = (None, None, None, None)
 
 
 def _first(a: Tensor, b: Tensor) -> Tensor:

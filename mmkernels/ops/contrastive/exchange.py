@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,15 +29,25 @@ class Ranks:
     Attributes:
         group: the process group.
         rank: this one.
-        queries, keys: rows of each rank.
-        ring: move keys block by block, or all at once.
+        queries, keys, negatives: rows of each rank.
+        exchange: "auto", "all_gather" or "ring".
     """
 
     group: Any
     rank: int
     queries: list[int]
     keys: list[int]
-    ring: bool
+    negatives: list[int]
+    exchange: str
+
+    @property
+    def ring(self) -> bool:
+        """Whether keys move block by block, or all at once."""
+        return self.exchange == "ring" or (self.exchange == "auto" and max(self.keys) >= RING_FROM)
+
+    def with_negatives(self) -> Ranks:
+        """The same ranks, whose keys are the negatives."""
+        return replace(self, keys=self.negatives)
 
     @property
     def world(self) -> int:
@@ -158,12 +168,14 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
-def agree(group: Any, queries: Tensor, keys: Tensor, exchange: str, same: Mapping[str, Any]) -> Ranks:
+def agree(
+    group: Any, queries: Tensor, keys: Tensor, negatives: Tensor | None, exchange: str, same: Mapping[str, Any]
+) -> Ranks:
     """Tell the others what this rank has, and check that the call is the same everywhere.
 
     Args:
         group: the process group.
-        queries, keys: [N, E], [M, E] of this rank.
+        queries, keys, negatives: [N, E], [M, E], [K, E] of this rank.
         exchange: "auto", "all_gather" or "ring".
         same: what must be equal on every rank, by name: bools, numbers, strings.
 
@@ -172,18 +184,18 @@ def agree(group: Any, queries: Tensor, keys: Tensor, exchange: str, same: Mappin
     """
     width, dtype = queries.shape[1], str(queries.dtype).removeprefix("torch.")
     common = {"queries: width": width, "queries: dtype": dtype, "exchange": exchange, **same}
-    table = _table(group, [0, queries.shape[0], keys.shape[0], *map(_code, common.values())], queries.device)
+    rows = [0 if x is None else x.shape[0] for x in (queries, keys, negatives)]
+    table = _table(group, [0, *rows, *map(_code, common.values())], queries.device)
     rank = dist.get_rank(group)
     for other, line in enumerate(table):
         if line[0]:
             raise ValueError(f"group: expected every rank to call with valid arguments, rank {other} raised an error")
-        for i, name in enumerate(common, 3):
+        for i, name in enumerate(common, 1 + len(rows)):
             if line[i] != table[0][i]:
                 difference = f"rank {other} differs from rank 0; here, on rank {rank}, it is {common[name]!r}"
                 raise ValueError(f"{name}: expected the same on every rank of the group, but {difference}")
-    keys_of = [line[2] for line in table]
-    ring = exchange == "ring" or (exchange == "auto" and max(keys_of) >= RING_FROM)
-    return Ranks(group, rank, [line[1] for line in table], keys_of, ring)
+    queries_of, keys_of, negatives_of = ([line[i] for line in table] for i in (1, 2, 3))
+    return Ranks(group, rank, queries_of, keys_of, negatives_of, exchange)
 
 
 def refused(group: Any, device: torch.device | None) -> None:
@@ -203,7 +215,7 @@ def check_group(group: Any, exchange: Any) -> None:
         wrong_value("exchange", "'auto', 'all_gather' or 'ring'", exchange)
 
 
-_FIELDS = 16
+_FIELDS = 24
 
 
 def _table(group: Any, numbers: list[int], device: torch.device) -> list[list[int]]:

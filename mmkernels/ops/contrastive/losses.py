@@ -15,7 +15,18 @@ from torch import Tensor
 from . import op
 from .reference import BEST, LSE, MEAN, POSITIVE, TEACHER, TOP, TOTAL, statistics_dtype
 
-__all__ = ["ContrastiveStats", "Pairs", "Targets", "infonce_loss", "siglip_loss", "siglip_stats"]
+__all__ = [
+    "ContrastiveStats",
+    "Pairs",
+    "Targets",
+    "infonce_loss",
+    "occurrences",
+    "siglip_loss",
+    "siglip_stats",
+    "stats_of",
+    "stats_sums",
+    "weights_of_columns",
+]
 
 
 class ContrastiveStats(NamedTuple):
@@ -36,11 +47,11 @@ class ContrastiveStats(NamedTuple):
     entropy: Tensor
 
 
-def _occurrences(ids: Tensor, among: Tensor) -> Tensor:
+def occurrences(ids: Tensor, among: Tensor) -> Tensor:
     """How often each id occurs among others."""
     ordered = among.sort().values
-    right = torch.searchsorted(ordered, ids, right=True)
-    return right - torch.searchsorted(ordered, ids, right=False)
+    last, first = (torch.searchsorted(ordered, ids.contiguous(), right=right) for right in (True, False))
+    return last - first
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Pairs:
         """How many each row and each column has."""
         if self.query_ids is None or self.key_ids is None or self.same_id == "ignore":
             return 1, 1
-        return _occurrences(self.query_ids, self.key_ids), _occurrences(self.key_ids, self.query_ids)
+        return occurrences(self.query_ids, self.key_ids), occurrences(self.key_ids, self.query_ids)
 
     def seen(self) -> tuple[Tensor | int, Tensor | int]:
         """How many keys each row sees, and how many queries each column."""
@@ -73,8 +84,8 @@ class Pairs:
         alike = (self.key_ids[self.targets] == self.query_ids).long()
         alike_k = torch.zeros_like(self.key_ids).index_add(0, self.targets, alike)
         return (
-            m - _occurrences(self.query_ids, self.key_ids) + alike,
-            n - _occurrences(self.key_ids, self.query_ids) + alike_k,
+            m - occurrences(self.query_ids, self.key_ids) + alike,
+            n - occurrences(self.key_ids, self.query_ids) + alike_k,
         )
 
 
@@ -86,7 +97,7 @@ class Targets:
     teacher: tuple[Tensor, Tensor, float] | None
 
     def loss(self, line: Tensor, lse: Tensor, scale: Tensor, positives: Tensor | int, seen: Tensor | int) -> Tensor:
-        """Of each row or column, from its statistics."""
+        """Of each row or column, from its statistics; lse counts the negatives too."""
         similarity = line[POSITIVE] / positives
         if self.label_smoothing > 0:
             uniform = line[TOTAL] / seen
@@ -104,7 +115,7 @@ def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
     return (weights * losses).sum() / weights.sum()
 
 
-def _weights_of_columns(weights: Tensor, pairs: Pairs) -> Tensor:
+def weights_of_columns(weights: Tensor, pairs: Pairs) -> Tensor:
     """A key has the weight of the query whose target it is, else of that at its place."""
     return weights if pairs.targets is None else torch.zeros_like(weights).index_copy(0, pairs.targets, weights)
 
@@ -147,44 +158,56 @@ def infonce_loss(
     loss = _mean(targets.loss(of_rows, lse_q, scale, positives_q, seen_q), wide)
     if symmetric:
         losses = targets.loss(of_columns, of_columns[LSE], scale, positives_k, seen_k)
-        loss = (loss + _mean(losses, None if wide is None else _weights_of_columns(wide, pairs))) / 2
+        loss = (loss + _mean(losses, None if wide is None else weights_of_columns(wide, pairs))) / 2
     dtype = statistics_dtype(queries.dtype)
     stats = None
     if return_stats:
-        seen = extra.detach() if extra is not None else None
-        stats = _stats(of_rows.detach(), of_columns.detach(), seen, scale.detach(), pairs, symmetric, dtype)
+        lines = of_rows.detach(), of_columns.detach(), None if extra is None else extra.detach()
+        sums = stats_sums(*lines, scale.detach(), positives_q, seen_q)
+        stats = stats_of(lse_q.detach(), lines[1][LSE], sums, symmetric, dtype)
     return loss.to(dtype), stats
 
 
-def _stats(
+def stats_sums(
     of_rows: Tensor,
     of_columns: Tensor,
     extra: Tensor | None,
     scale: Tensor,
-    pairs: Pairs,
-    symmetric: bool,
-    dtype: torch.dtype,
-) -> ContrastiveStats:
+    positives: Tensor | int,
+    seen: Tensor | int,
+) -> Tensor:
+    """[5, 2] float64: what the means of `ContrastiveStats` are made of, summed over rows and columns.
+
+    Of rows and columns: their number, entropies, and how often the best positive is on top; then sums over the pairs
+    of rows: positive similarities and all, and their numbers.
+    """
     lse_q, mean, top = of_rows[LSE], of_rows[MEAN], of_rows[TOP]
     if extra is not None:
         lse_q = torch.logaddexp(lse_q, extra[LSE])
         mean = (of_rows[LSE] - lse_q).exp() * mean + (extra[LSE] - lse_q).exp() * extra[MEAN]
         top = torch.maximum(top, extra[TOP])
-    entropy = (lse_q - scale * mean).mean()
-    if symmetric:
-        entropy = (entropy + (of_columns[LSE] - scale * of_columns[MEAN]).mean()) / 2
-    count, seen = (
-        torch.as_tensor(x[0], device=lse_q.device).expand(lse_q.shape).sum() for x in (pairs.positives(), pairs.seen())
+    count, everyone = (torch.as_tensor(x, device=lse_q.device).expand(lse_q.shape).sum() for x in (positives, seen))
+    both = (
+        (lse_q.new_tensor(lse_q.shape[0]), lse_q.new_tensor(of_columns.shape[1])),
+        ((lse_q - scale * mean).sum(), (of_columns[LSE] - scale * of_columns[MEAN]).sum()),
+        ((of_rows[BEST] >= top).sum(), (of_columns[BEST] >= of_columns[TOP]).sum()),
+        (of_rows[POSITIVE].sum(), of_rows[TOTAL].sum()),
+        (count, everyone),
     )
-    positive = of_rows[POSITIVE].sum()
+    return torch.stack([torch.stack([x.double() for x in two]) for two in both])
+
+
+def stats_of(lse_q: Tensor, lse_k: Tensor, sums: Tensor, symmetric: bool, dtype: torch.dtype) -> ContrastiveStats:
+    """From the lse of rows and columns and `stats_sums`."""
+    size, entropies, hits, (positive, total), (count, seen) = sums.unbind()
+    entropy, accuracy = entropies / size, hits / size
     stats = (
         lse_q,
-        of_columns[LSE],
-        (of_rows[BEST] >= top).double().mean(),
-        (of_columns[BEST] >= of_columns[TOP]).double().mean(),
+        lse_k,
+        *accuracy.unbind(),
         positive / count,
-        (of_rows[TOTAL].sum() - positive) / (seen - count),
-        entropy,
+        (total - positive) / (seen - count),
+        entropy.mean() if symmetric else entropy[0],
     )
     return ContrastiveStats(*(x.to(dtype) for x in stats))
 
@@ -204,6 +227,7 @@ def siglip_stats(
     """Statistics of the softmax of the same logits, from a pass of their own."""
     features = queries.detach(), keys.detach(), logit_scale.detach()
     of_rows, of_columns = op.softmax_fwd(*features, *pairs.rule(), *(None,) * 4, True, True, backend)
-    dtype = statistics_dtype(queries.dtype)
-    stats = _stats(of_rows, of_columns, None, logit_scale.detach().double(), pairs, True, dtype)
+    scale = logit_scale.detach().double()
+    sums = stats_sums(of_rows, of_columns, None, scale, pairs.positives()[0], pairs.seen()[0])
+    stats = stats_of(of_rows[LSE], of_columns[LSE], sums, True, statistics_dtype(queries.dtype))
     return stats._replace(lse_q=stats.lse_q + logit_bias.detach(), lse_k=stats.lse_k + logit_bias.detach())

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mmkernels.ops._checks import wrong_value
 
-from .distributed import mean_over_ranks, same_on_all_ranks, sigmoid_fwd, softmax_fwd
+from .distributed import NO_TEACHER, mean_over_ranks, same_on_all_ranks, sigmoid_fwd, softmax_fwd
 from .exchange import Ranks, agree, check_group, refused
-from .losses import Pairs
-from .reference import LSE, POSITIVE, TOTAL, statistics_dtype
+from .losses import ContrastiveStats, Pairs, Targets, occurrences, stats_of, stats_sums, weights_of_columns
+from .reference import LSE, statistics_dtype
 
 __all__ = ["infonce", "refusing", "siglip"]
 
@@ -46,50 +46,73 @@ def infonce(
     keys: Tensor,
     logit_scale: Tensor,
     pairs: Pairs,
-    label_smoothing: float,
+    target: Targets,
+    negatives: Tensor | None,
     weights: Tensor | None,
     symmetric: bool,
+    return_stats: bool,
     group: Any,
     exchange: str,
     backend: str,
-) -> Tensor:
-    """The loss of all ranks' rows. Arguments are checked; targets count this rank's keys, ids meet everywhere.
+) -> tuple[Tensor, ContrastiveStats | None]:
+    """The loss of all ranks' rows, and what it saw. Arguments are checked; targets count this rank's keys, ids meet
+    everywhere, negatives are those of all ranks.
 
     Raises:
-        ValueError: on every rank, if ranks differ in what must be the same, or an id is without its like.
+        ValueError: on every rank, if ranks differ in what must be the same, an id is without its like, or no row of
+            any rank has a weight.
     """
+    width, alpha = (None, None) if target.teacher is None else (target.teacher[0].shape[1], target.teacher[2])
     same = {
         "logit_scale: gradient": _needs(logit_scale),
-        "label_smoothing": label_smoothing,
+        "label_smoothing": target.label_smoothing,
         "symmetric": symmetric,
         "same_id": pairs.same_id,
-        "query_ids": "given" if pairs.query_ids is not None else "None",
-        "weights": "given" if weights is not None else "None",
+        "query_ids": _given(pairs.query_ids),
+        "negatives": "None" if negatives is None else f"given, {_needs(negatives)}",
+        "weights": _given(weights),
+        "teacher: width": width,
+        "teacher[2]": alpha,
+        "return_stats": return_stats,
     }
-    ranks = agree(group, queries, keys, exchange, {**same, **_gradients(queries, keys)})
-    scale = same_on_all_ranks(ranks, logit_scale)
-    of_rows, of_columns = softmax_fwd(
-        ranks, queries, keys, scale, *pairs.rule(), label_smoothing > 0, symmetric, backend
-    )
-    counts = _Counts(ranks, pairs)
+    ranks = agree(group, queries, keys, negatives, exchange, {**same, **_gradients(queries, keys)})
+    counts, both = _Counts(ranks, pairs), symmetric or return_stats
     rows, columns = counts.of_rows(), counts.of_columns() if symmetric else None
     if pairs.targets is None:
         _ids_meet(ranks, "query_ids", rows[0])
         if columns is not None:
             _ids_meet(ranks, "key_ids", columns[0])
+    logit_scale = same_on_all_ranks(ranks, logit_scale)
+    taught = NO_TEACHER
+    if target.teacher is not None:
+        features = target.teacher[0].detach(), target.teacher[1].detach(), logit_scale.detach()
+        with torch.no_grad():
+            lines = softmax_fwd(ranks, *features, pairs.rule(), NO_TEACHER, False, both, backend)
+        taught = *features[:2], lines[0][LSE], lines[1][LSE] if both else None
+    totals = target.label_smoothing > 0 or return_stats
+    of_rows, of_columns = softmax_fwd(ranks, queries, keys, logit_scale, pairs.rule(), taught, totals, both, backend)
+    extra, lse_q = None, of_rows[LSE]
+    if negatives is not None and sum(ranks.negatives) > 0:
+        rule = None, None, None, "positive"
+        others = ranks.with_negatives()
+        extra, _ = softmax_fwd(others, queries, negatives, logit_scale, rule, NO_TEACHER, False, False, backend)
+        lse_q = torch.logaddexp(lse_q, extra[LSE])
+    scale = logit_scale.double()
     wide = None if weights is None else weights.double()
-    losses = [_losses(of_rows, scale, *rows, label_smoothing)]
-    shares = [torch.ones_like(losses[0]) if wide is None else wide]
-    sizes = [float(sum(ranks.queries))]
+    sums = [_sum(target.loss(of_rows, lse_q, scale, *rows), wide)]
     if columns is not None:
-        losses.append(_losses(of_columns, scale, *columns, label_smoothing))
-        shares.append(torch.ones_like(losses[1]) if wide is None else _of_columns(wide, pairs))
-        sizes.append(float(sum(ranks.keys)))
-    share = torch.tensor(sizes, device=queries.device, dtype=torch.float64)
-    if wide is not None:
-        share = ranks.summed(wide.sum()).expand(len(sizes))
-    total = mean_over_ranks(ranks, torch.stack([(w * x).sum() for w, x in zip(shares, losses, strict=True)]))
-    return (total / torch.where(share == 0, 1.0, share)).mean().to(statistics_dtype(queries.dtype))
+        losses = target.loss(of_columns, of_columns[LSE], scale, *columns)
+        sums.append(_sum(losses, None if wide is None else weights_of_columns(wide, pairs)))
+    sizes = [max(sum(of), 1) for of in (ranks.queries, ranks.keys)][: len(sums)]
+    share = scale.new_tensor(sizes) if wide is None else _weight_of_all(ranks, wide)
+    loss = (mean_over_ranks(ranks, torch.stack(sums)) / share).mean()
+    dtype = statistics_dtype(queries.dtype)
+    stats = None
+    if return_stats:
+        lines = of_rows.detach(), of_columns.detach()
+        of_ranks = ranks.summed(stats_sums(*lines, None if extra is None else extra.detach(), scale.detach(), *rows))
+        stats = stats_of(lse_q.detach(), lines[1][LSE], of_ranks, symmetric, dtype)
+    return loss.to(dtype), stats
 
 
 def siglip(
@@ -98,11 +121,12 @@ def siglip(
     logit_scale: Tensor,
     logit_bias: Tensor,
     pairs: Pairs,
+    return_stats: bool,
     group: Any,
     exchange: str,
     backend: str,
-) -> Tensor:
-    """The loss of all ranks' rows. Arguments are checked; ids meet everywhere.
+) -> tuple[Tensor, ContrastiveStats | None]:
+    """The loss of all ranks' rows, and what it saw. Arguments are checked; ids meet everywhere.
 
     Raises:
         ValueError: on every rank, if ranks differ in what must be the same.
@@ -110,18 +134,38 @@ def siglip(
     same = {
         "logit_scale: gradient": _needs(logit_scale),
         "logit_bias: gradient": _needs(logit_bias),
-        "query_ids": "given" if pairs.query_ids is not None else "None",
+        "query_ids": _given(pairs.query_ids),
+        "return_stats": return_stats,
     }
-    ranks = agree(group, queries, keys, exchange, {**same, **_gradients(queries, keys)})
+    ranks = agree(group, queries, keys, None, exchange, {**same, **_gradients(queries, keys)})
     scale, bias = same_on_all_ranks(ranks, logit_scale), same_on_all_ranks(ranks, logit_bias)
     sums = sigmoid_fwd(ranks, queries, keys, scale, bias, *pairs.rule()[:3], backend)
     loss = mean_over_ranks(ranks, sums[0]) / max(sum(ranks.queries), 1)
-    return loss.to(statistics_dtype(queries.dtype))
+    dtype = statistics_dtype(queries.dtype)
+    loss = loss.to(dtype)
+    if not return_stats:
+        return loss, None
+    with torch.no_grad():
+        features = queries.detach(), keys.detach(), scale.detach()
+        of_rows, of_columns = softmax_fwd(ranks, *features, pairs.rule(), NO_TEACHER, True, True, backend)
+        rows = _Counts(ranks, pairs).of_rows()
+        of_ranks = ranks.summed(stats_sums(of_rows, of_columns, None, features[2].double(), *rows))
+        lse_q, lse_k = (line[LSE] + bias.detach() for line in (of_rows, of_columns))
+        return loss, stats_of(lse_q, lse_k, of_ranks, True, dtype)
 
 
-def _of_columns(weights: Tensor, pairs: Pairs) -> Tensor:
-    """A key has the weight of the query whose target it is, else of that at its place."""
-    return weights if pairs.targets is None else torch.zeros_like(weights).index_copy(0, pairs.targets, weights)
+def _sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return losses.sum() if weights is None else (weights * losses).sum()
+
+
+def _weight_of_all(ranks: Ranks, weights: Tensor) -> Tensor:
+    """The sum over the ranks; 1 where no rank has rows."""
+    total = ranks.summed(weights.sum())
+    if sum(ranks.queries) == 0:
+        return torch.ones_like(total)
+    if float(total) == 0:
+        raise ValueError("weights: expected one that is not zero on some rank, got zeros on all")
+    return total
 
 
 def _ids_meet(ranks: Ranks, name: str, positives: Tensor) -> None:
@@ -129,6 +173,10 @@ def _ids_meet(ranks: Ranks, name: str, positives: Tensor) -> None:
     if int(missing):
         other = "key_ids" if name == "query_ids" else "query_ids"
         raise ValueError(f"{name}: expected each to occur among the {other} of some rank, {int(missing)} do not")
+
+
+def _given(x: Tensor | None) -> str:
+    return "None" if x is None else "given"
 
 
 def _needs(x: Tensor) -> str:
@@ -152,7 +200,7 @@ class _Counts:
         if query_ids is None or key_ids is None:
             assert self._targets is not None
             return (self._targets >= 0).double(), torch.full_like(self._targets, seen, dtype=torch.float64)
-        same = _occurrences(query_ids, self._ranks.gathered(key_ids, self._ranks.keys))
+        same = occurrences(query_ids, self._ranks.gathered(key_ids, self._ranks.keys)).double()
         if not self._ignore:
             return same, torch.full_like(same, seen)
         assert self._targets is not None
@@ -167,27 +215,8 @@ class _Counts:
             positive = torch.bincount(self._targets, minlength=mine).double()
             if query_ids is None or key_ids is None:
                 return positive, torch.full_like(positive, seen)
-            same = _occurrences(key_ids, self._ranks.gathered(query_ids, self._ranks.queries))
+            same = occurrences(key_ids, self._ranks.gathered(query_ids, self._ranks.queries)).double()
             own = key_ids[self._targets] == query_ids
             return positive, seen - same + torch.zeros_like(same).index_add(0, self._targets, own.double())
-        same = _occurrences(key_ids, self._ranks.gathered(query_ids, self._ranks.queries))
+        same = occurrences(key_ids, self._ranks.gathered(query_ids, self._ranks.queries)).double()
         return same, torch.full_like(same, seen)
-
-
-def _occurrences(ids: Tensor, among: Tensor) -> Tensor:
-    """How often each id occurs among others."""
-    ordered = among.sort().values
-    last, first = (torch.searchsorted(ordered, ids.contiguous(), right=right) for right in (True, False))
-    return (last - first).double()
-
-
-def _losses(statistics: Tensor, scale: Tensor, positive: Tensor, seen: Tensor, smoothing: float) -> Tensor:
-    """Cross entropy of each row against its targets, [rows] float64; 0 for a row that sees nothing."""
-    s = scale.double()
-    some = positive > 0
-    target = (1 - smoothing) * some.double() + (smoothing if smoothing else 0.0)
-    chosen = (1 - smoothing) * statistics[POSITIVE] / positive.clamp(min=1)
-    if smoothing:
-        chosen = chosen + smoothing * statistics[TOTAL] / seen.clamp(min=1)
-    lse = statistics[LSE]
-    return torch.where(lse == -torch.inf, 0.0, target * lse - s * chosen)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmkernels import GradCache, infonce, siglip
+from mmkernels import ContrastiveStats, GradCache, infonce, siglip
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
+from mmkernels.testing.contrastive import plain_infonce_options as plain_infonce
 
 EXCHANGES = ("all_gather", "ring")
 
@@ -33,79 +36,71 @@ def batch(n: int, e: int = 16, dtype: torch.dtype = torch.float64) -> tuple[Tens
     return queries.to(dtype), keys.to(dtype)
 
 
-def plain_infonce(
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    *,
-    targets: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    same_id: str = "positive",
-    label_smoothing: float = 0.0,
-    symmetric: bool = True,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """By the definition: cross entropy against target distributions, with the logits in memory."""
-    logits = scale * queries @ keys.T
-    n, m = logits.shape
-    targets = torch.arange(n) if targets is None else targets
-    positive = targets[:, None] == torch.arange(m)
-    if query_ids is not None and key_ids is not None:
-        same = query_ids[:, None] == key_ids
-        if same_id == "positive":
-            positive = same
-        else:
-            logits = logits.masked_fill(same & ~positive, -torch.inf)
-    weights = torch.ones(n, dtype=scale.dtype) if weights is None else weights
-
-    def one_way(logits: Tensor, positive: Tensor, weights: Tensor) -> Tensor:
-        seen = (logits != -torch.inf).to(scale.dtype)
-        target = positive / positive.sum(1, keepdim=True).clamp(min=1)
-        target = (1 - label_smoothing) * target + label_smoothing * seen / seen.sum(1, keepdim=True)
-        terms = target * logits.log_softmax(1).masked_fill(seen == 0, 0.0)
-        return -(weights * terms.sum(1)).sum() / weights.sum()
-
-    positive = positive.to(scale.dtype)
-    loss = one_way(logits, positive, weights)
-    return (loss + one_way(logits.T, positive.T, weights[targets.argsort()])) / 2 if symmetric else loss
-
-
 def plain_siglip(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, *, query_ids=None, key_ids=None) -> Tensor:
     positive = torch.eye(len(queries)) if query_ids is None else (query_ids[:, None] == key_ids)
     z = 2 * positive.to(scale.dtype) - 1
     return -F.logsigmoid(z * (scale * queries @ keys.T + bias)).sum() / len(queries)
 
 
-def _options(name: str, rows: list[int]) -> tuple[dict[str, Any], Callable[[int, int], dict[str, Any]]]:
-    """Of one process, and of the rank whose rows are [begin, end)."""
+@dataclass
+class Whole:
+    """A batch of one process, and how ranks share it."""
+
+    rows: list[int]  # of each rank
+    negatives: list[int]
+    features: list[Tensor]  # queries, keys, and negatives if there are any
+    options: dict[str, Any]  # of one process
+    targets: Tensor | None  # within a rank's own keys
+
+    def slices(self, rank: int) -> list[slice]:
+        """Which of the features are the rank's."""
+        begins = [sum(of[:rank]) for of in (self.rows, self.rows, self.negatives)]
+        return [slice(b, b + of[rank]) for b, of in zip(begins, (self.rows, self.rows, self.negatives), strict=True)]
+
+    def local(self, rank: int) -> dict[str, Any]:
+        """Options of a rank."""
+        mine, _, _ = self.slices(rank)
+        options = {name: x[mine] if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        if self.targets is not None:
+            options["targets"] = self.targets[mine]
+        if "teacher" in options:
+            queries_m, keys_m, alpha = options["teacher"]
+            options["teacher"] = queries_m[mine], keys_m[mine], alpha
+        return options
+
+
+def _whole(name: str, rows: list[int]) -> Whole:
     n = sum(rows)
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(n // 3 + 1, (n,), generator=generator)
     weights = torch.rand(n, generator=generator, dtype=torch.float64)
-    swapped = torch.cat([torch.arange(r).flip(0) for r in rows])  # within a rank's own keys
+    if sum(rows[1:]) and "smoothing" not in name:
+        weights[: rows[0]] = 0  # of a rank, if not of all
+    swapped = torch.cat([torch.arange(r).flip(0) for r in rows])
     first = torch.cat([torch.full((r,), sum(rows[:i])) for i, r in enumerate(rows)])
-    per_row: dict[str, Tensor] = {}
-    common: dict[str, Any] = {}
+    negatives = [0] * len(rows)
+    features = list(batch(n))
+    options: dict[str, Any] = {}
     if "ids" in name:
-        per_row = {"query_ids": ids, "key_ids": ids}
+        options = {"query_ids": ids, "key_ids": ids}
     if "ignore" in name:
-        common["same_id"] = "ignore"
+        options["same_id"] = "ignore"
     if "weights" in name:
-        per_row["weights"] = weights
+        options["weights"] = weights
     if "smoothing" in name:
-        common["label_smoothing"] = 0.2
+        options["label_smoothing"] = 0.2
     if "one way" in name:
-        common["symmetric"] = False
-    whole = {**per_row, **common}
+        options["symmetric"] = False
     if "targets" in name:
-        whole["targets"] = swapped + first
-
-    def local(begin: int, end: int) -> dict[str, Any]:
-        cut = {key: value[begin:end] for key, value in per_row.items()}
-        return {**cut, **common, **({"targets": swapped[begin:end]} if "targets" in name else {})}
-
-    return whole, local
+        options["targets"] = swapped + first
+    if "teacher" in name:
+        noise = 0.2 * torch.randn(2, n, 16, generator=generator, dtype=torch.float64)
+        narrow = [(x + e)[:, :11] for x, e in zip(features, noise, strict=True)]
+        options["teacher"] = (*narrow, 0.4)
+    if "negatives" in name:
+        negatives = [0 if len(rows) > 1 and r == len(rows) - 1 else 5 + 3 * r for r in range(len(rows))]
+        features.append(torch.randn(sum(negatives), 16, generator=generator, dtype=torch.float64) / 4)
+    return Whole(rows, negatives, features, options, swapped if "targets" in name else None)
 
 
 OPTIONS = (
@@ -119,65 +114,93 @@ OPTIONS = (
     "ids, ignore, smoothing, weights",
     "ids, smoothing, one way",
     "targets, weights, smoothing",
+    "negatives",
+    "teacher",
+    "negatives, one way, ids",
+    "negatives, teacher, targets, weights, smoothing",
+    "negatives, teacher, ids, ignore, smoothing, one way",
+    "teacher, ids",
 )
 
 
 def _compare(
-    rank: int, rows: list[int], ours: Callable[..., Tensor], plain: Callable[..., Tensor], scalars: list[float]
+    rank: int, whole: Whole, ours: Callable[..., Tensor], plain: Callable[..., Tensor], scalars: list[float]
 ) -> None:
     """Float64: loss on every rank, gradients of the features W-fold, those of the scalars whole."""
-    world, begin = len(rows), sum(rows[:rank])
-    mine = slice(begin, begin + rows[rank])
-    whole = [x.requires_grad_() for x in batch(sum(rows))]
+    world, count = len(whole.rows), len(whole.features)
+    mine = whole.slices(rank)[:count]
+    leaves = [x.detach().clone().requires_grad_() for x in whole.features]
     wholes = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in scalars]
-    expected = plain(*whole, *wholes)
-    truth = torch.autograd.grad(expected, [*whole, *wholes])
-    local = [x.detach()[mine].clone().requires_grad_() for x in whole]
-    leaves = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in scalars]
-    loss = ours(*local, *leaves)
+    expected = plain(*leaves, *wholes)
+    truth = torch.autograd.grad(expected, [*leaves, *wholes])
+    local = [x.detach()[of].clone().requires_grad_() for x, of in zip(leaves, mine, strict=True)]
+    own = [torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in scalars]
+    loss = ours(*local, *own)
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-12, atol=1e-14)
     everybody: list[Any] = [None] * world
     dist.all_gather_object(everybody, loss.item())
     assert len(set(everybody)) == 1, "the same bits on every rank"
-    got = torch.autograd.grad(loss, [*local, *leaves])
+    got = torch.autograd.grad(loss, [*local, *own])
     for i, (actual, exact) in enumerate(zip(got, truth, strict=True)):
-        exact = world * exact[mine] if i < 2 else exact
+        exact = world * exact[mine[i]] if i < count else exact
         torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-13, msg=lambda m, i=i: f"gradient {i}: {m}")
+
+
+def _same_stats(whole: Whole, mine: slice, got: ContrastiveStats, expected: ContrastiveStats) -> None:
+    for name, actual, exact in zip(got._fields, got, expected, strict=True):
+        exact = exact[mine] if name.startswith("lse") else exact
+        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def _infonce(rank: int, world: int, ragged: bool) -> None:
     rows = rows_of(world, ragged)
-    begin = sum(rows[:rank])
     for name in OPTIONS:
-        whole, local = _options(name, rows)
-        options = local(begin, begin + rows[rank])
+        whole = _whole(name, rows)
+        options, mine = whole.local(rank), whole.slices(rank)
+
+        def plain(x: Tensor, y: Tensor, *rest: Tensor, whole: Whole = whole) -> Tensor:
+            more = {"negatives": rest[0]} if len(rest) == 2 else {}
+            return plain_infonce(x, y, rest[-1], **whole.options, **more)
+
+        def ours(
+            x: Tensor, y: Tensor, *rest: Tensor, options: dict[str, Any] = options, exchange: str = "", **more: Any
+        ) -> Any:
+            more |= {"negatives": rest[0]} if len(rest) == 2 else {}
+            return infonce(x, y, rest[-1], group=dist.group.WORLD, exchange=exchange, **options, **more)
+
+        extra = {"negatives": whole.features[2]} if whole.features[2:] else {}
+        scale = torch.tensor(14.3, dtype=torch.float64)
+        _, expected = infonce(*whole.features[:2], scale, return_stats=True, **whole.options, **extra)
         for exchange in EXCHANGES:
             try:
-                _compare(
-                    rank,
-                    rows,
-                    lambda x, y, s, o=options, e=exchange: infonce(x, y, s, group=dist.group.WORLD, exchange=e, **o),
-                    lambda x, y, s, o=whole: plain_infonce(x, y, s, **o),
-                    [14.3],
-                )
+                _compare(rank, whole, functools.partial(ours, exchange=exchange), plain, [14.3])
+                local = [x[of] for x, of in zip(whole.features, mine, strict=False)]
+                loss, stats = ours(*local, scale, exchange=exchange, return_stats=True)
+                _same_stats(whole, mine[0], stats, expected)
+                torch.testing.assert_close(loss, plain(*whole.features, scale), rtol=1e-12, atol=1e-14)
             except Exception as error:
                 raise AssertionError(f"{name}, {exchange}: {error}") from error
 
 
 def _siglip(rank: int, world: int, ragged: bool) -> None:
-    rows = rows_of(world, ragged)
-    begin = sum(rows[:rank])
     for name in ("plain", "ids"):
-        whole, local = _options(name, rows)
-        options = local(begin, begin + rows[rank])
+        whole = _whole(name, rows_of(world, ragged))
+        options, mine = whole.local(rank), whole.slices(rank)[0]
+        scalars = [torch.tensor(x, dtype=torch.float64) for x in (10.0, -5.0)]
+        _, expected = siglip(*whole.features, *scalars, return_stats=True, **whole.options)
         for exchange in EXCHANGES:
+            over = {"group": dist.group.WORLD, "exchange": exchange, **options}
             _compare(
                 rank,
-                rows,
-                lambda x, y, s, b, o=options, e=exchange: siglip(x, y, s, b, group=dist.group.WORLD, exchange=e, **o),
-                lambda x, y, s, b, o=whole: plain_siglip(x, y, s, b, **o),
+                whole,
+                lambda x, y, s, b, o=over: siglip(x, y, s, b, **o),
+                lambda x, y, s, b, o=whole.options: plain_siglip(x, y, s, b, **o),
                 [10.0, -5.0],
             )
+            leaves = [x[mine].clone().requires_grad_() for x in whole.features]
+            loss, stats = siglip(*leaves, *scalars, return_stats=True, **over)
+            assert loss.requires_grad
+            _same_stats(whole, mine, stats, expected)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -309,28 +332,46 @@ def _bytes_received(rank: int, world: int, loss: str, exchange: str) -> list[int
     changed.update(dict.fromkeys(names, gather))
     x, y = (t[:8].clone().requires_grad_() for t in batch(8, 256, torch.bfloat16))
     scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    over = {"group": dist.group.WORLD, "exchange": exchange}
+    losses: dict[str, Callable[[], Tensor]] = {
+        "infonce": lambda: infonce(x, y, scale, **over),
+        "siglip": lambda: siglip(x, y, scale, bias, **over),
+        "negatives": lambda: infonce(x, y, scale, negatives=y.detach().clone().requires_grad_(), **over),
+        "queue": lambda: infonce(x, y, scale, negatives=y.detach(), **over),
+        "teacher": lambda: infonce(x, y, scale, teacher=(x, y, 0.5), **over),
+        "return_stats": lambda: infonce(x, y, scale, return_stats=True, **over)[0],
+    }
     try:
         for name, function in changed.items():
             setattr(dist, name, function)
-        if loss == "infonce":
-            infonce(x, y, scale, group=dist.group.WORLD, exchange=exchange).backward()
-        else:
-            siglip(x, y, scale, bias, group=dist.group.WORLD, exchange=exchange).backward()
+        losses[loss]().backward()
     finally:
         for name, function in plain.items():
             setattr(dist, name, function)
     return received
 
 
-@pytest.mark.parametrize("loss", ["infonce", "siglip"])
+# Beyond the keys: [all_gather, ring] in units of N·E bytes, in bfloat16.
+BYTES = {
+    "infonce": (0, 0),
+    "siglip": (0, 0),
+    "negatives": (4, 8),
+    "queue": (2, 4),
+    "teacher": (4, 6),
+    "return_stats": (0, 0),
+}
+
+
+@pytest.mark.parametrize("loss", BYTES)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_bytes_exchanged(world: int, loss: str) -> None:
     """At most 6·N·E in gather mode and 8·N·E in the ring, and O(N) statistics: what the docs say, exactly."""
     n, e = 8 * world, 256
-    for exchange, factor, limit in (("all_gather", 4, 6), ("ring", 8, 8)):
+    for exchange, factor, limit, more in zip(EXCHANGES, (4, 8), (6, 8), BYTES[loss], strict=True):
         for features, everything in ranks.run(world, _bytes_received, loss, exchange):
-            assert features == factor * n * e * (world - 1) // world <= limit * n * e
-            assert everything - features <= 200 * n + 200 * world
+            assert factor <= limit
+            assert features == (factor + more) * n * e * (world - 1) // world
+            assert everything - features <= 300 * n + 200 * world
 
 
 class LargestTensor(TorchDispatchMode):
@@ -375,7 +416,14 @@ def _mistakes(rank: int, world: int) -> list[str]:
         lambda: infonce(x, y, scale, group=group, label_smoothing=0.1 * rank),
         lambda: infonce(x, y, scale, group=group, exchange="ring" if odd else "all_gather"),
         lambda: infonce(x.clone().requires_grad_(odd), y, scale, group=group),
+        lambda: infonce(x, y, scale, group=group, negatives=None if odd else y),
+        lambda: infonce(x, y, scale, group=group, negatives=y.clone().requires_grad_(odd)),
+        lambda: infonce(x, y, scale, group=group, teacher=(x, y, 0.1 + 0.1 * odd)),
+        lambda: infonce(x, y, scale, group=group, teacher=None if odd else (x, y, 0.1)),
+        lambda: infonce(x, y, scale, group=group, return_stats=odd),
+        lambda: siglip(x, y, scale, 0.0, group=group, return_stats=odd),
         lambda: infonce(x, y[:5] if odd else y, scale, group=group),
+        lambda: infonce(x, y, scale, group=group, negatives=y[:, :7] if odd else y),
         lambda: siglip(x, y, scale, "bias" if odd else 0.0, group=group),
     ]
     said = []
@@ -390,11 +438,15 @@ def _mistakes(rank: int, world: int) -> list[str]:
 
 def test_what_differs_between_ranks_is_named_on_each() -> None:
     said = ranks.run(2, _mistakes)
-    names = ["queries: width", "queries: dtype", "symmetric", "label_smoothing", "exchange", "queries: gradient"]
+    names = [
+        *("queries: width", "queries: dtype", "symmetric", "label_smoothing", "exchange", "queries: gradient"),
+        *("negatives", "negatives", "teacher[2]", "teacher: width", "return_stats", "return_stats"),
+    ]
     for lines in said:
         for line, name in zip(lines, names, strict=False):
             assert line.startswith(f"ValueError: {name}: expected the same on every rank"), line
-    for i, own in ((6, "ValueError: keys: expected"), (7, "TypeError: logit_bias: expected")):
+    refusals = ("ValueError: keys: expected", "ValueError: negatives: expected", "TypeError: logit_bias: expected")
+    for i, own in enumerate(refusals, len(names)):
         assert said[1][i].startswith(own)
         assert (
             said[0][i] == "ValueError: group: expected every rank to call with valid arguments, rank 1 raised an error"
@@ -459,14 +511,13 @@ def _ids_and_options(rank: int, world: int) -> None:
             ValueError, match=f"{name}: expected each to occur among the {other} of some rank, 1 do not"
         ):
             infonce(x, y, 10.0, group=group, **{name: unmet, other: alike})
-    for options in ({"negatives": y}, {"teacher": (x, y, 0.4)}, {"return_stats": True}):
-        with pytest.raises(NotImplementedError, match=next(iter(options))):
-            infonce(x, y, 10.0, group=group, **options)
-    with pytest.raises(NotImplementedError, match="return_stats"):
-        siglip(x, y, 10.0, 0.0, group=group, return_stats=True)
+    with pytest.raises(ValueError, match="weights: expected one that is not zero on some rank"):
+        infonce(x, y, 10.0, group=group, weights=torch.zeros(4))
+    with pytest.raises(ValueError, match="weights: expected finite numbers, none negative, got"):
+        infonce(x, y, 10.0, group=group, weights=torch.full((4,), -1.0))
     with pytest.raises(ValueError, match="exchange: expected 'auto' without a group"):
         infonce(x, y, 10.0, exchange="ring")
 
 
-def test_ids_of_other_ranks_and_what_is_not_there() -> None:
+def test_ids_of_other_ranks_and_values() -> None:
     ranks.run(2, _ids_and_options)
