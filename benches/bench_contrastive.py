@@ -106,8 +106,8 @@ def forward_backward(loss: Callable[..., Tensor], names: tuple[str, ...], inputs
 
 # Beyond these sizes a contender's N x N matrices are left out: of one float32 matrix each of plain PyTorch's forms
 # holds several, the reference some in float64.
-LARGEST = {"plain PyTorch": 32768, "plain PyTorch, two matrices": 32768, "torch.compile": 32768, "open_clip": 32768}
-LARGEST |= {"mmkernels [reference]": 16384}
+LARGEST = {"plain PyTorch": 32768, "plain PyTorch, two matrices": 32768, "torch.compile": 32768}
+LARGEST |= {"open_clip": 32768, "sentence_transformers": 32768, "mmkernels [reference]": 16384}
 
 
 def limits(p: Params, name: str) -> str | None:
@@ -212,7 +212,13 @@ def plain_statistics(inputs: Inputs) -> Outputs:
 
 INFONCE_PLAIN = {"plain PyTorch": plain_infonce, "plain PyTorch, two matrices": plain_infonce_two_matrices}
 SIGLIP_PLAIN = {"plain PyTorch": plain_siglip}
-INFONCE_PEERS = {"open_clip": "clip_loss", "inf_cl": "symmetric", "memeff": "clip_loss"}
+INFONCE_PEERS = {
+    "open_clip": "clip_loss",
+    "sentence_transformers": "symmetric",
+    "inf_cl": "symmetric",
+    "memeff": "clip_loss",
+    "liger_kernel": "linear_cross_entropy",
+}
 SIGLIP_PEERS = {"open_clip": "siglip_loss", "siglip_kernel": "loss"}
 INFONCE_OTHERS = {"chunked checkpointing": chunked_infonce}
 SIGLIP_OTHERS = {"chunked checkpointing": chunked_siglip}

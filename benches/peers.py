@@ -79,6 +79,34 @@ def siglip_kernel_loss(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return _contrastive_gradients(loss, inputs, "queries", "keys", "logit_scale", "logit_bias")
 
 
+def sentence_transformers_symmetric(inputs: Inputs) -> tuple[torch.Tensor | None, ...]:
+    """`infonce`: the scale is a Python float, so there is no gradient of it."""
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.util import dot_score
+
+    loss_fn = MultipleNegativesRankingLoss(
+        torch.nn.Identity(),
+        scale=float(inputs["logit_scale"]),
+        similarity_fct=dot_score,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+    queries, keys = inputs["queries"], inputs["keys"]
+    loss = loss_fn.compute_loss_from_embeddings([queries, keys], torch.empty(0, device=queries.device))
+    return *_contrastive_gradients(loss, inputs, "queries", "keys"), None
+
+
+def liger_linear_cross_entropy(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """`infonce`: a direction is a linear layer of the other side's features with cross-entropy."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    queries, keys, scale = inputs["queries"], inputs["keys"], inputs["logit_scale"]
+    labels = torch.arange(len(queries), device=queries.device)
+    forth = liger_fused_linear_cross_entropy(queries * scale.to(queries.dtype), keys, labels)
+    back = liger_fused_linear_cross_entropy(keys * scale.to(keys.dtype), queries, labels)
+    return _contrastive_gradients((forth + back) / 2, inputs, "queries", "keys", "logit_scale")
+
+
 def flash_attn_varlen(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """Packed attention: q, k, v, cu_seqlens_*, max_seqlen_*, causal, grad_out -> out, dq, dk, dv."""
     from flash_attn import flash_attn_varlen_func
@@ -120,6 +148,13 @@ PEERS = {
     "inf_cl": Peer("inf_cl", "inf-cl", adapters={"symmetric": inf_cl_symmetric}),
     "memeff": Peer("memeff", "memeff", adapters={"clip_loss": memeff_clip_loss}),
     "siglip_kernel": Peer("siglip_kernel", "siglip-kernel", adapters={"loss": siglip_kernel_loss}),
+    "sentence_transformers": Peer(
+        "sentence_transformers",
+        "sentence-transformers",
+        needs_cuda=False,
+        adapters={"symmetric": sentence_transformers_symmetric},
+    ),
+    "liger_kernel": Peer("liger_kernel", "liger-kernel", adapters={"linear_cross_entropy": liger_linear_cross_entropy}),
     "flash_attn": Peer("flash_attn", "flash-attn", adapters={"varlen": flash_attn_varlen}),
     "fbgemm_gpu": Peer("fbgemm_gpu", "fbgemm-gpu", needs_cuda=False, adapters={"padded": fbgemm_padded}),
     "xformers": Peer("xformers", "xformers", adapters={"block_diagonal": xformers_block_diagonal}),

@@ -116,16 +116,7 @@ void choose_attention_kernel(const Tensor& q, const Tensor& v, const Run& run) {
     if (d <= 128) return run(element, std::integral_constant<int, 128>{});
     return run(element, std::integral_constant<int, 256>{});
   };
-  switch (q.dtype) {
-    case DType::f32:
-      return with_head_dim(float{});
-    case DType::bf16:
-      return with_head_dim(bf16{});
-    case DType::f16:
-      return with_head_dim(f16{});
-    default:
-      fail("attention: the CUDA kernels take float32, bfloat16 and float16");
-  }
+  with_dtype(q.dtype, "attention", with_head_dim);
 }
 
 }  // namespace mmk::cuda

@@ -92,35 +92,25 @@ void backward(const GateBwdArgs& args, int num_threads) {
   }
 }
 
-// Calls run(residual's type, x's type).
+// Calls run(residual's type, x's type); a float32 residual takes an x in half precision.
 template <class Run>
-void with_types(DType residual, DType x, Run run) {
-  const auto same = [&](auto* t) { run(t, t); };
-  float* wide = nullptr;
-  if (residual == DType::f32 && x == DType::bf16) return run(wide, static_cast<bf16*>(nullptr));
-  if (residual == DType::f32 && x == DType::f16) return run(wide, static_cast<f16*>(nullptr));
-  switch (x) {
-    case DType::f32:
-      return same(wide);
-    case DType::bf16:
-      return same(static_cast<bf16*>(nullptr));
-    case DType::f16:
-      return same(static_cast<f16*>(nullptr));
-    case DType::f64:
-      return same(static_cast<double*>(nullptr));
-  }
+void with_dtypes(DType residual, DType x, const Run& run) {
+  with_dtype(x, [&](auto t) {
+    if constexpr (sizeof(t) == 2) {
+      if (residual == DType::f32) return run(float{}, t);
+    }
+    run(t, t);
+  });
 }
 
 void forward_any(const GateFwdArgs& args, int num_threads) {
-  with_types(args.residual.dtype, args.x.dtype, [&](auto* r, auto* x) {
-    forward<std::remove_pointer_t<decltype(r)>, std::remove_pointer_t<decltype(x)>>(args, num_threads);
-  });
+  with_dtypes(args.residual.dtype, args.x.dtype,
+              [&](auto r, auto x) { forward<decltype(r), decltype(x)>(args, num_threads); });
 }
 
 void backward_any(const GateBwdArgs& args, int num_threads) {
-  with_types(args.grad_out.dtype, args.x.dtype, [&](auto* r, auto* x) {
-    backward<std::remove_pointer_t<decltype(r)>, std::remove_pointer_t<decltype(x)>>(args, num_threads);
-  });
+  with_dtypes(args.grad_out.dtype, args.x.dtype,
+              [&](auto r, auto x) { backward<decltype(r), decltype(x)>(args, num_threads); });
 }
 
 }  // namespace

@@ -210,29 +210,11 @@ void backward(const NormRopeBwdArgs& args, int num_threads) {
 }
 
 void forward_any(const NormRopeFwdArgs& args, int num_threads) {
-  switch (args.x.dtype) {
-    case DType::f32:
-      return forward<float>(args, num_threads);
-    case DType::bf16:
-      return forward<bf16>(args, num_threads);
-    case DType::f16:
-      return forward<f16>(args, num_threads);
-    case DType::f64:
-      return forward<double>(args, num_threads);
-  }
+  with_dtype(args.x.dtype, [&](auto t) { forward<decltype(t)>(args, num_threads); });
 }
 
 void backward_any(const NormRopeBwdArgs& args, int num_threads) {
-  switch (args.grad_out.dtype) {
-    case DType::f32:
-      return backward<float>(args, num_threads);
-    case DType::bf16:
-      return backward<bf16>(args, num_threads);
-    case DType::f16:
-      return backward<f16>(args, num_threads);
-    case DType::f64:
-      return backward<double>(args, num_threads);
-  }
+  with_dtype(args.grad_out.dtype, [&](auto t) { backward<decltype(t)>(args, num_threads); });
 }
 
 }  // namespace

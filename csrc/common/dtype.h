@@ -43,4 +43,19 @@ struct ComputeTraits<double> {
 template <class T>
 using ComputeOf = typename ComputeTraits<T>::type;
 
+// Calls body(T{}) with the element type.
+template <class Body>
+void with_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32:
+      return body(float{});
+    case DType::bf16:
+      return body(bf16{});
+    case DType::f16:
+      return body(f16{});
+    case DType::f64:
+      return body(double{});
+  }
+}
+
 }  // namespace mmk

@@ -411,7 +411,7 @@ void run_backward(const BackwardCall& call) {
   const bool infonce = kLoss == Loss::infonce;
   if (infonce) fill_zero(work.others, 2 * static_cast<size_t>(call.pairs()) * sizeof(double), call.stream);
   [[maybe_unused]] const bool sm90 = use_sm90(call.queries, call.keys);
-  choose_contrastive_kernel(call.queries, [&](auto element) {
+  with_dtype(call.queries.dtype, "contrastive", [&](auto element) {
     using T = decltype(element);
     for (int row0 = 0; row0 < n; row0 += kSuperblock<T>) {
       for (int column0 = 0; column0 < m; column0 += kSuperblock<T>) {

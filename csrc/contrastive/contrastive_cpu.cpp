@@ -22,23 +22,6 @@ PairRule rule_of(const PairArguments& pairs) {
 
 const double* numbers(const Tensor& t) { return t.given() ? t.ptr<const double>() : nullptr; }
 
-// Calls body(T{}) with the element type.
-template <class Body>
-void with_dtype(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::f32:
-      return body(float{});
-    case DType::bf16:
-      return body(bf16{});
-    case DType::f16:
-      return body(f16{});
-    case DType::f64:
-      return body(double{});
-    default:
-      return;
-  }
-}
-
 // 0, 1, 2, ...: in the plain losses a query's positive is its own key.
 class OwnTargets {
  public:

@@ -294,7 +294,7 @@ void launch_contrastive_infonce_fwd_cuda(const Tensor& queries, const Tensor& ke
                                       work.column_parts, work.diagonal, stream);
     }
   } else if (n > 0) {
-    cuda::choose_contrastive_kernel(queries, [&](auto element) {
+    cuda::with_dtype(queries.dtype, "contrastive", [&](auto element) {
       using T = decltype(element);
       const cuda::InfoNceParams<T> params{cuda::matrix_of<T>(queries),
                                           cuda::matrix_of<T>(keys),
@@ -353,7 +353,7 @@ void launch_contrastive_siglip_fwd_cuda(const Tensor& queries, const Tensor& key
                                    stream);
     }
   } else if (blocks > 0) {
-    cuda::choose_contrastive_kernel(queries, [&](auto element) {
+    cuda::with_dtype(queries.dtype, "contrastive", [&](auto element) {
       using T = decltype(element);
       const cuda::SiglipParams<T> params{cuda::matrix_of<T>(queries),
                                          cuda::matrix_of<T>(keys),

@@ -143,19 +143,4 @@ Matrix<T> matrix_of(const Tensor& x) {
           rows_aligned(x, sizeof(T))};
 }
 
-// Calls run(T{}).
-template <class Run>
-void choose_contrastive_kernel(const Tensor& queries, const Run& run) {
-  switch (queries.dtype) {
-    case DType::f32:
-      return run(float{});
-    case DType::bf16:
-      return run(bf16{});
-    case DType::f16:
-      return run(f16{});
-    default:
-      fail("contrastive: the CUDA kernels take float32, bfloat16 and float16");
-  }
-}
-
 }  // namespace mmk::cuda

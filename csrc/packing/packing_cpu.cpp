@@ -91,8 +91,7 @@ void scatter(const Tensor& packed, const Tensor& index, const Tensor& out, int n
 }
 
 void scatter_fwd(const Tensor& packed, const Tensor& index, const Tensor& out, int num_threads) {
-  with_type(packed.dtype,
-            [&](auto* t) { scatter<std::remove_pointer_t<decltype(t)>>(packed, index, out, num_threads); });
+  with_dtype(packed.dtype, [&](auto t) { scatter<decltype(t)>(packed, index, out, num_threads); });
 }
 
 // ---- patches --------------------------------------------------------------------------------------------------------

@@ -181,8 +181,8 @@ void pool_sum(const Tensor& x, const ComputeOf<T>* weights, const Chunks& chunks
 void segment_pool_fwd(const Tensor& x, const Tensor& cu_seqlens, PoolMode mode, const Tensor& out, const Tensor& argmax,
                       int num_threads) {
   const Chunks chunks(cu_seqlens, x.size[0]);
-  with_type(x.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
+  with_dtype(x.dtype, [&](auto t) {
+    using T = decltype(t);
     if (mode == PoolMode::max) return pool_max<T>(x, chunks, out, argmax, num_threads);
     if (mode != PoolMode::first) return pool_sum<T>(x, nullptr, chunks, mode == PoolMode::mean, out, num_threads);
     const RowReader from(x);
@@ -234,9 +234,8 @@ void pool_bwd(const Tensor& grad_out, const Tensor& cu_seqlens, const Tensor& ar
 
 void segment_pool_bwd(const Tensor& grad_out, const Tensor& cu_seqlens, const Tensor& argmax, PoolMode mode,
                       const Tensor& grad_x, int num_threads) {
-  with_type(grad_out.dtype, [&](auto* t) {
-    pool_bwd<std::remove_pointer_t<decltype(t)>>(grad_out, cu_seqlens, argmax, mode, grad_x, num_threads);
-  });
+  with_dtype(grad_out.dtype,
+             [&](auto t) { pool_bwd<decltype(t)>(grad_out, cu_seqlens, argmax, mode, grad_x, num_threads); });
 }
 
 // ---- weighted pooling -----------------------------------------------------------------------------------------------
@@ -244,8 +243,8 @@ void segment_pool_bwd(const Tensor& grad_out, const Tensor& cu_seqlens, const Te
 void weighted_pool_fwd(const Tensor& x, const Tensor& weights, const Tensor& cu_seqlens, const Tensor& out,
                        int num_threads) {
   const Chunks chunks(cu_seqlens, x.size[0]);
-  with_type(x.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
+  with_dtype(x.dtype, [&](auto t) {
+    using T = decltype(t);
     pool_sum<T>(x, weights.ptr<const ComputeOf<T>>(), chunks, false, out, num_threads);
   });
 }
@@ -307,9 +306,8 @@ void weighted_bwd(const Tensor& grad_out, const Tensor& x, const Tensor& weights
 
 void weighted_pool_bwd(const Tensor& grad_out, const Tensor& x, const Tensor& weights, const Tensor& cu_seqlens,
                        const Tensor& grad_x, const Tensor& grad_weights, int num_threads) {
-  with_type(x.dtype, [&](auto* t) {
-    weighted_bwd<std::remove_pointer_t<decltype(t)>>(grad_out, x, weights, cu_seqlens, grad_x, grad_weights,
-                                                     num_threads);
+  with_dtype(x.dtype, [&](auto t) {
+    weighted_bwd<decltype(t)>(grad_out, x, weights, cu_seqlens, grad_x, grad_weights, num_threads);
   });
 }
 

@@ -14,23 +14,6 @@ constexpr int64_t kStreamBytes = int64_t{8} << 20;
 MMK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MMK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Calls fn with a null T* for the element type.
-template <class F>
-MMK_INLINE void with_type(DType dtype, F fn) {
-  switch (dtype) {
-    case DType::f32:
-      return fn(static_cast<float*>(nullptr));
-    case DType::bf16:
-      return fn(static_cast<bf16*>(nullptr));
-    case DType::f16:
-      return fn(static_cast<f16*>(nullptr));
-    case DType::f64:
-      return fn(static_cast<double*>(nullptr));
-    default:
-      return;
-  }
-}
-
 MMK_INLINE int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 #if defined(__x86_64__)

@@ -93,16 +93,7 @@ void choose_packing_kernel(const Tensor& in, const Tensor& out, const Run& run) 
     if (vectors) return run(element, std::integral_constant<int, kVector<T>>{});
     return run(element, std::integral_constant<int, 1>{});
   };
-  switch (in.dtype) {
-    case DType::f32:
-      return with_width(float{});
-    case DType::bf16:
-      return with_width(bf16{});
-    case DType::f16:
-      return with_width(f16{});
-    default:
-      fail("packing: the CUDA kernels take float32, bfloat16 and float16");
-  }
+  with_dtype(in.dtype, "packing", with_width);
 }
 
 }  // namespace

@@ -10,8 +10,9 @@ dlse = dL/dlse, dp_ij = z_ij <do_i, v_j> and delta_i = sum_j p_ij dp_ij - dlse_i
     dq_i  = scale sum_j ds_ij k_j       dk_j = scale sum_i ds_ij q_i       dv_j = sum_i z_ij p_ij do_i
     dsink = -sum_i exp(sink - lse_i) delta_i
 
-A row that sees no key has out 0, lse -inf, with or without a sink, and adds nothing to any gradient. Low-precision
-inputs are computed in float32.
+A row that sees no key has out 0, lse -inf, with or without a sink, and adds nothing to any gradient. Scores and their
+softmax are in float64, for a score's rounding is an error of p as large as the score; the rest of what is not float64
+is in float32.
 """
 
 from __future__ import annotations
@@ -102,17 +103,17 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 def _probabilities(
     q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, rows: MaskRows, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """p [H, Tq, Tk] and lse [H, Tq] from q [Tq, H, D], k [Tk, H, D] and seen [Tq, Tk]."""
-    scores = torch.einsum("qhd,khd->hqk", q, k) * options.scale
+    """p [H, Tq, Tk] and lse [H, Tq] in q's dtype from q [Tq, H, D], k [Tk, H, D] and seen [Tq, Tk]."""
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * options.scale
     if options.pair_bias is not None:
         assert rows.class_q is not None and rows.class_k is not None
-        scores = scores + options.pair_bias.to(q.dtype)[:, rows.class_q.long()[:, None], rows.class_k.long()]
+        scores = scores + options.pair_bias[:, rows.class_q.long()[:, None], rows.class_k.long()]
     scores = scores.masked_fill(~seen, -torch.inf)
     if options.sink is not None:
-        sink = options.sink.to(q.dtype)[:, None, None].expand(-1, q.shape[0], 1)
+        sink = options.sink[:, None, None].expand(-1, q.shape[0], 1)
         scores = torch.cat([scores, sink.masked_fill(~seen.any(1)[:, None], -torch.inf)], -1)
     p = scores.softmax(-1)[..., : k.shape[0]]
-    return torch.where(seen, p, 0.0), torch.logsumexp(scores, dim=-1)
+    return torch.where(seen, p, 0.0).to(q.dtype), torch.logsumexp(scores, dim=-1).to(q.dtype)
 
 
 def _dropout(options: Options, heads: int, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

@@ -23,15 +23,17 @@ def needs(backend: str, dtype: torch.dtype = torch.float32) -> None:
         pytest.skip(reason)
 
 
-def assert_right(rows: Rows, backend: str) -> None:
-    got = differentiate(rows, lambda **kwargs: norm_rope(**kwargs, backend=backend))
-    plain = differentiate(rows, plain_norm_rope)
-    truth = differentiate(rows.double(), plain_norm_rope)
-    for name, true in truth.items():
-        if rows.grad_out.dtype == torch.float64:
-            torch.testing.assert_close(got[name], true, rtol=1e-11, atol=1e-11)
+def assert_right(draws: list[Rows], backend: str) -> None:
+    """Compare a backend with the truth over all draws at once."""
+    got = [differentiate(rows, lambda **kwargs: norm_rope(**kwargs, backend=backend)) for rows in draws]
+    plain = [differentiate(rows, plain_norm_rope) for rows in draws]
+    truth = [differentiate(rows.double(), plain_norm_rope) for rows in draws]
+    for name in truth[0]:
+        ours, theirs, true = (torch.stack([result[name] for result in results]) for results in (got, plain, truth))
+        if true.dtype == draws[0].grad_out.dtype:
+            torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11)
         else:
-            assert_as_accurate(name, got[name], plain[name], true)
+            assert_as_accurate(name, ours, theirs, true)
 
 
 # tokens, heads, D, R, norm, weight and bias, interleaved
@@ -60,7 +62,8 @@ def test_against_float64(case, dtype, backend):
     if backend == "triton" and case == "many_strips":
         tokens = 300  # two programs of the backward; the interpreter is slow
     options = {"rotary_dim": rotary, "norm": norm, "affine": affine, "interleaved": interleaved, "dtype": dtype}
-    assert_right(norm_rope_rows(tokens, heads, dim, **options), backend)
+    seeds = range(1 + 100 // (tokens * heads * dim))  # the largest error of few elements is a matter of luck
+    assert_right([norm_rope_rows(tokens, heads, dim, **options, seed=seed) for seed in seeds], backend)
 
 
 # Angles

@@ -6,6 +6,10 @@ dkdv  a program owns BLOCK_N keys of a key/value head and walks the hull of thei
 For each pair of tiles the scores are computed again, then ds = p (dp - delta), then one element of the head dim after
 the other: t = tanh(q + k + b) once more, g = ds w (1 - t^2) summed over the other side, and put into its column of the
 accumulator. dp and dv are products on tensor cores; the rest is float32.
+
+In low precision delta = <do, out> has the rounding of out. The sum of ds over a query's keys says how much: ds sums to
+dlse. So dq also sums p (1 - t^2) and p t, takes its share of that difference off at the end, and leaves the delta that
+dkdv reads without it.
 """
 
 from __future__ import annotations
@@ -59,6 +63,7 @@ def _tile_gradients(
 def _additive_dq_kernel(
     q_ptr, k_ptr, v_ptr, w_ptr, bias_ptr, do_ptr, lse_ptr, delta_ptr,
     lo_ptr, hi_ptr, span_q_ptr, span_k_ptr, allow_q_ptr, bit_k_ptr,
+    dlse_ptr,  # [H, Tq]; None where delta is exact and has it already
     dq_ptr,  # [Tq, H, D] float32
     dw_ptr,  # [tiles, H, D] partial sums
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, Tq, Tk, heads, group,
@@ -76,10 +81,12 @@ def _additive_dq_kernel(
     b_do = load_rows(do_ptr + i_h * stride_doh, o_m, o_dv, stride_dot, Tq, DV)  # [BLOCK_M, BLOCK_DV]
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_dw = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_pq, b_pw = b_dq, b_dw
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
     begin, end = hull(lo_ptr, hi_ptr, o_m, Tq, Tk)
     for start in range(begin, end, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        _, b_ds = _tile_gradients(
+        b_p, b_ds = _tile_gradients(
             q_ptr, k_ptr, v_ptr, w_ptr, bias_ptr, b_do, lse_ptr + i_h * Tq, delta_ptr + i_h * Tq, lo_ptr, hi_ptr,
             span_q_ptr, span_k_ptr, allow_q_ptr, bit_k_ptr, o_m, o_n, stride_qt, stride_kt, stride_vt, Tq, Tk,
             D, DV, PATTERN, BLOCK_M, BLOCK_N, BLOCK_DV,
@@ -89,6 +96,17 @@ def _additive_dq_kernel(
             m_d = (o_d == i_d)[None, :]
             b_dq += tl.where(m_d, tl.sum(b_ds * (1.0 - b_t * b_t), 1)[:, None], 0.0)
             b_dw += tl.where(m_d, tl.sum(b_ds * b_t, 1)[:, None], 0.0)
+            if dlse_ptr is not None:
+                b_pq += tl.where(m_d, tl.sum(b_p * (1.0 - b_t * b_t), 1)[:, None], 0.0)
+                b_pw += tl.where(m_d, tl.sum(b_p * b_t, 1)[:, None], 0.0)
+        b_sum += tl.sum(b_ds, 1)
+    if dlse_ptr is not None:
+        m_m = o_m < Tq
+        b_left = b_sum - tl.load(dlse_ptr + i_h * Tq + o_m, mask=m_m, other=0.0)
+        b_dq -= b_left[:, None] * b_pq
+        b_dw -= b_left[:, None] * b_pw
+        p_delta = delta_ptr + i_h * Tq + o_m
+        tl.store(p_delta, tl.load(p_delta, mask=m_m, other=0.0) + b_left, mask=m_m)
     m_d = o_d < D
     b_dq = b_dq * tl.load(w_ptr + o_d, mask=m_d, other=0.0)[None, :]
     p_dq = dq_ptr + (o_m.to(tl.int64)[:, None] * heads + i_h) * D + o_d[None, :]
@@ -136,8 +154,10 @@ def _additive_dkdv_kernel(
     tl.store(dv_ptr + o_row * DV + o_dv[None, :], cast(b_dv, dv_ptr.dtype.element_ty), mask=m_n & (o_dv < DV)[None, :])
 
 
-def _config(single: bool, widest: int) -> dict[str, int]:
+def _config(kernel: str, single: bool, widest: int) -> dict[str, int]:
     """Tiles and launch options without spills on sm_80, sm_90 and sm_100."""
+    if kernel == "dq" and not single:
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
     if single:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4 if widest <= 64 else 8, "num_stages": 1}
     if widest <= 64:
@@ -161,10 +181,13 @@ def additive_bwd(
     do, q, k, v = (unit_rows(x) for x in (grad_out, q, k, v))
     (Tq, H, D), (Tk, Hkv, DV) = q.shape, v.shape
     delta = (do.float() * out.float()).sum(-1).T.contiguous()  # [H, Tq]
-    if grad_lse is not None:
+    dlse = None
+    if q.dtype != torch.float32:
+        dlse = torch.zeros_like(delta) if grad_lse is None else grad_lse.contiguous()
+    elif grad_lse is not None:
         delta = delta - grad_lse
-    config = _config(q.dtype == torch.float32, max(D, DV))
-    tiles = triton.cdiv(Tq, config["BLOCK_M"])
+    config_dq, config_dkdv = (_config(of, q.dtype == torch.float32, max(D, DV)) for of in ("dq", "dkdv"))
+    tiles = triton.cdiv(Tq, config_dq["BLOCK_M"])
     dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     dw = torch.empty((tiles, H, D), dtype=torch.float32, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
@@ -174,10 +197,10 @@ def additive_bwd(
     sizes = {"D": D, "DV": DV, "PATTERN": mask.span_q is not None, "BLOCK_D": block_dim(D), "BLOCK_DV": block_dim(DV)}
     with on_device(q):
         if Tq > 0:
-            _additive_dq_kernel[(tiles, H)](*inputs, dq, dw, *strides, Tq, Tk, H, H // Hkv, **sizes, **config)
+            _additive_dq_kernel[(tiles, H)](*inputs, dlse, dq, dw, *strides, Tq, Tk, H, H // Hkv, **sizes, **config_dq)
         if Tk > 0:
-            _additive_dkdv_kernel[(triton.cdiv(Tk, config["BLOCK_N"]), Hkv)](
-                *inputs, mask.first_q, mask.last_q, dk, dv, *strides, Tq, Tk, Hkv, H // Hkv, **sizes, **config
+            _additive_dkdv_kernel[(triton.cdiv(Tk, config_dkdv["BLOCK_N"]), Hkv)](
+                *inputs, mask.first_q, mask.last_q, dk, dv, *strides, Tq, Tk, Hkv, H // Hkv, **sizes, **config_dkdv
             )
     return dq, dk, dv, dw.sum(0)
 
@@ -186,7 +209,7 @@ def aot_cases() -> list[TritonCase]:
     """Every configuration that the launcher uses, with and without the mask's pattern."""
     kernels = {"dq": _additive_dq_kernel, "dkdv": _additive_dkdv_kernel}
     return [
-        aot_case(what, kernel, launch, _config(launch[0] == "fp32", launch[1]))
+        aot_case(what, kernel, launch, _config(what, launch[0] == "fp32", launch[1]))
         for launch in AOT_LAUNCHES
         for what, kernel in kernels.items()
     ]

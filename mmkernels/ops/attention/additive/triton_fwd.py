@@ -194,6 +194,7 @@ def aot_case(what: str, kernel: Any, launch: tuple[str, int, bool], config: dict
     constexprs: dict[str, Any] = {"D": dim, "DV": dim, "PATTERN": pattern}
     constexprs |= {"BLOCK_D": block_dim(dim), "BLOCK_DV": block_dim(dim)}
     constexprs |= {name: value for name, value in config.items() if name.startswith("BLOCK")}
+    constexprs |= {"dlse_ptr": None} if kind == "fp32" else {}
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
 
     def type_of(name: str) -> str:
