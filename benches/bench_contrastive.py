@@ -21,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mmkernels import infonce, siglip
 from mmkernels.testing.contrastive import (
+    infonce_terms,
     plain_infonce,
     plain_infonce_options,
     plain_infonce_two_matrices,
     plain_siglip,
+    siglip_terms,
 )
 
 Params = Mapping[str, Any]
@@ -104,6 +106,17 @@ def forward_backward(loss: Callable[..., Tensor], names: tuple[str, ...], inputs
     return value, *torch.autograd.grad(value, leaves)
 
 
+def terms(inputs: Inputs) -> Outputs:
+    """Sums of the absolute terms of a loss of infonce's kind and of its gradients."""
+    with torch.no_grad():
+        return infonce_terms(*(inputs[name] for name in INFONCE))
+
+
+def terms_of_siglip(inputs: Inputs) -> Outputs:
+    with torch.no_grad():
+        return siglip_terms(*(inputs[name] for name in SIGLIP))
+
+
 # Beyond these sizes a contender's N x N matrices are left out: of one float32 matrix each of plain PyTorch's forms
 # holds several, the reference some in float64.
 LARGEST = {"plain PyTorch": 32768, "plain PyTorch, two matrices": 32768, "torch.compile": 32768}
@@ -140,6 +153,7 @@ def case(
         quick=[{"N": 500, "E": 96, "dtype": dtype} for dtype in ("float32", "bfloat16")],
         large=points(32768, 65536, 131072, 1048576),
         gate={"N": 389},
+        terms=terms if names == INFONCE else terms_of_siglip,
         setup=setup,
         ours=lambda inputs, backend: run(partial(ours, backend=backend), names, inputs),
         plain=partial(run, plain[first], names),
@@ -184,6 +198,7 @@ def option_case(name: str) -> Case:
         quick=[{"N": 500, "E": 96, "dtype": "float32"}],
         large=points(32768, 131072),
         gate={"N": 389},
+        terms=terms,
         setup=setup,
         ours=ours,
         plain=partial(run, plain_infonce_options),
@@ -205,7 +220,8 @@ def plain_statistics(inputs: Inputs) -> Outputs:
     loss = plain_infonce(*leaves)
     with torch.no_grad():
         logits = scale * queries @ keys.T
-        accuracy = (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
+        right = logits.argmax(1) == torch.arange(len(logits), device=logits.device)
+        accuracy = right.to(torch.promote_types(logits.dtype, torch.float32)).mean()
         entropies = [-(s.softmax(1) * s.log_softmax(1)).sum(1).mean() for s in (logits, logits.T)]
     return loss, *torch.autograd.grad(loss, leaves), accuracy, sum(entropies) / 2
 
@@ -231,6 +247,7 @@ CASES = [
         grid=points(4096),
         quick=[{"N": 500, "E": 96, "dtype": "float32"}],
         gate={"N": 389},
+        terms=terms,
         setup=setup,
         ours=statistics,
         plain=plain_statistics,

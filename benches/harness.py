@@ -80,6 +80,8 @@ class Case:
         work: `(params) -> Work`.
         outputs: what the outputs are called.
         gate: parameters that replace those of the point for the float64 gate; None when the point itself will do.
+        terms: `(inputs) -> tensors`: of each output, or of the first few, the sum of its absolute terms, see
+            `assert_as_accurate`. Scalars that cancel need it.
         check: replaces both gates: `(contender, outputs, inputs) -> None`, raises AssertionError.
         limits: `(params, contender) -> reason` for not running it (a logit matrix that would not fit), or None.
         baseline: the contender that ratios refer to; of several the fastest.
@@ -98,6 +100,7 @@ class Case:
     work: Callable[[Params], Work] = lambda _: Work()
     outputs: Sequence[str] = ()
     gate: Params | None = None
+    terms: Callable[[Inputs], Outputs] = lambda _inputs: ()
     check: Callable[[str, Outputs, Inputs], None] | None = None
     limits: Callable[[Params, str], str | None] = lambda _params, _name: None
     baseline: str | Sequence[str] = "plain PyTorch"
@@ -207,15 +210,19 @@ def _gate_against_truth(case: Case, params: Params, options: Options) -> dict[st
     if case.check is not None or case.plain is None:
         return {}
     inputs = case.setup({**params, **(case.gate or {})}, torch.device(options.device))
-    truth, plain = case.plain(_doubled(inputs)), case.plain(inputs)
+    doubled = _doubled(inputs)
+    truth, plain, terms = case.plain(doubled), case.plain(inputs), case.terms(doubled)
     ratios = {}
     for name, run in _contenders(case, options)[0].items():
         if not name.startswith("mmkernels"):
             continue
         results = run(inputs)
         assert len(results) == len(truth) == len(case.outputs), f"{case.name}: outputs= must name each of {len(truth)}"
-        compared = zip(case.outputs, results, plain, truth, strict=True)
-        ratios[name] = max(testing.assert_as_accurate(f"{name}: {what}", *three).ratio for what, *three in compared)
+        compared = enumerate(zip(case.outputs, results, plain, truth, strict=True))
+        ratios[name] = max(
+            testing.assert_as_accurate(f"{name}: {what}", *three, terms=terms[i] if i < len(terms) else None).ratio
+            for i, (what, *three) in compared
+        )
     return ratios
 
 
