@@ -122,6 +122,8 @@ class Options:
     `backend=None` picks."""
     filter: str = ""
     """Only the points whose title contains this text."""
+    only: tuple[str, ...] = ()
+    """Only these contenders, by name: for sizes at which the others take minutes. Ratios need the baseline among them."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
     threads: int = 0
@@ -193,6 +195,11 @@ def _contenders(case: Case, options: Options) -> tuple[dict[str, Callable[[Input
                 absent[package] = why_absent
             else:
                 runs[package] = found
+    if options.only:
+        unknown = [name for name in options.only if name not in runs]
+        if unknown:
+            raise SystemExit(f"--only {unknown[0]!r}: no contender of {case.name}; there are {', '.join(runs)}")
+        runs, absent = {name: runs[name] for name in options.only}, {}
     return runs, absent
 
 

@@ -120,6 +120,18 @@ def test_an_older_file_of_one_run_is_joined_too(tmp_path: Path) -> None:
     assert [row for row in joined["rows"] if row["run"] == 0] == result["rows"]
 
 
+def test_only_some_contenders(tmp_path: Path) -> None:
+    done = run_bench(tmp_path, "--quick", "--seconds", "0.01", "--no-memory", "--only", "mmkernels")
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "results").glob("square-*")
+    rows = json.loads(written.read_text())["rows"]
+    assert {row["contender"] for row in rows} == {"mmkernels"}
+    assert all(row["timing"] is not None and row["ratio"] is None for row in rows)
+    done = run_bench(tmp_path, "--quick", "--only", "FlexAttention")
+    assert done.returncode != 0
+    assert "--only 'FlexAttention': no contender of square; there are plain PyTorch, " in done.stderr
+
+
 def test_own_wrong_result_stops_the_bench(tmp_path: Path) -> None:
     done = run_bench(tmp_path, "--quick", factor=1.001)
     assert done.returncode != 0
