@@ -123,7 +123,7 @@ class Options:
     filter: str = ""
     """Only the points whose title contains this text."""
     only: tuple[str, ...] = ()
-    """Only these contenders, by name: for sizes at which the others take minutes. Ratios need the baseline among them."""
+    """Only these contenders, by name, where the others would take minutes. Ratios need the baseline among them."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
     threads: int = 0
