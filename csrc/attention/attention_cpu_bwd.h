@@ -22,6 +22,7 @@
 #pragma once
 
 #include "attention/attention_cpu_extras.h"
+#include "attention/attention_cpu_odd_rows.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -38,6 +39,7 @@ struct BackwardScratch {
   struct TileState {
     Packed<T>*q_columns, *do_columns;  // B [D, queries], B [Dv, queries]
     Packed<S>*q_rows, *do_rows;        // B [queries, D], B [queries, Dv]
+    OddRows<T> odd_q, odd_do;
     C *lse, *dot, *dlse;               // [queries]; dot: delta without dlse
     Int *lo, *hi;                      // [queries]
     C* dq;                             // [queries, D]
@@ -50,6 +52,7 @@ struct BackwardScratch {
   Packed<T>* out_columns;  // B [Dv, queries]
   Packed<T>*k, *v;         // A [keys, D], A [keys, Dv]
   Packed<S>* k_rows;       // B [keys, D]
+  OddRows<T> odd_k;
   C *s, *dp;               // [keys, ld]
   Packed<S>*p, *ds;        // A [keys, queries]
   Packed<S>* ds_q;         // A [queries, keys]
@@ -184,7 +187,7 @@ class BackwardTask {
       const int64_t keys = min64(kGradientKeyTile, key_end - key);
       pack_rows_a<T>(k, key, keys, n_.dim, w_.k);
       pack_rows_a<T>(v, key, keys, n_.dim_v, w_.v);
-      if (want_dq) pack_rows_b<S>(k, key, keys, n_.dim, w_.k_rows);
+      if (want_dq) w_.odd_k.template pack<S>(k, key, keys, n_.dim, w_.k_rows);
       for (int64_t t = 0; t < count; ++t) {
         int64_t first = -min64(-key, -tiles[t].key_begin), end = min64(key + keys, tiles[t].key_end);
         if (map_.given()) map_.trim(tiles[t], first, end);
@@ -218,8 +221,8 @@ class BackwardTask {
     pack_columns_b<T>(head_of<T>(args_.out, head), tile.begin, rows, n_.dim_v, w_.out_columns);
     multiply_columns<T>(rows, n_.dim_v, state.do_columns, w_.out_columns, state.dot);
     if (want_dkv) {
-      pack_rows_b<S>(q, tile.begin, rows, n_.dim, state.q_rows);
-      pack_rows_b<S>(grad_out, tile.begin, rows, n_.dim_v, state.do_rows);
+      state.odd_q.template pack<S>(q, tile.begin, rows, n_.dim, state.q_rows);
+      state.odd_do.template pack<S>(grad_out, tile.begin, rows, n_.dim_v, state.do_rows);
     }
     if (want_dq) clear(state.dq, rows * n_.dim);
     const C* lse = args_.lse.ptr<C>() + head * n_.num_queries + tile.begin;
@@ -270,10 +273,13 @@ class BackwardTask {
       const int64_t at = first - part_.key_begin;
       multiply<S>(height, n_.dim_v, rows, w_.p, state.do_rows, 0, rows, w_.dv + at * n_.dim_v, n_.dim_v, true);
       multiply<S>(height, n_.dim, rows, w_.ds, state.q_rows, 0, rows, w_.dk + at * n_.dim, n_.dim, true);
+      state.odd_do.template add<S>(height, rows, w_.p, 0, w_.dv + at * n_.dim_v, n_.dim_v);
+      state.odd_q.template add<S>(height, rows, w_.ds, 0, w_.dk + at * n_.dim, n_.dim);
     }
     if (want_dq) {
       pack_a<S>(w_.dp, 1, Scratch::ld, rows, height, w_.ds_q);
       multiply<S>(rows, n_.dim, height, w_.ds_q, w_.k_rows, from, keys, state.dq, n_.dim, true);
+      w_.odd_k.template add<S>(rows, height, w_.ds_q, from, state.dq, n_.dim);
     }
   }
 
@@ -319,6 +325,7 @@ class BackwardTask {
   template <bool full>
   void probabilities(TileState& state, const BiasTable<C>& bias, int64_t key, int64_t height, int64_t rows,
                      bool whole) {
+    const bool hides = !full || rewrites_;
     const bool dropped = args_.extras.seed.given(), sums = want_dq && args_.extras.pair_bias.given();
     const int32_t* class_k = args_.extras.class_k.ptr<int32_t>();
     for (int64_t c = 0; c < rows; c += kLanes<C>) {
@@ -332,10 +339,12 @@ class BackwardTask {
       }
       for (int64_t i = 0; i < height; ++i) {
         C* dp = w_.dp + i * Scratch::ld + c;
-        const Vec<C> p = load(w_.s + i * Scratch::ld + c) * inverse;
-        Vec<C> ds = p * (load(dp) - delta + dlse);
-        if (!full) ds = select(visible(state, key + i, c), ds, Vec<C>{});
-        if (rewrites_) ds = select(p == Vec<C>{}, Vec<C>{}, ds);  // dP of a hidden pair may be anything
+        const Vec<C> term = load(w_.s + i * Scratch::ld + c);
+        Vec<C> p = term * inverse, ds = p * (load(dp) - delta + dlse);
+        if (hides) {  // a hidden pair's term is 0; what it is multiplied by may be a NaN
+          p = select(term == Vec<C>{}, term, p);
+          ds = select(p == Vec<C>{}, p, ds);
+        }
         if (want_dkv) {
           store_packed(PackedRow<S>(w_.p, rows, i).at(c), dropped ? p * load(w_.z + i * Scratch::ld + c) : p);
           store_packed(PackedRow<S>(w_.ds, rows, i).at(c), ds);
@@ -352,10 +361,12 @@ class BackwardTask {
   // P from the forward's lse.
   template <bool full>
   void recall_column(const TileState& state, int64_t key, int64_t height, int64_t c) {
-    const Vec<C> lse = load(state.lse + c);
+    const Vec<C> lse = load(state.lse + c), lowest = splat(-FloatTraits<C>::infinity);
     for (int64_t i = 0; i < height; ++i) {
       C* s = w_.s + i * Scratch::ld + c;
-      const Vec<C> p = exp(load(s) * logit_scale_ - lse);
+      const Vec<C> x = load(s);
+      Vec<C> p = exp(x * logit_scale_ - lse);
+      if (rewrites_) p = select(x == lowest, Vec<C>{}, p);
       store(s, full ? p : select(visible(state, key + i, c), p, Vec<C>{}));
     }
   }
@@ -377,11 +388,15 @@ class BackwardTask {
     }
     for (int64_t i = 0; i < height; ++i) {
       C* s = w_.s + i * Scratch::ld + c;
-      Vec<C> p = exp((load(s) * sign - shift) * factor);
+      const Vec<C> x = load(s) * sign;
+      Vec<C> p = exp((x - shift) * factor);
+      if (rewrites_) p = select(x == lowest, Vec<C>{}, p);
       if (!full) p = select(visible(state, key + i, c), p, Vec<C>{});
       store(s, p);
       sum += p;
-      dot += p * load(w_.dp + i * Scratch::ld + c);
+      Vec<C> term = p * load(w_.dp + i * Scratch::ld + c);
+      if (!full || rewrites_) term = select(p == Vec<C>{}, p, term);
+      dot += term;
     }
     inverse = select(sum == Vec<C>{}, inverse, inverse / sum);
     delta = dot * inverse;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention/attention_cpu_extras.h"
+#include "attention/attention_cpu_odd_rows.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -27,6 +28,7 @@ struct ForwardScratch {
   TileState tile[kTilesPerTask];
   Packed<T>* k;  // B [D, keys]
   Packed<T>* v;  // B [keys, Dv]
+  OddRows<T> odd_v;
   C* s;          // [queries, ld]
   Packed<T>* p;  // A [queries, keys]
   C* rescale;    // [queries]
@@ -155,7 +157,7 @@ class ForwardTask {
 
   void pack_keys(int64_t key, int64_t keys) {
     pack_columns_b<T>(k_, key, keys, n_.dim, w_.k);
-    pack_rows_b<T>(v_, key, keys, n_.dim_v, w_.v);
+    w_.odd_v.template pack<T>(v_, key, keys, n_.dim_v, w_.v);
     if (map_.given()) {
       copy_padded<Int>(extras_.span_k.ptr<int32_t>() + key, keys, Scratch::ld, 0, w_.span_k);
       copy_padded<Int>(extras_.bit_k.ptr<int32_t>() + key, keys, Scratch::ld, 0, w_.bit_k);
@@ -189,6 +191,7 @@ class ForwardTask {
       for (int64_t i = 0; i < rows; ++i)
         if (w_.rescale[i] != 1) scale_row(state.out + i * n_.dim_v, w_.rescale[i]);
     multiply<T>(rows, n_.dim_v, width, w_.p, w_.v, from, keys, state.out, n_.dim_v, state.touched);
+    w_.odd_v.template add<T>(rows, width, w_.p, from, state.out, n_.dim_v);
     state.touched = true;
   }
 

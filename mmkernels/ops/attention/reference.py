@@ -12,7 +12,7 @@ dlse = dL/dlse, dp_ij = z_ij <do_i, v_j> and delta_i = sum_j p_ij dp_ij - dlse_i
 
 A row that sees no key has out 0, lse -inf, with or without a sink, and adds nothing to any gradient. Scores and their
 softmax are in float64, for a score's rounding is an error of p as large as the score; the rest of what is not float64
-is in float32.
+is in float32. A pair of weight 0 adds nothing, not even 0 times an infinity or NaN.
 """
 
 from __future__ import annotations
@@ -116,6 +116,16 @@ def _probabilities(
     return torch.where(seen, p, 0.0).to(q.dtype), torch.logsumexp(scores, dim=-1).to(q.dtype)
 
 
+def _weighted_sums(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """sum_r weights[h, t, r] rows[r, h] over weights that are not 0: [T, H, D] from [H, T, R] and [R, H, D]."""
+    odd = ~rows.isfinite().flatten(1).all(1)
+    sums = torch.einsum("htr,rhd->thd", weights, rows.masked_fill(odd[:, None, None], 0.0))
+    for r in odd.nonzero()[:, 0].tolist():
+        weight = weights[..., r].T[..., None]
+        sums = sums + torch.where(weight != 0, weight * rows[r], 0.0)
+    return sums
+
+
 def _dropout(options: Options, heads: int, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """z [H, Tq, Tk]."""
     if options.seed is None:
@@ -131,7 +141,7 @@ def attention_fwd(
     seen = visible(rows, k.shape[0])
     p, lse = _probabilities(q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1), seen, rows, options)
     z = _dropout(options, q.shape[1], seen, dtype)
-    out = torch.einsum("hqk,khd->qhd", p if z is None else p * z, v.to(dtype).repeat_interleave(group, dim=1))
+    out = _weighted_sums(p if z is None else p * z, v.to(dtype).repeat_interleave(group, dim=1))
     return out.to(q.dtype).contiguous(), lse
 
 
@@ -157,14 +167,14 @@ def attention_bwd(
     p, lse = _probabilities(x, y, seen, rows, options)
     z = _dropout(options, q.shape[1], seen, dtype)
     dp = torch.einsum("qhd,khd->hqk", do, w)
-    dp = dp if z is None else dp * z
+    dp = torch.where(seen, dp if z is None else dp * z, 0.0)
     delta = (p * dp).sum(-1)  # <do_i, out_i> without out's rounding
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype)
-    ds = p * (dp - delta[..., None])
-    dq = torch.einsum("hqk,khd->qhd", ds * options.scale, y)
-    dk = torch.einsum("hqk,qhd->khd", ds * options.scale, x).unflatten(1, (k.shape[1], group)).sum(2)
-    dv = torch.einsum("hqk,qhd->khd", p if z is None else p * z, do).unflatten(1, (k.shape[1], group)).sum(2)
+    ds = torch.where(seen, p * (dp - delta[..., None]), 0.0)
+    dq = _weighted_sums(ds * options.scale, y)
+    dk = _weighted_sums((ds * options.scale).mT, x).unflatten(1, (k.shape[1], group)).sum(2)
+    dv = _weighted_sums((p if z is None else p * z).mT, do).unflatten(1, (k.shape[1], group)).sum(2)
     dbias, dsink = lse.new_empty(0), lse.new_empty(0)
     if options.pair_bias is not None:
         assert rows.class_k is not None
@@ -188,5 +198,5 @@ def bias_gradient(row_sums: torch.Tensor, rows: MaskRows, options: Options) -> t
 
 def sink_gradient(delta: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
     """dsink [H] from delta, lse [H, Tq]. A row that sees no key has no sink either."""
-    share = torch.where(lse == -torch.inf, 0.0, torch.exp(sink[:, None] - lse))
-    return -(share.double() * delta.double()).sum(1).to(sink.dtype)
+    shares = torch.exp(sink[:, None] - lse).double() * delta.double()
+    return -torch.where(lse == -torch.inf, 0.0, shares).sum(1).to(sink.dtype)

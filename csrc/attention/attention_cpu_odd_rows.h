@@ -1,0 +1,75 @@
+// Rows of a right operand that hold an infinity or a NaN.
+//
+// 0 times such a row is NaN: in a product it would reach every row of the result, those of other samples too, whose
+// weight for it is 0 because the mask hides the pair. So it is packed as zeros, and added by itself to the rows whose
+// weight for it is not 0.
+#pragma once
+
+#include <vector>
+
+#include "attention/attention_cpu_tiles.h"
+
+namespace mmk {
+namespace MMK_ISA {
+
+template <class T>
+class OddRows {
+  using C = ComputeOf<T>;
+
+ public:
+  // pack_rows_b<S>() with zeros for the odd rows, which are kept until the next call.
+  template <class S>
+  void pack(HeadView<T> x, int64_t first, int64_t count, int64_t width, Packed<S>* dst) {
+    pack_rows_b<S>(x, first, count, width, dst);
+    rows_.clear();
+    if (finite(x, first, count, width)) return;
+    x_ = {x.row(first), x.stride};
+    width_ = width;
+    for (int64_t r = 0; r < count; ++r) {
+      if (finite(x, first + r, 1, width)) continue;
+      rows_.push_back(r);
+      for (int64_t d = 0; d < width; ++d) *element_of_b<S>(dst, count, r, d) = Packed<S>{};
+    }
+  }
+
+  // C [m, width] += A [m, k] times the odd ones among the packed rows [begin, begin + k).
+  template <class S>
+  void add(int64_t m, int64_t k, Packed<S>* a, int64_t begin, C* c, int64_t ldc) const {
+    for (const int64_t r : rows_) {
+      if (r < begin || r >= begin + k) continue;
+      const int64_t lane = (r - begin) % kLanes<C>;
+      for (int64_t i = 0; i < m; ++i) {
+        const C weight = load_n(PackedRow<S>(a, k, i).at(r - begin - lane) + lane, 1)[0];
+        if (weight == 0) continue;
+        for (int64_t d = 0; d < width_; d += kLanes<C>) {
+          const int64_t left = min64(kLanes<C>, width_ - d);
+          store_n(c + i * ldc + d, load_n(c + i * ldc + d, left) + load_n(x_.row(r) + d, left) * weight, left);
+        }
+      }
+    }
+  }
+
+ private:
+  static bool finite(HeadView<T> x, int64_t first, int64_t count, int64_t width) {
+    Vec<C> sum[4] = {};
+    for (int64_t i = 0; i < count; i += 4)
+      for (int64_t d = 0; d < width; d += kLanes<C>)
+        for (int64_t r = 0; r < 4; ++r)
+          sum[r] += load_n(x.row(first + min64(i + r, count - 1)) + d, min64(kLanes<C>, width - d)) * C{0};
+    return reduce_add(sum[0] + sum[1] + (sum[2] + sum[3])) == 0;
+  }
+
+  // Element (r, d) of an operand B packed for `count` rows.
+  template <class S>
+  static Packed<S>* element_of_b(Packed<S>* b, int64_t count, int64_t r, int64_t d) {
+    constexpr int64_t words = kColTile<S>, elements = kWordElements<S>;
+    return b + d / words * panel_size_b<S>(count) + (r / elements * words + d % words) * elements + r % elements;
+  }
+
+  std::vector<int64_t> rows_;
+  HeadView<T> x_{};
+  int64_t width_ = 0;
+};
+
+}  // namespace MMK_ISA
+}  // namespace mmk
