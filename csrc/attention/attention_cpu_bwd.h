@@ -40,9 +40,9 @@ struct BackwardScratch {
     Packed<T>*q_columns, *do_columns;  // B [D, queries], B [Dv, queries]
     Packed<S>*q_rows, *do_rows;        // B [queries, D], B [queries, Dv]
     OddRows<T> odd_q, odd_do;
-    C *lse, *dot, *dlse;               // [queries]; dot: delta without dlse
-    Int *lo, *hi;                      // [queries]
-    C* dq;                             // [queries, D]
+    C *lse, *dot, *dlse;  // [queries]; dot: delta without dlse
+    Int *lo, *hi;         // [queries]
+    C* dq;                // [queries, D]
     // For a pattern, a bias:
     Int *span, *allow, *class_q;  // [queries]
     C* row_sums;                  // [Ck + 1, queries]
@@ -53,10 +53,10 @@ struct BackwardScratch {
   Packed<T>*k, *v;         // A [keys, D], A [keys, Dv]
   Packed<S>* k_rows;       // B [keys, D]
   OddRows<T> odd_k;
-  C *s, *dp;               // [keys, ld]
-  Packed<S>*p, *ds;        // A [keys, queries]
-  Packed<S>* ds_q;         // A [queries, keys]
-  C *dk, *dv;              // [key_range, D], [key_range, Dv]
+  C *s, *dp;         // [keys, ld]
+  Packed<S>*p, *ds;  // A [keys, queries]
+  Packed<S>* ds_q;   // A [queries, keys]
+  C *dk, *dv;        // [key_range, D], [key_range, Dv]
   C* bias;
   C* z;  // [keys, ld]: dropout's factors
 

@@ -6,6 +6,7 @@
 
 #include "attention/attention.h"
 #include "common/check.h"
+#include "common/cuda/dtype.h"
 #include "common/cuda/launch.h"
 #include "common/cuda/tile.h"
 

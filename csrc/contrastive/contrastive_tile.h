@@ -6,6 +6,7 @@
 #include <climits>
 
 #include "common/check.h"
+#include "common/cuda/dtype.h"
 #include "common/cuda/launch.h"
 #include "common/cuda/tile.h"
 #include "contrastive/contrastive.h"

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "common/check.h"
+#include "common/cuda/dtype.h"
 #include "common/cuda/launch.h"
 #include "common/cuda/tile.h"
 

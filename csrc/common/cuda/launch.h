@@ -8,7 +8,6 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "common/check.h"
 #include "common/tensor.h"
 
 namespace mmk::cuda {
@@ -19,21 +18,6 @@ inline void check(cudaError_t status, const char* what) {
   std::ostringstream message;
   message << "mmkernels: " << what << ": " << cudaGetErrorString(status);
   throw std::runtime_error(message.str());
-}
-
-// Calls run(T{}) with the element type, for the kernels that take no float64; `family` names them in the error.
-template <class Run>
-void with_dtype(DType dtype, const char* family, const Run& run) {
-  switch (dtype) {
-    case DType::f32:
-      return run(float{});
-    case DType::bf16:
-      return run(bf16{});
-    case DType::f16:
-      return run(f16{});
-    case DType::f64:
-      fail(family, ": the CUDA kernels take float32, bfloat16 and float16");
-  }
 }
 
 // Makes the device that holds a tensor current for a scope. An empty tensor holds nothing and changes nothing.
