@@ -3,7 +3,8 @@
 
 #include "contrastive/search.h"
 #include "contrastive/sigmoid.h"
-#include "contrastive/softmax.h"
+#include "contrastive/softmax_forward.h"
+#include "contrastive/softmax_gradient.h"
 
 namespace mmk {
 namespace MMK_ISA {

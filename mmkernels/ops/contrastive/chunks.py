@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import BEST, LSE, MEAN, POSITIVE, STATISTICS, TEACHER, TOP, TOTAL, statistics_dtype
+from .reference import BEST, LSE, MEAN, POSITIVE, STATISTICS, TEACHER, TOP, TOTAL, Pairs, Teacher, statistics_dtype
 
 __all__ = ["sigmoid_bwd", "sigmoid_fwd", "softmax_bwd", "softmax_fwd"]
 
@@ -29,6 +29,14 @@ def _chunks(queries: Tensor, keys: Tensor) -> Iterator[slice]:
 
 def _part(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows]
+
+
+def _pairs_of(pairs: Pairs, rows: slice) -> Pairs:
+    return pairs._replace(targets=_part(pairs.targets, rows), query_ids=_part(pairs.query_ids, rows))
+
+
+def _teacher_of(teacher: Teacher | None, rows: slice) -> Teacher | None:
+    return None if teacher is None else teacher._replace(queries=teacher.queries[rows], lse_q=teacher.lse_q[rows])
 
 
 def _merge(into: Tensor, part: Tensor) -> Tensor:
@@ -50,14 +58,8 @@ def softmax_fwd(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_id: str,
-    teacher_queries: Tensor | None,
-    teacher_keys: Tensor | None,
-    teacher_lse_q: Tensor | None,
-    teacher_lse_k: Tensor | None,
+    pairs: Pairs,
+    teacher: Teacher | None,
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -65,11 +67,8 @@ def softmax_fwd(
     of_rows = queries.new_empty(STATISTICS, queries.shape[0], dtype=torch.float64)
     of_columns = None
     for rows in _chunks(queries, keys):
-        pairs = _part(targets, rows), _part(query_ids, rows), key_ids, same_id
-        teacher = _part(teacher_queries, rows), teacher_keys, _part(teacher_lse_q, rows), teacher_lse_k
-        of_rows[:, rows], part = reference.softmax_fwd(
-            queries[rows], keys, logit_scale, *pairs, *teacher, totals, columns
-        )
+        rules = _pairs_of(pairs, rows), _teacher_of(teacher, rows)
+        of_rows[:, rows], part = reference.softmax_fwd(queries[rows], keys, logit_scale, *rules, totals, columns)
         of_columns = part if of_columns is None else _merge(of_columns, part)
     assert of_columns is not None
     return of_rows, of_columns
@@ -95,28 +94,17 @@ def softmax_bwd(
     logit_scale: Tensor,
     lse_q: Tensor,
     lse_k: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_id: str,
-    teacher_queries: Tensor | None,
-    teacher_keys: Tensor | None,
-    teacher_lse_q: Tensor | None,
-    teacher_lse_k: Tensor | None,
+    pairs: Pairs,
+    teacher: Teacher | None,
     need_queries: bool,
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
 
     def chunk(rows: slice) -> tuple[Tensor, Tensor]:
-        lse = lse_q[rows], lse_k
-        ids = _part(query_ids, rows), key_ids
-        teacher = _part(teacher_queries, rows), teacher_keys, _part(teacher_lse_q, rows), teacher_lse_k
-        features = queries[rows], keys, logit_scale
-        weights = coefficients_q[:, rows], coefficients_k
-        return reference.softmax_bwd(
-            *weights, *features, *lse, _part(targets, rows), *ids, same_id, *teacher, need_queries, need_keys
-        )
+        weights, lse = (coefficients_q[:, rows], coefficients_k), (lse_q[rows], lse_k)
+        features, rules = (queries[rows], keys, logit_scale), (_pairs_of(pairs, rows), _teacher_of(teacher, rows))
+        return reference.softmax_bwd(*weights, *features, *lse, *rules, need_queries, need_keys)
 
     return _gradients(queries, keys, (need_queries, need_keys), chunk)
 
@@ -126,15 +114,12 @@ def sigmoid_fwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
 ) -> Tensor:
     """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
     sums = queries.new_zeros(3, dtype=torch.float64)
     for rows in _chunks(queries, keys):
-        pairs = _part(targets, rows), _part(query_ids, rows), key_ids
-        sums += reference.sigmoid_fwd(queries[rows], keys, logit_scale, logit_bias, *pairs)
+        sums += reference.sigmoid_fwd(queries[rows], keys, logit_scale, logit_bias, _pairs_of(pairs, rows))
     return sums
 
 
@@ -144,17 +129,14 @@ def sigmoid_bwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
     need_queries: bool,
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
 
     def chunk(rows: slice) -> tuple[Tensor, Tensor]:
-        pairs = _part(targets, rows), _part(query_ids, rows), key_ids
         features = queries[rows], keys, logit_scale, logit_bias
-        return reference.sigmoid_bwd(grad_sum, *features, *pairs, need_queries, need_keys)
+        return reference.sigmoid_bwd(grad_sum, *features, _pairs_of(pairs, rows), need_queries, need_keys)
 
     return _gradients(queries, keys, (need_queries, need_keys), chunk)

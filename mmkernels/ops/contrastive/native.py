@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkernels.runtime.native import core, stream, threads, view
 
-from .reference import STATISTICS, statistics_dtype
+from .reference import STATISTICS, Pairs, Teacher, statistics_dtype
 
 __all__ = [
     "infonce_bwd",
@@ -28,17 +28,21 @@ def _rows(features: Tensor) -> Tensor:
     return features if features.stride(-1) == 1 or features.shape[-1] <= 1 else features.contiguous()
 
 
-def _rows_or_none(features: Tensor | None) -> Tensor | None:
-    return None if features is None else _rows(features)
-
-
-def _codes(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The same ids counted up from 0, in the 32 bits that a kernel compares with a similarity's."""
+def _positives(pairs: Pairs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Targets, and the ids counted up from 0, in the 32 bits that a kernel compares with a similarity's."""
+    targets = None if pairs.targets is None else pairs.targets.contiguous()
+    query_ids, key_ids = pairs.query_ids, pairs.key_ids
     if query_ids is None or key_ids is None:
-        return None, None
+        return targets, None, None
     _, codes = torch.unique(torch.cat([query_ids, key_ids]), return_inverse=True)
     query_codes, key_codes = codes.to(torch.int32).split([len(query_ids), len(key_ids)])
-    return query_codes, key_codes
+    return targets, query_codes, key_codes
+
+
+def _taught(teacher: Teacher | None) -> tuple[Tensor | None, ...]:
+    if teacher is None:
+        return (None,) * 4
+    return _rows(teacher.queries), _rows(teacher.keys), *_vectors(teacher.lse_q, teacher.lse_k)
 
 
 def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
@@ -68,14 +72,8 @@ def softmax_fwd(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_id: str,
-    teacher_queries: Tensor | None,
-    teacher_keys: Tensor | None,
-    teacher_lse_q: Tensor | None,
-    teacher_lse_k: Tensor | None,
+    pairs: Pairs,
+    teacher: Teacher | None,
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -83,13 +81,8 @@ def softmax_fwd(
     x, y = _rows(queries), _rows(keys)
     of_rows = x.new_empty(STATISTICS, x.shape[0], dtype=torch.float64)
     of_columns = y.new_empty(STATISTICS, y.shape[0] if columns else 0, dtype=torch.float64)
-    pairs = *_vectors(targets), *_codes(query_ids, key_ids), same_id == "ignore"
-    teacher = (
-        _rows_or_none(teacher_queries),
-        _rows_or_none(teacher_keys),
-        *_vectors(teacher_lse_q, teacher_lse_k),
-    )
-    _launch_cpu("softmax_fwd", x, y, logit_scale, *pairs, *teacher, totals, columns, of_rows, of_columns)
+    rules = *_positives(pairs), pairs.same_id == "ignore", *_taught(teacher)
+    _launch_cpu("softmax_fwd", x, y, logit_scale, *rules, totals, columns, of_rows, of_columns)
     return of_rows, of_columns
 
 
@@ -101,14 +94,8 @@ def softmax_bwd(
     logit_scale: Tensor,
     lse_q: Tensor,
     lse_k: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_id: str,
-    teacher_queries: Tensor | None,
-    teacher_keys: Tensor | None,
-    teacher_lse_q: Tensor | None,
-    teacher_lse_k: Tensor | None,
+    pairs: Pairs,
+    teacher: Teacher | None,
     need_queries: bool,
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -116,14 +103,9 @@ def softmax_bwd(
     x, y = _rows(queries), _rows(keys)
     dqueries, dkeys = _outputs(x, y, need_queries, need_keys)
     statistics = _vectors(coefficients_q, coefficients_k, lse_q, lse_k)
-    pairs = *_vectors(targets), *_codes(query_ids, key_ids), same_id == "ignore"
-    teacher = (
-        _rows_or_none(teacher_queries),
-        _rows_or_none(teacher_keys),
-        *_vectors(teacher_lse_q, teacher_lse_k),
-    )
+    rules = *_positives(pairs), pairs.same_id == "ignore", *_taught(teacher)
     columns = coefficients_k.shape[1] > 0
-    _launch_cpu("softmax_bwd", *statistics, x, y, logit_scale, *pairs, *teacher, columns, dqueries, dkeys)
+    _launch_cpu("softmax_bwd", *statistics, x, y, logit_scale, *rules, columns, dqueries, dkeys)
     return _needed(dqueries, need_queries, x), _needed(dkeys, need_keys, y)
 
 
@@ -132,14 +114,12 @@ def sigmoid_fwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
 ) -> Tensor:
     """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
     x, y = _rows(queries), _rows(keys)
     sums = x.new_empty(3, dtype=torch.float64)
-    _launch_cpu("sigmoid_fwd", x, y, logit_scale, logit_bias, *_vectors(targets), *_codes(query_ids, key_ids), sums)
+    _launch_cpu("sigmoid_fwd", x, y, logit_scale, logit_bias, *_positives(pairs), sums)
     return sums
 
 
@@ -149,17 +129,14 @@ def sigmoid_bwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
     need_queries: bool,
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     x, y = _rows(queries), _rows(keys)
     dqueries, dkeys = _outputs(x, y, need_queries, need_keys)
-    pairs = *_vectors(targets), *_codes(query_ids, key_ids)
-    _launch_cpu("sigmoid_bwd", grad_sum, x, y, logit_scale, logit_bias, *pairs, dqueries, dkeys)
+    _launch_cpu("sigmoid_bwd", grad_sum, x, y, logit_scale, logit_bias, *_positives(pairs), dqueries, dkeys)
     return _needed(dqueries, need_queries, x), _needed(dkeys, need_keys, y)
 
 
@@ -168,14 +145,12 @@ def sample_negatives(
     keys: Tensor,
     logit_scale: Tensor,
     seed: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
 ) -> Tensor:
     """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
     x, y = _rows(queries), _rows(keys)
     index = x.new_empty(x.shape[0], dtype=torch.int64)
-    _launch_cpu("sample_fwd", x, y, logit_scale, seed, *_vectors(targets), *_codes(query_ids, key_ids), index)
+    _launch_cpu("sample_fwd", x, y, logit_scale, seed, *_positives(pairs), index)
     return index
 
 

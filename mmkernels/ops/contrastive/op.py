@@ -23,7 +23,7 @@ from torch import Tensor
 from mmkernels.runtime.register import Op
 
 from . import chunks, native, reference
-from .reference import COEFFICIENTS, LSE, MEAN, STATISTICS, statistics_dtype
+from .reference import COEFFICIENTS, LSE, MEAN, STATISTICS, Pairs, Teacher, statistics_dtype
 
 __all__ = [
     "infonce_bwd",
@@ -50,6 +50,23 @@ def _triton(module: str, name: str) -> Callable[..., Any]:
             return getattr({"fwd": triton_fwd, "bwd": triton_bwd}[module], name)(*args)
 
     return launch
+
+
+def _grouped(run: Callable[..., Any], tensors: int, teacher: bool = False) -> Callable[..., Any]:
+    """A backend's function, which takes Pairs (and Teacher) after so many tensors, as one of the op's flat ones."""
+
+    def launch(*args: Any) -> Any:
+        first, rest = args[:tensors], args[tensors:]
+        if not teacher:
+            return run(*first, Pairs(*rest[:3]), *rest[3:])
+        return run(*first, Pairs(*rest[:4]), None if rest[4] is None else Teacher(*rest[4:8]), *rest[8:])
+
+    return launch
+
+
+def _impls(name: str, direction: str, tensors: int, teacher: bool = False, oracle: Any = chunks) -> dict[str, Any]:
+    runs = {"native": getattr(native, name), "triton": _triton(direction, name), "reference": getattr(oracle, name)}
+    return {backend: _grouped(run, tensors, teacher) for backend, run in runs.items()}
 
 
 def _fake_scalars(queries: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -112,7 +129,7 @@ softmax_bwd = Op(
     "(Tensor coefficients_q, Tensor coefficients_k, Tensor queries, Tensor keys, Tensor logit_scale, Tensor lse_q, "
     f"Tensor lse_k, {_PAIRS}, str same_id, {_TEACHER}, bool need_queries, bool need_keys, str backend) "
     "-> (Tensor dqueries, Tensor dkeys)",
-    impls={"native": native.softmax_bwd, "triton": _triton("bwd", "softmax_bwd"), "reference": chunks.softmax_bwd},
+    impls=_impls("softmax_bwd", "bwd", 7, teacher=True),
     fake=_softmax_bwd_fake,
 )
 
@@ -120,7 +137,7 @@ softmax_fwd = Op(
     "contrastive_softmax_fwd",
     f"(Tensor queries, Tensor keys, Tensor logit_scale, {_PAIRS}, str same_id, {_TEACHER}, bool totals, bool columns, "
     "str backend) -> (Tensor rows, Tensor columns)",
-    impls={"native": native.softmax_fwd, "triton": _triton("fwd", "softmax_fwd"), "reference": chunks.softmax_fwd},
+    impls=_impls("softmax_fwd", "fwd", 3, teacher=True),
     fake=_softmax_fwd_fake,
     setup_context=_softmax_setup,
     backward=_softmax_backward,
@@ -163,14 +180,14 @@ sigmoid_bwd = Op(
     "contrastive_sigmoid_bwd",
     f"(Tensor grad_sum, Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, {_PAIRS}, "
     "bool need_queries, bool need_keys, str backend) -> (Tensor dqueries, Tensor dkeys)",
-    impls={"native": native.sigmoid_bwd, "triton": _triton("bwd", "sigmoid_bwd"), "reference": chunks.sigmoid_bwd},
+    impls=_impls("sigmoid_bwd", "bwd", 5),
     fake=_sigmoid_bwd_fake,
 )
 
 sigmoid_fwd = Op(
     "contrastive_sigmoid_fwd",
     f"(Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, {_PAIRS}, str backend) -> Tensor",
-    impls={"native": native.sigmoid_fwd, "triton": _triton("fwd", "sigmoid_fwd"), "reference": chunks.sigmoid_fwd},
+    impls=_impls("sigmoid_fwd", "fwd", 4),
     fake=_sigmoid_fwd_fake,
     setup_context=_sigmoid_setup,
     backward=_sigmoid_backward,
@@ -296,11 +313,7 @@ def _topk_fake(queries: Tensor, keys: Tensor, k: int, backend: str) -> tuple[Ten
 sample_negatives = Op(
     "contrastive_sample_fwd",
     f"(Tensor queries, Tensor keys, Tensor logit_scale, Tensor seed, {_PAIRS}, str backend) -> Tensor",
-    impls={
-        "native": native.sample_negatives,
-        "triton": _triton("fwd", "sample_negatives"),
-        "reference": reference.sample_negatives,
-    },
+    impls=_impls("sample_negatives", "fwd", 4, oracle=reference),
     fake=_sample_fake,
 )
 

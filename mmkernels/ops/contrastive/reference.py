@@ -6,6 +6,7 @@ Features are converted up to the type of the statistics first: float32, or float
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ __all__ = [
     "TEACHER",
     "TOP",
     "TOTAL",
+    "Pairs",
+    "Teacher",
     "infonce_bwd",
     "infonce_fwd",
     "sample_negatives",
@@ -38,6 +41,24 @@ __all__ = [
 # for. Sums and means are of similarities; TOP and BEST are logits.
 LSE, POSITIVE, TOTAL, TEACHER, MEAN, TOP, BEST = range(7)
 STATISTICS, COEFFICIENTS = 7, 4
+
+
+class Pairs(NamedTuple):
+    """Which pairs are positive and which are seen; the rule is op.py's. int64 [N], [N] and [M]."""
+
+    targets: Tensor | None
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    same_id: str = "positive"
+
+
+class Teacher(NamedTuple):
+    """Features of a momentum teacher, [N, F] and [M, F], and the lse of its logits, float64 [N] and [M]."""
+
+    queries: Tensor
+    keys: Tensor
+    lse_q: Tensor
+    lse_k: Tensor | None  # None: no statistics of columns
 
 
 def statistics_dtype(features: torch.dtype) -> torch.dtype:
@@ -65,10 +86,9 @@ def _feature_gradients(
     return dqueries.to(queries.dtype), dkeys.to(keys.dtype)
 
 
-def _pairs(
-    similarity: Tensor, targets: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, same_id: str
-) -> tuple[Tensor, Tensor]:
+def _pairs(similarity: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Which pairs are positive, and which are seen at all: bool [N, M] each."""
+    targets, query_ids, key_ids, same_id = pairs
     n, m = similarity.shape
     positive = torch.zeros(n, m, dtype=torch.bool, device=similarity.device)
     if targets is not None:
@@ -117,26 +137,20 @@ def softmax_fwd(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_id: str,
-    teacher_queries: Tensor | None,
-    teacher_keys: Tensor | None,
-    teacher_lse_q: Tensor | None,
-    teacher_lse_k: Tensor | None,
+    pairs: Pairs,
+    teacher: Teacher | None,
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
     """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64; see op.py."""
     similarity = _similarity(queries, keys)
     logits = logit_scale * similarity
-    positive, seen = _pairs(similarity, targets, query_ids, key_ids, same_id)
+    positive, seen = _pairs(similarity, pairs)
     of_q = of_k = None
-    if teacher_queries is not None and teacher_keys is not None and teacher_lse_q is not None:
-        taught = logit_scale * _similarity(teacher_queries, teacher_keys)
-        of_q = _softmax(taught, teacher_lse_q[:, None], seen)
-        of_k = _softmax(taught, teacher_lse_k[None], seen).T if columns and teacher_lse_k is not None else None
+    if teacher is not None:
+        taught = logit_scale * _similarity(teacher.queries, teacher.keys)
+        of_q = _softmax(taught, teacher.lse_q[:, None], seen)
+        of_k = _softmax(taught, teacher.lse_k[None], seen).T if columns and teacher.lse_k is not None else None
     of_rows = _statistics(similarity, logits, positive, seen, totals, of_q)
     if not columns:
         return of_rows, of_rows.new_empty(STATISTICS, 0)
@@ -151,40 +165,34 @@ def softmax_bwd(
     logit_scale: Tensor,
     lse_q: Tensor,
     lse_k: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_id: str,
-    teacher_queries: Tensor | None,
-    teacher_keys: Tensor | None,
-    teacher_lse_q: Tensor | None,
-    teacher_lse_k: Tensor | None,
+    pairs: Pairs,
+    teacher: Teacher | None,
     need_queries: bool,
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     similarity = _similarity(queries, keys)
     logits = logit_scale * similarity
-    positive, seen = _pairs(similarity, targets, query_ids, key_ids, same_id)
+    positive, seen = _pairs(similarity, pairs)
     columns = coefficients_k.shape[1] > 0
     scale = logit_scale.double()
     of_q, of_k = coefficients_q.double()[:, :, None], coefficients_k.double()[:, None, :]
     grad = scale * of_q[LSE] * _softmax(logits, lse_q[:, None], seen) + of_q[POSITIVE] * positive + of_q[TOTAL] * seen
     if columns:
         grad += scale * of_k[LSE] * _softmax(logits, lse_k[None], seen) + of_k[POSITIVE] * positive + of_k[TOTAL] * seen
-    if teacher_queries is not None and teacher_keys is not None and teacher_lse_q is not None:
-        taught = logit_scale * _similarity(teacher_queries, teacher_keys)
-        grad += of_q[TEACHER] * _softmax(taught, teacher_lse_q[:, None], seen)
-        if columns and teacher_lse_k is not None:
-            grad += of_k[TEACHER] * _softmax(taught, teacher_lse_k[None], seen)
+    if teacher is not None:
+        taught = logit_scale * _similarity(teacher.queries, teacher.keys)
+        grad += of_q[TEACHER] * _softmax(taught, teacher.lse_q[:, None], seen)
+        if columns and teacher.lse_k is not None:
+            grad += of_k[TEACHER] * _softmax(taught, teacher.lse_k[None], seen)
     return _feature_gradients(grad.to(similarity.dtype), queries, keys, need_queries, need_keys)
 
 
 # Sigmoid
 
 
-def _signs(similarity: Tensor, targets: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None) -> Tensor:
-    positive, _ = _pairs(similarity, targets, query_ids, key_ids, "positive")
+def _signs(similarity: Tensor, pairs: Pairs) -> Tensor:
+    positive, _ = _pairs(similarity, pairs)
     return torch.where(positive, 1.0, -1.0).to(similarity.dtype)
 
 
@@ -193,13 +201,11 @@ def sigmoid_fwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
 ) -> Tensor:
     """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
     similarity = _similarity(queries, keys)
-    signs = _signs(similarity, targets, query_ids, key_ids)
+    signs = _signs(similarity, pairs)
     z = signs * (logit_scale * similarity + logit_bias)
     grad = -signs * torch.sigmoid(-z)
     return torch.stack([-F.logsigmoid(z).double().sum(), (grad * similarity).double().sum(), grad.double().sum()])
@@ -211,15 +217,13 @@ def sigmoid_bwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
     need_queries: bool,
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     similarity = _similarity(queries, keys)
-    signs = _signs(similarity, targets, query_ids, key_ids)
+    signs = _signs(similarity, pairs)
     grad = -signs * torch.sigmoid(-signs * (logit_scale * similarity + logit_bias))
     factor = (grad_sum * logit_scale.double()).to(grad.dtype)
     return _feature_gradients(grad * factor, queries, keys, need_queries, need_keys)
@@ -228,8 +232,8 @@ def sigmoid_bwd(
 # The plain losses: as many keys as queries, each query's positive its own key
 
 
-def _own(queries: Tensor) -> Tensor:
-    return torch.arange(queries.shape[0], device=queries.device)
+def _own(queries: Tensor) -> Pairs:
+    return Pairs(torch.arange(queries.shape[0], device=queries.device), None, None)
 
 
 def infonce_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -266,7 +270,7 @@ def infonce_bwd(
 
 def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
-    sums = sigmoid_fwd(queries, keys, logit_scale, logit_bias, _own(queries), None, None)
+    sums = sigmoid_fwd(queries, keys, logit_scale, logit_bias, _own(queries))
     loss, by_scale, by_bias = (sums / max(queries.shape[0], 1)).to(statistics_dtype(queries.dtype)).unbind()
     return loss.clone(), by_scale.clone(), by_bias.clone()
 
@@ -282,7 +286,7 @@ def siglip_bwd(
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     grad_sum, own = grad_loss.double() / max(queries.shape[0], 1), _own(queries)
-    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, own, None, None, need_queries, need_keys)
+    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, own, need_queries, need_keys)
 
 
 # Retrieval
@@ -309,15 +313,13 @@ def sample_negatives(
     keys: Tensor,
     logit_scale: Tensor,
     seed: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
 ) -> Tensor:
     """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
     similarity = _similarity(queries, keys)
-    positive, _ = _pairs(similarity, targets, query_ids, key_ids, "positive")
-    if query_ids is not None and targets is not None:
-        positive = positive | (targets[:, None] == torch.arange(keys.shape[0], device=keys.device))
+    positive, _ = _pairs(similarity, pairs)
+    if pairs.query_ids is not None and pairs.targets is not None:
+        positive = positive | (pairs.targets[:, None] == torch.arange(keys.shape[0], device=keys.device))
     score = logit_scale.double() * similarity.double() - _exponential(seed, *similarity.shape).log()
     score = F.pad(score.masked_fill(positive, -torch.inf), (0, 1), value=-torch.inf)
     top, index = score.max(1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from mmkernels.ops._tl import cast, generation
 
 from . import triton_gradients, triton_sigmoid
-from .reference import LSE
+from .reference import LSE, Pairs, Teacher
 from .triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
 from .triton_sigmoid import siglip_bwd, sigmoid_bwd
 from .triton_tile import (
@@ -228,25 +228,18 @@ def softmax_bwd(
     logit_scale: Tensor,
     lse_q: Tensor,
     lse_k: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_id: str,
-    teacher_queries: Tensor | None,
-    teacher_keys: Tensor | None,
-    teacher_lse_q: Tensor | None,
-    teacher_lse_k: Tensor | None,
+    pairs: Pairs,
+    teacher: Teacher | None,
     need_queries: bool,
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     x, y = rows_of(queries), rows_of(keys)
     n, m = x.shape[0], y.shape[0]
-    rule = rule_of(x, targets, query_ids, key_ids, same_id)
-    teacher = None
-    if teacher_queries is not None and teacher_keys is not None and teacher_lse_q is not None:
-        of_rows, of_columns = lines_of(teacher_lse_q, logit_scale, n), lines_of(teacher_lse_k, logit_scale, m)
-        teacher = rows_of(teacher_queries), rows_of(teacher_keys), of_rows, of_columns
+    rule, taught = rule_of(x, pairs), None
+    if teacher is not None:
+        of_rows, of_columns = lines_of(teacher.lse_q, logit_scale, n), lines_of(teacher.lse_k, logit_scale, m)
+        taught = rows_of(teacher.queries), rows_of(teacher.keys), of_rows, of_columns
     unit = _unit((coefficients_q, coefficients_k), logit_scale, x.dtype)
     columns = coefficients_k.shape[1] > 0
     lse = lse_q.contiguous(), lse_k.contiguous() if columns else None
@@ -258,8 +251,8 @@ def softmax_bwd(
         lines_of(lse[0], logit_scale, n, coefficients[0], unit),
         lines_of(lse[1], logit_scale, m, coefficients[1], unit),
     )
-    extras, need = (1 if teacher is None else 2), (need_queries, need_keys)
-    return _features_from(lines, x, y, logit_scale, rule, teacher, extras, 1.0, 1 / unit, need)
+    extras, need = (1 if taught is None else 2), (need_queries, need_keys)
+    return _features_from(lines, x, y, logit_scale, rule, taught, extras, 1.0, 1 / unit, need)
 
 
 def infonce_bwd(

@@ -31,7 +31,7 @@ from torch import Tensor
 from mmkernels.ops._tl import generation
 
 from . import triton_merge, triton_search, triton_sigmoid, triton_tile
-from .reference import LSE, MEAN, POSITIVE, STATISTICS, TOTAL
+from .reference import LSE, MEAN, POSITIVE, STATISTICS, TOTAL, Pairs, Teacher
 from .triton_merge import FIELDS, Joins, joins_of_columns, joins_of_rows, merge, of_nothing
 from .triton_search import sample_negatives, topk_similar
 from .triton_sigmoid import siglip_fwd, sigmoid_fwd
@@ -221,14 +221,8 @@ def softmax_fwd(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_id: str,
-    teacher_queries: Tensor | None,
-    teacher_keys: Tensor | None,
-    teacher_lse_q: Tensor | None,
-    teacher_lse_k: Tensor | None,
+    pairs: Pairs,
+    teacher: Teacher | None,
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -237,14 +231,13 @@ def softmax_fwd(
     n, m = x.shape[0], y.shape[0]
     if n == 0 or m == 0:
         return of_nothing(x), of_nothing(y if columns else y[:0])
-    rule = rule_of(x, targets, query_ids, key_ids, same_id)
-    teacher = None
-    if teacher_queries is not None and teacher_keys is not None and teacher_lse_q is not None:
-        lse = lines_of(teacher_lse_q, logit_scale, n), lines_of(teacher_lse_k, logit_scale, m)
-        teacher = _Teacher(rows_of(teacher_queries), rows_of(teacher_keys), *lse)
-    extras = 2 if teacher is not None else int(totals or rule.by_id or rule.ignore)
+    rule, taught = rule_of(x, pairs), None
+    if teacher is not None:
+        lse = lines_of(teacher.lse_q, logit_scale, n), lines_of(teacher.lse_k, logit_scale, m)
+        taught = _Teacher(rows_of(teacher.queries), rows_of(teacher.keys), *lse)
+    extras = 2 if taught is not None else int(totals or rule.by_id or rule.ignore)
     joins = joins_of_columns(rule.target, m) if columns else None
-    of_rows, of_columns = _statistics(x, y, logit_scale, rule, teacher, extras, joins)
+    of_rows, of_columns = _statistics(x, y, logit_scale, rule, taught, extras, joins)
     if not totals:
         for of in (of_rows, of_columns):
             if of is not None:

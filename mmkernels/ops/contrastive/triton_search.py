@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import Pairs
 from .triton_tile import (
     NUM_STAGES,
     NUM_WARPS,
@@ -97,16 +98,14 @@ def sample_negatives(
     keys: Tensor,
     logit_scale: Tensor,
     seed: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
 ) -> Tensor:
     """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
     x, y = rows_of(queries), rows_of(keys)
     (n, e), m = x.shape, y.shape[0]
     if n == 0 or m == 0:
         return torch.full((n,), -1, dtype=torch.int64, device=x.device)
-    rule = rule_of(x, targets, query_ids, key_ids, "ignore")
+    rule = rule_of(x, pairs._replace(same_id="ignore"))
     _, splits, split_size = grid_of(n, m, SMALL_TILE, x.device)
     best = x.new_empty(splits, n, dtype=torch.float32)
     index = x.new_empty(splits, n, dtype=torch.int64)

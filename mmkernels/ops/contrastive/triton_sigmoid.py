@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmkernels.ops._tl import cast, generation
 
+from .reference import Pairs
 from .triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
 from .triton_tile import (
     NUM_STAGES,
@@ -142,19 +143,17 @@ def sigmoid_fwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
 ) -> Tensor:
     """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
     x, y = rows_of(queries), rows_of(keys)
-    return _sums(x, y, logit_scale, logit_bias, rule_of(x, targets, query_ids, key_ids, "positive"))
+    return _sums(x, y, logit_scale, logit_bias, rule_of(x, pairs))
 
 
 def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
     x, y = rows_of(queries), rows_of(keys)
-    sums = _sums(x, y, logit_scale, logit_bias, rule_of(x, own(x), None, None, "positive"))
+    sums = _sums(x, y, logit_scale, logit_bias, rule_of(x, Pairs(own(x), None, None)))
     loss, by_scale, by_bias = (sums / max(x.shape[0], 1)).float().unbind()
     return loss.clone(), by_scale.clone(), by_bias.clone()
 
@@ -181,15 +180,13 @@ def sigmoid_bwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    pairs: Pairs,
     need_queries: bool,
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     x, y = rows_of(queries), rows_of(keys)
-    rule = rule_of(x, targets, query_ids, key_ids, "positive")
+    rule = rule_of(x, pairs)
     factor = grad_sum.double() * logit_scale
     return _sigmoid_gradients(factor, x, y, logit_scale, logit_bias, rule, (need_queries, need_keys))
 
@@ -205,8 +202,8 @@ def siglip_bwd(
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     grad_sum = grad_loss.double() / max(queries.shape[0], 1)
-    own_keys = own(queries), None, None
-    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, *own_keys, need_queries, need_keys)
+    own_keys = Pairs(own(queries), None, None)
+    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, own_keys, need_queries, need_keys)
 
 
 def _positive_pointers(ids: bool) -> tuple[dict[str, str], dict[str, None]]:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mmkernels.ops._tl import dot
 
+from .reference import Pairs
+
 __all__ = [
     "LOWEST",
     "NUM_STAGES",
@@ -85,10 +87,9 @@ class Rule(NamedTuple):
     ignore: bool
 
 
-def rule_of(
-    queries: Tensor, targets: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, same_id: str
-) -> Rule:
+def rule_of(queries: Tensor, pairs: Pairs) -> Rule:
     """The rule of op.py."""
+    targets, query_ids, key_ids, same_id = pairs
     ids = query_ids is not None and key_ids is not None
     by_id = ids and same_id == "positive"
     if targets is None or by_id:

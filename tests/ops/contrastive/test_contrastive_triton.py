@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmkernels.ops.contrastive import reference
-from mmkernels.ops.contrastive.reference import LSE
+from mmkernels.ops.contrastive.reference import LSE, Pairs, Teacher
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 
@@ -21,7 +21,6 @@ from mmkernels.ops.contrastive import triton_bwd, triton_fwd, triton_gradients, 
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 N, M, E, F = 150, 170, 24, 10
-NO_TEACHER = (None,) * 4
 
 
 def drawn(*shape, seed):
@@ -41,39 +40,49 @@ TEACHER = drawn(N, F, seed=2), drawn(M, F, seed=3)
 TARGETS = integers(-1, M, N, seed=4)  # several of one column, some of none
 IDS = integers(0, 20, N, seed=5), integers(0, 25, M, seed=6)  # rows and columns of no positive among them
 
-# name -> scale, (targets, query_ids, key_ids, same_id), teacher, totals, columns
+# name -> scale, pairs, teacher, totals, columns
 RULES = {
-    "targets": (3.0, (TARGETS, None, None, "positive"), False, False, True),
-    "targets, negative scale": (-3.0, (TARGETS, None, None, "positive"), False, True, True),
-    "targets, scale 0": (0.0, (TARGETS, None, None, "positive"), False, True, True),
-    "targets, large scale": (300.0, (TARGETS, None, None, "positive"), False, False, True),
-    "ids, teacher": (3.0, (None, *IDS, "positive"), True, True, True),
-    "ids, one way": (3.0, (None, *IDS, "positive"), False, False, False),
-    "ignored, teacher": (3.0, (TARGETS, *IDS, "ignore"), True, True, True),
-    "ignored, teacher, one way": (-3.0, (TARGETS, *IDS, "ignore"), True, False, False),
-    "ignored without targets": (3.0, (None, *IDS, "ignore"), False, True, True),
-    "nothing is positive": (3.0, (None, None, None, "positive"), False, False, False),
-    "nothing is seen": (3.0, (None, integers(0, 1, N, seed=0), integers(0, 1, M, seed=0), "ignore"), False, True, True),
+    "targets": (3.0, Pairs(TARGETS, None, None), False, False, True),
+    "targets, negative scale": (-3.0, Pairs(TARGETS, None, None), False, True, True),
+    "targets, scale 0": (0.0, Pairs(TARGETS, None, None), False, True, True),
+    "targets, large scale": (300.0, Pairs(TARGETS, None, None), False, False, True),
+    "ids, teacher": (3.0, Pairs(None, *IDS), True, True, True),
+    "ids, one way": (3.0, Pairs(None, *IDS), False, False, False),
+    "ignored, teacher": (3.0, Pairs(TARGETS, *IDS, "ignore"), True, True, True),
+    "ignored, teacher, one way": (-3.0, Pairs(TARGETS, *IDS, "ignore"), True, False, False),
+    "ignored without targets": (3.0, Pairs(None, *IDS, "ignore"), False, True, True),
+    "nothing is positive": (3.0, Pairs(None, None, None), False, False, False),
+    "nothing is seen": (
+        3.0,
+        Pairs(None, integers(0, 1, N, seed=0), integers(0, 1, M, seed=0), "ignore"),
+        False,
+        True,
+        True,
+    ),
 }
 
 
 def wide(values):
-    return tuple(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in values)
+    def convert(x):
+        if isinstance(x, Teacher):
+            return Teacher(*wide(x))
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    return tuple(convert(x) for x in values)
 
 
 def teacher_of(name):
-    """Features and lse of rows and columns."""
     scale, rule, taught, _, columns = RULES[name]
     if not taught:
-        return NO_TEACHER
-    rows, of_columns = reference.softmax_fwd(*wide((*TEACHER, number(scale))), *rule, *NO_TEACHER, False, columns)
-    return *TEACHER, rows[LSE], of_columns[LSE] if columns else None
+        return None
+    rows, of_columns = reference.softmax_fwd(*wide((*TEACHER, number(scale))), rule, None, False, columns)
+    return Teacher(*TEACHER, rows[LSE], of_columns[LSE] if columns else None)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_statistics(name):
     scale, rule, _, totals, columns = RULES[name]
-    arguments = (X, Y, number(scale), *rule, *teacher_of(name), totals, columns)
+    arguments = (X, Y, number(scale), rule, teacher_of(name), totals, columns)
     ours, truth = triton_fwd.softmax_fwd(*arguments), reference.softmax_fwd(*wide(arguments))
     for got, expected in zip(ours, truth, strict=True):
         torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6 * max(1, abs(scale)))
@@ -85,12 +94,13 @@ def test_statistics(name):
 def test_gradients(name, size, dtype, monkeypatch):
     monkeypatch.setattr(triton_gradients, "SUPERBLOCK", size)
     scale, rule, _, _, columns = RULES[name]
-    x, y, *teacher = (None if t is None else t.to(dtype) if t.ndim == 2 else t for t in (X, Y, *teacher_of(name)))
-    inputs = (x, y, number(scale))
-    of_rows, of_columns = reference.softmax_fwd(*wide(inputs), *rule, *NO_TEACHER, False, columns)
+    inputs, teacher = (X.to(dtype), Y.to(dtype), number(scale)), teacher_of(name)
+    if teacher is not None:
+        teacher = teacher._replace(queries=teacher.queries.to(dtype), keys=teacher.keys.to(dtype))
+    of_rows, of_columns = reference.softmax_fwd(*wide(inputs), rule, None, False, columns)
     # Of the size that a mean over many rows has: in float16 they would be 0.
     coefficients = 1e-7 * drawn(4, N, seed=7).double(), 1e-7 * drawn(4, M if columns else 0, seed=8).double()
-    arguments = (*coefficients, *inputs, of_rows[LSE], of_columns[LSE], *rule, *teacher, True, True)
+    arguments = (*coefficients, *inputs, of_rows[LSE], of_columns[LSE], rule, teacher, True, True)
     truth = reference.softmax_bwd(*wide(arguments))
     plain = reference.softmax_bwd(*arguments)
     for what, got, same_dtype, exact in zip("xy", triton_bwd.softmax_bwd(*arguments), plain, truth, strict=True):
@@ -107,27 +117,27 @@ def test_sides_without_rows(sizes, ids):
     n, m = sizes
     x, y, scale = X[:n], Y[:m], number(2.0)
     of_ids = (X.new_zeros(n).long(), X.new_zeros(m).long()) if ids else (None, None)
-    rule = (None if ids else X.new_zeros(n).long(), *of_ids, "positive")
-    arguments = (x, y, scale, *rule, *NO_TEACHER, True, True)
+    rule = Pairs(None if ids else X.new_zeros(n).long(), *of_ids)
+    arguments = (x, y, scale, rule, None, True, True)
     ours, truth = triton_fwd.softmax_fwd(*arguments), reference.softmax_fwd(*wide(arguments))
     for got, expected in zip(ours, truth, strict=True):
         torch.testing.assert_close(got, expected)
     coefficients = X.new_ones(4, n).double(), X.new_ones(4, m).double()
     lse = ours[0][LSE], ours[1][LSE]
-    arguments = (*coefficients, x, y, scale, *lse, *rule, *NO_TEACHER, True, True)
+    arguments = (*coefficients, x, y, scale, *lse, rule, None, True, True)
     for got, expected in zip(triton_bwd.softmax_bwd(*arguments), reference.softmax_bwd(*arguments), strict=True):
         torch.testing.assert_close(got, expected)
     bias = number(-1.0)
-    got = triton_fwd.sigmoid_fwd(x, y, scale, bias, *rule[:3])
-    torch.testing.assert_close(got, reference.sigmoid_fwd(x, y, scale, bias, *rule[:3]), rtol=1e-6, atol=1e-6)
-    assert triton_fwd.sample_negatives(x, y, scale, number([1, 2], torch.int64), *rule[:3]).tolist() == [-1] * n
+    got = triton_fwd.sigmoid_fwd(x, y, scale, bias, rule)
+    torch.testing.assert_close(got, reference.sigmoid_fwd(x, y, scale, bias, rule), rtol=1e-6, atol=1e-6)
+    assert triton_fwd.sample_negatives(x, y, scale, number([1, 2], torch.int64), rule).tolist() == [-1] * n
 
 
 @pytest.mark.parametrize("ids", [False, True])
 def test_sigmoid_over_several_superblocks(ids, monkeypatch):
     monkeypatch.setattr(triton_gradients, "SUPERBLOCK", 80)
-    rule = (None, *IDS) if ids else (TARGETS, None, None)
-    inputs = (X, Y, number(3.0), number(-2.0), *rule)
+    rule = Pairs(None, *IDS) if ids else Pairs(TARGETS, None, None)
+    inputs = (X, Y, number(3.0), number(-2.0), rule)
     torch.testing.assert_close(
         triton_fwd.sigmoid_fwd(*inputs), reference.sigmoid_fwd(*wide(inputs)), rtol=2e-6, atol=1e-4
     )
@@ -139,9 +149,9 @@ def test_sigmoid_over_several_superblocks(ids, monkeypatch):
 
 def test_a_gradient_nobody_needs_is_not_formed():
     scale, rule, *_ = RULES["targets"]
-    of_rows, of_columns = reference.softmax_fwd(X, Y, number(scale), *rule, *NO_TEACHER, False, True)
+    of_rows, of_columns = reference.softmax_fwd(X, Y, number(scale), rule, None, False, True)
     coefficients = X.new_ones(4, N).double(), X.new_ones(4, M).double()
-    arguments = (*coefficients, X, Y, number(scale), of_rows[LSE], of_columns[LSE], *rule, *NO_TEACHER)
+    arguments = (*coefficients, X, Y, number(scale), of_rows[LSE], of_columns[LSE], rule, None)
     both = triton_bwd.softmax_bwd(*arguments, True, True)
     for need in ((True, False), (False, True), (False, False)):
         for alone, together, needed in zip(triton_bwd.softmax_bwd(*arguments, *need), both, need, strict=True):
@@ -157,8 +167,8 @@ def test_topk_of_more_than_one_pass_and_split():
 
 @pytest.mark.parametrize("ids", [False, True])
 def test_sampling(ids):
-    rule = (None, *IDS) if ids else (TARGETS, None, None)
-    arguments = (X, Y, number(0.5), number([7, 2**32 - 1], torch.int64), *rule)
+    rule = Pairs(None, *IDS) if ids else Pairs(TARGETS, None, None)
+    arguments = (X, Y, number(0.5), number([7, 2**32 - 1], torch.int64), rule)
     drawn_here, expected = triton_fwd.sample_negatives(*arguments), reference.sample_negatives(*wide(arguments))
     assert (drawn_here == expected).double().mean() > 0.99  # but for ties of rounding
     assert torch.equal(drawn_here, triton_fwd.sample_negatives(*arguments))
