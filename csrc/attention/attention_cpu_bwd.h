@@ -9,7 +9,7 @@
 //
 // S and dP come from 16-bit inputs as they are. P and dS are operands of type S: the compute type, which makes a
 // gradient in bf16 as accurate as a float32 one that was cast; but bf16, at half the cost of three products and sqrt(2)
-// times the error, where more than half of all pairs is computed.
+// times the error, where more than three quarters of all pairs are computed.
 //
 // Tiles are computed transposed, keys down and queries across: P^T and dS^T then go straight into the packed layout of
 // the left operands of dV and dK, and lse, delta and the intervals are vectors along a row. dS is packed once more for
@@ -453,7 +453,7 @@ void backward(const AttentionBwdArgs& args, int num_threads) {
   const AttentionShape shape(args);
   AttentionPlan plan(args.mask.lo.ptr<int32_t>(), args.mask.hi.ptr<int32_t>(), shape.num_queries, shape.num_keys);
   if constexpr (kWordElements<T> > 1)
-    if (2 * plan.num_pairs() > shape.num_queries * shape.num_keys)
+    if (4 * plan.num_pairs() > 3 * shape.num_queries * shape.num_keys)
       return backward_as<T, T>(args, shape, plan, num_threads);
   backward_as<T, ComputeOf<T>>(args, shape, plan, num_threads);
 }
