@@ -171,7 +171,7 @@ def image_spans(lengths: tuple[int, ...], run_of: int) -> AttentionMask:
 
 
 # How much larger the error of a bf16 gradient may be than that of a float32 one cast to bf16. Where more than three
-# quarters of all pairs are computed the products with P and dS are in bf16: sqrt(2) times, a little for a rounded delta.
+# quarters of all pairs are computed the products with P and dS are in bf16: sqrt(2) times, more for a rounded delta.
 GRADIENTS = {
     "packed": (lambda: AttentionMask.packed(cu_seqlens((256, 100, 1, 211))), 1.02),
     "causal": (lambda: AttentionMask.packed(cu_seqlens((568,)), causal=True), 1.02),
