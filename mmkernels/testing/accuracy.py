@@ -56,7 +56,7 @@ def assert_as_accurate(
     plain: torch.Tensor,
     truth: torch.Tensor,
     *,
-    factor: float = 1.5,
+    factor: float = 1.2,
     terms: torch.Tensor | None = None,
 ) -> Accuracy:
     """Assert that a result errs no more than `factor` times plain PyTorch in the same dtype, plus the stated epsilon.
@@ -66,7 +66,7 @@ def assert_as_accurate(
         actual: the kernel's result.
         plain: plain PyTorch's result on the same low-precision input.
         truth: the float64 result on that input, converted up.
-        factor: the room; tests of this package never pass more than 1.5.
+        factor: the room; tests of this package never pass more than 1.2.
         terms: truth's shape; the sum of the absolute terms that make up each entry, for results that cancel: one
             rounding of it (float32; float64 for float64) is allowed beside.
 
