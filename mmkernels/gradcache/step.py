@@ -14,7 +14,7 @@ from mmkernels.ops._checks import wrong_type, wrong_value
 
 from .backward import Undo, backward, leaves, out_of_memory
 from .replay import kept
-from .sync import Sync, reduced
+from .sync import Sync, anywhere
 from .tokens import TokenLoss
 from .tower import Tower, embedding
 
@@ -73,7 +73,7 @@ class Step:
         at_once = all(len(tower.chunks) == 1 for tower in self.towers) and not (sync.ddp_over_ranks() or self.peers)
         with nullcontext() if at_once else sync.held():
             # 1. Embed without gradients. The cache of cast weights goes: filled under no_grad, it would cut pass 3 off.
-            with torch.set_grad_enabled(at_once and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(at_once and torch.is_grad_enabled()), self._all_or_none():
                 made = [self._embed(bundle, at_once) for bundle in bundles]
             if not at_once:
                 torch.clear_autocast_cache()
@@ -202,11 +202,8 @@ class Step:
             yield
         except RanOut as error:
             short = error
-        for group in self.peers:
-            if reduced([short is not None], group, "max").item() and short is None:
-                short = RanOut([], None)
-        if short is not None:
-            raise short
+        if anywhere(short is not None, self.peers):
+            raise short or RanOut([], None)
 
 
 def _inputs(bundle: Bundle) -> list[Any]:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmkernels.ops._checks import wrong_value
 
-__all__ = ["Sync", "reduced"]
+__all__ = ["Sync", "anywhere", "reduced"]
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -91,3 +91,10 @@ def reduced(values: Sequence[float] | Tensor, group: Any, op: str = "sum") -> Te
     moved = flat.to(device, copy=True)
     dist.all_reduce(moved, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
     return moved.cpu()
+
+
+def anywhere(so: bool, groups: Iterable[Any]) -> bool:
+    """Whether it is so on any rank of these groups."""
+    for group in groups:
+        so = bool(reduced([so], group, "max").item())
+    return so
