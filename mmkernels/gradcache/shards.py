@@ -80,6 +80,10 @@ class Shards:
             if hasattr(shard, "_unsharded_param"):
                 yield shard._unsharded_param
 
+    def meshes(self) -> set[Any]:
+        """The device meshes that parameters are sharded over, gathered or not (as an evaluation leaves a root)."""
+        return {shard.sharded_param.device_mesh for shard in self._sharded()}
+
     def accumulated(self) -> list[tuple[Any, Any]]:
         """[(where, gradient or None)] of whole gradients that wait for their reduction in its dtype."""
         return [(shard, shard.unsharded_accumulated_grad) for shard in self._sharded()]

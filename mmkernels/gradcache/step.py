@@ -50,7 +50,7 @@ class Step:
         token: the loss per token, if any; then all towers have the same number of chunks.
         scale_loss: applied to every part of the loss before its backward.
         modules: all that may be run: encoders and token loss.
-        undo: under automatic sizes: raise `RanOut`, not what the allocator said.
+        undo: under automatic sizes, when shards are gathered: raise `RanOut`, not what the allocator said.
         peers: under automatic sizes: process groups whose ranks must begin anew together.
     """
 
@@ -69,7 +69,7 @@ class Step:
         several ranks: they may differ in chunks, and all must talk in the same order, wrapper by wrapper.
         """
         sync, bundles = Sync(self.modules), self._bundles()
-        sync.expect_equal([len(tower.chunks) for tower in self.towers])
+        sync.expect_equal([len(tower.chunks) for tower in self.towers], gathered=self.undo is not None)
         at_once = all(len(tower.chunks) == 1 for tower in self.towers) and not (sync.ddp_over_ranks() or self.peers)
         with nullcontext() if at_once else sync.held():
             # 1. Embed without gradients. The cache of cast weights goes: filled under no_grad, it would cut pass 3 off.

@@ -242,6 +242,29 @@ def test_ranks_of_a_replicated_shard_begin_anew_together() -> None:
     ranks.run(4, _one_rank_runs_out, 1, "backward", True, REDUCED_WIDER)
 
 
+def _after_an_evaluation(rank: int, world: int) -> None:
+    """Which leaves a root gathered."""
+    towers = [Tower(), Tower()]
+    plain, inputs = copy.deepcopy(towers), _inputs(world)
+    for tower in towers:
+        fully_shard(tower)
+    step = GradCache(towers, plain_infonce, chunk_size="auto", memory_budget=BUDGETS[rank])
+    for _ in range(2):
+        clear(*towers)
+        with torch.no_grad():
+            plain_infonce(*(tower(x) for tower, x in zip(towers, inputs[rank], strict=True)))
+        torch.manual_seed(5 + rank)
+        step(*inputs[rank])
+        assert_same(_whole(towers), _expected(plain, inputs, _everyones(step.chunk_sizes, world)))
+        if rank == 1:
+            towers[1].where, towers[1].limit = "again", 3
+    assert (towers[1].hits > 0) == (rank == 1)
+
+
+def test_after_an_evaluation() -> None:
+    ranks.run(2, _after_an_evaluation)
+
+
 def _never_fits(rank: int, world: int, measured: bool) -> None:
     towers = [Tower(), Tower()]
     plain, inputs = copy.deepcopy(towers), _inputs(world)
