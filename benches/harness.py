@@ -62,8 +62,8 @@ Inputs = dict[str, Any]
 Outputs = Sequence[Any]
 
 # Relative root-mean-square distance from plain PyTorch at full size, where float64 truth is too large to form. In half
-# precision that is plain PyTorch in float32 on the same values, and twice its own error in half precision is allowed: in
-# bfloat16 4% of InfoNCE's gradient, N = 1024, 29% of SigLIP's gradient of the bias, N = 8192.
+# precision that is plain PyTorch in float32 on the same values, and twice its own error in half precision is allowed.
+# That is 4% of InfoNCE's gradient in bfloat16, N = 1024, and 29% of SigLIP's gradient of the bias, N = 8192.
 _AGREEMENT = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 
 

@@ -39,12 +39,11 @@ class AutoSize:
         self._encoders, self._token_loss_fn = encoders, token_loss_fn
         self._asked, self._budget = asked, budget
         self._fits: dict[int, Fit] = {}  # of each automatic encoder; with a token loss, 0 is all of them together
-        self._warned = False
+        self.measured, self._warned = False, False
 
     def fit(self, inputs: Sequence[Any], modules: list[nn.Module], sync: Sync) -> None:
-        """Measure, at the first call."""
-        if self._fits:
-            return
+        """Measure; the caller sets `measured` once every rank has."""
+        self._fits = {}
         known = itertools.chain(
             (t for m in modules for t in itertools.chain(m.parameters(), m.buffers())), tensors(list(inputs))
         )

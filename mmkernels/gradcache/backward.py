@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .replay import RandomState, batch_norms
+from .shards import Shards
+from .sync import Sync
 
 __all__ = ["Undo", "backward", "leaves", "out_of_memory"]
 
@@ -17,8 +19,9 @@ __all__ = ["Undo", "backward", "leaves", "out_of_memory"]
 class Undo:
     """What a step changes, as it was before: one that ran out of memory can begin anew.
 
-    These are the gradients, BatchNorm's running statistics and the random generators. A gradient that is there already,
-    as when several batches accumulate, is copied when a backward first reaches it.
+    These are the gradients, BatchNorm's running statistics and the random generators; `fully_shard` modules, which must
+    be gathered, expect a forward again. A gradient that is there already, as when several batches accumulate, is copied
+    when a backward first reaches it.
 
     Args:
         modules: whose parameters and statistics the step may change.
@@ -32,6 +35,9 @@ class Undo:
         self._statistics = [(b, b.clone()) for norm in batch_norms(modules) for b in norm.buffers(recurse=False)]
         # Reentrant checkpoints hide their parameters from the graph.
         self.keep(p for module in modules for p in module.parameters() if p.requires_grad)
+        self._shards = Shards(Sync(modules).fsdp)
+        self.keep(p for p in self._shards.parameters() if p.requires_grad)
+        self._accumulated = [(s, None if grad is None else grad.clone()) for s, grad in self._shards.accumulated()]
 
     def keep(self, leaves: Iterable[Tensor]) -> None:
         for leaf in leaves:
@@ -41,6 +47,9 @@ class Undo:
 
     @torch.no_grad()
     def restore(self) -> None:
+        self._shards.reset()
+        for shard, value in self._accumulated:
+            shard.unsharded_accumulated_grad = value
         for leaf, grad, value in self._before.values():
             if grad is not None and value is not None:
                 grad.copy_(value)  # in place: it may be a view of a reducer's bucket

@@ -21,14 +21,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import not_yet, wrong_type, wrong_value
+from mmkernels.ops._checks import wrong_type, wrong_value
 
 from .auto import AutoSize, split_together
-from .backward import Undo
+from .backward import Undo, out_of_memory
 from .chunks import split
 from .replay import batch_norms
+from .shards import Shards
 from .step import RanOut, Step
-from .sync import Sync
+from .sync import Sync, anywhere
 from .tokens import TokenLoss
 from .tower import Encoder, Tower, modules_behind
 
@@ -80,7 +81,11 @@ class GradCache:
     fits `peak = a + b·amount` (tokens of packed batches, elements of tensors), and takes the largest chunks that
     fit `memory_budget`. When memory runs out all the same, the step is undone, the chunks of the encoder that ran out
     are halved, and the step begins anew; no gradient is added twice. Ranks begin anew together, except in the very
-    last backward, where the error is raised. `chunk_sizes` has the sizes of the last call.
+    last backward of a wrapper, where the error is raised. `chunk_sizes` has the sizes of the last call.
+
+    Each rank has sizes of its own. `fully_shard` modules are therefore gathered once a step, before any chunk, and stay
+    whole until the backward that reduces them: a rank whose peers wait in an all-gather could not call them back.
+    Beside the chunk there must be memory for whole parameters and, as with any size, whole gradients.
 
     BatchNorm in training mode normalises by the chunk, so that its gradient is not the whole batch's: this is warned
     about once. Its running statistics move once per chunk, in the first pass.
@@ -98,8 +103,9 @@ class GradCache:
     Raises:
         TypeError: an argument, an input or an encoder's output of the wrong type.
         ValueError: a chunk size below 1, a wrong number of inputs, members of one input that disagree in samples, or
-            under fully_shard ranks that disagree in chunks.
-        NotImplementedError: automatic sizes with fully_shard.
+            under fully_shard ranks that disagree in chunks of fixed sizes.
+        RuntimeError: automatic sizes: memory ran out with single samples on another rank, where the error is raised.
+        NotImplementedError: automatic sizes with fully_shard over tensor parallelism.
 
     Example:
         >>> step = GradCache([image_tower, text_tower], lambda x, y: infonce(x, y, log_scale.exp()), chunk_size=64)
@@ -175,26 +181,36 @@ class GradCache:
         self, auto: AutoSize, inputs: Sequence[Any], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]
     ) -> Any:
         sync = Sync(modules)
-        if sync.fsdp:
-            not_yet("chunk_size", "auto, with fully_shard")
-        auto.fit(inputs, modules, sync)
-        peers = sync.groups() if self.group is None else [self.group]
-        while True:
-            self.chunk_sizes, chunks = auto.cut(inputs)
-            step = self._step(chunks, scale_loss, modules)
-            step.peers = peers
-            step.undo = undo = Undo(modules, {device for tower in step.towers for device in tower.devices})
-            try:
-                return step.run()
-            except RanOut as error:
-                undo.restore()
-                short = [i for i, tower in enumerate(step.towers) if tower in error.towers]
-                if not auto.back_off(self.chunk_sizes, chunks, short) and error.cause is not None:
-                    raise error.cause from None
-            del step
-            gc.collect()  # the error's frames hold activations
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+        peers, shards = sync.groups() if self.group is None else [self.group], Shards(sync.fsdp)
+        with shards.kept():
+            shards.gather()
+            if not auto.measured:
+                failed: Exception | None = None
+                try:
+                    auto.fit(inputs, modules, sync)
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    failed = error
+                _raise_together(failed, peers)
+                auto.measured = True
+            while True:
+                self.chunk_sizes, chunks = auto.cut(inputs)
+                step = self._step(chunks, scale_loss, modules)
+                step.peers = peers
+                step.undo = undo = Undo(modules, {device for tower in step.towers for device in tower.devices})
+                try:
+                    return step.run()
+                except RanOut as error:
+                    undo.restore()
+                    short = [i for i, tower in enumerate(step.towers) if tower in error.towers]
+                    halved = auto.back_off(self.chunk_sizes, chunks, short)
+                    _raise_together(None if halved else error.cause, peers)
+                del step
+                gc.collect()  # the error's frames hold activations
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()
+                shards.gather()  # those that were reduced already, on every rank alike
 
     def _step(self, chunks: list[list[Any]], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]) -> Step:
         more = self.token_loss_fn is not None
@@ -219,6 +235,14 @@ class GradCache:
 
 def _as_it_is(loss: Tensor) -> Tensor:
     return loss
+
+
+def _raise_together(error: BaseException | None, peers: Sequence[Any]) -> None:
+    """An error of one rank on all: the others would wait for it."""
+    if anywhere(error is not None, peers):
+        raise error or RuntimeError(
+            "chunk_size: memory ran out on another rank, with a single sample in each chunk"
+        ) from None
 
 
 def _check_budget(budget: Any, asked: list[Any]) -> None:

@@ -14,7 +14,7 @@ from mmkernels.ops._checks import wrong_type, wrong_value
 
 from .backward import Undo, backward, leaves, out_of_memory
 from .replay import kept
-from .sync import Sync, reduced
+from .sync import Sync, anywhere
 from .tokens import TokenLoss
 from .tower import Tower, embedding
 
@@ -50,7 +50,7 @@ class Step:
         token: the loss per token, if any; then all towers have the same number of chunks.
         scale_loss: applied to every part of the loss before its backward.
         modules: all that may be run: encoders and token loss.
-        undo: under automatic sizes: raise `RanOut`, not what the allocator said.
+        undo: under automatic sizes, when shards are gathered: raise `RanOut`, not what the allocator said.
         peers: under automatic sizes: process groups whose ranks must begin anew together.
     """
 
@@ -69,11 +69,11 @@ class Step:
         several ranks: they may differ in chunks, and all must talk in the same order, wrapper by wrapper.
         """
         sync, bundles = Sync(self.modules), self._bundles()
-        sync.expect_equal([len(tower.chunks) for tower in self.towers])
+        sync.expect_equal([len(tower.chunks) for tower in self.towers], gathered=self.undo is not None)
         at_once = all(len(tower.chunks) == 1 for tower in self.towers) and not (sync.ddp_over_ranks() or self.peers)
         with nullcontext() if at_once else sync.held():
             # 1. Embed without gradients. The cache of cast weights goes: filled under no_grad, it would cut pass 3 off.
-            with torch.set_grad_enabled(at_once and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(at_once and torch.is_grad_enabled()), self._all_or_none():
                 made = [self._embed(bundle, at_once) for bundle in bundles]
             if not at_once:
                 torch.clear_autocast_cache()
@@ -202,11 +202,8 @@ class Step:
             yield
         except RanOut as error:
             short = error
-        for group in self.peers:
-            if reduced([short is not None], group, "max").item() and short is None:
-                short = RanOut([], None)
-        if short is not None:
-            raise short
+        if anywhere(short is not None, self.peers):
+            raise short or RanOut([], None)
 
 
 def _inputs(bundle: Bundle) -> list[Any]:

@@ -13,11 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmkernels.ops._checks import wrong_value
 
-__all__ = ["Sync", "reduced"]
+from .shards import Shards
+
+__all__ = ["Sync", "anywhere", "reduced"]
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
 
 class Sync:
@@ -63,21 +64,25 @@ class Sync:
         """The process groups that gradients are reduced over."""
         return _distinct([*(m.process_group for m in self.ddp), *self._sharded_over()])
 
-    def expect_equal(self, counts: list[int]) -> None:
+    def expect_equal(self, counts: list[int], gathered: bool) -> None:
         """Sharded parameters and synchronised BatchNorm talk in every forward: ranks must run as many of them.
+
+        Args:
+            counts: chunks of each encoder.
+            gathered: the sharded parameters do not.
 
         Raises:
             ValueError: on every rank, if they do not.
         """
-        for group in _distinct([*(m.process_group or dist.group.WORLD for m in self.norms), *self._sharded_over()]):
+        sharded = [] if gathered else self._sharded_over()
+        for group in _distinct([*(m.process_group or dist.group.WORLD for m in self.norms), *sharded]):
             most = reduced([*counts, *(-n for n in counts)], group, "max").tolist()
             if most[: len(counts)] != [-n for n in most[len(counts) :]]:
                 expected = "as many chunks on every rank (sharded parameters and SyncBatchNorm talk in every forward)"
                 wrong_value("inputs", expected, f"{counts} chunks here")
 
     def _sharded_over(self) -> list[Any]:
-        meshes = {p.device_mesh for m in self.fsdp for p in m.parameters() if isinstance(p, DTensor)}
-        return [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim)]
+        return [mesh.get_group(i) for mesh in Shards(self.fsdp).meshes() for i in range(mesh.ndim)]
 
 
 def _distinct(groups: Iterable[Any]) -> list[Any]:
@@ -91,3 +96,10 @@ def reduced(values: Sequence[float] | Tensor, group: Any, op: str = "sum") -> Te
     moved = flat.to(device, copy=True)
     dist.all_reduce(moved, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
     return moved.cpu()
+
+
+def anywhere(so: bool, groups: Iterable[Any]) -> bool:
+    """Whether it is so on any rank of these groups."""
+    for group in groups:
+        so = bool(reduced([so], group, "max").item())
+    return so

@@ -131,8 +131,6 @@ def _sharded(rank: int, world: int, sizes: list[int], tied: bool) -> None:
     assert_same([grad.full_tensor() for grad in gradients(model)], expected)
     with pytest.raises(ValueError, match=re.escape("inputs: expected as many chunks on every rank")):
         GradCache(towers, plain_infonce, chunk_size=2 + rank)(*inputs[rank])
-    with pytest.raises(NotImplementedError, match="chunk_size"):
-        GradCache(towers, plain_infonce, chunk_size="auto")(*inputs[rank])
 
 
 @pytest.mark.parametrize("sizes", [[3, 2], [1, 7]])

@@ -33,10 +33,10 @@ from .triton_tile import (
     depth_block,
     lines_of,
     own,
-    pairs,
     rows_of,
     rule_of,
     similarity,
+    similarity_of_pairs,
     split_softmax,
 )
 
@@ -102,6 +102,7 @@ def _softmax_gradient_kernel(
     line_q_ptr, line_k_ptr,  # [6, N], [6, M] of lines_of; [2, N], [2, M] for EXTRAS 0
     row_id_ptr, column_id_ptr,  # [N], [M]
     taught_x_ptr, taught_y_ptr, taught_row_ptr, taught_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
+    taught_pair_ptr,  # [N]: the teacher's similarity of each row and its target
     g_ptr,  # [rows, cols] of the superblock at (row0, column0)
     row0, column0, rows, cols, n, m, e, stride_x, stride_y, f, stride_taught_x, stride_taught_y, stride_g,
     has_ids, by_id, ignore, unit,
@@ -139,6 +140,8 @@ def _softmax_gradient_kernel(
                 taught_x_ptr, taught_y_ptr, o_i, o_j, m_i, m_j, f, stride_taught_x, stride_taught_y,
                 BLOCK_M, BLOCK_N, BLOCK_E,
             )  # fmt: skip
+            taught_pair = tl.load(taught_pair_ptr + o_i, mask=m_i, other=0.0)
+            b_taught = tl.where(m_target, taught_pair[:, None], b_taught)
             b_g += weighted_softmax(b_taught, taught_row_ptr + o_i, line_q_ptr + 5 * n, n, m_i, scale, 1)
             b_g += weighted_softmax(b_taught, taught_column_ptr + o_j, line_k_ptr + 5 * m, m, m_j, scale, 0)
         b_g = tl.where(m_same & (ignore != 0) & ~m_target, 0.0, b_g)
@@ -182,8 +185,8 @@ def _at_target(
     if n > 0:
         units = (None, unit) if isinstance(unit, float) else (unit, 1.0)
         _at_target_kernel[(triton.cdiv(n, TARGETS_BLOCK),)](
-            pairs(x, y, target), target, *lse, *coefficients, scale, units[0], out, n, m, int(columns), units[1],
-            BLOCK=TARGETS_BLOCK, num_warps=4,
+            similarity_of_pairs(x, y, target), target, *lse, *coefficients, scale, units[0], out, n, m, int(columns),
+            units[1], BLOCK=TARGETS_BLOCK, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -201,10 +204,10 @@ def _features_from(
     need: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
     (n, e), m = x.shape, y.shape[0]
-    more: tuple[Any, ...] = (None,) * 6
+    more: tuple[Any, ...] = (None,) * 7
     sizes: tuple[int, ...] = (0, 0, 0)
     if extras > 0:
-        more = rule.row_ids, rule.column_ids, *((None,) * 4 if teacher is None else teacher)
+        more = rule.row_ids, rule.column_ids, *((None,) * 5 if teacher is None else teacher)
     if teacher is not None:
         sizes = teacher[0].shape[1], teacher[0].stride(0), teacher[1].stride(0)
     flags = int(rule.by_id or rule.ignore), int(rule.by_id), int(rule.ignore)
@@ -238,8 +241,9 @@ def softmax_bwd(
     n, m = x.shape[0], y.shape[0]
     rule, taught = rule_of(x, pairs), None
     if teacher is not None:
+        features = rows_of(teacher.queries), rows_of(teacher.keys)
         of_rows, of_columns = lines_of(teacher.lse_q, logit_scale, n), lines_of(teacher.lse_k, logit_scale, m)
-        taught = rows_of(teacher.queries), rows_of(teacher.keys), of_rows, of_columns
+        taught = *features, of_rows, of_columns, similarity_of_pairs(*features, rule.target)
     unit = _unit((coefficients_q, coefficients_k), logit_scale, x.dtype)
     columns = coefficients_k.shape[1] > 0
     lse = lse_q.contiguous(), lse_k.contiguous() if columns else None
@@ -294,7 +298,7 @@ def aot_cases() -> list:
         plain |= dict.fromkeys(("f", "stride_taught_x", "stride_taught_y"), "i32:16")
         ids = {"row_id_ptr": "*i64", "column_id_ptr": "*i64"}
         taught = {"taught_x_ptr": f"*{name}", "taught_y_ptr": f"*{name}"}
-        taught |= {"taught_row_ptr": "*fp32", "taught_column_ptr": "*fp32"}
+        taught |= dict.fromkeys(("taught_row_ptr", "taught_column_ptr", "taught_pair_ptr"), "*fp32")
         for extras, more, without in ((0, {}, ids | taught), (1, ids, taught), (2, ids | taught, {})):
             for major, archs in ((8, (80,)), (9, (90,)), (10, (100,))):
                 constexprs: dict[str, Any] = {

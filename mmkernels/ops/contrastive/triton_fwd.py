@@ -45,10 +45,10 @@ from .triton_tile import (
     grid_of,
     lines_of,
     own,
-    pairs,
     rows_of,
     rule_of,
     similarity,
+    similarity_of_pairs,
     split_softmax,
     tile_of,
 )
@@ -65,12 +65,18 @@ __all__ = [
 
 
 def _tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
-    """With BLOCK_E. Further sums, the teacher's tile and three tf32 products for each float32 one need the room."""
+    """With BLOCK_E. Further sums, the teacher's tile and three tf32 products for each float32 one need the room.
+
+    BLOCK_E is the backward's: products added up in another order would put their rounding, times the scale, between a
+    similarity and the lse that it dominates.
+    """
     if extras == 0:
-        return {**tile_of(major), "BLOCK_E": depth_block(dtype)}
-    full = dtype == torch.float32
-    depth = 16 if full and extras > 1 else depth_block(dtype)
-    return {"BLOCK_M": 64, "BLOCK_N": 32 if full or extras > 1 else 64, "BLOCK_E": depth}
+        tile = tile_of(major)
+    elif dtype == torch.float32:
+        tile = {"BLOCK_M": 64, "BLOCK_N": 32} if extras == 1 else {"BLOCK_M": 32, "BLOCK_N": 64}
+    else:
+        tile = {"BLOCK_M": 64, "BLOCK_N": 64 if extras == 1 else 32}
+    return {**tile, "BLOCK_E": depth_block(dtype)}
 
 
 @triton.jit
@@ -90,6 +96,7 @@ def _softmax_fwd_kernel(
     x_ptr, y_ptr, scale_ptr, target_ptr,  # [N, E], [M, E], [], [N]
     row_id_ptr, column_id_ptr,  # [N], [M]
     taught_x_ptr, taught_y_ptr, taught_row_ptr, taught_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
+    taught_pair_ptr, pair_ptr,  # [N], [N]: similarities of each row and its target, teacher's and own
     row_ptr, column_ptr,  # [splits, FIELDS, N], [groups, FIELDS, M]
     n, m, e, stride_x, stride_y, f, stride_taught_x, stride_taught_y, split_size, columns, has_ids, by_id, ignore,
     EXTRAS: tl.constexpr, FIELDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -120,12 +127,16 @@ def _softmax_fwd_kernel(
             row_taught = tl.zeros((BLOCK_M,), tl.float32)
             taught_ref = tl.load(taught_row_ptr + o_i, mask=m_i, other=0.0)
             taught_rest = tl.load(taught_row_ptr + n + o_i, mask=m_i, other=float("inf"))
+            taught_pair = tl.load(taught_pair_ptr + o_i, mask=m_i, other=0.0)
+            pair = sign * tl.load(pair_ptr + o_i, mask=m_i, other=0.0)
         for j0 in range(part * split_size, tl.minimum((part + 1) * split_size, m), BLOCK_N):
             o_j = j0 + tl.arange(0, BLOCK_N)
             m_j = o_j < m
             b_s = similarity(x_ptr, y_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
             b_s *= sign
             m_target = o_j[None, :] == target[:, None]  # [BLOCK_M, BLOCK_N]
+            if EXTRAS > 1:
+                b_s = tl.where(m_target, pair[:, None], b_s)
             m_counted = m_i[:, None] & m_j[None, :] & ~m_target
             if EXTRAS > 0:
                 column_id = tl.load(column_id_ptr + o_j, mask=m_j & (has_ids != 0), other=0)
@@ -145,6 +156,7 @@ def _softmax_fwd_kernel(
                     taught_x_ptr, taught_y_ptr, o_i, o_j, m_i, m_j, f, stride_taught_x, stride_taught_y,
                     BLOCK_M, BLOCK_N, BLOCK_E,
                 )  # fmt: skip
+                b_taught = tl.where(m_target, taught_pair[:, None], b_taught)
                 b_p = split_softmax(b_taught, taught_ref, taught_rest, scale, 1)
                 row_taught += tl.sum(tl.where(m_seen, b_p * b_s, 0.0), 1)
             if columns != 0:
@@ -183,12 +195,13 @@ def _softmax_fwd_kernel(
 
 
 class _Teacher(NamedTuple):
-    """Features [N, F], [M, F] and the lse of rows [2, N] and columns [2, M], split."""
+    """Features [N, F], [M, F], the lse of rows [2, N] and columns [2, M], split, and the similarities of pairs [N]."""
 
     x: Tensor
     y: Tensor
     rows: Tensor
     columns: Tensor
+    pair: Tensor
 
 
 def _statistics(
@@ -196,15 +209,15 @@ def _statistics(
 ) -> tuple[Tensor, Tensor | None]:
     """Of rows [7, N], and of columns [7, M] if it is said which targets join them."""
     (n, e), m = x.shape, y.shape[0]
-    pair = pairs(x, y, rule.target)
+    pair = similarity_of_pairs(x, y, rule.target)
     tile = _tile(x.dtype, generation(x.device), extras)
     groups, splits, split_size = grid_of(n, m, tile, x.device)
     of_rows = x.new_empty(splits, FIELDS[extras], n, dtype=torch.float32)
     of_columns = x.new_empty(groups if columns else 0, FIELDS[extras], m, dtype=torch.float32)
-    more: tuple[Any, ...] = (None,) * 6
+    more: tuple[Any, ...] = (None,) * 8
     sizes: tuple[int, ...] = (0, 0, 0)
     if extras > 0:
-        more = rule.row_ids, rule.column_ids, *((None,) * 4 if teacher is None else teacher)
+        more = rule.row_ids, rule.column_ids, *((None,) * 6 if teacher is None else (*teacher, pair))
     if teacher is not None:
         sizes = teacher.x.shape[1], teacher.x.stride(0), teacher.y.stride(0)
     has_ids = rule.by_id or rule.ignore
@@ -233,8 +246,9 @@ def softmax_fwd(
         return of_nothing(x), of_nothing(y if columns else y[:0])
     rule, taught = rule_of(x, pairs), None
     if teacher is not None:
+        features = rows_of(teacher.queries), rows_of(teacher.keys)
         lse = lines_of(teacher.lse_q, logit_scale, n), lines_of(teacher.lse_k, logit_scale, m)
-        taught = _Teacher(rows_of(teacher.queries), rows_of(teacher.keys), *lse)
+        taught = _Teacher(*features, *lse, similarity_of_pairs(*features, rule.target))
     extras = 2 if taught is not None else int(totals or rule.by_id or rule.ignore)
     joins = joins_of_columns(rule.target, m) if columns else None
     of_rows, of_columns = _statistics(x, y, logit_scale, rule, taught, extras, joins)
@@ -280,7 +294,7 @@ def aot_cases() -> list:
         plain = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "scale_ptr": "*fp32", "target_ptr": "*i64"}
         plain |= {"row_ptr": "*fp32", "column_ptr": "*fp32"} | sizes
         taught = {"taught_x_ptr": f"*{name}", "taught_y_ptr": f"*{name}"}
-        taught |= {"taught_row_ptr": "*fp32", "taught_column_ptr": "*fp32"}
+        taught |= dict.fromkeys(("taught_row_ptr", "taught_column_ptr", "taught_pair_ptr", "pair_ptr"), "*fp32")
         for extras, more, without in ((0, {}, ids | taught), (1, ids, taught), (2, ids | taught, {})):
             for major, archs in ((8, (80,)), (9, (90,)), (10, (100,))):
                 constexprs: dict[str, Any] = {**_tile(dtype, major, extras), "EXTRAS": extras, "FIELDS": FIELDS[extras]}

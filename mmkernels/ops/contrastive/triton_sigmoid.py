@@ -26,11 +26,11 @@ from .triton_tile import (
     grid_of,
     log1p_of_unit,
     own,
-    pairs,
     rows_of,
     rule_of,
     sigmoid_of_sign,
     similarity,
+    similarity_of_pairs,
     tile_of,
 )
 
@@ -119,7 +119,7 @@ def _positives_of(x: Tensor, y: Tensor, rule: Rule) -> tuple[Tensor | None, ...]
     """target_ptr, pair_ptr, row_id_ptr, column_id_ptr of the kernels: those of a rule that they read."""
     if rule.by_id:
         return None, None, rule.row_ids, rule.column_ids
-    return rule.target, pairs(x, y, rule.target), None, None
+    return rule.target, similarity_of_pairs(x, y, rule.target), None, None
 
 
 def _sums(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rule: Rule) -> Tensor:

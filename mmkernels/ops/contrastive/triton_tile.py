@@ -34,12 +34,12 @@ __all__ = [
     "lines_of",
     "log1p_of_unit",
     "own",
-    "pairs",
     "processors",
     "rows_of",
     "rule_of",
     "sigmoid_of_sign",
     "similarity",
+    "similarity_of_pairs",
     "split_softmax",
     "tile_of",
 ]
@@ -191,7 +191,7 @@ def _pairs_kernel(
     tl.store(pair_ptr + o_i, tl.sum(b_sum, 1), mask=m_i)
 
 
-def pairs(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
+def similarity_of_pairs(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """[N] float32: the similarity of each row and its target; 0 where there is none."""
     (n, e), m = x.shape, y.shape[0]
     pair = x.new_empty(n, dtype=torch.float32)

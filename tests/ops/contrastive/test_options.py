@@ -44,6 +44,7 @@ IDS = torch.randint(0, 40, (N,), generator=torch.Generator().manual_seed(3))
 WEIGHTS = torch.rand(N, generator=torch.Generator().manual_seed(4))
 SHUFFLED = torch.randperm(N, generator=torch.Generator().manual_seed(5))
 TEACHER = rows(N, 24, 6), rows(N, 24, 7)
+SURE = rows(N, 70, 8), F.normalize(rows(N, 70, 9) + 2 * rows(N, 70, 8), dim=1)  # each row's mass on its own key
 
 # name -> (number of keys, options); features among the options are cast to the dtype of the case
 OPTIONS = {
@@ -62,6 +63,7 @@ OPTIONS = {
     "weights": (N, dict(weights=WEIGHTS)),
     "weights, shuffled": (N, dict(weights=WEIGHTS, targets=SHUFFLED)),
     "teacher": (N, dict(teacher=(*TEACHER, 0.4))),
+    "teacher, sure": (N, dict(teacher=(*SURE, 0.7))),
     "all": (
         N,
         dict(
@@ -109,7 +111,7 @@ def terms_of(x, y, scale):
     return logits.logsumexp(1).abs().mean(), None, None, (logits.softmax(1) * similarity.abs()).sum(1).mean()
 
 
-def judge(name, dtype, backend, device="cpu", seeds=4, factor=1.5):
+def judge(name, dtype, backend, device="cpu", seeds=4):
     """As accurate as plain PyTorch in the same dtype, several draws together."""
     served(backend, dtype, device)
     m, options = OPTIONS[name]
@@ -126,7 +128,7 @@ def judge(name, dtype, backend, device="cpu", seeds=4, factor=1.5):
     for i, what in enumerate(("loss", "queries", "keys", "logit_scale")):
         got, expected, true = (torch.stack([draw[who][i] for draw in results]) for who in range(3))
         terms = None if true.ndim > 1 else torch.stack([draw[3][i] for draw in results])
-        assert_as_accurate(f"{name}: {what}", got, expected, true, factor=factor, terms=terms)
+        assert_as_accurate(f"{name}: {what}", got, expected, true, terms=terms)
 
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -135,10 +137,15 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_as_accurate_as_plain_pytorch(name, dtype):
-    judge(name, dtype, "native", factor=1.2)
+    judge(name, dtype, "native")
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(name, LOW[i % 3]) for i, name in enumerate(OPTIONS)], ids=str)
+# The interpreter takes seconds a case: each in one type, and in float32 those whose rounding is the loss's own.
+INTERPRETED = {(name, LOW[i % 3]): None for i, name in enumerate(OPTIONS)}
+INTERPRETED |= {(name, torch.float32): None for name in ("ids", "teacher", "teacher, sure", "all, ids")}
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(INTERPRETED), ids=str)
 def test_triton_interpreted(name, dtype):
     judge(name, dtype, "triton", seeds=3)
 
