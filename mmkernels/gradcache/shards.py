@@ -18,7 +18,6 @@ from mmkernels.ops._checks import not_yet
 __all__ = ["Shards"]
 
 if dist.is_available():
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
     from torch.distributed.tensor import DTensor
 
 
@@ -63,6 +62,10 @@ class Shards:
 
     def reset(self) -> None:
         """Ready for a forward after a pass that broke off. FSDP2's own reset would drop what is gathered."""
+        if not self._states:
+            return
+        from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
         for _, group in self._groups():
             group._training_state = TrainingState.IDLE
             group._post_forward_indices.clear()
