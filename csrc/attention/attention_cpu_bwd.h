@@ -128,6 +128,8 @@ void clear(C* p, int64_t count) {
   __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(C));
 }
 
+static_assert(kGradientKeyTile <= OddRows<float>::kMost && kQueryTile <= OddRows<float>::kMost);
+
 // One task: want_dq and want_dkv say which gradients it owns.
 template <class T, class S, bool want_dq, bool want_dkv>
 class BackwardTask {

@@ -13,6 +13,8 @@
 namespace mmk {
 namespace MMK_ISA {
 
+static_assert(kKeyTile <= OddRows<float>::kMost);
+
 template <class T>
 struct ForwardScratch {
   using C = ComputeOf<T>;

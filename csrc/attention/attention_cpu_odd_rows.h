@@ -5,8 +5,6 @@
 // weight for it is not 0.
 #pragma once
 
-#include <vector>
-
 #include "attention/attention_cpu_tiles.h"
 
 namespace mmk {
@@ -17,17 +15,19 @@ class OddRows {
   using C = ComputeOf<T>;
 
  public:
-  // pack_rows_b<S>() with zeros for the odd rows, which are kept until the next call.
+  static constexpr int64_t kMost = 256;
+
+  // pack_rows_b<S>() of up to kMost rows, with zeros for the odd rows, which are kept until the next call.
   template <class S>
   void pack(HeadView<T> x, int64_t first, int64_t count, int64_t width, Packed<S>* dst) {
     pack_rows_b<S>(x, first, count, width, dst);
-    rows_.clear();
-    if (finite(x, first, count, width)) return;
+    any_ = !finite(x, first, count, width);
+    if (!any_) return;
     x_ = {x.row(first), x.stride};
     width_ = width;
     for (int64_t r = 0; r < count; ++r) {
-      if (finite(x, first + r, 1, width)) continue;
-      rows_.push_back(r);
+      odd_[r] = !finite(x, first + r, 1, width);
+      if (!odd_[r]) continue;
       for (int64_t d = 0; d < width; ++d) *element_of_b<S>(dst, count, r, d) = Packed<S>{};
     }
   }
@@ -35,8 +35,9 @@ class OddRows {
   // C [m, width] += A [m, k] times the odd ones among the packed rows [begin, begin + k).
   template <class S>
   void add(int64_t m, int64_t k, Packed<S>* a, int64_t begin, C* c, int64_t ldc) const {
-    for (const int64_t r : rows_) {
-      if (r < begin || r >= begin + k) continue;
+    if (!any_) return;
+    for (int64_t r = begin; r < begin + k; ++r) {
+      if (!odd_[r]) continue;
       const int64_t lane = (r - begin) % kLanes<C>;
       for (int64_t i = 0; i < m; ++i) {
         const C weight = load_n(PackedRow<S>(a, k, i).at(r - begin - lane) + lane, 1)[0];
@@ -66,7 +67,7 @@ class OddRows {
     return b + d / words * panel_size_b<S>(count) + (r / elements * words + d % words) * elements + r % elements;
   }
 
-  std::vector<int64_t> rows_;
+  bool any_ = false, odd_[kMost] = {};
   HeadView<T> x_{};
   int64_t width_ = 0;
 };
