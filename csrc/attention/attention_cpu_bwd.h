@@ -343,9 +343,9 @@ class BackwardTask {
         C* dp = w_.dp + i * Scratch::ld + c;
         const Vec<C> term = load(w_.s + i * Scratch::ld + c);
         Vec<C> p = term * inverse, ds = p * (load(dp) - delta + dlse);
-        if (hides) {  // a hidden pair's term is 0; what it is multiplied by may be a NaN
-          p = select(term == Vec<C>{}, term, p);
-          ds = select(p == Vec<C>{}, p, ds);
+        if (hides) {  // what a hidden pair's term is multiplied by may be a NaN
+          p = select(term == kHidden, Vec<C>{}, p);
+          ds = select(term == kHidden, Vec<C>{}, ds);
         }
         if (want_dkv) {
           store_packed(PackedRow<S>(w_.p, rows, i).at(c), dropped ? p * load(w_.z + i * Scratch::ld + c) : p);
@@ -360,6 +360,9 @@ class BackwardTask {
     }
   }
 
+  // Stands for the term of a hidden pair in w_.s: a visible one's is an exponential, or NaN.
+  static constexpr C kHidden = -1;
+
   // P from the forward's lse.
   template <bool full>
   void recall_column(const TileState& state, int64_t key, int64_t height, int64_t c) {
@@ -368,8 +371,8 @@ class BackwardTask {
       C* s = w_.s + i * Scratch::ld + c;
       const Vec<C> x = load(s);
       Vec<C> p = exp(x * logit_scale_ - lse);
-      if (rewrites_) p = select(x == lowest, Vec<C>{}, p);
-      store(s, full ? p : select(visible(state, key + i, c), p, Vec<C>{}));
+      if (rewrites_) p = select(x == lowest, splat(kHidden), p);
+      store(s, full ? p : select(visible(state, key + i, c), p, splat(kHidden)));
     }
   }
 
@@ -391,14 +394,16 @@ class BackwardTask {
     for (int64_t i = 0; i < height; ++i) {
       C* s = w_.s + i * Scratch::ld + c;
       const Vec<C> x = load(s) * sign;
-      Vec<C> p = exp((x - shift) * factor);
-      if (rewrites_) p = select(x == lowest, Vec<C>{}, p);
-      if (!full) p = select(visible(state, key + i, c), p, Vec<C>{});
+      Vec<C> p = exp((x - shift) * factor), product = p * load(w_.dp + i * Scratch::ld + c);
+      if (rewrites_) p = select(x == lowest, splat(kHidden), p);
+      if (!full) p = select(visible(state, key + i, c), p, splat(kHidden));
       store(s, p);
+      if (!full || rewrites_) {
+        product = select(p == kHidden, Vec<C>{}, product);
+        p = select(p == kHidden, Vec<C>{}, p);
+      }
       sum += p;
-      Vec<C> term = p * load(w_.dp + i * Scratch::ld + c);
-      if (!full || rewrites_) term = select(p == Vec<C>{}, p, term);
-      dot += term;
+      dot += product;
     }
     inverse = select(sum == Vec<C>{}, inverse, inverse / sum);
     delta = dot * inverse;
