@@ -8,33 +8,60 @@ arguments less that one. `Op.__call__` takes the cheapest road that differentiat
     gradient needed         an autograd.Function whose forward takes ctx
     otherwise               the op below autograd
 
-`torch.ops.mmkernels.*` differentiates too.
+`torch.ops.mmkernels.*` differentiates too, in reverse mode. A derivative is made of ops again, never of plain code over
+detached tensors, so that it can be differentiated in its turn:
+
+    f_fwd       y = f(x)
+    f_bwd       (g, x) -> the gradient of <g, f(x)> by x
+    f_second    (t, g, x) -> along the tangents t of x, the tangents of y and of that gradient
+
+The tangent of y is forward mode, and also the gradient of <t, f_bwd> by g. The Hessian of <g, f(x)> is symmetric: its
+product with t is the tangent of f_bwd, and also the gradient of <t, f_bwd> by x. Third derivatives raise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-__all__ = ["Op"]
+__all__ = ["Op", "Second"]
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
+
+
+class Second(NamedTuple):
+    """What makes a backward op differentiable: the op of the second derivatives.
+
+    Attributes:
+        op: takes a tangent for each output of the backward op (None: zero), then that op's own arguments, of which
+            the incoming gradients may be None; gives tangents like the incoming gradients, then like the outputs
+            (empty without incoming gradients).
+        grads: how many of the backward op's arguments, the first, are incoming gradients.
+        wrt: for each of its outputs, which argument it is the gradient of; None for one that it does not need.
+    """
+
+    op: Op
+    grads: int
+    wrt: tuple[int | None, ...]
 
 
 class Op:
     """A torch op `mmkernels::<name>` that differentiates.
 
     Args:
-        name: `<family>_<what>_fwd` or `_bwd`.
+        name: `<family>_<what>_fwd`, `_bwd` or `_second`.
         schema: `(Tensor x, ..., str backend) -> ...`; the backend comes last.
         impls: backend -> function of the arguments without `backend`.
         fake: function of all arguments that gives outputs of the right shape, stride and dtype.
         setup_context: `(ctx, inputs, output)`; saves what backward needs.
         backward: `(ctx, *grad_outputs)` -> one gradient per input, `backend` included. Without it the op has no
             gradient, and asking for one raises.
+        jvp: `(ctx, *tangents)`, None for an input without -> one tangent per output; ctx has what setup_context saved.
+            Without it forward mode raises.
+        second: makes the three for a backward op.
     """
 
     def __init__(
@@ -46,6 +73,8 @@ class Op:
         fake: Callable[..., Any],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        jvp: Callable[..., Any] | None = None,
+        second: Second | None = None,
     ) -> None:
         self.name = name
         self.impls = dict(impls)
@@ -55,10 +84,13 @@ class Op:
             _library.impl(name, self._run, key)
         torch.library.register_fake(f"mmkernels::{name}", fake, lib=_library)
         self._op = getattr(torch.ops.mmkernels, name).default
+        if second is not None:
+            setup_context, backward, jvp = _twice(self, second)
         setup_context = setup_context or _save_nothing
-        backward = backward or _no_gradient(name)
+        backward = backward or _refusal(f"mmkernels::{name} has no gradient formula")
+        jvp = jvp or _refusal(f"mmkernels::{name} has no forward-mode formula (torch.func.jvp, jacfwd, forward_ad)")
         torch.library.register_autograd(f"mmkernels::{name}", backward, setup_context=setup_context, lib=_library)
-        self._fast, self._functorch = _functions(name, self._below_autograd, setup_context, backward)
+        self._fast, self._functorch = _functions(name, self._below_autograd, setup_context, backward, jvp)
 
     def _run(self, *args: Any) -> Any:
         return self.impls[args[-1]](*args[:-1])
@@ -72,6 +104,8 @@ class Op:
             return self._op(*args)
         if torch._C._are_functorch_transforms_active():
             return self._functorch.apply(*args)
+        if forward_ad._current_level >= 0:
+            return self._fast.apply(*args)
         if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, torch.Tensor) and arg.requires_grad:
@@ -85,15 +119,56 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
-def _no_gradient(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise NotImplementedError(f"mmkernels::{name} has no gradient formula (double backward is not supported)")
+def _twice(first: Op, second: Second) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """setup_context, backward and jvp of a backward op."""
 
-    return backward
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+        ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+        ctx.set_materialize_grads(False)
+
+    def inputs_of(ctx: Any) -> list[Any]:
+        inputs = list(ctx.inputs)
+        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            inputs[i] = tensor
+        return inputs
+
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:
+        inputs = inputs_of(ctx)
+        grads: list[Any] = [None] * len(inputs)
+        # An output that nobody needed is empty, and so is what comes in for it.
+        given = [None if t is None or t.numel() == 0 else t for t in tangents]
+        for i, grad in zip((*range(second.grads), *second.wrt), second.op(*given, *inputs), strict=True):
+            if i is not None and isinstance(inputs[i], torch.Tensor) and ctx.needs_input_grad[i]:
+                grads[i] = grad.to(inputs[i].dtype)
+        return tuple(grads)
+
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        inputs = inputs_of(ctx)
+        incoming = [None if x is None else torch.zeros_like(x) for x in inputs[: second.grads]]
+        incoming = [x if t is None else t for t, x in zip(tangents, incoming, strict=False)]
+        linear = first(*incoming, *inputs[second.grads :])
+        along = [None if i is None else tangents[i] for i in second.wrt]
+        moved = second.op(*along, *inputs)[second.grads :]
+        return tuple(a + b.to(a.dtype) if a.shape == b.shape else a for a, b in zip(linear, moved, strict=True))
+
+    return setup_context, backward, jvp
+
+
+def _refusal(why: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(why)
+
+    return refuse
 
 
 def _functions(
-    name: str, run: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+    name: str,
+    run: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    jvp: Callable[..., Any],
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The two autograd.Functions of an op: the quick one, and the one that functorch can see through."""
 
@@ -102,12 +177,9 @@ def _functions(
         def forward(ctx: Any, *args: Any) -> Any:
             output = run(*args)
             setup_context(ctx, args, output)
+            if forward_ad._current_level >= 0:
+                _save_for_forward(ctx)
             return output
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-            return backward(ctx, *grads)
 
     class Functorch(torch.autograd.Function):
         @staticmethod
@@ -115,16 +187,23 @@ def _functions(
             return run(*args)
 
         @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-            return backward(ctx, *grads)
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, inputs, output)
+            _save_for_forward(ctx)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
             return _loop_over_batch(Functorch.apply, info.batch_size, in_dims, args)
 
-    Functorch.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+    for function in (Fast, Functorch):
+        function.backward, function.jvp = staticmethod(backward), staticmethod(jvp)  # type: ignore[method-assign]
     Fast.__name__, Functorch.__name__ = name, f"{name}_functorch"
     return Fast, Functorch
+
+
+def _save_for_forward(ctx: Any) -> None:
+    """What backward needs, jvp needs."""
+    ctx.save_for_forward(*(getattr(ctx, "to_save", None) or ()))
 
 
 def _loop_over_batch(

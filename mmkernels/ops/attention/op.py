@@ -1,4 +1,4 @@
-"""The ops `mmkernels::attention_fwd` and `mmkernels::attention_bwd`: schema, fake, backward.
+"""The ops `mmkernels::attention_fwd`, `_bwd` and `_second`: schema, fake, backward.
 
 q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> out [Tq, H, Dv] in q's dtype, lse [H, Tq] natural log (float32; float64
 for float64). The mask's eleven tensors are `reference.MaskRows`, what follows them `reference.Options`; backends get
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from mmkernels.runtime.register import Op
+from mmkernels.runtime.backends import BACKENDS
+from mmkernels.runtime.register import Op, Second
 
 from . import native, reference
 from .reference import MaskRows, Options
+from .second import attention_second
 
-__all__ = ["attention_bwd_op", "attention_fwd_op"]
+__all__ = ["attention_bwd_op", "attention_fwd_op", "attention_second_op"]
 
 _MASK = (
     "Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, Tensor? span_q, Tensor? span_k, Tensor? allow_q,"
@@ -87,16 +89,51 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | 
     return (*grads, *(None,) * _NUM_MASK, *options, None)
 
 
+def _jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    of_options = tangents[3 + _NUM_MASK :]
+    saved = *ctx.saved_tensors, ctx.dropout_p, ctx.scale, ctx.backend
+    made = attention_second_op(*tangents[:3], *of_options[:2], None, None, *saved)
+    return made[0], made[1]
+
+
+def _second(*args: Any) -> tuple[torch.Tensor, ...]:
+    *tensors, _out, _lse = args[:-_NUM_EXTRA]
+    extra = args[-_NUM_EXTRA:]
+    return attention_second(*tensors, MaskRows(*extra[:_NUM_MASK]), Options(*extra[_NUM_MASK:]))
+
+
+def _second_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    grad_out, _, q, k, v, *_ = args[5:]
+    options = Options(*args[-_NUM_OPTIONS - 1 : -1])
+    inputs = q, k, v, *(torch.empty(0) if x is None else x for x in (options.pair_bias, options.sink))
+    moved = _fwd_fake(q, k, v)
+    wide = moved[1].dtype
+    shapes = [0 if grad_out is None else x.shape for x in inputs]
+    dtypes = q.dtype, k.dtype, v.dtype, wide, wide
+    return *moved, *(q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+
+
+_GRADIENTS = "Tensor{} grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
+
+attention_second_op = Op(
+    "attention_second",
+    "(Tensor? tangent_q, Tensor? tangent_k, Tensor? tangent_v, Tensor? tangent_bias, Tensor? tangent_sink,"
+    f" {_GRADIENTS.format('?')}, {_MASK}, {_OPTIONS}, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    impls=dict.fromkeys(BACKENDS, _second),
+    fake=_second_fake,
+)
+
 attention_bwd_op = Op(
     "attention_bwd",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    f" {_MASK}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_GRADIENTS.format('')}, {_MASK}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     impls={
         "native": _structured(native.attention_bwd),
         "triton": _structured(_triton_bwd),
         "reference": _structured(reference.attention_bwd),
     },
     fake=_bwd_fake,
+    second=Second(attention_second_op, grads=2, wrt=(2, 3, 4, 7 + _NUM_MASK, 8 + _NUM_MASK)),
 )
 
 attention_fwd_op = Op(
@@ -110,4 +147,5 @@ attention_fwd_op = Op(
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    jvp=_jvp,
 )

@@ -21,7 +21,20 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["MaskRows", "Options", "attention_bwd", "attention_fwd", "bias_gradient", "keep", "sink_gradient", "visible"]
+__all__ = [
+    "MaskRows",
+    "Options",
+    "attention_bwd",
+    "attention_fwd",
+    "bias_gradient",
+    "compute_dtype",
+    "dropout",
+    "keep",
+    "probabilities",
+    "sink_gradient",
+    "visible",
+    "weighted_sums",
+]
 
 
 class MaskRows(NamedTuple):
@@ -68,8 +81,11 @@ def visible(rows: MaskRows, num_keys: int) -> torch.Tensor:
     return seen & ((rows.span_q[:, None] == rows.span_k) | (rows.allow_q[:, None] & rows.bit_k != 0))
 
 
-def keep(seed: torch.Tensor, dropout_p: float, heads: int, tokens_q: int, tokens_k: int) -> torch.Tensor:
-    """What dropout keeps: bool [H, Tq, Tk], the same on every backend.
+def keep(
+    seed: torch.Tensor, dropout_p: float, heads: int, tokens_q: int, tokens_k: int, first: tuple[int, int] = (0, 0)
+) -> torch.Tensor:
+    """What dropout keeps: bool [H, Tq, Tk], the same on every backend; from query and key `first` on, where the query
+    is a multiple of four.
 
     Philox 4x32-10 under the key `seed` at the counter (j, i // 4, h, 0) gives four words, one for each of four
     queries; pair (i, j) of head h is kept if word i % 4, less its lowest bit, is below (1 - dropout_p) 2^31.
@@ -83,8 +99,8 @@ def keep(seed: torch.Tensor, dropout_p: float, heads: int, tokens_q: int, tokens
         return high, (((a >> 16) * b & 0xFFFF) << 16) + (a & 0xFFFF) * b & low
 
     groups, device = (tokens_q + 3) // 4, seed.device
-    c0 = torch.arange(tokens_k, device=device).expand(heads, groups, tokens_k)
-    c1 = torch.arange(groups, device=device)[:, None].expand_as(c0)
+    c0 = first[1] + torch.arange(tokens_k, device=device).expand(heads, groups, tokens_k)
+    c1 = first[0] // 4 + torch.arange(groups, device=device)[:, None].expand_as(c0)
     c2 = torch.arange(heads, device=device)[:, None, None].expand_as(c0)
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & low, seed >> 32 & low
@@ -96,11 +112,11 @@ def keep(seed: torch.Tensor, dropout_p: float, heads: int, tokens_q: int, tokens
     return words >> 1 < round((1 - dropout_p) * 2**31)
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _probabilities(
+def probabilities(
     q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, rows: MaskRows, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """p [H, Tq, Tk] and lse [H, Tq] in q's dtype from q [Tq, H, D], k [Tk, H, D] and seen [Tq, Tk]."""
@@ -116,7 +132,7 @@ def _probabilities(
     return torch.where(seen, p, 0.0).to(q.dtype), torch.logsumexp(scores, dim=-1).to(q.dtype)
 
 
-def _weighted_sums(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def weighted_sums(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """sum_r weights[h, t, r] rows[r, h] over weights that are not 0: [T, H, D] from [H, T, R] and [R, H, D]."""
     odd = ~rows.isfinite().flatten(1).all(1)
     sums = torch.einsum("htr,rhd->thd", weights, rows.masked_fill(odd[:, None, None], 0.0))
@@ -126,22 +142,25 @@ def _weighted_sums(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def _dropout(options: Options, heads: int, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """z [H, Tq, Tk]."""
+def dropout(
+    options: Options, heads: int, seen: torch.Tensor, dtype: torch.dtype, first: tuple[int, int] = (0, 0)
+) -> torch.Tensor | None:
+    """z [H, Tq, Tk], from query and key `first` on."""
     if options.seed is None:
         return None
-    return keep(options.seed, options.dropout_p, heads, *seen.shape).to(dtype) / (1 - options.dropout_p)
+    kept = keep(options.seed, options.dropout_p, heads, seen.shape[0], seen.shape[1], first)
+    return kept.to(dtype) / (1 - options.dropout_p)
 
 
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [Tq, H, Dv] in q's dtype and lse [H, Tq]."""
-    dtype, group = _compute_dtype(q), q.shape[1] // k.shape[1]
+    dtype, group = compute_dtype(q), q.shape[1] // k.shape[1]
     seen = visible(rows, k.shape[0])
-    p, lse = _probabilities(q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1), seen, rows, options)
-    z = _dropout(options, q.shape[1], seen, dtype)
-    out = _weighted_sums(p if z is None else p * z, v.to(dtype).repeat_interleave(group, dim=1))
+    p, lse = probabilities(q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1), seen, rows, options)
+    z = dropout(options, q.shape[1], seen, dtype)
+    out = weighted_sums(p if z is None else p * z, v.to(dtype).repeat_interleave(group, dim=1))
     return out.to(q.dtype).contiguous(), lse
 
 
@@ -160,21 +179,21 @@ def attention_bwd(
 
     Probabilities are computed again, `out` and `lse` are not needed.
     """
-    dtype, group = _compute_dtype(q), q.shape[1] // k.shape[1]
+    dtype, group = compute_dtype(q), q.shape[1] // k.shape[1]
     x, do = q.to(dtype), grad_out.to(dtype)
     y, w = (t.to(dtype).repeat_interleave(group, dim=1) for t in (k, v))
     seen = visible(rows, k.shape[0])
-    p, lse = _probabilities(x, y, seen, rows, options)
-    z = _dropout(options, q.shape[1], seen, dtype)
+    p, lse = probabilities(x, y, seen, rows, options)
+    z = dropout(options, q.shape[1], seen, dtype)
     dp = torch.einsum("qhd,khd->hqk", do, w)
     dp = torch.where(seen, dp if z is None else dp * z, 0.0)
     delta = (p * dp).sum(-1)  # <do_i, out_i> without out's rounding
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype)
     ds = torch.where(seen, p * (dp - delta[..., None]), 0.0)
-    dq = _weighted_sums(ds * options.scale, y)
-    dk = _weighted_sums((ds * options.scale).mT, x).unflatten(1, (k.shape[1], group)).sum(2)
-    dv = _weighted_sums((p if z is None else p * z).mT, do).unflatten(1, (k.shape[1], group)).sum(2)
+    dq = weighted_sums(ds * options.scale, y)
+    dk = weighted_sums((ds * options.scale).mT, x).unflatten(1, (k.shape[1], group)).sum(2)
+    dv = weighted_sums((p if z is None else p * z).mT, do).unflatten(1, (k.shape[1], group)).sum(2)
     dbias, dsink = lse.new_empty(0), lse.new_empty(0)
     if options.pair_bias is not None:
         assert rows.class_k is not None

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import op
 from .exchange import Ranks
@@ -82,6 +81,20 @@ def same_on_all_ranks(ranks: Ranks, scalar: Tensor) -> Tensor:
     return _SameOnAllRanks.apply(ranks, scalar) if scalar.requires_grad and ranks.world > 1 else scalar
 
 
+def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward without a derivative, said when a graph of it is asked for: later the missing term is not seen."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "infonce, siglip: with a group there is no double backward (create_graph=True); it needs group=None"
+            )
+        return backward(ctx, *grads)
+
+    return checked
+
+
 class _MeanOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, total: Tensor) -> Tensor:
@@ -89,7 +102,7 @@ class _MeanOverRanks(torch.autograd.Function):
         return ranks.summed(total)
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
         return None, grad * ctx.world
 
@@ -101,7 +114,7 @@ class _SameOnAllRanks(torch.autograd.Function):
         return scalar.clone()
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Any:
         return None, ctx.ranks.summed(grad) / ctx.ranks.world
 
@@ -245,7 +258,7 @@ class _Softmax(torch.autograd.Function):
         return of_rows, of_columns
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> Any:
         queries, keys, logit_scale, *rule, of_rows, of_columns = ctx.saved_tensors[:12]
         _, need_queries, need_keys, need_scale, *_ = ctx.needs_input_grad
@@ -259,9 +272,8 @@ class _Softmax(torch.autograd.Function):
             of_keys = here.keys.new_empty(COEFFICIENTS + 1, 0, dtype=torch.float64)
             of_keys = of_keys if here.columns is None else here.columns.T.contiguous()
             arguments = of_queries, of_keys[:COEFFICIENTS], queries, here.keys, logit_scale, lse_q, of_keys[-1]
-            dqueries, dkeys = op.softmax_bwd(
-                *arguments, *here.pairs, ctx.same_id, *here.teacher, need_queries, need_keys, ctx.backend
-            )
+            rules = *here.pairs, ctx.same_id, *here.teacher
+            dqueries, dkeys, _ = op.softmax_bwd(*arguments, *rules, None, None, need_queries, need_keys, ctx.backend)
             return dqueries if need_queries else torch.zeros_like(queries), dkeys
 
         dqueries = dkeys = dscale = None
@@ -308,7 +320,7 @@ class _Sigmoid(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad_sums: Tensor) -> Any:
         queries, keys, logit_scale, logit_bias, *pairs, sums = ctx.saved_tensors[:8]
         _, need_queries, need_keys, need_scale, need_bias, *_ = ctx.needs_input_grad
@@ -318,7 +330,7 @@ class _Sigmoid(torch.autograd.Function):
             if not len(queries) or not len(here.keys):
                 return torch.zeros_like(queries), torch.zeros_like(here.keys)
             arguments = grad, queries, here.keys, logit_scale, logit_bias, *here.pairs
-            dqueries, dkeys = op.sigmoid_bwd(*arguments, need_queries, need_keys, ctx.backend)
+            dqueries, dkeys, *_ = op.sigmoid_bwd(*arguments, None, need_queries, need_keys, ctx.backend)
             return dqueries if need_queries else torch.zeros_like(queries), dkeys
 
         dqueries = dkeys = None

@@ -6,24 +6,25 @@
     infonce, siglip     their plain cases in one op, which the CUDA C++ kernels know
     sample, topk        retrieval; no gradient
 
-Forwards also give the gradients of the scalars (they come free from the statistics), so that a backward op only makes
-the feature gradients, by recomputing the logits. What goes from one to the other is the lse of every row and column, in
-float64: rounded to float32 it would put an error of half its last place into every softmax. A feature gradient nobody
-needs is not computed: it comes as [0, E].
+Forwards also give the derivatives by the scalars (they come free from the statistics), which a backward op multiplies
+by what comes in; the feature gradients it makes by recomputing the logits. What goes from one to the other is the lse
+of every row and column, in float64: rounded to float32 it would put an error of half its last place into every softmax.
+A feature gradient nobody needs is not computed: it comes as [0, E]. Second derivatives: op_second.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkernels.runtime.register import Op
+from mmkernels.runtime.register import Op, Second
 
 from . import chunks, native, reference
-from .reference import COEFFICIENTS, LSE, MEAN, STATISTICS, Pairs, Teacher, statistics_dtype
+from .op_second import PAIRS, TEACHER, infonce_second, siglip_second, sigmoid_second, softmax_second
+from .reference import COEFFICIENTS, LSE, MEAN, STATISTICS, TOTAL, Pairs, Teacher, statistics_dtype
 
 __all__ = [
     "infonce_bwd",
@@ -69,6 +70,25 @@ def _impls(name: str, direction: str, tensors: int, teacher: bool = False, oracl
     return {backend: _grouped(run, tensors, teacher) for backend, run in runs.items()}
 
 
+def _with_scalars(
+    runs: Mapping[str, Callable[..., Any]], features: int, saved: int, scalars: Callable[..., tuple[Tensor, ...]]
+) -> dict[str, Any]:
+    """Backends' feature gradients and, after them, those of the scalars, which come from what a forward has saved: the
+    last so many tensors, which the backends do not see. `features` is the place of queries and keys."""
+
+    def whole(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+        def gradients(*args: Any) -> tuple[Tensor, ...]:
+            first, needs = args[:-2], args[-2:]
+            made = _fake_gradients(*first[features : features + 2], *needs)
+            if needs[0] or needs[1]:
+                made = run(*first[:-saved], *needs)
+            return *made, *scalars(*first)
+
+        return gradients
+
+    return {backend: whole(run) for backend, run in runs.items()}
+
+
 def _fake_scalars(queries: Tensor, count: int) -> tuple[Tensor, ...]:
     return tuple(queries.new_empty((), dtype=statistics_dtype(queries.dtype)) for _ in range(count))
 
@@ -94,53 +114,74 @@ def _softmax_fwd_fake(queries: Tensor, keys: Tensor, *args: Any) -> tuple[Tensor
     )
 
 
-def _softmax_bwd_fake(coefficients_q: Tensor, coefficients_k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    queries, keys, *_, need_queries, need_keys, _backend = args
-    return _fake_gradients(queries, keys, need_queries, need_keys)
+def _softmax_bwd_fake(coefficients_q: Tensor, coefficients_k: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    queries, keys, logit_scale, *_, mean_q, _mean_k, need_queries, need_keys, _backend = args
+    dscale = logit_scale.new_empty(0 if mean_q is None else ())
+    return *_fake_gradients(queries, keys, need_queries, need_keys), dscale
+
+
+def _softmax_scale(coefficients_q: Tensor, coefficients_k: Tensor, *args: Any) -> tuple[Tensor]:
+    """An lse of nothing is constant; its mean is 0."""
+    logit_scale, mean_q, mean_k = args[2], args[-2], args[-1]
+    if mean_q is None:
+        return (logit_scale.new_empty(0),)
+    return (((coefficients_q[LSE] * mean_q).sum() + (coefficients_k[LSE] * mean_k).sum()).to(logit_scale.dtype),)
 
 
 def _softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    queries, keys, logit_scale, targets, query_ids, key_ids, ctx.same_id, *teacher, _, _, ctx.backend = inputs
-    ctx.save_for_backward(queries, keys, logit_scale, targets, query_ids, key_ids, *teacher, *output)
+    queries, keys, logit_scale, *pairs, ctx.same_id, tq, tk, tlse_q, tlse_k, ctx.totals, _, ctx.backend = inputs
+    ctx.save_for_backward(queries, keys, logit_scale, *pairs, tq, tk, tlse_q, tlse_k, *output)
+
+
+def _softmax_saved(ctx: Any) -> tuple[Any, ...]:
+    """As the backward and the second op want it."""
+    *features, targets, query_ids, key_ids, tq, tk, tlse_q, tlse_k, of_rows, of_columns = ctx.saved_tensors
+    rules = targets, query_ids, key_ids, ctx.same_id, tq, tk, tlse_q, tlse_k
+    mean = (of_rows[MEAN], of_columns[MEAN]) if ctx.needs_input_grad[2] else (None, None)
+    needs = ctx.needs_input_grad[:2]
+    return *features, of_rows[LSE], of_columns[LSE], *rules, *mean, *needs, ctx.backend
 
 
 def _softmax_backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Any, ...]:
-    queries, keys, logit_scale, targets, query_ids, key_ids, *teacher, of_rows, of_columns = ctx.saved_tensors
-    need_queries, need_keys, need_scale = ctx.needs_input_grad[:3]
-    dqueries = dkeys = dscale = None
-    if need_queries or need_keys:
-        coefficients = grad_rows[:COEFFICIENTS], grad_columns[:COEFFICIENTS]
-        lse, pairs = (of_rows[LSE], of_columns[LSE]), (targets, query_ids, key_ids, ctx.same_id)
-        dqueries, dkeys = softmax_bwd(
-            *coefficients, queries, keys, logit_scale, *lse, *pairs, *teacher, need_queries, need_keys, ctx.backend
-        )
-    if need_scale:
-        # An lse of nothing is constant; its mean is 0.
-        parts = (grad_rows[LSE] * of_rows[MEAN]).sum() + (grad_columns[LSE] * of_columns[MEAN]).sum()
-        dscale = parts.to(logit_scale.dtype)
-    return (dqueries if need_queries else None, dkeys if need_keys else None, dscale, *(None,) * 11)
+    need = ctx.needs_input_grad[:3]
+    if not any(need):
+        return (None,) * 14
+    grads = softmax_bwd(grad_rows[:COEFFICIENTS], grad_columns[:COEFFICIENTS], *_softmax_saved(ctx))
+    return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *(None,) * 11
 
 
-_PAIRS = "Tensor? targets, Tensor? query_ids, Tensor? key_ids"
-_TEACHER = "Tensor? teacher_queries, Tensor? teacher_keys, Tensor? teacher_lse_q, Tensor? teacher_lse_k"
+def _softmax_jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+    of_rows, of_columns, *_ = softmax_second(*tangents[:3], None, None, *_softmax_saved(ctx))
+    return _all_statistics(of_rows, ctx.totals), _all_statistics(of_columns, ctx.totals)
+
+
+def _all_statistics(tangents: Tensor, totals: bool) -> Tensor:
+    """Those that are not differentiable, and totals that were not asked for, are constant."""
+    *others, teacher = tangents.split(1)
+    zero = torch.zeros_like(teacher)
+    others[TOTAL] = others[TOTAL] if totals else zero
+    return torch.cat([*others, teacher, *[zero] * (STATISTICS - COEFFICIENTS)])
+
 
 softmax_bwd = Op(
     "contrastive_softmax_bwd",
     "(Tensor coefficients_q, Tensor coefficients_k, Tensor queries, Tensor keys, Tensor logit_scale, Tensor lse_q, "
-    f"Tensor lse_k, {_PAIRS}, str same_id, {_TEACHER}, bool need_queries, bool need_keys, str backend) "
-    "-> (Tensor dqueries, Tensor dkeys)",
-    impls=_impls("softmax_bwd", "bwd", 7, teacher=True),
+    f"Tensor lse_k, {PAIRS}, str same_id, {TEACHER}, Tensor? mean_q, Tensor? mean_k, bool need_queries, "
+    "bool need_keys, str backend) -> (Tensor dqueries, Tensor dkeys, Tensor dscale)",
+    impls=_with_scalars(_impls("softmax_bwd", "bwd", 7, teacher=True), 2, 2, _softmax_scale),
     fake=_softmax_bwd_fake,
+    second=Second(softmax_second, grads=2, wrt=(2, 3, 4)),
 )
 
 softmax_fwd = Op(
     "contrastive_softmax_fwd",
-    f"(Tensor queries, Tensor keys, Tensor logit_scale, {_PAIRS}, str same_id, {_TEACHER}, bool totals, bool columns, "
+    f"(Tensor queries, Tensor keys, Tensor logit_scale, {PAIRS}, str same_id, {TEACHER}, bool totals, bool columns, "
     "str backend) -> (Tensor rows, Tensor columns)",
     impls=_impls("softmax_fwd", "fwd", 3, teacher=True),
     fake=_softmax_fwd_fake,
     setup_context=_softmax_setup,
     backward=_softmax_backward,
+    jvp=_softmax_jvp,
 )
 
 
@@ -151,8 +192,17 @@ def _sigmoid_fwd_fake(queries: Tensor, *args: Any) -> Tensor:
     return queries.new_empty(3, dtype=torch.float64)
 
 
-def _sigmoid_bwd_fake(grad_sum: Tensor, queries: Tensor, keys: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _fake_gradients(queries, keys, *args[-3:-1])
+def _sigmoid_bwd_fake(grad_sum: Tensor, queries: Tensor, keys: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    logit_scale, logit_bias, *_, sums, need_queries, need_keys, _backend = args
+    scalars = (x.new_empty(0 if sums is None else ()) for x in (logit_scale, logit_bias))
+    return *_fake_gradients(queries, keys, need_queries, need_keys), *scalars
+
+
+def _sigmoid_scalars(grad_sum: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    logit_scale, logit_bias, sums = args[2], args[3], args[-1]
+    if sums is None:
+        return logit_scale.new_empty(0), logit_bias.new_empty(0)
+    return (grad_sum * sums[1]).to(logit_scale.dtype), (grad_sum * sums[2]).to(logit_bias.dtype)
 
 
 def _sigmoid_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -161,40 +211,78 @@ def _sigmoid_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _sigmoid_backward(ctx: Any, grad_sums: Tensor) -> tuple[Any, ...]:
-    *inputs, sums = ctx.saved_tensors
-    need_queries, need_keys, need_scale, need_bias = ctx.needs_input_grad[:4]
-    grad = grad_sums[0]
-    dqueries = dkeys = None
-    if need_queries or need_keys:
-        dqueries, dkeys = sigmoid_bwd(grad, *inputs, need_queries, need_keys, ctx.backend)
-    return (
-        dqueries if need_queries else None,
-        dkeys if need_keys else None,
-        (grad * sums[1]).to(inputs[2].dtype) if need_scale else None,
-        (grad * sums[2]).to(inputs[3].dtype) if need_bias else None,
-        *(None,) * 4,
-    )
+    need = ctx.needs_input_grad[:4]
+    grads = sigmoid_bwd(grad_sums[0], *ctx.saved_tensors, *need[:2], ctx.backend)
+    return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *(None,) * 4
+
+
+def _sigmoid_jvp(ctx: Any, *tangents: Any) -> Tensor:
+    return sigmoid_second(*tangents[:4], None, *ctx.saved_tensors, True, True, ctx.backend)[0]
 
 
 sigmoid_bwd = Op(
     "contrastive_sigmoid_bwd",
-    f"(Tensor grad_sum, Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, {_PAIRS}, "
-    "bool need_queries, bool need_keys, str backend) -> (Tensor dqueries, Tensor dkeys)",
-    impls=_impls("sigmoid_bwd", "bwd", 5),
+    f"(Tensor grad_sum, Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, {PAIRS}, Tensor? sums, "
+    "bool need_queries, bool need_keys, str backend) -> (Tensor dqueries, Tensor dkeys, Tensor dscale, Tensor dbias)",
+    impls=_with_scalars(_impls("sigmoid_bwd", "bwd", 5), 1, 1, _sigmoid_scalars),
     fake=_sigmoid_bwd_fake,
+    second=Second(sigmoid_second, grads=1, wrt=(1, 2, 3, 4)),
 )
 
 sigmoid_fwd = Op(
     "contrastive_sigmoid_fwd",
-    f"(Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, {_PAIRS}, str backend) -> Tensor",
+    f"(Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, {PAIRS}, str backend) -> Tensor",
     impls=_impls("sigmoid_fwd", "fwd", 4),
     fake=_sigmoid_fwd_fake,
     setup_context=_sigmoid_setup,
     backward=_sigmoid_backward,
+    jvp=_sigmoid_jvp,
 )
 
 
-# The plain losses
+# The plain losses: the first output is differentiable, the others are saved, among them last the scalars' derivatives
+
+
+def _plain_impls(name: str, direction: str) -> dict[str, Callable[..., Any]]:
+    return {"native": getattr(native, name), "triton": _triton(direction, name), "reference": getattr(reference, name)}
+
+
+def _plain_bwd_impls(name: str, scalars: int) -> dict[str, Any]:
+    def of_scalars(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(grad_loss * derivative for derivative in args[-scalars:])
+
+    return _with_scalars(_plain_impls(name, "bwd"), 1, scalars, of_scalars)
+
+
+def _plain_bwd_fake(scalars: int) -> Callable[..., tuple[Tensor, ...]]:
+    def fake(grad_loss: Tensor, queries: Tensor, keys: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *saved, need_queries, need_keys, _backend = args
+        return *_fake_gradients(queries, keys, need_queries, need_keys), *map(torch.empty_like, saved[-scalars:])
+
+    return fake
+
+
+def _plain_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _plain_backward(bwd: Op) -> Callable[..., tuple[Any, ...]]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+        *need, _backend = ctx.needs_input_grad
+        grads = bwd(grad_loss, *ctx.saved_tensors, *need[:2], ctx.backend)
+        return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None
+
+    return backward
+
+
+def _plain_jvp(second: Op, outputs: int) -> Callable[..., tuple[Any, ...]]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        moved = second(*tangents[:-1], None, *ctx.saved_tensors, True, True, ctx.backend)
+        return moved[0], *(None,) * (outputs - 1)
+
+    return jvp
 
 
 def _infonce_fwd_fake(queries: Tensor, keys: Tensor, logit_scale: Tensor, backend: str) -> tuple[Tensor, ...]:
@@ -203,49 +291,25 @@ def _infonce_fwd_fake(queries: Tensor, keys: Tensor, logit_scale: Tensor, backen
     return loss, *lse, grad_scale
 
 
-def _plain_bwd_fake(grad_loss: Tensor, queries: Tensor, keys: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _fake_gradients(queries, keys, *args[-3:-1])
-
-
-def _infonce_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, keys, logit_scale, ctx.backend = inputs
-    _, lse_q, lse_k, grad_scale = output
-    ctx.mark_non_differentiable(lse_q, lse_k, grad_scale)
-    ctx.save_for_backward(queries, keys, logit_scale, lse_q, lse_k, grad_scale)
-
-
-def _infonce_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    queries, keys, logit_scale, lse_q, lse_k, grad_scale = ctx.saved_tensors
-    need_queries, need_keys, need_scale, _ = ctx.needs_input_grad
-    dqueries = dkeys = None
-    if need_queries or need_keys:
-        dqueries, dkeys = infonce_bwd(
-            grad_loss, queries, keys, logit_scale, lse_q, lse_k, need_queries, need_keys, ctx.backend
-        )
-    return (
-        dqueries if need_queries else None,
-        dkeys if need_keys else None,
-        grad_loss * grad_scale if need_scale else None,
-        None,
-    )
-
-
 infonce_bwd = Op(
     "contrastive_infonce_bwd",
     "(Tensor grad_loss, Tensor queries, Tensor keys, Tensor logit_scale, Tensor lse_q, Tensor lse_k, "
-    "bool need_queries, bool need_keys, str backend) -> (Tensor dqueries, Tensor dkeys)",
-    impls={"native": native.infonce_bwd, "triton": _triton("bwd", "infonce_bwd"), "reference": reference.infonce_bwd},
-    fake=_plain_bwd_fake,
+    "Tensor grad_scale, bool need_queries, bool need_keys, str backend) "
+    "-> (Tensor dqueries, Tensor dkeys, Tensor dscale)",
+    impls=_plain_bwd_impls("infonce_bwd", 1),
+    fake=_plain_bwd_fake(1),
+    second=Second(infonce_second, grads=1, wrt=(1, 2, 3)),
 )
 
 infonce_fwd = Op(
     "contrastive_infonce_fwd",
     "(Tensor queries, Tensor keys, Tensor logit_scale, str backend) "
     "-> (Tensor loss, Tensor lse_q, Tensor lse_k, Tensor grad_scale)",
-    impls={"native": native.infonce_fwd, "triton": _triton("fwd", "infonce_fwd"), "reference": reference.infonce_fwd},
+    impls=_plain_impls("infonce_fwd", "fwd"),
     fake=_infonce_fwd_fake,
-    setup_context=_infonce_setup,
-    backward=_infonce_backward,
+    setup_context=_plain_setup,
+    backward=_plain_backward(infonce_bwd),
+    jvp=_plain_jvp(infonce_second, 4),
 )
 
 
@@ -255,46 +319,25 @@ def _siglip_fwd_fake(
     return _fake_scalars(queries, 3)
 
 
-def _siglip_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, keys, logit_scale, logit_bias, ctx.backend = inputs
-    _, grad_scale, grad_bias = output
-    ctx.mark_non_differentiable(grad_scale, grad_bias)
-    ctx.save_for_backward(queries, keys, logit_scale, logit_bias, grad_scale, grad_bias)
-
-
-def _siglip_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    queries, keys, logit_scale, logit_bias, grad_scale, grad_bias = ctx.saved_tensors
-    need_queries, need_keys, need_scale, need_bias, _ = ctx.needs_input_grad
-    dqueries = dkeys = None
-    if need_queries or need_keys:
-        dqueries, dkeys = siglip_bwd(
-            grad_loss, queries, keys, logit_scale, logit_bias, need_queries, need_keys, ctx.backend
-        )
-    return (
-        dqueries if need_queries else None,
-        dkeys if need_keys else None,
-        grad_loss * grad_scale if need_scale else None,
-        grad_loss * grad_bias if need_bias else None,
-        None,
-    )
-
-
 siglip_bwd = Op(
     "contrastive_siglip_bwd",
-    "(Tensor grad_loss, Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, "
-    "bool need_queries, bool need_keys, str backend) -> (Tensor dqueries, Tensor dkeys)",
-    impls={"native": native.siglip_bwd, "triton": _triton("bwd", "siglip_bwd"), "reference": reference.siglip_bwd},
-    fake=_plain_bwd_fake,
+    "(Tensor grad_loss, Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, Tensor grad_scale, "
+    "Tensor grad_bias, bool need_queries, bool need_keys, str backend) "
+    "-> (Tensor dqueries, Tensor dkeys, Tensor dscale, Tensor dbias)",
+    impls=_plain_bwd_impls("siglip_bwd", 2),
+    fake=_plain_bwd_fake(2),
+    second=Second(siglip_second, grads=1, wrt=(1, 2, 3, 4)),
 )
 
 siglip_fwd = Op(
     "contrastive_siglip_fwd",
     "(Tensor queries, Tensor keys, Tensor logit_scale, Tensor logit_bias, str backend) "
     "-> (Tensor loss, Tensor grad_scale, Tensor grad_bias)",
-    impls={"native": native.siglip_fwd, "triton": _triton("fwd", "siglip_fwd"), "reference": reference.siglip_fwd},
+    impls=_plain_impls("siglip_fwd", "fwd"),
     fake=_siglip_fwd_fake,
-    setup_context=_siglip_setup,
-    backward=_siglip_backward,
+    setup_context=_plain_setup,
+    backward=_plain_backward(siglip_bwd),
+    jvp=_plain_jvp(siglip_second, 3),
 )
 
 
@@ -312,7 +355,7 @@ def _topk_fake(queries: Tensor, keys: Tensor, k: int, backend: str) -> tuple[Ten
 
 sample_negatives = Op(
     "contrastive_sample_fwd",
-    f"(Tensor queries, Tensor keys, Tensor logit_scale, Tensor seed, {_PAIRS}, str backend) -> Tensor",
+    f"(Tensor queries, Tensor keys, Tensor logit_scale, Tensor seed, {PAIRS}, str backend) -> Tensor",
     impls=_impls("sample_negatives", "fwd", 4, oracle=reference),
     fake=_sample_fake,
 )

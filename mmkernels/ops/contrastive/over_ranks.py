@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmkernels.ops._checks import wrong_value
 
@@ -34,6 +35,10 @@ def refusing(group: Any, exchange: Any, features: Any) -> Iterator[None]:
         yield
         return
     check_group(group, exchange)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "group: expected None under torch.func and forward mode; collectives have no rule there"
+        )
     try:
         yield
     except Exception:

@@ -66,13 +66,13 @@ def statistics_dtype(features: torch.dtype) -> torch.dtype:
     return torch.float64 if features == torch.float64 else torch.float32
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False)
 
 
 def _similarity(queries: Tensor, keys: Tensor) -> Tensor:
     dtype = statistics_dtype(queries.dtype)
-    with _no_autocast(queries):
+    with no_autocast(queries):
         return queries.to(dtype) @ keys.to(dtype).T  # [N, M]
 
 
@@ -80,13 +80,13 @@ def _feature_gradients(
     grad_similarity: Tensor, queries: Tensor, keys: Tensor, need_queries: bool, need_keys: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = grad_similarity.dtype
-    with _no_autocast(queries):
+    with no_autocast(queries):
         dqueries = grad_similarity @ keys.to(dtype) if need_queries else queries.new_empty(0, queries.shape[1])
         dkeys = grad_similarity.T @ queries.to(dtype) if need_keys else keys.new_empty(0, keys.shape[1])
     return dqueries.to(queries.dtype), dkeys.to(keys.dtype)
 
 
-def _pairs(similarity: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def positive_and_seen(similarity: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Which pairs are positive, and which are seen at all: bool [N, M] each."""
     targets, query_ids, key_ids, same_id = pairs
     n, m = similarity.shape
@@ -102,7 +102,7 @@ def _pairs(similarity: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
 # Softmax statistics
 
 
-def _softmax(logits: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
+def softmax_of_seen(logits: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
     """exp(logits - lse) of what is seen; 0 in a row that sees nothing."""
     return torch.where(seen & (lse != -torch.inf), (logits - lse).exp(), 0.0).to(logits.dtype)
 
@@ -118,7 +118,7 @@ def _statistics(
     """Of each row: [7, N] float64."""
     lse = logits.double().masked_fill(~seen, -torch.inf).logsumexp(1)
     a = similarity.double()
-    mean = (_softmax(logits, lse[:, None], seen).double() * a).sum(1)
+    mean = (softmax_of_seen(logits, lse[:, None], seen).double() * a).sum(1)
     zero = torch.zeros_like(lse)
     return torch.stack(
         [
@@ -145,12 +145,12 @@ def softmax_fwd(
     """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64; see op.py."""
     similarity = _similarity(queries, keys)
     logits = logit_scale * similarity
-    positive, seen = _pairs(similarity, pairs)
+    positive, seen = positive_and_seen(similarity, pairs)
     of_q = of_k = None
     if teacher is not None:
         taught = logit_scale * _similarity(teacher.queries, teacher.keys)
-        of_q = _softmax(taught, teacher.lse_q[:, None], seen)
-        of_k = _softmax(taught, teacher.lse_k[None], seen).T if columns and teacher.lse_k is not None else None
+        of_q = softmax_of_seen(taught, teacher.lse_q[:, None], seen)
+        of_k = softmax_of_seen(taught, teacher.lse_k[None], seen).T if columns and teacher.lse_k is not None else None
     of_rows = _statistics(similarity, logits, positive, seen, totals, of_q)
     if not columns:
         return of_rows, of_rows.new_empty(STATISTICS, 0)
@@ -173,18 +173,26 @@ def softmax_bwd(
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     similarity = _similarity(queries, keys)
     logits = logit_scale * similarity
-    positive, seen = _pairs(similarity, pairs)
+    positive, seen = positive_and_seen(similarity, pairs)
     columns = coefficients_k.shape[1] > 0
     scale = logit_scale.double()
     of_q, of_k = coefficients_q.double()[:, :, None], coefficients_k.double()[:, None, :]
-    grad = scale * of_q[LSE] * _softmax(logits, lse_q[:, None], seen) + of_q[POSITIVE] * positive + of_q[TOTAL] * seen
+    grad = (
+        scale * of_q[LSE] * softmax_of_seen(logits, lse_q[:, None], seen)
+        + of_q[POSITIVE] * positive
+        + of_q[TOTAL] * seen
+    )
     if columns:
-        grad += scale * of_k[LSE] * _softmax(logits, lse_k[None], seen) + of_k[POSITIVE] * positive + of_k[TOTAL] * seen
+        grad += (
+            scale * of_k[LSE] * softmax_of_seen(logits, lse_k[None], seen)
+            + of_k[POSITIVE] * positive
+            + of_k[TOTAL] * seen
+        )
     if teacher is not None:
         taught = logit_scale * _similarity(teacher.queries, teacher.keys)
-        grad += of_q[TEACHER] * _softmax(taught, teacher.lse_q[:, None], seen)
+        grad += of_q[TEACHER] * softmax_of_seen(taught, teacher.lse_q[:, None], seen)
         if columns and teacher.lse_k is not None:
-            grad += of_k[TEACHER] * _softmax(taught, teacher.lse_k[None], seen)
+            grad += of_k[TEACHER] * softmax_of_seen(taught, teacher.lse_k[None], seen)
     return _feature_gradients(grad.to(similarity.dtype), queries, keys, need_queries, need_keys)
 
 
@@ -192,7 +200,7 @@ def softmax_bwd(
 
 
 def _signs(similarity: Tensor, pairs: Pairs) -> Tensor:
-    positive, _ = _pairs(similarity, pairs)
+    positive, _ = positive_and_seen(similarity, pairs)
     return torch.where(positive, 1.0, -1.0).to(similarity.dtype)
 
 
@@ -232,7 +240,7 @@ def sigmoid_bwd(
 # The plain losses: as many keys as queries, each query's positive its own key
 
 
-def _own(queries: Tensor) -> Pairs:
+def own_pairs(queries: Tensor) -> Pairs:
     return Pairs(torch.arange(queries.shape[0], device=queries.device), None, None)
 
 
@@ -270,7 +278,7 @@ def infonce_bwd(
 
 def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
-    sums = sigmoid_fwd(queries, keys, logit_scale, logit_bias, _own(queries))
+    sums = sigmoid_fwd(queries, keys, logit_scale, logit_bias, own_pairs(queries))
     loss, by_scale, by_bias = (sums / max(queries.shape[0], 1)).to(statistics_dtype(queries.dtype)).unbind()
     return loss.clone(), by_scale.clone(), by_bias.clone()
 
@@ -285,7 +293,7 @@ def siglip_bwd(
     need_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
-    grad_sum, own = grad_loss.double() / max(queries.shape[0], 1), _own(queries)
+    grad_sum, own = grad_loss.double() / max(queries.shape[0], 1), own_pairs(queries)
     return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, own, need_queries, need_keys)
 
 
@@ -317,7 +325,7 @@ def sample_negatives(
 ) -> Tensor:
     """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
     similarity = _similarity(queries, keys)
-    positive, _ = _pairs(similarity, pairs)
+    positive, _ = positive_and_seen(similarity, pairs)
     if pairs.query_ids is not None and pairs.targets is not None:
         positive = positive | (pairs.targets[:, None] == torch.arange(keys.shape[0], device=keys.device))
     score = logit_scale.double() * similarity.double() - _exponential(seed, *similarity.shape).log()

@@ -8,6 +8,8 @@ mmkernels::packing_weighted_pool_fwd  the weighted sum of each segment's rows; o
 mmkernels::packing_patchify_fwd       pixels to rows of patches, and back: its own backward
 mmkernels::packing_mrope_fwd          positions in time, height and width; no gradient
 mmkernels::packing_patchify_images_fwd  the same from images as they lie, without a gradient
+
+Moving rows is linear: a tangent is moved as its rows are, and every derivative is one of these ops again.
 """
 
 from __future__ import annotations
@@ -57,6 +59,17 @@ def _gather_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return *(None if rows is None else next(parts) for rows in ctx.rows), None, None
 
 
+def _gather_jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+    """A source without a tangent has zeros, of as many rows."""
+    (index,), *sources = ctx.saved_tensors, *tangents[:MAX_SOURCES]
+    like = next(t for t in sources if t is not None)
+    rows = [
+        None if count is None else like.new_zeros(count, like.shape[1]) if source is None else source
+        for source, count in zip(sources, ctx.rows, strict=True)
+    ]
+    return gather(*rows, index, ctx.backend)
+
+
 gather = Op(
     "packing_gather_fwd",
     "(Tensor first, Tensor? second, Tensor? third, Tensor? fourth, Tensor index, str backend) -> Tensor",
@@ -64,17 +77,22 @@ gather = Op(
     fake=lambda a, b, c, d, index, backend: a.new_empty(index.shape[0], a.shape[1]),
     setup_context=_gather_context,
     backward=_gather_backward,
+    jvp=_gather_jvp,
 )
 
 
 def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, index, _, ctx.backend = inputs
+    _, index, ctx.rows, ctx.backend = inputs
     ctx.save_for_backward(index)
 
 
 def _scatter_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     (index,) = ctx.saved_tensors
     return gather(grad, None, None, None, index, ctx.backend), None, None, None
+
+
+def _scatter_jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+    return scatter(tangent, *ctx.saved_tensors, ctx.rows, ctx.backend)
 
 
 scatter = Op(
@@ -84,6 +102,7 @@ scatter = Op(
     fake=lambda packed, index, rows, backend: packed.new_empty(rows, packed.shape[1]),
     setup_context=_scatter_context,
     backward=_scatter_backward,
+    jvp=_scatter_jvp,
 )
 
 
@@ -118,6 +137,7 @@ def _splice_fake(table: torch.Tensor, features: Any, token_ids: torch.Tensor, *_
 def _splice_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     table, _, _, dst_index, ctx.padding_idx, ctx.backend = inputs
     ctx.vocabulary, ctx.tokens = table.shape[0], output[1].shape[0]
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], dst_index)
 
 
@@ -139,6 +159,17 @@ def _splice_backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
     return grad_table, grad_features, None, None, None, None
 
 
+def _splice_jvp(ctx: Any, table: Any, features: Any, *_: Any) -> tuple[torch.Tensor, None]:
+    """As the gradient: the padding row is constant."""
+    index, dst_index = ctx.saved_tensors
+    like = features if table is None else table
+    table = like.new_zeros(ctx.vocabulary, like.shape[1]) if table is None else table
+    features = like.new_zeros(dst_index.shape[0], like.shape[1]) if features is None else features
+    if ctx.padding_idx is not None:
+        index = torch.where(index == ctx.padding_idx, -1, index)
+    return gather(table, features, None, None, index, ctx.backend), None
+
+
 def _forward_only(run: Callable[..., Any]) -> Callable[..., Any]:
     """Without padding_idx, which concerns the gradient alone."""
     return lambda *args: run(*args[:-1])
@@ -152,6 +183,7 @@ embed_splice = Op(
     fake=_splice_fake,
     setup_context=_splice_context,
     backward=_splice_backward,
+    jvp=_splice_jvp,
 )
 
 
@@ -186,6 +218,10 @@ def _patchify_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return patchify(grad, *ctx.saved_tensors, *ctx.sizes, not ctx.inverse, ctx.backend), *[None] * 7
 
 
+def _patchify_jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+    return patchify(tangent, *ctx.saved_tensors, *ctx.sizes, ctx.inverse, ctx.backend)
+
+
 patchify = Op(
     "packing_patchify_fwd",
     "(Tensor x, Tensor grid_thw, int channels, int patch, int temporal, int merge, bool inverse, str backend)"
@@ -194,6 +230,7 @@ patchify = Op(
     fake=_patchify_fake,
     setup_context=_patchify_context,
     backward=_patchify_backward,
+    jvp=_patchify_jvp,
 )
 
 

@@ -90,7 +90,7 @@ def segment_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> tuple[
         out = x.new_zeros(segments + 1, width, dtype=torch.float64).index_add_(0, segment, x.double())
         if mode == "mean":
             out = out[:segments] / lengths.clamp(min=1)[:, None]
-        return out[:segments].to(x.dtype), no_argmax
+        return out[:segments].to(x.dtype, copy=True), no_argmax
     where = segment[:, None].expand(rows, width)
     out = x.new_full((segments + 1, width), -torch.inf).scatter_reduce(0, where, x, "amax")
     best = out[segment]
@@ -127,7 +127,8 @@ def weighted_pool(x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tens
     segments = cu_seqlens.shape[0] - 1
     out = x.new_zeros(segments + 1, x.shape[1], dtype=torch.float64)
     weighted = x.double() * weights.double()[:, None]
-    return out.index_add_(0, segment_of_row(cu_seqlens, x.shape[0]), weighted)[:segments].to(x.dtype)
+    out.index_add_(0, segment_of_row(cu_seqlens, x.shape[0]), weighted)
+    return out[:segments].to(x.dtype, copy=True)
 
 
 def weighted_pool_bwd(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from mmkernels.ops._checks import expect_tensor, wrong_type, wrong_value
 from mmkernels.ops.packing import op
@@ -85,7 +86,7 @@ def patchify(
 
 def _needs_no_gradient(images: Sequence[torch.Tensor]) -> bool:
     """As pixels from a loader: they are read where they lie. A gradient goes through their concatenation."""
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     return not (torch.is_grad_enabled() and any(image.requires_grad for image in images))
 

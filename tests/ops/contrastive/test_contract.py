@@ -32,9 +32,13 @@ def test_opcheck(backend):
     torch.library.opcheck(OPS.contrastive_infonce_fwd.default, (queries, keys, scale, backend))
     torch.library.opcheck(OPS.contrastive_siglip_fwd.default, (queries, keys, scale, BIAS, backend))
     grad, (x, y, s, b) = torch.tensor(1.5), (t.detach() for t in (queries, keys, scale, BIAS))
-    _, lse_q, lse_k, _ = OPS.contrastive_infonce_fwd(x, y, s, backend)
-    torch.library.opcheck(OPS.contrastive_infonce_bwd.default, (grad, x, y, s, lse_q, lse_k, True, True, backend))
-    torch.library.opcheck(OPS.contrastive_siglip_bwd.default, (grad, x, y, s, b, True, False, backend))
+    infonce_args = grad, x, y, s, *OPS.contrastive_infonce_fwd(x, y, s, backend)[1:], True, True, backend
+    siglip_args = grad, x, y, s, b, *OPS.contrastive_siglip_fwd(x, y, s, b, backend)[1:], True, False, backend
+    for name, tangents, args in (("infonce", (x, None, s), infonce_args), ("siglip", (x, y, None, b), siglip_args)):
+        torch.library.opcheck(getattr(OPS, f"contrastive_{name}_bwd").default, args)
+        second = getattr(OPS, f"contrastive_{name}_second").default
+        torch.library.opcheck(second, (*tangents, *args))
+        torch.library.opcheck(second, (*tangents, None, *args[1:]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -270,10 +270,10 @@ def test_parts_merge_into_the_whole(backend, widest):
     weights = torch.rand(2, 4, N, dtype=torch.float64)
 
     def backward(part):
-        rest = (targets[part], None, None, "positive", *(None,) * 4, True, True, backend)
+        rest = (targets[part], None, None, "positive", *(None,) * 6, True, True, backend)
         return op.softmax_bwd(weights[0][:, part], weights[1], x[part], y, scale, of_rows[LSE, part], lse, *rest)
 
-    dx, dy = backward(slice(0, N))
+    dx, dy, _ = backward(slice(0, N))
     assert_close(torch.cat([backward(part)[0] for part in parts]), dx)
     assert_close(sum(backward(part)[1] for part in parts), dy)
 
@@ -347,8 +347,12 @@ def test_opcheck(backend):
     plain = x.detach(), y.detach(), scale.detach()
     lse = torch.zeros(N, dtype=torch.float64), torch.zeros(N + 4, dtype=torch.float64)
     weights = torch.ones(4, N, dtype=torch.float64), torch.ones(4, N + 4, dtype=torch.float64)
-    args = (*weights, *plain, *lse, None, *ids, "ignore", *(None,) * 4, True, False, backend)
-    torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_bwd.default, args)
+    for mean in ((None, None), lse):
+        args = (*weights, *plain, *lse, None, *ids, "ignore", *(None,) * 4, *mean, True, False, backend)
+        torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_bwd.default, args)
+        for coefficients in (weights, (None, None)):
+            second = (x.detach(), None, scale.detach(), *coefficients, *args[2:])
+            torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_second.default, second)
 
 
 def test_no_rows_and_one_row(backend):

@@ -1,8 +1,8 @@
-"""The ops `mmkernels::attention_additive_fwd` and `_bwd`: schema, fake, backward.
+"""The ops `mmkernels::attention_additive_fwd`, `_bwd` and `_second`: schema, fake, backward.
 
 q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> out [Tq, H, Dv] in q's dtype, lse [H, Tq]. w, bias [H, D] and lse are
-float32 (float64 for float64); the mask's tensors are int32, `reference.Visible`. dq leaves the backward in w's dtype:
-the bias's gradient is its sum over the tokens.
+float32 (float64 for float64); the mask's tensors are int32, `reference.Visible`. A backend's dq is in w's dtype: the
+bias's gradient is its sum over the tokens.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from mmkernels.runtime.register import Op
+from mmkernels.runtime.backends import BACKENDS
+from mmkernels.runtime.register import Op, Second
 
 from . import native, reference
 from .reference import Visible
+from .second import additive_second
 
-__all__ = ["additive_bwd_op", "additive_fwd_op"]
+__all__ = ["additive_bwd_op", "additive_fwd_op", "additive_second_op"]
 
 _MASK = (
     "Tensor lo, Tensor hi, Tensor first_q, Tensor last_q,"
@@ -47,8 +49,18 @@ def _fwd_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), w.new_empty((q.shape[1], q.shape[0]))
 
 
-def _bwd_fake(grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, w: torch.Tensor, *rest: Any) -> Any:
-    return w.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), w.new_empty(w.shape)
+def _with_bias(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend's gradients, dq in q's dtype, and that of the bias."""
+
+    def gradients(grad_out: torch.Tensor, grad_lse: Any, q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+        dq, *others = run(grad_out, grad_lse, q, *args)
+        return dq.to(q.dtype), *others, dq.sum(0)
+
+    return gradients
+
+
+def _bwd_fake(grad_out: Any, grad_lse: Any, *args: torch.Tensor) -> Any:
+    return tuple(x.new_empty(x.shape) for x in args[:5])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -61,20 +73,47 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | 
     saved = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(saved[5])
-    dq, dk, dv, dw = additive_bwd_op(grad_out, grad_lse, *saved, ctx.backend)
-    return (dq.to(saved[0].dtype), dk, dv, dw, dq.sum(0), *(None,) * (_NUM_MASK + 1))
+    return *additive_bwd_op(grad_out, grad_lse, *saved, ctx.backend), *(None,) * (_NUM_MASK + 1)
 
+
+def _jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    made = additive_second_op(*tangents[:5], None, None, *ctx.saved_tensors, ctx.backend)
+    return made[0], made[1]
+
+
+def _second(*args: Any) -> tuple[torch.Tensor, ...]:
+    *tensors, _out, _lse = args[:-_NUM_MASK]
+    return additive_second(*tensors, Visible(*args[-_NUM_MASK:]))
+
+
+def _second_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    grad_out, _, *inputs = args[5:12]
+    grads = (x.new_empty(0 if grad_out is None else x.shape) for x in inputs)
+    return *_fwd_fake(*inputs), *grads
+
+
+_GRADIENTS = (
+    "Tensor{} grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor w, Tensor bias, Tensor out, Tensor lse"
+)
+
+additive_second_op = Op(
+    "attention_additive_second",
+    "(Tensor? tangent_q, Tensor? tangent_k, Tensor? tangent_v, Tensor? tangent_w, Tensor? tangent_bias,"
+    f" {_GRADIENTS.format('?')}, {_MASK}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    impls=dict.fromkeys(BACKENDS, _second),
+    fake=_second_fake,
+)
 
 additive_bwd_op = Op(
     "attention_additive_bwd",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor w, Tensor bias, Tensor out, Tensor lse,"
-    f" {_MASK}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_GRADIENTS.format('')}, {_MASK}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     impls={
-        "native": _with_mask(native.additive_bwd),
-        "triton": _with_mask(_triton_bwd),
-        "reference": _with_mask(reference.additive_bwd),
+        "native": _with_bias(_with_mask(native.additive_bwd)),
+        "triton": _with_bias(_with_mask(_triton_bwd)),
+        "reference": _with_bias(_with_mask(reference.additive_bwd)),
     },
     fake=_bwd_fake,
+    second=Second(additive_second_op, grads=2, wrt=(2, 3, 4, 5, 6)),
 )
 
 additive_fwd_op = Op(
@@ -88,4 +127,5 @@ additive_fwd_op = Op(
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    jvp=_jvp,
 )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Visible", "additive_bwd", "additive_fwd"]
+__all__ = ["Visible", "additive_bwd", "additive_fwd", "heads_first", "probabilities"]
 
 
 class Visible(NamedTuple):
@@ -43,16 +43,16 @@ class Visible(NamedTuple):
         return seen & ((self.span_q[:, None] == self.span_k) | (self.allow_q[:, None] & self.bit_k != 0))
 
 
-def _heads_first(x: torch.Tensor, dtype: torch.dtype, heads: int) -> torch.Tensor:
+def heads_first(x: torch.Tensor, dtype: torch.dtype, heads: int) -> torch.Tensor:
     """[T, heads or fewer, D] -> [H, T, D]."""
     return x.to(dtype).repeat_interleave(heads // x.shape[1], dim=1).transpose(0, 1)
 
 
-def _probabilities(
+def probabilities(
     q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, seen: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """t [H, Tq, Tk, D], p [H, Tq, Tk], lse [H, Tq]."""
-    x, y = (_heads_first(t, w.dtype, q.shape[1]) for t in (q, k))
+    x, y = (heads_first(t, w.dtype, q.shape[1]) for t in (q, k))
     t = torch.tanh((x + bias[:, None])[:, :, None] + y[:, None])
     scores = (t * w[:, None, None]).sum(-1).masked_fill(~seen, -torch.inf)  # pairwise, as a product is not
     return t, torch.where(seen, scores.softmax(-1), 0.0), torch.logsumexp(scores, -1)
@@ -62,8 +62,8 @@ def additive_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, mask: Visible
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [Tq, H, Dv] in q's dtype, lse [H, Tq] in w's."""
-    _, p, lse = _probabilities(q, k, w, bias, mask.dense(k.shape[0]))
-    out = p @ _heads_first(v, w.dtype, q.shape[1])
+    _, p, lse = probabilities(q, k, w, bias, mask.dense(k.shape[0]))
+    out = p @ heads_first(v, w.dtype, q.shape[1])
     return out.transpose(0, 1).to(q.dtype).contiguous(), lse
 
 
@@ -81,9 +81,9 @@ def additive_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq in w's dtype, dk and dv in k's and v's, dw; probabilities are computed again, `out` and `lse` not needed."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    t, p, _ = _probabilities(q, k, w, bias, mask.dense(k.shape[0]))
-    do = _heads_first(grad_out, w.dtype, heads)
-    dp = do @ _heads_first(v, w.dtype, heads).mT
+    t, p, _ = probabilities(q, k, w, bias, mask.dense(k.shape[0]))
+    do = heads_first(grad_out, w.dtype, heads)
+    dp = do @ heads_first(v, w.dtype, heads).mT
     dp = dp - (p * dp).sum(-1, keepdim=True)  # <do_i, out_i> without out's rounding
     ds = p * (dp if grad_lse is None else dp + grad_lse.to(w.dtype)[..., None])
     g = ds[..., None] * (1 - t) * (1 + t) * w[:, None, None]

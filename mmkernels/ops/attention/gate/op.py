@@ -1,4 +1,4 @@
-"""The ops `mmkernels::attention_gated_residual_fwd` and `_bwd`: schema, fake, backward.
+"""The ops `mmkernels::attention_gated_residual_fwd`, `_bwd` and `_second`: schema, fake, backward.
 
 residual [N, C], x [N, C] -> out [N, C] in residual's dtype, contiguous. gate float32 (float64 for float64): [C] when it
 goes by column, else [G], and row n reads gate[n % G].
@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from mmkernels.runtime.register import Op
+from mmkernels.runtime.backends import BACKENDS
+from mmkernels.runtime.register import Op, Second
 
 from . import native, reference
+from .second import gated_residual_second
 
-__all__ = ["gated_residual_bwd_op", "gated_residual_fwd_op"]
+__all__ = ["gated_residual_bwd_op", "gated_residual_fwd_op", "gated_residual_second_op"]
 
 
 def _triton_fwd(*args: Any) -> Any:
@@ -39,11 +41,29 @@ def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
     return grad_out, *gated_residual_bwd_op(grad_out, x, gate, *ctx.options), None, None
 
 
+def _jvp(ctx: Any, residual: Any, x: Any, gate: Any, *_: Any) -> torch.Tensor:
+    moved = gated_residual_second_op(x, gate, None, *ctx.saved_tensors, *ctx.options)[0]
+    return moved if residual is None else residual + moved.to(residual.dtype)
+
+
+def _second_fake(tx: Any, tgate: Any, grad_out: Any, x: torch.Tensor, gate: torch.Tensor, *_: Any) -> Any:
+    return x.new_empty(x.shape), *(t.new_empty(0 if grad_out is None else t.shape) for t in (x, gate))
+
+
+gated_residual_second_op = Op(
+    "attention_gated_residual_second",
+    "(Tensor? tangent_x, Tensor? tangent_gate, Tensor? grad_out, Tensor x, Tensor gate, bool by_column, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    impls=dict.fromkeys(BACKENDS, gated_residual_second),
+    fake=_second_fake,
+)
+
 gated_residual_bwd_op = Op(
     "attention_gated_residual_bwd",
     "(Tensor grad_out, Tensor x, Tensor gate, bool by_column, str backend) -> (Tensor, Tensor)",
     impls={"native": native.gated_residual_bwd, "triton": _triton_bwd, "reference": reference.gated_residual_bwd},
     fake=lambda grad_out, x, gate, *rest: (x.new_empty(x.shape), gate.new_empty(gate.shape)),
+    second=Second(gated_residual_second_op, grads=1, wrt=(1, 2)),
 )
 
 gated_residual_fwd_op = Op(
@@ -53,4 +73,5 @@ gated_residual_fwd_op = Op(
     fake=lambda residual, *rest: residual.new_empty(residual.shape),
     setup_context=_setup_context,
     backward=_backward,
+    jvp=_jvp,
 )

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["gated_residual_bwd", "gated_residual_fwd"]
+__all__ = ["gated_residual_bwd", "gated_residual_fwd", "spread"]
 
 
-def _spread(gate: torch.Tensor, x: torch.Tensor, by_column: bool) -> torch.Tensor:
+def spread(gate: torch.Tensor, x: torch.Tensor, by_column: bool) -> torch.Tensor:
     """The gates as [1, C] or [N, 1]: row n reads gate[n % G]."""
     return gate if by_column else gate.repeat(x.shape[0] // max(gate.shape[0], 1))[:, None]
 
 
 def gated_residual_fwd(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, by_column: bool) -> torch.Tensor:
     """out [N, C] in residual's dtype."""
-    out = residual.to(gate.dtype) + _spread(gate.tanh(), x, by_column) * x.to(gate.dtype)
+    out = residual.to(gate.dtype) + spread(gate.tanh(), x, by_column) * x.to(gate.dtype)
     return out.to(residual.dtype).contiguous()
 
 
@@ -28,7 +28,7 @@ def gated_residual_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx [N, C] in x's dtype, dgate [G] in gate's."""
     t, g = gate.tanh(), grad_out.to(gate.dtype)
-    dx = (_spread(t, x, by_column) * g).to(x.dtype).contiguous()
+    dx = (spread(t, x, by_column) * g).to(x.dtype).contiguous()
     product = g * x.to(gate.dtype)
     sums = product.sum(0) if by_column else product.sum(1).view(-1, gate.shape[0]).sum(0)
     return dx, sums * (1 - t) * (1 + t)

@@ -1,4 +1,4 @@
-"""The ops `mmkernels::attention_norm_rope_fwd` and `_bwd`: schema, fake, backward.
+"""The ops `mmkernels::attention_norm_rope_fwd`, `_bwd` and `_second`: schema, fake, backward.
 
 x [T, H, D] -> y [T, H, D], contiguous. cos, sin [P, R/2], contiguous, row t % P belongs to token t; weight, bias [D].
 The four are float32 (float64 for float64). norm is "rms", "layer" or "" (then weight and bias are None).
@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from mmkernels.runtime.register import Op
+from mmkernels.runtime.backends import BACKENDS
+from mmkernels.runtime.register import Op, Second
 
 from . import native, reference
+from .second import norm_rope_second
 
-__all__ = ["norm_rope_bwd_op", "norm_rope_fwd_op"]
+__all__ = ["norm_rope_bwd_op", "norm_rope_fwd_op", "norm_rope_second_op"]
 
 
 def _triton_fwd(*args: Any) -> Any:
@@ -49,12 +51,35 @@ def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
     return dx, None, None, dweight if weight is not None else None, dbias if ctx.has_bias else None, *(None,) * 4
 
 
+def _jvp(ctx: Any, x: Any, cos: Any, sin: Any, weight: Any, bias: Any, *_: Any) -> torch.Tensor:
+    return norm_rope_second_op(x, weight, bias, None, *ctx.saved_tensors, ctx.norm, *ctx.options)[0]
+
+
+def _second_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    tangent_x, _, _, grad_out, x, _, _, _, norm, *_ = args
+    like = next(t for t in (x, grad_out, tangent_x) if t is not None)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    shape, D = ((0,), 0) if grad_out is None else (like.shape, like.shape[2])
+    weights = (like.new_empty(size, dtype=dtype) for size in (D if norm else 0, D if norm == "layer" else 0))
+    return like.new_empty(like.shape), like.new_empty(shape), *weights
+
+
+_INPUTS = "Tensor? x, Tensor? cos, Tensor? sin, Tensor? weight, str norm, float eps, bool interleaved, str backend"
+
+norm_rope_second_op = Op(
+    "attention_norm_rope_second",
+    f"(Tensor? tangent_x, Tensor? tangent_weight, Tensor? tangent_bias, Tensor? grad_out, {_INPUTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    impls=dict.fromkeys(BACKENDS, norm_rope_second),
+    fake=_second_fake,
+)
+
 norm_rope_bwd_op = Op(
     "attention_norm_rope_bwd",
-    "(Tensor grad_out, Tensor? x, Tensor? cos, Tensor? sin, Tensor? weight, str norm, float eps, bool interleaved,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad_out, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
     impls={"native": native.norm_rope_bwd, "triton": _triton_bwd, "reference": reference.norm_rope_bwd},
     fake=_bwd_fake,
+    second=Second(norm_rope_second_op, grads=1, wrt=(1, 4, None)),
 )
 
 norm_rope_fwd_op = Op(
@@ -65,4 +90,5 @@ norm_rope_fwd_op = Op(
     fake=lambda x, *rest: x.new_empty(x.shape),
     setup_context=_setup_context,
     backward=_backward,
+    jvp=_jvp,
 )

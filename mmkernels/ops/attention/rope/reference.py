@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["norm_rope_bwd", "norm_rope_fwd"]
+__all__ = ["norm_rope_bwd", "norm_rope_fwd", "normalised", "rotate", "wide"]
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _rotate(
+def rotate(
     x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool, sign: float
 ) -> torch.Tensor:
     """x [T, H, D] turned by sign times the angles of the table [P, R/2], whose row t % P belongs to token t."""
@@ -42,7 +42,7 @@ def _rotate(
     return torch.cat([pairs, rest], -1)
 
 
-def _normalised(x: torch.Tensor, norm: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def normalised(x: torch.Tensor, norm: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """h [T, H, D] and r [T, H, 1]."""
     if norm == "layer":
         x = x - x.mean(-1, keepdim=True)
@@ -61,12 +61,12 @@ def norm_rope_fwd(
     interleaved: bool,
 ) -> torch.Tensor:
     """y [T, H, D] in x's dtype."""
-    n = _wide(x)
+    n = wide(x)
     if norm:
-        n, _ = _normalised(n, norm, eps)
+        n, _ = normalised(n, norm, eps)
         n = n * weight if weight is not None else n
         n = n + bias if bias is not None else n
-    y = _rotate(n, cos, sin, interleaved, 1.0).to(x.dtype).contiguous()
+    y = rotate(n, cos, sin, interleaved, 1.0).to(x.dtype).contiguous()
     return y.clone() if y.data_ptr() == x.data_ptr() else y
 
 
@@ -81,11 +81,11 @@ def norm_rope_bwd(
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx in grad_out's dtype; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
-    g = _rotate(_wide(grad_out), cos, sin, interleaved, -1.0)
+    g = rotate(wide(grad_out), cos, sin, interleaved, -1.0)
     if x is None:
         dx = g.to(grad_out.dtype).contiguous()
         return dx, g.new_empty(0), g.new_empty(0)
-    h, r = _normalised(_wide(x), norm, eps)
+    h, r = normalised(wide(x), norm, eps)
     u = g * weight if weight is not None else g
     dx = u - h * (u * h).mean(-1, keepdim=True)
     dbias = g.new_empty(0)

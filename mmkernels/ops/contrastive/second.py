@@ -1,0 +1,300 @@
+"""Second derivatives and forward mode of the losses: plain PyTorch a few rows at a time, in O((N+M)·E) memory.
+
+Along tangents dx, dy, ds of features and scale (and db of the bias), with a_ij = <x_i, y_j> and l_ij = s a_ij (+ b)::
+
+    da_ij = <dx_i, y_j> + <x_i, dy_j>       dl_ij = ds a_ij + s da_ij (+ db)
+
+statistics move by `dlse_i = sum_j p_ij dl_ij` and by sums of da over the pairs that the others are sums of. A function
+of the statistics moves by `sum_ij A_ij dl_ij + B_ij da_ij`, its A made of softmaxes (or sigmoids), B constant, and A by::
+
+    dA_ij = c_i p_ij (dl_ij - dlse_i) + the same of columns
+
+    tangent of dqueries   (s dA + ds A) y + (s A + B) dy        of dscale   sum_ij dA_ij a_ij + A_ij da_ij
+    tangent of dkeys      the transpose                         of dbias    sum_ij dA_ij
+
+All of it is computed in the type of the statistics, and so is the lse, anew: a forward's, from products rounded
+otherwise, would put the roundings of a large logit into a probability near 1. Where no gradient comes in, the tangents
+of what would go out are empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import (
+    COEFFICIENTS,
+    LSE,
+    POSITIVE,
+    TEACHER,
+    TOTAL,
+    Pairs,
+    Teacher,
+    no_autocast,
+    own_pairs,
+    positive_and_seen,
+    softmax_of_seen,
+    statistics_dtype,
+)
+
+__all__ = ["infonce_second", "siglip_second", "sigmoid_second", "softmax_second"]
+
+_PAIRS_A_CHUNK = 2**21  # of some ten matrices of such a chunk
+
+
+class _Tile(NamedTuple):
+    """Some rows against all keys: [n, M] each."""
+
+    rows: slice
+    similarity: Tensor
+    moved: Tensor  # tangent of the similarity
+    positive: Tensor
+    seen: Tensor
+    taught_q: Tensor | None
+    taught_k: Tensor | None
+
+
+class _Call(NamedTuple):
+    """Features and scale with their tangents, in the type of the statistics, and the pairs' rule."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    dx: Tensor
+    dy: Tensor
+    dscale: Tensor
+    pairs: Pairs
+    teacher: Teacher | None
+
+    def tiles(self) -> Iterator[_Tile]:
+        (n, _), m = self.x.shape, self.y.shape[0]
+        size = max(1, _PAIRS_A_CHUNK // max(m, 1))
+        for start in range(0, n, size):
+            rows = slice(start, start + size)
+            similarity = self.x[rows] @ self.y.T
+            moved = self.dx[rows] @ self.y.T + self.x[rows] @ self.dy.T
+            targets, query_ids = (None if t is None else t[rows] for t in self.pairs[:2])
+            positive, seen = positive_and_seen(similarity, self.pairs._replace(targets=targets, query_ids=query_ids))
+            yield _Tile(rows, similarity, moved, positive, seen, *self._taught(rows, seen))
+
+    def _taught(self, rows: slice, seen: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The teacher's softmax of rows and of columns, constants."""
+        if self.teacher is None:
+            return None, None
+        queries, keys, lse_q, lse_k = self.teacher
+        logits = self.scale * (queries[rows].to(self.x.dtype) @ keys.to(self.x.dtype).T)
+        of_rows = softmax_of_seen(logits, lse_q[rows, None], seen)
+        return of_rows, None if lse_k is None else softmax_of_seen(logits, lse_k[None], seen)
+
+    def logits_moved(self, tile: _Tile) -> Tensor:
+        return self.dscale * tile.similarity + self.scale * tile.moved
+
+
+def _call(
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    pairs: Pairs,
+    teacher: Teacher | None,
+) -> _Call:
+    inputs = [x.to(statistics_dtype(queries.dtype)) for x in (queries, keys, logit_scale)]
+    moved = [torch.zeros_like(x) if t is None else t.to(x.dtype) for x, t in zip(inputs, tangents, strict=True)]
+    return _Call(*inputs, *moved, pairs, teacher)
+
+
+def _lse(call: _Call, columns: int) -> tuple[Tensor, Tensor]:
+    """Of rows and columns, float64 [N] and [M] (or [0])."""
+    of_rows, of_columns = (call.x.new_full((n,), -torch.inf, dtype=torch.float64) for n in (len(call.x), columns))
+    for tile in call.tiles():
+        logits = (call.scale * tile.similarity).double().masked_fill(~tile.seen, -torch.inf)
+        of_rows[tile.rows] = logits.logsumexp(1)
+        if columns:
+            of_columns = torch.logaddexp(of_columns, logits.logsumexp(0))
+    return of_rows, of_columns
+
+
+def _moved_statistics(call: _Call, lse: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tangents of the rows' and columns' first four statistics, float64 [4, N] and [4, M] (or [4, 0])."""
+    lse_q, lse_k = lse
+    of_rows, of_columns = (x.new_zeros(COEFFICIENTS, x.shape[0]) for x in lse)
+    for tile in call.tiles():
+        logits, moved = call.scale * tile.similarity, call.logits_moved(tile)
+        sums = [(of_rows[:, tile.rows], 1, lse_q[tile.rows, None], tile.taught_q)]
+        if lse_k.shape[0]:
+            sums.append((of_columns, 0, lse_k[None], tile.taught_k))
+        for into, dim, lse_, taught in sums:
+            into[LSE] += (softmax_of_seen(logits, lse_, tile.seen) * moved).double().sum(dim)
+            into[POSITIVE] += torch.where(tile.positive, tile.moved, 0.0).double().sum(dim)
+            into[TOTAL] += torch.where(tile.seen, tile.moved, 0.0).double().sum(dim)
+            if taught is not None:
+                into[TEACHER] += (taught * tile.moved).double().sum(dim)
+    return of_rows, of_columns
+
+
+class _Sums:
+    """The tangents of dqueries, dkeys, dscale and dbias, summed over tiles."""
+
+    def __init__(self, call: _Call) -> None:
+        self.call = call
+        self.queries, self.keys = torch.zeros_like(call.x), torch.zeros_like(call.y)
+        self.scale = self.bias = call.scale.new_zeros((), dtype=torch.float64)
+
+    def add(self, tile: _Tile, of_logits: Tensor, moved: Tensor, of_similarity: Tensor | None) -> None:
+        """A tile's A, dA and B."""
+        call, rows = self.call, tile.rows
+        weight, change = call.scale * of_logits, call.scale * moved + call.dscale * of_logits
+        if of_similarity is not None:
+            weight = weight + of_similarity
+        self.queries[rows] = change @ call.y + weight @ call.dy
+        self.keys += change.T @ call.x[rows] + weight.T @ call.dx[rows]
+        self.scale = self.scale + (moved * tile.similarity + of_logits * tile.moved).double().sum()
+        self.bias = self.bias + moved.double().sum()
+
+    def results(self, queries: Tensor, keys: Tensor, *scalars: Tensor) -> tuple[Tensor, ...]:
+        """As the inputs are typed; scalars: the scale, and the bias if there is one."""
+        sums = zip((self.scale, self.bias), scalars, strict=False)
+        return self.queries.to(queries.dtype), self.keys.to(keys.dtype), *(x.to(like.dtype) for x, like in sums)
+
+
+def _nothing(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) for x in inputs)
+
+
+def _softmax_tangents(
+    call: _Call,
+    lse: tuple[Tensor, Tensor],
+    moved_lse: tuple[Tensor, Tensor],
+    coefficients: tuple[Tensor, Tensor],
+    of_positive_logits: Tensor | None = None,
+) -> _Sums:
+    """Of the gradient of `sum coefficients · statistics`, [4, N] and [4, M], and a multiple of the positive logits."""
+    wide = call.x.dtype
+    sums = _Sums(call)
+    for tile in call.tiles():
+        logits, change = call.scale * tile.similarity, call.logits_moved(tile)
+        of_logits, moved, of_similarity = (torch.zeros_like(logits) for _ in range(3))
+        taught = tile.taught_q, tile.taught_k
+        of_rows = lse[0][tile.rows, None], moved_lse[0][tile.rows, None], coefficients[0][:, tile.rows, None]
+        sides = [of_rows, (lse[1][None], moved_lse[1][None], coefficients[1][:, None])]
+        for (lse_, shift, c), of_teacher in zip(sides[: 2 if lse[1].shape[0] else 1], taught, strict=False):
+            c = c.to(wide)
+            p = c[LSE] * softmax_of_seen(logits, lse_, tile.seen)
+            of_logits += p
+            moved += p * (change - shift.to(wide))
+            of_similarity += c[POSITIVE] * tile.positive + c[TOTAL] * tile.seen
+            if of_teacher is not None:
+                of_similarity += c[TEACHER] * of_teacher
+        if of_positive_logits is not None:
+            of_logits += of_positive_logits * tile.positive
+        sums.add(tile, of_logits, moved, of_similarity)
+    return sums
+
+
+def softmax_second(
+    tangent_queries: Tensor | None,
+    tangent_keys: Tensor | None,
+    tangent_scale: Tensor | None,
+    coefficients_q: Tensor | None,
+    coefficients_k: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    columns: int,
+    pairs: Pairs,
+    teacher: Teacher | None,
+) -> tuple[Tensor, ...]:
+    """Tangents of the differentiable statistics [4, N] and [4, M] (or [4, 0]), and of dqueries, dkeys, dscale."""
+    with no_autocast(queries):
+        tangents = tangent_queries, tangent_keys, tangent_scale
+        call = _call(tangents, queries, keys, logit_scale, pairs, teacher)
+        lse = _lse(call, columns)
+        of_rows, of_columns = _moved_statistics(call, lse)
+        if coefficients_q is None or coefficients_k is None:
+            return of_rows, of_columns, *_nothing(queries, keys, logit_scale)
+        moved_lse = of_rows[LSE], of_columns[LSE]
+        sums = _softmax_tangents(call, lse, moved_lse, (coefficients_q, coefficients_k))
+        return of_rows, of_columns, *sums.results(queries, keys, logit_scale)
+
+
+def infonce_second(
+    tangent_queries: Tensor | None,
+    tangent_keys: Tensor | None,
+    tangent_scale: Tensor | None,
+    grad_loss: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+) -> tuple[Tensor, ...]:
+    """Tangents of the loss [], and of dqueries, dkeys, dscale."""
+    with no_autocast(queries):
+        n, tangents = max(queries.shape[0], 1), (tangent_queries, tangent_keys, tangent_scale)
+        call = _call(tangents, queries, keys, logit_scale, own_pairs(queries), None)
+        lse = _lse(call, keys.shape[0])
+        of_rows, of_columns = _moved_statistics(call, lse)
+        positive = (call.x * call.y).sum(1).double()
+        of_positive = call.scale * of_rows[POSITIVE] + call.dscale * positive
+        moved_loss = ((of_rows[LSE] + of_columns[LSE] - 2 * of_positive).sum() / (2 * n)).to(call.x.dtype)
+        if grad_loss is None:
+            return moved_loss, *_nothing(queries, keys, logit_scale)
+        share = grad_loss.to(call.x.dtype) / (2 * n)
+        coefficients = [x.new_zeros(COEFFICIENTS, x.shape[0]) for x in (call.x, call.y)]
+        for line in coefficients:
+            line[LSE] = share
+        moved_lse = of_rows[LSE], of_columns[LSE]
+        sums = _softmax_tangents(call, lse, moved_lse, (coefficients[0], coefficients[1]), -2 * share)
+        return moved_loss, *sums.results(queries, keys, logit_scale)
+
+
+def sigmoid_second(
+    tangent_queries: Tensor | None,
+    tangent_keys: Tensor | None,
+    tangent_scale: Tensor | None,
+    tangent_bias: Tensor | None,
+    grad_sum: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    pairs: Pairs,
+) -> tuple[Tensor, ...]:
+    """Tangents of the sums [3] float64, of which the first alone is differentiable, and of dqueries, dkeys, dscale,
+    dbias."""
+    with no_autocast(queries):
+        tangents = tangent_queries, tangent_keys, tangent_scale
+        call = _call(tangents, queries, keys, logit_scale, pairs, None)
+        dbias = torch.zeros_like(call.scale) if tangent_bias is None else tangent_bias.to(call.x.dtype)
+        sums, moved_sum = _Sums(call), torch.zeros_like(call.scale, dtype=torch.float64)
+        for tile in call.tiles():
+            signs = torch.where(tile.positive, 1.0, -1.0).to(call.x.dtype)
+            z, change = signs * (call.scale * tile.similarity + logit_bias), call.logits_moved(tile) + dbias
+            of_logits = -signs * torch.sigmoid(-z)
+            moved_sum = moved_sum + (of_logits * change).double().sum()
+            if grad_sum is not None:
+                grad = grad_sum.to(call.x.dtype)
+                sums.add(tile, grad * of_logits, grad * torch.sigmoid(z) * torch.sigmoid(-z) * change, None)
+        moved = torch.stack([moved_sum, torch.zeros_like(moved_sum), torch.zeros_like(moved_sum)])
+        if grad_sum is None:
+            return moved, *_nothing(queries, keys, logit_scale, logit_bias)
+        return moved, *sums.results(queries, keys, logit_scale, logit_bias)
+
+
+def siglip_second(
+    tangent_queries: Tensor | None,
+    tangent_keys: Tensor | None,
+    tangent_scale: Tensor | None,
+    tangent_bias: Tensor | None,
+    grad_loss: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+) -> tuple[Tensor, ...]:
+    """Tangents of the loss [], and of dqueries, dkeys, dscale, dbias."""
+    n, tangents = max(queries.shape[0], 1), (tangent_queries, tangent_keys, tangent_scale, tangent_bias)
+    grad_sum = None if grad_loss is None else grad_loss.double() / n
+    moved, *rest = sigmoid_second(*tangents, grad_sum, queries, keys, logit_scale, logit_bias, own_pairs(queries))
+    return (moved[0] / n).to(statistics_dtype(queries.dtype)), *rest

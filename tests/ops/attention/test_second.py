@@ -1,0 +1,193 @@
+"""Second derivatives and forward mode of attention and its parts: right on every backend, and in blocks."""
+
+import functools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from mmkernels import AttentionMask, additive_attention, attention, gated_residual, norm_rope, qk_norm_rope
+from mmkernels.ops.attention import second
+from mmkernels.runtime.backends import candidates
+from mmkernels.testing import assert_as_accurate
+from mmkernels.testing.attention import MASKS, AttentionInputs, dense_mask, make_inputs
+
+T, H, D = 12, 4, 3
+CU = torch.tensor([0, 3, 3, 9, T], dtype=torch.int32)
+MODALITIES = torch.tensor([0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1], dtype=torch.uint8)
+SPANS = torch.tensor([-1, 0, 0, -1, 1, 1, -1, -1, 2, -1, -1, 3], dtype=torch.int32)
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def backend(request) -> str:
+    reason = candidates("attention", torch.device("cpu"), torch.float32)[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def leaf(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + len(shape) + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def random_mask(draw):
+    """Any mask, and whether it has classes."""
+    window = draw.choice([None, 1, 2])
+    kind = draw.choice(["none", "packed", "causal", "multimodal", "prefix", "cross_only", "rows"])
+    if kind == "none":
+        return None, False
+    if kind == "multimodal":
+        return AttentionMask.multimodal(CU, MODALITIES, SPANS, window=window), True
+    if kind == "cross_only":
+        return AttentionMask.cross_only(CU, MODALITIES), True
+    if kind == "prefix":
+        return AttentionMask.prefix(CU, torch.tensor([1, 0, 4, 0], dtype=torch.int32)), False
+    if kind == "rows":
+        hi = torch.tensor([draw.randint(0, T) for _ in range(T)], dtype=torch.int32)
+        lo = torch.tensor([draw.randint(0, int(end)) for end in hi], dtype=torch.int32)
+        return AttentionMask.from_rows(lo, hi, span_q=SPANS % 2, span_k=SPANS % 3), False
+    return AttentionMask.packed(CU, causal=kind == "causal", window=window if kind == "causal" else None), False
+
+
+def assert_differentiable_twice(function, *inputs):
+    assert gradcheck(function, inputs, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("block", [2**20, 64])
+@pytest.mark.parametrize("seed", range(14))
+def test_attention_with_any_options(seed, block, monkeypatch):
+    monkeypatch.setattr(second, "_SCORES_A_BLOCK", block)
+    draw = random.Random(seed)
+    mask, has_classes = random_mask(draw)
+    logits = {}
+    if has_classes and draw.random() < 0.7:
+        logits["pair_bias"] = leaf(H, 2, 2)
+    if draw.random() < 0.5:
+        logits["sink"] = leaf(H)
+    dropout_p = draw.choice([0.0, 0.0, 0.3])
+
+    def function(q, k, v, *of_logits):
+        torch.manual_seed(3)
+        given = dict(zip(logits, of_logits, strict=True))
+        out, lse = attention(q, k, v, mask, return_lse=True, dropout_p=dropout_p, **given)
+        return out, lse[lse > -torch.inf]
+
+    assert_differentiable_twice(function, leaf(T, H, D), leaf(T, 2, D, seed=1), leaf(T, 2, 2), *logits.values())
+
+
+@pytest.mark.parametrize("block", [2**20, 64])
+def test_additive(block, monkeypatch):
+    monkeypatch.setattr(second, "_SCORES_A_BLOCK", block)
+    mask = AttentionMask.multimodal(CU, MODALITIES, SPANS)
+
+    def function(q, k, v, w, bias):
+        return additive_attention(q, k, v, w, mask, bias=bias, return_lse=True)
+
+    inputs = leaf(T, H, D), leaf(T, 2, D, seed=1), leaf(T, 2, 2), leaf(H, D), leaf(H, D, seed=1)
+    assert_differentiable_twice(function, *inputs)
+
+
+@pytest.mark.parametrize("gate", [(), (1,), (D,), (H, 1)], ids=str)
+def test_gate(gate):
+    assert_differentiable_twice(gated_residual, leaf(5, H, D), leaf(5, H, D, seed=1), leaf(*gate))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("norm", ["rms", "layer", None])
+def test_prologue(norm, interleaved):
+    weights = {"rms": ["weight"], "layer": ["weight", "bias"], None: []}[norm]
+
+    def function(x, *given):
+        named = dict(zip(weights, given, strict=True))
+        return norm_rope(x, torch.arange(5), norm=norm, base=100.0, interleaved=interleaved, **named)
+
+    inputs = leaf(5, 2, 4), *(leaf(4, seed=i) for i in range(len(weights)))
+    assert_differentiable_twice(function, *inputs)
+    if norm is not None:
+        assert_differentiable_twice(lambda x: norm_rope(x, norm=norm), inputs[0])
+    bare = functools.partial(qk_norm_rope, position_ids=torch.arange(5), norm=norm, base=100.0)
+    assert_differentiable_twice(bare, leaf(5, 2, 4), leaf(5, 1, 4))
+
+
+def penalised(run, x):
+    """Gradients, by q, k and v, of a scalar and of the squared norms of its gradients."""
+    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+    value = (run(x, *leaves) * x.grad_out).sum()
+    grads = torch.autograd.grad(value, leaves, create_graph=True)
+    assert all(grad.requires_grad for grad in grads)
+    return torch.autograd.grad(value + sum(grad.square().sum() for grad in grads), leaves)
+
+
+def written_out(x, q, k, v):
+    """SDPA has no double backward in its fused kernels."""
+    seen = dense_mask(x)
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    p = scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1).masked_fill(~seen, 0.0)
+    return torch.einsum("hqk,khd->qhd", p, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["packed_causal", "image_spans", "cross_only"])
+def test_gradient_penalty(backend, name, dtype):
+    """As accurate as plain PyTorch, whatever backend gave the first derivatives."""
+    case = MASKS[name]
+    sizes = dict(heads=4, kv_heads=2, dim=16, dtype=dtype, mask=case.mask())
+    draws = [make_inputs(*case.tokens, **sizes, seed=seed) for seed in range(3)]
+
+    def ours(x, q, k, v):
+        return attention(q, k, v, x.mask, backend=backend)
+
+    wide = [x.to(torch.float64) for x in draws]
+    results = (
+        [penalised(run, x) for x in of] for run, of in ((ours, draws), (written_out, draws), (written_out, wide))
+    )
+    for what, *three in zip("qkv", *(zip(*result, strict=True) for result in results), strict=True):
+        assert_as_accurate(what, *(torch.stack(values) for values in three))
+
+
+def test_functorch(backend):
+    if backend == "triton":
+        pytest.skip("float64")
+    q, k, v = leaf(T, H, D).detach(), leaf(T, H, D, seed=1).detach(), leaf(T, H, 2).detach()
+    mask = AttentionMask.packed(CU, causal=True)
+    x = AttentionInputs(q, k, v, v, v[..., 0].T, mask)
+    for ours, plain in ((lambda q: attention(q, k, v, mask, backend=backend), lambda q: written_out(x, q, k, v)),):
+        hessians = (torch.func.hessian(lambda q, f=f: f(q).square().sum())(q) for f in (ours, plain))
+        torch.testing.assert_close(*hessians)
+        torch.testing.assert_close(torch.func.jacfwd(ours)(q), torch.func.jacrev(plain)(q))
+
+
+def test_a_nan_stays_in_its_sample():
+    """Samples that share a block are hidden from each other: 0 times a NaN is no contribution."""
+    q, k, v = leaf(T, H, D), leaf(T, H, D, seed=1), leaf(T, H, D, seed=2)
+    poisoned = [t.detach().clone() for t in (q, k, v)]
+    for t in poisoned:
+        t[:3] = torch.nan
+    mask = AttentionMask.packed(CU)
+    x = AttentionInputs(q, k, v, v.detach(), v[..., 0].T, mask)
+    clean, dirty = (
+        penalised(lambda x, *qkv: attention(*qkv, mask), replace(x, q=t[0], k=t[1], v=t[2]))
+        for t in ((q, k, v), poisoned)
+    )
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a[3:], b[3:])
+        assert b[:3].isnan().all()
+
+
+def test_no_tokens():
+    q = torch.zeros(0, H, D, requires_grad=True)
+    (grad,) = torch.autograd.grad(attention(q, q, q).sum(), q, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), q)[0].shape == q.shape
+
+
+def test_third_derivatives_say_so():
+    q = leaf(T, H, D)
+    (grad,) = torch.autograd.grad(attention(q, q, q).square().sum(), q, create_graph=True)
+    (second_order,) = torch.autograd.grad(grad.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="attention_second has no gradient"):
+        second_order.sum().backward()

@@ -1,0 +1,164 @@
+"""Second derivatives and forward mode of the losses: right on every backend, and never silently absent."""
+
+import functools
+import random
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+from mmkernels import infonce, siglip
+from mmkernels.ops.contrastive import second
+from mmkernels.runtime.backends import candidates
+from mmkernels.testing import assert_as_accurate
+from mmkernels.testing.contrastive import plain_infonce, plain_infonce_options, plain_siglip
+
+N, E = 7, 5
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def backend(request) -> str:
+    reason = candidates("contrastive", torch.device("cpu"), torch.float32)[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def leaves(seed, n=N, m=N, e=E, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randn(rows, e, generator=generator, dtype=dtype) for rows in (n, m))
+    return *(x.requires_grad_() for x in drawn), torch.tensor(1.3, dtype=dtype, requires_grad=True)
+
+
+def random_options(seed):
+    """Any of infonce's options that go together, and the number of keys."""
+    draw, torch_draw = random.Random(seed), torch.Generator().manual_seed(seed)
+    options, m = {}, N
+    rule = draw.choice(["own", "targets", "ids", "ignore"])
+    if draw.random() < 0.3:
+        options["symmetric"], m = False, N + 3
+    if rule in ("ids", "ignore"):
+        options["query_ids"] = torch.randint(4, (N,), generator=torch_draw)
+        options["key_ids"] = torch.cat([options["query_ids"], torch.randint(4, (m - N,), generator=torch_draw)])
+        options["same_id"] = "positive" if rule == "ids" else "ignore"
+    if rule == "targets":
+        options["targets"] = torch.randperm(N, generator=torch_draw)
+    if draw.random() < 0.4:
+        options["label_smoothing"] = 0.2
+    if draw.random() < 0.4 and m == N:
+        options["weights"] = torch.rand(N, generator=torch_draw, dtype=torch.float64)
+    if draw.random() < 0.4:
+        options["negatives"] = torch.randn(3, E, generator=torch_draw, dtype=torch.float64)
+    if draw.random() < 0.4:
+        features = (torch.randn(rows, 4, generator=torch_draw, dtype=torch.float64) for rows in (N, m))
+        options["teacher"] = (*features, 0.3)
+    return m, options
+
+
+@pytest.mark.parametrize("chunk", [2**21, 2 * N])
+@pytest.mark.parametrize("seed", range(12))
+def test_infonce_with_any_options(seed, chunk, monkeypatch):
+    monkeypatch.setattr(second, "_PAIRS_A_CHUNK", chunk)
+    m, options = random_options(seed)
+    x, y, scale = leaves(seed, m=m)
+    scale = scale.detach() if "teacher" in options else scale  # the teacher's softmax is a constant, its scale too
+    loss = functools.partial(infonce, **options)
+    assert gradcheck(loss, (x, y, scale), check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(loss, (x, y, scale), check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([0, 1, 0, 2, 1, 3, 0])])
+def test_siglip(ids):
+    inputs = *leaves(1), torch.tensor(-0.4, dtype=torch.float64, requires_grad=True)
+    loss = functools.partial(siglip, query_ids=ids)
+    assert gradcheck(loss, inputs, check_forward_ad=True)
+    assert gradgradcheck(loss, inputs, check_fwd_over_rev=True)
+
+
+def penalised(loss, *inputs):
+    """The gradient of a loss and of the squared norm of its gradient."""
+    value = loss(*inputs)
+    grads = torch.autograd.grad(value, inputs, create_graph=True)
+    assert all(grad.requires_grad for grad in grads)
+    return torch.autograd.grad(value + sum(grad.square().sum() for grad in grads), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["infonce", "siglip", "options"])
+def test_gradient_penalty(backend, name, dtype):
+    """As accurate as plain PyTorch, whatever backend gave the statistics."""
+    ids = torch.randint(20, (33,), generator=torch.Generator().manual_seed(2))
+    options = dict(query_ids=ids, same_id="ignore", label_smoothing=0.1)
+    ours, plain = {
+        "infonce": (infonce, plain_infonce),
+        "siglip": (lambda x, y, s: siglip(x, y, s, -2.0, backend=backend), lambda x, y, s: plain_siglip(x, y, s, -2.0)),
+        "options": (functools.partial(infonce, **options), functools.partial(plain_infonce_options, **options)),
+    }[name]
+    ours = ours if name == "siglip" else functools.partial(ours, backend=backend)
+    draws = [leaves(seed, 33, 33, 24) for seed in range(4)]
+    draws = [[t.detach().to(dtype if t.ndim else torch.float32).requires_grad_() for t in draw] for draw in draws]
+    wide = [[t.detach().double().requires_grad_() for t in draw] for draw in draws]
+    results = ([penalised(loss, *draw) for draw in of] for loss, of in ((ours, draws), (plain, draws), (plain, wide)))
+    for what, *three in zip(
+        ("queries", "keys", "scale"), *(zip(*result, strict=True) for result in results), strict=True
+    ):
+        assert_as_accurate(what, *(torch.stack(values) for values in three))
+
+
+def test_functorch(backend):
+    if backend == "triton":
+        pytest.skip("float64")
+    x, y, scale = (t.detach() for t in leaves(3))
+    loss = functools.partial(infonce, backend=backend)
+    torch.testing.assert_close(torch.func.hessian(loss)(x, y, scale), torch.func.hessian(plain_infonce)(x, y, scale))
+    torch.testing.assert_close(torch.func.jacfwd(loss)(x, y, scale), torch.func.grad(plain_infonce)(x, y, scale))
+    v = torch.randn_like(x)
+    ours, plain = (torch.func.jvp(lambda x, f=f: f(x, y, scale), (x,), (v,)) for f in (loss, plain_infonce))
+    torch.testing.assert_close(ours, plain)
+    with forward_ad.dual_level():
+        moved = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, v), y, scale)).tangent
+    torch.testing.assert_close(moved, plain[1])
+    ours, plain = (torch.autograd.functional.hessian(lambda x, f=f: f(x, y, scale), x) for f in (loss, plain_infonce))
+    torch.testing.assert_close(ours, plain)
+
+
+def test_first_gradients_are_the_same_with_a_graph(backend):
+    inputs = [t.detach().float().requires_grad_() for t in leaves(4)]
+    for loss in (infonce, lambda x, y, s, backend: siglip(x, y, s, -1.0, backend=backend)):
+        with_graph, without = (
+            torch.autograd.grad(loss(*inputs, backend=backend), inputs, create_graph=graph) for graph in (True, False)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(with_graph, without, strict=True))
+
+
+def test_no_rows():
+    inputs = leaves(0, 0, 0)
+    for loss in (infonce, lambda *a: siglip(*a, -1.0), functools.partial(infonce, label_smoothing=0.1)):
+        assert [list(grad.shape) for grad in penalised(loss, *inputs)] == [[0, E], [0, E], []]
+
+
+def test_third_derivatives_say_so():
+    x, y, scale = leaves(5)
+    (grad,) = torch.autograd.grad(infonce(x, y, scale), x, create_graph=True)
+    (second_order,) = torch.autograd.grad(grad.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="contrastive_infonce_second has no gradient"):
+        second_order.sum().backward()
+
+
+def _over_ranks(rank, world):
+    x, y, scale = leaves(rank)
+    refused = []
+    for loss in (infonce, lambda *a, group: siglip(*a, -1.0, group=group)):
+        value = loss(x, y, scale, group=dist.group.WORLD)
+        with pytest.raises(NotImplementedError, match="with a group there is no double backward"):
+            torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="group: expected None"):
+            torch.func.jvp(functools.partial(loss, group=dist.group.WORLD), (x, y, scale), (x, y, scale))
+        refused.append(loss)
+    return len(refused)
+
+
+def test_over_ranks_a_graph_is_refused():
+    assert ranks.run(2, _over_ranks) == [2, 2]
