@@ -81,7 +81,8 @@ class Softmax(NamedTuple):
         moved_scores = torch.where(seen, moved_scores, 0.0)
         moved_lse = (p * moved_scores).sum(-1)
         moved_lse = moved_lse if moved_sink is None else moved_lse + moved_sink
-        return cls(p, p * (moved_scores - moved_lse[..., None]), moved_lse, z, seen)
+        moved_p = torch.where(seen, p * (moved_scores - moved_lse[..., None]), 0.0)
+        return cls(p, moved_p, moved_lse, z, seen)
 
     def kept(self, x: Tensor) -> Tensor:
         return x if self.z is None else x * self.z
@@ -104,8 +105,9 @@ class Softmax(NamedTuple):
         delta = (self.p * dp).sum(-1)
         delta = delta if grad_lse is None else delta - grad_lse
         moved_delta = (self.moved_p * dp + self.p * moved_dp).sum(-1)
-        dp = dp - delta[..., None]
-        return self.p * dp, self.moved_p * dp + self.p * (moved_dp - moved_delta[..., None]), delta, moved_delta
+        dp, moved_dp = dp - delta[..., None], moved_dp - moved_delta[..., None]
+        ds, moved_ds = self.p * dp, self.moved_p * dp + self.p * moved_dp
+        return torch.where(self.seen, ds, 0.0), torch.where(self.seen, moved_ds, 0.0), delta, moved_delta
 
 
 def _block(rows: MaskRows, queries: slice, keys: slice) -> MaskRows:

@@ -30,7 +30,7 @@ def backend(request) -> str:
 
 def leaf(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed + len(shape) + sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
 def random_mask(draw):
@@ -135,6 +135,8 @@ def written_out(x, q, k, v):
 @pytest.mark.parametrize("name", ["packed_causal", "image_spans", "cross_only"])
 def test_gradient_penalty(backend, name, dtype):
     """As accurate as plain PyTorch, whatever backend gave the first derivatives."""
+    if backend == "triton" and name != "packed_causal":
+        pytest.skip("the interpreter is slow; the derivatives of all backends are the same code")
     case = MASKS[name]
     sizes = dict(heads=4, kv_heads=2, dim=16, dtype=dtype, mask=case.mask())
     draws = [make_inputs(*case.tokens, **sizes, seed=seed) for seed in range(3)]
@@ -153,13 +155,19 @@ def test_gradient_penalty(backend, name, dtype):
 def test_functorch(backend):
     if backend == "triton":
         pytest.skip("float64")
-    q, k, v = leaf(T, H, D).detach(), leaf(T, H, D, seed=1).detach(), leaf(T, H, 2).detach()
-    mask = AttentionMask.packed(CU, causal=True)
+    q, k, v = (leaf(5, 2, 2, seed=seed).detach() for seed in range(3))
+    mask = AttentionMask.packed(torch.tensor([0, 2, 5], dtype=torch.int32), causal=True)
     x = AttentionInputs(q, k, v, v, v[..., 0].T, mask)
-    for ours, plain in ((lambda q: attention(q, k, v, mask, backend=backend), lambda q: written_out(x, q, k, v)),):
-        hessians = (torch.func.hessian(lambda q, f=f: f(q).square().sum())(q) for f in (ours, plain))
-        torch.testing.assert_close(*hessians)
-        torch.testing.assert_close(torch.func.jacfwd(ours)(q), torch.func.jacrev(plain)(q))
+
+    def ours(q):
+        return attention(q, k, v, mask, backend=backend)
+
+    def plain(q):
+        return written_out(x, q, k, v)
+
+    hessians = (torch.func.hessian(lambda q, f=f: f(q).square().sum())(q) for f in (ours, plain))
+    torch.testing.assert_close(*hessians)
+    torch.testing.assert_close(torch.func.jacfwd(ours)(q), torch.func.jacrev(plain)(q))
 
 
 def test_a_nan_stays_in_its_sample():
