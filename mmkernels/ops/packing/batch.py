@@ -66,7 +66,8 @@ class PackedBatch:
         sample_weight: Sequence[float] | None = None,
         pad_token: int = 0,
         placeholder: int | Mapping[int, int] = 0,
-        mrope: bool = False,
+        mrope: bool | str = False,
+        tokens_per_second: float = 1.0,
     ) -> PackedBatch:
         """Pack samples one after the other, whole, in the order given. Nothing is cut, dropped or resized.
 
@@ -82,8 +83,11 @@ class PackedBatch:
             sample_weight: a float >= 0 for each sample.
             pad_token: fills the padding.
             placeholder: the token id of media, or modality -> id.
-            mrope: positions in time, height and width, [3, T], by the rule of `mrope_position_ids`; media without a
-                grid count like text.
+            mrope: positions in time, height and width, [3, T], as from `mrope_position_ids`: True or "spatial" for
+                Qwen2-VL, Qwen2.5-VL and Qwen3-VL as transformers has them from 5.3 on, "largest" for the same before
+                and for Qwen2.5-Omni and Qwen3-Omni. Media without a grid count like text.
+            tokens_per_second: positions to a second of the media's `time_step`, see `mrope_position_ids`. Only with
+                mrope; every clip needs its time_step then.
 
         Raises:
             TypeError, ValueError: a wrong argument, by name; samples longer than the capacity.
@@ -98,6 +102,7 @@ class PackedBatch:
                 pad_token=pad_token,
                 placeholder=placeholder,
                 mrope=mrope,
+                tokens_per_second=tokens_per_second,
             )
         )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ class Media:
         tokens: how many tokens of the language model it takes: its encoder's features. Default t * h * w divided by
             merge_size^2 with a grid, else n.
         merge_size: patches along a side that one token stands for.
+        time_step: seconds from one step of the grid to the next, transformers' `second_per_grid_ts`: for M-RoPE with
+            time (Qwen2.5-VL, Omni). None: steps count, one position each.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
@@ -37,6 +41,7 @@ class Media:
     grid_thw: tuple[int, int, int] | None = None
     tokens: int | None = None
     merge_size: int = 1
+    time_step: float | None = None
 
     def __post_init__(self) -> None:
         if not Modality.TEXT < self.modality < MAX_MODALITIES:
@@ -62,6 +67,12 @@ class Media:
             object.__setattr__(self, "tokens", rows)
         if self.length < 1:
             wrong_value("tokens", "at least one", self.tokens)
+        if self.time_step is not None:
+            if not isinstance(self.time_step, Real) or not 0 <= self.time_step < math.inf:
+                wrong_value("time_step", "a finite number of seconds >= 0", self.time_step)
+            if self.grid_thw is None:
+                wrong_value("time_step", "None without grid_thw, whose steps it is between", self.time_step)
+            object.__setattr__(self, "time_step", float(self.time_step))
 
     @property
     def length(self) -> int:
@@ -84,6 +95,7 @@ class PackedMedia:
         tokens_host: tokens of each item.
         grid_thw: [N, 3] int64, or None.
         merge_size: patches along a side that one token stands for; the same for all.
+        time_step: [N] float32, seconds from one step of an item's grid to the next, or None.
     """
 
     values: torch.Tensor
@@ -94,6 +106,7 @@ class PackedMedia:
     tokens_host: tuple[int, ...]
     grid_thw: torch.Tensor | None = None
     merge_size: int = 1
+    time_step: torch.Tensor | None = None
 
     @classmethod
     def of(cls, items: Sequence[Media], starts: Sequence[int], device: torch.device) -> PackedMedia:
@@ -108,10 +121,15 @@ class PackedMedia:
                 wrong_value(
                     f"media {i}: grid_thw", "a grid and merge_size as the others of its modality", item.grid_thw
                 )
+            if (item.time_step is None) != (first.time_step is None):
+                wrong_value(
+                    f"media {i}: time_step", f"one like the first of modality {int(first.modality)}", item.time_step
+                )
         ends = (0, *itertools.accumulate(item.values.shape[0] for item in items))
         tokens = tuple(item.length for item in items)
         places = [torch.arange(start, start + n) for start, n in zip(starts, tokens, strict=True)]
         grids = None if first.grid_thw is None else torch.tensor([item.grid_thw for item in items], device=device)
+        seconds = None if first.time_step is None else torch.tensor([item.time_step for item in items], device=device)
         return cls(
             values=torch.cat([item.values for item in items]) if len(items) > 1 else first.values,
             dst_index=torch.cat(places).to(device),
@@ -121,6 +139,7 @@ class PackedMedia:
             tokens_host=tokens,
             grid_thw=grids,
             merge_size=first.merge_size,
+            time_step=seconds,
         )
 
     @property
@@ -153,4 +172,5 @@ class PackedMedia:
             tokens_host=self.tokens_host[i:j],
             grid_thw=None if self.grid_thw is None else self.grid_thw[i:j],
             merge_size=self.merge_size,
+            time_step=None if self.time_step is None else self.time_step[i:j],
         )
