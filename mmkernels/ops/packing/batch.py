@@ -239,18 +239,25 @@ class PackedBatch:
         """Keyword arguments of `flash_attn_varlen_func` for self-attention: cu_seqlens and the longest segment."""
         return _batch_export.flash_attn(self)
 
-    def to_hf(self) -> dict[str, Any]:
-        """Keyword arguments of a transformers causal model with flash attention, batch dimension 1.
+    def to_hf(self, *, mrope: bool | None = None) -> dict[str, Any]:
+        """Keyword arguments of a transformers causal model, batch dimension 1.
 
-        transformers shifts the labels itself, so the first label of each segment, which the last token of the segment
-        before would be asked for, becomes -100. Positions [3, T] become [4, 1, T], as Qwen2-VL wants them for packed
-        batches: counted from 0 in each segment, then time, height and width. Images and clips are passed as
-        pixel_values, image_grid_thw, pixel_values_videos and video_grid_thw.
+        Samples stay apart whatever the attention: flash attention and others that take cu_seqlens have them, eager,
+        sdpa and flex attention find the samples in position_ids, which they only look for without a cache
+        (use_cache=False) and without an attention mask. transformers shifts the labels itself, so the first label of
+        each segment, which the last token of the segment before would be asked for, becomes -100. Images and clips are
+        passed as pixel_values, image_grid_thw, pixel_values_videos and video_grid_thw.
+
+        Args:
+            mrope: whether the model has M-RoPE, as Qwen2-VL. It takes positions [4, 1, T]: counted from 0 in each
+                segment, then time, height and width; from [1, T] it would not know the samples. Default: what the
+                batch's own position_ids are, which must be [3, T] beside images and clips. For text alone too such a
+                model needs [3, T], or True here, which repeats positions [T].
 
         Raises:
-            ValueError: weights or media that have no place there.
+            ValueError: weights or media that have no place there; `mrope` missing, or not what position_ids are.
         """
-        return _batch_export.hf(self)
+        return _batch_export.hf(self, mrope)
 
     def to_megatron(self) -> dict[str, Any]:
         """What Megatron-LM's packed ("thd") path takes: tokens, labels, loss_mask and position_ids [1, T], and the
