@@ -11,6 +11,7 @@ import torch
 from mmkernels.ops._checks import FLOATING, expect_tensor, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 from mmkernels.ops.packing.media import Media, PackedMedia
+from mmkernels.ops.packing.plan import integer
 from mmkernels.ops.packing.vision import mrope_position_ids
 
 __all__ = ["IGNORE_LABEL", "NO_SAMPLE", "NO_SPAN", "fields"]
@@ -40,6 +41,7 @@ def fields(
         wrong_value("mrope", 'False, True, "spatial" or "largest"', mrope)
     if not mrope and tokens_per_second != 1:
         wrong_value("tokens_per_second", "1 without mrope", tokens_per_second)
+    capacity = None if capacity is None else integer("capacity", capacity, at_least=0)
     parts = _parts(samples)
     like = _like(parts)
     whole = [_tokens(part, placeholder, like) for part in parts]

@@ -277,3 +277,6 @@ class PackedBatch:
             f"PackedBatch({self.num_samples} samples, {self.num_tokens - self.padding} tokens, {self.padding} padding, "
             f"longest {self.max_seqlen}{media}, on {self.tokens.device})"
         )
+
+
+torch.serialization.add_safe_globals([PackedBatch])

@@ -14,6 +14,7 @@ import torch
 
 from mmkernels.ops._checks import wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
+from mmkernels.ops.packing.plan import integer
 
 __all__ = ["Media", "PackedMedia"]
 
@@ -44,13 +45,15 @@ class Media:
     time_step: float | None = None
 
     def __post_init__(self) -> None:
-        if not Modality.TEXT < self.modality < MAX_MODALITIES:
+        modality = integer("modality", self.modality, at_least=0)
+        if not Modality.TEXT < modality < MAX_MODALITIES:
             wrong_value("modality", f"an id in [1, {MAX_MODALITIES})", self.modality)
+        if not isinstance(self.modality, Modality):
+            object.__setattr__(self, "modality", modality)
         if not isinstance(self.values, torch.Tensor) or self.values.ndim < 1:
             wrong_type("values", "a tensor [n, ...]", self.values)
-        rows, merge = self.values.shape[0], self.merge_size
-        if merge < 1:
-            wrong_value("merge_size", "an integer >= 1", merge)
+        rows, merge = self.values.shape[0], integer("merge_size", self.merge_size, at_least=1)
+        object.__setattr__(self, "merge_size", merge)
         if self.grid_thw is not None:
             t, h, w = grid = tuple(int(size) for size in self.grid_thw)
             if min(grid) < 1 or h % merge or w % merge or t * h * w != rows:
@@ -63,8 +66,9 @@ class Media:
             object.__setattr__(self, "tokens", merged)
         elif merge != 1:
             wrong_value("merge_size", "1 without grid_thw (say tokens instead)", merge)
-        elif self.tokens is None:
-            object.__setattr__(self, "tokens", rows)
+        else:
+            tokens = rows if self.tokens is None else integer("tokens", self.tokens, at_least=0)
+            object.__setattr__(self, "tokens", tokens)
         if self.length < 1:
             wrong_value("tokens", "at least one", self.tokens)
         if self.time_step is not None:
@@ -174,3 +178,6 @@ class PackedMedia:
             merge_size=self.merge_size,
             time_step=None if self.time_step is None else self.time_step[i:j],
         )
+
+
+torch.serialization.add_safe_globals([Media, PackedMedia])
