@@ -35,6 +35,12 @@ def hf(batch: PackedBatch, mrope: bool | None) -> dict[str, Any]:
     for name in ("loss_weight", "sample_weight"):
         if getattr(batch, name) is not None:
             wrong_value(name, "None for to_hf, whose loss takes no weights", getattr(batch, name))
+    media_arguments = {}
+    for modality, media in batch.media.items():
+        if modality not in _HF_MEDIA or media.grid_thw is None:
+            wrong_value("media", "images and videos with grid_thw for to_hf", f"modality {int(modality)}")
+        values, grid = _HF_MEDIA[Modality(modality)]
+        media_arguments |= {values: media.values, grid: media.grid_thw}
     arguments = {
         "input_ids": batch.tokens[None],
         "position_ids": _hf_positions(batch, mrope),
@@ -47,12 +53,7 @@ def hf(batch: PackedBatch, mrope: bool | None) -> dict[str, Any]:
     }
     if batch.labels is not None:
         arguments["labels"] = torch.where(firsts(batch), IGNORE_LABEL, batch.labels)[None]
-    for modality, media in batch.media.items():
-        if modality not in _HF_MEDIA or media.grid_thw is None:
-            wrong_value("media", "images and videos with grid_thw for to_hf", f"modality {int(modality)}")
-        values, grid = _HF_MEDIA[Modality(modality)]
-        arguments |= {values: media.values, grid: media.grid_thw}
-    return arguments
+    return arguments | media_arguments
 
 
 def _hf_positions(batch: PackedBatch, mrope: bool | None) -> torch.Tensor:

@@ -244,9 +244,11 @@ class PackedBatch:
 
         Samples stay apart whatever the attention: flash attention and others that take cu_seqlens have them, eager,
         sdpa and flex attention find the samples in position_ids, which they only look for without a cache
-        (use_cache=False) and without an attention mask. transformers shifts the labels itself, so the first label of
-        each segment, which the last token of the segment before would be asked for, becomes -100. Images and clips are
-        passed as pixel_values, image_grid_thw, pixel_values_videos and video_grid_thw.
+        (use_cache=False) and without an attention mask. A recurrent model (Mamba) does neither and mixes them.
+
+        transformers shifts the labels itself, so the first label of each segment, which the last token of the segment
+        before would be asked for, becomes -100. Images and clips are passed as pixel_values, image_grid_thw,
+        pixel_values_videos and video_grid_thw.
 
         Args:
             mrope: whether the model has M-RoPE, as Qwen2-VL. It takes positions [4, 1, T]: counted from 0 in each

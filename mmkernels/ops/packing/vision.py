@@ -177,8 +177,8 @@ def mrope_position_ids(
         time_step: [N] floating point: seconds from one step in time to the next, `second_per_grid_ts`; a token of step
             t stands floor(t * time_step * tokens_per_second) positions on, in float32 (float64 if given so). Default
             one position a step. Only the reference backend knows it.
-        tokens_per_second: positions to a second: 2 for Qwen2.5-VL, 25 for Qwen2.5-Omni, 13 for Qwen3-Omni (their
-            configurations' `tokens_per_second` and `position_id_per_seconds`). Only with time_step.
+        tokens_per_second: positions to a second, `tokens_per_second` or `position_id_per_seconds` in a model's
+            configuration: 2 in Qwen2.5-VL as released, 25 in Qwen2.5-Omni, 13 in Qwen3-Omni. Only with time_step.
         backend: as in `pack`.
 
     Returns:

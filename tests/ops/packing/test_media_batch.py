@@ -347,7 +347,7 @@ def test_to_hf():
     with pytest.raises(ValueError, match=r"mrope: expected True or None for a batch of positions \[3, T\], got False"):
         batch.to_hf(mrope=False)
     with pytest.raises(ValueError, match="media: expected images and videos with grid_thw for to_hf, got 'modality 2'"):
-        a_batch(mrope=True).to_hf()
+        a_batch().to_hf()
     with pytest.raises(ValueError, match="sample_weight: expected None for to_hf"):
         PackedBatch.from_samples([text(1)], sample_weight=[1.0]).to_hf()
 
