@@ -35,7 +35,7 @@ def hf(batch: PackedBatch, mrope: bool | None) -> dict[str, Any]:
     for name in ("loss_weight", "sample_weight"):
         if getattr(batch, name) is not None:
             wrong_value(name, "None for to_hf, whose loss takes no weights", getattr(batch, name))
-    media_arguments = {}
+    media_arguments: dict[str, Any] = {}
     for modality, media in batch.media.items():
         if modality not in _HF_MEDIA or media.grid_thw is None:
             wrong_value("media", "images and videos with grid_thw for to_hf", f"modality {int(modality)}")

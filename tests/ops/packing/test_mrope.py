@@ -240,12 +240,24 @@ def test_positions_of_a_random_batch(advance, backend):
     assert torch.equal(mrope_position_ids(*args, advance=advance, backend=backend), torch.cat(expected, 1))
 
 
-def test_positions_compile_into_one_graph():
+@every_rule
+@pytest.mark.parametrize("timed", [False, True])
+def test_positions_compile_into_one_graph(timed, advance):
     ids, grids, starts, *_ = interleaved(SAMPLES[4])
     args = (cu_seqlens_of([len(ids)]), torch.tensor(grids), torch.tensor(starts), len(ids))
+    options = {"time_step": torch.rand(len(grids)), "tokens_per_second": 7.0} if timed else {}
     torch.compiler.reset()
     compiled = torch.compile(mrope_position_ids, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*args), mrope_position_ids(*args))
+    expected = mrope_position_ids(*args, advance=advance, **options)
+    assert torch.equal(compiled(*args, advance=advance, **options), expected)
+
+
+def test_opcheck_with_time():
+    """`time_step` of the op: two factors for each span; the cases without are in test_contract.py."""
+    spans = (torch.tensor([0, 9, 14]), torch.tensor([1, 4]), torch.tensor([[1, 1, 2], [2, 2, 1]]))
+    factors = torch.tensor([[0.5, 1.5], [25.0, 25.0]])
+    args = (*spans, torch.tensor([0, 0, -2]), factors, 15, "reference")
+    torch.library.opcheck(torch.ops.mmkernels.packing_mrope_fwd.default, args)
 
 
 CU, GRID, STARTS = cu_seqlens_of([9, 5]), torch.tensor([[1, 2, 4], [1, 4, 4]]), torch.tensor([1, 4])
