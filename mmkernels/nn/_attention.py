@@ -42,6 +42,9 @@ class Rotary:
         return rotary_cos_sin(position_ids, dim, base=self.base, dtype=dtype, **sections)  # type: ignore[arg-type]
 
 
+torch.serialization.add_safe_globals([Rotary])
+
+
 class AttentionBase(nn.Module):
     """What all have: heads, normalised and turned queries and keys, the op's call, nn.MultiheadAttention's weights.
 

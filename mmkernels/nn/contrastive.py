@@ -238,3 +238,7 @@ def _expect_positive(name: str, value: Any) -> None:
     _expect_finite(name, value)
     if value <= 0:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+# The losses have no modules inside, so that they can be loaded whole as well.
+torch.serialization.add_safe_globals([InfoNCELoss, SigLIPLoss])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import torch
+
 __all__ = ["MAX_MODALITIES", "Modality"]
 
 # One bit of an int32 per modality.
@@ -17,3 +19,6 @@ class Modality(IntEnum):
     IMAGE = 1
     AUDIO = 2
     VIDEO = 3
+
+
+torch.serialization.add_safe_globals([Modality])

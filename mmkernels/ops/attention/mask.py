@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -248,6 +248,13 @@ class AttentionMask:
         mask._rows = self._rows
         return mask
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"builder": self._builder, "classes": self._classes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Laid out anew at its first use and checked again: a file may hold anything, and kernels trust the rows."""
+        AttentionMask.__init__(self, state["builder"], state["classes"])
+
     @property
     def device(self) -> torch.device:
         """Where the metadata lies."""
@@ -422,3 +429,6 @@ def _bits(name: str, modalities: Sequence[int]) -> int:
             wrong_value(name, f"modalities in [0, {MAX_MODALITIES})", modality)
         bits |= 1 << modality
     return bits
+
+
+torch.serialization.add_safe_globals([AttentionMask, *(getattr(builders, name) for name in builders.__all__)])

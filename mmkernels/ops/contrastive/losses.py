@@ -47,6 +47,9 @@ class ContrastiveStats(NamedTuple):
     entropy: Tensor
 
 
+torch.serialization.add_safe_globals([ContrastiveStats])
+
+
 def occurrences(ids: Tensor, among: Tensor) -> Tensor:
     """How often each id occurs among others."""
     ordered = among.sort().values

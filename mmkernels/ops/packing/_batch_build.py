@@ -11,6 +11,7 @@ import torch
 from mmkernels.ops._checks import FLOATING, expect_tensor, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 from mmkernels.ops.packing.media import Media, PackedMedia
+from mmkernels.ops.packing.plan import integer
 from mmkernels.ops.packing.vision import mrope_position_ids
 
 __all__ = ["IGNORE_LABEL", "NO_SAMPLE", "NO_SPAN", "fields"]
@@ -32,9 +33,15 @@ def fields(
     sample_weight: Sequence[float] | None,
     pad_token: int,
     placeholder: Placeholder,
-    mrope: bool,
+    mrope: bool | str,
+    tokens_per_second: float,
 ) -> dict[str, Any]:
     """The arguments of `PackedBatch`; see `PackedBatch.from_samples`."""
+    if not isinstance(mrope, bool) and mrope not in ("spatial", "largest"):
+        wrong_value("mrope", 'False, True, "spatial" or "largest"', mrope)
+    if not mrope and tokens_per_second != 1:
+        wrong_value("tokens_per_second", "1 without mrope", tokens_per_second)
+    capacity = None if capacity is None else integer("capacity", capacity, at_least=0)
     parts = _parts(samples)
     like = _like(parts)
     whole = [_tokens(part, placeholder, like) for part in parts]
@@ -71,7 +78,7 @@ def fields(
         "cu_seqlens": cu_seqlens.to(device),
         "cu_seqlens_host": ends,
         "sample_ids": owners.to(device),
-        "position_ids": _positions(items, starts, cu_seqlens, begins, mrope).to(device),
+        "position_ids": _positions(items, starts, cu_seqlens, begins, mrope, tokens_per_second).to(device),
         "modality_ids": kinds.to(device) if own_kinds is None else own_kinds,
         "span_ids": spans.to(device),
         "padding": padding,
@@ -164,21 +171,39 @@ def _spans(items: list[Media], starts: list[int], total: int) -> tuple[torch.Ten
 
 
 def _positions(
-    items: list[Media], starts: list[int], cu_seqlens: torch.Tensor, begins: torch.Tensor, mrope: bool
+    items: list[Media],
+    starts: list[int],
+    cu_seqlens: torch.Tensor,
+    begins: torch.Tensor,
+    mrope: bool | str,
+    tokens_per_second: float,
 ) -> torch.Tensor:
     """[T], or [3, T] with `mrope`."""
     total = begins.shape[0]
     if not mrope:
         return torch.arange(total) - begins
-    # Grids after merging, so that items of different merge sizes go together.
-    grids = [
-        (item.grid_thw[0], item.grid_thw[1] // item.merge_size, item.grid_thw[2] // item.merge_size)
-        for item in items
-        if item.grid_thw is not None
-    ]
-    places = [start for item, start in zip(items, starts, strict=True) if item.grid_thw is not None]
-    grid_thw = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-    return mrope_position_ids(cu_seqlens, grid_thw, torch.tensor(places, dtype=torch.int64), total, merge_size=1)
+    grids, places, steps = [], [], []
+    for i, (item, start) in enumerate(zip(items, starts, strict=True)):
+        if item.grid_thw is None:
+            continue
+        t, h, w = item.grid_thw
+        places.append(start)
+        # Grids after merging, so that items of different merge sizes go together.
+        grids.append((t, h // item.merge_size, w // item.merge_size))
+        if item.time_step is None and t > 1 and tokens_per_second != 1:
+            wrong_value(f"media {i}: time_step", "its seconds a step, which tokens_per_second multiplies", None)
+        steps.append(1.0 if item.time_step is None else item.time_step)
+    timed = any(item.time_step is not None for item in items) or tokens_per_second != 1
+    return mrope_position_ids(
+        cu_seqlens,
+        torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        torch.tensor(places, dtype=torch.int64),
+        total,
+        merge_size=1,
+        advance="spatial" if mrope is True else mrope,
+        time_step=torch.tensor(steps, dtype=torch.float32) if timed else None,
+        tokens_per_second=tokens_per_second,
+    )
 
 
 def _packed_media(items: list[Media], starts: list[int], device: torch.device) -> dict[int, PackedMedia]:

@@ -128,7 +128,7 @@ def _check_media(batch: PackedBatch) -> None:
 
 def _check_layout(batch: PackedBatch, name: str, media: PackedMedia) -> None:
     """Of one modality: boundaries, devices and counts."""
-    for what in ("values", "dst_index", "cu_values", "grid_thw"):
+    for what in ("values", "dst_index", "cu_values", "grid_thw", "time_step"):
         value = getattr(media, what)
         if value is not None:
             _require(
@@ -145,6 +145,9 @@ def _check_layout(batch: PackedBatch, name: str, media: PackedMedia) -> None:
     _require(device == (torch.int32, host), f"{name}.cu_values", "is int32 and equal to cu_values_host", device)
     features, counted = media.dst_index.shape[0], sum(media.tokens_host)
     _require(features == counted, f"{name}.dst_index", f"has an entry for each of {counted} tokens", features)
+    if media.time_step is not None:
+        steps = media.time_step.shape[0]
+        _require(steps == items, f"{name}.time_step", f"has an entry for each of {items} items", steps)
     if media.grid_thw is not None:
         sizes = media.grid_thw.prod(1).cpu()
         lengths = torch.tensor(host).diff()

@@ -31,35 +31,51 @@ def flash_attn(batch: PackedBatch) -> dict[str, Any]:
     }
 
 
-def hf(batch: PackedBatch) -> dict[str, Any]:
+def hf(batch: PackedBatch, mrope: bool | None) -> dict[str, Any]:
     for name in ("loss_weight", "sample_weight"):
         if getattr(batch, name) is not None:
             wrong_value(name, "None for to_hf, whose loss takes no weights", getattr(batch, name))
-    arguments = {
-        "input_ids": batch.tokens[None],
-        "position_ids": _hf_positions(batch),
-        "cu_seq_lens_q": batch.cu_seqlens,
-        "cu_seq_lens_k": batch.cu_seqlens,
-        "max_length_q": batch.max_seqlen,
-        "max_length_k": batch.max_seqlen,
-    }
-    if batch.labels is not None:
-        arguments["labels"] = torch.where(firsts(batch), IGNORE_LABEL, batch.labels)[None]
+    media_arguments: dict[str, Any] = {}
     for modality, media in batch.media.items():
         if modality not in _HF_MEDIA or media.grid_thw is None:
             wrong_value("media", "images and videos with grid_thw for to_hf", f"modality {int(modality)}")
         values, grid = _HF_MEDIA[Modality(modality)]
-        arguments |= {values: media.values, grid: media.grid_thw}
-    return arguments
+        media_arguments |= {values: media.values, grid: media.grid_thw}
+    arguments = {
+        "input_ids": batch.tokens[None],
+        "position_ids": _hf_positions(batch, mrope),
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+        # With a cache transformers takes the tokens for one sequence: eager, sdpa and flex attention would mix samples.
+        "use_cache": False,
+    }
+    if batch.labels is not None:
+        arguments["labels"] = torch.where(firsts(batch), IGNORE_LABEL, batch.labels)[None]
+    return arguments | media_arguments
 
 
-def _hf_positions(batch: PackedBatch) -> torch.Tensor:
-    """[1, T], or [4, 1, T]: positions in the segment, from which transformers tells packed samples, then the three."""
-    if batch.position_ids.ndim == 1:
-        return batch.position_ids[None]
+def _hf_positions(batch: PackedBatch, mrope: bool | None) -> torch.Tensor:
+    """[1, T], or [4, 1, T]: positions in the segment, from which transformers tells packed samples, then the three.
+
+    A model with M-RoPE spreads [1, T] on its axes and then looks for no samples in it.
+    """
+    positions, plain = batch.position_ids, batch.position_ids.ndim == 1
+    if mrope is None:
+        if plain and batch.media:
+            expected = "True or False (whether the model has M-RoPE) for a batch of positions [T] with images or clips"
+            wrong_value("mrope", expected, mrope)
+        mrope = not plain
+    if not mrope:
+        if not plain:
+            wrong_value("mrope", "True or None for a batch of positions [3, T]", mrope)
+        return positions[None]
+    if plain:
+        return positions.expand(4, 1, -1)
     begins = torch.where(firsts(batch), torch.arange(batch.num_tokens, device=batch.tokens.device), 0)
     within = torch.arange(batch.num_tokens, device=batch.tokens.device) - begins.cummax(0).values
-    return torch.cat([within[None], batch.position_ids])[:, None]
+    return torch.cat([within[None], positions])[:, None]
 
 
 def megatron(batch: PackedBatch) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops.packing._saving import Saved
 from mmkernels.ops.packing.cost import AttentionCost
 from mmkernels.ops.packing.plan import integer, shuffled
 from mmkernels.ops.packing.plan_result import PackingPlan
@@ -19,7 +20,7 @@ WINDOW = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class RankSchedule:
+class RankSchedule(Saved):
     """What each of W ranks computes in each step, made by `balance_ranks`.
 
     Attributes:

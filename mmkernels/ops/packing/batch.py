@@ -66,7 +66,8 @@ class PackedBatch:
         sample_weight: Sequence[float] | None = None,
         pad_token: int = 0,
         placeholder: int | Mapping[int, int] = 0,
-        mrope: bool = False,
+        mrope: bool | str = False,
+        tokens_per_second: float = 1.0,
     ) -> PackedBatch:
         """Pack samples one after the other, whole, in the order given. Nothing is cut, dropped or resized.
 
@@ -82,8 +83,11 @@ class PackedBatch:
             sample_weight: a float >= 0 for each sample.
             pad_token: fills the padding.
             placeholder: the token id of media, or modality -> id.
-            mrope: positions in time, height and width, [3, T], by the rule of `mrope_position_ids`; media without a
-                grid count like text.
+            mrope: positions in time, height and width, [3, T], as from `mrope_position_ids`: True or "spatial" for
+                Qwen2-VL, Qwen2.5-VL and Qwen3-VL as transformers has them from 5.3 on, "largest" for the same before
+                and for Qwen2.5-Omni and Qwen3-Omni. Media without a grid count like text.
+            tokens_per_second: positions to a second of the media's `time_step`, see `mrope_position_ids`. Only with
+                mrope; every clip needs its time_step then.
 
         Raises:
             TypeError, ValueError: a wrong argument, by name; samples longer than the capacity.
@@ -98,6 +102,7 @@ class PackedBatch:
                 pad_token=pad_token,
                 placeholder=placeholder,
                 mrope=mrope,
+                tokens_per_second=tokens_per_second,
             )
         )
 
@@ -234,18 +239,27 @@ class PackedBatch:
         """Keyword arguments of `flash_attn_varlen_func` for self-attention: cu_seqlens and the longest segment."""
         return _batch_export.flash_attn(self)
 
-    def to_hf(self) -> dict[str, Any]:
-        """Keyword arguments of a transformers causal model with flash attention, batch dimension 1.
+    def to_hf(self, *, mrope: bool | None = None) -> dict[str, Any]:
+        """Keyword arguments of a transformers causal model, batch dimension 1.
+
+        Samples stay apart whatever the attention: flash attention and others that take cu_seqlens have them, eager,
+        sdpa and flex attention find the samples in position_ids, which they only look for without a cache
+        (use_cache=False) and without an attention mask. A recurrent model (Mamba) does neither and mixes them.
 
         transformers shifts the labels itself, so the first label of each segment, which the last token of the segment
-        before would be asked for, becomes -100. Positions [3, T] become [4, 1, T], as Qwen2-VL wants them for packed
-        batches: counted from 0 in each segment, then time, height and width. Images and clips are passed as
-        pixel_values, image_grid_thw, pixel_values_videos and video_grid_thw.
+        before would be asked for, becomes -100. Images and clips are passed as pixel_values, image_grid_thw,
+        pixel_values_videos and video_grid_thw.
+
+        Args:
+            mrope: whether the model has M-RoPE, as Qwen2-VL. It takes positions [4, 1, T]: counted from 0 in each
+                segment, then time, height and width; from [1, T] it would not know the samples. Default: what the
+                batch's own position_ids are, which must be [3, T] beside images and clips. For text alone too such a
+                model needs [3, T], or True here, which repeats positions [T].
 
         Raises:
-            ValueError: weights or media that have no place there.
+            ValueError: weights or media that have no place there; `mrope` missing, or not what position_ids are.
         """
-        return _batch_export.hf(self)
+        return _batch_export.hf(self, mrope)
 
     def to_megatron(self) -> dict[str, Any]:
         """What Megatron-LM's packed ("thd") path takes: tokens, labels, loss_mask and position_ids [1, T], and the
@@ -265,3 +279,6 @@ class PackedBatch:
             f"PackedBatch({self.num_samples} samples, {self.num_tokens - self.padding} tokens, {self.padding} padding, "
             f"longest {self.max_seqlen}{media}, on {self.tokens.device})"
         )
+
+
+torch.serialization.add_safe_globals([PackedBatch])

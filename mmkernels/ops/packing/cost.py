@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops.packing._saving import Saved
 from mmkernels.ops.packing.plan import integers
 from mmkernels.ops.packing.plan_result import PackingPlan
 
@@ -17,7 +18,7 @@ __all__ = ["AttentionCost", "EncoderCost"]
 
 
 @dataclass(frozen=True, eq=False)
-class EncoderCost:
+class EncoderCost(Saved):
     """The work of one encoder (or decoder, or fusion) on an item: linear * tokens + quadratic * pairs.
 
     Args:
@@ -71,7 +72,7 @@ class EncoderCost:
         return cost
 
 
-class AttentionCost:
+class AttentionCost(Saved):
     """The work of a model on a pack: the sum over its encoders and items of `EncoderCost`.
 
         AttentionCost(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 
 from mmkernels.ops._checks import wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
+from mmkernels.ops.packing.plan import integer
 
 __all__ = ["Media", "PackedMedia"]
 
@@ -27,6 +30,8 @@ class Media:
         tokens: how many tokens of the language model it takes: its encoder's features. Default t * h * w divided by
             merge_size^2 with a grid, else n.
         merge_size: patches along a side that one token stands for.
+        time_step: seconds from one step of the grid to the next, transformers' `second_per_grid_ts`: for M-RoPE with
+            time (Qwen2.5-VL, Omni). None: steps count, one position each.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
@@ -37,15 +42,18 @@ class Media:
     grid_thw: tuple[int, int, int] | None = None
     tokens: int | None = None
     merge_size: int = 1
+    time_step: float | None = None
 
     def __post_init__(self) -> None:
-        if not Modality.TEXT < self.modality < MAX_MODALITIES:
+        modality = integer("modality", self.modality, at_least=0)
+        if not Modality.TEXT < modality < MAX_MODALITIES:
             wrong_value("modality", f"an id in [1, {MAX_MODALITIES})", self.modality)
+        if not isinstance(self.modality, Modality):
+            object.__setattr__(self, "modality", modality)
         if not isinstance(self.values, torch.Tensor) or self.values.ndim < 1:
             wrong_type("values", "a tensor [n, ...]", self.values)
-        rows, merge = self.values.shape[0], self.merge_size
-        if merge < 1:
-            wrong_value("merge_size", "an integer >= 1", merge)
+        rows, merge = self.values.shape[0], integer("merge_size", self.merge_size, at_least=1)
+        object.__setattr__(self, "merge_size", merge)
         if self.grid_thw is not None:
             t, h, w = grid = tuple(int(size) for size in self.grid_thw)
             if min(grid) < 1 or h % merge or w % merge or t * h * w != rows:
@@ -58,10 +66,17 @@ class Media:
             object.__setattr__(self, "tokens", merged)
         elif merge != 1:
             wrong_value("merge_size", "1 without grid_thw (say tokens instead)", merge)
-        elif self.tokens is None:
-            object.__setattr__(self, "tokens", rows)
+        else:
+            tokens = rows if self.tokens is None else integer("tokens", self.tokens, at_least=0)
+            object.__setattr__(self, "tokens", tokens)
         if self.length < 1:
             wrong_value("tokens", "at least one", self.tokens)
+        if self.time_step is not None:
+            if not isinstance(self.time_step, Real) or not 0 <= self.time_step < math.inf:
+                wrong_value("time_step", "a finite number of seconds >= 0", self.time_step)
+            if self.grid_thw is None:
+                wrong_value("time_step", "None without grid_thw, whose steps it is between", self.time_step)
+            object.__setattr__(self, "time_step", float(self.time_step))
 
     @property
     def length(self) -> int:
@@ -84,6 +99,7 @@ class PackedMedia:
         tokens_host: tokens of each item.
         grid_thw: [N, 3] int64, or None.
         merge_size: patches along a side that one token stands for; the same for all.
+        time_step: [N] float32, seconds from one step of an item's grid to the next, or None.
     """
 
     values: torch.Tensor
@@ -94,6 +110,7 @@ class PackedMedia:
     tokens_host: tuple[int, ...]
     grid_thw: torch.Tensor | None = None
     merge_size: int = 1
+    time_step: torch.Tensor | None = None
 
     @classmethod
     def of(cls, items: Sequence[Media], starts: Sequence[int], device: torch.device) -> PackedMedia:
@@ -108,10 +125,15 @@ class PackedMedia:
                 wrong_value(
                     f"media {i}: grid_thw", "a grid and merge_size as the others of its modality", item.grid_thw
                 )
+            if (item.time_step is None) != (first.time_step is None):
+                wrong_value(
+                    f"media {i}: time_step", f"one like the first of modality {int(first.modality)}", item.time_step
+                )
         ends = (0, *itertools.accumulate(item.values.shape[0] for item in items))
         tokens = tuple(item.length for item in items)
         places = [torch.arange(start, start + n) for start, n in zip(starts, tokens, strict=True)]
         grids = None if first.grid_thw is None else torch.tensor([item.grid_thw for item in items], device=device)
+        seconds = None if first.time_step is None else torch.tensor([item.time_step for item in items], device=device)
         return cls(
             values=torch.cat([item.values for item in items]) if len(items) > 1 else first.values,
             dst_index=torch.cat(places).to(device),
@@ -121,6 +143,7 @@ class PackedMedia:
             tokens_host=tokens,
             grid_thw=grids,
             merge_size=first.merge_size,
+            time_step=seconds,
         )
 
     @property
@@ -153,4 +176,8 @@ class PackedMedia:
             tokens_host=self.tokens_host[i:j],
             grid_thw=None if self.grid_thw is None else self.grid_thw[i:j],
             merge_size=self.merge_size,
+            time_step=None if self.time_step is None else self.time_step[i:j],
         )
+
+
+torch.serialization.add_safe_globals([Media, PackedMedia])

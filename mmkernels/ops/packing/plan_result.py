@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmkernels.ops.packing import plan_python
+from mmkernels.ops.packing._saving import Saved
 from mmkernels.runtime import native
 
 __all__ = ["CountedPlan", "PackingPlan", "planner"]
@@ -29,7 +30,7 @@ def planner() -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class PackingPlan:
+class PackingPlan(Saved):
     """The packs of a `plan_packing` call, in CSR form.
 
     `plan[p]` and iteration give the item indices of a pack. Packs come in the order of their first items and a pack's

@@ -184,9 +184,10 @@ def mrope(
     time_step: torch.Tensor | None,
     total: int,
 ) -> torch.Tensor:
-    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64, time_step [N] or None -> [3, T] int64.
+    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64, time_step [2, N] or None -> [3, T] int64.
 
-    A span of n tokens advances the position by its largest extent instead of n; `gained` adds the differences up.
+    A span of n tokens advances the position by less or more than n; `gained` adds the differences up. `time_step` has
+    two factors for each span, whose product is the positions between two of its steps.
     """
     at = torch.arange(total, device=cu_seqlens.device)
     # The segment's first token: of several boundaries at one place the last counts.
@@ -203,7 +204,7 @@ def mrope(
     _, height, width = extent[of].clamp(min=1).unbind(1)
     t, y, x = inside // (height * width), inside // width % height, inside % width
     if time_step is not None:
-        t = (t * time_step[of]).long()
+        t = (t * time_step[0, of] * time_step[1, of]).long()
     return position + torch.where(is_media, torch.stack([t, y, x]), 0)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch.autograd import forward_ad
@@ -15,6 +17,7 @@ from mmkernels.runtime.backends import resolve
 __all__ = ["mrope_position_ids", "patchify", "unpatchify"]
 
 _INTEGERS = (torch.int64, torch.int32)
+_ADVANCES = ("spatial", "largest")
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -145,25 +148,38 @@ def mrope_position_ids(
     total: int,
     *,
     merge_size: int = 2,
+    advance: str = "spatial",
     time_step: torch.Tensor | None = None,
+    tokens_per_second: float = 1.0,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Positions in time, height and width for packed tokens, each segment from 0, as Qwen2-VL's `get_rope_index`.
 
-    A text token has one position on all three axes, one more than the largest before it. The tokens of an image or clip
+    A text token has one position on all three axes, one more than the text before it. The tokens of an image or clip
     that begins at position p stand at p + (t, y, x) of their place in its grid of t x h/merge_size x w/merge_size, row
-    by row. Nothing is inferred from token ids, and padding cannot shift anything: each segment stands for itself.
+    by row; `advance` says where the text behind it goes on. Nothing is inferred from token ids, and padding cannot
+    shift anything: each segment stands for itself.
 
     Args:
         cu_seqlens: [S+1] int32 (int64 is converted), as in `segment_pool`; tokens past its end are text of their own.
         grid_thw: [N, 3] int64 (int32 is converted): each image's or clip's patches in time, height and width, in the
-            order of its tokens.
+            order of its tokens. A model that sets a timestamp before each step of a clip (Qwen3-VL) has a grid, with
+            t = 1, for each.
         starts: [N] int64 (int32 is converted): the token that each begins with, ascending. They must not overlap, nor
             cross the end of a segment. Checked as in `segment_pool`.
         total: T; on a GPU nobody may ask cu_seqlens.
         merge_size: patches along a side that one token stands for.
-        time_step: [N] floating point: positions from one step in time to the next, rounded down after the product (for
-            Qwen2.5-VL second_per_grid_t * tokens_per_second); default 1. Only the reference backend knows it.
+        advance: the rule for what follows an image or clip that begins at p. They differ only where a clip reaches
+            further in time than in space; the README of this folder lists the models and releases.
+            "spatial": p + max(h, w)/merge_size, however long the clip is: Qwen2-VL, Qwen2.5-VL and Qwen3-VL in
+            transformers from 5.3 on.
+            "largest": one more than the largest position of its tokens on any axis: the paper, the same models in
+            transformers up to 5.2 and in vLLM; Qwen2.5-Omni and Qwen3-Omni in every release.
+        time_step: [N] floating point: seconds from one step in time to the next, `second_per_grid_ts`; a token of step
+            t stands floor(t * time_step * tokens_per_second) positions on, in float32 (float64 if given so). Default
+            one position a step. Only the reference backend knows it.
+        tokens_per_second: positions to a second, `tokens_per_second` or `position_id_per_seconds` in a model's
+            configuration: 2 in Qwen2.5-VL as released, 25 in Qwen2.5-Omni, 13 in Qwen3-Omni. Only with time_step.
         backend: as in `pack`.
 
     Returns:
@@ -183,21 +199,48 @@ def mrope_position_ids(
         wrong_value("grid_thw", "[N, 3] int64", grid_thw)
     if starts.shape[0] != grid_thw.shape[0]:
         wrong_value("starts", f"one entry for each of the {grid_thw.shape[0]} grids", starts)
-    if time_step is not None:
-        expect_tensor("time_step", time_step, "[N] floating point", ndim=1, like=cu_seqlens)
-        if time_step.shape[0] != grid_thw.shape[0]:
-            wrong_value("time_step", f"one entry for each of the {grid_thw.shape[0]} grids", time_step)
+    if advance not in _ADVANCES:
+        wrong_value("advance", '"spatial" or "largest"', advance)
     cu, starts, grid = cu_seqlens.long(), starts.long(), grid_thw.long()
     extent = torch.stack([grid[:, 0], grid[:, 1] // merge_size, grid[:, 2] // merge_size], 1)  # [N, 3]
     _check_spans(cu, starts, grid, extent.prod(1), total, merge_size)
-    last = extent - 1
-    if time_step is not None:
-        last = torch.stack([(last[:, 0] * time_step).long(), last[:, 1], last[:, 2]], 1)
-    gained = torch.nn.functional.pad((last.amax(1) + 1 - extent.prod(1)).cumsum(0), (1, 0))  # [N+1]
+    factors = _time_factors(time_step, tokens_per_second, advance, grid)
+    reach = extent[:, 1:].amax(1)
+    if advance == "largest":
+        last = extent[:, 0] - 1
+        reach = torch.maximum(reach, 1 + (last if factors is None else (last * factors[0] * factors[1]).long()))
+    gained = torch.nn.functional.pad((reach - extent.prod(1)).cumsum(0), (1, 0))  # [N+1]
     why = None if time_step is None else "the kernels count time in whole steps: time_step is for the reference"
     limits = {"native": why, "triton": why}
     served = resolve("packing", cu.new_empty(0, dtype=torch.float32), backend, limits)
-    return op.mrope(cu, starts, extent, gained, time_step, total, served)
+    return op.mrope(cu, starts, extent, gained, factors, total, served)
+
+
+def _time_factors(
+    time_step: torch.Tensor | None, tokens_per_second: float, advance: str, grid: torch.Tensor
+) -> torch.Tensor | None:
+    """[2, N]: what a step's number is multiplied by, one after the other, before it is rounded down.
+
+    Two, because rounding between them counts: the models of each rule multiply in this order in transformers.
+    """
+    if not isinstance(tokens_per_second, Real) or not 0 < tokens_per_second < math.inf:
+        wrong_value("tokens_per_second", "a finite number > 0", tokens_per_second)
+    if time_step is None:
+        if tokens_per_second != 1:
+            wrong_value("tokens_per_second", "1 without time_step, the seconds that it multiplies", tokens_per_second)
+        return None
+    expect_tensor("time_step", time_step, "[N] floating point", ndim=1, like=grid)
+    if time_step.shape[0] != grid.shape[0]:
+        wrong_value("time_step", f"one entry for each of the {grid.shape[0]} grids", time_step)
+    if not torch.compiler.is_compiling() and checks_values(time_step):
+        wrong = ~((time_step >= 0) & time_step.isfinite())
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            raise ValueError(f"time_step[{i}]: expected a finite number of seconds >= 0, got {float(time_step[i]):g}")
+    seconds = time_step.to(torch.promote_types(time_step.dtype, torch.float32))
+    rate = torch.full_like(seconds, float(tokens_per_second))
+    pair = (seconds * rate, torch.ones_like(rate)) if advance == "spatial" else (seconds, rate)
+    return torch.stack(pair)
 
 
 def _check_spans(

@@ -145,6 +145,8 @@ def test_exporters():
     assert hf["labels"][0].tolist() == [-100, 102, 103, -100, 111, 112, 113, 114, -100, 121] + [-100] * 6
     assert hf["cu_seq_lens_q"] is batch.cu_seqlens
     assert hf["max_length_k"] == 6
+    assert hf["use_cache"] is False
+    assert "attention_mask" not in hf  # with one, transformers looks for no samples in the positions
     with pytest.raises(ValueError, match="loss_weight: expected None for to_hf"):
         a_batch().to_hf()
 

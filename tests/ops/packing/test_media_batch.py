@@ -84,6 +84,50 @@ def test_mrope_positions():
     assert batch.position_ids[:, 12:16].tolist() == [[0, 1, 2, 3]] * 3  # audio counts like text
 
 
+def clip(seconds: float | None, t: int, h: int, w: int) -> Media:
+    return Media(VIDEO, torch.ones(t * h * w, 12), (t, h, w), merge_size=2, time_step=seconds)
+
+
+def test_mrope_rules():
+    """Text behind a clip goes on as the rule named says; `True` is the one of Qwen2-VL today."""
+    parts = [[text(1, 2, 3, 4), clip(None, 9, 8, 8), text(5)]]
+    behind = {}
+    for rule in (True, "spatial", "largest"):
+        batch = PackedBatch.from_samples(parts, mrope=rule).validate()
+        grid, start = torch.tensor([[9, 8, 8]]), torch.tensor([4])
+        advance = "spatial" if rule is True else rule
+        assert torch.equal(
+            batch.position_ids, mrope_position_ids(batch.cu_seqlens, grid, start, batch.num_tokens, advance=advance)
+        )
+        behind[rule] = batch.position_ids[:, -1].tolist()
+    assert behind == {True: [8] * 3, "spatial": [8] * 3, "largest": [13] * 3}
+
+
+def test_time_step_of_each_clip():
+    """Qwen2.5-VL: seconds a step from the clip, positions a second from the model; images have no time."""
+    parts = [
+        [text(1), clip(0.75, 5, 2, 4), text(2)],
+        [image(1, 4, 4), clip(2.0, 2, 4, 2), text(3)],
+    ]
+    batch = PackedBatch.from_samples(parts, mrope=True, tokens_per_second=2, capacity=40).validate()
+    seconds = torch.tensor([0.75, 1.0, 2.0])
+    grids, starts = torch.tensor([[5, 2, 4], [1, 4, 4], [2, 4, 2]]), torch.tensor([1, 12, 16])
+    args = (batch.cu_seqlens, grids, starts, 40)
+    assert torch.equal(batch.position_ids, mrope_position_ids(*args, time_step=seconds, tokens_per_second=2))
+    assert batch.position_ids[0, :12].tolist() == [0, 1, 1, 2, 2, 4, 4, 5, 5, 7, 7, 3]
+    largest = PackedBatch.from_samples(parts, mrope="largest", tokens_per_second=2)
+    assert largest.position_ids[0, :12].tolist() == [0, 1, 1, 2, 2, 4, 4, 5, 5, 7, 7, 8]
+    # Kept with the clip, wherever it goes.
+    assert batch.media[VIDEO].time_step.tolist() == [0.75, 2.0]
+    assert batch.media[IMAGE].time_step is None
+    assert [part.media[VIDEO].time_step.tolist() for part in batch.split(1)] == [[0.75], [2.0]]
+    assert batch.to("meta").media[VIDEO].time_step.is_meta
+    assert_same(pickle.loads(pickle.dumps(batch)).validate(), batch)
+    # Without a rate a second is a position, as in mrope_position_ids.
+    plain = PackedBatch.from_samples(parts, mrope=True)
+    assert plain.position_ids[0, :12].tolist() == [0, 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 3]
+
+
 def test_any_sample_may_come_first():
     """Dtype and device are those of the token ids, wherever the first ones are."""
     ids = torch.arange(3, dtype=torch.int32)
@@ -294,6 +338,14 @@ def test_to_hf():
     assert hf["image_grid_thw"].tolist() == [[1, 4, 4]]
     assert hf["pixel_values_videos"].shape == (8, 12)
     assert hf["video_grid_thw"].tolist() == [[2, 2, 2]]
+    assert hf["use_cache"] is False
+    plain = PackedBatch.from_samples([[text(1, 2), image(1, 4, 4)], text(3, 4)])
+    assert plain.to_hf(mrope=False)["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1]]
+    assert plain.to_hf(mrope=True)["position_ids"].tolist() == [[[0, 1, 2, 3, 4, 5, 0, 1]]] * 4
+    with pytest.raises(ValueError, match=r"mrope: expected True or False .* with images or clips, got None"):
+        plain.to_hf()
+    with pytest.raises(ValueError, match=r"mrope: expected True or None for a batch of positions \[3, T\], got False"):
+        batch.to_hf(mrope=False)
     with pytest.raises(ValueError, match="media: expected images and videos with grid_thw for to_hf, got 'modality 2'"):
         a_batch().to_hf()
     with pytest.raises(ValueError, match="sample_weight: expected None for to_hf"):
@@ -382,6 +434,8 @@ BROKEN = [
         "grid_thw multiplies to the items' rows",
     ),
     (media_with(IMAGE, merge_size=1), "grid_thw merges to the items' tokens"),
+    (media_with(VIDEO, time_step=torch.ones(2)), r"media\[3\].time_step has an entry for each of 1 items"),
+    (media_with(VIDEO, time_step=torch.ones(1, device="meta")), r"media\[3\].time_step is on cpu"),
     (
         media_with(VIDEO, starts_host=(16,), dst_index=torch.arange(16, 24)),
         r"media\[3\] has each item whole in one sample",
@@ -407,6 +461,39 @@ BAD = [
     (lambda: Media(1, V, merge_size=2), ValueError, "merge_size: expected 1 without grid_thw"),
     (lambda: Media(1, V, merge_size=0), ValueError, "merge_size: expected an integer >= 1"),
     (lambda: Media(1, V, tokens=0), ValueError, "tokens: expected at least one"),
+    (
+        lambda: Media(3, V, (2, 2, 2), time_step=-1.0),
+        ValueError,
+        r"time_step: expected a finite number of seconds >= 0",
+    ),
+    (lambda: Media(3, V, (2, 2, 2), time_step=float("nan")), ValueError, "time_step: expected a finite number"),
+    (lambda: Media(3, V, (2, 2, 2), time_step="1"), ValueError, "time_step: expected a finite number"),
+    (lambda: Media(3, V, time_step=1.0), ValueError, "time_step: expected None without grid_thw"),
+    (
+        lambda: PackedBatch.from_samples([[clip(1.0, 2, 2, 2), clip(None, 2, 2, 2)]]),
+        ValueError,
+        "media 1: time_step: expected one like the first of modality 3, got None",
+    ),
+    (
+        lambda: PackedBatch.from_samples([[clip(None, 2, 2, 2)]], mrope=True, tokens_per_second=2),
+        ValueError,
+        "media 0: time_step: expected its seconds a step, which tokens_per_second multiplies, got None",
+    ),
+    (
+        lambda: PackedBatch.from_samples([text(1)], tokens_per_second=2),
+        ValueError,
+        "tokens_per_second: expected 1 without mrope",
+    ),
+    (
+        lambda: PackedBatch.from_samples([text(1)], mrope=True, tokens_per_second=-2),
+        ValueError,
+        "tokens_per_second: expected a finite number > 0",
+    ),
+    (
+        lambda: PackedBatch.from_samples([text(1)], mrope="max"),
+        ValueError,
+        'mrope: expected False, True, "spatial" or "largest", got',
+    ),
     (lambda: PackedBatch.from_samples([[text(1), 5]]), TypeError, r"samples\[0\]: expected a tensor .*, or a sequence"),
     (
         lambda: PackedBatch.from_samples([[torch.ones(2), image(1, 2, 2)]]),

@@ -165,13 +165,14 @@ def test_weighted_pool(cuda, width, segments, dtype):
         assert_as_accurate(what, ours, plain, truth)
 
 
-def test_mrope(cuda):
+@pytest.mark.parametrize("advance", ("spatial", "largest"))
+def test_mrope(cuda, advance):
     cu_seqlens = cu_seqlens_of([300, 0, 9, 400], cuda.device)
     starts = torch.tensor([3, 40, 300, 330, 500], device=cuda.device)
     grid_thw = torch.tensor([[1, 4, 6], [5, 8, 8], [1, 2, 2], [9, 2, 4], [1, 10, 12]], device=cuda.device)
     args = (cu_seqlens, grid_thw, starts, 720)
-    got = mrope_position_ids(*args, backend="native")
-    assert torch.equal(got, mrope_position_ids(*args, backend="reference"))
+    got = mrope_position_ids(*args, advance=advance, backend="native")
+    assert torch.equal(got, mrope_position_ids(*args, advance=advance, backend="reference"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
