@@ -25,7 +25,7 @@ def write(path: Path, lengths=SAMPLES.lengths, images=SAMPLES.images) -> Path:
         np.save(path, table)
     elif path.suffix == ".jsonl":
         rows = [{"length": int(a), "images": int(b)} for a, b in zip(lengths, images, strict=True)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
         pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         pq.write_table(pa.table({"length": lengths, "images": images}), path)
@@ -55,8 +55,10 @@ def test_figures_of_every_kind_of_file(suffix, tmp_path, capsys):
 
 def test_plain_numbers_and_lists(tmp_path, capsys):
     np.save(tmp_path / "plain.npy", SAMPLES.lengths.astype(np.uint16))
-    (tmp_path / "plain.jsonl").write_text("\n".join(map(str, SAMPLES.lengths)) + "\n\n")
-    (tmp_path / "ids.jsonl").write_text("".join(f'{{"input_ids": {[0] * (i % 9)}}}\n' for i in range(40)))
+    (tmp_path / "plain.jsonl").write_text("\n".join(map(str, SAMPLES.lengths)) + "\n\n", encoding="utf-8")
+    (tmp_path / "ids.jsonl").write_text(
+        "".join(f'{{"input_ids": {[0] * (i % 9)}}}\n' for i in range(40)), encoding="utf-8"
+    )
     array, lines = (report_of(capsys, tmp_path / f"plain{suffix}")["strategies"] for suffix in (".npy", ".jsonl"))
     assert [each["packs"] for each in array] == [each["packs"] for each in lines]
     assert report_of(capsys, tmp_path / "ids.jsonl", "--column", "input_ids")["tokens"] == sum(i % 9 for i in range(40))

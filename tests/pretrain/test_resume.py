@@ -181,7 +181,7 @@ def test_the_folder_of_another_run_is_refused(tiny: Make, tmp_path: Path) -> Non
         train(resumed(tiny(steps=3, lr=0.1)))
     train(resumed(tiny(steps=2, eval_every=1)))
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "x.txt").write_text("mine")
+    (tmp_path / "notes" / "x.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(RunFolderError, match="holds files already"):
         train(tiny(run=tmp_path / "notes"))
     with pytest.raises(RunFolderError, match="no run to resume"):
