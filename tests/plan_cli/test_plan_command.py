@@ -133,6 +133,11 @@ def test_dropped_items_are_said(tmp_path, capsys):
         ("l.jsonl", b'{"tokens": 3}\n', [], "line 1 of "),
         ("l.jsonl", b'{"tokens": 3}\n', [], "no column 'length'; there are: tokens"),
         ("l.jsonl", b"1.5\n", [], "l.jsonl:1: length: expected an integer or a list, got 1.5"),
+        ("l.jsonl", b"1\n\xff\xfe2\x00\n", [], "l.jsonl:2: not JSON"),
+        ("l.jsonl", b"1\n" + b"[" * 100_000, [], "l.jsonl:2: not JSON"),
+        ("l.jsonl", b"9999999999999999999\n", [], "l.jsonl:1: length: expected an integer < 2**63"),
+        ("l.npy", b"\x93NUMPY\x01\x00\x0a\x00{'descr': x\n", [], "not a .npy array"),
+        ("l.npy", b"PK\x03\x04", [], "not a .npy array"),
         ("l.jsonl", b"-1\n", [], "length: expected integers >= 0, got -1 of item 0"),
         (
             "l.jsonl",
@@ -156,6 +161,12 @@ def test_what_is_wrong_is_said(name, content, arguments, message, tmp_path, caps
     error = capsys.readouterr().err
     assert error.startswith("mmkernels plan: ")
     assert message in error
+
+
+def test_a_length_that_int64_lacks_does_not_turn_negative(tmp_path, capsys):
+    np.save(tmp_path / "l.npy", np.array([3, 2**63 + 1], np.uint64))
+    assert cli.main(["plan", str(tmp_path / "l.npy"), "--capacity", "8", "--picture", "None"]) == 1
+    assert "length: expected integers < 2**63, got 9223372036854775809 of item 1" in capsys.readouterr().err
 
 
 def test_a_missing_column_of_an_array(tmp_path, capsys):

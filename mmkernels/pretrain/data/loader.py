@@ -149,11 +149,15 @@ def held_out_mask(dataset: DecodedDataset, fraction: float) -> np.ndarray:
 
 
 def _is_shards(path: Path) -> bool:
-    """Whether `path` means tar shards: by its suffix, or a folder that has them and no captions file."""
+    """Whether `path` means tar shards: by its suffix, or a folder that has them and no .jsonl or .csv.
+
+    Downloaders put a .parquet beside each shard.
+    """
     if not path.is_dir():
         return path.suffix.lower() == ".tar"
+    if not any(path.glob("*.tar")):
+        return False
     try:
-        find_table(path)
+        return find_table(path).suffix.lower() not in (".jsonl", ".csv")
     except ValueError:
-        return any(path.glob("*.tar"))
-    return False
+        return True

@@ -1,14 +1,15 @@
 """The index of a tar shard: each file with its place, and an account of all that cannot be read.
 
 tarfile alone stops without a word at a damaged header, at a block of zeros and at the end of the first of several
-archives put together.
+archives put together. Here the next whole header is looked for.
 """
 
 from __future__ import annotations
 
 import tarfile
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from .base import BrokenImageError
 
@@ -46,28 +47,82 @@ class Shard(NamedTuple):
 
 
 def index_shard(shard: Path) -> Shard:
-    """The files in a shard, in order. One that is no tar at all, or damaged on the way, says so."""
+    """The files in a shard, in order. What is damaged is left out, and said; several archives in one are all read."""
     try:
         length = shard.stat().st_size
-        tar = tarfile.open(shard, "r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115  # closed below
-    except (tarfile.TarError, OSError) as error:
-        what = "an empty file" if shard.is_file() and not length else f"something else ({error})"
+        with shard.open("rb") as file:
+            index = _index(file, shard, length)
+    except OSError as error:
+        return Shard([], fault=f"expected an uncompressed tar, got something else ({error.strerror or error})")
+    if (index.lost and not index.files) or not length:
+        what = "something else (no whole header)" if length else "an empty file"
         return Shard([], fault=f"expected an uncompressed tar, got {what}")
+    return index
+
+
+def _index(file: BinaryIO, shard: Path, length: int) -> Shard:
     files: list[tuple[str, Span]] = []
-    end = 0  # of the last file with its padding, in bytes
-    damaged = False
-    with tar:
-        try:
+    lost: list[str] = []
+    end = 0  # of what has been read, in bytes
+    hole: int | None = None  # where the damage begins that is being skipped
+    while (place := _past_zeros(file, end)) is not None:
+        start = _header(file, place)
+        if start != place and hole is None:
+            hole = place
+        if start is None:
+            break
+        found, end = _archive(file, shard, start, length)
+        if end == start:  # a header whose file is damaged
+            hole, end = start if hole is None else hole, start + _BLOCK
+            continue
+        if hole is not None:
+            lost.append(f"is damaged from byte {hole} to {start}: what was there is lost")
+            hole = None
+        files += found
+    if length - end < _BLOCK:  # a whole tar closes with blocks of zeros
+        lost.append(f"is truncated: what comes after its first {len(files)} files is lost")
+    elif hole is not None:
+        lost.append(f"is damaged from byte {hole} on: what comes after its first {len(files)} files is lost")
+    return Shard(files, lost="; ".join(lost))
+
+
+def _archive(file: BinaryIO, shard: Path, start: int, length: int) -> tuple[list[tuple[str, Span]], int]:
+    """The files from a header on, and where the last one ends, padding included: at the header if there is none."""
+    files: list[tuple[str, Span]] = []
+    end = start
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             for member in tar:
                 if tar.offset <= end:  # a size below zero: it would go round for ever
-                    damaged = True
                     break
                 end = tar.offset
                 if not member.isdir():
                     files.append((member.name, _span(shard, member, length)))
-        except Exception:  # a cut or damaged header: tarfile raises whatever it likes
-            damaged = True
-    return Shard(files, lost=_lost(shard, end, length, damaged, len(files)))
+    except Exception:  # a cut or damaged header: tarfile raises whatever it likes
+        pass
+    return files, end
+
+
+def _past_zeros(file: BinaryIO, place: int) -> int | None:
+    """The first block from a place on that is not all zeros."""
+    file.seek(place)
+    while chunk := file.read(_CHUNK):
+        if kept := len(chunk.lstrip(b"\0")):
+            return (file.tell() - kept) // _BLOCK * _BLOCK
+    return None
+
+
+def _header(file: BinaryIO, place: int) -> int | None:
+    """The first block from a place on that is a whole header. Other than at the very start, it has to say `ustar`."""
+    file.seek(place)
+    while len(block := file.read(_BLOCK)) == _BLOCK:
+        if block[257:262] == b"ustar" or place == 0:
+            with suppress(tarfile.HeaderError):
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                return place
+        place += _BLOCK
+    return None
 
 
 def _span(shard: Path, member: tarfile.TarInfo, length: int) -> Span:
@@ -81,17 +136,3 @@ def _span(shard: Path, member: tarfile.TarInfo, length: int) -> Span:
     elif member.offset_data + member.size > length:
         fault = f"{shard.name} is truncated"
     return Span(shard, member.offset_data, member.size, fault)
-
-
-def _lost(shard: Path, end: int, length: int, damaged: bool, files: int) -> str:
-    """What comes after the last file that was found, if it is not the end of a whole tar: blocks of zeros alone."""
-    after = f"what comes after its first {files} files is lost"
-    if length - end < _BLOCK:
-        return f"is truncated: {after}"
-    with shard.open("rb") as file:
-        file.seek(end)
-        while chunk := file.read(_CHUNK):
-            if chunk.strip(b"\0"):
-                place = file.tell() - len(chunk.lstrip(b"\0"))
-                return f"is cut or damaged at byte {place // _BLOCK * _BLOCK}, or several archives in one: {after}"
-    return f"is damaged: {after}" if damaged else ""
