@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = ["DamagedError", "latest", "load", "load_weights", "save", "step_of", "steps_in"]
@@ -86,7 +87,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Weights alone, on the CPU. Raises DamagedError as `load` does."""
     with _whole(path / "model.safetensors") as file:
-        return load_file(file)
+        return from_bytes(file.read_bytes())  # by its path safetensors opens no file whose name is not UTF-8
 
 
 @contextmanager

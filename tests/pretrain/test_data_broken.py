@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmkernels.pretrain import Config, train
+from mmkernels.pretrain import Config, load_model, train
 from mmkernels.pretrain.cli import parse
 from mmkernels.pretrain.data import FolderDataset, TableFormat, TooManyBrokenError, WebDataset, open_data
 from mmkernels.pretrain.data.webdataset import _NAME
@@ -471,8 +472,11 @@ def test_a_run_over_all_of_it_is_reported(tiny: Make, pictures: Path, tmp_path: 
     shards.mkdir()
     shard(shards / "0.tar", files, format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape")
     (shards / "1.tar").write_bytes(b"")
-    outcome = train(tiny(data=f"webdataset:{shards}", steps=4, max_broken=0.2, eval_fraction=0.3, tensorboard=True))
+    config = tiny(run=tmp_path / "caf\udce9", data=f"webdataset:{shards}", max_broken=0.2, eval_fraction=0.3, steps=4)
+    outcome = train(dataclasses.replace(config, tensorboard=True, profile=(1, 1)))
     assert outcome.step == 4
+    assert train(dataclasses.replace(config, tensorboard=True, profile=(1, 1), resume=True)).step == 4
+    load_model(config.folder)
     page = outcome.folder.report.read_text(encoding="utf-8")
     warnings = [record["message"] for record in outcome.folder.records("warning")]
     for name in (

@@ -58,7 +58,7 @@ class FolderDataset(DecodedDataset):
         broken = BrokenLog(len(captions) + len(lost), max_broken)
         for place, fault in lost.items():
             broken.add(place, fault)
-        self._files = [file_in(source.parent, image) for image in captions]
+        self._root, self._files = source.parent, list(captions)
         super().__init__(
             [printable(image) for image in captions],
             [tuple(dict.fromkeys(texts)) for texts in captions.values()],
@@ -69,4 +69,4 @@ class FolderDataset(DecodedDataset):
         )
 
     def _decode(self, index: int) -> np.ndarray:
-        return decode_image(self._files[index], self.resolution)
+        return decode_image(file_in(self._root, self._files[index]), self.resolution)

@@ -122,6 +122,7 @@ def _json_rows(file: TextIO, table: Path, form: TableFormat) -> Iterator[Row]:
 def _delimited_rows(file: TextIO, table: Path, form: TableFormat, separator: str) -> Iterator[Row]:
     reader = csv.reader(file, delimiter=separator, strict=True)
     header: list[str] | None = None
+    columns: tuple[int, int] | None = None
     while True:
         first = reader.line_num + 1
         try:
@@ -141,37 +142,34 @@ def _delimited_rows(file: TextIO, table: Path, form: TableFormat, separator: str
         if header is None:
             header = fields
             continue
-        _check_columns(f"{table}: line {first}", header, form)
-        _check_fields(f"{table}: line", first, reader.line_num, fields, header, form, separator)
+        if columns is None:
+            columns = _check_columns(f"{table}: line {first}", header, form)
+        if not max(columns) < len(fields) <= len(header):
+            expected = f"expected {len(header)} fields, got {len(fields)}"
+            hint = f"a {separator!r} within a field needs quotes around the field"
+            raise ValueError(f"{table}: line {first}: {expected} ({hint})")
+        if reader.line_num > first:
+            _check_line_breaks(f"{table}: line {first}", fields, columns[0], separator)
         yield _row(f"{table.name}: line {first}", dict(zip(header, fields, strict=False)), form)
 
 
-def _check_columns(place: str, columns: list[str], form: TableFormat) -> None:
-    """Refuse a table without the two columns, or with one of them twice."""
+def _check_columns(place: str, columns: list[str], form: TableFormat) -> tuple[int, int]:
+    """Where the two columns are. Refuses a table without them, or with one of them twice."""
     counts = [columns.count(key) for key in (form.img_key, form.caption_key)]
     if counts != [1, 1]:
         twice = " once each" if max(counts) > 1 else ""
         expected = f"expected the columns {form.img_key!r} and {form.caption_key!r}{twice}"
         options = "csv_separator, csv_img_key, csv_caption_key"
         raise ValueError(f"{place}: {expected}, got {[printable(name) for name in columns]} (see {options})")
+    return columns.index(form.img_key), columns.index(form.caption_key)
 
 
-def _check_fields(
-    place: str, first: int, last: int, fields: list[str], header: list[str], form: TableFormat, separator: str
-) -> None:
-    """Refuse a row that is cut in the wrong places."""
-    needed = 1 + max(header.index(form.img_key), header.index(form.caption_key))
-    if not needed <= len(fields) <= len(header):
-        expected = f"expected {len(header)} fields, got {len(fields)}"
-        raise ValueError(f"{place} {first}: {expected} (a {separator!r} within a field needs quotes around the field)")
-    if last > first:  # a field with line breaks: is there a row in it that an open quote has swallowed?
-        column = header.index(form.img_key)
-        inner = (line for field in fields for line in field.splitlines()[1:])
-        for line in inner:
-            parts = line.split(separator)
-            if len(parts) > column and parts[column].strip(' "').lower().endswith(IMAGE_SUFFIXES):
-                shown = printable(line[:80])
-                raise ValueError(f"{place} {first}: a quote is not closed; it goes on over the row {shown!r}")
+def _check_line_breaks(place: str, fields: list[str], column: int, separator: str) -> None:
+    """Refuse fields with line breaks in which there is a row that an open quote has swallowed."""
+    for line in (line for field in fields for line in field.splitlines()[1:]):
+        parts = line.split(separator)
+        if len(parts) > column and parts[column].strip(' "').lower().endswith(IMAGE_SUFFIXES):
+            raise ValueError(f"{place}: a quote is not closed; it goes on over the row {printable(line[:80])!r}")
 
 
 def _parquet_rows(table: Path, form: TableFormat) -> Iterator[Row]:

@@ -19,7 +19,7 @@ _BYTES = re.compile("[\udc80-\udcff]+")
 
 def unicode_fault(text: str) -> str:
     """What keeps a text from being Unicode, or nothing."""
-    lone = _LONE.search(text)
+    lone = None if text.isascii() else _LONE.search(text)
     if lone is None:
         return ""
     place, code = f"at character {lone.start() + 1}", ord(lone[0])
@@ -30,7 +30,7 @@ def unicode_fault(text: str) -> str:
 
 def printable(text: str) -> str:
     """The text, with bytes that are UTF-8 after all as what they mean, and others and halves of characters escaped."""
-    if _LONE.search(text) is None:
+    if text.isascii() or _LONE.search(text) is None:
         return text
     text = _BYTES.sub(lambda run: run[0].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
