@@ -15,7 +15,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, example, given, settings
-from PIL import Image
+from pretrain_data import png
 
 from mmkernels.plan_cli.files import FileError, read_columns
 from mmkernels.pretrain.data import FolderDataset, ImageTextDataset, TooManyBrokenError, WebDataset
@@ -43,12 +43,6 @@ def mutated(content: bytes, edits: list[Edit]) -> bytes:
         after = {"put": at + len(piece), "insert": at, "drop": at + 1 + len(piece), "cut": len(content)}[kind]
         content = content[:at] + (piece if kind in ("put", "insert") else b"") + content[after:]
     return content
-
-
-def png(red: int = 0) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (2, 2), (red, 0, 0)).save(out, "PNG")
-    return out.getvalue()
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:

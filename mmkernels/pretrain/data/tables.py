@@ -205,7 +205,7 @@ def _row(place: str, row: Mapping[str, Any], form: TableFormat) -> Row:
         return Row(place, "", [], fault)
     image = row[form.img_key]
     if not isinstance(image, str) or not image.strip():
-        return Row(place, "", [], f"{form.img_key}: expected a path, got {image!r}")
+        return Row(place, "", [], f"{form.img_key}: expected a path, got {repr(image)[:80]}")
     image = image.strip()
     if unicode_fault(image) and not _is_bytes(image):
         return Row(place, "", [], f"{form.img_key}: {unicode_fault(image)}")
