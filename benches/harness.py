@@ -286,7 +286,7 @@ def _memory_in_child(bench: str, case: Case, params: Params, name: str, options:
     request = {"case": case.name, "params": dict(params), "contender": name, "device": options.device}
     request |= {"threads": torch.get_num_threads(), "backend": options.backend}
     done = subprocess.run(
-        [sys.executable, bench, "--measure-memory", json.dumps(request)], capture_output=True, text=True
+        [sys.executable, bench, "--measure-memory", json.dumps(request)], capture_output=True, encoding="utf-8"
     )
     if done.returncode != 0:
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -91,7 +91,7 @@ def timings(runs: Mapping[str, Run], device: torch.device, *, seconds: float, le
 
 def _status(field: str) -> int:
     """A figure of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
@@ -112,7 +112,9 @@ def peak_memory(run: Run, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would hide what the call takes of it
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # the high-water mark starts again at what is resident now
     before = _status("VmRSS")
     result = run()
     peak = _status("VmHWM") - before

@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith(("model name", "CPU implementer")):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -36,10 +36,12 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """The commit, with a plus sign when the tree differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, encoding="utf-8")
     if head.returncode != 0:
         return None
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, encoding="utf-8"
+    )
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
@@ -108,7 +110,7 @@ def save(about: dict[str, Any], rows: Sequence[Any]) -> str:
     replaced = {_what(row) for row in new}
     joined = _renumbered([*runs, about], [row for row in kept if _what(row) not in replaced] + new)
     scratch = path.with_suffix(".tmp")  # a run that is killed here leaves the earlier rows
-    scratch.write_text(json.dumps(joined, indent=1) + "\n")
+    scratch.write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
     scratch.replace(path)
     return f"benches/results/{path.name}"
 
@@ -117,7 +119,7 @@ def _earlier(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The runs and rows of a file; one that describes a single run is read too."""
     if not path.exists():
         return [], []
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     if "runs" in found:
         return found["runs"], found["rows"]
     rows = found.pop("rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 
 __all__ = ["main"]
@@ -55,8 +56,29 @@ def _plan(argv: list[str]) -> int:
 _COMMANDS = {"info": _info, "plan": _plan, "pretrain": _pretrain}
 
 
+def _escaped(error: UnicodeError) -> tuple[bytes, int]:
+    """What the terminal's encoding lacks: bytes of a path as they are, characters as \\u escapes."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    written = (
+        bytes([ord(char) - 0xDC00]) if "\udc80" <= char <= "\udcff" else char.encode("ascii", "backslashreplace")
+        for char in lacking
+    )
+    return b"".join(written), error.end
+
+
+def _print_anything() -> None:
+    """A table after an hour of training is no place for a UnicodeEncodeError (the C locale has ASCII alone)."""
+    codecs.register_error("mmkernels.escaped", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where it was replaced, as in notebooks
+            stream.reconfigure(errors="mmkernels.escaped")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
+    _print_anything()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)

@@ -85,7 +85,7 @@ def _devices() -> list[dict[str, Any]]:
 
 def _openmp() -> list[str]:
     """The OpenMP runtimes in this process. Two of them mean two pools of threads that compete for the cores."""
-    maps = Path("/proc/self/maps").read_text()
+    maps = Path("/proc/self/maps").read_text("utf-8", "surrogateescape")
     return sorted({path for path in re.findall(r"(/\S*lib(?:g|i?)omp5?[-.\w]*\.so[.\d]*)", maps)})
 
 

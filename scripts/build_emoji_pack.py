@@ -142,7 +142,9 @@ class Source:
 def fetch(name: str, folder: Path) -> Source:
     package = PACKAGES[name]
     spec = f"{name}@{package.version}"
-    done = subprocess.run(["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, encoding="utf-8"
+    )
     tarball = folder / done.stdout.strip().splitlines()[-1]
     digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
     if digest != package.sha512:

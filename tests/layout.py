@@ -88,7 +88,8 @@ LAYERS = (
     Layer(
         r"mmkernels\.pretrain(\..*)?",
         below=("mmkernels", "mmkernels.nn", "mmkernels.pretrain.*"),
-        packages=_PYTORCH | _EXTRAS,
+        packages=_PYTORCH | _EXTRAS | {"pyarrow"},
+        late=("pyarrow",),
     ),
     Layer(
         r"mmkernels\.integrations(\..*)?",
@@ -162,7 +163,7 @@ def imports(path: Path, root: Path) -> Iterator[Import]:
     """Every module that a file imports. `from a import b` counts as `a.b` when that is a module of the tree."""
     package = module_name(path, root).split(".")
     package = package if path.stem == "__init__" else package[:-1]
-    tree = ast.parse(path.read_text(), str(path))
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     late = _nodes_inside(tree, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
     for branch in ast.walk(tree):
         if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test):
@@ -224,7 +225,7 @@ def import_problems(root: Path) -> list[str]:
 
 def public_name_problems(root: Path) -> list[str]:
     """`from mmkernels import x` in pretrain and integrations: x must be public."""
-    tree = ast.parse(root.joinpath("mmkernels/__init__.py").read_text())
+    tree = ast.parse(root.joinpath("mmkernels/__init__.py").read_text(encoding="utf-8"))
     public: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
@@ -247,7 +248,7 @@ def include_problems(root: Path) -> list[str]:
         if path.suffix not in (".h", ".cuh", ".cpp", ".cu"):
             continue
         folder = path.relative_to(root / "csrc").parts[0]
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             found = re.match(r'\s*#\s*include\s*([<"])([^>"]+)', line)
             if found is None:
                 continue
@@ -334,7 +335,7 @@ def machine_problems(root: Path) -> list[str]:
         if skip & set(inside.parts) or path.suffix not in _TEXT or not path.is_file() or path == Path(__file__):
             continue
         try:
-            lines = path.read_text().splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
             continue
         for number, line in enumerate(lines, 1):
@@ -342,3 +343,31 @@ def machine_problems(root: Path) -> list[str]:
             if found is not None:
                 problems.append(f"{inside}:{number}: mentions {found[0]!r}")
     return problems
+
+
+def encoding_problems(root: Path) -> list[str]:
+    """Text files that are read or written in the encoding of the machine's locale: where it is C, that is ASCII.
+
+    Ruff's rule (PLW1514) sees them only where it can infer that something is a path.
+    """
+    problems = []
+    for path in sorted(
+        file for part in ("mmkernels", "benches", "scripts", "tests") for file in root.glob(f"{part}/**/*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+            if isinstance(node, ast.Call) and _is_of_the_locale(node):
+                problems.append(f"{path.relative_to(root)}:{node.lineno}: {ast.unparse(node.func)} without encoding=")
+    return problems
+
+
+def _is_of_the_locale(call: ast.Call) -> bool:
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    method, name = isinstance(call.func, ast.Attribute), getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if "encoding" in named:
+        return False
+    if name in ("read_text", "write_text"):
+        return len(call.args) < (1 if name == "read_text" else 2)
+    if name != "open" or (method and ast.unparse(call.func.value) in ("os", "Image", "tarfile")):
+        return False
+    mode = named.get("mode", next(iter(call.args[0 if method else 1 :]), ast.Constant("r")))
+    return isinstance(mode, ast.Constant) and "b" not in str(mode.value)

@@ -51,7 +51,7 @@ def test_loads_only_what_every_linux_has() -> None:
 
 def test_no_flag_for_one_machine() -> None:
     files = [ROOT / "CMakeLists.txt", *(ROOT / "cmake").iterdir()]
-    assert not [file.name for file in files if "march=native" in file.read_text()]
+    assert not [file.name for file in files if "march=native" in file.read_text(encoding="utf-8")]
 
 
 @needs_core

@@ -28,13 +28,15 @@ _SHOWN_ONLY = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}
 def variables_read() -> set[str]:
     files = sources("mmkernels/**/*.py", "csrc/**/*", "cmake/*", "CMakeLists.txt", "pyproject.toml")
     texts = [
-        path.read_text() for path in files if path.suffix in {".py", ".h", ".cpp", ".cu", ".cmake", ".txt", ".toml"}
+        path.read_text(encoding="utf-8")
+        for path in files
+        if path.suffix in {".py", ".h", ".cpp", ".cu", ".cmake", ".txt", ".toml"}
     ]
     return {name for text in texts for groups in _READS.findall(text) for name in groups if name}
 
 
 def test_every_variable_is_documented() -> None:
-    documented = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs/environment.md").read_text()))
+    documented = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs/environment.md").read_text(encoding="utf-8")))
     read = variables_read()
     assert "TRITON_INTERPRET" in read  # the search finds something
     assert "MMKERNELS_CPU_ISA" in read
@@ -42,7 +44,7 @@ def test_every_variable_is_documented() -> None:
 
 
 def test_no_variable_is_documented_that_nobody_reads() -> None:
-    documented = set(re.findall(r"`(MMKERNELS_\w+)`", (ROOT / "docs/environment.md").read_text()))
+    documented = set(re.findall(r"`(MMKERNELS_\w+)`", (ROOT / "docs/environment.md").read_text(encoding="utf-8")))
     assert documented - variables_read() == set()
 
 
@@ -57,16 +59,22 @@ def gpu_kernels() -> set[tuple[str, str]]:
     """(kernel, file) of every CUDA C++ and Triton kernel."""
     found = set()
     for path in sources("csrc/**/*.cu", "csrc/**/*.cuh", "csrc/**/*.h"):
-        found |= {(name, str(path.relative_to(ROOT))) for name in _CUDA_KERNEL.findall(path.read_text())}
+        found |= {
+            (name, str(path.relative_to(ROOT))) for name in _CUDA_KERNEL.findall(path.read_text(encoding="utf-8"))
+        }
     for path in sources("mmkernels/ops/**/*.py"):
-        found |= {(name, str(path.relative_to(ROOT))) for name in _TRITON_KERNEL.findall(path.read_text())}
+        found |= {
+            (name, str(path.relative_to(ROOT))) for name in _TRITON_KERNEL.findall(path.read_text(encoding="utf-8"))
+        }
     return found
 
 
 def verified_table() -> dict[tuple[str, str], tuple[str, str, str]]:
     """(kernel, file) -> (device, versions, last pass)."""
     rows = re.findall(
-        r"^\| `(\w+)` \| `([^`]+)` \| (.*?) \| (.*?) \| (.*?) \|$", (ROOT / "docs/verified.md").read_text(), re.M
+        r"^\| `(\w+)` \| `([^`]+)` \| (.*?) \| (.*?) \| (.*?) \|$",
+        (ROOT / "docs/verified.md").read_text(encoding="utf-8"),
+        re.M,
     )
     return {(kernel, file): tuple(rest) for kernel, file, *rest in rows}
 
@@ -100,14 +108,15 @@ def test_default_choice_follows_the_table(family: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text())
+    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert not [target for target in targets if not (page.parent / target).exists()]
 
 
 @pytest.mark.parametrize("page", ["docs/adding-an-op.md", "docs/conventions.md", "CONTRIBUTING.md"])
 def test_files_that_are_named_exist(page: str) -> None:
     named = re.findall(
-        r"`((?:mmkernels|csrc|tests|benches|docs|cmake)/[\w/.<>-]+|CMakeLists\.txt)`", (ROOT / page).read_text()
+        r"`((?:mmkernels|csrc|tests|benches|docs|cmake)/[\w/.<>-]+|CMakeLists\.txt)`",
+        (ROOT / page).read_text(encoding="utf-8"),
     )
     paths = {path.replace("<family>", family) for path in named for family in FAMILIES if "<what>" not in path}
     assert not sorted(path for path in paths if not (ROOT / path).exists())

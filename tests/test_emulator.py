@@ -14,7 +14,7 @@ import emulation  # noqa: E402
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="the emulator needs a C++ compiler")
 
-_ENUM = re.search(r"enum Mistake : int \{(.*?)\}", (NATIVE / "sm90_probe.h").read_text(), re.S)
+_ENUM = re.search(r"enum Mistake : int \{(.*?)\}", (NATIVE / "sm90_probe.h").read_text(encoding="utf-8"), re.S)
 MISTAKES = [name.strip() for name in _ENUM[1].split(",")][:-1]
 SEEDS = range(12)
 

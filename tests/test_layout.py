@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
         layout.include_problems,
         layout.shape_problems,
         layout.machine_problems,
+        layout.encoding_problems,
     ],
 )
 def test_rule_holds(checker) -> None:
@@ -49,7 +50,7 @@ def sound_tree(root: Path) -> Path:
 def write(root: Path, name: str, text: str) -> None:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 BAD_IMPORTS = {
@@ -140,3 +141,28 @@ def test_machine_path_is_seen(tmp_path: Path, text: str) -> None:
     write(tmp_path, "docs/page.md", f"first line, with a harmless build/work/tree and /usr/local/cuda\n{text}\n")
     (found,) = layout.machine_problems(tmp_path)
     assert found.startswith("docs/page.md:2: mentions")
+
+
+@pytest.mark.parametrize(
+    ("call", "is_right"),
+    [
+        ("open(x)", False),
+        ("open(x, 'w')", False),
+        ("open(x, mode='a')", False),
+        ("open(x, 'w', encoding='utf-8')", True),
+        ("open(x, 'rb')", True),
+        ("x.open()", False),
+        ("x.open('a', 1)", False),
+        ("x.open('rb')", True),
+        ("x.read_text()", False),
+        ("x.read_text('utf-8')", True),
+        ("x.write_text(y)", False),
+        ("x.write_text(y, encoding='utf-8')", True),
+        ("Image.open(x)", True),
+        ("os.open(x, os.O_RDONLY)", True),
+    ],
+)
+def test_encoding_of_the_locale_is_seen(tmp_path: Path, call: str, is_right: bool) -> None:
+    write(tmp_path, "benches/b.py", f"def f(x, y):\n    {call}\n")
+    problems = layout.encoding_problems(tmp_path)
+    assert problems == ([] if is_right else [f"benches/b.py:2: {call.partition('(')[0]} without encoding="])

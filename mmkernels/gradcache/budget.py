@@ -139,7 +139,7 @@ def free_memory(device: torch.device | None) -> float:
         return SHARE * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     lines = Path("/proc/meminfo")
     if lines.exists():
-        for line in lines.read_text().splitlines():
+        for line in lines.read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return SHARE * 1024 * int(line.split()[1])
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:

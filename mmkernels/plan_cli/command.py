@@ -106,15 +106,20 @@ def in_turn(plan: PackingPlan, ranks: int, accum: int, cost: AttentionCost) -> N
     return np.pad(costs, (0, -len(costs) % (ranks * accum))).reshape(-1, accum, ranks).sum(1)
 
 
+def _text(argument: str) -> str:
+    """What was typed, where the locale has ASCII alone and Python kept the bytes that it did not understand."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+
 def study(options: Options) -> tuple[Report, PackingPlan, RankSchedule, AttentionCost]:
     """Plan with every strategy, deal the packs of the best.
 
     Raises:
         ValueError: what the file or the options have wrong.
     """
-    columns = [options.column, *([options.images] if options.images else [])]
+    columns = [_text(name) for name in (options.column, options.images) if name]
     found = read_columns(options.lengths, columns)
-    lengths, images = found[options.column], found[options.images] if options.images else None
+    lengths, images = found[columns[0]], found[columns[1]] if options.images else None
     caps: dict[str, Any] = {"images": images, "max_images": options.max_images, "max_samples": options.max_samples}
     figures, plans = [], []
     for strategy in STRATEGIES:

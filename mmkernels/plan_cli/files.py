@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 __all__ = ["SUFFIXES", "FileError", "read_columns"]
 
 SUFFIXES = (".npy", ".jsonl", ".parquet")
+_MOST = np.iinfo(np.int64).max
 
 
 class FileError(ValueError):
@@ -38,9 +39,10 @@ def _integers(path: Path, name: str, values: Any) -> NDArray[np.int64]:
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise FileError(f"{path}: {name}: expected [n] integers, got {list(array.shape)} {array.dtype}")
-    negative = np.flatnonzero(array < 0)
-    if len(negative):
-        raise FileError(f"{path}: {name}: expected integers >= 0, got {array[negative[0]]} of item {negative[0]}")
+    for wrong, expected in ((array < 0, ">= 0"), (array > _MOST, "< 2**63")):
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise FileError(f"{path}: {name}: expected integers {expected}, got {array[first]} of item {first}")
     return array.astype(np.int64)
 
 
@@ -50,8 +52,9 @@ def _missing(path: Path, column: str, there: list[str]) -> FileError:
 
 def _read_npy(path: Path, columns: list[str]) -> dict[str, Any]:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        with path.open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # a damaged header is read as Python, and raises accordingly
         raise FileError(f"{path}: not a .npy array: {error}") from None
     names = array.dtype.names
     if names is None:
@@ -66,13 +69,13 @@ def _read_npy(path: Path, columns: list[str]) -> dict[str, Any]:
 
 def _read_jsonl(path: Path, columns: list[str]) -> dict[str, Any]:
     found: dict[str, list[int]] = {column: [] for column in columns}
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 item = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise FileError(f"{path}:{number}: not JSON: {error}") from None
             row = item if isinstance(item, dict) else {columns[0]: item}
             for column in columns:
@@ -80,7 +83,9 @@ def _read_jsonl(path: Path, columns: list[str]) -> dict[str, Any]:
                     raise FileError(f"line {number} of {_missing(path, column, list(row))}")
                 value = len(row[column]) if isinstance(row[column], list) else row[column]
                 if isinstance(value, bool) or not isinstance(value, int):
-                    raise FileError(f"{path}:{number}: {column}: expected an integer or a list, got {value!r}")
+                    raise FileError(f"{path}:{number}: {column}: expected an integer or a list, got {value!r:.80}")
+                if abs(value) > _MOST:
+                    raise FileError(f"{path}:{number}: {column}: expected an integer < 2**63, got {value}")
                 found[column].append(value)
     return {column: np.array(values, np.int64) for column, values in found.items()}
 
@@ -97,7 +102,10 @@ def _read_parquet(path: Path, columns: list[str]) -> dict[str, Any]:
     for column in columns:
         if column not in there:
             raise _missing(path, column, there)
-    table = pq.read_table(path, columns=columns)
+    try:
+        table = pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise FileError(f"{path}: damaged: {error}") from None
     found = {}
     for column in columns:
         values = table[column]

@@ -9,16 +9,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["latest", "load", "save", "step_of", "steps_in"]
+__all__ = ["DamagedError", "latest", "load", "load_weights", "save", "step_of", "steps_in"]
 
 _NAME = re.compile(r"step-(\d{8,})")
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read; the message says which, and what then."""
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
@@ -67,9 +74,33 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights on `device`, and what else was saved, on the CPU."""
-    weights = load_file(path / "model.safetensors", device=str(device))
-    return weights, torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+    """Weights on `device`, and what else was saved, on the CPU.
+
+    Raises:
+        DamagedError: a file is missing, cut short or otherwise damaged.
+    """
+    with _whole(path / "training.pt") as file:
+        training = torch.load(file, map_location="cpu", weights_only=True)
+    return {name: weight.to(device) for name, weight in load_weights(path).items()}, training
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Weights alone, on the CPU. Raises DamagedError as `load` does."""
+    with _whole(path / "model.safetensors") as file:
+        return from_bytes(file.read_bytes())  # by its path safetensors opens no file whose name is not UTF-8
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """Reading a file of a checkpoint: its readers raise whatever they like, and name no file."""
+    try:
+        yield file
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        remedy = f"Without the folder {file.parent} the run goes on from the checkpoint before, or from the start"
+        raise DamagedError(f"{file} is damaged ({type(error).__name__}: {reason}). {remedy}") from error
 
 
 def _flush(path: Path) -> None:

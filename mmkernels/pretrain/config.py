@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .data import Augment
+from .data import Augment, TableFormat
 
 __all__ = ["Config", "ModelConfig", "from_dict", "to_dict"]
 
@@ -49,7 +49,13 @@ class Config:
     recipe: str = "clip"
     """Which objective: clip or siglip."""
     data: str = "emoji"
-    """emoji (embedded); folder:PATH with a captions .jsonl or .csv; webdataset:PATTERN of tar shards."""
+    """emoji (embedded); folder:PATH of or with a .jsonl, .csv, .tsv or .parquet; webdataset:PATTERN of tar shards."""
+    csv_separator: str | None = None
+    """Between the fields of a .csv or .tsv; None: a tab in a .tsv, else a comma."""
+    csv_img_key: str = "image"
+    """Column of a table (key of a .jsonl) with the images' paths."""
+    csv_caption_key: str = "caption"
+    """Column of a table (key of a .jsonl) with the captions."""
     run: Path | None = None
     """Folder of the run; default runs/RECIPE."""
     resume: bool = False
@@ -113,6 +119,7 @@ class Config:
         for name in ("lr", "clip_grad", "max_logit_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        TableFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)  # refuses what cannot be
         if self.model.width % self.model.heads:
             raise ValueError(f"model.width: expected a multiple of {self.model.heads} heads, got {self.model.width}")
         if self.model.image_size % 8:
@@ -121,6 +128,10 @@ class Config:
     @property
     def folder(self) -> Path:
         return self.run if self.run is not None else Path("runs") / self.recipe
+
+    @property
+    def table(self) -> TableFormat:
+        return TableFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)
 
 
 # What may change between a run and its continuation without making it another run.

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .config import Config
+from .data.unicode import printable
 from .environment import environment
 from .evaluate import Recall
 from .run_folder import RunFolder
@@ -36,7 +37,7 @@ class Journal(logging.Handler):
         self.device = device
         self.step_now = checkpoint.step_of(checkpoint.latest(folder.checkpoints))
         folder.keep_log_until(self.step_now)
-        self._file = folder.log.open("a", buffering=1)
+        self._file = folder.log.open("a", buffering=1, encoding="utf-8")
         self._tensorboard = self._open_tensorboard(folder) if config.tensorboard else None
         self._bar = tqdm(total=config.steps, initial=self.step_now, unit="step", dynamic_ncols=True, disable=None)
         self._bar_note: dict[str, str] = {}
@@ -119,7 +120,13 @@ class Journal(logging.Handler):
         except ImportError:
             self.warn("TensorBoard is not installed, so nothing is logged for it; --no-tensorboard says so beforehand")
             return None
-        return SummaryWriter(str(folder.path / "tensorboard"), purge_step=self.step_now + 1)
+        try:
+            return SummaryWriter(str(folder.path / "tensorboard"), purge_step=self.step_now + 1)
+        except UnicodeError:  # in a locale that lacks the characters, or bytes that are none
+            self.warn(
+                f"TensorBoard cannot write to {printable(str(folder.path))}: its name is not UTF-8 in this locale"
+            )
+            return None
 
     def _scalars(self, group: str, values: Mapping[str, float]) -> None:
         if self._tensorboard is not None:

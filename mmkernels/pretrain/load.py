@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from . import checkpoint
 from .data import Tokenizer
@@ -25,6 +24,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> tuple[Dua
 
     Raises:
         RunFolderError: no run there, or none that was saved.
+        DamagedError: its checkpoint cannot be read.
 
     Example:
         >>> model, tokenizer = load_model("runs/clip")
@@ -36,7 +36,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> tuple[Dua
     newest = checkpoint.latest(folder / "checkpoints")
     if newest is None:
         raise RunFolderError(f"{folder} holds a run, but no checkpoint yet")
-    weights = load_file(newest / "model.safetensors", device=str(device))
+    weights = checkpoint.load_weights(newest)
     model = DualEncoder(config.model, config.backend).to(device)
     model.load_state_dict({n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")})
     return model.eval(), tokenizer_for(config)

@@ -133,6 +133,7 @@ def open_source(config: Config) -> Data:
     source = path if kind in ("folder", "webdataset") and path else config.data
     return open_data(
         source,
+        table=config.table,
         resolution=max(48, config.model.image_size),
         eval_fraction=config.eval_fraction,
         max_broken=config.max_broken,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -38,5 +40,8 @@ class ProfileWindow:
         """Write what was traced."""
         if self._profile is not None:
             self._profile.stop()
-            self._profile.export_chrome_trace(str(self.path))
+            with TemporaryDirectory() as folder:  # PyTorch writes to no path that is not UTF-8
+                trace = f"{folder}/trace.json"
+                self._profile.export_chrome_trace(trace)
+                shutil.move(trace, self.path)
             self._profile = None

@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .charts import COLOURS, loss_chart, recall_chart
 from .data import Data, Tokenizer
+from .data.unicode import printable
 from .evaluate import KS
 from .examples import retrieved
 from .model import DualEncoder
@@ -51,7 +52,7 @@ def write_report(folder: RunFolder, model: DualEncoder, data: Data, tokenizer: T
         for name, held_out in data.evals.items()
         if (queries := retrieved(model, held_out, tokenizer))
     ]
-    write_whole(folder.report, template.render(**_facts(folder), examples=examples))
+    write_whole(folder.report, printable(template.render(**_facts(folder), examples=examples)))
     return folder.report
 
 
@@ -77,7 +78,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "settings": _flat(dataclasses.asdict(config)),
         "environment": starts[-1]["environment"],
         "steps": len(steps),
-        "warnings": [r["message"] for r in folder.records("warning")],
+        "warnings": list(dict.fromkeys(r["message"] for r in folder.records("warning"))),  # a resumed run repeats some
         "headlines": _headlines(newest, steps, ignorance, starts[-1]),
         "table": [
             {"split": split, "about": _about(split), "images": r["images"], "captions": r["captions"], "ways": _ways(r)}

@@ -51,22 +51,28 @@ class RunFolder:
         write_whole(self.log, "".join(json.dumps(record) + "\n" for record in kept))
 
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """What was logged, less a last line that a kill cut short."""
+        """What was logged, less a last line that a kill cut short and lines that the disk has damaged."""
         records = []
-        for line in self.log.read_text().splitlines() if self.log.exists() else ():
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        for line in text.splitlines():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except ValueError:
                 continue
-        return [record for record in records if kind in (None, record.get("kind"))]
+            if isinstance(record, dict) and kind in (None, record.get("kind")):
+                records.append(record)
+        return records
 
 
 def stored_config(folder: Path) -> Config:
-    """The config of the run in a folder. Raises RunFolderError if there is none."""
+    """The config of the run in a folder. Raises RunFolderError if there is none, or none that can be read."""
     path = folder / "config.json"
     if not path.exists():
         raise RunFolderError(f"{folder} holds no run to resume (no config.json)")
-    config: Config = from_dict(json.loads(path.read_text()))
+    try:
+        config: Config = from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"{path}: expected the settings of a run, got something else ({error})") from error
     return config
 
 
@@ -81,7 +87,7 @@ def _check_same_run(stored: Config, config: Config) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, never sees half of it."""
+    """Write a file, in UTF-8, so that a reader, or a kill, never sees half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -109,7 +109,7 @@ class KernelReport:
 
 
 def _run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], capture_output=True, encoding="utf-8")
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
@@ -214,7 +214,7 @@ def compile_triton(case: TritonCase, arch: int) -> KernelReport:
     name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
         cubin.write_bytes(compiled.asm["cubin"])
         ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
         fused = [] if case.options.get("enable_fp_fusion", True) else ["--fmad=false"]

@@ -50,7 +50,7 @@ def test_there_are_kernels_of_every_family() -> None:
 
 
 def test_tensor_core_kernels_exist() -> None:
-    text = "".join(source.read_text() for source in SOURCES)
+    text = "".join(source.read_text(encoding="utf-8") for source in SOURCES)
     assert not [name for name in TENSOR_CORE_KERNELS if not re.search(rf"\b{name}\b", text)]
 
 
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(1024, 2) spilling_kernel(const float* x, float
 
 def test_gate_sees_spills_and_local_memory(tmp_path: Path) -> None:
     source = tmp_path / "greedy.cu"
-    source.write_text(GREEDY)
+    source.write_text(GREEDY, encoding="utf-8")
     problems = "\n".join(problems_of(source, "sm_80", tmp_path))
     assert re.search(r"indexed_kernel.*bytes of local memory", problems), problems
     assert re.search(r"spilling_kernel.*bytes of register spills", problems), problems
@@ -114,7 +114,7 @@ __global__ void touching_kernel(float* out, uint64_t a, uint64_t b) {  // uses t
 
 def test_gate_sees_what_sm90_lacks(tmp_path: Path) -> None:
     source = tmp_path / "slow_sm90_fwd.cu"
-    source.write_text(SLOW_WGMMA)
+    source.write_text(SLOW_WGMMA, encoding="utf-8")
     problems = "\n".join(problems_of(source, "sm_90a", CSRC))
     assert "wgmma is serialized" in problems and "no UTMALDG" in problems and "no HGMMA" not in problems, problems
 
@@ -126,13 +126,13 @@ def test_every_atom_of_sm90_compiles(tmp_path: Path) -> None:
     instance = (
         "template __global__ void mmk::cuda::sm90_probe_kernel<0>(const __grid_constant__ mmk::cuda::ProbeParams);"
     )
-    source.write_text(f'#include "{probe}"\n{instance}\n')
+    source.write_text(f'#include "{probe}"\n{instance}\n', encoding="utf-8")
     assert not problems_of(source, "sm_90a", CSRC)
 
 
 def test_source_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
     source = tmp_path / "broken.cu"
-    source.write_text("__global__ void broken_kernel() { undeclared(); }")
+    source.write_text("__global__ void broken_kernel() { undeclared(); }", encoding="utf-8")
     with pytest.raises(RuntimeError, match="undeclared"):
         aot.compile_cuda(source, "sm_80", tmp_path)
 

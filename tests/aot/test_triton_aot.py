@@ -72,7 +72,7 @@ print("|".join(compile_triton(case, 80).problems(tensor_cores=True)))
 
 def run_greedy(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     script = folder / "greedy.py"
-    script.write_text(GREEDY)
+    script.write_text(GREEDY, encoding="utf-8")
     return run_python(str(script), *arguments)
 
 
@@ -92,7 +92,7 @@ def test_case_must_name_every_argument(tmp_path: Path) -> None:
 
 def test_interpreted_kernel_is_refused(tmp_path: Path) -> None:
     script = tmp_path / "greedy.py"
-    script.write_text(GREEDY)
+    script.write_text(GREEDY, encoding="utf-8")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, script, "x_ptr", "64"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)

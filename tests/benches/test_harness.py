@@ -55,7 +55,7 @@ main("square", CASES)
 
 def run_bench(folder: Path, *arguments: str, factor: float = 1.0) -> subprocess.CompletedProcess:
     script = folder / "bench_square.py"
-    script.write_text(BENCH.format(benches=str(BENCHES), factor=factor))
+    script.write_text(BENCH.format(benches=str(BENCHES), factor=factor), encoding="utf-8")
     return subprocess.run([sys.executable, script, *arguments], cwd=folder, capture_output=True, text=True)
 
 
@@ -63,7 +63,7 @@ def test_bench_checks_times_and_writes(tmp_path: Path) -> None:
     done = run_bench(tmp_path, "--quick", "--seconds", "0.01")
     assert done.returncode == 0, done.stderr
     (written,) = (tmp_path / "results").glob("square-*-quick.json")
-    result = json.loads(written.read_text())
+    result = json.loads(written.read_text(encoding="utf-8"))
     (run,) = result["runs"]
     assert {"date", "commit", "device", "versions", "threads", "ceilings"} <= set(run)
     assert {row["run"] for row in result["rows"]} == {0}
@@ -88,7 +88,7 @@ def test_runs_of_a_day_are_joined(tmp_path: Path) -> None:
         done = run_bench(tmp_path, "--seconds", "0.01", "--no-memory", *arguments)
         assert done.returncode == 0, done.stderr
         (file,) = (tmp_path / "results").glob("square-*")
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def runs_of(result: dict, dtype: str) -> set[int]:
         return {row["run"] for row in result["rows"] if row["params"]["dtype"] == dtype}
@@ -111,11 +111,11 @@ def test_runs_of_a_day_are_joined(tmp_path: Path) -> None:
 def test_an_older_file_of_one_run_is_joined_too(tmp_path: Path) -> None:
     assert run_bench(tmp_path, "--filter", "float32", "--seconds", "0.01", "--no-memory").returncode == 0
     (file,) = (tmp_path / "results").glob("square-*")
-    result = json.loads(file.read_text())
+    result = json.loads(file.read_text(encoding="utf-8"))
     rows = [{name: value for name, value in row.items() if name != "run"} for row in result["rows"]]
-    file.write_text(json.dumps(result["runs"][0] | {"rows": rows}))
+    file.write_text(json.dumps(result["runs"][0] | {"rows": rows}), encoding="utf-8")
     assert run_bench(tmp_path, "--filter", "bfloat16", "--seconds", "0.01", "--no-memory").returncode == 0
-    joined = json.loads(file.read_text())
+    joined = json.loads(file.read_text(encoding="utf-8"))
     assert len(joined["runs"]) == 2
     assert [row for row in joined["rows"] if row["run"] == 0] == result["rows"]
 
@@ -124,7 +124,7 @@ def test_only_some_contenders(tmp_path: Path) -> None:
     done = run_bench(tmp_path, "--quick", "--seconds", "0.01", "--no-memory", "--only", "mmkernels")
     assert done.returncode == 0, done.stderr
     (written,) = (tmp_path / "results").glob("square-*")
-    rows = json.loads(written.read_text())["rows"]
+    rows = json.loads(written.read_text(encoding="utf-8"))["rows"]
     assert {row["contender"] for row in rows} == {"mmkernels"}
     assert all(row["timing"] is not None and row["ratio"] is None for row in rows)
     done = run_bench(tmp_path, "--quick", "--only", "FlexAttention")

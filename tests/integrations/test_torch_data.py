@@ -205,7 +205,7 @@ def run_until_killed(kind: str, workers: int, path: Path) -> None:
     """The child: notes each batch and the place after it."""
     torch.set_num_threads(1)
     loader = LOADERS[kind](num_workers=workers)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for batch in loader:
             file.write(json.dumps([items_of(batch), loader.state_dict()]) + "\n")
             file.flush()
@@ -220,12 +220,14 @@ def test_mid_epoch_resume_of_a_killed_process(kind, workers, tmp_path):
     child = multiprocessing.get_context("fork").Process(target=run_until_killed, args=(kind, workers, path))
     child.start()
     deadline = time.monotonic() + 30
-    while (not path.exists() or path.read_text().count("\n") < 6) and time.monotonic() < deadline:
+    while (not path.exists() or path.read_text(encoding="utf-8").count("\n") < 6) and time.monotonic() < deadline:
         time.sleep(0.005)
     child.kill()
     child.join()
     assert child.exitcode == -9
-    seen = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    seen = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
     whole = whole_epoch(kind)
     assert 6 <= len(seen) < len(whole)
     assert [items for items, _ in seen] == whole[: len(seen)]
@@ -290,7 +292,7 @@ def test_own_collator_and_many_at_once():
 
 
 def test_the_five_lines_of_the_readme():
-    readme = (Path(mmkernels.__file__).parent / "ops/packing/README.md").read_text()
+    readme = (Path(mmkernels.__file__).parent / "ops/packing/README.md").read_text(encoding="utf-8")
     (block,) = (text for text in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "PackedLoader" in text)
     assert len([line for line in block.splitlines() if line]) == 5
     seen: list[int] = []

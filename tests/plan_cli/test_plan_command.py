@@ -25,7 +25,7 @@ def write(path: Path, lengths=SAMPLES.lengths, images=SAMPLES.images) -> Path:
         np.save(path, table)
     elif path.suffix == ".jsonl":
         rows = [{"length": int(a), "images": int(b)} for a, b in zip(lengths, images, strict=True)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
         pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         pq.write_table(pa.table({"length": lengths, "images": images}), path)
@@ -55,8 +55,10 @@ def test_figures_of_every_kind_of_file(suffix, tmp_path, capsys):
 
 def test_plain_numbers_and_lists(tmp_path, capsys):
     np.save(tmp_path / "plain.npy", SAMPLES.lengths.astype(np.uint16))
-    (tmp_path / "plain.jsonl").write_text("\n".join(map(str, SAMPLES.lengths)) + "\n\n")
-    (tmp_path / "ids.jsonl").write_text("".join(f'{{"input_ids": {[0] * (i % 9)}}}\n' for i in range(40)))
+    (tmp_path / "plain.jsonl").write_text("\n".join(map(str, SAMPLES.lengths)) + "\n\n", encoding="utf-8")
+    (tmp_path / "ids.jsonl").write_text(
+        "".join(f'{{"input_ids": {[0] * (i % 9)}}}\n' for i in range(40)), encoding="utf-8"
+    )
     array, lines = (report_of(capsys, tmp_path / f"plain{suffix}")["strategies"] for suffix in (".npy", ".jsonl"))
     assert [each["packs"] for each in array] == [each["packs"] for each in lines]
     assert report_of(capsys, tmp_path / "ids.jsonl", "--column", "input_ids")["tokens"] == sum(i % 9 for i in range(40))
@@ -131,6 +133,11 @@ def test_dropped_items_are_said(tmp_path, capsys):
         ("l.jsonl", b'{"tokens": 3}\n', [], "line 1 of "),
         ("l.jsonl", b'{"tokens": 3}\n', [], "no column 'length'; there are: tokens"),
         ("l.jsonl", b"1.5\n", [], "l.jsonl:1: length: expected an integer or a list, got 1.5"),
+        ("l.jsonl", b"1\n\xff\xfe2\x00\n", [], "l.jsonl:2: not JSON"),
+        ("l.jsonl", b"1\n" + b"[" * 100_000, [], "l.jsonl:2: not JSON"),
+        ("l.jsonl", b"9999999999999999999\n", [], "l.jsonl:1: length: expected an integer < 2**63"),
+        ("l.npy", b"\x93NUMPY\x01\x00\x0a\x00{'descr': x\n", [], "not a .npy array"),
+        ("l.npy", b"PK\x03\x04", [], "not a .npy array"),
         ("l.jsonl", b"-1\n", [], "length: expected integers >= 0, got -1 of item 0"),
         (
             "l.jsonl",
@@ -154,6 +161,12 @@ def test_what_is_wrong_is_said(name, content, arguments, message, tmp_path, caps
     error = capsys.readouterr().err
     assert error.startswith("mmkernels plan: ")
     assert message in error
+
+
+def test_a_length_that_int64_lacks_does_not_turn_negative(tmp_path, capsys):
+    np.save(tmp_path / "l.npy", np.array([3, 2**63 + 1], np.uint64))
+    assert cli.main(["plan", str(tmp_path / "l.npy"), "--capacity", "8", "--picture", "None"]) == 1
+    assert "length: expected integers < 2**63, got 9223372036854775809 of item 1" in capsys.readouterr().err
 
 
 def test_a_missing_column_of_an_array(tmp_path, capsys):

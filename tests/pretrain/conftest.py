@@ -45,7 +45,7 @@ def pictures(tmp_path: Path) -> Path:
         for shape in SHAPES:
             draw(colour, shape).save(folder / f"{colour}-{shape}.png")
             rows.append(json.dumps({"image": f"{colour}-{shape}.png", "caption": f"a {colour} {shape}"}))
-    (folder / "captions.jsonl").write_text("\n".join(rows))
+    (folder / "captions.jsonl").write_text("\n".join(rows), encoding="utf-8")
     return folder
 
 

@@ -37,7 +37,7 @@ def test_resumable_settings_exist() -> None:
 
 def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
     stored = Config(recipe="siglip", run=tmp_path, lr=3e-4, steps=7)
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(stored)))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(stored)), encoding="utf-8")
     config = parse(["--resume", "--run", str(tmp_path), "--eval-every", "2"])
     assert config == dataclasses.replace(stored, resume=True, eval_every=2)
 

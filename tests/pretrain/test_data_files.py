@@ -135,7 +135,7 @@ def test_same_caption_is_the_same_concept(tmp_path: Path) -> None:
 
 def test_missing_columns_and_bad_rows(tmp_path: Path) -> None:
     table = tmp_path / "captions.csv"
-    table.write_text("file,caption\na.png,x\n")
+    table.write_text("file,caption\na.png,x\n", encoding="utf-8")
     with pytest.raises(
         ValueError, match=r"line 2: expected the columns 'image' and 'caption', got \['file', 'caption'\]"
     ):
@@ -151,7 +151,7 @@ def test_missing_columns_and_bad_rows(tmp_path: Path) -> None:
         ('{"image": "a.png", "caption": "  "}', "caption: expected text"),
         ("\n\n", "expected at least one image with a caption, got an empty file"),
     ]:
-        rows.write_text(text)
+        rows.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             FolderDataset(rows)
 

@@ -55,7 +55,7 @@ def test_what_the_log_holds(tiny: Make) -> None:
 
 def test_bfloat16_and_a_profile(tiny: Make) -> None:
     outcome = train(tiny(precision="bfloat16", steps=5, profile=(2, 2)))
-    trace = json.loads((outcome.folder.path / "profile.json").read_text())
+    trace = json.loads((outcome.folder.path / "profile.json").read_text(encoding="utf-8"))
     assert sum("addmm" in event.get("name", "") for event in trace["traceEvents"]) > 0
     assert all(math.isfinite(record["loss"]) for record in outcome.folder.records("step"))
 
@@ -66,7 +66,7 @@ def test_a_broken_image_is_named(tiny: Make, pictures: Path, capsys: pytest.Capt
     (warning,) = outcome.folder.records("warning")
     assert "red-cross.png" in warning["message"]
     assert "red-cross.png" in capsys.readouterr().err
-    assert "red-cross.png" in outcome.folder.report.read_text()
+    assert "red-cross.png" in outcome.folder.report.read_text(encoding="utf-8")
 
 
 def test_too_many_broken_images_stop_the_run(tiny: Make, pictures: Path, capsys, monkeypatch) -> None:
@@ -129,11 +129,11 @@ def test_learning_rate() -> None:
 def test_the_run_folder_forgets_what_comes_after_a_checkpoint(tiny: Make) -> None:
     folder = RunFolder(tiny())
     lines = [{"kind": "start", "step": 0}, *({"kind": "step", "step": i} for i in (1, 2, 3))]
-    folder.log.write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "st')
+    folder.log.write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "st', encoding="utf-8")
     assert len(folder.records()) == 4
     folder.keep_log_until(2)
     assert [record["step"] for record in folder.records("step")] == [1, 2]
-    assert folder.log.read_text().endswith("}\n")
+    assert folder.log.read_text(encoding="utf-8").endswith("}\n")
 
 
 def test_a_trained_model_can_be_used(tiny: Make) -> None:

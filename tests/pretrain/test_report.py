@@ -17,10 +17,12 @@ Make = Callable[..., Config]
 
 
 def test_report(tiny: Make, pictures: Path) -> None:
-    rows = (pictures / "captions.jsonl").read_text().replace("a red circle", "a <b>red</b> circle & more")
-    (pictures / "captions.jsonl").write_text(rows)
+    rows = (
+        (pictures / "captions.jsonl").read_text(encoding="utf-8").replace("a red circle", "a <b>red</b> circle & more")
+    )
+    (pictures / "captions.jsonl").write_text(rows, encoding="utf-8")
     folder = train(tiny(eval_fraction=0.5)).folder
-    page = folder.report.read_text()
+    page = folder.report.read_text(encoding="utf-8")
     evaluations = folder.records("eval")
 
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "nothing is loaded from elsewhere"
@@ -50,6 +52,6 @@ def test_recall_table(tiny: Make) -> None:
 
 def test_a_run_that_holds_nothing_out_has_a_report(tiny: Make) -> None:
     folder = train(tiny(eval_fraction=0.0, steps=3)).folder
-    page = folder.report.read_text()
+    page = folder.report.read_text(encoding="utf-8")
     assert "What it finds" not in page
     assert page.count("<svg") == 1

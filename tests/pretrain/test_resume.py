@@ -181,7 +181,7 @@ def test_the_folder_of_another_run_is_refused(tiny: Make, tmp_path: Path) -> Non
         train(resumed(tiny(steps=3, lr=0.1)))
     train(resumed(tiny(steps=2, eval_every=1)))
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "x.txt").write_text("mine")
+    (tmp_path / "notes" / "x.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(RunFolderError, match="holds files already"):
         train(tiny(run=tmp_path / "notes"))
     with pytest.raises(RunFolderError, match="no run to resume"):
@@ -245,3 +245,35 @@ def test_a_checkpoint_holds_every_moving_part(tiny: Make) -> None:
     assert torch.equal(next(first.loader).images, next(second.loader).images)
     for a, b in zip(first.parameters, second.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["training.pt", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "junk"])
+def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    path = checkpoint.save(folder, 3, {"w": torch.zeros(300)}, {"step": 3}, keep=2) / name
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": content[:-200], "empty": b"", "junk": b"\xff" * len(content)}[damage])
+    with pytest.raises(
+        checkpoint.DamagedError, match=f"step-00000003/{name} is damaged .* Without the folder"
+    ) as error:
+        checkpoint.load(checkpoint.latest(folder))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_damaged_run_folder(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny(steps=3))
+    run = tmp_path / "run"
+    with (run / "log.jsonl").open("ab") as file:
+        file.write(b'[1]\n\xff\xfe\x00{"kind"\n')
+    assert train(resumed(tiny(steps=3))).step == 3
+    (run / "checkpoints/step-00000003/training.pt").write_bytes(b"")
+    assert main(["--resume", "--run", str(run)]) == 1
+    assert "step-00000003/training.pt is damaged" in capsys.readouterr().err
+    for content in (b"", b"[]", b'{"model": 3}', b"\xff"):
+        (run / "config.json").write_bytes(content)
+        with pytest.raises(RunFolderError, match=r"config\.json: expected the settings of a run"):
+            train(resumed(tiny(steps=3)))

@@ -15,6 +15,7 @@ from .folder import FolderDataset
 from .loader import Batch, Data, TrainLoader, open_data
 from .retrieval import Chance, RetrievalSet
 from .sampler import BatchSampler
+from .tables import TableFormat
 from .text import TextBatch, Tokenizer
 from .webdataset import WebDataset
 
@@ -33,6 +34,7 @@ __all__ = [
     "RetrievalSet",
     "Sample",
     "Subset",
+    "TableFormat",
     "TextBatch",
     "Tokenizer",
     "TooManyBrokenError",

@@ -44,11 +44,20 @@ def decode_image(source: Path | bytes, resolution: int) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they like on broken files: OSError, SyntaxError, struct.error
-        raise BrokenImageError(f"{type(error).__name__}: {error}") from error
+        raise BrokenImageError(f"{type(error).__name__}: {_reason(error)}") from error
     square = np.zeros((resolution, resolution, 4), np.uint8)
     top, left = (resolution - image.height) // 2, (resolution - image.width) // 2
     square[top : top + image.height, left : left + image.width] = np.asarray(image)
     return square
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the file: its name stands before the reason, and bytes in memory have none."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "empty, or in no format that Pillow knows"
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

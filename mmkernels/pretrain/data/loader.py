@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from .augment import Augment
 from .base import DecodedDataset, ImageTextDataset, Subset, TooManyBrokenError, caption_key
 from .emoji import load_emoji
-from .folder import FolderDataset, find_table
+from .folder import FolderDataset
 from .retrieval import RetrievalSet
 from .sampler import BatchSampler
+from .tables import TableFormat, find_table
 from .text import TextBatch, Tokenizer
 from .webdataset import WebDataset
 
@@ -100,6 +102,7 @@ class TrainLoader:
 def open_data(
     source: str | Path = "emoji",
     *,
+    table: TableFormat | None = None,
     resolution: int = 48,
     eval_fraction: float = 0.1,
     max_eval: int = 2000,
@@ -109,7 +112,9 @@ def open_data(
     """Open data to train on, with what is held out of it.
 
     Args:
-        source: `"emoji"` (embedded); a folder with a .jsonl or .csv, or that file; tar shards (file, folder, glob).
+        source: `"emoji"` (embedded); a folder with a table, or the table (.jsonl, .csv, .tsv, .parquet); tar shards
+            (file, folder, glob).
+        table: its separator and columns, where they are not the usual ones.
         resolution: side in pixels at which the user's images are kept.
         eval_fraction: share of the concepts of the user's data held out, chosen by a hash of the caption, so that
             adding data never moves a sample from one side to the other.
@@ -117,11 +122,14 @@ def open_data(
         max_broken: share of the samples that may be unreadable.
         cache_bytes: memory for decoded images.
     """
+    shards = str(source) != "emoji" and _is_shards(Path(source))
+    if table not in (None, TableFormat()) and (shards or str(source) == "emoji"):
+        raise ValueError(f"csv_separator, csv_img_key, csv_caption_key: expected a table to read, got {source}")
     if str(source) == "emoji":
         return Data(load_emoji("train"), {"A": load_emoji("A"), "B": load_emoji("B"), "C": load_emoji("C")})
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction: expected 0 <= eval_fraction < 1, got {eval_fraction}")
-    open_it: Callable[..., DecodedDataset] = WebDataset if _is_shards(Path(source)) else FolderDataset
+    open_it: Callable[..., DecodedDataset] = WebDataset if shards else partial(FolderDataset, table=table)
     dataset = open_it(source, resolution=resolution, max_broken=max_broken, cache_bytes=cache_bytes)
     held_out = held_out_mask(dataset, eval_fraction)
     train = Subset(dataset, np.flatnonzero(~held_out))
@@ -141,11 +149,15 @@ def held_out_mask(dataset: DecodedDataset, fraction: float) -> np.ndarray:
 
 
 def _is_shards(path: Path) -> bool:
-    """Whether `path` means tar shards: by its suffix, or a folder that has them and no captions file."""
+    """Whether `path` means tar shards: by its suffix, or a folder that has them and no .jsonl or .csv.
+
+    Downloaders put a .parquet beside each shard.
+    """
     if not path.is_dir():
         return path.suffix.lower() == ".tar"
+    if not any(path.glob("*.tar")):
+        return False
     try:
-        find_table(path)
+        return find_table(path).suffix.lower() not in (".jsonl", ".csv")
     except ValueError:
-        return any(path.glob("*.tar"))
-    return False
+        return True

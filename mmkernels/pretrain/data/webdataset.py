@@ -2,37 +2,36 @@
 
 The shards are indexed once by their headers, and samples are then read by offset, so they are as random-access as a
 folder. The text is all of `key.txt`, or `caption` (else `text`) of `key.json`, which may be a list.
+
+As WebDataset has it, a key ends at the first dot of the file name: `a/b.seg.png` is the `.seg.png` of the sample `a/b`.
+Where that leaves a key without an image or without a text, its files are told apart by their last dot instead:
+`IMG 2020.01.02.jpg` goes with `IMG 2020.01.02.txt`, while `x.input.jpg` and `x.outputs.txt` stay apart and are broken.
+Every file is read, belongs to a sample that is, or is counted and named.
 """
 
 from __future__ import annotations
 
 import json
-import tarfile
+import re
+from collections.abc import Container
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from .base import BrokenImageError, DecodedDataset, log
+from .base import BrokenImageError, BrokenLog, DecodedDataset
+from .captions import caption_fault, parse_captions
 from .decode import IMAGE_SUFFIXES, decode_image
-from .folder import parse_captions
+from .shards import Span, index_shard
+from .unicode import printable
 
+# WebDataset's own rule (base_plus_ext): the key is the folder and the name up to its first dot.
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+# What operating systems, and WebDataset, put beside the data.
+_METADATA = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$|__[^/]*__($|/)", re.DOTALL)
 
-class _Span(NamedTuple):
-    """A file inside a shard."""
-
-    shard: Path
-    offset: int  # bytes
-    size: int  # bytes
-    whole: bool  # False if the shard ends before the file does
-
-    def read(self) -> bytes:
-        if not self.whole:
-            raise BrokenImageError(f"{self.shard.name} is truncated")
-        with self.shard.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+_Files = dict[str, Span]  # of one sample, by suffix
 
 
 class WebDataset(DecodedDataset):
@@ -41,43 +40,52 @@ class WebDataset(DecodedDataset):
     Args:
         path: a shard, a folder of `*.tar`, or a glob pattern.
         resolution: side in pixels at which images are kept.
-        max_broken: share of samples that may be unreadable, or lack their image or text.
+        max_broken: share of samples that may be unreadable, or lack their image or text. A shard that is no tar counts
+            as one, and so does a file without a key.
         cache_bytes: memory for decoded images.
 
     Raises:
-        ValueError: no shards, a shard that is not an uncompressed tar, or no samples in them.
+        ValueError: no shards, or no samples in them.
+        TooManyBrokenError: more samples than allowed are broken in a way that shows without decoding.
     """
 
     def __init__(
         self, path: str | Path, *, resolution: int = 48, max_broken: float = 0.05, cache_bytes: int = 1 << 30
     ) -> None:
+        index = _Index()
         shards = find_shards(path)
         same_name = len({shard.name for shard in shards}) < len(shards)
-        groups: dict[str, dict[str, _Span]] = {}
         for shard in shards:
-            label = str(shard) if same_name else shard.name
-            for name, span in _members(shard):
-                key, suffix = _split(name)
-                groups.setdefault(f"{label}/{key}", {})[suffix] = span
-        samples = {key: files for key, files in groups.items() if _image(files) or _text(files)}
-        if not samples:
-            raise ValueError(f"{path}: expected images with .txt or .json captions in the shards, got none")
-        self._images: list[_Span | None] = []
-        self._faults: list[str] = []  # why a sample has no text; empty if it has
+            index.add(str(shard) if same_name else shard.name, shard)
+        broken = BrokenLog(len(index.samples) + len(index.lost), max_broken)
+        for label, what in index.cut.items():
+            broken.cut(label, what)
+        for label, files in index.left_out.items():
+            broken.leave_out(label, files)
+        if not index.samples:
+            why = BrokenLog.listing(index.lost)
+            raise ValueError(f"{path}: expected images with .txt or .json captions in the shards, got none{why}")
+        for name, reason in index.lost.items():
+            broken.add(name, reason)
+
+        self._images: list[Span | None] = []
         captions: list[tuple[str, ...]] = []
-        for key, files in samples.items():
-            texts, fault = _captions(files)
-            captions.append(tuple(texts) or (key,))  # a sample without text is broken: the key only keeps it apart
-            self._faults.append(fault)
-            self._images.append(_image(files))
-        super().__init__(list(samples), captions, resolution=resolution, max_broken=max_broken, cache_bytes=cache_bytes)
+        faults: dict[int, str] = {}
+        for number, (name, members) in enumerate(index.samples.items()):
+            image = _image(members)
+            texts, fault = _captions(members)
+            fault = fault or ("no image" if image is None else image.fault)
+            if fault:
+                faults[number] = fault
+            captions.append(tuple(texts) or (name,))  # a sample without text is broken: the name only keeps it apart
+            self._images.append(image)
+        super().__init__(
+            list(index.samples), captions, faults=faults, broken=broken, resolution=resolution, cache_bytes=cache_bytes
+        )
 
     def _decode(self, index: int) -> np.ndarray:
-        if self._faults[index]:
-            raise BrokenImageError(self._faults[index])
         span = self._images[index]
-        if span is None:
-            raise BrokenImageError("no image")
+        assert span is not None, "a sample without an image is broken"
         return decode_image(span.read(), self.resolution)
 
 
@@ -90,58 +98,100 @@ def find_shards(path: str | Path) -> list[Path]:
     return shards
 
 
-def _members(shard: Path) -> list[tuple[str, _Span]]:
-    """The files in a shard. A truncated one gives what it still has, and is named in the log."""
-    try:
-        tar = tarfile.open(shard, "r:")  # noqa: SIM115  # closed below; only the opening is guarded here
-    except tarfile.ReadError as error:
-        raise ValueError(f"{shard}: expected an uncompressed tar, got something else ({error})") from error
-    members: list[tuple[str, _Span]] = []
-    length = shard.stat().st_size
-    end = 0  # of the last file, in bytes
-    with tar:
-        try:
-            for member in tar:
-                end = member.offset_data + member.size
-                if member.isreg():
-                    members.append((member.name, _Span(shard, member.offset_data, member.size, end <= length)))
-        except tarfile.ReadError:
-            end = length  # a header or a file is cut off
-    padded = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    if length - padded < tarfile.BLOCKSIZE:  # a whole tar closes with blocks of zeros
-        log.warning("%s is truncated: what comes after its first %d files is lost", shard, len(members))
-    return members
+@dataclass
+class _Index:
+    """Every file of the shards: in a sample, or on the list of those that are not. Names are fit to be shown."""
+
+    samples: dict[str, _Files] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)  # what should be a sample, with the reason why it is none
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # what belongs to no sample, by shard
+    cut: dict[str, str] = field(default_factory=dict)  # shards that are read in part
+
+    def add(self, label: str, shard: Path) -> None:
+        files, fault, lost = index_shard(shard)
+        if fault:
+            self.lost[_fresh(self.lost, label)] = fault
+        if lost:
+            self.cut[label] = lost
+        groups: dict[tuple[str, int], _Files] = {}
+        turns: dict[str, int] = {}  # of a key that comes with the same suffix again: another sample, or its new version
+        for name, span in files:
+            split = _NAME.match(name)
+            if _METADATA.match(name):
+                self._leave_out(label, name, "metadata")
+            elif split is None:
+                place = _fresh(self.lost, f"{label}/{name}")
+                self.lost[place] = "expected a name of the form key.jpg, key.txt or key.json"
+            else:
+                key, suffix = split[1], _suffix(split[2])
+                turn = turns.setdefault(key, 1)
+                if suffix in groups.get((key, turn), ()):
+                    turn = turns[key] = turn + 1
+                groups.setdefault((key, turn), {})[suffix] = span
+        for (key, turn), members in groups.items():
+            for stem, part in _samples(key, members).items():
+                if _image(part) or _text(part):
+                    again = f" (no. {turn} of this name)" if turn > 1 else ""
+                    self.samples[_fresh(self.samples, f"{label}/{stem}{again}")] = part
+                else:
+                    for suffix in part:
+                        self._leave_out(label, stem + suffix, "neither a picture nor a text")
+
+    def _leave_out(self, label: str, name: str, reason: str) -> None:
+        files = self.left_out.setdefault(label, {})
+        files[_fresh(files, f"{label}/{name}")] = reason
 
 
-def _split(name: str) -> tuple[str, str]:
-    """`a/b.seg.png` to (`a/b`, `.seg.png`): as WebDataset has it, the key ends at the first dot of the file name."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return f"{folder}{slash}{stem}", f".{suffix.lower()}"
+def _fresh(names: Container[str], name: str) -> str:
+    """A printable name that is not taken."""
+    name = printable(name)
+    while name in names:
+        name += " (again)"
+    return name
 
 
-def _image(files: dict[str, _Span]) -> _Span | None:
-    return next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
+def _suffix(extension: str) -> str:
+    """`seg.PNG` to `.seg.png`: of what follows the key, the last part in lower case."""
+    parts, dot, last = extension.rpartition(".")
+    return f".{parts}{dot}{last.lower()}"
 
 
-def _text(files: dict[str, _Span]) -> _Span | None:
-    return files.get(".txt") or files.get(".json")
+def _samples(key: str, members: _Files) -> dict[str, _Files]:
+    """The samples of a key, by stem: one as a rule; else one for each name up to its last dot."""
+    if _image(members) and _text(members):
+        return {key: members}
+    parts: dict[str, _Files] = {}
+    for suffix, span in members.items():
+        stem, dot, last = suffix.rpartition(".")
+        parts.setdefault(key + stem, {})[dot + last] = span
+    return parts
 
 
-def _captions(files: dict[str, _Span]) -> tuple[list[str], str]:
+def _image(members: _Files) -> Span | None:
+    return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+
+
+def _text(members: _Files) -> Span | None:
+    return members.get(".txt") or members.get(".json")
+
+
+def _captions(members: _Files) -> tuple[list[str], str]:
     """The captions of a sample, or why there are none."""
-    span = _text(files)
+    span = _text(members)
     if span is None:
         return [], "no .txt or .json"
     try:
         text = span.read().decode("utf-8-sig")
-        if ".txt" in files:
-            return ([text.strip()], "") if text.strip() else ([], "an empty .txt")
-        table = json.loads(text)
+        table = None if ".txt" in members else json.loads(text)
     except BrokenImageError as error:
         return [], str(error)
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
         return [], f"unreadable text: {error}"
+    if ".txt" in members:
+        text = text.strip()
+        fault = caption_fault(text) if text else "an empty .txt"
+        return ([], fault) if fault else ([text], "")
     value = table.get("caption", table.get("text")) if isinstance(table, dict) else None
-    captions = parse_captions(value)
-    return captions, "" if captions else "no 'caption' or 'text' in the .json"
+    if value is None:
+        return [], "no 'caption' or 'text' in the .json"
+    return parse_captions(value)

@@ -1,0 +1,138 @@
+"""The index of a tar shard: each file with its place, and an account of all that cannot be read.
+
+tarfile alone stops without a word at a damaged header, at a block of zeros and at the end of the first of several
+archives put together. Here the next whole header is looked for.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from .base import BrokenImageError
+
+__all__ = ["Shard", "Span", "index_shard"]
+
+_BLOCK = tarfile.BLOCKSIZE
+_CHUNK = 1 << 20  # bytes read at a time
+
+
+class Span(NamedTuple):
+    """A file inside a shard."""
+
+    shard: Path
+    offset: int  # bytes
+    size: int  # bytes
+    fault: str  # why it cannot be read; empty if it can
+
+    def read(self) -> bytes:
+        if self.fault:
+            raise BrokenImageError(self.fault)
+        try:
+            with self.shard.open("rb") as file:
+                file.seek(self.offset)
+                return file.read(self.size)
+        except OSError as error:  # the shard was there when it was indexed
+            raise BrokenImageError(f"{self.shard.name}: {error.strerror or error}") from error
+
+
+class Shard(NamedTuple):
+    """What a shard holds."""
+
+    files: list[tuple[str, Span]]
+    fault: str = ""  # why none of it can be read
+    lost: str = ""  # what of it cannot be read
+
+
+def index_shard(shard: Path) -> Shard:
+    """The files in a shard, in order. What is damaged is left out, and said; several archives in one are all read."""
+    try:
+        length = shard.stat().st_size
+        with shard.open("rb") as file:
+            index = _index(file, shard, length)
+    except OSError as error:
+        return Shard([], fault=f"expected an uncompressed tar, got something else ({error.strerror or error})")
+    if (index.lost and not index.files) or not length:
+        what = "something else (no whole header)" if length else "an empty file"
+        return Shard([], fault=f"expected an uncompressed tar, got {what}")
+    return index
+
+
+def _index(file: BinaryIO, shard: Path, length: int) -> Shard:
+    files: list[tuple[str, Span]] = []
+    lost: list[str] = []
+    end = 0  # of what has been read, in bytes
+    hole: int | None = None  # where the damage begins that is being skipped
+    while (place := _past_zeros(file, end)) is not None:
+        start = _header(file, place)
+        if start != place and hole is None:
+            hole = place
+        if start is None:
+            break
+        found, end = _archive(file, shard, start, length)
+        if end == start:  # a header whose file is damaged
+            hole, end = start if hole is None else hole, start + _BLOCK
+            continue
+        if hole is not None:
+            lost.append(f"is damaged from byte {hole} to {start}: what was there is lost")
+            hole = None
+        files += found
+    if length - end < _BLOCK:  # a whole tar closes with blocks of zeros
+        lost.append(f"is truncated: what comes after its first {len(files)} files is lost")
+    elif hole is not None:
+        lost.append(f"is damaged from byte {hole} on: what comes after its first {len(files)} files is lost")
+    return Shard(files, lost="; ".join(lost))
+
+
+def _archive(file: BinaryIO, shard: Path, start: int, length: int) -> tuple[list[tuple[str, Span]], int]:
+    """The files from a header on, and where the last one ends, padding included: at the header if there is none."""
+    files: list[tuple[str, Span]] = []
+    end = start
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            for member in tar:
+                if tar.offset <= end:  # a size below zero: it would go round for ever
+                    break
+                end = tar.offset
+                if not member.isdir():
+                    files.append((member.name, _span(shard, member, length)))
+    except Exception:  # a cut or damaged header: tarfile raises whatever it likes
+        pass
+    return files, end
+
+
+def _past_zeros(file: BinaryIO, place: int) -> int | None:
+    """The first block from a place on that is not all zeros."""
+    file.seek(place)
+    while chunk := file.read(_CHUNK):
+        if kept := len(chunk.lstrip(b"\0")):
+            return (file.tell() - kept) // _BLOCK * _BLOCK
+    return None
+
+
+def _header(file: BinaryIO, place: int) -> int | None:
+    """The first block from a place on that is a whole header. Other than at the very start, it has to say `ustar`."""
+    file.seek(place)
+    while len(block := file.read(_BLOCK)) == _BLOCK:
+        if block[257:262] == b"ustar" or place == 0:
+            with suppress(tarfile.HeaderError):
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                return place
+        place += _BLOCK
+    return None
+
+
+def _span(shard: Path, member: tarfile.TarInfo, length: int) -> Span:
+    fault = ""
+    if member.islnk() or member.issym():
+        fault = f"{member.name} is a link to {member.linkname}, not a file"
+    elif not member.isreg():
+        fault = f"{member.name} is a special file"
+    elif member.issparse():
+        fault = f"{member.name} is stored as a sparse file"
+    elif member.offset_data + member.size > length:
+        fault = f"{shard.name} is truncated"
+    return Span(shard, member.offset_data, member.size, fault)
