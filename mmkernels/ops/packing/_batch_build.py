@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmkernels.ops._checks import FLOATING, expect_tensor, wrong_type, wrong_value
+from mmkernels.ops._checks import FLOATING, expect_tensor, integer, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 from mmkernels.ops.packing.media import Media, PackedMedia
 from mmkernels.ops.packing.vision import mrope_position_ids
@@ -40,10 +40,10 @@ def fields(
     whole = [_tokens(part, placeholder, like) for part in parts]
     lengths, device = _lengths(whole), like.device
     total = sum(lengths)
-    padding = 0 if capacity is None else capacity - total
+    padding = 0 if capacity is None else integer("capacity", capacity, "an integer or None") - total
     if padding < 0:
         raise ValueError(f"capacity: expected at least the {total} tokens of the samples, got {capacity}")
-    ids = list(range(len(samples))) if sample_ids is None else [int(i) for i in sample_ids]
+    ids = [integer("sample_ids", i, "ids >= 0") for i in (range(len(samples)) if sample_ids is None else sample_ids)]
     if len(ids) != len(samples) or any(i < 0 for i in ids):
         wrong_value("sample_ids", f"{len(samples)} ids >= 0", sample_ids)
 
