@@ -145,7 +145,7 @@ def narrowed(name: str, value: torch.Tensor, dtype: torch.dtype, *, bits: bool =
     have, want = torch.iinfo(value.dtype), torch.iinfo(dtype)
     low, high = want.min, 2**want.bits - 1 if bits else want.max
     if (have.min < low or have.max > high) and value.numel() and readable(value):
-        fits = (value >= low) & (value <= high)
+        fits = (value >= max(low, have.min)) & (value <= min(high, have.max))  # within what its own dtype can say
         if not bool(fits.all()):
             at = int((~fits).nonzero()[0, 0])
             kind = str(dtype).removeprefix("torch.")
