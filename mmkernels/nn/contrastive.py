@@ -164,7 +164,8 @@ class InfoNCELoss(_ContrastiveLoss):
 
     Attributes:
         log_scale: a float32 scalar, in the state dict whether learnable or not. It stays float32 when the module is
-            cast to bfloat16 or float16. It is best kept out of weight decay, in a parameter group of its own.
+            cast to bfloat16 or float16. It is best kept out of weight decay, in a parameter group of its own (which
+            DeepSpeed wants for another dtype), and goes to fully_shard's `ignored_params`, for that takes no scalars.
         scale: the scale in use.
 
     Raises:
@@ -222,7 +223,8 @@ class SigLIPLoss(_ContrastiveLoss):
     Attributes:
         log_scale, logit_bias: float32 scalars, in the state dict whether learnable or not. They stay float32 when the
             module is cast to bfloat16 or float16. They are best kept out of weight decay, in a parameter group of
-            their own.
+            their own (which DeepSpeed wants for another dtype), and go to fully_shard's `ignored_params`, for that
+            takes no scalars.
         scale: the scale in use.
 
     Raises:
