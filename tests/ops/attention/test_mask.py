@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkernels import AttentionMask, Modality, attention
+from mmkernels.ops._checks import validating
 from mmkernels.ops.attention import tiles
 from mmkernels.testing.attention import MASKS, cu_seqlens, make_inputs, plain, run
 
@@ -453,14 +454,15 @@ def test_a_mask_serves_one_pair_of_sizes():
 
 
 def test_values_on_a_device_are_checked_when_asked(monkeypatch):
-    """As on a GPU, where nothing looks at values until validate() or the debug switch asks for it."""
+    """As on a GPU, where nothing looks at values until validate() or MMKERNELS_VALIDATE asks for it."""
     from mmkernels.ops.attention import mask as module
 
-    monkeypatch.setattr(AttentionMask, "_values_are_cheap", lambda self: module.VALIDATE_ON_DEVICE)
+    monkeypatch.setattr(module, "readable", lambda tensor: validating())
+    monkeypatch.setenv("MMKERNELS_VALIDATE", "0")
     bad = AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT))
     with pytest.raises(ValueError, match="never fall, got 3 at index 2"):
         bad.validate()
-    monkeypatch.setattr(module, "VALIDATE_ON_DEVICE", True)
+    monkeypatch.setenv("MMKERNELS_VALIDATE", "1")
     with pytest.raises(ValueError, match="never fall, got 3 at index 2"):
         AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT))
 
