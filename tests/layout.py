@@ -117,7 +117,7 @@ LAYERS = (
     Layer(_OPS_OR_PART + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.*.reference")),
     Layer(
         _OPS_OR_PART + r"\.(op\w*|_impls)",
-        below=(_OWN, _RUNTIME),
+        below=(_OWN, *_SHARED, _RUNTIME),
         never=("mmkernels.ops.{f}.*.api",),
         late=("mmkernels.ops.{f}.*.triton_*",),
     ),

@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops._checks import integer, wrong_type, wrong_value
 
 from .auto import AutoSize, split_together
 from .backward import Undo, out_of_memory
 from .chunks import split
+from .passes import Passes
 from .replay import batch_norms
 from .shards import Shards
 from .step import RanOut, Step
@@ -55,9 +56,11 @@ class GradCache:
     whose rows are embeddings; the rows of all chunks, concatenated, go to the loss.
 
     Both forward passes run under the caller's autocast, both backward passes outside it. Dropout and whatever else
-    draws from PyTorch's CPU and CUDA generators draws the same numbers in both passes; afterwards the generators stand
-    where one forward leaves them. An encoder whose parameters are all frozen is not run a second time. When every
-    input is a single chunk there is nothing to cache and one plain step is taken.
+    draws from PyTorch's CPU and CUDA generators, `numpy.random`'s global one and Python's `random` draws the same
+    numbers in both passes; afterwards the generators stand where one forward leaves them. What else may change from one
+    pass to the next (a generator of the encoder's own, a counter, a clock) would make the gradients wrong: embeddings
+    of both passes are compared, and a difference that is no rounding raises. An encoder whose parameters are all frozen
+    is not run a second time. When every input is a single chunk there is nothing to cache and one plain step is taken.
 
     **Token losses.** With `token_loss_fn` an encoder may return a tuple that begins with the embeddings, and each chunk
     of samples also has losses over its tokens (masked words, captions), taken in the second pass, where its graph is::
@@ -74,7 +77,8 @@ class GradCache:
     **Several ranks.** DistributedDataParallel encoders reduce their gradients once, in the last backward that reaches
     them; encoders that share a wrapper run their last chunks in one backward. Parameters of the loss are reduced with
     it when they belong to a wrapper. So do `fully_shard` modules, which hold whole gradients until then. Wrappers are
-    found in modules, compiled modules, bound methods, partials, and functions that close over them. Token counts are
+    found in modules, compiled modules, bound methods, partials, and functions that close over them. A wrapper with
+    `static_graph=True` is refused: it allows one forward a step. Token counts are
     summed over `group`, if given: the objective is then the mean over the tokens of all ranks, under DDP's averaging.
 
     **Automatic sizes.** With `chunk_size="auto"` the first call measures a forward and backward of two small chunks,
@@ -99,12 +103,17 @@ class GradCache:
         token_loss_fn: `(outputs, inputs) -> (sum, count) or {objective: (sum, count)}` of one chunk; see above.
         group: process group of the ranks that train together: token counts are summed over it. With "auto" also needed
             when `loss_fn` talks to other ranks and no encoder is wrapped.
+        check_passes: compare the embeddings (and the counts of token losses) of both passes, which reads a
+            number from the device at the end of a step. A difference above 1% of their size raises, above 10% where
+            anything is narrower than float32.
 
     Raises:
         TypeError: an argument, an input or an encoder's output of the wrong type.
-        ValueError: a chunk size below 1, a wrong number of inputs, members of one input that disagree in samples, or
-            under fully_shard ranks that disagree in chunks of fixed sizes.
-        RuntimeError: automatic sizes: memory ran out with single samples on another rank, where the error is raised.
+        ValueError: a chunk size below 1, a wrong number of inputs, members of one input that disagree in samples,
+            DistributedDataParallel with a static graph, or under fully_shard ranks that disagree in chunks of fixed
+            sizes.
+        RuntimeError: the second pass of an encoder or of a token loss gave other numbers than the first; or, with
+            automatic sizes, memory ran out with single samples on another rank, where the error is raised.
         NotImplementedError: automatic sizes with fully_shard over tensor parallelism.
 
     Example:
@@ -122,6 +131,7 @@ class GradCache:
         memory_budget: int | None = None,
         token_loss_fn: Callable[[list[Any], list[Any]], Any] | None = None,
         group: Any = None,
+        check_passes: bool = True,
     ) -> None:
         if not isinstance(encoders, (Sequence, nn.ModuleList)) or not len(encoders):
             wrong_type("encoders", "a non-empty sequence of callables", encoders)
@@ -134,15 +144,17 @@ class GradCache:
             wrong_type("token_loss_fn", "a callable", token_loss_fn)
         if group is not None and not callable(getattr(group, "size", None)):
             wrong_type("group", "a process group of torch.distributed", group)
+        if not isinstance(check_passes, bool):
+            wrong_type("check_passes", "True or False", check_passes)
         self.encoders: list[Encoder] = list(encoders)
         self.loss_fn = loss_fn
         self.token_loss_fn = token_loss_fn
-        self.group = group
+        self.group, self.check_passes = group, check_passes
         asked = _chunk_sizes(chunk_size, len(self.encoders))
         if token_loss_fn is not None and len(set(asked)) > 1:
             wrong_value("chunk_size", "the same for every encoder, because of token_loss_fn", chunk_size)
         if memory_budget is not None:
-            _check_budget(memory_budget, asked)
+            memory_budget = _budget(memory_budget, asked)
         auto = AutoSize(self.encoders, token_loss_fn, asked, memory_budget)
         self._auto = auto if "auto" in asked else None
         self.chunk_sizes: list[Any] = asked
@@ -181,6 +193,8 @@ class GradCache:
         self, auto: AutoSize, inputs: Sequence[Any], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]
     ) -> Any:
         sync = Sync(modules)
+        if sync.ddp_over_ranks():
+            sync.expect_no_static_graph()  # before measuring, which is a step too
         peers, shards = sync.groups() if self.group is None else [self.group], Shards(sync.fsdp)
         with shards.kept():
             shards.gather()
@@ -215,11 +229,12 @@ class GradCache:
     def _step(self, chunks: list[list[Any]], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]) -> Step:
         more = self.token_loss_fn is not None
         towers = [
-            Tower(encoder, parts, f"encoders[{i}]", more)
+            Tower(encoder, parts, f"encoders[{i}]", more, self.check_passes)
             for i, (encoder, parts) in enumerate(zip(self.encoders, chunks, strict=True))
         ]
         self._warn_of_batch_norm(towers)
-        token = None if self.token_loss_fn is None else TokenLoss(self.token_loss_fn, self.group)
+        passes = Passes("token_loss_fn", modules) if self.check_passes else None
+        token = None if self.token_loss_fn is None else TokenLoss(self.token_loss_fn, self.group, passes)
         return Step(towers, self.loss_fn, token, scale_loss, modules)
 
     def _warn_of_batch_norm(self, towers: list[Tower]) -> None:
@@ -245,24 +260,24 @@ def _raise_together(error: BaseException | None, peers: Sequence[Any]) -> None:
         ) from None
 
 
-def _check_budget(budget: Any, asked: list[Any]) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, int):
-        wrong_type("memory_budget", "None or bytes, an int", budget)
-    if budget < 1:
+def _budget(budget: Any, asked: list[Any]) -> int:
+    number = integer("memory_budget", budget, "None or bytes, an int")
+    if number < 1:
         wrong_value("memory_budget", "at least 1 byte", budget)
     if "auto" not in asked:
         wrong_value("memory_budget", "None, unless a chunk_size is 'auto'", budget)
+    return number
 
 
 def _chunk_sizes(chunk_size: Any, encoders: int) -> list[Any]:
     is_list = isinstance(chunk_size, Sequence) and not isinstance(chunk_size, str)
-    sizes = list(chunk_size) if is_list else [chunk_size] * encoders
-    for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int):
-            if size != "auto":
-                wrong_type("chunk_size", 'an int or "auto", or one per encoder', chunk_size)
-        elif size < 1:
-            wrong_value("chunk_size", "at least 1", chunk_size)
+    sizes = []
+    for size in chunk_size if is_list else [chunk_size] * encoders:
+        if not (isinstance(size, str) and size == "auto"):
+            size = integer("chunk_size", size, 'an int or "auto", or one per encoder')
+            if size < 1:
+                wrong_value("chunk_size", "at least 1", chunk_size)
+        sizes.append(size)
     if len(sizes) != encoders:
         wrong_value("chunk_size", f"one for all, or one for each of the {encoders} encoders", chunk_size)
     return sizes

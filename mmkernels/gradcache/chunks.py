@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops._checks import integer, wrong_type, wrong_value
 
 __all__ = ["Args", "Ragged", "amount", "split", "tensors"]
 
 _EXPECTED = "a tensor, an array, a list of samples, a dict, a tuple, Args, Ragged, or an object with split(chunk_size)"
-_WHOLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+_WHOLE = (bool, int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, type(None))
 
 
 class Args:
@@ -46,7 +46,8 @@ class Ragged:
         if not isinstance(values, Tensor):
             wrong_type("values", "a tensor [rows, ...]", values)
         self.values = values
-        self.counts = [int(n) for n in (counts.tolist() if isinstance(counts, Tensor) else counts)]
+        each = counts.tolist() if isinstance(counts, Tensor) else counts
+        self.counts = [integer("counts", n, "integers") for n in each]
         if any(n < 0 for n in self.counts):
             wrong_value("counts", "numbers >= 0", counts)
         if values.ndim == 0 or sum(self.counts) != len(values):

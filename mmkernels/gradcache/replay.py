@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,17 +17,26 @@ __all__ = ["RandomState", "batch_norms", "cuda_devices", "kept"]
 
 @dataclass(frozen=True)
 class RandomState:
-    """PyTorch's default generators: the CPU's and those of the CUDA devices in play."""
+    """The generators that are everybody's: PyTorch's of the CPU and of the CUDA devices in play, NumPy's and Python's.
+
+    One that an encoder keeps for itself is not to be found; `Passes` sees what comes of it.
+    """
 
     cpu: Tensor
     cuda: dict[torch.device, Tensor]
+    numpy: dict[str, Any]
+    python: tuple[Any, ...]
 
     @staticmethod
     def now(devices: Iterable[torch.device]) -> RandomState:
-        return RandomState(torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices})
+        cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+        return RandomState(torch.get_rng_state(), cuda, np.random.get_state(legacy=False), random.getstate())
 
-    def restore(self) -> None:
+    def restore(self, numpy: bool = True) -> None:
         torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        if numpy:
+            np.random.set_state(self.numpy)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
 
@@ -32,11 +44,19 @@ class RandomState:
     def replayed(self) -> Iterator[None]:
         """Inside, the generators go on from this state; afterwards they stand as if nothing had been drawn."""
         after = RandomState.now(self.cuda)
-        self.restore()
+        moved = not _same(self.numpy, after.numpy)  # to set it takes longer than all else here
+        self.restore(moved)
         try:
             yield
         finally:
-            after.restore()
+            after.restore(moved)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two states of NumPy's generator, dicts of numbers and arrays, are equal."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    return bool(np.array_equal(a, b))
 
 
 def cuda_devices(tensors: Iterable[Tensor]) -> set[torch.device]:

@@ -71,6 +71,8 @@ class Step:
         sync, bundles = Sync(self.modules), self._bundles()
         sync.expect_equal([len(tower.chunks) for tower in self.towers], gathered=self.undo is not None)
         at_once = all(len(tower.chunks) == 1 for tower in self.towers) and not (sync.ddp_over_ranks() or self.peers)
+        if not at_once:
+            sync.expect_no_static_graph()
         with nullcontext() if at_once else sync.held():
             # 1. Embed without gradients. The cache of cast weights goes: filled under no_grad, it would cut pass 3 off.
             with torch.set_grad_enabled(at_once and torch.is_grad_enabled()), self._all_or_none():
@@ -97,6 +99,9 @@ class Step:
                     self._embed_again_and_backward(first)
                 with self._may_run_out(self.towers, reducing=True):
                     self._backward(last, self._embed_again(last), from_loss)
+        for passes in (*(tower.passes for tower in self.towers), self.token and self.token.passes):
+            if passes is not None:
+                passes.settle()
         return self._result(output)
 
     def _bundles(self) -> list[Bundle]:

@@ -40,6 +40,18 @@ class Sync:
     def ddp_over_ranks(self) -> bool:
         return any(m.process_group.size() > 1 for m in self.ddp)
 
+    def expect_no_static_graph(self) -> None:
+        """A static graph expects one forward and one backward, with its reduction, in each step.
+
+        Raises:
+            ValueError: a wrapper has one; PyTorch would fail in an assert of its own.
+        """
+        if any(m.static_graph for m in self.ddp):
+            raise ValueError(
+                "encoders: expected DistributedDataParallel without static_graph=True, for an encoder runs chunk by "
+                "chunk and twice, got one with it"
+            )
+
     def ddp_parameters(self) -> set[int]:
         return {id(p) for m in self.ddp for p in m.parameters()}
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops._checks import real, wrong_type, wrong_value
 
+from .passes import Passes
 from .replay import RandomState
 from .sync import reduced
 
@@ -28,10 +29,12 @@ class TokenLoss:
     Args:
         function: `(outputs, inputs)` of one chunk -> (sum, count) or {objective: (sum, count)}.
         group: process group that counts are summed over, or None.
+        passes: holds the counts of the second pass against those of the first, or None.
     """
 
-    def __init__(self, function: Callable[..., Any], group: Any) -> None:
-        self._function, self._group = function, group
+    def __init__(self, function: Callable[..., Any], group: Any, passes: Passes | None = None) -> None:
+        self._function, self._group, self.passes = function, group, passes
+        self._seen: list[dict[str, Tensor]] = []  # counts of each chunk
         self._states: list[RandomState] = []
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
@@ -44,9 +47,10 @@ class TokenLoss:
         terms = self._terms(outputs, inputs)
         if self._sums and terms.keys() != self._sums.keys():
             wrong_value("token_loss_fn: output", f"the objectives of the first chunk, {list(self._sums)}", list(terms))
-        for name, (total, count) in terms.items():
+        self._seen.append({name: torch.as_tensor(count).detach() for name, (_, count) in terms.items()})
+        for name, (total, _) in terms.items():
             self._sums[name] = self._sums.get(name, 0) + total.detach().double()
-            self._counts[name] = self._counts.get(name, 0) + torch.as_tensor(count).detach().double().cpu()
+            self._counts[name] = self._counts.get(name, 0) + self._seen[-1][name].double().cpu()
         return {name: total for name, (total, _) in terms.items()}
 
     def settle(self) -> None:
@@ -71,7 +75,16 @@ class TokenLoss:
     def again(self, i: int, outputs: list[Any], inputs: list[Any]) -> dict[str, Tensor]:
         """The sums of chunk i, which was counted before; it draws the same random numbers."""
         with self._states[i].replayed():
-            return {name: total for name, (total, _) in self._terms(outputs, inputs).items()}
+            terms = self._terms(outputs, inputs)
+        seen = self._seen[i]
+        if terms.keys() != seen.keys():
+            wrong_value("token_loss_fn: output", f"the objectives of the first pass, {list(seen)}", list(terms))
+        if self.passes is not None:
+            # Sums may differ: their gradient is right for what is drawn here, as long as it is divided rightly.
+            for name, (total, count) in terms.items():
+                counts = (torch.as_tensor(n).detach().to(total.device).reshape(1, 1) for n in (seen[name], count))
+                self.passes.compare(f"count of {name} in chunk {i + 1} of {len(self._seen)}", *counts, exact=True)
+        return {name: total for name, (total, _) in terms.items()}
 
     def part(self, sums: dict[str, Tensor]) -> Tensor:
         """A chunk's share of the loss."""
@@ -86,16 +99,16 @@ class TokenLoss:
         terms = out if isinstance(out, dict) else {"token_loss": out}
         if not terms:
             wrong_value("token_loss_fn: output", _EXPECTED, out)
+        checked = {}
         for name, pair in terms.items():
             if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], Tensor):
                 wrong_type(f"token_loss_fn: {name}", _EXPECTED, pair)
             total, count = pair
             if total.numel() != 1 or not total.is_floating_point():
                 wrong_value(f"token_loss_fn: {name}", "a sum, a floating-point scalar tensor", total)
-            if not isinstance(count, (int, float)) and not (isinstance(count, Tensor) and count.numel() == 1):
-                wrong_type(f"token_loss_fn: {name}", "a count, a number or a scalar tensor", count)
-        return {name: (pair[0].reshape(()), _scalar(pair[1])) for name, pair in terms.items()}
-
-
-def _scalar(count: Any) -> Any:
-    return count.reshape(()) if isinstance(count, Tensor) else count
+            if isinstance(count, Tensor) and count.numel() == 1:
+                count = count.reshape(())
+            else:
+                count = real(f"token_loss_fn: {name}", count, "a count, a number or a scalar tensor")
+            checked[name] = total.reshape(()), count
+        return checked

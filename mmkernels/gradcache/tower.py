@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmkernels.ops._checks import wrong_type, wrong_value
 
 from .chunks import Args, tensors
+from .passes import Passes
 from .replay import RandomState, cuda_devices
 from .sync import Sync
 
@@ -32,12 +33,14 @@ class Tower:
         chunks: at least one.
         name: how messages call it.
         more: whether its output may be a tuple that begins with the embeddings.
+        compared: whether pass 3 is held against pass 1.
     """
 
     encoder: Encoder
     chunks: list[Any]
     name: str
     more: bool = False
+    compared: bool = False
     states: list[RandomState] = field(default_factory=list)  # before each chunk of pass 1
     parts: list[Tensor] = field(default_factory=list)  # embeddings of each chunk, detached
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0))  # [all rows, ...], detached
@@ -46,6 +49,7 @@ class Tower:
         self.modules = modules_behind(self.encoder)
         self.sync = Sync(self.modules)
         parameters = (p for module in self.modules for p in module.parameters())
+        self.passes = Passes(self.name, self.modules) if self.compared else None
         self.devices = cuda_devices(itertools.chain(parameters, tensors(self.chunks[0])))
 
     def run(self, chunk: Any) -> Any:
@@ -69,7 +73,10 @@ class Tower:
     def again(self, i: int) -> Any:
         """Pass 3: chunk i as in pass 1, with its graph."""
         with self.states[i].replayed():
-            return self.run(self.chunks[i])
+            out = self.run(self.chunks[i])
+        if self.passes is not None:
+            self.passes.compare(f"chunk {i + 1} of {len(self.chunks)}", self.parts[i], embedding(out))
+        return out
 
     def join(self) -> None:
         """The embeddings of the whole batch, ready to receive their gradient."""

@@ -14,6 +14,7 @@ ahead; torchdata's StatefulDataLoader does the same through the `state_dict` of 
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -69,6 +70,9 @@ class PackedSampler(Sampler[tuple[int, ...]]):
         for name in ("seed", "keep_order"):
             if name in options:
                 raise TypeError(f"{name}: expected to be left to PackedSampler, got {options[name]!r}")
+        if isinstance(seed, bool):
+            raise TypeError(f"seed: expected an integer, got {seed!r}")
+        seed = operator.index(seed)
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed: expected in [0, 2^31), got {seed}")
         self.rank, self.world_size = rank_and_world(rank, world_size)
@@ -77,7 +81,7 @@ class PackedSampler(Sampler[tuple[int, ...]]):
         self._capacity, self._cost, self._shuffle, self._seed, self._last = capacity, cost, shuffle, seed, last
         self._options = options
         self._made: tuple[int, PackingPlan] | None = None
-        what = (capacity, shuffle, seed, sorted(options.items()))
+        what = (int(capacity), shuffle, seed, sorted(options.items()))
         arrays = [self._lengths] if self._images is None else [self._lengths, self._images]
         arrays.append((cost or AttentionCost()).of_packs(self.plan()))
         self.fingerprint = zlib.crc32(b"".join([repr(what).encode(), *(array.tobytes() for array in arrays)]))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import expect_tensor, wrong_type, wrong_value
+from mmkernels.ops._checks import expect_tensor, integer, real, wrong_type, wrong_value
 from mmkernels.ops.attention import AttentionMask, attention, norm_rope, rotary_cos_sin
 
-__all__ = ["AttentionBase", "Positions", "Rotary", "expect_size", "expect_tokens", "multihead_sizes", "with_weights_of"]
+__all__ = ["AttentionBase", "Positions", "Rotary", "expect_tokens", "multihead_sizes", "size", "with_weights_of"]
 
 CosSin = tuple[Tensor, Tensor]
 Positions = Tensor | CosSin
@@ -69,8 +69,9 @@ class AttentionBase(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        for name, value in (sizes | ({} if head_dim is None else {"head_dim": head_dim})).items():
-            expect_size(name, value)
+        sizes = {name: size(name, value) for name, value in sizes.items()}
+        embed_dim, num_heads, num_kv_heads = sizes.values()
+        head_dim = None if head_dim is None else size("head_dim", head_dim)
         if head_dim is None and embed_dim % num_heads:
             wrong_value("num_heads", f"a divisor of embed_dim {embed_dim}, or head_dim beside it", num_heads)
         if num_heads % num_kv_heads:
@@ -79,14 +80,13 @@ class AttentionBase(nn.Module):
             wrong_value("qk_norm", "'rms', 'layer' or None", qk_norm)
         if rotary is not None and not isinstance(rotary, Rotary):
             wrong_type("rotary", "a mmkernels.nn.Rotary or None", rotary)
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-            wrong_type("dropout", "a float", dropout)
+        dropout, qk_norm_eps = real("dropout", dropout, "a float"), real("qk_norm_eps", qk_norm_eps, "a float")
         if not 0 <= dropout < 1:
             wrong_value("dropout", "a probability in [0, 1)", dropout)
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        self.qk_norm, self.rotary, self.dropout = qk_norm, rotary, float(dropout)
-        self.scale, self.backend = scale, backend
+        self.qk_norm, self.rotary, self.dropout = qk_norm, rotary, dropout
+        self.scale, self.backend = None if scale is None else real("scale", scale, "a float or None"), backend
         make = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}.get(qk_norm or "")
         self.q_norm = make(self.head_dim, eps=qk_norm_eps, **factory) if make else None
         self.k_norm = make(self.head_dim, eps=qk_norm_eps, **factory) if make else None
@@ -177,11 +177,11 @@ def with_weights_of(module: nn.MultiheadAttention, made: Any) -> Any:
     return made.train(module.training)
 
 
-def expect_size(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        wrong_type(name, "an int", value)
-    if value < 1:
+def size(name: str, value: Any) -> int:
+    number = integer(name, value, "an int")
+    if number < 1:
         wrong_value(name, "at least 1", value)
+    return number
 
 
 def expect_tokens(name: str, x: Any, width: int, like: Tensor | None = None) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import wrong_value
+from mmkernels.ops._checks import real, wrong_value
 from mmkernels.ops.attention import AttentionMask, gated_residual
 
-from ._attention import AttentionBase, Positions, Rotary, expect_size, expect_tokens, multihead_sizes, with_weights_of
+from ._attention import AttentionBase, Positions, Rotary, expect_tokens, multihead_sizes, size, with_weights_of
 
 __all__ = ["CoAttention", "CrossModalAttention", "FusedSelfAttention", "GatedCrossAttention"]
 
@@ -81,10 +81,9 @@ class CrossModalAttention(AttentionBase):
             backend=backend,
             factory=factory,
         )
-        self.context_dim = embed_dim if context_dim is None else context_dim
-        self.value_dim = self.context_dim if value_dim is None else value_dim
-        expect_size("context_dim", self.context_dim)
-        expect_size("value_dim", self.value_dim)
+        embed_dim = self.embed_dim
+        self.context_dim = embed_dim if context_dim is None else size("context_dim", context_dim)
+        self.value_dim = self.context_dim if value_dim is None else size("value_dim", value_dim)
         if gate not in (None, "scalar", "channel"):
             wrong_value("gate", "None, 'scalar' or 'channel'", gate)
         inner, inner_kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -186,7 +185,7 @@ class GatedCrossAttention(CrossModalAttention):
             wrong_value("gate", "'scalar' or 'channel'", gate)
         super().__init__(embed_dim, num_heads, gate=gate, **options)
         factory: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps, **factory)
+        self.norm = nn.LayerNorm(self.embed_dim, eps=real("norm_eps", norm_eps, "a float"), **factory)
 
     def _queries(self, x: Tensor) -> Tensor:
         return self.norm(x)
@@ -208,8 +207,7 @@ class CoAttention(nn.Module):
         for name in ("context_dim", "value_dim"):
             if name in options:
                 raise TypeError(f"{name}: expected to follow from dim_a and dim_b, got {options[name]!r}")
-        expect_size("dim_a", dim_a)
-        expect_size("dim_b", dim_b)
+        dim_a, dim_b = size("dim_a", dim_a), size("dim_b", dim_b)
         self.a_from_b = CrossModalAttention(dim_a, num_heads, context_dim=dim_b, **options)
         self.b_from_a = CrossModalAttention(dim_b, num_heads, context_dim=dim_a, **options)
 
@@ -289,8 +287,8 @@ class FusedSelfAttention(AttentionBase):
         )
         inner = self.num_heads * self.head_dim
         self._widths = [inner, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim]
-        self.qkv_proj = nn.Linear(embed_dim, sum(self._widths), bias=bias, **factory)
-        self.out_proj = nn.Linear(inner, embed_dim, bias=bias, **factory)
+        self.qkv_proj = nn.Linear(self.embed_dim, sum(self._widths), bias=bias, **factory)
+        self.out_proj = nn.Linear(inner, self.embed_dim, bias=bias, **factory)
         self.reset_parameters()
 
     @classmethod

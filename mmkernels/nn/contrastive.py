@@ -11,13 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels.ops._checks import deprecated_deterministic, real
 from mmkernels.ops.contrastive import infonce, siglip
 
 __all__ = ["InfoNCELoss", "SigLIPLoss"]
 
 
 class _ContrastiveLoss(nn.Module):
-    """What both losses share: `log_scale`, its upper bound, normalisation, options of the function."""
+    """What both losses share: `log_scale`, its upper bound, normalisation, options of the function.
+
+    The learnt scalars stay float32 under `.to(torch.bfloat16)`, `.half()` and the like: near log 14 = 2.66 bfloat16 has
+    steps of 1/64, and an optimizer's steps of 1/1000 are lost.
+    """
 
     log_scale: Tensor
 
@@ -31,9 +36,9 @@ class _ContrastiveLoss(nn.Module):
         options: dict[str, Any],
     ) -> None:
         super().__init__()
-        _expect_positive("init_scale", init_scale)
+        init_scale = _positive("init_scale", init_scale)
         if max_scale is not None:
-            _expect_positive("max_scale", max_scale)
+            max_scale = _positive("max_scale", max_scale)
             if max_scale < init_scale:
                 raise ValueError(f"max_scale: expected None or at least init_scale={init_scale!r}, got {max_scale!r}")
         for name, value in (("learnable", learnable), ("normalize", normalize)):
@@ -43,19 +48,49 @@ class _ContrastiveLoss(nn.Module):
             name for name, p in inspect.signature(function).parameters.items() if p.kind == p.KEYWORD_ONLY
         ]
         self._expect_known(options)
+        deprecated_deterministic(options.pop("deterministic", None))
         self.max_scale = max_scale
         self.learnable = learnable
         self.normalize = normalize
         self.options = options
+        self._starts: dict[str, float] = {}
         self._scalar("log_scale", math.log(init_scale))
 
     def _scalar(self, name: str, value: float) -> None:
         """A parameter, or a buffer when nothing is learnt: in the state dict under the same name."""
+        self._starts[name] = value
         tensor = torch.tensor(value, dtype=torch.float32)
         if self.learnable:
             self.register_parameter(name, nn.Parameter(tensor))
         else:
             self.register_buffer(name, tensor)
+
+    def reset_parameters(self) -> None:
+        """Scale (and bias) as they were made: for a module that comes from the meta device by `to_empty`."""
+        for name, value in self._starts.items():
+            nn.init.constant_(getattr(self, name), value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Every move and cast of a module goes through here; casts below float32 are left out for scalars."""
+
+        def but_wide(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if tensor.ndim == 0 and out.is_floating_point() and torch.finfo(out.dtype).bits < 32:
+                return tensor.to(out.device, torch.float32)
+            return out
+
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+        return super()._apply(but_wide, recurse=False)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """With `assign=True` a checkpoint in bfloat16 would bring its dtype along."""
+        for name in self._starts:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.is_floating_point() and torch.finfo(value.dtype).bits < 32:
+                state_dict[prefix + name] = value.float()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def scale(self) -> Tensor:
@@ -99,6 +134,7 @@ class _ContrastiveLoss(nn.Module):
     def _arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The module's options and those of a call, with further features treated like queries and keys."""
         self._expect_known(arguments)
+        deprecated_deterministic(arguments.pop("deterministic", None))
         merged = {**self.options, **arguments}
         if merged.get("negatives") is not None:
             merged["negatives"] = self._features(merged["negatives"])
@@ -127,7 +163,9 @@ class InfoNCELoss(_ContrastiveLoss):
             `symmetric=False`, `group=...` or `backend="triton"`.
 
     Attributes:
-        log_scale: a float32 scalar, in the state dict whether learnable or not. It is best kept out of weight decay.
+        log_scale: a float32 scalar, in the state dict whether learnable or not. It stays float32 when the module is
+            cast to bfloat16 or float16. It is best kept out of weight decay, in a parameter group of its own (which
+            DeepSpeed wants for another dtype), and goes to fully_shard's `ignored_params`, for that takes no scalars.
         scale: the scale in use.
 
     Raises:
@@ -183,8 +221,10 @@ class SigLIPLoss(_ContrastiveLoss):
         **options: keyword arguments of `mmkernels.siglip` for every call, such as `group=...` or `backend="triton"`.
 
     Attributes:
-        log_scale, logit_bias: float32 scalars, in the state dict whether learnable or not. They are best kept out of
-            weight decay.
+        log_scale, logit_bias: float32 scalars, in the state dict whether learnable or not. They stay float32 when the
+            module is cast to bfloat16 or float16. They are best kept out of weight decay, in a parameter group of
+            their own (which DeepSpeed wants for another dtype), and go to fully_shard's `ignored_params`, for that
+            takes no scalars.
         scale: the scale in use.
 
     Raises:
@@ -206,8 +246,7 @@ class SigLIPLoss(_ContrastiveLoss):
         **options: Any,
     ) -> None:
         super().__init__(siglip, init_scale, max_scale, learnable, normalize, options)
-        _expect_finite("init_bias", init_bias)
-        self._scalar("logit_bias", init_bias)
+        self._scalar("logit_bias", _finite("init_bias", init_bias))
 
     def forward(self, queries: Tensor, keys: Tensor, **arguments: Any) -> Any:
         """The loss of a batch.
@@ -227,17 +266,18 @@ class SigLIPLoss(_ContrastiveLoss):
         return siglip(x, y, self.scale, self.logit_bias, **self._arguments(arguments))
 
 
-def _expect_finite(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
-    if not math.isfinite(value):
+def _finite(name: str, value: Any) -> float:
+    number = real(name, value, "a number")
+    if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return number
 
 
-def _expect_positive(name: str, value: Any) -> None:
-    _expect_finite(name, value)
-    if value <= 0:
+def _positive(name: str, value: Any) -> float:
+    number = _finite(name, value)
+    if number <= 0:
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    return number
 
 
 # The losses have no modules inside, so that they can be loaded whole as well.

@@ -96,6 +96,25 @@ def test_ddp_reduces_once(world: int, shared: str, sizes: tuple[int, int]) -> No
     ranks.run(world, _ddp, shared, *sizes)
 
 
+def _static_graph(rank: int, world: int) -> None:
+    tower = DistributedDataParallel(Encoder(), static_graph=True)
+    _alive.append(tower)
+    x, y = torch.randn(6, 6), torch.randn(6, 6)
+    for size in (2, "auto", [6, 3]) if world == 1 else (2, "auto", 6):
+        budget = {"memory_budget": 1} if size == "auto" else {}
+        with pytest.raises(ValueError, match="encoders: expected DistributedDataParallel without static_graph=True"):
+            GradCache([tower, tower], plain_infonce, chunk_size=size, **budget)(x, y)
+    if world == 1:  # one chunk is one plain step, which a static graph allows
+        for _ in range(3):
+            GradCache([tower, tower], plain_infonce, chunk_size=6)(x, y)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_static_graph_is_refused(world: int) -> None:
+    """Before anything ran: PyTorch's reducer fails in an internal assert, and in every step after."""
+    ranks.run(world, _static_graph)
+
+
 def _sharded(rank: int, world: int, sizes: list[int], tied: bool) -> None:
     model = Dual()
     inputs = _inputs(world)

@@ -272,44 +272,22 @@ def test_copies_pickles_and_devices(make):
     assert torch.equal(meta.q_norm.weight, torch.ones(8, dtype=torch.bfloat16))
 
 
-def test_repr_says_what_was_chosen():
-    assert "num_heads=4, num_kv_heads=2, head_dim=8, qk_norm='rms'" in repr(
-        FusedSelfAttention(E, 4, num_kv_heads=2, qk_norm="rms")
-    )
-    assert "dropout=0.5" in repr(CrossModalAttention(E, H, dropout=0.5))
+MADE = {
+    "cross": lambda: CrossModalAttention(E, H, gate="channel", qk_norm="layer", rotary=Rotary()),
+    "flamingo": lambda: GatedCrossAttention(E, H),
+    "both ways": lambda: CoAttention(E, E, H, gate="scalar", bias=False),
+    "self": lambda: FusedSelfAttention(E, H, qk_norm="rms", num_kv_heads=2),
+}
 
 
-# As a user errs
-
-X, C = torch.randn(5, E), torch.randn(7, 20)
-BAD_ARGUMENTS = [
-    (lambda: FusedSelfAttention(32, 5), ValueError, "num_heads: expected a divisor of embed_dim 32"),
-    (lambda: FusedSelfAttention(32, 4, num_kv_heads=3), ValueError, "num_kv_heads: expected a divisor of num_heads 4"),
-    (lambda: FusedSelfAttention(32.0, 4), TypeError, "embed_dim: expected an int"),
-    (lambda: FusedSelfAttention(32, 0), ValueError, "num_heads: expected at least 1"),
-    (lambda: FusedSelfAttention(32, 4, qk_norm="batch"), ValueError, "qk_norm: expected 'rms', 'layer' or None"),
-    (lambda: FusedSelfAttention(32, 4, rotary=True), TypeError, r"rotary: expected a mmkernels\.nn\.Rotary or None"),
-    (lambda: FusedSelfAttention(32, 4, dropout=1.0), ValueError, r"dropout: expected a probability in \[0, 1\)"),
-    (lambda: FusedSelfAttention(32, 4, dropout="0"), TypeError, "dropout: expected a float"),
-    (lambda: CrossModalAttention(32, 4, context_dim=0), ValueError, "context_dim: expected at least 1"),
-    (lambda: CrossModalAttention(32, 4, gate="head"), ValueError, "gate: expected None, 'scalar' or 'channel'"),
-    (lambda: GatedCrossAttention(32, 4, gate=None), ValueError, "gate: expected 'scalar' or 'channel'"),
-    (lambda: CoAttention(32, 32, 4, context_dim=3), TypeError, "context_dim: expected to follow from dim_a and dim_b"),
-    (lambda: FusedSelfAttention(32, 4)(X[0]), ValueError, r"x: expected \[T, 32\] or \[B, T, 32\] floating point"),
-    (lambda: FusedSelfAttention(32, 4)(X[:, :8]), ValueError, r"x: expected \[T, 32\] or \[B, T, 32\] floating point"),
-    (lambda: FusedSelfAttention(32, 4)(X.long()), TypeError, "x: expected .* floating point, got .*int64"),
-    (lambda: FusedSelfAttention(32, 4)(X, X), TypeError, "mask: expected an AttentionMask or None"),
-    (lambda: FusedSelfAttention(32, 4)(X, positions=torch.arange(5)), ValueError, "positions: expected None, for the"),
-    (lambda: FusedSelfAttention(32, 4, rotary=Rotary())(X), ValueError, "positions: expected position ids or"),
-    (lambda: CrossModalAttention(32, 4, rotary=Rotary())(X, X, positions=torch.arange(5)), ValueError,
-     "context_positions: expected position ids or"),
-    (lambda: CrossModalAttention(32, 4)(X, C), ValueError, r"context: expected \[T, 32\] .*got \[7, 20\]"),
-    (lambda: CrossModalAttention(32, 4)(X, X[None]), ValueError, r"context: expected \[T, 32\]"),
-    (lambda: CrossModalAttention(32, 4)(X, X, values=X[:3]), ValueError, r"values: expected \[5, 32\] like context"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("wrong", "error", "message"), BAD_ARGUMENTS)
-def test_a_mistake_is_named(wrong, error, message):
-    with pytest.raises(error, match=message):
-        wrong()
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_from_the_meta_device_as_made(make) -> None:
+    """Nothing of what to_empty leaves behind is kept: the same numbers as in a module that was made."""
+    module, expected = make().to("meta").to_empty(device="cpu"), make()
+    with torch.no_grad():
+        for x in module.state_dict().values():
+            x.fill_(torch.nan)
+    for each in (module, expected):
+        torch.manual_seed(3)
+        each.reset_parameters()
+    assert all(torch.equal(x, module.state_dict()[name]) for name, x in expected.state_dict().items())

@@ -1,6 +1,8 @@
 """InfoNCELoss and SigLIPLoss are the functions on normalised features, with parameters that behave."""
 
+import copy
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -165,6 +167,94 @@ def test_scale_that_is_not_learnt(loss_type: type) -> None:
     fixed.clamp_()
     assert fixed.log_scale.item() == pytest.approx(math.log(20.0))
     assert fixed.double().scale.dtype == torch.float64
+
+
+def trained(cast: Callable[[nn.Module], nn.Module], loss_type: type, steps: int = 200) -> list[float]:
+    """The scalars after some steps of Adam, of a tower that is frozen and the loss in one module, cast as a whole."""
+    torch.manual_seed(0)
+    model = cast(nn.ModuleDict({"tower": nn.Linear(24, 24, bias=False).requires_grad_(False), "loss": loss_type()}))
+    optimizer = torch.optim.Adam(model["loss"].parameters(), lr=1e-3)
+    queries, keys = batch()
+    dtype = model["tower"].weight.dtype
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model["loss"](model["tower"](queries.to(dtype)), model["tower"](keys.to(dtype))).backward()
+        optimizer.step()
+    return [p.item() for p in model["loss"].parameters()]
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), nn.Module.bfloat16, nn.Module.half])
+@LOSSES
+def test_scalars_learn_in_half_precision(loss_type: type, cast: Callable[[nn.Module], nn.Module]) -> None:
+    begun = [p.item() for p in loss_type().parameters()]
+    expected, got = trained(nn.Module.float, loss_type), trained(cast, loss_type)
+    for start, full, low in zip(begun, expected, got, strict=True):
+        assert abs(full - start) > 0.1
+        assert low == pytest.approx(full, abs=0.02 * abs(full - start))
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+@LOSSES
+def test_casts_leave_the_scalars_wide(loss_type: type, learnable: bool) -> None:
+    loss_fn = loss_type(learnable=learnable, init_scale=14.3)
+    if learnable:
+        loss_fn(*batch()).backward()
+    wide = [torch.float32] * len(loss_fn.state_dict())
+
+    def scalars() -> list[Tensor]:
+        return [*loss_fn.parameters(), *loss_fn.buffers()]
+
+    before = [(x.clone(), None if x.grad is None else x.grad.clone()) for x in scalars()]
+    for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double().half()):
+        loss_fn = cast(loss_fn)
+        for x, (value, grad) in zip(scalars(), before, strict=True):
+            assert x.dtype == torch.float32
+            assert torch.equal(x, value)
+            assert grad is None or (x.grad.dtype == torch.float32 and torch.equal(x.grad, grad))
+    assert [x.dtype for x in copy.deepcopy(loss_fn).half().state_dict().values()] == wide
+    assert all(x.dtype == torch.float64 for x in loss_fn.double().state_dict().values())
+    moved = loss_fn.to("meta", torch.bfloat16).state_dict().values()
+    assert [x.dtype for x in moved] == wide and all(x.is_meta for x in moved)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@LOSSES
+def test_a_checkpoint_in_half_precision(loss_type: type, assign: bool) -> None:
+    low = {name: x.bfloat16() for name, x in loss_type(init_scale=33.0).state_dict().items()}
+    loss_fn = loss_type()
+    loss_fn.load_state_dict(low, assign=assign)
+    for name, x in loss_fn.state_dict().items():
+        assert x.dtype == torch.float32
+        assert torch.equal(x, low[name].float())
+    assert all(x.dtype == torch.bfloat16 for x in low.values()), "the caller's own"
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+@LOSSES
+def test_from_the_meta_device(loss_type: type, learnable: bool) -> None:
+    loss_fn = loss_type(init_scale=12.0, learnable=learnable)
+    expected = {name: x.clone() for name, x in loss_fn.state_dict().items()}
+    loss_fn = loss_fn.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for x in loss_fn.state_dict().values():
+            x.fill_(math.nan)
+    loss_fn.reset_parameters()
+    assert all(torch.equal(x, expected[name]) for name, x in loss_fn.state_dict().items())
+    assert all(p.requires_grad and p.is_leaf for p in loss_fn.parameters())
+
+
+@LOSSES
+def test_deterministic_is_deprecated(loss_type: type) -> None:
+    queries, keys = batch()
+    with pytest.warns(DeprecationWarning, match="deterministic is deprecated: results are always") as warned:
+        loss_fn = loss_type(deterministic=True)
+    with pytest.warns(DeprecationWarning, match="deterministic is deprecated") as again:
+        loss_fn(queries, keys, deterministic=False)
+    assert {w.filename for w in (*warned, *again)} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn(queries, keys)
+        loss_type(deterministic=None)(queries, keys, deterministic=None)
 
 
 def test_every_feature_is_normalized(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,16 @@ import torch
 from mmkernels.ops.modality import MAX_MODALITIES
 from mmkernels.runtime import backends
 
-from .._checks import describe, expect_tensor, not_yet, wrong_type, wrong_value
+from .._checks import (
+    deprecated,
+    deprecated_deterministic,
+    describe,
+    expect_tensor,
+    not_yet,
+    real,
+    wrong_type,
+    wrong_value,
+)
 from .additive import additive_attention
 from .mask import AttentionMask
 from .op import attention_fwd_op
@@ -37,7 +46,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool | None = None,
-    score: str = "dot",
+    score: str | None = None,
     score_weight: torch.Tensor | None = None,
     score_bias: torch.Tensor | None = None,
     backend: str | None = None,
@@ -68,11 +77,10 @@ def attention(
             alone: the same on every backend, in the backward, and when the generator's state is replayed
             (`torch.utils.checkpoint`, `GradCache`). It is applied whenever it is above 0: there is no training mode.
         return_lse: give lse too; it is differentiable.
-        deterministic: nothing to choose: no backend uses atomics, so the same input and thread count always give the
-            same bits.
-        score: "dot", or "additive": `additive_attention` with w `score_weight` and bias `score_bias`; without scale,
-            pair_bias, sink and dropout_p.
-        score_weight, score_bias: [H, D] or [D], with score="additive" only.
+        deterministic: deprecated, of no effect: no backend uses atomics, so the same input and thread count always give
+            the same bits.
+        score, score_weight, score_bias: deprecated: score="additive" is `additive_attention` with w `score_weight` and
+            bias `score_bias`, and "dot" is what there is without.
         backend: None for the fastest that can serve, or "native", "triton", "reference".
 
     Returns:
@@ -86,21 +94,23 @@ def attention(
     Source: Vaswani et al. 2017 (attention); Dao 2023 (FlashAttention-2: tiling, recomputation); Xiao et al. 2023
         (sinks); Salmon et al. 2011 (Philox).
     """
+    deprecated_deterministic(deterministic)
     if _is_additive(score, score_weight, score_bias):
         _expect_defaults(scale=scale, pair_bias=pair_bias, sink=sink, dropout_p=dropout_p or None)
         assert score_weight is not None
         return additive_attention(q, k, v, score_weight, mask, bias=score_bias, return_lse=return_lse, backend=backend)
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, mask)
-    _check_scalars(scale, dropout_p, return_lse, deterministic)
+    factor, dropout_p = _numbers(q, scale, dropout_p)
+    if not isinstance(return_lse, bool):
+        wrong_type("return_lse", "a bool", return_lse)
     pair_bias, sink = _check_logits(q, pair_bias, sink, mask)
     shape, tokens_q, tokens_k = q.shape, q.shape[-3], k.shape[-3]
     samples = shape[0] if q.ndim == 4 else 1
     if q.ndim == 4:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     rows = _rows(mask, samples, tokens_q, tokens_k, q.device, pair_bias)
-    factor = 1.0 / math.sqrt(shape[-1]) if scale is None else float(scale)
-    options = Options(pair_bias, sink, _seed(q.device) if dropout_p > 0 else None, float(dropout_p), factor)
+    options = Options(pair_bias, sink, _seed(q.device) if dropout_p > 0 else None, dropout_p, factor)
     chosen = backends.resolve("attention", q, backend, _limits(q, v, rows, options))
     out, lse = attention_fwd_op(q, k, v, *rows, *options, chosen)
     if len(shape) == 4:
@@ -110,13 +120,16 @@ def attention(
 
 
 def _is_additive(score: Any, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
-    if score not in ("dot", "additive"):
-        wrong_value("score", "'dot' or 'additive'", score)
+    if score not in (None, "dot", "additive"):
+        wrong_value("score", "None, 'dot' or 'additive'", score)
     if score == "additive" and weight is None:
         raise ValueError("score_weight: expected [H, D] or [D] floating point with score='additive', got None")
     for name, value in (("score_weight", weight), ("score_bias", bias)):
-        if score == "dot" and value is not None:
-            wrong_value(name, "None with score='dot'", value)
+        if score != "additive" and value is not None:
+            wrong_value(name, "None without score='additive'", value)
+    if score is not None:
+        instead = "call additive_attention(q, k, v, score_weight, mask, bias=score_bias)"
+        deprecated("score", instead if score == "additive" else "leave it out")
     return score == "additive"
 
 
@@ -212,20 +225,15 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMas
         raise ValueError(f"mask: expected metadata on {q.device} like q, got {mask.device}")
 
 
-def _check_scalars(scale: Any, dropout_p: Any, return_lse: Any, deterministic: Any) -> None:
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            wrong_type("scale", "a float or None", scale)
-        if not math.isfinite(scale):
-            wrong_value("scale", "a finite number", scale)
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        wrong_type("dropout_p", "a float", dropout_p)
-    if not 0 <= dropout_p < 1:
+def _numbers(q: torch.Tensor, scale: Any, dropout_p: Any) -> tuple[float, float]:
+    """The factor of the logits, and the probability of dropout."""
+    factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else real("scale", scale, "a float or None")
+    if not math.isfinite(factor):
+        wrong_value("scale", "a finite number", scale)
+    probability = real("dropout_p", dropout_p, "a float")
+    if not 0 <= probability < 1:
         wrong_value("dropout_p", "a probability in [0, 1)", dropout_p)
-    if not isinstance(return_lse, bool):
-        wrong_type("return_lse", "a bool", return_lse)
-    if deterministic not in (None, True, False):
-        wrong_type("deterministic", "None, True or False", deterministic)
+    return factor, probability
 
 
 def _check_logits(

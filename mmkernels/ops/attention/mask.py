@@ -7,38 +7,33 @@ without a host sync: once per batch, then reused by every layer, forward and bac
 
 Numbers of tokens are not known on the host when the metadata lies on a GPU, so a mask is laid out at its first use
 (`rows`), from the shapes of q and k, and kept. Values are checked on CPU metadata at once; on CUDA metadata, where that
-would force a sync, by `validate()`, or at first use when MMKERNELS_VALIDATE=1.
+would force a sync, by `validate()`, or at once too with MMKERNELS_VALIDATE=1.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
-from mmkernels.ops._checks import describe, expect_tensor, wrong_type, wrong_value
+from mmkernels.ops._checks import describe, readable, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 
-from . import builders, reference
+from . import builders, metadata, reference
 from .reference import MaskRows
 from .tiles import TILE_K, TILE_Q, pack_states, tile_states
 
 __all__ = ["AttentionMask"]
 
-VALIDATE_ON_DEVICE = os.environ.get("MMKERNELS_VALIDATE", "0") == "1"
-
-_INT32 = (torch.int32,)
-_UINT8 = (torch.uint8,)
-_CLASS = (torch.uint8, torch.int32)
 _ROWS_A_CHUNK = 1024  # of the dense mask that density() counts
 
 
 class AttentionMask:
     """Which keys each query sees; see the builders.
 
-    Every builder takes metadata of O(tokens) size on the device of q. A mask serves q and k of the sizes that it is
+    Every builder takes metadata of O(tokens) size on the device of q, in any integer dtype, and keeps it in the one
+    named: a number that does not fit is refused where values are read. A mask serves q and k of the sizes that it is
     first used with. Tokens after the last segment belong to none: as queries they give out 0 and lse -inf, as keys
     nobody sees them.
     """
@@ -49,7 +44,7 @@ class AttentionMask:
         self._classes = classes if classes is not None else builder.classes()
         self._rows: MaskRows | None = None
         self._int_classes: builders.Classes | None = None
-        self._validate_if_cheap(None, None)
+        self._validate_if_readable(None, None)
 
     @classmethod
     def packed(
@@ -73,11 +68,11 @@ class AttentionMask:
         Raises:
             TypeError, ValueError: wrong dtype or shape; on CPU also wrong values.
         """
-        _expect_boundaries("cu_seqlens_q", cu_seqlens_q)
+        cu_seqlens_q = metadata.boundaries("cu_seqlens_q", cu_seqlens_q)
         if cu_seqlens_k is None:
             cu_seqlens_k = cu_seqlens_q
-        _expect_boundaries("cu_seqlens_k", cu_seqlens_k, like=cu_seqlens_q)
-        _expect_window(window)
+        cu_seqlens_k = metadata.boundaries("cu_seqlens_k", cu_seqlens_k, like=cu_seqlens_q)
+        window = metadata.window_size(window)
         if window is not None and not causal:
             wrong_value("window", "None without causal=True", window)
         return cls(builders.Packed(cu_seqlens_q, cu_seqlens_k, bool(causal), window))
@@ -90,8 +85,8 @@ class AttentionMask:
             cu_seqlens: int32 [S+1], boundaries of the samples.
             prefix_lengths: int32 [S], tokens in each sample's prefix, at most the sample's length.
         """
-        _expect_boundaries("cu_seqlens", cu_seqlens)
-        expect_tensor("prefix_lengths", prefix_lengths, "[S] int32", ndim=1, dtypes=_INT32, like=cu_seqlens)
+        cu_seqlens = metadata.boundaries("cu_seqlens", cu_seqlens)
+        prefix_lengths = metadata.vector("prefix_lengths", prefix_lengths, "S", torch.int32, like=cu_seqlens)
         if prefix_lengths.shape[0] != cu_seqlens.shape[0] - 1:
             wrong_value("prefix_lengths", f"{cu_seqlens.shape[0] - 1} lengths, one per sample", prefix_lengths)
         return cls(builders.Prefix(cu_seqlens, prefix_lengths))
@@ -122,13 +117,13 @@ class AttentionMask:
         Raises:
             TypeError, ValueError: wrong dtype or shape; on CPU also wrong values.
         """
-        _expect_boundaries("cu_seqlens", cu_seqlens)
-        expect_tensor("modality_ids", modality_ids, "[T] uint8", ndim=1, dtypes=_UINT8, like=cu_seqlens)
-        expect_tensor("span_ids", span_ids, "[T] int32", ndim=1, dtypes=_INT32, like=cu_seqlens)
+        cu_seqlens = metadata.boundaries("cu_seqlens", cu_seqlens)
+        modality_ids = metadata.vector("modality_ids", modality_ids, "T", torch.uint8, like=cu_seqlens)
+        span_ids = metadata.vector("span_ids", span_ids, "T", torch.int32, like=cu_seqlens)
         if span_ids.shape != modality_ids.shape:
             wrong_value("span_ids", f"{list(modality_ids.shape)} like modality_ids", span_ids)
-        _expect_window(window)
-        bits = _bits("bidirectional", bidirectional)
+        window = metadata.window_size(window)
+        bits = metadata.bits_of("bidirectional", bidirectional)
         return cls(builders.Multimodal(cu_seqlens, modality_ids, span_ids.contiguous(), bits, window))
 
     @classmethod
@@ -161,10 +156,10 @@ class AttentionMask:
         Raises:
             TypeError, ValueError: wrong dtype or shape; on CPU also wrong values.
         """
-        _expect_boundaries("cu_seqlens_q", cu_seqlens_q)
-        _expect_boundaries("cu_seqlens_k", cu_seqlens_k, like=cu_seqlens_q)
-        expect_tensor("media_ids_q", media_ids_q, "[Tq] int32", ndim=1, dtypes=_INT32, like=cu_seqlens_q)
-        expect_tensor("media_ids_k", media_ids_k, "[Tk] int32", ndim=1, dtypes=_INT32, like=cu_seqlens_q)
+        cu_seqlens_q = metadata.boundaries("cu_seqlens_q", cu_seqlens_q)
+        cu_seqlens_k = metadata.boundaries("cu_seqlens_k", cu_seqlens_k, like=cu_seqlens_q)
+        media_ids_q = metadata.vector("media_ids_q", media_ids_q, "Tq", torch.int32, like=cu_seqlens_q)
+        media_ids_k = metadata.vector("media_ids_k", media_ids_k, "Tk", torch.int32, like=cu_seqlens_q)
         if mode not in ("last", "all_previous", "own"):
             raise ValueError(f"mode: expected 'last', 'all_previous' or 'own', got {describe(mode)}")
         return cls(builders.Media(cu_seqlens_q, cu_seqlens_k, media_ids_q, media_ids_k.contiguous(), mode))
@@ -177,8 +172,8 @@ class AttentionMask:
             cu_seqlens: int32 [S+1], boundaries of the samples.
             modality_ids: uint8 [T], below 32, in any order.
         """
-        _expect_boundaries("cu_seqlens", cu_seqlens)
-        expect_tensor("modality_ids", modality_ids, "[T] uint8", ndim=1, dtypes=_UINT8, like=cu_seqlens)
+        cu_seqlens = metadata.boundaries("cu_seqlens", cu_seqlens)
+        modality_ids = metadata.vector("modality_ids", modality_ids, "T", torch.uint8, like=cu_seqlens)
         return cls(builders.CrossOnly(cu_seqlens, modality_ids))
 
     @classmethod
@@ -207,18 +202,18 @@ class AttentionMask:
             allow_q: int32 [Tq], one bit for each class of keys that the query may see; needs class_k.
             class_q, class_k: uint8 or int32 [Tq], [Tk], in [0, 32); class_q is for a pair bias, which needs both.
         """
-        expect_tensor("lo", lo, "[Tq] int32", ndim=1, dtypes=_INT32)
-        expect_tensor("hi", hi, "[Tq] int32", ndim=1, dtypes=_INT32, like=lo)
-        for name, value, dtypes in (
-            ("span_q", span_q, _INT32),
-            ("allow_q", allow_q, _INT32),
-            ("class_q", class_q, _CLASS),
-        ):
-            if value is not None:
-                expect_tensor(name, value, f"[Tq] {_names(dtypes)}", ndim=1, dtypes=dtypes, like=lo)
-        for name, value, dtypes in (("span_k", span_k, _INT32), ("class_k", class_k, _CLASS)):
-            if value is not None:
-                expect_tensor(name, value, f"[Tk] {_names(dtypes)}", ndim=1, dtypes=dtypes, like=lo)
+        lo = metadata.vector("lo", lo, "Tq", torch.int32)
+        hi = metadata.vector("hi", hi, "Tq", torch.int32, like=lo)
+        if span_q is not None:
+            span_q = metadata.vector("span_q", span_q, "Tq", torch.int32, like=lo)
+        if span_k is not None:
+            span_k = metadata.vector("span_k", span_k, "Tk", torch.int32, like=lo)
+        if allow_q is not None:
+            allow_q = metadata.vector("allow_q", allow_q, "Tq", torch.int32, like=lo, bits=True)
+        if class_q is not None:
+            class_q = metadata.classes("class_q", class_q, "Tq", like=lo)
+        if class_k is not None:
+            class_k = metadata.classes("class_k", class_k, "Tk", like=lo)
         for name, value in (("hi", hi), ("span_q", span_q), ("allow_q", allow_q), ("class_q", class_q)):
             if value is not None and value.shape != lo.shape:
                 wrong_value(name, f"{list(lo.shape)} like lo", value)
@@ -240,10 +235,9 @@ class AttentionMask:
             class_q: uint8 or int32 [Tq], in [0, 32).
             class_k: the same for the keys [Tk]; None: class_q (self attention).
         """
-        class_k = class_q if class_k is None else class_k
-        device = self._builder.tensors()[0]
-        expect_tensor("class_q", class_q, f"[Tq] {_names(_CLASS)}", ndim=1, dtypes=_CLASS, like=device)
-        expect_tensor("class_k", class_k, f"[Tk] {_names(_CLASS)}", ndim=1, dtypes=_CLASS, like=device)
+        like = self._builder.tensors()[0]
+        class_q = metadata.classes("class_q", class_q, "Tq", like=like)
+        class_k = class_q if class_k is None else metadata.classes("class_k", class_k, "Tk", like=like)
         mask = AttentionMask(self._builder, (class_q, class_k))
         mask._rows = self._rows
         return mask
@@ -279,7 +273,7 @@ class AttentionMask:
             ValueError: the mask was laid out for other sizes, or (CPU metadata) reaches past the end.
         """
         if self._rows is None:
-            self._validate_if_cheap(tokens_q, tokens_k)
+            self._validate_if_readable(tokens_q, tokens_k)
             self._rows = self._lay_out_for_keeps(tokens_q, tokens_k)
         built = self._rows.lo.shape[0], self._rows.first_q.shape[0]
         if built != (tokens_q, tokens_k):
@@ -303,7 +297,7 @@ class AttentionMask:
                 wrong_value(f"mask: {name}", f"[{tokens}], one per token", ids)
         if self._int_classes is None:
             self._int_classes = self._classes[0].int().contiguous(), self._classes[1].int().contiguous()
-        if self._values_are_cheap():
+        if self._values_are_readable():
             for name, ids, size in zip(("class_q", "class_k"), self._int_classes, table, strict=True):
                 builders.expect_all(
                     f"mask: {name}", f"classes in [0, {size}) for pair_bias", (ids >= 0) & (ids < size), ids
@@ -363,14 +357,11 @@ class AttentionMask:
             for name, ids in zip(("class_q", "class_k"), self._classes, strict=True):
                 builders.expect_all(name, f"classes in [0, {MAX_MODALITIES})", builders.is_class(ids), ids)
 
-    def _values_are_cheap(self) -> bool:
-        """Whether values may be looked at: never while tracing, on a GPU only in debugging."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return False
-        return self.device.type == "cpu" or VALIDATE_ON_DEVICE
+    def _values_are_readable(self) -> bool:
+        return all(readable(x) for x in (*self._builder.tensors(), *(self._classes or ())))
 
-    def _validate_if_cheap(self, tokens_q: int | None, tokens_k: int | None) -> None:
-        if self._values_are_cheap():
+    def _validate_if_readable(self, tokens_q: int | None, tokens_k: int | None) -> None:
+        if self._values_are_readable():
             self.validate(tokens_q, tokens_k)
 
     def _sizes(self, tokens_q: int | None, tokens_k: int | None) -> tuple[int, int]:
@@ -395,40 +386,6 @@ class AttentionMask:
         if rows.span_q is None:
             return rows
         return rows._replace(tiles=pack_states(tile_states(rows, tokens_k)))
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _expect_boundaries(name: str, cu_seqlens: torch.Tensor, like: torch.Tensor | None = None) -> None:
-    expect_tensor(name, cu_seqlens, "[S+1] int32", ndim=1, dtypes=_INT32, like=like)
-    if cu_seqlens.shape[0] < 1:
-        wrong_value(name, "at least one boundary", cu_seqlens)
-    if like is not None and cu_seqlens.shape != like.shape:
-        wrong_value(name, f"{like.shape[0]} boundaries, as cu_seqlens_q has", cu_seqlens)
-
-
-def _expect_window(window: int | None) -> None:
-    if window is None:
-        return
-    if isinstance(window, bool) or not isinstance(window, int):
-        wrong_type("window", "an int or None", window)
-    if window < 1:
-        wrong_value("window", "at least 1 key", window)
-
-
-def _bits(name: str, modalities: Sequence[int]) -> int:
-    if isinstance(modalities, (str, bytes, torch.Tensor)) or not isinstance(modalities, Sequence):
-        wrong_type(name, "a sequence of modalities", modalities)
-    bits = 0
-    for modality in modalities:
-        if isinstance(modality, bool) or not isinstance(modality, int):
-            wrong_type(name, "modalities, which are integers", modality)
-        if not 0 <= modality < MAX_MODALITIES:
-            wrong_value(name, f"modalities in [0, {MAX_MODALITIES})", modality)
-        bits |= 1 << modality
-    return bits
 
 
 torch.serialization.add_safe_globals([AttentionMask, *(getattr(builders, name) for name in builders.__all__)])

@@ -56,6 +56,7 @@ def packed_rows(
         past_self = lo + q.position + offset[q.segment] + 1
         sees_self = first_q + k.position - offset[k.segment]
         if window is not None:
+            window = min(window, tokens_k)  # wider ones hide nothing, and would overflow int32
             lo = torch.maximum(lo, past_self - window)
             last_q = torch.minimum(last_q, sees_self + window)
         hi = torch.minimum(hi, past_self)
@@ -138,6 +139,7 @@ def multimodal_rows(
     run_begin, run_end = _runs(in_span & token.inside, span_ids, token.segment, index)
     lo, hi, first_q, last_q = begin, run_end, run_begin, end
     if window is not None:
+        window = min(window, tokens)  # wider ones hide nothing, and would overflow int32
         lo, last_q = torch.maximum(lo, index + 1 - window), torch.minimum(end, index + window)
     return normalised(lo, hi, token.inside, first_q, last_q, token.inside)
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops._checks import deprecated_deterministic, wrong_type, wrong_value
 from mmkernels.runtime.backends import resolve
 
 from . import op, over_ranks
 from .checks import (
     check_features,
     check_flag,
-    check_k,
     negatives_of,
+    number_of_keys,
     pairs_of,
     scalar,
     smoothing,
@@ -88,8 +88,8 @@ def infonce(
         exchange: how keys come to queries: "all_gather" (all at once, O(N·E) memory), "ring" (block by block, in
             O(N/W·E), behind the computation) or "auto": the ring from 12,288 keys on a rank on. Only used with a group.
         return_stats: return `ContrastiveStats` too, from the same pass.
-        deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
-            for any number of threads.
+        deterministic: deprecated, of no effect: every backend always gives the same bits for the same input and
+            machine, on CPU for any number of threads.
         backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU "native"
             knows N pairs of query i and key i alone, without options.
 
@@ -108,25 +108,25 @@ def infonce(
     (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher).
     """
     with over_ranks.refusing(group, exchange, queries):
-        check_flag("deterministic", deterministic, none=True)
+        deprecated_deterministic(deterministic)
         check_flag("symmetric", symmetric)
         check_flag("return_stats", return_stats)
         check_features(queries, keys)
-        scale = scalar("logit_scale", logit_scale, queries)
+        scale, smooth = scalar("logit_scale", logit_scale, queries), smoothing(label_smoothing)
         options = {
             "targets": targets,
             "query_ids": query_ids,
             "negatives": negatives,
             "weights": weights,
             "teacher": teacher,
-            "label_smoothing": smoothing(label_smoothing) or None,
+            "label_smoothing": smooth or None,
             "symmetric=False": None if symmetric else True,
             "return_stats": return_stats or None,
             "group": group,
         }
         one_has = group is None  # over ranks they are looked for among all keys
         pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
-        target = Targets(float(label_smoothing), teacher_of(teacher, queries, keys))
+        target = Targets(smooth, teacher_of(teacher, queries, keys))
         extra = negatives_of(negatives, queries)
         row_weights = weights_of(weights, queries, keys, symmetric, some=one_has)
         plain = all(option is None for option in options.values())
@@ -174,8 +174,8 @@ def siglip(
             Without ids the positive of query i is key i.
         group, exchange: as in `infonce`; scale and bias get their whole gradient on every rank.
         return_stats: return `ContrastiveStats` of the same logits too, from a forward pass of its own.
-        deterministic: every backend gives the same bits for the same input and machine, whatever is asked here; on CPU
-            for any number of threads.
+        deterministic: deprecated, of no effect: every backend always gives the same bits for the same input and
+            machine, on CPU for any number of threads.
         backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU "native"
             knows neither ids nor return_stats.
 
@@ -191,7 +191,7 @@ def siglip(
     Source: Zhai et al. 2023 (arXiv:2303.15343).
     """
     with over_ranks.refusing(group, exchange, queries):
-        check_flag("deterministic", deterministic, none=True)
+        deprecated_deterministic(deterministic)
         check_flag("return_stats", return_stats)
         check_features(queries, keys)
         scale, bias = scalar("logit_scale", logit_scale, queries), scalar("logit_bias", logit_bias, queries)
@@ -277,7 +277,7 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
         mmkernels.BackendError: `backend` cannot serve this call.
     """
     check_features(queries, keys)
-    check_k(k, keys)
+    k = number_of_keys(k, keys)
     chosen = resolve("contrastive", queries, backend, _limits({"topk_similar": True}, queries))
     return op.topk_similar(queries.detach(), keys.detach(), k, chosen)
 

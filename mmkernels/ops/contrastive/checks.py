@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import describe, expect_tensor, wrong_type, wrong_value
+from mmkernels.ops._checks import describe, expect_tensor, integer, readable, real, wrong_type, wrong_value
 
 from .losses import Pairs
 from .reference import statistics_dtype
@@ -16,8 +16,8 @@ from .reference import statistics_dtype
 __all__ = [
     "check_features",
     "check_flag",
-    "check_k",
     "negatives_of",
+    "number_of_keys",
     "pairs_of",
     "scalar",
     "smoothing",
@@ -26,10 +26,10 @@ __all__ = [
 ]
 
 
-def check_flag(name: str, value: Any, *, none: bool = False) -> None:
-    """A bool, or None if that may be."""
-    if not isinstance(value, bool) and not (none and value is None):
-        wrong_type(name, "None, True or False" if none else "True or False", value)
+def check_flag(name: str, value: Any) -> None:
+    """A bool."""
+    if not isinstance(value, bool):
+        wrong_type(name, "True or False", value)
 
 
 def check_features(queries: Any, keys: Any) -> None:
@@ -47,34 +47,34 @@ def _like_queries(name: str, letter: str, value: Any, queries: Tensor) -> None:
 
 
 def scalar(name: str, value: Any, queries: Tensor) -> Tensor:
-    """A number or a tensor of one element as a [] tensor in the type of the statistics; differentiable."""
+    """A number or a tensor of one element, whatever its shape, as a [] tensor in the type of the statistics;
+    differentiable."""
     expected = "a number or a floating-point tensor of one element"
     dtype = statistics_dtype(queries.dtype)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.full((), value, dtype=dtype, device=queries.device)
-    expect_tensor(name, value, expected, ndim=(0, 1), like=queries)
+    if not isinstance(value, Tensor):
+        return torch.full((), real(name, value, expected), dtype=dtype, device=queries.device)
+    expect_tensor(name, value, expected, like=queries)
     if value.numel() != 1:
         wrong_value(name, expected, value)
     return value.to(dtype).reshape(())
 
 
-def _fraction(name: str, value: Any, *, open_end: bool) -> float:
-    interval = "[0, 1)" if open_end else "[0, 1]"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        wrong_type(name, f"a number in {interval}", value)
-    if not (0 <= value <= 1) or (open_end and value == 1):
-        wrong_value(name, f"a number in {interval}", value)
-    return float(value)
+def _fraction(name: str, value: Any) -> float:
+    expected = "a number in [0, 1]"
+    number = real(name, value, expected)
+    if not 0 <= number <= 1:
+        wrong_value(name, expected, value)
+    return number
 
 
 def smoothing(value: Any) -> float:
     """A label_smoothing as F.cross_entropy takes it."""
-    return _fraction("label_smoothing", value, open_end=False)
+    return _fraction("label_smoothing", value)
 
 
 def _require(holds: Tensor, name: str, expected: str, got: Any) -> None:
-    """A condition on values. On a device, or being compiled, it is asserted there: reading it would wait."""
-    if holds.device.type != "cpu" or torch.compiler.is_compiling():
+    """A condition on values. Where it cannot be read without waiting for a device it is asserted there."""
+    if not readable(holds):
         torch._assert_async(holds, f"{name}: expected {expected}")
     elif not bool(holds):
         wrong_value(name, expected, got)
@@ -198,12 +198,12 @@ def teacher_of(teacher: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Ten
             wrong_value(name, expected, taught)
     if teacher[0].shape[1] != teacher[1].shape[1]:
         wrong_value("teacher[1]", f"[{keys.shape[0]}, {teacher[0].shape[1]}], as wide as teacher[0]", teacher[1])
-    return teacher[0], teacher[1], _fraction("teacher[2]", teacher[2], open_end=False)
+    return teacher[0], teacher[1], _fraction("teacher[2]", teacher[2])
 
 
-def check_k(k: Any, keys: Tensor) -> None:
+def number_of_keys(k: Any, keys: Tensor) -> int:
     """How many keys to return."""
-    if isinstance(k, bool) or not isinstance(k, int):
-        wrong_type("k", "an integer", k)
-    if not 1 <= k <= keys.shape[0]:
+    number = integer("k", k, "an integer")
+    if not 1 <= number <= keys.shape[0]:
         wrong_value("k", f"1 to {keys.shape[0]}, the number of keys", k)
+    return number

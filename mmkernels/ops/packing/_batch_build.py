@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from mmkernels.ops._checks import FLOATING, expect_tensor, wrong_type, wrong_value
+from mmkernels.ops._checks import FLOATING, expect_tensor, integer, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 from mmkernels.ops.packing.media import Media, PackedMedia
-from mmkernels.ops.packing.plan import integer
 from mmkernels.ops.packing.vision import mrope_position_ids
 
 __all__ = ["IGNORE_LABEL", "NO_SAMPLE", "NO_SPAN", "fields"]
@@ -41,16 +40,15 @@ def fields(
         wrong_value("mrope", 'False, True, "spatial" or "largest"', mrope)
     if not mrope and tokens_per_second != 1:
         wrong_value("tokens_per_second", "1 without mrope", tokens_per_second)
-    capacity = None if capacity is None else integer("capacity", capacity, at_least=0)
     parts = _parts(samples)
     like = _like(parts)
     whole = [_tokens(part, placeholder, like) for part in parts]
     lengths, device = _lengths(whole), like.device
     total = sum(lengths)
-    padding = 0 if capacity is None else capacity - total
+    padding = 0 if capacity is None else integer("capacity", capacity, "an integer >= 0 or None") - total
     if padding < 0:
         raise ValueError(f"capacity: expected at least the {total} tokens of the samples, got {capacity}")
-    ids = list(range(len(samples))) if sample_ids is None else [int(i) for i in sample_ids]
+    ids = [integer("sample_ids", i, "ids >= 0") for i in (range(len(samples)) if sample_ids is None else sample_ids)]
     if len(ids) != len(samples) or any(i < 0 for i in ids):
         wrong_value("sample_ids", f"{len(samples)} ids >= 0", sample_ids)
 

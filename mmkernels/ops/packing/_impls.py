@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from mmkernels.ops._checks import readable
 from mmkernels.ops.packing import native, reference
 
-__all__ = ["check_cu_seqlens", "check_index", "checks_values", "impls"]
-
-
-def checks_values(tensor: torch.Tensor) -> bool:
-    """Whether to look into an index: always on CPU; on a GPU it would wait for the device, so only when asked to."""
-    return tensor.device.type == "cpu" or os.environ.get("MMKERNELS_VALIDATE", "0") == "1"
+__all__ = ["check_cu_seqlens", "check_index", "impls"]
 
 
 def check_index(name: str, index: torch.Tensor, rows: int) -> None:
     """Each entry in [-1, rows)."""
-    if index.numel() == 0 or not checks_values(index):
+    if index.numel() == 0 or not readable(index):
         return
     low, high = (int(value) for value in torch.aminmax(index))
     if low < -1 or high >= rows:
@@ -30,7 +25,7 @@ def check_index(name: str, index: torch.Tensor, rows: int) -> None:
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, rows: int) -> None:
     """From 0, not decreasing, within the rows."""
-    if not checks_values(cu_seqlens):
+    if not readable(cu_seqlens):
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last > rows:

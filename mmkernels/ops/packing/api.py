@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
-from mmkernels.ops._checks import FLOATING, expect_tensor, wrong_type, wrong_value
+from mmkernels.ops._checks import FLOATING, expect_tensor, integer, narrowed, readable, wrong_type, wrong_value
 from mmkernels.ops.packing import op
 from mmkernels.runtime.backends import resolve
 
@@ -33,7 +35,7 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, x: torch.Tensor) -> torch.Tensor
         wrong_value("cu_seqlens", "[S+1] int32 with at least one entry", cu_seqlens)
     if x.shape[0] > torch.iinfo(torch.int32).max:
         wrong_value("x", "fewer than 2^31 rows", x)
-    return cu_seqlens.to(torch.int32)
+    return narrowed("cu_seqlens", cu_seqlens, torch.int32)
 
 
 def pack(
@@ -125,8 +127,11 @@ def embed_splice(
     expect_tensor("dst_index", dst_index, "[F] int64", ndim=1, dtypes=_INTEGERS, like=table)
     if dst_index.shape[0] != features.shape[0]:
         wrong_value("dst_index", f"one entry for each of the {features.shape[0]} features", dst_index)
-    if padding_idx is not None and not 0 <= padding_idx < table.shape[0]:
-        wrong_value("padding_idx", f"None or a row in [0, {table.shape[0]})", padding_idx)
+    if padding_idx is not None:
+        expected = f"None or a row in [0, {table.shape[0]})"
+        padding_idx = integer("padding_idx", padding_idx, expected, at_least=0)
+        if padding_idx >= table.shape[0]:
+            wrong_value("padding_idx", expected, padding_idx)
     served = resolve("packing", table, backend)
     return op.embed_splice(table, features, token_ids.long(), dst_index.long(), padding_idx, served)[0]
 
@@ -160,12 +165,12 @@ def unpack(
     expect_tensor("index", index, "[T] int64", ndim=1, dtypes=_INTEGERS, like=packed)
     if index.shape[0] != packed.shape[0]:
         wrong_value("index", f"one entry for each of the {packed.shape[0]} packed rows", index)
-    sizes = [packed.shape[0]] if rows is None else [rows] if isinstance(rows, int | torch.SymInt) else list(rows)
-    if any(size < 0 for size in sizes):
-        wrong_value("rows", "sizes >= 0", rows)
+    several = isinstance(rows, (Sequence, np.ndarray))
+    given: Any = rows if several else [packed.shape[0] if rows is None else rows]
+    sizes = [integer("rows", size, "sizes >= 0", at_least=0) for size in given]
     out = op.scatter(_flat(packed), index.long(), sum(sizes), resolve("packing", packed, backend))
     out = out.reshape(sum(sizes), *packed.shape[1:])
-    return out if rows is None or isinstance(rows, int | torch.SymInt) else out.split(sizes)
+    return out.split(sizes) if several else out
 
 
 def segment_pool(
@@ -245,6 +250,7 @@ def pad(
         if x.device.type != "cpu":
             wrong_value("max_seqlen", f"the longest segment, for tensors on {x.device}", max_seqlen)
         max_seqlen = int(lengths.max()) if lengths.shape[0] else 0
+    max_seqlen = integer("max_seqlen", max_seqlen, "an integer >= 0", at_least=0)
     _check_true((lengths <= max_seqlen).all(), f"max_seqlen: expected at least the longest segment, got {max_seqlen}")
     at = torch.arange(max_seqlen, device=x.device)  # [L]
     index = torch.where(at < lengths[:, None], begin[:, None] + at, -1)  # [S, L]
@@ -288,6 +294,7 @@ def unpad(
         if x.device.type != "cpu":
             wrong_value("total", f"the number of rows kept, for tensors on {x.device}", total)
         total = int(counts[-1])
+    total = integer("total", total, "an integer >= 0", at_least=0)
     _check_true(counts[-1] <= total, f"total: expected at least the number of rows kept, got {total}")
     # Each kept row writes its number to its place; the others write to one place past the end.
     keep = keep.flatten()
@@ -298,14 +305,8 @@ def unpad(
 
 
 def _check_true(condition: torch.Tensor, message: str) -> None:
-    """Raise ValueError on CPU; where the value cannot be read without waiting or breaking a graph, assert on device."""
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_transformed(condition):
-        if not bool(condition):
-            raise ValueError(message)
-    else:
+    """Raise ValueError; where the value cannot be read without waiting or breaking a graph, assert on the device."""
+    if not readable(condition):
         torch._assert_async(condition, message)
-
-
-def _is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether functorch's vmap hides the tensor's value."""
-    return torch._C._functorch.is_batchedtensor(tensor)
+    elif not bool(condition):
+        raise ValueError(message)

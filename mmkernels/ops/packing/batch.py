@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops._checks import integer, wrong_value
 from mmkernels.ops.packing import _batch_build, _batch_check, _batch_export, _batch_loss
 from mmkernels.ops.packing.media import Media, PackedMedia
 
@@ -154,8 +154,7 @@ class PackedBatch:
         The chunks are views of this batch. Padding belongs to no sample and is left out; a batch without samples is one
         chunk without any.
         """
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-            wrong_type("chunk_size", "an int", chunk_size)
+        chunk_size = integer("chunk_size", chunk_size, "an int")
         if chunk_size < 1:
             wrong_value("chunk_size", "at least 1", chunk_size)
         firsts = range(0, max(self.num_samples, 1), chunk_size)

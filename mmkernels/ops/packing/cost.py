@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops._checks import real, wrong_type, wrong_value
 from mmkernels.ops.packing._saving import Saved
-from mmkernels.ops.packing.plan import integers
+from mmkernels.ops.packing.plan import integer, integers
 from mmkernels.ops.packing.plan_result import PackingPlan
 
 __all__ = ["AttentionCost", "EncoderCost"]
@@ -36,11 +36,10 @@ class EncoderCost(Saved):
 
     def __post_init__(self) -> None:
         for name in ("linear", "quadratic"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                wrong_type(name, "a number >= 0", value)
-            if not (math.isfinite(value) and value >= 0):
-                wrong_value(name, "a number >= 0", value)
+            number = real(name, getattr(self, name), "a number >= 0")
+            if not (math.isfinite(number) and number >= 0):
+                wrong_value(name, "a number >= 0", number)
+            object.__setattr__(self, name, number)
 
     @classmethod
     def transformer(
@@ -56,7 +55,8 @@ class EncoderCost(Saved):
     ) -> EncoderCost:
         """Flop of the forward pass: layers * ((8 w^2 + 4 w f) tokens + 4 w pairs), with f the feed-forward width
         (default 4 w; `gated` adds a half to its share, `causal` halves the pairs). The backward pass is twice that."""
-        hidden = 4 * width if feed_forward is None else feed_forward
+        width, layers = integer("width", width, at_least=1), integer("layers", layers, at_least=1)
+        hidden = 4 * width if feed_forward is None else integer("feed_forward", feed_forward, at_least=1)
         linear = layers * (8 * width**2 + (6 if gated else 4) * width * hidden)
         return cls(linear, layers * (2 if causal else 4) * width, tokens, pairs)
 

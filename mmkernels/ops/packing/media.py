@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops._checks import integer, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
-from mmkernels.ops.packing.plan import integer
 
 __all__ = ["Media", "PackedMedia"]
 
@@ -45,17 +44,17 @@ class Media:
     time_step: float | None = None
 
     def __post_init__(self) -> None:
-        modality = integer("modality", self.modality, at_least=0)
+        modality = integer("modality", self.modality, "an integer")
         if not Modality.TEXT < modality < MAX_MODALITIES:
             wrong_value("modality", f"an id in [1, {MAX_MODALITIES})", self.modality)
         if not isinstance(self.modality, Modality):
             object.__setattr__(self, "modality", modality)
         if not isinstance(self.values, torch.Tensor) or self.values.ndim < 1:
             wrong_type("values", "a tensor [n, ...]", self.values)
-        rows, merge = self.values.shape[0], integer("merge_size", self.merge_size, at_least=1)
+        rows, merge = self.values.shape[0], integer("merge_size", self.merge_size, "an integer >= 1", at_least=1)
         object.__setattr__(self, "merge_size", merge)
         if self.grid_thw is not None:
-            t, h, w = grid = tuple(int(size) for size in self.grid_thw)
+            t, h, w = grid = tuple(integer("grid_thw", size, "integers") for size in self.grid_thw)
             if min(grid) < 1 or h % merge or w % merge or t * h * w != rows:
                 expected = f"(t, h, w) >= 1 with t * h * w = {rows}, h and w multiples of merge_size {merge}"
                 wrong_value("grid_thw", expected, self.grid_thw)
@@ -66,9 +65,10 @@ class Media:
             object.__setattr__(self, "tokens", merged)
         elif merge != 1:
             wrong_value("merge_size", "1 without grid_thw (say tokens instead)", merge)
+        elif self.tokens is None:
+            object.__setattr__(self, "tokens", rows)
         else:
-            tokens = rows if self.tokens is None else integer("tokens", self.tokens, at_least=0)
-            object.__setattr__(self, "tokens", tokens)
+            object.__setattr__(self, "tokens", integer("tokens", self.tokens, "None or an integer"))
         if self.length < 1:
             wrong_value("tokens", "at least one", self.tokens)
         if self.time_step is not None:

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from mmkernels.ops.packing._impls import check_cu_seqlens, check_index, checks_values, impls
+from mmkernels.ops._checks import readable
+from mmkernels.ops.packing._impls import check_cu_seqlens, check_index, impls
 from mmkernels.ops.packing.op_pool import MODES, segment_pool, segment_pool_bwd, weighted_pool, weighted_pool_bwd
 from mmkernels.runtime.register import Op
 
@@ -112,7 +113,7 @@ def _check_splice(
     """Bounds, and no token named twice. Ids of tokens that features replace may be anything."""
     tokens, vocabulary = token_ids.shape[0], table.shape[0]
     check_index("dst_index", dst_index, tokens)
-    if not checks_values(dst_index):
+    if not readable(dst_index):
         return
     named = torch.bincount(dst_index[dst_index >= 0], minlength=tokens)
     if named.numel() and int(named.max()) > 1:
@@ -188,7 +189,7 @@ embed_splice = Op(
 
 
 def _check_grid(elements: int, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int) -> None:
-    if not checks_values(grid_thw):
+    if not readable(grid_thw):
         return
     wrong = (grid_thw < 1).any(1) | (grid_thw[:, 1:] % merge != 0).any(1)
     if wrong.any():
@@ -243,7 +244,7 @@ def _check_images(images: list[torch.Tensor], grid_thw: torch.Tensor, *sizes: in
     elements = [image.numel() for image in images]
     _check_grid(sum(elements), grid_thw, *sizes)
     channels, patch, temporal, _ = sizes
-    if checks_values(grid_thw) and (grid_thw.prod(1) * channels * temporal * patch**2).tolist() != elements:
+    if readable(grid_thw) and (grid_thw.prod(1) * channels * temporal * patch**2).tolist() != elements:
         raise ValueError(
             f"grid_thw: expected one for each of {len(images)} images, of its size, got {grid_thw.tolist()}"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from mmkernels.ops import _checks
 from mmkernels.ops._checks import wrong_type, wrong_value
 from mmkernels.ops.packing.plan_result import CountedPlan, PackingPlan, planner
 from mmkernels.runtime import native
@@ -221,13 +221,11 @@ def _with_own_packs(plan: PackingPlan, order: Array, over: NDArray[np.bool_]) ->
 
 
 def integer(name: str, value: Any, *, at_least: int) -> int:
-    """An integer argument; raises TypeError or ValueError."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        wrong_type(name, f"an integer >= {at_least}", value)
-    if not at_least <= number <= _NO_CAP:
-        wrong_value(name, f"an integer >= {at_least}", value)
+    """An integer argument that 64 bits hold; raises TypeError or ValueError."""
+    expected = f"an integer >= {at_least}"
+    number = _checks.integer(name, value, expected, at_least=at_least)
+    if number > _NO_CAP:
+        wrong_value(name, expected, value)
     return number
 
 

@@ -9,9 +9,8 @@ from numbers import Real
 import torch
 from torch.autograd import forward_ad
 
-from mmkernels.ops._checks import expect_tensor, wrong_type, wrong_value
+from mmkernels.ops._checks import expect_tensor, integer, readable, wrong_type, wrong_value
 from mmkernels.ops.packing import op
-from mmkernels.ops.packing._impls import checks_values
 from mmkernels.runtime.backends import resolve
 
 __all__ = ["mrope_position_ids", "patchify", "unpatchify"]
@@ -20,10 +19,8 @@ _INTEGERS = (torch.int64, torch.int32)
 _ADVANCES = ("spatial", "largest")
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            wrong_value(name, "an integer >= 1", size)
+def _sizes(**sizes: int) -> list[int]:
+    return [integer(name, size, "an integer >= 1", at_least=1) for name, size in sizes.items()]
 
 
 def _on_device(grids: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
@@ -63,7 +60,9 @@ def patchify(
         TypeError, ValueError: a wrong argument, by name; a size that does not divide, with the image's number.
         BackendError: the backend asked for cannot serve.
     """
-    _check_sizes(patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size)
+    patch_size, temporal_patch_size, merge_size = _sizes(
+        patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
+    )
     if isinstance(images, torch.Tensor) or not isinstance(images, Sequence) or len(images) == 0:
         wrong_type("images", "a sequence of at least one tensor [C, H, W] or [F, C, H, W]", images)
     grids = []
@@ -115,14 +114,16 @@ def unpatchify(
         TypeError, ValueError: a wrong argument, by name; grids that do not add up to T tokens.
         BackendError: the backend asked for cannot serve.
     """
-    _check_sizes(patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size)
+    patch_size, temporal_patch_size, merge_size = _sizes(
+        patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
+    )
     expect_tensor("tokens", tokens, "[T, C * temporal_patch_size * patch_size**2] floating point", ndim=2)
     if isinstance(grid_thw, torch.Tensor):
         expect_tensor("grid_thw", grid_thw, "[N, 3] int64 on the host", ndim=2, dtypes=_INTEGERS)
         if grid_thw.device.type != "cpu" or grid_thw.shape[1] != 3:
             wrong_value("grid_thw", "[N, 3] int64 on the host", grid_thw)
         grid_thw = grid_thw.tolist()
-    grids = [tuple(int(size) for size in grid) for grid in grid_thw]
+    grids = [tuple(integer(f"grid_thw[{i}]", n, "integers") for n in grid) for i, grid in enumerate(grid_thw)]
     row = temporal_patch_size * patch_size**2
     channels, rest = divmod(tokens.shape[1], row)
     if rest or channels == 0:
@@ -191,7 +192,8 @@ def mrope_position_ids(
 
     Source: Qwen2-VL (arXiv 2409.12191), section 2.1; transformers, `Qwen2VLModel.get_rope_index`.
     """
-    _check_sizes(merge_size=merge_size)
+    (merge_size,) = _sizes(merge_size=merge_size)
+    total = integer("total", total, "an integer >= 0", at_least=0)
     expect_tensor("cu_seqlens", cu_seqlens, "[S+1] int32", ndim=1, dtypes=_INTEGERS)
     expect_tensor("grid_thw", grid_thw, "[N, 3] int64", ndim=2, dtypes=_INTEGERS, like=cu_seqlens)
     expect_tensor("starts", starts, "[N] int64", ndim=1, dtypes=_INTEGERS, like=cu_seqlens)
@@ -232,7 +234,7 @@ def _time_factors(
     expect_tensor("time_step", time_step, "[N] floating point", ndim=1, like=grid)
     if time_step.shape[0] != grid.shape[0]:
         wrong_value("time_step", f"one entry for each of the {grid.shape[0]} grids", time_step)
-    if not torch.compiler.is_compiling() and checks_values(time_step):
+    if readable(time_step):
         wrong = ~((time_step >= 0) & time_step.isfinite())
         if wrong.any():
             i = int(wrong.nonzero()[0])
@@ -247,7 +249,7 @@ def _check_spans(
     cu: torch.Tensor, starts: torch.Tensor, grid: torch.Tensor, tokens: torch.Tensor, total: int, merge: int
 ) -> None:
     """Positive grids that merge, spans ascending, apart, and each in one segment."""
-    if torch.compiler.is_compiling() or not checks_values(cu):
+    if not all(map(readable, (cu, starts, grid))):
         return
     if cu.shape[0] == 0 or int(cu[0]) != 0 or bool((cu.diff() < 0).any()) or int(cu[-1]) > total:
         wrong_value("cu_seqlens", f"[S+1] int32 from 0, not decreasing, within total {total}", cu.tolist()[:8])

@@ -149,16 +149,21 @@ def test_as_a_score_of_attention():
     x = make_additive(9, 9, heads=2, dim=8, mask=AttentionMask.packed(cu_seqlens((4, 5))))
     expected = additive_attention(x.q, x.k, x.v, x.w, x.mask, bias=x.bias, return_lse=True)
     score = {"score": "additive", "score_weight": x.w, "score_bias": x.bias}
-    got = attention(x.q, x.k, x.v, x.mask, **score, return_lse=True)
+    with pytest.warns(DeprecationWarning, match=r"score is deprecated: call additive_attention\(") as warned:
+        got = attention(x.q, x.k, x.v, x.mask, **score, return_lse=True)
+    assert [w.filename for w in warned] == [__file__]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    with pytest.raises(ValueError, match="score: expected 'dot' or 'additive', got 'cosine'"):
+    with pytest.warns(DeprecationWarning, match="score is deprecated: leave it out"):
+        assert torch.equal(attention(x.q, x.k, x.v, score="dot"), attention(x.q, x.k, x.v))
+    with pytest.raises(ValueError, match="score: expected None, 'dot' or 'additive', got 'cosine'"):
         attention(x.q, x.k, x.v, score="cosine")
     with pytest.raises(ValueError, match=r"score_weight: expected \[H, D\] or \[D\] .* got None"):
         attention(x.q, x.k, x.v, score="additive")
-    with pytest.raises(ValueError, match="score_bias: expected None with score='dot'"):
+    with pytest.raises(ValueError, match="score_bias: expected None without score='additive'"):
         attention(x.q, x.k, x.v, score_bias=x.bias)
     for option in ({"scale": 0.5}, {"dropout_p": 0.1}, {"sink": torch.zeros(2)}, {"pair_bias": torch.zeros(2, 1, 1)}):
-        with pytest.raises(NotImplementedError, match=f"{next(iter(option))} with score='additive'"):
+        refused = pytest.raises(NotImplementedError, match=f"{next(iter(option))} with score='additive'")
+        with pytest.warns(DeprecationWarning, match="score is deprecated"), refused:
             attention(x.q, x.k, x.v, **score, **option)
 
 

@@ -261,7 +261,7 @@ def test_a_class_beyond_the_table_shows_where_values_are_not_looked_at(monkeypat
     """On a GPU nothing checks classes; the kernels give NaN for them and read no foreign memory."""
     q, k, v = (x.detach() for x in leaves())
     mask = MASK.with_classes(torch.tensor([0, 1, 0, 0, 0, 0, 0, 0, 0, 0], dtype=torch.int32))
-    monkeypatch.setattr(AttentionMask, "_values_are_cheap", lambda self: False)
+    monkeypatch.setattr(AttentionMask, "_values_are_readable", lambda self: False)
     if candidates("attention", torch.device("cpu"), torch.float32)["native"] is not None:
         pytest.skip("no native core")
     out = attention(q, k, v, mask, pair_bias=torch.zeros(4, 1, 1), backend="native")

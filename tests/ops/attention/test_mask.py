@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkernels import AttentionMask, Modality
+from mmkernels import AttentionMask, Modality, attention
+from mmkernels.ops._checks import validating
 from mmkernels.ops.attention import tiles
 from mmkernels.testing.attention import MASKS, cu_seqlens, make_inputs, plain, run
 
@@ -291,7 +292,12 @@ def from_rows(**changed):
 
 BAD = [
     (lambda: AttentionMask.packed([0, 3]), TypeError, r"cu_seqlens_q: expected \[S\+1\] int32"),
-    (lambda: AttentionMask.packed(torch.tensor([0, 3])), TypeError, "cu_seqlens_q: .*int64"),
+    (lambda: AttentionMask.packed(torch.tensor([0.0, 3.0])), TypeError, r"\[S\+1\] int32, or another integer dtype"),
+    (
+        lambda: AttentionMask.packed(torch.tensor([0, 2**32 + 3])),
+        ValueError,
+        "cu_seqlens_q: expected numbers that fit int32, got 4294967299 at index 1",
+    ),
     (lambda: AttentionMask.packed(torch.zeros(2, 2, dtype=INT)), ValueError, "cu_seqlens_q: "),
     (lambda: AttentionMask.packed(torch.tensor([], dtype=INT)), ValueError, "cu_seqlens_q: expected at least one"),
     (lambda: AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT)), ValueError, "never fall, got 3 at index 2"),
@@ -311,7 +317,12 @@ BAD = [
         "hi: expected at least lo, got 1 at index 0",
     ),
     (lambda: AttentionMask.packed(cu_seqlens([9])).rows(5, 5), ValueError, "cu_seqlens_q: expected at most 5 tokens"),
-    (lambda: multimodal(modality_ids=torch.zeros(3, dtype=INT)), TypeError, r"modality_ids: expected \[T\] uint8"),
+    (lambda: multimodal(modality_ids=torch.zeros(3)), TypeError, r"modality_ids: expected \[T\] uint8, or another int"),
+    (
+        lambda: multimodal(modality_ids=torch.tensor([0, 256, 0])),
+        ValueError,
+        "modality_ids: expected numbers that fit uint8, got 256 at index 1",
+    ),
     (
         lambda: multimodal(modality_ids=torch.tensor([0, 32, 0], dtype=torch.uint8)),
         ValueError,
@@ -353,7 +364,13 @@ BAD = [
     (lambda: from_rows(span_q=ZEROS), ValueError, "span_q, span_k: expected both or neither"),
     (lambda: from_rows(allow_q=ZEROS), ValueError, "class_k: expected the class of each key, which allow_q speaks of"),
     (lambda: from_rows(class_q=ZEROS), ValueError, "class_k: expected the class of each key"),
-    (lambda: from_rows(allow_q=ZEROS.long(), class_k=ZEROS), TypeError, r"allow_q: expected \[Tq\] int32"),
+    (lambda: from_rows(allow_q=ZEROS.float(), class_k=ZEROS), TypeError, r"allow_q: expected \[Tq\] int32"),
+    (
+        lambda: from_rows(allow_q=ZEROS.long() + 2**32, class_k=ZEROS),
+        ValueError,
+        "allow_q: expected numbers that fit int32, got 4294967296 at index 0",
+    ),
+    (lambda: from_rows(hi=ZEROS.long() + 2**32), ValueError, "hi: expected numbers that fit int32"),
     (lambda: from_rows(class_k=ZEROS + 32), ValueError, r"class_k: expected classes in \[0, 32\), got 32 at index 0"),
     (lambda: from_rows(class_k=ZEROS - 1), ValueError, r"class_k: expected classes in \[0, 32\), got -1 at index 0"),
     (lambda: from_rows(span_q=ZEROS[:1], span_k=ZEROS), ValueError, r"span_q: expected \[2\] like lo"),
@@ -370,8 +387,57 @@ BAD = [
     (lambda: from_rows(lo=ZEROS - 1), ValueError, "lo: expected at least 0, got -1 at index 0"),
     (lambda: from_rows().rows(2, 1), ValueError, "hi: expected at most 1 keys, got 2 at index 0"),
     (lambda: from_rows().with_classes(ZEROS + 40), ValueError, r"class_q: expected classes in \[0, 32\), got 40"),
-    (lambda: from_rows().with_classes(ZEROS.long()), TypeError, r"class_q: expected \[Tq\] uint8 or int32"),
+    (lambda: from_rows().with_classes(ZEROS.bool()), TypeError, r"class_q: expected \[Tq\] int32, or another integer"),
+    (lambda: from_rows().with_classes(ZEROS.long() + 2**32), ValueError, "class_q: expected numbers that fit int32"),
 ]
+
+
+SEGMENTS, KINDS = torch.tensor([0, 4, 9]), torch.tensor([1, 1, 0, 0, 0, 1, 1, 1, 0])
+ITEMS, MEDIA = torch.tensor([0, 0, -1, -1, -1, 1, 1, 1, -1]), torch.tensor([0, 0, 1, 1, 0, 1, 1, 2, 2])
+BUILDERS = {
+    "packed": lambda to: AttentionMask.packed(to(SEGMENTS), to(SEGMENTS), causal=True),
+    "prefix": lambda to: AttentionMask.prefix(to(SEGMENTS), to(torch.tensor([2, 3]))),
+    "multimodal": lambda to: AttentionMask.multimodal(to(SEGMENTS), to(KINDS), to(ITEMS), bidirectional=(1,)),
+    "media": lambda to: AttentionMask.media(to(SEGMENTS), to(SEGMENTS), to(ITEMS), to(MEDIA)),
+    "media, own": lambda to: AttentionMask.media(to(SEGMENTS), to(SEGMENTS), to(ITEMS), to(MEDIA), mode="own"),
+    "cross_only": lambda to: AttentionMask.cross_only(to(SEGMENTS), to(KINDS)),
+    "from_rows": lambda to: AttentionMask.from_rows(
+        to(ITEMS.clamp(min=0)), to(ITEMS + 8), span_q=to(ITEMS), span_k=to(MEDIA), allow_q=to(KINDS), class_q=to(KINDS),
+        class_k=to(MEDIA),
+    ),
+    "with_classes": lambda to: AttentionMask.packed(to(SEGMENTS)).with_classes(to(KINDS), to(MEDIA)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.int8], ids=str)
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_any_integer_dtype(build, dtype):
+    """torch's own integers are int64; the rows are the same to the bit."""
+    mask, expected = build(lambda x: x.to(dtype)), build(lambda x: x.to(INT))
+    for got, want in zip(mask.rows(9, 9), expected.rows(9, 9), strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or (got.dtype == want.dtype and torch.equal(got, want))
+    assert (mask.classes is None) == (expected.classes is None)
+    q, k = torch.randn(2, 9, 2, 8).unbind()
+    bias = {} if mask.classes is None else {"pair_bias": torch.randn(2, 3, 3)}
+    assert torch.equal(attention(q, k, k, mask, **bias), attention(q, k, k, expected, **bias))
+
+
+def test_a_class_in_the_sign_bit():
+    """In int64 class 31 is 2^31, which int32 holds as a sign."""
+    classes, allow = torch.tensor([31, 0]), torch.tensor([1 << 31, (1 << 31) + 1])
+    mask = AttentionMask.from_rows(ZEROS, ZEROS + 2, allow_q=allow, class_k=classes)
+    assert mask.to_dense().tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**40, 2**63 - 1, 2**70])
+def test_a_window_beyond_int32_is_none(window):
+    for build in (
+        lambda window: AttentionMask.packed(SEGMENTS, causal=True, window=window),
+        lambda window: AttentionMask.multimodal(SEGMENTS, KINDS, ITEMS, bidirectional=(1,), window=window),
+    ):
+        for got, want in zip(build(window).rows(9, 9), build(9).rows(9, 9), strict=True):
+            assert (got is None and want is None) or torch.equal(got, want)
 
 
 @pytest.mark.parametrize(("build", "error", "message"), BAD)
@@ -388,14 +454,15 @@ def test_a_mask_serves_one_pair_of_sizes():
 
 
 def test_values_on_a_device_are_checked_when_asked(monkeypatch):
-    """As on a GPU, where nothing looks at values until validate() or the debug switch asks for it."""
+    """As on a GPU, where nothing looks at values until validate() or MMKERNELS_VALIDATE asks for it."""
     from mmkernels.ops.attention import mask as module
 
-    monkeypatch.setattr(AttentionMask, "_values_are_cheap", lambda self: module.VALIDATE_ON_DEVICE)
+    monkeypatch.setattr(module, "readable", lambda tensor: validating())
+    monkeypatch.setenv("MMKERNELS_VALIDATE", "0")
     bad = AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT))
     with pytest.raises(ValueError, match="never fall, got 3 at index 2"):
         bad.validate()
-    monkeypatch.setattr(module, "VALIDATE_ON_DEVICE", True)
+    monkeypatch.setenv("MMKERNELS_VALIDATE", "1")
     with pytest.raises(ValueError, match="never fall, got 3 at index 2"):
         AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT))
 

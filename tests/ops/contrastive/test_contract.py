@@ -160,6 +160,21 @@ def test_scale_in_every_form(backend):
     assert scale.grad.shape == (1,)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1)])
+def test_scalars_of_any_shape(backend, shape):
+    """A tensor of one element gets its gradient in its own shape."""
+    queries, keys, *_ = leaves()
+    plain = [torch.tensor(value, requires_grad=True) for value in (2.0, -1.0)]
+    shaped = [x.detach().reshape(shape).requires_grad_() for x in plain]
+    for function, count in ((infonce, 1), (siglip, 2)):
+        losses = [function(queries, keys, *scalars[:count], backend=backend) for scalars in (shaped, plain)]
+        assert torch.equal(*losses)
+        grads = [torch.autograd.grad(loss, s[:count]) for loss, s in zip(losses, (shaped, plain), strict=True)]
+        for got, want in zip(*grads, strict=True):
+            assert got.shape == shape
+            assert torch.equal(got.reshape(()), want)
+
+
 def test_autocast_changes_nothing(backend):
     inputs = leaves()
     outside = infonce(*inputs, backend=backend)

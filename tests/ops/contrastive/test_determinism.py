@@ -14,7 +14,7 @@ from torch import Tensor
 from mmkernels import infonce, siglip
 from mmkernels.runtime.backends import candidates
 
-Run = Callable[[bool | None], list[Tensor]]
+Run = Callable[[], list[Tensor]]
 
 # Several tiles each way, ragged; the kernels' tiles have 64 to 512 rows or columns.
 N, M, E = 590, 640, 24
@@ -73,8 +73,8 @@ def prepared(name: str, backend: str, dtype: torch.dtype, n: int = N, device: st
     leaves = [placed(x).requires_grad_() for x in (queries, keys, *scalars)]
     function = functools.partial(loss, backend=backend, **{key: placed(value) for key, value in options.items()})
 
-    def run(deterministic: bool | None) -> list[Tensor]:
-        out = function(*leaves, deterministic=deterministic)
+    def run() -> list[Tensor]:
+        out = function(*leaves)
         value, stats = out if isinstance(out, tuple) else (out, ())
         return [value.detach(), *torch.autograd.grad(value, leaves), *stats]
 
@@ -82,15 +82,15 @@ def prepared(name: str, backend: str, dtype: torch.dtype, n: int = N, device: st
 
 
 def assert_same_bits(run: Run, runs: int = 100, threads: Sequence[int] = ()) -> None:
-    """Whatever is asked of `deterministic`; after the first run with these numbers of threads in turn."""
-    first = run(None)
+    """After the first run with these numbers of threads in turn."""
+    first = run()
     assert all(x.isfinite().all() for x in first) and all(x.any() for x in first[:4])
     before = torch.get_num_threads()
     try:
         for i in range(1, runs):
             if threads:
                 torch.set_num_threads(threads[i % len(threads)])
-            for j, (x, y) in enumerate(zip(first, run((None, True, False)[i % 3]), strict=True)):
+            for j, (x, y) in enumerate(zip(first, run(), strict=True)):
                 assert torch.equal(x, y), f"run {i}: result {j} differs by up to {(x - y).abs().max():.1e}"
     finally:
         torch.set_num_threads(before)

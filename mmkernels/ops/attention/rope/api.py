@@ -10,7 +10,7 @@ import torch
 
 from mmkernels.runtime import backends
 
-from ..._checks import FLOATING, expect_tensor, not_yet, wrong_type, wrong_value
+from ..._checks import FLOATING, expect_tensor, integer, not_yet, real, wrong_type, wrong_value
 from .op import norm_rope_fwd_op
 from .table import rotary_cos_sin
 
@@ -84,7 +84,7 @@ def qk_norm_rope(
     if k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
         wrong_value("k", f"{[*q.shape[:-2], 'Hkv', q.shape[-1]]} like q", k)
     table = _table(q, position_ids, cos_sin, rotary_dim, base, inv_freq, sections, section_layout)
-    _check_norm(norm, eps, interleaved, table)
+    eps = _check_norm(norm, eps, interleaved, table)
     rows = []
     for name, x, weight, bias in (("q", q, q_weight, q_bias), ("k", k, k_weight, k_bias)):
         weight, bias = _affine(name + "_", x, norm, weight, bias)
@@ -125,7 +125,7 @@ def norm_rope(
     """
     _check_input("x", x, x)
     table = _table(x, position_ids, cos_sin, rotary_dim, base, inv_freq, sections, section_layout)
-    _check_norm(norm, eps, interleaved, table)
+    eps = _check_norm(norm, eps, interleaved, table)
     weight, bias = _affine("", x, norm, weight, bias)
     return _apply(x, table, weight, bias, norm, eps, interleaved, backend)
 
@@ -143,7 +143,7 @@ def _apply(
     chosen = backends.resolve("attention", x, backend, _limits(x))
     rows = x.flatten(0, 1) if x.ndim == 4 else x
     cos, sin = table if table is not None else (None, None)
-    return norm_rope_fwd_op(rows, cos, sin, weight, bias, norm or "", float(eps), interleaved, chosen).view(x.shape)
+    return norm_rope_fwd_op(rows, cos, sin, weight, bias, norm or "", eps, interleaved, chosen).view(x.shape)
 
 
 def _limits(x: torch.Tensor) -> dict[str, str | None] | None:
@@ -175,8 +175,8 @@ def _table(
         return None if cos_sin is None else _given_table(x, cos_sin)
     if cos_sin is not None:
         raise ValueError("cos_sin: expected None beside position_ids, got both")
-    dim = x.shape[-1] if rotary_dim is None else rotary_dim
-    if isinstance(dim, int) and dim > x.shape[-1]:
+    dim = x.shape[-1] if rotary_dim is None else integer("rotary_dim", rotary_dim, "an even int")
+    if dim > x.shape[-1]:
         wrong_value("rotary_dim", f"at most the head dim D={x.shape[-1]}", dim)
     if isinstance(position_ids, torch.Tensor) and position_ids.device != x.device:
         wrong_value("position_ids", f"positions on {x.device}", position_ids)
@@ -234,17 +234,18 @@ def _check_input(name: str, x: Any, like: Any) -> None:
         wrong_value(name, "a head dim of at least 1", x)
 
 
-def _check_norm(norm: Any, eps: Any, interleaved: Any, table: CosSin | None) -> None:
+def _check_norm(norm: Any, eps: Any, interleaved: Any, table: CosSin | None) -> float:
+    """eps as a float."""
     if norm not in (None, "rms", "layer"):
         wrong_value("norm", "'rms', 'layer' or None", norm)
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        wrong_type("eps", "a float", eps)
-    if not (math.isfinite(eps) and eps >= 0):
+    number = real("eps", eps, "a float")
+    if not (math.isfinite(number) and number >= 0):
         wrong_value("eps", "a finite number of at least 0", eps)
     if not isinstance(interleaved, bool):
         wrong_type("interleaved", "a bool", interleaved)
     if norm is None and table is None:
         raise ValueError("norm: expected 'rms' or 'layer' without position_ids or cos_sin, got None: nothing to do")
+    return number
 
 
 def _affine(

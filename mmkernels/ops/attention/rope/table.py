@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..._checks import describe, expect_tensor, not_yet, wrong_type, wrong_value
+from ..._checks import describe, expect_tensor, integer, not_yet, real, wrong_type, wrong_value
 
 __all__ = ["rotary_cos_sin"]
 
@@ -61,10 +61,11 @@ def rotary_cos_sin(
 
     Source: Su et al. 2021 (RoFormer); Wang et al. 2024 (Qwen2-VL: sections); Bai et al. 2025 (Qwen3-VL: interleaved).
     """
-    _check(position_ids, rotary_dim, base, inv_freq, sections, section_layout, scaling, dtype)
+    rotary_dim, base, scaling = _numbers(rotary_dim, base, scaling)
+    _check(position_ids, rotary_dim, inv_freq, sections, section_layout, dtype)
     half, device = rotary_dim // 2, position_ids.device
     order = torch.arange(half, dtype=torch.float64, device=device)
-    frequency = inv_freq.double() if inv_freq is not None else float(base) ** (order * (-2.0 / rotary_dim))
+    frequency = inv_freq.double() if inv_freq is not None else base ** (order * (-2.0 / rotary_dim))
     position = position_ids.double()
     if sections is None:
         angle = position[..., None] * frequency
@@ -90,25 +91,20 @@ def frequency_axes(sections: Sequence[int], layout: str, device: torch.device) -
     return axis
 
 
-def _check(
-    position_ids: Any,
-    rotary_dim: Any,
-    base: Any,
-    inv_freq: Any,
-    sections: Any,
-    section_layout: Any,
-    scaling: Any,
-    dtype: Any,
-) -> None:
-    if isinstance(rotary_dim, bool) or not isinstance(rotary_dim, int):
-        wrong_type("rotary_dim", "an even int", rotary_dim)
-    if rotary_dim < 2 or rotary_dim % 2:
+def _numbers(rotary_dim: Any, base: Any, scaling: Any) -> tuple[int, float, float]:
+    dim = integer("rotary_dim", rotary_dim, "an even int")
+    if dim < 2 or dim % 2:
         wrong_value("rotary_dim", "an even number of at least 2", rotary_dim)
+    numbers = []
     for name, value in (("base", base), ("scaling", scaling)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            wrong_type(name, "a float", value)
-        if not math.isfinite(value) or value <= 0:
+        number = real(name, value, "a float")
+        if not math.isfinite(number) or number <= 0:
             wrong_value(name, "a positive finite number", value)
+        numbers.append(number)
+    return dim, numbers[0], numbers[1]
+
+
+def _check(position_ids: Any, rotary_dim: int, inv_freq: Any, sections: Any, section_layout: Any, dtype: Any) -> None:
     if dtype not in (torch.float32, torch.float64):
         wrong_value("dtype", "torch.float32 or torch.float64", dtype)
     if section_layout not in _LAYOUTS:
@@ -136,9 +132,9 @@ def _check(
 
 def check_sections(sections: Any, layout: str, rotary_dim: int) -> None:
     """Raises unless `sections` share out the rotary_dim / 2 frequencies in this layout."""
-    whole = isinstance(sections, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in sections)
-    if not whole or isinstance(sections, str):
+    if not isinstance(sections, Sequence) or isinstance(sections, str):
         wrong_type("sections", "a sequence of ints", sections)
+    sections = [integer("sections", n, "a sequence of ints") for n in sections]
     if len(sections) < 1 or min(sections) < 0 or sum(sections) != rotary_dim // 2:
         wrong_value("sections", f"numbers of frequencies that sum to rotary_dim / 2 = {rotary_dim // 2}", sections)
     if layout == "interleaved":

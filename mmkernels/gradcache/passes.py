@@ -1,0 +1,86 @@
+"""Whether the second pass computes what the first did: if not, the gradients are of something else.
+
+Generators that are everybody's are replayed. One that an encoder keeps for itself, a counter in a module or the time of
+day is not, and what comes of it is a wrong gradient. So the embeddings of both passes are compared, on the device, and
+the differences read once a step:
+
+    difference = max over rows |second - first| / root mean square over rows |first|
+
+Without a graph PyTorch may take other kernels than with one, and some add in an order of their own. That is a few
+roundings; a mask of dropout drawn anew is tens of percent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.ops._checks import describe
+
+__all__ = ["Passes"]
+
+_ROUNDING = 1e-2
+_ROUNDING_IN_HALF = 0.1  # where weights, embeddings or autocast are narrower than float32
+_EXACT = 1e-5
+_HINT = (
+    "The gradients of this step are wrong. Both passes must compute the same: the generators of torch, numpy.random "
+    "and random are replayed, but no generator of a module's own, no counter in a module, no clock. "
+    "GradCache(..., check_passes=False) does not compare."
+)
+
+
+class Passes:
+    """The differences of an encoder's embeddings, or of the counts of a token loss, in one step.
+
+    Args:
+        name: whose, as messages call it.
+        modules: behind it; they say how precise it is.
+    """
+
+    def __init__(self, name: str, modules: Sequence[nn.Module]) -> None:
+        self._name, self._modules = name, modules
+        self._found: list[tuple[str, Tensor, bool]] = []
+        self._half = False
+
+    @torch.no_grad()
+    def compare(self, what: str, first: Tensor, second: Tensor, *, exact: bool = False) -> None:
+        """Note how far the rows of `second` are from those of `first`.
+
+        Raises:
+            RuntimeError: they differ in shape.
+        """
+        if first.shape != second.shape:
+            got = f"expected {describe(first)} as the first pass gave, got {describe(second)}"
+            raise RuntimeError(f"{self._name}: {what}: {got} of the second. {_HINT}")
+        if first.numel():
+            self._half = self._half or (first.is_floating_point() and torch.finfo(first.dtype).bits < 32)
+            a = first.reshape(len(first), -1).float()
+            scale = torch.linalg.vector_norm(a) / len(a) ** 0.5
+            distance = torch.linalg.vector_norm(second.reshape(a.shape).float() - a, dim=1).amax()
+            self._found.append((what, distance / scale.clamp(min=torch.finfo(torch.float32).tiny), exact))
+
+    def settle(self) -> None:
+        """Read the differences, which waits for the device.
+
+        Raises:
+            RuntimeError: one is too large. Infinities and NaN are not judged: they show by themselves.
+        """
+        if not self._found:
+            return
+        distances = torch.stack([distance for _, distance, _ in self._found]).tolist()
+        for (what, _, exact), distance in zip(self._found, distances, strict=True):
+            most = _EXACT if exact else _ROUNDING
+            if most < distance < float("inf") and (exact or distance > _ROUNDING_IN_HALF or not self._in_half()):
+                raise RuntimeError(
+                    f"{self._name}: {what}: expected the second pass to give what the first gave, got a difference of "
+                    f"{distance:.1e} of its size. {_HINT}"
+                )
+
+    def _in_half(self) -> bool:
+        if self._half or any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+            return True
+        held = chain.from_iterable(chain(m.parameters(), m.buffers()) for m in self._modules)
+        return any(t.is_floating_point() and torch.finfo(t.dtype).bits < 32 for t in held)

@@ -1,0 +1,63 @@
+"""What a mask may be given: vectors in any integer dtype, brought to the one that masks keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mmkernels.ops._checks import INTEGERS, expect_tensor, integer, narrowed, wrong_type, wrong_value
+from mmkernels.ops.modality import MAX_MODALITIES
+
+__all__ = ["bits_of", "boundaries", "classes", "vector", "window_size"]
+
+
+def vector(
+    name: str,
+    value: torch.Tensor,
+    length: str,
+    dtype: torch.dtype,
+    *,
+    like: torch.Tensor | None = None,
+    bits: bool = False,
+) -> torch.Tensor:
+    """[length] of the dtype that masks keep, from one of any integer dtype."""
+    expected = f"[{length}] {str(dtype).removeprefix('torch.')}, or another integer dtype"
+    expect_tensor(name, value, expected, ndim=1, dtypes=INTEGERS, like=like)
+    return narrowed(name, value, dtype, bits=bits)
+
+
+def classes(name: str, value: torch.Tensor, length: str, like: torch.Tensor) -> torch.Tensor:
+    """uint8 stays, as `multimodal` has them; int32 otherwise."""
+    dtype = value.dtype if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 else torch.int32
+    return vector(name, value, length, dtype, like=like)
+
+
+def boundaries(name: str, cu_seqlens: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    cu_seqlens = vector(name, cu_seqlens, "S+1", torch.int32, like=like)
+    if cu_seqlens.shape[0] < 1:
+        wrong_value(name, "at least one boundary", cu_seqlens)
+    if like is not None and cu_seqlens.shape != like.shape:
+        wrong_value(name, f"{like.shape[0]} boundaries, as cu_seqlens_q has", cu_seqlens)
+    return cu_seqlens
+
+
+def window_size(window: int | None) -> int | None:
+    if window is None:
+        return None
+    number = integer("window", window, "an int or None")
+    if number < 1:
+        wrong_value("window", "at least 1 key", window)
+    return number
+
+
+def bits_of(name: str, modalities: Sequence[int]) -> int:
+    if isinstance(modalities, (str, bytes, torch.Tensor)) or not isinstance(modalities, Sequence):
+        wrong_type(name, "a sequence of modalities", modalities)
+    bits = 0
+    for modality in modalities:
+        number = integer(name, modality, "modalities, which are integers")
+        if not 0 <= number < MAX_MODALITIES:
+            wrong_value(name, f"modalities in [0, {MAX_MODALITIES})", modality)
+        bits |= 1 << number
+    return bits
