@@ -160,12 +160,12 @@ def unpack(
     expect_tensor("index", index, "[T] int64", ndim=1, dtypes=_INTEGERS, like=packed)
     if index.shape[0] != packed.shape[0]:
         wrong_value("index", f"one entry for each of the {packed.shape[0]} packed rows", index)
-    sizes = [packed.shape[0]] if rows is None else [rows] if isinstance(rows, int | torch.SymInt) else list(rows)
+    sizes = [packed.shape[0]] if rows is None else [rows] if isinstance(rows, (int, torch.SymInt)) else list(rows)
     if any(size < 0 for size in sizes):
         wrong_value("rows", "sizes >= 0", rows)
     out = op.scatter(_flat(packed), index.long(), sum(sizes), resolve("packing", packed, backend))
     out = out.reshape(sum(sizes), *packed.shape[1:])
-    return out if rows is None or isinstance(rows, int | torch.SymInt) else out.split(sizes)
+    return out if rows is None or isinstance(rows, (int, torch.SymInt)) else out.split(sizes)
 
 
 def segment_pool(
