@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,6 +44,15 @@ _LOW_AND_SINGLE = (torch.float32, *_LOW)
 
 class BackendError(RuntimeError):
     """No backend, or not the requested one, can serve a call."""
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _constant(function: _Function) -> _Function:
+    """As torch.compiler.assume_constant_result, which imports torch._dynamo, 1.4 s, to set this one attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def interpreting() -> bool:
@@ -88,7 +97,7 @@ def _why_not_native(family: str, device: torch.device, dtype: torch.dtype) -> st
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def sm90_wants(device: torch.device, dtype: torch.dtype) -> str | None:
     """What the native kernels for compute capability 9.0 alone (`csrc/*/*_sm90_*.cu`) want and these tensors have not;
     None when they run."""
@@ -168,7 +177,7 @@ def resolve(
 _resolved: dict[Any, str] = {}
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _resolve(
     family: str,
     device: torch.device,
