@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmkernels.runtime.absence import why_no_core
-
 __all__ = ["collect", "main", "render"]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -51,6 +49,8 @@ def _native() -> dict[str, Any]:
     with contextlib.suppress(ImportError, OSError):
         import torch  # noqa: F401  # before the core, so that both share one OpenMP runtime
     if importlib.util.find_spec("mmkernels._native") is None:
+        from mmkernels.runtime.absence import why_no_core
+
         return {"why_absent": why_no_core()}
     try:
         core = importlib.import_module("mmkernels._native")

@@ -47,7 +47,8 @@ class MaskRows(NamedTuple):
 
     def changed(self, **fields: torch.Tensor) -> MaskRows:
         """As `_replace`, which torch 2.6 cannot compile."""
-        return MaskRows(*[fields.get(name, value) for name, value in zip(MaskRows._fields, self, strict=True)])
+        values = [fields.get(name, value) for name, value in zip(MaskRows._fields, self, strict=True)]
+        return MaskRows(*values)  # type: ignore[arg-type]
 
 
 class Options(NamedTuple):
