@@ -2,28 +2,40 @@
 #
 #   make pretrain      train a dual encoder on the embedded pictures and names (about three minutes on two cores)
 #   make test          the tests
+#   make test-torch    those of the ops alone, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0
 #   make aot           compile every GPU kernel for every architecture; needs no GPU
 #   make lint format   bench   wheel   clean
 #
 # PYTHON=python3.12 chooses an interpreter, VENV=path an environment, ARGS="..." is passed on. TORCH_SPEC is installed
-# before the package, which itself asks for no torch release in particular.
+# before the package, which itself asks for no torch release in particular. WHEELS=path shares the built package with
+# another environment of the same interpreter.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0 triton==3.7.1
+WHEELS ?= $(VENV)/wheels
 ARGS ?=
 
 BIN := $(VENV)/bin
 PACKAGE := pyproject.toml CMakeLists.txt $(shell find cmake csrc mmkernels -type f -not -name '*.pyc' -not -name '*.so')
 CSRC := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: pretrain test aot lint format bench wheel clean
+# What depends on torch itself: opcheck, torch.compile, torch.func, autograd, modules, gradient caching, every backend.
+TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py) tests/ops/contrastive/test_options.py \
+	tests/ops/attention/test_mask.py tests/ops/attention/test_rope.py tests/ops/attention/test_gate.py \
+	tests/ops/packing/test_batch.py tests/ops/packing/test_vision.py tests/nn tests/runtime \
+	tests/gradcache/test_step.py tests/test_import.py
+
+.PHONY: pretrain test test-torch aot lint format bench wheel clean
 
 pretrain: $(VENV)/installed-pretrain
 	$(BIN)/mmkernels pretrain --recipe clip $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2 -m "not aot" $(ARGS)
+
+test-torch: $(VENV)/installed-test
+	$(BIN)/pytest -n 2 -m "not aot and not gpu and not slow" $(TORCH_TESTS) $(ARGS)
 
 aot: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2 -m aot $(ARGS)
@@ -42,8 +54,9 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	for bench in benches/bench_*.py; do $(BIN)/python $$bench $(ARGS) || exit 1; done
 
-wheel: $(VENV)/installed-dev
-	$(BIN)/pip wheel . --no-deps -w dist
+wheel: $(WHEELS)/built
+	mkdir -p dist
+	cp $(WHEELS)/*.whl dist
 
 clean:
 	rm -rf $(VENV) build dist
@@ -53,7 +66,13 @@ $(VENV)/torch:
 	$(BIN)/pip install --quiet $(TORCH_SPEC)
 	touch $@
 
-# The package itself is installed anew whenever one of its files changes.
-$(VENV)/installed-%: $(VENV)/torch $(PACKAGE)
-	$(BIN)/pip install --quiet ".[$*]"
+$(WHEELS)/built: $(PACKAGE) | $(VENV)/torch
+	rm -rf $(WHEELS)
+	$(BIN)/pip wheel --quiet --no-deps -w $(WHEELS) .
+	touch $@
+
+# The package itself is installed anew whenever one of its files changes: pip takes an equal version for the same one.
+$(VENV)/installed-%: $(VENV)/torch $(WHEELS)/built
+	$(BIN)/pip install --quiet "$$(echo $(WHEELS)/*.whl)[$*]"
+	$(BIN)/pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
 	touch $@

@@ -60,6 +60,9 @@ class _Clock:
         return self.start.elapsed_time(self.end) / 1e3
 
 
+_LEAST_CALLS = 7  # of `timings`: a warm-up, a first look, five repeats
+
+
 def timings(runs: Mapping[str, Run], device: torch.device, *, seconds: float, least: int = 5) -> dict[str, Timing]:
     """Time contenders in turn, so that a drift of the machine's speed meets them all alike.
 
@@ -126,9 +129,15 @@ def peak_memory(run: Run, device: torch.device) -> int:
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 1.0) -> float:
-    """FLOP/s of torch's own matrix product, the best of a few sizes."""
+    """FLOP/s of torch's own matrix product, the best of a few sizes.
+
+    A size that would take longer than `seconds` is left out: without instructions for bfloat16 a product in it is 25
+    times slower than in float32.
+    """
     best = 0.0
-    for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+    for size in (256, 512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
+        if best and _LEAST_CALLS * 2 * size**3 / best > seconds:
+            break
         a = torch.randn(size, size, device=device).to(dtype)
         b = torch.randn(size, size, device=device).to(dtype)
         fastest = timings({"mm": lambda a=a, b=b: a @ b}, device, seconds=seconds)["mm"].low

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -35,14 +36,29 @@ std::vector<std::string> split(const std::string& text, char separator) {
   return parts;
 }
 
+// The set in use, those compiled and those of them that this processor runs. Where the environment asks for what is not
+// to be had there is none in use, and why_no_cpu_isa says so in the words of the error that each CPU launcher raises.
+void add_isas(py::dict& info) {
+  py::list compiled, usable;
+  for (const char* const* isa = mmk::compiled_isas(); *isa; ++isa) compiled.append(*isa);
+  info["cpu_isas"] = compiled;
+  info["usable_cpu_isas"] = usable;
+  info["cpu_isa"] = py::none();
+  info["why_no_cpu_isa"] = py::none();
+  try {
+    for (const char* const* isa = mmk::compiled_isas(); *isa; ++isa)
+      if (mmk::isa_supported(*isa)) usable.append(*isa);
+    info["cpu_isa"] = mmk::cpu_isa();
+  } catch (const std::invalid_argument& error) {
+    info["why_no_cpu_isa"] = error.what();
+  }
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = MMK_VERSION;
   info["compiler"] = __VERSION__;
-  info["cpu_isa"] = mmk::cpu_isa();
-  py::list isas;
-  for (const char* const* isa = mmk::compiled_isas(); *isa; ++isa) isas.append(*isa);
-  info["cpu_isas"] = isas;
+  add_isas(info);
 #ifdef _OPENMP
   info["openmp"] = _OPENMP;
 #else
@@ -56,6 +72,13 @@ py::dict build_info() {
   info["cuda_archs"] = std::vector<std::string>{};
 #endif
   return info;
+}
+
+// A launcher that looks its kernel up when it is called: where the environment asks for an instruction set that is not
+// to be had, the call raises and the import does not.
+template <typename Struct, typename... Args>
+auto launcher(const Struct& (*kernels)(), void (*Struct::*kernel)(Args...)) {
+  return [=](Args... args) { (kernels().*kernel)(args...); };
 }
 
 void bind_attention(py::module_& m) {
@@ -145,8 +168,7 @@ void bind_attention_additive(py::module_& m) {
 }
 
 void bind_contrastive(py::module_& m) {
-  using mmk::Tensor;
-  const auto& cpu = mmk::contrastive_kernels();
+  using mmk::Tensor, mmk::ContrastiveKernels;
   const py::call_guard<py::gil_scoped_release> released;
   m.def(
       "launch_contrastive_softmax_fwd_cpu",
@@ -210,11 +232,15 @@ void bind_contrastive(py::module_& m) {
                                               index, num_threads);
       },
       released);
-  m.def("launch_contrastive_infonce_fwd_cpu", cpu.infonce_fwd, released);
-  m.def("launch_contrastive_infonce_bwd_cpu", cpu.infonce_bwd, released);
-  m.def("launch_contrastive_siglip_fwd_cpu", cpu.siglip_fwd, released);
-  m.def("launch_contrastive_siglip_bwd_cpu", cpu.siglip_bwd, released);
-  m.def("launch_contrastive_topk_fwd_cpu", cpu.topk_fwd, released);
+  m.def("launch_contrastive_infonce_fwd_cpu", launcher(mmk::contrastive_kernels, &ContrastiveKernels::infonce_fwd),
+        released);
+  m.def("launch_contrastive_infonce_bwd_cpu", launcher(mmk::contrastive_kernels, &ContrastiveKernels::infonce_bwd),
+        released);
+  m.def("launch_contrastive_siglip_fwd_cpu", launcher(mmk::contrastive_kernels, &ContrastiveKernels::siglip_fwd),
+        released);
+  m.def("launch_contrastive_siglip_bwd_cpu", launcher(mmk::contrastive_kernels, &ContrastiveKernels::siglip_bwd),
+        released);
+  m.def("launch_contrastive_topk_fwd_cpu", launcher(mmk::contrastive_kernels, &ContrastiveKernels::topk_fwd), released);
 }
 
 // A vector becomes a NumPy array that owns it.
@@ -309,25 +335,28 @@ void bind_planner(py::module_& m) {
 }
 
 void bind_packing(py::module_& m) {
-  using mmk::PoolMode;
+  using mmk::PackingKernels, mmk::PoolingKernels, mmk::PoolMode;
   py::enum_<PoolMode>(m, "PoolMode")
       .value("sum", PoolMode::sum)
       .value("mean", PoolMode::mean)
       .value("max", PoolMode::max)
       .value("first", PoolMode::first);
 
-  const auto& cpu = mmk::packing_kernels();
   const py::call_guard<py::gil_scoped_release> no_gil;
-  m.def("launch_packing_gather_fwd_cpu", cpu.gather_fwd, no_gil);
-  m.def("launch_packing_scatter_fwd_cpu", cpu.scatter_fwd, no_gil);
-  m.def("launch_packing_patchify_fwd_cpu", cpu.patchify_fwd, no_gil);
-  m.def("launch_packing_patchify_images_fwd_cpu", cpu.patchify_images_fwd, no_gil);
-  m.def("launch_packing_mrope_fwd_cpu", cpu.mrope_fwd, no_gil);
-  const auto& pooling = mmk::pooling_kernels();
-  m.def("launch_packing_segment_pool_fwd_cpu", pooling.segment_pool_fwd, no_gil);
-  m.def("launch_packing_segment_pool_bwd_cpu", pooling.segment_pool_bwd, no_gil);
-  m.def("launch_packing_weighted_pool_fwd_cpu", pooling.weighted_pool_fwd, no_gil);
-  m.def("launch_packing_weighted_pool_bwd_cpu", pooling.weighted_pool_bwd, no_gil);
+  m.def("launch_packing_gather_fwd_cpu", launcher(mmk::packing_kernels, &PackingKernels::gather_fwd), no_gil);
+  m.def("launch_packing_scatter_fwd_cpu", launcher(mmk::packing_kernels, &PackingKernels::scatter_fwd), no_gil);
+  m.def("launch_packing_patchify_fwd_cpu", launcher(mmk::packing_kernels, &PackingKernels::patchify_fwd), no_gil);
+  m.def("launch_packing_patchify_images_fwd_cpu", launcher(mmk::packing_kernels, &PackingKernels::patchify_images_fwd),
+        no_gil);
+  m.def("launch_packing_mrope_fwd_cpu", launcher(mmk::packing_kernels, &PackingKernels::mrope_fwd), no_gil);
+  m.def("launch_packing_segment_pool_fwd_cpu", launcher(mmk::pooling_kernels, &PoolingKernels::segment_pool_fwd),
+        no_gil);
+  m.def("launch_packing_segment_pool_bwd_cpu", launcher(mmk::pooling_kernels, &PoolingKernels::segment_pool_bwd),
+        no_gil);
+  m.def("launch_packing_weighted_pool_fwd_cpu", launcher(mmk::pooling_kernels, &PoolingKernels::weighted_pool_fwd),
+        no_gil);
+  m.def("launch_packing_weighted_pool_bwd_cpu", launcher(mmk::pooling_kernels, &PoolingKernels::weighted_pool_bwd),
+        no_gil);
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ __all__ = ["collect", "main", "render"]
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ENVIRONMENT = (
     "MMKERNELS_CPU_ISA",
+    "MMKERNELS_CPU_HIDE",
     "MMKERNELS_VALIDATE",
     "TRITON_INTERPRET",
     "OMP_NUM_THREADS",
@@ -48,7 +49,9 @@ def _native() -> dict[str, Any]:
     with contextlib.suppress(ImportError, OSError):
         import torch  # noqa: F401  # before the core, so that both share one OpenMP runtime
     if importlib.util.find_spec("mmkernels._native") is None:
-        return {"why_absent": "mmkernels was built without its native core (no C++ compiler at install time?)"}
+        from mmkernels.runtime.absence import why_no_core
+
+        return {"why_absent": why_no_core()}
     try:
         core = importlib.import_module("mmkernels._native")
         return {"why_absent": None, **core.build_info()}
@@ -124,6 +127,8 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         )
     if report["native"].get("why_absent"):
         found.append(f"no native core: {report['native']['why_absent']}; Triton and plain PyTorch remain")
+    if report["native"].get("why_no_cpu_isa"):
+        found.append(f"the CPU kernels raise: {report['native']['why_no_cpu_isa']}")
     if isinstance(report["openmp"], list) and len(report["openmp"]) > 1:
         found.append("several OpenMP runtimes are loaded; their threads compete: " + ", ".join(report["openmp"]))
     for device in report["devices"] if isinstance(report["devices"], list) else []:
@@ -155,9 +160,11 @@ def _render_native(native: dict[str, Any]) -> list[str]:
         return [f"native core   absent: {native.get('error') or native['why_absent']}"]
     openmp = f"OpenMP {native['openmp']}" if native["openmp"] else "no OpenMP"
     cuda = f"{native['cuda_version']}, for {', '.join(native['cuda_archs'])}" if native["cuda_version"] else "none"
+    lacks = [isa for isa in native["cpu_isas"] if isa not in native["usable_cpu_isas"]]
+    here = f" (not on this processor: {', '.join(lacks)})" if lacks else ""
     return [
         f"native core   {native['version']}, compiler {native['compiler']}, {openmp}",
-        f"  CPU         {native['cpu_isa']} in use; compiled: {', '.join(native['cpu_isas'])}",
+        f"  CPU         {native['cpu_isa'] or 'none'} in use; compiled: {', '.join(native['cpu_isas'])}{here}",
         f"  CUDA        {cuda}",
     ]
 

@@ -21,7 +21,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     import mmkernels
     from mmkernels.runtime import native
 
-    core = native.why_absent() or f"native core on {native.core().build_info()['cpu_isa']}"
+    core = native.why_absent()
+    if core is None:
+        found = native.core().build_info()
+        core = f"native core on {found['cpu_isa'] or found['why_no_cpu_isa']}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device: GPU tests are skipped"
     return [f"mmkernels {mmkernels.__version__} from {mmkernels.__path__[0]}; {core}; {device}"]
 

@@ -16,8 +16,28 @@ constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512bf16"};
 constexpr const char* kCompiled[] = {
     "baseline", MMK_IF_AVX2("avx2", ) MMK_IF_AVX512("avx512", ) MMK_IF_AVX512BF16("avx512bf16", ) nullptr};
 
+// Returns the index of `name`, or -1 if there is no such set.
+int find_isa(const char* name) {
+  for (int i = 0; i < 4; ++i)
+    if (std::strcmp(kNames[i], name) == 0) return i;
+  return -1;
+}
+
+// MMKERNELS_CPU_HIDE: the narrowest set that is hidden. Any name counts, compiled or not, so that one test serves every
+// build; the baseline, which every processor has, cannot be hidden.
+bool hidden(Isa isa) {
+  const char* from = std::getenv("MMKERNELS_CPU_HIDE");
+  if (from == nullptr || *from == '\0') return false;
+  const int first = find_isa(from);
+  if (first <= 0)
+    throw std::invalid_argument(std::string("MMKERNELS_CPU_HIDE: expected one of {avx2, avx512, avx512bf16}, got \"") +
+                                from + "\"");
+  return static_cast<int>(isa) >= first;
+}
+
 // __builtin_cpu_supports also asks the OS (XGETBV) whether it saves the registers.
 bool cpu_has(Isa isa) {
+  if (hidden(isa)) return false;
 #if defined(__x86_64__)
   switch (isa) {
     case Isa::baseline:
@@ -48,13 +68,6 @@ bool bf16_dot_is_fast() {
 #else
   return false;
 #endif
-}
-
-// Returns the index of `name`, or -1 if there is no such set.
-int find_isa(const char* name) {
-  for (int i = 0; i < 4; ++i)
-    if (std::strcmp(kNames[i], name) == 0) return i;
-  return -1;
 }
 
 Isa choose_isa() {

@@ -42,6 +42,8 @@ Isa active_isa();
 const char* cpu_isa();
 
 // Names of the compiled sets, narrowest first, ending in nullptr; and whether this machine can run one.
+// MMKERNELS_CPU_HIDE (for tests) names a set that this machine is then taken not to have, nor any wider one; std::
+// invalid_argument if it names none. A poorer processor's choice of kernels and of tests can so be had on a richer one.
 const char* const* compiled_isas();
 bool isa_supported(const char* name);
 

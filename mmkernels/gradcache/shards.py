@@ -10,15 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from mmkernels.ops._checks import not_yet
 
 __all__ = ["Shards"]
-
-if dist.is_available():
-    from torch.distributed.tensor import DTensor
 
 
 class Shards:
@@ -38,6 +34,8 @@ class Shards:
         Raises:
             NotImplementedError: parameters are sharded in another way too, so that every forward talks.
         """
+        from torch.distributed.tensor import DTensor  # a second to import: only where something is sharded
+
         for module in self._modules:
             module.unshard()
         if any(isinstance(p, DTensor) for module in self._modules for p in module.parameters()):

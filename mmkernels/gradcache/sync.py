@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,9 +18,6 @@ from .shards import Shards
 
 __all__ = ["Sync", "anywhere", "reduced"]
 
-if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule
-
 
 class Sync:
     """The DistributedDataParallel and fully_shard modules behind some encoders.
@@ -31,7 +29,8 @@ class Sync:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         inner = {id(m): m for module in modules for m in module.modules()}.values()
         self.ddp: list[DistributedDataParallel] = [m for m in inner if isinstance(m, DistributedDataParallel)]
-        self.fsdp: list[Any] = [m for m in inner if dist.is_available() and isinstance(m, FSDPModule)]
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # a second to import, and whoever shards has done so
+        self.fsdp: list[Any] = [m for m in inner if fsdp is not None and isinstance(m, fsdp.FSDPModule)]
         self.norms = [m for m in inner if isinstance(m, nn.SyncBatchNorm) and m.training and dist.is_initialized()]
 
     def ids(self) -> set[int]:

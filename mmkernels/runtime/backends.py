@@ -10,10 +10,11 @@ every candidate and its reason.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,12 +39,23 @@ FAMILIES = ("attention", "contrastive", "packing")
 # `backend=None` picks no other; `backend="native"` runs them all the same.
 VERIFIED_ON_GPU: frozenset[str] = frozenset()
 
+_INTERPRETER = (3, 5)  # the first Triton whose interpreter serves
+
 _LOW = (torch.bfloat16, torch.float16)
 _LOW_AND_SINGLE = (torch.float32, *_LOW)
 
 
 class BackendError(RuntimeError):
     """No backend, or not the requested one, can serve a call."""
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _constant(function: _Function) -> _Function:
+    """As torch.compiler.assume_constant_result, which imports torch._dynamo, 1.4 s, to set this one attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def interpreting() -> bool:
@@ -88,7 +100,7 @@ def _why_not_native(family: str, device: torch.device, dtype: torch.dtype) -> st
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def sm90_wants(device: torch.device, dtype: torch.dtype) -> str | None:
     """What the native kernels for compute capability 9.0 alone (`csrc/*/*_sm90_*.cu`) want and these tensors have not;
     None when they run."""
@@ -106,11 +118,25 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed (pip install 'mmkernels[triton]')"
     if dtype not in _LOW_AND_SINGLE:
         return f"the Triton kernels take float32, bfloat16 and float16, not {_name(dtype)}"
-    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+    if device.type == "cuda":
         return None
+    if device.type == "cpu" and interpreting():
+        return _why_not_interpreted()
     if device.type == "cpu":
         return "Triton needs a CUDA tensor (or TRITON_INTERPRET=1, which is for tests)"
     return f"no Triton kernels for {device.type} tensors"
+
+
+def _why_not_interpreted() -> str | None:
+    """The interpreter's products are taken in float64 (`ops/_tl.py`)."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a nightly build, under another name
+        return None
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < _INTERPRETER:
+        return f"the interpreter of Triton {version} has no float64 products, that of 3.5 has"
+    return None
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -168,7 +194,7 @@ def resolve(
 _resolved: dict[Any, str] = {}
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _resolve(
     family: str,
     device: torch.device,

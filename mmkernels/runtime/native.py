@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+from .absence import why_no_core
+
 __all__ = ["View", "core", "cuda_archs", "has_cuda", "threads", "view", "why_absent"]
 
 # (data pointer, dtype code, sizes, strides in elements); the core reads it as mmk::Tensor, and None as "not given".
@@ -24,7 +26,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("mmkernels._native"), None
     except ModuleNotFoundError:
-        return None, "mmkernels was built without its native core (no C++ compiler at install time?)"
+        return None, why_no_core()
     except ImportError as error:
         return None, f"the native core does not load: {error}"
 
@@ -33,8 +35,7 @@ _core, _why_absent = _load()
 if _why_absent is not None:
     # The build says so too, but pip hides what a build prints.
     warnings.warn(
-        f"{_why_absent}; Triton and plain PyTorch remain. Reinstall with MMKERNELS_REQUIRE_NATIVE=1 to see the build's "
-        "error; `mmkernels info` shows what runs.",
+        f"{_why_absent}; Triton and plain PyTorch remain, and `mmkernels info` shows what runs",
         RuntimeWarning,
         stacklevel=2,
     )

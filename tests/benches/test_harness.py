@@ -164,3 +164,20 @@ def test_timings_take_turns() -> None:
     result = measure.timings(runs, torch.device("cpu"), seconds=1e-6, least=5)
     assert calls[4:] == list("ab") * 5  # after a warm-up and a first look at each
     assert all(timing.repeats == 5 for timing in result.values())
+
+
+@pytest.mark.parametrize(
+    ("rate", "sizes"), [(1e9, [256, 512]), (1e10, [256, 512, 1024]), (1e12, [256, 512, 1024, 2048])]
+)
+def test_ceiling_keeps_within_its_time(rate, sizes, monkeypatch) -> None:
+    """A machine of this many FLOP/s: the sizes that are tried."""
+    tried = []
+
+    def timings(runs, device, *, seconds):
+        (run,) = runs.values()
+        tried.append(len(run()))
+        return {"mm": measure.Timing(0.0, 2 * tried[-1] ** 3 / rate, 0.0, 5)}
+
+    monkeypatch.setattr(measure, "timings", timings)
+    assert measure.matmul_peak(torch.float32, torch.device("cpu"), 2.0) == pytest.approx(rate)
+    assert tried == sizes

@@ -1,5 +1,7 @@
 """Which backend serves a call, and what is said of those that do not."""
 
+import importlib.metadata
+
 import pytest
 import torch
 
@@ -85,6 +87,7 @@ def test_sm90_wants_its_code(gpu_core: None, monkeypatch: pytest.MonkeyPatch, ar
 def test_interpreter_is_never_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.7.1")
     assert backends.candidates("packing", CPU, torch.float32)["triton"] is None
     assert backends.defaults("packing", CPU, torch.float32)["triton"] is not None
 
@@ -108,3 +111,13 @@ def test_limit_of_a_call_excludes_a_backend() -> None:
     assert backends.resolve("attention", torch.empty(0), None, limits) == "reference"
     with pytest.raises(backends.BackendError, match="head dims up to 256, not 300"):
         backends.resolve("attention", torch.empty(0), "native", limits)
+
+
+def test_interpreter_without_float64_products_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for version, serves in (("3.2.0", False), ("3.4.0", False), ("3.5.0", True), ("3.10.1", True), ("4.0", True)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda _, version=version: version)
+        why = backends.candidates("contrastive", CPU, torch.float32)["triton"]
+        assert (why is None) == serves
+        assert serves or f"the interpreter of Triton {version} has no float64 products" in why

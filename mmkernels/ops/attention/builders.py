@@ -242,7 +242,7 @@ def _with_pattern(
     else:
         bit_k = (1 << class_k.int()).int()
     pattern = (span_q.contiguous(), span_k.contiguous(), allow_q.int().contiguous(), bit_k.contiguous())
-    return rows._replace(span_q=pattern[0], span_k=pattern[1], allow_q=pattern[2], bit_k=pattern[3])
+    return rows.changed(span_q=pattern[0], span_k=pattern[1], allow_q=pattern[2], bit_k=pattern[3])
 
 
 # What is wrong with the metadata, in words

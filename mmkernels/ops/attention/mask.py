@@ -302,7 +302,7 @@ class AttentionMask:
                 builders.expect_all(
                     f"mask: {name}", f"classes in [0, {size}) for pair_bias", (ids >= 0) & (ids < size), ids
                 )
-        return rows._replace(class_q=self._int_classes[0], class_k=self._int_classes[1])
+        return rows.changed(class_q=self._int_classes[0], class_k=self._int_classes[1])
 
     def to_dense(self, tokens_q: int | None = None, tokens_k: int | None = None) -> torch.Tensor:
         """bool [Tq, Tk]: for tests and pictures, never for a kernel.
@@ -324,7 +324,7 @@ class AttentionMask:
             along_q = [rows.lo, rows.hi, rows.span_q, rows.allow_q]
             chunks = zip(*(x.split(_ROWS_A_CHUNK) for x in along_q if x is not None), strict=True)
             seen = sum(
-                reference.visible(rows._replace(lo=lo, hi=hi, span_q=span, allow_q=allow), tokens_k).sum().item()
+                reference.visible(rows.changed(lo=lo, hi=hi, span_q=span, allow_q=allow), tokens_k).sum().item()
                 for lo, hi, span, allow in chunks
             )
         return seen / max(tokens_q * tokens_k, 1)
@@ -385,7 +385,7 @@ class AttentionMask:
         rows = self._builder.lay_out(tokens_q, tokens_k)
         if rows.span_q is None:
             return rows
-        return rows._replace(tiles=pack_states(tile_states(rows, tokens_k)))
+        return rows.changed(tiles=pack_states(tile_states(rows, tokens_k)))
 
 
 torch.serialization.add_safe_globals([AttentionMask, *(getattr(builders, name) for name in builders.__all__)])

@@ -58,6 +58,11 @@ class MaskRows(NamedTuple):
     class_q: torch.Tensor | None = None
     class_k: torch.Tensor | None = None
 
+    def changed(self, **fields: torch.Tensor) -> MaskRows:
+        """As `_replace`, which torch 2.6 cannot compile."""
+        values = [fields.get(name, value) for name, value in zip(MaskRows._fields, self, strict=True)]
+        return MaskRows(*values)  # type: ignore[arg-type]
+
 
 class Options(NamedTuple):
     """What a call adds to q, k, v and the mask.

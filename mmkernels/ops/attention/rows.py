@@ -186,4 +186,4 @@ def media_rows(
 def cross_rows(cu_q: torch.Tensor, cu_k: torch.Tensor, blind: torch.Tensor | None, tokens: tuple[int, int]) -> MaskRows:
     """Each query sees its sample's keys, except the `blind` [Tq]."""
     rows = packed_rows(cu_q, cu_k, False, None, *tokens)
-    return rows if blind is None else rows._replace(hi=torch.where(blind, rows.lo, rows.hi))
+    return rows if blind is None else rows.changed(hi=torch.where(blind, rows.lo, rows.hi))

@@ -233,4 +233,4 @@ def siglip_stats(
     scale = logit_scale.detach().double()
     sums = stats_sums(of_rows, of_columns, None, scale, pairs.positives()[0], pairs.seen()[0])
     stats = stats_of(of_rows[LSE], of_columns[LSE], sums, True, statistics_dtype(queries.dtype))
-    return stats._replace(lse_q=stats.lse_q + logit_bias.detach(), lse_k=stats.lse_k + logit_bias.detach())
+    return ContrastiveStats(stats.lse_q + logit_bias.detach(), stats.lse_k + logit_bias.detach(), *stats[2:])

@@ -9,7 +9,7 @@ they belong to a wrapper or not.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,19 +26,22 @@ from .reference import LSE, statistics_dtype
 __all__ = ["infonce", "refusing", "siglip"]
 
 
-@contextmanager
-def refusing(group: Any, exchange: Any, features: Any) -> Iterator[None]:
+def refusing(group: Any, exchange: Any, features: Any) -> AbstractContextManager[None]:
     """Check arguments inside: an error is raised here, and said to the ranks that wait for this one."""
     if group is None:
         if exchange != "auto":
             wrong_value("exchange", "'auto' without a group: there is nobody to exchange keys with", exchange)
-        yield
-        return
+        return nullcontext()  # which torch.compile sees through; in torch 2.6 it does not see through generators
     check_group(group, exchange)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError(
             "group: expected None under torch.func and forward mode; collectives have no rule there"
         )
+    return _said_to_others(group, features)
+
+
+@contextmanager
+def _said_to_others(group: Any, features: Any) -> Iterator[None]:
     try:
         yield
     except Exception:

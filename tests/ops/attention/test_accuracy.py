@@ -1,14 +1,10 @@
 """Every backend judged against float64, relative to `F.scaled_dot_product_attention` in the same dtype."""
 
-import os
-import subprocess
-import sys
-
+import isas
 import pytest
 import torch
 
 from mmkernels.ops.attention import AttentionMask
-from mmkernels.runtime import native
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.attention import (
@@ -197,17 +193,9 @@ def test_bfloat16_gradients_like_float32_ones_that_were_cast(kind):
         assert error <= factor * least, f"{name}: {error / least:.3f}"
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+@isas.each
 def test_each_instruction_set(isa):
-    """The set is chosen when the core is loaded, so each runs in a process of its own."""
-    needs("native", torch.float32)
-    if isa not in native.core().build_info()["cpu_isas"]:
-        pytest.skip(f"{isa} is not compiled in, or this CPU lacks it")
-    environment = {**os.environ, "MMKERNELS_CPU_ISA": isa}
-    folder = os.path.dirname(__file__)
-    code = f"import sys; sys.path.insert(0, {folder!r}); import test_accuracy as t; t.check_all_dtypes()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    isas.run_on(isa, check_all_dtypes)
 
 
 def check_all_dtypes() -> None:

@@ -444,4 +444,4 @@ def test_a_backend_that_does_not_know_an_option_says_so():
     limits = api._limits({"targets": None, "label_smoothing": 0.1}, on_gpu)
     with pytest.raises(BackendError, match=r"(?s)native: no CUDA C\+\+ kernel knows label_smoothing.*reference: can"):
         resolve("contrastive", on_gpu, "native", limits)
-    assert resolve("contrastive", on_gpu, "triton", limits) == "triton"
+    assert limits.get("triton") is None

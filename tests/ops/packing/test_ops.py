@@ -1,8 +1,6 @@
 """Gather, scatter and pooling on every backend: exact where nothing is added, else judged against float64."""
 
-import subprocess
-import sys
-
+import isas
 import pytest
 import torch
 
@@ -349,31 +347,18 @@ def test_offsets_beyond_32_bits():
     assert segment_pool(source, tail, "first", backend="native")[2].sum() == 3.0 * width
 
 
-_OTHER_ISA = """
-import torch
-from mmkernels.ops.packing import pack, segment_pool, unpack
-from mmkernels.runtime import native
-from mmkernels.testing.packing import cu_seqlens_of, random_index
-assert native.core().build_info()["cpu_isa"] == {isa!r}
-for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-    x, lengths = torch.randn(1500, 53).to(dtype), [1100, 0, 300, 37]
-    index = random_index(40, 1500)
-    assert torch.equal(unpack(x, index, 40), unpack(x, index, 40)), dtype
-    torch.testing.assert_close(unpack(x, index, 40), unpack(x, index, 40, backend="reference"))
-    assert torch.equal(pack(x, index), pack(x, index, backend="reference")), dtype
-    for mode in ("sum", "mean", "max", "first"):
-        got, want = (segment_pool(x, cu_seqlens_of(lengths), mode, backend=b) for b in ("native", "reference"))
-        torch.testing.assert_close(got, want)
-print("ok")
-"""
+@isas.each
+def test_each_instruction_set(isa):
+    isas.run_on(isa, check_all_dtypes)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set(isa, monkeypatch):
-    """The other tests run on the widest set of this machine."""
-    needs("native", "cpu", torch.float32)
-    monkeypatch.setenv("MMKERNELS_CPU_ISA", isa)
-    done = subprocess.run([sys.executable, "-c", _OTHER_ISA.format(isa=isa)], capture_output=True, text=True)
-    if "MMKERNELS_CPU_ISA" in done.stderr and "not" in done.stderr.splitlines()[-1]:
-        pytest.skip(done.stderr.splitlines()[-1])
-    assert done.stdout == "ok\n", done.stderr
+def check_all_dtypes() -> None:
+    for dtype in DTYPES:
+        x, lengths = torch.randn(1500, 53).to(dtype), [1100, 0, 300, 37]
+        index = random_index(40, 1500)
+        assert torch.equal(unpack(x, index, 40), unpack(x, index, 40)), dtype
+        torch.testing.assert_close(unpack(x, index, 40), unpack(x, index, 40, backend="reference"))
+        assert torch.equal(pack(x, index), pack(x, index, backend="reference")), dtype
+        for mode in MODES:
+            got, want = (segment_pool(x, cu_seqlens_of(lengths), mode, backend=b) for b in ("native", "reference"))
+            torch.testing.assert_close(got, want)
