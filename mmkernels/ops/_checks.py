@@ -18,7 +18,9 @@ __all__ = [
     "deprecated_deterministic",
     "describe",
     "expect_tensor",
+    "expect_true",
     "integer",
+    "is_traced",
     "narrowed",
     "not_yet",
     "readable",
@@ -119,15 +121,39 @@ def validating() -> bool:
 def readable(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor may be looked at: on a CPU, and on a GPU when `validating()`.
 
-    Never where there are none to read: while compiling, and under vmap.
+    Never where there are none to read: while compiling or tracing, on the meta device, and under vmap.
     """
-    if torch.compiler.is_compiling() or (tensor.device.type != "cpu" and not validating()):
+    if torch.compiler.is_compiling() or is_traced(tensor):
+        return False
+    if tensor.device.type != "cpu" and (tensor.device.type == "meta" or not validating()):
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
             return False
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return True
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is fake or a proxy, or will be by the next operation (FakeTensorMode, make_fx, torch.export)."""
+    modes = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
+        return True
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # not imported: then there is none
+    return torch._is_functional_tensor(tensor) or (fakes is not None and isinstance(tensor, fakes.FakeTensor))
+
+
+def expect_true(holds: torch.Tensor, message: str, got: Any = None) -> None:
+    """A condition on values, of any shape: ValueError with what came, or where it cannot be read without waiting, an
+    assertion on the device. Under vmap it must hold for every sample.
+    """
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(holds):
+            holds = torch._C._functorch.get_unwrapped(holds)
+    if not readable(holds):
+        torch._assert_async(holds.all(), message)
+    elif not bool(holds.all()):
+        raise ValueError(message if got is None else f"{message}, got {describe(got)}")
 
 
 def narrowed(name: str, value: torch.Tensor, dtype: torch.dtype, *, bits: bool = False) -> torch.Tensor:

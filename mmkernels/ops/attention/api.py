@@ -192,7 +192,7 @@ def _pattern_wants(q: torch.Tensor, v: torch.Tensor) -> str | None:
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What torch.autocast does to F.scaled_dot_product_attention."""
     kind = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     castable = (torch.float32, torch.bfloat16, torch.float16)

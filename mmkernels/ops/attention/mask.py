@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmkernels.ops._checks import describe, readable, wrong_value
+from mmkernels.ops._checks import describe, is_traced, readable, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 
 from . import builders, metadata, reference
@@ -272,16 +272,19 @@ class AttentionMask:
         Raises:
             ValueError: the mask was laid out for other sizes, or (CPU metadata) reaches past the end.
         """
-        if self._rows is None:
+        rows = self._rows
+        if rows is None:
             self._validate_if_readable(tokens_q, tokens_k)
-            self._rows = self._lay_out_for_keeps(tokens_q, tokens_k)
-        built = self._rows.lo.shape[0], self._rows.first_q.shape[0]
+            rows = self._lay_out_for_keeps(tokens_q, tokens_k)
+            if _outlives_the_call(rows.lo):
+                self._rows = rows
+        built = rows.lo.shape[0], rows.first_q.shape[0]
         if built != (tokens_q, tokens_k):
             raise ValueError(
                 f"mask: expected q and k of {built[0]} and {built[1]} tokens, which it was laid out for,"
                 f" got {tokens_q} and {tokens_k}"
             )
-        return self._rows
+        return rows
 
     def rows_with_classes(self, tokens_q: int, tokens_k: int, table: tuple[int, int]) -> MaskRows:
         """`rows`, and the classes as indices into a pair bias of `table` = (Cq, Ck) entries a head.
@@ -295,14 +298,17 @@ class AttentionMask:
         for name, ids, tokens in (("class_q", self._classes[0], tokens_q), ("class_k", self._classes[1], tokens_k)):
             if ids.shape[0] != tokens:
                 wrong_value(f"mask: {name}", f"[{tokens}], one per token", ids)
-        if self._int_classes is None:
-            self._int_classes = self._classes[0].int().contiguous(), self._classes[1].int().contiguous()
+        int_classes = self._int_classes
+        if int_classes is None:
+            int_classes = self._classes[0].int().contiguous(), self._classes[1].int().contiguous()
+            if _outlives_the_call(int_classes[0]):
+                self._int_classes = int_classes
         if self._values_are_readable():
-            for name, ids, size in zip(("class_q", "class_k"), self._int_classes, table, strict=True):
+            for name, ids, size in zip(("class_q", "class_k"), int_classes, table, strict=True):
                 builders.expect_all(
                     f"mask: {name}", f"classes in [0, {size}) for pair_bias", (ids >= 0) & (ids < size), ids
                 )
-        return rows.changed(class_q=self._int_classes[0], class_k=self._int_classes[1])
+        return rows.changed(class_q=int_classes[0], class_k=int_classes[1])
 
     def to_dense(self, tokens_q: int | None = None, tokens_k: int | None = None) -> torch.Tensor:
         """bool [Tq, Tk]: for tests and pictures, never for a kernel.
@@ -386,6 +392,13 @@ class AttentionMask:
         if rows.span_q is None:
             return rows
         return rows.changed(tiles=pack_states(tile_states(rows, tokens_k)))
+
+
+def _outlives_the_call(tensor: torch.Tensor) -> bool:
+    """False of what was made inside a functorch transform or a trace, which is of no use after it."""
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._are_functorch_transforms_active() and not is_traced(tensor)
 
 
 torch.serialization.add_safe_globals([AttentionMask, *(getattr(builders, name) for name in builders.__all__)])

@@ -96,10 +96,9 @@ def _jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return made[0], made[1]
 
 
-def _second(*args: Any) -> tuple[torch.Tensor, ...]:
-    *tensors, _out, _lse = args[:-_NUM_EXTRA]
-    extra = args[-_NUM_EXTRA:]
-    return attention_second(*tensors, MaskRows(*extra[:_NUM_MASK]), Options(*extra[_NUM_MASK:]))
+def _without_outputs(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that computes out and lse, which come before the mask, anew."""
+    return lambda *args: run(*args[:-4], *args[-2:])
 
 
 def _second_fake(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -120,7 +119,7 @@ attention_second_op = Op(
     "(Tensor? tangent_q, Tensor? tangent_k, Tensor? tangent_v, Tensor? tangent_bias, Tensor? tangent_sink,"
     f" {_GRADIENTS.format('?')}, {_MASK}, {_OPTIONS}, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    impls=dict.fromkeys(BACKENDS, _second),
+    impls=dict.fromkeys(BACKENDS, _structured(_without_outputs(attention_second))),
     fake=_second_fake,
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import describe, expect_tensor, integer, readable, real, wrong_type, wrong_value
+from mmkernels.ops._checks import describe, expect_tensor, expect_true, integer, real, wrong_type, wrong_value
 
 from .losses import Pairs
 from .reference import statistics_dtype
@@ -72,14 +72,6 @@ def smoothing(value: Any) -> float:
     return _fraction("label_smoothing", value)
 
 
-def _require(holds: Tensor, name: str, expected: str, got: Any) -> None:
-    """A condition on values. Where it cannot be read without waiting for a device it is asserted there."""
-    if not readable(holds):
-        torch._assert_async(holds, f"{name}: expected {expected}")
-    elif not bool(holds):
-        wrong_value(name, expected, got)
-
-
 def _integers(name: str, value: Any, letter: str, count: int, queries: Tensor) -> Tensor:
     expected = f"[{count}] int64 or int32, one for each {'query' if letter == 'N' else 'key'}"
     expect_tensor(name, value, expected, ndim=1, dtypes=(torch.int64, torch.int32), like=queries)
@@ -134,7 +126,7 @@ def pairs_of(
 
 
 def _ids_meet(name: str, ids: Tensor, others: Tensor, of: str) -> None:
-    _require(torch.isin(ids, others).all(), name, f"each to occur among {of}", ids)
+    expect_true(torch.isin(ids, others), f"{name}: expected each to occur among {of}", ids)
 
 
 def _targets(targets: Any, queries: Tensor, keys: Tensor, both_ways: bool) -> Tensor:
@@ -147,13 +139,13 @@ def _targets(targets: Any, queries: Tensor, keys: Tensor, both_ways: bool) -> Te
             wrong_value("keys", f"at least [{n}, E]: query i belongs to key i unless targets say otherwise", keys)
         return torch.arange(n, device=queries.device)
     targets = _integers("targets", targets, "N", n, queries)
-    _require(((targets >= 0) & (targets < m)).all(), "targets", f"indices of keys, 0 to {m - 1}", targets)
+    expect_true((targets >= 0) & (targets < m), f"targets: expected indices of keys, 0 to {m - 1}", targets)
     if both_ways:
         # Each key is a target once; others would have no query.
         met = torch.zeros(m, dtype=torch.bool, device=queries.device).index_fill(
             0, targets.clamp(0, max(m - 1, 0)), True
         )
-        _require(met.all(), "targets", "each key once (symmetric=False takes any)", targets)
+        expect_true(met, "targets: expected each key once (symmetric=False takes any)", targets)
     return targets
 
 
@@ -178,10 +170,9 @@ def weights_of(weights: Any, queries: Tensor, keys: Tensor, symmetric: bool, *, 
     if symmetric and n != m:
         wrong_value("weights", f"None where {m} keys have no weights of their own (or symmetric=False)", weights)
     if n > 0:
-        valid = ((weights >= 0) & (weights < math.inf)).all()
-        if some:
-            valid = valid & (weights.sum() > 0)
-        _require(valid, "weights", "finite numbers, none negative" + ", not all zero" * some, weights)
+        valid = (weights >= 0) & (weights < math.inf)
+        valid = valid & (weights.sum() > 0) if some else valid
+        expect_true(valid, "weights: expected finite numbers, none negative" + ", not all zero" * some, weights)
     return weights
 
 

@@ -5,6 +5,7 @@ Each takes a tangent for every output of a backward op, then that op's arguments
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,10 +31,18 @@ def _tangents_fake(grad: Tensor | None, *inputs: Tensor) -> list[Tensor]:
     return [x.new_empty(0 if grad is None else x.shape) for x in inputs]
 
 
-def _softmax(*args: Any) -> tuple[Tensor, ...]:
-    teacher = None if args[14] is None else Teacher(*args[14:18])
-    columns = args[9].shape[0]  # none, or one for each key
-    return second.softmax_second(*args[:8], columns, Pairs(*args[10:14]), teacher)
+def _flat(run: Callable[..., tuple[Tensor, ...]], tensors: int, pairs: slice | None = None) -> Callable[..., Any]:
+    """A function of second.py, which takes so many tensors and the pairs' rule, over an op's arguments."""
+    return lambda *args: run(*args[:tensors], *([] if pairs is None else [Pairs(*args[pairs])]))
+
+
+def _flat_softmax(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    def flat(*args: Any) -> tuple[Tensor, ...]:
+        teacher = None if args[14] is None else Teacher(*args[14:18])
+        columns = args[9].shape[0]  # none, or one for each key
+        return run(*args[:8], columns, Pairs(*args[10:14]), teacher)
+
+    return flat
 
 
 def _softmax_fake(tq: Any, tk: Any, ts: Any, of_q: Tensor | None, of_k: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -60,7 +69,7 @@ softmax_second = Op(
     "contrastive_softmax_second",
     f"({_FEATURES}, Tensor? coefficients_q, Tensor? coefficients_k, {_INPUTS}, Tensor lse_q, Tensor lse_k, {PAIRS}, "
     f"str same_id, {TEACHER}, Tensor? mean_q, Tensor? mean_k, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    impls=dict.fromkeys(BACKENDS, _softmax),
+    impls=dict.fromkeys(BACKENDS, _flat_softmax(second.softmax_second)),
     fake=_softmax_fake,
 )
 
@@ -68,7 +77,7 @@ sigmoid_second = Op(
     "contrastive_sigmoid_second",
     f"({_FEATURES}, Tensor? tangent_bias, Tensor? grad_sum, {_INPUTS}, Tensor logit_bias, {PAIRS}, Tensor? sums, "
     f"{_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    impls=dict.fromkeys(BACKENDS, lambda *args: second.sigmoid_second(*args[:9], Pairs(*args[9:12]))),
+    impls=dict.fromkeys(BACKENDS, _flat(second.sigmoid_second, 9, slice(9, 12))),
     fake=_sigmoid_fake,
 )
 
@@ -76,7 +85,7 @@ infonce_second = Op(
     "contrastive_infonce_second",
     f"({_FEATURES}, Tensor? grad_loss, {_INPUTS}, Tensor lse_q, Tensor lse_k, Tensor grad_scale, {_NEEDS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    impls=dict.fromkeys(BACKENDS, lambda *args: second.infonce_second(*args[:7])),
+    impls=dict.fromkeys(BACKENDS, _flat(second.infonce_second, 7)),
     fake=_infonce_fake,
 )
 
@@ -84,6 +93,6 @@ siglip_second = Op(
     "contrastive_siglip_second",
     f"({_FEATURES}, Tensor? tangent_bias, Tensor? grad_loss, {_INPUTS}, Tensor logit_bias, Tensor grad_scale, "
     f"Tensor grad_bias, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    impls=dict.fromkeys(BACKENDS, lambda *args: second.siglip_second(*args[:9])),
+    impls=dict.fromkeys(BACKENDS, _flat(second.siglip_second, 9)),
     fake=_siglip_fake,
 )

@@ -4,8 +4,8 @@ Along tangents dx, dy, ds of features and scale (and db of the bias), with a_ij 
 
     da_ij = <dx_i, y_j> + <x_i, dy_j>       dl_ij = ds a_ij + s da_ij (+ db)
 
-statistics move by `dlse_i = sum_j p_ij dl_ij` and by sums of da over the pairs that the others are sums of. A function
-of the statistics moves by `sum_ij A_ij dl_ij + B_ij da_ij`, its A made of softmaxes (or sigmoids), B constant, and A by::
+statistics move by `dlse_i = sum_j p_ij dl_ij` and by sums of da over the pairs that the others are sums of. What is
+made of statistics moves by `sum_ij A_ij dl_ij + B_ij da_ij`, A of softmaxes (or sigmoids), B constant; A moves by::
 
     dA_ij = c_i p_ij (dl_ij - dlse_i) + the same of columns
 
@@ -101,9 +101,11 @@ def _call(
     pairs: Pairs,
     teacher: Teacher | None,
 ) -> _Call:
-    inputs = [x.to(statistics_dtype(queries.dtype)) for x in (queries, keys, logit_scale)]
-    moved = [torch.zeros_like(x) if t is None else t.to(x.dtype) for x, t in zip(inputs, tangents, strict=True)]
-    return _Call(*inputs, *moved, pairs, teacher)
+    x, y, scale = inputs = [t.to(statistics_dtype(queries.dtype)) for t in (queries, keys, logit_scale)]
+    dx, dy, dscale = (
+        torch.zeros_like(x) if t is None else t.to(x.dtype) for x, t in zip(inputs, tangents, strict=True)
+    )
+    return _Call(x, y, scale, dx, dy, dscale, pairs, teacher)
 
 
 def _lse(call: _Call, columns: int) -> tuple[Tensor, Tensor]:

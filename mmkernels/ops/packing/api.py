@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmkernels.ops._checks import FLOATING, expect_tensor, integer, narrowed, readable, wrong_type, wrong_value
+from mmkernels.ops._checks import FLOATING, expect_tensor, expect_true, integer, narrowed, wrong_type, wrong_value
 from mmkernels.ops.packing import op
 from mmkernels.runtime.backends import resolve
 
@@ -251,7 +251,7 @@ def pad(
             wrong_value("max_seqlen", f"the longest segment, for tensors on {x.device}", max_seqlen)
         max_seqlen = int(lengths.max()) if lengths.shape[0] else 0
     max_seqlen = integer("max_seqlen", max_seqlen, "an integer >= 0", at_least=0)
-    _check_true((lengths <= max_seqlen).all(), f"max_seqlen: expected at least the longest segment, got {max_seqlen}")
+    expect_true(lengths <= max_seqlen, f"max_seqlen: expected at least the longest segment, got {max_seqlen}")
     at = torch.arange(max_seqlen, device=x.device)  # [L]
     index = torch.where(at < lengths[:, None], begin[:, None] + at, -1)  # [S, L]
     out = pack(x, index.flatten(), backend=backend)
@@ -287,7 +287,7 @@ def unpad(
         wrong_value("keep", expected, keep)
     if keep.ndim == 1:
         in_range = ((keep >= 0) & (keep <= longest)).all()
-        _check_true(in_range, f"keep: expected lengths in [0, {longest}]")
+        expect_true(in_range, f"keep: expected lengths in [0, {longest}]")
         keep = torch.arange(longest, device=x.device) < keep[:, None]
     counts = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
     if total is None:
@@ -295,18 +295,10 @@ def unpad(
             wrong_value("total", f"the number of rows kept, for tensors on {x.device}", total)
         total = int(counts[-1])
     total = integer("total", total, "an integer >= 0", at_least=0)
-    _check_true(counts[-1] <= total, f"total: expected at least the number of rows kept, got {total}")
+    expect_true(counts[-1] <= total, f"total: expected at least the number of rows kept, got {total}")
     # Each kept row writes its number to its place; the others write to one place past the end.
     keep = keep.flatten()
     place = torch.where(keep, keep.cumsum(0) - 1, total)
     index = place.new_full((total + 1,), -1).scatter(0, place, torch.arange(batch * longest, device=x.device))
     tokens = pack(x.flatten(0, 1), index[:total], backend=backend)
     return tokens, counts.to(torch.int32)
-
-
-def _check_true(condition: torch.Tensor, message: str) -> None:
-    """Raise ValueError; where the value cannot be read without waiting or breaking a graph, assert on the device."""
-    if not readable(condition):
-        torch._assert_async(condition, message)
-    elif not bool(condition):
-        raise ValueError(message)

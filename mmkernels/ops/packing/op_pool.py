@@ -26,10 +26,11 @@ def _unchecked(*args: Any) -> None:
     """The forward has checked them."""
 
 
-def _pool_like(rows: torch.Tensor, cu_seqlens: torch.Tensor, argmax: torch.Tensor, mode: str, backend: str) -> Any:
+def _pool_like(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
     """Pool rows as others were pooled: for "max", the rows that won there, which are -1 in an empty segment."""
-    if mode != "max":
-        return segment_pool(rows, cu_seqlens, mode, backend)[0]
+    cu_seqlens, argmax = ctx.saved_tensors
+    if ctx.mode != "max":
+        return segment_pool(rows, cu_seqlens, ctx.mode, ctx.backend)[0]
     if rows.shape[0] == 0:
         return rows.new_zeros(argmax.shape)
     won = rows.gather(0, argmax.long().clamp(min=0))
@@ -42,7 +43,7 @@ def _pool_bwd_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -
 
 
 def _pool_bwd_backward(ctx: Any, tangent: torch.Tensor) -> tuple[Any, ...]:
-    return _pool_like(tangent, *ctx.saved_tensors, ctx.mode, ctx.backend), *(None,) * 5
+    return _pool_like(ctx, tangent), *(None,) * 5
 
 
 def _pool_bwd_jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -78,7 +79,7 @@ def _pool_backward(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple[Any, ...]:
 
 
 def _pool_jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None]:
-    return _pool_like(tangent, *ctx.saved_tensors, ctx.mode, ctx.backend), None
+    return _pool_like(ctx, tangent), None
 
 
 segment_pool = Op(

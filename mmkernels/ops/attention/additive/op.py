@@ -81,9 +81,9 @@ def _jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return made[0], made[1]
 
 
-def _second(*args: Any) -> tuple[torch.Tensor, ...]:
-    *tensors, _out, _lse = args[:-_NUM_MASK]
-    return additive_second(*tensors, Visible(*args[-_NUM_MASK:]))
+def _without_outputs(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that computes out and lse, which come before the mask, anew."""
+    return lambda *args: run(*args[:-3], args[-1])
 
 
 def _second_fake(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -100,7 +100,7 @@ additive_second_op = Op(
     "attention_additive_second",
     "(Tensor? tangent_q, Tensor? tangent_k, Tensor? tangent_v, Tensor? tangent_w, Tensor? tangent_bias,"
     f" {_GRADIENTS.format('?')}, {_MASK}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    impls=dict.fromkeys(BACKENDS, _second),
+    impls=dict.fromkeys(BACKENDS, _with_mask(_without_outputs(additive_second))),
     fake=_second_fake,
 )
 
