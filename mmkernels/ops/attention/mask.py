@@ -396,8 +396,8 @@ class AttentionMask:
 
 def _outlives_the_call(tensor: torch.Tensor) -> bool:
     """False of what was made inside a functorch transform or a trace, which is of no use after it."""
-    if torch.compiler.is_compiling():
-        return True
+    if torch.compiler.is_dynamo_compiling():
+        return True  # the compiled code stores what it computes
     return not torch._C._are_functorch_transforms_active() and not is_traced(tensor)
 
 
