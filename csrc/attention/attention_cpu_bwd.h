@@ -29,6 +29,10 @@ namespace MMK_ISA {
 
 // So long that segments of 256 are whole.
 constexpr int64_t kGradientKeyTile = 256;
+// Sums over keys are sums of sums of so many: equal terms in one long sum are rounded to one side.
+constexpr int64_t kKeysPerSum = 16;
+// One key in so many stands for the others in the mean key of a query.
+constexpr int64_t kKeysPerSample = 64;
 
 template <class T, class S>
 struct BackwardScratch {
@@ -43,6 +47,10 @@ struct BackwardScratch {
     C *lse, *dot, *dlse;  // [queries]; dot: delta without dlse
     Int *lo, *hi;         // [queries]
     C* dq;                // [queries, D]
+    C* ds_sum;            // [queries] over all keys
+    // Over the sampled keys: sums of P, P^2, P |k|^2 and P k.
+    C *weight, *weight_square, *square_sum, *key_sum;  // [queries], [queries], [queries], [queries, D]
+    bool sampled;
     // For a pattern, a bias:
     Int *span, *allow, *class_q;  // [queries]
     C* row_sums;                  // [Ck + 1, queries]
@@ -53,10 +61,14 @@ struct BackwardScratch {
   Packed<T>*k, *v;         // A [keys, D], A [keys, Dv]
   Packed<S>* k_rows;       // B [keys, D]
   OddRows<T> odd_k;
-  C *s, *dp;         // [keys, ld]
-  Packed<S>*p, *ds;  // A [keys, queries]
-  Packed<S>* ds_q;   // A [queries, keys]
-  C *dk, *dv;        // [key_range, D], [key_range, Dv]
+  Packed<C>* sample_k;  // B [sampled keys, D]
+  OddRows<T> odd_sample;
+  C* sample_square;     // [sampled keys] |k|^2
+  Packed<C>* sample_p;  // A [queries, sampled keys]
+  C *s, *dp;            // [keys, ld]
+  Packed<S>*p, *ds;     // A [keys, queries]
+  Packed<S>* ds_q;      // A [queries, keys]
+  C *dk, *dv;           // [key_range, D], [key_range, Dv]
   C* bias;
   C* z;  // [keys, ld]: dropout's factors
 
@@ -73,6 +85,11 @@ struct BackwardScratch {
       t.lo = arena.take<Int>(kQueryTile);
       t.hi = arena.take<Int>(kQueryTile);
       t.dq = arena.take<C>(kQueryTile * n.dim);
+      t.ds_sum = arena.take<C>(kQueryTile);
+      t.weight = arena.take<C>(kQueryTile);
+      t.weight_square = arena.take<C>(kQueryTile);
+      t.square_sum = arena.take<C>(kQueryTile);
+      t.key_sum = arena.take<C>(kQueryTile * n.dim);
       t.span = arena.take<Int>(pattern);
       t.allow = arena.take<Int>(pattern);
       t.class_q = arena.take<Int>(biased);
@@ -82,6 +99,9 @@ struct BackwardScratch {
     k = arena.take<Packed<T>>(packed_size_a<T>(kGradientKeyTile, n.dim));
     v = arena.take<Packed<T>>(packed_size_a<T>(kGradientKeyTile, n.dim_v));
     k_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim, kGradientKeyTile));
+    sample_k = arena.take<Packed<C>>(packed_size_b<C>(n.dim, kGradientKeyTile / kKeysPerSample));
+    sample_square = arena.take<C>(kGradientKeyTile / kKeysPerSample);
+    sample_p = arena.take<Packed<C>>(packed_size_a<C>(kQueryTile, kGradientKeyTile / kKeysPerSample));
     s = arena.take<C>(kGradientKeyTile * ld);
     dp = arena.take<C>(kGradientKeyTile * ld);
     p = arena.take<Packed<S>>(packed_size_a<S>(kGradientKeyTile, kQueryTile));
@@ -190,6 +210,7 @@ class BackwardTask {
       pack_rows_a<T>(k, key, keys, n_.dim, w_.k);
       pack_rows_a<T>(v, key, keys, n_.dim_v, w_.v);
       if (want_dq) w_.odd_k.template pack<S>(k, key, keys, n_.dim, w_.k_rows);
+      if (want_dq && key_end - key_begin > kGradientKeyTile) pack_sample(k, key, keys);
       for (int64_t t = 0; t < count; ++t) {
         int64_t first = -min64(-key, -tiles[t].key_begin), end = min64(key + keys, tiles[t].key_end);
         if (map_.given()) map_.trim(tiles[t], first, end);
@@ -198,12 +219,50 @@ class BackwardTask {
     }
     if (!want_dq) return;
     for (int64_t t = 0; t < count; ++t) {
+      if (w_.tile[t].sampled) settle(w_.tile[t], tiles[t].end - tiles[t].begin);
       write_rows<T>(w_.tile[t].dq, tiles[t].end - tiles[t].begin, n_.dim, scale_, head_of<T>(args_.dq, head),
                     tiles[t].begin);
       C* delta = args_.delta.ptr<C>() + head * n_.num_queries;
       for (int64_t i = tiles[t].begin; i < tiles[t].end; ++i)
         delta[i] = w_.tile[t].dot[i - tiles[t].begin] - w_.tile[t].dlse[i - tiles[t].begin];
       if (args_.extras.pair_bias.given()) write_row_sums(head, tiles[t], w_.tile[t]);
+    }
+  }
+
+  void pack_sample(HeadView<T> k, int64_t key, int64_t keys) {
+    const HeadView<T> sample{k.row(key), kKeysPerSample * k.stride};
+    const int64_t count = round_up(keys, kKeysPerSample) / kKeysPerSample;
+    w_.odd_sample.template pack<C>(sample, 0, count, n_.dim, w_.sample_k);
+    for (int64_t i = 0; i < count; ++i) w_.sample_square[i] = square_of(sample.row(i));
+  }
+
+  // |x|^2 of D elements.
+  template <class E>
+  C square_of(const E* x) const {
+    Vec<C> sum = {};
+    for (int64_t d = 0; d < n_.dim; d += kLanes<C>) {
+      const Vec<C> part = load_n(x + d, min64(kLanes<C>, n_.dim - d));
+      sum += part * part;
+    }
+    return reduce_add(sum);
+  }
+
+  // Where the keys came in parts delta was that of the rounded out, and the sum of dS shows by how much it was wrong:
+  // dS lacks P times that, and dQ so much of the query's mean key, which is no small thing where the keys have a mean
+  // in common. The sampled keys estimate it, drawn towards 0 as far as their spread says (James and Stein).
+  void settle(TileState& state, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
+      const C rest = state.ds_sum[i] - (sink * state.dot[i] + (1 - sink) * state.dlse[i]);
+      const C weight = state.weight[i], *key_sum = state.key_sum + i * n_.dim;
+      if (!(weight > 0) || !(rest - rest == 0)) continue;  // sees nothing, or an infinity
+      state.dot[i] += rest;
+      const C square = square_of(key_sum), pairs = weight * weight - state.weight_square[i];
+      const C noise = (state.square_sum[i] * weight - square) * state.weight_square[i];
+      if (!(noise < square * pairs)) continue;
+      const C factor = rest * (1 - sink) / weight * (1 - noise / (square * pairs));
+      C* dq = state.dq + i * n_.dim;
+      for (int64_t d = 0; d < n_.dim; ++d) dq[d] -= factor * key_sum[d];
     }
   }
 
@@ -220,20 +279,31 @@ class BackwardTask {
     const HeadView<T> q = head_of<T>(args_.q, head), grad_out = head_of<T>(args_.grad_out, head);
     pack_columns_b<T>(q, tile.begin, rows, n_.dim, state.q_columns);
     pack_columns_b<T>(grad_out, tile.begin, rows, n_.dim_v, state.do_columns);
-    pack_columns_b<T>(head_of<T>(args_.out, head), tile.begin, rows, n_.dim_v, w_.out_columns);
-    multiply_columns<T>(rows, n_.dim_v, state.do_columns, w_.out_columns, state.dot);
+    if (want_dq) {
+      pack_columns_b<T>(head_of<T>(args_.out, head), tile.begin, rows, n_.dim_v, w_.out_columns);
+      multiply_columns<T>(rows, n_.dim_v, state.do_columns, w_.out_columns, state.dot);
+    }
     if (want_dkv) {
       state.odd_q.template pack<S>(q, tile.begin, rows, n_.dim, state.q_rows);
       state.odd_do.template pack<S>(grad_out, tile.begin, rows, n_.dim_v, state.do_rows);
     }
-    if (want_dq) clear(state.dq, rows * n_.dim);
+    if (want_dq) {
+      clear(state.dq, rows * n_.dim);
+      clear(state.ds_sum, kQueryTile);
+      clear(state.weight, kQueryTile);
+      clear(state.weight_square, kQueryTile);
+      clear(state.square_sum, kQueryTile);
+      state.sampled = false;
+    }
     const C* lse = args_.lse.ptr<C>() + head * n_.num_queries + tile.begin;
     const C* dlse = args_.grad_lse.given() ? args_.grad_lse.ptr<C>() + head * n_.num_queries + tile.begin : nullptr;
+    const C* delta = args_.delta.ptr<C>() + head * n_.num_queries + tile.begin;
     const int32_t *lo = args_.mask.lo.ptr<int32_t>() + tile.begin, *hi = args_.mask.hi.ptr<int32_t>() + tile.begin;
     for (int64_t i = 0; i < kQueryTile; ++i) {  // columns beyond the tile see nothing
       // A query that sees nothing has lse -inf; against 0 its logits, all -inf, give 0.
       state.lse[i] = i < rows && lse[i] != -FloatTraits<C>::infinity ? lse[i] : 0;
       state.dlse[i] = i < rows && dlse != nullptr ? dlse[i] : 0;
+      if (!want_dq) state.dot[i] = i < rows ? delta[i] + state.dlse[i] : 0;
       state.lo[i] = i < rows ? lo[i] : 0;
       state.hi[i] = i < rows ? hi[i] : 0;
     }
@@ -278,11 +348,33 @@ class BackwardTask {
       state.odd_do.template add<S>(height, rows, w_.p, 0, w_.dv + at * n_.dim_v, n_.dim_v);
       state.odd_q.template add<S>(height, rows, w_.ds, 0, w_.dk + at * n_.dim, n_.dim);
     }
+    if (want_dq && !whole) add_sample(state, keys, from, height, rows);
     if (want_dq) {
       pack_a<S>(w_.dp, 1, Scratch::ld, rows, height, w_.ds_q);
       multiply<S>(rows, n_.dim, height, w_.ds_q, w_.k_rows, from, keys, state.dq, n_.dim, true);
       w_.odd_k.template add<S>(rows, height, w_.ds_q, from, state.dq, n_.dim);
     }
+  }
+
+  // What rows [from, from + height) of the key tile add to the mean keys of `rows` queries.
+  void add_sample(TileState& state, int64_t keys, int64_t from, int64_t height, int64_t rows) {
+    const int64_t first = round_up(from, kKeysPerSample) / kKeysPerSample;
+    const int64_t count = round_up(from + height, kKeysPerSample) / kKeysPerSample - first;
+    if (count == 0) return;
+    C* p = w_.s + (first * kKeysPerSample - from) * Scratch::ld;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < rows; c += kLanes<C>) {
+        C* at = p + i * kKeysPerSample * Scratch::ld + c;
+        const Vec<C> term = load(at), seen = select(term == kHidden, Vec<C>{}, term);
+        store(at, seen);
+        store(state.weight + c, load(state.weight + c) + seen);
+        store(state.weight_square + c, load(state.weight_square + c) + seen * seen);
+        store(state.square_sum + c, load(state.square_sum + c) + seen * w_.sample_square[first + i]);
+      }
+    pack_a<C>(p, 1, kKeysPerSample * Scratch::ld, rows, count, w_.sample_p);
+    multiply<C>(rows, n_.dim, count, w_.sample_p, w_.sample_k, first, round_up(keys, kKeysPerSample) / kKeysPerSample,
+                state.key_sum, n_.dim, state.sampled);
+    state.sampled = true;
   }
 
   // Scores become logits: scaled and biased, -inf where a query does not see a key. `inside`: the intervals hide none.
@@ -331,18 +423,20 @@ class BackwardTask {
     const bool dropped = args_.extras.seed.given(), sums = want_dq && args_.extras.pair_bias.given();
     const int32_t* class_k = args_.extras.class_k.ptr<int32_t>();
     for (int64_t c = 0; c < rows; c += kLanes<C>) {
-      const Vec<C> dlse = load(state.dlse + c);
-      Vec<C> inverse = splat(C{1}), delta = load(state.dot + c);
+      Vec<C> inverse = splat(C{1}), delta = load(state.dot + c), shift = load(state.dlse + c);
       if (whole) {
-        softmax_column<full>(state, key, height, c, inverse, delta);
-        store(state.dot + c, delta);
+        delta = select(delta - delta == Vec<C>{}, delta, Vec<C>{});  // an infinity of out need not be one of delta
+        const Vec<C> low = softmax_column<full>(state, key, height, c, delta, inverse);
+        store(state.dot + c, delta + low);
+        shift -= low;
       } else {
         recall_column<full>(state, key, height, c);
       }
+      Vec<C> ds_sum = {};
       for (int64_t i = 0; i < height; ++i) {
         C* dp = w_.dp + i * Scratch::ld + c;
         const Vec<C> term = load(w_.s + i * Scratch::ld + c);
-        Vec<C> p = term * inverse, ds = p * (load(dp) - delta + dlse);
+        Vec<C> p = term * inverse, ds = p * (load(dp) - delta + shift);
         if (hides) {  // what a hidden pair's term is multiplied by may be a NaN
           p = select(term == kHidden, Vec<C>{}, p);
           ds = select(term == kHidden, Vec<C>{}, ds);
@@ -356,7 +450,9 @@ class BackwardTask {
           store(sum, load(sum) + ds);
         }
         if (want_dq) store(dp, ds);
+        ds_sum += ds;
       }
+      if (want_dq && !whole) store(state.ds_sum + c, load(state.ds_sum + c) + ds_sum);
     }
   }
 
@@ -376,9 +472,9 @@ class BackwardTask {
     }
   }
 
-  // P before division by its sum, one over that sum, and delta, from all keys of the queries.
+  // P before division by its sum and one over that sum, from all keys of the queries; returns what `delta` lacks.
   template <bool full>
-  void softmax_column(const TileState& state, int64_t key, int64_t height, int64_t c, Vec<C>& inverse, Vec<C>& delta) {
+  Vec<C> softmax_column(const TileState& state, int64_t key, int64_t height, int64_t c, Vec<C> delta, Vec<C>& inverse) {
     const Vec<C> lowest = splat(-FloatTraits<C>::infinity);
     const C sign = logit_scale_ < 0 ? -1 : 1, factor = logit_scale_ * sign;
     Vec<C> shift = lowest, sum = {}, dot = {};
@@ -390,23 +486,29 @@ class BackwardTask {
       shift = max(shift, splat(state.sink / factor));
       shift = select(shift == lowest, Vec<C>{}, shift);  // sees nothing: -inf minus 0 stays -inf
       sum = exp(splat(state.sink) - shift * factor);
+      dot = -sum * delta;  // the sink's value is 0
     }
-    for (int64_t i = 0; i < height; ++i) {
-      C* s = w_.s + i * Scratch::ld + c;
-      const Vec<C> x = load(s) * sign;
-      Vec<C> p = exp((x - shift) * factor), product = p * load(w_.dp + i * Scratch::ld + c);
-      if (rewrites_) p = select(x == lowest, splat(kHidden), p);
-      if (!full) p = select(visible(state, key + i, c), p, splat(kHidden));
-      store(s, p);
-      if (!full || rewrites_) {
-        product = select(p == kHidden, Vec<C>{}, product);
-        p = select(p == kHidden, Vec<C>{}, p);
+    for (int64_t first = 0; first < height; first += kKeysPerSum) {
+      Vec<C> part_sum = {}, part_dot = {};
+      for (int64_t i = first; i < min64(first + kKeysPerSum, height); ++i) {
+        C* s = w_.s + i * Scratch::ld + c;
+        const Vec<C> x = load(s) * sign;
+        Vec<C> p = exp((x - shift) * factor), product = p * (load(w_.dp + i * Scratch::ld + c) - delta);
+        if (rewrites_) p = select(x == lowest, splat(kHidden), p);
+        if (!full) p = select(visible(state, key + i, c), p, splat(kHidden));
+        store(s, p);
+        if (!full || rewrites_) {
+          product = select(p == kHidden, Vec<C>{}, product);
+          p = select(p == kHidden, Vec<C>{}, p);
+        }
+        part_sum += p;
+        part_dot += product;
       }
-      sum += p;
-      dot += product;
+      sum += part_sum;
+      dot += part_dot;
     }
     inverse = select(sum == Vec<C>{}, inverse, inverse / sum);
-    delta = dot * inverse;
+    return dot * inverse;
   }
 
   // Which of the queries from column c on see a key.
@@ -449,10 +551,10 @@ void backward_as(const AttentionBwdArgs& args, const AttentionShape& shape, Atte
     run_backward<T, S, true, true>(args, shape, plan, num_threads);
     return;
   }
-  plan.cut_keys(2 * kGradientKeyTile);
-  run_backward<T, S, false, true>(args, shape, plan, num_threads);
   plan.cut_queries(tiles_per_task(plan.num_tiles(), shape.heads, num_threads));
   run_backward<T, S, true, false>(args, shape, plan, num_threads);
+  plan.cut_keys(2 * kGradientKeyTile);
+  run_backward<T, S, false, true>(args, shape, plan, num_threads);
 }
 
 template <class T>
