@@ -3,9 +3,10 @@
 //   P_ij = exp(scale <q_i, k_j> - lse_i)      dP_ij = <do_i, v_j>      dS_ij = P_ij (dP_ij - delta_i)
 //   dV = P^T dO      dK = scale dS^T Q      dQ = scale dS K      delta_i = <do_i, out_i> - dlse_i
 //
-// Where all keys of a query tile lie in one key tile, rows of P are divided by their sum and delta is sum_j P_ij dP_ij:
-// neither the rounding of lse nor that of out enters, and a query with a single key gets dS = 0 exactly. Elsewhere
-// delta comes from out, summed in the order in which the product sums dP.
+// Where all keys of a query tile lie in one key tile, rows of P are divided by their sum and delta is sum_j P_ij dP_ij,
+// as what it is above <do_i, out_i>: neither the rounding of lse nor that of out enters, and a query with a single key
+// gets dS = 0 exactly. Elsewhere delta comes from out, summed in the order in which the product sums dP, and dQ is put
+// right afterwards (settle).
 //
 // S and dP come from 16-bit inputs as they are. P and dS are operands of type S: the compute type, which makes a
 // gradient in bf16 as accurate as a float32 one that was cast; but bf16, at half the cost of three products and sqrt(2)
@@ -17,7 +18,7 @@
 //
 // No sum is shared between threads, so there are two ways to cut:
 //   one pass    a task owns a component (tiles and keys that only see each other) of a key/value head: five products
-//   two passes  tasks that own keys for dK and dV, then tasks that own queries for dQ: seven products; when there are
+//   two passes  tasks that own queries for dQ, then tasks that own keys for dK and dV: seven products; when there are
 //               too few components to keep every thread busy
 #pragma once
 
@@ -50,7 +51,7 @@ struct BackwardScratch {
     C* ds_sum;            // [queries] over all keys
     // Over the sampled keys: sums of P, P^2, P |k|^2 and P k.
     C *weight, *weight_square, *square_sum, *key_sum;  // [queries], [queries], [queries], [queries, D]
-    bool sampled;
+    bool sampled, in_parts;
     // For a pattern, a bias:
     Int *span, *allow, *class_q;  // [queries]
     C* row_sums;                  // [Ck + 1, queries]
@@ -219,7 +220,7 @@ class BackwardTask {
     }
     if (!want_dq) return;
     for (int64_t t = 0; t < count; ++t) {
-      if (w_.tile[t].sampled) settle(w_.tile[t], tiles[t].end - tiles[t].begin);
+      if (w_.tile[t].in_parts) settle(w_.tile[t], tiles[t].end - tiles[t].begin, k);
       write_rows<T>(w_.tile[t].dq, tiles[t].end - tiles[t].begin, n_.dim, scale_, head_of<T>(args_.dq, head),
                     tiles[t].begin);
       C* delta = args_.delta.ptr<C>() + head * n_.num_queries;
@@ -249,20 +250,36 @@ class BackwardTask {
 
   // Where the keys came in parts delta was that of the rounded out, and the sum of dS shows by how much it was wrong:
   // dS lacks P times that, and dQ so much of the query's mean key, which is no small thing where the keys have a mean
-  // in common. The sampled keys estimate it, drawn towards 0 as far as their spread says (James and Stein).
-  void settle(TileState& state, int64_t rows) {
+  // in common. The sampled keys estimate it, drawn towards 0 as far as their spread says (James and Stein); for a query
+  // that sees none of them its first key does.
+  void settle(TileState& state, int64_t rows, HeadView<T> k) {
     for (int64_t i = 0; i < rows; ++i) {
       const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
       const C rest = state.ds_sum[i] - (sink * state.dot[i] + (1 - sink) * state.dlse[i]);
-      const C weight = state.weight[i], *key_sum = state.key_sum + i * n_.dim;
-      if (!(weight > 0) || !(rest - rest == 0)) continue;  // sees nothing, or an infinity
-      state.dot[i] += rest;
-      const C square = square_of(key_sum), pairs = weight * weight - state.weight_square[i];
-      const C noise = (state.square_sum[i] * weight - square) * state.weight_square[i];
-      if (!(noise < square * pairs)) continue;
-      const C factor = rest * (1 - sink) / weight * (1 - noise / (square * pairs));
+      const C weight = state.weight[i];
+      const int64_t first = -min64(0, -static_cast<int64_t>(state.lo[i]));
+      const int64_t end = min64(n_.num_keys, static_cast<int64_t>(state.hi[i]));
+      if (!(rest - rest == 0) || first >= end) continue;  // an infinity, or sees nothing
       C* dq = state.dq + i * n_.dim;
-      for (int64_t d = 0; d < n_.dim; ++d) dq[d] -= factor * key_sum[d];
+      if (weight > 0) {
+        state.dot[i] += rest;
+        const C *key_sum = state.key_sum + i * n_.dim, square = square_of(key_sum);
+        const C pairs = weight * weight - state.weight_square[i];
+        const C noise = (state.square_sum[i] * weight - square) * state.weight_square[i];
+        if (noise < square * pairs) subtract(dq, rest * (1 - sink) / weight * (1 - noise / (square * pairs)), key_sum);
+      } else if (weight == 0 && !map_.given() && square_of(k.row(first)) < FloatTraits<C>::infinity) {
+        state.dot[i] += rest;
+        subtract(dq, rest * (1 - sink), k.row(first));
+      }
+    }
+  }
+
+  // x -= factor * y, of D elements.
+  template <class E>
+  void subtract(C* x, C factor, const E* y) const {
+    for (int64_t d = 0; d < n_.dim; d += kLanes<C>) {
+      const int64_t left = min64(kLanes<C>, n_.dim - d);
+      store_n(x + d, load_n(x + d, left) - load_n(y + d, left) * factor, left);
     }
   }
 
@@ -293,7 +310,7 @@ class BackwardTask {
       clear(state.weight, kQueryTile);
       clear(state.weight_square, kQueryTile);
       clear(state.square_sum, kQueryTile);
-      state.sampled = false;
+      state.sampled = state.in_parts = false;
     }
     const C* lse = args_.lse.ptr<C>() + head * n_.num_queries + tile.begin;
     const C* dlse = args_.grad_lse.given() ? args_.grad_lse.ptr<C>() + head * n_.num_queries + tile.begin : nullptr;
@@ -360,6 +377,7 @@ class BackwardTask {
   void add_sample(TileState& state, int64_t keys, int64_t from, int64_t height, int64_t rows) {
     const int64_t first = round_up(from, kKeysPerSample) / kKeysPerSample;
     const int64_t count = round_up(from + height, kKeysPerSample) / kKeysPerSample - first;
+    state.in_parts = true;
     if (count == 0) return;
     C* p = w_.s + (first * kKeysPerSample - from) * Scratch::ld;
     for (int64_t i = 0; i < count; ++i)
