@@ -2,6 +2,10 @@
 // dq and their share of dw, then tasks that own a tile of keys of a key/value head for dk and dv. Each keeps the tanh
 // of one query against a tile in a buffer [D, kKeys]: it is needed for the score and, once ds is known, for the
 // gradients.
+//
+// delta from the rounded out is wrong by a rounding, the same for all keys of a query, which no sum over them makes
+// smaller. The sum of ds shows it: dq and dw are put right with the sums of p in place of ds, and the second pass has
+// the right delta.
 #pragma once
 
 #include "attention/additive_cpu_tile.h"
@@ -40,21 +44,30 @@ struct Pairs {
     transpose_tile(v, key, keys, n.dim_v, row, vt);
   }
 
-  // q + bias, the gradient of out, and delta of query i.
-  C load_query(int64_t i, int64_t head) {
-    const HeadRows<T> q(args.q, head), out(args.out, head), grad_out(args.grad_out, head);
+  // q + bias and the gradient of out of query i.
+  void load_query(int64_t i, int64_t head) {
+    const HeadRows<T> q(args.q, head), grad_out(args.grad_out, head);
     const C* bias = args.bias.template ptr<const C>() + head * n.dim;
     each_vector<C>(n.dim, [&](int64_t d, int64_t count) __attribute__((always_inline)) {
       write(qb + d, read(q.row(i) + d, count) + read(bias + d, count), count);
     });
+    each_vector<C>(n.dim_v, [&](int64_t d, int64_t count) __attribute__((always_inline)) {
+      write(grad + d, read(grad_out.row(i) + d, count), count);
+    });
+  }
+
+  C dlse(int64_t i, int64_t head) const {
+    return args.grad_lse.given() ? args.grad_lse.template ptr<const C>()[head * n.num_queries + i] : 0;
+  }
+
+  // <do, out> - dlse of query i.
+  C delta(int64_t i, int64_t head) const {
+    const HeadRows<T> out(args.out, head), grad_out(args.grad_out, head);
     Vec<C> sum = {};
     each_vector<C>(n.dim_v, [&](int64_t d, int64_t count) __attribute__((always_inline)) {
-      const auto g = read(grad_out.row(i) + d, count);
-      write(grad + d, g, count);
-      sum += g * read(out.row(i) + d, count);
+      sum += read(grad_out.row(i) + d, count) * read(out.row(i) + d, count);
     });
-    const C dlse = args.grad_lse.given() ? args.grad_lse.template ptr<const C>()[head * n.num_queries + i] : 0;
-    return reduce_add(sum) - dlse;
+    return reduce_add(sum) - dlse(i, head);
   }
 
   // p and ds for the whole vectors around [at.begin, at.end), zero where nothing is seen; t for all of them.
@@ -82,16 +95,55 @@ struct Pairs {
   C *qb, *row, *grad;
 };
 
-// dq of queries [first, last) of a head, and their share of dw.
+// One tile of keys in so many stands for the others in what is only to put a rounding right.
+constexpr int64_t kTilesPerSample = 4;
+
+// What the queries of a task gather besides dq and dw: sums of ds over all keys; over the sampled ones of p, of
+// p (1 - t^2) and p t.
+template <class T>
+struct QuerySums {
+  using C = ComputeOf<T>;
+
+  static int64_t scratch(int64_t dim) { return kQueries * (2 * dim + 2); }
+
+  QuerySums(int64_t dim, C* memory) : ds(memory), p(ds + kQueries), slope(p + kQueries), value(slope + kQueries * dim) {
+    for (int64_t x = 0; x < scratch(dim); ++x) memory[x] = 0;
+  }
+
+  void sample(const Pairs<T>& pairs, int64_t r, Interval at) {
+    constexpr int64_t L = kLanes<C>;
+    const int64_t dim = pairs.n.dim;
+    Vec<C> all = {};
+    for (int64_t j = at.begin / L * L; j < at.end; j += L) all += load(pairs.p + j);
+    p[r] += reduce_add(all);
+    for (int64_t d = 0; d < dim; ++d) {
+      Vec<C> of_slope = {}, of_value = {};
+      for (int64_t j = at.begin / L * L; j < at.end; j += L) {
+        const Vec<C> weight = load(pairs.p + j), t = load(pairs.t + d * kKeys + j);
+        of_value += weight * t;
+        of_slope += weight * ((C(1) - t) * (C(1) + t));
+      }
+      slope[r * dim + d] += reduce_add(of_slope);
+      value[r * dim + d] += reduce_add(of_value);
+    }
+  }
+
+  C *ds, *p;         // [kQueries]
+  C *slope, *value;  // [kQueries, D]
+};
+
+// dq of queries [first, last) of a head, their share of dw, and their deltas [Tq].
 template <class T, class C = ComputeOf<T>>
-void query_gradients(Pairs<T> pairs, int64_t head, int64_t first, int64_t last, C* dw) {
+void query_gradients(Pairs<T> pairs, int64_t head, int64_t first, int64_t last, QuerySums<T> sums, C* dw, C* delta) {
   constexpr int64_t L = kLanes<C>;
   const Sizes& n = pairs.n;
   const C* w = pairs.args.w.template ptr<const C>() + head * n.dim;
   C* dq = pairs.args.dq.template ptr<C>() + head * n.dim;
   const int64_t row = n.heads * n.dim;
-  for (int64_t i = first; i < last; ++i)
+  for (int64_t i = first; i < last; ++i) {
+    delta[i] = pairs.delta(i, head);
     for (int64_t d = 0; d < n.dim; ++d) dq[i * row + d] = 0;
+  }
   for (int64_t d = 0; d < n.dim; ++d) dw[d] = 0;
   const Interval hull = hull_of_keys(pairs.mask, first, last);
   for (int64_t key = hull.begin; key < hull.end; key += kKeys) {
@@ -102,7 +154,13 @@ void query_gradients(Pairs<T> pairs, int64_t head, int64_t first, int64_t last, 
       if (at.empty()) continue;
       if (!packed) pairs.load_keys(key, keys);
       packed = true;
-      pairs.differentiate(i, head, key, at, pairs.load_query(i, head));
+      pairs.load_query(i, head);
+      pairs.differentiate(i, head, key, at, delta[i]);
+      Vec<C> all = {};
+      for (int64_t j = at.begin / L * L; j < at.end; j += L) all += load(pairs.ds + j);
+      sums.ds[i - first] += reduce_add(all);
+      if (sums.p[i - first] == 0 || (key - hull.begin) / kKeys % kTilesPerSample == 0)
+        sums.sample(pairs, i - first, at);
       for (int64_t d = 0; d < n.dim; ++d) {
         Vec<C> slope = {}, value = {};
         for (int64_t j = at.begin / L * L; j < at.end; j += L) {
@@ -115,15 +173,29 @@ void query_gradients(Pairs<T> pairs, int64_t head, int64_t first, int64_t last, 
       }
     }
   }
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t r = i - first;
+    const C rest = sums.ds[r] - pairs.dlse(i, head);
+    if (!(sums.p[r] > 0) || !(rest - rest == 0)) continue;  // sees nothing, or an infinity
+    delta[i] += rest;
+    const C weight = rest / sums.p[r];
+    for (int64_t d = 0; d < n.dim; ++d) {
+      dq[i * row + d] -= weight * sums.slope[r * n.dim + d] * w[d];
+      dw[d] -= weight * sums.value[r * n.dim + d];
+    }
+  }
 }
 
-// dk and dv of keys [key, key + keys) of a key/value head. `dkt` [D, kKeys] and `dvt` [Dv, kKeys] are their sums.
+// dk and dv of keys [key, key + keys) of a key/value head, with the deltas [H, Tq]. Their sums are in `total`
+// [D + Dv, kKeys], those over the last few queries in `part`, of the same shape.
 template <class T, class C = ComputeOf<T>>
-void key_gradients(Pairs<T> pairs, int64_t kv_head, int64_t key, int64_t keys, C* dkt, C* dvt) {
+void key_gradients(Pairs<T> pairs, int64_t kv_head, int64_t key, int64_t keys, const C* deltas, C* total, C* part) {
   constexpr int64_t L = kLanes<C>;
   const Sizes& n = pairs.n;
-  for (int64_t x = 0; x < n.dim * kKeys; ++x) dkt[x] = 0;
-  for (int64_t x = 0; x < n.dim_v * kKeys; ++x) dvt[x] = 0;
+  const int64_t size = (n.dim + n.dim_v) * kKeys;
+  C *const dkt = part, *const dvt = part + n.dim * kKeys;
+  for (int64_t x = 0; x < size; ++x) total[x] = part[x] = 0;
+  int64_t terms = 0;
   const Interval hull = hull_of_queries(pairs.mask, key, key + keys);
   if (!hull.empty()) pairs.load_keys(key, keys);
   for (int64_t head = kv_head * n.group(); head < (kv_head + 1) * n.group(); ++head) {
@@ -131,7 +203,8 @@ void key_gradients(Pairs<T> pairs, int64_t kv_head, int64_t key, int64_t keys, C
     for (int64_t i = hull.begin; i < hull.end; ++i) {
       const Interval at = columns(pairs.mask, i, key, keys);
       if (at.empty()) continue;
-      pairs.differentiate(i, head, key, at, pairs.load_query(i, head));
+      pairs.load_query(i, head);
+      pairs.differentiate(i, head, key, at, deltas[head * n.num_queries + i]);
       for (int64_t j = at.begin / L * L; j < at.end; j += L) {
         const Vec<C> p = load(pairs.p + j), ds = load(pairs.ds + j);
         for (int64_t d = 0; d < n.dim; ++d) {
@@ -144,8 +217,10 @@ void key_gradients(Pairs<T> pairs, int64_t kv_head, int64_t key, int64_t keys, C
           store(sum, load(sum) + select(p == C(0), Vec<C>{}, p * pairs.grad[d]));
         }
       }
+      if (++terms % kRowsPerPart == 0) add_part(part, total, size);
     }
   }
+  add_part(part, total, size);
   const auto write_rows = [&](const C* sums, int64_t width, const Tensor& to) {
     for (int64_t j = 0; j < keys; ++j) {
       for (int64_t d = 0; d < width; ++d) pairs.row[d] = sums[d * kKeys + j];
@@ -154,8 +229,8 @@ void key_gradients(Pairs<T> pairs, int64_t kv_head, int64_t key, int64_t keys, C
                                 __attribute__((always_inline)) { write(row + d, read(pairs.row + d, count), count); });
     }
   };
-  write_rows(dkt, n.dim, pairs.args.dk);
-  write_rows(dvt, n.dim_v, pairs.args.dv);
+  write_rows(total, n.dim, pairs.args.dk);
+  write_rows(total + n.dim * kKeys, n.dim_v, pairs.args.dv);
 }
 
 template <class T>
@@ -164,20 +239,24 @@ void backward(const AdditiveBwdArgs& args, int num_threads) {
   const Sizes n(args);
   const Mask mask(args.mask, n);
   const int64_t query_tiles = (n.num_queries + kQueries - 1) / kQueries, key_tiles = (n.num_keys + kKeys - 1) / kKeys;
-  const int64_t pairs = padded(Pairs<T>::scratch(n)), scratch = pairs + (n.dim + n.dim_v) * kKeys;
+  const int64_t pairs = padded(Pairs<T>::scratch(n));
+  const int64_t sums = (n.dim + n.dim_v) * kKeys;
+  const int64_t scratch = pairs + most(2 * sums, padded(QuerySums<T>::scratch(n.dim)));
   const int64_t tasks = most(query_tiles * n.heads, key_tiles * n.kv_heads);
   AlignedBuffer<C> memory(scratch * usable_threads(tasks, num_threads));
-  AlignedBuffer<C> dw(query_tiles * n.heads * n.dim);
+  AlignedBuffer<C> dw(query_tiles * n.heads * n.dim), delta(n.heads * n.num_queries);
   parallel_for(query_tiles * n.heads, num_threads, [&](int64_t task, int thread) {
     const int64_t head = task % n.heads, first = task / n.heads * kQueries;
-    query_gradients(Pairs<T>(args, n, mask, head / n.group(), memory.data() + thread * scratch), head, first,
-                    least(first + kQueries, n.num_queries), dw.data() + task * n.dim);
+    C* const mine = memory.data() + thread * scratch;
+    query_gradients(Pairs<T>(args, n, mask, head / n.group(), mine), head, first,
+                    least(first + kQueries, n.num_queries), QuerySums<T>(n.dim, mine + pairs), dw.data() + task * n.dim,
+                    delta.data() + head * n.num_queries);
   });
   parallel_for(key_tiles * n.kv_heads, num_threads, [&](int64_t task, int thread) {
     const int64_t kv_head = task % n.kv_heads, key = task / n.kv_heads * kKeys;
     C* const mine = memory.data() + thread * scratch;
-    key_gradients(Pairs<T>(args, n, mask, kv_head, mine), kv_head, key, least(kKeys, n.num_keys - key), mine + pairs,
-                  mine + pairs + n.dim * kKeys);
+    key_gradients(Pairs<T>(args, n, mask, kv_head, mine), kv_head, key, least(kKeys, n.num_keys - key), delta.data(),
+                  mine + pairs, mine + pairs + sums);
   });
   sum_lines(dw.data(), query_tiles, n.heads * n.dim, n.heads * n.dim, args.dw.ptr<C>());
 }

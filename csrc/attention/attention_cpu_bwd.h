@@ -3,9 +3,10 @@
 //   P_ij = exp(scale <q_i, k_j> - lse_i)      dP_ij = <do_i, v_j>      dS_ij = P_ij (dP_ij - delta_i)
 //   dV = P^T dO      dK = scale dS^T Q      dQ = scale dS K      delta_i = <do_i, out_i> - dlse_i
 //
-// Where all keys of a query tile lie in one key tile, rows of P are divided by their sum and delta is sum_j P_ij dP_ij:
-// neither the rounding of lse nor that of out enters, and a query with a single key gets dS = 0 exactly. Elsewhere
-// delta comes from out, summed in the order in which the product sums dP.
+// Where all keys of a query tile lie in one key tile, rows of P are divided by their sum and delta is sum_j P_ij dP_ij,
+// as what it is above <do_i, out_i>: neither the rounding of lse nor that of out enters, and a query with a single key
+// gets dS = 0 exactly. Elsewhere delta comes from out, summed in the order in which the product sums dP, and dQ is put
+// right afterwards (settle).
 //
 // S and dP come from 16-bit inputs as they are. P and dS are operands of type S: the compute type, which makes a
 // gradient in bf16 as accurate as a float32 one that was cast; but bf16, at half the cost of three products and sqrt(2)
@@ -17,82 +18,14 @@
 //
 // No sum is shared between threads, so there are two ways to cut:
 //   one pass    a task owns a component (tiles and keys that only see each other) of a key/value head: five products
-//   two passes  tasks that own keys for dK and dV, then tasks that own queries for dQ: seven products; when there are
+//   two passes  tasks that own queries for dQ, then tasks that own keys for dK and dV: seven products; when there are
 //               too few components to keep every thread busy
 #pragma once
 
-#include "attention/attention_cpu_extras.h"
-#include "attention/attention_cpu_odd_rows.h"
+#include "attention/attention_cpu_bwd_scratch.h"
 
 namespace mmk {
 namespace MMK_ISA {
-
-// So long that segments of 256 are whole.
-constexpr int64_t kGradientKeyTile = 256;
-
-template <class T, class S>
-struct BackwardScratch {
-  using C = ComputeOf<T>;
-  using Int = typename IntOf<C>::type;
-  static constexpr int64_t ld = kQueryTile + kLanes<C>;
-
-  struct TileState {
-    Packed<T>*q_columns, *do_columns;  // B [D, queries], B [Dv, queries]
-    Packed<S>*q_rows, *do_rows;        // B [queries, D], B [queries, Dv]
-    OddRows<T> odd_q, odd_do;
-    C *lse, *dot, *dlse;  // [queries]; dot: delta without dlse
-    Int *lo, *hi;         // [queries]
-    C* dq;                // [queries, D]
-    // For a pattern, a bias:
-    Int *span, *allow, *class_q;  // [queries]
-    C* row_sums;                  // [Ck + 1, queries]
-    C sink;                       // -inf: none
-  };
-  TileState tile[kTilesPerTask];
-  Packed<T>* out_columns;  // B [Dv, queries]
-  Packed<T>*k, *v;         // A [keys, D], A [keys, Dv]
-  Packed<S>* k_rows;       // B [keys, D]
-  OddRows<T> odd_k;
-  C *s, *dp;         // [keys, ld]
-  Packed<S>*p, *ds;  // A [keys, queries]
-  Packed<S>* ds_q;   // A [queries, keys]
-  C *dk, *dv;        // [key_range, D], [key_range, Dv]
-  C* bias;
-  C* z;  // [keys, ld]: dropout's factors
-
-  BackwardScratch(Arena& arena, const AttentionShape& n, const AttentionExtras& extras, int64_t key_range) {
-    const int64_t pattern = extras.tiles.given() ? kQueryTile : 0, biased = extras.pair_bias.given() ? kQueryTile : 0;
-    for (TileState& t : tile) {
-      t.q_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim));
-      t.do_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
-      t.q_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim, kQueryTile));
-      t.do_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim_v, kQueryTile));
-      t.lse = arena.take<C>(kQueryTile);
-      t.dot = arena.take<C>(kQueryTile);
-      t.dlse = arena.take<C>(kQueryTile);
-      t.lo = arena.take<Int>(kQueryTile);
-      t.hi = arena.take<Int>(kQueryTile);
-      t.dq = arena.take<C>(kQueryTile * n.dim);
-      t.span = arena.take<Int>(pattern);
-      t.allow = arena.take<Int>(pattern);
-      t.class_q = arena.take<Int>(biased);
-      t.row_sums = arena.take<C>(biased * (extras.pair_bias.size[2] + 1));
-    }
-    out_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
-    k = arena.take<Packed<T>>(packed_size_a<T>(kGradientKeyTile, n.dim));
-    v = arena.take<Packed<T>>(packed_size_a<T>(kGradientKeyTile, n.dim_v));
-    k_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim, kGradientKeyTile));
-    s = arena.take<C>(kGradientKeyTile * ld);
-    dp = arena.take<C>(kGradientKeyTile * ld);
-    p = arena.take<Packed<S>>(packed_size_a<S>(kGradientKeyTile, kQueryTile));
-    ds = arena.take<Packed<S>>(packed_size_a<S>(kGradientKeyTile, kQueryTile));
-    ds_q = arena.take<Packed<S>>(packed_size_a<S>(kQueryTile, kGradientKeyTile));
-    dk = arena.take<C>(key_range * n.dim);
-    dv = arena.take<C>(key_range * n.dim_v);
-    bias = arena.take<C>(biased > 0 ? BiasTable<C>::kSize : 0);
-    z = arena.take<C>(extras.seed.given() ? kGradientKeyTile * ld + Dropout::kWide * ld : 0);
-  }
-};
 
 // dst[i][d] = factor * src[i][d], rounded to T: the one cast of a gradient.
 template <class T, class C = ComputeOf<T>>
@@ -190,6 +123,7 @@ class BackwardTask {
       pack_rows_a<T>(k, key, keys, n_.dim, w_.k);
       pack_rows_a<T>(v, key, keys, n_.dim_v, w_.v);
       if (want_dq) w_.odd_k.template pack<S>(k, key, keys, n_.dim, w_.k_rows);
+      if (want_dq && key_end - key_begin > kGradientKeyTile) pack_sample(k, key, keys);
       for (int64_t t = 0; t < count; ++t) {
         int64_t first = -min64(-key, -tiles[t].key_begin), end = min64(key + keys, tiles[t].key_end);
         if (map_.given()) map_.trim(tiles[t], first, end);
@@ -198,12 +132,66 @@ class BackwardTask {
     }
     if (!want_dq) return;
     for (int64_t t = 0; t < count; ++t) {
+      if (w_.tile[t].in_parts) settle(w_.tile[t], tiles[t].end - tiles[t].begin, k);
       write_rows<T>(w_.tile[t].dq, tiles[t].end - tiles[t].begin, n_.dim, scale_, head_of<T>(args_.dq, head),
                     tiles[t].begin);
       C* delta = args_.delta.ptr<C>() + head * n_.num_queries;
       for (int64_t i = tiles[t].begin; i < tiles[t].end; ++i)
         delta[i] = w_.tile[t].dot[i - tiles[t].begin] - w_.tile[t].dlse[i - tiles[t].begin];
       if (args_.extras.pair_bias.given()) write_row_sums(head, tiles[t], w_.tile[t]);
+    }
+  }
+
+  void pack_sample(HeadView<T> k, int64_t key, int64_t keys) {
+    const HeadView<T> sample{k.row(key), kKeysPerSample * k.stride};
+    const int64_t count = round_up(keys, kKeysPerSample) / kKeysPerSample;
+    w_.odd_sample.template pack<C>(sample, 0, count, n_.dim, w_.sample_k);
+    for (int64_t i = 0; i < count; ++i) w_.sample_square[i] = square_of(sample.row(i));
+  }
+
+  // |x|^2 of D elements.
+  template <class E>
+  C square_of(const E* x) const {
+    Vec<C> sum = {};
+    for (int64_t d = 0; d < n_.dim; d += kLanes<C>) {
+      const Vec<C> part = load_n(x + d, min64(kLanes<C>, n_.dim - d));
+      sum += part * part;
+    }
+    return reduce_add(sum);
+  }
+
+  // Where the keys came in parts delta was that of the rounded out, and the sum of dS shows by how much it was wrong:
+  // dS lacks P times that, and dQ so much of the query's mean key, which is no small thing where the keys have a mean
+  // in common. The sampled keys estimate it, drawn towards 0 as far as their spread says (James and Stein); for a query
+  // that sees none of them its first key does.
+  void settle(TileState& state, int64_t rows, HeadView<T> k) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
+      const C rest = state.ds_sum[i] - (sink * state.dot[i] + (1 - sink) * state.dlse[i]);
+      const C weight = state.weight[i];
+      const int64_t first = -min64(0, -static_cast<int64_t>(state.lo[i]));
+      const int64_t end = min64(n_.num_keys, static_cast<int64_t>(state.hi[i]));
+      if (!(rest - rest == 0) || first >= end) continue;  // an infinity, or sees nothing
+      C* dq = state.dq + i * n_.dim;
+      if (weight > 0) {
+        state.dot[i] += rest;
+        const C *key_sum = state.key_sum + i * n_.dim, square = square_of(key_sum);
+        const C pairs = weight * weight - state.weight_square[i];
+        const C noise = (state.square_sum[i] * weight - square) * state.weight_square[i];
+        if (noise < square * pairs) subtract(dq, rest * (1 - sink) / weight * (1 - noise / (square * pairs)), key_sum);
+      } else if (weight == 0 && !map_.given() && square_of(k.row(first)) < FloatTraits<C>::infinity) {
+        state.dot[i] += rest;
+        subtract(dq, rest * (1 - sink), k.row(first));
+      }
+    }
+  }
+
+  // x -= factor * y, of D elements.
+  template <class E>
+  void subtract(C* x, C factor, const E* y) const {
+    for (int64_t d = 0; d < n_.dim; d += kLanes<C>) {
+      const int64_t left = min64(kLanes<C>, n_.dim - d);
+      store_n(x + d, load_n(x + d, left) - load_n(y + d, left) * factor, left);
     }
   }
 
@@ -220,20 +208,31 @@ class BackwardTask {
     const HeadView<T> q = head_of<T>(args_.q, head), grad_out = head_of<T>(args_.grad_out, head);
     pack_columns_b<T>(q, tile.begin, rows, n_.dim, state.q_columns);
     pack_columns_b<T>(grad_out, tile.begin, rows, n_.dim_v, state.do_columns);
-    pack_columns_b<T>(head_of<T>(args_.out, head), tile.begin, rows, n_.dim_v, w_.out_columns);
-    multiply_columns<T>(rows, n_.dim_v, state.do_columns, w_.out_columns, state.dot);
+    if (want_dq) {
+      pack_columns_b<T>(head_of<T>(args_.out, head), tile.begin, rows, n_.dim_v, w_.out_columns);
+      multiply_columns<T>(rows, n_.dim_v, state.do_columns, w_.out_columns, state.dot);
+    }
     if (want_dkv) {
       state.odd_q.template pack<S>(q, tile.begin, rows, n_.dim, state.q_rows);
       state.odd_do.template pack<S>(grad_out, tile.begin, rows, n_.dim_v, state.do_rows);
     }
-    if (want_dq) clear(state.dq, rows * n_.dim);
+    if (want_dq) {
+      clear(state.dq, rows * n_.dim);
+      clear(state.ds_sum, kQueryTile);
+      clear(state.weight, kQueryTile);
+      clear(state.weight_square, kQueryTile);
+      clear(state.square_sum, kQueryTile);
+      state.sampled = state.in_parts = false;
+    }
     const C* lse = args_.lse.ptr<C>() + head * n_.num_queries + tile.begin;
     const C* dlse = args_.grad_lse.given() ? args_.grad_lse.ptr<C>() + head * n_.num_queries + tile.begin : nullptr;
+    const C* delta = args_.delta.ptr<C>() + head * n_.num_queries + tile.begin;
     const int32_t *lo = args_.mask.lo.ptr<int32_t>() + tile.begin, *hi = args_.mask.hi.ptr<int32_t>() + tile.begin;
     for (int64_t i = 0; i < kQueryTile; ++i) {  // columns beyond the tile see nothing
       // A query that sees nothing has lse -inf; against 0 its logits, all -inf, give 0.
       state.lse[i] = i < rows && lse[i] != -FloatTraits<C>::infinity ? lse[i] : 0;
       state.dlse[i] = i < rows && dlse != nullptr ? dlse[i] : 0;
+      if (!want_dq) state.dot[i] = i < rows ? delta[i] + state.dlse[i] : 0;
       state.lo[i] = i < rows ? lo[i] : 0;
       state.hi[i] = i < rows ? hi[i] : 0;
     }
@@ -278,11 +277,34 @@ class BackwardTask {
       state.odd_do.template add<S>(height, rows, w_.p, 0, w_.dv + at * n_.dim_v, n_.dim_v);
       state.odd_q.template add<S>(height, rows, w_.ds, 0, w_.dk + at * n_.dim, n_.dim);
     }
+    if (want_dq && !whole) add_sample(state, keys, from, height, rows);
     if (want_dq) {
       pack_a<S>(w_.dp, 1, Scratch::ld, rows, height, w_.ds_q);
       multiply<S>(rows, n_.dim, height, w_.ds_q, w_.k_rows, from, keys, state.dq, n_.dim, true);
       w_.odd_k.template add<S>(rows, height, w_.ds_q, from, state.dq, n_.dim);
     }
+  }
+
+  // What rows [from, from + height) of the key tile add to the mean keys of `rows` queries.
+  void add_sample(TileState& state, int64_t keys, int64_t from, int64_t height, int64_t rows) {
+    const int64_t first = round_up(from, kKeysPerSample) / kKeysPerSample;
+    const int64_t count = round_up(from + height, kKeysPerSample) / kKeysPerSample - first;
+    state.in_parts = true;
+    if (count == 0) return;
+    C* p = w_.s + (first * kKeysPerSample - from) * Scratch::ld;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < rows; c += kLanes<C>) {
+        C* at = p + i * kKeysPerSample * Scratch::ld + c;
+        const Vec<C> term = load(at), seen = select(term == kHidden, Vec<C>{}, term);
+        store(at, seen);
+        store(state.weight + c, load(state.weight + c) + seen);
+        store(state.weight_square + c, load(state.weight_square + c) + seen * seen);
+        store(state.square_sum + c, load(state.square_sum + c) + seen * w_.sample_square[first + i]);
+      }
+    pack_a<C>(p, 1, kKeysPerSample * Scratch::ld, rows, count, w_.sample_p);
+    multiply<C>(rows, n_.dim, count, w_.sample_p, w_.sample_k, first, round_up(keys, kKeysPerSample) / kKeysPerSample,
+                state.key_sum, n_.dim, state.sampled);
+    state.sampled = true;
   }
 
   // Scores become logits: scaled and biased, -inf where a query does not see a key. `inside`: the intervals hide none.
@@ -331,18 +353,20 @@ class BackwardTask {
     const bool dropped = args_.extras.seed.given(), sums = want_dq && args_.extras.pair_bias.given();
     const int32_t* class_k = args_.extras.class_k.ptr<int32_t>();
     for (int64_t c = 0; c < rows; c += kLanes<C>) {
-      const Vec<C> dlse = load(state.dlse + c);
-      Vec<C> inverse = splat(C{1}), delta = load(state.dot + c);
+      Vec<C> inverse = splat(C{1}), delta = load(state.dot + c), shift = load(state.dlse + c);
       if (whole) {
-        softmax_column<full>(state, key, height, c, inverse, delta);
-        store(state.dot + c, delta);
+        delta = select(delta - delta == Vec<C>{}, delta, Vec<C>{});  // an infinity of out need not be one of delta
+        const Vec<C> low = softmax_column<full>(state, key, height, c, delta, inverse);
+        store(state.dot + c, delta + low);
+        shift -= low;
       } else {
         recall_column<full>(state, key, height, c);
       }
+      Vec<C> ds_sum = {};
       for (int64_t i = 0; i < height; ++i) {
         C* dp = w_.dp + i * Scratch::ld + c;
         const Vec<C> term = load(w_.s + i * Scratch::ld + c);
-        Vec<C> p = term * inverse, ds = p * (load(dp) - delta + dlse);
+        Vec<C> p = term * inverse, ds = p * (load(dp) - delta + shift);
         if (hides) {  // what a hidden pair's term is multiplied by may be a NaN
           p = select(term == kHidden, Vec<C>{}, p);
           ds = select(term == kHidden, Vec<C>{}, ds);
@@ -356,7 +380,9 @@ class BackwardTask {
           store(sum, load(sum) + ds);
         }
         if (want_dq) store(dp, ds);
+        ds_sum += ds;
       }
+      if (want_dq && !whole) store(state.ds_sum + c, load(state.ds_sum + c) + ds_sum);
     }
   }
 
@@ -376,9 +402,9 @@ class BackwardTask {
     }
   }
 
-  // P before division by its sum, one over that sum, and delta, from all keys of the queries.
+  // P before division by its sum and one over that sum, from all keys of the queries; returns what `delta` lacks.
   template <bool full>
-  void softmax_column(const TileState& state, int64_t key, int64_t height, int64_t c, Vec<C>& inverse, Vec<C>& delta) {
+  Vec<C> softmax_column(const TileState& state, int64_t key, int64_t height, int64_t c, Vec<C> delta, Vec<C>& inverse) {
     const Vec<C> lowest = splat(-FloatTraits<C>::infinity);
     const C sign = logit_scale_ < 0 ? -1 : 1, factor = logit_scale_ * sign;
     Vec<C> shift = lowest, sum = {}, dot = {};
@@ -390,23 +416,29 @@ class BackwardTask {
       shift = max(shift, splat(state.sink / factor));
       shift = select(shift == lowest, Vec<C>{}, shift);  // sees nothing: -inf minus 0 stays -inf
       sum = exp(splat(state.sink) - shift * factor);
+      dot = -sum * delta;  // the sink's value is 0
     }
-    for (int64_t i = 0; i < height; ++i) {
-      C* s = w_.s + i * Scratch::ld + c;
-      const Vec<C> x = load(s) * sign;
-      Vec<C> p = exp((x - shift) * factor), product = p * load(w_.dp + i * Scratch::ld + c);
-      if (rewrites_) p = select(x == lowest, splat(kHidden), p);
-      if (!full) p = select(visible(state, key + i, c), p, splat(kHidden));
-      store(s, p);
-      if (!full || rewrites_) {
-        product = select(p == kHidden, Vec<C>{}, product);
-        p = select(p == kHidden, Vec<C>{}, p);
+    for (int64_t first = 0; first < height; first += kKeysPerSum) {
+      Vec<C> part_sum = {}, part_dot = {};
+      for (int64_t i = first; i < min64(first + kKeysPerSum, height); ++i) {
+        C* s = w_.s + i * Scratch::ld + c;
+        const Vec<C> x = load(s) * sign;
+        Vec<C> p = exp((x - shift) * factor), product = p * (load(w_.dp + i * Scratch::ld + c) - delta);
+        if (rewrites_) p = select(x == lowest, splat(kHidden), p);
+        if (!full) p = select(visible(state, key + i, c), p, splat(kHidden));
+        store(s, p);
+        if (!full || rewrites_) {
+          product = select(p == kHidden, Vec<C>{}, product);
+          p = select(p == kHidden, Vec<C>{}, p);
+        }
+        part_sum += p;
+        part_dot += product;
       }
-      sum += p;
-      dot += product;
+      sum += part_sum;
+      dot += part_dot;
     }
     inverse = select(sum == Vec<C>{}, inverse, inverse / sum);
-    delta = dot * inverse;
+    return dot * inverse;
   }
 
   // Which of the queries from column c on see a key.
@@ -449,10 +481,10 @@ void backward_as(const AttentionBwdArgs& args, const AttentionShape& shape, Atte
     run_backward<T, S, true, true>(args, shape, plan, num_threads);
     return;
   }
-  plan.cut_keys(2 * kGradientKeyTile);
-  run_backward<T, S, false, true>(args, shape, plan, num_threads);
   plan.cut_queries(tiles_per_task(plan.num_tiles(), shape.heads, num_threads));
   run_backward<T, S, true, false>(args, shape, plan, num_threads);
+  plan.cut_keys(2 * kGradientKeyTile);
+  run_backward<T, S, false, true>(args, shape, plan, num_threads);
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,10 +63,10 @@ def _unnormalized(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, T
     return queries, keys
 
 
-def _cone(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _cone(n: int, e: int, generator: torch.Generator, width: float = 0.02) -> tuple[Tensor, Tensor]:
     """All rows within a narrow cone: cosines above .999, as in a freshly initialised tower."""
     axis = F.normalize(torch.randn(e, generator=generator, dtype=torch.float64), dim=0)
-    queries, keys = axis + 0.02 * torch.randn(2, n, e, generator=generator, dtype=torch.float64) / e**0.5
+    queries, keys = axis + width * torch.randn(2, n, e, generator=generator, dtype=torch.float64) / e**0.5
     return F.normalize(queries, dim=1), F.normalize(keys, dim=1)
 
 
@@ -94,6 +95,8 @@ _KINDS: dict[str, Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]] 
     "random": _random,
     "unnormalized": _unnormalized,
     "cone": _cone,
+    "wide cone": functools.partial(_cone, width=0.2),
+    "needle": functools.partial(_cone, width=0.002),
     "duplicates": _duplicates,
     "solved": _solved,
     "falling": _falling,
@@ -112,6 +115,8 @@ CASES = (
     Case("random", 200, 80, kind="random"),
     Case("scale=100, E=1024", 160, 1024, kind="unnormalized", scale=100.0),
     Case("cone", 190, 128, kind="cone", scale=100.0),
+    Case("wide cone", 190, 96, kind="wide cone", bias=-3.0),
+    Case("needle", 190, 96, kind="needle", bias=-3.0),
     Case("duplicates", 170, 64, kind="duplicates", scale=100.0),
     Case("solved", 140, 64, kind="solved", scale=30.0, bias=-15.0),
     Case("falling", 230, 48, kind="falling", scale=10.0, bias=0.0),

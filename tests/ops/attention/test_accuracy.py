@@ -3,6 +3,7 @@
 import isas
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmkernels.ops.attention import AttentionMask
 from mmkernels.runtime.backends import candidates
@@ -11,12 +12,14 @@ from mmkernels.testing.attention import (
     MASKS,
     AttentionInputs,
     Gradients,
+    MaskCase,
     cancelling_terms,
     cu_seqlens,
     make_inputs,
     plain,
     run,
 )
+from mmkernels.testing.attention_common import FAMILIES, share
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -159,6 +162,69 @@ def test_long_sequences(heads, dtype, backend):
     assert_right([make_inputs(930, 1033, **sizes, seed=seed) for seed in range(8)], backend)
 
 
+# All keys of a query within one tile of the CPU's backward, and several tiles.
+COMMON = {
+    "dense": MaskCase((196,), build=lambda cu_q, cu_k: None),
+    "causal": MaskCase((196,), options={"causal": True}),
+    "long": MaskCase((700,), build=lambda cu_q, cu_k: None),
+    "packed_causal": MaskCase((300, 280, 7, 1, 90), options={"causal": True}),
+}
+
+# dk of several tiles has the delta of a rounded out, as SDPA's has.
+OF_COMMON = {"dense": ("dq", "dk"), "causal": ("dq", "dk"), "long": ("dq", "dk"), "packed_causal": ("dq",)}
+
+
+def draw_common(family: str, mask: str, dtype: torch.dtype, seeds: int = 3, **options: object) -> list[AttentionInputs]:
+    case, sizes = COMMON[mask], {"heads": 2, "dim": 64, "dtype": dtype, **options}
+    return [share(make_inputs(*case.tokens, **sizes, mask=case.mask(), seed=s), family, s) for s in range(seeds)]
+
+
+def assert_gradients(inputs: list[AttentionInputs], backend: str, names: tuple[str, ...]) -> None:
+    """Gradients whose truth may be 0, without the room for cancelling terms."""
+    results = [(run(x, backend), plain(x), plain(x.to(torch.float64))) for x in inputs]
+    for name in names:
+        assert_as_accurate(
+            name, *(torch.stack([getattr(one, name) for one in these]) for these in zip(*results, strict=True))
+        )
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", COMMON)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_with_much_in_common(family, mask, dtype, backend):
+    needs(backend, dtype)
+    if backend == "triton" and (mask != "dense" or dtype != torch.float32):
+        pytest.skip("dense in float32 only: the interpreter is slow")
+    seeds = 1 if backend == "triton" else 3
+    assert_gradients(draw_common(family, mask, dtype, seeds), backend, OF_COMMON[mask])
+
+
+@pytest.mark.parametrize("mask", ["dense", "causal"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_in_common_against_a_softmax_in_memory(family, mask):
+    """SDPA's fused kernel takes delta from a rounded out; what has none cancels to a rounding of delta."""
+    needs("native", torch.float32)
+    with sdpa_kernel([SDPBackend.MATH]):
+        assert_gradients(draw_common(family, mask, torch.float32), "native", ("dq", "dk"))
+
+
+@pytest.mark.parametrize("mask", ["long", "packed_causal"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mean of values"])
+def test_keys_in_common_in_several_tiles_against_a_softmax_in_memory(family, mask):
+    needs("native", torch.float32)
+    with sdpa_kernel([SDPBackend.MATH]):
+        assert_gradients(draw_common(family, mask, torch.float32), "native", ("dq",))
+
+
+@pytest.mark.parametrize("option", [{"sink": True}, {"dropout_p": 0.2}], ids=str)
+@pytest.mark.parametrize("mask", ["dense", "causal", "packed_causal"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mean of values"])
+def test_tokens_in_common_with_options(family, mask, option):
+    needs("native", torch.float32)
+    assert_gradients(draw_common(family, mask, torch.float32, **option), "native", OF_COMMON[mask])
+
+
 def image_spans(lengths: tuple[int, ...], run_of: int) -> AttentionMask:
     """Text and images in turn."""
     part = torch.cat([torch.arange(n) // run_of for n in lengths])
@@ -206,3 +272,7 @@ def check_all_dtypes() -> None:
             sizes = {"heads": 4, "kv_heads": 2, "dim": 40, "dtype": dtype}
             inputs = [make_inputs(*case.tokens, **sizes, mask=case.mask(), seed=seed) for seed in range(3)]
             assert_right(inputs, "native")
+    for mask in ("dense", "packed_causal"):
+        for family in FAMILIES:
+            test_tokens_with_much_in_common(family, mask, torch.float32, "native")
+            test_tokens_with_much_in_common(family, mask, torch.bfloat16, "native")

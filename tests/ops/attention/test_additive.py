@@ -18,6 +18,7 @@ from mmkernels.testing.attention_additive import (
     plain_additive,
     run_additive,
 )
+from mmkernels.testing.attention_common import FAMILIES, share
 
 OPS = torch.ops.mmkernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -102,6 +103,18 @@ def test_tanh_from_flat_to_saturated(amplitude, backend):
         backend,
         with_lse=True,
     )
+
+
+@pytest.mark.parametrize("mask", ["dense", "window"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_with_much_in_common(family, mask):
+    """Without the room for cancelling terms."""
+    needs("native")
+    case = {"dense": MaskCase((196,), build=lambda cu_q, cu_k: None), "window": MASKS["window"]}[mask]
+    inputs = [share(make_additive(*case.tokens, dim=16, mask=case.mask(), seed=s), family, s) for s in range(6)]
+    results = [(run_additive(x, "native"), plain_additive(x), plain_additive(x.double())) for x in inputs]
+    for name in ("dq", "dk", "dw", "dbias"):
+        assert_as_accurate(name, *(torch.stack([one[name] for one in these]) for these in zip(*results, strict=True)))
 
 
 def spans_and_classes(tokens_q: int, tokens_k: int) -> Visible:

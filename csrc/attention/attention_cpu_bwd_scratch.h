@@ -1,0 +1,98 @@
+// What a task of the backward on the CPU works in.
+#pragma once
+
+#include "attention/attention_cpu_extras.h"
+#include "attention/attention_cpu_odd_rows.h"
+
+namespace mmk {
+namespace MMK_ISA {
+
+// So long that segments of 256 are whole.
+constexpr int64_t kGradientKeyTile = 256;
+// Sums over keys are sums of sums of so many: equal terms in one long sum are rounded to one side.
+constexpr int64_t kKeysPerSum = 16;
+// One key in so many stands for the others in the mean key of a query.
+constexpr int64_t kKeysPerSample = 64;
+
+template <class T, class S>
+struct BackwardScratch {
+  using C = ComputeOf<T>;
+  using Int = typename IntOf<C>::type;
+  static constexpr int64_t ld = kQueryTile + kLanes<C>;
+
+  struct TileState {
+    Packed<T>*q_columns, *do_columns;  // B [D, queries], B [Dv, queries]
+    Packed<S>*q_rows, *do_rows;        // B [queries, D], B [queries, Dv]
+    OddRows<T> odd_q, odd_do;
+    C *lse, *dot, *dlse;  // [queries]; dot: delta without dlse
+    Int *lo, *hi;         // [queries]
+    C* dq;                // [queries, D]
+    C* ds_sum;            // [queries] over all keys
+    // Over the sampled keys: sums of P, P^2, P |k|^2 and P k.
+    C *weight, *weight_square, *square_sum, *key_sum;  // [queries], [queries], [queries], [queries, D]
+    bool sampled, in_parts;
+    // For a pattern, a bias:
+    Int *span, *allow, *class_q;  // [queries]
+    C* row_sums;                  // [Ck + 1, queries]
+    C sink;                       // -inf: none
+  };
+  TileState tile[kTilesPerTask];
+  Packed<T>* out_columns;  // B [Dv, queries]
+  Packed<T>*k, *v;         // A [keys, D], A [keys, Dv]
+  Packed<S>* k_rows;       // B [keys, D]
+  OddRows<T> odd_k;
+  Packed<C>* sample_k;  // B [sampled keys, D]
+  OddRows<T> odd_sample;
+  C* sample_square;     // [sampled keys] |k|^2
+  Packed<C>* sample_p;  // A [queries, sampled keys]
+  C *s, *dp;            // [keys, ld]
+  Packed<S>*p, *ds;     // A [keys, queries]
+  Packed<S>* ds_q;      // A [queries, keys]
+  C *dk, *dv;           // [key_range, D], [key_range, Dv]
+  C* bias;
+  C* z;  // [keys, ld]: dropout's factors
+
+  BackwardScratch(Arena& arena, const AttentionShape& n, const AttentionExtras& extras, int64_t key_range) {
+    const int64_t pattern = extras.tiles.given() ? kQueryTile : 0, biased = extras.pair_bias.given() ? kQueryTile : 0;
+    for (TileState& t : tile) {
+      t.q_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim));
+      t.do_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
+      t.q_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim, kQueryTile));
+      t.do_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim_v, kQueryTile));
+      t.lse = arena.take<C>(kQueryTile);
+      t.dot = arena.take<C>(kQueryTile);
+      t.dlse = arena.take<C>(kQueryTile);
+      t.lo = arena.take<Int>(kQueryTile);
+      t.hi = arena.take<Int>(kQueryTile);
+      t.dq = arena.take<C>(kQueryTile * n.dim);
+      t.ds_sum = arena.take<C>(kQueryTile);
+      t.weight = arena.take<C>(kQueryTile);
+      t.weight_square = arena.take<C>(kQueryTile);
+      t.square_sum = arena.take<C>(kQueryTile);
+      t.key_sum = arena.take<C>(kQueryTile * n.dim);
+      t.span = arena.take<Int>(pattern);
+      t.allow = arena.take<Int>(pattern);
+      t.class_q = arena.take<Int>(biased);
+      t.row_sums = arena.take<C>(biased * (extras.pair_bias.size[2] + 1));
+    }
+    out_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
+    k = arena.take<Packed<T>>(packed_size_a<T>(kGradientKeyTile, n.dim));
+    v = arena.take<Packed<T>>(packed_size_a<T>(kGradientKeyTile, n.dim_v));
+    k_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim, kGradientKeyTile));
+    sample_k = arena.take<Packed<C>>(packed_size_b<C>(n.dim, kGradientKeyTile / kKeysPerSample));
+    sample_square = arena.take<C>(kGradientKeyTile / kKeysPerSample);
+    sample_p = arena.take<Packed<C>>(packed_size_a<C>(kQueryTile, kGradientKeyTile / kKeysPerSample));
+    s = arena.take<C>(kGradientKeyTile * ld);
+    dp = arena.take<C>(kGradientKeyTile * ld);
+    p = arena.take<Packed<S>>(packed_size_a<S>(kGradientKeyTile, kQueryTile));
+    ds = arena.take<Packed<S>>(packed_size_a<S>(kGradientKeyTile, kQueryTile));
+    ds_q = arena.take<Packed<S>>(packed_size_a<S>(kQueryTile, kGradientKeyTile));
+    dk = arena.take<C>(key_range * n.dim);
+    dv = arena.take<C>(key_range * n.dim_v);
+    bias = arena.take<C>(biased > 0 ? BiasTable<C>::kSize : 0);
+    z = arena.take<C>(extras.seed.given() ? kGradientKeyTile * ld + Dropout::kWide * ld : 0);
+  }
+};
+
+}  // namespace MMK_ISA
+}  // namespace mmk

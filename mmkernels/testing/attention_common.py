@@ -1,0 +1,53 @@
+"""Attention inputs whose tokens have much in common, so that a gradient is a small rest of large terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from .attention import AttentionInputs
+from .attention_additive import AdditiveInputs
+
+__all__ = ["FAMILIES", "share"]
+
+Inputs = TypeVar("Inputs", AttentionInputs, AdditiveInputs)
+
+
+def _mean(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A mean three times as large as what is each token's own, as a bias of the projection gives."""
+    return x + 3 * torch.randn(1, *x.shape[1:], generator=generator, dtype=x.dtype)
+
+
+def _near(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Tokens that differ by a thousandth, as patches of an even background do."""
+    return x[:1] + 1e-3 * x
+
+
+def _one(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The same token again and again."""
+    return x[:1].expand_as(x)
+
+
+FAMILIES: dict[str, tuple[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]]] = {
+    "mean of keys": ("k", _mean),
+    "mean of values": ("v", _mean),
+    "mean of both": ("kv", _mean),
+    "mean of all": ("qkvg", _mean),
+    "near keys and values": ("kv", _near),
+    "one key and value": ("kv", _one),
+    "one token": ("qkv", _one),
+}
+
+
+def share(x: Inputs, family: str, seed: int = 0) -> Inputs:
+    """`x` with what a family of FAMILIES makes of q, k, v and (g) the gradient of out, rounded to their dtype."""
+    names, change = FAMILIES[family]
+    generator = torch.Generator().manual_seed(1000 + seed)
+    changed = {}
+    for name in ("grad_out" if letter == "g" else letter for letter in names):
+        tensor: torch.Tensor = getattr(x, name)
+        changed[name] = change(tensor.double(), generator).to(tensor.dtype).contiguous()
+    return replace(x, **changed)  # type: ignore[arg-type]
