@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
+from .flops import register_flops
+
 __all__ = ["Op", "Second"]
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
@@ -62,6 +64,8 @@ class Op:
         jvp: `(ctx, *tangents)`, None for an input without -> one tangent per output; ctx has what setup_context saved.
             Without it forward mode raises.
         second: makes the three for a backward op.
+        flops: what FlopCounterMode counts, from all arguments: 2 FLOP for each multiply-add of the products, over the
+            pairs that are seen. Without it nothing.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Op:
         backward: Callable[..., Any] | None = None,
         jvp: Callable[..., Any] | None = None,
         second: Second | None = None,
+        flops: Callable[..., int] | None = None,
     ) -> None:
         self.name = name
         self.impls = dict(impls)
@@ -84,6 +89,8 @@ class Op:
             _library.impl(name, self._run, key)
         torch.library.register_fake(f"mmkernels::{name}", fake, lib=_library)
         self._op = getattr(torch.ops.mmkernels, name).default
+        if flops is not None:
+            register_flops(getattr(torch.ops.mmkernels, name), flops)
         if second is not None:
             setup_context, backward, jvp = _twice(self, second)
         setup_context = setup_context or _save_nothing

@@ -21,12 +21,11 @@ from mmkernels.ops._checks import describe, is_traced, readable, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 
 from . import builders, metadata, reference
+from .flops import visible_pairs
 from .reference import MaskRows
 from .tiles import TILE_K, TILE_Q, pack_states, tile_states
 
 __all__ = ["AttentionMask"]
-
-_ROWS_A_CHUNK = 1024  # of the dense mask that density() counts
 
 
 class AttentionMask:
@@ -323,17 +322,7 @@ class AttentionMask:
     def density(self, tokens_q: int | None = None, tokens_k: int | None = None) -> float:
         """Visible pairs over Tq Tk (0 when there are none). Syncs with a CUDA device."""
         rows = self.rows(*self._sizes(tokens_q, tokens_k))
-        tokens_q, tokens_k = rows.lo.shape[0], rows.first_q.shape[0]
-        if rows.span_q is None:
-            seen = (rows.hi.long() - rows.lo.long()).clamp(min=0).sum().item()
-        else:
-            along_q = [rows.lo, rows.hi, rows.span_q, rows.allow_q]
-            chunks = zip(*(x.split(_ROWS_A_CHUNK) for x in along_q if x is not None), strict=True)
-            seen = sum(
-                reference.visible(rows.changed(lo=lo, hi=hi, span_q=span, allow_q=allow), tokens_k).sum().item()
-                for lo, hi, span, allow in chunks
-            )
-        return seen / max(tokens_q * tokens_k, 1)
+        return visible_pairs(rows) / max(rows.lo.shape[0] * rows.first_q.shape[0], 1)
 
     def plot(self, path: str, *, tile: tuple[int, int] = (TILE_Q, TILE_K)) -> None:
         """Write a picture of the tiles that are skipped, masked and computed whole, with the modalities coloured.

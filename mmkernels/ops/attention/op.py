@@ -16,6 +16,7 @@ from mmkernels.runtime.backends import BACKENDS
 from mmkernels.runtime.register import Op, Second
 
 from . import native, reference
+from .flops import bwd_flops, fwd_flops, second_flops
 from .reference import MaskRows, Options
 from .second import attention_second
 
@@ -121,6 +122,7 @@ attention_second_op = Op(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     impls=dict.fromkeys(BACKENDS, _structured(_without_outputs(attention_second))),
     fake=_second_fake,
+    flops=lambda *args: second_flops(args[5], args[7], args[9], args[12 : 12 + _NUM_MASK]),
 )
 
 attention_bwd_op = Op(
@@ -132,6 +134,7 @@ attention_bwd_op = Op(
         "reference": _structured(reference.attention_bwd),
     },
     fake=_bwd_fake,
+    flops=lambda *args: bwd_flops(args[2], args[4], args[7 : 7 + _NUM_MASK]),
     second=Second(attention_second_op, grads=2, wrt=(2, 3, 4, 7 + _NUM_MASK, 8 + _NUM_MASK)),
 )
 
@@ -147,4 +150,5 @@ attention_fwd_op = Op(
     setup_context=_setup_context,
     backward=_backward,
     jvp=_jvp,
+    flops=lambda *args: fwd_flops(args[0], args[2], args[3 : 3 + _NUM_MASK]),
 )

@@ -89,6 +89,27 @@ def _with_scalars(
     return {backend: whole(run) for backend, run in runs.items()}
 
 
+def _flops(queries: Tensor, keys: Tensor, products: int, teacher: Tensor | None = None) -> int:
+    """So many products of all pairs, and the teacher's similarities."""
+    width = products * queries.shape[1] + (0 if teacher is None else teacher.shape[1])
+    return 2 * queries.shape[0] * keys.shape[0] * width
+
+
+def _bwd_flops(place: int, teacher: int | None = None) -> Callable[..., int]:
+    """The logits again, and a product for each feature gradient that is needed."""
+
+    def count(*args: Any) -> int:
+        needed = args[-3] + args[-2]
+        of_teacher = None if teacher is None else args[teacher]
+        return _flops(args[place], args[place + 1], 1 + needed, of_teacher) if needed else 0
+
+    return count
+
+
+def _fwd_flops(teacher: int | None = None) -> Callable[..., int]:
+    return lambda *args: _flops(args[0], args[1], 1, None if teacher is None else args[teacher])
+
+
 def _fake_scalars(queries: Tensor, count: int) -> tuple[Tensor, ...]:
     return tuple(queries.new_empty((), dtype=statistics_dtype(queries.dtype)) for _ in range(count))
 
@@ -170,6 +191,7 @@ softmax_bwd = Op(
     "bool need_keys, str backend) -> (Tensor dqueries, Tensor dkeys, Tensor dscale)",
     impls=_with_scalars(_impls("softmax_bwd", "bwd", 7, teacher=True), 2, 2, _softmax_scale),
     fake=_softmax_bwd_fake,
+    flops=_bwd_flops(2, teacher=11),
     second=Second(softmax_second, grads=2, wrt=(2, 3, 4)),
 )
 
@@ -182,6 +204,7 @@ softmax_fwd = Op(
     setup_context=_softmax_setup,
     backward=_softmax_backward,
     jvp=_softmax_jvp,
+    flops=_fwd_flops(teacher=7),
 )
 
 
@@ -226,6 +249,7 @@ sigmoid_bwd = Op(
     "bool need_queries, bool need_keys, str backend) -> (Tensor dqueries, Tensor dkeys, Tensor dscale, Tensor dbias)",
     impls=_with_scalars(_impls("sigmoid_bwd", "bwd", 5), 1, 1, _sigmoid_scalars),
     fake=_sigmoid_bwd_fake,
+    flops=_bwd_flops(1),
     second=Second(sigmoid_second, grads=1, wrt=(1, 2, 3, 4)),
 )
 
@@ -237,6 +261,7 @@ sigmoid_fwd = Op(
     setup_context=_sigmoid_setup,
     backward=_sigmoid_backward,
     jvp=_sigmoid_jvp,
+    flops=_fwd_flops(),
 )
 
 
@@ -298,6 +323,7 @@ infonce_bwd = Op(
     "-> (Tensor dqueries, Tensor dkeys, Tensor dscale)",
     impls=_plain_bwd_impls("infonce_bwd", 1),
     fake=_plain_bwd_fake(1),
+    flops=_bwd_flops(1),
     second=Second(infonce_second, grads=1, wrt=(1, 2, 3)),
 )
 
@@ -310,6 +336,7 @@ infonce_fwd = Op(
     setup_context=_plain_setup,
     backward=_plain_backward(infonce_bwd),
     jvp=_plain_jvp(infonce_second, 4),
+    flops=_fwd_flops(),
 )
 
 
@@ -326,6 +353,7 @@ siglip_bwd = Op(
     "-> (Tensor dqueries, Tensor dkeys, Tensor dscale, Tensor dbias)",
     impls=_plain_bwd_impls("siglip_bwd", 2),
     fake=_plain_bwd_fake(2),
+    flops=_bwd_flops(1),
     second=Second(siglip_second, grads=1, wrt=(1, 2, 3, 4)),
 )
 
@@ -338,6 +366,7 @@ siglip_fwd = Op(
     setup_context=_plain_setup,
     backward=_plain_backward(siglip_bwd),
     jvp=_plain_jvp(siglip_second, 3),
+    flops=_fwd_flops(),
 )
 
 
@@ -358,6 +387,7 @@ sample_negatives = Op(
     f"(Tensor queries, Tensor keys, Tensor logit_scale, Tensor seed, {PAIRS}, str backend) -> Tensor",
     impls=_impls("sample_negatives", "fwd", 4, oracle=reference),
     fake=_sample_fake,
+    flops=_fwd_flops(),
 )
 
 topk_similar = Op(
@@ -369,4 +399,5 @@ topk_similar = Op(
         "reference": reference.topk_similar,
     },
     fake=_topk_fake,
+    flops=_fwd_flops(),
 )

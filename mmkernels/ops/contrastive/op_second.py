@@ -65,12 +65,26 @@ def _siglip_fake(tq: Any, tk: Any, ts: Any, tb: Any, grad: Tensor | None, *args:
     return moved, *_tangents_fake(grad, *args[:4])
 
 
+def _flops(grad: int, features: int, softmax: bool) -> Callable[..., int]:
+    """Similarities and their tangents once a pass: for the lse, for its tangents, and for a gradient, which is four
+    products more. The places of the incoming gradient and of the features."""
+
+    def count(*args: Any) -> int:
+        queries, keys = args[features : features + 2]
+        products = (1 + 3) * softmax + (0 if args[grad] is None and softmax else 3)
+        products += 0 if args[grad] is None else 4
+        return 2 * queries.shape[0] * keys.shape[0] * queries.shape[1] * products
+
+    return count
+
+
 softmax_second = Op(
     "contrastive_softmax_second",
     f"({_FEATURES}, Tensor? coefficients_q, Tensor? coefficients_k, {_INPUTS}, Tensor lse_q, Tensor lse_k, {PAIRS}, "
     f"str same_id, {TEACHER}, Tensor? mean_q, Tensor? mean_k, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     impls=dict.fromkeys(BACKENDS, _flat_softmax(second.softmax_second)),
     fake=_softmax_fake,
+    flops=_flops(3, 5, softmax=True),
 )
 
 sigmoid_second = Op(
@@ -79,6 +93,7 @@ sigmoid_second = Op(
     f"{_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     impls=dict.fromkeys(BACKENDS, _flat(second.sigmoid_second, 9, slice(9, 12))),
     fake=_sigmoid_fake,
+    flops=_flops(4, 5, softmax=False),
 )
 
 infonce_second = Op(
@@ -87,6 +102,7 @@ infonce_second = Op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     impls=dict.fromkeys(BACKENDS, _flat(second.infonce_second, 7)),
     fake=_infonce_fake,
+    flops=_flops(3, 4, softmax=True),
 )
 
 siglip_second = Op(
@@ -95,4 +111,5 @@ siglip_second = Op(
     f"Tensor grad_bias, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     impls=dict.fromkeys(BACKENDS, _flat(second.siglip_second, 9)),
     fake=_siglip_fake,
+    flops=_flops(4, 5, softmax=False),
 )

@@ -69,13 +69,13 @@ class _Call(NamedTuple):
     pairs: Pairs
     teacher: Teacher | None
 
-    def tiles(self) -> Iterator[_Tile]:
+    def tiles(self, tangents: bool = True) -> Iterator[_Tile]:
         (n, _), m = self.x.shape, self.y.shape[0]
         size = max(1, _PAIRS_A_CHUNK // max(m, 1))
         for start in range(0, n, size):
             rows = slice(start, start + size)
             similarity = self.x[rows] @ self.y.T
-            moved = self.dx[rows] @ self.y.T + self.x[rows] @ self.dy.T
+            moved = self.dx[rows] @ self.y.T + self.x[rows] @ self.dy.T if tangents else torch.zeros_like(similarity)
             targets, query_ids = (None if t is None else t[rows] for t in self.pairs[:2])
             positive, seen = positive_and_seen(similarity, self.pairs._replace(targets=targets, query_ids=query_ids))
             yield _Tile(rows, similarity, moved, positive, seen, *self._taught(rows, seen))
@@ -111,7 +111,7 @@ def _call(
 def _lse(call: _Call, columns: int) -> tuple[Tensor, Tensor]:
     """Of rows and columns, float64 [N] and [M] (or [0])."""
     of_rows, of_columns = (call.x.new_full((n,), -torch.inf, dtype=torch.float64) for n in (len(call.x), columns))
-    for tile in call.tiles():
+    for tile in call.tiles(tangents=False):
         logits = (call.scale * tile.similarity).double().masked_fill(~tile.seen, -torch.inf)
         of_rows[tile.rows] = logits.logsumexp(1)
         if columns:

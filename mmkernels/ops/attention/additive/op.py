@@ -15,6 +15,7 @@ import torch
 from mmkernels.runtime.backends import BACKENDS
 from mmkernels.runtime.register import Op, Second
 
+from ..flops import bwd_flops, fwd_flops, second_flops
 from . import native, reference
 from .reference import Visible
 from .second import additive_second
@@ -102,6 +103,7 @@ additive_second_op = Op(
     f" {_GRADIENTS.format('?')}, {_MASK}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     impls=dict.fromkeys(BACKENDS, _with_mask(_without_outputs(additive_second))),
     fake=_second_fake,
+    flops=lambda *args: second_flops(args[5], args[7], args[9], args[14 : 14 + _NUM_MASK]),
 )
 
 additive_bwd_op = Op(
@@ -113,6 +115,7 @@ additive_bwd_op = Op(
         "reference": _with_bias(_with_mask(reference.additive_bwd)),
     },
     fake=_bwd_fake,
+    flops=lambda *args: bwd_flops(args[2], args[4], args[9 : 9 + _NUM_MASK]),
     second=Second(additive_second_op, grads=2, wrt=(2, 3, 4, 5, 6)),
 )
 
@@ -128,4 +131,5 @@ additive_fwd_op = Op(
     setup_context=_setup_context,
     backward=_backward,
     jvp=_jvp,
+    flops=lambda *args: fwd_flops(args[0], args[2], args[5 : 5 + _NUM_MASK]),
 )
