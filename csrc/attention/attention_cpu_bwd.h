@@ -163,7 +163,7 @@ class BackwardTask {
   // Where the keys came in parts delta was that of the rounded out, and the sum of dS shows by how much it was wrong:
   // dS lacks P times that, and dQ so much of the query's mean key, which is no small thing where the keys have a mean
   // in common. The sampled keys estimate it, drawn towards 0 as far as their spread says (James and Stein); for a query
-  // that sees none of them its first key does.
+  // that sees none of them, which has few keys, all of its keys do.
   void settle(TileState& state, int64_t rows, HeadView<T> k) {
     for (int64_t i = 0; i < rows; ++i) {
       const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
@@ -179,9 +179,14 @@ class BackwardTask {
         const C pairs = weight * weight - state.weight_square[i];
         const C noise = (state.square_sum[i] * weight - square) * state.weight_square[i];
         if (noise < square * pairs) subtract(dq, rest * (1 - sink) / weight * (1 - noise / (square * pairs)), key_sum);
-      } else if (weight == 0 && !map_.given() && square_of(k.row(first)) < FloatTraits<C>::infinity) {
+      } else if (weight == 0 && !map_.given()) {
+        C* mean = state.key_sum + i * n_.dim;
+        const int64_t count = min64(end - first, kKeysPerSample);
+        clear(mean, n_.dim);
+        for (int64_t j = 0; j < count; ++j) subtract(mean, C{-1} / count, k.row(first + j));
+        if (!(square_of(mean) < FloatTraits<C>::infinity)) continue;
         state.dot[i] += rest;
-        subtract(dq, rest * (1 - sink), k.row(first));
+        subtract(dq, rest * (1 - sink), mean);
       }
     }
   }

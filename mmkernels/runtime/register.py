@@ -21,6 +21,7 @@ product with t is the tangent of f_bwd, and also the gradient of <t, f_bwd> by x
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,6 +33,15 @@ from .flops import register_flops
 __all__ = ["Op", "Second"]
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
+
+
+class _Below(threading.local):
+    """Whether this thread is in an op that one of the autograd.Functions below has called."""
+
+    autograd = False
+
+
+_below = _Below()
 
 
 class Second(NamedTuple):
@@ -83,6 +93,11 @@ class Op:
     ) -> None:
         self.name = name
         self.impls = dict(impls)
+        # A tangent that a bare op meets would be lost without a word.
+        self._no_forward_mode = (
+            f"torch.ops.mmkernels.{name} has no forward mode, neither bare nor inside torch.compile "
+            "(torch.func.jvp, jacfwd, forward_ad); the functions of mmkernels have, outside of it"
+        )
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Explicit device keys: a CompositeExplicitAutograd kernel would be traced instead of the fake.
         for key in ("CPU", "CUDA"):
@@ -94,20 +109,28 @@ class Op:
         if second is not None:
             setup_context, backward, jvp = _twice(self, second)
         setup_context = setup_context or _save_nothing
-        backward = backward or _refusal(f"mmkernels::{name} has no gradient formula")
+        backward = backward or _refusal(_no_gradient(name))
         jvp = jvp or _refusal(f"mmkernels::{name} has no forward-mode formula (torch.func.jvp, jacfwd, forward_ad)")
         torch.library.register_autograd(f"mmkernels::{name}", backward, setup_context=setup_context, lib=_library)
         self._fast, self._functorch = _functions(name, self._below_autograd, setup_context, backward, jvp)
 
     def _run(self, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and not _below.autograd:
+            raise NotImplementedError(self._no_forward_mode)
         return self.impls[args[-1]](*args[:-1])
 
     def _below_autograd(self, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._op(*args)
+        outer, _below.autograd = _below.autograd, True
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._op(*args)
+        finally:
+            _below.autograd = outer
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
+            if forward_ad._current_level >= 0:
+                raise NotImplementedError(self._no_forward_mode)
             return self._op(*args)
         if torch._C._are_functorch_transforms_active():
             return self._functorch.apply(*args)
@@ -161,6 +184,15 @@ def _twice(first: Op, second: Second) -> tuple[Callable[..., Any], Callable[...,
         return tuple(a + b.to(a.dtype) if a.shape == b.shape else a for a, b in zip(linear, moved, strict=True))
 
     return setup_context, backward, jvp
+
+
+def _no_gradient(name: str) -> str:
+    if not name.endswith("_second"):
+        return f"mmkernels::{name} has no gradient formula"
+    return (
+        f"mmkernels::{name} has no gradient: third derivatives and reverse over forward mode are not supported; "
+        "torch.func.hessian, torch.autograd.functional.vhp and torch.func.jvp of torch.func.grad are"
+    )
 
 
 def _refusal(why: str) -> Callable[..., Any]:
@@ -218,10 +250,14 @@ def _loop_over_batch(
 ) -> tuple[Any, Any]:
     """vmap by a loop: these kernels fill the machine with one sample, so there is nothing to gain from batching."""
     rows = []
-    for i in range(batch_size):
-        sliced = [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)]
+    for i in range(max(batch_size, 1)):  # of no samples one that is all zeros has the shapes
+        sliced = []
+        for a, dim in zip(args, in_dims, strict=True):
+            if dim is not None:
+                a = a.select(dim, i) if batch_size else a.new_zeros(a.shape[:dim] + a.shape[dim + 1 :])
+            sliced.append(a)
         rows.append(call(*sliced))
     if isinstance(rows[0], torch.Tensor):
-        return torch.stack(rows), 0
-    outputs = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        return torch.stack(rows)[:batch_size], 0
+    outputs = tuple(torch.stack(column)[:batch_size] for column in zip(*rows, strict=True))
     return outputs, (0,) * len(outputs)

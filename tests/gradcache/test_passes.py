@@ -187,6 +187,25 @@ def test_what_is_not_finite_is_not_judged(value: float) -> None:
     assert torch.equal(cached(torch.randn(12, 6)).isfinite(), torch.tensor(value == 0.0))
 
 
+class _Late(nn.Module):
+    """Zeros in the first pass alone."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.linear, self.calls, self.size = nn.Linear(6, 4), 0, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(x) * self.size * (self.calls > 2)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1.0, 10.0, 1e20])
+def test_a_difference_of_any_size_is_seen(size: float) -> None:
+    cache = GradCache([_Late(size), nn.Linear(6, 4)], InfoNCELoss(normalize=False), chunk_size=4)
+    with pytest.raises(RuntimeError, match="expected the second pass to give what the first gave"):
+        cache(torch.randn(8, 6), torch.randn(8, 6))
+
+
 def test_batch_norm_and_its_statistics() -> None:
     """The chunk's own statistics are the same in both passes; those that run move once."""
     tower = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))

@@ -11,8 +11,8 @@ dlse = dL/dlse, dp_ij = z_ij <do_i, v_j> and delta_i = sum_j p_ij dp_ij - dlse_i
     dsink = -sum_i exp(sink - lse_i) delta_i
 
 A row that sees no key has out 0, lse -inf, with or without a sink, and adds nothing to any gradient. Scores and their
-softmax are in float64, for a score's rounding is an error of p as large as the score; the rest of what is not float64
-is in float32. A pair of weight 0 adds nothing, not even 0 times an infinity or NaN.
+softmax are in float64, for a score's rounding is an error of p as large as the score, and so are weighted sums; what
+else is not float64 is in float32. A pair of weight 0 adds nothing, not even 0 times an infinity or NaN.
 """
 
 from __future__ import annotations
@@ -139,12 +139,13 @@ def probabilities(
 
 def weighted_sums(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """sum_r weights[h, t, r] rows[r, h] over weights that are not 0: [T, H, D] from [H, T, R] and [R, H, D]."""
+    dtype, weights, rows = weights.dtype, weights.double(), rows.double()
     odd = ~rows.isfinite().flatten(1).all(1)
     sums = torch.einsum("htr,rhd->thd", weights, rows.masked_fill(odd[:, None, None], 0.0))
     for r in odd.nonzero()[:, 0].tolist():
         weight = weights[..., r].T[..., None]
         sums = sums + torch.where(weight != 0, weight * rows[r], 0.0)
-    return sums
+    return sums.to(dtype)
 
 
 def dropout(

@@ -113,6 +113,16 @@ def test_prologue(norm, interleaved):
     assert_differentiable_twice(bare, leaf(5, 2, 4), leaf(5, 1, 4))
 
 
+def test_a_table_of_angles_has_no_derivative_in_forward_mode_either():
+    x, frequencies = torch.randn(4, 1, 4), torch.rand(2)
+
+    def turned(frequencies):
+        return norm_rope(x, torch.arange(4), inv_freq=frequencies, norm=None)
+
+    with pytest.raises(NotImplementedError, match="cos_sin, inv_freq, position_ids: no derivative"):
+        torch.func.jvp(turned, (frequencies,), (frequencies,))
+
+
 def penalised(run, x):
     """Gradients, by q, k and v, of a scalar and of the squared norms of its gradients."""
     leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
@@ -197,5 +207,5 @@ def test_third_derivatives_say_so():
     q = leaf(T, H, D)
     (grad,) = torch.autograd.grad(attention(q, q, q).square().sum(), q, create_graph=True)
     (second_order,) = torch.autograd.grad(grad.square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="attention_second has no gradient"):
+    with pytest.raises(NotImplementedError, match="attention_second has no gradient: third"):
         second_order.sum().backward()

@@ -143,8 +143,35 @@ def test_third_derivatives_say_so():
     x, y, scale = leaves(5)
     (grad,) = torch.autograd.grad(infonce(x, y, scale), x, create_graph=True)
     (second_order,) = torch.autograd.grad(grad.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="contrastive_infonce_second has no gradient"):
+    with pytest.raises(NotImplementedError, match="contrastive_infonce_second has no gradient: third"):
         second_order.sum().backward()
+
+
+def test_no_samples_under_vmap():
+    x = torch.zeros(0, E)
+    assert torch.func.hessian(lambda x: infonce(x, x, 2.0))(x).shape == (0, E, 0, E)
+    assert torch.func.vmap(lambda x: infonce(x, x, 2.0))(torch.zeros(0, 4, E)).shape == (0,)
+
+
+def test_a_bare_op_loses_no_tangent():
+    """Compiled or bare an op has no forward mode: the graph breaks, or it says so."""
+    x, y, scale = (t.detach() for t in leaves(6))
+
+    def moved(x):
+        return torch.func.jvp(lambda x: infonce(x, y, scale), (x,), (y,))[1]
+
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(moved, backend="aot_eager")(x), moved(x))
+    with pytest.raises(Exception, match=r"has no forward mode|Observed exception"):
+        torch.compile(moved, backend="aot_eager", fullgraph=True)(x)
+
+    def bare(x):
+        return torch.ops.mmkernels.contrastive_infonce_fwd(x, y, scale, "reference")[0]
+
+    with pytest.raises(NotImplementedError, match="contrastive_infonce_fwd has no forward mode"):
+        torch.func.jvp(bare, (x,), (y,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no forward mode"):
+        bare(forward_ad.make_dual(x, y))
 
 
 def _over_ranks(rank, world):

@@ -52,6 +52,10 @@ def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _jvp(ctx: Any, x: Any, cos: Any, sin: Any, weight: Any, bias: Any, *_: Any) -> torch.Tensor:
+    if cos is not None or sin is not None:
+        raise NotImplementedError(
+            "cos_sin, inv_freq, position_ids: no derivative, in forward mode neither; detach them"
+        )
     return norm_rope_second_op(x, weight, bias, None, *ctx.saved_tensors, ctx.norm, *ctx.options)[0]
 
 
