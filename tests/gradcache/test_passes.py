@@ -15,6 +15,7 @@ from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients, 
 from torch import Tensor, nn
 
 from mmkernels import GradCache
+from mmkernels.nn import InfoNCELoss
 
 
 class Noisy(nn.Module):

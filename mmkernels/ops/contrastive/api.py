@@ -97,8 +97,8 @@ def infonce(
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys and
         logit_scale, twice and in forward mode too (not over a group); with return_stats (loss, ContrastiveStats). The
         loss of no rows at all is 0, with zero gradients (`F.cross_entropy` gives NaN there), so that a rank without
-        samples does not poison a mean. A NaN or an infinity in the features or the scale makes the loss or its gradients
-        NaN or infinite; none is hidden.
+        samples does not poison a mean. A NaN or an infinity in the features or the scale makes the loss or its
+        gradients NaN or infinite; none is hidden.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. On a GPU, and under
