@@ -113,7 +113,9 @@ def test_only_one_file_chooses_sets() -> None:
     """Any other would ask this processor's list of its own: tests/isas.py is the one that the next test tries."""
     own = {"isas.py", "test_isas.py", "test_simd.py", "test_docs.py", "test_info.py"}
     choosing = [
-        file for file in TESTS.rglob("*.py") if "MMKERNELS_CPU_ISA" in file.read_text(encoding="utf-8") and file.name not in own
+        file
+        for file in TESTS.rglob("*.py")
+        if "MMKERNELS_CPU_ISA" in file.read_text(encoding="utf-8") and file.name not in own
     ]
     assert not choosing
 
@@ -123,7 +125,11 @@ def test_only_one_file_chooses_sets() -> None:
 def test_suite_asks_a_poorer_processor_for_what_it_has(hidden: str) -> None:
     """Collected as there: each test that wants a set of its own is there for those that are left, and for no other."""
     left = isas.usable()[: isas.usable().index(hidden)]
-    files = [file for file in TESTS.rglob("test_*.py") if "@isas.each" in file.read_text(encoding="utf-8") and file != Path(__file__)]
+    files = [
+        file
+        for file in TESTS.rglob("test_*.py")
+        if "@isas.each" in file.read_text(encoding="utf-8") and file != Path(__file__)
+    ]
     options = ["--collect-only", "-q", "-m", "isa", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     done = run(
         "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *options, *map(str, files), MMKERNELS_CPU_HIDE=hidden
