@@ -105,7 +105,7 @@ class GradCache:
             when `loss_fn` talks to other ranks and no encoder is wrapped.
         check_passes: compare the embeddings (and the counts of token losses) of both passes, which reads a
             number from the device at the end of a step. A difference above 1% of their size raises, above 10% where
-            anything is narrower than float32.
+            anything is narrower than float32: on the rank that sees it, whose gradients are wrong then.
 
     Raises:
         TypeError: an argument, an input or an encoder's output of the wrong type.
