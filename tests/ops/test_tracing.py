@@ -174,6 +174,7 @@ def test_vmap_over_metadata(name):
         ("weights", (2, 0), -1.0, "weights: expected finite numbers, none negative"),
         ("pack", (1, 1), 8, r"index: expected each in \[-1, 8\), got 8"),
         ("segment_pool", (2, 1), -1, "cu_seqlens: expected"),
+        ("mask", (0, 2), 9, "mask: expected metadata within 8 queries and 8 keys"),
         ("unpad", (1, 0), 5, r"keep: expected lengths in \[0, 4\]"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmkernels.ops._checks import describe, is_traced, readable, wrong_value
+from mmkernels.ops._checks import describe, expect_true, is_traced, readable, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 
 from . import builders, metadata, reference
@@ -275,6 +275,8 @@ class AttentionMask:
         if rows is None:
             self._validate_if_readable(tokens_q, tokens_k)
             rows = self._lay_out_for_keeps(tokens_q, tokens_k)
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                _expect_inside(rows, tokens_q, tokens_k)
             if _outlives_the_call(rows.lo):
                 self._rows = rows
         built = rows.lo.shape[0], rows.first_q.shape[0]
@@ -381,6 +383,14 @@ class AttentionMask:
         if rows.span_q is None:
             return rows
         return rows.changed(tiles=pack_states(tile_states(rows, tokens_k)))
+
+
+def _expect_inside(rows: MaskRows, tokens_q: int, tokens_k: int) -> None:
+    """For every sample under vmap, where the metadata are not read: a kernel trusts its rows."""
+    along_q = (rows.lo >= 0) & (rows.hi <= tokens_k)
+    along_k = (rows.first_q >= 0) & (rows.last_q <= tokens_q)
+    for inside in (along_q, along_k):
+        expect_true(inside, f"mask: expected metadata within {tokens_q} queries and {tokens_k} keys")
 
 
 def _outlives_the_call(tensor: torch.Tensor) -> bool:
