@@ -222,7 +222,9 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize(("family", "class_name", "index", "rule", "rate", "seconds"), FAMILIES, ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("family", "class_name", "index", "rule", "rate", "seconds"), FAMILIES, ids=[case[0] for case in FAMILIES]
+)
 def test_positions_of_each_family(family, class_name, index, rule, rate, seconds):
     samples = [conversation(seconds), [text(7), *shown(IMAGE, 1, 2, 2)], conversation(seconds[::-1])]
     if index is omni_index:
