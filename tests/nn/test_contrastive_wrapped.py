@@ -41,4 +41,6 @@ def _case(rank: int, world: int, wrapper: str) -> None:
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fully_shard"])
 def test_scalars_stay_wide_in_a_wrapped_model(wrapper: str) -> None:
+    if wrapper == "fully_shard" and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 shards on a device alone: its streams on a CPU have no record_event")
     ranks.run(2, _case, wrapper)
