@@ -43,6 +43,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     # The turn alone is undone without x, which need not be kept alive then.
     ctx.save_for_backward(x if ctx.norm else None, cos, sin, weight)
     ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)  # a tangent that there is not comes as None
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
