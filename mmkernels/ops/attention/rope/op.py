@@ -46,7 +46,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     ctx.set_materialize_grads(False)  # a tangent that there is not comes as None
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * 9
     x, cos, sin, weight = ctx.saved_tensors
     dx, dweight, dbias = norm_rope_bwd_op(grad_out, x, cos, sin, weight, ctx.norm, *ctx.options)
     return dx, None, None, dweight if weight is not None else None, dbias if ctx.has_bias else None, *(None,) * 4
