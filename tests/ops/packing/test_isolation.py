@@ -42,9 +42,10 @@ class Model:
 
     backend: str
     dtype: torch.dtype = torch.float32
+    seed: int = 7
 
     def __post_init__(self) -> None:
-        torch.manual_seed(7)
+        torch.manual_seed(self.seed)
         self.table = torch.randn(50, WIDTH).to(self.dtype)
         self.qkv = (torch.randn(WIDTH, 3 * HEADS * DIM) / 6).to(self.dtype)
 
@@ -83,16 +84,25 @@ KINDS = ("packed", "causal", "multimodal")
 def test_a_packed_sample_is_as_if_alone(kind, backend):
     """nanoVLM #201, #204, cross-contamination: output and gradient of each sample are those of the sample by itself."""
     needs(backend)
-    model, exact = Model(backend), Model("reference", torch.float64)
+    # The largest error of a sample of four tokens is a matter of luck: several models and all samples are judged at
+    # once, each sample in units of its own size.
+    seeds = range(7, 8 if backend == "triton" else 15)
+    models = [(Model(backend, seed=seed), Model("reference", torch.float64, seed)) for seed in seeds]
     samples = make_samples(0)
     batch = pack_of(samples, capacity=200)
-    out, pooled, gradient = model.run(batch, kind)
+    packed = [model.run(batch, kind) for model, _ in models]
+    found: list[list[tuple[torch.Tensor, ...]]] = [[], [], []]
     for s, sample in enumerate(samples):
         begin, end = batch.cu_seqlens_host[s : s + 2]
-        alone, truth = model.run(pack_of([sample]), kind), exact.run(pack_of([sample]), kind)
-        parts = (out[begin:end], pooled[s : s + 1], gradient[begin:end])
-        for what, part, plain, true in zip(("out", "pooled", "gradient"), parts, alone, truth, strict=True):
-            assert_as_accurate(f"{what} of sample {s}", part, plain, true)
+        parts = [(out[begin:end], pooled[s : s + 1], gradient[begin:end]) for out, pooled, gradient in packed]
+        alone = [model.run(pack_of([sample]), kind) for model, _ in models]
+        truth = [exact.run(pack_of([sample]), kind) for _, exact in models]
+        for i, results in enumerate(found):
+            three = [torch.stack([run[i] for run in runs]).flatten() for runs in (parts, alone, truth)]
+            size = three[2].square().mean().sqrt()
+            results.append(tuple(x / size.to(x.dtype) for x in three))
+    for what, results in zip(("out", "pooled", "gradient"), found, strict=True):
+        assert_as_accurate(what, *(torch.cat(of) for of in zip(*results, strict=True)))
 
 
 @every_backend
