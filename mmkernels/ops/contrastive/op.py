@@ -79,10 +79,9 @@ def _with_scalars(
     def whole(run: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
         def gradients(*args: Any) -> tuple[Tensor, ...]:
             first, needs = args[:-2], args[-2:]
-            made = _fake_gradients(*first[features : features + 2], *needs)
             if needs[0] or needs[1]:
-                made = run(*first[:-saved], *needs)
-            return *made, *scalars(*first)
+                return *run(*first[:-saved], *needs), *scalars(*first)
+            return *_fake_gradients(*first[features : features + 2], *needs), *scalars(*first)
 
         return gradients
 
