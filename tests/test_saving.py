@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from answering import answer
 
 import mmkernels
 from mmkernels import (
@@ -192,26 +193,17 @@ def test_in_a_fresh_process(tmp_path: Path):
         assert_same(back, attention(q, q, q, value) if isinstance(value, AttentionMask) else value)
 
 
-def in_another_process(received, answers) -> None:
-    for _ in range(3):
-        value = received.get()
-        if isinstance(value, AttentionMask):
-            answers.put(value.to_dense(9, 9).numpy())
-        else:
-            answers.put(value.validate().num_tokens if isinstance(value, PackedBatch) else value.items)
-
-
 def test_through_a_queue():
     context = multiprocessing.get_context("spawn")
     there, back = context.Queue(), context.Queue()
-    worker = context.Process(target=in_another_process, args=(there, back))
+    mask, plan, batch = MASKS["multimodal"](), a_plan(), a_batch()
+    worker = context.Process(target=answer, args=(there, back, 3))
     worker.start()
-    mask, plan = MASKS["multimodal"](), a_plan()
-    for value in (mask, plan, a_batch()):
+    for value in (mask, plan, batch):
         there.put(value)
     assert np.array_equal(back.get(timeout=120), mask.to_dense(9, 9).numpy())
     assert np.array_equal(back.get(timeout=120), plan.items)
-    assert back.get(timeout=120) == 24
+    assert back.get(timeout=120) == batch.num_tokens
     worker.join(timeout=120)
     assert worker.exitcode == 0
 
