@@ -16,7 +16,8 @@ detached tensors, so that it can be differentiated in its turn:
     f_second    (t, g, x) -> along the tangents t of x, the tangents of y and of that gradient
 
 The tangent of y is forward mode, and also the gradient of <t, f_bwd> by g. The Hessian of <g, f(x)> is symmetric: its
-product with t is the tangent of f_bwd, and also the gradient of <t, f_bwd> by x. Third derivatives raise.
+product with t is the tangent of f_bwd, and also the gradient of <t, f_bwd> by x. In reverse over forward mode, where g
+comes in for the tangent of y, that tangent has the gradients f_bwd by t and f_second by x. Third derivatives raise.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _below = _Below()
 
 
 class Second(NamedTuple):
-    """What makes a backward op differentiable: the op of the second derivatives.
+    """What makes a backward op differentiable: the op of the second derivatives, which becomes so itself.
 
     Attributes:
         op: takes a tangent for each output of the backward op (None: zero), then that op's own arguments, of which
@@ -106,10 +107,11 @@ class Op:
         self._op = getattr(torch.ops.mmkernels, name).default
         if flops is not None:
             register_flops(getattr(torch.ops.mmkernels, name), flops)
+        self._reverse_over_forward = _refusal(f"mmkernels::{name} has no gradient formula")
         if second is not None:
             setup_context, backward, jvp = _twice(self, second)
-        setup_context = setup_context or _save_nothing
-        backward = backward or _refusal(_no_gradient(name))
+        setup_context = setup_context or (_save_all if name.endswith("_second") else _save_nothing)
+        backward = backward or (lambda ctx, *grads: self._reverse_over_forward(ctx, *grads))
         jvp = jvp or _refusal(f"mmkernels::{name} has no forward-mode formula (torch.func.jvp, jacfwd, forward_ad)")
         torch.library.register_autograd(f"mmkernels::{name}", backward, setup_context=setup_context, lib=_library)
         self._fast, self._functorch = _functions(name, self._below_autograd, setup_context, backward, jvp)
@@ -149,33 +151,41 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
+def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+    ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+    outputs = output if isinstance(output, tuple) else (output,)
+    ctx.outputs = [{"size": x.shape, "dtype": x.dtype, "device": x.device} for x in outputs]
+    ctx.set_materialize_grads(False)
+
+
+def _inputs_of(ctx: Any) -> list[Any]:
+    inputs = list(ctx.inputs)
+    for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+        inputs[i] = tensor
+    return inputs
+
+
+def _needed(ctx: Any, inputs: list[Any], grads: Mapping[int, torch.Tensor]) -> tuple[Any, ...]:
+    """One gradient per input, of those at these places."""
+    needed = (i in grads and isinstance(x, torch.Tensor) and ctx.needs_input_grad[i] for i, x in enumerate(inputs))
+    return tuple(grads[i].to(inputs[i].dtype) if need else None for i, need in enumerate(needed))
+
+
 def _twice(first: Op, second: Second) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """setup_context, backward and jvp of a backward op."""
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-        ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
-        ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
-        ctx.set_materialize_grads(False)
-
-    def inputs_of(ctx: Any) -> list[Any]:
-        inputs = list(ctx.inputs)
-        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            inputs[i] = tensor
-        return inputs
+    """setup_context, backward and jvp of a backward op; the op of second derivatives gets its backward."""
 
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:
-        inputs = inputs_of(ctx)
-        grads: list[Any] = [None] * len(inputs)
+        inputs = _inputs_of(ctx)
         # An output that nobody needed is empty, and so is what comes in for it.
         given = [None if t is None or t.numel() == 0 else t for t in tangents]
-        for i, grad in zip((*range(second.grads), *second.wrt), second.op(*given, *inputs), strict=True):
-            if i is not None and isinstance(inputs[i], torch.Tensor) and ctx.needs_input_grad[i]:
-                grads[i] = grad.to(inputs[i].dtype)
-        return tuple(grads)
+        places = (*range(second.grads), *second.wrt)
+        moved = zip(places, second.op(*given, *inputs), strict=True)
+        return _needed(ctx, inputs, {i: grad for i, grad in moved if i is not None})
 
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        inputs = inputs_of(ctx)
+        inputs = _inputs_of(ctx)
         incoming = [None if x is None else torch.zeros_like(x) for x in inputs[: second.grads]]
         incoming = [x if t is None else t for t, x in zip(tangents, incoming, strict=False)]
         linear = first(*incoming, *inputs[second.grads :])
@@ -183,15 +193,27 @@ def _twice(first: Op, second: Second) -> tuple[Callable[..., Any], Callable[...,
         moved = second.op(*along, *inputs)[second.grads :]
         return tuple(a + b.to(a.dtype) if a.shape == b.shape else a for a, b in zip(linear, moved, strict=True))
 
-    return setup_context, backward, jvp
+    def reverse_over_forward(ctx: Any, *incoming: torch.Tensor | None) -> tuple[Any, ...]:
+        if any(g is not None and g.numel() for g in incoming[second.grads :]):
+            raise NotImplementedError(_no_third(second.op.name))
+        inputs, count = _inputs_of(ctx), len(second.wrt)
+        like = zip(incoming, ctx.outputs[: second.grads], strict=False)
+        given = [torch.zeros(**shape) if g is None else g for g, shape in like]
+        along, saved = inputs[:count], inputs[count + second.grads :]
+        of_tangents = first(*given, *saved)
+        of_inputs = second.op(*along, *given, *saved)[second.grads :]
+        grads = dict(enumerate(of_tangents))
+        grads |= {count + i: grad for i, grad in zip(second.wrt, of_inputs, strict=True) if i is not None}
+        return _needed(ctx, inputs, grads)
+
+    second.op._reverse_over_forward = reverse_over_forward
+    return _save_all, backward, jvp
 
 
-def _no_gradient(name: str) -> str:
-    if not name.endswith("_second"):
-        return f"mmkernels::{name} has no gradient formula"
+def _no_third(name: str) -> str:
     return (
-        f"mmkernels::{name} has no gradient: third derivatives and reverse over forward mode are not supported; "
-        "torch.func.hessian, torch.autograd.functional.vhp and torch.func.jvp of torch.func.grad are"
+        f"mmkernels::{name} has no gradient: third derivatives, and autograd.functional.hvp, which asks for one, are "
+        "not supported; torch.func.hessian and torch.autograd.functional.vhp are"
     )
 
 

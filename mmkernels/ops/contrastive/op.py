@@ -153,25 +153,24 @@ def _softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(queries, keys, logit_scale, *pairs, tq, tk, tlse_q, tlse_k, *output)
 
 
-def _softmax_saved(ctx: Any) -> tuple[Any, ...]:
+def _softmax_saved(ctx: Any, need_queries: bool, need_keys: bool, need_scale: bool) -> tuple[Any, ...]:
     """As the backward and the second op want it."""
     *features, targets, query_ids, key_ids, tq, tk, tlse_q, tlse_k, of_rows, of_columns = ctx.saved_tensors
     rules = targets, query_ids, key_ids, ctx.same_id, tq, tk, tlse_q, tlse_k
-    mean = (of_rows[MEAN], of_columns[MEAN]) if ctx.needs_input_grad[2] else (None, None)
-    needs = ctx.needs_input_grad[:2]
-    return *features, of_rows[LSE], of_columns[LSE], *rules, *mean, *needs, ctx.backend
+    mean = (of_rows[MEAN], of_columns[MEAN]) if need_scale else (None, None)
+    return *features, of_rows[LSE], of_columns[LSE], *rules, *mean, need_queries, need_keys, ctx.backend
 
 
 def _softmax_backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Any, ...]:
     need = ctx.needs_input_grad[:3]
     if not any(need):
         return (None,) * 14
-    grads = softmax_bwd(grad_rows[:COEFFICIENTS], grad_columns[:COEFFICIENTS], *_softmax_saved(ctx))
+    grads = softmax_bwd(grad_rows[:COEFFICIENTS], grad_columns[:COEFFICIENTS], *_softmax_saved(ctx, *need))
     return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *(None,) * 11
 
 
 def _softmax_jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-    of_rows, of_columns, *_ = softmax_second(*tangents[:3], None, None, *_softmax_saved(ctx))
+    of_rows, of_columns, *_ = softmax_second(*tangents[:3], None, None, *_softmax_saved(ctx, True, True, True))
     return _all_statistics(of_rows, ctx.totals), _all_statistics(of_columns, ctx.totals)
 
 
@@ -239,7 +238,8 @@ def _sigmoid_backward(ctx: Any, grad_sums: Tensor) -> tuple[Any, ...]:
 
 
 def _sigmoid_jvp(ctx: Any, *tangents: Any) -> Tensor:
-    return sigmoid_second(*tangents[:4], None, *ctx.saved_tensors, True, True, ctx.backend)[0]
+    moved = sigmoid_second(*tangents[:4], None, *ctx.saved_tensors, True, True, ctx.backend)[0]
+    return torch.stack([moved, torch.zeros_like(moved), torch.zeros_like(moved)])
 
 
 sigmoid_bwd = Op(

@@ -57,7 +57,7 @@ def _infonce_fake(tq: Any, tk: Any, ts: Any, grad_loss: Tensor | None, *args: An
 
 
 def _sigmoid_fake(tq: Any, tk: Any, ts: Any, tb: Any, grad: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return args[0].new_empty(3, dtype=torch.float64), *_tangents_fake(grad, *args[:4])
+    return args[0].new_empty((), dtype=torch.float64), *_tangents_fake(grad, *args[:4])
 
 
 def _siglip_fake(tq: Any, tk: Any, ts: Any, tb: Any, grad: Tensor | None, *args: Any) -> tuple[Tensor, ...]:

@@ -263,22 +263,20 @@ def sigmoid_second(
     logit_bias: Tensor,
     pairs: Pairs,
 ) -> tuple[Tensor, ...]:
-    """Tangents of the sums [3] float64, of which the first alone is differentiable, and of dqueries, dkeys, dscale,
-    dbias."""
+    """Tangents of the sum of all pairs' losses [] float64, and of dqueries, dkeys, dscale, dbias."""
     with no_autocast(queries):
         tangents = tangent_queries, tangent_keys, tangent_scale
         call = _call(tangents, queries, keys, logit_scale, pairs, None)
         dbias = torch.zeros_like(call.scale) if tangent_bias is None else tangent_bias.to(call.x.dtype)
-        sums, moved_sum = _Sums(call), torch.zeros_like(call.scale, dtype=torch.float64)
+        sums, moved = _Sums(call), torch.zeros_like(call.scale, dtype=torch.float64)
         for tile in call.tiles():
             signs = torch.where(tile.positive, 1.0, -1.0).to(call.x.dtype)
             z, change = signs * (call.scale * tile.similarity + logit_bias), call.logits_moved(tile) + dbias
             of_logits = -signs * torch.sigmoid(-z)
-            moved_sum = moved_sum + (of_logits * change).double().sum()
+            moved = moved + (of_logits * change).double().sum()
             if grad_sum is not None:
                 grad = grad_sum.to(call.x.dtype)
                 sums.add(tile, grad * of_logits, grad * torch.sigmoid(z) * torch.sigmoid(-z) * change, None)
-        moved = torch.stack([moved_sum, torch.zeros_like(moved_sum), torch.zeros_like(moved_sum)])
         if grad_sum is None:
             return moved, *_nothing(queries, keys, logit_scale, logit_bias)
         return moved, *sums.results(queries, keys, logit_scale, logit_bias)
@@ -299,4 +297,4 @@ def siglip_second(
     n, tangents = max(queries.shape[0], 1), (tangent_queries, tangent_keys, tangent_scale, tangent_bias)
     grad_sum = None if grad_loss is None else grad_loss.double() / n
     moved, *rest = sigmoid_second(*tangents, grad_sum, queries, keys, logit_scale, logit_bias, own_pairs(queries))
-    return (moved[0] / n).to(statistics_dtype(queries.dtype)), *rest
+    return (moved / n).to(statistics_dtype(queries.dtype)), *rest

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from derivatives import assert_differentiable_twice
 
 from mmkernels import AttentionMask, additive_attention, attention, gated_residual, norm_rope, qk_norm_rope
 from mmkernels.ops.attention import second
@@ -50,11 +50,6 @@ def random_mask(draw):
         lo = torch.tensor([draw.randint(0, int(end)) for end in hi], dtype=torch.int32)
         return AttentionMask.from_rows(lo, hi, span_q=SPANS % 2, span_k=SPANS % 3), False
     return AttentionMask.packed(CU, causal=kind == "causal", window=window if kind == "causal" else None), False
-
-
-def assert_differentiable_twice(function, *inputs):
-    assert gradcheck(function, inputs, check_forward_ad=True, fast_mode=True)
-    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, fast_mode=True)
 
 
 @pytest.mark.parametrize("block", [2**20, 64])

@@ -7,7 +7,8 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from derivatives import assert_differentiable_twice
+from torch.autograd import forward_ad
 
 from mmkernels import infonce, siglip
 from mmkernels.ops.contrastive import second
@@ -65,16 +66,14 @@ def test_infonce_with_any_options(seed, chunk, monkeypatch):
     x, y, scale = leaves(seed, m=m)
     scale = scale.detach() if "teacher" in options else scale  # the teacher's softmax is a constant, its scale too
     loss = functools.partial(infonce, **options)
-    assert gradcheck(loss, (x, y, scale), check_forward_ad=True, fast_mode=True)
-    assert gradgradcheck(loss, (x, y, scale), check_fwd_over_rev=True, fast_mode=True)
+    assert_differentiable_twice(loss, x, y, scale)
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([0, 1, 0, 2, 1, 3, 0])])
 def test_siglip(ids):
     inputs = *leaves(1), torch.tensor(-0.4, dtype=torch.float64, requires_grad=True)
     loss = functools.partial(siglip, query_ids=ids)
-    assert gradcheck(loss, inputs, check_forward_ad=True)
-    assert gradgradcheck(loss, inputs, check_fwd_over_rev=True)
+    assert_differentiable_twice(loss, *inputs, fast_mode=False)
 
 
 def penalised(loss, *inputs):
@@ -117,11 +116,16 @@ def test_functorch(backend):
     v = torch.randn_like(x)
     ours, plain = (torch.func.jvp(lambda x, f=f: f(x, y, scale), (x,), (v,)) for f in (loss, plain_infonce))
     torch.testing.assert_close(ours, plain)
+    leaf = x.clone().requires_grad_()
     with forward_ad.dual_level():
-        moved = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, v), y, scale)).tangent
+        moved = forward_ad.unpack_dual(loss(forward_ad.make_dual(leaf, v), y, scale)).tangent
+    (grad,) = torch.autograd.grad(moved, leaf)
     torch.testing.assert_close(moved, plain[1])
+    torch.testing.assert_close(grad, torch.autograd.functional.vhp(lambda x: plain_infonce(x, y, scale), x, v)[1])
     ours, plain = (torch.autograd.functional.hessian(lambda x, f=f: f(x, y, scale), x) for f in (loss, plain_infonce))
     torch.testing.assert_close(ours, plain)
+    reverse_over_forward = torch.func.jacrev(torch.func.jacfwd(lambda x: loss(x, y, scale)))(x)
+    torch.testing.assert_close(reverse_over_forward, plain)
 
 
 def test_first_gradients_are_the_same_with_a_graph(backend):
@@ -145,6 +149,8 @@ def test_third_derivatives_say_so():
     (second_order,) = torch.autograd.grad(grad.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="contrastive_infonce_second has no gradient: third"):
         second_order.sum().backward()
+    with pytest.raises(NotImplementedError, match=r"autograd\.functional\.hvp, which asks for one"):
+        torch.autograd.functional.hvp(lambda x: infonce(x, y.detach(), scale.detach()), x.detach(), x.detach())
 
 
 def test_no_samples_under_vmap():
