@@ -30,13 +30,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from harness import Case, Inputs, Options, Work, main
+from torch import Tensor
 
 from mmkernels.ops.attention import AttentionMask, attention
 from mmkernels.runtime import backends
 from mmkernels.testing.attention import cu_seqlens
 
 Params = Mapping[str, Any]
-Outputs = tuple[torch.Tensor, ...]
+Outputs = tuple[Tensor, ...]
 Run = Callable[[Inputs], Outputs]
 
 _DTYPES = ("float32", "bfloat16")
@@ -79,13 +80,13 @@ class Kind:
             return AttentionMask.multimodal(cu_q, (span >= 0).byte(), span)
         return AttentionMask.packed(cu_q, causal=self.causal) if self.causal or len(lengths_q) > 1 else None
 
-    def span_ids(self, p: Params, device: torch.device) -> torch.Tensor:
+    def span_ids(self, p: Params, device: torch.device) -> Tensor:
         """Text and images in turn: int32 [tokens]."""
         position = torch.arange(p["L"], dtype=torch.int32, device=device).repeat(p["S"])
         part = position // p["I"]
         return torch.where(part % 2 == 1, part // 2, -1)
 
-    def media_ids(self, p: Params, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def media_ids(self, p: Params, device: torch.device) -> tuple[Tensor, Tensor]:
         """Media spread evenly over the text, the first after its first part."""
         text = torch.arange(p["L"], dtype=torch.int32, device=device) * (p["M"] + 1) // p["L"] - 1
         keys = torch.arange(p["M"] * p["I"], dtype=torch.int32, device=device) // p["I"]
@@ -176,7 +177,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     return result, min(times)
 
 
-def padded_slots(lengths: list[int], device: torch.device) -> torch.Tensor:
+def padded_slots(lengths: list[int], device: torch.device) -> Tensor:
     """int64 [T]: each token's row in a batch that is padded to its longest segment."""
     slots = [segment * max(lengths) + np.arange(n) for segment, n in enumerate(lengths)]
     return torch.from_numpy(np.concatenate(slots)).to(device)
@@ -189,14 +190,14 @@ def block_mask(inputs: Inputs) -> Any:
         return None
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def owners(lengths: list[int]) -> torch.Tensor:
+    def owners(lengths: list[int]) -> Tensor:
         return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
 
     of_q, of_k = owners(inputs["lengths"]), owners(inputs["lengths_k"])
     span = kind.span_ids(p, device) if "I" in p and "M" not in p else None
     media_q, media_k = kind.media_ids(p, device) if "M" in p else (None, None)
 
-    def visible(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         same = of_q[i] == of_k[j]
         if media_q is not None and media_k is not None:
             return same & (media_q[i] == media_k[j])
@@ -210,19 +211,19 @@ def block_mask(inputs: Inputs) -> Any:
 # Contenders: inputs -> out [T, H, D]
 
 
-def heads_first(inputs: Inputs) -> list[torch.Tensor]:
+def heads_first(inputs: Inputs) -> list[Tensor]:
     """q, k, v as SDPA takes them: [1, H, T, D]."""
     return [inputs[name].transpose(0, 1)[None] for name in "qkv"]
 
 
-def ours(inputs: Inputs, backend: str | None) -> torch.Tensor:
+def ours(inputs: Inputs, backend: str | None) -> Tensor:
     inputs["figures"] = {"mask build ms": inputs["build"]} if inputs["mask"] is not None else {}
     out = attention(inputs["q"], inputs["k"], inputs["v"], inputs["mask"], backend=backend)
-    assert isinstance(out, torch.Tensor)
+    assert isinstance(out, Tensor)
     return out
 
 
-def sdpa(inputs: Inputs) -> torch.Tensor:
+def sdpa(inputs: Inputs) -> Tensor:
     """The baseline, and in float64 the truth."""
     inputs["figures"] = {}
     masked = inputs["dense_mask"] is not None
@@ -232,7 +233,7 @@ def sdpa(inputs: Inputs) -> torch.Tensor:
     return out if inputs["blind"] is None else out.masked_fill(inputs["blind"][:, None, None], 0)
 
 
-def sdpa_on(backend: str, inputs: Inputs) -> torch.Tensor:
+def sdpa_on(backend: str, inputs: Inputs) -> Tensor:
     """SDPA on one of its backends; what it cannot serve it refuses."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -240,7 +241,7 @@ def sdpa_on(backend: str, inputs: Inputs) -> torch.Tensor:
         return sdpa(inputs)
 
 
-def sdpa_by_segment(inputs: Inputs) -> torch.Tensor:
+def sdpa_by_segment(inputs: Inputs) -> Tensor:
     """No masked pair is computed, at the price of a call per segment."""
     inputs["figures"] = {}
     parts = zip(*(x.split(inputs["lengths"], 2) for x in heads_first(inputs)), strict=True)
@@ -248,7 +249,7 @@ def sdpa_by_segment(inputs: Inputs) -> torch.Tensor:
     return torch.cat(outs, 2)[0].transpose(0, 1)
 
 
-def sdpa_padded(inputs: Inputs) -> torch.Tensor:
+def sdpa_padded(inputs: Inputs) -> Tensor:
     """A batch padded to the longest segment. Padding lies at the end, so causality alone hides it; else a mask does.
 
     Samples of one length need no padding; where a token sees part of its sample they have a dense mask each.
@@ -257,7 +258,7 @@ def sdpa_padded(inputs: Inputs) -> torch.Tensor:
     lengths, slot, longest = inputs["lengths"], inputs["slot"], inputs["max_seqlen_q"]
     ragged = len(slot) != len(lengths) * longest
 
-    def pad(x: torch.Tensor) -> torch.Tensor:
+    def pad(x: Tensor) -> Tensor:
         if ragged:
             x = x.new_zeros(len(lengths) * longest, *x.shape[1:]).index_copy(0, slot, x)
         return x.unflatten(0, (len(lengths), -1)).transpose(1, 2)
@@ -275,7 +276,7 @@ def sdpa_padded(inputs: Inputs) -> torch.Tensor:
     return out.index_select(0, slot) if ragged else out
 
 
-def sample_masks(inputs: Inputs) -> torch.Tensor:
+def sample_masks(inputs: Inputs) -> Tensor:
     """bool [S, 1, Lq, Lk], made once."""
     if "sample_masks" not in inputs:
         blocks = inputs["dense_mask"].unflatten(1, (len(inputs["lengths_k"]), -1))
@@ -285,14 +286,14 @@ def sample_masks(inputs: Inputs) -> torch.Tensor:
 
 
 @cache
-def compiled_flex() -> Callable[..., torch.Tensor]:
+def compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex(inputs: Inputs) -> torch.Tensor:
-    def attend() -> torch.Tensor:
+def flex(inputs: Inputs) -> Tensor:
+    def attend() -> Tensor:
         out = compiled_flex()(*heads_first(inputs), block_mask=inputs["block_mask"])
         return out[0].transpose(0, 1)
 
@@ -307,7 +308,7 @@ def flex(inputs: Inputs) -> torch.Tensor:
     return attend()
 
 
-def outputs_of(call: Callable[..., torch.Tensor], backward: bool, inputs: Inputs, *backend: str | None) -> Outputs:
+def outputs_of(call: Callable[..., Tensor], backward: bool, inputs: Inputs, *backend: str | None) -> Outputs:
     """out, and with `backward` dq, dk and dv."""
     out = call(inputs, *backend)
     if not backward:
@@ -365,7 +366,7 @@ def work(kind: Kind, backward: bool, p: Params) -> Work:
 
 
 def case(kind: Kind, backward: bool, device: torch.device, backends_named: bool) -> Case:
-    calls: dict[str, Callable[..., torch.Tensor]] = {}
+    calls: dict[str, Callable[..., Tensor]] = {}
     if "S" in kind.point and "I" not in kind.point:
         calls["SDPA by segment"] = sdpa_by_segment
     if "S" in kind.point:

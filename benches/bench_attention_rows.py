@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 from harness import Case, Inputs, Work, main
+from torch import Tensor
 
 from mmkernels import gated_residual, qk_norm_rope, rotary_cos_sin
 from mmkernels.testing.attention_rows import plain_gated_residual, plain_norm_rope
 
 Params = Mapping[str, Any]
-Outputs = tuple[torch.Tensor, ...]
+Outputs = tuple[Tensor, ...]
 
 
-def leaf(dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
+def leaf(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
 
@@ -38,7 +39,7 @@ def with_gradients(out: Outputs, inputs: Inputs, *names: str) -> Outputs:
     return *out, *torch.autograd.grad(out, [inputs[name] for name in names], grads)
 
 
-def gradients(p: Params, *like: torch.Tensor) -> Inputs:
+def gradients(p: Params, *like: Tensor) -> Inputs:
     """Along with x, so that the gradient of a scalar gate does not cancel, which no two contenders would agree on."""
     if p["pass"] == "fwd":
         return {}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Case, Inputs, Work, main
+from torch import Tensor
 
 from mmkernels.ops.packing import embed_splice, pack, pad, patchify, segment_pool, unpack
 from mmkernels.testing.lengths import lengths_like
@@ -33,16 +34,16 @@ def setup_rows(p: Params, device: torch.device) -> Inputs:
     return {"x": x.requires_grad_(), "index": index, "grad_out": grad_out}
 
 
-def with_gradient(out: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def with_gradient(out: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     return out, *torch.autograd.grad(out, inputs["x"], inputs["grad_out"])
 
 
-def same_bytes(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def same_bytes(inputs: Inputs) -> tuple[Tensor, ...]:
     """The ceiling: a copy of as many bytes there, and one back."""
     return torch.empty_like(inputs["x"]).copy_(inputs["x"].detach()), inputs["grad_out"].clone()
 
 
-def check_moved(name: str, outputs: Sequence[torch.Tensor], inputs: Inputs) -> None:
+def check_moved(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
     if "copy" in name:
         return
     assert torch.equal(outputs[0], inputs["x"].detach()[inputs["index"]]), f"{name}: wrong rows"
@@ -77,12 +78,12 @@ PACK = Case(
 )
 
 
-def unpack_in_torch(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def unpack_in_torch(inputs: Inputs) -> tuple[Tensor, ...]:
     x = inputs["x"]
     return with_gradient(torch.zeros_like(x).index_add(0, inputs["index"], x), inputs)
 
 
-def check_unpacked(name: str, outputs: Sequence[torch.Tensor], inputs: Inputs) -> None:
+def check_unpacked(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
     if "copy" in name:
         return
     assert torch.equal(outputs[0][inputs["index"]], inputs["x"].detach()), f"{name}: wrong rows"
@@ -119,16 +120,16 @@ def copy_of_rows(inputs: Inputs) -> tuple[None, None]:
     return None, None
 
 
-def pool(mode: str, inputs: Inputs, backend: str | None) -> tuple[torch.Tensor, ...]:
+def pool(mode: str, inputs: Inputs, backend: str | None) -> tuple[Tensor, ...]:
     return with_gradient(segment_pool(inputs["x"], inputs["cu_seqlens"], mode, backend=backend), inputs)
 
 
-def pool_in_torch(mode: str, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def pool_in_torch(mode: str, inputs: Inputs) -> tuple[Tensor, ...]:
     offsets = inputs["cu_seqlens"].long()
     return with_gradient(torch.segment_reduce(inputs["x"], mode, offsets=offsets), inputs)
 
 
-def pool_by_index_add(mode: str, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def pool_by_index_add(mode: str, inputs: Inputs) -> tuple[Tensor, ...]:
     """What most trainers write; it knows no max."""
     x, lengths = inputs["x"], inputs["cu_seqlens"].diff()
     segment = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=len(x))
@@ -165,11 +166,11 @@ def setup_pad(p: Params, device: torch.device) -> Inputs:
     return inputs | {"max_seqlen": longest, "grad_padded": torch.randn(shape, device=device).to(inputs["x"].dtype)}
 
 
-def pad_gradient(out: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def pad_gradient(out: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     return out, *torch.autograd.grad(out, [inputs["x"]], inputs["grad_padded"])
 
 
-def pad_by_index(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def pad_by_index(inputs: Inputs) -> tuple[Tensor, ...]:
     """What flash-attn's bert_padding does."""
     x, cu_seqlens = inputs["x"], inputs["cu_seqlens"].long()
     lengths = cu_seqlens.diff()
@@ -227,35 +228,35 @@ def setup_splice(p: Params, device: torch.device) -> Inputs:
     }
 
 
-def splice_gradients(out: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def splice_gradients(out: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     return out, *torch.autograd.grad(out, [inputs["table"], inputs["features"]], inputs["grad_out"])
 
 
-def splice(inputs: Inputs, backend: str | None) -> tuple[torch.Tensor, ...]:
+def splice(inputs: Inputs, backend: str | None) -> tuple[Tensor, ...]:
     names = ("token_ids", "table", "features", "dst_index")
     return splice_gradients(embed_splice(*(inputs[name] for name in names), backend=backend), inputs)
 
 
-def masked_scatter(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def masked_scatter(inputs: Inputs) -> tuple[Tensor, ...]:
     """What transformers' multimodal models do."""
     embedded = torch.nn.functional.embedding(inputs["token_ids"], inputs["table"])
     out = embedded.masked_scatter(inputs["mask"][:, None].expand_as(embedded), inputs["features"])
     return splice_gradients(out, inputs)
 
 
-def index_put(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def index_put(inputs: Inputs) -> tuple[Tensor, ...]:
     embedded = torch.nn.functional.embedding(inputs["token_ids"], inputs["table"])
     return splice_gradients(embedded.index_put((inputs["dst_index"],), inputs["features"]), inputs)
 
 
-def splice_floor(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def splice_floor(inputs: Inputs) -> tuple[Tensor, ...]:
     """The ceiling: a copy of as many bytes as the tokens there, and into a table's and the features' gradients back."""
     table, features, grad = inputs["table"].detach(), inputs["features"].detach(), inputs["grad_out"]
     out = torch.empty_like(grad).copy_(grad)
     return out, torch.empty_like(table).zero_(), torch.empty_like(features).copy_(grad[: len(features)])
 
 
-def check_splice(name: str, outputs: Sequence[torch.Tensor], inputs: Inputs) -> None:
+def check_splice(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
     if "copy" in name:
         return
     expected = masked_scatter(inputs)
@@ -301,7 +302,7 @@ def setup_sources(p: Params, device: torch.device) -> Inputs:
     return inputs | {"parts": [part.clone() for part in parts]}
 
 
-def check_forward(name: str, outputs: Sequence[torch.Tensor], inputs: Inputs) -> None:
+def check_forward(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
     assert "copy" in name or torch.equal(outputs[0], inputs["x"].detach()[inputs["index"]]), f"{name}: wrong rows"
 
 
@@ -335,7 +336,7 @@ def setup_images(p: Params, device: torch.device) -> Inputs:
     return {"images": images, "patch": side}
 
 
-def patches_in_torch(inputs: Inputs) -> tuple[torch.Tensor]:
+def patches_in_torch(inputs: Inputs) -> tuple[Tensor]:
     """einops' rearrange, image by image, and a concatenation."""
     side, rows = inputs["patch"], []
     for image in inputs["images"]:
@@ -345,13 +346,13 @@ def patches_in_torch(inputs: Inputs) -> tuple[torch.Tensor]:
     return (torch.cat(rows),)
 
 
-def patches_by_unfold(inputs: Inputs) -> tuple[torch.Tensor]:
+def patches_by_unfold(inputs: Inputs) -> tuple[Tensor]:
     side = inputs["patch"]
     rows = [torch.nn.functional.unfold(image[None], side, stride=side)[0].T for image in inputs["images"]]
     return (torch.cat(rows),)
 
 
-def check_patches(name: str, outputs: Sequence[torch.Tensor], inputs: Inputs) -> None:
+def check_patches(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
     assert "copy" in name or torch.equal(outputs[0], patches_in_torch(inputs)[0]), f"{name}: wrong patches"
 
 
@@ -372,13 +373,13 @@ PATCHES = Case(
 )
 
 
-def weighted(inputs: Inputs, backend: str | None) -> tuple[torch.Tensor, ...]:
+def weighted(inputs: Inputs, backend: str | None) -> tuple[Tensor, ...]:
     x, weights = inputs["x"], inputs["weights"]
     out = segment_pool(x, inputs["cu_seqlens"], "weighted", weights=weights, backend=backend)
     return out, *torch.autograd.grad(out, [x, weights], inputs["grad_out"])
 
 
-def weighted_in_torch(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def weighted_in_torch(inputs: Inputs) -> tuple[Tensor, ...]:
     x, weights = inputs["x"], inputs["weights"]
     rows = (x * weights[:, None]).to(x.dtype)
     out = torch.segment_reduce(rows, "sum", offsets=inputs["cu_seqlens"].long())

@@ -51,6 +51,7 @@ import torch
 import tyro
 from measure import Timing, Work, ceilings, peak_memory, timings
 from report import machine, print_table, save
+from torch import Tensor
 
 import mmkernels.testing as testing
 from mmkernels.runtime.backends import candidates
@@ -207,7 +208,7 @@ def _contenders(case: Case, options: Options) -> tuple[dict[str, Callable[[Input
 
 def _converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     def convert(value: Any) -> Any:
-        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
             return value
         return value.detach().to(dtype).requires_grad_(value.requires_grad)
 
@@ -243,7 +244,7 @@ class _Reference:
     allowed: list[float]
 
 
-def _distance(result: torch.Tensor, expected: torch.Tensor) -> float:
+def _distance(result: Tensor, expected: Tensor) -> float:
     result, expected = result.double(), expected.double()
     both = torch.isfinite(expected)
     return ((result[both] - expected[both]).norm() / expected[both].norm().clamp_min(1e-30)).item()

@@ -14,6 +14,7 @@ from typing import Any
 
 import planner_peers
 import torch
+from torch import Tensor
 
 Inputs = dict[str, Any]
 Adapter = Callable[[Inputs], tuple[Any, ...]]  # None stands for an output that the package does not compute
@@ -29,11 +30,11 @@ class Peer:
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
 
-def _contrastive_gradients(loss: torch.Tensor, inputs: Inputs, *names: str) -> tuple[torch.Tensor, ...]:
+def _contrastive_gradients(loss: Tensor, inputs: Inputs, *names: str) -> tuple[Tensor, ...]:
     return loss, *torch.autograd.grad(loss, [inputs[name] for name in names])
 
 
-def open_clip_clip_loss(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def open_clip_clip_loss(inputs: Inputs) -> tuple[Tensor, ...]:
     """`infonce`: queries, keys, logit_scale -> loss, dqueries, dkeys, dlogit_scale."""
     from open_clip.loss import ClipLoss
 
@@ -41,7 +42,7 @@ def open_clip_clip_loss(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return _contrastive_gradients(loss, inputs, "queries", "keys", "logit_scale")
 
 
-def open_clip_siglip_loss(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def open_clip_siglip_loss(inputs: Inputs) -> tuple[Tensor, ...]:
     """`siglip`: queries, keys, logit_scale, logit_bias -> loss, dqueries, dkeys, dlogit_scale, dlogit_bias."""
     from open_clip.loss import SigLipLoss
 
@@ -49,7 +50,7 @@ def open_clip_siglip_loss(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return _contrastive_gradients(loss, inputs, "queries", "keys", "logit_scale", "logit_bias")
 
 
-def inf_cl_symmetric(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def inf_cl_symmetric(inputs: Inputs) -> tuple[Tensor, ...]:
     """`infonce`: one direction a call, so two calls."""
     from inf_cl import cal_flash_loss
 
@@ -58,7 +59,7 @@ def inf_cl_symmetric(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return _contrastive_gradients((forth.mean() + back.mean()) / 2, inputs, "queries", "keys", "logit_scale")
 
 
-def memeff_clip_loss(inputs: Inputs) -> tuple[torch.Tensor | None, ...]:
+def memeff_clip_loss(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """`infonce`: the temperature is a Python float, so there is no gradient of the scale."""
     from memeff import MemoryEfficientCLIPLoss
 
@@ -70,7 +71,7 @@ def memeff_clip_loss(inputs: Inputs) -> tuple[torch.Tensor | None, ...]:
     return *_contrastive_gradients(loss, inputs, "queries", "keys"), None
 
 
-def siglip_kernel_loss(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def siglip_kernel_loss(inputs: Inputs) -> tuple[Tensor, ...]:
     """`siglip`: takes the logarithm of the scale."""
     from siglip_kernel import fused_siglip_loss
 
@@ -79,7 +80,7 @@ def siglip_kernel_loss(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return _contrastive_gradients(loss, inputs, "queries", "keys", "logit_scale", "logit_bias")
 
 
-def sentence_transformers_symmetric(inputs: Inputs) -> tuple[torch.Tensor | None, ...]:
+def sentence_transformers_symmetric(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """`infonce`: the scale is a Python float, so there is no gradient of it."""
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from sentence_transformers.util import dot_score
@@ -96,7 +97,7 @@ def sentence_transformers_symmetric(inputs: Inputs) -> tuple[torch.Tensor | None
     return *_contrastive_gradients(loss, inputs, "queries", "keys"), None
 
 
-def liger_linear_cross_entropy(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def liger_linear_cross_entropy(inputs: Inputs) -> tuple[Tensor, ...]:
     """`infonce`: a direction is a linear layer of the other side's features with cross-entropy."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -107,7 +108,7 @@ def liger_linear_cross_entropy(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return _contrastive_gradients((forth + back) / 2, inputs, "queries", "keys", "logit_scale")
 
 
-def flash_attn_varlen(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def flash_attn_varlen(inputs: Inputs) -> tuple[Tensor, ...]:
     """Packed attention: q, k, v, cu_seqlens_*, max_seqlen_*, causal, grad_out -> out, dq, dk, dv."""
     from flash_attn import flash_attn_varlen_func
 
@@ -116,7 +117,7 @@ def flash_attn_varlen(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return out, *torch.autograd.grad(out, [inputs["q"], inputs["k"], inputs["v"]], inputs["grad_out"])
 
 
-def xformers_block_diagonal(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def xformers_block_diagonal(inputs: Inputs) -> tuple[Tensor, ...]:
     """The same through xformers' block-diagonal bias; it knows no GQA, so heads must agree."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
@@ -129,7 +130,7 @@ def xformers_block_diagonal(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return out, *torch.autograd.grad(out, [q, k, v], inputs["grad_out"])
 
 
-def fbgemm_padded(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def fbgemm_padded(inputs: Inputs) -> tuple[Tensor, ...]:
     """Packed to padded: x, cu_seqlens, max_seqlen, grad_padded -> out, dx."""
     import fbgemm_gpu  # noqa: F401  (registers torch.ops.fbgemm)
 

@@ -54,7 +54,7 @@ _OPS = r"mmkernels\.ops\.(?P<f>\w+)"
 _OPS_OR_PART = _OPS + rf"(\.({'|'.join(part for parts in PARTS.values() for part in parts)}))?"
 _OWN, _SHARED, _RUNTIME = (
     "mmkernels.ops.{f}.*",
-    ("mmkernels.ops._checks", "mmkernels.ops.modality"),
+    ("mmkernels.ops.checks", "mmkernels.ops.modality"),
     "mmkernels.runtime.*",
 )
 _FUNCTIONS = ("mmkernels.ops.{any}", "mmkernels.ops.{any}.api", *_SHARED)
@@ -101,13 +101,15 @@ LAYERS = (
     Layer(r"mmkernels\.testing\.aot", below=("mmkernels.ops",), packages=frozenset({"triton"}), late=("triton",)),
     Layer(r"mmkernels\.testing(\..*)?", below=("mmkernels.testing.*", "mmkernels.ops.*", _RUNTIME)),
     Layer(r"mmkernels\.runtime(\..*)?", below=(_RUNTIME,)),
-    Layer(r"mmkernels\.ops(\.(_checks|modality))?"),
-    Layer(r"mmkernels\.ops\._tl", below=("mmkernels.runtime.backends",), packages=frozenset({"torch", "triton"})),
+    Layer(r"mmkernels\.ops(\.(checks|modality))?"),
+    Layer(
+        r"mmkernels\.ops\.triton_common", below=("mmkernels.runtime.backends",), packages=frozenset({"torch", "triton"})
+    ),
     Layer(_OPS_OR_PART + r"\.reference", packages=frozenset({"torch"})),
     Layer(
         _OPS_OR_PART + r"\.triton_\w+",
         below=(
-            "mmkernels.ops._tl",
+            "mmkernels.ops.triton_common",
             "mmkernels.ops.{f}.*.triton_*",
             "mmkernels.ops.{f}.*.reference",
             "mmkernels.testing.aot",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from answering import answer
+from torch import Tensor
 
 import mmkernels
 from mmkernels import (
@@ -129,7 +130,7 @@ def parts(value) -> dict:
 
 def assert_same(got, expected) -> None:
     assert type(got) is type(expected)
-    if isinstance(expected, torch.Tensor):
+    if isinstance(expected, Tensor):
         assert torch.equal(got, expected) and got.dtype == expected.dtype
     elif isinstance(expected, np.ndarray):
         assert np.array_equal(got, expected) and got.dtype == expected.dtype

@@ -1,6 +1,6 @@
 """Gradient caching: the gradient of a large batch with the activations of one chunk in memory."""
 
-from .cache import GradCache
-from .chunks import Args, Ragged
+from mmkernels.gradcache.cache import GradCache
+from mmkernels.gradcache.chunks import Args, Ragged
 
 __all__ = ["Args", "GradCache", "Ragged"]

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .backward import Undo
-from .budget import Fit, free_memory, largest_cut, peak_memory, probe
-from .chunks import amount, split, tensors
-from .sync import Sync
-from .tokens import TokenLoss
-from .tower import Encoder, Tower, embedding
+from mmkernels.gradcache.backward import Undo
+from mmkernels.gradcache.budget import Fit, free_memory, largest_cut, peak_memory, probe
+from mmkernels.gradcache.chunks import amount, split, tensors
+from mmkernels.gradcache.sync import Sync
+from mmkernels.gradcache.tokens import TokenLoss
+from mmkernels.gradcache.tower import Encoder, Tower, embedding
 
 __all__ = ["AutoSize", "split_together"]
 
@@ -63,7 +63,7 @@ class AutoSize:
         value: Any,
         name: str,
         sharing: int,
-        known: list[torch.Tensor],
+        known: list[Tensor],
         modules: list[nn.Module],
         sync: Sync,
     ) -> Fit:
@@ -83,7 +83,7 @@ class AutoSize:
 
         return probe(value, name, measure, budget)
 
-    def _run(self, towers: list[Tower]) -> list[torch.Tensor]:
+    def _run(self, towers: list[Tower]) -> list[Tensor]:
         outputs = [tower.run(tower.chunks[0]) for tower in towers]
         made = [embedding(out) for out in outputs]
         if self._token_loss_fn is not None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .replay import RandomState, batch_norms
-from .shards import Shards
-from .sync import Sync
+from mmkernels.gradcache.replay import RandomState, batch_norms
+from mmkernels.gradcache.shards import Shards
+from mmkernels.gradcache.sync import Sync
 
 __all__ = ["Undo", "backward", "leaves", "out_of_memory"]
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import wrong_value
-
-from .backward import Undo, backward, out_of_memory
-from .chunks import amount, split
+from mmkernels.gradcache.backward import Undo, backward, out_of_memory
+from mmkernels.gradcache.chunks import amount, split
+from mmkernels.ops.checks import wrong_value
 
 __all__ = ["Fit", "free_memory", "largest_cut", "peak_memory", "probe"]
 

@@ -21,18 +21,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import integer, wrong_type, wrong_value
-
-from .auto import AutoSize, split_together
-from .backward import Undo, out_of_memory
-from .chunks import split
-from .passes import Passes
-from .replay import batch_norms
-from .shards import Shards
-from .step import RanOut, Step
-from .sync import Sync, anywhere
-from .tokens import TokenLoss
-from .tower import Encoder, Tower, modules_behind
+from mmkernels.gradcache.auto import AutoSize, split_together
+from mmkernels.gradcache.backward import Undo, out_of_memory
+from mmkernels.gradcache.chunks import split
+from mmkernels.gradcache.passes import Passes
+from mmkernels.gradcache.replay import batch_norms
+from mmkernels.gradcache.shards import Shards
+from mmkernels.gradcache.step import RanOut, Step
+from mmkernels.gradcache.sync import Sync, anywhere
+from mmkernels.gradcache.tokens import TokenLoss
+from mmkernels.gradcache.tower import Encoder, Tower, modules_behind
+from mmkernels.ops.checks import integer, wrong_type, wrong_value
 
 __all__ = ["GradCache"]
 

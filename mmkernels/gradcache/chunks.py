@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import integer, wrong_type, wrong_value
+from mmkernels.ops.checks import integer, wrong_type, wrong_value
 
 __all__ = ["Args", "Ragged", "amount", "split", "tensors"]
 
@@ -117,7 +117,7 @@ def amount(chunk: Any) -> int:
     tokens = getattr(chunk, "num_tokens", None)
     if isinstance(tokens, int):
         return tokens
-    return len(chunk) if hasattr(chunk, "__len__") else sum(map(torch.Tensor.numel, tensors(chunk))) or 1
+    return len(chunk) if hasattr(chunk, "__len__") else sum(map(Tensor.numel, tensors(chunk))) or 1
 
 
 def _split(value: Any, size: int, name: str) -> _Split | None:

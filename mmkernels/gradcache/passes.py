@@ -18,7 +18,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import describe
+from mmkernels.ops.checks import describe
 
 __all__ = ["Passes"]
 

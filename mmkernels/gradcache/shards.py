@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from mmkernels.ops._checks import not_yet
+from mmkernels.ops.checks import not_yet
 
 __all__ = ["Shards"]
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import wrong_type, wrong_value
-
-from .backward import Undo, backward, leaves, out_of_memory
-from .replay import kept
-from .sync import Sync, anywhere
-from .tokens import TokenLoss
-from .tower import Tower, embedding
+from mmkernels.gradcache.backward import Undo, backward, leaves, out_of_memory
+from mmkernels.gradcache.replay import kept
+from mmkernels.gradcache.sync import Sync, anywhere
+from mmkernels.gradcache.tokens import TokenLoss
+from mmkernels.gradcache.tower import Tower, embedding
+from mmkernels.ops.checks import wrong_type, wrong_value
 
 __all__ = ["RanOut", "Step"]
 

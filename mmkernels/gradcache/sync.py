@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmkernels.ops._checks import wrong_value
-
-from .shards import Shards
+from mmkernels.gradcache.shards import Shards
+from mmkernels.ops.checks import wrong_value
 
 __all__ = ["Sync", "anywhere", "reduced"]
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import real, wrong_type, wrong_value
-
-from .passes import Passes
-from .replay import RandomState
-from .sync import reduced
+from mmkernels.gradcache.passes import Passes
+from mmkernels.gradcache.replay import RandomState
+from mmkernels.gradcache.sync import reduced
+from mmkernels.ops.checks import real, wrong_type, wrong_value
 
 __all__ = ["TokenLoss"]
 

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import wrong_type, wrong_value
-
-from .chunks import Args, tensors
-from .passes import Passes
-from .replay import RandomState, cuda_devices
-from .sync import Sync
+from mmkernels.gradcache.chunks import Args, tensors
+from mmkernels.gradcache.passes import Passes
+from mmkernels.gradcache.replay import RandomState, cuda_devices
+from mmkernels.gradcache.sync import Sync
+from mmkernels.ops.checks import wrong_type, wrong_value
 
 __all__ = ["Encoder", "Tower", "modules_behind"]
 

@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmkernels import PackedBatch
 
@@ -49,7 +50,7 @@ class PackCollator:
         """Raises KeyError for a field that a sample lacks, ValueError for samples longer than the capacity."""
         tokens = [as_tokens(s[self.tokens] if isinstance(s, Mapping) else s) for s in samples]
         capacity = self.capacity
-        if all(isinstance(each, torch.Tensor) for each in tokens):
+        if all(isinstance(each, Tensor) for each in tokens):
             lengths = [len(each) for each in tokens]
             if self.oversize and len(lengths) == 1:
                 capacity = max(capacity, *lengths)
@@ -66,7 +67,7 @@ class PackCollator:
 
 def as_tokens(tokens: Any) -> Any:
     """Ids as a tensor; a sequence of anything but integers is for `PackedBatch.from_samples` to take or refuse."""
-    if isinstance(tokens, torch.Tensor) or (isinstance(tokens, Sequence) and not all(map(_is_id, tokens[:1]))):
+    if isinstance(tokens, Tensor) or (isinstance(tokens, Sequence) and not all(map(_is_id, tokens[:1]))):
         return tokens
     return torch.as_tensor(tokens, dtype=torch.int64 if len(tokens) == 0 else None)
 

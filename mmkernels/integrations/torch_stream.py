@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-import torch
 import torch.distributed
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mmkernels import StreamPlanner
@@ -170,6 +170,6 @@ class _SampleLength:
     def __call__(self, record: Any) -> int:
         sample = self._load(record)
         tokens = as_tokens(sample["tokens"] if isinstance(sample, Mapping) else sample)
-        if not isinstance(tokens, torch.Tensor):
+        if not isinstance(tokens, Tensor):
             raise TypeError(f"length: expected a function of the record, for its tokens are a {type(tokens).__name__}")
         return len(tokens)

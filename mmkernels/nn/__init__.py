@@ -1,8 +1,8 @@
 """The functions as modules, with the parameters that belong to them."""
 
-from ._attention import Rotary
-from .attention import CoAttention, CrossModalAttention, FusedSelfAttention, GatedCrossAttention
-from .contrastive import InfoNCELoss, SigLIPLoss
+from mmkernels.nn._attention import Rotary
+from mmkernels.nn.attention import CoAttention, CrossModalAttention, FusedSelfAttention, GatedCrossAttention
+from mmkernels.nn.contrastive import InfoNCELoss, SigLIPLoss
 
 __all__ = [
     "CoAttention",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import expect_tensor, integer, real, wrong_type, wrong_value
 from mmkernels.ops.attention import AttentionMask, attention, norm_rope, rotary_cos_sin
+from mmkernels.ops.checks import expect_tensor, integer, real, wrong_type, wrong_value
 
 __all__ = ["AttentionBase", "Positions", "Rotary", "expect_tokens", "multihead_sizes", "size", "with_weights_of"]
 

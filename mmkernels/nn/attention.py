@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import real, wrong_value
+from mmkernels.nn._attention import (
+    AttentionBase,
+    Positions,
+    Rotary,
+    expect_tokens,
+    multihead_sizes,
+    size,
+    with_weights_of,
+)
 from mmkernels.ops.attention import AttentionMask, gated_residual
-
-from ._attention import AttentionBase, Positions, Rotary, expect_tokens, multihead_sizes, size, with_weights_of
+from mmkernels.ops.checks import real, wrong_value
 
 __all__ = ["CoAttention", "CrossModalAttention", "FusedSelfAttention", "GatedCrossAttention"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import deprecated_deterministic, real
+from mmkernels.ops.checks import deprecated_deterministic, real
 from mmkernels.ops.contrastive import infonce, siglip
 
 __all__ = ["InfoNCELoss", "SigLIPLoss"]
@@ -126,7 +126,7 @@ class _ContrastiveLoss(nn.Module):
     def _features(self, features: Tensor) -> Tensor:
         if not self.normalize:
             return features
-        if not isinstance(features, torch.Tensor) or features.ndim != 2 or not features.is_floating_point():
+        if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
             return features  # for the function to refuse, by its argument's name
         wide = features.to(torch.promote_types(features.dtype, torch.float32))
         return F.normalize(wide, dim=1).to(features.dtype)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .command import main
+from mmkernels.plan_cli.command import main
 
 __all__ = ["main"]

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from mmkernels import AttentionCost, EncoderCost, PackingPlan, RankSchedule, balance_ranks, plan_packing
-
-from .files import FileError, read_columns
+from mmkernels.plan_cli.files import FileError, read_columns
 
 __all__ = ["Options", "Report", "StrategyFigures", "main", "study"]
 
@@ -214,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(json.dumps(asdict(report), indent=1) if options.json else render(report))
     if options.picture is not None and plan.num_packs:
-        from .picture import draw
+        from mmkernels.plan_cli.picture import draw
 
         try:
             draw(report, plan, schedule, cost, options.picture)

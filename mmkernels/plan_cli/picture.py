@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from mmkernels import AttentionCost, PackingPlan, RankSchedule
 
 if TYPE_CHECKING:
-    from .command import Report
+    from mmkernels.plan_cli.command import Report
 
 __all__ = ["draw"]
 
@@ -138,7 +138,7 @@ def _best_possible(report: Report) -> float:
 
 def _ranks(axes: Axes, report: Report, plan: PackingPlan, schedule: RankSchedule, cost: AttentionCost) -> None:
     """What the dearest rank of each step costs over the mean, full steps only."""
-    from .command import in_turn
+    from mmkernels.plan_cli.command import in_turn
 
     accum = schedule.packs.shape[2]
     full = plan.num_packs // (report.ranks * accum)

@@ -4,9 +4,9 @@ mmkernels pretrain --recipe clip            # the embedded emoji, about three mi
 mmkernels pretrain --data folder:photos     # your own images and captions
 """
 
-from .cli import main
-from .config import Config, ModelConfig
-from .load import load_model
-from .loop import Outcome, train
+from mmkernels.pretrain.cli import main
+from mmkernels.pretrain.config import Config, ModelConfig
+from mmkernels.pretrain.load import load_model
+from mmkernels.pretrain.loop import Outcome, train
 
 __all__ = ["Config", "ModelConfig", "Outcome", "load_model", "main", "train"]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import tyro
 
-from .config import Config
-from .data import TooManyBrokenError
-from .guards import NotFiniteError
-from .loop import train
-from .recipes import RECIPES, recipe
-from .report import recall_table
-from .run_folder import stored_config
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.data import TooManyBrokenError
+from mmkernels.pretrain.guards import NotFiniteError
+from mmkernels.pretrain.loop import train
+from mmkernels.pretrain.recipes import RECIPES, recipe
+from mmkernels.pretrain.report import recall_table
+from mmkernels.pretrain.run_folder import stored_config
 
 __all__ = ["main", "parse"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .data import Augment, TableFormat
+from mmkernels.pretrain.data import Augment, TableFormat
 
 __all__ = ["Config", "ModelConfig", "from_dict", "to_dict"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import RetrievalSet, Tokenizer, plain_images
-from .model import DualEncoder
+from mmkernels.pretrain.data import RetrievalSet, Tokenizer, plain_images
+from mmkernels.pretrain.model import DualEncoder
 
 __all__ = ["KS", "Embedded", "Recall", "embed", "evaluate", "ranks"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import RetrievalSet, Tokenizer
-from .evaluate import Embedded, embed
-from .model import DualEncoder
+from mmkernels.pretrain.data import RetrievalSet, Tokenizer
+from mmkernels.pretrain.evaluate import Embedded, embed
+from mmkernels.pretrain.model import DualEncoder
 
 __all__ = ["CaptionQuery", "Found", "ImageQuery", "retrieved"]
 

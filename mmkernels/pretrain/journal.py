@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import checkpoint
-from .config import Config
-from .data.unicode import printable
-from .environment import environment
-from .evaluate import Recall
-from .run_folder import RunFolder
+from mmkernels.pretrain import checkpoint
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.data.unicode import printable
+from mmkernels.pretrain.environment import environment
+from mmkernels.pretrain.evaluate import Recall
+from mmkernels.pretrain.run_folder import RunFolder
 
 __all__ = ["Journal"]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint
-from .data import Tokenizer
-from .model import DualEncoder
-from .run_folder import RunFolderError, stored_config
-from .trainer import tokenizer_for
+from mmkernels.pretrain import checkpoint
+from mmkernels.pretrain.data import Tokenizer
+from mmkernels.pretrain.model import DualEncoder
+from mmkernels.pretrain.run_folder import RunFolderError, stored_config
+from mmkernels.pretrain.trainer import tokenizer_for
 
 __all__ = ["load_model"]
 

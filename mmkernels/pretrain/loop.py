@@ -11,17 +11,16 @@ import torch
 from torch import nn
 
 from mmkernels import GradCache
-
-from . import checkpoint
-from .config import Config
-from .data import Batch, Data, open_data
-from .evaluate import evaluate
-from .guards import Interrupt, LossWatch, NotFiniteError
-from .journal import Journal
-from .profiling import ProfileWindow
-from .report import write_report
-from .run_folder import RunFolder
-from .trainer import Cursor, Trainer, learning_rate
+from mmkernels.pretrain import checkpoint
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.data import Batch, Data, open_data
+from mmkernels.pretrain.evaluate import evaluate
+from mmkernels.pretrain.guards import Interrupt, LossWatch, NotFiniteError
+from mmkernels.pretrain.journal import Journal
+from mmkernels.pretrain.profiling import ProfileWindow
+from mmkernels.pretrain.report import write_report
+from mmkernels.pretrain.run_folder import RunFolder
+from mmkernels.pretrain.trainer import Cursor, Trainer, learning_rate
 
 __all__ = ["Outcome", "train"]
 

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels import AttentionMask, attention, segment_pool
-
-from .config import ModelConfig
-from .data import TextBatch
+from mmkernels.pretrain.config import ModelConfig
+from mmkernels.pretrain.data import TextBatch
 
 __all__ = ["DualEncoder", "ImageTower", "TextTower"]
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from .charts import COLOURS, loss_chart, recall_chart
-from .data import Data, Tokenizer
-from .data.unicode import printable
-from .evaluate import KS
-from .examples import retrieved
-from .model import DualEncoder
-from .recipes import recipe
-from .run_folder import RunFolder, stored_config, write_whole
+from mmkernels.pretrain.charts import COLOURS, loss_chart, recall_chart
+from mmkernels.pretrain.data import Data, Tokenizer
+from mmkernels.pretrain.data.unicode import printable
+from mmkernels.pretrain.evaluate import KS
+from mmkernels.pretrain.examples import retrieved
+from mmkernels.pretrain.model import DualEncoder
+from mmkernels.pretrain.recipes import recipe
+from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 
 __all__ = ["recall_table", "write_report"]
 

@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
-from .config import RESUMABLE, Config, from_dict, to_dict
+from mmkernels.pretrain import checkpoint
+from mmkernels.pretrain.config import RESUMABLE, Config, from_dict, to_dict
 
 __all__ = ["RunFolder", "RunFolderError", "stored_config"]
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import checkpoint
-from .config import Config
-from .data import Tokenizer, TrainLoader
-from .data.base import ImageTextDataset
-from .model import DualEncoder
-from .recipes import recipe
+from mmkernels.pretrain import checkpoint
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.data import Tokenizer, TrainLoader
+from mmkernels.pretrain.data.base import ImageTextDataset
+from mmkernels.pretrain.model import DualEncoder
+from mmkernels.pretrain.recipes import recipe
 
 __all__ = ["Cursor", "Trainer", "learning_rate"]
 

@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from . import native
+from mmkernels.runtime import native
 
 __all__ = [
     "BACKENDS",
@@ -128,7 +129,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _why_not_interpreted() -> str | None:
-    """The interpreter's products are taken in float64 (`ops/_tl.py`)."""
+    """The interpreter's products are taken in float64 (`ops/triton_common.py`)."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # a nightly build, under another name
@@ -169,7 +170,7 @@ def _why_not_by_default(family: str, backend: str, device: torch.device) -> str 
 
 def resolve(
     family: str,
-    tensor: torch.Tensor,
+    tensor: Tensor,
     requested: str | None = None,
     limits: Mapping[str, str | None] | None = None,
 ) -> str:

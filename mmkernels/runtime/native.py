@@ -10,8 +10,9 @@ import warnings
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from .absence import why_no_core
+from mmkernels.runtime.absence import why_no_core
 
 __all__ = ["View", "core", "cuda_archs", "has_cuda", "threads", "view", "why_absent"]
 
@@ -67,13 +68,13 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def view(tensor: torch.Tensor | None) -> View | None:
+def view(tensor: Tensor | None) -> View | None:
     """What the core sees of a tensor. The caller keeps the tensor alive for the length of the call."""
     if tensor is None:
         return None
     return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
 
 
-def stream(tensor: torch.Tensor) -> int:
+def stream(tensor: Tensor) -> int:
     """The current CUDA stream of the tensor's device as an integer handle."""
     return torch.cuda.current_stream(tensor.device).cuda_stream

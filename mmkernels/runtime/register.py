@@ -27,9 +27,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from .flops import register_flops
+from mmkernels.runtime.flops import register_flops
 
 __all__ = ["Op", "Second"]
 
@@ -140,9 +141,9 @@ class Op:
             return self._fast.apply(*args)
         if torch.is_grad_enabled():
             for arg in args:
-                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                if isinstance(arg, Tensor) and arg.requires_grad:
                     return self._fast.apply(*args)
-        if type(args[0]) is torch.Tensor:
+        if type(args[0]) is Tensor:
             return self._below_autograd(*args)
         return self._op(*args)
 
@@ -152,8 +153,8 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-    ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)]
+    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
     outputs = output if isinstance(output, tuple) else (output,)
     ctx.outputs = [{"size": x.shape, "dtype": x.dtype, "device": x.device} for x in outputs]
@@ -167,16 +168,16 @@ def _inputs_of(ctx: Any) -> list[Any]:
     return inputs
 
 
-def _needed(ctx: Any, inputs: list[Any], grads: Mapping[int, torch.Tensor]) -> tuple[Any, ...]:
+def _needed(ctx: Any, inputs: list[Any], grads: Mapping[int, Tensor]) -> tuple[Any, ...]:
     """One gradient per input, of those at these places."""
-    needed = (i in grads and isinstance(x, torch.Tensor) and ctx.needs_input_grad[i] for i, x in enumerate(inputs))
+    needed = (i in grads and isinstance(x, Tensor) and ctx.needs_input_grad[i] for i, x in enumerate(inputs))
     return tuple(grads[i].to(inputs[i].dtype) if need else None for i, need in enumerate(needed))
 
 
 def _twice(first: Op, second: Second) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """setup_context, backward and jvp of a backward op; the op of second derivatives gets its backward."""
 
-    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         inputs = _inputs_of(ctx)
         # An output that nobody needed is empty, and so is what comes in for it.
         given = [None if t is None or t.numel() == 0 else t for t in tangents]
@@ -184,7 +185,7 @@ def _twice(first: Op, second: Second) -> tuple[Callable[..., Any], Callable[...,
         moved = zip(places, second.op(*given, *inputs), strict=True)
         return _needed(ctx, inputs, {i: grad for i, grad in moved if i is not None})
 
-    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         inputs = _inputs_of(ctx)
         incoming = [None if x is None else torch.zeros_like(x) for x in inputs[: second.grads]]
         incoming = [x if t is None else t for t, x in zip(tangents, incoming, strict=False)]
@@ -193,7 +194,7 @@ def _twice(first: Op, second: Second) -> tuple[Callable[..., Any], Callable[...,
         moved = second.op(*along, *inputs)[second.grads :]
         return tuple(a + b.to(a.dtype) if a.shape == b.shape else a for a, b in zip(linear, moved, strict=True))
 
-    def reverse_over_forward(ctx: Any, *incoming: torch.Tensor | None) -> tuple[Any, ...]:
+    def reverse_over_forward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
         if any(g is not None and g.numel() for g in incoming[second.grads :]):
             raise NotImplementedError(_no_third(second.op.name))
         inputs, count = _inputs_of(ctx), len(second.wrt)
@@ -279,7 +280,7 @@ def _loop_over_batch(
                 a = a.select(dim, i) if batch_size else a.new_zeros(a.shape[:dim] + a.shape[dim + 1 :])
             sliced.append(a)
         rows.append(call(*sliced))
-    if isinstance(rows[0], torch.Tensor):
+    if isinstance(rows[0], Tensor):
         return torch.stack(rows)[:batch_size], 0
     outputs = tuple(torch.stack(column)[:batch_size] for column in zip(*rows, strict=True))
     return outputs, (0,) * len(outputs)

@@ -1,5 +1,5 @@
 """Input factories and the one comparator, used by the tests, the benches and anyone who adds an op."""
 
-from .accuracy import Accuracy, assert_as_accurate
+from mmkernels.testing.accuracy import Accuracy, assert_as_accurate
 
 __all__ = ["Accuracy", "assert_as_accurate"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 __all__ = ["Accuracy", "assert_as_accurate"]
 
@@ -32,13 +33,13 @@ class Accuracy:
         return self.rms / self.plain_rms if self.plain_rms > 0 else (0.0 if self.rms == 0 else float("inf"))
 
 
-def _norms(x: torch.Tensor) -> tuple[float, float]:
+def _norms(x: Tensor) -> tuple[float, float]:
     if x.numel() == 0:
         return 0.0, 0.0
     return x.square().mean().sqrt().item(), x.abs().max().item()
 
 
-def measure(actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> Accuracy:
+def measure(actual: Tensor, plain: Tensor, truth: Tensor) -> Accuracy:
     """Errors of `actual` and `plain` against `truth` (float64). Entries that are infinite in the truth must agree."""
     assert truth.dtype == torch.float64, truth.dtype
     assert actual.shape == truth.shape == plain.shape, (actual.shape, plain.shape, truth.shape)
@@ -52,12 +53,12 @@ def measure(actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> A
 
 def assert_as_accurate(
     what: str,
-    actual: torch.Tensor,
-    plain: torch.Tensor,
-    truth: torch.Tensor,
+    actual: Tensor,
+    plain: Tensor,
+    truth: Tensor,
     *,
     factor: float = 1.2,
-    terms: torch.Tensor | None = None,
+    terms: Tensor | None = None,
 ) -> Accuracy:
     """Assert that a result errs no more than `factor` times plain PyTorch in the same dtype, plus the stated epsilon.
 

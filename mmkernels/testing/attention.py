@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mmkernels.ops.attention import AttentionMask
 from mmkernels.ops.attention.reference import keep
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 
-def cu_seqlens(lengths: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+def cu_seqlens(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Boundaries of segments of these lengths: int32 [S+1]."""
     return torch.tensor(
         [0, *torch.tensor(lengths, dtype=torch.long).cumsum(0).tolist()], dtype=torch.int32, device=device
@@ -41,15 +42,15 @@ class AttentionInputs:
     pair_bias [H, Cq, Ck], sink [H] and dropout_p as `attention` takes them; `seed` is torch's, before the call.
     """
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    grad_out: torch.Tensor
-    grad_lse: torch.Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor
     mask: AttentionMask | None = None
     scale: float | None = None
-    pair_bias: torch.Tensor | None = None
-    sink: torch.Tensor | None = None
+    pair_bias: Tensor | None = None
+    sink: Tensor | None = None
     dropout_p: float = 0.0
     seed: int = 0
 
@@ -61,7 +62,7 @@ class AttentionInputs:
         options = {"pair_bias": pair_bias, "sink": sink, "grad_lse": self.grad_lse.to(lse_dtype)}
         return replace(self, q=q, k=k, v=v, grad_out=grad_out, **options)  # type: ignore[arg-type]
 
-    def leaves(self) -> dict[str, torch.Tensor]:
+    def leaves(self) -> dict[str, Tensor]:
         """What has a gradient, by name."""
         given = {"q": self.q, "k": self.k, "v": self.v, "bias": self.pair_bias, "sink": self.sink}
         return {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
@@ -71,15 +72,15 @@ class AttentionInputs:
 class Gradients:
     """What one run gives, by name."""
 
-    out: torch.Tensor
-    lse: torch.Tensor
-    dq: torch.Tensor
-    dk: torch.Tensor
-    dv: torch.Tensor
-    dbias: torch.Tensor | None = None
-    dsink: torch.Tensor | None = None
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None = None
+    dsink: Tensor | None = None
 
-    def items(self) -> list[tuple[str, torch.Tensor]]:
+    def items(self) -> list[tuple[str, Tensor]]:
         names = ("out", "lse", "dq", "dk", "dv", "dbias", "dsink")
         return [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
 
@@ -103,7 +104,7 @@ class MaskCase:
         return self.build(cu_seqlens(self.lengths_q, device), cu_seqlens(lengths_k, device), **self.options)
 
 
-def interleaved(cu: torch.Tensor, longest: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+def interleaved(cu: Tensor, longest: int = 40) -> tuple[Tensor, Tensor]:
     """Runs of text, and of images with a span each: modality_ids uint8 [T] and span_ids int32 [T]."""
     generator = torch.Generator().manual_seed(1)
     modalities, spans, image = [], [], 0
@@ -118,15 +119,15 @@ def interleaved(cu: torch.Tensor, longest: int = 40) -> tuple[torch.Tensor, torc
     return ids[0].to(cu.device), ids[1].to(cu.device)
 
 
-def _multimodal(cu_q: torch.Tensor, cu_k: torch.Tensor, **options: Any) -> AttentionMask:
+def _multimodal(cu_q: Tensor, cu_k: Tensor, **options: Any) -> AttentionMask:
     return AttentionMask.multimodal(cu_q, *interleaved(cu_q), **options)
 
 
-def _cross_only(cu_q: torch.Tensor, cu_k: torch.Tensor) -> AttentionMask:
+def _cross_only(cu_q: Tensor, cu_k: Tensor) -> AttentionMask:
     return AttentionMask.cross_only(cu_q, interleaved(cu_q)[0])
 
 
-def _media(cu_q: torch.Tensor, cu_k: torch.Tensor, mode: Any) -> AttentionMask:
+def _media(cu_q: Tensor, cu_k: Tensor, mode: Any) -> AttentionMask:
     """Media of 16 tokens; the text begins before the first and moves on at random."""
     generator = torch.Generator().manual_seed(2)
     media_k = [j // 16 for length in cu_k.diff().tolist() for j in range(length)]
@@ -138,7 +139,7 @@ def _media(cu_q: torch.Tensor, cu_k: torch.Tensor, mode: Any) -> AttentionMask:
     return AttentionMask.media(cu_q, cu_k, *ids, mode=mode)
 
 
-def _noise(cu_q: torch.Tensor, cu_k: torch.Tensor) -> AttentionMask:
+def _noise(cu_q: Tensor, cu_k: Tensor) -> AttentionMask:
     """Hidden noise spans (BAGEL): causal or in one span, and no key of another span's noise."""
     modality, span = interleaved(cu_q)
     causal = AttentionMask.multimodal(cu_q, modality, span).rows(len(span), len(span))
@@ -191,7 +192,7 @@ def make_inputs(
     kv_heads, dim_v = kv_heads or heads, dim_v or dim
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+    def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, of)
 
     q, k, v = normal(tokens_q, heads, dim), normal(tokens_k, kv_heads, dim), normal(tokens_k, kv_heads, dim_v)
@@ -202,13 +203,13 @@ def make_inputs(
     return AttentionInputs(q * amplitude, k, v, grad_out, grad_lse, mask, scale, bias, sinks, dropout_p, seed)
 
 
-def dense_mask(x: AttentionInputs) -> torch.Tensor:
+def dense_mask(x: AttentionInputs) -> Tensor:
     """bool [Tq, Tk]."""
     size = x.q.shape[0], x.k.shape[0]
     return torch.ones(size, dtype=torch.bool, device=x.q.device) if x.mask is None else x.mask.to_dense(*size)
 
 
-def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str, torch.Tensor]:
+def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str, Tensor]:
     """Results that cancel, and the sums of their absolute terms in float64.
 
     dbias and dsink are sums over all tokens. With a bias dq is one too: plain PyTorch then forms the softmax and
@@ -247,7 +248,7 @@ def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str,
     return found
 
 
-def _kept(x: AttentionInputs) -> torch.Tensor:
+def _kept(x: AttentionInputs) -> Tensor:
     """bool [H, Tq, Tk]: what `attention` keeps under x's seed."""
     torch.manual_seed(x.seed)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.q.device)
@@ -255,7 +256,7 @@ def _kept(x: AttentionInputs) -> torch.Tensor:
 
 
 def _differentiate(
-    x: AttentionInputs, call: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]], with_lse: bool
+    x: AttentionInputs, call: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]], with_lse: bool
 ) -> Gradients:
     leaves = x.leaves()
     out, lse = call(leaves)
@@ -271,7 +272,7 @@ def run(x: AttentionInputs, backend: str | None = None, *, with_lse: bool = Fals
     """Our op, forward and backward; `with_lse` lets a gradient flow into lse too."""
     from mmkernels.ops.attention import attention
 
-    def call(leaf: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def call(leaf: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         torch.manual_seed(x.seed)
         options = {"pair_bias": leaf.get("bias"), "sink": leaf.get("sink"), "dropout_p": x.dropout_p}
         qkv = leaf["q"], leaf["k"], leaf["v"]
@@ -296,7 +297,7 @@ def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
     lse_dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
     width = max(x.q.shape[-1], x.v.shape[-1])
 
-    def call(leaf: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def call(leaf: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         q, k, v = leaf["q"], leaf["k"], leaf["v"]
         group, dim_v = q.shape[1] // k.shape[1], v.shape[2]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -317,7 +318,7 @@ def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
     return _differentiate(x, call, with_lse)
 
 
-def _logit_terms(x: AttentionInputs, leaf: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor | None:
+def _logit_terms(x: AttentionInputs, leaf: dict[str, Tensor], mask: Tensor) -> Tensor | None:
     """What is added to the scores, -inf included: [H, Tq, Tk (+ 1 with a sink)]; None when it is the mask alone."""
     if "bias" not in leaf and "sink" not in leaf and x.dropout_p == 0:
         return None
@@ -335,12 +336,12 @@ def _logit_terms(x: AttentionInputs, leaf: dict[str, torch.Tensor], mask: torch.
 
 def _written_out(
     x: AttentionInputs,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    terms: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Tensor | None,
     scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     """[1, H, Tq, width], with the pairs that `attention` keeps for the same state of torch's generator."""
     assert terms is not None
     kept = _kept(x)

@@ -6,25 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from mmkernels.ops.attention import AttentionMask, additive_attention
 
 __all__ = ["AdditiveInputs", "gradient_terms", "make_additive", "plain_additive", "run_additive"]
 
-Results = dict[str, torch.Tensor]
+Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class AdditiveInputs:
     """q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv], w and bias [H, D], gradients of out and lse, the mask."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    w: torch.Tensor
-    bias: torch.Tensor
-    grad_out: torch.Tensor
-    grad_lse: torch.Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    w: Tensor
+    bias: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor
     mask: AttentionMask | None = None
 
     def double(self) -> AdditiveInputs:
@@ -51,7 +52,7 @@ def make_additive(
     kv_heads, dim_v = kv_heads or heads, dim_v or dim
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def normal(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+    def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(of)
 
     q, k, v = normal(tokens_q, heads, dim), normal(tokens_k, kv_heads, dim), normal(tokens_k, kv_heads, dim_v)
@@ -60,9 +61,7 @@ def make_additive(
     return AdditiveInputs(amplitude * q, amplitude * k, v, w, bias, *grads, mask)
 
 
-def _differentiate(
-    x: AdditiveInputs, call: Callable[..., tuple[torch.Tensor, torch.Tensor]], with_lse: bool
-) -> Results:
+def _differentiate(x: AdditiveInputs, call: Callable[..., tuple[Tensor, Tensor]], with_lse: bool) -> Results:
     names = ("q", "k", "v", "w", "bias")
     leaves = [getattr(x, name).detach().requires_grad_() for name in names]
     out, lse = call(*leaves)
@@ -78,7 +77,7 @@ def _differentiate(
 def run_additive(x: AdditiveInputs, backend: str | None = None, *, with_lse: bool = False) -> Results:
     """Our op, forward and backward; `with_lse` lets a gradient flow into lse too."""
 
-    def call(*leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def call(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, w, bias = leaves
         result = additive_attention(q, k, v, w, x.mask, bias=bias, return_lse=True, backend=backend)
         assert isinstance(result, tuple)
@@ -93,9 +92,7 @@ def plain_additive(x: AdditiveInputs, *, with_lse: bool = False) -> Results:
     seen = torch.ones(tokens, dtype=torch.bool) if x.mask is None else x.mask.to_dense(*tokens)
     some = seen.any(1)
 
-    def call(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, bias: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, w: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1).transpose(0, 1) for t in (k, v))
         q = (q + bias.to(q.dtype)).transpose(0, 1)  # [H, Tq, D]
         scores = (torch.tanh(q[:, :, None] + k[:, None]) * w.to(q.dtype)[:, None, None]).sum(-1)

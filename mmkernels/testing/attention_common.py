@@ -7,31 +7,32 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from .attention import AttentionInputs
-from .attention_additive import AdditiveInputs
+from mmkernels.testing.attention import AttentionInputs
+from mmkernels.testing.attention_additive import AdditiveInputs
 
 __all__ = ["FAMILIES", "share"]
 
 Inputs = TypeVar("Inputs", AttentionInputs, AdditiveInputs)
 
 
-def _mean(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _mean(x: Tensor, generator: torch.Generator) -> Tensor:
     """A mean three times as large as what is each token's own, as a bias of the projection gives."""
     return x + 3 * torch.randn(1, *x.shape[1:], generator=generator, dtype=x.dtype)
 
 
-def _near(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _near(x: Tensor, generator: torch.Generator) -> Tensor:
     """Tokens that differ by a thousandth, as patches of an even background do."""
     return x[:1] + 1e-3 * x
 
 
-def _one(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _one(x: Tensor, generator: torch.Generator) -> Tensor:
     """The same token again and again."""
     return x[:1].expand_as(x)
 
 
-FAMILIES: dict[str, tuple[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]]] = {
+FAMILIES: dict[str, tuple[str, Callable[[Tensor, torch.Generator], Tensor]]] = {
     "mean of keys": ("k", _mean),
     "mean of values": ("v", _mean),
     "mean of both": ("kv", _mean),
@@ -48,6 +49,6 @@ def share(x: Inputs, family: str, seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(1000 + seed)
     changed = {}
     for name in ("grad_out" if letter == "g" else letter for letter in names):
-        tensor: torch.Tensor = getattr(x, name)
+        tensor: Tensor = getattr(x, name)
         changed[name] = change(tensor.double(), generator).to(tensor.dtype).contiguous()
     return replace(x, **changed)  # type: ignore[arg-type]

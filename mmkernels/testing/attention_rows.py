@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 __all__ = ["Rows", "differentiate", "gated_rows", "norm_rope_rows", "plain_gated_residual", "plain_norm_rope"]
 
@@ -16,8 +17,8 @@ __all__ = ["Rows", "differentiate", "gated_rows", "norm_rope_rows", "plain_gated
 class Rows:
     """Differentiable inputs by name, a gradient of the output, and options that have no gradient."""
 
-    inputs: Mapping[str, torch.Tensor | None]
-    grad_out: torch.Tensor
+    inputs: Mapping[str, Tensor | None]
+    grad_out: Tensor
     options: Mapping[str, Any]
 
     def double(self) -> Rows:
@@ -30,10 +31,10 @@ class Rows:
     def _wide(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(Rows._wide(item) for item in value)
-        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def differentiate(x: Rows, call: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+def differentiate(x: Rows, call: Callable[..., Tensor]) -> dict[str, Tensor]:
     """Output and gradients by name: `call(**inputs, **options)`."""
     given = {name: t.detach().requires_grad_() for name, t in x.inputs.items() if t is not None}
     absent = {name: None for name, t in x.inputs.items() if t is None}
@@ -58,7 +59,7 @@ def norm_rope_rows(
     """Normal inputs; the angles are those of random positions, rounded as `norm_rope` wants its table."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+    def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, of)
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -74,15 +75,15 @@ def norm_rope_rows(
 
 
 def plain_norm_rope(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     *,
-    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+    cos_sin: tuple[Tensor, Tensor] | None,
     norm: str | None,
     eps: float,
     interleaved: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """As transformers composes it: `F.rms_norm` or `F.layer_norm`, then the rotation by halves or pairs, in the dtype
     of x, to which cos and sin [T, R/2] are rounded too."""
     D = x.shape[-1]
@@ -118,7 +119,7 @@ def gated_rows(
     """Normal inputs for `gated_residual`; `gate_scale` 0 is a gate at its initial value."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(size: tuple[int, ...], of: torch.dtype) -> torch.Tensor:
+    def normal(size: tuple[int, ...], of: torch.dtype) -> Tensor:
         return torch.randn(size, generator=generator).to(device, of)
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -131,6 +132,6 @@ def gated_rows(
     return Rows(inputs, normal(shape, outer), {})
 
 
-def plain_gated_residual(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def plain_gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """What Flamingo's code says: `residual + tanh(gate) * x`, with the gate in x's dtype."""
     return residual + gate.to(x.dtype).tanh() * x

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops.contrastive.reference import statistics_dtype
-
-from .accuracy import Accuracy, assert_as_accurate
+from mmkernels.testing.accuracy import Accuracy, assert_as_accurate
 
 __all__ = [
     "CASES",

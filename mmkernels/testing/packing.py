@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmkernels.testing.lengths import LENGTHS, lengths_like
 
 __all__ = ["LENGTHS", "cu_seqlens_of", "lengths_like", "random_index", "splice_inputs"]
 
 
-def cu_seqlens_of(lengths: list[int], device: str = "cpu") -> torch.Tensor:
+def cu_seqlens_of(lengths: list[int], device: str = "cpu") -> Tensor:
     """[S+1] int32 from segment lengths."""
     return torch.tensor([0, *np.cumsum(lengths, dtype=np.int64).tolist()], dtype=torch.int32, device=device)
 
 
-def random_index(rows: int, tokens: int, *, device: str = "cpu") -> torch.Tensor:
+def random_index(rows: int, tokens: int, *, device: str = "cpu") -> Tensor:
     """[tokens] int64 in [-1, rows): repeats, rows that nobody names, and some -1."""
     index = torch.randint(0, max(rows, 1), (tokens,), device=device)
     nobody = torch.rand(tokens, device=device) < 0.15
@@ -31,7 +32,7 @@ def splice_inputs(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     some_left_out: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(token_ids [T], table [V, E], features [F, E], dst_index [F]) of `embed_splice`, the features in any order."""
     token_ids = torch.randint(0, vocabulary, (tokens,), device=device)
     table, rows = (torch.randn(n, width, device=device).to(dtype) for n in (vocabulary, features))

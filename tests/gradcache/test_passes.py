@@ -195,7 +195,7 @@ class _Late(nn.Module):
         super().__init__()
         self.linear, self.calls, self.size = nn.Linear(6, 4), 0, size
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return self.linear(x) * self.size * (self.calls > 2)
 

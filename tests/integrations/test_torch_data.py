@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import mmkernels
@@ -38,12 +39,12 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(LENGTHS)
 
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
         tokens = torch.full((LENGTHS[item],), item)
         return {"tokens": tokens, "labels": tokens + 1}
 
 
-def load(number: int) -> dict[str, torch.Tensor]:
+def load(number: int) -> dict[str, Tensor]:
     return Samples()[number]
 
 

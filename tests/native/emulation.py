@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmkernels.ops.packing.native import SCATTER_CHUNK
 from mmkernels.ops.packing.reference import group_by_row
@@ -105,7 +106,7 @@ def _span(view: Any) -> int:
     return (1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))) * _BYTES[code]
 
 
-def _tensor(view: Any) -> torch.Tensor:
+def _tensor(view: Any) -> Tensor:
     """The contiguous tensor behind a view."""
     pointer, code, sizes, _ = view
     if 0 in sizes:

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import mmkernels.nn._attention as base_of_modules
 from mmkernels import AttentionMask, attention, rotary_cos_sin
@@ -23,7 +23,7 @@ def multihead(**options) -> nn.MultiheadAttention:
     return theirs
 
 
-def gradients(out: torch.Tensor, inputs: list[torch.Tensor], module: nn.Module) -> list[torch.Tensor]:
+def gradients(out: Tensor, inputs: list[Tensor], module: nn.Module) -> list[Tensor]:
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
     return list(torch.autograd.grad(out, [*inputs, module.out_proj.weight, module.out_proj.bias], grad))
 
@@ -222,7 +222,7 @@ MODULES = [
 ]
 
 
-def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def run(module: nn.Module, x: Tensor) -> Tensor:
     ids = torch.arange(x.shape[0])
     if isinstance(module, FusedSelfAttention):
         return module(x, positions=ids)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels import (
     AttentionCost,
@@ -39,7 +40,7 @@ from mmkernels import (
 from mmkernels.gradcache import Ragged
 from mmkernels.integrations.torch_data import PackedSampler
 from mmkernels.nn import CrossModalAttention, FusedSelfAttention, GatedCrossAttention, InfoNCELoss, Rotary, SigLIPLoss
-from mmkernels.ops import _checks
+from mmkernels.ops import checks
 from mmkernels.ops.packing import _impls
 
 X, Y = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).unbind()
@@ -54,14 +55,14 @@ def _seeded(function: Any, *args: Any, **options: Any) -> Any:
     return function(*args, **options)
 
 
-def _gradients(chunk_size: Any, **options: Any) -> torch.Tensor:
+def _gradients(chunk_size: Any, **options: Any) -> Tensor:
     torch.manual_seed(0)
     tower = torch.nn.Linear(8, 4)
     GradCache([tower, tower], lambda a, b: infonce(a, b, 5.0), chunk_size=chunk_size, **options)(X, Y)
     return tower.weight.grad
 
 
-def _module(kind: type, **options: Any) -> torch.Tensor:
+def _module(kind: type, **options: Any) -> Tensor:
     module = _seeded(kind, **({"embed_dim": 8, "num_heads": 2} | options))
     return module(X) if kind is FusedSelfAttention else module(X, X.new_ones(5, module.context_dim))
 
@@ -143,7 +144,7 @@ def _flat(value: Any) -> list[Any]:
 
 def assert_same(got: Any, expected: Any) -> None:
     for a, b in zip(_flat(got), _flat(expected), strict=True):
-        np.testing.assert_array_equal(*(x.detach() if isinstance(x, torch.Tensor) else x for x in (a, b)))
+        np.testing.assert_array_equal(*(x.detach() if isinstance(x, Tensor) else x for x in (a, b)))
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -186,13 +187,13 @@ def test_numbers_beyond_floats_are_refused() -> None:
         infonce(X, Y, 10**400)
 
 
-class OnAGpu(torch.Tensor):
+class OnAGpu(Tensor):
     """Values on the CPU that say they are on a GPU."""
 
     device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
 
 
-def on_a_gpu(*values: Any) -> torch.Tensor:
+def on_a_gpu(*values: Any) -> Tensor:
     return torch.tensor(values).as_subclass(OnAGpu)
 
 
@@ -202,7 +203,7 @@ WRONG_VALUES = {
     "a mask that does not fit": lambda: AttentionMask.packed(on_a_gpu(0, 2**32)),
     "packing: index": lambda: _impls.check_index("index", on_a_gpu(7), 4),
     "packing: cu_seqlens": lambda: _impls.check_cu_seqlens(on_a_gpu(0, 5, 3), 9),
-    "a condition": lambda: _checks.expect_true(on_a_gpu(False), "targets: expected indices of keys", 9),
+    "a condition": lambda: checks.expect_true(on_a_gpu(False), "targets: expected indices of keys", 9),
 }
 
 
@@ -234,8 +235,8 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_values_are_read_under_a_gradient_but_not_under_vmap() -> None:
     seen = []
 
-    def look(x: torch.Tensor) -> torch.Tensor:
-        seen.append(_checks.readable(x))
+    def look(x: Tensor) -> Tensor:
+        seen.append(checks.readable(x))
         return x.sum()
 
     torch.func.grad(look)(X)

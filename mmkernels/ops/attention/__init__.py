@@ -1,10 +1,10 @@
 """Attention over packed tokens, its prologue (norm and rotary embedding) and epilogue (gated residual)."""
 
-from .additive import additive_attention
-from .api import attention
-from .gate import gated_residual
-from .mask import AttentionMask
-from .rope import norm_rope, qk_norm_rope, rotary_cos_sin
+from mmkernels.ops.attention.additive import additive_attention
+from mmkernels.ops.attention.api import attention
+from mmkernels.ops.attention.gate import gated_residual
+from mmkernels.ops.attention.mask import AttentionMask
+from mmkernels.ops.attention.rope import norm_rope, qk_norm_rope, rotary_cos_sin
 
 __all__ = [
     "AttentionMask",

@@ -6,11 +6,14 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops.modality import MAX_MODALITIES
-from mmkernels.runtime import backends
-
-from .._checks import (
+from mmkernels.ops.attention.additive import additive_attention
+from mmkernels.ops.attention.mask import AttentionMask
+from mmkernels.ops.attention.op import attention_fwd_op
+from mmkernels.ops.attention.reference import MaskRows, Options
+from mmkernels.ops.attention.rows import dense_rows
+from mmkernels.ops.checks import (
     deprecated,
     deprecated_deterministic,
     describe,
@@ -20,11 +23,8 @@ from .._checks import (
     wrong_type,
     wrong_value,
 )
-from .additive import additive_attention
-from .mask import AttentionMask
-from .op import attention_fwd_op
-from .reference import MaskRows, Options
-from .rows import dense_rows
+from mmkernels.ops.modality import MAX_MODALITIES
+from mmkernels.runtime import backends
 
 __all__ = ["attention"]
 
@@ -35,22 +35,22 @@ _MAX_SM90_HEAD_DIM = 128
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     mask: AttentionMask | None = None,
     *,
     scale: float | None = None,
-    pair_bias: torch.Tensor | None = None,
-    sink: torch.Tensor | None = None,
+    pair_bias: Tensor | None = None,
+    sink: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool | None = None,
     score: str | None = None,
-    score_weight: torch.Tensor | None = None,
-    score_bias: torch.Tensor | None = None,
+    score_weight: Tensor | None = None,
+    score_bias: Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of packed queries over the keys that a mask lets them see.
 
         s_ij = scale <q_i, k_j> + pair_bias[class_i, class_j]
@@ -119,7 +119,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _is_additive(score: Any, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+def _is_additive(score: Any, weight: Tensor | None, bias: Tensor | None) -> bool:
     if score not in (None, "dot", "additive"):
         wrong_value("score", "None, 'dot' or 'additive'", score)
     if score == "additive" and weight is None:
@@ -146,7 +146,7 @@ def _rows(
     tokens_q: int,
     tokens_k: int,
     device: torch.device,
-    pair_bias: torch.Tensor | None,
+    pair_bias: Tensor | None,
 ) -> MaskRows:
     if mask is None:
         return dense_rows(samples, tokens_q, tokens_k, device)
@@ -156,12 +156,12 @@ def _rows(
     return mask.rows_with_classes(*sizes, (pair_bias.shape[1], pair_bias.shape[2]))
 
 
-def _seed(device: torch.device) -> torch.Tensor:
+def _seed(device: torch.device) -> Tensor:
     """From torch's generator of the device, without a sync: int64 [1]."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def _limits(q: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options) -> dict[str, str | None] | None:
+def _limits(q: Tensor, v: Tensor, rows: MaskRows, options: Options) -> dict[str, str | None] | None:
     """Why a backend cannot take this call."""
     head_dim = max(q.shape[-1], v.shape[-1])
     triton = _MAX_TRITON_HEAD_DIM_FLOAT32 if q.dtype == torch.float32 else _MAX_GPU_HEAD_DIM
@@ -181,7 +181,7 @@ def _limits(q: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options) 
     return limits or None
 
 
-def _pattern_wants(q: torch.Tensor, v: torch.Tensor) -> str | None:
+def _pattern_wants(q: Tensor, v: Tensor) -> str | None:
     """What the CUDA C++ kernels that take a pattern want and a call has not; None when they take it."""
     dims = q.shape[-1], v.shape[-1]
     if max(dims) > _MAX_SM90_HEAD_DIM or any(dim % 8 for dim in dims):
@@ -189,17 +189,17 @@ def _pattern_wants(q: torch.Tensor, v: torch.Tensor) -> str | None:
     return backends.sm90_wants(q.device, q.dtype)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What torch.autocast does to F.scaled_dot_product_attention."""
-    kind = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     castable = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in castable else x for x in tensors)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> None:
     expect_tensor("q", q, "[Tq, H, D] or [B, Tq, H, D] floating point", ndim=(3, 4))
     lead = "B, " if q.ndim == 4 else ""
     expect_tensor("k", k, f"[{lead}Tk, Hkv, D] {_dtype(q)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)
@@ -225,7 +225,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMas
         raise ValueError(f"mask: expected metadata on {q.device} like q, got {mask.device}")
 
 
-def _numbers(q: torch.Tensor, scale: Any, dropout_p: Any) -> tuple[float, float]:
+def _numbers(q: Tensor, scale: Any, dropout_p: Any) -> tuple[float, float]:
     """The factor of the logits, and the probability of dropout."""
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else real("scale", scale, "a float or None")
     if not math.isfinite(factor):
@@ -237,8 +237,8 @@ def _numbers(q: torch.Tensor, scale: Any, dropout_p: Any) -> tuple[float, float]
 
 
 def _check_logits(
-    q: torch.Tensor, pair_bias: Any, sink: Any, mask: AttentionMask | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    q: Tensor, pair_bias: Any, sink: Any, mask: AttentionMask | None
+) -> tuple[Tensor | None, Tensor | None]:
     """pair_bias and sink in the dtype of lse."""
     H, dtype = q.shape[-2], torch.float64 if q.dtype == torch.float64 else torch.float32
     if pair_bias is not None:
@@ -256,5 +256,5 @@ def _check_logits(
     return pair_bias, sink
 
 
-def _dtype(x: torch.Tensor) -> str:
+def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")

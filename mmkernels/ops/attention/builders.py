@@ -11,31 +11,39 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import wrong_value
+from mmkernels.ops.attention.reference import MaskRows
+from mmkernels.ops.attention.rows import (
+    cross_rows,
+    media_rows,
+    multimodal_rows,
+    packed_rows,
+    prefix_rows,
+    query_hull,
+    segments_of,
+)
+from mmkernels.ops.checks import wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES
-
-from .reference import MaskRows
-from .rows import cross_rows, media_rows, multimodal_rows, packed_rows, prefix_rows, query_hull, segments_of
 
 __all__ = ["Builder", "CrossOnly", "FromRows", "Media", "Multimodal", "Packed", "Prefix"]
 
-Classes = tuple[torch.Tensor, torch.Tensor]
+Classes = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Builder:
     """The common part; the first field of every builder is a tensor."""
 
-    def tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[Tensor]:
         values = [getattr(self, item.name) for item in dataclasses.fields(self)]
-        return [value for value in values if isinstance(value, torch.Tensor)]
+        return [value for value in values if isinstance(value, Tensor)]
 
     def to(self, device: torch.device | str, non_blocking: bool) -> Builder:
         moved = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            moved[item.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+            moved[item.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
         return type(self)(**moved)
 
     def classes(self) -> Classes | None:
@@ -53,8 +61,8 @@ class Builder:
 
 @dataclass
 class Packed(Builder):
-    cu_q: torch.Tensor
-    cu_k: torch.Tensor
+    cu_q: Tensor
+    cu_k: Tensor
     causal: bool
     window: int | None
 
@@ -71,8 +79,8 @@ class Packed(Builder):
 
 @dataclass
 class Prefix(Builder):
-    cu: torch.Tensor
-    lengths: torch.Tensor
+    cu: Tensor
+    lengths: Tensor
 
     def ends(self) -> tuple[int, int]:
         return int(self.cu[-1]), int(self.cu[-1])
@@ -89,9 +97,9 @@ class Prefix(Builder):
 
 @dataclass
 class Multimodal(Builder):
-    cu: torch.Tensor
-    modality_ids: torch.Tensor
-    span_ids: torch.Tensor
+    cu: Tensor
+    modality_ids: Tensor
+    span_ids: Tensor
     bidirectional: int  # one bit per modality
     window: int | None
 
@@ -125,7 +133,7 @@ class Multimodal(Builder):
                 f" index {index}"
             )
 
-    def _in_span(self) -> torch.Tensor:
+    def _in_span(self) -> Tensor:
         bidirectional = self.bidirectional >> self.modality_ids.long() & 1 == 1
         return (self.span_ids >= 0) & bidirectional
 
@@ -137,10 +145,10 @@ class Multimodal(Builder):
 
 @dataclass
 class Media(Builder):
-    cu_q: torch.Tensor
-    cu_k: torch.Tensor
-    media_q: torch.Tensor
-    media_k: torch.Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    media_q: Tensor
+    media_k: Tensor
     mode: str
 
     def ends(self) -> tuple[int, int]:
@@ -168,8 +176,8 @@ class Media(Builder):
 
 @dataclass
 class CrossOnly(Builder):
-    cu: torch.Tensor
-    modality_ids: torch.Tensor
+    cu: Tensor
+    modality_ids: Tensor
 
     def classes(self) -> Classes | None:
         return self.modality_ids, self.modality_ids
@@ -190,13 +198,13 @@ class CrossOnly(Builder):
 
 @dataclass
 class FromRows(Builder):
-    lo: torch.Tensor
-    hi: torch.Tensor
-    span_q: torch.Tensor | None
-    span_k: torch.Tensor | None
-    allow_q: torch.Tensor | None
-    class_q: torch.Tensor | None
-    class_k: torch.Tensor | None
+    lo: Tensor
+    hi: Tensor
+    span_q: Tensor | None
+    span_k: Tensor | None
+    allow_q: Tensor | None
+    class_q: Tensor | None
+    class_k: Tensor | None
 
     def classes(self) -> Classes | None:
         return None if self.class_q is None or self.class_k is None else (self.class_q, self.class_k)
@@ -228,10 +236,10 @@ class FromRows(Builder):
 
 def _with_pattern(
     rows: MaskRows,
-    span_q: torch.Tensor | None,
-    span_k: torch.Tensor | None,
-    allow_q: torch.Tensor | None,
-    class_k: torch.Tensor | None,
+    span_q: Tensor | None,
+    span_k: Tensor | None,
+    allow_q: Tensor | None,
+    class_k: Tensor | None,
 ) -> MaskRows:
     """Spans, classes or both, as the four vectors: what is not given lets nothing through."""
     tokens_q, tokens_k = rows.lo.shape[0], rows.first_q.shape[0]
@@ -252,13 +260,13 @@ def _or_any(limit: int | None) -> int:
     return torch.iinfo(torch.int32).max if limit is None else limit
 
 
-def expect_all(name: str, expected: str, good: torch.Tensor, values: torch.Tensor) -> None:
+def expect_all(name: str, expected: str, good: Tensor, values: Tensor) -> None:
     if not bool(good.all()):
         at = int((~good).nonzero()[0, 0])
         raise ValueError(f"{name}: expected {expected}, got {int(values[at])} at index {at}")
 
 
-def _expect_boundaries(name: str, cu_seqlens: torch.Tensor, tokens: int | None) -> None:
+def _expect_boundaries(name: str, cu_seqlens: Tensor, tokens: int | None) -> None:
     expect_all(name, "0 at index 0", cu_seqlens[:1] == 0, cu_seqlens)
     falls = torch.cat([cu_seqlens.new_zeros(1), cu_seqlens[:-1]]) <= cu_seqlens
     expect_all(name, "boundaries that never fall", falls, cu_seqlens)
@@ -266,15 +274,15 @@ def _expect_boundaries(name: str, cu_seqlens: torch.Tensor, tokens: int | None) 
         expect_all(name, f"at most {tokens} tokens", cu_seqlens <= tokens, cu_seqlens)
 
 
-def is_class(ids: torch.Tensor) -> torch.Tensor:
+def is_class(ids: Tensor) -> Tensor:
     return (ids >= 0) & (ids < MAX_MODALITIES)
 
 
-def _expect_modalities(modality_ids: torch.Tensor) -> None:
+def _expect_modalities(modality_ids: Tensor) -> None:
     expect_all("modality_ids", f"ids in [0, {MAX_MODALITIES})", is_class(modality_ids), modality_ids)
 
 
-def _expect_tokens(name: str, per_token: torch.Tensor, tokens: int) -> None:
+def _expect_tokens(name: str, per_token: Tensor, tokens: int) -> None:
     if per_token.shape[0] != tokens:
         wrong_value(f"mask: {name}", f"[{tokens}], one per token", per_token)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import is_traced
-
-from .reference import MaskRows, visible
+from mmkernels.ops.attention.reference import MaskRows, visible
+from mmkernels.ops.checks import is_traced
 
 __all__ = ["bwd_flops", "fwd_flops", "second_flops", "visible_pairs"]
 
@@ -30,21 +29,21 @@ def visible_pairs(rows: MaskRows) -> int:
     )
 
 
-def _multiply_adds(q: torch.Tensor, v: torch.Tensor, mask: tuple[Any, ...], of_d: int, of_dv: int) -> int:
+def _multiply_adds(q: Tensor, v: Tensor, mask: tuple[Any, ...], of_d: int, of_dv: int) -> int:
     """So many products over D, and over Dv."""
     return 2 * visible_pairs(MaskRows(*mask)) * q.shape[1] * (of_d * q.shape[2] + of_dv * v.shape[2])
 
 
-def fwd_flops(q: torch.Tensor, v: torch.Tensor, mask: tuple[Any, ...]) -> int:
+def fwd_flops(q: Tensor, v: Tensor, mask: tuple[Any, ...]) -> int:
     """Scores and out. An additive score is a product over D too, of w and the tanh."""
     return _multiply_adds(q, v, mask, 1, 1)
 
 
-def bwd_flops(q: torch.Tensor, v: torch.Tensor, mask: tuple[Any, ...]) -> int:
+def bwd_flops(q: Tensor, v: Tensor, mask: tuple[Any, ...]) -> int:
     """Scores again, dp, dv, dq and dk: as PyTorch counts F.scaled_dot_product_attention."""
     return _multiply_adds(q, v, mask, 3, 2)
 
 
-def second_flops(grad_out: torch.Tensor | None, q: torch.Tensor, v: torch.Tensor, mask: tuple[Any, ...]) -> int:
+def second_flops(grad_out: Tensor | None, q: Tensor, v: Tensor, mask: tuple[Any, ...]) -> int:
     """Scores and their tangent, the tangent of out; of a gradient dp, and the tangents of dp, dq, dk and dv."""
     return _multiply_adds(q, v, mask, 3, 3) if grad_out is None else _multiply_adds(q, v, mask, 7, 6)

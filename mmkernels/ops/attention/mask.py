@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import describe, expect_true, is_traced, readable, wrong_value
+from mmkernels.ops.attention import builders, metadata, reference
+from mmkernels.ops.attention.flops import visible_pairs
+from mmkernels.ops.attention.reference import MaskRows
+from mmkernels.ops.attention.tiles import TILE_K, TILE_Q, pack_states, tile_states
+from mmkernels.ops.checks import describe, expect_true, is_traced, readable, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
-
-from . import builders, metadata, reference
-from .flops import visible_pairs
-from .reference import MaskRows
-from .tiles import TILE_K, TILE_Q, pack_states, tile_states
 
 __all__ = ["AttentionMask"]
 
@@ -48,8 +48,8 @@ class AttentionMask:
     @classmethod
     def packed(
         cls,
-        cu_seqlens_q: torch.Tensor,
-        cu_seqlens_k: torch.Tensor | None = None,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None = None,
         *,
         causal: bool = False,
         window: int | None = None,
@@ -77,7 +77,7 @@ class AttentionMask:
         return cls(builders.Packed(cu_seqlens_q, cu_seqlens_k, bool(causal), window))
 
     @classmethod
-    def prefix(cls, cu_seqlens: torch.Tensor, prefix_lengths: torch.Tensor) -> AttentionMask:
+    def prefix(cls, cu_seqlens: Tensor, prefix_lengths: Tensor) -> AttentionMask:
         """Causal self attention, and every token of a sample sees the sample's prefix (prefix-LM).
 
         Args:
@@ -93,9 +93,9 @@ class AttentionMask:
     @classmethod
     def multimodal(
         cls,
-        cu_seqlens: torch.Tensor,
-        modality_ids: torch.Tensor,
-        span_ids: torch.Tensor,
+        cu_seqlens: Tensor,
+        modality_ids: Tensor,
+        span_ids: Tensor,
         *,
         bidirectional: Sequence[int] = (Modality.IMAGE,),
         window: int | None = None,
@@ -128,10 +128,10 @@ class AttentionMask:
     @classmethod
     def media(
         cls,
-        cu_seqlens_q: torch.Tensor,
-        cu_seqlens_k: torch.Tensor,
-        media_ids_q: torch.Tensor,
-        media_ids_k: torch.Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        media_ids_q: Tensor,
+        media_ids_k: Tensor,
         *,
         mode: Literal["last", "all_previous", "own"] = "last",
     ) -> AttentionMask:
@@ -164,7 +164,7 @@ class AttentionMask:
         return cls(builders.Media(cu_seqlens_q, cu_seqlens_k, media_ids_q, media_ids_k.contiguous(), mode))
 
     @classmethod
-    def cross_only(cls, cu_seqlens: torch.Tensor, modality_ids: torch.Tensor) -> AttentionMask:
+    def cross_only(cls, cu_seqlens: Tensor, modality_ids: Tensor) -> AttentionMask:
         """A token sees the tokens of the other modalities of its own sample, and no others (ERNIE-M).
 
         Args:
@@ -178,14 +178,14 @@ class AttentionMask:
     @classmethod
     def from_rows(
         cls,
-        lo: torch.Tensor,
-        hi: torch.Tensor,
+        lo: Tensor,
+        hi: Tensor,
         *,
-        span_q: torch.Tensor | None = None,
-        span_k: torch.Tensor | None = None,
-        allow_q: torch.Tensor | None = None,
-        class_q: torch.Tensor | None = None,
-        class_k: torch.Tensor | None = None,
+        span_q: Tensor | None = None,
+        span_k: Tensor | None = None,
+        allow_q: Tensor | None = None,
+        class_q: Tensor | None = None,
+        class_k: Tensor | None = None,
     ) -> AttentionMask:
         """Any interval per query, and inside it any spans and classes.
 
@@ -227,7 +227,7 @@ class AttentionMask:
         rows = (lo.contiguous(), hi.contiguous(), span_q, span_k, allow_q)
         return cls(builders.FromRows(*rows, class_q, class_k))
 
-    def with_classes(self, class_q: torch.Tensor, class_k: torch.Tensor | None = None) -> AttentionMask:
+    def with_classes(self, class_q: Tensor, class_k: Tensor | None = None) -> AttentionMask:
         """The same mask with classes for a pair bias; `multimodal` and `cross_only` have their modalities already.
 
         Args:
@@ -311,7 +311,7 @@ class AttentionMask:
                 )
         return rows.changed(class_q=int_classes[0], class_k=int_classes[1])
 
-    def to_dense(self, tokens_q: int | None = None, tokens_k: int | None = None) -> torch.Tensor:
+    def to_dense(self, tokens_q: int | None = None, tokens_k: int | None = None) -> Tensor:
         """bool [Tq, Tk]: for tests and pictures, never for a kernel.
 
         Args:
@@ -333,7 +333,7 @@ class AttentionMask:
             path: where to; the suffix names the format (png, svg, pdf).
             tile: queries and keys of a tile; by default those of the kernels' tile map.
         """
-        from .plot import plot_mask
+        from mmkernels.ops.attention.plot import plot_mask
 
         if len(tile) != 2 or min(tile) < 1:
             wrong_value("tile", "two sizes of at least 1", tile)
@@ -393,7 +393,7 @@ def _expect_inside(rows: MaskRows, tokens_q: int, tokens_k: int) -> None:
         expect_true(inside, f"mask: expected metadata within {tokens_q} queries and {tokens_k} keys")
 
 
-def _outlives_the_call(tensor: torch.Tensor) -> bool:
+def _outlives_the_call(tensor: Tensor) -> bool:
     """False of what was made inside a functorch transform or a trace, which is of no use after it."""
     if torch.compiler.is_dynamo_compiling():
         return True  # the compiled code stores what it computes

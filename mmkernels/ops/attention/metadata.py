@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import INTEGERS, expect_tensor, integer, narrowed, wrong_type, wrong_value
+from mmkernels.ops.checks import INTEGERS, expect_tensor, integer, narrowed, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES
 
 __all__ = ["bits_of", "boundaries", "classes", "vector", "window_size"]
@@ -14,26 +15,26 @@ __all__ = ["bits_of", "boundaries", "classes", "vector", "window_size"]
 
 def vector(
     name: str,
-    value: torch.Tensor,
+    value: Tensor,
     length: str,
     dtype: torch.dtype,
     *,
-    like: torch.Tensor | None = None,
+    like: Tensor | None = None,
     bits: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """[length] of the dtype that masks keep, from one of any integer dtype."""
     expected = f"[{length}] {str(dtype).removeprefix('torch.')}, or another integer dtype"
     expect_tensor(name, value, expected, ndim=1, dtypes=INTEGERS, like=like)
     return narrowed(name, value, dtype, bits=bits)
 
 
-def classes(name: str, value: torch.Tensor, length: str, like: torch.Tensor) -> torch.Tensor:
+def classes(name: str, value: Tensor, length: str, like: Tensor) -> Tensor:
     """uint8 stays, as `multimodal` has them; int32 otherwise."""
-    dtype = value.dtype if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 else torch.int32
+    dtype = value.dtype if isinstance(value, Tensor) and value.dtype == torch.uint8 else torch.int32
     return vector(name, value, length, dtype, like=like)
 
 
-def boundaries(name: str, cu_seqlens: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+def boundaries(name: str, cu_seqlens: Tensor, like: Tensor | None = None) -> Tensor:
     cu_seqlens = vector(name, cu_seqlens, "S+1", torch.int32, like=like)
     if cu_seqlens.shape[0] < 1:
         wrong_value(name, "at least one boundary", cu_seqlens)
@@ -52,7 +53,7 @@ def window_size(window: int | None) -> int | None:
 
 
 def bits_of(name: str, modalities: Sequence[int]) -> int:
-    if isinstance(modalities, (str, bytes, torch.Tensor)) or not isinstance(modalities, Sequence):
+    if isinstance(modalities, (str, bytes, Tensor)) or not isinstance(modalities, Sequence):
         wrong_type(name, "a sequence of modalities", modalities)
     bits = 0
     for modality in modalities:

@@ -5,37 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mmkernels.ops.attention.reference import MaskRows, Options, bias_gradient, sink_gradient
 from mmkernels.runtime import native
-
-from .reference import MaskRows, Options, bias_gradient, sink_gradient
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     """The kernels want the last dimension contiguous; the others may have any stride."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _tiles(x: torch.Tensor) -> torch.Tensor:
+def _tiles(x: Tensor) -> Tensor:
     """What TMA can follow: rows side by side or apart, at multiples of 16 bytes."""
     steps = x.stride()[:-1]
     good = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s >= x.shape[-1] and s % 8 == 0 for s in steps)
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
 
-def _inputs(rows: MaskRows, *tensors: torch.Tensor) -> list[torch.Tensor]:
+def _inputs(rows: MaskRows, *tensors: Tensor) -> list[Tensor]:
     """As the kernels want them. On a GPU those that take a pattern fetch with TMA, and no other can stand in."""
     patterned = rows.tiles is not None and tensors[0].device.type != "cpu"
     return [_tiles(x) if patterned else _rows(x) for x in tensors]
 
 
-def _views(*values: torch.Tensor | float | None) -> list[Any]:
-    return [native.view(x) if x is None or isinstance(x, torch.Tensor) else x for x in values]
+def _views(*values: Tensor | float | None) -> list[Any]:
+    return [native.view(x) if x is None or isinstance(x, Tensor) else x for x in values]
 
 
-def _launch(what: str, q: torch.Tensor, inputs: list[Any], outputs: list[Any], extras: list[Any]) -> None:
+def _launch(what: str, q: Tensor, inputs: list[Any], outputs: list[Any], extras: list[Any]) -> None:
     """Of the extras the CUDA launchers take the pattern: api.py lets nothing else through to them."""
     if q.device.type == "cpu":
         launch = getattr(native.core(), f"launch_attention_{what}_cpu")
@@ -46,15 +46,13 @@ def _launch(what: str, q: torch.Tensor, inputs: list[Any], outputs: list[Any], e
         launch(*_views(*inputs, *outputs, *extras[:5]), native.stream(q))
 
 
-def _extras(rows: MaskRows, options: Options, row_sums: torch.Tensor | None) -> list[Any]:
+def _extras(rows: MaskRows, options: Options, row_sums: Tensor | None) -> list[Any]:
     pattern = [rows.span_q, rows.span_k, rows.allow_q, rows.bit_k, rows.tiles]
     bias = [rows.class_q, rows.class_k, options.pair_bias, row_sums]
     return [*pattern, *bias, options.sink, options.seed, options.dropout_p]
 
 
-def attention_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     """out [Tq, H, Dv] and lse [H, Tq]."""
     q, k, v = _inputs(rows, q, k, v)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -65,16 +63,16 @@ def attention_fwd(
 
 
 def attention_bwd(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     rows: MaskRows,
     options: Options,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """dq, dk, dv, dbias and dsink, contiguous; the last two empty where there is none."""
     grad_out, q, k, v, out = _inputs(rows, grad_out, q, k, v, out)
     grad_lse = grad_lse.contiguous() if grad_lse is not None else None

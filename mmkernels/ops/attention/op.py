@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mmkernels.ops.attention import native, reference
+from mmkernels.ops.attention.flops import bwd_flops, fwd_flops, second_flops
+from mmkernels.ops.attention.reference import MaskRows, Options
+from mmkernels.ops.attention.second import attention_second
 from mmkernels.runtime.backends import BACKENDS
 from mmkernels.runtime.register import Op, Second
-
-from . import native, reference
-from .flops import bwd_flops, fwd_flops, second_flops
-from .reference import MaskRows, Options
-from .second import attention_second
 
 __all__ = ["attention_bwd_op", "attention_fwd_op", "attention_second_op"]
 
@@ -42,45 +42,45 @@ def _structured(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _triton_fwd(*args: Any) -> Any:
-    from .triton_fwd import attention_fwd
+    from mmkernels.ops.attention.triton_fwd import attention_fwd
 
     return attention_fwd(*args)
 
 
 def _triton_bwd(*args: Any) -> Any:
-    from .triton_bwd import attention_bwd
+    from mmkernels.ops.attention.triton_bwd import attention_bwd
 
     return attention_bwd(*args)
 
 
-def _fwd_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     return out, q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
 def _bwd_fake(
-    grad_out: torch.Tensor,
+    grad_out: Tensor,
     grad_lse: Any,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     *rest: Any,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     options = Options(*rest[_NUM_MASK:-1])
     small = (lse.new_empty(0 if x is None else x.shape) for x in (options.pair_bias, options.sink))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *small
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.dropout_p, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(saved[3])
@@ -90,7 +90,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | 
     return (*grads, *(None,) * _NUM_MASK, *options, None)
 
 
-def _jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
     of_options = tangents[3 + _NUM_MASK :]
     saved = *ctx.saved_tensors, ctx.dropout_p, ctx.scale, ctx.backend
     made = attention_second_op(*tangents[:3], *of_options[:2], None, None, *saved)
@@ -102,7 +102,7 @@ def _without_outputs(run: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: run(*args[:-4], *args[-2:])
 
 
-def _second_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+def _second_fake(*args: Any) -> tuple[Tensor, ...]:
     grad_out, _, q, k, v, *_ = args[5:]
     options = Options(*args[-_NUM_OPTIONS - 1 : -1])
     inputs = q, k, v, *(torch.empty(0) if x is None else x for x in (options.pair_bias, options.sink))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+from torch import Tensor
 
+from mmkernels.ops.attention.reference import MaskRows
+from mmkernels.ops.attention.tiles import FULL, PARTIAL, SKIP, tile_states
 from mmkernels.ops.modality import Modality
-
-from .reference import MaskRows
-from .tiles import FULL, PARTIAL, SKIP, tile_states
 
 __all__ = ["plot_mask"]
 
@@ -19,7 +18,7 @@ _MODALITIES = ("#8d99ae", "#2a9d8f", "#e9c46a", "#9d4edd")
 def plot_mask(
     path: str,
     rows: MaskRows,
-    classes: tuple[torch.Tensor, torch.Tensor] | None,
+    classes: tuple[Tensor, Tensor] | None,
     tile: tuple[int, int],
     title: str,
 ) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "MaskRows",
@@ -46,19 +47,19 @@ class MaskRows(NamedTuple):
     `tiles` is its tile map (tiles.py). The classes index a pair bias and are given with one only.
     """
 
-    lo: torch.Tensor
-    hi: torch.Tensor
-    first_q: torch.Tensor
-    last_q: torch.Tensor
-    span_q: torch.Tensor | None = None
-    span_k: torch.Tensor | None = None
-    allow_q: torch.Tensor | None = None
-    bit_k: torch.Tensor | None = None
-    tiles: torch.Tensor | None = None
-    class_q: torch.Tensor | None = None
-    class_k: torch.Tensor | None = None
+    lo: Tensor
+    hi: Tensor
+    first_q: Tensor
+    last_q: Tensor
+    span_q: Tensor | None = None
+    span_k: Tensor | None = None
+    allow_q: Tensor | None = None
+    bit_k: Tensor | None = None
+    tiles: Tensor | None = None
+    class_q: Tensor | None = None
+    class_k: Tensor | None = None
 
-    def changed(self, **fields: torch.Tensor) -> MaskRows:
+    def changed(self, **fields: Tensor) -> MaskRows:
         """As `_replace`, which torch 2.6 cannot compile."""
         values = [fields.get(name, value) for name, value in zip(MaskRows._fields, self, strict=True)]
         return MaskRows(*values)  # type: ignore[arg-type]
@@ -70,14 +71,14 @@ class Options(NamedTuple):
     pair_bias [H, Cq, Ck] and sink [H] in the dtype of lse; seed int64 [1] of the dropout, given when dropout_p > 0.
     """
 
-    pair_bias: torch.Tensor | None
-    sink: torch.Tensor | None
-    seed: torch.Tensor | None
+    pair_bias: Tensor | None
+    sink: Tensor | None
+    seed: Tensor | None
     dropout_p: float
     scale: float
 
 
-def visible(rows: MaskRows, num_keys: int) -> torch.Tensor:
+def visible(rows: MaskRows, num_keys: int) -> Tensor:
     """Dense mask: bool [Tq, Tk]."""
     key = torch.arange(num_keys, device=rows.lo.device)
     seen = (rows.lo[:, None] <= key) & (key < rows.hi[:, None])
@@ -87,8 +88,8 @@ def visible(rows: MaskRows, num_keys: int) -> torch.Tensor:
 
 
 def keep(
-    seed: torch.Tensor, dropout_p: float, heads: int, tokens_q: int, tokens_k: int, first: tuple[int, int] = (0, 0)
-) -> torch.Tensor:
+    seed: Tensor, dropout_p: float, heads: int, tokens_q: int, tokens_k: int, first: tuple[int, int] = (0, 0)
+) -> Tensor:
     """What dropout keeps: bool [H, Tq, Tk], the same on every backend; from query and key `first` on, where the query
     is a multiple of four.
 
@@ -98,7 +99,7 @@ def keep(
     """
     low = 0xFFFFFFFF
 
-    def mul(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
         """High and low word of a 32 x 32 bit product, without leaving the range of int64."""
         high = ((a >> 16) * b + ((a & 0xFFFF) * b >> 16)) >> 16
         return high, (((a >> 16) * b & 0xFFFF) << 16) + (a & 0xFFFF) * b & low
@@ -117,13 +118,11 @@ def keep(
     return words >> 1 < round((1 - dropout_p) * 2**31)
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def probabilities(
-    q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, rows: MaskRows, options: Options
-) -> tuple[torch.Tensor, torch.Tensor]:
+def probabilities(q: Tensor, k: Tensor, seen: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     """p [H, Tq, Tk] and lse [H, Tq] in q's dtype from q [Tq, H, D], k [Tk, H, D] and seen [Tq, Tk]."""
     scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * options.scale
     if options.pair_bias is not None:
@@ -137,7 +136,7 @@ def probabilities(
     return torch.where(seen, p, 0.0).to(q.dtype), torch.logsumexp(scores, dim=-1).to(q.dtype)
 
 
-def weighted_sums(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
     """sum_r weights[h, t, r] rows[r, h] over weights that are not 0: [T, H, D] from [H, T, R] and [R, H, D]."""
     dtype, weights, rows = weights.dtype, weights.double(), rows.double()
     odd = ~rows.isfinite().flatten(1).all(1)
@@ -149,8 +148,8 @@ def weighted_sums(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def dropout(
-    options: Options, heads: int, seen: torch.Tensor, dtype: torch.dtype, first: tuple[int, int] = (0, 0)
-) -> torch.Tensor | None:
+    options: Options, heads: int, seen: Tensor, dtype: torch.dtype, first: tuple[int, int] = (0, 0)
+) -> Tensor | None:
     """z [H, Tq, Tk], from query and key `first` on."""
     if options.seed is None:
         return None
@@ -158,9 +157,7 @@ def dropout(
     return kept.to(dtype) / (1 - options.dropout_p)
 
 
-def attention_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     """out [Tq, H, Dv] in q's dtype and lse [H, Tq]."""
     dtype, group = compute_dtype(q), q.shape[1] // k.shape[1]
     seen = visible(rows, k.shape[0])
@@ -171,16 +168,16 @@ def attention_fwd(
 
 
 def attention_bwd(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     rows: MaskRows,
     options: Options,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """dq, dk, dv in the dtypes of q, k, v, and dbias, dsink (empty where there is none).
 
     Probabilities are computed again, `out` and `lse` are not needed.
@@ -210,7 +207,7 @@ def attention_bwd(
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dbias, dsink
 
 
-def bias_gradient(row_sums: torch.Tensor, rows: MaskRows, options: Options) -> torch.Tensor:
+def bias_gradient(row_sums: Tensor, rows: MaskRows, options: Options) -> Tensor:
     """dbias [H, Cq, Ck] from the sums of ds over the keys of each class: [H, Ck, Tq].
 
     A product with a one-hot matrix: one order of summation, so the same input gives the same bits.
@@ -221,7 +218,7 @@ def bias_gradient(row_sums: torch.Tensor, rows: MaskRows, options: Options) -> t
     return sums.transpose(1, 2).to(options.pair_bias.dtype).contiguous()
 
 
-def sink_gradient(delta: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+def sink_gradient(delta: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """dsink [H] from delta, lse [H, Tq]. A row that sees no key has no sink either."""
     shares = torch.exp(sink[:, None] - lse).double() * delta.double()
     return -torch.where(lse == -torch.inf, 0.0, shares).sum(1).to(sink.dtype)

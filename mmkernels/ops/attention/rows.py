@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from .reference import MaskRows
+from mmkernels.ops.attention.reference import MaskRows
 
 __all__ = ["cross_rows", "dense_rows", "media_rows", "multimodal_rows", "packed_rows", "prefix_rows", "query_hull"]
 
@@ -27,12 +28,12 @@ def dense_rows(samples: int, tokens_q: int, tokens_k: int, device: torch.device)
 class Segments(NamedTuple):
     """Per token: its segment (clamped), position inside it, and whether it lies in any segment at all."""
 
-    segment: torch.Tensor
-    position: torch.Tensor
-    inside: torch.Tensor
+    segment: Tensor
+    position: Tensor
+    inside: Tensor
 
 
-def segments_of(cu_seqlens: torch.Tensor, tokens: int) -> Segments:
+def segments_of(cu_seqlens: Tensor, tokens: int) -> Segments:
     token = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
     # The last segment that begins at or before the token: segments of length zero are passed over.
     index = torch.searchsorted(cu_seqlens, token, right=True) - 1
@@ -41,9 +42,7 @@ def segments_of(cu_seqlens: torch.Tensor, tokens: int) -> Segments:
     return Segments(index, token - cu_seqlens[index], inside)
 
 
-def packed_rows(
-    cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool, window: int | None, tokens_q: int, tokens_k: int
-) -> MaskRows:
+def packed_rows(cu_q: Tensor, cu_k: Tensor, causal: bool, window: int | None, tokens_q: int, tokens_k: int) -> MaskRows:
     """Rows of `packed`: with d = len_k - len_q, query p of a segment sees its keys p + d - window < j <= p + d."""
     if cu_q.shape[0] == 1:
         cu_q, cu_k = cu_q.expand(2), cu_k.expand(2)
@@ -64,7 +63,7 @@ def packed_rows(
     return normalised(lo, hi, q.inside, first_q, last_q, k.inside)
 
 
-def prefix_rows(cu: torch.Tensor, prefix_lengths: torch.Tensor, tokens: int) -> MaskRows:
+def prefix_rows(cu: Tensor, prefix_lengths: Tensor, tokens: int) -> MaskRows:
     if cu.shape[0] == 1:
         cu, prefix_lengths = cu.expand(2), torch.zeros_like(cu)
     token = segments_of(cu, tokens)
@@ -75,12 +74,12 @@ def prefix_rows(cu: torch.Tensor, prefix_lengths: torch.Tensor, tokens: int) -> 
 
 
 def normalised(
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    inside_q: torch.Tensor,
-    first_q: torch.Tensor,
-    last_q: torch.Tensor,
-    inside_k: torch.Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    inside_q: Tensor,
+    first_q: Tensor,
+    last_q: Tensor,
+    inside_k: Tensor,
 ) -> MaskRows:
     """Tokens outside every segment get empty intervals, and an empty interval ends where it begins."""
     hi, last_q = torch.where(inside_q, torch.maximum(lo, hi), lo), torch.maximum(first_q, last_q)
@@ -88,7 +87,7 @@ def normalised(
     return MaskRows(lo.int(), hi.int(), first_q.int(), last_q.int())
 
 
-def query_hull(lo: torch.Tensor, hi: torch.Tensor, tokens_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def query_hull(lo: Tensor, hi: Tensor, tokens_k: int) -> tuple[Tensor, Tensor]:
     """For each key the smallest query that sees it and one past the largest, for any intervals: int32 [Tk] twice.
 
     A sparse table run backwards: an interval of length n is the union of two of length 2^p <= n, which write their
@@ -123,9 +122,7 @@ def query_hull(lo: torch.Tensor, hi: torch.Tensor, tokens_k: int) -> tuple[torch
     return torch.where(high > 0, low, 0), high
 
 
-def multimodal_rows(
-    cu: torch.Tensor, in_span: torch.Tensor, span_ids: torch.Tensor, window: int | None, tokens: int
-) -> MaskRows:
+def multimodal_rows(cu: Tensor, in_span: Tensor, span_ids: Tensor, window: int | None, tokens: int) -> MaskRows:
     """Query i sees its sample's keys from i - window on, up to itself or to the end of its span.
 
     A span is a run of neighbouring tokens of one sample with the same id, `in_span` [T] bool says which tokens may
@@ -144,9 +141,7 @@ def multimodal_rows(
     return normalised(lo, hi, token.inside, first_q, last_q, token.inside)
 
 
-def _runs(
-    in_span: torch.Tensor, ids: torch.Tensor, segment: torch.Tensor, index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _runs(in_span: Tensor, ids: Tensor, segment: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """First token of each token's run and one past its last; a token outside every span is a run of its own."""
     if index.shape[0] == 0:
         return index, index
@@ -158,9 +153,7 @@ def _runs(
     return begin, ends.flip(0).cummin(0).values.flip(0)
 
 
-def media_rows(
-    cu_q: torch.Tensor, cu_k: torch.Tensor, media_q: torch.Tensor, media_k: torch.Tensor, every: bool
-) -> MaskRows:
+def media_rows(cu_q: Tensor, cu_k: Tensor, media_q: Tensor, media_k: Tensor, every: bool) -> MaskRows:
     """Query of medium m sees the keys of the last medium up to m in its sample, or of `every` one up to m.
 
     Media never fall along a sample's keys, so that (sample, medium) in one int64 never falls along all keys and the
@@ -183,7 +176,7 @@ def media_rows(
     return MaskRows(lo, hi, *query_hull(lo, hi, tokens_k))
 
 
-def cross_rows(cu_q: torch.Tensor, cu_k: torch.Tensor, blind: torch.Tensor | None, tokens: tuple[int, int]) -> MaskRows:
+def cross_rows(cu_q: Tensor, cu_k: Tensor, blind: Tensor | None, tokens: tuple[int, int]) -> MaskRows:
     """Each query sees its sample's keys, except the `blind` [Tq]."""
     rows = packed_rows(cu_q, cu_k, False, None, *tokens)
     return rows if blind is None else rows.changed(hi=torch.where(blind, rows.lo, rows.hi))

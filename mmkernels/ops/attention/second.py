@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import (
+from mmkernels.ops.attention.reference import (
     MaskRows,
     Options,
     bias_gradient,

@@ -10,8 +10,9 @@ Masks without a pattern need none: their kernels walk the hull of a tile's inter
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from .reference import MaskRows
+from mmkernels.ops.attention.reference import MaskRows
 
 __all__ = ["FULL", "PARTIAL", "SKIP", "TILE_K", "TILE_Q", "pack_states", "tile_states"]
 
@@ -24,7 +25,7 @@ STATES_PER_WORD = 16
 _NEVER = torch.iinfo(torch.int32).max
 
 
-def tile_states(rows: MaskRows, tokens_k: int, tile_q: int = TILE_Q, tile_k: int = TILE_K) -> torch.Tensor:
+def tile_states(rows: MaskRows, tokens_k: int, tile_q: int = TILE_Q, tile_k: int = TILE_K) -> Tensor:
     """State of each tile: int32 [ceil(Tq / tile_q), ceil(Tk / tile_k)]. A ragged last key tile is never FULL."""
     blind = rows.lo >= rows.hi
     begin = _tiled(torch.where(blind, _NEVER, rows.lo), tile_q, _NEVER).amin(1)[:, None]
@@ -44,7 +45,7 @@ def tile_states(rows: MaskRows, tokens_k: int, tile_q: int = TILE_Q, tile_k: int
     return torch.where(must, FULL, may.int()).int()
 
 
-def pack_states(states: torch.Tensor) -> torch.Tensor:
+def pack_states(states: Tensor) -> Tensor:
     """Sixteen states of a row to a word, the first in the lowest bits: int32 [rows, ceil(columns / 16)]."""
     padded = torch.nn.functional.pad(states, (0, -states.shape[1] % STATES_PER_WORD))
     shift = 2 * torch.arange(STATES_PER_WORD, dtype=torch.int32, device=states.device)
@@ -52,12 +53,12 @@ def pack_states(states: torch.Tensor) -> torch.Tensor:
     return (words << shift).sum(-1, dtype=torch.int32)
 
 
-def _tiled(x: torch.Tensor, tile: int, fill: int) -> torch.Tensor:
+def _tiled(x: Tensor, tile: int, fill: int) -> Tensor:
     """[tiles, tile], the last one filled up."""
     return torch.nn.functional.pad(x, (0, -x.shape[0] % tile), value=fill).view(-1, tile)
 
 
-def _fold(x: torch.Tensor, op: object) -> torch.Tensor:
+def _fold(x: Tensor, op: object) -> Tensor:
     """Reduce the last dimension with a bitwise operation, by halving: torch has no such reduction."""
     assert callable(op)
     while x.shape[1] > 1:
@@ -70,18 +71,18 @@ def _fold(x: torch.Tensor, op: object) -> torch.Tensor:
 class _Spans:
     """Which span ids a tile holds: their range, and a Bloom filter."""
 
-    def __init__(self, ids: torch.Tensor, counts: torch.Tensor | None, tile: int) -> None:
+    def __init__(self, ids: Tensor, counts: Tensor | None, tile: int) -> None:
         seen = torch.ones_like(ids, dtype=torch.bool) if counts is None else counts
         self.low = _tiled(torch.where(seen, ids, _NEVER), tile, _NEVER).amin(1)
         self.high = _tiled(torch.where(seen, ids, -_NEVER), tile, -_NEVER).amax(1)
         self.filter = _fold(_tiled(torch.where(seen, 1 << (ids & 31), 0).int(), tile, 0), torch.bitwise_or)
 
-    def meet(self, keys: _Spans) -> torch.Tensor:
+    def meet(self, keys: _Spans) -> Tensor:
         """Whether some span may be in both: [query tiles, key tiles]."""
         overlap = (self.low[:, None] <= keys.high) & (self.high[:, None] >= keys.low)
         return overlap & (self.filter[:, None] & keys.filter != 0)
 
-    def are_one(self, keys: _Spans) -> torch.Tensor:
+    def are_one(self, keys: _Spans) -> Tensor:
         """Whether both hold one span, the same."""
         one = (self.low == self.high)[:, None] & (keys.low == keys.high)
         return one & (self.low[:, None] == keys.low)

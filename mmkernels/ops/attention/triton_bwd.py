@@ -19,11 +19,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mmkernels.ops._tl import cast, dot, generation
-
-from .reference import MaskRows, Options, bias_gradient, sink_gradient
-from .triton_extras import (
+from mmkernels.ops.attention.reference import MaskRows, Options, bias_gradient, sink_gradient
+from mmkernels.ops.attention.triton_extras import (
     FULL,
     SKIP,
     arguments,
@@ -36,7 +35,7 @@ from .triton_extras import (
     tile_state,
     visible,
 )
-from .triton_fwd import (
+from mmkernels.ops.attention.triton_fwd import (
     ALL_FLAGS,
     INT32_MAX,
     aot_case,
@@ -51,6 +50,7 @@ from .triton_fwd import (
     tiles,
     unit_rows,
 )
+from mmkernels.ops.triton_common import cast, dot, generation
 
 __all__ = ["aot_cases", "attention_bwd"]
 
@@ -354,16 +354,16 @@ def _rich_dq_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
 
 
 def attention_bwd(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     rows: MaskRows,
     options: Options,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """dq, dk, dv, dbias and dsink, contiguous; the last two empty where there is none."""
     do, q, k, v, out = (unit_rows(x) for x in (grad_out, q, k, v, out))
     (Tq, H, D), (Tk, Hkv, DV) = q.shape, v.shape

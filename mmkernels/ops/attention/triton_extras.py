@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .reference import MaskRows, Options
+from mmkernels.ops.attention.reference import MaskRows, Options
 
 __all__ = ["arguments", "bias_of", "flags", "keep_tile", "load_ints", "tile_state", "visible"]
 
@@ -111,6 +111,6 @@ def is_rich(rows: MaskRows, options: Options) -> bool:
     return rows.tiles is not None or options.pair_bias is not None or options.seed is not None
 
 
-def class_block(pair_bias: torch.Tensor | None) -> int:
+def class_block(pair_bias: Tensor | None) -> int:
     """Columns of the one-hot matrix of key classes; a matrix product wants at least 16."""
     return 16 if pair_bias is None else max(16, triton.next_power_of_2(pair_bias.shape[2]))

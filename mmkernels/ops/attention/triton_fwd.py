@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mmkernels.ops._tl import LN_2, LOG2_E, cast, dot, generation
-
-from .reference import MaskRows, Options
-from .triton_extras import (
+from mmkernels.ops.attention.reference import MaskRows, Options
+from mmkernels.ops.attention.triton_extras import (
     FULL,
     POINTERS,
     SKIP,
@@ -35,6 +34,7 @@ from .triton_extras import (
     tile_state,
     visible,
 )
+from mmkernels.ops.triton_common import LN_2, LOG2_E, cast, dot, generation
 
 __all__ = ["aot_cases", "attention_fwd"]
 
@@ -245,14 +245,12 @@ def _rich_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
     return tiles(64, 32, 8) if head_dim <= 128 else tiles(32, 32, 8)
 
 
-def unit_rows(x: torch.Tensor) -> torch.Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """The kernels want the last dimension contiguous; the others may have any stride."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def attention_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: MaskRows, options: Options
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     """out [Tq, H, Dv] and lse [H, Tq]."""
     q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     (Tq, H, D), (Tk, Hkv, DV) = q.shape, v.shape

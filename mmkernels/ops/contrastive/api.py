@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import deprecated_deterministic, wrong_type, wrong_value
-from mmkernels.runtime.backends import resolve
-
-from . import op, over_ranks
-from .checks import (
+from mmkernels.ops.checks import deprecated_deterministic, wrong_type, wrong_value
+from mmkernels.ops.contrastive import op, over_ranks
+from mmkernels.ops.contrastive.checks import (
     check_features,
     check_flag,
     negatives_of,
@@ -23,7 +21,8 @@ from .checks import (
     teacher_of,
     weights_of,
 )
-from .losses import ContrastiveStats, Targets, infonce_loss, siglip_loss, siglip_stats
+from mmkernels.ops.contrastive.losses import ContrastiveStats, Targets, infonce_loss, siglip_loss, siglip_stats
+from mmkernels.runtime.backends import resolve
 
 __all__ = ["ContrastiveStats", "infonce", "sample_negatives", "siglip", "topk_similar"]
 

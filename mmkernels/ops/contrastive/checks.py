@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops._checks import describe, expect_tensor, expect_true, integer, real, wrong_type, wrong_value
-
-from .losses import Pairs
-from .reference import statistics_dtype
+from mmkernels.ops.checks import describe, expect_tensor, expect_true, integer, real, wrong_type, wrong_value
+from mmkernels.ops.contrastive.losses import Pairs
+from mmkernels.ops.contrastive.reference import statistics_dtype
 
 __all__ = [
     "check_features",

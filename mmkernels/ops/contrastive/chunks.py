@@ -12,8 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference import BEST, LSE, MEAN, POSITIVE, STATISTICS, TEACHER, TOP, TOTAL, Pairs, Teacher, statistics_dtype
+from mmkernels.ops.contrastive import reference
+from mmkernels.ops.contrastive.reference import (
+    BEST,
+    LSE,
+    MEAN,
+    POSITIVE,
+    STATISTICS,
+    TEACHER,
+    TOP,
+    TOTAL,
+    Pairs,
+    Teacher,
+    statistics_dtype,
+)
 
 __all__ = ["sigmoid_bwd", "sigmoid_fwd", "softmax_bwd", "softmax_fwd"]
 

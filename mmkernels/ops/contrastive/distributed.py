@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import op
-from .exchange import Ranks
-from .reference import BEST, COEFFICIENTS, LSE, MEAN, STATISTICS, TOP, statistics_dtype
+from mmkernels.ops.contrastive import op
+from mmkernels.ops.contrastive.exchange import Ranks
+from mmkernels.ops.contrastive.reference import BEST, COEFFICIENTS, LSE, MEAN, STATISTICS, TOP, statistics_dtype
 
 __all__ = ["NO_TEACHER", "Rule", "Teacher", "mean_over_ranks", "same_on_all_ranks", "sigmoid_fwd", "softmax_fwd"]
 

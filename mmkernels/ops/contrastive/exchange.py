@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops.checks import wrong_type, wrong_value
 
 __all__ = ["Ranks", "agree", "check_group", "refused"]
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import op
-from .reference import BEST, LSE, MEAN, POSITIVE, TEACHER, TOP, TOTAL, statistics_dtype
+from mmkernels.ops.contrastive import op
+from mmkernels.ops.contrastive.reference import BEST, LSE, MEAN, POSITIVE, TEACHER, TOP, TOTAL, statistics_dtype
 
 __all__ = [
     "ContrastiveStats",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops.contrastive.reference import STATISTICS, Pairs, Teacher, statistics_dtype
 from mmkernels.runtime.native import core, stream, threads, view
-
-from .reference import STATISTICS, Pairs, Teacher, statistics_dtype
 
 __all__ = [
     "infonce_bwd",

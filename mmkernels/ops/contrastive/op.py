@@ -20,11 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops.contrastive import chunks, native, reference
+from mmkernels.ops.contrastive.op_second import (
+    PAIRS,
+    TEACHER,
+    infonce_second,
+    siglip_second,
+    sigmoid_second,
+    softmax_second,
+)
+from mmkernels.ops.contrastive.reference import (
+    COEFFICIENTS,
+    LSE,
+    MEAN,
+    STATISTICS,
+    TOTAL,
+    Pairs,
+    Teacher,
+    statistics_dtype,
+)
 from mmkernels.runtime.register import Op, Second
-
-from . import chunks, native, reference
-from .op_second import PAIRS, TEACHER, infonce_second, siglip_second, sigmoid_second, softmax_second
-from .reference import COEFFICIENTS, LSE, MEAN, STATISTICS, TOTAL, Pairs, Teacher, statistics_dtype
 
 __all__ = [
     "infonce_bwd",
@@ -44,7 +59,7 @@ def _triton(module: str, name: str) -> Callable[..., Any]:
     """A Triton launcher, imported when it is first called: triton is optional."""
 
     def launch(*args: Any) -> Any:
-        from . import triton_bwd, triton_fwd
+        from mmkernels.ops.contrastive import triton_bwd, triton_fwd
 
         device = args[0].device
         with torch.cuda.device(device if device.type == "cuda" else -1):

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops.contrastive import second
+from mmkernels.ops.contrastive.reference import COEFFICIENTS, Pairs, Teacher, statistics_dtype
 from mmkernels.runtime.backends import BACKENDS
 from mmkernels.runtime.register import Op
-
-from . import second
-from .reference import COEFFICIENTS, Pairs, Teacher, statistics_dtype
 
 __all__ = ["PAIRS", "TEACHER", "infonce_second", "siglip_second", "sigmoid_second", "softmax_second"]
 

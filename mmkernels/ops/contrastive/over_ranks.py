@@ -16,12 +16,25 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.ops._checks import wrong_value
-
-from .distributed import NO_TEACHER, mean_over_ranks, same_on_all_ranks, sigmoid_fwd, softmax_fwd
-from .exchange import Ranks, agree, check_group, refused
-from .losses import ContrastiveStats, Pairs, Targets, occurrences, stats_of, stats_sums, weights_of_columns
-from .reference import LSE, statistics_dtype
+from mmkernels.ops.checks import wrong_value
+from mmkernels.ops.contrastive.distributed import (
+    NO_TEACHER,
+    mean_over_ranks,
+    same_on_all_ranks,
+    sigmoid_fwd,
+    softmax_fwd,
+)
+from mmkernels.ops.contrastive.exchange import Ranks, agree, check_group, refused
+from mmkernels.ops.contrastive.losses import (
+    ContrastiveStats,
+    Pairs,
+    Targets,
+    occurrences,
+    stats_of,
+    stats_sums,
+    weights_of_columns,
+)
+from mmkernels.ops.contrastive.reference import LSE, statistics_dtype
 
 __all__ = ["infonce", "refusing", "siglip"]
 

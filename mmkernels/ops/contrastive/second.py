@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import (
+from mmkernels.ops.contrastive.reference import (
     COEFFICIENTS,
     LSE,
     POSITIVE,

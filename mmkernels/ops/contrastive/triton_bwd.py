@@ -19,13 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._tl import cast, generation
-
-from . import triton_gradients, triton_sigmoid
-from .reference import LSE, Pairs, Teacher
-from .triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
-from .triton_sigmoid import siglip_bwd, sigmoid_bwd
-from .triton_tile import (
+from mmkernels.ops.contrastive import triton_gradients, triton_sigmoid
+from mmkernels.ops.contrastive.reference import LSE, Pairs, Teacher
+from mmkernels.ops.contrastive.triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
+from mmkernels.ops.contrastive.triton_sigmoid import siglip_bwd, sigmoid_bwd
+from mmkernels.ops.contrastive.triton_tile import (
     NUM_STAGES,
     NUM_WARPS,
     TRITON_TYPES,
@@ -39,6 +37,7 @@ from .triton_tile import (
     similarity_of_pairs,
     split_softmax,
 )
+from mmkernels.ops.triton_common import cast, generation
 
 __all__ = ["aot_cases", "infonce_bwd", "siglip_bwd", "sigmoid_bwd", "softmax_bwd"]
 

@@ -28,14 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._tl import generation
-
-from . import triton_merge, triton_search, triton_sigmoid, triton_tile
-from .reference import LSE, MEAN, POSITIVE, STATISTICS, TOTAL, Pairs, Teacher
-from .triton_merge import FIELDS, Joins, joins_of_columns, joins_of_rows, merge, of_nothing
-from .triton_search import sample_negatives, topk_similar
-from .triton_sigmoid import siglip_fwd, sigmoid_fwd
-from .triton_tile import (
+from mmkernels.ops.contrastive import triton_merge, triton_search, triton_sigmoid, triton_tile
+from mmkernels.ops.contrastive.reference import LSE, MEAN, POSITIVE, STATISTICS, TOTAL, Pairs, Teacher
+from mmkernels.ops.contrastive.triton_merge import FIELDS, Joins, joins_of_columns, joins_of_rows, merge, of_nothing
+from mmkernels.ops.contrastive.triton_search import sample_negatives, topk_similar
+from mmkernels.ops.contrastive.triton_sigmoid import siglip_fwd, sigmoid_fwd
+from mmkernels.ops.contrastive.triton_tile import (
     LOWEST,
     NUM_STAGES,
     NUM_WARPS,
@@ -52,6 +50,7 @@ from .triton_tile import (
     split_softmax,
     tile_of,
 )
+from mmkernels.ops.triton_common import generation
 
 __all__ = [
     "aot_cases",

@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._tl import cast, dot
-
-from .triton_tile import NUM_STAGES, NUM_WARPS, TRITON_TYPES, depth_block
+from mmkernels.ops.contrastive.triton_tile import NUM_STAGES, NUM_WARPS, TRITON_TYPES, depth_block
+from mmkernels.ops.triton_common import cast, dot
 
 __all__ = ["HIGHEST_G", "SUPERBLOCK", "aot_cases", "feature_gradients", "gradient_tile"]
 

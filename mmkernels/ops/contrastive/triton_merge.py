@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import BEST, LSE, STATISTICS, TOP
-from .triton_tile import LOWEST
+from mmkernels.ops.contrastive.reference import BEST, LSE, STATISTICS, TOP
+from mmkernels.ops.contrastive.triton_tile import LOWEST
 
 __all__ = ["FIELDS", "Joins", "aot_cases", "joins_of_columns", "joins_of_rows", "merge", "of_nothing"]
 

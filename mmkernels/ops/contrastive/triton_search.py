@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import Pairs
-from .triton_tile import (
+from mmkernels.ops.contrastive.reference import Pairs
+from mmkernels.ops.contrastive.triton_tile import (
     NUM_STAGES,
     NUM_WARPS,
     SMALL_TILE,

@@ -13,11 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._tl import cast, generation
-
-from .reference import Pairs
-from .triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
-from .triton_tile import (
+from mmkernels.ops.contrastive.reference import Pairs
+from mmkernels.ops.contrastive.triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
+from mmkernels.ops.contrastive.triton_tile import (
     NUM_STAGES,
     NUM_WARPS,
     TRITON_TYPES,
@@ -33,6 +31,7 @@ from .triton_tile import (
     similarity_of_pairs,
     tile_of,
 )
+from mmkernels.ops.triton_common import cast, generation
 
 __all__ = ["aot_cases", "aot_cases_bwd", "siglip_bwd", "siglip_fwd", "sigmoid_bwd", "sigmoid_fwd"]
 

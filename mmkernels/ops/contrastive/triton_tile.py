@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._tl import dot
-
-from .reference import Pairs
+from mmkernels.ops.contrastive.reference import Pairs
+from mmkernels.ops.triton_common import dot
 
 __all__ = [
     "LOWEST",

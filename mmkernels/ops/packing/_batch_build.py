@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import FLOATING, expect_tensor, integer, wrong_type, wrong_value
+from mmkernels.ops.checks import FLOATING, expect_tensor, integer, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 from mmkernels.ops.packing.media import Media, PackedMedia
 from mmkernels.ops.packing.vision import mrope_position_ids
@@ -24,11 +25,11 @@ Placeholder = int | Mapping[int, int]
 
 
 def fields(
-    samples: Sequence[torch.Tensor | Sequence[torch.Tensor | Media]],
+    samples: Sequence[Tensor | Sequence[Tensor | Media]],
     *,
     capacity: int | None,
     sample_ids: Sequence[int] | None,
-    per_token: Mapping[str, Sequence[torch.Tensor] | None],
+    per_token: Mapping[str, Sequence[Tensor] | None],
     sample_weight: Sequence[float] | None,
     pad_token: int,
     placeholder: Placeholder,
@@ -61,7 +62,7 @@ def fields(
     items, starts = _media(parts, ends)
     kinds, spans = _spans(items, starts, ends[-1])
 
-    def joined(name: str, dtype: torch.dtype, fill: float) -> torch.Tensor | None:
+    def joined(name: str, dtype: torch.dtype, fill: float) -> Tensor | None:
         given = per_token[name]
         if given is None:
             return None
@@ -87,37 +88,37 @@ def fields(
     }
 
 
-def _parts(samples: Any) -> list[list[torch.Tensor | Media]]:
+def _parts(samples: Any) -> list[list[Tensor | Media]]:
     """Each sample as a list of its parts."""
-    if isinstance(samples, torch.Tensor) or not isinstance(samples, Sequence):
+    if isinstance(samples, Tensor) or not isinstance(samples, Sequence):
         wrong_type("samples", "a sequence of tensors [L, ...] or of sequences of parts", samples)
     found = []
     for i, sample in enumerate(samples):
-        if isinstance(sample, torch.Tensor | Media):
+        if isinstance(sample, Tensor | Media):
             sample = [sample]
-        if not isinstance(sample, Sequence) or not all(isinstance(part, torch.Tensor | Media) for part in sample):
+        if not isinstance(sample, Sequence) or not all(isinstance(part, Tensor | Media) for part in sample):
             wrong_type(f"samples[{i}]", "a tensor [L, ...], or a sequence of tensors and Media", sample)
         found.append(list(sample))
     return found
 
 
-def _like(samples: list[list[torch.Tensor | Media]]) -> torch.Tensor:
+def _like(samples: list[list[Tensor | Media]]) -> Tensor:
     """The first tokens; where there are none, int64 on the device of the first media."""
     every = [part for parts in samples for part in parts]
-    given = next((part for part in every if isinstance(part, torch.Tensor)), None)
+    given = next((part for part in every if isinstance(part, Tensor)), None)
     if given is not None:
         return given
     device = next((part.values.device for part in every if isinstance(part, Media)), None)
     return torch.empty(0, dtype=torch.int64, device=device)
 
 
-def _tokens(parts: list[torch.Tensor | Media], placeholder: Placeholder, like: torch.Tensor) -> torch.Tensor:
+def _tokens(parts: list[Tensor | Media], placeholder: Placeholder, like: Tensor) -> Tensor:
     """A sample's tokens, placeholders for its media."""
-    if len(parts) == 1 and isinstance(parts[0], torch.Tensor):
+    if len(parts) == 1 and isinstance(parts[0], Tensor):
         return parts[0]
     pieces = []
     for part in parts:
-        if isinstance(part, torch.Tensor):
+        if isinstance(part, Tensor):
             expect_tensor(
                 "samples: token ids beside media", part, "[n] int64", ndim=1, dtypes=(torch.int64, torch.int32)
             )
@@ -133,7 +134,7 @@ def _tokens(parts: list[torch.Tensor | Media], placeholder: Placeholder, like: t
     return torch.cat(pieces) if pieces else like.new_empty((0, *like.shape[1:]))
 
 
-def _lengths(samples: list[torch.Tensor]) -> list[int]:
+def _lengths(samples: list[Tensor]) -> list[int]:
     """The samples' lengths; they must be alike."""
     for i, sample in enumerate(samples):
         first = samples[0]
@@ -146,7 +147,7 @@ def _lengths(samples: list[torch.Tensor]) -> list[int]:
     return [sample.shape[0] for sample in samples]
 
 
-def _media(parts: list[list[torch.Tensor | Media]], ends: tuple[int, ...]) -> tuple[list[Media], list[int]]:
+def _media(parts: list[list[Tensor | Media]], ends: tuple[int, ...]) -> tuple[list[Media], list[int]]:
     """Every item in the order of its tokens, and the token that it begins with."""
     items, starts = [], []
     for sample, at in zip(parts, ends, strict=False):
@@ -158,7 +159,7 @@ def _media(parts: list[list[torch.Tensor | Media]], ends: tuple[int, ...]) -> tu
     return items, starts
 
 
-def _spans(items: list[Media], starts: list[int], total: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _spans(items: list[Media], starts: list[int], total: int) -> tuple[Tensor, Tensor]:
     """(modality_ids [T] uint8, span_ids [T] int32)."""
     kinds = torch.full((total,), int(Modality.TEXT), dtype=torch.uint8)
     spans = torch.full((total,), NO_SPAN, dtype=torch.int32)
@@ -171,11 +172,11 @@ def _spans(items: list[Media], starts: list[int], total: int) -> tuple[torch.Ten
 def _positions(
     items: list[Media],
     starts: list[int],
-    cu_seqlens: torch.Tensor,
-    begins: torch.Tensor,
+    cu_seqlens: Tensor,
+    begins: Tensor,
     mrope: bool | str,
     tokens_per_second: float,
-) -> torch.Tensor:
+) -> Tensor:
     """[T], or [3, T] with `mrope`."""
     total = begins.shape[0]
     if not mrope:
@@ -213,7 +214,7 @@ def _packed_media(items: list[Media], starts: list[int], device: torch.device) -
     return packed
 
 
-def _sample_weight(weights: Sequence[float] | None, samples: int, device: torch.device) -> torch.Tensor | None:
+def _sample_weight(weights: Sequence[float] | None, samples: int, device: torch.device) -> Tensor | None:
     if weights is None:
         return None
     values = torch.as_tensor(weights, dtype=torch.float32)
@@ -222,7 +223,7 @@ def _sample_weight(weights: Sequence[float] | None, samples: int, device: torch.
     return values.to(device)
 
 
-def _check_parts(name: str, parts: Sequence[torch.Tensor], lengths: list[int], dtype: torch.dtype) -> None:
+def _check_parts(name: str, parts: Sequence[Tensor], lengths: list[int], dtype: torch.dtype) -> None:
     """One tensor [L_i] per sample that fits into `dtype` without loss."""
     if len(parts) != len(lengths):
         wrong_value(name, f"one tensor for each of {len(lengths)} samples", f"{len(parts)} tensors")
@@ -238,9 +239,7 @@ def _check_parts(name: str, parts: Sequence[torch.Tensor], lengths: list[int], d
             )
 
 
-def _join(
-    parts: list[torch.Tensor], padding: int, fill: float, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _join(parts: list[Tensor], padding: int, fill: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The parts, then `padding` entries of `fill`; `dtype` when there is no part to tell."""
     like = parts[0] if parts else torch.empty(0, dtype=dtype, device=device)
     tail = like.new_full((padding, *like.shape[1:]), fill)

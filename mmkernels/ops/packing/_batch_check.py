@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mmkernels.ops.modality import MAX_MODALITIES
 from mmkernels.ops.packing._batch_build import IGNORE_LABEL, NO_SAMPLE, NO_SPAN
@@ -42,9 +43,7 @@ def _check_boundaries(batch: PackedBatch) -> None:
     _require(batch.padding in (0, last), "padding", "is the last segment", batch.padding)
 
 
-def _check_field(
-    batch: PackedBatch, name: str, value: torch.Tensor | None, shape: tuple[int, ...], letter: str
-) -> None:
+def _check_field(batch: PackedBatch, name: str, value: Tensor | None, shape: tuple[int, ...], letter: str) -> None:
     if value is not None:
         sizes = value.shape[: len(shape)]
         _require(sizes == shape, name, f"has {letter} = {shape[0]} entries", list(value.shape))
@@ -67,7 +66,7 @@ def _check_positions(batch: PackedBatch) -> None:
     _require(bool((positions >= 0).all()), "position_ids", "is >= 0", positions.min() if total else 0)
 
 
-def _begins(batch: PackedBatch) -> torch.Tensor:
+def _begins(batch: PackedBatch) -> Tensor:
     """[T]: where each token's segment begins."""
     sizes = torch.tensor(batch.lengths, dtype=torch.int64)
     return torch.tensor(batch.cu_seqlens_host[:-1], dtype=torch.int64).repeat_interleave(sizes)
@@ -163,7 +162,7 @@ def _require(holds: bool, name: str, invariant: str, got: Any) -> None:
         raise ValueError(f"PackedBatch: {name} {invariant}: broken, got {got}")
 
 
-def _require_equal(got: torch.Tensor, expected: torch.Tensor, name: str, invariant: str) -> None:
+def _require_equal(got: Tensor, expected: Tensor, name: str, invariant: str) -> None:
     wrong = (got != expected).nonzero()
     if len(wrong):
         at = int(wrong[0])

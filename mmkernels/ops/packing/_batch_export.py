@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import expect_tensor, wrong_value
+from mmkernels.ops.checks import expect_tensor, wrong_value
 from mmkernels.ops.modality import Modality
 from mmkernels.ops.packing._batch_build import IGNORE_LABEL
 from mmkernels.ops.packing._batch_loss import firsts, next_labels, target_weights
@@ -56,7 +57,7 @@ def hf(batch: PackedBatch, mrope: bool | None) -> dict[str, Any]:
     return arguments | media_arguments
 
 
-def _hf_positions(batch: PackedBatch, mrope: bool | None) -> torch.Tensor:
+def _hf_positions(batch: PackedBatch, mrope: bool | None) -> Tensor:
     """[1, T], or [4, 1, T]: positions in the segment, from which transformers tells packed samples, then the three.
 
     A model with M-RoPE spreads [1, T] on its axes and then looks for no samples in it.
@@ -100,11 +101,11 @@ def megatron(batch: PackedBatch) -> dict[str, Any]:
     return arguments
 
 
-def nested(batch: PackedBatch, x: torch.Tensor | None) -> torch.Tensor:
+def nested(batch: PackedBatch, x: Tensor | None) -> Tensor:
     if x is None:
         x = batch.tokens
-    elif not isinstance(x, torch.Tensor) or x.ndim < 1 or x.shape[0] != batch.num_tokens:
-        expect_tensor("x", x, f"[{batch.num_tokens}, ...]", dtypes=(x.dtype,) if isinstance(x, torch.Tensor) else ())
+    elif not isinstance(x, Tensor) or x.ndim < 1 or x.shape[0] != batch.num_tokens:
+        expect_tensor("x", x, f"[{batch.num_tokens}, ...]", dtypes=(x.dtype,) if isinstance(x, Tensor) else ())
         wrong_value("x", f"[{batch.num_tokens}, ...]", x)
     offsets = batch.cu_seqlens[: batch.num_samples + 1].long()
     lengths = batch.lengths[: batch.num_samples]

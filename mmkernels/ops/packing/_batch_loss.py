@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import expect_tensor, wrong_value
+from mmkernels.ops.checks import expect_tensor, wrong_value
 from mmkernels.ops.packing import op
 from mmkernels.ops.packing._batch_build import IGNORE_LABEL
 from mmkernels.runtime.backends import resolve
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["next_labels", "target_weights", "totals", "weights"]
 
 
-def firsts(batch: PackedBatch) -> torch.Tensor:
+def firsts(batch: PackedBatch) -> Tensor:
     """[T] bool: whether a token is its segment's first."""
     at = batch.sample_ids.new_zeros(batch.num_tokens + 1, dtype=torch.bool)
     return at.index_fill(0, batch.cu_seqlens.long(), True)[:-1]
 
 
-def next_labels(batch: PackedBatch) -> torch.Tensor:
+def next_labels(batch: PackedBatch) -> Tensor:
     """See `PackedBatch.next_labels`."""
     if batch.labels is None:
         wrong_value("labels", "[T] int64", None)
@@ -31,13 +32,13 @@ def next_labels(batch: PackedBatch) -> torch.Tensor:
     return torch.cat([own[1:], own.new_full((min(1, len(own)),), IGNORE_LABEL)])
 
 
-def _owner(batch: PackedBatch) -> torch.Tensor:
+def _owner(batch: PackedBatch) -> Tensor:
     """[T]: the number of each token's sample; S in padding."""
     at = torch.arange(batch.num_tokens, device=batch.cu_seqlens.device, dtype=torch.int32)
     return torch.searchsorted(batch.cu_seqlens[1:].contiguous(), at, right=True)
 
 
-def target_weights(batch: PackedBatch, causal: bool = True, *, of_samples: bool = True) -> torch.Tensor:
+def target_weights(batch: PackedBatch, causal: bool = True, *, of_samples: bool = True) -> Tensor:
     """[T] float64: the weight of each token's label, 0 where there is no target; `of_samples`: times its sample's."""
     real = torch.arange(batch.num_tokens, device=batch.tokens.device) < batch.num_tokens - batch.padding
     weight = real.double()
@@ -51,14 +52,14 @@ def target_weights(batch: PackedBatch, causal: bool = True, *, of_samples: bool 
     return weight
 
 
-def _of_samples(batch: PackedBatch) -> torch.Tensor:
+def _of_samples(batch: PackedBatch) -> Tensor:
     """[S + 1] float64: the samples' weights, and the padding's, which is none."""
     weight = batch.sample_weight
     one = torch.ones(batch.num_samples, device=batch.tokens.device) if weight is None else weight
     return torch.nn.functional.pad(one.double(), (0, 1))
 
 
-def _per_sample(batch: PackedBatch, weight: torch.Tensor) -> torch.Tensor:
+def _per_sample(batch: PackedBatch, weight: Tensor) -> Tensor:
     """[T] -> [S + 1]: the sum over each sample, 0 for the padding."""
     cu = batch.cu_seqlens[: batch.num_samples + 1]
     served = resolve("packing", weight)
@@ -66,13 +67,13 @@ def _per_sample(batch: PackedBatch, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(sums, (0, 1))
 
 
-def totals(batch: PackedBatch, causal: bool) -> torch.Tensor:
+def totals(batch: PackedBatch, causal: bool) -> Tensor:
     """See `PackedBatch.loss_totals`."""
     sums = _per_sample(batch, target_weights(batch, causal, of_samples=False))
     return torch.stack([target_weights(batch, causal).sum(), torch.where(sums > 0, _of_samples(batch), 0).sum()])
 
 
-def weights(batch: PackedBatch, normalize: str, total: torch.Tensor | None, causal: bool) -> torch.Tensor:
+def weights(batch: PackedBatch, normalize: str, total: Tensor | None, causal: bool) -> Tensor:
     """See `PackedBatch.loss_weights`."""
     if normalize not in ("token", "sample"):
         wrong_value("normalize", '"token" or "sample"', normalize)

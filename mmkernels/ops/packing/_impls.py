@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import readable
+from mmkernels.ops.checks import readable
 from mmkernels.ops.packing import native, reference
 
 __all__ = ["check_cu_seqlens", "check_index", "impls"]
 
 
-def check_index(name: str, index: torch.Tensor, rows: int) -> None:
+def check_index(name: str, index: Tensor, rows: int) -> None:
     """Each entry in [-1, rows)."""
     if index.numel() == 0 or not readable(index):
         return
@@ -23,7 +24,7 @@ def check_index(name: str, index: torch.Tensor, rows: int) -> None:
         raise ValueError(f"{name}: expected each in [-1, {rows}), got {int(index[at])} at position {at}")
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, rows: int) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> None:
     """From 0, not decreasing, within the rows."""
     if not readable(cu_seqlens):
         return

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 __all__ = ["Saved"]
 
@@ -31,7 +32,7 @@ class Saved:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            array = value.numpy() if isinstance(value, torch.Tensor) else value
+            array = value.numpy() if isinstance(value, Tensor) else value
             if isinstance(array, np.ndarray):
                 array.flags.writeable = False
             self.__dict__[name] = array

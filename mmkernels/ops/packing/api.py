@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import FLOATING, expect_tensor, expect_true, integer, narrowed, wrong_type, wrong_value
+from mmkernels.ops.checks import FLOATING, expect_tensor, expect_true, integer, narrowed, wrong_type, wrong_value
 from mmkernels.ops.packing import op
 from mmkernels.runtime.backends import resolve
 
@@ -18,18 +19,18 @@ __all__ = ["embed_splice", "pack", "pad", "segment_pool", "unpack", "unpad"]
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
+def _flat(x: Tensor) -> Tensor:
     """[R, ...] -> [R, E]."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
-def _check_rows(name: str, x: torch.Tensor, expected: str, least_dims: int = 1) -> None:
+def _check_rows(name: str, x: Tensor, expected: str, least_dims: int = 1) -> None:
     expect_tensor(name, x, expected)
     if x.ndim < least_dims:
         wrong_value(name, expected, x)
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> Tensor:
     expect_tensor("cu_seqlens", cu_seqlens, "[S+1] int32", ndim=1, dtypes=_INTEGERS, like=x)
     if cu_seqlens.shape[0] == 0:
         wrong_value("cu_seqlens", "[S+1] int32 with at least one entry", cu_seqlens)
@@ -38,9 +39,7 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, x: torch.Tensor) -> torch.Tensor
     return narrowed("cu_seqlens", cu_seqlens, torch.int32)
 
 
-def pack(
-    sources: torch.Tensor | Sequence[torch.Tensor], index: torch.Tensor, *, backend: str | None = None
-) -> torch.Tensor:
+def pack(sources: Tensor | Sequence[Tensor], index: Tensor, *, backend: str | None = None) -> Tensor:
     """Gather rows into a packed buffer: `out[t] = sources[index[t]]`, zeros where `index[t] == -1`.
 
     Differentiable in the sources: a row named several times receives the sum of its gradients (taken in float32 for
@@ -70,9 +69,9 @@ def pack(
     return out.reshape(index.shape[0], *first.shape[1:])
 
 
-def _sources(sources: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _sources(sources: Tensor | Sequence[Tensor]) -> list[Tensor]:
     expected = "[R, ...] floating point"
-    if isinstance(sources, torch.Tensor):
+    if isinstance(sources, Tensor):
         _check_rows("sources", sources, expected)
         return [sources]
     if not isinstance(sources, Sequence) or len(sources) == 0:
@@ -86,14 +85,14 @@ def _sources(sources: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tenso
 
 
 def embed_splice(
-    token_ids: torch.Tensor,
-    table: torch.Tensor,
-    features: torch.Tensor,
-    dst_index: torch.Tensor,
+    token_ids: Tensor,
+    table: Tensor,
+    features: Tensor,
+    dst_index: Tensor,
     *,
     padding_idx: int | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Embedding lookup with features put in place of placeholders: `out = table[token_ids]; out[dst_index] = features`.
 
     One pass over the tokens, no mask and no intermediate. The gradient of the table sums its tokens' gradients (in
@@ -137,12 +136,12 @@ def embed_splice(
 
 
 def unpack(
-    packed: torch.Tensor,
-    index: torch.Tensor,
+    packed: Tensor,
+    index: Tensor,
     rows: int | Sequence[int] | None = None,
     *,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
+) -> Tensor | tuple[Tensor, ...]:
     """Send packed rows back to where `pack` took them: `out[r] = sum of packed[t] over the t with index[t] == r`.
 
     With an index that names each row once this is the inverse of `pack`; rows that nobody names are 0, and a row named
@@ -174,13 +173,13 @@ def unpack(
 
 
 def segment_pool(
-    x: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    x: Tensor,
+    cu_seqlens: Tensor,
     mode: str = "mean",
     *,
-    weights: torch.Tensor | None = None,
+    weights: Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Pool each segment's rows to one: `out[s] = mode(x[cu_seqlens[s]:cu_seqlens[s+1]])`.
 
     Sums are taken in float32 for low-precision dtypes. An empty segment gives 0 in every mode and passes no gradient.
@@ -223,9 +222,7 @@ def segment_pool(
     return out.reshape(cu_seqlens.shape[0] - 1, *x.shape[1:])
 
 
-def pad(
-    x: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None = None, *, backend: str | None = None
-) -> torch.Tensor:
+def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, *, backend: str | None = None) -> Tensor:
     """Packed to padded: `out[s, j] = x[cu_seqlens[s] + j]` inside segment s, zeros past its end.
 
     Args:
@@ -258,9 +255,7 @@ def pad(
     return out.reshape(*index.shape, *x.shape[1:])
 
 
-def unpad(
-    x: torch.Tensor, keep: torch.Tensor, total: int | None = None, *, backend: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def unpad(x: Tensor, keep: Tensor, total: int | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Padded to packed: the rows that `keep` names, sample after sample, in order.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops.checks import wrong_type, wrong_value
 from mmkernels.ops.packing._saving import Saved
 from mmkernels.ops.packing.cost import AttentionCost
 from mmkernels.ops.packing.plan import integer, shuffled

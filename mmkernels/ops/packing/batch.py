@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import integer, wrong_value
+from mmkernels.ops.checks import integer, wrong_value
 from mmkernels.ops.packing import _batch_build, _batch_check, _batch_export, _batch_loss
 from mmkernels.ops.packing.media import Media, PackedMedia
 
@@ -40,29 +41,29 @@ class PackedBatch:
         media: modality -> values, grid_thw and dst_index of its items.
     """
 
-    tokens: torch.Tensor
-    cu_seqlens: torch.Tensor
+    tokens: Tensor
+    cu_seqlens: Tensor
     cu_seqlens_host: tuple[int, ...]
-    sample_ids: torch.Tensor
-    position_ids: torch.Tensor
-    modality_ids: torch.Tensor
-    span_ids: torch.Tensor
+    sample_ids: Tensor
+    position_ids: Tensor
+    modality_ids: Tensor
+    span_ids: Tensor
     padding: int = 0
-    labels: torch.Tensor | None = None
-    loss_weight: torch.Tensor | None = None
-    sample_weight: torch.Tensor | None = None
+    labels: Tensor | None = None
+    loss_weight: Tensor | None = None
+    sample_weight: Tensor | None = None
     media: Mapping[int, PackedMedia] = field(default_factory=dict)
 
     @classmethod
     def from_samples(
         cls,
-        samples: Sequence[torch.Tensor | Sequence[torch.Tensor | Media]],
+        samples: Sequence[Tensor | Sequence[Tensor | Media]],
         *,
         capacity: int | None = None,
         sample_ids: Sequence[int] | None = None,
-        modality_ids: Sequence[torch.Tensor] | None = None,
-        labels: Sequence[torch.Tensor] | None = None,
-        loss_weight: Sequence[torch.Tensor] | None = None,
+        modality_ids: Sequence[Tensor] | None = None,
+        labels: Sequence[Tensor] | None = None,
+        loss_weight: Sequence[Tensor] | None = None,
         sample_weight: Sequence[float] | None = None,
         pad_token: int = 0,
         placeholder: int | Mapping[int, int] = 0,
@@ -132,10 +133,10 @@ class PackedBatch:
         """Tokens of the longest segment, padding included; 0 in an empty batch."""
         return max(self.lengths, default=0)
 
-    def _with_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+    def _with_tensors(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed: dict[str, Any] = {
-            name: function(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)
+            name: function(value) for name, value in tensors.items() if isinstance(value, Tensor)
         }
         changed["media"] = {modality: media.map(function) for modality, media in self.media.items()}
         return dataclasses.replace(self, **changed)
@@ -167,7 +168,7 @@ class PackedBatch:
         spans_before = sum(start < begin for media in self.media.values() for start in media.starts_host)
         span_ids = self.span_ids[begin:end]
 
-        def cut(value: torch.Tensor | None) -> torch.Tensor | None:
+        def cut(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[begin:end]
 
         return PackedBatch(
@@ -198,19 +199,19 @@ class PackedBatch:
 
     # Losses
 
-    def next_labels(self) -> torch.Tensor:
+    def next_labels(self) -> Tensor:
         """[T] int64: for each token the label of the next one of its sample, -100 at a sample's end: the shifted labels
         of a causal language model, which never reach into the next sample."""
         return _batch_loss.next_labels(self)
 
-    def loss_totals(self, *, causal: bool = True) -> torch.Tensor:
+    def loss_totals(self, *, causal: bool = True) -> Tensor:
         """[2] float64: the batch's sum of target weights, and its number of samples that have a target (their weights).
 
         Add them up over micro-batches and ranks (an all_reduce), and give the sum to `loss_weights`.
         """
         return _batch_loss.totals(self, causal)
 
-    def loss_weights(self, normalize: str, totals: torch.Tensor | None = None, *, causal: bool = True) -> torch.Tensor:
+    def loss_weights(self, normalize: str, totals: Tensor | None = None, *, causal: bool = True) -> Tensor:
         """[T] float32: weights w such that the loss is the sum of w[t] * nll[t], nll[t] that of token t's label.
 
         A target is a label that is not -100; without labels, any token. Its weight is its loss_weight (1 without),
@@ -268,7 +269,7 @@ class PackedBatch:
         """
         return _batch_export.megatron(self)
 
-    def to_nested(self, x: torch.Tensor | None = None) -> torch.Tensor:
+    def to_nested(self, x: Tensor | None = None) -> Tensor:
         """A NestedTensor [S, *, ...], jagged, of `x` [T, ...], by default the tokens: a view, without padding."""
         return _batch_export.nested(self, x)
 

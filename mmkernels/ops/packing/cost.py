@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mmkernels.ops._checks import real, wrong_type, wrong_value
+from mmkernels.ops.checks import real, wrong_type, wrong_value
 from mmkernels.ops.packing._saving import Saved
 from mmkernels.ops.packing.plan import integer, integers
 from mmkernels.ops.packing.plan_result import PackingPlan

@@ -11,8 +11,9 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import integer, wrong_type, wrong_value
+from mmkernels.ops.checks import integer, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 
 __all__ = ["Media", "PackedMedia"]
@@ -37,7 +38,7 @@ class Media:
     """
 
     modality: int
-    values: torch.Tensor
+    values: Tensor
     grid_thw: tuple[int, int, int] | None = None
     tokens: int | None = None
     merge_size: int = 1
@@ -49,7 +50,7 @@ class Media:
             wrong_value("modality", f"an id in [1, {MAX_MODALITIES})", self.modality)
         if not isinstance(self.modality, Modality):
             object.__setattr__(self, "modality", modality)
-        if not isinstance(self.values, torch.Tensor) or self.values.ndim < 1:
+        if not isinstance(self.values, Tensor) or self.values.ndim < 1:
             wrong_type("values", "a tensor [n, ...]", self.values)
         rows, merge = self.values.shape[0], integer("merge_size", self.merge_size, "an integer >= 1", at_least=1)
         object.__setattr__(self, "merge_size", merge)
@@ -102,15 +103,15 @@ class PackedMedia:
         time_step: [N] float32, seconds from one step of an item's grid to the next, or None.
     """
 
-    values: torch.Tensor
-    dst_index: torch.Tensor
-    cu_values: torch.Tensor
+    values: Tensor
+    dst_index: Tensor
+    cu_values: Tensor
     cu_values_host: tuple[int, ...]
     starts_host: tuple[int, ...]
     tokens_host: tuple[int, ...]
-    grid_thw: torch.Tensor | None = None
+    grid_thw: Tensor | None = None
     merge_size: int = 1
-    time_step: torch.Tensor | None = None
+    time_step: Tensor | None = None
 
     @classmethod
     def of(cls, items: Sequence[Media], starts: Sequence[int], device: torch.device) -> PackedMedia:
@@ -151,11 +152,11 @@ class PackedMedia:
         """N."""
         return len(self.starts_host)
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedMedia:
+    def map(self, function: Callable[[Tensor], Tensor]) -> PackedMedia:
         """The same with each tensor replaced by `function` of it."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed: dict[str, Any] = {
-            name: function(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)
+            name: function(value) for name, value in tensors.items() if isinstance(value, Tensor)
         }
         return dataclasses.replace(self, **changed)
 

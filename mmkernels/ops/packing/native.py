@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mmkernels.ops.packing import reference
 from mmkernels.runtime.native import core, stream, threads, view
@@ -25,12 +26,12 @@ SCATTER_CHUNK = 32  # kScatterChunk of packing.h
 _ONE_THREAD_BYTES = 1 << 16
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     """x [R, E] with contiguous columns and any row stride; copied when its columns are not."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _launch(name: str, moved: torch.Tensor, *args: object) -> None:
+def _launch(name: str, moved: Tensor, *args: object) -> None:
     """Run the CPU or CUDA launcher for tensors like `moved`, whose size says whether threads pay."""
     if moved.device.type == "cuda":
         with torch.cuda.device(moved.device):
@@ -41,12 +42,12 @@ def _launch(name: str, moved: torch.Tensor, *args: object) -> None:
 
 
 def gather(
-    first: torch.Tensor,
-    second: torch.Tensor | None,
-    third: torch.Tensor | None,
-    fourth: torch.Tensor | None,
-    index: torch.Tensor,
-) -> torch.Tensor:
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
+    fourth: Tensor | None,
+    index: Tensor,
+) -> Tensor:
     """Sources [R_i, E], index [T] int64 -> [T, E]."""
     index = index.contiguous()
     sources = [None if source is None else _rows(source) for source in (first, second, third, fourth)]
@@ -56,15 +57,13 @@ def gather(
     return out
 
 
-def embed_splice(
-    table: torch.Tensor, features: torch.Tensor, token_ids: torch.Tensor, dst_index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_splice(table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor) -> tuple[Tensor, Tensor]:
     """table [V, E], features [F, E], token_ids [T], dst_index [F] -> (out [T, E], its rows [T])."""
     index = reference.splice_index(token_ids, dst_index, table.shape[0])
     return gather(table, features, None, None, index), index
 
 
-def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+def scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
     """packed [T, E], index [T] int64 -> [rows, E]."""
     packed, index = _rows(packed), index.contiguous()
     out = packed.new_empty(rows, packed.shape[1])
@@ -79,7 +78,7 @@ def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tenso
     return out
 
 
-def segment_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """x [T, E] -> (out [S, E], argmax [S, E] int32 for "max", else [0, E])."""
     x, cu_seqlens = _rows(x), cu_seqlens.contiguous()
     segments, width = cu_seqlens.shape[0] - 1, x.shape[1]
@@ -92,9 +91,7 @@ def segment_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> tuple[
     return out, argmax
 
 
-def segment_pool_bwd(
-    grad_out: torch.Tensor, cu_seqlens: torch.Tensor, argmax: torch.Tensor, rows: int, mode: str
-) -> torch.Tensor:
+def segment_pool_bwd(grad_out: Tensor, cu_seqlens: Tensor, argmax: Tensor, rows: int, mode: str) -> Tensor:
     """grad_out [S, E] -> grad_x [rows, E]."""
     grad_out, cu_seqlens = _rows(grad_out), cu_seqlens.contiguous()
     grad_x = grad_out.new_empty(rows, grad_out.shape[1])
@@ -105,7 +102,7 @@ def segment_pool_bwd(
     return grad_x
 
 
-def weighted_pool(x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def weighted_pool(x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> Tensor:
     """x [T, E], weights [T] in the compute type -> [S, E]."""
     x, weights, cu_seqlens = _rows(x), weights.contiguous(), cu_seqlens.contiguous()
     out = x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
@@ -114,9 +111,7 @@ def weighted_pool(x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tens
     return out
 
 
-def weighted_pool_bwd(
-    grad_out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_pool_bwd(grad_out: Tensor, x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """grad_out [S, E] -> (grad_x [T, E], grad_weights [T])."""
     grad_out, x, weights, cu_seqlens = _rows(grad_out), _rows(x), weights.contiguous(), cu_seqlens.contiguous()
     grad_x, grad_weights = x.new_empty(x.shape), weights.new_empty(x.shape[0])
@@ -128,8 +123,8 @@ def weighted_pool_bwd(
 
 
 def patchify(
-    x: torch.Tensor, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
-) -> torch.Tensor:
+    x: Tensor, grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
+) -> Tensor:
     """Pixels [P] -> tokens [T, C temporal patch^2], or back."""
     x, row = x.contiguous(), channels * temporal * patch**2
     out = x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // row, row)
@@ -141,8 +136,8 @@ def patchify(
 
 
 def patchify_images(
-    images: list[torch.Tensor], grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int
-) -> torch.Tensor:
+    images: list[Tensor], grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int
+) -> Tensor:
     """Images -> tokens [T, C temporal patch^2]; on a CPU read where they lie."""
     if images[0].device.type != "cpu":
         pixels = torch.cat([image.flatten() for image in images])
@@ -158,13 +153,13 @@ def patchify_images(
 
 
 def mrope(
-    cu_seqlens: torch.Tensor,
-    starts: torch.Tensor,
-    extent: torch.Tensor,
-    gained: torch.Tensor,
-    time_step: torch.Tensor | None,
+    cu_seqlens: Tensor,
+    starts: Tensor,
+    extent: Tensor,
+    gained: Tensor,
+    time_step: Tensor | None,
     total: int,
-) -> torch.Tensor:
+) -> Tensor:
     """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64 -> [3, T] int64."""
     assert time_step is None
     out = cu_seqlens.new_empty(3, total)

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmkernels.ops._checks import readable
+from mmkernels.ops.checks import readable
 from mmkernels.ops.packing._impls import check_cu_seqlens, check_index, impls
 from mmkernels.ops.packing.op_pool import MODES, segment_pool, segment_pool_bwd, weighted_pool, weighted_pool_bwd
 from mmkernels.runtime.register import Op
@@ -42,17 +43,17 @@ __all__ = [
 MAX_SOURCES = 4
 
 
-def _total_rows(*sources: torch.Tensor | None) -> int:
+def _total_rows(*sources: Tensor | None) -> int:
     return sum(source.shape[0] for source in sources if source is not None)
 
 
-def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *sources, index, ctx.backend = inputs
     ctx.rows = [None if source is None else source.shape[0] for source in sources]
     ctx.save_for_backward(index)
 
 
-def _gather_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """One scatter for all sources; each takes its rows of it."""
     (index,) = ctx.saved_tensors
     sizes = [rows for rows in ctx.rows if rows is not None]
@@ -60,7 +61,7 @@ def _gather_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return *(None if rows is None else next(parts) for rows in ctx.rows), None, None
 
 
-def _gather_jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+def _gather_jvp(ctx: Any, *tangents: Any) -> Tensor:
     """A source without a tangent has zeros, of as many rows."""
     (index,), *sources = ctx.saved_tensors, *tangents[:MAX_SOURCES]
     like = next(t for t in sources if t is not None)
@@ -82,17 +83,17 @@ gather = Op(
 )
 
 
-def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, index, ctx.rows, ctx.backend = inputs
     ctx.save_for_backward(index)
 
 
-def _scatter_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (index,) = ctx.saved_tensors
     return gather(grad, None, None, None, index, ctx.backend), None, None, None
 
 
-def _scatter_jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+def _scatter_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
     return scatter(tangent, *ctx.saved_tensors, ctx.rows, ctx.backend)
 
 
@@ -107,9 +108,7 @@ scatter = Op(
 )
 
 
-def _check_splice(
-    table: torch.Tensor, features: torch.Tensor, token_ids: torch.Tensor, dst_index: torch.Tensor
-) -> None:
+def _check_splice(table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor) -> None:
     """Bounds, and no token named twice. Ids of tokens that features replace may be anything."""
     tokens, vocabulary = token_ids.shape[0], table.shape[0]
     check_index("dst_index", dst_index, tokens)
@@ -131,18 +130,18 @@ def _check_splice(
         )
 
 
-def _splice_fake(table: torch.Tensor, features: Any, token_ids: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+def _splice_fake(table: Tensor, features: Any, token_ids: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return table.new_empty(token_ids.shape[0], table.shape[1]), torch.empty_like(token_ids)
 
 
-def _splice_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _splice_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     table, _, _, dst_index, ctx.padding_idx, ctx.backend = inputs
     ctx.vocabulary, ctx.tokens = table.shape[0], output[1].shape[0]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], dst_index)
 
 
-def _splice_backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+def _splice_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     """A frozen table, or frozen features, cost nothing."""
     index, dst_index = ctx.saved_tensors
     grad_table = grad_features = None
@@ -160,7 +159,7 @@ def _splice_backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
     return grad_table, grad_features, None, None, None, None
 
 
-def _splice_jvp(ctx: Any, table: Any, features: Any, *_: Any) -> tuple[torch.Tensor, None]:
+def _splice_jvp(ctx: Any, table: Any, features: Any, *_: Any) -> tuple[Tensor, None]:
     """As the gradient: the padding row is constant."""
     index, dst_index = ctx.saved_tensors
     like = features if table is None else table
@@ -188,7 +187,7 @@ embed_splice = Op(
 )
 
 
-def _check_grid(elements: int, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int) -> None:
+def _check_grid(elements: int, grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int) -> None:
     if not readable(grid_thw):
         return
     wrong = (grid_thw < 1).any(1) | (grid_thw[:, 1:] % merge != 0).any(1)
@@ -202,24 +201,24 @@ def _check_grid(elements: int, grid_thw: torch.Tensor, channels: int, patch: int
 
 
 def _patchify_fake(
-    x: torch.Tensor, grid_thw: Any, channels: int, patch: int, temporal: int, merge: int, inverse: bool, backend: str
-) -> torch.Tensor:
+    x: Tensor, grid_thw: Any, channels: int, patch: int, temporal: int, merge: int, inverse: bool, backend: str
+) -> Tensor:
     if inverse:
         return x.new_empty(x.numel())
     row = channels * temporal * patch**2
     return x.new_empty(x.numel() // row, row)
 
 
-def _patchify_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _patchify_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, grid_thw, *ctx.sizes, ctx.inverse, ctx.backend = inputs
     ctx.save_for_backward(grid_thw)
 
 
-def _patchify_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+def _patchify_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return patchify(grad, *ctx.saved_tensors, *ctx.sizes, not ctx.inverse, ctx.backend), *[None] * 7
 
 
-def _patchify_jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+def _patchify_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
     return patchify(tangent, *ctx.saved_tensors, *ctx.sizes, ctx.inverse, ctx.backend)
 
 
@@ -235,12 +234,12 @@ patchify = Op(
 )
 
 
-def _images_fake(images: list[torch.Tensor], grid_thw: Any, channels: int, patch: int, temporal: int, *_: Any) -> Any:
+def _images_fake(images: list[Tensor], grid_thw: Any, channels: int, patch: int, temporal: int, *_: Any) -> Any:
     row = channels * temporal * patch**2
     return images[0].new_empty(sum(image.numel() for image in images) // row, row)
 
 
-def _check_images(images: list[torch.Tensor], grid_thw: torch.Tensor, *sizes: int) -> None:
+def _check_images(images: list[Tensor], grid_thw: Tensor, *sizes: int) -> None:
     elements = [image.numel() for image in images]
     _check_grid(sum(elements), grid_thw, *sizes)
     channels, patch, temporal, _ = sizes

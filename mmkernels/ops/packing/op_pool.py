@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmkernels.ops.packing._impls import check_cu_seqlens, impls
 from mmkernels.runtime.register import Op
@@ -26,7 +27,7 @@ def _unchecked(*args: Any) -> None:
     """The forward has checked them."""
 
 
-def _pool_like(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+def _pool_like(ctx: Any, rows: Tensor) -> Tensor:
     """Pool rows as others were pooled: for "max", the rows that won there, which are -1 in an empty segment."""
     cu_seqlens, argmax = ctx.saved_tensors
     if ctx.mode != "max":
@@ -37,16 +38,16 @@ def _pool_like(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
     return torch.where(argmax < 0, torch.zeros_like(won), won)
 
 
-def _pool_bwd_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _pool_bwd_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, cu_seqlens, argmax, ctx.rows, ctx.mode, ctx.backend = inputs
     ctx.save_for_backward(cu_seqlens, argmax)
 
 
-def _pool_bwd_backward(ctx: Any, tangent: torch.Tensor) -> tuple[Any, ...]:
+def _pool_bwd_backward(ctx: Any, tangent: Tensor) -> tuple[Any, ...]:
     return _pool_like(ctx, tangent), *(None,) * 5
 
 
-def _pool_bwd_jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+def _pool_bwd_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
     return segment_pool_bwd(tangent, *ctx.saved_tensors, ctx.rows, ctx.mode, ctx.backend)
 
 
@@ -61,24 +62,24 @@ segment_pool_bwd = Op(
 )
 
 
-def _pool_fake(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _pool_fake(x: Tensor, cu_seqlens: Tensor, mode: str, backend: str) -> tuple[Tensor, Tensor]:
     segments, width = cu_seqlens.shape[0] - 1, x.shape[1]
     return x.new_empty(segments, width), x.new_empty(segments if mode == "max" else 0, width, dtype=torch.int32)
 
 
-def _pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, cu_seqlens, ctx.mode, ctx.backend = inputs
     ctx.rows = x.shape[0]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(cu_seqlens, output[1])
 
 
-def _pool_backward(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple[Any, ...]:
+def _pool_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
     cu_seqlens, argmax = ctx.saved_tensors
     return segment_pool_bwd(grad_out, cu_seqlens, argmax, ctx.rows, ctx.mode, ctx.backend), None, None, None
 
 
-def _pool_jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None]:
+def _pool_jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
     return _pool_like(ctx, tangent), None
 
 
@@ -98,14 +99,14 @@ def _weighted_bwd_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Non
     ctx.save_for_backward(*tensors)
 
 
-def _weighted_bwd_backward(ctx: Any, of_rows: torch.Tensor, of_weights: torch.Tensor) -> tuple[Any, ...]:
+def _weighted_bwd_backward(ctx: Any, of_rows: Tensor, of_weights: Tensor) -> tuple[Any, ...]:
     grad_out, x, weights, cu_seqlens = ctx.saved_tensors
     rest = cu_seqlens, ctx.backend
     grad = weighted_pool(of_rows, weights, *rest) + weighted_pool(x, of_weights, *rest)
     return grad, *weighted_pool_bwd(grad_out, of_rows, of_weights, *rest), None, None
 
 
-def _weighted_bwd_jvp(ctx: Any, of_grad: Any, of_rows: Any, of_weights: Any, *_: Any) -> tuple[torch.Tensor, ...]:
+def _weighted_bwd_jvp(ctx: Any, of_grad: Any, of_rows: Any, of_weights: Any, *_: Any) -> tuple[Tensor, ...]:
     grad_out, x, weights, cu_seqlens = ctx.saved_tensors
     rest = cu_seqlens, ctx.backend
     of_rows, of_weights = _zeros_if_none(of_rows, x), _zeros_if_none(of_weights, weights)
@@ -114,7 +115,7 @@ def _weighted_bwd_jvp(ctx: Any, of_grad: Any, of_rows: Any, of_weights: Any, *_:
     return linear[0] + moved[0], linear[1] + moved[1]
 
 
-def _zeros_if_none(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+def _zeros_if_none(tangent: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if tangent is None else tangent
 
 
@@ -129,16 +130,16 @@ weighted_pool_bwd = Op(
 )
 
 
-def _weighted_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _weighted_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weights, cu_seqlens, ctx.backend = inputs
     ctx.save_for_backward(x, weights, cu_seqlens)
 
 
-def _weighted_backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+def _weighted_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     return *weighted_pool_bwd(grad_out, *ctx.saved_tensors, ctx.backend), None, None
 
 
-def _weighted_jvp(ctx: Any, of_rows: Any, of_weights: Any, *_: Any) -> torch.Tensor:
+def _weighted_jvp(ctx: Any, of_rows: Any, of_weights: Any, *_: Any) -> Tensor:
     x, weights, cu_seqlens = ctx.saved_tensors
     rest = cu_seqlens, ctx.backend
     return weighted_pool(_zeros_if_none(of_rows, x), weights, *rest) + weighted_pool(

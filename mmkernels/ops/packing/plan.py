@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from mmkernels.ops import _checks
-from mmkernels.ops._checks import wrong_type, wrong_value
+from mmkernels.ops import checks
+from mmkernels.ops.checks import wrong_type, wrong_value
 from mmkernels.ops.packing.plan_result import CountedPlan, PackingPlan, planner
 from mmkernels.runtime import native
 
@@ -223,7 +223,7 @@ def _with_own_packs(plan: PackingPlan, order: Array, over: NDArray[np.bool_]) ->
 def integer(name: str, value: Any, *, at_least: int) -> int:
     """An integer argument that 64 bits hold; raises TypeError or ValueError."""
     expected = f"an integer >= {at_least}"
-    number = _checks.integer(name, value, expected, at_least=at_least)
+    number = checks.integer(name, value, expected, at_least=at_least)
     if number > _NO_CAP:
         wrong_value(name, expected, value)
     return number
@@ -231,7 +231,7 @@ def integer(name: str, value: Any, *, at_least: int) -> int:
 
 def integers(name: str, values: ArrayLike, n: int | None = None) -> Array:
     """A private int64 copy of numbers >= 0, one per item."""
-    if isinstance(values, torch.Tensor):
+    if isinstance(values, Tensor):
         if values.device.type != "cpu":
             wrong_value(name, "[n] integers on cpu", values)
         values = values.numpy()

@@ -6,6 +6,7 @@ Also the index computations that the kernels take as inputs, in plain PyTorch wi
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "embed_splice",
@@ -26,19 +27,19 @@ __all__ = [
 
 
 def gather(
-    first: torch.Tensor,
-    second: torch.Tensor | None,
-    third: torch.Tensor | None,
-    fourth: torch.Tensor | None,
-    index: torch.Tensor,
-) -> torch.Tensor:
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
+    fourth: Tensor | None,
+    index: Tensor,
+) -> Tensor:
     """Sources [R_i, E], index [T] int64 -> [T, E]: row `index[t]` of the sources end to end, or zeros for -1."""
     given = [source for source in (first, second, third, fourth) if source is not None]
     with_zero_row = torch.cat([*given, first.new_zeros(1, first.shape[1])])  # [R + 1, E]
     return with_zero_row.index_select(0, torch.where(index < 0, with_zero_row.shape[0] - 1, index))
 
 
-def splice_index(token_ids: torch.Tensor, dst_index: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def splice_index(token_ids: Tensor, dst_index: Tensor, vocabulary: int) -> Tensor:
     """token_ids [T], dst_index [F] -> [T]: the token's row of the table, or of the features, which follow the table.
 
     Of features that name one token the last wins; -1 names none.
@@ -50,34 +51,32 @@ def splice_index(token_ids: torch.Tensor, dst_index: torch.Tensor, vocabulary: i
     return torch.where(taken < 0, token_ids, taken)
 
 
-def embed_splice(
-    table: torch.Tensor, features: torch.Tensor, token_ids: torch.Tensor, dst_index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_splice(table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor) -> tuple[Tensor, Tensor]:
     """table [V, E], features [F, E], token_ids [T], dst_index [F] -> (out [T, E], the rows [T] of `splice_index`)."""
     index = splice_index(token_ids, dst_index, table.shape[0])
     return gather(table, features, None, None, index), index
 
 
-def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+def scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
     """packed [T, E], index [T] int64 -> [rows, E]: the sum of the packed rows that name a row."""
     out = packed.new_zeros(rows + 1, packed.shape[1], dtype=torch.float64)
     out.index_add_(0, torch.where(index < 0, rows, index), packed.double())
     return out[:rows].to(packed.dtype)
 
 
-def group_by_row(index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def group_by_row(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """index [T] -> order [T], starts [rows+1]: `order[starts[r]:starts[r+1]]` are the t of row r, ascending."""
     ordered, order = torch.sort(index, stable=True)
     return order, torch.searchsorted(ordered, torch.arange(rows + 1, device=index.device))
 
 
-def segment_of_row(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
+def segment_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
     """cu_seqlens [S+1] -> [rows] int64: the segment that holds each row, S for the rows past the last."""
     at = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), at, right=True)
 
 
-def segment_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """x [T, E] -> (out [S, E], argmax [S, E] int32 for "max", else [0, E])."""
     rows, width = x.shape
     segments = cu_seqlens.shape[0] - 1
@@ -101,9 +100,7 @@ def segment_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> tuple[
     return torch.where(empty, 0, out[:segments]), torch.where(empty, -1, argmax).to(torch.int32)
 
 
-def segment_pool_bwd(
-    grad_out: torch.Tensor, cu_seqlens: torch.Tensor, argmax: torch.Tensor, rows: int, mode: str
-) -> torch.Tensor:
+def segment_pool_bwd(grad_out: Tensor, cu_seqlens: Tensor, argmax: Tensor, rows: int, mode: str) -> Tensor:
     """grad_out [S, E] -> grad_x [rows, E]."""
     segment = segment_of_row(cu_seqlens, rows)
     at = torch.arange(rows, device=grad_out.device)
@@ -122,7 +119,7 @@ def segment_pool_bwd(
     return grad
 
 
-def weighted_pool(x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def weighted_pool(x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> Tensor:
     """x [T, E], weights [T] -> [S, E]: the sum of weights[t] x[t] over each segment."""
     segments = cu_seqlens.shape[0] - 1
     out = x.new_zeros(segments + 1, x.shape[1], dtype=torch.float64)
@@ -131,9 +128,7 @@ def weighted_pool(x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tens
     return out[:segments].to(x.dtype, copy=True)
 
 
-def weighted_pool_bwd(
-    grad_out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_pool_bwd(grad_out: Tensor, x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """grad_out [S, E] -> (grad_x [T, E], grad_weights [T])."""
     with_zero_row = torch.cat([grad_out, grad_out.new_zeros(1, grad_out.shape[1])]).double()
     segment = segment_of_row(cu_seqlens, x.shape[0])
@@ -145,8 +140,8 @@ def weighted_pool_bwd(
 
 
 def patchify(
-    x: torch.Tensor, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
-) -> torch.Tensor:
+    x: Tensor, grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
+) -> Tensor:
     """Pixels [P], image after image, each [t temporal, C, h patch, w patch] -> tokens [T, C temporal patch^2], or back.
 
     Tokens go by t, then by blocks of merge x merge patches, then inside the block; a token is [C, temporal, patch,
@@ -169,21 +164,21 @@ def patchify(
 
 
 def patchify_images(
-    images: list[torch.Tensor], grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int
-) -> torch.Tensor:
+    images: list[Tensor], grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int
+) -> Tensor:
     """Images -> tokens [T, C temporal patch^2]."""
     pixels = torch.cat([image.flatten() for image in images])
     return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
 
 
 def mrope(
-    cu_seqlens: torch.Tensor,
-    starts: torch.Tensor,
-    extent: torch.Tensor,
-    gained: torch.Tensor,
-    time_step: torch.Tensor | None,
+    cu_seqlens: Tensor,
+    starts: Tensor,
+    extent: Tensor,
+    gained: Tensor,
+    time_step: Tensor | None,
     total: int,
-) -> torch.Tensor:
+) -> Tensor:
     """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64, time_step [2, N] or None -> [3, T] int64.
 
     A span of n tokens advances the position by less or more than n; `gained` adds the differences up. `time_step` has
@@ -208,7 +203,7 @@ def mrope(
     return position + torch.where(is_media, torch.stack([t, y, x]), 0)
 
 
-def token_grid(grid_thw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def token_grid(grid_thw: Tensor) -> tuple[Tensor, Tensor]:
     """grid_thw [N, 3] integer -> the same as contiguous int64, and [N+1] int64: the first token of each image."""
     grid = grid_thw.long().contiguous()
     return grid, torch.nn.functional.pad(grid.prod(1).cumsum(0), (1, 0))

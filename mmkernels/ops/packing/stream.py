@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmkernels.ops._checks import wrong_value
+from mmkernels.ops.checks import wrong_value
 from mmkernels.ops.packing.plan import LOOKAHEAD, OVERSIZE, Array, Caps, integer
 from mmkernels.ops.packing.plan_result import planner
 

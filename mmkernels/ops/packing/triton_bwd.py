@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mmkernels.ops._tl import cast
 from mmkernels.ops.packing.reference import group_by_row, segment_of_row
 from mmkernels.ops.packing.triton_fwd import on_device, row_tile, with_columns
+from mmkernels.ops.triton_common import cast
 
 if TYPE_CHECKING:
     from mmkernels.testing.aot import TritonCase
@@ -172,7 +173,7 @@ def _weighted_pool_bwd_kernel(
     tl.store(grad_weights_ptr + o_t, b_dot, mask=m_t)
 
 
-def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+def scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
     """packed [T, E], index [T] int64 -> [rows, E]."""
     packed = with_columns(packed)
     width = packed.shape[1]
@@ -194,9 +195,7 @@ def scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tenso
     return out
 
 
-def segment_pool_bwd(
-    grad_out: torch.Tensor, cu_seqlens: torch.Tensor, argmax: torch.Tensor, rows: int, mode: str
-) -> torch.Tensor:
+def segment_pool_bwd(grad_out: Tensor, cu_seqlens: Tensor, argmax: Tensor, rows: int, mode: str) -> Tensor:
     """grad_out [S, E] -> grad_x [rows, E]."""
     grad_out, cu_seqlens = with_columns(grad_out), cu_seqlens.contiguous()
     segments, width = grad_out.shape
@@ -224,9 +223,7 @@ def segment_pool_bwd(
     return grad_x
 
 
-def weighted_pool_bwd(
-    grad_out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_pool_bwd(grad_out: Tensor, x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """grad_out [S, E] -> (grad_x [T, E], grad_weights [T])."""
     grad_out, x, weights = with_columns(grad_out), with_columns(x), weights.contiguous()
     rows, width = x.shape

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mmkernels.ops._tl import cast
 from mmkernels.ops.packing.reference import splice_index, token_grid
+from mmkernels.ops.triton_common import cast
 
 if TYPE_CHECKING:
     from mmkernels.testing.aot import TritonCase
@@ -241,23 +242,23 @@ def row_tile(width: int, most_features: int = 512) -> tuple[int, int]:
     return max(1, min(128, _TILE // features)), features
 
 
-def on_device(x: torch.Tensor) -> torch.cuda.device:
+def on_device(x: Tensor) -> torch.cuda.device:
     """Makes x's GPU the current one for a launch; does nothing for the interpreter's CPU tensors."""
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
 
 
-def with_columns(x: torch.Tensor) -> torch.Tensor:
+def with_columns(x: Tensor) -> Tensor:
     """x [R, E] with contiguous columns and any row stride; copied when its columns are not."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def gather(
-    first: torch.Tensor,
-    second: torch.Tensor | None,
-    third: torch.Tensor | None,
-    fourth: torch.Tensor | None,
-    index: torch.Tensor,
-) -> torch.Tensor:
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
+    fourth: Tensor | None,
+    index: Tensor,
+) -> Tensor:
     """Sources [R_i, E], index [T] int64 -> [T, E]."""
     index = index.contiguous()
     given = [with_columns(source) for source in (first, second, third, fourth) if source is not None]
@@ -278,15 +279,13 @@ def gather(
     return out
 
 
-def embed_splice(
-    table: torch.Tensor, features: torch.Tensor, token_ids: torch.Tensor, dst_index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_splice(table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor) -> tuple[Tensor, Tensor]:
     """table [V, E], features [F, E], token_ids [T], dst_index [F] -> (out [T, E], its rows [T])."""
     index = splice_index(token_ids, dst_index, table.shape[0])
     return gather(table, features, None, None, index), index
 
 
-def segment_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """x [T, E] -> (out [S, E], argmax [S, E] int32 for "max", else [0, E])."""
     x, cu_seqlens = with_columns(x), cu_seqlens.contiguous()
     segments, width = cu_seqlens.shape[0] - 1, x.shape[1]
@@ -298,7 +297,7 @@ def segment_pool(x: torch.Tensor, cu_seqlens: torch.Tensor, mode: str) -> tuple[
     return out, argmax
 
 
-def weighted_pool(x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def weighted_pool(x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> Tensor:
     """x [T, E], weights [T] float32 -> [S, E]."""
     x, cu_seqlens = with_columns(x), cu_seqlens.contiguous()
     out = x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
@@ -308,12 +307,12 @@ def weighted_pool(x: torch.Tensor, weights: torch.Tensor, cu_seqlens: torch.Tens
 
 
 def _pool(
-    x: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    weights: torch.Tensor | None,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: Tensor | None,
     mode: str,
-    out: torch.Tensor,
-    argmax: torch.Tensor,
+    out: Tensor,
+    argmax: Tensor,
 ) -> None:
     """Launch; a pointer that the mode does not read may be any."""
     segments, width = out.shape
@@ -328,8 +327,8 @@ def _pool(
 
 
 def patchify(
-    x: torch.Tensor, grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
-) -> torch.Tensor:
+    x: Tensor, grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
+) -> Tensor:
     """Pixels [P] -> tokens [T, C temporal patch^2], or back."""
     x, row = x.contiguous(), channels * temporal * patch**2
     out = x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // row, row)
@@ -347,21 +346,21 @@ def patchify(
 
 
 def patchify_images(
-    images: list[torch.Tensor], grid_thw: torch.Tensor, channels: int, patch: int, temporal: int, merge: int
-) -> torch.Tensor:
+    images: list[Tensor], grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int
+) -> Tensor:
     """Images -> tokens [T, C temporal patch^2]."""
     pixels = torch.cat([image.flatten() for image in images])
     return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
 
 
 def mrope(
-    cu_seqlens: torch.Tensor,
-    starts: torch.Tensor,
-    extent: torch.Tensor,
-    gained: torch.Tensor,
-    time_step: torch.Tensor | None,
+    cu_seqlens: Tensor,
+    starts: Tensor,
+    extent: Tensor,
+    gained: Tensor,
+    time_step: Tensor | None,
     total: int,
-) -> torch.Tensor:
+) -> Tensor:
     """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64 -> [3, T] int64."""
     assert time_step is None
     out = cu_seqlens.new_empty(3, total)

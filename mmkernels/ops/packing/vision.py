@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from numbers import Real
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.ops._checks import expect_tensor, integer, readable, wrong_type, wrong_value
+from mmkernels.ops.checks import expect_tensor, integer, readable, wrong_type, wrong_value
 from mmkernels.ops.packing import op
 from mmkernels.runtime.backends import resolve
 
@@ -23,20 +24,20 @@ def _sizes(**sizes: int) -> list[int]:
     return [integer(name, size, "an integer >= 1", at_least=1) for name, size in sizes.items()]
 
 
-def _on_device(grids: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+def _on_device(grids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """[N, 3] int64, sent from pinned memory: a transfer from pageable memory waits for the device."""
     table = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def patchify(
-    images: Sequence[torch.Tensor],
+    images: Sequence[Tensor],
     patch_size: int,
     *,
     temporal_patch_size: int = 1,
     merge_size: int = 1,
     backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Cut images and clips of different sizes into patches, in one buffer: no padding, no cropping, no resizing.
 
     A token is one patch, flattened as [C, temporal_patch_size, patch_size, patch_size], so that a convolution with
@@ -63,7 +64,7 @@ def patchify(
     patch_size, temporal_patch_size, merge_size = _sizes(
         patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
     )
-    if isinstance(images, torch.Tensor) or not isinstance(images, Sequence) or len(images) == 0:
+    if isinstance(images, Tensor) or not isinstance(images, Sequence) or len(images) == 0:
         wrong_type("images", "a sequence of at least one tensor [C, H, W] or [F, C, H, W]", images)
     grids = []
     for i, image in enumerate(images):
@@ -86,7 +87,7 @@ def patchify(
     return op.patchify(pixels, grid_thw, *sizes, False, served), grid_thw
 
 
-def _needs_no_gradient(images: Sequence[torch.Tensor]) -> bool:
+def _needs_no_gradient(images: Sequence[Tensor]) -> bool:
     """As pixels from a loader: they are read where they lie. A gradient goes through their concatenation."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
@@ -94,14 +95,14 @@ def _needs_no_gradient(images: Sequence[torch.Tensor]) -> bool:
 
 
 def unpatchify(
-    tokens: torch.Tensor,
-    grid_thw: Sequence[tuple[int, int, int]] | torch.Tensor,
+    tokens: Tensor,
+    grid_thw: Sequence[tuple[int, int, int]] | Tensor,
     patch_size: int,
     *,
     temporal_patch_size: int = 1,
     merge_size: int = 1,
     backend: str | None = None,
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     """The inverse of `patchify`: one [F, C, H, W] for each image, views of one buffer.
 
     Args:
@@ -118,7 +119,7 @@ def unpatchify(
         patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
     )
     expect_tensor("tokens", tokens, "[T, C * temporal_patch_size * patch_size**2] floating point", ndim=2)
-    if isinstance(grid_thw, torch.Tensor):
+    if isinstance(grid_thw, Tensor):
         expect_tensor("grid_thw", grid_thw, "[N, 3] int64 on the host", ndim=2, dtypes=_INTEGERS)
         if grid_thw.device.type != "cpu" or grid_thw.shape[1] != 3:
             wrong_value("grid_thw", "[N, 3] int64 on the host", grid_thw)
@@ -143,17 +144,17 @@ def unpatchify(
 
 
 def mrope_position_ids(
-    cu_seqlens: torch.Tensor,
-    grid_thw: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: Tensor,
+    grid_thw: Tensor,
+    starts: Tensor,
     total: int,
     *,
     merge_size: int = 2,
     advance: str = "spatial",
-    time_step: torch.Tensor | None = None,
+    time_step: Tensor | None = None,
     tokens_per_second: float = 1.0,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Positions in time, height and width for packed tokens, each segment from 0, as Qwen2-VL's `get_rope_index`.
 
     A text token has one position on all three axes, one more than the text before it. The tokens of an image or clip
@@ -218,9 +219,7 @@ def mrope_position_ids(
     return op.mrope(cu, starts, extent, gained, factors, total, served)
 
 
-def _time_factors(
-    time_step: torch.Tensor | None, tokens_per_second: float, advance: str, grid: torch.Tensor
-) -> torch.Tensor | None:
+def _time_factors(time_step: Tensor | None, tokens_per_second: float, advance: str, grid: Tensor) -> Tensor | None:
     """[2, N]: what a step's number is multiplied by, one after the other, before it is rounded down.
 
     Two, because rounding between them counts: the models of each rule multiply in this order in transformers.
@@ -245,9 +244,7 @@ def _time_factors(
     return torch.stack(pair)
 
 
-def _check_spans(
-    cu: torch.Tensor, starts: torch.Tensor, grid: torch.Tensor, tokens: torch.Tensor, total: int, merge: int
-) -> None:
+def _check_spans(cu: Tensor, starts: Tensor, grid: Tensor, tokens: Tensor, total: int, merge: int) -> None:
     """Positive grids that merge, spans ascending, apart, and each in one segment."""
     if not all(map(readable, (cu, starts, grid))):
         return

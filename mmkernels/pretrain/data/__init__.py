@@ -8,16 +8,23 @@ data.evals["A"]               # a RetrievalSet: images, captions, targets, chanc
 ```
 """
 
-from .augment import Augment, plain_images
-from .base import BrokenImageError, BrokenLog, ImageTextDataset, Sample, Subset, TooManyBrokenError
-from .emoji import EmojiDataset, EmojiPack, load_emoji, load_pack
-from .folder import FolderDataset
-from .loader import Batch, Data, TrainLoader, open_data
-from .retrieval import Chance, RetrievalSet
-from .sampler import BatchSampler
-from .tables import TableFormat
-from .text import TextBatch, Tokenizer
-from .webdataset import WebDataset
+from mmkernels.pretrain.data.augment import Augment, plain_images
+from mmkernels.pretrain.data.base import (
+    BrokenImageError,
+    BrokenLog,
+    ImageTextDataset,
+    Sample,
+    Subset,
+    TooManyBrokenError,
+)
+from mmkernels.pretrain.data.emoji import EmojiDataset, EmojiPack, load_emoji, load_pack
+from mmkernels.pretrain.data.folder import FolderDataset
+from mmkernels.pretrain.data.loader import Batch, Data, TrainLoader, open_data
+from mmkernels.pretrain.data.retrieval import Chance, RetrievalSet
+from mmkernels.pretrain.data.sampler import BatchSampler
+from mmkernels.pretrain.data.tables import TableFormat
+from mmkernels.pretrain.data.text import TextBatch, Tokenizer
+from mmkernels.pretrain.data.webdataset import WebDataset
 
 __all__ = [
     "Augment",

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Sample
-from .seeds import Stream, generator
+from mmkernels.pretrain.data.base import Sample
+from mmkernels.pretrain.data.seeds import Stream, generator
 
 
 @dataclass(frozen=True)

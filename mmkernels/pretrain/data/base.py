@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .unicode import printable
+from mmkernels.pretrain.data.unicode import printable
 
 log = logging.getLogger("mmkernels.pretrain.data")
 

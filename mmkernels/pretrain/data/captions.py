@@ -6,7 +6,7 @@ import contextlib
 import json
 from typing import Any
 
-from .unicode import unicode_fault
+from mmkernels.pretrain.data.unicode import unicode_fault
 
 __all__ = ["LONGEST", "caption_fault", "parse_captions"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .base import BrokenImageError
+from mmkernels.pretrain.data.base import BrokenImageError
 
 if TYPE_CHECKING:
     from PIL import Image  # at run time it is imported where it is needed: the embedded data does without

@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
-from .base import BrokenLog, ImageTextDataset, Sample
-from .retrieval import RetrievalSet
+from mmkernels.pretrain.data.base import BrokenLog, ImageTextDataset, Sample
+from mmkernels.pretrain.data.retrieval import RetrievalSet
 
 HELD_OUT_VENDOR = "twemoji"
 EvalSplit = Literal["A", "B", "C"]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .base import BrokenLog, DecodedDataset
-from .decode import decode_image
-from .tables import TableFormat, find_table, read_table
-from .unicode import file_in, printable
+from mmkernels.pretrain.data.base import BrokenLog, DecodedDataset
+from mmkernels.pretrain.data.decode import decode_image
+from mmkernels.pretrain.data.tables import TableFormat, find_table, read_table
+from mmkernels.pretrain.data.unicode import file_in, printable
 
 
 class FolderDataset(DecodedDataset):

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .augment import Augment
-from .base import DecodedDataset, ImageTextDataset, Subset, TooManyBrokenError, caption_key
-from .emoji import load_emoji
-from .folder import FolderDataset
-from .retrieval import RetrievalSet
-from .sampler import BatchSampler
-from .tables import TableFormat, find_table
-from .text import TextBatch, Tokenizer
-from .webdataset import WebDataset
+from mmkernels.pretrain.data.augment import Augment
+from mmkernels.pretrain.data.base import DecodedDataset, ImageTextDataset, Subset, TooManyBrokenError, caption_key
+from mmkernels.pretrain.data.emoji import load_emoji
+from mmkernels.pretrain.data.folder import FolderDataset
+from mmkernels.pretrain.data.retrieval import RetrievalSet
+from mmkernels.pretrain.data.sampler import BatchSampler
+from mmkernels.pretrain.data.tables import TableFormat, find_table
+from mmkernels.pretrain.data.text import TextBatch, Tokenizer
+from mmkernels.pretrain.data.webdataset import WebDataset
 
 
 class Data(NamedTuple):

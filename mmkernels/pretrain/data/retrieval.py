@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .base import ImageTextDataset
+from mmkernels.pretrain.data.base import ImageTextDataset
 
 
 class Chance(NamedTuple):

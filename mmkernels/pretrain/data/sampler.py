@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .seeds import Stream, generator
+from mmkernels.pretrain.data.seeds import Stream, generator
 
 
 class BatchSampler:

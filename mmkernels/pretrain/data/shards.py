@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .base import BrokenImageError
+from mmkernels.pretrain.data.base import BrokenImageError
 
 __all__ = ["Shard", "Span", "index_shard"]
 

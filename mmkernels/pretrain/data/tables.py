@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from .captions import LONGEST, parse_captions
-from .decode import IMAGE_SUFFIXES
-from .unicode import printable, unicode_fault
+from mmkernels.pretrain.data.captions import LONGEST, parse_captions
+from mmkernels.pretrain.data.decode import IMAGE_SUFFIXES
+from mmkernels.pretrain.data.unicode import printable, unicode_fault
 
 __all__ = ["TABLE_SUFFIXES", "Row", "TableFormat", "find_table", "read_table"]
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .base import BrokenImageError, BrokenLog, DecodedDataset
-from .captions import caption_fault, parse_captions
-from .decode import IMAGE_SUFFIXES, decode_image
-from .shards import Span, index_shard
-from .unicode import printable
+from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog, DecodedDataset
+from mmkernels.pretrain.data.captions import caption_fault, parse_captions
+from mmkernels.pretrain.data.decode import IMAGE_SUFFIXES, decode_image
+from mmkernels.pretrain.data.shards import Span, index_shard
+from mmkernels.pretrain.data.unicode import printable
 
 # WebDataset's own rule (base_plus_ext): the key is the folder and the name up to its first dot.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")

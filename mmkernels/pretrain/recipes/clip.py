@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels import infonce
-
-from ..config import Config
-from . import Objective
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.recipes import Objective
 
 SETTINGS: dict[str, Any] = {}
 

@@ -3,6 +3,7 @@
 import isas
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmkernels.ops.attention import AttentionMask
@@ -41,7 +42,7 @@ def draws(backend: str, tokens: int = 239) -> int:
 def assert_right(inputs: list[AttentionInputs], backend: str, *, with_lse: bool = False) -> None:
     """Compare a backend with the truth over all draws at once."""
 
-    def stacked(results: list[Gradients], name: str) -> torch.Tensor:
+    def stacked(results: list[Gradients], name: str) -> Tensor:
         return torch.stack([getattr(result, name) for result in results])
 
     actual = [run(x, backend, with_lse=with_lse) for x in inputs]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels.ops.attention import AttentionMask
 from mmkernels.testing import assert_as_accurate
@@ -76,7 +77,7 @@ def test_layouts(cuda, layout, dtype):
     """Strides that a kernel must follow, and addresses at which it may not use 16-byte accesses."""
     x = inputs("packed_causal", cuda.device, dtype=dtype, dim=40)
 
-    def laid_out(t: torch.Tensor) -> torch.Tensor:
+    def laid_out(t: Tensor) -> Tensor:
         if layout == "packed_qkv":
             return torch.stack([t, t, t], 1).unbind(1)[1]
         if layout == "heads_first":

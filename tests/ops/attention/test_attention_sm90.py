@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels.ops.attention import AttentionMask
 from mmkernels.ops.attention.tiles import FULL, PARTIAL, SKIP, tile_states
@@ -85,7 +86,7 @@ def blocky_mask(seed: int, tokens_q: int, tokens_k: int, device: str) -> Attenti
     """Random intervals, spans and classes in runs: tiles of all three states, and rows that see nothing."""
     generator = torch.Generator().manual_seed(seed)
 
-    def runs(tokens: int, values: int, longest: int) -> torch.Tensor:
+    def runs(tokens: int, values: int, longest: int) -> Tensor:
         lengths = torch.randint(1, longest, (tokens,), generator=generator)
         ids = torch.randint(0, values, (tokens,), generator=generator)
         return ids.repeat_interleave(lengths)[:tokens].int()
@@ -169,10 +170,10 @@ def test_few_tokens(sm90, tokens, pattern):
 def test_strides_that_tma_can_follow(sm90, mask):
     x = inputs(mask, sm90.device, dtype=torch.bfloat16, dim=64)
 
-    def together(t: torch.Tensor) -> torch.Tensor:
+    def together(t: Tensor) -> Tensor:
         return torch.stack([t, t, t], 1).unbind(1)[1]
 
-    def heads_first(t: torch.Tensor) -> torch.Tensor:
+    def heads_first(t: Tensor) -> Tensor:
         return t.transpose(0, 1).contiguous().transpose(0, 1)
 
     expected = run(x, "native")
@@ -186,7 +187,7 @@ def test_strides_that_tma_can_follow(sm90, mask):
 def test_what_tma_cannot_follow_runs_elsewhere(sm90, layout):
     x = inputs("packed_causal", sm90.device, dtype=torch.bfloat16, dim=20 if layout == "odd head dim" else 64)
 
-    def laid_out(t: torch.Tensor) -> torch.Tensor:
+    def laid_out(t: Tensor) -> Tensor:
         if layout == "off by one":
             return t.new_zeros(t.numel() + 1)[1:].view(t.shape).copy_(t)
         return t[:, :1].expand_as(t) if layout == "expanded" else t

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mmkernels import AttentionMask, BackendError, GradCache, attention
 from mmkernels.ops.attention.api import _limits
@@ -48,7 +49,7 @@ def test_opcheck(backend):
     for extra in ((*plain_rows, *none), arguments()):
         torch.library.opcheck(OPS.attention_fwd.default, (*leaves(), *extra, backend))
         q, k, v = (x.detach() for x in leaves())
-        extra = [x.detach() if isinstance(x, torch.Tensor) else x for x in extra]
+        extra = [x.detach() if isinstance(x, Tensor) else x for x in extra]
         out, lse = OPS.attention_fwd(q, k, v, *extra, backend)
         grads = torch.randn_like(out), torch.randn_like(lse)
         torch.library.opcheck(OPS.attention_bwd.default, (*grads, q, k, v, out, lse, *extra, backend))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing.attention import MASKS, AttentionInputs, Gradients, dense_mask, make_inputs, run
@@ -30,7 +31,7 @@ def poisoned(x: AttentionInputs, name: str, row: int, value: float) -> Attention
     return replace(x, **{name: tensor})
 
 
-def assert_unchanged(clean: Gradients, dirty: Gradients, queries: torch.Tensor, keys: torch.Tensor) -> None:
+def assert_unchanged(clean: Gradients, dirty: Gradients, queries: Tensor, keys: Tensor) -> None:
     """The same bits in the rows of these queries and keys."""
     assert torch.equal(clean.out[queries], dirty.out[queries]), "out"
     assert torch.equal(clean.lse[:, queries], dirty.lse[:, queries]), "lse"

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmkernels import AttentionMask, Modality, attention
-from mmkernels.ops._checks import validating
 from mmkernels.ops.attention import tiles
+from mmkernels.ops.checks import validating
 from mmkernels.testing.attention import MASKS, cu_seqlens, make_inputs, plain, run
 
 segments = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=6)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels.ops.contrastive import infonce, siglip
 from mmkernels.testing.contrastive import (
@@ -26,7 +27,7 @@ def seeds(cuda: object) -> int:
     return 3 if cuda.emulator is not None else 8
 
 
-def widened(plain: Callable[..., torch.Tensor], case: Case, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+def widened(plain: Callable[..., Tensor], case: Case, dtype: torch.dtype) -> Callable[..., Tensor]:
     """Plain PyTorch in the dtype; in float32 where fp16 itself overflows and gives NaN."""
     if case.name != "huge scale" or dtype != torch.float16:
         return plain
@@ -58,7 +59,7 @@ def test_siglip(cuda, case, dtype):
     compare(ours, widened(plain_siglip, case, dtype), case, dtype, names, seeds=seeds(cuda), device=cuda.device)
 
 
-def losses(device: str) -> dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]]:
+def losses(device: str) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
     scale, bias = (torch.tensor(value, device=device) for value in (SMALL.scale, SMALL.bias))
     return {
         "infonce": (partial(infonce, backend="native"), (scale,)),
@@ -72,7 +73,7 @@ def losses(device: str) -> dict[str, tuple[Callable[..., torch.Tensor], tuple[to
 def test_layouts(cuda, loss, layout, dtype):
     """Strides that a kernel must follow, and addresses at which it may not use 16-byte accesses: the same bits."""
 
-    def laid_out(x: torch.Tensor) -> torch.Tensor:
+    def laid_out(x: Tensor) -> Tensor:
         if layout == "row stride":
             return torch.cat([x, torch.full_like(x, torch.nan)], 1)[:, : x.shape[1]]
         if layout == "off by one":

@@ -5,6 +5,7 @@ On a GPU where there is one, else in the interpreter.
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels.ops.contrastive import reference
 from mmkernels.ops.contrastive.reference import LSE, Pairs, Teacher
@@ -66,7 +67,7 @@ def wide(values):
     def convert(x):
         if isinstance(x, Teacher):
             return Teacher(*wide(x))
-        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
     return tuple(convert(x) for x in values)
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mmkernels import BackendError, ContrastiveStats, infonce, siglip
 from mmkernels.ops.contrastive import api, chunks, op
@@ -83,7 +84,7 @@ def cast(options, dtype):
     def converted(value):
         if isinstance(value, tuple):
             return tuple(converted(v) for v in value)
-        matrix = isinstance(value, torch.Tensor) and value.ndim == 2
+        matrix = isinstance(value, Tensor) and value.ndim == 2
         return value.to(dtype) if matrix else value
 
     return {name: converted(value) for name, value in options.items()}
@@ -94,7 +95,7 @@ def to_device(value, device):
         return {name: to_device(v, device) for name, v in value.items()}
     if isinstance(value, tuple):
         return tuple(to_device(v, device) for v in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def inputs_of(m, dtype, seed=0):

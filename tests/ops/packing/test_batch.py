@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels.ops.modality import Modality
 from mmkernels.ops.packing import PackedBatch, plan_packing, segment_pool
@@ -71,7 +72,7 @@ def test_samples_are_isolated():
     torch.manual_seed(1)
     table, weight = torch.randn(200, 8, dtype=torch.float64), torch.randn(8, 8, dtype=torch.float64)
 
-    def run(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(batch: PackedBatch) -> tuple[Tensor, Tensor]:
         x = table[batch.tokens].requires_grad_()
         segment = torch.repeat_interleave(torch.tensor(batch.lengths))
         scores = (x @ weight @ x.T).masked_fill(segment[:, None] != segment, -torch.inf)
@@ -100,7 +101,7 @@ def test_to_keeps_every_field():
     moved = batch.to("meta")
     for field in dataclasses.fields(batch):
         value = getattr(moved, field.name)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             assert value.device.type == "meta", field.name
         else:
             assert value == getattr(batch, field.name)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 import mmkernels.ops.packing.op  # noqa: F401  (registers torch.ops.mmkernels.packing_*)
 from mmkernels.ops.packing import (
@@ -244,7 +245,7 @@ def test_no_host_sync():
     token_ids, dst_index = torch.randint(0, 64, (80,), device="cuda"), torch.randperm(80, device="cuda")[:20]
     grid_thw, starts = torch.tensor([[1, 4, 4], [2, 2, 2]], device="cuda"), torch.tensor([3, 20], device="cuda")
 
-    def run() -> torch.Tensor:
+    def run() -> Tensor:
         pooled = sum(segment_pool(x, cu_seqlens, mode).sum() for mode in MODES)
         packed = pack(x, index)
         padded = pad(x, cu_seqlens, 60)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels import AttentionMask, attention
 from mmkernels.ops.modality import Modality
@@ -57,7 +58,7 @@ class Model:
                 pytest.skip("AttentionMask.multimodal is not there yet")
         return AttentionMask.packed(batch.cu_seqlens, causal=kind == "causal")
 
-    def run(self, batch: PackedBatch, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def run(self, batch: PackedBatch, kind: str) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens' outputs [T, H D], samples' rows [S, H D], gradient of the embedded tokens [T, WIDTH])."""
         media = list(batch.media.values())
         merged = [m.values.to(self.dtype).unflatten(0, (-1, 4)).sum(1) for m in media]
@@ -91,7 +92,7 @@ def test_a_packed_sample_is_as_if_alone(kind, backend):
     samples = make_samples(0)
     batch = pack_of(samples, capacity=200)
     packed = [model.run(batch, kind) for model, _ in models]
-    found: list[list[tuple[torch.Tensor, ...]]] = [[], [], []]
+    found: list[list[tuple[Tensor, ...]]] = [[], [], []]
     for s, sample in enumerate(samples):
         begin, end = batch.cu_seqlens_host[s : s + 2]
         parts = [(out[begin:end], pooled[s : s + 1], gradient[begin:end]) for out, pooled, gradient in packed]
@@ -194,8 +195,8 @@ def test_memory_of_a_batch_is_linear():
     """torchtune #1097, dense-mask memory: 32 Ki tokens and their mask take a few dozen bytes a token, not gigabytes."""
     tokens = 1 << 15
     batch = PackedBatch.from_samples([torch.zeros(1 << 10, dtype=torch.int64)] * 32)
-    held = [v for f in dataclasses.fields(batch) if isinstance(v := getattr(batch, f.name), torch.Tensor)]
+    held = [v for f in dataclasses.fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)]
     assert sum(tensor.nbytes for tensor in held) <= 40 * tokens
     q = torch.zeros(tokens, 1, 8)
     rows = AttentionMask.packed(batch.cu_seqlens, causal=True).rows(q.shape[0], q.shape[0])
-    assert sum(tensor.nbytes for tensor in rows if isinstance(tensor, torch.Tensor)) <= 40 * tokens
+    assert sum(tensor.nbytes for tensor in rows if isinstance(tensor, Tensor)) <= 40 * tokens

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mmkernels import GradCache
 from mmkernels.ops.modality import Modality
@@ -15,7 +16,7 @@ from mmkernels.ops.packing import Media, PackedBatch, embed_splice, mrope_positi
 IMAGE, AUDIO, VIDEO = Modality.IMAGE, Modality.AUDIO, Modality.VIDEO
 
 
-def text(*ids: int) -> torch.Tensor:
+def text(*ids: int) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -165,7 +166,7 @@ def assert_same(a, b) -> None:
     """Two batches, or what they hold of one modality, field by field."""
     for f in dataclasses.fields(a):
         x, y = getattr(a, f.name), getattr(b, f.name)
-        if isinstance(x, torch.Tensor):
+        if isinstance(x, Tensor):
             assert torch.equal(x, y) and x.dtype == y.dtype, f.name
         elif f.name == "media":
             assert list(x) == list(y)
@@ -187,10 +188,10 @@ def test_grad_cache_splits_packed_batches():
             super().__init__()
             self.table = table
 
-        def forward(self, chunk: PackedBatch) -> torch.Tensor:
+        def forward(self, chunk: PackedBatch) -> Tensor:
             return segment_pool(self.table(chunk.tokens), chunk.cu_seqlens)[: chunk.num_samples]
 
-    def loss_fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(x @ y.T, torch.arange(5))
 
     head = torch.nn.Linear(8, 8)
@@ -246,12 +247,12 @@ def lm_batch(lengths, seed=0, capacity=None, **options) -> PackedBatch:
     return PackedBatch.from_samples(tokens, labels=labels, capacity=capacity, **options)
 
 
-def nll_of(batch: PackedBatch) -> torch.Tensor:
+def nll_of(batch: PackedBatch) -> Tensor:
     """[T] any loss of each token's label, depending on its sample alone."""
     return (1 + batch.position_ids).sqrt() * (1 + batch.tokens)
 
 
-def targets_by_hand(batch: PackedBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def targets_by_hand(batch: PackedBatch) -> list[tuple[Tensor, Tensor]]:
     """For each sample the losses of its targets and their weights."""
     nll, found = nll_of(batch), []
     for s, (begin, end) in enumerate(zip(batch.cu_seqlens_host, batch.cu_seqlens_host[1:], strict=False)):

@@ -3,6 +3,7 @@
 import isas
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels.ops.packing import pack, pad, segment_pool, unpack, unpad
 from mmkernels.runtime.backends import candidates
@@ -41,13 +42,13 @@ def interpreted(backend: str, device: str) -> bool:
     return backend == "triton" and device == "cpu"
 
 
-def plain_scatter(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+def plain_scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
     """What a user would write."""
     kept = index >= 0
     return packed.new_zeros(rows, *packed.shape[1:]).index_add(0, index[kept], packed[kept])
 
 
-def plain_pool(x: torch.Tensor, lengths: list[int], mode: str) -> torch.Tensor:
+def plain_pool(x: Tensor, lengths: list[int], mode: str) -> Tensor:
     """What a user would write: one segment at a time."""
     parts = x[: sum(lengths)].split(lengths) if lengths else []
     rows = []
@@ -61,7 +62,7 @@ def plain_pool(x: torch.Tensor, lengths: list[int], mode: str) -> torch.Tensor:
     return torch.stack(rows) if rows else x[:0]
 
 
-def with_gradient(function, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def with_gradient(function, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     out = function(x)
     (gradient,) = torch.autograd.grad(out, x, grad.to(out.dtype))
@@ -158,7 +159,7 @@ def check_pool(lengths, left_over, width, mode, dtype, backend, device) -> None:
         assert_as_accurate("grad_x", gradient, plain_gradient, true_gradient)
 
 
-def _full(lengths: list[int]) -> torch.Tensor:
+def _full(lengths: list[int]) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int64) > 0
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels.ops.packing import embed_splice, mrope_position_ids, pack, patchify, segment_pool, unpack, unpatchify
 from mmkernels.testing import assert_as_accurate
@@ -20,13 +21,13 @@ SEGMENTS = {
 }
 
 
-def scattered(packed: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+def scattered(packed: Tensor, index: Tensor, rows: int) -> Tensor:
     """What a user would write."""
     kept = index >= 0
     return packed.new_zeros(rows, packed.shape[1]).index_add(0, index[kept], packed[kept])
 
 
-def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "row stride":
         return torch.cat([x, torch.full_like(x, torch.nan)], 1)[:, : x.shape[1]]
     if layout == "off by one":

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels import AttentionMask, Media, Modality, PackedBatch, attention
 
@@ -47,7 +48,7 @@ def qwen2_vl(implementation):
     return transformers.Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=implementation)
 
 
-def text(n: int) -> torch.Tensor:
+def text(n: int) -> Tensor:
     return torch.randint(0, 50, (n,))
 
 
@@ -74,23 +75,23 @@ MODELS = {"llama": (llama, texts, False), "qwen2_vl": (qwen2_vl, mixed, True), "
 
 
 def pack(samples, **options) -> PackedBatch:
-    lengths = [sum(len(p) if isinstance(p, torch.Tensor) else p.length for p in s) for s in map(parts_of, samples)]
+    lengths = [sum(len(p) if isinstance(p, Tensor) else p.length for p in s) for s in map(parts_of, samples)]
     labels = [torch.randint(0, 50, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
     return PackedBatch.from_samples(samples, labels=labels, placeholder=PLACEHOLDER, **options).validate()
 
 
 def parts_of(sample) -> list:
-    return [sample] if isinstance(sample, torch.Tensor) else sample
+    return [sample] if isinstance(sample, Tensor) else sample
 
 
-def gradient(model, loss) -> torch.Tensor:
+def gradient(model, loss) -> Tensor:
     """Of all parameters, as one vector."""
     model.zero_grad()
     loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+def distance(got: Tensor, expected: Tensor) -> float:
     """Relative to the norm, of which samples that mix are a quarter to a half apart."""
     return float((got - expected).detach().norm() / expected.detach().norm())
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels.ops.packing import segment_pool
 from mmkernels.runtime.backends import candidates
@@ -29,13 +30,13 @@ def needs(backend: str, device: str, dtype: torch.dtype) -> None:
         pytest.skip(reason)
 
 
-def in_torch(x: torch.Tensor, weights: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+def in_torch(x: Tensor, weights: Tensor, lengths: list[int]) -> Tensor:
     """What a user would write, one segment at a time."""
     rows = (x * weights.to(x.dtype)[:, None])[: sum(lengths)]
     return torch.stack([part.sum(0) for part in rows.split(lengths)]) if lengths else rows
 
 
-def truth_of(x: torch.Tensor, weights: torch.Tensor, lengths: list[int], grad: torch.Tensor) -> list[torch.Tensor]:
+def truth_of(x: Tensor, weights: Tensor, lengths: list[int], grad: Tensor) -> list[Tensor]:
     """(out, grad_x, grad_weights) by the definition, in NumPy's long double: float64 results are judged too."""
     x, weights, grad = (t.double().cpu().numpy().astype(np.longdouble) for t in (x, weights, grad))
     out, grad_x, grad_weights = np.zeros_like(grad), np.zeros_like(x), np.zeros_like(weights)

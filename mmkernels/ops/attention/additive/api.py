@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from mmkernels.ops.attention.additive.op import additive_fwd_op
+from mmkernels.ops.attention.additive.reference import Visible
+from mmkernels.ops.attention.mask import AttentionMask
+from mmkernels.ops.checks import expect_tensor, wrong_type, wrong_value
 from mmkernels.runtime import backends
-
-from ..._checks import expect_tensor, wrong_type, wrong_value
-from ..mask import AttentionMask
-from .op import additive_fwd_op
-from .reference import Visible
 
 __all__ = ["additive_attention"]
 
@@ -19,16 +19,16 @@ _MAX_TRITON_HEAD_DIM_FLOAT32 = 128
 
 
 def additive_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    w: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
     mask: AttentionMask | None = None,
     *,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with an additive score (Bahdanau) of packed queries over the keys that a mask lets them see.
 
         s_ij = <w, tanh(q_i + k_j + bias)>     out_i = sum_j softmax_j(s_ij) v_j     lse_i = log sum_j exp(s_ij)
@@ -84,11 +84,11 @@ def _visible(mask: AttentionMask | None, samples: int, tokens_q: int, tokens_k: 
     return Visible(**{name: getattr(rows, name) for name in Visible._fields if hasattr(rows, name)})
 
 
-def _boundaries(samples: int, tokens: int, device: torch.device) -> torch.Tensor:
+def _boundaries(samples: int, tokens: int, device: torch.device) -> Tensor:
     return torch.arange(samples + 1, dtype=torch.int32, device=device) * tokens
 
 
-def _limits(q: torch.Tensor, v: torch.Tensor) -> dict[str, str | None] | None:
+def _limits(q: Tensor, v: Tensor) -> dict[str, str | None] | None:
     limits: dict[str, str | None] = {}
     if q.device.type != "cpu":
         limits["native"] = "additive_attention has no CUDA C++ kernel"
@@ -99,7 +99,7 @@ def _limits(q: torch.Tensor, v: torch.Tensor) -> dict[str, str | None] | None:
     return limits or None
 
 
-def _per_head(name: str, x: torch.Tensor, q: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+def _per_head(name: str, x: Tensor, q: Tensor, compute: torch.dtype) -> Tensor:
     """[H, D] in the dtype of computation, contiguous; gradients go back through the conversion."""
     H, D = q.shape[-2:]
     dtypes = (compute, q.dtype)
@@ -110,7 +110,7 @@ def _per_head(name: str, x: torch.Tensor, q: torch.Tensor, compute: torch.dtype)
     return x.to(compute).expand(H, D).contiguous()
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask | None, return_lse: bool) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, return_lse: bool) -> None:
     expect_tensor("q", q, "[Tq, H, D] or [B, Tq, H, D] floating point", ndim=(3, 4))
     lead = "B, " if q.ndim == 4 else ""
     expect_tensor("k", k, f"[{lead}Tk, Hkv, D] {_name(q.dtype)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from mmkernels.ops.attention.additive.reference import Visible
 from mmkernels.runtime.native import core, threads, view
-
-from .reference import Visible
 
 __all__ = ["additive_bwd", "additive_fwd"]
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     """The kernels want the last dimension contiguous; the others may have any stride."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def additive_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, mask: Visible
-) -> tuple[torch.Tensor, torch.Tensor]:
+def additive_fwd(q: Tensor, k: Tensor, v: Tensor, w: Tensor, bias: Tensor, mask: Visible) -> tuple[Tensor, Tensor]:
     """out [Tq, H, Dv] and lse [H, Tq]."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     out, lse = q.new_empty((q.shape[0], q.shape[1], v.shape[2])), w.new_empty((q.shape[1], q.shape[0]))
@@ -27,17 +25,17 @@ def additive_fwd(
 
 
 def additive_bwd(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    lse: Tensor,
     mask: Visible,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq in w's dtype, dk, dv, dw."""
     grad_out, q, k, v, out = (_rows(x) for x in (grad_out, q, k, v, out))
     grad_lse = grad_lse.contiguous() if grad_lse is not None else None

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mmkernels.ops.attention.additive import native, reference
+from mmkernels.ops.attention.additive.reference import Visible
+from mmkernels.ops.attention.additive.second import additive_second
+from mmkernels.ops.attention.flops import bwd_flops, fwd_flops, second_flops
 from mmkernels.runtime.backends import BACKENDS
 from mmkernels.runtime.register import Op, Second
-
-from ..flops import bwd_flops, fwd_flops, second_flops
-from . import native, reference
-from .reference import Visible
-from .second import additive_second
 
 __all__ = ["additive_bwd_op", "additive_fwd_op", "additive_second_op"]
 
@@ -35,49 +35,49 @@ def _with_mask(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _triton_fwd(*args: Any) -> Any:
-    from .triton_fwd import additive_fwd
+    from mmkernels.ops.attention.additive.triton_fwd import additive_fwd
 
     return additive_fwd(*args)
 
 
 def _triton_bwd(*args: Any) -> Any:
-    from .triton_bwd import additive_bwd
+    from mmkernels.ops.attention.additive.triton_bwd import additive_bwd
 
     return additive_bwd(*args)
 
 
-def _fwd_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, *rest: Any) -> Any:
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *rest: Any) -> Any:
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), w.new_empty((q.shape[1], q.shape[0]))
 
 
 def _with_bias(run: Callable[..., Any]) -> Callable[..., Any]:
     """A backend's gradients, dq in q's dtype, and that of the bias."""
 
-    def gradients(grad_out: torch.Tensor, grad_lse: Any, q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    def gradients(grad_out: Tensor, grad_lse: Any, q: Tensor, *args: Any) -> tuple[Tensor, ...]:
         dq, *others = run(grad_out, grad_lse, q, *args)
         return dq.to(q.dtype), *others, dq.sum(0)
 
     return gradients
 
 
-def _bwd_fake(grad_out: Any, grad_lse: Any, *args: torch.Tensor) -> Any:
+def _bwd_fake(grad_out: Any, grad_lse: Any, *args: Tensor) -> Any:
     return tuple(x.new_empty(x.shape) for x in args[:5])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors[:5], *output, *tensors[5:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(saved[5])
     return *additive_bwd_op(grad_out, grad_lse, *saved, ctx.backend), *(None,) * (_NUM_MASK + 1)
 
 
-def _jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
     made = additive_second_op(*tangents[:5], None, None, *ctx.saved_tensors, ctx.backend)
     return made[0], made[1]
 
@@ -87,7 +87,7 @@ def _without_outputs(run: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: run(*args[:-3], args[-1])
 
 
-def _second_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+def _second_fake(*args: Any) -> tuple[Tensor, ...]:
     grad_out, _, *inputs = args[5:12]
     grads = (x.new_empty(0 if grad_out is None else x.shape) for x in inputs)
     return *_fwd_fake(*inputs), *grads

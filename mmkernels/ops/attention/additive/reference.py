@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 __all__ = ["Visible", "additive_bwd", "additive_fwd", "heads_first", "probabilities"]
 
@@ -25,16 +26,16 @@ class Visible(NamedTuple):
     span_q[i] == span_k[j], or allow_q[i] & bit_k[j] != 0). The pattern is four vectors, or none; first_q, last_q [Tk]
     bound the queries that see a key."""
 
-    lo: torch.Tensor
-    hi: torch.Tensor
-    first_q: torch.Tensor
-    last_q: torch.Tensor
-    span_q: torch.Tensor | None = None
-    span_k: torch.Tensor | None = None
-    allow_q: torch.Tensor | None = None
-    bit_k: torch.Tensor | None = None
+    lo: Tensor
+    hi: Tensor
+    first_q: Tensor
+    last_q: Tensor
+    span_q: Tensor | None = None
+    span_k: Tensor | None = None
+    allow_q: Tensor | None = None
+    bit_k: Tensor | None = None
 
-    def dense(self, num_keys: int) -> torch.Tensor:
+    def dense(self, num_keys: int) -> Tensor:
         """bool [Tq, Tk]."""
         key = torch.arange(num_keys, device=self.lo.device)
         seen = (self.lo[:, None] <= key) & (key < self.hi[:, None])
@@ -43,14 +44,12 @@ class Visible(NamedTuple):
         return seen & ((self.span_q[:, None] == self.span_k) | (self.allow_q[:, None] & self.bit_k != 0))
 
 
-def heads_first(x: torch.Tensor, dtype: torch.dtype, heads: int) -> torch.Tensor:
+def heads_first(x: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
     """[T, heads or fewer, D] -> [H, T, D]."""
     return x.to(dtype).repeat_interleave(heads // x.shape[1], dim=1).transpose(0, 1)
 
 
-def probabilities(
-    q: torch.Tensor, k: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, seen: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def probabilities(q: Tensor, k: Tensor, w: Tensor, bias: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """t [H, Tq, Tk, D], p [H, Tq, Tk], lse [H, Tq]."""
     x, y = (heads_first(t, w.dtype, q.shape[1]) for t in (q, k))
     t = torch.tanh((x + bias[:, None])[:, :, None] + y[:, None])
@@ -58,9 +57,7 @@ def probabilities(
     return t, torch.where(seen, scores.softmax(-1), 0.0), torch.logsumexp(scores, -1)
 
 
-def additive_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, mask: Visible
-) -> tuple[torch.Tensor, torch.Tensor]:
+def additive_fwd(q: Tensor, k: Tensor, v: Tensor, w: Tensor, bias: Tensor, mask: Visible) -> tuple[Tensor, Tensor]:
     """out [Tq, H, Dv] in q's dtype, lse [H, Tq] in w's."""
     _, p, lse = probabilities(q, k, w, bias, mask.dense(k.shape[0]))
     out = p @ heads_first(v, w.dtype, q.shape[1])
@@ -68,17 +65,17 @@ def additive_fwd(
 
 
 def additive_bwd(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    lse: Tensor,
     mask: Visible,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq in w's dtype, dk and dv in k's and v's, dw; probabilities are computed again, `out` and `lse` not needed."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     t, p, _ = probabilities(q, k, w, bias, mask.dense(k.shape[0]))

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..second import Softmax, blocks, grouped, zero_if_none
-from .reference import Visible, heads_first, probabilities
+from mmkernels.ops.attention.additive.reference import Visible, heads_first, probabilities
+from mmkernels.ops.attention.second import Softmax, blocks, grouped, zero_if_none
 
 __all__ = ["additive_second"]
 

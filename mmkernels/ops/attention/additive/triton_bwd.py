@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mmkernels.ops._tl import LOG2_E, cast, dot
-
-from .reference import Visible
-from .triton_fwd import (
+from mmkernels.ops.attention.additive.reference import Visible
+from mmkernels.ops.attention.additive.triton_fwd import (
     AOT_LAUNCHES,
     aot_case,
     block_dim,
@@ -35,6 +34,7 @@ from .triton_fwd import (
     unit_rows,
     visible,
 )
+from mmkernels.ops.triton_common import LOG2_E, cast, dot
 
 if TYPE_CHECKING:
     from mmkernels.testing.aot import TritonCase
@@ -166,17 +166,17 @@ def _config(kernel: str, single: bool, widest: int) -> dict[str, int]:
 
 
 def additive_bwd(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    lse: Tensor,
     mask: Visible,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq in float32, dk and dv in the dtypes of k and v, dw."""
     do, q, k, v = (unit_rows(x) for x in (grad_out, q, k, v))
     (Tq, H, D), (Tk, Hkv, DV) = q.shape, v.shape

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mmkernels.ops._tl import LN_2, LOG2_E, cast, dot, tanh
-
-from .reference import Visible
+from mmkernels.ops.attention.additive.reference import Visible
+from mmkernels.ops.triton_common import LN_2, LOG2_E, cast, dot, tanh
 
 if TYPE_CHECKING:
     from mmkernels.testing.aot import TritonCase
@@ -136,12 +136,12 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def unit_rows(x: torch.Tensor) -> torch.Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """The kernels want the last dimension contiguous; the others may have any stride."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def on_device(x: torch.Tensor) -> torch.cuda.device:
+def on_device(x: Tensor) -> torch.cuda.device:
     """Makes x's GPU the current one for a launch; does nothing for the interpreter's CPU tensors."""
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
 
@@ -153,9 +153,7 @@ def _config(single: bool, widest: int) -> dict[str, int]:
     return {"BLOCK_M": 64 if widest <= 64 else 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
 
-def additive_fwd(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, mask: Visible
-) -> tuple[torch.Tensor, torch.Tensor]:
+def additive_fwd(q: Tensor, k: Tensor, v: Tensor, w: Tensor, bias: Tensor, mask: Visible) -> tuple[Tensor, Tensor]:
     """out [Tq, H, Dv] and lse [H, Tq]."""
     q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     (Tq, H, D), (Tk, Hkv, DV) = q.shape, v.shape

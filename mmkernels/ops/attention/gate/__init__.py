@@ -1,5 +1,5 @@
 """The epilogue of gated cross-attention: a residual plus tanh(gate) times a branch, in one pass."""
 
-from .api import gated_residual
+from mmkernels.ops.attention.gate.api import gated_residual
 
 __all__ = ["gated_residual"]

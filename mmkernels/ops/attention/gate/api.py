@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from mmkernels.ops.attention.gate.op import gated_residual_fwd_op
+from mmkernels.ops.checks import FLOATING, expect_tensor, wrong_value
 from mmkernels.runtime import backends
-
-from ..._checks import FLOATING, expect_tensor, wrong_value
-from .op import gated_residual_fwd_op
 
 __all__ = ["gated_residual"]
 
 
-def gated_residual(
-    residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None
-) -> torch.Tensor:
+def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     """Add a branch to the residual stream through a learned gate, in one pass over memory.
 
         out = residual + tanh(gate) x
@@ -50,7 +48,7 @@ def gated_residual(
     return gated_residual_fwd_op(residual.reshape(rows), x.reshape(rows), gates, by_column, chosen).view(x.shape)
 
 
-def _check(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor) -> None:
+def _check(residual: Tensor, x: Tensor, gate: Tensor) -> None:
     expect_tensor("residual", residual, "[..., C] floating point", dtypes=FLOATING)
     if residual.ndim < 1:
         wrong_value("residual", "at least one dimension", residual)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mmkernels.runtime.native import core, threads, view
 
 __all__ = ["gated_residual_bwd", "gated_residual_fwd"]
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     """[N, C] with contiguous columns and any row stride; copied when its columns are not."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def gated_residual_fwd(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, by_column: bool) -> torch.Tensor:
+def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor, by_column: bool) -> Tensor:
     """out [N, C]."""
     residual, x, out = _rows(residual), _rows(x), residual.new_empty(residual.shape)
     core().launch_attention_gated_residual_fwd_cpu(
@@ -23,9 +24,7 @@ def gated_residual_fwd(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tens
     return out
 
 
-def gated_residual_bwd(
-    grad_out: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, by_column: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gated_residual_bwd(grad_out: Tensor, x: Tensor, gate: Tensor, by_column: bool) -> tuple[Tensor, Tensor]:
     """dx [N, C] and dgate [G]."""
     grad_out, x, gate = _rows(grad_out), _rows(x), gate.contiguous()
     dx, dgate = x.new_empty(x.shape), torch.empty_like(gate)

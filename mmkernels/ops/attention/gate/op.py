@@ -8,45 +8,44 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from mmkernels.ops.attention.gate import native, reference
+from mmkernels.ops.attention.gate.second import gated_residual_second
 from mmkernels.runtime.backends import BACKENDS
 from mmkernels.runtime.register import Op, Second
-
-from . import native, reference
-from .second import gated_residual_second
 
 __all__ = ["gated_residual_bwd_op", "gated_residual_fwd_op", "gated_residual_second_op"]
 
 
 def _triton_fwd(*args: Any) -> Any:
-    from .triton_fwd import gated_residual_fwd
+    from mmkernels.ops.attention.gate.triton_fwd import gated_residual_fwd
 
     return gated_residual_fwd(*args)
 
 
 def _triton_bwd(*args: Any) -> Any:
-    from .triton_bwd import gated_residual_bwd
+    from mmkernels.ops.attention.gate.triton_bwd import gated_residual_bwd
 
     return gated_residual_bwd(*args)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, x, gate, *ctx.options = inputs
     ctx.save_for_backward(x, gate)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     x, gate = ctx.saved_tensors
     return grad_out, *gated_residual_bwd_op(grad_out, x, gate, *ctx.options), None, None
 
 
-def _jvp(ctx: Any, residual: Any, x: Any, gate: Any, *_: Any) -> torch.Tensor:
+def _jvp(ctx: Any, residual: Any, x: Any, gate: Any, *_: Any) -> Tensor:
     moved = gated_residual_second_op(x, gate, None, *ctx.saved_tensors, *ctx.options)[0]
     return moved if residual is None else residual + moved.to(residual.dtype)
 
 
-def _second_fake(tx: Any, tgate: Any, grad_out: Any, x: torch.Tensor, gate: torch.Tensor, *_: Any) -> Any:
+def _second_fake(tx: Any, tgate: Any, grad_out: Any, x: Tensor, gate: Tensor, *_: Any) -> Any:
     return x.new_empty(x.shape), *(t.new_empty(0 if grad_out is None else t.shape) for t in (x, gate))
 
 

@@ -7,25 +7,23 @@ with g the gradient of out. Low precision is computed in float32.
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 __all__ = ["gated_residual_bwd", "gated_residual_fwd", "spread"]
 
 
-def spread(gate: torch.Tensor, x: torch.Tensor, by_column: bool) -> torch.Tensor:
+def spread(gate: Tensor, x: Tensor, by_column: bool) -> Tensor:
     """The gates as [1, C] or [N, 1]: row n reads gate[n % G]."""
     return gate if by_column else gate.repeat(x.shape[0] // max(gate.shape[0], 1))[:, None]
 
 
-def gated_residual_fwd(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, by_column: bool) -> torch.Tensor:
+def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor, by_column: bool) -> Tensor:
     """out [N, C] in residual's dtype."""
     out = residual.to(gate.dtype) + spread(gate.tanh(), x, by_column) * x.to(gate.dtype)
     return out.to(residual.dtype).contiguous()
 
 
-def gated_residual_bwd(
-    grad_out: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, by_column: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gated_residual_bwd(grad_out: Tensor, x: Tensor, gate: Tensor, by_column: bool) -> tuple[Tensor, Tensor]:
     """dx [N, C] in x's dtype, dgate [G] in gate's."""
     t, g = gate.tanh(), grad_out.to(gate.dtype)
     dx = (spread(t, x, by_column) * g).to(x.dtype).contiguous()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import spread
+from mmkernels.ops.attention.gate.reference import spread
 
 __all__ = ["gated_residual_second"]
 

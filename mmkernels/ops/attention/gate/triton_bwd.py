@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mmkernels.ops._tl import cast
-
-from .triton_fwd import AOT_LAUNCHES, aot_case, load_gate, load_tile, on_device, tile, unit_rows
+from mmkernels.ops.attention.gate.triton_fwd import (
+    AOT_LAUNCHES,
+    aot_case,
+    load_gate,
+    load_tile,
+    on_device,
+    tile,
+    unit_rows,
+)
+from mmkernels.ops.triton_common import cast
 
 if TYPE_CHECKING:
     from mmkernels.testing.aot import TritonCase
@@ -55,9 +63,7 @@ def _gated_residual_bwd_kernel(
         tl.store(sums_ptr + i_p * C + o_c, tl.sum(b_sums, 0), mask=m_c)
 
 
-def gated_residual_bwd(
-    grad_out: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, by_column: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gated_residual_bwd(grad_out: Tensor, x: Tensor, gate: Tensor, by_column: bool) -> tuple[Tensor, Tensor]:
     """dx [N, C] and dgate [G]."""
     grad_out, x, gate = unit_rows(grad_out), unit_rows(x), gate.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

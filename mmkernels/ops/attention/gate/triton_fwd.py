@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mmkernels.ops._tl import cast, tanh
+from mmkernels.ops.triton_common import cast, tanh
 
 if TYPE_CHECKING:
     from mmkernels.testing.aot import TritonCase
@@ -60,12 +61,12 @@ def _gated_residual_fwd_kernel(
     tl.store(p_out, cast(b_out, out_ptr.dtype.element_ty), mask=m_n[:, None] & m_c[None, :])
 
 
-def unit_rows(x: torch.Tensor) -> torch.Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """[N, C] with contiguous columns and any row stride; copied when its columns are not."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def on_device(x: torch.Tensor) -> torch.cuda.device:
+def on_device(x: Tensor) -> torch.cuda.device:
     """Makes x's GPU the current one for a launch; does nothing for the interpreter's CPU tensors."""
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
 
@@ -76,7 +77,7 @@ def tile(width: int) -> dict[str, int]:
     return {"BLOCK_N": max(_TILE // columns, 1), "BLOCK_C": columns}
 
 
-def gated_residual_fwd(residual: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, by_column: bool) -> torch.Tensor:
+def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor, by_column: bool) -> Tensor:
     """out [N, C]."""
     residual, x = unit_rows(residual), unit_rows(x)
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)

@@ -1,6 +1,6 @@
 """The prologue of attention: normalisation of q and k over the head dim and the rotary embedding, in one pass."""
 
-from .api import norm_rope, qk_norm_rope
-from .table import rotary_cos_sin
+from mmkernels.ops.attention.rope.api import norm_rope, qk_norm_rope
+from mmkernels.ops.attention.rope.table import rotary_cos_sin
 
 __all__ = ["norm_rope", "qk_norm_rope", "rotary_cos_sin"]

@@ -7,41 +7,41 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mmkernels.ops.attention.rope.op import norm_rope_fwd_op
+from mmkernels.ops.attention.rope.table import rotary_cos_sin
+from mmkernels.ops.checks import FLOATING, expect_tensor, integer, not_yet, real, wrong_type, wrong_value
 from mmkernels.runtime import backends
-
-from ..._checks import FLOATING, expect_tensor, integer, not_yet, real, wrong_type, wrong_value
-from .op import norm_rope_fwd_op
-from .table import rotary_cos_sin
 
 __all__ = ["norm_rope", "qk_norm_rope"]
 
 # A row lies in the registers of one Triton program.
 _MAX_TRITON_HEAD_DIM = 1024
 
-CosSin = tuple[torch.Tensor, torch.Tensor]
+CosSin = tuple[Tensor, Tensor]
 
 
 def qk_norm_rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor | None = None,
     *,
     cos_sin: CosSin | None = None,
     rotary_dim: int | None = None,
     base: float | None = None,
-    inv_freq: torch.Tensor | None = None,
+    inv_freq: Tensor | None = None,
     sections: Sequence[int] | None = None,
     section_layout: str = "contiguous",
     interleaved: bool = False,
     norm: str | None = "rms",
     eps: float = 1e-6,
-    q_weight: torch.Tensor | None = None,
-    k_weight: torch.Tensor | None = None,
-    q_bias: torch.Tensor | None = None,
-    k_bias: torch.Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Normalise q and k over the head dim and turn them by their positions, each in one pass over memory.
 
         n = (x - mu) / sqrt(mean (x - mu)^2 + eps) * weight + bias     (mu = 0 for "rms")
@@ -93,22 +93,22 @@ def qk_norm_rope(
 
 
 def norm_rope(
-    x: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
+    x: Tensor,
+    position_ids: Tensor | None = None,
     *,
     cos_sin: CosSin | None = None,
     rotary_dim: int | None = None,
     base: float | None = None,
-    inv_freq: torch.Tensor | None = None,
+    inv_freq: Tensor | None = None,
     sections: Sequence[int] | None = None,
     section_layout: str = "contiguous",
     interleaved: bool = False,
     norm: str | None = "rms",
     eps: float = 1e-6,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """`qk_norm_rope` of one tensor: for queries and keys that belong to different tokens, or to have only one of them.
 
     Args:
@@ -131,22 +131,22 @@ def norm_rope(
 
 
 def _apply(
-    x: torch.Tensor,
+    x: Tensor,
     table: CosSin | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     norm: str | None,
     eps: float,
     interleaved: bool,
     backend: str | None,
-) -> torch.Tensor:
+) -> Tensor:
     chosen = backends.resolve("attention", x, backend, _limits(x))
     rows = x.flatten(0, 1) if x.ndim == 4 else x
     cos, sin = table if table is not None else (None, None)
     return norm_rope_fwd_op(rows, cos, sin, weight, bias, norm or "", eps, interleaved, chosen).view(x.shape)
 
 
-def _limits(x: torch.Tensor) -> dict[str, str | None] | None:
+def _limits(x: Tensor) -> dict[str, str | None] | None:
     limits: dict[str, str | None] = {}
     if x.device.type != "cpu":
         limits["native"] = "norm_rope has no CUDA C++ kernel"
@@ -156,12 +156,12 @@ def _limits(x: torch.Tensor) -> dict[str, str | None] | None:
 
 
 def _table(
-    x: torch.Tensor,
-    position_ids: torch.Tensor | None,
+    x: Tensor,
+    position_ids: Tensor | None,
     cos_sin: Any,
     rotary_dim: int | None,
     base: float | None,
-    inv_freq: torch.Tensor | None,
+    inv_freq: Tensor | None,
     sections: Sequence[int] | None,
     section_layout: str,
 ) -> CosSin | None:
@@ -178,7 +178,7 @@ def _table(
     dim = x.shape[-1] if rotary_dim is None else integer("rotary_dim", rotary_dim, "an even int")
     if dim > x.shape[-1]:
         wrong_value("rotary_dim", f"at most the head dim D={x.shape[-1]}", dim)
-    if isinstance(position_ids, torch.Tensor) and position_ids.device != x.device:
+    if isinstance(position_ids, Tensor) and position_ids.device != x.device:
         wrong_value("position_ids", f"positions on {x.device}", position_ids)
     cos, sin = rotary_cos_sin(
         position_ids,
@@ -194,7 +194,7 @@ def _table(
     return cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
 
 
-def _given_table(x: torch.Tensor, cos_sin: Any) -> CosSin:
+def _given_table(x: Tensor, cos_sin: Any) -> CosSin:
     if not isinstance(cos_sin, (tuple, list)) or len(cos_sin) != 2:
         wrong_type("cos_sin", "two tensors, (cos, sin)", cos_sin)
     cos, sin = cos_sin
@@ -212,14 +212,14 @@ def _given_table(x: torch.Tensor, cos_sin: Any) -> CosSin:
     return cos.reshape(-1, cos.shape[-1]).contiguous(), sin.reshape(-1, sin.shape[-1]).contiguous()
 
 
-def _check_tokens(name: str, expected: str, got: torch.Tensor, cos: torch.Tensor, x: torch.Tensor) -> None:
+def _check_tokens(name: str, expected: str, got: Tensor, cos: Tensor, x: Tensor) -> None:
     """The table's rows are x's tokens: of all samples, or the same for each."""
     tokens = x.shape[:-2]
     if cos.shape[:-1] not in (tokens, tokens[-1:]):
         wrong_value(name, expected, got)
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -249,8 +249,8 @@ def _check_norm(norm: Any, eps: Any, interleaved: Any, table: CosSin | None) -> 
 
 
 def _affine(
-    prefix: str, x: torch.Tensor, norm: str | None, weight: torch.Tensor | None, bias: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    prefix: str, x: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """weight and bias in the dtype of computation, contiguous; gradients go back through the conversion."""
     D, dtype = x.shape[-1], _compute_dtype(x)
     converted = []

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mmkernels.runtime.native import core, threads, view
 
 __all__ = ["norm_rope_bwd", "norm_rope_fwd"]
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: Tensor) -> Tensor:
     """The kernels want the last dimension contiguous; the others may have any stride."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def norm_rope_fwd(
-    x: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     norm: str,
     eps: float,
     interleaved: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """y [T, H, D]."""
     x, y = _rows(x), x.new_empty(x.shape)
     tensors = [view(t) for t in (x, cos, sin, weight, bias, y)]
@@ -33,15 +34,15 @@ def norm_rope_fwd(
 
 
 def norm_rope_bwd(
-    grad_out: torch.Tensor,
-    x: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    grad_out: Tensor,
+    x: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weight: Tensor | None,
     norm: str,
     eps: float,
     interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx [T, H, D]; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
     grad_out, x = _rows(grad_out), _rows(x) if x is not None else None
     dx = grad_out.new_empty(grad_out.shape)

@@ -9,36 +9,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mmkernels.ops.attention.rope import native, reference
+from mmkernels.ops.attention.rope.second import norm_rope_second
 from mmkernels.runtime.backends import BACKENDS
 from mmkernels.runtime.register import Op, Second
-
-from . import native, reference
-from .second import norm_rope_second
 
 __all__ = ["norm_rope_bwd_op", "norm_rope_fwd_op", "norm_rope_second_op"]
 
 
 def _triton_fwd(*args: Any) -> Any:
-    from .triton_fwd import norm_rope_fwd
+    from mmkernels.ops.attention.rope.triton_fwd import norm_rope_fwd
 
     return norm_rope_fwd(*args)
 
 
 def _triton_bwd(*args: Any) -> Any:
-    from .triton_bwd import norm_rope_bwd
+    from mmkernels.ops.attention.rope.triton_bwd import norm_rope_bwd
 
     return norm_rope_bwd(*args)
 
 
-def _bwd_fake(grad_out: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+def _bwd_fake(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     norm, D = rest[4], grad_out.shape[2]
     dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
     dweight = grad_out.new_empty(D if norm else 0, dtype=dtype)
     return grad_out.new_empty(grad_out.shape), dweight, dweight.new_empty(D if norm == "layer" else 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, cos, sin, weight, bias, ctx.norm, *ctx.options = inputs
     # The turn alone is undone without x, which need not be kept alive then.
     ctx.save_for_backward(x if ctx.norm else None, cos, sin, weight)
@@ -46,7 +46,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     ctx.set_materialize_grads(False)  # a tangent that there is not comes as None
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
     if grad_out is None:
         return (None,) * 9
     x, cos, sin, weight = ctx.saved_tensors
@@ -54,7 +54,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None) -> tuple[Any, ...]:
     return dx, None, None, dweight if weight is not None else None, dbias if ctx.has_bias else None, *(None,) * 4
 
 
-def _jvp(ctx: Any, x: Any, cos: Any, sin: Any, weight: Any, bias: Any, *_: Any) -> torch.Tensor:
+def _jvp(ctx: Any, x: Any, cos: Any, sin: Any, weight: Any, bias: Any, *_: Any) -> Tensor:
     if cos is not None or sin is not None:
         raise NotImplementedError(
             "cos_sin, inv_freq, position_ids: no derivative, in forward mode neither; detach them"
@@ -62,7 +62,7 @@ def _jvp(ctx: Any, x: Any, cos: Any, sin: Any, weight: Any, bias: Any, *_: Any) 
     return norm_rope_second_op(x, weight, bias, None, *ctx.saved_tensors, ctx.norm, *ctx.options)[0]
 
 
-def _second_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+def _second_fake(*args: Any) -> tuple[Tensor, ...]:
     tangent_x, _, _, grad_out, x, _, _, _, norm, *_ = args
     like = next(t for t in (x, grad_out, tangent_x) if t is not None)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32

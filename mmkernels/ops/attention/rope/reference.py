@@ -16,17 +16,16 @@ Pairs (a, b) are (j, j + R/2), or (2j, 2j + 1) when interleaved, 0 <= j < R/2. L
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 __all__ = ["norm_rope_bwd", "norm_rope_fwd", "normalised", "rotate", "wide"]
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool, sign: float
-) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, sign: float) -> Tensor:
     """x [T, H, D] turned by sign times the angles of the table [P, R/2], whose row t % P belongs to token t."""
     if cos is None or sin is None:
         return x
@@ -42,7 +41,7 @@ def rotate(
     return torch.cat([pairs, rest], -1)
 
 
-def normalised(x: torch.Tensor, norm: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def normalised(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
     """h [T, H, D] and r [T, H, 1]."""
     if norm == "layer":
         x = x - x.mean(-1, keepdim=True)
@@ -51,15 +50,15 @@ def normalised(x: torch.Tensor, norm: str, eps: float) -> tuple[torch.Tensor, to
 
 
 def norm_rope_fwd(
-    x: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     norm: str,
     eps: float,
     interleaved: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """y [T, H, D] in x's dtype."""
     n = wide(x)
     if norm:
@@ -71,15 +70,15 @@ def norm_rope_fwd(
 
 
 def norm_rope_bwd(
-    grad_out: torch.Tensor,
-    x: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    grad_out: Tensor,
+    x: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weight: Tensor | None,
     norm: str,
     eps: float,
     interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx in grad_out's dtype; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
     g = rotate(wide(grad_out), cos, sin, interleaved, -1.0)
     if x is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import normalised, rotate, wide
+from mmkernels.ops.attention.rope.reference import normalised, rotate, wide
 
 __all__ = ["norm_rope_second"]
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..._checks import describe, expect_tensor, integer, not_yet, real, wrong_type, wrong_value
+from mmkernels.ops.checks import describe, expect_tensor, integer, not_yet, real, wrong_type, wrong_value
 
 __all__ = ["rotary_cos_sin"]
 
@@ -18,16 +19,16 @@ _LAYOUTS = ("contiguous", "interleaved")
 
 
 def rotary_cos_sin(
-    position_ids: torch.Tensor,
+    position_ids: Tensor,
     rotary_dim: int,
     *,
     base: float = 10000.0,
-    inv_freq: torch.Tensor | None = None,
+    inv_freq: Tensor | None = None,
     sections: Sequence[int] | None = None,
     section_layout: str = "contiguous",
     scaling: float = 1.0,
     dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The table of a rotary embedding: built once per batch, used by every layer.
 
         angle_tj = position_t inv_freq_j,  inv_freq_j = base^(-2 j / R),  0 <= j < R / 2
@@ -75,7 +76,7 @@ def rotary_cos_sin(
     return (angle.cos() * scaling).to(dtype), (angle.sin() * scaling).to(dtype)
 
 
-def frequency_axes(sections: Sequence[int], layout: str, device: torch.device) -> torch.Tensor:
+def frequency_axes(sections: Sequence[int], layout: str, device: torch.device) -> Tensor:
     """Which axis of the positions each frequency reads: int64 [sum(sections)]."""
     order = torch.arange(sum(sections), device=device)
     axis = torch.zeros_like(order)

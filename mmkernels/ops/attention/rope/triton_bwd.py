@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .triton_fwd import (
+from mmkernels.ops.attention.rope.triton_fwd import (
     AOT_LAUNCHES,
     NORMS,
     aot_case,
@@ -150,15 +151,15 @@ def _norm_rope_bwd_kernel(
 
 
 def norm_rope_bwd(
-    grad_out: torch.Tensor,
-    x: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    grad_out: Tensor,
+    x: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weight: Tensor | None,
     norm: str,
     eps: float,
     interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx [T, H, D]; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
     grad_out = unit_rows(grad_out)
     x = unit_rows(x) if x is not None else grad_out  # not read without a norm

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mmkernels.ops._tl import cast
+from mmkernels.ops.triton_common import cast
 
 if TYPE_CHECKING:
     from mmkernels.testing.aot import TritonCase
@@ -121,12 +122,12 @@ def _norm_rope_fwd_kernel(
         store_part(p_y, m_r, o_c, m_c, b_c)
 
 
-def unit_rows(x: torch.Tensor) -> torch.Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """The kernels want the last dimension contiguous; the others may have any stride."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def on_device(x: torch.Tensor) -> torch.cuda.device:
+def on_device(x: Tensor) -> torch.cuda.device:
     """Makes x's GPU the current one for a launch; does nothing for the interpreter's CPU tensors."""
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
 
@@ -142,15 +143,15 @@ def tile(head_dim: int, half: int, interleaved: bool) -> dict[str, int]:
 
 
 def norm_rope_fwd(
-    x: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     norm: str,
     eps: float,
     interleaved: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """y [T, H, D]."""
     x = unit_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -10,6 +10,7 @@ import warnings
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "FLOATING",
@@ -36,7 +37,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def describe(value: Any) -> str:
     """A tensor as `[3, 4] int64 on cpu`; anything else as its repr."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
     return f"{value!r} ({type(value).__name__})"
 
@@ -97,7 +98,7 @@ def integer(name: str, value: Any, expected: str, *, at_least: int | None = None
         TypeError: not an integer.
         ValueError: below `at_least`.
     """
-    if isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool):
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         wrong_type(name, expected, value)
     number = value
     if not isinstance(value, (int, torch.SymInt)):
@@ -118,7 +119,7 @@ def validating() -> bool:
     return value == "1"
 
 
-def readable(tensor: torch.Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether the values of a tensor may be looked at: on a CPU, and on a GPU when `validating()`.
 
     Never where there are none to read: while compiling or tracing, on the meta device, and under vmap.
@@ -134,7 +135,7 @@ def readable(tensor: torch.Tensor) -> bool:
     return True
 
 
-def is_traced(tensor: torch.Tensor) -> bool:
+def is_traced(tensor: Tensor) -> bool:
     """Whether a tensor is fake or a proxy, or will be by the next operation (FakeTensorMode, make_fx, torch.export)."""
     modes = torch._C._TorchDispatchModeKey
     if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
@@ -143,7 +144,7 @@ def is_traced(tensor: torch.Tensor) -> bool:
     return torch._is_functional_tensor(tensor) or (fakes is not None and isinstance(tensor, fakes.FakeTensor))
 
 
-def expect_true(holds: torch.Tensor, message: str, got: Any = None) -> None:
+def expect_true(holds: Tensor, message: str, got: Any = None) -> None:
     """A condition on values, of any shape: ValueError with what came, or where it cannot be read without waiting, an
     assertion on the device. Under vmap it must hold for every sample.
     """
@@ -156,7 +157,7 @@ def expect_true(holds: torch.Tensor, message: str, got: Any = None) -> None:
         raise ValueError(message if got is None else f"{message}, got {describe(got)}")
 
 
-def narrowed(name: str, value: torch.Tensor, dtype: torch.dtype, *, bits: bool = False) -> torch.Tensor:
+def narrowed(name: str, value: Tensor, dtype: torch.dtype, *, bits: bool = False) -> Tensor:
     """Integers in a narrower type, which torch's own int64 mostly fits into.
 
     Args:
@@ -186,7 +187,7 @@ def expect_tensor(
     *,
     ndim: int | tuple[int, ...] | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOATING,
-    like: torch.Tensor | None = None,
+    like: Tensor | None = None,
 ) -> None:
     """Check a tensor argument.
 
@@ -202,7 +203,7 @@ def expect_tensor(
         TypeError: not a tensor, or a dtype that is not allowed.
         ValueError: wrong number of dimensions, or another device.
     """
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         wrong_type(name, expected, value)
     if value.dtype not in dtypes:
         wrong_type(name, expected, value)
