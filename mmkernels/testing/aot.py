@@ -1,6 +1,6 @@
 """GPU kernels compiled ahead of time, with no GPU: registers, spills, local and shared memory, tensor-core use.
 
-Each family lists the Triton configurations it launches in `aot_cases()` of each `triton_fwd.py` and `triton_bwd.py`:
+`aot_cases/<family>.py` lists the Triton configurations that a family launches:
 
     def aot_cases() -> list[TritonCase]:
         return [
@@ -22,6 +22,7 @@ import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -295,23 +296,13 @@ def _short(demangled: str) -> str:
 
 def families() -> list[str]:
     """The families that have Triton kernels."""
-    from mmkernels import ops
-
-    folders = [Path(path) for path in ops.__path__]
-    return sorted({found.parent.name for folder in folders for found in folder.glob("*/triton_fwd.py")})
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("aot_cases"))]))
 
 
 def cases(family: str) -> list[TritonCase]:
-    """Every Triton configuration of a family and of the packages in its folder, forward and backward."""
-    from mmkernels import ops
-
-    found = {p.relative_to(root) for root in ops.__path__ for p in Path(root).glob(f"{family}/**/triton_[fb]wd.py")}
-    listed = []
-    for path in sorted(found):
-        module = importlib.import_module(".".join(["mmkernels.ops", *path.with_suffix("").parts]))
-        listed_here = module.aot_cases()
-        assert listed_here, f"{module.__name__}.aot_cases() lists nothing"
-        listed += listed_here
+    """Every Triton configuration of a family."""
+    listed: list[TritonCase] = importlib.import_module(f"mmkernels.testing.aot_cases.{family}").aot_cases()
+    assert listed, f"{family}: aot_cases() lists nothing"
     names = [case.name for case in listed]
     assert len(set(names)) == len(names), f"{family}: two AOT cases have one name: {names}"
     return listed
