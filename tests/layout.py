@@ -105,18 +105,20 @@ LAYERS = (
     Layer(
         r"mmkernels\.ops\.triton_common", below=("mmkernels.runtime.backends",), packages=frozenset({"torch", "triton"})
     ),
-    Layer(_OPS_OR_PART + r"\.reference", packages=frozenset({"torch"})),
+    Layer(_OPS_OR_PART + r"\.types", packages=frozenset({"torch"})),
+    Layer(_OPS_OR_PART + r"\.reference", below=("mmkernels.ops.{f}.types",), packages=frozenset({"torch"})),
     Layer(
         _OPS_OR_PART + r"\.triton_\w+",
         below=(
             "mmkernels.ops.triton_common",
             "mmkernels.ops.{f}.*.triton_*",
             "mmkernels.ops.{f}.*.reference",
+            "mmkernels.ops.{f}.types",
             "mmkernels.testing.aot",
         ),
         packages=frozenset({"torch", "triton"}),
     ),
-    Layer(_OPS_OR_PART + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.*.reference")),
+    Layer(_OPS_OR_PART + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.*.reference", "mmkernels.ops.{f}.types")),
     Layer(
         _OPS_OR_PART + r"\.(op\w*|_impls)",
         below=(_OWN, *_SHARED, _RUNTIME),

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mmkernels.ops.attention.additive import additive_attention
 from mmkernels.ops.attention.mask import AttentionMask
-from mmkernels.ops.attention.op import attention_fwd_op
-from mmkernels.ops.attention.reference import MaskRows, Options
+from mmkernels.ops.attention.op import attention_fwd
 from mmkernels.ops.attention.rows import dense_rows
+from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.checks import (
     deprecated,
     deprecated_deterministic,
@@ -112,7 +112,7 @@ def attention(
     rows = _rows(mask, samples, tokens_q, tokens_k, q.device, pair_bias)
     options = Options(pair_bias, sink, _seed(q.device) if dropout_p > 0 else None, dropout_p, factor)
     chosen = backends.resolve("attention", q, backend, _limits(q, v, rows, options))
-    out, lse = attention_fwd_op(q, k, v, *rows, *options, chosen)
+    out, lse = attention_fwd(q, k, v, rows, options, chosen)
     if len(shape) == 4:
         out = out.view(*shape[:-1], v.shape[-1])
         lse = lse.view(shape[2], samples, tokens_q).transpose(0, 1)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import MaskRows
 from mmkernels.ops.attention.rows import (
     cross_rows,
     media_rows,
@@ -23,6 +22,7 @@ from mmkernels.ops.attention.rows import (
     query_hull,
     segments_of,
 )
+from mmkernels.ops.attention.types import MaskRows
 from mmkernels.ops.checks import wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES
 

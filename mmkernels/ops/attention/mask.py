@@ -18,10 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention import builders, metadata, reference
+from mmkernels.ops.attention import builders, metadata
 from mmkernels.ops.attention.flops import visible_pairs
-from mmkernels.ops.attention.reference import MaskRows
 from mmkernels.ops.attention.tiles import TILE_K, TILE_Q, pack_states, tile_states
+from mmkernels.ops.attention.types import MaskRows
 from mmkernels.ops.checks import describe, expect_true, is_traced, readable, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
 
@@ -319,12 +319,12 @@ class AttentionMask:
                 CUDA metadata).
         """
         rows = self.rows(*self._sizes(tokens_q, tokens_k))
-        return reference.visible(rows, rows.first_q.shape[0])
+        return rows.visible().dense(rows.first_q.shape[0])
 
     def density(self, tokens_q: int | None = None, tokens_k: int | None = None) -> float:
         """Visible pairs over Tq Tk (0 when there are none). Syncs with a CUDA device."""
         rows = self.rows(*self._sizes(tokens_q, tokens_k))
-        return visible_pairs(rows) / max(rows.lo.shape[0] * rows.first_q.shape[0], 1)
+        return visible_pairs(rows.visible()) / max(rows.lo.shape[0] * rows.first_q.shape[0], 1)
 
     def plot(self, path: str, *, tile: tuple[int, int] = (TILE_Q, TILE_K)) -> None:
         """Write a picture of the tiles that are skipped, masked and computed whole, with the modalities coloured.

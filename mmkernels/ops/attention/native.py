@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import MaskRows, Options, bias_gradient, sink_gradient
+from mmkernels.ops.attention.reference import bias_gradient, sink_gradient
+from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.runtime import native
 
 __all__ = ["attention_bwd", "attention_fwd"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import MaskRows
 from mmkernels.ops.attention.tiles import FULL, PARTIAL, SKIP, tile_states
+from mmkernels.ops.attention.types import MaskRows
 from mmkernels.ops.modality import Modality
 
 __all__ = ["plot_mask"]

@@ -1,4 +1,4 @@
-"""The oracle: plain PyTorch over the dense score matrix, float64-capable, and what every backend is given.
+"""The oracle: plain PyTorch over the dense score matrix, float64-capable.
 
     s_ij  = scale <q_i, k_j> + bias[class_q_i, class_k_j]  where i sees j, else -inf
     lse_i = log(exp(sink) + sum_j exp(s_ij))       p_ij = exp(s_ij - lse_i)       out_i = sum_j z_ij p_ij v_j
@@ -17,14 +17,12 @@ else is not float64 is in float32. A pair of weight 0 adds nothing, not even 0 t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.types import MaskRows, Options
+
 __all__ = [
-    "MaskRows",
-    "Options",
     "attention_bwd",
     "attention_fwd",
     "bias_gradient",
@@ -33,58 +31,8 @@ __all__ = [
     "keep",
     "probabilities",
     "sink_gradient",
-    "visible",
     "weighted_sums",
 ]
-
-
-class MaskRows(NamedTuple):
-    """A mask as the kernels read it: int32, lo to allow_q and class_q along the queries, the others along the keys.
-
-        visible(i, j) = lo[i] <= j < hi[i] and (no pattern, or span_q[i] == span_k[j], or allow_q[i] & bit_k[j] != 0)
-
-    first_q, last_q bound the queries that see a key. The pattern is four vectors, or none; a key has one bit, always.
-    `tiles` is its tile map (tiles.py). The classes index a pair bias and are given with one only.
-    """
-
-    lo: Tensor
-    hi: Tensor
-    first_q: Tensor
-    last_q: Tensor
-    span_q: Tensor | None = None
-    span_k: Tensor | None = None
-    allow_q: Tensor | None = None
-    bit_k: Tensor | None = None
-    tiles: Tensor | None = None
-    class_q: Tensor | None = None
-    class_k: Tensor | None = None
-
-    def changed(self, **fields: Tensor) -> MaskRows:
-        """As `_replace`, which torch 2.6 cannot compile."""
-        values = [fields.get(name, value) for name, value in zip(MaskRows._fields, self, strict=True)]
-        return MaskRows(*values)  # type: ignore[arg-type]
-
-
-class Options(NamedTuple):
-    """What a call adds to q, k, v and the mask.
-
-    pair_bias [H, Cq, Ck] and sink [H] in the dtype of lse; seed int64 [1] of the dropout, given when dropout_p > 0.
-    """
-
-    pair_bias: Tensor | None
-    sink: Tensor | None
-    seed: Tensor | None
-    dropout_p: float
-    scale: float
-
-
-def visible(rows: MaskRows, num_keys: int) -> Tensor:
-    """Dense mask: bool [Tq, Tk]."""
-    key = torch.arange(num_keys, device=rows.lo.device)
-    seen = (rows.lo[:, None] <= key) & (key < rows.hi[:, None])
-    if rows.span_q is None or rows.span_k is None or rows.allow_q is None or rows.bit_k is None:
-        return seen
-    return seen & ((rows.span_q[:, None] == rows.span_k) | (rows.allow_q[:, None] & rows.bit_k != 0))
 
 
 def keep(
@@ -160,7 +108,7 @@ def dropout(
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     """out [Tq, H, Dv] in q's dtype and lse [H, Tq]."""
     dtype, group = compute_dtype(q), q.shape[1] // k.shape[1]
-    seen = visible(rows, k.shape[0])
+    seen = rows.visible().dense(k.shape[0])
     p, lse = probabilities(q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1), seen, rows, options)
     z = dropout(options, q.shape[1], seen, dtype)
     out = weighted_sums(p if z is None else p * z, v.to(dtype).repeat_interleave(group, dim=1))
@@ -185,7 +133,7 @@ def attention_bwd(
     dtype, group = compute_dtype(q), q.shape[1] // k.shape[1]
     x, do = q.to(dtype), grad_out.to(dtype)
     y, w = (t.to(dtype).repeat_interleave(group, dim=1) for t in (k, v))
-    seen = visible(rows, k.shape[0])
+    seen = rows.visible().dense(k.shape[0])
     p, lse = probabilities(x, y, seen, rows, options)
     z = dropout(options, q.shape[1], seen, dtype)
     dp = torch.einsum("qhd,khd->hqk", do, w)

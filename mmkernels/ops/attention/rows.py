@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import MaskRows
+from mmkernels.ops.attention.types import MaskRows
 
 __all__ = ["cross_rows", "dense_rows", "media_rows", "multimodal_rows", "packed_rows", "prefix_rows", "query_hull"]
 

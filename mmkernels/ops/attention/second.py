@@ -25,15 +25,13 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.attention.reference import (
-    MaskRows,
-    Options,
     bias_gradient,
     compute_dtype,
     dropout,
     probabilities,
-    visible,
     weighted_sums,
 )
+from mmkernels.ops.attention.types import MaskRows, Options
 
 __all__ = ["Softmax", "attention_second", "blocks", "grouped", "zero_if_none"]
 
@@ -128,10 +126,13 @@ def attention_second(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     rows: MaskRows,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """Tangents of out [Tq, H, Dv] and lse [H, Tq]; of dq, dk, dv, dbias, dsink, empty without a gradient of out."""
+    """Tangents of out [Tq, H, Dv] and lse [H, Tq], which it computes anew, unrounded; of dq, dk, dv, dbias, dsink,
+    empty without a gradient of out."""
     call = _Call((q, k, v), (tangent_q, tangent_k, tangent_v), (tangent_bias, tangent_sink), rows, options)
     for queries, keys in blocks(rows.lo, rows.hi, k.shape[0], q.shape[1]):
         call.visit(queries, keys, grad_out, grad_lse)
@@ -173,7 +174,7 @@ class _Call:
         (q, k, v), (dq, dk, dv) = (
             (x[queries], self._heads(y[keys]), self._heads(w[keys])) for x, y, w in (self.inputs, self.tangents)
         )
-        seen = visible(rows, k.shape[0])
+        seen = rows.visible().dense(k.shape[0])
         p, lse = probabilities(q, k, seen, rows, options)
         z = dropout(options, q.shape[1], seen, q.dtype, (queries.start, keys.start))
         moved = torch.einsum("qhd,khd->hqk", dq, k) + torch.einsum("qhd,khd->hqk", q, dk)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import MaskRows
+from mmkernels.ops.attention.types import MaskRows
 
 __all__ = ["FULL", "PARTIAL", "SKIP", "TILE_K", "TILE_Q", "pack_states", "tile_states"]
 

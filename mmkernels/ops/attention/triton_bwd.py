@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import MaskRows, Options, bias_gradient, sink_gradient
+from mmkernels.ops.attention.reference import bias_gradient, sink_gradient
 from mmkernels.ops.attention.triton_extras import (
     FULL,
     SKIP,
@@ -50,6 +50,7 @@ from mmkernels.ops.attention.triton_fwd import (
     tiles,
     unit_rows,
 )
+from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.triton_common import cast, dot, generation
 
 __all__ = ["aot_cases", "attention_bwd"]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import MaskRows, Options
+from mmkernels.ops.attention.types import MaskRows, Options
 
 __all__ = ["arguments", "bias_of", "flags", "keep_tile", "load_ints", "tile_state", "visible"]
 

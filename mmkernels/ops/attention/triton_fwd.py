@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import MaskRows, Options
 from mmkernels.ops.attention.triton_extras import (
     FULL,
     POINTERS,
@@ -34,6 +33,7 @@ from mmkernels.ops.attention.triton_extras import (
     tile_state,
     visible,
 )
+from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.triton_common import LN_2, LOG2_E, cast, dot, generation
 
 __all__ = ["aot_cases", "attention_fwd"]

@@ -39,7 +39,7 @@ from mmkernels.ops.contrastive.reference import (
     Teacher,
     statistics_dtype,
 )
-from mmkernels.runtime.register import Op, Second
+from mmkernels.runtime.legacy_register import Op, Second
 
 __all__ = [
     "infonce_bwd",

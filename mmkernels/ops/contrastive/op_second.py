@@ -14,7 +14,7 @@ from torch import Tensor
 from mmkernels.ops.contrastive import second
 from mmkernels.ops.contrastive.reference import COEFFICIENTS, Pairs, Teacher, statistics_dtype
 from mmkernels.runtime.backends import BACKENDS
-from mmkernels.runtime.register import Op
+from mmkernels.runtime.legacy_register import Op
 
 __all__ = ["PAIRS", "TEACHER", "infonce_second", "siglip_second", "sigmoid_second", "softmax_second"]
 

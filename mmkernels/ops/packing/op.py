@@ -23,7 +23,7 @@ from torch import Tensor
 from mmkernels.ops.checks import readable
 from mmkernels.ops.packing._impls import check_cu_seqlens, check_index, impls
 from mmkernels.ops.packing.op_pool import MODES, segment_pool, segment_pool_bwd, weighted_pool, weighted_pool_bwd
-from mmkernels.runtime.register import Op
+from mmkernels.runtime.legacy_register import Op
 
 __all__ = [
     "MAX_SOURCES",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.packing._impls import check_cu_seqlens, impls
-from mmkernels.runtime.register import Op
+from mmkernels.runtime.legacy_register import Op
 
 __all__ = ["MODES", "segment_pool", "segment_pool_bwd", "weighted_pool", "weighted_pool_bwd"]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mmkernels import AttentionMask, BackendError, GradCache, attention
 from mmkernels.ops.attention.api import _limits
-from mmkernels.ops.attention.reference import MaskRows, Options, keep
+from mmkernels.ops.attention.reference import keep
+from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing.attention import cu_seqlens, make_inputs, run
 

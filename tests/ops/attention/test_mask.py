@@ -235,10 +235,8 @@ def test_segments_of_every_size(lengths):
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     some = torch.randint(0, tokens, (200,))
     some_rows = rows._replace(lo=rows.lo[some], hi=rows.hi[some], span_q=rows.span_q[some], allow_q=rows.allow_q[some])
-    from mmkernels.ops.attention.reference import visible
-
     expected = (owner[some][:, None] == owner) & (modality[some][:, None] != modality)
-    assert torch.equal(visible(some_rows, tokens), expected)
+    assert torch.equal(some_rows.visible().dense(tokens), expected)
     assert rows.tiles.numel() * 4 <= (tokens / 128 + 1) * (tokens / 64 / 16 + 1) * 4
 
 

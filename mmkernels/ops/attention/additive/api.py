@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.additive.op import additive_fwd_op
-from mmkernels.ops.attention.additive.reference import Visible
+from mmkernels.ops.attention.additive.op import additive_fwd
 from mmkernels.ops.attention.mask import AttentionMask
+from mmkernels.ops.attention.types import Visible
 from mmkernels.ops.checks import expect_tensor, wrong_type, wrong_value
 from mmkernels.runtime import backends
 
@@ -69,7 +69,7 @@ def additive_attention(
     if q.ndim == 4:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     chosen = backends.resolve("attention", q, backend, _limits(q, v))
-    out, lse = additive_fwd_op(q, k, v, w, bias, *visible, chosen)
+    out, lse = additive_fwd(q, k, v, w, bias, visible, chosen)
     if len(shape) == 4:
         out = out.view(*shape[:-1], v.shape[-1])
         lse = lse.view(H, samples, tokens_q).transpose(0, 1)
@@ -80,8 +80,7 @@ def _visible(mask: AttentionMask | None, samples: int, tokens_q: int, tokens_k: 
     """The mask's vectors; without a mask a query sees all keys of its sample."""
     if mask is None:
         mask = AttentionMask.packed(*(_boundaries(samples, tokens, device) for tokens in (tokens_q, tokens_k)))
-    rows = mask.rows(samples * tokens_q, samples * tokens_k)
-    return Visible(**{name: getattr(rows, name) for name in Visible._fields if hasattr(rows, name)})
+    return mask.rows(samples * tokens_q, samples * tokens_k).visible()
 
 
 def _boundaries(samples: int, tokens: int, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.additive.reference import Visible
+from mmkernels.ops.attention.types import Visible
 from mmkernels.runtime.native import core, threads, view
 
 __all__ = ["additive_bwd", "additive_fwd"]

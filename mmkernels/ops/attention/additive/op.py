@@ -1,8 +1,7 @@
-"""The ops `mmkernels::attention_additive_fwd`, `_bwd` and `_second`: schema, fake, backward.
+"""The ops `mmkernels::attention_additive_fwd`, `_bwd` and `_second`: arguments, shapes, derivatives.
 
 q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> out [Tq, H, Dv] in q's dtype, lse [H, Tq]. w, bias [H, D] and lse are
-float32 (float64 for float64); the mask's tensors are int32, `reference.Visible`. A backend's dq is in w's dtype: the
-bias's gradient is its sum over the tokens.
+float32 (float64 for float64). A backend's dq is in w's dtype: the bias's gradient is its sum over the tokens.
 """
 
 from __future__ import annotations
@@ -14,40 +13,38 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.attention.additive import native, reference
-from mmkernels.ops.attention.additive.reference import Visible
 from mmkernels.ops.attention.additive.second import additive_second
 from mmkernels.ops.attention.flops import bwd_flops, fwd_flops, second_flops
-from mmkernels.runtime.backends import BACKENDS
-from mmkernels.runtime.register import Op, Second
+from mmkernels.ops.attention.types import Visible
+from mmkernels.runtime.register import Context, Op, Second, on_triton
 
-__all__ = ["additive_bwd_op", "additive_fwd_op", "additive_second_op"]
-
-_MASK = (
-    "Tensor lo, Tensor hi, Tensor first_q, Tensor last_q,"
-    " Tensor? span_q, Tensor? span_k, Tensor? allow_q, Tensor? bit_k"
-)
-_NUM_MASK = len(Visible._fields)
+__all__ = ["additive_bwd", "additive_fwd"]
 
 
-def _with_mask(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A backend's function, which takes a Visible, as one of the op's flat arguments."""
-    return lambda *args: run(*args[:-_NUM_MASK], Visible(*args[-_NUM_MASK:]))
-
-
-def _triton_fwd(*args: Any) -> Any:
-    from mmkernels.ops.attention.additive.triton_fwd import additive_fwd
-
-    return additive_fwd(*args)
-
-
-def _triton_bwd(*args: Any) -> Any:
-    from mmkernels.ops.attention.additive.triton_bwd import additive_bwd
-
-    return additive_bwd(*args)
-
-
-def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *rest: Any) -> Any:
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, w: Tensor, bias: Tensor, mask: Visible) -> tuple[Tensor, Tensor]:
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), w.new_empty((q.shape[1], q.shape[0]))
+
+
+def _bwd_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Visible,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dw, dbias = (x.new_empty(x.shape) for x in (q, k, v, w, bias))
+    return dq, dk, dv, dw, dbias
+
+
+def _second_fake(*args: Any) -> tuple[Tensor, ...]:
+    grad_out, _, q, k, v, w, bias, _, _, mask = args[5:]
+    grads = (x.new_empty(0 if grad_out is None else x.shape) for x in (q, k, v, w, bias))
+    return *_fwd_fake(q, k, v, w, bias, mask), *grads
 
 
 def _with_bias(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,76 +57,52 @@ def _with_bias(run: Callable[..., Any]) -> Callable[..., Any]:
     return gradients
 
 
-def _bwd_fake(grad_out: Any, grad_lse: Any, *args: Tensor) -> Any:
-    return tuple(x.new_empty(x.shape) for x in args[:5])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors[:5], *output, *tensors[5:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[5])
-    return *additive_bwd_op(grad_out, grad_lse, *saved, ctx.backend), *(None,) * (_NUM_MASK + 1)
-
-
-def _jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-    made = additive_second_op(*tangents[:5], None, None, *ctx.saved_tensors, ctx.backend)
-    return made[0], made[1]
-
-
-def _without_outputs(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that computes out and lse, which come before the mask, anew."""
-    return lambda *args: run(*args[:-3], args[-1])
-
-
-def _second_fake(*args: Any) -> tuple[Tensor, ...]:
-    grad_out, _, *inputs = args[5:12]
-    grads = (x.new_empty(0 if grad_out is None else x.shape) for x in inputs)
-    return *_fwd_fake(*inputs), *grads
-
-
-_GRADIENTS = (
-    "Tensor{} grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor w, Tensor bias, Tensor out, Tensor lse"
-)
-
-additive_second_op = Op(
-    "attention_additive_second",
-    "(Tensor? tangent_q, Tensor? tangent_k, Tensor? tangent_v, Tensor? tangent_w, Tensor? tangent_bias,"
-    f" {_GRADIENTS.format('?')}, {_MASK}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    impls=dict.fromkeys(BACKENDS, _with_mask(_without_outputs(additive_second))),
-    fake=_second_fake,
-    flops=lambda *args: second_flops(args[5], args[7], args[9], args[14 : 14 + _NUM_MASK]),
-)
-
-additive_bwd_op = Op(
+additive_bwd = Op(
     "attention_additive_bwd",
-    f"({_GRADIENTS.format('')}, {_MASK}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    impls={
-        "native": _with_bias(_with_mask(native.additive_bwd)),
-        "triton": _with_bias(_with_mask(_triton_bwd)),
-        "reference": _with_bias(_with_mask(reference.additive_bwd)),
-    },
     fake=_bwd_fake,
-    flops=lambda *args: bwd_flops(args[2], args[4], args[9 : 9 + _NUM_MASK]),
-    second=Second(additive_second_op, grads=2, wrt=(2, 3, 4, 5, 6)),
+    impls={
+        "native": _with_bias(native.additive_bwd),
+        "triton": _with_bias(on_triton("mmkernels.ops.attention.additive.triton_bwd", "additive_bwd")),
+        "reference": _with_bias(reference.additive_bwd),
+    },
+    second=Second(
+        additive_second,
+        _second_fake,
+        grads=("grad_out", "grad_lse"),
+        wrt=("q", "k", "v", "w", "bias"),
+        flops=lambda *args: second_flops(args[5], args[7], args[9], args[-1]),
+    ),
+    flops=lambda do, dlse, q, k, v, w, bias, out, lse, mask: bwd_flops(q, v, mask),
 )
 
-additive_fwd_op = Op(
+
+def _save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    *tensors, mask = inputs
+    return *tensors, *outputs, mask
+
+
+def _backward(ctx: Context, grad_out: Tensor | None, grad_lse: Tensor | None) -> dict[str, Tensor]:
+    *_, out, _, _ = ctx.saved
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads = additive_bwd(grad_out, grad_lse, *ctx.saved, ctx.backend)
+    return dict(zip(("q", "k", "v", "w", "bias"), grads, strict=True))
+
+
+def _jvp(ctx: Context, q: Any, k: Any, v: Any, w: Any, bias: Any, mask: Visible) -> tuple[Tensor, ...]:
+    moved: tuple[Tensor, ...] = additive_bwd.second(q, k, v, w, bias, None, None, *ctx.saved, ctx.backend)
+    return moved[:2]
+
+
+additive_fwd = Op(
     "attention_additive_fwd",
-    f"(Tensor q, Tensor k, Tensor v, Tensor w, Tensor bias, {_MASK}, str backend) -> (Tensor, Tensor)",
-    impls={
-        "native": _with_mask(native.additive_fwd),
-        "triton": _with_mask(_triton_fwd),
-        "reference": _with_mask(reference.additive_fwd),
-    },
     fake=_fwd_fake,
-    setup_context=_setup_context,
+    impls={
+        "native": native.additive_fwd,
+        "triton": on_triton("mmkernels.ops.attention.additive.triton_fwd", "additive_fwd"),
+        "reference": reference.additive_fwd,
+    },
+    save=_save,
     backward=_backward,
     jvp=_jvp,
-    flops=lambda *args: fwd_flops(args[0], args[2], args[5 : 5 + _NUM_MASK]),
+    flops=lambda q, k, v, w, bias, mask: fwd_flops(q, v, mask),
 )

@@ -13,35 +13,12 @@ A row that sees no key gives out 0, lse -inf and adds nothing to any gradient. L
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-__all__ = ["Visible", "additive_bwd", "additive_fwd", "heads_first", "probabilities"]
+from mmkernels.ops.attention.types import Visible
 
-
-class Visible(NamedTuple):
-    """What the kernels read of a mask, int32: visible(i, j) = lo[i] <= j < hi[i] and (no pattern, or
-    span_q[i] == span_k[j], or allow_q[i] & bit_k[j] != 0). The pattern is four vectors, or none; first_q, last_q [Tk]
-    bound the queries that see a key."""
-
-    lo: Tensor
-    hi: Tensor
-    first_q: Tensor
-    last_q: Tensor
-    span_q: Tensor | None = None
-    span_k: Tensor | None = None
-    allow_q: Tensor | None = None
-    bit_k: Tensor | None = None
-
-    def dense(self, num_keys: int) -> Tensor:
-        """bool [Tq, Tk]."""
-        key = torch.arange(num_keys, device=self.lo.device)
-        seen = (self.lo[:, None] <= key) & (key < self.hi[:, None])
-        if self.span_q is None or self.span_k is None or self.allow_q is None or self.bit_k is None:
-            return seen
-        return seen & ((self.span_q[:, None] == self.span_k) | (self.allow_q[:, None] & self.bit_k != 0))
+__all__ = ["additive_bwd", "additive_fwd", "heads_first", "probabilities"]
 
 
 def heads_first(x: Tensor, dtype: torch.dtype, heads: int) -> Tensor:

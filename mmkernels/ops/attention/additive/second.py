@@ -16,8 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.additive.reference import Visible, heads_first, probabilities
+from mmkernels.ops.attention.additive.reference import heads_first, probabilities
 from mmkernels.ops.attention.second import Softmax, blocks, grouped, zero_if_none
+from mmkernels.ops.attention.types import Visible
 
 __all__ = ["additive_second"]
 
@@ -42,9 +43,12 @@ def additive_second(
     v: Tensor,
     w: Tensor,
     bias: Tensor,
+    out: Tensor,
+    lse: Tensor,
     mask: Visible,
 ) -> tuple[Tensor, ...]:
-    """Tangents of out [Tq, H, Dv] and lse [H, Tq]; of dq, dk, dv, dw, dbias, empty without a gradient of out."""
+    """Tangents of out [Tq, H, Dv] and lse [H, Tq], which it computes anew, unrounded; of dq, dk, dv, dw, dbias, empty
+    without a gradient of out."""
     dtype, heads, kv_heads = w.dtype, q.shape[1], k.shape[1]
     inputs = q, k, v, w, bias
     given = tangent_q, tangent_k, tangent_v, tangent_w, tangent_bias

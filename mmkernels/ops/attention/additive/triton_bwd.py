@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.additive.reference import Visible
 from mmkernels.ops.attention.additive.triton_fwd import (
     AOT_LAUNCHES,
     aot_case,
@@ -34,6 +33,7 @@ from mmkernels.ops.attention.additive.triton_fwd import (
     unit_rows,
     visible,
 )
+from mmkernels.ops.attention.types import Visible
 from mmkernels.ops.triton_common import LOG2_E, cast, dot
 
 if TYPE_CHECKING:

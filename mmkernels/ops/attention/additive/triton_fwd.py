@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.additive.reference import Visible
+from mmkernels.ops.attention.types import Visible
 from mmkernels.ops.triton_common import LN_2, LOG2_E, cast, dot, tanh
 
 if TYPE_CHECKING:

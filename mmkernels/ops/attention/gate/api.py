@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.gate.op import gated_residual_fwd_op
+from mmkernels.ops.attention.gate.op import gated_residual_fwd
 from mmkernels.ops.checks import FLOATING, expect_tensor, wrong_value
 from mmkernels.runtime import backends
 
@@ -45,7 +45,7 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, *, backend: str | 
     limits = {"native": "gated_residual has no CUDA C++ kernel"} if x.device.type != "cpu" else None
     chosen = backends.resolve("attention", x, backend, limits)
     gates = gate.to(compute).reshape(-1)
-    return gated_residual_fwd_op(residual.reshape(rows), x.reshape(rows), gates, by_column, chosen).view(x.shape)
+    return gated_residual_fwd(residual.reshape(rows), x.reshape(rows), gates, by_column, chosen).view(x.shape)
 
 
 def _check(residual: Tensor, x: Tensor, gate: Tensor) -> None:

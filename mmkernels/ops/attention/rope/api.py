@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.rope.op import norm_rope_fwd_op
+from mmkernels.ops.attention.rope.op import norm_rope_fwd
 from mmkernels.ops.attention.rope.table import rotary_cos_sin
 from mmkernels.ops.checks import FLOATING, expect_tensor, integer, not_yet, real, wrong_type, wrong_value
 from mmkernels.runtime import backends
@@ -143,7 +143,7 @@ def _apply(
     chosen = backends.resolve("attention", x, backend, _limits(x))
     rows = x.flatten(0, 1) if x.ndim == 4 else x
     cos, sin = table if table is not None else (None, None)
-    return norm_rope_fwd_op(rows, cos, sin, weight, bias, norm or "", eps, interleaved, chosen).view(x.shape)
+    return norm_rope_fwd(rows, cos, sin, weight, bias, norm or "", eps, interleaved, chosen).view(x.shape)
 
 
 def _limits(x: Tensor) -> dict[str, str | None] | None:

@@ -1,4 +1,4 @@
-"""The ops `mmkernels::attention_norm_rope_fwd`, `_bwd` and `_second`: schema, fake, backward.
+"""The ops `mmkernels::attention_norm_rope_fwd`, `_bwd` and `_second`: arguments, shapes, derivatives.
 
 x [T, H, D] -> y [T, H, D], contiguous. cos, sin [P, R/2], contiguous, row t % P belongs to token t; weight, bias [D].
 The four are float32 (float64 for float64). norm is "rms", "layer" or "" (then weight and bias are None).
@@ -8,94 +8,101 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.reference import compute_dtype
 from mmkernels.ops.attention.rope import native, reference
 from mmkernels.ops.attention.rope.second import norm_rope_second
-from mmkernels.runtime.backends import BACKENDS
-from mmkernels.runtime.register import Op, Second
+from mmkernels.runtime.register import Context, Op, Second, on_triton
 
-__all__ = ["norm_rope_bwd_op", "norm_rope_fwd_op", "norm_rope_second_op"]
-
-
-def _triton_fwd(*args: Any) -> Any:
-    from mmkernels.ops.attention.rope.triton_fwd import norm_rope_fwd
-
-    return norm_rope_fwd(*args)
+__all__ = ["norm_rope_bwd", "norm_rope_fwd"]
 
 
-def _triton_bwd(*args: Any) -> Any:
-    from mmkernels.ops.attention.rope.triton_bwd import norm_rope_bwd
-
-    return norm_rope_bwd(*args)
-
-
-def _bwd_fake(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    norm, D = rest[4], grad_out.shape[2]
-    dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
-    dweight = grad_out.new_empty(D if norm else 0, dtype=dtype)
-    return grad_out.new_empty(grad_out.shape), dweight, dweight.new_empty(D if norm == "layer" else 0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, cos, sin, weight, bias, ctx.norm, *ctx.options = inputs
-    # The turn alone is undone without x, which need not be kept alive then.
-    ctx.save_for_backward(x if ctx.norm else None, cos, sin, weight)
-    ctx.has_bias = bias is not None
-    ctx.set_materialize_grads(False)  # a tangent that there is not comes as None
+def _fwd_fake(
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:
+def _bwd_fake(
+    grad_out: Tensor,
+    x: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weight: Tensor | None,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return grad_out.new_empty(grad_out.shape), *_weight_gradients(grad_out, norm)
+
+
+def _weight_gradients(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """Empty where the norm has no weight, or no bias."""
+    sizes = x.shape[2] if norm else 0, x.shape[2] if norm == "layer" else 0
+    dweight, dbias = (x.new_empty(size, dtype=compute_dtype(x)) for size in sizes)
+    return dweight, dbias
+
+
+def _second_fake(
+    tangent_x: Any, tangent_weight: Any, tangent_bias: Any, grad_out: Any, x: Any, *options: Any
+) -> tuple[Tensor, ...]:
+    like = next(t for t in (x, grad_out, tangent_x) if t is not None)
+    _, _, _, norm, *_ = options
+    dweight, dbias = _weight_gradients(like, norm)
     if grad_out is None:
-        return (None,) * 9
-    x, cos, sin, weight = ctx.saved_tensors
-    dx, dweight, dbias = norm_rope_bwd_op(grad_out, x, cos, sin, weight, ctx.norm, *ctx.options)
-    return dx, None, None, dweight if weight is not None else None, dbias if ctx.has_bias else None, *(None,) * 4
+        return like.new_empty(like.shape), like.new_empty(0), dweight.new_empty(0), dbias.new_empty(0)
+    return like.new_empty(like.shape), like.new_empty(like.shape), dweight, dbias
 
 
-def _jvp(ctx: Any, x: Any, cos: Any, sin: Any, weight: Any, bias: Any, *_: Any) -> Tensor:
+norm_rope_bwd = Op(
+    "attention_norm_rope_bwd",
+    fake=_bwd_fake,
+    impls={
+        "native": native.norm_rope_bwd,
+        "triton": on_triton("mmkernels.ops.attention.rope.triton_bwd", "norm_rope_bwd"),
+        "reference": reference.norm_rope_bwd,
+    },
+    second=Second(norm_rope_second, _second_fake, grads=("grad_out",), wrt=("x", "weight", "bias")),
+)
+
+
+def _save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The turn alone is undone without x, which need not be kept alive then."""
+    x, cos, sin, weight, _, *options = inputs
+    return x if inputs.norm else None, cos, sin, weight, *options
+
+
+def _backward(ctx: Context, grad_out: Tensor) -> dict[str, Tensor]:
+    dx, dweight, dbias = norm_rope_bwd(grad_out, *ctx.saved, ctx.backend)
+    return {"x": dx, "weight": dweight, "bias": dbias}
+
+
+def _jvp(ctx: Context, x: Any, cos: Any, sin: Any, weight: Any, bias: Any, *options: None) -> Tensor:
     if cos is not None or sin is not None:
         raise NotImplementedError(
             "cos_sin, inv_freq, position_ids: no derivative, in forward mode neither; detach them"
         )
-    return norm_rope_second_op(x, weight, bias, None, *ctx.saved_tensors, ctx.norm, *ctx.options)[0]
+    moved: Tensor = norm_rope_bwd.second(x, weight, bias, None, *ctx.saved, ctx.backend)[0]
+    return moved
 
 
-def _second_fake(*args: Any) -> tuple[Tensor, ...]:
-    tangent_x, _, _, grad_out, x, _, _, _, norm, *_ = args
-    like = next(t for t in (x, grad_out, tangent_x) if t is not None)
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    shape, D = ((0,), 0) if grad_out is None else (like.shape, like.shape[2])
-    weights = (like.new_empty(size, dtype=dtype) for size in (D if norm else 0, D if norm == "layer" else 0))
-    return like.new_empty(like.shape), like.new_empty(shape), *weights
-
-
-_INPUTS = "Tensor? x, Tensor? cos, Tensor? sin, Tensor? weight, str norm, float eps, bool interleaved, str backend"
-
-norm_rope_second_op = Op(
-    "attention_norm_rope_second",
-    f"(Tensor? tangent_x, Tensor? tangent_weight, Tensor? tangent_bias, Tensor? grad_out, {_INPUTS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    impls=dict.fromkeys(BACKENDS, norm_rope_second),
-    fake=_second_fake,
-)
-
-norm_rope_bwd_op = Op(
-    "attention_norm_rope_bwd",
-    f"(Tensor grad_out, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
-    impls={"native": native.norm_rope_bwd, "triton": _triton_bwd, "reference": reference.norm_rope_bwd},
-    fake=_bwd_fake,
-    second=Second(norm_rope_second_op, grads=1, wrt=(1, 4, None)),
-)
-
-norm_rope_fwd_op = Op(
+norm_rope_fwd = Op(
     "attention_norm_rope_fwd",
-    "(Tensor x, Tensor? cos, Tensor? sin, Tensor? weight, Tensor? bias, str norm, float eps, bool interleaved,"
-    " str backend) -> Tensor",
-    impls={"native": native.norm_rope_fwd, "triton": _triton_fwd, "reference": reference.norm_rope_fwd},
-    fake=lambda x, *rest: x.new_empty(x.shape),
-    setup_context=_setup_context,
+    fake=_fwd_fake,
+    impls={
+        "native": native.norm_rope_fwd,
+        "triton": on_triton("mmkernels.ops.attention.rope.triton_fwd", "norm_rope_fwd"),
+        "reference": reference.norm_rope_fwd,
+    },
+    save=_save,
     backward=_backward,
     jvp=_jvp,
 )

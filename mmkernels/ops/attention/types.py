@@ -1,0 +1,78 @@
+"""What every backend of attention is given beside q, k and v."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["MaskRows", "Options", "Visible"]
+
+
+class Visible(NamedTuple):
+    """Who sees whom, int32: lo, hi, span_q and allow_q along the queries, the others along the keys.
+
+        visible(i, j) = lo[i] <= j < hi[i] and (no pattern, or span_q[i] == span_k[j], or allow_q[i] & bit_k[j] != 0)
+
+    first_q, last_q bound the queries that see a key. The pattern is four vectors, or none; a key has one bit, always.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    first_q: Tensor
+    last_q: Tensor
+    span_q: Tensor | None = None
+    span_k: Tensor | None = None
+    allow_q: Tensor | None = None
+    bit_k: Tensor | None = None
+
+    def dense(self, num_keys: int) -> Tensor:
+        """bool [Tq, Tk]."""
+        key = torch.arange(num_keys, device=self.lo.device)
+        seen = (self.lo[:, None] <= key) & (key < self.hi[:, None])
+        if self.span_q is None or self.span_k is None or self.allow_q is None or self.bit_k is None:
+            return seen
+        return seen & ((self.span_q[:, None] == self.span_k) | (self.allow_q[:, None] & self.bit_k != 0))
+
+
+class MaskRows(NamedTuple):
+    """A mask as the kernels of `attention` read it: the fields of Visible, and after them, int32 too,
+
+    tiles: the pattern's tile map (tiles.py);
+    class_q [Tq], class_k [Tk]: indices into a pair bias, given with one only.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    first_q: Tensor
+    last_q: Tensor
+    span_q: Tensor | None = None
+    span_k: Tensor | None = None
+    allow_q: Tensor | None = None
+    bit_k: Tensor | None = None
+    tiles: Tensor | None = None
+    class_q: Tensor | None = None
+    class_k: Tensor | None = None
+
+    def changed(self, **fields: Tensor) -> MaskRows:
+        """As `_replace`, which torch 2.6 cannot compile."""
+        values = [fields.get(name, value) for name, value in zip(MaskRows._fields, self, strict=True)]
+        return MaskRows(*values)  # type: ignore[arg-type]
+
+    def visible(self) -> Visible:
+        """Without the tile map and the classes."""
+        return Visible(*self[: len(Visible._fields)])  # type: ignore[arg-type]
+
+
+class Options(NamedTuple):
+    """What a call adds to q, k, v and the mask.
+
+    pair_bias [H, Cq, Ck] and sink [H] in the dtype of lse; seed int64 [1] of the dropout, given when dropout_p > 0.
+    """
+
+    pair_bias: Tensor | None
+    sink: Tensor | None
+    seed: Tensor | None
+    dropout_p: float
+    scale: float

@@ -1,0 +1,162 @@
+"""An op's arguments as its functions take them, and flat, as a torch schema has them.
+
+The functions take groups, NamedTuples of arguments that belong together; a schema has their fields one by one:
+
+    def fake(x: Tensor, pairs: Pairs, teacher: Teacher | None, k: int) -> tuple[Tensor, Tensor]
+    (Tensor x, Tensor? query_ids, Tensor? key_ids, Tensor? teacher_x, SymInt k, str backend) -> (Tensor, Tensor)
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Signature", "with_tensors", "without_tensors"]
+
+_SCHEMA_TYPES = {Tensor: "Tensor", list[Tensor]: "Tensor[]", int: "SymInt", float: "float", bool: "bool", str: "str"}
+
+
+class _Argument(NamedTuple):
+    """One argument of the functions: a leaf, or a group of so many fields, which may be absent as a whole."""
+
+    name: str
+    annotation: Any
+    group: type | None
+    fields: int
+    optional: bool
+
+    @classmethod
+    def of(cls, name: str, annotation: Any) -> _Argument:
+        inner, optional = _without_none(annotation)
+        if isinstance(inner, type) and issubclass(inner, tuple) and hasattr(inner, "_fields"):
+            return cls(name, inner, inner, len(inner._fields), optional)
+        return cls(name, annotation, None, 1, False)
+
+    def leaves(self) -> Iterator[tuple[str, str]]:
+        """Name and type in the schema of each leaf; the fields of a group that may be absent are optional."""
+        if self.group is None:
+            yield self.name, _schema_type(self.annotation)
+            return
+        hints = typing.get_type_hints(self.group)
+        for field in self.group._fields:  # type: ignore[attr-defined]
+            inner = _schema_type(hints[field])
+            yield field, inner if inner.endswith("?") or not self.optional else f"{inner}?"
+
+
+def _without_none(annotation: Any) -> tuple[Any, bool]:
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return annotation, False
+    (inner,) = (part for part in typing.get_args(annotation) if part is not type(None))
+    return inner, True
+
+
+def _schema_type(annotation: Any) -> str:
+    inner, optional = _without_none(annotation)
+    return _SCHEMA_TYPES[inner] + "?" * optional
+
+
+def _named_tuple(names: list[str]) -> Callable[..., Any]:
+    return namedtuple("Inputs", names)
+
+
+class Signature:
+    """What the annotations of an op's fake say.
+
+    Attributes:
+        names: of the leaves, in the schema's order, without the backend.
+        place: of a name among them.
+        outputs: how many tensors the op returns.
+        schema: all of it for torch.
+        inputs: the NamedTuple of the arguments, groups in it.
+    """
+
+    def __init__(self, arguments: Sequence[_Argument], outputs: int, returns_tuple: bool) -> None:
+        self._arguments = tuple(arguments)
+        self._grouped = any(argument.group is not None for argument in arguments)
+        leaves = [leaf for argument in arguments for leaf in argument.leaves()]
+        self.names = tuple(name for name, _ in leaves)
+        assert len(set(self.names)) == len(self.names), f"two arguments of one name: {self.names}"
+        self.place = {name: i for i, name in enumerate(self.names)}
+        self.outputs = outputs
+        self._types = [kind for _, kind in leaves]
+        self._returns = f"({', '.join(['Tensor'] * outputs)})" if returns_tuple else "Tensor"
+        self.inputs = _named_tuple([argument.name for argument in arguments])
+
+    @classmethod
+    def of(cls, fake: Callable[..., Any]) -> Signature:
+        """From the annotations of a function."""
+        hints = typing.get_type_hints(fake)
+        returned = hints.pop("return")
+        tensors = typing.get_args(returned) or (returned,)
+        assert set(tensors) == {Tensor}, f"{fake.__qualname__}: expected to return tensors, got {returned}"
+        arguments = [_Argument.of(name, hints[name]) for name in inspect.signature(fake).parameters]
+        return cls(arguments, len(tensors), returned is not Tensor)
+
+    def along(self, tangents: Sequence[str], optional: Sequence[str]) -> Signature:
+        """That of the second op: a tangent of each of these, then the arguments, some of them optional now; returns a
+        tensor for each of both."""
+        moved = [_Argument.of(f"tangent_{name}", Tensor | None) for name in tangents]
+        given = [_Argument.of(a.name, Tensor | None) if a.name in optional else a for a in self._arguments]
+        return Signature([*moved, *given], len(optional) + len(tangents), True)
+
+    @property
+    def schema(self) -> str:
+        leaves = [f"{kind} {name}" for name, kind in zip(self.names, self._types, strict=True)]
+        return f"({', '.join([*leaves, 'str backend'])}) -> {self._returns}"
+
+    def flatten(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments as the functions take them, and the backend, as the torch op takes them."""
+        if not self._grouped:
+            return args
+        flat: list[Any] = []
+        for argument, value in zip(self._arguments, args[:-1], strict=True):
+            if argument.group is None:
+                flat.append(value)
+            else:
+                flat.extend((None,) * argument.fields if value is None else value)
+        return *flat, args[-1]
+
+    def group(self, flat: Sequence[Any]) -> Sequence[Any]:
+        """The reverse, without the backend."""
+        if not self._grouped:
+            return flat
+        args, at = [], 0
+        for argument in self._arguments:
+            fields = flat[at : at + argument.fields]
+            at += argument.fields
+            if argument.group is None:
+                args.append(fields[0])
+            elif argument.optional and all(field is None for field in fields):
+                args.append(None)
+            else:
+                args.append(argument.group(*fields))
+        return args
+
+
+_TENSOR = object()
+
+
+def without_tensors(value: Any, tensors: list[Tensor]) -> Any:
+    """Nested tuples of anything with a mark for each tensor, which goes to the end of the list."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _TENSOR
+    return _rebuilt(value, lambda item: without_tensors(item, tensors)) if isinstance(value, tuple) else value
+
+
+def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The reverse."""
+    if value is _TENSOR:
+        return next(tensors)
+    return _rebuilt(value, lambda item: with_tensors(item, tensors)) if isinstance(value, tuple) else value
+
+
+def _rebuilt(values: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[Any, ...]:
+    made = [function(value) for value in values]
+    return type(values)(*made) if hasattr(values, "_fields") else tuple(made)
