@@ -22,10 +22,10 @@ from mmkernels.ops.contrastive.checks import (
     teacher_of,
     weights_of,
 )
-from mmkernels.ops.contrastive.losses import Targets, infonce_loss, siglip_loss
-from mmkernels.ops.contrastive.over import Local, Over
+from mmkernels.ops.contrastive.losses import Over, infonce_loss, siglip_loss
+from mmkernels.ops.contrastive.over import Local
 from mmkernels.ops.contrastive.over_ranks import infonce_over_ranks, refusing, siglip_over_ranks
-from mmkernels.ops.contrastive.types import ContrastiveStats
+from mmkernels.ops.contrastive.types import ContrastiveStats, Targets
 from mmkernels.runtime.backends import resolve
 
 __all__ = ["ContrastiveStats", "infonce", "sample_negatives", "siglip", "topk_similar"]

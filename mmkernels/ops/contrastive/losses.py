@@ -7,13 +7,13 @@ the same whether one process has the rows or the ranks of a group do: what diffe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmkernels.ops.contrastive.over import Over
+from mmkernels.ops.contrastive.over import Local
+from mmkernels.ops.contrastive.over_ranks import OverRanks
 from mmkernels.ops.contrastive.types import (
     BEST,
     LSE,
@@ -24,11 +24,14 @@ from mmkernels.ops.contrastive.types import (
     TOTAL,
     ContrastiveStats,
     Pairs,
+    Targets,
     Teacher,
     statistics_dtype,
 )
 
-__all__ = ["Targets", "infonce_loss", "siglip_loss"]
+__all__ = ["Over", "infonce_loss", "siglip_loss"]
+
+Over = Local | OverRanks
 
 
 # Of each row, or column: how many of its pairs are positive, and how many it sees
@@ -75,32 +78,26 @@ def _targets_alike(pairs: Pairs) -> Tensor:
 # InfoNCE
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What else makes the target distribution: smoothing, and (queries_m, keys_m, alpha)."""
+def _losses(line: Tensor, lse: Tensor, counts: _Counts, scale: Tensor, targets: Targets) -> Tensor:
+    """Of each row or column, from its statistics; lse counts the negatives too."""
+    similarity = line[POSITIVE] / counts.positives
+    if targets.label_smoothing > 0:
+        similarity = similarity.lerp(line[TOTAL] / counts.seen, targets.label_smoothing)
+    if targets.teacher is not None:
+        similarity = similarity.lerp(line[TEACHER], targets.teacher[2])
+    return lse - scale * similarity
 
-    label_smoothing: float
-    teacher: tuple[Tensor, Tensor, float] | None
 
-    def loss(self, line: Tensor, lse: Tensor, counts: _Counts, scale: Tensor) -> Tensor:
-        """Of each row or column, from its statistics; lse counts the negatives too."""
-        similarity = line[POSITIVE] / counts.positives
-        if self.label_smoothing > 0:
-            similarity = similarity.lerp(line[TOTAL] / counts.seen, self.label_smoothing)
-        if self.teacher is not None:
-            similarity = similarity.lerp(line[TEACHER], self.teacher[2])
-        return lse - scale * similarity
-
-    def softened(self, logit_scale: Tensor, pairs: Pairs, columns: bool, over: Over, backend: str) -> Teacher | None:
-        """The teacher with its lse, from a pass over its own logits."""
-        if self.teacher is None:
-            return None
-        queries, keys = self.teacher[0].detach(), self.teacher[1].detach()
-        with torch.no_grad():
-            of_rows, of_columns = over.softmax(
-                queries, keys, logit_scale.detach(), pairs, None, False, columns, backend
-            )
-        return Teacher(queries, keys, of_rows[LSE], of_columns[LSE] if columns else None)
+def _teacher_of(
+    targets: Targets, logit_scale: Tensor, pairs: Pairs, columns: bool, over: Over, backend: str
+) -> Teacher | None:
+    """With its lse, from a pass over its own logits."""
+    if targets.teacher is None:
+        return None
+    queries, keys = targets.teacher[0].detach(), targets.teacher[1].detach()
+    with torch.no_grad():
+        of_rows, of_columns = over.softmax(queries, keys, logit_scale.detach(), pairs, None, False, columns, backend)
+    return Teacher(queries, keys, of_rows[LSE], of_columns[LSE] if columns else None)
 
 
 def infonce_loss(
@@ -127,14 +124,14 @@ def infonce_loss(
     for name, counts in zip(("query_ids", "key_ids"), directions, strict=False):
         over.each_has_one(name, counts.positives)
     logit_scale = over.shared(logit_scale)
-    teacher = targets.softened(logit_scale, pairs, columns, over, backend)
+    teacher = _teacher_of(targets, logit_scale, pairs, columns, over, backend)
     lines = over.softmax(queries, keys, logit_scale, pairs, teacher, totals, columns, backend)
     extra = None if negatives is None else over.of_negatives(queries, negatives, logit_scale, backend)
     lse = [line[LSE] for line in lines]
     if extra is not None:
         lse[0] = torch.logaddexp(lse[0], extra[LSE])
     scale, of_directions = logit_scale.double(), None if weights is None else [weights.double()]
-    losses = [targets.loss(*of, scale) for of in zip(lines, lse, directions, strict=False)]
+    losses = [_losses(*of, scale, targets) for of in zip(lines, lse, directions, strict=False)]
     if symmetric and of_directions is not None:
         of_directions.append(_weights_of_columns(of_directions[0], pairs))
     loss, dtype = over.mean(losses, of_directions), statistics_dtype(queries.dtype)

@@ -18,8 +18,7 @@ from torch.autograd import forward_ad
 
 from mmkernels.ops.contrastive import distributed
 from mmkernels.ops.contrastive.exchange import Ranks, agree, check_group, refused
-from mmkernels.ops.contrastive.losses import Targets
-from mmkernels.ops.contrastive.types import Pairs, Teacher
+from mmkernels.ops.contrastive.types import Pairs, Targets, Teacher
 
 __all__ = ["OverRanks", "infonce_over_ranks", "refusing", "siglip_over_ranks"]
 
@@ -40,7 +39,7 @@ def refusing(group: Any, exchange: Any, features: Any) -> Iterator[None]:
 
 
 class OverRanks:
-    """A batch of which each rank of a group has some rows; over.Over says what each method does."""
+    """A batch of which each rank of a group has some rows; over.Local says what each method does."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks

@@ -22,6 +22,7 @@ __all__ = [
     "Need",
     "Pairs",
     "Slopes",
+    "Targets",
     "Teacher",
     "merged",
     "nothing_seen",
@@ -63,6 +64,13 @@ class Teacher(NamedTuple):
     teacher_keys: Tensor
     teacher_lse_q: Tensor
     teacher_lse_k: Tensor | None  # None: no statistics of columns
+
+
+class Targets(NamedTuple):
+    """What makes the target distribution beside the pairs: smoothing, and (queries_m, keys_m, alpha)."""
+
+    label_smoothing: float
+    teacher: tuple[Tensor, Tensor, float] | None
 
 
 class Need(NamedTuple):
