@@ -263,15 +263,13 @@ sigmoid_bwd = Op(
 
 
 def _sigmoid_backward(ctx: Context, grad_sums: Tensor) -> dict[str, Tensor]:
-    inputs, (sums,) = ctx.saved
-    dqueries, dkeys, dscale, dbias = sigmoid_bwd(grad_sums[0], *inputs, sums, need_of(ctx), ctx.backend)
+    dqueries, dkeys, dscale, dbias = sigmoid_bwd(grad_sums[0], *ctx.saved, need_of(ctx), ctx.backend)
     return {"queries": dqueries, "keys": dkeys, "logit_scale": dscale, "logit_bias": dbias}
 
 
 def _sigmoid_jvp(ctx: Context, *tangents: Any) -> Tensor:
-    inputs, (sums,) = ctx.saved
     *of_inputs, _pairs = tangents
-    moved, *_ = sigmoid_bwd.second(*of_inputs, None, *inputs, sums, Need(True, True), ctx.backend)
+    moved, *_ = sigmoid_bwd.second(*of_inputs, None, *ctx.saved, Need(True, True), ctx.backend)
     return torch.stack([moved, torch.zeros_like(moved), torch.zeros_like(moved)])
 
 
@@ -283,7 +281,7 @@ sigmoid_fwd = Op(
         "triton": on_triton("mmkernels.ops.contrastive.triton_sigmoid", "sigmoid_fwd"),
         "reference": chunks.sigmoid_fwd,
     },
-    save=lambda inputs, outputs: (inputs, outputs),
+    save=lambda inputs, outputs: (*inputs, *outputs),
     backward=_sigmoid_backward,
     jvp=_sigmoid_jvp,
     flops=forward_flops,

@@ -1,6 +1,7 @@
 """The plain losses, N pairs of query i and key i without options, in one op each: what the CUDA C++ kernels know.
 
-The first output is differentiable; the others are saved, among them last the derivatives by the scalars.
+The first output is differentiable; the others are saved, among them last the derivatives by the scalars: what a forward
+saves is what the backward op takes.
 """
 
 from __future__ import annotations
@@ -57,14 +58,12 @@ infonce_bwd = Op(
 
 
 def _infonce_backward(ctx: Context, grad_loss: Tensor) -> dict[str, Tensor]:
-    inputs, saved = ctx.saved
-    dqueries, dkeys, dscale = infonce_bwd(grad_loss, *inputs, *saved, need_of(ctx), ctx.backend)
+    dqueries, dkeys, dscale = infonce_bwd(grad_loss, *ctx.saved, need_of(ctx), ctx.backend)
     return {"queries": dqueries, "keys": dkeys, "logit_scale": dscale}
 
 
 def _infonce_jvp(ctx: Context, *tangents: Tensor | None) -> Tensor:
-    inputs, saved = ctx.saved
-    return infonce_bwd.second(*tangents, None, *inputs, *saved, Need(True, True), ctx.backend)[0]
+    return infonce_bwd.second(*tangents, None, *ctx.saved, Need(True, True), ctx.backend)[0]
 
 
 infonce_fwd = Op(
@@ -75,7 +74,7 @@ infonce_fwd = Op(
         "triton": on_triton("mmkernels.ops.contrastive.triton_fwd", "infonce_fwd"),
         "reference": reference.infonce_fwd,
     },
-    save=lambda inputs, outputs: (inputs, outputs[1:]),
+    save=lambda inputs, outputs: (*inputs, *outputs[1:]),
     backward=_infonce_backward,
     jvp=_infonce_jvp,
     constant_outputs=3,
@@ -119,14 +118,12 @@ siglip_bwd = Op(
 
 
 def _siglip_backward(ctx: Context, grad_loss: Tensor) -> dict[str, Tensor]:
-    inputs, slopes = ctx.saved
-    dqueries, dkeys, dscale, dbias = siglip_bwd(grad_loss, *inputs, slopes, need_of(ctx), ctx.backend)
+    dqueries, dkeys, dscale, dbias = siglip_bwd(grad_loss, *ctx.saved, need_of(ctx), ctx.backend)
     return {"queries": dqueries, "keys": dkeys, "logit_scale": dscale, "logit_bias": dbias}
 
 
 def _siglip_jvp(ctx: Context, *tangents: Tensor | None) -> Tensor:
-    inputs, slopes = ctx.saved
-    return siglip_bwd.second(*tangents, None, *inputs, slopes, Need(True, True), ctx.backend)[0]
+    return siglip_bwd.second(*tangents, None, *ctx.saved, Need(True, True), ctx.backend)[0]
 
 
 siglip_fwd = Op(
@@ -137,7 +134,7 @@ siglip_fwd = Op(
         "triton": on_triton("mmkernels.ops.contrastive.triton_sigmoid", "siglip_fwd"),
         "reference": reference.siglip_fwd,
     },
-    save=lambda inputs, outputs: (inputs, Slopes(*outputs[1:])),
+    save=lambda inputs, outputs: (*inputs, Slopes(*outputs[1:])),
     backward=_siglip_backward,
     jvp=_siglip_jvp,
     constant_outputs=2,

@@ -1,4 +1,4 @@
-"""A loss over the rows of one process. Over those of all ranks of a group: over_ranks.py, which has the same methods."""
+"""A loss over the rows of one process; over_ranks.py has the same methods over those of all ranks of a group."""
 
 from __future__ import annotations
 
