@@ -130,11 +130,9 @@ def infonce_loss(
     lse = [line[LSE] for line in lines]
     if extra is not None:
         lse[0] = torch.logaddexp(lse[0], extra[LSE])
-    scale, of_directions = logit_scale.double(), None if weights is None else [weights.double()]
+    scale, dtype = logit_scale.double(), statistics_dtype(queries.dtype)
     losses = [_losses(*of, scale, targets) for of in zip(lines, lse, directions, strict=False)]
-    if symmetric and of_directions is not None:
-        of_directions.append(_weights_of_columns(of_directions[0], pairs))
-    loss, dtype = over.mean(losses, of_directions), statistics_dtype(queries.dtype)
+    loss = over.mean(losses, None if weights is None else _weights_of_directions(weights.double(), pairs, symmetric))
     if not return_stats:
         return loss.to(dtype), None
     seen = lines[0].detach(), lines[1].detach(), None if extra is None else extra.detach()
@@ -142,9 +140,13 @@ def infonce_loss(
     return loss.to(dtype), _stats_of(lse[0].detach(), lse[1].detach(), sums, symmetric, dtype)
 
 
-def _weights_of_columns(weights: Tensor, pairs: Pairs) -> Tensor:
+def _weights_of_directions(weights: Tensor, pairs: Pairs, symmetric: bool) -> list[Tensor]:
     """A key has the weight of the query whose target it is, else of that at its place."""
-    return weights if pairs.targets is None else torch.zeros_like(weights).index_copy(0, pairs.targets, weights)
+    if not symmetric:
+        return [weights]
+    if pairs.targets is None:
+        return [weights, weights]
+    return [weights, torch.zeros_like(weights).index_copy(0, pairs.targets, weights)]
 
 
 # SigLIP
