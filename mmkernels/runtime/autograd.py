@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ class Formulas:
         made: list[Tensor | None] = [None] * (len(names) + 1)
         grads = grads[: self._signature.outputs - self._constant_outputs]
         if any(grad is not None for grad in grads):
-            needs = frozenset(name for name, need in zip(names, ctx.needs_input_grad, strict=False) if need)
+            needs = frozenset(compress(names, ctx.needs_input_grad))
             for name, grad in self._backward(self._context(ctx, needs), *grads).items():
                 made[self._signature.place[name]] = grad if name in needs else None
         return tuple(made)

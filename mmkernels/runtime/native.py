@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmkernels.runtime.absence import why_no_core
 
-__all__ = ["View", "core", "cuda_archs", "has_cuda", "threads", "view", "why_absent"]
+__all__ = ["View", "core", "cuda_archs", "has_cuda", "threads", "unit_stride", "view", "why_absent"]
 
 # (data pointer, dtype code, sizes, strides in elements); the core reads it as mmk::Tensor, and None as "not given".
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
@@ -70,9 +70,12 @@ def threads() -> int:
 
 def view(tensor: Tensor | None) -> View | None:
     """What the core sees of a tensor. The caller keeps the tensor alive for the length of the call."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+    return None if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride())
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """With the last dimension contiguous, as every kernel wants it; the others may have any stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def stream(tensor: Tensor) -> int:

@@ -128,35 +128,46 @@ class Signature:
             return flat
         args, at = [], 0
         for argument in self._arguments:
+            if argument.group is None:
+                args.append(flat[at])
+                at += 1
+                continue
             fields = flat[at : at + argument.fields]
             at += argument.fields
-            if argument.group is None:
-                args.append(fields[0])
-            elif argument.optional and all(field is None for field in fields):
-                args.append(None)
-            else:
-                args.append(argument.group(*fields))
+            absent = argument.optional and all(field is None for field in fields)
+            args.append(None if absent else argument.group(*fields))
         return args
 
 
 _TENSOR = object()
 
 
-def without_tensors(value: Any, tensors: list[Tensor]) -> Any:
+def without_tensors(values: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, ...]:
     """Nested tuples of anything with a mark for each tensor, which goes to the end of the list."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _TENSOR
-    return _rebuilt(value, lambda item: without_tensors(item, tensors)) if isinstance(value, tuple) else value
+    kept: list[Any] = []
+    for value in values:
+        if value is None:
+            pass
+        elif isinstance(value, Tensor):
+            tensors.append(value)
+            value = _TENSOR
+        elif isinstance(value, tuple):
+            value = without_tensors(value, tensors)
+        kept.append(value)
+    return _like(values, kept)
 
 
-def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+def with_tensors(values: tuple[Any, ...], tensors: Iterator[Tensor]) -> tuple[Any, ...]:
     """The reverse."""
-    if value is _TENSOR:
-        return next(tensors)
-    return _rebuilt(value, lambda item: with_tensors(item, tensors)) if isinstance(value, tuple) else value
+    filled: list[Any] = []
+    for value in values:
+        if value is _TENSOR:
+            value = next(tensors)
+        elif isinstance(value, tuple):
+            value = with_tensors(value, tensors)
+        filled.append(value)
+    return _like(values, filled)
 
 
-def _rebuilt(values: tuple[Any, ...], function: Callable[[Any], Any]) -> tuple[Any, ...]:
-    made = [function(value) for value in values]
-    return type(values)(*made) if hasattr(values, "_fields") else tuple(made)
+def _like(values: tuple[Any, ...], made: list[Any]) -> tuple[Any, ...]:
+    return tuple(made) if type(values) is tuple else type(values)(*made)

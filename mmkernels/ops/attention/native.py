@@ -7,16 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import bias_gradient, sink_gradient
+from mmkernels.ops.attention.reference import bias_gradient, compute_dtype, sink_gradient
 from mmkernels.ops.attention.types import MaskRows, Options
-from mmkernels.runtime import native
+from mmkernels.runtime.native import View, core, stream, threads, unit_stride, view
 
 __all__ = ["attention_bwd", "attention_fwd"]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The kernels want the last dimension contiguous; the others may have any stride."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _tiles(x: Tensor) -> Tensor:
@@ -29,37 +24,33 @@ def _tiles(x: Tensor) -> Tensor:
 def _inputs(rows: MaskRows, *tensors: Tensor) -> list[Tensor]:
     """As the kernels want them. On a GPU those that take a pattern fetch with TMA, and no other can stand in."""
     patterned = rows.tiles is not None and tensors[0].device.type != "cpu"
-    return [_tiles(x) if patterned else _rows(x) for x in tensors]
+    return [_tiles(x) if patterned else unit_stride(x) for x in tensors]
 
 
-def _views(*values: Tensor | float | None) -> list[Any]:
-    return [native.view(x) if x is None or isinstance(x, Tensor) else x for x in values]
+Pattern = tuple[View | None, View | None, View | None, View | None, View | None]
 
 
-def _launch(what: str, q: Tensor, inputs: list[Any], outputs: list[Any], extras: list[Any]) -> None:
-    """Of the extras the CUDA launchers take the pattern: api.py lets nothing else through to them."""
-    if q.device.type == "cpu":
-        launch = getattr(native.core(), f"launch_attention_{what}_cpu")
-        launch(*_views(*inputs, *outputs, *extras), native.threads())
-        return
-    with torch.cuda.device(q.device):
-        launch = getattr(native.core(), f"launch_attention_{what}_cuda")
-        launch(*_views(*inputs, *outputs, *extras[:5]), native.stream(q))
+def _pattern(rows: MaskRows) -> Pattern:
+    return view(rows.span_q), view(rows.span_k), view(rows.allow_q), view(rows.bit_k), view(rows.tiles)
 
 
-def _extras(rows: MaskRows, options: Options, row_sums: Tensor | None) -> list[Any]:
-    pattern = [rows.span_q, rows.span_k, rows.allow_q, rows.bit_k, rows.tiles]
-    bias = [rows.class_q, rows.class_k, options.pair_bias, row_sums]
-    return [*pattern, *bias, options.sink, options.seed, options.dropout_p]
+def _extras(rows: MaskRows, options: Options, row_sums: Tensor | None) -> tuple[Any, ...]:
+    """What the CPU kernels take beyond the pattern; api.py lets nothing of it through to the CUDA ones."""
+    bias = view(rows.class_q), view(rows.class_k), view(options.pair_bias), view(row_sums)
+    return *bias, view(options.sink), view(options.seed), options.dropout_p
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     """out [Tq, H, Dv] and lse [H, Tq]."""
     q, k, v = _inputs(rows, q, k, v)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=lse_dtype, device=q.device)
-    _launch("fwd", q, [q, k, v, *rows[:4], options.scale], [out, lse], _extras(rows, options, None))
+    out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q))
+    views = [view(x) for x in (q, k, v, rows.lo, rows.hi, rows.first_q, rows.last_q)]
+    arguments = *views, options.scale, view(out), view(lse), *_pattern(rows)
+    if q.is_cuda:
+        core().launch_attention_fwd_cuda(*arguments, stream(q))
+    else:
+        core().launch_attention_fwd_cpu(*arguments, *_extras(rows, options, None), threads())
     return out, lse
 
 
@@ -77,13 +68,17 @@ def attention_bwd(
     """dq, dk, dv, dbias and dsink, contiguous; the last two empty where there is none."""
     grad_out, q, k, v, out = _inputs(rows, grad_out, q, k, v, out)
     grad_lse = grad_lse.contiguous() if grad_lse is not None else None
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta, dbias, dsink = torch.empty_like(lse), lse.new_empty(0), lse.new_empty(0)
     row_sums = None
     if options.pair_bias is not None:
         row_sums = lse.new_empty((q.shape[1], options.pair_bias.shape[2], q.shape[0]))  # [H, Ck, Tq]
-    inputs = [grad_out, grad_lse, q, k, v, out, lse, *rows[:4], options.scale]
-    _launch("bwd", q, inputs, [dq, dk, dv, delta], _extras(rows, options, row_sums))
+    inputs = grad_out, grad_lse, q, k, v, out, lse, rows.lo, rows.hi, rows.first_q, rows.last_q
+    arguments = *map(view, inputs), options.scale, *map(view, (dq, dk, dv, delta)), *_pattern(rows)
+    if q.is_cuda:
+        core().launch_attention_bwd_cuda(*arguments, stream(q))
+    else:
+        core().launch_attention_bwd_cpu(*arguments, *_extras(rows, options, row_sums), threads())
     if row_sums is not None:
         dbias = bias_gradient(row_sums, rows, options)
     if options.sink is not None:

@@ -23,9 +23,12 @@ def plot_mask(
     title: str,
 ) -> None:
     """Write the picture; its format follows from the path's suffix."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    try:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("AttentionMask.plot needs matplotlib: pip install 'mmkernels[plot]'") from error
 
     tokens_q, tokens_k = rows.lo.shape[0], rows.first_q.shape[0]
     states = tile_states(rows, tokens_k, *tile).cpu().numpy()

@@ -6,19 +6,14 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.attention.types import Visible
-from mmkernels.runtime.native import core, threads, view
+from mmkernels.runtime.native import core, threads, unit_stride, view
 
 __all__ = ["additive_bwd", "additive_fwd"]
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The kernels want the last dimension contiguous; the others may have any stride."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def additive_fwd(q: Tensor, k: Tensor, v: Tensor, w: Tensor, bias: Tensor, mask: Visible) -> tuple[Tensor, Tensor]:
     """out [Tq, H, Dv] and lse [H, Tq]."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     out, lse = q.new_empty((q.shape[0], q.shape[1], v.shape[2])), w.new_empty((q.shape[1], q.shape[0]))
     core().launch_attention_additive_fwd_cpu(*map(view, (q, k, v, w, bias, *mask, out, lse)), threads())
     return out, lse
@@ -37,7 +32,7 @@ def additive_bwd(
     mask: Visible,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq in w's dtype, dk, dv, dw."""
-    grad_out, q, k, v, out = (_rows(x) for x in (grad_out, q, k, v, out))
+    grad_out, q, k, v, out = (unit_stride(x) for x in (grad_out, q, k, v, out))
     grad_lse = grad_lse.contiguous() if grad_lse is not None else None
     dq, dk, dv, dw = w.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(w)
     tensors = (grad_out, grad_lse, q, k, v, w, bias, out, lse, *mask, dq, dk, dv, dw)

@@ -5,19 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.runtime.native import core, threads, view
+from mmkernels.runtime.native import core, threads, unit_stride, view
 
 __all__ = ["gated_residual_bwd", "gated_residual_fwd"]
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[N, C] with contiguous columns and any row stride; copied when its columns are not."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor, by_column: bool) -> Tensor:
     """out [N, C]."""
-    residual, x, out = _rows(residual), _rows(x), residual.new_empty(residual.shape)
+    residual, x, out = unit_stride(residual), unit_stride(x), residual.new_empty(residual.shape)
     core().launch_attention_gated_residual_fwd_cpu(
         view(residual), view(x), view(gate.contiguous()), by_column, view(out), threads()
     )
@@ -26,7 +21,7 @@ def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor, by_column: boo
 
 def gated_residual_bwd(grad_out: Tensor, x: Tensor, gate: Tensor, by_column: bool) -> tuple[Tensor, Tensor]:
     """dx [N, C] and dgate [G]."""
-    grad_out, x, gate = _rows(grad_out), _rows(x), gate.contiguous()
+    grad_out, x, gate = unit_stride(grad_out), unit_stride(x), gate.contiguous()
     dx, dgate = x.new_empty(x.shape), torch.empty_like(gate)
     core().launch_attention_gated_residual_bwd_cpu(
         view(grad_out), view(x), view(gate), by_column, view(dx), view(dgate), threads()

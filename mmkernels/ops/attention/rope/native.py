@@ -5,14 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.runtime.native import core, threads, view
+from mmkernels.runtime.native import core, threads, unit_stride, view
 
 __all__ = ["norm_rope_bwd", "norm_rope_fwd"]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The kernels want the last dimension contiguous; the others may have any stride."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def norm_rope_fwd(
@@ -26,7 +21,7 @@ def norm_rope_fwd(
     interleaved: bool,
 ) -> Tensor:
     """y [T, H, D]."""
-    x, y = _rows(x), x.new_empty(x.shape)
+    x, y = unit_stride(x), x.new_empty(x.shape)
     tensors = [view(t) for t in (x, cos, sin, weight, bias, y)]
     core().launch_attention_norm_rope_fwd_cpu(*tensors, core().Norm.__members__[norm or "none"], eps, interleaved,
                                               threads())  # fmt: skip
@@ -44,7 +39,7 @@ def norm_rope_bwd(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx [T, H, D]; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
-    grad_out, x = _rows(grad_out), _rows(x) if x is not None else None
+    grad_out, x = unit_stride(grad_out), unit_stride(x) if x is not None else None
     dx = grad_out.new_empty(grad_out.shape)
     dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
     D = grad_out.shape[2]
