@@ -42,8 +42,18 @@ struct TeacherArguments {
   Tensor lse_k;    // [M] float64
 };
 
-// Statistics of rows and columns, as rows of a matrix: lse, sum of positive similarities, sum of those seen (if
-// `totals`), the teacher's mean similarity, mean similarity under the softmax, largest logit, largest positive logit.
+// Lines of the statistics, in the order of mmkernels/ops/contrastive/types.py, which says what each is. The first
+// kCoefficients are differentiable: a backward has a coefficient for each.
+enum Statistic { kLse, kPositive, kTotal, kTeacher, kMean, kTop, kBest, kStatistics, kCoefficients = kMean };
+
+// Such lines of `count` rows or columns; coefficients are the first few.
+struct StatisticLines {
+  double* data;
+  int64_t count;
+
+  double& at(Statistic line, int64_t i) const { return data[line * count + i]; }
+};
+
 struct SoftmaxForwardArguments {
   Tensor queries;      // [N, E]
   Tensor keys;         // [M, E]
@@ -52,15 +62,15 @@ struct SoftmaxForwardArguments {
   TeacherArguments teacher;
   bool totals, columns;
   // outputs
-  Tensor rows_out;     // [7, N] float64
-  Tensor columns_out;  // [7, M] float64; nothing without `columns`
+  Tensor rows_out;     // [kStatistics, N] float64
+  Tensor columns_out;  // [kStatistics, M] float64; nothing without `columns`
 };
 
-// The gradient of sums of coefficients times the first four statistics; lse may be that of more rows or columns than
+// The gradient of sums of coefficients times statistics; lse may be that of more rows or columns than
 // are here.
 struct SoftmaxBackwardArguments {
-  Tensor coefficients_q;  // [4, N] float64
-  Tensor coefficients_k;  // [4, M] float64; nothing without `columns`
+  Tensor coefficients_q;  // [kCoefficients, N] float64
+  Tensor coefficients_k;  // [kCoefficients, M] float64; nothing without `columns`
   Tensor lse_q;           // [N] float64
   Tensor lse_k;           // [M] float64
   Tensor queries;         // [N, E]

@@ -107,17 +107,18 @@ void infonce_fwd(const Tensor& queries, const Tensor& keys, const Tensor& logit_
     const C scale = *logit_scale.ptr<C>();
     double total = 0, slope = 0;
     if (n > 0) {
-      AlignedBuffer<double> of_rows(7 * n), of_columns(7 * n);
+      AlignedBuffer<double> row_data(kStatistics * n), column_data(kStatistics * n);
+      const StatisticLines rows{row_data.data(), n}, columns{column_data.data(), n};
       const OwnTargets own(n);
-      statistics<T>(student, nullptr, {}, scale, own.rule(), false, true, of_rows.data(), of_columns.data(), threads);
-      for (const double* of : {of_rows.data(), of_columns.data()})
+      statistics<T>(student, nullptr, {}, scale, own.rule(), false, true, rows.data, columns.data, threads);
+      for (const StatisticLines& of : {rows, columns})
         for (int64_t i = 0; i < n; ++i) {
-          total += of[i] - scale * of[n + i];
-          slope += of[4 * n + i] - of[n + i];
+          total += of.at(kLse, i) - scale * of.at(kPositive, i);
+          slope += of.at(kMean, i) - of.at(kPositive, i);
         }
       for (int64_t i = 0; i < n; ++i) {
-        lse_q.ptr<double>()[i] = of_rows.data()[i];
-        lse_k.ptr<double>()[i] = of_columns.data()[i];
+        lse_q.ptr<double>()[i] = rows.at(kLse, i);
+        lse_k.ptr<double>()[i] = columns.at(kLse, i);
       }
       total /= 2.0 * n;
       slope /= 2.0 * n;
@@ -136,16 +137,16 @@ void infonce_bwd(const Tensor& grad_loss, const Tensor& queries, const Tensor& k
     const int64_t n = student.x.count;
     const C scale = *logit_scale.ptr<C>();
     const double weight = *grad_loss.ptr<C>() / (2.0 * static_cast<double>(n > 0 ? n : 1));
-    AlignedBuffer<double> coefficients(4 * n);
+    AlignedBuffer<double> data(kCoefficients * n);
+    const StatisticLines coefficients{data.data(), n};
     for (int64_t i = 0; i < n; ++i) {
-      coefficients.data()[i] = weight;
-      coefficients.data()[n + i] = -scale * weight;
-      coefficients.data()[2 * n + i] = coefficients.data()[3 * n + i] = 0;
+      coefficients.at(kLse, i) = weight;
+      coefficients.at(kPositive, i) = -scale * weight;
+      coefficients.at(kTotal, i) = coefficients.at(kTeacher, i) = 0;
     }
     const OwnTargets own(n);
-    softmax_gradients<T>(student, nullptr, {coefficients.data(), numbers(lse_q), nullptr, n},
-                         {coefficients.data(), numbers(lse_k), nullptr, n}, scale, own.rule(), dqueries, dkeys,
-                         threads);
+    softmax_gradients<T>(student, nullptr, {coefficients.data, numbers(lse_q), nullptr, n},
+                         {coefficients.data, numbers(lse_k), nullptr, n}, scale, own.rule(), dqueries, dkeys, threads);
   });
 }
 

@@ -1,6 +1,7 @@
 // The epilogue that turns tiles of similarities into statistics of their rows and columns.
 #pragma once
 
+#include "contrastive/contrastive.h"
 #include "contrastive/softmax.h"
 
 namespace mmk {
@@ -72,11 +73,11 @@ class SoftmaxForward {
     });
   }
 
-  // The statistics of rows [7, N] and columns [7, M]; see mmkernels/ops/contrastive/op.py.
+  // The statistics of rows [kStatistics, N] and columns [kStatistics, M].
   void finish(double* of_rows, double* of_columns) const {
     if (pairs_.rule().targets && !pairs_.rule().by_id()) add_targets();
-    write(rows_.stats(), n_, of_rows);
-    if (with_columns_) write(columns_.stats(), m_, of_columns);
+    write(rows_.stats(), {of_rows, n_});
+    if (with_columns_) write(columns_.stats(), {of_columns, m_});
   }
 
  private:
@@ -329,18 +330,18 @@ class SoftmaxForward {
     *line.best = b > *line.best ? b : *line.best;
   }
 
-  void write(const Stats<double>& stats, int64_t count, double* out) const {
+  void write(const Stats<double>& stats, const StatisticLines& out) const {
     constexpr double lowest = -FloatTraits<double>::infinity;
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < out.count; ++i) {
       const bool any = stats.ref[i] != lowest;
       const double ref = sign_ * stats.ref[i];
-      out[i] = any ? scale_ * ref + natural_log(stats.sum[i]) : lowest;
-      out[count + i] = stats.positive[i];
-      out[2 * count + i] = stats.total[i];
-      out[3 * count + i] = stats.taught[i];
-      out[4 * count + i] = any ? ref + stats.dot[i] / stats.sum[i] : 0;
-      out[5 * count + i] = any ? scale_ * ref : lowest;
-      out[6 * count + i] = stats.best[i] != lowest ? scale_ * (sign_ * stats.best[i]) : lowest;
+      out.at(kLse, i) = any ? scale_ * ref + natural_log(stats.sum[i]) : lowest;
+      out.at(kPositive, i) = stats.positive[i];
+      out.at(kTotal, i) = stats.total[i];
+      out.at(kTeacher, i) = stats.taught[i];
+      out.at(kMean, i) = any ? ref + stats.dot[i] / stats.sum[i] : 0;
+      out.at(kTop, i) = any ? scale_ * ref : lowest;
+      out.at(kBest, i) = stats.best[i] != lowest ? scale_ * (sign_ * stats.best[i]) : lowest;
     }
   }
 

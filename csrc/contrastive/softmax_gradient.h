@@ -1,17 +1,18 @@
 // The epilogue that turns tiles of similarities into the gradient of a function of their statistics.
 #pragma once
 
+#include "contrastive/contrastive.h"
 #include "contrastive/softmax.h"
 
 namespace mmk {
 namespace MMK_ISA {
 
-// What a backward knows of rows, or of columns: coefficients [4, count] of lse, positive, total and teacher, and lse.
+// What a backward knows of rows, or of columns: coefficients [kCoefficients, count], and lse.
 struct Line {
   const double *coefficients, *lse, *teacher_lse;
   int64_t count;
 
-  double coefficient(int which, int64_t i) const { return coefficients[which * count + i]; }
+  double coefficient(Statistic line, int64_t i) const { return coefficients[line * count + i]; }
 };
 
 // The same in the compute type; the coefficient of lse times scale. Readable for one vector past the end.
@@ -20,18 +21,18 @@ class SplitLine {
  public:
   SplitLine(const Line& line, C scale)
       : count_(line.count + kLanes<C>),
-        data_(4 * count_),
+        data_(kCoefficients * count_),
         lse_(line.lse, line.count, scale),
         teacher_lse_(line.teacher_lse, line.teacher_lse ? line.count : 0, scale) {
-    for (int which = 0; which < 4; ++which)
+    for (Statistic which : {kLse, kPositive, kTotal, kTeacher})
       for (int64_t i = 0; i < count_; ++i) {
         const double value = i < line.count ? line.coefficient(which, i) : 0;
-        data_.data()[which * count_ + i] = static_cast<C>(which == 0 ? value * scale : value);
+        data_.data()[which * count_ + i] = static_cast<C>(which == kLse ? value * scale : value);
         any_[which] |= value != 0;
       }
   }
-  const C* of(int which) const { return data_.data() + which * count_; }
-  bool any(int which) const { return any_[which]; }
+  const C* of(Statistic which) const { return data_.data() + which * count_; }
+  bool any(Statistic which) const { return any_[which]; }
   const SplitLse<C>& lse() const { return lse_; }
   const SplitLse<C>& teacher_lse() const { return teacher_lse_; }
 
@@ -39,7 +40,7 @@ class SplitLine {
   int64_t count_;
   AlignedBuffer<C> data_;
   SplitLse<C> lse_, teacher_lse_;
-  bool any_[4] = {};
+  bool any_[kCoefficients] = {};
 };
 
 // One exponential for rows and columns, where kSpread allows it:
@@ -64,7 +65,7 @@ class SharedExponent {
     C* factor = factors_.data();
     for (const Line* line : {&rows, &columns})
       for (int64_t i = 0; i < line->count; ++i)
-        *factor++ = static_cast<C>(scale * line->coefficient(0, i) * natural_exp(base_ - line->lse[i]));
+        *factor++ = static_cast<C>(scale * line->coefficient(kLse, i) * natural_exp(base_ - line->lse[i]));
     for (int i = 0; i < kLanes<C>; ++i) factor[i] = 0;
   }
 
@@ -87,7 +88,6 @@ class SharedExponent {
 template <class Tile>
 class SoftmaxGradient {
   using C = typename Tile::Number;
-  enum { kLse, kPositive, kTotal, kTeacher };
 
  public:
   SoftmaxGradient(const Line& rows, const Line& columns, C scale, const Pairs<C>& pairs, bool low_precision)

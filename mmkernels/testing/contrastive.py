@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.ops.contrastive.reference import statistics_dtype
+from mmkernels.ops.contrastive.types import statistics_dtype
 from mmkernels.testing.accuracy import Accuracy, assert_as_accurate
 
 __all__ = [

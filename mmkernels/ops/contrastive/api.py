@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels.ops.checks import deprecated_deterministic, wrong_type, wrong_value
-from mmkernels.ops.contrastive import op, over_ranks
+from mmkernels.ops.contrastive import op_plain, op_search
 from mmkernels.ops.contrastive.checks import (
     check_features,
     check_flag,
@@ -21,7 +22,10 @@ from mmkernels.ops.contrastive.checks import (
     teacher_of,
     weights_of,
 )
-from mmkernels.ops.contrastive.losses import ContrastiveStats, Targets, infonce_loss, siglip_loss, siglip_stats
+from mmkernels.ops.contrastive.losses import Over, infonce_loss, siglip_loss
+from mmkernels.ops.contrastive.over import Local
+from mmkernels.ops.contrastive.over_ranks import infonce_over_ranks, refusing, siglip_over_ranks
+from mmkernels.ops.contrastive.types import ContrastiveStats, Targets
 from mmkernels.runtime.backends import resolve
 
 __all__ = ["ContrastiveStats", "infonce", "sample_negatives", "siglip", "topk_similar"]
@@ -107,7 +111,7 @@ def infonce(
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
     (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher).
     """
-    with over_ranks.refusing(group, exchange, queries):
+    with _checking(group, exchange, queries):
         deprecated_deterministic(deterministic)
         check_flag("symmetric", symmetric)
         check_flag("return_stats", return_stats)
@@ -126,18 +130,16 @@ def infonce(
         }
         one_has = group is None  # over ranks they are looked for among all keys
         pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
-        target = Targets(smooth, teacher_of(teacher, queries, keys))
+        soft = Targets(smooth, teacher_of(teacher, queries, keys))
         extra = negatives_of(negatives, queries)
         row_weights = weights_of(weights, queries, keys, symmetric, some=one_has)
         plain = all(option is None for option in options.values())
         chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
-    rule = pairs, target, extra, row_weights, symmetric, return_stats
-    if group is not None:
-        loss, stats = over_ranks.infonce(queries, keys, scale, *rule, group, exchange, chosen)
-    elif plain:
-        loss, stats = op.infonce_fwd(queries, keys, scale, chosen)[0], None
-    else:
-        loss, stats = infonce_loss(queries, keys, scale, *rule, chosen)
+    if plain:
+        return op_plain.infonce_fwd(queries, keys, scale, chosen)[0]
+    call = queries, keys, scale, pairs, soft, extra, row_weights, symmetric, return_stats
+    over: Over = Local(queries, keys) if group is None else infonce_over_ranks(group, exchange, *call)
+    loss, stats = infonce_loss(*call, over, chosen)
     return (loss, stats) if return_stats else loss
 
 
@@ -191,7 +193,7 @@ def siglip(
 
     Source: Zhai et al. 2023 (arXiv:2303.15343).
     """
-    with over_ranks.refusing(group, exchange, queries):
+    with _checking(group, exchange, queries):
         deprecated_deterministic(deterministic)
         check_flag("return_stats", return_stats)
         check_features(queries, keys)
@@ -200,13 +202,12 @@ def siglip(
         plain = query_ids is None and not return_stats and group is None
         options = {"query_ids": query_ids, "return_stats": return_stats or None, "group": group}
         chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
-    if group is not None:
-        loss, stats = over_ranks.siglip(queries, keys, scale, bias, pairs, return_stats, group, exchange, chosen)
-        return (loss, stats) if return_stats else loss
     if plain:
-        return op.siglip_fwd(queries, keys, scale, bias, chosen)[0]
-    loss = siglip_loss(queries, keys, scale, bias, pairs, chosen)
-    return (loss, siglip_stats(queries, keys, scale, bias, pairs, chosen)) if return_stats else loss
+        return op_plain.siglip_fwd(queries, keys, scale, bias, chosen)[0]
+    call = queries, keys, scale, bias, pairs, return_stats
+    over: Over = Local(queries, keys) if group is None else siglip_over_ranks(group, exchange, *call)
+    loss, stats = siglip_loss(*call, over, chosen)
+    return (loss, stats) if return_stats else loss
 
 
 @torch.no_grad()
@@ -255,7 +256,7 @@ def sample_negatives(
     pairs = pairs_of(queries, keys, targets, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)
     seed = torch.randint(2**32, (2,), generator=generator, device="cpu").to(queries.device)
     chosen = resolve("contrastive", queries, backend, _limits({"sample_negatives": True}, queries))
-    return op.sample_negatives(queries.detach(), keys.detach(), scale.detach(), seed, *pairs.rule()[:3], chosen)
+    return op_search.sample_negatives(queries.detach(), keys.detach(), scale.detach(), seed, pairs, chosen)
 
 
 @torch.no_grad()
@@ -280,7 +281,16 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
     check_features(queries, keys)
     k = number_of_keys(k, keys)
     chosen = resolve("contrastive", queries, backend, _limits({"topk_similar": True}, queries))
-    return op.topk_similar(queries.detach(), keys.detach(), k, chosen)
+    return op_search.topk_similar(queries.detach(), keys.detach(), k, chosen)
+
+
+def _checking(group: Any, exchange: Any, features: Any) -> AbstractContextManager[None]:
+    """Where arguments are checked; with a group the other ranks hear of an error."""
+    if group is not None:
+        return refusing(group, exchange, features)
+    if exchange != "auto":
+        wrong_value("exchange", "'auto' without a group: there is nobody to exchange keys with", exchange)
+    return nullcontext()  # which torch.compile sees through; in torch 2.6 it does not see through generators
 
 
 def _limits(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None]:

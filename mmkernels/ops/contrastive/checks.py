@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.checks import describe, expect_tensor, expect_true, integer, real, wrong_type, wrong_value
-from mmkernels.ops.contrastive.losses import Pairs
-from mmkernels.ops.contrastive.reference import statistics_dtype
+from mmkernels.ops.contrastive.types import Pairs, statistics_dtype
 
 __all__ = [
     "check_features",
@@ -98,7 +97,7 @@ def pairs_of(
         both_ways: every key needs a positive query too.
         each_has_one: a query without a positive is a mistake.
     """
-    sizes = n, m = queries.shape[0], keys.shape[0]
+    n, m = queries.shape[0], keys.shape[0]
     if same_id not in ("positive", "ignore"):
         wrong_value("same_id", "'positive' or 'ignore'", same_id)
     if key_ids is not None and query_ids is None:
@@ -118,10 +117,10 @@ def pairs_of(
                 _ids_meet("query_ids", query_ids, key_ids, "key_ids")
                 if both_ways and key_ids is not query_ids:
                     _ids_meet("key_ids", key_ids, query_ids, "query_ids (symmetric=False needs no query for each)")
-            return Pairs(None, query_ids, key_ids, same_id, sizes)
+            return Pairs(None, query_ids, key_ids, same_id)
     elif same_id == "ignore":
         wrong_value("query_ids", "the ids that same_id='ignore' speaks of", None)
-    return Pairs(_targets(targets, queries, keys, both_ways), query_ids, key_ids, same_id, sizes)
+    return Pairs(_targets(targets, queries, keys, both_ways), query_ids, key_ids, same_id)
 
 
 def _ids_meet(name: str, ids: Tensor, others: Tensor, of: str) -> None:

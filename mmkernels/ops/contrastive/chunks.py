@@ -1,6 +1,6 @@
 """The oracle a few rows at a time: what no kernel serves (float64 on a GPU), in memory that grows with N + M.
 
-Statistics of rows stand as they are; those of columns are merged as the README's table says. Chunks depend on sizes
+Statistics of rows stand as they are; those of columns are merged. Chunks depend on sizes
 alone, so the bits do not change from run to run.
 """
 
@@ -13,19 +13,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import reference
-from mmkernels.ops.contrastive.reference import (
-    BEST,
-    LSE,
-    MEAN,
-    POSITIVE,
-    STATISTICS,
-    TEACHER,
-    TOP,
-    TOTAL,
-    Pairs,
-    Teacher,
-    statistics_dtype,
-)
+from mmkernels.ops.contrastive.types import STATISTICS, Need, Pairs, Teacher, merged, statistics_dtype
 
 __all__ = ["sigmoid_bwd", "sigmoid_fwd", "softmax_bwd", "softmax_fwd"]
 
@@ -48,22 +36,9 @@ def _pairs_of(pairs: Pairs, rows: slice) -> Pairs:
 
 
 def _teacher_of(teacher: Teacher | None, rows: slice) -> Teacher | None:
-    return None if teacher is None else teacher._replace(queries=teacher.queries[rows], lse_q=teacher.lse_q[rows])
-
-
-def _merge(into: Tensor, part: Tensor) -> Tensor:
-    """Statistics [7, M] of some rows and of others: those of both."""
-    lse = torch.logaddexp(into[LSE], part[LSE])
-    # Where neither has seen anything, the means are 0.
-    weights = [torch.where(lse == -torch.inf, 0.0, (of[LSE] - lse).exp()) for of in (into, part)]
-    merged = torch.empty_like(into)
-    merged[LSE] = lse
-    for what in (POSITIVE, TOTAL, TEACHER):
-        merged[what] = into[what] + part[what]
-    merged[MEAN] = weights[0] * into[MEAN] + weights[1] * part[MEAN]
-    for what in (TOP, BEST):
-        merged[what] = torch.maximum(into[what], part[what])
-    return merged
+    if teacher is None:
+        return None
+    return teacher._replace(teacher_queries=teacher.teacher_queries[rows], teacher_lse_q=teacher.teacher_lse_q[rows])
 
 
 def softmax_fwd(
@@ -75,24 +50,24 @@ def softmax_fwd(
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64; see op.py."""
+    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64."""
     of_rows = queries.new_empty(STATISTICS, queries.shape[0], dtype=torch.float64)
     of_columns = None
     for rows in _chunks(queries, keys):
         rules = _pairs_of(pairs, rows), _teacher_of(teacher, rows)
         of_rows[:, rows], part = reference.softmax_fwd(queries[rows], keys, logit_scale, *rules, totals, columns)
-        of_columns = part if of_columns is None else _merge(of_columns, part)
+        of_columns = part if of_columns is None else merged(of_columns, part)
     assert of_columns is not None
     return of_rows, of_columns
 
 
-def _gradients(queries: Tensor, keys: Tensor, need: tuple[bool, bool], chunk: Any) -> tuple[Tensor, Tensor]:
+def _gradients(queries: Tensor, keys: Tensor, need: Need, chunk: Any) -> tuple[Tensor, Tensor]:
     """Rows of dqueries one chunk after the other; dkeys summed over them in the type of the statistics."""
-    dqueries = queries.new_empty(queries.shape[0] if need[0] else 0, queries.shape[1])
-    dkeys = keys.new_zeros(keys.shape[0] if need[1] else 0, keys.shape[1], dtype=statistics_dtype(keys.dtype))
+    dqueries = queries.new_empty(queries.shape[0] if need.need_queries else 0, queries.shape[1])
+    dkeys = keys.new_zeros(keys.shape[0] if need.need_keys else 0, keys.shape[1], dtype=statistics_dtype(keys.dtype))
     for rows in _chunks(queries, keys):
         of_rows, of_keys = chunk(rows)
-        if need[0]:
+        if need.need_queries:
             dqueries[rows] = of_rows
         dkeys += of_keys
     return dqueries, dkeys.to(keys.dtype)
@@ -108,17 +83,16 @@ def softmax_bwd(
     lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
 
     def chunk(rows: slice) -> tuple[Tensor, Tensor]:
         weights, lse = (coefficients_q[:, rows], coefficients_k), (lse_q[rows], lse_k)
         features, rules = (queries[rows], keys, logit_scale), (_pairs_of(pairs, rows), _teacher_of(teacher, rows))
-        return reference.softmax_bwd(*weights, *features, *lse, *rules, need_queries, need_keys)
+        return reference.softmax_bwd(*weights, *features, *lse, *rules, need)
 
-    return _gradients(queries, keys, (need_queries, need_keys), chunk)
+    return _gradients(queries, keys, need, chunk)
 
 
 def sigmoid_fwd(
@@ -142,13 +116,12 @@ def sigmoid_bwd(
     logit_scale: Tensor,
     logit_bias: Tensor,
     pairs: Pairs,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
 
     def chunk(rows: slice) -> tuple[Tensor, Tensor]:
         features = queries[rows], keys, logit_scale, logit_bias
-        return reference.sigmoid_bwd(grad_sum, *features, _pairs_of(pairs, rows), need_queries, need_keys)
+        return reference.sigmoid_bwd(grad_sum, *features, _pairs_of(pairs, rows), need)
 
-    return _gradients(queries, keys, (need_queries, need_keys), chunk)
+    return _gradients(queries, keys, need, chunk)

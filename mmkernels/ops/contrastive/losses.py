@@ -1,126 +1,103 @@
 """The losses from the statistics of rows and columns: all that is O(N + M), in float64 and plain PyTorch.
 
 A row's loss is cross entropy, lse - scale · (mean similarity of its target distribution), and the target distribution
-enters only through sums that the statistics have: of positives, of all keys seen, and under a teacher's softmax.
+enters only through sums that the statistics have: of positives, of all keys seen, and under a teacher's softmax. It is
+the same whether one process has the rows or the ranks of a group do: what differs is in over.py and over_ranks.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmkernels.ops.contrastive import op
-from mmkernels.ops.contrastive.reference import BEST, LSE, MEAN, POSITIVE, TEACHER, TOP, TOTAL, statistics_dtype
+from mmkernels.ops.contrastive.over import Local
+from mmkernels.ops.contrastive.over_ranks import OverRanks
+from mmkernels.ops.contrastive.types import (
+    BEST,
+    LSE,
+    MEAN,
+    POSITIVE,
+    TEACHER,
+    TOP,
+    TOTAL,
+    ContrastiveStats,
+    Pairs,
+    Targets,
+    Teacher,
+    statistics_dtype,
+)
 
-__all__ = [
-    "ContrastiveStats",
-    "Pairs",
-    "Targets",
-    "infonce_loss",
-    "occurrences",
-    "siglip_loss",
-    "siglip_stats",
-    "stats_of",
-    "stats_sums",
-    "weights_of_columns",
-]
+__all__ = ["Over", "infonce_loss", "siglip_loss"]
 
-
-class ContrastiveStats(NamedTuple):
-    """What a loss saw, detached; in float32 (float64 for float64 features).
-
-    lse_q: [N], lse_k: [M]: log sum exp of each row's and each column's logits (SigLIP's: with the bias).
-    accuracy_q, accuracy_k: []: how often no negative's logit is larger than that of the best positive (a tie counts).
-    positive, negative: []: mean similarity of the positive pairs and of all other pairs seen (NaN where there is none).
-    entropy: []: mean entropy of the softmax of rows (and columns, when the loss is symmetric), in nats.
-    """
-
-    lse_q: Tensor
-    lse_k: Tensor
-    accuracy_q: Tensor
-    accuracy_k: Tensor
-    positive: Tensor
-    negative: Tensor
-    entropy: Tensor
+Over = Local | OverRanks
 
 
-torch.serialization.add_safe_globals([ContrastiveStats])
+# Of each row, or column: how many of its pairs are positive, and how many it sees
 
 
-def occurrences(ids: Tensor, among: Tensor) -> Tensor:
+class _Counts(NamedTuple):
+    positives: Tensor | int
+    seen: Tensor | int
+
+
+def _counts_of_rows(pairs: Pairs, over: Over) -> _Counts:
+    keys = sum(over.keys)
+    if pairs.query_ids is None or pairs.key_ids is None:
+        return _Counts(1, keys)
+    same = _occurrences(pairs.query_ids, over.gathered(pairs.key_ids, over.keys))
+    return _Counts(same, keys) if pairs.same_id == "positive" else _Counts(1, keys - same + _targets_alike(pairs))
+
+
+def _counts_of_columns(pairs: Pairs, over: Over) -> _Counts:
+    queries = sum(over.queries)
+    if pairs.query_ids is None or pairs.key_ids is None:
+        return _Counts(1, queries)
+    same = _occurrences(pairs.key_ids, over.gathered(pairs.query_ids, over.queries))
+    if pairs.same_id == "positive":
+        return _Counts(same, queries)
+    assert pairs.targets is not None
+    alike = torch.zeros_like(pairs.key_ids).index_add(0, pairs.targets, _targets_alike(pairs))
+    return _Counts(1, queries - same + alike)
+
+
+def _occurrences(ids: Tensor, among: Tensor) -> Tensor:
     """How often each id occurs among others."""
     ordered = among.sort().values
     last, first = (torch.searchsorted(ordered, ids.contiguous(), right=right) for right in (True, False))
     return last - first
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Which pairs are positive and which are seen; see op.py."""
-
-    targets: Tensor | None
-    query_ids: Tensor | None
-    key_ids: Tensor | None
-    same_id: str
-    sizes: tuple[int, int]
-
-    def rule(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, str]:
-        """As the ops want it."""
-        return self.targets, self.query_ids, self.key_ids, self.same_id
-
-    def positives(self) -> tuple[Tensor | int, Tensor | int]:
-        """How many each row and each column has."""
-        if self.query_ids is None or self.key_ids is None or self.same_id == "ignore":
-            return 1, 1
-        return occurrences(self.query_ids, self.key_ids), occurrences(self.key_ids, self.query_ids)
-
-    def seen(self) -> tuple[Tensor | int, Tensor | int]:
-        """How many keys each row sees, and how many queries each column."""
-        n, m = self.sizes
-        if self.query_ids is None or self.key_ids is None or self.same_id != "ignore":
-            return m, n
-        assert self.targets is not None
-        # A target counts among those of its id if it has that id.
-        alike = (self.key_ids[self.targets] == self.query_ids).long()
-        alike_k = torch.zeros_like(self.key_ids).index_add(0, self.targets, alike)
-        return (
-            m - occurrences(self.query_ids, self.key_ids) + alike,
-            n - occurrences(self.key_ids, self.query_ids) + alike_k,
-        )
+def _targets_alike(pairs: Pairs) -> Tensor:
+    """[N]: 1 where the target has its query's id, and so counts among those of that id."""
+    assert pairs.targets is not None and pairs.query_ids is not None and pairs.key_ids is not None
+    return (pairs.key_ids[pairs.targets] == pairs.query_ids).long()
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What else makes the target distribution."""
-
-    label_smoothing: float
-    teacher: tuple[Tensor, Tensor, float] | None
-
-    def loss(self, line: Tensor, lse: Tensor, scale: Tensor, positives: Tensor | int, seen: Tensor | int) -> Tensor:
-        """Of each row or column, from its statistics; lse counts the negatives too."""
-        similarity = line[POSITIVE] / positives
-        if self.label_smoothing > 0:
-            uniform = line[TOTAL] / seen
-            similarity = similarity.lerp(uniform, self.label_smoothing)
-        if self.teacher is not None:
-            similarity = similarity.lerp(line[TEACHER], self.teacher[2])
-        return lse - scale * similarity
+# InfoNCE
 
 
-def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    if losses.shape[0] == 0:
-        return losses.sum()
-    if weights is None:
-        return losses.mean()
-    return (weights * losses).sum() / weights.sum()
+def _losses(line: Tensor, lse: Tensor, counts: _Counts, scale: Tensor, targets: Targets) -> Tensor:
+    """Of each row or column, from its statistics; lse counts the negatives too."""
+    similarity = line[POSITIVE] / counts.positives
+    if targets.label_smoothing > 0:
+        similarity = similarity.lerp(line[TOTAL] / counts.seen, targets.label_smoothing)
+    if targets.teacher is not None:
+        similarity = similarity.lerp(line[TEACHER], targets.teacher[2])
+    return lse - scale * similarity
 
 
-def weights_of_columns(weights: Tensor, pairs: Pairs) -> Tensor:
-    """A key has the weight of the query whose target it is, else of that at its place."""
-    return weights if pairs.targets is None else torch.zeros_like(weights).index_copy(0, pairs.targets, weights)
+def _teacher_of(
+    targets: Targets, logit_scale: Tensor, pairs: Pairs, columns: bool, over: Over, backend: str
+) -> Teacher | None:
+    """With its lse, from a pass over its own logits."""
+    if targets.teacher is None:
+        return None
+    queries, keys = targets.teacher[0].detach(), targets.teacher[1].detach()
+    with torch.no_grad():
+        of_rows, of_columns = over.softmax(queries, keys, logit_scale.detach(), pairs, None, False, columns, backend)
+    return Teacher(queries, keys, of_rows[LSE], of_columns[LSE] if columns else None)
 
 
 def infonce_loss(
@@ -133,52 +110,77 @@ def infonce_loss(
     weights: Tensor | None,
     symmetric: bool,
     return_stats: bool,
+    over: Over,
     backend: str,
 ) -> tuple[Tensor, ContrastiveStats | None]:
-    """The loss, [] in the type of the statistics, and what it saw."""
+    """The loss of all rows, [] in the type of the statistics, and what it saw. Arguments are checked.
+
+    Targets count the keys that are here; ids meet those of all ranks; negatives are those of all ranks.
+    """
     totals, columns = targets.label_smoothing > 0 or return_stats, symmetric or return_stats
-    taught: tuple[Tensor | None, ...] = (None,) * 4
-    if targets.teacher is not None:
-        features = targets.teacher[0].detach(), targets.teacher[1].detach()
-        no_teacher = (None,) * 4
-        with torch.no_grad():
-            of_rows, of_columns = op.softmax_fwd(
-                *features, logit_scale.detach(), *pairs.rule(), *no_teacher, False, columns, backend
-            )
-        taught = *features, of_rows[LSE], of_columns[LSE] if columns else None
-    of_rows, of_columns = op.softmax_fwd(queries, keys, logit_scale, *pairs.rule(), *taught, totals, columns, backend)
-    extra = None
-    lse_q = of_rows[LSE]
-    if negatives is not None and negatives.shape[0] > 0:
-        nothing: tuple[None, ...] = (None,) * 3
-        extra, _ = op.softmax_fwd(
-            queries, negatives, logit_scale, *nothing, "positive", *(None,) * 4, False, False, backend
-        )
-        lse_q = torch.logaddexp(lse_q, extra[LSE])
-    scale = logit_scale.double()
-    (positives_q, positives_k), (seen_q, seen_k) = pairs.positives(), pairs.seen()
-    wide = None if weights is None else weights.double()
-    loss = _mean(targets.loss(of_rows, lse_q, scale, positives_q, seen_q), wide)
+    directions = [_counts_of_rows(pairs, over)]
     if symmetric:
-        losses = targets.loss(of_columns, of_columns[LSE], scale, positives_k, seen_k)
-        loss = (loss + _mean(losses, None if wide is None else weights_of_columns(wide, pairs))) / 2
-    dtype = statistics_dtype(queries.dtype)
-    stats = None
-    if return_stats:
-        lines = of_rows.detach(), of_columns.detach(), None if extra is None else extra.detach()
-        sums = stats_sums(*lines, scale.detach(), positives_q, seen_q)
-        stats = stats_of(lse_q.detach(), lines[1][LSE], sums, symmetric, dtype)
-    return loss.to(dtype), stats
+        directions.append(_counts_of_columns(pairs, over))
+    for name, counts in zip(("query_ids", "key_ids"), directions, strict=False):
+        over.each_has_one(name, counts.positives)
+    logit_scale = over.shared(logit_scale)
+    teacher = _teacher_of(targets, logit_scale, pairs, columns, over, backend)
+    lines = over.softmax(queries, keys, logit_scale, pairs, teacher, totals, columns, backend)
+    extra = None if negatives is None else over.of_negatives(queries, negatives, logit_scale, backend)
+    lse = [line[LSE] for line in lines]
+    if extra is not None:
+        lse[0] = torch.logaddexp(lse[0], extra[LSE])
+    scale, dtype = logit_scale.double(), statistics_dtype(queries.dtype)
+    losses = [_losses(*of, scale, targets) for of in zip(lines, lse, directions, strict=False)]
+    loss = over.mean(losses, None if weights is None else _weights_of_directions(weights.double(), pairs, symmetric))
+    if not return_stats:
+        return loss.to(dtype), None
+    seen = lines[0].detach(), lines[1].detach(), None if extra is None else extra.detach()
+    sums = over.summed(_stats_sums(*seen, scale.detach(), directions[0]))
+    return loss.to(dtype), _stats_of(lse[0].detach(), lse[1].detach(), sums, symmetric, dtype)
 
 
-def stats_sums(
-    of_rows: Tensor,
-    of_columns: Tensor,
-    extra: Tensor | None,
-    scale: Tensor,
-    positives: Tensor | int,
-    seen: Tensor | int,
-) -> Tensor:
+def _weights_of_directions(weights: Tensor, pairs: Pairs, symmetric: bool) -> list[Tensor]:
+    """A key has the weight of the query whose target it is, else of that at its place."""
+    if not symmetric:
+        return [weights]
+    if pairs.targets is None:
+        return [weights, weights]
+    return [weights, torch.zeros_like(weights).index_copy(0, pairs.targets, weights)]
+
+
+# SigLIP
+
+
+def siglip_loss(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    pairs: Pairs,
+    return_stats: bool,
+    over: Over,
+    backend: str,
+) -> tuple[Tensor, ContrastiveStats | None]:
+    """The mean over all rows, [] in the type of the statistics, and what a softmax of the same logits sees, from a pass
+    of its own. Arguments are checked; ids meet those of all ranks."""
+    scale, bias, dtype = over.shared(logit_scale), over.shared(logit_bias), statistics_dtype(queries.dtype)
+    sums = over.sigmoid(queries, keys, scale, bias, pairs, backend)
+    loss = (over.total(sums[0]) / max(sum(over.queries), 1)).to(dtype)
+    if not return_stats:
+        return loss, None
+    with torch.no_grad():
+        features = queries.detach(), keys.detach(), scale.detach()
+        of_rows, of_columns = over.softmax(*features, pairs, None, True, True, backend)
+        sums = over.summed(_stats_sums(of_rows, of_columns, None, features[2].double(), _counts_of_rows(pairs, over)))
+        lse_q, lse_k = (line[LSE] + bias.detach() for line in (of_rows, of_columns))
+        return loss, _stats_of(lse_q, lse_k, sums, True, dtype)
+
+
+# Statistics
+
+
+def _stats_sums(of_rows: Tensor, of_columns: Tensor, extra: Tensor | None, scale: Tensor, counts: _Counts) -> Tensor:
     """[5, 2] float64: what the means of `ContrastiveStats` are made of, summed over rows and columns.
 
     Of rows and columns: their number, entropies, and how often the best positive is on top; then sums over the pairs
@@ -189,7 +191,7 @@ def stats_sums(
         lse_q = torch.logaddexp(lse_q, extra[LSE])
         mean = (of_rows[LSE] - lse_q).exp() * mean + (extra[LSE] - lse_q).exp() * extra[MEAN]
         top = torch.maximum(top, extra[TOP])
-    count, everyone = (torch.as_tensor(x, device=lse_q.device).expand(lse_q.shape).sum() for x in (positives, seen))
+    count, everyone = (torch.as_tensor(x, device=lse_q.device).expand(lse_q.shape).sum() for x in counts)
     both = (
         (lse_q.new_tensor(lse_q.shape[0]), lse_q.new_tensor(of_columns.shape[1])),
         ((lse_q - scale * mean).sum(), (of_columns[LSE] - scale * of_columns[MEAN]).sum()),
@@ -200,8 +202,8 @@ def stats_sums(
     return torch.stack([torch.stack([x.double() for x in two]) for two in both])
 
 
-def stats_of(lse_q: Tensor, lse_k: Tensor, sums: Tensor, symmetric: bool, dtype: torch.dtype) -> ContrastiveStats:
-    """From the lse of rows and columns and `stats_sums`."""
+def _stats_of(lse_q: Tensor, lse_k: Tensor, sums: Tensor, symmetric: bool, dtype: torch.dtype) -> ContrastiveStats:
+    """From the lse of rows and columns and `_stats_sums`."""
     size, entropies, hits, (positive, total), (count, seen) = sums.unbind()
     entropy, accuracy = entropies / size, hits / size
     stats = (
@@ -213,24 +215,3 @@ def stats_of(lse_q: Tensor, lse_k: Tensor, sums: Tensor, symmetric: bool, dtype:
         entropy.mean() if symmetric else entropy[0],
     )
     return ContrastiveStats(*(x.to(dtype) for x in stats))
-
-
-def siglip_loss(
-    queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs, backend: str
-) -> Tensor:
-    """The mean over rows, [] in the type of the statistics."""
-    sums = op.sigmoid_fwd(queries, keys, logit_scale, logit_bias, *pairs.rule()[:3], backend)
-    return (sums[0] / max(queries.shape[0], 1)).to(statistics_dtype(queries.dtype))
-
-
-@torch.no_grad()
-def siglip_stats(
-    queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs, backend: str
-) -> ContrastiveStats:
-    """Statistics of the softmax of the same logits, from a pass of their own."""
-    features = queries.detach(), keys.detach(), logit_scale.detach()
-    of_rows, of_columns = op.softmax_fwd(*features, *pairs.rule(), *(None,) * 4, True, True, backend)
-    scale = logit_scale.detach().double()
-    sums = stats_sums(of_rows, of_columns, None, scale, pairs.positives()[0], pairs.seen()[0])
-    stats = stats_of(of_rows[LSE], of_columns[LSE], sums, True, statistics_dtype(queries.dtype))
-    return ContrastiveStats(stats.lse_q + logit_bias.detach(), stats.lse_k + logit_bias.detach(), *stats[2:])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from mmkernels.ops.contrastive.reference import STATISTICS, Pairs, Teacher, statistics_dtype
+from mmkernels.ops.contrastive.types import STATISTICS, Need, Pairs, Teacher, statistics_dtype
 from mmkernels.runtime.native import core, stream, threads, view
 
 __all__ = [
@@ -38,33 +40,49 @@ def _positives(pairs: Pairs) -> tuple[Tensor | None, Tensor | None, Tensor | Non
     return targets, query_codes, key_codes
 
 
-def _taught(teacher: Teacher | None) -> tuple[Tensor | None, ...]:
+def _of_teacher(teacher: Teacher | None) -> tuple[Tensor | None, ...]:
+    """As the launchers take one: its features and its lse."""
     if teacher is None:
-        return (None,) * 4
-    return _rows(teacher.queries), _rows(teacher.keys), *_vectors(teacher.lse_q, teacher.lse_k)
+        return None, None, None, None
+    queries, keys, lse_q, lse_k = teacher
+    return _rows(queries), _rows(keys), *_vectors(lse_q, lse_k)
 
 
 def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in vectors]
 
 
-def _outputs(queries: Tensor, keys: Tensor, need_queries: bool, need_keys: bool) -> list[Tensor | None]:
-    """Room for the gradients that will be written: on CUDA both, whoever asked."""
+def _scalars(queries: Tensor, count: int) -> list[Tensor]:
+    return [queries.new_empty((), dtype=statistics_dtype(queries.dtype)) for _ in range(count)]
+
+
+def _room(queries: Tensor, keys: Tensor, need: Need) -> list[Tensor | None]:
+    """For the gradients that will be written: on CUDA both, whoever asked."""
     return [
-        x.new_empty(x.shape) if need or x.is_cuda else None for x, need in ((queries, need_queries), (keys, need_keys))
+        x.new_empty(x.shape) if wanted or x.is_cuda else None for x, wanted in zip((queries, keys), need, strict=True)
     ]
 
 
-def _needed(gradient: Tensor | None, need: bool, features: Tensor) -> Tensor:
-    return gradient if need and gradient is not None else features.new_empty(0, features.shape[1])
+def _needed(gradients: list[Tensor | None], queries: Tensor, keys: Tensor, need: Need) -> tuple[Tensor, Tensor]:
+    """[0, E] for one that is not."""
+    dqueries, dkeys = (
+        gradient if wanted and gradient is not None else x.new_empty(0, x.shape[1])
+        for gradient, x, wanted in zip(gradients, (queries, keys), need, strict=True)
+    )
+    return dqueries, dkeys
+
+
+def _launch_cpu(launch: Callable[..., None], *arguments: Tensor | bool | None) -> None:
+    launch(*[x if isinstance(x, bool) else view(x) for x in arguments], threads())
+
+
+def _launch_cuda(launch: Callable[..., None], workspace_size: int, *arguments: Tensor | None) -> None:
+    device = next(x.device for x in arguments if x is not None)
+    workspace = torch.empty(workspace_size, dtype=torch.uint8, device=device)
+    launch(*[view(x) for x in arguments], view(workspace), stream(workspace))
 
 
 # On CPU alone
-
-
-def _launch_cpu(name: str, *arguments: Tensor | bool | None) -> None:
-    converted = [x if isinstance(x, bool) else view(x) for x in arguments]
-    getattr(core(), f"launch_contrastive_{name}_cpu")(*converted, threads())
 
 
 def softmax_fwd(
@@ -76,12 +94,13 @@ def softmax_fwd(
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64; see op.py."""
+    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64."""
     x, y = _rows(queries), _rows(keys)
     of_rows = x.new_empty(STATISTICS, x.shape[0], dtype=torch.float64)
     of_columns = y.new_empty(STATISTICS, y.shape[0] if columns else 0, dtype=torch.float64)
-    rules = *_positives(pairs), pairs.same_id == "ignore", *_taught(teacher)
-    _launch_cpu("softmax_fwd", x, y, logit_scale, *rules, totals, columns, of_rows, of_columns)
+    rules = *_positives(pairs), pairs.same_id == "ignore", *_of_teacher(teacher)
+    results = of_rows, of_columns
+    _launch_cpu(core().launch_contrastive_softmax_fwd_cpu, x, y, logit_scale, *rules, totals, columns, *results)
     return of_rows, of_columns
 
 
@@ -95,17 +114,17 @@ def softmax_bwd(
     lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     x, y = _rows(queries), _rows(keys)
-    dqueries, dkeys = _outputs(x, y, need_queries, need_keys)
+    gradients = _room(x, y, need)
     statistics = _vectors(coefficients_q, coefficients_k, lse_q, lse_k)
-    rules = *_positives(pairs), pairs.same_id == "ignore", *_taught(teacher)
+    rules = *_positives(pairs), pairs.same_id == "ignore", *_of_teacher(teacher)
     columns = coefficients_k.shape[1] > 0
-    _launch_cpu("softmax_bwd", *statistics, x, y, logit_scale, *rules, columns, dqueries, dkeys)
-    return _needed(dqueries, need_queries, x), _needed(dkeys, need_keys, y)
+    features = x, y, logit_scale
+    _launch_cpu(core().launch_contrastive_softmax_bwd_cpu, *statistics, *features, *rules, columns, *gradients)
+    return _needed(gradients, x, y, need)
 
 
 def sigmoid_fwd(
@@ -118,7 +137,7 @@ def sigmoid_fwd(
     """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
     x, y = _rows(queries), _rows(keys)
     sums = x.new_empty(3, dtype=torch.float64)
-    _launch_cpu("sigmoid_fwd", x, y, logit_scale, logit_bias, *_positives(pairs), sums)
+    _launch_cpu(core().launch_contrastive_sigmoid_fwd_cpu, x, y, logit_scale, logit_bias, *_positives(pairs), sums)
     return sums
 
 
@@ -129,14 +148,14 @@ def sigmoid_bwd(
     logit_scale: Tensor,
     logit_bias: Tensor,
     pairs: Pairs,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     x, y = _rows(queries), _rows(keys)
-    dqueries, dkeys = _outputs(x, y, need_queries, need_keys)
-    _launch_cpu("sigmoid_bwd", grad_sum, x, y, logit_scale, logit_bias, *_positives(pairs), dqueries, dkeys)
-    return _needed(dqueries, need_queries, x), _needed(dkeys, need_keys, y)
+    gradients = _room(x, y, need)
+    scalars = logit_scale, logit_bias
+    _launch_cpu(core().launch_contrastive_sigmoid_bwd_cpu, grad_sum, x, y, *scalars, *_positives(pairs), *gradients)
+    return _needed(gradients, x, y, need)
 
 
 def sample_negatives(
@@ -149,7 +168,7 @@ def sample_negatives(
     """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
     x, y = _rows(queries), _rows(keys)
     index = x.new_empty(x.shape[0], dtype=torch.int64)
-    _launch_cpu("sample_fwd", x, y, logit_scale, seed, *_positives(pairs), index)
+    _launch_cpu(core().launch_contrastive_sample_fwd_cpu, x, y, logit_scale, seed, *_positives(pairs), index)
     return index
 
 
@@ -158,35 +177,28 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]
     x, y = _rows(queries), _rows(keys)
     values = x.new_empty(x.shape[0], k, dtype=statistics_dtype(x.dtype))
     indices = x.new_empty(x.shape[0], k, dtype=torch.int64)
-    _launch_cpu("topk_fwd", x, y, values, indices)
+    _launch_cpu(core().launch_contrastive_topk_fwd_cpu, x, y, values, indices)
     return values, indices
 
 
 # The plain losses, on CPU and in CUDA C++
 
 
-def _launch(name: str, queries: Tensor, keys: Tensor, *tensors: Tensor | None) -> None:
-    views = [view(tensor) for tensor in tensors]
-    if not queries.is_cuda:
-        getattr(core(), f"launch_contrastive_{name}_cpu")(*views, threads())
-        return
-    sizes = queries.shape[0], keys.shape[0], queries.shape[1]
-    size = getattr(core(), f"contrastive_{name}_workspace_cuda")(*sizes)
-    workspace = torch.empty(size, dtype=torch.uint8, device=queries.device)
-    with torch.cuda.device(queries.device):
-        getattr(core(), f"launch_contrastive_{name}_cuda")(*views, view(workspace), stream(queries))
-
-
-def _scalars(queries: Tensor, count: int) -> list[Tensor]:
-    return [queries.new_empty((), dtype=statistics_dtype(queries.dtype)) for _ in range(count)]
+def _sizes(queries: Tensor, keys: Tensor) -> tuple[int, int, int]:
+    return queries.shape[0], keys.shape[0], queries.shape[1]
 
 
 def infonce_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [], lse_q [N] and lse_k [N] in float64, d loss / d logit_scale []."""
-    queries, keys = _rows(queries), _rows(keys)
-    loss, grad_scale = _scalars(queries, 2)
-    lse_q, lse_k = (x.new_empty(x.shape[0], dtype=torch.float64) for x in (queries, keys))
-    _launch("infonce_fwd", queries, keys, queries, keys, logit_scale, loss, lse_q, lse_k, grad_scale)
+    x, y = _rows(queries), _rows(keys)
+    loss, grad_scale = _scalars(x, 2)
+    lse_q, lse_k = (features.new_empty(features.shape[0], dtype=torch.float64) for features in (x, y))
+    arguments = x, y, logit_scale, loss, lse_q, lse_k, grad_scale
+    if x.is_cuda:
+        size = core().contrastive_infonce_fwd_workspace_cuda(*_sizes(x, y))
+        _launch_cuda(core().launch_contrastive_infonce_fwd_cuda, size, *arguments)
+    else:
+        _launch_cpu(core().launch_contrastive_infonce_fwd_cpu, *arguments)
     return loss, lse_q, lse_k, grad_scale
 
 
@@ -197,22 +209,30 @@ def infonce_bwd(
     logit_scale: Tensor,
     lse_q: Tensor,
     lse_k: Tensor,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [N, E]; [0, E] where not needed."""
-    queries, keys = _rows(queries), _rows(keys)
-    dqueries, dkeys = _outputs(queries, keys, need_queries, need_keys)
-    lse = lse_q.contiguous(), lse_k.contiguous()
-    _launch("infonce_bwd", queries, keys, grad_loss, queries, keys, logit_scale, *lse, dqueries, dkeys)
-    return _needed(dqueries, need_queries, queries), _needed(dkeys, need_keys, keys)
+    x, y = _rows(queries), _rows(keys)
+    gradients = _room(x, y, need)
+    arguments = grad_loss, x, y, logit_scale, lse_q.contiguous(), lse_k.contiguous(), *gradients
+    if x.is_cuda:
+        size = core().contrastive_infonce_bwd_workspace_cuda(*_sizes(x, y))
+        _launch_cuda(core().launch_contrastive_infonce_bwd_cuda, size, *arguments)
+    else:
+        _launch_cpu(core().launch_contrastive_infonce_bwd_cpu, *arguments)
+    return _needed(gradients, x, y, need)
 
 
 def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
-    queries, keys = _rows(queries), _rows(keys)
-    loss, grad_scale, grad_bias = _scalars(queries, 3)
-    _launch("siglip_fwd", queries, keys, queries, keys, logit_scale, logit_bias, loss, grad_scale, grad_bias)
+    x, y = _rows(queries), _rows(keys)
+    loss, grad_scale, grad_bias = _scalars(x, 3)
+    arguments = x, y, logit_scale, logit_bias, loss, grad_scale, grad_bias
+    if x.is_cuda:
+        size = core().contrastive_siglip_fwd_workspace_cuda(*_sizes(x, y))
+        _launch_cuda(core().launch_contrastive_siglip_fwd_cuda, size, *arguments)
+    else:
+        _launch_cpu(core().launch_contrastive_siglip_fwd_cpu, *arguments)
     return loss, grad_scale, grad_bias
 
 
@@ -222,11 +242,15 @@ def siglip_bwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [N, E]; [0, E] where not needed."""
-    queries, keys = _rows(queries), _rows(keys)
-    dqueries, dkeys = _outputs(queries, keys, need_queries, need_keys)
-    _launch("siglip_bwd", queries, keys, grad_loss, queries, keys, logit_scale, logit_bias, dqueries, dkeys)
-    return _needed(dqueries, need_queries, queries), _needed(dkeys, need_keys, keys)
+    x, y = _rows(queries), _rows(keys)
+    gradients = _room(x, y, need)
+    arguments = grad_loss, x, y, logit_scale, logit_bias, *gradients
+    if x.is_cuda:
+        size = core().contrastive_siglip_bwd_workspace_cuda(*_sizes(x, y))
+        _launch_cuda(core().launch_contrastive_siglip_bwd_cuda, size, *arguments)
+    else:
+        _launch_cpu(core().launch_contrastive_siglip_bwd_cpu, *arguments)
+    return _needed(gradients, x, y, need)

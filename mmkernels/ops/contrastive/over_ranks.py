@@ -1,4 +1,4 @@
-"""infonce and siglip over the ranks of a process group: from the statistics of `distributed.py` to the loss.
+"""Losses over the ranks of a process group: what the ranks must agree on, and what they merge.
 
 The loss is that of one process with all ranks' rows, and is the same number on every rank. Its gradient is made for a
 mean over the ranks, as DistributedDataParallel takes it: features get W times the exact gradient of the loss, so that
@@ -8,53 +8,29 @@ they belong to a wrapper or not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.ops.checks import wrong_value
-from mmkernels.ops.contrastive.distributed import (
-    NO_TEACHER,
-    mean_over_ranks,
-    same_on_all_ranks,
-    sigmoid_fwd,
-    softmax_fwd,
-)
+from mmkernels.ops.contrastive import distributed
 from mmkernels.ops.contrastive.exchange import Ranks, agree, check_group, refused
-from mmkernels.ops.contrastive.losses import (
-    ContrastiveStats,
-    Pairs,
-    Targets,
-    occurrences,
-    stats_of,
-    stats_sums,
-    weights_of_columns,
-)
-from mmkernels.ops.contrastive.reference import LSE, statistics_dtype
+from mmkernels.ops.contrastive.types import Pairs, Targets, Teacher
 
-__all__ = ["infonce", "refusing", "siglip"]
+__all__ = ["OverRanks", "infonce_over_ranks", "refusing", "siglip_over_ranks"]
 
 
-def refusing(group: Any, exchange: Any, features: Any) -> AbstractContextManager[None]:
+@contextmanager
+def refusing(group: Any, exchange: Any, features: Any) -> Iterator[None]:
     """Check arguments inside: an error is raised here, and said to the ranks that wait for this one."""
-    if group is None:
-        if exchange != "auto":
-            wrong_value("exchange", "'auto' without a group: there is nobody to exchange keys with", exchange)
-        return nullcontext()  # which torch.compile sees through; in torch 2.6 it does not see through generators
     check_group(group, exchange)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError(
             "group: expected None under torch.func and forward mode; collectives have no rule there"
         )
-    return _said_to_others(group, features)
-
-
-@contextmanager
-def _said_to_others(group: Any, features: Any) -> Iterator[None]:
     try:
         yield
     except Exception:
@@ -62,31 +38,97 @@ def _said_to_others(group: Any, features: Any) -> Iterator[None]:
         raise
 
 
-def infonce(
+class OverRanks:
+    """A batch of which each rank of a group has some rows; over.Local says what each method does."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.queries, self.keys = ranks.queries, ranks.keys
+
+    def softmax(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        logit_scale: Tensor,
+        pairs: Pairs,
+        teacher: Teacher | None,
+        totals: bool,
+        columns: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        rules = pairs, teacher, totals, columns
+        return distributed.softmax_fwd(self._ranks, queries, keys, logit_scale, *rules, backend)
+
+    def of_negatives(self, queries: Tensor, negatives: Tensor, logit_scale: Tensor, backend: str) -> Tensor | None:
+        if sum(self._ranks.negatives) == 0:
+            return None
+        others = self._ranks.with_negatives()
+        return distributed.softmax_fwd(others, queries, negatives, logit_scale, Pairs(), None, False, False, backend)[0]
+
+    def sigmoid(
+        self, queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs, backend: str
+    ) -> Tensor:
+        return distributed.sigmoid_fwd(self._ranks, queries, keys, logit_scale, logit_bias, pairs, backend)
+
+    def shared(self, scalar: Tensor) -> Tensor:
+        return distributed.same_on_all_ranks(self._ranks, scalar)
+
+    def gathered(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        return self._ranks.gathered(rows, counts)
+
+    def each_has_one(self, name: str, positives: Tensor | int) -> None:
+        if isinstance(positives, int):
+            return
+        missing = int(self._ranks.summed((positives == 0).sum()))
+        if missing:
+            other = "key_ids" if name == "query_ids" else "query_ids"
+            raise ValueError(f"{name}: expected each to occur among the {other} of some rank, {missing} do not")
+
+    def total(self, share: Tensor) -> Tensor:
+        return distributed.total_over_ranks(self._ranks, share)
+
+    def mean(self, losses: Sequence[Tensor], weights: Sequence[Tensor] | None) -> Tensor:
+        if weights is None:
+            sums, sizes = [loss.sum() for loss in losses], [max(sum(of), 1) for of in (self.queries, self.keys)]
+            return (self.total(torch.stack(sums)) / losses[0].new_tensor(sizes[: len(sums)])).mean()
+        sums = [(of * loss).sum() for of, loss in zip(weights, losses, strict=True)]
+        return (self.total(torch.stack(sums)) / self._weight_of_all(weights[0])).mean()
+
+    def _weight_of_all(self, weights: Tensor) -> Tensor:
+        """The sum over the ranks; 1 where no rank has rows."""
+        total = self.summed(weights.sum())
+        if sum(self.queries) == 0:
+            return torch.ones_like(total)
+        if float(total) == 0:
+            raise ValueError("weights: expected one that is not zero on some rank, got zeros on all")
+        return total
+
+    def summed(self, sums: Tensor) -> Tensor:
+        return self._ranks.summed(sums)
+
+
+def infonce_over_ranks(
+    group: Any,
+    exchange: str,
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
     pairs: Pairs,
-    target: Targets,
+    targets: Targets,
     negatives: Tensor | None,
     weights: Tensor | None,
     symmetric: bool,
     return_stats: bool,
-    group: Any,
-    exchange: str,
-    backend: str,
-) -> tuple[Tensor, ContrastiveStats | None]:
-    """The loss of all ranks' rows, and what it saw. Arguments are checked; targets count this rank's keys, ids meet
-    everywhere, negatives are those of all ranks.
+) -> OverRanks:
+    """The ranks of a group, who agree on a call of infonce; its arguments are checked.
 
     Raises:
-        ValueError: on every rank, if ranks differ in what must be the same, an id is without its like, or no row of
-            any rank has a weight.
+        ValueError: on every rank, if ranks differ in what must be the same.
     """
-    width, alpha = (None, None) if target.teacher is None else (target.teacher[0].shape[1], target.teacher[2])
+    width, alpha = (None, None) if targets.teacher is None else (targets.teacher[0].shape[1], targets.teacher[2])
     same = {
         "logit_scale: gradient": _needs(logit_scale),
-        "label_smoothing": target.label_smoothing,
+        "label_smoothing": targets.label_smoothing,
         "symmetric": symmetric,
         "same_id": pairs.same_id,
         "query_ids": _given(pairs.query_ids),
@@ -95,105 +137,32 @@ def infonce(
         "teacher: width": width,
         "teacher[2]": alpha,
         "return_stats": return_stats,
+        "queries: gradient": _needs(queries),
+        "keys: gradient": _needs(keys),
     }
-    ranks = agree(group, queries, keys, negatives, exchange, {**same, **_gradients(queries, keys)})
-    counts, both = _Counts(ranks, pairs), symmetric or return_stats
-    rows, columns = counts.of_rows(), counts.of_columns() if symmetric else None
-    if pairs.targets is None:
-        _ids_meet(ranks, "query_ids", rows[0])
-        if columns is not None:
-            _ids_meet(ranks, "key_ids", columns[0])
-    logit_scale = same_on_all_ranks(ranks, logit_scale)
-    taught = NO_TEACHER
-    if target.teacher is not None:
-        features = target.teacher[0].detach(), target.teacher[1].detach(), logit_scale.detach()
-        with torch.no_grad():
-            lines = softmax_fwd(ranks, *features, pairs.rule(), NO_TEACHER, False, both, backend)
-        taught = *features[:2], lines[0][LSE], lines[1][LSE] if both else None
-    totals = target.label_smoothing > 0 or return_stats
-    of_rows, of_columns = softmax_fwd(ranks, queries, keys, logit_scale, pairs.rule(), taught, totals, both, backend)
-    extra, lse_q = None, of_rows[LSE]
-    if negatives is not None and sum(ranks.negatives) > 0:
-        rule = None, None, None, "positive"
-        others = ranks.with_negatives()
-        extra, _ = softmax_fwd(others, queries, negatives, logit_scale, rule, NO_TEACHER, False, False, backend)
-        lse_q = torch.logaddexp(lse_q, extra[LSE])
-    scale = logit_scale.double()
-    wide = None if weights is None else weights.double()
-    sums = [_sum(target.loss(of_rows, lse_q, scale, *rows), wide)]
-    if columns is not None:
-        losses = target.loss(of_columns, of_columns[LSE], scale, *columns)
-        sums.append(_sum(losses, None if wide is None else weights_of_columns(wide, pairs)))
-    sizes = [max(sum(of), 1) for of in (ranks.queries, ranks.keys)][: len(sums)]
-    share = scale.new_tensor(sizes) if wide is None else _weight_of_all(ranks, wide)
-    loss = (mean_over_ranks(ranks, torch.stack(sums)) / share).mean()
-    dtype = statistics_dtype(queries.dtype)
-    stats = None
-    if return_stats:
-        lines = of_rows.detach(), of_columns.detach()
-        of_ranks = ranks.summed(stats_sums(*lines, None if extra is None else extra.detach(), scale.detach(), *rows))
-        stats = stats_of(lse_q.detach(), lines[1][LSE], of_ranks, symmetric, dtype)
-    return loss.to(dtype), stats
+    return OverRanks(agree(group, queries, keys, negatives, exchange, same))
 
 
-def siglip(
+def siglip_over_ranks(
+    group: Any,
+    exchange: str,
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
     pairs: Pairs,
     return_stats: bool,
-    group: Any,
-    exchange: str,
-    backend: str,
-) -> tuple[Tensor, ContrastiveStats | None]:
-    """The loss of all ranks' rows, and what it saw. Arguments are checked; ids meet everywhere.
-
-    Raises:
-        ValueError: on every rank, if ranks differ in what must be the same.
-    """
+) -> OverRanks:
+    """The same for siglip."""
     same = {
         "logit_scale: gradient": _needs(logit_scale),
         "logit_bias: gradient": _needs(logit_bias),
         "query_ids": _given(pairs.query_ids),
         "return_stats": return_stats,
+        "queries: gradient": _needs(queries),
+        "keys: gradient": _needs(keys),
     }
-    ranks = agree(group, queries, keys, None, exchange, {**same, **_gradients(queries, keys)})
-    scale, bias = same_on_all_ranks(ranks, logit_scale), same_on_all_ranks(ranks, logit_bias)
-    sums = sigmoid_fwd(ranks, queries, keys, scale, bias, *pairs.rule()[:3], backend)
-    loss = mean_over_ranks(ranks, sums[0]) / max(sum(ranks.queries), 1)
-    dtype = statistics_dtype(queries.dtype)
-    loss = loss.to(dtype)
-    if not return_stats:
-        return loss, None
-    with torch.no_grad():
-        features = queries.detach(), keys.detach(), scale.detach()
-        of_rows, of_columns = softmax_fwd(ranks, *features, pairs.rule(), NO_TEACHER, True, True, backend)
-        rows = _Counts(ranks, pairs).of_rows()
-        of_ranks = ranks.summed(stats_sums(of_rows, of_columns, None, features[2].double(), *rows))
-        lse_q, lse_k = (line[LSE] + bias.detach() for line in (of_rows, of_columns))
-        return loss, stats_of(lse_q, lse_k, of_ranks, True, dtype)
-
-
-def _sum(losses: Tensor, weights: Tensor | None) -> Tensor:
-    return losses.sum() if weights is None else (weights * losses).sum()
-
-
-def _weight_of_all(ranks: Ranks, weights: Tensor) -> Tensor:
-    """The sum over the ranks; 1 where no rank has rows."""
-    total = ranks.summed(weights.sum())
-    if sum(ranks.queries) == 0:
-        return torch.ones_like(total)
-    if float(total) == 0:
-        raise ValueError("weights: expected one that is not zero on some rank, got zeros on all")
-    return total
-
-
-def _ids_meet(ranks: Ranks, name: str, positives: Tensor) -> None:
-    missing = ranks.summed((positives == 0).sum())
-    if int(missing):
-        other = "key_ids" if name == "query_ids" else "query_ids"
-        raise ValueError(f"{name}: expected each to occur among the {other} of some rank, {int(missing)} do not")
+    return OverRanks(agree(group, queries, keys, None, exchange, same))
 
 
 def _given(x: Tensor | None) -> str:
@@ -202,42 +171,3 @@ def _given(x: Tensor | None) -> str:
 
 def _needs(x: Tensor) -> str:
     return "needs a gradient" if x.requires_grad and torch.is_grad_enabled() else "needs no gradient"
-
-
-def _gradients(queries: Tensor, keys: Tensor) -> dict[str, str]:
-    return {"queries: gradient": _needs(queries), "keys: gradient": _needs(keys)}
-
-
-class _Counts:
-    """How many keys are positive for each query and how many it sees, and the same of queries for each key."""
-
-    def __init__(self, ranks: Ranks, pairs: Pairs) -> None:
-        self._ranks, self._targets, self._ids = ranks, pairs.targets, (pairs.query_ids, pairs.key_ids)
-        self._ignore = pairs.same_id == "ignore"
-
-    def of_rows(self) -> tuple[Tensor, Tensor]:
-        query_ids, key_ids = self._ids
-        seen = float(sum(self._ranks.keys))
-        if query_ids is None or key_ids is None:
-            assert self._targets is not None
-            return (self._targets >= 0).double(), torch.full_like(self._targets, seen, dtype=torch.float64)
-        same = occurrences(query_ids, self._ranks.gathered(key_ids, self._ranks.keys)).double()
-        if not self._ignore:
-            return same, torch.full_like(same, seen)
-        assert self._targets is not None
-        own = (key_ids[self._targets] == query_ids).double() if len(key_ids) else same
-        return torch.ones_like(same), seen - same + own
-
-    def of_columns(self) -> tuple[Tensor, Tensor]:
-        query_ids, key_ids = self._ids
-        seen, mine = float(sum(self._ranks.queries)), self._ranks.keys[self._ranks.rank]
-        if query_ids is None or key_ids is None or self._ignore:
-            assert self._targets is not None
-            positive = torch.bincount(self._targets, minlength=mine).double()
-            if query_ids is None or key_ids is None:
-                return positive, torch.full_like(positive, seen)
-            same = occurrences(key_ids, self._ranks.gathered(query_ids, self._ranks.queries)).double()
-            own = key_ids[self._targets] == query_ids
-            return positive, seen - same + torch.zeros_like(same).index_add(0, self._targets, own.double())
-        same = occurrences(key_ids, self._ranks.gathered(query_ids, self._ranks.queries)).double()
-        return same, torch.full_like(same, seen)

@@ -6,26 +6,29 @@ Features are converted up to the type of the statistics first: float32, or float
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops.contrastive.types import (
+    LSE,
+    POSITIVE,
+    STATISTICS,
+    TEACHER,
+    TOTAL,
+    Need,
+    Pairs,
+    Teacher,
+    statistics_dtype,
+)
+
 __all__ = [
-    "BEST",
-    "COEFFICIENTS",
-    "LSE",
-    "MEAN",
-    "POSITIVE",
-    "STATISTICS",
-    "TEACHER",
-    "TOP",
-    "TOTAL",
-    "Pairs",
-    "Teacher",
     "infonce_bwd",
     "infonce_fwd",
+    "no_autocast",
+    "own_pairs",
+    "positive_and_seen",
     "sample_negatives",
     "siglip_bwd",
     "siglip_fwd",
@@ -33,37 +36,9 @@ __all__ = [
     "sigmoid_fwd",
     "softmax_bwd",
     "softmax_fwd",
-    "statistics_dtype",
+    "softmax_of_seen",
     "topk_similar",
 ]
-
-# Rows of the statistics [7, N] and [7, M]; the first four are differentiable, and are what a backward has coefficients
-# for. Sums and means are of similarities; TOP and BEST are logits.
-LSE, POSITIVE, TOTAL, TEACHER, MEAN, TOP, BEST = range(7)
-STATISTICS, COEFFICIENTS = 7, 4
-
-
-class Pairs(NamedTuple):
-    """Which pairs are positive and which are seen; the rule is op.py's. int64 [N], [N] and [M]."""
-
-    targets: Tensor | None
-    query_ids: Tensor | None
-    key_ids: Tensor | None
-    same_id: str = "positive"
-
-
-class Teacher(NamedTuple):
-    """Features of a momentum teacher, [N, F] and [M, F], and the lse of its logits, float64 [N] and [M]."""
-
-    queries: Tensor
-    keys: Tensor
-    lse_q: Tensor
-    lse_k: Tensor | None  # None: no statistics of columns
-
-
-def statistics_dtype(features: torch.dtype) -> torch.dtype:
-    """The type of loss and scalar gradients for features of a type."""
-    return torch.float64 if features == torch.float64 else torch.float32
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -76,13 +51,11 @@ def _similarity(queries: Tensor, keys: Tensor) -> Tensor:
         return queries.to(dtype) @ keys.to(dtype).T  # [N, M]
 
 
-def _feature_gradients(
-    grad_similarity: Tensor, queries: Tensor, keys: Tensor, need_queries: bool, need_keys: bool
-) -> tuple[Tensor, Tensor]:
+def _feature_gradients(grad_similarity: Tensor, queries: Tensor, keys: Tensor, need: Need) -> tuple[Tensor, Tensor]:
     dtype = grad_similarity.dtype
     with no_autocast(queries):
-        dqueries = grad_similarity @ keys.to(dtype) if need_queries else queries.new_empty(0, queries.shape[1])
-        dkeys = grad_similarity.T @ queries.to(dtype) if need_keys else keys.new_empty(0, keys.shape[1])
+        dqueries = grad_similarity @ keys.to(dtype) if need.need_queries else queries.new_empty(0, queries.shape[1])
+        dkeys = grad_similarity.T @ queries.to(dtype) if need.need_keys else keys.new_empty(0, keys.shape[1])
     return dqueries.to(queries.dtype), dkeys.to(keys.dtype)
 
 
@@ -105,6 +78,18 @@ def positive_and_seen(similarity: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]
 def softmax_of_seen(logits: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
     """exp(logits - lse) of what is seen; 0 in a row that sees nothing."""
     return torch.where(seen & (lse != -torch.inf), (logits - lse).exp(), 0.0).to(logits.dtype)
+
+
+def _softmax_of_teacher(
+    teacher: Teacher | None, logit_scale: Tensor, seen: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of its rows and of its columns: [N, M] each."""
+    if teacher is None:
+        return None, None
+    queries, keys, lse_q, lse_k = teacher
+    logits = logit_scale * _similarity(queries, keys)
+    of_rows = softmax_of_seen(logits, lse_q[:, None], seen)
+    return of_rows, None if lse_k is None else softmax_of_seen(logits, lse_k[None], seen)
 
 
 def _highest(logits: Tensor, among: Tensor) -> Tensor:
@@ -142,19 +127,15 @@ def softmax_fwd(
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64; see op.py."""
+    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64."""
     similarity = _similarity(queries, keys)
     logits = logit_scale * similarity
     positive, seen = positive_and_seen(similarity, pairs)
-    of_q = of_k = None
-    if teacher is not None:
-        taught = logit_scale * _similarity(teacher.queries, teacher.keys)
-        of_q = softmax_of_seen(taught, teacher.lse_q[:, None], seen)
-        of_k = softmax_of_seen(taught, teacher.lse_k[None], seen).T if columns and teacher.lse_k is not None else None
+    of_q, of_k = _softmax_of_teacher(teacher, logit_scale, seen)
     of_rows = _statistics(similarity, logits, positive, seen, totals, of_q)
     if not columns:
         return of_rows, of_rows.new_empty(STATISTICS, 0)
-    return of_rows, _statistics(similarity.T, logits.T, positive.T, seen.T, totals, of_k)
+    return of_rows, _statistics(similarity.T, logits.T, positive.T, seen.T, totals, None if of_k is None else of_k.T)
 
 
 def softmax_bwd(
@@ -167,8 +148,7 @@ def softmax_bwd(
     lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     similarity = _similarity(queries, keys)
@@ -188,12 +168,12 @@ def softmax_bwd(
             + of_k[POSITIVE] * positive
             + of_k[TOTAL] * seen
         )
-    if teacher is not None:
-        taught = logit_scale * _similarity(teacher.queries, teacher.keys)
-        grad += of_q[TEACHER] * softmax_of_seen(taught, teacher.lse_q[:, None], seen)
-        if columns and teacher.lse_k is not None:
-            grad += of_k[TEACHER] * softmax_of_seen(taught, teacher.lse_k[None], seen)
-    return _feature_gradients(grad.to(similarity.dtype), queries, keys, need_queries, need_keys)
+    teacher_q, teacher_k = _softmax_of_teacher(teacher, logit_scale, seen)
+    if teacher_q is not None:
+        grad += of_q[TEACHER] * teacher_q
+    if columns and teacher_k is not None:
+        grad += of_k[TEACHER] * teacher_k
+    return _feature_gradients(grad.to(similarity.dtype), queries, keys, need)
 
 
 # Sigmoid
@@ -226,22 +206,21 @@ def sigmoid_bwd(
     logit_scale: Tensor,
     logit_bias: Tensor,
     pairs: Pairs,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     similarity = _similarity(queries, keys)
     signs = _signs(similarity, pairs)
     grad = -signs * torch.sigmoid(-signs * (logit_scale * similarity + logit_bias))
     factor = (grad_sum * logit_scale.double()).to(grad.dtype)
-    return _feature_gradients(grad * factor, queries, keys, need_queries, need_keys)
+    return _feature_gradients(grad * factor, queries, keys, need)
 
 
 # The plain losses: as many keys as queries, each query's positive its own key
 
 
 def own_pairs(queries: Tensor) -> Pairs:
-    return Pairs(torch.arange(queries.shape[0], device=queries.device), None, None)
+    return Pairs(torch.arange(queries.shape[0], device=queries.device))
 
 
 def infonce_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -265,15 +244,14 @@ def infonce_bwd(
     logit_scale: Tensor,
     lse_q: Tensor,
     lse_k: Tensor,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [N, E]; [0, E] where not needed."""
     logits = logit_scale * _similarity(queries, keys)
     n = max(logits.shape[0], 1)
     grad = ((logits - lse_q[:, None]).exp() + (logits - lse_k[None, :]).exp()).to(logits.dtype)
     grad.diagonal().sub_(2)
-    return _feature_gradients(grad * (grad_loss * logit_scale / (2 * n)), queries, keys, need_queries, need_keys)
+    return _feature_gradients(grad * (grad_loss * logit_scale / (2 * n)), queries, keys, need)
 
 
 def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,12 +267,11 @@ def siglip_bwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     grad_sum, own = grad_loss.double() / max(queries.shape[0], 1), own_pairs(queries)
-    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, own, need_queries, need_keys)
+    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, own, need)
 
 
 # Retrieval

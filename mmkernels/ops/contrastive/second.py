@@ -25,18 +25,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels.ops.contrastive.reference import (
+from mmkernels.ops.contrastive.reference import no_autocast, own_pairs, positive_and_seen, softmax_of_seen
+from mmkernels.ops.contrastive.types import (
     COEFFICIENTS,
     LSE,
     POSITIVE,
     TEACHER,
     TOTAL,
+    Means,
+    Need,
     Pairs,
+    Slopes,
     Teacher,
-    no_autocast,
-    own_pairs,
-    positive_and_seen,
-    softmax_of_seen,
     statistics_dtype,
 )
 
@@ -53,8 +53,8 @@ class _Tile(NamedTuple):
     moved: Tensor  # tangent of the similarity
     positive: Tensor
     seen: Tensor
-    taught_q: Tensor | None
-    taught_k: Tensor | None
+    teacher_q: Tensor | None  # its softmax of rows, and of columns
+    teacher_k: Tensor | None
 
 
 class _Call(NamedTuple):
@@ -78,10 +78,10 @@ class _Call(NamedTuple):
             moved = self.dx[rows] @ self.y.T + self.x[rows] @ self.dy.T if tangents else torch.zeros_like(similarity)
             targets, query_ids = (None if t is None else t[rows] for t in self.pairs[:2])
             positive, seen = positive_and_seen(similarity, self.pairs._replace(targets=targets, query_ids=query_ids))
-            yield _Tile(rows, similarity, moved, positive, seen, *self._taught(rows, seen))
+            yield _Tile(rows, similarity, moved, positive, seen, *self._softmax_of_teacher(rows, seen))
 
-    def _taught(self, rows: slice, seen: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The teacher's softmax of rows and of columns, constants."""
+    def _softmax_of_teacher(self, rows: slice, seen: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of its rows and of its columns, constants."""
         if self.teacher is None:
             return None, None
         queries, keys, lse_q, lse_k = self.teacher
@@ -125,15 +125,15 @@ def _moved_statistics(call: _Call, lse: tuple[Tensor, Tensor]) -> tuple[Tensor, 
     of_rows, of_columns = (x.new_zeros(COEFFICIENTS, x.shape[0]) for x in lse)
     for tile in call.tiles():
         logits, moved = call.scale * tile.similarity, call.logits_moved(tile)
-        sums = [(of_rows[:, tile.rows], 1, lse_q[tile.rows, None], tile.taught_q)]
+        sums = [(of_rows[:, tile.rows], 1, lse_q[tile.rows, None], tile.teacher_q)]
         if lse_k.shape[0]:
-            sums.append((of_columns, 0, lse_k[None], tile.taught_k))
-        for into, dim, lse_, taught in sums:
+            sums.append((of_columns, 0, lse_k[None], tile.teacher_k))
+        for into, dim, lse_, teacher in sums:
             into[LSE] += (softmax_of_seen(logits, lse_, tile.seen) * moved).double().sum(dim)
             into[POSITIVE] += torch.where(tile.positive, tile.moved, 0.0).double().sum(dim)
             into[TOTAL] += torch.where(tile.seen, tile.moved, 0.0).double().sum(dim)
-            if taught is not None:
-                into[TEACHER] += (taught * tile.moved).double().sum(dim)
+            if teacher is not None:
+                into[TEACHER] += (teacher * tile.moved).double().sum(dim)
     return of_rows, of_columns
 
 
@@ -179,10 +179,10 @@ def _softmax_tangents(
     for tile in call.tiles():
         logits, change = call.scale * tile.similarity, call.logits_moved(tile)
         of_logits, moved, of_similarity = (torch.zeros_like(logits) for _ in range(3))
-        taught = tile.taught_q, tile.taught_k
+        teachers = tile.teacher_q, tile.teacher_k
         of_rows = lse[0][tile.rows, None], moved_lse[0][tile.rows, None], coefficients[0][:, tile.rows, None]
         sides = [of_rows, (lse[1][None], moved_lse[1][None], coefficients[1][:, None])]
-        for (lse_, shift, c), of_teacher in zip(sides[: 2 if lse[1].shape[0] else 1], taught, strict=False):
+        for (lse_, shift, c), of_teacher in zip(sides[: 2 if lse[1].shape[0] else 1], teachers, strict=False):
             c = c.to(wide)
             p = c[LSE] * softmax_of_seen(logits, lse_, tile.seen)
             of_logits += p
@@ -199,21 +199,24 @@ def _softmax_tangents(
 def softmax_second(
     tangent_queries: Tensor | None,
     tangent_keys: Tensor | None,
-    tangent_scale: Tensor | None,
+    tangent_logit_scale: Tensor | None,
     coefficients_q: Tensor | None,
     coefficients_k: Tensor | None,
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
-    columns: int,
+    lse_q: Tensor,
+    lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    means: Means | None,
+    need: Need,
 ) -> tuple[Tensor, ...]:
     """Tangents of the differentiable statistics [4, N] and [4, M] (or [4, 0]), and of dqueries, dkeys, dscale."""
     with no_autocast(queries):
-        tangents = tangent_queries, tangent_keys, tangent_scale
+        tangents = tangent_queries, tangent_keys, tangent_logit_scale
         call = _call(tangents, queries, keys, logit_scale, pairs, teacher)
-        lse = _lse(call, columns)
+        lse = _lse(call, columns=lse_k.shape[0])
         of_rows, of_columns = _moved_statistics(call, lse)
         if coefficients_q is None or coefficients_k is None:
             return of_rows, of_columns, *_nothing(queries, keys, logit_scale)
@@ -225,17 +228,21 @@ def softmax_second(
 def infonce_second(
     tangent_queries: Tensor | None,
     tangent_keys: Tensor | None,
-    tangent_scale: Tensor | None,
+    tangent_logit_scale: Tensor | None,
     grad_loss: Tensor | None,
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
+    lse_q: Tensor,
+    lse_k: Tensor,
+    grad_scale: Tensor,
+    need: Need,
 ) -> tuple[Tensor, ...]:
     """Tangents of the loss [], and of dqueries, dkeys, dscale."""
     with no_autocast(queries):
-        n, tangents = max(queries.shape[0], 1), (tangent_queries, tangent_keys, tangent_scale)
+        n, tangents = max(queries.shape[0], 1), (tangent_queries, tangent_keys, tangent_logit_scale)
         call = _call(tangents, queries, keys, logit_scale, own_pairs(queries), None)
-        lse = _lse(call, keys.shape[0])
+        lse = _lse(call, columns=keys.shape[0])
         of_rows, of_columns = _moved_statistics(call, lse)
         positive = (call.x * call.y).sum(1).double()
         of_positive = call.scale * of_rows[POSITIVE] + call.dscale * positive
@@ -254,21 +261,23 @@ def infonce_second(
 def sigmoid_second(
     tangent_queries: Tensor | None,
     tangent_keys: Tensor | None,
-    tangent_scale: Tensor | None,
-    tangent_bias: Tensor | None,
+    tangent_logit_scale: Tensor | None,
+    tangent_logit_bias: Tensor | None,
     grad_sum: Tensor | None,
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
     pairs: Pairs,
+    sums: Tensor | None,
+    need: Need,
 ) -> tuple[Tensor, ...]:
     """Tangents of the sum of all pairs' losses [] float64, and of dqueries, dkeys, dscale, dbias."""
     with no_autocast(queries):
-        tangents = tangent_queries, tangent_keys, tangent_scale
+        tangents = tangent_queries, tangent_keys, tangent_logit_scale
         call = _call(tangents, queries, keys, logit_scale, pairs, None)
-        dbias = torch.zeros_like(call.scale) if tangent_bias is None else tangent_bias.to(call.x.dtype)
-        sums, moved = _Sums(call), torch.zeros_like(call.scale, dtype=torch.float64)
+        dbias = torch.zeros_like(call.scale) if tangent_logit_bias is None else tangent_logit_bias.to(call.x.dtype)
+        total, moved = _Sums(call), torch.zeros_like(call.scale, dtype=torch.float64)
         for tile in call.tiles():
             signs = torch.where(tile.positive, 1.0, -1.0).to(call.x.dtype)
             z, change = signs * (call.scale * tile.similarity + logit_bias), call.logits_moved(tile) + dbias
@@ -276,25 +285,27 @@ def sigmoid_second(
             moved = moved + (of_logits * change).double().sum()
             if grad_sum is not None:
                 grad = grad_sum.to(call.x.dtype)
-                sums.add(tile, grad * of_logits, grad * torch.sigmoid(z) * torch.sigmoid(-z) * change, None)
+                total.add(tile, grad * of_logits, grad * torch.sigmoid(z) * torch.sigmoid(-z) * change, None)
         if grad_sum is None:
             return moved, *_nothing(queries, keys, logit_scale, logit_bias)
-        return moved, *sums.results(queries, keys, logit_scale, logit_bias)
+        return moved, *total.results(queries, keys, logit_scale, logit_bias)
 
 
 def siglip_second(
     tangent_queries: Tensor | None,
     tangent_keys: Tensor | None,
-    tangent_scale: Tensor | None,
-    tangent_bias: Tensor | None,
+    tangent_logit_scale: Tensor | None,
+    tangent_logit_bias: Tensor | None,
     grad_loss: Tensor | None,
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
+    slopes: Slopes,
+    need: Need,
 ) -> tuple[Tensor, ...]:
     """Tangents of the loss [], and of dqueries, dkeys, dscale, dbias."""
-    n, tangents = max(queries.shape[0], 1), (tangent_queries, tangent_keys, tangent_scale, tangent_bias)
-    grad_sum = None if grad_loss is None else grad_loss.double() / n
-    moved, *rest = sigmoid_second(*tangents, grad_sum, queries, keys, logit_scale, logit_bias, own_pairs(queries))
+    n, tangents = max(queries.shape[0], 1), (tangent_queries, tangent_keys, tangent_logit_scale, tangent_logit_bias)
+    grad_sum, features = None if grad_loss is None else grad_loss.double() / n, (queries, keys, logit_scale, logit_bias)
+    moved, *rest = sigmoid_second(*tangents, grad_sum, *features, own_pairs(queries), None, need)
     return (moved / n).to(statistics_dtype(queries.dtype)), *rest

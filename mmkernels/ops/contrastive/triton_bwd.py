@@ -1,6 +1,6 @@
 """Backward of the softmax losses: the gradient of any function of their statistics.
 
-Given coefficients u, v, ... of rows and columns (op.py), `triton_gradients.py` runs on tiles of
+Given coefficients u, v, ... of rows and columns, `triton_gradients.py` runs on tiles of
 
     G_ij = scale (u_i p_ij + v_j q_ij) + positive (..) + seen (..) + teacher (..)
 
@@ -12,39 +12,39 @@ Together with the forward: four products for InfoNCE.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.contrastive import triton_gradients, triton_sigmoid
-from mmkernels.ops.contrastive.reference import LSE, Pairs, Teacher
+from mmkernels.ops.contrastive.reference import own_pairs
 from mmkernels.ops.contrastive.triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
-from mmkernels.ops.contrastive.triton_sigmoid import siglip_bwd, sigmoid_bwd
 from mmkernels.ops.contrastive.triton_tile import (
     NUM_STAGES,
     NUM_WARPS,
-    TRITON_TYPES,
-    Rule,
+    KernelPairs,
+    KernelTeacher,
     depth_block,
+    extras_of,
+    kernel_pairs,
+    kernel_teacher,
     lines_of,
-    own,
     rows_of,
-    rule_of,
     similarity,
     similarity_of_pairs,
     split_softmax,
 )
+from mmkernels.ops.contrastive.types import COEFFICIENTS, LSE, Need, Pairs, Teacher
 from mmkernels.ops.triton_common import cast, generation
 
-__all__ = ["aot_cases", "infonce_bwd", "siglip_bwd", "sigmoid_bwd", "softmax_bwd"]
+__all__ = ["infonce_bwd", "softmax_bwd", "softmax_gradient_tile"]
 
 TARGETS_BLOCK = 128
 
 
-def _tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
+def softmax_gradient_tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
     """Further terms of G need the room."""
     full = dtype == torch.float32
     if extras > 1:
@@ -195,27 +195,22 @@ def _features_from(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    rule: Rule,
-    teacher: tuple[Tensor, ...] | None,
+    pairs: KernelPairs,
+    teacher: KernelTeacher | None,
     extras: int,
     unit: float,
     factor: Tensor,
-    need: tuple[bool, bool],
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     (n, e), m = x.shape, y.shape[0]
-    more: tuple[Any, ...] = (None,) * 7
-    sizes: tuple[int, ...] = (0, 0, 0)
-    if extras > 0:
-        more = rule.row_ids, rule.column_ids, *((None,) * 5 if teacher is None else teacher)
-    if teacher is not None:
-        sizes = teacher[0].shape[1], teacher[0].stride(0), teacher[1].stride(0)
-    flags = int(rule.by_id or rule.ignore), int(rule.by_id), int(rule.ignore)
-    tile = _tile(x.dtype, generation(x.device), extras)
+    pointers, sizes = extras_of(pairs, teacher, extras)
+    flags = int(pairs.by_id or pairs.ignore), int(pairs.by_id), int(pairs.ignore)
+    tile = softmax_gradient_tile(x.dtype, generation(x.device), extras)
 
     def gradient(i: int, j: int, rows: int, cols: int, g: Tensor, grid: tuple[int, int]) -> None:
         _softmax_gradient_kernel[grid](
-            x, y, scale, rule.target, *lines, *more, g, i, j, rows, cols, n, m, e, x.stride(0), y.stride(0), *sizes,
-            g.stride(0), *flags, unit, **tile, EXTRAS=extras, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS,
+            x, y, scale, pairs.target, *lines, *pointers, g, i, j, rows, cols, n, m, e, x.stride(0), y.stride(0),
+            *sizes, g.stride(0), *flags, unit, **tile, EXTRAS=extras, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
         )  # fmt: skip
 
@@ -232,30 +227,29 @@ def softmax_bwd(
     lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     x, y = rows_of(queries), rows_of(keys)
     n, m = x.shape[0], y.shape[0]
-    rule, taught = rule_of(x, pairs), None
-    if teacher is not None:
-        features = rows_of(teacher.queries), rows_of(teacher.keys)
-        of_rows, of_columns = lines_of(teacher.lse_q, logit_scale, n), lines_of(teacher.lse_k, logit_scale, m)
-        taught = *features, of_rows, of_columns, similarity_of_pairs(*features, rule.target)
+    of_pairs = kernel_pairs(x, pairs)
+    of_teacher = kernel_teacher(teacher, logit_scale, of_pairs.target)
     unit = _unit((coefficients_q, coefficients_k), logit_scale, x.dtype)
     columns = coefficients_k.shape[1] > 0
     lse = lse_q.contiguous(), lse_k.contiguous() if columns else None
-    coefficients = coefficients_q.contiguous(), coefficients_k.contiguous() if columns else lse_q.new_zeros(4, m)
+    coefficients = (
+        coefficients_q.contiguous(),
+        coefficients_k.contiguous() if columns else lse_q.new_zeros(COEFFICIENTS, m),
+    )
     # Where there are no columns the kernel reads nothing of their lse.
     seen_lse = lse[0], lse[0] if lse[1] is None else lse[1]
     lines = _Lines(
-        _at_target(x, y, rule.target, seen_lse, coefficients, logit_scale, unit, columns),
+        _at_target(x, y, of_pairs.target, seen_lse, coefficients, logit_scale, unit, columns),
         lines_of(lse[0], logit_scale, n, coefficients[0], unit),
         lines_of(lse[1], logit_scale, m, coefficients[1], unit),
     )
-    extras, need = (1 if taught is None else 2), (need_queries, need_keys)
-    return _features_from(lines, x, y, logit_scale, rule, taught, extras, 1.0, 1 / unit, need)
+    extras = 1 if teacher is None else 2
+    return _features_from(lines, x, y, logit_scale, of_pairs, of_teacher, extras, 1.0, 1 / unit, need)
 
 
 def infonce_bwd(
@@ -265,54 +259,17 @@ def infonce_bwd(
     logit_scale: Tensor,
     lse_q: Tensor,
     lse_k: Tensor,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [N, E]; [0, E] where not needed."""
     x, y = rows_of(queries), rows_of(keys)
-    n, target = x.shape[0], own(x)
+    n, pairs = x.shape[0], kernel_pairs(x, own_pairs(x))
     lse = lse_q.contiguous(), lse_k.contiguous()
     unit = HIGHEST_G / 2 if x.dtype == torch.float16 else 1.0
     lines = _Lines(
-        _at_target(x, y, target, lse, (None, None), logit_scale, unit, True),
+        _at_target(x, y, pairs.target, lse, (None, None), logit_scale, unit, True),
         lines_of(lse[0], logit_scale, n),
         lines_of(lse[1], logit_scale, n),
     )
     factor = (grad_loss * logit_scale / (2 * max(n, 1) * unit)).float()
-    rule, need = Rule(target, target, target, False, False), (need_queries, need_keys)
-    return _features_from(lines, x, y, logit_scale, rule, None, 0, unit, factor, need)
-
-
-def aot_cases() -> list:
-    """Every configuration of the backward: the launchers' above, the product, and the sigmoid's G."""
-    from mmkernels.testing.aot import TritonCase
-
-    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-    cases = [*triton_gradients.aot_cases(), *triton_sigmoid.aot_cases_bwd()]
-    for dtype, name in TRITON_TYPES.items():
-        plain = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "g_ptr": f"*{name}", "target_ptr": "*i64"}
-        plain |= dict.fromkeys(("scale_ptr", "at_target_ptr", "line_q_ptr", "line_k_ptr"), "*fp32")
-        plain |= dict.fromkeys(("rows", "cols", "n", "m", "has_ids", "by_id", "ignore"), "i32") | {"unit": "fp32"}
-        plain |= dict.fromkeys(("row0", "column0", "e", "stride_x", "stride_y", "stride_g"), "i32:16")
-        plain |= dict.fromkeys(("f", "stride_taught_x", "stride_taught_y"), "i32:16")
-        ids = {"row_id_ptr": "*i64", "column_id_ptr": "*i64"}
-        taught = {"taught_x_ptr": f"*{name}", "taught_y_ptr": f"*{name}"}
-        taught |= dict.fromkeys(("taught_row_ptr", "taught_column_ptr", "taught_pair_ptr"), "*fp32")
-        for extras, more, without in ((0, {}, ids | taught), (1, ids, taught), (2, ids | taught, {})):
-            for major, archs in ((8, (80,)), (9, (90,)), (10, (100,))):
-                constexprs: dict[str, Any] = {
-                    **_tile(dtype, major, extras),
-                    "BLOCK_E": depth_block(dtype),
-                    "EXTRAS": extras,
-                }
-                label = f"softmax_gradient_bwd[{name},{('plain', 'ids', 'teacher')[extras]},sm_{archs[0]}]"
-                constexprs |= dict.fromkeys(without)
-                cases.append(
-                    TritonCase(label, _softmax_gradient_kernel, plain | more, constexprs, archs=archs, **launch)
-                )
-    signature = {"pair_ptr": "*fp32", "target_ptr": "*i64", "lse_q_ptr": "*fp64", "lse_k_ptr": "*fp64"}
-    signature |= {"scale_ptr": "*fp32", "out_ptr": "*fp32", "n": "i32", "m": "i32", "columns": "i32", "unit": "fp32"}
-    weights = {"coefficient_q_ptr": "*fp64", "coefficient_k_ptr": "*fp64", "unit_ptr": "*fp32"}
-    block = {"BLOCK": TARGETS_BLOCK}
-    cases.append(TritonCase("at_target_bwd[plain]", _at_target_kernel, signature, block | dict.fromkeys(weights)))
-    return [*cases, TritonCase("at_target_bwd", _at_target_kernel, signature | weights, block)]
+    return _features_from(lines, x, y, logit_scale, pairs, None, 0, unit, factor, need)

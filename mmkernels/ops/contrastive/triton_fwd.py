@@ -21,49 +21,46 @@ EXTRAS, the same kernel with more sums: 1, totals and ids; 2, those and a second
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.contrastive import triton_merge, triton_search, triton_sigmoid, triton_tile
-from mmkernels.ops.contrastive.reference import LSE, MEAN, POSITIVE, STATISTICS, TOTAL, Pairs, Teacher
-from mmkernels.ops.contrastive.triton_merge import FIELDS, Joins, joins_of_columns, joins_of_rows, merge, of_nothing
-from mmkernels.ops.contrastive.triton_search import sample_negatives, topk_similar
-from mmkernels.ops.contrastive.triton_sigmoid import siglip_fwd, sigmoid_fwd
+from mmkernels.ops.contrastive.reference import own_pairs
+from mmkernels.ops.contrastive.triton_merge import FIELDS, Joins, joins_of_columns, joins_of_rows, merge
 from mmkernels.ops.contrastive.triton_tile import (
     LOWEST,
     NUM_STAGES,
     NUM_WARPS,
-    TRITON_TYPES,
-    Rule,
+    KernelPairs,
+    KernelTeacher,
     depth_block,
+    extras_of,
     grid_of,
-    lines_of,
-    own,
+    kernel_pairs,
+    kernel_teacher,
     rows_of,
-    rule_of,
     similarity,
     similarity_of_pairs,
     split_softmax,
     tile_of,
 )
+from mmkernels.ops.contrastive.types import (
+    LSE,
+    MEAN,
+    POSITIVE,
+    STATISTICS,
+    TOTAL,
+    Pairs,
+    Teacher,
+    nothing_seen,
+)
 from mmkernels.ops.triton_common import generation
 
-__all__ = [
-    "aot_cases",
-    "infonce_fwd",
-    "sample_negatives",
-    "siglip_fwd",
-    "sigmoid_fwd",
-    "softmax_fwd",
-    "topk_similar",
-]
+__all__ = ["infonce_fwd", "softmax_fwd", "softmax_tile"]
 
 
-def _tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
+def softmax_tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
     """With BLOCK_E. Further sums, the teacher's tile and three tf32 products for each float32 one need the room.
 
     BLOCK_E is the backward's: products added up in another order would put their rounding, times the scale, between a
@@ -193,39 +190,30 @@ def _softmax_fwd_kernel(
             tl.store(row_ptr + 6 * n + o_i, row_taught, mask=m_i)
 
 
-class _Teacher(NamedTuple):
-    """Features [N, F], [M, F], the lse of rows [2, N] and columns [2, M], split, and the similarities of pairs [N]."""
-
-    x: Tensor
-    y: Tensor
-    rows: Tensor
-    columns: Tensor
-    pair: Tensor
-
-
 def _statistics(
-    x: Tensor, y: Tensor, scale: Tensor, rule: Rule, teacher: _Teacher | None, extras: int, columns: Joins | None
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    pairs: KernelPairs,
+    teacher: KernelTeacher | None,
+    extras: int,
+    columns: Joins | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Of rows [7, N], and of columns [7, M] if it is said which targets join them."""
     (n, e), m = x.shape, y.shape[0]
-    pair = similarity_of_pairs(x, y, rule.target)
-    tile = _tile(x.dtype, generation(x.device), extras)
+    pair = similarity_of_pairs(x, y, pairs.target)
+    tile = softmax_tile(x.dtype, generation(x.device), extras)
     groups, splits, split_size = grid_of(n, m, tile, x.device)
     of_rows = x.new_empty(splits, FIELDS[extras], n, dtype=torch.float32)
     of_columns = x.new_empty(groups if columns else 0, FIELDS[extras], m, dtype=torch.float32)
-    more: tuple[Any, ...] = (None,) * 8
-    sizes: tuple[int, ...] = (0, 0, 0)
-    if extras > 0:
-        more = rule.row_ids, rule.column_ids, *((None,) * 6 if teacher is None else (*teacher, pair))
-    if teacher is not None:
-        sizes = teacher.x.shape[1], teacher.x.stride(0), teacher.y.stride(0)
-    has_ids = rule.by_id or rule.ignore
+    pointers, sizes = extras_of(pairs, teacher, extras)
+    has_ids = pairs.by_id or pairs.ignore
     _softmax_fwd_kernel[(groups, splits)](
-        x, y, scale, rule.target, *more, of_rows, of_columns, n, m, e, x.stride(0), y.stride(0), *sizes, split_size,
-        int(columns is not None), int(has_ids), int(rule.by_id), int(rule.ignore), **tile, EXTRAS=extras,
-        FIELDS=FIELDS[extras], num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        x, y, scale, pairs.target, *pointers, None if teacher is None else pair, of_rows, of_columns, n, m, e,
+        x.stride(0), y.stride(0), *sizes, split_size, int(columns is not None), int(has_ids), int(pairs.by_id),
+        int(pairs.ignore), **tile, EXTRAS=extras, FIELDS=FIELDS[extras], num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
-    merged = merge(of_rows, scale, pair, joins_of_rows(rule.target, m), extras)
+    merged = merge(of_rows, scale, pair, joins_of_rows(pairs.target, m), extras)
     return merged, None if columns is None else merge(of_columns, scale, pair, columns, extras)
 
 
@@ -238,19 +226,16 @@ def softmax_fwd(
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64; see op.py."""
+    """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64."""
     x, y = rows_of(queries), rows_of(keys)
     n, m = x.shape[0], y.shape[0]
     if n == 0 or m == 0:
-        return of_nothing(x), of_nothing(y if columns else y[:0])
-    rule, taught = rule_of(x, pairs), None
-    if teacher is not None:
-        features = rows_of(teacher.queries), rows_of(teacher.keys)
-        lse = lines_of(teacher.lse_q, logit_scale, n), lines_of(teacher.lse_k, logit_scale, m)
-        taught = _Teacher(*features, *lse, similarity_of_pairs(*features, rule.target))
-    extras = 2 if taught is not None else int(totals or rule.by_id or rule.ignore)
-    joins = joins_of_columns(rule.target, m) if columns else None
-    of_rows, of_columns = _statistics(x, y, logit_scale, rule, taught, extras, joins)
+        return nothing_seen(x), nothing_seen(y if columns else y[:0])
+    of_pairs = kernel_pairs(x, pairs)
+    extras = 2 if teacher is not None else int(totals or of_pairs.by_id or of_pairs.ignore)
+    joins = joins_of_columns(of_pairs.target, m) if columns else None
+    of_teacher = kernel_teacher(teacher, logit_scale, of_pairs.target)
+    of_rows, of_columns = _statistics(x, y, logit_scale, of_pairs, of_teacher, extras, joins)
     if not totals:
         for of in (of_rows, of_columns):
             if of is not None:
@@ -265,39 +250,10 @@ def infonce_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Ten
     if n == 0:
         zero, lse = x.new_zeros((), dtype=torch.float32), x.new_empty(0, dtype=torch.float64)
         return zero, lse, lse.clone(), zero.clone()
-    target = own(x)
-    rule = Rule(target, target, target, False, False)
-    of_rows, of_columns = _statistics(x, y, logit_scale, rule, None, 0, Joins(target, target, target + 1))
+    pairs = kernel_pairs(x, own_pairs(x))
+    own = Joins(pairs.target, pairs.target, pairs.target + 1)
+    of_rows, of_columns = _statistics(x, y, logit_scale, pairs, None, 0, own)
     assert of_columns is not None
     total = (of_rows + of_columns).sum(1) / (2 * n)
     loss, slope = total[LSE] - logit_scale * total[POSITIVE], total[MEAN] - total[POSITIVE]
     return loss.float(), of_rows[LSE].clone(), of_columns[LSE].clone(), slope.float()
-
-
-def aot_cases() -> list:
-    """Every configuration of the forward: the launchers' above, and those of the other epilogues."""
-    from mmkernels.testing.aot import TritonCase
-
-    sizes = dict.fromkeys(("n", "m", "columns", "has_ids", "by_id", "ignore"), "i32")
-    sizes |= dict.fromkeys(("e", "stride_x", "stride_y", "f", "stride_taught_x", "stride_taught_y"), "i32:16")
-    sizes |= {"split_size": "i32:16"}
-    ids = {"row_id_ptr": "*i64", "column_id_ptr": "*i64"}
-    cases = [
-        *triton_tile.aot_cases(),
-        *triton_merge.aot_cases(),
-        *triton_sigmoid.aot_cases(),
-        *triton_search.aot_cases(),
-    ]
-    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-    for dtype, name in TRITON_TYPES.items():
-        plain = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "scale_ptr": "*fp32", "target_ptr": "*i64"}
-        plain |= {"row_ptr": "*fp32", "column_ptr": "*fp32"} | sizes
-        taught = {"taught_x_ptr": f"*{name}", "taught_y_ptr": f"*{name}"}
-        taught |= dict.fromkeys(("taught_row_ptr", "taught_column_ptr", "taught_pair_ptr", "pair_ptr"), "*fp32")
-        for extras, more, without in ((0, {}, ids | taught), (1, ids, taught), (2, ids | taught, {})):
-            for major, archs in ((8, (80,)), (9, (90,)), (10, (100,))):
-                constexprs: dict[str, Any] = {**_tile(dtype, major, extras), "EXTRAS": extras, "FIELDS": FIELDS[extras]}
-                constexprs |= dict.fromkeys(without)
-                label = f"softmax_fwd[{name},{('plain', 'ids', 'teacher')[extras]},sm_{archs[0]}]"
-                cases.append(TritonCase(label, _softmax_fwd_kernel, plain | more, constexprs, archs=archs, **launch))
-    return cases

@@ -13,17 +13,17 @@ Nothing is added atomically, so the bits do not depend on timing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.contrastive.triton_tile import NUM_STAGES, NUM_WARPS, TRITON_TYPES, depth_block
+from mmkernels.ops.contrastive.triton_tile import NUM_STAGES, NUM_WARPS, depth_block
+from mmkernels.ops.contrastive.types import Need
 from mmkernels.ops.triton_common import cast, dot
 
-__all__ = ["HIGHEST_G", "SUPERBLOCK", "aot_cases", "feature_gradients", "gradient_tile"]
+__all__ = ["HIGHEST_G", "SUPERBLOCK", "feature_gradients", "gradient_tile"]
 
 TILE = {"BLOCK_M": 128, "BLOCK_N": 128}
 
@@ -87,7 +87,7 @@ Gradient = Callable[[int, int, int, int, Tensor, tuple[int, int]], None]
 
 
 def feature_gradients(
-    gradient: Gradient, tile: dict[str, int], factor: Tensor, x: Tensor, y: Tensor, need: tuple[bool, bool]
+    gradient: Gradient, tile: dict[str, int], factor: Tensor, x: Tensor, y: Tensor, need: Need
 ) -> tuple[Tensor, Tensor]:
     """Runs over the superblocks of G, which `gradient` makes in tiles of `tile`."""
     (n, e), m = x.shape, y.shape[0]
@@ -111,21 +111,3 @@ def feature_gradients(
                 running = y_running[j : j + cols]
                 _accumulate(b_g.T, x[i : i + rows], running, dy[j : j + cols], factor, i == 0, i + rows == n)
     return dx, dy
-
-
-def aot_cases() -> list:
-    """Every configuration of the product; those of G are where its kernels are."""
-    from mmkernels.testing.aot import TritonCase
-
-    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-    cases = []
-    for dtype, name in TRITON_TYPES.items():
-        operands = {"a_ptr": f"*{name}", "b_ptr": f"*{name}", "sum_ptr": "*fp32", "out_ptr": f"*{name}"}
-        operands |= {"factor_ptr": "*fp32", "rows": "i32", "depth": "i32", "e": "i32:16"}
-        operands |= {"stride_b": "i32:16", "stride_out": "i32:16", "first": "i32", "last": "i32"}
-        constexprs = {**TILE, "BLOCK_K": depth_block(dtype)}
-        # G as it lies, and transposed. Triton makes a stride of 1 a constant of the kernel.
-        for what, long, unit in (("dx", "stride_a_row", "stride_a_depth"), ("dy", "stride_a_depth", "stride_a_row")):
-            label, signature = f"accumulate_{what}_bwd[{name}]", operands | {long: "i32:16"}
-            cases.append(TritonCase(label, _accumulate_kernel, signature, constexprs | {unit: 1}, **launch))
-    return cases

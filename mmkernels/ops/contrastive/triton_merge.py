@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.contrastive.reference import BEST, LSE, STATISTICS, TOP
 from mmkernels.ops.contrastive.triton_tile import LOWEST
+from mmkernels.ops.contrastive.types import STATISTICS
 
-__all__ = ["FIELDS", "Joins", "aot_cases", "joins_of_columns", "joins_of_rows", "merge", "of_nothing"]
+__all__ = ["FIELDS", "Joins", "joins_of_columns", "joins_of_rows", "merge"]
 
 # Lines of a slice, by EXTRAS: ref, sum, dot; total, positive, best; teacher.
 FIELDS = (3, 6, 7)
@@ -27,7 +27,7 @@ MERGE_BLOCK = 128
 def _softmax_merge_kernel(
     part_ptr, scale_ptr,  # [parts, FIELDS, count], []
     pair_ptr, order_ptr, start_ptr, end_ptr,  # [N], [N], [count], [count]: the pairs order[start:end] join a line
-    out_ptr,  # [7, count] float64; see op.py
+    out_ptr,  # [7, count] float64; see types.py
     count, parts,
     FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -121,21 +121,3 @@ def merge(parts: Tensor, scale: Tensor, pair: Tensor, joins: Joins, extras: int)
         parts, scale, pair, *joins, out, count, parts.shape[0], FIELDS=FIELDS[extras], BLOCK=MERGE_BLOCK, num_warps=4
     )
     return out
-
-
-def of_nothing(features: Tensor) -> Tensor:
-    """The statistics of rows that see nothing: [7, count]."""
-    out = features.new_zeros(STATISTICS, features.shape[0], dtype=torch.float64)
-    for what in (LSE, TOP, BEST):
-        out[what] = -torch.inf
-    return out
-
-
-def aot_cases() -> list:
-    """Every configuration the launcher above uses."""
-    from mmkernels.testing.aot import TritonCase
-
-    signature = {"part_ptr": "*fp32", "scale_ptr": "*fp32", "pair_ptr": "*fp32", "out_ptr": "*fp64"}
-    signature |= dict.fromkeys(("order_ptr", "start_ptr", "end_ptr"), "*i64") | {"count": "i32", "parts": "i32"}
-    constexprs = [{"FIELDS": fields, "BLOCK": MERGE_BLOCK} for fields in FIELDS]
-    return [TritonCase(f"softmax_merge[{c['FIELDS']}]", _softmax_merge_kernel, signature, c) for c in constexprs]

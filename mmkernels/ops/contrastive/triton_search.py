@@ -10,28 +10,25 @@ is unique and the lower index wins a tie. More than K keys come in several passe
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.contrastive.reference import Pairs
 from mmkernels.ops.contrastive.triton_tile import (
     NUM_STAGES,
     NUM_WARPS,
     SMALL_TILE,
-    TRITON_TYPES,
     depth_block,
     grid_of,
+    kernel_pairs,
     log1p_of_unit,
     rows_of,
-    rule_of,
     similarity,
 )
+from mmkernels.ops.contrastive.types import Pairs
 
-__all__ = ["aot_cases", "sample_negatives", "topk_similar"]
+__all__ = ["sample_negatives", "topk_similar", "topk_tile"]
 
 # Keys kept by a pass: the first that is enough, or the last.
 KEPT = (16, 128)
@@ -105,14 +102,14 @@ def sample_negatives(
     (n, e), m = x.shape, y.shape[0]
     if n == 0 or m == 0:
         return torch.full((n,), -1, dtype=torch.int64, device=x.device)
-    rule = rule_of(x, pairs._replace(same_id="ignore"))
+    of_pairs = kernel_pairs(x, pairs._replace(same_id="ignore"))
     _, splits, split_size = grid_of(n, m, SMALL_TILE, x.device)
     best = x.new_empty(splits, n, dtype=torch.float32)
     index = x.new_empty(splits, n, dtype=torch.int64)
     _sample_fwd_kernel[(triton.cdiv(n, SMALL_TILE["BLOCK_M"]), splits)](
-        x, y, logit_scale, seed, rule.target, rule.row_ids, rule.column_ids, best, index, n, m, e, x.stride(0),
-        y.stride(0), split_size, int(rule.ignore), **SMALL_TILE, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        x, y, logit_scale, seed, of_pairs.target, of_pairs.row_ids, of_pairs.column_ids, best, index, n, m, e,
+        x.stride(0), y.stride(0), split_size, int(of_pairs.ignore), **SMALL_TILE, BLOCK_E=depth_block(x.dtype),
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     return torch.where(best == best.amax(0), index, m).amin(0)
 
@@ -120,7 +117,7 @@ def sample_negatives(
 # Top-k
 
 
-def _topk_tile(dtype: torch.dtype, kept: int) -> dict[str, int]:
+def topk_tile(dtype: torch.dtype, kept: int) -> dict[str, int]:
     """Three tf32 products for each float32 one need the room."""
     small = dtype == torch.float32 and kept == KEPT[-1]
     return {"BLOCK_M": 32 if small else 64, "BLOCK_N": 64, "BLOCK_E": depth_block(dtype)}
@@ -167,7 +164,7 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]
     if n == 0:
         return x.new_empty(0, k, dtype=torch.float32), x.new_empty(0, k, dtype=torch.int64)
     kept = next((size for size in KEPT if size >= k), KEPT[-1])
-    tile = _topk_tile(x.dtype, kept)
+    tile = topk_tile(x.dtype, kept)
     _, splits, split_size = grid_of(n, m, tile, x.device)
     ceiling = torch.full((n,), 2**63 - 1, dtype=torch.int64, device=x.device)
     passes = []
@@ -183,23 +180,3 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]
     bits = (best >> 32).int()
     values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
     return values, 0x7FFFFFFF - (best & 0x7FFFFFFF)
-
-
-def aot_cases() -> list:
-    """Every configuration the launchers above use."""
-    from mmkernels.testing.aot import TritonCase
-
-    sizes = {"n": "i32", "m": "i32"} | dict.fromkeys(("e", "stride_x", "stride_y", "split_size"), "i32:16")
-    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-    ids = dict.fromkeys(("seed_ptr", "target_ptr", "row_id_ptr", "column_id_ptr", "index_ptr"), "*i64")
-    cases = []
-    for dtype, name in TRITON_TYPES.items():
-        features = {"x_ptr": f"*{name}", "y_ptr": f"*{name}"} | sizes
-        block = {**SMALL_TILE, "BLOCK_E": depth_block(dtype)}
-        sample = features | ids | {"scale_ptr": "*fp32", "best_ptr": "*fp32", "has_ids": "i32"}
-        cases.append(TritonCase(f"sample_fwd[{name}]", _sample_fwd_kernel, sample, block, **launch))
-        topk = features | {"ceiling_ptr": "*i64", "key_ptr": "*i64"}
-        for kept in KEPT:
-            constexprs = _topk_tile(dtype, kept) | {"K": kept}
-            cases.append(TritonCase(f"topk_fwd[{name},{kept}]", _topk_fwd_kernel, topk, constexprs, **launch))
-    return cases

@@ -6,37 +6,34 @@ logit z sigmoid(u). Each program leaves three sums; nothing is added atomically.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.contrastive.reference import Pairs
+from mmkernels.ops.contrastive.reference import own_pairs
 from mmkernels.ops.contrastive.triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
 from mmkernels.ops.contrastive.triton_tile import (
     NUM_STAGES,
     NUM_WARPS,
-    TRITON_TYPES,
-    Rule,
+    KernelPairs,
     depth_block,
     grid_of,
+    kernel_pairs,
     log1p_of_unit,
-    own,
     rows_of,
-    rule_of,
     sigmoid_of_sign,
     similarity,
     similarity_of_pairs,
     tile_of,
 )
+from mmkernels.ops.contrastive.types import Need, Pairs
 from mmkernels.ops.triton_common import cast, generation
 
-__all__ = ["aot_cases", "aot_cases_bwd", "siglip_bwd", "siglip_fwd", "sigmoid_bwd", "sigmoid_fwd"]
+__all__ = ["siglip_bwd", "siglip_fwd", "sigmoid_bwd", "sigmoid_fwd", "sigmoid_tile"]
 
 
-def _tile(dtype: torch.dtype, major: int, ids: bool) -> dict[str, int]:
+def sigmoid_tile(dtype: torch.dtype, major: int, ids: bool) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 32} if ids and dtype == torch.float32 else tile_of(major)
 
 
@@ -114,24 +111,24 @@ def _sigmoid_gradient_kernel(
     tl.store(g_ptr + o_g, cast(b_g, g_ptr.dtype.element_ty), mask=m_i[:, None] & m_j[None, :])
 
 
-def _positives_of(x: Tensor, y: Tensor, rule: Rule) -> tuple[Tensor | None, ...]:
-    """target_ptr, pair_ptr, row_id_ptr, column_id_ptr of the kernels: those of a rule that they read."""
-    if rule.by_id:
-        return None, None, rule.row_ids, rule.column_ids
-    return rule.target, similarity_of_pairs(x, y, rule.target), None, None
+def _positives_of(x: Tensor, y: Tensor, pairs: KernelPairs) -> tuple[Tensor | None, ...]:
+    """target_ptr, pair_ptr, row_id_ptr, column_id_ptr of the kernels: those that they read."""
+    if pairs.by_id:
+        return None, None, pairs.row_ids, pairs.column_ids
+    return pairs.target, similarity_of_pairs(x, y, pairs.target), None, None
 
 
-def _sums(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rule: Rule) -> Tensor:
+def _sums(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: KernelPairs) -> Tensor:
     (n, e), m = x.shape, y.shape[0]
     if n == 0 or m == 0:
         return x.new_zeros(3, dtype=torch.float64)
-    tile = _tile(x.dtype, generation(x.device), rule.by_id)
+    tile = sigmoid_tile(x.dtype, generation(x.device), pairs.by_id)
     row_tiles = triton.cdiv(n, tile["BLOCK_M"])
     _, splits, split_size = grid_of(n, m, tile, x.device)
     sums = x.new_empty(row_tiles, splits, 3, dtype=torch.float32)
     _sigmoid_fwd_kernel[(row_tiles, splits)](
-        x, y, scale, bias, *_positives_of(x, y, rule), sums, n, m, e, x.stride(0), y.stride(0), split_size,
-        IDS=rule.by_id, **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        x, y, scale, bias, *_positives_of(x, y, pairs), sums, n, m, e, x.stride(0), y.stride(0), split_size,
+        IDS=pairs.by_id, **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         enable_fp_fusion=False,
     )  # fmt: skip
     return sums.sum((0, 1), dtype=torch.float64)
@@ -146,28 +143,28 @@ def sigmoid_fwd(
 ) -> Tensor:
     """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
     x, y = rows_of(queries), rows_of(keys)
-    return _sums(x, y, logit_scale, logit_bias, rule_of(x, pairs))
+    return _sums(x, y, logit_scale, logit_bias, kernel_pairs(x, pairs))
 
 
 def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
     x, y = rows_of(queries), rows_of(keys)
-    sums = _sums(x, y, logit_scale, logit_bias, rule_of(x, Pairs(own(x), None, None)))
+    sums = _sums(x, y, logit_scale, logit_bias, kernel_pairs(x, own_pairs(x)))
     loss, by_scale, by_bias = (sums / max(x.shape[0], 1)).float().unbind()
     return loss.clone(), by_scale.clone(), by_bias.clone()
 
 
 def _sigmoid_gradients(
-    factor: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, rule: Rule, need: tuple[bool, bool]
+    factor: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: KernelPairs, need: Need
 ) -> tuple[Tensor, Tensor]:
     tile = gradient_tile(x.dtype, generation(x.device))
     unit = HIGHEST_G / 2 if x.dtype == torch.float16 else 1.0
-    positives = _positives_of(x, y, rule)
+    positives = _positives_of(x, y, pairs)
 
     def gradient(i: int, j: int, rows: int, cols: int, g: Tensor, grid: tuple[int, int]) -> None:
         _sigmoid_gradient_kernel[grid](
             x, y, scale, bias, *positives, g, i, j, rows, cols, x.shape[1], x.stride(0), y.stride(0), g.stride(0), unit,
-            IDS=rule.by_id, **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+            IDS=pairs.by_id, **tile, BLOCK_E=depth_block(x.dtype), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         )  # fmt: skip
 
     return feature_gradients(gradient, tile, (factor / unit).float(), x, y, need)
@@ -180,14 +177,12 @@ def sigmoid_bwd(
     logit_scale: Tensor,
     logit_bias: Tensor,
     pairs: Pairs,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     x, y = rows_of(queries), rows_of(keys)
-    rule = rule_of(x, pairs)
     factor = grad_sum.double() * logit_scale
-    return _sigmoid_gradients(factor, x, y, logit_scale, logit_bias, rule, (need_queries, need_keys))
+    return _sigmoid_gradients(factor, x, y, logit_scale, logit_bias, kernel_pairs(x, pairs), need)
 
 
 def siglip_bwd(
@@ -196,60 +191,8 @@ def siglip_bwd(
     keys: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    need_queries: bool,
-    need_keys: bool,
+    need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     grad_sum = grad_loss.double() / max(queries.shape[0], 1)
-    own_keys = Pairs(own(queries), None, None)
-    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, own_keys, need_queries, need_keys)
-
-
-def _positive_pointers(ids: bool) -> tuple[dict[str, str], dict[str, None]]:
-    """Types of the pointers that `_positives_of` gives, and names of those that are None."""
-    by_target, by_id = (
-        {"target_ptr": "*i64", "pair_ptr": "*fp32"},
-        dict.fromkeys(("row_id_ptr", "column_id_ptr"), "*i64"),
-    )
-    return (by_id, dict.fromkeys(by_target)) if ids else (by_target, dict.fromkeys(by_id))
-
-
-def aot_cases() -> list:
-    """Every configuration of the forward."""
-    from mmkernels.testing.aot import TritonCase
-
-    sizes = {"n": "i32", "m": "i32"} | dict.fromkeys(("e", "stride_x", "stride_y", "split_size"), "i32:16")
-    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-    cases = []
-    for dtype, name in TRITON_TYPES.items():
-        features = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "scale_ptr": "*fp32", "bias_ptr": "*fp32"}
-        features |= {"sums_ptr": "*fp32"} | sizes
-        for major, archs in ((9, (80, 90)), (10, (100,))):
-            for ids in (False, True):
-                signature, without = _positive_pointers(ids)
-                constexprs = {**_tile(dtype, major, ids), "BLOCK_E": depth_block(dtype), "IDS": ids} | without
-                label = f"sigmoid_fwd[{name},{'ids' if ids else 'plain'},sm_{archs[0]}]"
-                options = {"archs": archs, "options": {"enable_fp_fusion": False}, **launch}
-                cases.append(TritonCase(label, _sigmoid_fwd_kernel, features | signature, constexprs, **options))
-    return cases
-
-
-def aot_cases_bwd() -> list:
-    """Every configuration of the gradient."""
-    from mmkernels.testing.aot import TritonCase
-
-    launch: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
-    cases = []
-    for dtype, name in TRITON_TYPES.items():
-        signature = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "g_ptr": f"*{name}", "unit": "fp32"}
-        signature |= {"scale_ptr": "*fp32", "bias_ptr": "*fp32", "rows": "i32", "cols": "i32"}
-        signature |= dict.fromkeys(("row0", "column0", "e", "stride_x", "stride_y", "stride_g"), "i32:16")
-        for major, archs in ((9, (80, 90)), (10, (100,))):
-            for ids in (False, True):
-                pointers, without = _positive_pointers(ids)
-                constexprs = {**gradient_tile(dtype, major), "BLOCK_E": depth_block(dtype), "IDS": ids} | without
-                label = f"sigmoid_gradient_bwd[{name},{'ids' if ids else 'plain'},sm_{archs[0]}]"
-                cases.append(
-                    TritonCase(label, _sigmoid_gradient_kernel, signature | pointers, constexprs, archs=archs, **launch)
-                )
-    return cases
+    return sigmoid_bwd(grad_sum, queries, keys, logit_scale, logit_bias, own_pairs(queries), need)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.contrastive.reference import Pairs
+from mmkernels.ops.contrastive.types import Pairs, Teacher
 from mmkernels.ops.triton_common import dot
 
 __all__ = [
@@ -26,16 +26,17 @@ __all__ = [
     "SMALL_TILE",
     "TILE",
     "TRITON_TYPES",
-    "Rule",
-    "aot_cases",
+    "KernelPairs",
+    "KernelTeacher",
     "depth_block",
+    "extras_of",
     "grid_of",
+    "kernel_pairs",
+    "kernel_teacher",
     "lines_of",
     "log1p_of_unit",
-    "own",
     "processors",
     "rows_of",
-    "rule_of",
     "sigmoid_of_sign",
     "similarity",
     "similarity_of_pairs",
@@ -67,13 +68,8 @@ def rows_of(features: Tensor) -> Tensor:
     return features if features.stride(-1) == 1 or features.shape[-1] <= 1 else features.contiguous()
 
 
-def own(features: Tensor) -> Tensor:
-    """[N] int64: row i's target is key i."""
-    return torch.arange(features.shape[0], device=features.device)
-
-
-class Rule(NamedTuple):
-    """Which pairs are positive and which are seen, as the kernels want it.
+class KernelPairs(NamedTuple):
+    """Pairs as the kernels want them.
 
     target: [N] int64, -1 for none. row_ids, column_ids: [N], [M] int64, or any pointer when there are none.
     by_id: pairs of one id are positive. ignore: pairs of one id are not seen, but for the target.
@@ -86,8 +82,8 @@ class Rule(NamedTuple):
     ignore: bool
 
 
-def rule_of(queries: Tensor, pairs: Pairs) -> Rule:
-    """The rule of op.py."""
+def kernel_pairs(queries: Tensor, pairs: Pairs) -> KernelPairs:
+    """Where there are no targets or no ids, some pointer that no kernel reads."""
     targets, query_ids, key_ids, same_id = pairs
     ids = query_ids is not None and key_ids is not None
     by_id = ids and same_id == "positive"
@@ -96,8 +92,8 @@ def rule_of(queries: Tensor, pairs: Pairs) -> Rule:
     else:
         target = targets.contiguous()
     if query_ids is None or key_ids is None:
-        return Rule(target, target, target, False, False)
-    return Rule(target, query_ids.contiguous(), key_ids.contiguous(), by_id, not by_id)
+        return KernelPairs(target, target, target, False, False)
+    return KernelPairs(target, query_ids.contiguous(), key_ids.contiguous(), by_id, not by_id)
 
 
 # Tiles
@@ -236,7 +232,7 @@ def lines_of(
 
     Lines 0 and 1 are ref and rest with lse = scale · ref + rest: the exponent of a softmax, scale (a - ref) - rest,
     loses nothing where it matters, and what all of a row shares is kept to twice float32's digits. Lines 2 to 5 are the
-    coefficients [4, count] (op.py) times `unit`, that of the lse times scale too. Without an lse: of rows that see
+    coefficients [4, count] times `unit`, that of the lse times scale too. Without an lse: of rows that see
     nothing.
     """
     out = torch.empty(2 if coefficients is None else 6, count, dtype=torch.float32, device=scale.device)
@@ -249,17 +245,44 @@ def lines_of(
     return out
 
 
-def aot_cases() -> list:
-    """Every configuration the launchers above use."""
-    from mmkernels.testing.aot import TritonCase
+class KernelTeacher(NamedTuple):
+    """A teacher as the kernels want one.
 
-    cases = []
-    for name in TRITON_TYPES.values():
-        signature = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "target_ptr": "*i64", "pair_ptr": "*fp32"}
-        signature |= {"n": "i32", "m": "i32"} | dict.fromkeys(("e", "stride_x", "stride_y"), "i32:16")
-        cases.append(TritonCase(f"pairs[{name}]", _pairs_kernel, signature, PAIRS_BLOCK))
-    signature = {"lse_ptr": "*fp64", "scale_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}
-    coefficients = {"coefficient_ptr": "*fp64", "unit_ptr": "*fp32"}
-    block = {"BLOCK": VECTOR_BLOCK}
-    cases.append(TritonCase("lines", _lines_kernel, signature, block | dict.fromkeys(coefficients)))
-    return [*cases, TritonCase("lines[coefficients]", _lines_kernel, signature | coefficients, block)]
+    x: [N, F], y: [M, F]: features. rows: [2, N], columns: [2, M]: `lines_of` its lse. pair: [N]: similarities of each
+    row and its target.
+    """
+
+    x: Tensor
+    y: Tensor
+    rows: Tensor
+    columns: Tensor
+    pair: Tensor
+
+
+def kernel_teacher(teacher: Teacher | None, logit_scale: Tensor, target: Tensor) -> KernelTeacher | None:
+    """With the targets of `kernel_pairs`."""
+    if teacher is None:
+        return None
+    queries, keys, lse_q, lse_k = teacher
+    x, y = rows_of(queries), rows_of(keys)
+    of_rows, of_columns = (lines_of(lse, logit_scale, of.shape[0]) for lse, of in ((lse_q, x), (lse_k, y)))
+    return KernelTeacher(x, y, of_rows, of_columns, similarity_of_pairs(x, y, target))
+
+
+class Extras(NamedTuple):
+    """Arguments of a softmax kernel that it reads from EXTRAS 1 on (ids) and 2 on (the teacher).
+
+    pointers: row_id_ptr, column_id_ptr, taught_x_ptr, taught_y_ptr, taught_row_ptr, taught_column_ptr, taught_pair_ptr.
+    sizes: f, stride_taught_x, stride_taught_y.
+    """
+
+    pointers: tuple[Tensor | None, ...]
+    sizes: tuple[int, int, int]
+
+
+def extras_of(pairs: KernelPairs, teacher: KernelTeacher | None, extras: int) -> Extras:
+    """None and 0 for what is not read."""
+    ids = (pairs.row_ids, pairs.column_ids) if extras > 0 else (None, None)
+    if teacher is None:
+        return Extras((*ids, None, None, None, None, None), (0, 0, 0))
+    return Extras((*ids, *teacher), (teacher.x.shape[1], teacher.x.stride(0), teacher.y.stride(0)))

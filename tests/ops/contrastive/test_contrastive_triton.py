@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import reference
-from mmkernels.ops.contrastive.reference import LSE, Pairs, Teacher
+from mmkernels.ops.contrastive.types import LSE, Need, Pairs, Teacher
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 
@@ -17,7 +17,14 @@ REASON = candidates("contrastive", DEVICE, torch.float32)["triton"]
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
-from mmkernels.ops.contrastive import triton_bwd, triton_fwd, triton_gradients, triton_tile  # noqa: E402
+from mmkernels.ops.contrastive import (  # noqa: E402
+    triton_bwd,
+    triton_fwd,
+    triton_gradients,
+    triton_search,
+    triton_sigmoid,
+    triton_tile,
+)
 
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
@@ -43,16 +50,16 @@ IDS = integers(0, 20, N, seed=5), integers(0, 25, M, seed=6)  # rows and columns
 
 # name -> scale, pairs, teacher, totals, columns
 RULES = {
-    "targets": (3.0, Pairs(TARGETS, None, None), False, False, True),
-    "targets, negative scale": (-3.0, Pairs(TARGETS, None, None), False, True, True),
-    "targets, scale 0": (0.0, Pairs(TARGETS, None, None), False, True, True),
-    "targets, large scale": (300.0, Pairs(TARGETS, None, None), False, False, True),
+    "targets": (3.0, Pairs(TARGETS), False, False, True),
+    "targets, negative scale": (-3.0, Pairs(TARGETS), False, True, True),
+    "targets, scale 0": (0.0, Pairs(TARGETS), False, True, True),
+    "targets, large scale": (300.0, Pairs(TARGETS), False, False, True),
     "ids, teacher": (3.0, Pairs(None, *IDS), True, True, True),
     "ids, one way": (3.0, Pairs(None, *IDS), False, False, False),
     "ignored, teacher": (3.0, Pairs(TARGETS, *IDS, "ignore"), True, True, True),
     "ignored, teacher, one way": (-3.0, Pairs(TARGETS, *IDS, "ignore"), True, False, False),
     "ignored without targets": (3.0, Pairs(None, *IDS, "ignore"), False, True, True),
-    "nothing is positive": (3.0, Pairs(None, None, None), False, False, False),
+    "nothing is positive": (3.0, Pairs(), False, False, False),
     "nothing is seen": (
         3.0,
         Pairs(None, integers(0, 1, N, seed=0), integers(0, 1, M, seed=0), "ignore"),
@@ -97,11 +104,11 @@ def test_gradients(name, size, dtype, monkeypatch):
     scale, rule, _, _, columns = RULES[name]
     inputs, teacher = (X.to(dtype), Y.to(dtype), number(scale)), teacher_of(name)
     if teacher is not None:
-        teacher = teacher._replace(queries=teacher.queries.to(dtype), keys=teacher.keys.to(dtype))
+        teacher = Teacher(*(features.to(dtype) for features in teacher[:2]), *teacher[2:])
     of_rows, of_columns = reference.softmax_fwd(*wide(inputs), rule, None, False, columns)
     # Of the size that a mean over many rows has: in float16 they would be 0.
     coefficients = 1e-7 * drawn(4, N, seed=7).double(), 1e-7 * drawn(4, M if columns else 0, seed=8).double()
-    arguments = (*coefficients, *inputs, of_rows[LSE], of_columns[LSE], rule, teacher, True, True)
+    arguments = (*coefficients, *inputs, of_rows[LSE], of_columns[LSE], rule, teacher, Need(True, True))
     truth = reference.softmax_bwd(*wide(arguments))
     plain = reference.softmax_bwd(*arguments)
     for what, got, same_dtype, exact in zip("xy", triton_bwd.softmax_bwd(*arguments), plain, truth, strict=True):
@@ -125,26 +132,26 @@ def test_sides_without_rows(sizes, ids):
         torch.testing.assert_close(got, expected)
     coefficients = X.new_ones(4, n).double(), X.new_ones(4, m).double()
     lse = ours[0][LSE], ours[1][LSE]
-    arguments = (*coefficients, x, y, scale, *lse, rule, None, True, True)
+    arguments = (*coefficients, x, y, scale, *lse, rule, None, Need(True, True))
     for got, expected in zip(triton_bwd.softmax_bwd(*arguments), reference.softmax_bwd(*arguments), strict=True):
         torch.testing.assert_close(got, expected)
     bias = number(-1.0)
-    got = triton_fwd.sigmoid_fwd(x, y, scale, bias, rule)
+    got = triton_sigmoid.sigmoid_fwd(x, y, scale, bias, rule)
     torch.testing.assert_close(got, reference.sigmoid_fwd(x, y, scale, bias, rule), rtol=1e-6, atol=1e-6)
-    assert triton_fwd.sample_negatives(x, y, scale, number([1, 2], torch.int64), rule).tolist() == [-1] * n
+    assert triton_search.sample_negatives(x, y, scale, number([1, 2], torch.int64), rule).tolist() == [-1] * n
 
 
 @pytest.mark.parametrize("ids", [False, True])
 def test_sigmoid_over_several_superblocks(ids, monkeypatch):
     monkeypatch.setattr(triton_gradients, "SUPERBLOCK", 80)
-    rule = Pairs(None, *IDS) if ids else Pairs(TARGETS, None, None)
+    rule = Pairs(None, *IDS) if ids else Pairs(TARGETS)
     inputs = (X, Y, number(3.0), number(-2.0), rule)
     torch.testing.assert_close(
-        triton_fwd.sigmoid_fwd(*inputs), reference.sigmoid_fwd(*wide(inputs)), rtol=2e-6, atol=1e-4
+        triton_sigmoid.sigmoid_fwd(*inputs), reference.sigmoid_fwd(*wide(inputs)), rtol=2e-6, atol=1e-4
     )
     grad = number(1e-3, torch.float64)
-    truth = reference.sigmoid_bwd(grad, *wide(inputs), True, True)
-    for got, expected in zip(triton_bwd.sigmoid_bwd(grad, *inputs, True, True), truth, strict=True):
+    truth = reference.sigmoid_bwd(grad, *wide(inputs), Need(True, True))
+    for got, expected in zip(triton_sigmoid.sigmoid_bwd(grad, *inputs, Need(True, True)), truth, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
 
 
@@ -153,14 +160,14 @@ def test_a_gradient_nobody_needs_is_not_formed():
     of_rows, of_columns = reference.softmax_fwd(X, Y, number(scale), rule, None, False, True)
     coefficients = X.new_ones(4, N).double(), X.new_ones(4, M).double()
     arguments = (*coefficients, X, Y, number(scale), of_rows[LSE], of_columns[LSE], rule, None)
-    both = triton_bwd.softmax_bwd(*arguments, True, True)
-    for need in ((True, False), (False, True), (False, False)):
-        for alone, together, needed in zip(triton_bwd.softmax_bwd(*arguments, *need), both, need, strict=True):
+    both = triton_bwd.softmax_bwd(*arguments, Need(True, True))
+    for need in (Need(True, False), Need(False, True), Need(False, False)):
+        for alone, together, needed in zip(triton_bwd.softmax_bwd(*arguments, need), both, need, strict=True):
             assert torch.equal(alone, together if needed else together[:0])
 
 
 def test_topk_of_more_than_one_pass_and_split():
-    values, indices = triton_fwd.topk_similar(X[:3], Y, 140)
+    values, indices = triton_search.topk_similar(X[:3], Y, 140)
     expected = reference.topk_similar(X[:3].double(), Y.double(), 140)
     torch.testing.assert_close(values.double(), expected[0], rtol=1e-6, atol=1e-6)
     assert torch.equal(indices, expected[1])
@@ -168,11 +175,11 @@ def test_topk_of_more_than_one_pass_and_split():
 
 @pytest.mark.parametrize("ids", [False, True])
 def test_sampling(ids):
-    rule = Pairs(None, *IDS) if ids else Pairs(TARGETS, None, None)
+    rule = Pairs(None, *IDS) if ids else Pairs(TARGETS)
     arguments = (X, Y, number(0.5), number([7, 2**32 - 1], torch.int64), rule)
-    drawn_here, expected = triton_fwd.sample_negatives(*arguments), reference.sample_negatives(*wide(arguments))
+    drawn_here, expected = triton_search.sample_negatives(*arguments), reference.sample_negatives(*wide(arguments))
     assert (drawn_here == expected).double().mean() > 0.99  # but for ties of rounding
-    assert torch.equal(drawn_here, triton_fwd.sample_negatives(*arguments))
+    assert torch.equal(drawn_here, triton_search.sample_negatives(*arguments))
 
 
 @pytest.mark.parametrize("scale", [14.3, -3.0, 0.0, 1e-6])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmkernels import BackendError, ContrastiveStats, infonce, siglip
 from mmkernels.ops.contrastive import api, chunks, op
-from mmkernels.ops.contrastive.reference import LSE, MEAN, POSITIVE, TOTAL
+from mmkernels.ops.contrastive.types import LSE, MEAN, POSITIVE, TOTAL, Need, Pairs
 from mmkernels.runtime.backends import candidates, resolve
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.contrastive import loss_and_gradients, plain_infonce_options
@@ -249,7 +249,7 @@ def tolerance(dtype):
 
 
 def statistics(x, y, scale, targets, backend="native", columns=True):
-    return op.softmax_fwd(x, y, scale, targets, None, None, "positive", *(None,) * 4, True, columns, backend)
+    return op.softmax_fwd(x, y, scale, Pairs(targets), None, True, columns, backend)
 
 
 def test_parts_merge_into_the_whole(backend, widest):
@@ -271,7 +271,7 @@ def test_parts_merge_into_the_whole(backend, widest):
     weights = torch.rand(2, 4, N, dtype=torch.float64)
 
     def backward(part):
-        rest = (targets[part], None, None, "positive", *(None,) * 6, True, True, backend)
+        rest = Pairs(targets[part]), None, None, Need(True, True), backend
         return op.softmax_bwd(weights[0][:, part], weights[1], x[part], y, scale, of_rows[LSE, part], lse, *rest)
 
     dx, dy, _ = backward(slice(0, N))
@@ -344,7 +344,9 @@ def test_opcheck(backend):
     args = (x, y, scale, None, *ids, "positive", *(None,) * 4, True, True, backend)
     torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_fwd.default, args)
     bias = torch.tensor(-3.0, requires_grad=True)
-    torch.library.opcheck(torch.ops.mmkernels.contrastive_sigmoid_fwd.default, (x, y, scale, bias, None, *ids, backend))
+    torch.library.opcheck(
+        torch.ops.mmkernels.contrastive_sigmoid_fwd.default, (x, y, scale, bias, None, *ids, "positive", backend)
+    )
     plain = x.detach(), y.detach(), scale.detach()
     lse = torch.zeros(N, dtype=torch.float64), torch.zeros(N + 4, dtype=torch.float64)
     weights = torch.ones(4, N, dtype=torch.float64), torch.ones(4, N + 4, dtype=torch.float64)

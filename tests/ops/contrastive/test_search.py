@@ -111,6 +111,6 @@ def test_mistakes_are_named():
 def test_opcheck(backend):
     x, y = torch.randn(2, 9, 4).unbind()
     seed = torch.tensor([1, 2])
-    args = (x, y, torch.tensor(1.0), seed, torch.arange(9), None, None, backend)
+    args = (x, y, torch.tensor(1.0), seed, torch.arange(9), None, None, "positive", backend)
     torch.library.opcheck(torch.ops.mmkernels.contrastive_sample_fwd.default, args)
     torch.library.opcheck(torch.ops.mmkernels.contrastive_topk_fwd.default, (x, y, 3, backend))

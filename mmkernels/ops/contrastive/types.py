@@ -1,0 +1,140 @@
+"""What the contrastive ops and backends speak of: pairs, a teacher, and the statistics of a softmax."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BEST",
+    "COEFFICIENTS",
+    "LSE",
+    "MEAN",
+    "POSITIVE",
+    "STATISTICS",
+    "TEACHER",
+    "TOP",
+    "TOTAL",
+    "ContrastiveStats",
+    "Means",
+    "Need",
+    "Pairs",
+    "Slopes",
+    "Targets",
+    "Teacher",
+    "merged",
+    "nothing_seen",
+    "statistics_dtype",
+]
+
+# Lines of the statistics, float64 [7, N] of rows and [7, M] of columns; csrc/contrastive/contrastive.h has the same.
+#   LSE       log sum exp of the logits seen; -inf where there are none
+#   POSITIVE  sum of positive similarities
+#   TOTAL     sum of the similarities seen, where `totals` asks for it, else 0
+#   TEACHER   mean similarity under the teacher's softmax; 0 without a teacher
+#   MEAN      mean similarity under the softmax; 0 where nothing is seen
+#   TOP       largest logit seen
+#   BEST      largest positive logit
+# The first COEFFICIENTS are differentiable: a backward has a coefficient for each.
+LSE, POSITIVE, TOTAL, TEACHER, MEAN, TOP, BEST = range(7)
+STATISTICS, COEFFICIENTS = 7, 4
+
+
+class Pairs(NamedTuple):
+    """Which pairs are positive and which are seen.
+
+    same_id "positive" and ids: the pairs of one id are positive. Else key targets[i] is the positive of query i, and
+    -1 means none here. same_id "ignore": pairs of one id that are not positive are not seen.
+
+    targets: [N] int64. query_ids: [N], key_ids: [M] int64; both or neither.
+    """
+
+    targets: Tensor | None = None
+    query_ids: Tensor | None = None
+    key_ids: Tensor | None = None
+    same_id: str = "positive"
+
+
+class Teacher(NamedTuple):
+    """Soft targets: features [N, F] and [M, F] of a momentum teacher, and its logits' lse, float64 [N] and [M]."""
+
+    teacher_queries: Tensor
+    teacher_keys: Tensor
+    teacher_lse_q: Tensor
+    teacher_lse_k: Tensor | None  # None: no statistics of columns
+
+
+class Targets(NamedTuple):
+    """What makes the target distribution beside the pairs: smoothing, and (queries_m, keys_m, alpha)."""
+
+    label_smoothing: float
+    teacher: tuple[Tensor, Tensor, float] | None
+
+
+class Need(NamedTuple):
+    """Which feature gradients a backward computes; one that is not needed comes as [0, E]."""
+
+    need_queries: bool
+    need_keys: bool
+
+
+class Means(NamedTuple):
+    """MEAN of rows [N] and of columns [M], float64, which the gradient of the scale is made of."""
+
+    mean_q: Tensor
+    mean_k: Tensor
+
+
+class Slopes(NamedTuple):
+    """Derivatives [] of a loss by scale and bias."""
+
+    grad_scale: Tensor
+    grad_bias: Tensor
+
+
+class ContrastiveStats(NamedTuple):
+    """What a loss saw, detached; in float32 (float64 for float64 features).
+
+    lse_q: [N], lse_k: [M]: log sum exp of each row's and each column's logits (SigLIP's: with the bias).
+    accuracy_q, accuracy_k: []: how often no negative's logit is larger than that of the best positive (a tie counts).
+    positive, negative: []: mean similarity of the positive pairs and of all other pairs seen (NaN where there is none).
+    entropy: []: mean entropy of the softmax of rows (and columns, when the loss is symmetric), in nats.
+    """
+
+    lse_q: Tensor
+    lse_k: Tensor
+    accuracy_q: Tensor
+    accuracy_k: Tensor
+    positive: Tensor
+    negative: Tensor
+    entropy: Tensor
+
+
+torch.serialization.add_safe_globals([ContrastiveStats])
+
+
+def statistics_dtype(features: torch.dtype) -> torch.dtype:
+    """The type of loss and scalar gradients for features of a type."""
+    return torch.float64 if features == torch.float64 else torch.float32
+
+
+def nothing_seen(features: Tensor) -> Tensor:
+    """The statistics [7, count] of rows that see nothing."""
+    statistics = features.new_zeros(STATISTICS, features.shape[0], dtype=torch.float64)
+    for line in (LSE, TOP, BEST):
+        statistics[line] = -torch.inf
+    return statistics
+
+
+def merged(a: Tensor, b: Tensor) -> Tensor:
+    """The statistics [7, count] of what either part has seen."""
+    both = a + b
+    both[LSE] = torch.logaddexp(a[LSE], b[LSE])
+    # Where neither has seen anything, the means are 0.
+    of_a, of_b = (torch.where(both[LSE] == -torch.inf, 0.0, (of[LSE] - both[LSE]).exp()) for of in (a, b))
+    both[MEAN] = of_a * a[MEAN] + of_b * b[MEAN]
+    for line in (TOP, BEST):
+        both[line] = torch.maximum(a[line], b[line])
+    return both
