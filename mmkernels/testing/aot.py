@@ -179,6 +179,8 @@ def _jit_function(case: TritonCase) -> Any:
         raise TypeError(
             f"{case.name}: expected a @triton.jit function, got {type(kernel).__name__} (is TRITON_INTERPRET set?)"
         )
+    if "options" in kernel.arg_names:
+        raise ValueError(f"{case.name}: an argument `options` cannot be launched: Triton's launcher has its own")
     named = set(case.signature) | set(case.constexprs)
     if named != set(kernel.arg_names):
         raise ValueError(

@@ -23,6 +23,7 @@ from mmkernels.ops.attention.reference import MaskRows, Options, bias_gradient, 
 from mmkernels.ops.attention.triton_fwd import (
     FULL,
     SKIP,
+    as_extras,
     as_heads,
     bias_of,
     exponential,
@@ -30,7 +31,6 @@ from mmkernels.ops.attention.triton_fwd import (
     in_log2,
     is_rich,
     keep_tile,
-    kernel_options,
     key_ranges,
     load_ints,
     load_keys,
@@ -69,7 +69,7 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _gather_queries(
-    b_dk, b_dv, b_k, b_v, keys, q, do, lse_ptr, delta_ptr, rows, options, i_h, start, Tq, Tk,
+    b_dk, b_dv, b_k, b_v, keys, q, do, lse_ptr, delta_ptr, rows, extras, i_h, start, Tq, Tk,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -78,17 +78,17 @@ def _gather_queries(
     b_q = load_tile(of_head(q, i_h), o_m, Tq, D, BLOCK_D, True)
     b_do = load_tile(of_head(do, i_h), o_m, Tq, DV, BLOCK_DV, True)
     b_lse = in_log2(tl.load(lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0), b_k.dtype)
-    b_s = dot(b_k, tl.trans(b_q)) * in_log2(options.scale, b_k.dtype)  # [BLOCK_N, BLOCK_M]
+    b_s = dot(b_k, tl.trans(b_q)) * in_log2(extras.scale, b_k.dtype)  # [BLOCK_N, BLOCK_M]
     # What is wanted late is loaded late: the rows of the largest tiles fill the registers.
-    if options.pair_bias is not None:
-        b_s += bias_of(options, i_h, load_ints(rows.class_q, o_m, Tq)[None, :], keys.kind[:, None], b_k.dtype)
+    if extras.pair_bias is not None:
+        b_s += bias_of(extras, i_h, load_ints(rows.class_q, o_m, Tq)[None, :], keys.kind[:, None], b_k.dtype)
     queries = load_queries(rows, start, Tq, Tk, BLOCK_M)
     m_visible = visible(queries, keys, rows, 0)
     b_p = tl.where(m_visible, exponential(b_s - b_lse[None, :], b_k.dtype), 0.0)  # [BLOCK_N, BLOCK_M]
     b_dp = dot(b_v, tl.trans(b_do))  # [BLOCK_N, BLOCK_M]
-    if options.seed is not None:
-        m_keep = keep_tile(options, i_h, queries, keys, BLOCK_M, BLOCK_N)
-        b_z = tl.where(m_keep, options.keep_factor, 0.0)
+    if extras.seed is not None:
+        m_keep = keep_tile(extras, i_h, queries, keys, BLOCK_M, BLOCK_N)
+        b_z = tl.where(m_keep, extras.keep_factor, 0.0)
         b_dv += dot(cast(b_p * b_z, b_do.dtype), b_do)
         b_dp = b_dp * b_z
     else:
@@ -103,7 +103,7 @@ def _gather_queries(
 def _attention_dkdv_kernel(
     q, k, v, do, dk, dv,  # Heads
     lse_ptr, delta_ptr,  # [H, Tq]
-    rows, options, Tq, Tk, group,
+    rows, extras, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def _attention_dkdv_kernel(
     keys = load_keys(rows, first_k, Tk, BLOCK_N)
     o_n = keys.index
     begin, end = hull(rows.first_q, rows.last_q, o_n, Tk, Tq)
-    if (rows.tiles is not None) or (options.seed is not None):  # tiles of the map, and groups of four queries
+    if (rows.tiles is not None) or (extras.seed is not None):  # tiles of the map, and groups of four queries
         begin = begin // BLOCK_M * BLOCK_M
 
     b_k = load_tile(of_head(k, i_hkv), o_n, Tk, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
@@ -126,16 +126,16 @@ def _attention_dkdv_kernel(
                 state = tile_state(rows, start, first_k, Tk)
             if state != SKIP:
                 b_dk, b_dv = _gather_queries(
-                    b_dk, b_dv, b_k, b_v, keys, q, do, lse_ptr, delta_ptr, rows, options, i_h, start, Tq, Tk,
+                    b_dk, b_dv, b_k, b_v, keys, q, do, lse_ptr, delta_ptr, rows, extras, i_h, start, Tq, Tk,
                     D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
-    store_tile(of_head(dk, i_hkv), o_n, Tk, D, b_dk * options.scale)
+    store_tile(of_head(dk, i_hkv), o_n, Tk, D, b_dk * extras.scale)
     store_tile(of_head(dv, i_hkv), o_n, Tk, DV, b_dv)
 
 
 @triton.jit
 def _gather_keys(
-    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, options, i_h, start, end,
+    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h, start, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -146,20 +146,20 @@ def _gather_keys(
     keys = load_keys(rows, start, end, BLOCK_N)
     b_k = load_tile(k, keys.index, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
     b_v = load_tile(v, keys.index, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
-    b_s = dot(b_q, tl.trans(b_k)) * in_log2(options.scale, b_q.dtype)  # [BLOCK_M, BLOCK_N]
-    if options.pair_bias is not None:
-        b_s += bias_of(options, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
+    b_s = dot(b_q, tl.trans(b_k)) * in_log2(extras.scale, b_q.dtype)  # [BLOCK_M, BLOCK_N]
+    if extras.pair_bias is not None:
+        b_s += bias_of(extras, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
     b_p = exponential(b_s - b_lse[:, None], b_q.dtype)
     if MASKED:
         b_p = tl.where(visible(queries, keys, rows, 1), b_p, 0.0)
     b_dp = dot(b_do, tl.trans(b_v))  # [BLOCK_M, BLOCK_N]
-    if options.seed is not None:
-        m_keep = keep_tile(options, i_h, queries, keys, BLOCK_M, BLOCK_N)
-        b_dp = tl.where(tl.trans(m_keep), b_dp * options.keep_factor, 0.0)
+    if extras.seed is not None:
+        m_keep = keep_tile(extras, i_h, queries, keys, BLOCK_M, BLOCK_N)
+        b_dp = tl.where(tl.trans(m_keep), b_dp * extras.keep_factor, 0.0)
     b_exact = b_p * (b_dp - b_delta[:, None])  # [BLOCK_M, BLOCK_N]
     b_ds = cast(b_exact, b_k.dtype)
     b_dq += dot(b_ds, b_k)
-    if options.pair_bias is not None:
+    if extras.pair_bias is not None:
         b_one = keys.kind[:, None] == tl.arange(0, BLOCK_C)[None, :]  # [BLOCK_N, BLOCK_C]
         b_one = cast(tl.where(b_one, 1.0, 0.0), b_ds.dtype)
         b_sums += dot(b_ds, b_one)
@@ -176,7 +176,7 @@ def _attention_dq_kernel(
     lse_ptr, delta_ptr,  # [H, Tq]
     row_sums_ptr,  # [H, classes_k, Tq]: sums of ds over the keys of a class; None without a pair bias, as dlse
     dlse_ptr,  # [H, Tq], or None
-    rows, options, Tq, Tk, group,
+    rows, extras, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -199,25 +199,25 @@ def _attention_dq_kernel(
             state = tile_state(rows, queries.first, start, Tk)
             if state == FULL:
                 b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, options, i_h,
+                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
                     start, bounds[3], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, False,
                 )  # fmt: skip
             elif state != SKIP:
                 b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, options, i_h,
+                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
                     start, bounds[3], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, True,
                 )  # fmt: skip
     else:
         for part in tl.static_range(3):  # partial, full, partial
             for start in range(bounds[part], bounds[part + 1], BLOCK_N):
                 b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, options, i_h,
+                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
                     start, bounds[part + 1], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, part != 1,
                 )  # fmt: skip
-    store_tile(of_head(dq, i_h), o_m, Tq, D, b_dq * options.scale)
-    if options.pair_bias is not None:
+    store_tile(of_head(dq, i_h), o_m, Tq, D, b_dq * extras.scale)
+    if extras.pair_bias is not None:
         o_c = tl.arange(0, BLOCK_C)
-        row_sums_ptr += i_h * options.classes_k * Tq
+        row_sums_ptr += i_h * extras.classes_k * Tq
         # delta has the rounding of a 16-bit out, the same for every key of a row: it would add up in these sums, so the
         # sum of p dp takes its place here.
         if b_q.dtype != tl.float32:
@@ -225,7 +225,7 @@ def _attention_dq_kernel(
             if dlse_ptr is not None:
                 b_exact -= tl.load(dlse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
             b_sums += (b_delta - b_exact)[:, None] * b_mass
-        m_sums = (o_m < Tq)[:, None] & (o_c < options.classes_k)[None, :]
+        m_sums = (o_m < Tq)[:, None] & (o_c < extras.classes_k)[None, :]
         tl.store(row_sums_ptr + o_c[None, :].to(tl.int64) * Tq + o_m[:, None], b_sums, mask=m_sums)
 
 
@@ -287,7 +287,7 @@ def attention_bwd(
     case = is_rich(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device)
     sizes = {"D": D, "DV": DV, "BLOCK_D": block_dim(D), "BLOCK_DV": block_dim(DV)}
     inputs = tuple(as_heads(x) for x in (q, k, v, do))
-    scalars = rows, kernel_options(options), Tq, Tk, H // Hkv
+    scalars = rows, as_extras(options), Tq, Tk, H // Hkv
     if Tq > 0:
         dlse = grad_lse.contiguous() if grad_lse is not None else None
         _attention_delta_kernel[(triton.cdiv(Tq, DELTA_BLOCK_M), H)](

@@ -10,7 +10,7 @@ are in units of log2, which saves a product before each exp2. In float32 they ar
 1.44 times its size would be the largest error of the result.
 
 Arguments that belong together are a NamedTuple, on the host and in a kernel: `MaskRows` as it is, `Heads`,
-`KernelOptions`. A field that is None is None at compile time.
+`Extras`. A field that is None is None at compile time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Head(NamedTuple):
     stride_t: Any
 
 
-class KernelOptions(NamedTuple):
+class Extras(NamedTuple):
     """`Options` as the kernels read them: None for what a call has not."""
 
     scale: Any
@@ -197,17 +197,17 @@ def exponential(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def bias_of(options, i_h, b_class_q, b_class_k, dtype: tl.constexpr):
+def bias_of(extras, i_h, b_class_q, b_class_k, dtype: tl.constexpr):
     """What the pair bias adds to scores, from classes broadcast against each other; NaN for a class beyond it, which so
     shows and reads no foreign memory."""
-    m_inside = (b_class_q >= 0) & (b_class_q < options.classes_q) & (b_class_k >= 0) & (b_class_k < options.classes_k)
-    table_ptr = options.pair_bias + i_h * options.classes_q * options.classes_k
-    b_bias = tl.load(table_ptr + b_class_q * options.classes_k + b_class_k, mask=m_inside, other=float("nan"))
+    m_inside = (b_class_q >= 0) & (b_class_q < extras.classes_q) & (b_class_k >= 0) & (b_class_k < extras.classes_k)
+    table_ptr = extras.pair_bias + i_h * extras.classes_q * extras.classes_k
+    b_bias = tl.load(table_ptr + b_class_q * extras.classes_k + b_class_k, mask=m_inside, other=float("nan"))
     return in_log2(b_bias, dtype)
 
 
 @triton.jit
-def keep_tile(options, i_h, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def keep_tile(extras, i_h, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """What dropout keeps of a tile, whose first query is a multiple of 4: [BLOCK_N, BLOCK_M].
 
     Philox gives four words at a counter (key, query // 4, head, 0), one for each of four queries.
@@ -217,23 +217,23 @@ def keep_tile(options, i_h, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
     b_key = (zero + keys.index[:, None]).to(tl.uint32)
     b_group = (zero + o_group[None, :]).to(tl.uint32)
     b_head = (zero + i_h.to(tl.int32)).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(tl.load(options.seed), b_key, b_group, b_head, zero.to(tl.uint32))
+    w0, w1, w2, w3 = tl.philox(tl.load(extras.seed), b_key, b_group, b_head, zero.to(tl.uint32))
     b_words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_N, BLOCK_M / 4, 2, 2], in the order 0, 1, 2, 3
-    return (tl.reshape(b_words, [BLOCK_N, BLOCK_M]) >> 1).to(tl.int32) < options.keep_below
+    return (tl.reshape(b_words, [BLOCK_N, BLOCK_M]) >> 1).to(tl.int32) < extras.keep_below
 
 
 @triton.jit
 def _attend(
-    b_acc, b_m, b_l, b_q, queries, k, v, rows, options, i_h, start, end,
+    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [start, start + BLOCK_N), those before `end` if MASKED."""
     keys = load_keys(rows, start, end, BLOCK_N)
     b_k = load_tile(k, keys.index, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-    b_s = dot(b_q, tl.trans(b_k)) * in_log2(options.scale, b_q.dtype)  # [BLOCK_M, BLOCK_N]
-    if options.pair_bias is not None:
-        b_s += bias_of(options, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
+    b_s = dot(b_q, tl.trans(b_k)) * in_log2(extras.scale, b_q.dtype)  # [BLOCK_M, BLOCK_N]
+    if extras.pair_bias is not None:
+        b_s += bias_of(extras, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
     if MASKED:
         b_s = tl.where(visible(queries, keys, rows, 1), b_s, float("-inf"))
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
@@ -242,8 +242,8 @@ def _attend(
     b_p = exponential(b_s - b_shift[:, None], b_q.dtype)  # [BLOCK_M, BLOCK_N]
     b_alpha = exponential(b_m - b_shift, b_q.dtype)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
-    if options.seed is not None:
-        m_keep = keep_tile(options, i_h, queries, keys, BLOCK_M, BLOCK_N)
+    if extras.seed is not None:
+        m_keep = keep_tile(extras, i_h, queries, keys, BLOCK_M, BLOCK_N)
         b_p = tl.where(tl.trans(m_keep), b_p, 0.0)
     b_v = load_tile(v, keys.index, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
     b_acc = b_acc * b_alpha[:, None] + dot(cast(b_p, b_v.dtype), b_v)
@@ -254,7 +254,7 @@ def _attend(
 def _attention_fwd_kernel(
     q, k, v, out,  # Heads
     lse_ptr,  # [H, Tq]
-    rows, options, Tq, Tk, group,
+    rows, extras, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -273,33 +273,33 @@ def _attention_fwd_kernel(
             state = tile_state(rows, queries.first, start, Tk)
             if state == FULL:
                 b_acc, b_m, b_l = _attend(
-                    b_acc, b_m, b_l, b_q, queries, k, v, rows, options, i_h, start, bounds[3],
+                    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, bounds[3],
                     D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
                 )  # fmt: skip
             elif state != SKIP:
                 b_acc, b_m, b_l = _attend(
-                    b_acc, b_m, b_l, b_q, queries, k, v, rows, options, i_h, start, bounds[3],
+                    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, bounds[3],
                     D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
                 )  # fmt: skip
     else:
         for part in tl.static_range(3):  # partial, full, partial
             for start in range(bounds[part], bounds[part + 1], BLOCK_N):
                 b_acc, b_m, b_l = _attend(
-                    b_acc, b_m, b_l, b_q, queries, k, v, rows, options, i_h, start, bounds[part + 1],
+                    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, bounds[part + 1],
                     D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part != 1,
                 )  # fmt: skip
 
     m_empty = b_l == 0.0
-    if options.sink is not None:
-        b_sink = in_log2(tl.load(options.sink + i_h), b_q.dtype)
+    if extras.sink is not None:
+        b_sink = in_log2(tl.load(extras.sink + i_h), b_q.dtype)
         b_m_new = tl.maximum(b_m, b_sink)
         b_alpha = exponential(b_m - b_m_new, b_q.dtype)
         b_acc = b_acc * b_alpha[:, None]
         b_l = b_l * b_alpha + exponential(b_sink - b_m_new, b_q.dtype)
         b_m = b_m_new
     b_out = b_acc / tl.where(m_empty, 1.0, b_l)[:, None]
-    if options.seed is not None:
-        b_out = b_out * options.keep_factor
+    if extras.seed is not None:
+        b_out = b_out * extras.keep_factor
     b_highest = b_m if b_q.dtype == tl.float32 else b_m * LN_2
     b_lse = tl.where(m_empty, float("-inf"), b_highest + tl.log2(tl.where(m_empty, 1.0, b_l)) * LN_2)
     store_tile(of_head(out, i_h), o_m, Tq, DV, b_out)
@@ -334,11 +334,11 @@ def as_heads(x: Tensor) -> Heads:
     return Heads(x, x.stride(0), x.stride(1))
 
 
-def kernel_options(options: Options) -> KernelOptions:
+def as_extras(options: Options) -> Extras:
     bias, seed, kept = options.pair_bias, options.seed, 1 - options.dropout_p
     classes_q, classes_k = (None, None) if bias is None else bias.shape[1:]
     keep_below, keep_factor = (None, None) if seed is None else (round(kept * 2**31), 1 / kept)
-    return KernelOptions(options.scale, bias, classes_q, classes_k, options.sink, seed, keep_below, keep_factor)
+    return Extras(options.scale, bias, classes_q, classes_k, options.sink, seed, keep_below, keep_factor)
 
 
 def is_rich(rows: MaskRows, options: Options) -> bool:
@@ -356,7 +356,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Opti
         return out, lse
     config = fwd_config(is_rich(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device))
     _attention_fwd_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
-        as_heads(q), as_heads(k), as_heads(v), as_heads(out), lse, rows, kernel_options(options), Tq, Tk, H // Hkv,
+        as_heads(q), as_heads(k), as_heads(v), as_heads(out), lse, rows, as_extras(options), Tq, Tk, H // Hkv,
         D=D, DV=DV, BLOCK_D=block_dim(D), BLOCK_DV=block_dim(DV), **config,
     )  # fmt: skip
     return out, lse

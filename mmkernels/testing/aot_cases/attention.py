@@ -18,7 +18,7 @@ from mmkernels.ops.attention.gate import triton_fwd as gate_fwd
 from mmkernels.ops.attention.reference import MaskRows
 from mmkernels.ops.attention.rope import triton_bwd as rope_bwd
 from mmkernels.ops.attention.rope import triton_fwd as rope_fwd
-from mmkernels.ops.attention.triton_fwd import Heads, KernelOptions
+from mmkernels.ops.attention.triton_fwd import Extras, Heads
 from mmkernels.ops.triton_common import block_dim
 from mmkernels.testing.aot import TRITON_ARCHS, TritonCase
 
@@ -58,12 +58,12 @@ def _attention() -> Iterator[TritonCase]:
     for arch, (kind, D, rich) in itertools.product(TRITON_ARCHS, launches):
         label = f"[{kind},D={D}{',all options' * rich},sm_{arch}]"
         x, block = _heads(kind), block_dim(D)
-        of_options = ("*fp32", "i32", "i32", "*fp32", "*i64", "i32", "fp32") if rich else (None,) * 7
+        of_extras = ("*fp32", "i32", "i32", "*fp32", "*i64", "i32", "fp32") if rich else (None,) * 7
         inputs: dict[str, Any] = {
             **dict.fromkeys(("q", "k", "v"), x),
             "lse_ptr": "*fp32",
             "rows": _rows(11 if rich else 4),
-            "options": KernelOptions("fp32", *of_options),
+            "extras": Extras("fp32", *of_extras),
             **dict.fromkeys(("Tq", "Tk", "group"), "i32"),
         }
         grads = inputs | {"do": x, "delta_ptr": "*fp32"}
