@@ -111,11 +111,11 @@ def store_tile(x, o_t, T, D: tl.constexpr, b_x):
 
 @triton.jit
 def load_ints(ptr, o, T):
-    """int32 entries o of a vector of length T; zeros past its end, or when there is none."""
+    """int32 entries o of a vector of length T, zeros past its end; a 0 that nobody reads when there is none."""
     if ptr is not None:
         return tl.load(ptr + o, mask=o < T, other=0)
     else:
-        return tl.zeros_like(o)
+        return 0
 
 
 @triton.jit

@@ -72,9 +72,8 @@ def _additive_fwd_kernel(
     rows, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    i_h = tl.program_id(1).to(tl.int64)
-    queries = load_queries(rows, tl.program_id(0) * BLOCK_M, Tq, Tk, BLOCK_M)
-    o_m = queries.index
+    first_q, i_h = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
+    o_m = first_q + tl.arange(0, BLOCK_M)
     terms = Terms(of_head(q, i_h), of_head(k, i_h // group), w_ptr + i_h * D, bias_ptr + i_h * D)
     v = of_head(v, i_h // group)
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -82,8 +81,9 @@ def _additive_fwd_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     begin, end = hull(rows.lo, rows.hi, o_m, Tq, Tk)
     for start in range(begin, end, BLOCK_N):
-        keys = load_keys(rows, start, Tk, BLOCK_N)
-        b_s = scores(terms, o_m, keys.index, Tq, Tk, D, BLOCK_M, BLOCK_N)
+        b_s = scores(terms, o_m, start + tl.arange(0, BLOCK_N), Tq, Tk, D, BLOCK_M, BLOCK_N)
+        # After the scores, whose loop wants the registers.
+        queries, keys = load_queries(rows, first_q, Tq, Tk, BLOCK_M), load_keys(rows, start, Tk, BLOCK_N)
         b_s = tl.where(visible(queries, keys, rows, 1), b_s * LOG2_E, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         # A row that has seen nothing yet keeps -inf; subtracting 0 instead leaves its exponents at -inf.
