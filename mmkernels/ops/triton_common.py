@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mmkernels.runtime.backends import interpreting
 
@@ -14,6 +15,16 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def generation(device: torch.device) -> int:
     """Major compute capability, 8, 9 or 10; the interpreter counts as 9."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """The kernels want the last dimension contiguous; the others may have any stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def block_dim(head_dim: int) -> int:
+    """Head dims are padded to a power of two, tensor cores want at least 16."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 @triton.jit

@@ -58,7 +58,8 @@ class TritonCase:
         name: `<what>_<direction>[<configuration>]`, unique in its family.
         kernel: the `@triton.jit` function, or one wrapped by autotune or heuristics.
         signature: type of every argument that is not a constexpr: "*bf16", "*i32", "i64", "fp32", ... Pointers are
-            taken as 16-byte aligned, as torch allocates them; ":16" after an integer: it is a multiple of 16.
+            taken as 16-byte aligned, as torch allocates them; ":16" after an integer: it is a multiple of 16. None for
+            an argument that is not given, a NamedTuple of all these for one that is such a tuple.
         constexprs: value of every constexpr argument.
         num_warps, num_stages: launch options.
         tensor_cores: whether tensor-core instructions must be found.
@@ -69,7 +70,7 @@ class TritonCase:
 
     name: str
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, Any]
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
@@ -178,6 +179,8 @@ def _jit_function(case: TritonCase) -> Any:
         raise TypeError(
             f"{case.name}: expected a @triton.jit function, got {type(kernel).__name__} (is TRITON_INTERPRET set?)"
         )
+    if "options" in kernel.arg_names:
+        raise ValueError(f"{case.name}: an argument `options` cannot be launched: Triton's launcher has its own")
     named = set(case.signature) | set(case.constexprs)
     if named != set(kernel.arg_names):
         raise ValueError(
@@ -185,6 +188,34 @@ def _jit_function(case: TritonCase) -> Any:
             f"missing {sorted(set(kernel.arg_names) - named)}, unknown {sorted(named - set(kernel.arg_names))}"
         )
     return kernel
+
+
+def _source(case: TritonCase) -> Any:
+    """The case as Triton's compiler takes it: what is known of an argument goes by its path, (3,) or (3, 1)."""
+    from triton.compiler import ASTSource
+
+    kernel = _jit_function(case)
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def typed(kind: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(kind, tuple):
+            return type(kind)(*(typed(part, (*path, i)) for i, part in enumerate(kind)))
+        if kind is None:
+            constexprs[path] = None
+            return "constexpr"
+        name, _, multiple = kind.partition(":")
+        if multiple == "16" or name.startswith("*"):
+            attrs[path] = [["tt.divisibility", 16]]
+        return name
+
+    signature = {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in case.constexprs:
+            signature[name], constexprs[(position,)] = "constexpr", case.constexprs[name]
+        else:
+            signature[name] = typed(case.signature[name], (position,))
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
 
 
 def compile_triton(case: TritonCase, arch: int) -> KernelReport:
@@ -197,20 +228,9 @@ def compile_triton(case: TritonCase, arch: int) -> KernelReport:
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel = _jit_function(case)
-    signature, attrs = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in case.constexprs:
-            signature[name] = "constexpr"
-            continue
-        signature[name], _, multiple = case.signature[name].partition(":")
-        if multiple == "16" or signature[name].startswith("*"):
-            attrs[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(case.constexprs), attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options=options)
 
     name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
     with tempfile.TemporaryDirectory() as folder:

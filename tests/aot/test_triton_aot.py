@@ -90,6 +90,14 @@ def test_case_must_name_every_argument(tmp_path: Path) -> None:
     assert "missing ['x_ptr'], unknown ['y_ptr']" in done.stderr
 
 
+def test_argument_that_triton_cannot_launch_is_refused(tmp_path: Path) -> None:
+    script = tmp_path / "greedy.py"
+    script.write_text(GREEDY.replace("x_ptr", "options"), encoding="utf-8")
+    done = run_python(str(script), "options", "64")
+    assert done.returncode != 0
+    assert "`options` cannot be launched" in done.stderr
+
+
 def test_interpreted_kernel_is_refused(tmp_path: Path) -> None:
     script = tmp_path / "greedy.py"
     script.write_text(GREEDY, encoding="utf-8")

@@ -14,99 +14,87 @@ Scores are computed again in both, seven products against the least possible fiv
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.attention.reference import bias_gradient, sink_gradient
-from mmkernels.ops.attention.triton_extras import (
+from mmkernels.ops.attention.triton_fwd import (
     FULL,
     SKIP,
-    arguments,
+    as_extras,
+    as_heads,
     bias_of,
-    class_block,
-    flags,
+    exponential,
+    hull,
+    in_log2,
     is_rich,
     keep_tile,
+    key_ranges,
     load_ints,
+    load_keys,
+    load_queries,
+    load_tile,
+    of_head,
+    store_tile,
     tile_state,
+    tiles,
     visible,
 )
-from mmkernels.ops.attention.triton_fwd import (
-    ALL_FLAGS,
-    INT32_MAX,
-    aot_case,
-    aot_launches,
-    block_dim,
-    exponential,
-    in_log2,
-    key_ranges,
-    load_intervals,
-    load_tile,
-    store_tile,
-    tiles,
-    unit_rows,
-)
 from mmkernels.ops.attention.types import MaskRows, Options
-from mmkernels.ops.triton_common import cast, dot, generation
+from mmkernels.ops.triton_common import block_dim, cast, dot, generation, unit_rows
 
-__all__ = ["aot_cases", "attention_bwd"]
+__all__ = ["attention_bwd"]
 
 DELTA_BLOCK_M = 32
 
 
 @triton.jit
 def _attention_delta_kernel(
-    do_ptr, out_ptr, dlse_ptr, delta_ptr, stride_dot, stride_doh, stride_ot, stride_oh, Tq,
-    DV: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    do, out,  # Heads
+    dlse_ptr,  # [H, Tq], or None
+    delta_ptr,  # [H, Tq]
+    Tq,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1).to(tl.int64)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_dv = tl.arange(0, BLOCK_DV)
-    b_do = load_tile(do_ptr + i_h * stride_doh, o_m, o_dv, stride_dot, Tq, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
-    b_out = load_tile(out_ptr + i_h * stride_oh, o_m, o_dv, stride_ot, Tq, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
+    b_do = load_tile(of_head(do, i_h), o_m, Tq, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
+    b_out = load_tile(of_head(out, i_h), o_m, Tq, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)  # [BLOCK_M]
-    if HAS_DLSE:
+    if dlse_ptr is not None:
         b_delta -= tl.load(dlse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
     tl.store(delta_ptr + i_h * Tq + o_m, b_delta, mask=o_m < Tq)
 
 
 @triton.jit
 def _gather_queries(
-    b_dk, b_dv, b_k, b_v, q_ptr, do_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, span_q_ptr, allow_q_ptr, class_q_ptr,
-    stride_qt, stride_dot, o_n, b_span_k, b_bit, b_class_k, start, bias_ptr, seed_ptr, classes_q, classes_k, keep_below,
-    keep_factor, i_h, Tq, Tk, scale,
+    b_dk, b_dv, b_k, b_v, keys, q, do, lse_ptr, delta_ptr, rows, extras, i_h, start, Tq, Tk,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PATTERN: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv with the queries [start, start + BLOCK_M) of a head added."""
-    o_m, o_d, o_dv = start + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    b_lo, b_hi = load_intervals(lo_ptr, hi_ptr, o_m, Tq, Tk)
-    b_q = load_tile(q_ptr, o_m, o_d, stride_qt, Tq, D, BLOCK_D, True)
-    b_do = load_tile(do_ptr, o_m, o_dv, stride_dot, Tq, DV, BLOCK_DV, True)
-    b_lse = in_log2(tl.load(lse_ptr + o_m, mask=o_m < Tq, other=0.0), b_k.dtype)
-    b_delta = tl.load(delta_ptr + o_m, mask=o_m < Tq, other=0.0)
-    b_s = dot(b_k, tl.trans(b_q)) * in_log2(scale, b_k.dtype)  # [BLOCK_N, BLOCK_M]
-    if BIAS:
-        b_class = load_ints(class_q_ptr, o_m, Tq, True)
-        b_bias = bias_of(bias_ptr, b_class[None, :], b_class_k[:, None], classes_q, classes_k)
-        b_s += in_log2(b_bias, b_k.dtype)
-    b_span, b_allow = load_ints(span_q_ptr, o_m, Tq, PATTERN), load_ints(allow_q_ptr, o_m, Tq, PATTERN)
-    m_visible = visible(
-        b_lo[None, :], b_hi[None, :], b_span[None, :], b_allow[None, :], o_n[:, None], b_span_k[:, None],
-        b_bit[:, None], PATTERN,
-    )  # fmt: skip
+    o_m = start + tl.arange(0, BLOCK_M)
+    b_q = load_tile(of_head(q, i_h), o_m, Tq, D, BLOCK_D, True)
+    b_do = load_tile(of_head(do, i_h), o_m, Tq, DV, BLOCK_DV, True)
+    b_lse = in_log2(tl.load(lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0), b_k.dtype)
+    b_s = dot(b_k, tl.trans(b_q)) * in_log2(extras.scale, b_k.dtype)  # [BLOCK_N, BLOCK_M]
+    # What is wanted late is loaded late: the rows of the largest tiles fill the registers.
+    if extras.pair_bias is not None:
+        b_s += bias_of(extras, i_h, load_ints(rows.class_q, o_m, Tq)[None, :], keys.kind[:, None], b_k.dtype)
+    queries = load_queries(rows, start, Tq, Tk, BLOCK_M)
+    m_visible = visible(queries, keys, rows, 0)
     b_p = tl.where(m_visible, exponential(b_s - b_lse[None, :], b_k.dtype), 0.0)  # [BLOCK_N, BLOCK_M]
     b_dp = dot(b_v, tl.trans(b_do))  # [BLOCK_N, BLOCK_M]
-    if DROPOUT:
-        b_z = tl.where(keep_tile(seed_ptr, i_h, o_n, start, keep_below, BLOCK_M, BLOCK_N), keep_factor, 0.0)
+    if extras.seed is not None:
+        m_keep = keep_tile(extras, i_h, queries, keys, BLOCK_M, BLOCK_N)
+        b_z = tl.where(m_keep, extras.keep_factor, 0.0)
         b_dv += dot(cast(b_p * b_z, b_do.dtype), b_do)
         b_dp = b_dp * b_z
     else:
         b_dv += dot(cast(b_p, b_do.dtype), b_do)
+    b_delta = tl.load(delta_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
     b_ds = b_p * (b_dp - b_delta[None, :])
     b_dk += dot(cast(b_ds, b_q.dtype), b_q)
     return b_dk, b_dv
@@ -114,99 +102,66 @@ def _gather_queries(
 
 @triton.jit
 def _attention_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
-    span_q_ptr, span_k_ptr, allow_q_ptr, bit_k_ptr, tiles_ptr, class_q_ptr, class_k_ptr, bias_ptr, sink_ptr, seed_ptr,
-    num_words, classes_q, classes_k, keep_below, keep_factor,
-    first_q_ptr, last_q_ptr, dk_ptr, dv_ptr,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh,
-    stride_dkt, stride_dkh, stride_dvt, stride_dvh,
-    Tq, Tk, group, scale,
+    q, k, v, do, dk, dv,  # Heads
+    lse_ptr, delta_ptr,  # [H, Tq]
+    rows, extras, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PATTERN: tl.constexpr, BIAS: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    i_n, i_hkv = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    b_first = tl.maximum(tl.load(first_q_ptr + o_n, mask=o_n < Tk, other=0), 0)
-    b_last = tl.minimum(tl.load(last_q_ptr + o_n, mask=o_n < Tk, other=0), Tq)
-    begin = tl.min(tl.where(b_first < b_last, b_first, INT32_MAX), 0)
-    end = tl.max(tl.where(b_first < b_last, b_last, 0), 0)
-    if PATTERN or DROPOUT:  # tiles of the map, and groups of four queries
+    first_k, i_hkv = tl.program_id(0) * BLOCK_N, tl.program_id(1).to(tl.int64)
+    keys = load_keys(rows, first_k, Tk, BLOCK_N)
+    o_n = keys.index
+    begin, end = hull(rows.first_q, rows.last_q, o_n, Tk, Tq)
+    if (rows.tiles is not None) or (extras.seed is not None):  # tiles of the map, and groups of four queries
         begin = begin // BLOCK_M * BLOCK_M
-    b_span_k, b_bit = load_ints(span_k_ptr, o_n, Tk, PATTERN), load_ints(bit_k_ptr, o_n, Tk, PATTERN)
-    b_class_k = load_ints(class_k_ptr, o_n, Tk, BIAS)
 
-    b_k = load_tile(k_ptr + i_hkv * stride_kh, o_n, o_d, stride_kt, Tk, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
-    b_v = load_tile(v_ptr + i_hkv * stride_vh, o_n, o_dv, stride_vt, Tk, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+    b_k = load_tile(of_head(k, i_hkv), o_n, Tk, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    b_v = load_tile(of_head(v, i_hkv), o_n, Tk, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for i_g in range(group):
         i_h = i_hkv * group + i_g
-        head_bias_ptr = bias_ptr
-        if BIAS:
-            head_bias_ptr = bias_ptr + i_h * classes_q * classes_k
         for start in range(begin, end, BLOCK_M):
-            if PATTERN:
-                if tile_state(tiles_ptr, num_words, start, i_n * BLOCK_N) != SKIP:
-                    b_dk, b_dv = _gather_queries(
-                        b_dk, b_dv, b_k, b_v, q_ptr + i_h * stride_qh, do_ptr + i_h * stride_doh, lse_ptr + i_h * Tq,
-                        delta_ptr + i_h * Tq, lo_ptr, hi_ptr, span_q_ptr, allow_q_ptr, class_q_ptr, stride_qt,
-                        stride_dot, o_n, b_span_k, b_bit, b_class_k, start, head_bias_ptr, seed_ptr, classes_q,
-                        classes_k, keep_below, keep_factor, i_h, Tq, Tk, scale, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
-                        BLOCK_DV, PATTERN, BIAS, DROPOUT,
-                    )  # fmt: skip
-            else:
+            state = FULL
+            if rows.tiles is not None:
+                state = tile_state(rows, start, first_k, Tk)
+            if state != SKIP:
                 b_dk, b_dv = _gather_queries(
-                    b_dk, b_dv, b_k, b_v, q_ptr + i_h * stride_qh, do_ptr + i_h * stride_doh, lse_ptr + i_h * Tq,
-                    delta_ptr + i_h * Tq, lo_ptr, hi_ptr, span_q_ptr, allow_q_ptr, class_q_ptr, stride_qt, stride_dot,
-                    o_n, b_span_k, b_bit, b_class_k, start, head_bias_ptr, seed_ptr, classes_q, classes_k, keep_below,
-                    keep_factor, i_h, Tq, Tk, scale, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PATTERN, BIAS,
-                    DROPOUT,
+                    b_dk, b_dv, b_k, b_v, keys, q, do, lse_ptr, delta_ptr, rows, extras, i_h, start, Tq, Tk,
+                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
-    store_tile(dk_ptr + i_hkv * stride_dkh, o_n, o_d, stride_dkt, Tk, D, b_dk * scale)
-    store_tile(dv_ptr + i_hkv * stride_dvh, o_n, o_dv, stride_dvt, Tk, DV, b_dv)
+    store_tile(of_head(dk, i_hkv), o_n, Tk, D, b_dk * extras.scale)
+    store_tile(of_head(dv, i_hkv), o_n, Tk, DV, b_dv)
 
 
 @triton.jit
 def _gather_keys(
-    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi,
-    b_span, b_allow, b_class,
-    start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr, classes_q, classes_k, keep_below,
-    keep_factor, i_h, i_m,
+    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h, start, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr, PATTERN: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """b_dq + ds k over the keys [start, start + BLOCK_N).
 
     With a bias also sums of ds and, for 16-bit inputs, of p over the keys of each class, and of p dp over all.
     """
-    o_n = start + tl.arange(0, BLOCK_N)
-    b_k = load_tile(k_ptr, o_n, tl.arange(0, BLOCK_D), stride_kt, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-    b_v = load_tile(v_ptr, o_n, tl.arange(0, BLOCK_DV), stride_vt, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
-    b_s = dot(b_q, tl.trans(b_k)) * factor  # [BLOCK_M, BLOCK_N]
-    if BIAS:
-        b_class_k = load_ints(class_k_ptr, o_n, end, True)
-        b_bias = bias_of(bias_ptr, b_class[:, None], b_class_k[None, :], classes_q, classes_k)
-        b_s += in_log2(b_bias, b_q.dtype)
+    keys = load_keys(rows, start, end, BLOCK_N)
+    b_k = load_tile(k, keys.index, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
+    b_v = load_tile(v, keys.index, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
+    b_s = dot(b_q, tl.trans(b_k)) * in_log2(extras.scale, b_q.dtype)  # [BLOCK_M, BLOCK_N]
+    if extras.pair_bias is not None:
+        b_s += bias_of(extras, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
     b_p = exponential(b_s - b_lse[:, None], b_q.dtype)
     if MASKED:
-        b_span_k, b_bit = load_ints(span_k_ptr, o_n, end, PATTERN), load_ints(bit_k_ptr, o_n, end, PATTERN)
-        m_visible = visible(
-            b_lo[:, None], b_hi[:, None], b_span[:, None], b_allow[:, None], o_n[None, :], b_span_k[None, :],
-            b_bit[None, :], PATTERN,
-        )  # fmt: skip
-        b_p = tl.where(m_visible, b_p, 0.0)
+        b_p = tl.where(visible(queries, keys, rows, 1), b_p, 0.0)
     b_dp = dot(b_do, tl.trans(b_v))  # [BLOCK_M, BLOCK_N]
-    if DROPOUT:
-        m_keep = keep_tile(seed_ptr, i_h, o_n, i_m * BLOCK_M, keep_below, BLOCK_M, BLOCK_N)
-        b_dp = tl.where(tl.trans(m_keep), b_dp * keep_factor, 0.0)
+    if extras.seed is not None:
+        m_keep = keep_tile(extras, i_h, queries, keys, BLOCK_M, BLOCK_N)
+        b_dp = tl.where(tl.trans(m_keep), b_dp * extras.keep_factor, 0.0)
     b_exact = b_p * (b_dp - b_delta[:, None])  # [BLOCK_M, BLOCK_N]
     b_ds = cast(b_exact, b_k.dtype)
     b_dq += dot(b_ds, b_k)
-    if BIAS:
-        b_one = b_class_k[:, None] == tl.arange(0, BLOCK_C)[None, :]  # [BLOCK_N, BLOCK_C]
+    if extras.pair_bias is not None:
+        b_one = keys.kind[:, None] == tl.arange(0, BLOCK_C)[None, :]  # [BLOCK_N, BLOCK_C]
         b_one = cast(tl.where(b_one, 1.0, 0.0), b_ds.dtype)
         b_sums += dot(b_ds, b_one)
         if b_ds.dtype != tl.float32:  # what rounding to 16 bits has cut off: thousands of terms cancel in these sums
@@ -218,29 +173,21 @@ def _gather_keys(
 
 @triton.jit
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr,
-    span_q_ptr, span_k_ptr, allow_q_ptr, bit_k_ptr, tiles_ptr, class_q_ptr, class_k_ptr, bias_ptr, sink_ptr, seed_ptr,
-    num_words, classes_q, classes_k, keep_below, keep_factor,
-    dq_ptr, row_sums_ptr, grad_lse_ptr,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dqt, stride_dqh,
-    Tq, Tk, group, scale,
+    q, k, v, do, dq,  # Heads
+    lse_ptr, delta_ptr,  # [H, Tq]
+    row_sums_ptr,  # [H, classes_k, Tq]: sums of ds over the keys of a class; None without a pair bias, as dlse
+    dlse_ptr,  # [H, Tq], or None
+    rows, extras, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr,
-    PATTERN: tl.constexpr, BIAS: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    k_ptr += i_h // group * stride_kh
-    v_ptr += i_h // group * stride_vh
-    if BIAS:
-        bias_ptr += i_h * classes_q * classes_k
-    b_lo, b_hi = load_intervals(lo_ptr, hi_ptr, o_m, Tq, Tk)
-    b_span, b_allow = load_ints(span_q_ptr, o_m, Tq, PATTERN), load_ints(allow_q_ptr, o_m, Tq, PATTERN)
-    b_class = load_ints(class_q_ptr, o_m, Tq, BIAS)
-    begin, full_begin, full_end, end = key_ranges(b_lo, b_hi, o_m < Tq, BLOCK_N)
-    b_q = load_tile(q_ptr + i_h * stride_qh, o_m, o_d, stride_qt, Tq, D, BLOCK_D, True)
-    b_do = load_tile(do_ptr + i_h * stride_doh, o_m, o_dv, stride_dot, Tq, DV, BLOCK_DV, True)
+    k, v = of_head(k, i_h // group), of_head(v, i_h // group)
+    queries = load_queries(rows, i_m * BLOCK_M, Tq, Tk, BLOCK_M)
+    bounds = key_ranges(queries, Tq, BLOCK_N)
+    o_m = queries.index
+    b_q = load_tile(of_head(q, i_h), o_m, Tq, D, BLOCK_D, True)
+    b_do = load_tile(of_head(do, i_h), o_m, Tq, DV, BLOCK_DV, True)
     b_lse = in_log2(tl.load(lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0), b_q.dtype)
     b_delta = tl.load(delta_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
 
@@ -248,110 +195,76 @@ def _attention_dq_kernel(
     b_sums = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     b_mass = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     b_dot = tl.zeros([BLOCK_M], tl.float32)
-    factor = in_log2(scale, b_q.dtype)
-    if PATTERN:
-        for start in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
-            state = tile_state(tiles_ptr, num_words, i_m * BLOCK_M, start)
+    if rows.tiles is not None:
+        for start in range(bounds[0] // BLOCK_N * BLOCK_N, bounds[3], BLOCK_N):
+            state = tile_state(rows, queries.first, start, Tk)
             if state == FULL:
                 b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt,
-                    b_lo, b_hi, b_span, b_allow, b_class, start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr,
-                    bias_ptr, seed_ptr,
-                    classes_q, classes_k, keep_below, keep_factor, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                    BLOCK_C, False, True, BIAS, DROPOUT,
+                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
+                    start, bounds[3], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, False,
                 )  # fmt: skip
             elif state != SKIP:
                 b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt,
-                    b_lo, b_hi, b_span, b_allow, b_class, start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr,
-                    bias_ptr, seed_ptr,
-                    classes_q, classes_k, keep_below, keep_factor, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                    BLOCK_C, True, True, BIAS, DROPOUT,
+                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
+                    start, bounds[3], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, True,
                 )  # fmt: skip
     else:
-        for start in range(begin, full_begin, BLOCK_N):
-            b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt,
-                b_lo, b_hi, b_span, b_allow, b_class, start, full_begin, factor, span_k_ptr, bit_k_ptr, class_k_ptr,
-                bias_ptr, seed_ptr,
-                classes_q, classes_k, keep_below, keep_factor, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                BLOCK_C, True, False, BIAS, DROPOUT,
-            )  # fmt: skip
-        for start in range(full_begin, full_end, BLOCK_N):
-            b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt,
-                b_lo, b_hi, b_span, b_allow, b_class, start, full_end, factor, span_k_ptr, bit_k_ptr, class_k_ptr,
-                bias_ptr, seed_ptr,
-                classes_q, classes_k, keep_below, keep_factor, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                BLOCK_C, False, False, BIAS, DROPOUT,
-            )  # fmt: skip
-        for start in range(full_end, end, BLOCK_N):
-            b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kt, stride_vt,
-                b_lo, b_hi, b_span, b_allow, b_class, start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr,
-                bias_ptr, seed_ptr,
-                classes_q, classes_k, keep_below, keep_factor, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                BLOCK_C, True, False, BIAS, DROPOUT,
-            )  # fmt: skip
-    store_tile(dq_ptr + i_h * stride_dqh, o_m, o_d, stride_dqt, Tq, D, b_dq * scale)
-    if BIAS:
+        for part in tl.static_range(3):  # partial, full, partial
+            for start in range(bounds[part], bounds[part + 1], BLOCK_N):
+                b_dq, b_sums, b_mass, b_dot = _gather_keys(
+                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
+                    start, bounds[part + 1], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, part != 1,
+                )  # fmt: skip
+    store_tile(of_head(dq, i_h), o_m, Tq, D, b_dq * extras.scale)
+    if extras.pair_bias is not None:
         o_c = tl.arange(0, BLOCK_C)
-        row_sums_ptr += i_h * classes_k * Tq
+        row_sums_ptr += i_h * extras.classes_k * Tq
         # delta has the rounding of a 16-bit out, the same for every key of a row: it would add up in these sums, so the
         # sum of p dp takes its place here.
         if b_q.dtype != tl.float32:
             b_exact = b_dot
-            if HAS_DLSE:
-                b_exact -= tl.load(grad_lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
+            if dlse_ptr is not None:
+                b_exact -= tl.load(dlse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
             b_sums += (b_delta - b_exact)[:, None] * b_mass
-        m_sums = (o_m < Tq)[:, None] & (o_c < classes_k)[None, :]
+        m_sums = (o_m < Tq)[:, None] & (o_c < extras.classes_k)[None, :]
         tl.store(row_sums_ptr + o_c[None, :].to(tl.int64) * Tq + o_m[:, None], b_sums, mask=m_sums)
 
 
-def _dkdv_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
-    """Tiles and launch options that compile without spills for sm_80, sm_90 and sm_100."""
+def dkdv_config(rich: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
+    """As `fwd_config`, without spills on sm_80, sm_90 and sm_100."""
+    if rich:
+        if single:
+            return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
+        if head_dim <= 128:
+            if major >= 9:
+                return tiles(32, 64, 8)
+            return tiles(16, 64, 4) if head_dim <= 64 else tiles(16, 64, 8)
+        return tiles(32, 32, 8) if major != 9 else tiles(16, 32, 8)
     if single:
-        if head_dim <= 64:
-            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        return tiles(32, 32, 4) if head_dim <= 64 else tiles(16, 16, 4)
     if head_dim <= 64:
-        return {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-    if head_dim <= 128:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        return tiles(32, 128, 8, 2)
+    return tiles(32, 64, 8, 2) if head_dim <= 128 else tiles(32, 32, 8)
 
 
-def _dq_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
-    """Tiles and launch options that compile without spills for sm_80, sm_90 and sm_100."""
+def dq_config(rich: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
+    """As `fwd_config`, without spills on sm_80, sm_90 and sm_100."""
+    if rich:
+        if single:
+            return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
+        if head_dim <= 128:
+            return tiles(64, 32 if major >= 10 else 16, 8)
+        return tiles(16, 16 if major >= 10 else 32, 4)
     if single:
-        if head_dim <= 64:
-            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-        return tiles(16 if major >= 10 else 32, 16, 8)
+        return tiles(32, 32, 4) if head_dim <= 64 else tiles(16 if major >= 10 else 32, 16, 8)
     if head_dim <= 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    if head_dim <= 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        return tiles(64, 64, 4, 2)
+    return tiles(64, 64, 8, 2) if head_dim <= 128 else tiles(32, 32, 8)
 
 
-def _rich_dkdv_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
-    """The same with registers left for a pattern, a bias and dropout; tiles lie inside those of the tile map."""
-    if single:
-        return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
-    if head_dim <= 128:
-        if major >= 9:
-            return tiles(32, 64, 8)
-        return tiles(16, 64, 4) if head_dim <= 64 else tiles(16, 64, 8)
-    return tiles(32, 32, 8) if major != 9 else tiles(16, 32, 8)
-
-
-def _rich_dq_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
-    """The same with registers left for a pattern, a bias and dropout; tiles lie inside those of the tile map."""
-    if single:
-        return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
-    if head_dim <= 128:
-        return tiles(64, 32 if major >= 10 else 16, 8)
-    return tiles(16, 16 if major >= 10 else 32, 4)
+def class_block(pair_bias: Tensor | None) -> int:
+    """Columns of the one-hot matrix of key classes; a matrix product wants at least 16."""
+    return 16 if pair_bias is None else block_dim(pair_bias.shape[2])
 
 
 def attention_bwd(
@@ -372,50 +285,27 @@ def attention_bwd(
     delta, dbias, dsink, row_sums = torch.empty_like(lse), lse.new_empty(0), lse.new_empty(0), None
     if options.pair_bias is not None:
         row_sums = lse.new_empty((H, options.pair_bias.shape[2], Tq))
-    single, widest, rich = q.dtype == torch.float32, max(D, DV), is_rich(rows, options)
-    major = generation(q.device)
-    sizes = {"D": D, "DV": DV, "BLOCK_D": block_dim(D), "BLOCK_DV": block_dim(DV), **flags(rows, options)}
-    inputs = (q, k, v, do, lse, delta, rows.lo, rows.hi, *arguments(rows, options))
-    strides = tuple(stride for x in (q, k, v, do) for stride in x.stride()[:2])
-    scalars = (Tq, Tk, H // Hkv, options.scale)
+    case = is_rich(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device)
+    sizes = {"D": D, "DV": DV, "BLOCK_D": block_dim(D), "BLOCK_DV": block_dim(DV)}
+    inputs = tuple(as_heads(x) for x in (q, k, v, do))
+    scalars = rows, as_extras(options), Tq, Tk, H // Hkv
     if Tq > 0:
         dlse = grad_lse.contiguous() if grad_lse is not None else None
         _attention_delta_kernel[(triton.cdiv(Tq, DELTA_BLOCK_M), H)](
-            do, out, dlse, delta, *do.stride()[:2], *out.stride()[:2], Tq,
-            DV=DV, HAS_DLSE=dlse is not None, BLOCK_M=DELTA_BLOCK_M, BLOCK_DV=sizes["BLOCK_DV"],
-        )  # fmt: skip
-        config = (_rich_dq_config if rich else _dq_config)(single, widest, major)
+            as_heads(do), as_heads(out), dlse, delta, Tq, DV=DV, BLOCK_M=DELTA_BLOCK_M, BLOCK_DV=sizes["BLOCK_DV"]
+        )
+        config = dq_config(*case)
         _attention_dq_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
-            *inputs, dq, row_sums, dlse, *strides, *dq.stride()[:2], *scalars,
-            BLOCK_C=class_block(options.pair_bias), HAS_DLSE=dlse is not None, **sizes, **config,
+            *inputs, as_heads(dq), lse, delta, row_sums, dlse, *scalars,
+            BLOCK_C=class_block(options.pair_bias), **sizes, **config,
         )  # fmt: skip
     if Tk > 0:
-        config = (_rich_dkdv_config if rich else _dkdv_config)(single, widest, major)
+        config = dkdv_config(*case)
         _attention_dkdv_kernel[(triton.cdiv(Tk, config["BLOCK_N"]), Hkv)](
-            *inputs, rows.first_q, rows.last_q, dk, dv, *strides, *dk.stride()[:2], *dv.stride()[:2], *scalars,
-            **sizes, **config,
-        )  # fmt: skip
+            *inputs, as_heads(dk), as_heads(dv), lse, delta, *scalars, **sizes, **config
+        )
     if row_sums is not None:
         dbias = bias_gradient(row_sums, rows, options)
     if options.sink is not None:
         dsink = sink_gradient(delta, lse, options.sink)
     return dq, dk, dv, dbias, dsink
-
-
-def aot_cases() -> list[Any]:
-    """Every configuration that the launcher uses."""
-    cases = []
-    for arch, kind, head_dim, rich in aot_launches():
-        block, single = block_dim(head_dim), kind == "fp32"
-        sizes: dict[str, Any] = {"D": head_dim, "DV": head_dim, "BLOCK_D": block, "BLOCK_DV": block}
-        sizes |= dict.fromkeys(ALL_FLAGS, rich)
-        dkdv = (_rich_dkdv_config if rich else _dkdv_config)(single, head_dim, arch // 10)
-        dq = (_rich_dq_config if rich else _dq_config)(single, head_dim, arch // 10)
-        if not rich:
-            delta: dict[str, Any] = {"DV": head_dim, "BLOCK_DV": block, "HAS_DLSE": True}
-            rows = {"BLOCK_M": DELTA_BLOCK_M}
-            cases.append(aot_case("delta", _attention_delta_kernel, kind, head_dim, rows, arch, **delta))
-        cases.append(aot_case("dkdv", _attention_dkdv_kernel, kind, head_dim, dkdv, arch, **sizes))
-        classes: dict[str, Any] = {"BLOCK_C": 16 * (1 + rich), "HAS_DLSE": rich}
-        cases.append(aot_case("dq", _attention_dq_kernel, kind, head_dim, dq, arch, **classes, **sizes))
-    return cases

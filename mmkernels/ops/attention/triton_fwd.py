@@ -1,4 +1,4 @@
-"""Forward in Triton.
+"""Forward in Triton, and what the backward shares with it.
 
 A program owns one tile of BLOCK_M queries of one head and walks the keys that any of them sees, BLOCK_N at a time, with
 the online softmax (running maximum m and sum l). Keys that every row of the tile sees need no mask, so the walk has
@@ -8,43 +8,91 @@ map instead, which says of each tile of keys whether to skip it, to mask it or t
 Accumulators are float32; probabilities are rounded to the input's dtype for the second product. Scores of 16-bit inputs
 are in units of log2, which saves a product before each exp2. In float32 they are natural: a score that is rounded at
 1.44 times its size would be the largest error of the result.
+
+Arguments that belong together are a NamedTuple, on the host and in a kernel: `MaskRows` as it is, `Heads`,
+`Extras`. A field that is None is None at compile time.
 """
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.triton_extras import (
-    FULL,
-    POINTERS,
-    SKIP,
-    arguments,
-    bias_of,
-    flags,
-    is_rich,
-    keep_tile,
-    load_ints,
-    tile_state,
-    visible,
-)
 from mmkernels.ops.attention.types import MaskRows, Options
-from mmkernels.ops.triton_common import LN_2, LOG2_E, cast, dot, generation
+from mmkernels.ops.triton_common import LN_2, LOG2_E, block_dim, cast, dot, generation, unit_rows
 
-__all__ = ["aot_cases", "attention_fwd"]
+__all__ = ["attention_fwd"]
 
 INT32_MAX = tl.constexpr(2**31 - 1)
 
+# States and sizes of the tile map (tiles.py).
+SKIP, FULL = tl.constexpr(0), tl.constexpr(2)
+TILE_Q, TILE_K = tl.constexpr(128), tl.constexpr(64)
+
+
+class Heads(NamedTuple):
+    """A tensor [T, H, D] with unit stride along D."""
+
+    ptr: Any
+    stride_t: Any
+    stride_h: Any
+
+
+class Head(NamedTuple):
+    """One head of such a tensor: [T, D]."""
+
+    ptr: Any
+    stride_t: Any
+
+
+class Extras(NamedTuple):
+    """`Options` as the kernels read them: None for what a call has not."""
+
+    scale: Any
+    pair_bias: Any  # [H, classes_q, classes_k]
+    classes_q: Any
+    classes_k: Any
+    sink: Any  # [H]
+    seed: Any  # [1]
+    keep_below: Any  # dropout keeps what is below it, of 2^31
+    keep_factor: Any
+
+
+class Queries(NamedTuple):
+    """Which queries a tile has, and what the mask says of them: [BLOCK_M] each, but for the index of the first."""
+
+    first: Any
+    index: Any
+    lo: Any
+    hi: Any
+    span: Any
+    allow: Any
+    kind: Any  # class
+
+
+class Keys(NamedTuple):
+    """The same of its keys: [BLOCK_N] each."""
+
+    index: Any
+    span: Any
+    bit: Any
+    kind: Any  # class
+
 
 @triton.jit
-def load_tile(base_ptr, o_t, o_d, stride_t, T, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_T: tl.constexpr):
-    """Rows o_t of a [T, D] matrix with unit stride along D; zeros outside: [len(o_t), BLOCK_D]."""
-    pointers = base_ptr + o_t.to(tl.int64)[:, None] * stride_t + o_d[None, :]
+def of_head(x, i_h):
+    return Head(x.ptr + i_h * x.stride_h, x.stride_t)
+
+
+@triton.jit
+def load_tile(x, o_t, T, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_T: tl.constexpr):
+    """Rows o_t of a Head, zeros outside: [len(o_t), BLOCK_D]."""
+    o_d = tl.arange(0, BLOCK_D)
+    pointers = x.ptr + o_t.to(tl.int64)[:, None] * x.stride_t + o_d[None, :]
     if CHECK_T:
         if D == BLOCK_D:
             return tl.load(pointers, mask=(o_t < T)[:, None], other=0.0)
@@ -55,32 +103,82 @@ def load_tile(base_ptr, o_t, o_d, stride_t, T, D: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def store_tile(base_ptr, o_t, o_d, stride_t, T, D: tl.constexpr, b_x):
-    pointers = base_ptr + o_t.to(tl.int64)[:, None] * stride_t + o_d[None, :]
-    tl.store(pointers, cast(b_x, base_ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_d < D)[None, :])
+def store_tile(x, o_t, T, D: tl.constexpr, b_x):
+    o_d = tl.arange(0, b_x.shape[1])
+    pointers = x.ptr + o_t.to(tl.int64)[:, None] * x.stride_t + o_d[None, :]
+    tl.store(pointers, cast(b_x, x.ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
-def load_intervals(lo_ptr, hi_ptr, o_m, Tq, Tk):
-    """Key intervals of the rows o_m, clamped to [0, Tk); rows past the end see nothing: 2 x [BLOCK_M]."""
-    b_lo = tl.load(lo_ptr + o_m, mask=o_m < Tq, other=0)
-    b_hi = tl.load(hi_ptr + o_m, mask=o_m < Tq, other=0)
-    return tl.maximum(b_lo, 0), tl.minimum(b_hi, Tk)
+def load_ints(ptr, o, T):
+    """int32 entries o of a vector of length T, zeros past its end; a 0 that nobody reads when there is none."""
+    if ptr is not None:
+        return tl.load(ptr + o, mask=o < T, other=0)
+    else:
+        return 0
 
 
 @triton.jit
-def key_ranges(b_lo, b_hi, m_row, BLOCK_N: tl.constexpr):
+def load_queries(rows, first, Tq, Tk, BLOCK_M: tl.constexpr):
+    """The BLOCK_M queries from `first` on. Intervals are clamped to [0, Tk); rows past the end see nothing."""
+    o_m = first + tl.arange(0, BLOCK_M)
+    b_lo = tl.maximum(tl.load(rows.lo + o_m, mask=o_m < Tq, other=0), 0)
+    b_hi = tl.minimum(tl.load(rows.hi + o_m, mask=o_m < Tq, other=0), Tk)
+    b_span, b_allow = load_ints(rows.span_q, o_m, Tq), load_ints(rows.allow_q, o_m, Tq)
+    return Queries(first, o_m, b_lo, b_hi, b_span, b_allow, load_ints(rows.class_q, o_m, Tq))
+
+
+@triton.jit
+def load_keys(rows, first, end, BLOCK_N: tl.constexpr):
+    """The BLOCK_N keys from `first` on, zeros for those past the end."""
+    o_n = first + tl.arange(0, BLOCK_N)
+    b_span, b_bit = load_ints(rows.span_k, o_n, end), load_ints(rows.bit_k, o_n, end)
+    return Keys(o_n, b_span, b_bit, load_ints(rows.class_k, o_n, end))
+
+
+@triton.jit
+def visible(queries, keys, rows, KEYS: tl.constexpr):
+    """Which queries see which keys, which are along axis KEYS of the tile."""
+    o_n = tl.expand_dims(keys.index, 1 - KEYS)
+    m_visible = (tl.expand_dims(queries.lo, KEYS) <= o_n) & (o_n < tl.expand_dims(queries.hi, KEYS))
+    if rows.span_q is not None:
+        m_span = tl.expand_dims(queries.span, KEYS) == tl.expand_dims(keys.span, 1 - KEYS)
+        m_allow = (tl.expand_dims(queries.allow, KEYS) & tl.expand_dims(keys.bit, 1 - KEYS)) != 0
+        m_visible = m_visible & (m_span | m_allow)
+    return m_visible
+
+
+@triton.jit
+def tile_state(rows, query, key, Tk):
+    """State of the tile that holds this query and key; a word has sixteen."""
+    i_key = key // TILE_K
+    word = tl.load(rows.tiles + query // TILE_Q * tl.cdiv(Tk, TILE_K * 16) + i_key // 16)
+    return (word >> (i_key % 16 * 2)) & 3
+
+
+@triton.jit
+def hull(first_ptr, last_ptr, o, T, limit):
+    """Bounds of the union of the intervals of rows o, inside [0, limit]."""
+    b_first = tl.maximum(tl.load(first_ptr + o, mask=o < T, other=0), 0)
+    b_last = tl.minimum(tl.load(last_ptr + o, mask=o < T, other=0), limit)
+    begin = tl.min(tl.where(b_first < b_last, b_first, INT32_MAX), 0)
+    return begin, tl.max(tl.where(b_first < b_last, b_last, 0), 0)
+
+
+@triton.jit
+def key_ranges(queries, Tq, BLOCK_N: tl.constexpr):
     """Bounds of the walk over keys: begin <= full_begin <= full_end <= end.
 
     [begin, end) is the hull of the rows' intervals; every row sees all of [full_begin, full_end), which is a whole
     number of tiles, a whole number of tiles after begin.
     """
-    m_seen = m_row & (b_lo < b_hi)
-    begin = tl.min(tl.where(m_seen, b_lo, INT32_MAX), 0)
-    end = tl.max(tl.where(m_seen, b_hi, 0), 0)
+    m_row = queries.index < Tq
+    m_seen = m_row & (queries.lo < queries.hi)
+    begin = tl.min(tl.where(m_seen, queries.lo, INT32_MAX), 0)
+    end = tl.max(tl.where(m_seen, queries.hi, 0), 0)
     begin = tl.minimum(begin, end)
-    all_from = tl.max(tl.where(m_row, b_lo, 0), 0)
-    all_to = tl.min(tl.where(m_row, b_hi, end), 0)
+    all_from = tl.max(tl.where(m_row, queries.lo, 0), 0)
+    all_to = tl.min(tl.where(m_row, queries.hi, end), 0)
     full_begin = tl.minimum(begin + tl.cdiv(tl.maximum(all_from - begin, 0), BLOCK_N) * BLOCK_N, end)
     full_end = full_begin + tl.maximum(all_to - full_begin, 0) // BLOCK_N * BLOCK_N
     return begin, full_begin, full_end, end
@@ -99,155 +197,153 @@ def exponential(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def bias_of(extras, i_h, b_class_q, b_class_k, dtype: tl.constexpr):
+    """What the pair bias adds to scores, from classes broadcast against each other; NaN for a class beyond it, which so
+    shows and reads no foreign memory."""
+    m_inside = (b_class_q >= 0) & (b_class_q < extras.classes_q) & (b_class_k >= 0) & (b_class_k < extras.classes_k)
+    table_ptr = extras.pair_bias + i_h * extras.classes_q * extras.classes_k
+    b_bias = tl.load(table_ptr + b_class_q * extras.classes_k + b_class_k, mask=m_inside, other=float("nan"))
+    return in_log2(b_bias, dtype)
+
+
+@triton.jit
+def keep_tile(extras, i_h, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What dropout keeps of a tile, whose first query is a multiple of 4: [BLOCK_N, BLOCK_M].
+
+    Philox gives four words at a counter (key, query // 4, head, 0), one for each of four queries.
+    """
+    zero = tl.zeros([BLOCK_N, BLOCK_M // 4], tl.int32)
+    o_group = queries.first // 4 + tl.arange(0, BLOCK_M // 4)
+    b_key = (zero + keys.index[:, None]).to(tl.uint32)
+    b_group = (zero + o_group[None, :]).to(tl.uint32)
+    b_head = (zero + i_h.to(tl.int32)).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(extras.seed), b_key, b_group, b_head, zero.to(tl.uint32))
+    b_words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_N, BLOCK_M / 4, 2, 2], in the order 0, 1, 2, 3
+    return (tl.reshape(b_words, [BLOCK_N, BLOCK_M]) >> 1).to(tl.int32) < extras.keep_below
+
+
+@triton.jit
 def _attend(
-    b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span, b_allow, b_class, start, end, factor,
-    span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr, classes_q, classes_k, keep_below, i_h, i_m,
+    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, PATTERN: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [start, start + BLOCK_N), those before `end` if MASKED."""
-    o_n = start + tl.arange(0, BLOCK_N)
-    b_k = load_tile(k_ptr, o_n, tl.arange(0, BLOCK_D), stride_kt, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-    b_s = dot(b_q, tl.trans(b_k)) * factor  # [BLOCK_M, BLOCK_N]
-    if BIAS:
-        b_class_k = load_ints(class_k_ptr, o_n, end, True)
-        b_bias = bias_of(bias_ptr, b_class[:, None], b_class_k[None, :], classes_q, classes_k)
-        b_s += in_log2(b_bias, b_q.dtype)
+    keys = load_keys(rows, start, end, BLOCK_N)
+    b_k = load_tile(k, keys.index, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
+    b_s = dot(b_q, tl.trans(b_k)) * in_log2(extras.scale, b_q.dtype)  # [BLOCK_M, BLOCK_N]
+    if extras.pair_bias is not None:
+        b_s += bias_of(extras, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
     if MASKED:
-        b_span_k, b_bit = load_ints(span_k_ptr, o_n, end, PATTERN), load_ints(bit_k_ptr, o_n, end, PATTERN)
-        m_visible = visible(
-            b_lo[:, None], b_hi[:, None], b_span[:, None], b_allow[:, None], o_n[None, :], b_span_k[None, :],
-            b_bit[None, :], PATTERN,
-        )  # fmt: skip
-        b_s = tl.where(m_visible, b_s, float("-inf"))
+        b_s = tl.where(visible(queries, keys, rows, 1), b_s, float("-inf"))
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
     # A row that has seen nothing yet keeps m = -inf; subtracting 0 instead leaves its exponents at -inf.
     b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
     b_p = exponential(b_s - b_shift[:, None], b_q.dtype)  # [BLOCK_M, BLOCK_N]
     b_alpha = exponential(b_m - b_shift, b_q.dtype)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
-    if DROPOUT:
-        m_keep = keep_tile(seed_ptr, i_h, o_n, i_m * BLOCK_M, keep_below, BLOCK_M, BLOCK_N)
+    if extras.seed is not None:
+        m_keep = keep_tile(extras, i_h, queries, keys, BLOCK_M, BLOCK_N)
         b_p = tl.where(tl.trans(m_keep), b_p, 0.0)
-    b_v = load_tile(v_ptr, o_n, tl.arange(0, BLOCK_DV), stride_vt, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
+    b_v = load_tile(v, keys.index, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
     b_acc = b_acc * b_alpha[:, None] + dot(cast(b_p, b_v.dtype), b_v)
     return b_acc, b_m_new, b_l
 
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, lo_ptr, hi_ptr,
-    span_q_ptr, span_k_ptr, allow_q_ptr, bit_k_ptr, tiles_ptr, class_q_ptr, class_k_ptr, bias_ptr, sink_ptr, seed_ptr,
-    num_words, classes_q, classes_k, keep_below, keep_factor,
-    out_ptr, lse_ptr,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    Tq, Tk, group, scale,
+    q, k, v, out,  # Heads
+    lse_ptr,  # [H, Tq]
+    rows, extras, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PATTERN: tl.constexpr, BIAS: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    k_ptr += i_h // group * stride_kh
-    v_ptr += i_h // group * stride_vh
-    if BIAS:
-        bias_ptr += i_h * classes_q * classes_k
-    b_lo, b_hi = load_intervals(lo_ptr, hi_ptr, o_m, Tq, Tk)
-    b_span, b_allow = load_ints(span_q_ptr, o_m, Tq, PATTERN), load_ints(allow_q_ptr, o_m, Tq, PATTERN)
-    b_class = load_ints(class_q_ptr, o_m, Tq, BIAS)
-    begin, full_begin, full_end, end = key_ranges(b_lo, b_hi, o_m < Tq, BLOCK_N)
-    b_q = load_tile(q_ptr + i_h * stride_qh, o_m, tl.arange(0, BLOCK_D), stride_qt, Tq, D, BLOCK_D, True)
+    k, v = of_head(k, i_h // group), of_head(v, i_h // group)
+    queries = load_queries(rows, i_m * BLOCK_M, Tq, Tk, BLOCK_M)
+    bounds = key_ranges(queries, Tq, BLOCK_N)
+    o_m = queries.index
+    b_q = load_tile(of_head(q, i_h), o_m, Tq, D, BLOCK_D, True)
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
-    factor = in_log2(scale, b_q.dtype)
-    if PATTERN:
-        for start in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
-            state = tile_state(tiles_ptr, num_words, i_m * BLOCK_M, start)
+    if rows.tiles is not None:
+        for start in range(bounds[0] // BLOCK_N * BLOCK_N, bounds[3], BLOCK_N):
+            state = tile_state(rows, queries.first, start, Tk)
             if state == FULL:
                 b_acc, b_m, b_l = _attend(
-                    b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span, b_allow, b_class,
-                    start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr, classes_q, classes_k,
-                    keep_below, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, True, BIAS, DROPOUT,
+                    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, bounds[3],
+                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
                 )  # fmt: skip
             elif state != SKIP:
                 b_acc, b_m, b_l = _attend(
-                    b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span, b_allow, b_class,
-                    start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr, classes_q, classes_k,
-                    keep_below, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, BIAS, DROPOUT,
+                    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, bounds[3],
+                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
                 )  # fmt: skip
     else:
-        for start in range(begin, full_begin, BLOCK_N):
-            b_acc, b_m, b_l = _attend(
-                b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span, b_allow, b_class,
-                start, full_begin, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr, classes_q, classes_k,
-                keep_below, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, BIAS, DROPOUT,
-            )  # fmt: skip
-        for start in range(full_begin, full_end, BLOCK_N):
-            b_acc, b_m, b_l = _attend(
-                b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span, b_allow, b_class,
-                start, full_end, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr, classes_q, classes_k,
-                keep_below, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, BIAS, DROPOUT,
-            )  # fmt: skip
-        for start in range(full_end, end, BLOCK_N):
-            b_acc, b_m, b_l = _attend(
-                b_acc, b_m, b_l, b_q, k_ptr, v_ptr, stride_kt, stride_vt, b_lo, b_hi, b_span, b_allow, b_class,
-                start, end, factor, span_k_ptr, bit_k_ptr, class_k_ptr, bias_ptr, seed_ptr, classes_q, classes_k,
-                keep_below, i_h, i_m, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, BIAS, DROPOUT,
-            )  # fmt: skip
+        for part in tl.static_range(3):  # partial, full, partial
+            for start in range(bounds[part], bounds[part + 1], BLOCK_N):
+                b_acc, b_m, b_l = _attend(
+                    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, bounds[part + 1],
+                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part != 1,
+                )  # fmt: skip
 
     m_empty = b_l == 0.0
-    if SINK:
-        b_sink = in_log2(tl.load(sink_ptr + i_h), b_q.dtype)
+    if extras.sink is not None:
+        b_sink = in_log2(tl.load(extras.sink + i_h), b_q.dtype)
         b_m_new = tl.maximum(b_m, b_sink)
         b_alpha = exponential(b_m - b_m_new, b_q.dtype)
         b_acc = b_acc * b_alpha[:, None]
         b_l = b_l * b_alpha + exponential(b_sink - b_m_new, b_q.dtype)
         b_m = b_m_new
     b_out = b_acc / tl.where(m_empty, 1.0, b_l)[:, None]
-    if DROPOUT:
-        b_out = b_out * keep_factor
+    if extras.seed is not None:
+        b_out = b_out * extras.keep_factor
     b_highest = b_m if b_q.dtype == tl.float32 else b_m * LN_2
     b_lse = tl.where(m_empty, float("-inf"), b_highest + tl.log2(tl.where(m_empty, 1.0, b_l)) * LN_2)
-    store_tile(out_ptr + i_h * stride_oh, o_m, tl.arange(0, BLOCK_DV), stride_ot, Tq, DV, b_out)
+    store_tile(of_head(out, i_h), o_m, Tq, DV, b_out)
     tl.store(lse_ptr + i_h * Tq + o_m, b_lse, mask=o_m < Tq)
-
-
-def block_dim(head_dim: int) -> int:
-    """Head dims are padded to a power of two, tensor cores want at least 16."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def _config(single: bool, head_dim: int, major: int) -> dict[str, int]:
-    """Tiles and launch options without spills on compute capability `major` (a float32 product is three of tf32)."""
-    if single:
-        if head_dim <= 64:
-            return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    if head_dim <= 64:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if major == 8 else 3}
-    if head_dim <= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 32 if major == 8 else 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1 if major >= 10 else 2}
 
 
 def tiles(block_m: int, block_n: int, num_warps: int, num_stages: int = 1) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def _rich_config(single: bool, head_dim: int, major: int) -> dict[str, int]:
-    """The same with registers left for a pattern, a bias and dropout; tiles lie inside those of the tile map."""
+def fwd_config(rich: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
+    """Tiles and launch options without spills on compute capability `major` (a float32 product is three of tf32).
+
+    `rich` leaves registers for a pattern, a bias and dropout; those tiles lie inside those of the tile map.
+    """
+    if rich:
+        if single:
+            return tiles(32, 32, 8) if head_dim <= 64 else tiles(16, 16, 4)
+        if head_dim <= 64:
+            return tiles(64, 64, 8, 2)
+        return tiles(64, 32, 8) if head_dim <= 128 else tiles(32, 32, 8)
     if single:
-        return tiles(32, 32, 8) if head_dim <= 64 else tiles(16, 16, 4)
+        return tiles(64, 32, 4) if head_dim <= 64 else tiles(32, 32, 8, 2)
     if head_dim <= 64:
-        return tiles(64, 64, 8, 2)
-    return tiles(64, 32, 8) if head_dim <= 128 else tiles(32, 32, 8)
+        return tiles(128, 64, 4, 2 if major == 8 else 3)
+    if head_dim <= 128:
+        return tiles(128, 32 if major == 8 else 64, 8, 3)
+    return tiles(64, 32, 8, 1 if major >= 10 else 2)
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """The kernels want the last dimension contiguous; the others may have any stride."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def as_heads(x: Tensor) -> Heads:
+    return Heads(x, x.stride(0), x.stride(1))
+
+
+def as_extras(options: Options) -> Extras:
+    bias, seed, kept = options.pair_bias, options.seed, 1 - options.dropout_p
+    classes_q, classes_k = (None, None) if bias is None else bias.shape[1:]
+    keep_below, keep_factor = (None, None) if seed is None else (round(kept * 2**31), 1 / kept)
+    return Extras(options.scale, bias, classes_q, classes_k, options.sink, seed, keep_below, keep_factor)
+
+
+def is_rich(rows: MaskRows, options: Options) -> bool:
+    """Whether a call needs the tiles that leave registers for a pattern, a bias or dropout (a sink needs none)."""
+    return rows.tiles is not None or options.pair_bias is not None or options.seed is not None
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
@@ -258,64 +354,9 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Opti
     lse = torch.empty((H, Tq), dtype=torch.float32, device=q.device)
     if Tq == 0:
         return out, lse
-    choose = _rich_config if is_rich(rows, options) else _config
-    config = choose(q.dtype == torch.float32, max(D, DV), generation(q.device))
-    grid = (triton.cdiv(Tq, config["BLOCK_M"]), H)
-    _attention_fwd_kernel[grid](
-        q, k, v, rows.lo, rows.hi, *arguments(rows, options), out, lse,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
-        Tq, Tk, H // Hkv, options.scale,
-        D=D, DV=DV, BLOCK_D=block_dim(D), BLOCK_DV=block_dim(DV), **flags(rows, options), **config,
+    config = fwd_config(is_rich(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device))
+    _attention_fwd_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
+        as_heads(q), as_heads(k), as_heads(v), as_heads(out), lse, rows, as_extras(options), Tq, Tk, H // Hkv,
+        D=D, DV=DV, BLOCK_D=block_dim(D), BLOCK_DV=block_dim(DV), **config,
     )  # fmt: skip
     return out, lse
-
-
-# Launches that the ahead-of-time gate compiles: one head dim per tile size, and one that is padded; with every option
-# at once, one per tile size.
-AOT_LAUNCHES = (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 64), ("fp32", 128))
-AOT_RICH_LAUNCHES = (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128))
-ALL_FLAGS = ("PATTERN", "BIAS", "SINK", "DROPOUT")
-_FLOAT32 = ("lse_ptr", "delta_ptr", "dlse_ptr", "bias_ptr", "sink_ptr", "row_sums_ptr", "grad_lse_ptr")
-_INT32 = ("lo_ptr", "hi_ptr", "first_q_ptr", "last_q_ptr", *(x for x in POINTERS if x not in (*_FLOAT32, "seed_ptr")))
-
-
-def aot_case(
-    what: str, kernel: Any, kind: str, head_dim: int, config: dict[str, int], arch: int, **constexprs: Any
-) -> Any:
-    """A TritonCase; types follow from the arguments' names. With PATTERN, every option; without, none."""
-    from mmkernels.testing.aot import TritonCase
-
-    def type_of(name: str) -> str:
-        if name.endswith("_ptr"):
-            known = {"seed_ptr": "*i64"} | dict.fromkeys(_INT32, "*i32") | dict.fromkeys(_FLOAT32, "*fp32")
-            return known.get(name, f"*{kind}")
-        return "i32:16" if name.startswith("stride_") else "fp32" if name in ("scale", "keep_factor") else "i32"
-
-    constexprs |= {name: value for name, value in config.items() if name.startswith("BLOCK")}
-    rich = constexprs.get("PATTERN", False)
-    if not rich:
-        constexprs |= {name: None for name in (*POINTERS, "row_sums_ptr", "grad_lse_ptr") if name in kernel.arg_names}
-    launch: dict[str, Any] = {name: value for name, value in config.items() if name.startswith("num_")}
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    label = f"attention_{what}[{kind},D={head_dim}{',all options' if rich else ''},sm_{arch}]"
-    signature = {name: type_of(name) for name in names}
-    return TritonCase(label, kernel, signature, constexprs, tensor_cores=what != "delta", archs=(arch,), **launch)
-
-
-def aot_launches() -> list[tuple[int, str, int, bool]]:
-    """(architecture, dtype, head dim, every option at once or none)."""
-    from mmkernels.testing.aot import TRITON_ARCHS
-
-    launches = [(*launch, False) for launch in AOT_LAUNCHES] + [(*launch, True) for launch in AOT_RICH_LAUNCHES]
-    return [(arch, *launch) for arch, launch in itertools.product(TRITON_ARCHS, launches)]
-
-
-def aot_cases() -> list[Any]:
-    """Every configuration that the launcher uses."""
-    cases = []
-    for arch, kind, head_dim, rich in aot_launches():
-        sizes = {"D": head_dim, "DV": head_dim, "BLOCK_D": block_dim(head_dim), "BLOCK_DV": block_dim(head_dim)}
-        config = (_rich_config if rich else _config)(kind == "fp32", head_dim, arch // 10)
-        options = dict.fromkeys(ALL_FLAGS, rich)
-        cases.append(aot_case("fwd", _attention_fwd_kernel, kind, head_dim, config, arch, **sizes, **options))
-    return cases

@@ -286,13 +286,13 @@ def test_cuda_kernels_say_what_they_do_not_take():
 
 def test_kernel_tiles_lie_inside_those_of_the_map():
     pytest.importorskip("triton")
-    from mmkernels.ops.attention import tiles, triton_bwd, triton_extras, triton_fwd
+    from mmkernels.ops.attention import tiles, triton_bwd, triton_fwd
 
-    assert (triton_extras.TILE_Q.value, triton_extras.TILE_K.value) == (tiles.TILE_Q, tiles.TILE_K)
-    assert (triton_extras.SKIP.value, triton_extras.FULL.value) == (tiles.SKIP, tiles.FULL)
-    for choose in (triton_fwd._rich_config, triton_bwd._rich_dq_config, triton_bwd._rich_dkdv_config):
+    assert (triton_fwd.TILE_Q.value, triton_fwd.TILE_K.value) == (tiles.TILE_Q, tiles.TILE_K)
+    assert (triton_fwd.SKIP.value, triton_fwd.FULL.value) == (tiles.SKIP, tiles.FULL)
+    for choose in (triton_fwd.fwd_config, triton_bwd.dq_config, triton_bwd.dkdv_config):
         for single, head_dim, major in itertools.product((True, False), (64, 128, 256), (8, 9, 10)):
-            config = choose(single, head_dim, major)
+            config = choose(True, single, head_dim, major)
             assert tiles.TILE_Q % config["BLOCK_M"] == 0
             assert tiles.TILE_K % config["BLOCK_N"] == 0
 

@@ -7,28 +7,15 @@ its block. Partial sums are added in order afterwards: no atomics.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.gate.triton_fwd import (
-    AOT_LAUNCHES,
-    aot_case,
-    load_gate,
-    load_tile,
-    on_device,
-    tile,
-    unit_rows,
-)
-from mmkernels.ops.triton_common import cast
+from mmkernels.ops.attention.gate.triton_fwd import load_gate, load_tile, tile
+from mmkernels.ops.triton_common import cast, unit_rows
 
-if TYPE_CHECKING:
-    from mmkernels.testing.aot import TritonCase
-
-__all__ = ["aot_cases", "gated_residual_bwd"]
+__all__ = ["gated_residual_bwd"]
 
 _TILES = 32
 
@@ -73,16 +60,10 @@ def gated_residual_bwd(grad_out: Tensor, x: Tensor, gate: Tensor, by_column: boo
     tiles = _TILES if by_column else 1
     grid = (triton.cdiv(N, block["BLOCK_N"] * tiles), triton.cdiv(C, block["BLOCK_C"]))
     sums = torch.empty((grid[0], C) if by_column else (grid[1], N), dtype=torch.float32, device=x.device)
-    with on_device(x):
-        _gated_residual_bwd_kernel[grid](
-            grad_out, x, gate, dx, sums, grad_out.stride(0), x.stride(0), N, C, gate.shape[0], tiles,
-            BY_COLUMN=by_column, **block,
-        )  # fmt: skip
+    _gated_residual_bwd_kernel[grid](
+        grad_out, x, gate, dx, sums, grad_out.stride(0), x.stride(0), N, C, gate.shape[0], tiles,
+        BY_COLUMN=by_column, **block,
+    )  # fmt: skip
     t = gate.tanh()
     total = sums.sum(0) if by_column else sums.view(-1, gate.shape[0]).sum(0)
     return dx, total * (1 - t) * (1 + t)
-
-
-def aot_cases() -> list[TritonCase]:
-    """As in the forward."""
-    return [aot_case(_gated_residual_bwd_kernel, launch) for launch in AOT_LAUNCHES]

@@ -6,19 +6,14 @@ arithmetic is float32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.triton_common import cast, tanh
+from mmkernels.ops.triton_common import cast, tanh, unit_rows
 
-if TYPE_CHECKING:
-    from mmkernels.testing.aot import TritonCase
-
-__all__ = ["aot_cases", "gated_residual_fwd"]
+__all__ = ["gated_residual_fwd"]
 
 # Elements of a tile: 16 per thread with four warps.
 _TILE = 2048
@@ -61,16 +56,6 @@ def _gated_residual_fwd_kernel(
     tl.store(p_out, cast(b_out, out_ptr.dtype.element_ty), mask=m_n[:, None] & m_c[None, :])
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """[N, C] with contiguous columns and any row stride; copied when its columns are not."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def on_device(x: Tensor) -> torch.cuda.device:
-    """Makes x's GPU the current one for a launch; does nothing for the interpreter's CPU tensors."""
-    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
-
-
 def tile(width: int) -> dict[str, int]:
     """Rows and columns of a tile for rows of `width` elements."""
     columns = min(triton.next_power_of_2(width), _MOST_COLUMNS)
@@ -85,42 +70,8 @@ def gated_residual_fwd(residual: Tensor, x: Tensor, gate: Tensor, by_column: boo
         return out
     (N, C), block = x.shape, tile(x.shape[1])
     grid = (triton.cdiv(N, block["BLOCK_N"]), triton.cdiv(C, block["BLOCK_C"]))
-    with on_device(x):
-        _gated_residual_fwd_kernel[grid](
-            residual, x, gate.contiguous(), out, residual.stride(0), x.stride(0), N, C, gate.shape[0],
-            BY_COLUMN=by_column, **block,
-        )  # fmt: skip
+    _gated_residual_fwd_kernel[grid](
+        residual, x, gate.contiguous(), out, residual.stride(0), x.stride(0), N, C, gate.shape[0],
+        BY_COLUMN=by_column, **block,
+    )  # fmt: skip
     return out
-
-
-# What the ahead-of-time gate compiles: (residual's kind, x's kind, width, by column).
-AOT_LAUNCHES = (
-    ("bf16", "bf16", 4096, True),
-    ("bf16", "bf16", 128, False),
-    ("fp32", "bf16", 1024, False),
-    ("fp32", "fp32", 80, True),
-)
-
-
-def aot_case(kernel: Any, launch: tuple[str, str, int, bool]) -> TritonCase:
-    """A TritonCase; types follow from the arguments' names."""
-    from mmkernels.testing.aot import TritonCase
-
-    residual, x, width, by_column = launch
-    constexprs = {"BY_COLUMN": by_column, **tile(width)}
-    kinds = {"residual_ptr": residual, "out_ptr": residual, "grad_out_ptr": residual, "x_ptr": x, "dx_ptr": x}
-
-    def type_of(name: str) -> str:
-        if name.endswith("_ptr"):
-            return "*" + kinds.get(name, "fp32")
-        return "i32:16" if name.startswith("stride_") or name == "C" else "i32"
-
-    signature = {name: type_of(name) for name in kernel.arg_names if name not in constexprs}
-    what = "fwd" if "fwd" in kernel.__name__ else "bwd"
-    label = f"gated_residual_{what}[{residual}+{x},C={width},{'column' if by_column else 'row'}]"
-    return TritonCase(label, kernel, signature, constexprs)
-
-
-def aot_cases() -> list[TritonCase]:
-    """Every kind of launch: gates by column and by row, a residual of x's dtype and a wider one."""
-    return [aot_case(_gated_residual_fwd_kernel, launch) for launch in AOT_LAUNCHES]

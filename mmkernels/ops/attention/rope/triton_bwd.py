@@ -10,39 +10,32 @@ g h and g in float32 registers; it writes one line of partial sums, and the line
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.attention.rope.triton_fwd import (
-    AOT_LAUNCHES,
     NORMS,
-    aot_case,
     centred,
     load_angles,
     load_part,
-    on_device,
     store_part,
     tile,
-    unit_rows,
 )
+from mmkernels.ops.attention.triton_fwd import as_heads
+from mmkernels.ops.triton_common import unit_rows
 
-if TYPE_CHECKING:
-    from mmkernels.testing.aot import TritonCase
-
-__all__ = ["aot_cases", "norm_rope_bwd"]
+__all__ = ["norm_rope_bwd"]
 
 # Tiles per program: a line of partial sums for each is a thirtieth of what is read.
 _TILES = 32
 
 
 @triton.jit
-def _weighted(b_g, weight_ptr, o_c, m_c, HAS_WEIGHT: tl.constexpr):
-    if HAS_WEIGHT:
-        return b_g * tl.load(weight_ptr + o_c, mask=m_c, other=0.0)[None, :]
+def _weighted(b_g, weight_ptr, o_c, m_c):
+    if weight_ptr is not None:
+        b_g = b_g * tl.load(weight_ptr + o_c, mask=m_c, other=0.0)[None, :]
     return b_g
 
 
@@ -55,14 +48,14 @@ def _write_sums(dweight_ptr, dbias_ptr, o_line, o_c, m_c, b_dw, b_db, NORM: tl.c
 
 @triton.jit
 def _norm_rope_bwd_kernel(
-    grad_out_ptr, x_ptr,  # [T, H, D]
+    grad_out, x,  # Heads
     cos_ptr, sin_ptr,  # [table_rows, HALF]
-    weight_ptr,  # [D]
+    weight_ptr,  # [D], or None
     dx_ptr,  # [T, H, D]
     dweight_ptr, dbias_ptr,  # [programs, D] partial sums
-    stride_gt, stride_gh, stride_xt, stride_xh, rows, heads, table_rows, eps, tiles,
+    rows, heads, table_rows, eps, tiles,
     D: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(0).to(tl.int64)
     REST: tl.constexpr = D - 2 * HALF
@@ -79,8 +72,8 @@ def _norm_rope_bwd_kernel(
         o_r = (i_p * tiles + i) * BLOCK_R + tl.arange(0, BLOCK_R)
         m_r = o_r < rows
         o_t, o_h = o_r // heads, o_r % heads
-        p_g = grad_out_ptr + o_t * stride_gt + o_h * stride_gh
-        p_x = x_ptr + o_t * stride_xt + o_h * stride_xh
+        p_g = grad_out.ptr + o_t * grad_out.stride_t + o_h * grad_out.stride_h
+        p_x = x.ptr + o_t * x.stride_t + o_h * x.stride_h
         p_dx = dx_ptr + o_r * D
         if HALF > 0:
             b_ya, b_yb = load_part(p_g, m_r, o_a, m_j), load_part(p_g, m_r, o_b, m_j)  # [BLOCK_R, BLOCK_HALF]
@@ -118,8 +111,8 @@ def _norm_rope_bwd_kernel(
                 if NORM == 2:
                     b_dba += b_ga
                     b_dbb += b_gb
-                b_ga = _weighted(b_ga, weight_ptr, o_a, m_j, HAS_WEIGHT)
-                b_gb = _weighted(b_gb, weight_ptr, o_b, m_j, HAS_WEIGHT)
+                b_ga = _weighted(b_ga, weight_ptr, o_a, m_j)
+                b_gb = _weighted(b_gb, weight_ptr, o_b, m_j)
                 b_u += tl.sum(b_ga, 1) + tl.sum(b_gb, 1)
                 b_uh += tl.sum(b_ga * b_a, 1) + tl.sum(b_gb * b_b, 1)
             if REST > 0:
@@ -127,7 +120,7 @@ def _norm_rope_bwd_kernel(
                 b_dwc += b_gc * b_c
                 if NORM == 2:
                     b_dbc += b_gc
-                b_gc = _weighted(b_gc, weight_ptr, o_c, m_c, HAS_WEIGHT)
+                b_gc = _weighted(b_gc, weight_ptr, o_c, m_c)
                 b_u += tl.sum(b_gc, 1)
                 b_uh += tl.sum(b_gc * b_c, 1)
             b_u = b_u / D if NORM == 2 else b_u * 0.0
@@ -171,14 +164,8 @@ def norm_rope_bwd(
     dbiases = dweights.new_empty((programs, D if norm == "layer" else 0))
     if dx.numel() > 0:
         table_rows = cos.shape[0] if cos is not None else 1
-        with on_device(grad_out):
-            _norm_rope_bwd_kernel[(programs,)](
-                grad_out, x, cos, sin, weight, dx, dweights, dbiases, *grad_out.stride()[:2], *x.stride()[:2],
-                T * H, H, table_rows, eps, _TILES, NORM=NORMS[norm], HAS_WEIGHT=weight is not None, **sizes,
-            )  # fmt: skip
+        _norm_rope_bwd_kernel[(programs,)](
+            as_heads(grad_out), as_heads(x), cos, sin, weight, dx, dweights, dbiases, T * H, H, table_rows, eps, _TILES,
+            NORM=NORMS[norm], **sizes,
+        )  # fmt: skip
     return dx, dweights.sum(0), dbiases.sum(0)
-
-
-def aot_cases() -> list[TritonCase]:
-    """As in the forward."""
-    return [aot_case(_norm_rope_bwd_kernel, launch) for launch in AOT_LAUNCHES]

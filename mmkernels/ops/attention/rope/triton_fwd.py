@@ -10,19 +10,15 @@ cache. All arithmetic is float32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.triton_common import cast
+from mmkernels.ops.attention.triton_fwd import as_heads
+from mmkernels.ops.triton_common import cast, unit_rows
 
-if TYPE_CHECKING:
-    from mmkernels.testing.aot import TritonCase
-
-__all__ = ["aot_cases", "norm_rope_fwd"]
+__all__ = ["norm_rope_fwd"]
 
 # Elements of a tile: 16 per thread with four warps.
 _TILE = 2048
@@ -47,10 +43,10 @@ def centred(b_x, m_c, b_mean):
 
 
 @triton.jit
-def _affine(b_x, weight_ptr, bias_ptr, o_c, m_c, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
-    if HAS_WEIGHT:
+def _affine(b_x, weight_ptr, bias_ptr, o_c, m_c):
+    if weight_ptr is not None:
         b_x = b_x * tl.load(weight_ptr + o_c, mask=m_c, other=0.0)[None, :]
-    if HAS_BIAS:
+    if bias_ptr is not None:
         b_x = b_x + tl.load(bias_ptr + o_c, mask=m_c, other=0.0)[None, :]
     return b_x
 
@@ -65,19 +61,18 @@ def load_angles(cos_ptr, sin_ptr, o_t, m_r, o_j, m_j, table_rows, HALF: tl.const
 
 @triton.jit
 def _norm_rope_fwd_kernel(
-    x_ptr,  # [T, H, D]
+    x,  # Heads
     cos_ptr, sin_ptr,  # [table_rows, HALF]
-    weight_ptr, bias_ptr,  # [D]
+    weight_ptr, bias_ptr,  # [D], or None
     y_ptr,  # [T, H, D]
-    stride_xt, stride_xh, rows, heads, table_rows, eps,
+    rows, heads, table_rows, eps,
     D: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < rows
     o_t = o_r // heads
-    p_x = x_ptr + o_t * stride_xt + o_r % heads * stride_xh
+    p_x = x.ptr + o_t * x.stride_t + o_r % heads * x.stride_h
     p_y = y_ptr + o_r * D
     REST: tl.constexpr = D - 2 * HALF
     # Parts that are not there are one column wide and masked out; the compiler drops them.
@@ -110,26 +105,16 @@ def _norm_rope_fwd_kernel(
             b_square += tl.sum(b_c * b_c, 1)
         b_r = 1.0 / tl.sqrt_rn(b_square / D + eps)
         if HALF > 0:
-            b_a = _affine(b_a * b_r[:, None], weight_ptr, bias_ptr, o_a, m_j, HAS_WEIGHT, HAS_BIAS)
-            b_b = _affine(b_b * b_r[:, None], weight_ptr, bias_ptr, o_b, m_j, HAS_WEIGHT, HAS_BIAS)
+            b_a = _affine(b_a * b_r[:, None], weight_ptr, bias_ptr, o_a, m_j)
+            b_b = _affine(b_b * b_r[:, None], weight_ptr, bias_ptr, o_b, m_j)
         if REST > 0:
-            b_c = _affine(b_c * b_r[:, None], weight_ptr, bias_ptr, o_c, m_c, HAS_WEIGHT, HAS_BIAS)
+            b_c = _affine(b_c * b_r[:, None], weight_ptr, bias_ptr, o_c, m_c)
     if HALF > 0:
         b_cos, b_sin = load_angles(cos_ptr, sin_ptr, o_t, m_r, o_j, m_j, table_rows, HALF)
         store_part(p_y, m_r, o_a, m_j, b_a * b_cos - b_b * b_sin)
         store_part(p_y, m_r, o_b, m_j, b_b * b_cos + b_a * b_sin)
     if REST > 0:
         store_part(p_y, m_r, o_c, m_c, b_c)
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """The kernels want the last dimension contiguous; the others may have any stride."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def on_device(x: Tensor) -> torch.cuda.device:
-    """Makes x's GPU the current one for a launch; does nothing for the interpreter's CPU tensors."""
-    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
 
 
 def tile(head_dim: int, half: int, interleaved: bool) -> dict[str, int]:
@@ -161,46 +146,7 @@ def norm_rope_fwd(
     sizes = tile(D, half, interleaved)
     table_rows = cos.shape[0] if cos is not None else 1
     grid = (triton.cdiv(T * H, sizes["BLOCK_R"]),)
-    with on_device(x):
-        _norm_rope_fwd_kernel[grid](
-            x, cos, sin, weight, bias, y, *x.stride()[:2], T * H, H, table_rows, eps,
-            NORM=NORMS[norm], HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **sizes,
-        )  # fmt: skip
+    _norm_rope_fwd_kernel[grid](
+        as_heads(x), cos, sin, weight, bias, y, T * H, H, table_rows, eps, NORM=NORMS[norm], **sizes
+    )
     return y
-
-
-# What the ahead-of-time gate compiles: (kind, D, R, norm, weight, bias, interleaved).
-AOT_LAUNCHES = (
-    ("bf16", 128, 128, "rms", True, False, False),
-    ("bf16", 256, 256, "layer", True, True, True),
-    ("bf16", 64, 32, "rms", True, False, False),
-    ("bf16", 72, 0, "layer", True, True, False),
-    ("bf16", 128, 128, "", False, False, False),
-    ("fp32", 80, 80, "rms", False, False, False),
-    ("fp32", 1024, 512, "layer", True, True, False),
-)
-
-
-def aot_case(kernel: Any, launch: tuple[Any, ...]) -> TritonCase:
-    """A TritonCase; types follow from the arguments' names."""
-    from mmkernels.testing.aot import TritonCase
-
-    kind, head_dim, rotary_dim, norm, has_weight, has_bias, interleaved = launch
-    constexprs: dict[str, Any] = dict(tile(head_dim, rotary_dim // 2, interleaved))
-    constexprs |= {"NORM": NORMS[norm], "HAS_WEIGHT": has_weight, "HAS_BIAS": has_bias}
-    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-
-    def type_of(name: str) -> str:
-        if name.endswith("_ptr"):
-            return f"*{kind}" if name in ("x_ptr", "y_ptr", "grad_out_ptr", "dx_ptr") else "*fp32"
-        return "i32:16" if name.startswith("stride_") else "fp32" if name == "eps" else "i32"
-
-    signature = {name: type_of(name) for name in kernel.arg_names if name not in constexprs}
-    what = "fwd" if "fwd" in kernel.__name__ else "bwd"
-    label = f"norm_rope_{what}[{kind},D={head_dim},R={rotary_dim},{norm or 'no norm'}{',interleaved' * interleaved}]"
-    return TritonCase(label, kernel, signature, constexprs)
-
-
-def aot_cases() -> list[TritonCase]:
-    """Every kind of launch: with and without norm, affine, rotation, and each layout of the pairs."""
-    return [aot_case(_norm_rope_fwd_kernel, launch) for launch in AOT_LAUNCHES]
