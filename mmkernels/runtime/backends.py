@@ -40,7 +40,8 @@ FAMILIES = ("attention", "contrastive", "packing")
 # `backend=None` picks no other; `backend="native"` runs them all the same.
 VERIFIED_ON_GPU: frozenset[str] = frozenset()
 
-_INTERPRETER = (3, 5)  # the first Triton whose interpreter serves
+_COMPILER = (3, 4)  # the first Triton that compiles these kernels
+_INTERPRETER = (3, 5)  # the first whose interpreter has float64 products (`ops/triton_common.py`)
 
 _LOW = (torch.bfloat16, torch.float16)
 _LOW_AND_SINGLE = (torch.float32, *_LOW)
@@ -120,24 +121,21 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _LOW_AND_SINGLE:
         return f"the Triton kernels take float32, bfloat16 and float16, not {_name(dtype)}"
     if device.type == "cuda":
-        return None
+        return _why_too_old(_COMPILER, "does not compile these kernels")
     if device.type == "cpu" and interpreting():
-        return _why_not_interpreted()
+        return _why_too_old(_INTERPRETER, "has no float64 products in its interpreter")
     if device.type == "cpu":
         return "Triton needs a CUDA tensor (or TRITON_INTERPRET=1, which is for tests)"
     return f"no Triton kernels for {device.type} tensors"
 
 
-def _why_not_interpreted() -> str | None:
-    """The interpreter's products are taken in float64 (`ops/triton_common.py`)."""
+def _why_too_old(first: tuple[int, int], lacks: str) -> str | None:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # a nightly build, under another name
         return None
     major, minor = (int(part) for part in version.split(".")[:2])
-    if (major, minor) < _INTERPRETER:
-        return f"the interpreter of Triton {version} has no float64 products, that of 3.5 has"
-    return None
+    return None if (major, minor) >= first else f"Triton {version} {lacks}: expected at least {first[0]}.{first[1]}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -120,4 +120,15 @@ def test_interpreter_without_float64_products_is_not_used(monkeypatch: pytest.Mo
         monkeypatch.setattr(importlib.metadata, "version", lambda _, version=version: version)
         why = backends.candidates("contrastive", CPU, torch.float32)["triton"]
         assert (why is None) == serves
-        assert serves or f"the interpreter of Triton {version} has no float64 products" in why
+        assert serves or f"Triton {version} has no float64 products in its interpreter: expected at least 3.5" in why
+
+
+def test_a_triton_that_does_not_compile_the_kernels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.6 and 2.7 bring Triton 3.2 and 3.3."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    cuda = torch.device("cuda")
+    for version, serves in (("3.2.0", False), ("3.3.1", False), ("3.4.0", True), ("3.10.0", True)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda _, version=version: version)
+        why = backends._why_not_triton(cuda, torch.bfloat16)
+        assert (why is None) == serves
+        assert serves or why == f"Triton {version} does not compile these kernels: expected at least 3.4"
