@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels import GradCache
-from mmkernels.ops.modality import Modality
-from mmkernels.ops.packing import Media, PackedBatch, embed_splice, mrope_position_ids, segment_pool
+from mmkernels import GradCache, Media, Modality, PackedBatch, embed_splice, mrope_position_ids, segment_pool
 
 IMAGE, AUDIO, VIDEO = Modality.IMAGE, Modality.AUDIO, Modality.VIDEO
 
