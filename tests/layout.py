@@ -127,7 +127,7 @@ LAYERS = (
     ),
     Layer(_OPS_OR_PART + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.*.reference", "mmkernels.ops.{f}.types")),
     Layer(
-        _OPS_OR_PART + r"\.(op\w*|_impls)",
+        _OPS_OR_PART + r"\.op\w*",
         below=(_OWN, *_SHARED, _RUNTIME),
         never=("mmkernels.ops.{f}.*.api",),
         late=("mmkernels.ops.{f}.*.triton_*",),

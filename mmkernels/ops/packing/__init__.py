@@ -1,7 +1,8 @@
 """Packing: rows of tokens moved, pooled and cut from images, with gradients."""
 
 from mmkernels.ops.packing.api import embed_splice, pack, pad, segment_pool, unpack, unpad
-from mmkernels.ops.packing.vision import mrope_position_ids, patchify, unpatchify
+from mmkernels.ops.packing.mrope import mrope_position_ids
+from mmkernels.ops.packing.vision import patchify, unpatchify
 
 __all__ = [
     "embed_splice",
