@@ -338,43 +338,18 @@ def shape_problems(root: Path) -> list[str]:
 _MACHINE = re.compile(
     r"(?<![\w.~-])/(?:work|opt|root|mnt|tmp|home/\w+)/\w|\b(?:registry\.npmjs|files\.pythonhosted|download\.pytorch|pypi)\.(?:org|com)\b"
 )
-_TEXT = {
-    ".py",
-    ".md",
-    ".toml",
-    ".txt",
-    ".cmake",
-    ".h",
-    ".cpp",
-    ".cu",
-    ".cuh",
-    ".json",
-    ".html",
-    ".cfg",
-    ".yml",
-    ".yaml",
-    "",
-}
+_TEXT = {".py", ".md", ".toml", ".txt", ".cmake", ".json", ".html", ".cfg", ".yml", ".yaml", ""}
+_TEXT |= {".h", ".cpp", ".cu", ".cuh"}
+_NO_SOURCES = {".git", ".venv", "build", "dist", "runs", "__pycache__", ".hypothesis"}
+_NO_SOURCES |= {".mypy_cache", ".ruff_cache", ".pytest_cache"}
 
 
 def machine_problems(root: Path) -> list[str]:
     """Files that mention a path of somebody's machine or a registry's host."""
     problems = []
-    skip = {
-        ".git",
-        ".venv",
-        "build",
-        "dist",
-        "runs",
-        "__pycache__",
-        ".hypothesis",
-        ".mypy_cache",
-        ".ruff_cache",
-        ".pytest_cache",
-    }
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root)
-        if skip & set(inside.parts) or path.suffix not in _TEXT or not path.is_file() or path == Path(__file__):
+        if _NO_SOURCES & set(inside.parts) or path.suffix not in _TEXT or not path.is_file() or path == Path(__file__):
             continue
         try:
             lines = path.read_text(encoding="utf-8").splitlines()

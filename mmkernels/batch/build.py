@@ -45,9 +45,7 @@ def lay_out(
     padding = 0 if capacity is None else integer("capacity", capacity, "an integer >= 0 or None") - total
     if padding < 0:
         raise ValueError(f"capacity: expected at least the {total} tokens of the samples, got {capacity}")
-    ids = [integer("sample_ids", i, "ids >= 0") for i in (range(len(samples)) if sample_ids is None else sample_ids)]
-    if len(ids) != len(samples) or any(i < 0 for i in ids):
-        wrong_value("sample_ids", f"{len(samples)} ids >= 0", sample_ids)
+    ids = _ids(sample_ids, len(samples))
 
     segments = lengths + [padding] * (padding > 0)
     ends = (0, *itertools.accumulate(segments))
@@ -141,6 +139,13 @@ def _lengths(samples: list[Tensor]) -> list[int]:
         if sample.dtype != first.dtype or sample.device != first.device:
             wrong_value(f"samples[{i}]", f"{first.dtype} on {first.device} like samples[0]", sample)
     return [sample.shape[0] for sample in samples]
+
+
+def _ids(sample_ids: Sequence[int] | None, samples: int) -> list[int]:
+    ids = [integer("sample_ids", i, "ids >= 0") for i in (range(samples) if sample_ids is None else sample_ids)]
+    if len(ids) != samples or any(i < 0 for i in ids):
+        wrong_value("sample_ids", f"{samples} ids >= 0", sample_ids)
+    return ids
 
 
 def _media(parts: list[list[Tensor | Media]], ends: tuple[int, ...]) -> tuple[list[Media], list[int]]:
