@@ -57,6 +57,7 @@ except (ImportError, OSError) as _error:  # `mmkernels info` must still work, an
         raise AttributeError(f"module 'mmkernels' has no attribute {name!r}")
 
 else:
+    from mmkernels.batch import Media, PackedBatch, PackedMedia
     from mmkernels.gradcache import GradCache
     from mmkernels.ops.attention import (
         AttentionMask,
@@ -70,24 +71,23 @@ else:
     from mmkernels.ops.contrastive import ContrastiveStats, infonce, sample_negatives, siglip, topk_similar
     from mmkernels.ops.modality import Modality
     from mmkernels.ops.packing import (
-        AttentionCost,
-        EncoderCost,
-        Media,
-        PackedBatch,
-        PackedMedia,
-        PackingPlan,
-        RankSchedule,
-        StreamPlanner,
-        balance_ranks,
         embed_splice,
         mrope_position_ids,
         pack,
         pad,
         patchify,
-        plan_packing,
         segment_pool,
         unpack,
         unpad,
         unpatchify,
+    )
+    from mmkernels.planning import (
+        AttentionCost,
+        EncoderCost,
+        PackingPlan,
+        RankSchedule,
+        StreamPlanner,
+        balance_ranks,
+        plan_packing,
     )
     from mmkernels.runtime.backends import BackendError

@@ -1,6 +1,7 @@
 """The rules of the house, as functions that read a source tree and return what breaks them; test_layout.py runs them.
 
-cli -> pretrain, integrations -> nn, gradcache -> ops.<family>.api -> ops.<family>.op -> triton_*, runtime
+cli -> pretrain, integrations -> nn, gradcache, batch, planning -> ops.<family>.api -> ops.<family>.op
+    -> triton_*, runtime
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ LAYERS = (
         below=(
             "mmkernels.ops.{any}",
             "mmkernels.ops.modality",
+            "mmkernels.batch",
             "mmkernels.gradcache",
             "mmkernels.nn",
+            "mmkernels.planning",
             "mmkernels.runtime.backends",
         ),
         packages=frozenset({"torch"}),
@@ -98,6 +101,11 @@ LAYERS = (
     ),
     Layer(r"mmkernels\.nn(\..*)?", below=("mmkernels.nn.*", *_FUNCTIONS)),
     Layer(r"mmkernels\.gradcache(\..*)?", below=("mmkernels.gradcache.*", *_FUNCTIONS)),
+    Layer(r"mmkernels\.batch(\..*)?", below=("mmkernels.batch.*", *_FUNCTIONS)),
+    Layer(
+        r"mmkernels\.planning(\..*)?",
+        below=("mmkernels.planning.*", "mmkernels.ops.checks", "mmkernels.runtime.native"),
+    ),
     Layer(r"mmkernels\.testing\.aot", below=("mmkernels.ops",), packages=frozenset({"triton"}), late=("triton",)),
     Layer(r"mmkernels\.testing(\..*)?", below=("mmkernels.testing.*", "mmkernels.ops.*", _RUNTIME)),
     Layer(r"mmkernels\.runtime(\..*)?", below=(_RUNTIME,)),
@@ -114,13 +122,12 @@ LAYERS = (
             "mmkernels.ops.{f}.*.triton_*",
             "mmkernels.ops.{f}.*.reference",
             "mmkernels.ops.{f}.types",
-            "mmkernels.testing.aot",
         ),
         packages=frozenset({"torch", "triton"}),
     ),
     Layer(_OPS_OR_PART + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.*.reference", "mmkernels.ops.{f}.types")),
     Layer(
-        _OPS_OR_PART + r"\.(op\w*|_impls)",
+        _OPS_OR_PART + r"\.op\w*",
         below=(_OWN, *_SHARED, _RUNTIME),
         never=("mmkernels.ops.{f}.*.api",),
         late=("mmkernels.ops.{f}.*.triton_*",),
@@ -227,6 +234,37 @@ def import_problems(root: Path) -> list[str]:
     return problems
 
 
+def circle_problems(root: Path) -> list[str]:
+    """Files in `mmkernels/` that import each other: a late import, or one for the types alone, hides a circle and does
+    not open it."""
+    files = sorted(root.joinpath("mmkernels").rglob("*.py"))
+    below = {module_name(path, root): sorted({item.name for item in imports(path, root)}) for path in files}
+    problems, done = [], set()
+
+    def follow(module: str, way: list[str]) -> None:
+        if module in way:
+            problems.append(" -> ".join([*way[way.index(module) :], module]))
+        elif module in below and module not in done:
+            for name in below[module]:
+                follow(name, [*way, module])
+            done.add(module)
+
+    for module in below:
+        follow(module, [])
+    return problems
+
+
+def module_name_problems(root: Path) -> list[str]:
+    """Modules and packages in `mmkernels/` that begin with an underscore: what is not public, a package's `__init__`
+    says. The compiled `_native` is no source."""
+    paths = [path.relative_to(root) for path in sorted(root.joinpath("mmkernels").rglob("*.py"))]
+    return [
+        f"{path}: a module's name begins with no underscore"
+        for path in paths
+        if any(part.startswith("_") and part not in ("__init__", "__main__") for part in path.with_suffix("").parts)
+    ]
+
+
 def public_name_problems(root: Path) -> list[str]:
     """`from mmkernels import x` in pretrain and integrations: x must be public."""
     tree = ast.parse(root.joinpath("mmkernels/__init__.py").read_text(encoding="utf-8"))
@@ -300,43 +338,18 @@ def shape_problems(root: Path) -> list[str]:
 _MACHINE = re.compile(
     r"(?<![\w.~-])/(?:work|opt|root|mnt|tmp|home/\w+)/\w|\b(?:registry\.npmjs|files\.pythonhosted|download\.pytorch|pypi)\.(?:org|com)\b"
 )
-_TEXT = {
-    ".py",
-    ".md",
-    ".toml",
-    ".txt",
-    ".cmake",
-    ".h",
-    ".cpp",
-    ".cu",
-    ".cuh",
-    ".json",
-    ".html",
-    ".cfg",
-    ".yml",
-    ".yaml",
-    "",
-}
+_TEXT = {".py", ".md", ".toml", ".txt", ".cmake", ".json", ".html", ".cfg", ".yml", ".yaml", ""}
+_TEXT |= {".h", ".cpp", ".cu", ".cuh"}
+_NO_SOURCES = {".git", ".venv", "build", "dist", "runs", "__pycache__", ".hypothesis"}
+_NO_SOURCES |= {".mypy_cache", ".ruff_cache", ".pytest_cache"}
 
 
 def machine_problems(root: Path) -> list[str]:
     """Files that mention a path of somebody's machine or a registry's host."""
     problems = []
-    skip = {
-        ".git",
-        ".venv",
-        "build",
-        "dist",
-        "runs",
-        "__pycache__",
-        ".hypothesis",
-        ".mypy_cache",
-        ".ruff_cache",
-        ".pytest_cache",
-    }
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root)
-        if skip & set(inside.parts) or path.suffix not in _TEXT or not path.is_file() or path == Path(__file__):
+        if _NO_SOURCES & set(inside.parts) or path.suffix not in _TEXT or not path.is_file() or path == Path(__file__):
             continue
         try:
             lines = path.read_text(encoding="utf-8").splitlines()

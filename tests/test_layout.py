@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
     "checker",
     [
         layout.import_problems,
+        layout.circle_problems,
+        layout.module_name_problems,
         layout.public_name_problems,
         layout.include_problems,
         layout.shape_problems,
@@ -68,6 +70,10 @@ BAD_IMPORTS = {
     "nn goes through api": ("nn/pool.py", "from mmkernels.ops.packing.op import gather"),
     "gradcache goes through api": ("gradcache.py", "from mmkernels.ops.contrastive import op"),
     "pretrain uses public names": ("pretrain/train.py", "from mmkernels.ops.attention import attention"),
+    "batch goes through api": ("batch/loss.py", "from mmkernels.ops.packing.op import segment_pool"),
+    "planning knows no op": ("planning/plan.py", "from mmkernels.ops.packing import pack"),
+    "nobody but itself imports testing": ("ops/packing/triton_fwd.py", "from mmkernels.testing.aot import TritonCase"),
+    "not even late": ("ops/packing/triton_fwd.py", "def f():\n    from mmkernels.testing.aot import TritonCase"),
     "nobody below imports pretrain": ("nn/pool.py", "from mmkernels.pretrain import train"),
     "nobody imports the command line": ("pretrain/train.py", "import mmkernels.cli"),
     "extras are for pretrain": ("ops/packing/api.py", "import tqdm"),
@@ -100,6 +106,48 @@ GOOD_IMPORTS = {
 def test_good_import_passes(tmp_path: Path, name: str, text: str) -> None:
     write(sound_tree(tmp_path), f"mmkernels/{name}", text)
     assert not layout.import_problems(tmp_path)
+
+
+# A circle of two, of three, through a package, and of those that no import at the top shows.
+CIRCLES = {
+    "two": {"nn/a": "from mmkernels.nn import b", "nn/b": "import mmkernels.nn.a"},
+    "three": {
+        "nn/a": "from mmkernels.nn.b import f",
+        "nn/b": "from mmkernels.nn.c import f",
+        "nn/c": "from mmkernels.nn.a import f",
+    },
+    "its own package": {"nn/__init__": "from mmkernels.nn.a import f", "nn/a": "from mmkernels.nn import f"},
+    "late": {"nn/a": "from mmkernels.nn.b import f", "nn/b": "def f():\n    from mmkernels.nn.a import g"},
+    "for types": {
+        "nn/a": "from mmkernels.nn.b import f",
+        "nn/b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mmkernels.nn.a import G",
+    },
+}
+
+
+@pytest.mark.parametrize("files", CIRCLES.values(), ids=CIRCLES.keys())
+def test_circle_is_seen(tmp_path: Path, files: dict[str, str]) -> None:
+    sound_tree(tmp_path)
+    write(tmp_path, "mmkernels/nn/above.py", "from mmkernels.nn import a, below")
+    write(tmp_path, "mmkernels/nn/below.py", "import json")
+    write(tmp_path, "mmkernels/nn/a.py", "from mmkernels.nn import below")
+    assert not layout.circle_problems(tmp_path)
+    for name, text in files.items():
+        write(tmp_path, f"mmkernels/{name}.py", text)
+    (found,) = layout.circle_problems(tmp_path)
+    way = found.split(" -> ")
+    assert way[0] == way[-1]
+    assert set(way) == {f"mmkernels.{name}".replace("/", ".").removesuffix(".__init__") for name in files}
+
+
+@pytest.mark.parametrize("name", ["ops/packing/_impls.py", "_hidden/__init__.py"])
+def test_underscore_module_is_seen(tmp_path: Path, name: str) -> None:
+    sound_tree(tmp_path)
+    write(tmp_path, "mmkernels/_native.pyi", "")
+    assert not layout.module_name_problems(tmp_path)
+    write(tmp_path, f"mmkernels/{name}", "")
+    (found,) = layout.module_name_problems(tmp_path)
+    assert found.startswith(f"mmkernels/{name}: ")
 
 
 def test_private_name_is_seen(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 // The planner: which items share a pack. Plain C++17, no threads, no torch, compiled once.
 //
 // Every strategy numbers packs by their first item and lists a pack's items in ascending order, so a plan depends on
-// the grouping alone. mmkernels/ops/packing/plan_python.py states the same algorithms in Python, with the same ties.
+// the grouping alone. mmkernels/planning/plan_python.py states the same algorithms in Python, with the same ties.
 #pragma once
 
 #include <cstdint>

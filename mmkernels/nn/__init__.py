@@ -1,7 +1,7 @@
 """The functions as modules, with the parameters that belong to them."""
 
-from mmkernels.nn._attention import Rotary
 from mmkernels.nn.attention import CoAttention, CrossModalAttention, FusedSelfAttention, GatedCrossAttention
+from mmkernels.nn.attention_base import Rotary
 from mmkernels.nn.contrastive import InfoNCELoss, SigLIPLoss
 
 __all__ = [

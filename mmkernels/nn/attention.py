@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.nn._attention import (
+from mmkernels.nn.attention_base import (
     AttentionBase,
     Positions,
     Rotary,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -13,9 +13,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from mmkernels import AttentionCost, PackingPlan, RankSchedule
-
-if TYPE_CHECKING:
-    from mmkernels.plan_cli.command import Report
+from mmkernels.plan_cli.study import Report, in_turn
 
 __all__ = ["draw"]
 
@@ -138,8 +136,6 @@ def _best_possible(report: Report) -> float:
 
 def _ranks(axes: Axes, report: Report, plan: PackingPlan, schedule: RankSchedule, cost: AttentionCost) -> None:
     """What the dearest rank of each step costs over the mean, full steps only."""
-    from mmkernels.plan_cli.command import in_turn
-
     accum = schedule.packs.shape[2]
     full = plan.num_packs // (report.ranks * accum)
     turns, balanced = in_turn(plan, report.ranks, accum, cost)[:full], schedule.costs.sum(2)[:full]

@@ -34,14 +34,14 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def loss_chart(steps: Sequence[Mapping[str, Any]], ignorance: float) -> str:
+def loss_chart(steps: Sequence[Mapping[str, Any]], chance_loss: float) -> str:
     """Loss of every step and its running mean, with the loss of a model that knows nothing."""
     with _drawing() as (figure, axes):
         at, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
         axes.plot(at, losses, color=COLOURS[0], alpha=0.25, linewidth=1)
         axes.plot(at, _smoothed(losses), color=COLOURS[0], linewidth=2, label="loss")
-        axes.axhline(ignorance, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="knowing nothing")
-        axes.set_ylim(bottom=0, top=1.15 * max(ignorance, losses[0]))
+        axes.axhline(chance_loss, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="knowing nothing")
+        axes.set_ylim(bottom=0, top=1.15 * max(chance_loss, losses[0]))
         axes.set_xlabel("step")
         axes.legend(loc="lower left")
         return _svg(figure)

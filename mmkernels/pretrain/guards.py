@@ -48,26 +48,26 @@ class Interrupt:
 
 
 class LossWatch:
-    """Says once when the loss has stayed where ignorance would put it.
+    """Says once when the loss has stayed at chance.
 
     Args:
         patience: steps of the running mean, and steps before the first look.
-        margin: how near to ignorance still counts as knowing nothing.
+        margin: how near to chance still counts as chance.
     """
 
     def __init__(self, patience: int = 100, margin: float = 0.02) -> None:
         self.patience, self.margin = patience, margin
         self._steps, self._mean, self._said = 0, 0.0, False
 
-    def see(self, loss: float, ignorance: float) -> str | None:
-        """A warning, or None. `ignorance`: the loss of a model that knows nothing."""
-        ratio = loss / ignorance if ignorance > 0 else 0.0
+    def see(self, loss: float, chance_loss: float) -> str | None:
+        """A warning, or None. `chance_loss`: the loss of a model that knows nothing."""
+        ratio = loss / chance_loss if chance_loss > 0 else 0.0
         self._steps += 1
         self._mean += (ratio - self._mean) / min(self._steps, self.patience)
         if self._said or self._steps < self.patience or self._mean < 1 - self.margin:
             return None
         self._said = True
         return (
-            f"the loss has stayed at {loss:.3f} for {self._steps} steps; knowing nothing gives {ignorance:.3f}. "
+            f"the loss has stayed at {loss:.3f} for {self._steps} steps; knowing nothing gives {chance_loss:.3f}. "
             "Try a lower --lr or a longer --warmup, and check that captions belong to their images"
         )

@@ -80,13 +80,13 @@ class Journal(logging.Handler):
         yield
         self._waited = time.perf_counter() - began
 
-    def step(self, step: int, *, samples: int, tokens: int, **readings: float) -> None:
+    def step(self, step: int, *, samples: int, tokens: int, **metrics: float) -> None:
         """After an optimizer step.
 
         Args:
             step: steps done.
             samples, tokens: in the batch; tokens of both towers.
-            readings: loss, lr, grad_norm and what the objective adds.
+            metrics: loss, lr, grad_norm and what the objective adds.
         """
         self.step_now = step
         seconds = time.perf_counter() - self._step_began
@@ -97,9 +97,9 @@ class Journal(logging.Handler):
             "peak_memory": _peak_memory(self.device),
             "seconds": seconds,
         }
-        self.write("step", **readings, **{name: float(f"{value:.5g}") for name, value in rates.items()})
-        self._scalars("train", {**readings, **rates})
-        self._bar_note |= {"loss": f"{readings['loss']:.3f}", "samples/s": f"{rates['samples_per_s']:.0f}"}
+        self.write("step", **metrics, **{name: float(f"{value:.5g}") for name, value in rates.items()})
+        self._scalars("train", {**metrics, **rates})
+        self._bar_note |= {"loss": f"{metrics['loss']:.3f}", "samples/s": f"{rates['samples_per_s']:.0f}"}
         self._bar.set_postfix(self._bar_note, refresh=False)
         self._bar.update()
 

@@ -87,9 +87,9 @@ def _loop(
         trainer.step += 1
 
         tokens = trainer.model.image.tokens * len(batch.images) + len(batch.text.word_ids)
-        readings = {"loss": loss, "lr": lr, "grad_norm": norm, **trainer.objective.readings()}
-        journal.step(trainer.step, samples=len(batch.images), tokens=tokens, **readings)
-        if warning := watch.see(loss, trainer.objective.ignorance(len(batch.images))):
+        metrics = {"loss": loss, "lr": lr, "grad_norm": norm, **trainer.objective.metrics()}
+        journal.step(trainer.step, samples=len(batch.images), tokens=tokens, **metrics)
+        if warning := watch.see(loss, trainer.objective.chance_loss(len(batch.images))):
             journal.warn(warning)
 
         if _due(config.eval_every, trainer.step, config.steps):

@@ -72,20 +72,20 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     config = stored_config(folder.path)
     steps, evals, starts = folder.records("step"), folder.records("eval"), folder.records("start")
     newest = _newest(evals)
-    ignorance = recipe(config.recipe).objective(config).ignorance(config.batch)
+    chance_loss = recipe(config.recipe).objective(config).chance_loss(config.batch)
     return {
         "config": config,
         "settings": _flat(dataclasses.asdict(config)),
         "environment": starts[-1]["environment"],
         "steps": len(steps),
         "warnings": list(dict.fromkeys(r["message"] for r in folder.records("warning"))),  # a resumed run repeats some
-        "headlines": _headlines(newest, steps, ignorance, starts[-1]),
+        "headlines": _headlines(newest, steps, chance_loss, starts[-1]),
         "table": [
             {"split": split, "about": _about(split), "images": r["images"], "captions": r["captions"], "ways": _ways(r)}
             for split, r in newest.items()
         ],
         "ks": KS,
-        "loss_svg": loss_chart(steps, ignorance) if steps else "",
+        "loss_svg": loss_chart(steps, chance_loss) if steps else "",
         "recall_svgs": {WAYS[way]: recall_chart(evals, list(newest), way, 10) for way in WAYS} if evals else {},
         "colours": dict(zip(newest, COLOURS, strict=False)),
     }
@@ -105,7 +105,7 @@ def _ways(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _headlines(
     newest: Mapping[str, Mapping[str, Any]],
     steps: Sequence[Mapping[str, Any]],
-    ignorance: float,
+    chance_loss: float,
     start: Mapping[str, Any],
 ) -> list[dict[str, str]]:
     """The figures at the top of the page."""
@@ -125,7 +125,7 @@ def _headlines(
             {
                 "value": f"{sum(losses) / len(losses):.2f}",
                 "what": "loss, mean of the last steps",
-                "note": f"{ignorance:.2f} knowing nothing",
+                "note": f"{chance_loss:.2f} knowing nothing",
             },
             {
                 "value": f"{median(r['samples_per_s'] for r in steps):,.0f}/s",

@@ -1,4 +1,4 @@
-"""Inputs for packing: rows and indices for the ops; the lengths of items are in `mmkernels.testing.lengths`."""
+"""Inputs for the packing ops: rows and indices; the lengths of items are in `mmkernels.testing.lengths`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.testing.lengths import LENGTHS, lengths_like
-
-__all__ = ["LENGTHS", "cu_seqlens_of", "lengths_like", "random_index", "splice_inputs"]
+__all__ = ["cu_seqlens_of", "random_index", "splice_inputs"]
 
 
 def cu_seqlens_of(lengths: list[int], device: str = "cpu") -> Tensor:

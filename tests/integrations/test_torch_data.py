@@ -293,7 +293,7 @@ def test_own_collator_and_many_at_once():
 
 
 def test_the_five_lines_of_the_readme():
-    readme = (Path(mmkernels.__file__).parent / "ops/packing/README.md").read_text(encoding="utf-8")
+    readme = (Path(mmkernels.__file__).parent / "planning/README.md").read_text(encoding="utf-8")
     (block,) = (text for text in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "PackedLoader" in text)
     assert len([line for line in block.splitlines() if line]) == 5
     seen: list[int] = []

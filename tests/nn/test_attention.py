@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mmkernels.nn._attention as base_of_modules
+import mmkernels.nn.attention_base as base_of_modules
 from mmkernels import AttentionMask, attention, rotary_cos_sin
 from mmkernels.nn import CoAttention, CrossModalAttention, FusedSelfAttention, GatedCrossAttention, Rotary
 from mmkernels.testing.attention import cu_seqlens

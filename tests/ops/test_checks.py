@@ -41,7 +41,7 @@ from mmkernels.gradcache import Ragged
 from mmkernels.integrations.torch_data import PackedSampler
 from mmkernels.nn import CrossModalAttention, FusedSelfAttention, GatedCrossAttention, InfoNCELoss, Rotary, SigLIPLoss
 from mmkernels.ops import checks
-from mmkernels.ops.packing import _impls
+from mmkernels.ops.packing.checks import check_cu_seqlens, check_index
 
 X, Y = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).unbind()
 HEADS = X.view(6, 2, 4)
@@ -201,8 +201,8 @@ def on_a_gpu(*values: Any) -> Tensor:
 WRONG_VALUES = {
     "a mask": lambda: AttentionMask.packed(on_a_gpu(0, 5, 3)),
     "a mask that does not fit": lambda: AttentionMask.packed(on_a_gpu(0, 2**32)),
-    "packing: index": lambda: _impls.check_index("index", on_a_gpu(7), 4),
-    "packing: cu_seqlens": lambda: _impls.check_cu_seqlens(on_a_gpu(0, 5, 3), 9),
+    "packing: index": lambda: check_index("index", on_a_gpu(7), 4),
+    "packing: cu_seqlens": lambda: check_cu_seqlens(on_a_gpu(0, 5, 3), 9),
     "a condition": lambda: checks.expect_true(on_a_gpu(False), "targets: expected indices of keys", 9),
 }
 
@@ -228,8 +228,8 @@ def test_values_on_a_gpu_are_read_when_asked_for(
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMKERNELS_VALIDATE", "yes")
     with pytest.raises(ValueError, match="MMKERNELS_VALIDATE: expected 0 or 1, got 'yes'"):
-        _impls.check_index("index", on_a_gpu(7), 4)
-    _impls.check_index("index", torch.tensor([3]), 4)  # on a CPU values are always read
+        check_index("index", on_a_gpu(7), 4)
+    check_index("index", torch.tensor([3]), 4)  # on a CPU values are always read
 
 
 def test_values_are_read_under_a_gradient_but_not_under_vmap() -> None:

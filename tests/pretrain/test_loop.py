@@ -30,8 +30,8 @@ Make = Callable[..., Config]
 def test_learns(name: str, tiny: Make) -> None:
     outcome = train(tiny(recipe=name, steps=60, batch=16, chunk=10, lr=2e-2, warmup=10, eval_every=0))
     losses = [record["loss"] for record in outcome.folder.records("step")]
-    ignorance = recipe(name).objective(tiny(recipe=name)).ignorance(16)
-    assert sum(losses[-10:]) / 10 < 0.9 * ignorance
+    chance_loss = recipe(name).objective(tiny(recipe=name)).chance_loss(16)
+    assert sum(losses[-10:]) / 10 < 0.9 * chance_loss
     (record,) = outcome.folder.records("eval")
     assert record["step"] == 60
     assert record["image_to_text"]["1"] > 2 * record["chance_image_to_text"]["1"]
@@ -97,14 +97,14 @@ def test_the_log_has_that_warning(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
     assert "the loss has stayed" in warning["message"]
 
 
-def test_ignorance() -> None:
+def test_chance_loss() -> None:
     """What a constant logit at its best would lose."""
     config = Config()
     for n in (2, 16, 300):
-        assert recipe("clip").objective(config).ignorance(n) == pytest.approx(math.log(n))
+        assert recipe("clip").objective(config).chance_loss(n) == pytest.approx(math.log(n))
         bias = torch.linspace(-12, 4, 4001)
         pairs = -torch.nn.functional.logsigmoid(bias) - (n - 1) * torch.nn.functional.logsigmoid(-bias)
-        assert recipe("siglip").objective(config).ignorance(n) == pytest.approx(pairs.min().item(), rel=1e-3)
+        assert recipe("siglip").objective(config).chance_loss(n) == pytest.approx(pairs.min().item(), rel=1e-3)
 
 
 def test_the_scale_is_clamped() -> None:
@@ -112,7 +112,7 @@ def test_the_scale_is_clamped() -> None:
         objective = recipe(name).objective(Config(recipe=name))
         objective.log_scale.data.fill_(7.0)
         objective.clamp_()
-        assert objective.readings()["logit_scale"] == pytest.approx(100.0)
+        assert objective.metrics()["logit_scale"] == pytest.approx(100.0)
 
 
 def test_learning_rate() -> None:

@@ -1,4 +1,4 @@
-"""Public functions that move and pool rows of packed tokens; those for images are in vision.py."""
+"""Public functions that move and pool rows of packed tokens; those for images are in vision.py and mrope.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmkernels.ops.checks import FLOATING, expect_tensor, expect_true, integer, narrowed, wrong_type, wrong_value
 from mmkernels.ops.packing import op
+from mmkernels.ops.packing.types import Sources
 from mmkernels.runtime.backends import resolve
 
 __all__ = ["embed_splice", "pack", "pad", "segment_pool", "unpack", "unpad"]
@@ -62,10 +63,10 @@ def pack(sources: Tensor | Sequence[Tensor], index: Tensor, *, backend: str | No
     parts = _sources(sources)
     first = parts[0]
     expect_tensor("index", index, "[T] int64", ndim=1, dtypes=_INTEGERS, like=first)
-    if len(parts) > op.MAX_SOURCES:
+    if len(parts) > len(Sources._fields):
         parts = [torch.cat(parts)]
-    flat = [_flat(part) for part in parts] + [None] * (op.MAX_SOURCES - len(parts))
-    out = op.gather(*flat, index.long(), resolve("packing", first, backend))
+    flat = Sources(*(_flat(part) for part in parts))
+    out = op.gather(flat, index.long(), resolve("packing", first, backend))
     return out.reshape(index.shape[0], *first.shape[1:])
 
 

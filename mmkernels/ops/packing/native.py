@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.packing import reference
+from mmkernels.ops.packing.reference import group_by_row, token_grid
+from mmkernels.ops.packing.types import PatchSize, Sources, Spans
 from mmkernels.runtime.native import core, stream, threads, view
 
 __all__ = [
-    "embed_splice",
     "gather",
     "mrope",
     "patchify",
@@ -31,36 +31,22 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _launch(name: str, moved: Tensor, *args: object) -> None:
-    """Run the CPU or CUDA launcher for tensors like `moved`, whose size says whether threads pay."""
-    if moved.device.type == "cuda":
-        with torch.cuda.device(moved.device):
-            getattr(core(), f"launch_packing_{name}_cuda")(*args, stream(moved))
-    else:
-        few = moved.numel() * moved.element_size() < _ONE_THREAD_BYTES
-        getattr(core(), f"launch_packing_{name}_cpu")(*args, 1 if few else threads())
+def _stream_or_threads(moved: Tensor) -> int:
+    """The last argument of a launcher: on a GPU the stream, on a CPU how many threads pay for a tensor of this size."""
+    if moved.is_cuda:
+        return stream(moved)
+    return 1 if moved.numel() * moved.element_size() < _ONE_THREAD_BYTES else threads()
 
 
-def gather(
-    first: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    fourth: Tensor | None,
-    index: Tensor,
-) -> Tensor:
+def gather(sources: Sources, index: Tensor) -> Tensor:
     """Sources [R_i, E], index [T] int64 -> [T, E]."""
     index = index.contiguous()
-    sources = [None if source is None else _rows(source) for source in (first, second, third, fourth)]
-    out = first.new_empty(index.shape[0], first.shape[1])
+    rows = [None if source is None else _rows(source) for source in sources]
+    out = sources.first.new_empty(index.shape[0], sources.first.shape[1])
     if out.numel() > 0:
-        _launch("gather_fwd", out, *map(view, sources), view(index), view(out))
+        launch = core().launch_packing_gather_fwd_cuda if out.is_cuda else core().launch_packing_gather_fwd_cpu
+        launch(*map(view, rows), view(index), view(out), _stream_or_threads(out))
     return out
-
-
-def embed_splice(table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor) -> tuple[Tensor, Tensor]:
-    """table [V, E], features [F, E], token_ids [T], dst_index [F] -> (out [T, E], its rows [T])."""
-    index = reference.splice_index(token_ids, dst_index, table.shape[0])
-    return gather(table, features, None, None, index), index
 
 
 def scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -69,12 +55,12 @@ def scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
     out = packed.new_empty(rows, packed.shape[1])
     if out.numel() == 0:
         return out
-    if packed.device.type == "cuda":
-        order, starts = reference.group_by_row(index, rows)
+    if packed.is_cuda:
+        order, starts = group_by_row(index, rows)
         sums = packed.new_empty(index.shape[0] // SCATTER_CHUNK, packed.shape[1], dtype=torch.float32)
-        _launch("scatter_fwd", out, *map(view, (packed, index, order, starts, sums, out)))
+        core().launch_packing_scatter_fwd_cuda(*map(view, (packed, index, order, starts, sums, out)), stream(out))
     else:
-        _launch("scatter_fwd", packed, view(packed), view(index), view(out))
+        core().launch_packing_scatter_fwd_cpu(view(packed), view(index), view(out), _stream_or_threads(packed))
     return out
 
 
@@ -85,9 +71,11 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tens
     out = x.new_empty(segments, width)
     argmax = x.new_empty(segments if mode == "max" else 0, width, dtype=torch.int32)
     if out.numel() > 0:
-        chosen = view(argmax) if mode == "max" else None
-        pool_mode = core().PoolMode.__members__[mode]
-        _launch("segment_pool_fwd", x, view(x), view(cu_seqlens), pool_mode, view(out), chosen)
+        chosen, by = view(argmax) if mode == "max" else None, core().PoolMode.__members__[mode]
+        launch = (
+            core().launch_packing_segment_pool_fwd_cuda if x.is_cuda else core().launch_packing_segment_pool_fwd_cpu
+        )
+        launch(view(x), view(cu_seqlens), by, view(out), chosen, _stream_or_threads(x))
     return out, argmax
 
 
@@ -96,9 +84,10 @@ def segment_pool_bwd(grad_out: Tensor, cu_seqlens: Tensor, argmax: Tensor, rows:
     grad_out, cu_seqlens = _rows(grad_out), cu_seqlens.contiguous()
     grad_x = grad_out.new_empty(rows, grad_out.shape[1])
     if grad_x.numel() > 0:
-        chosen = view(argmax) if mode == "max" else None
-        pool_mode = core().PoolMode.__members__[mode]
-        _launch("segment_pool_bwd", grad_x, view(grad_out), view(cu_seqlens), chosen, pool_mode, view(grad_x))
+        chosen, by = view(argmax) if mode == "max" else None, core().PoolMode.__members__[mode]
+        on_gpu = grad_x.is_cuda
+        launch = core().launch_packing_segment_pool_bwd_cuda if on_gpu else core().launch_packing_segment_pool_bwd_cpu
+        launch(view(grad_out), view(cu_seqlens), chosen, by, view(grad_x), _stream_or_threads(grad_x))
     return grad_x
 
 
@@ -107,7 +96,9 @@ def weighted_pool(x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> Tensor:
     x, weights, cu_seqlens = _rows(x), weights.contiguous(), cu_seqlens.contiguous()
     out = x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
     if out.numel() > 0:
-        _launch("weighted_pool_fwd", x, view(x), view(weights), view(cu_seqlens), view(out))
+        on_gpu = x.is_cuda
+        launch = core().launch_packing_weighted_pool_fwd_cuda if on_gpu else core().launch_packing_weighted_pool_fwd_cpu
+        launch(*map(view, (x, weights, cu_seqlens, out)), _stream_or_threads(x))
     return out
 
 
@@ -117,53 +108,43 @@ def weighted_pool_bwd(grad_out: Tensor, x: Tensor, weights: Tensor, cu_seqlens: 
     grad_x, grad_weights = x.new_empty(x.shape), weights.new_empty(x.shape[0])
     if grad_x.numel() == 0:
         return grad_x, grad_weights.zero_()
-    tensors = (grad_out, x, weights, cu_seqlens, grad_x, grad_weights)
-    _launch("weighted_pool_bwd", x, *map(view, tensors))
+    on_gpu = x.is_cuda
+    launch = core().launch_packing_weighted_pool_bwd_cuda if on_gpu else core().launch_packing_weighted_pool_bwd_cpu
+    launch(*map(view, (grad_out, x, weights, cu_seqlens, grad_x, grad_weights)), _stream_or_threads(x))
     return grad_x, grad_weights
 
 
-def patchify(
-    x: Tensor, grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
-) -> Tensor:
+def patchify(x: Tensor, grid_thw: Tensor, size: PatchSize, inverse: bool) -> Tensor:
     """Pixels [P] -> tokens [T, C temporal patch^2], or back."""
-    x, row = x.contiguous(), channels * temporal * patch**2
-    out = x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // row, row)
+    x = x.contiguous()
+    out = x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // size.row, size.row)
     if out.numel() > 0:
-        grid, starts = reference.token_grid(grid_thw)
-        sizes = (channels, patch, temporal, merge)
-        _launch("patchify_fwd", x, view(x.view(-1)), view(grid), view(starts), *sizes, inverse, view(out.view(-1)))
+        grid, starts = token_grid(grid_thw)
+        launch = core().launch_packing_patchify_fwd_cuda if x.is_cuda else core().launch_packing_patchify_fwd_cpu
+        views = view(x.view(-1)), view(grid), view(starts)
+        launch(*views, *size, inverse, view(out.view(-1)), _stream_or_threads(x))
     return out
 
 
-def patchify_images(
-    images: list[Tensor], grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int
-) -> Tensor:
+def patchify_images(images: list[Tensor], grid_thw: Tensor, size: PatchSize) -> Tensor:
     """Images -> tokens [T, C temporal patch^2]; on a CPU read where they lie."""
-    if images[0].device.type != "cpu":
-        pixels = torch.cat([image.flatten() for image in images])
-        return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
+    if images[0].is_cuda:
+        return patchify(torch.cat([image.flatten() for image in images]), grid_thw, size, False)
     images = [image.contiguous() for image in images]
     addresses = torch.tensor([image.data_ptr() for image in images])
-    grid, starts = reference.token_grid(grid_thw)
-    row = channels * temporal * patch**2
-    out = images[0].new_empty(sum(image.numel() for image in images) // row, row)
-    sizes = (channels, patch, temporal, merge)
-    _launch("patchify_images_fwd", out, view(addresses), view(grid), view(starts), *sizes, view(out.view(-1)))
+    grid, starts = token_grid(grid_thw)
+    out = images[0].new_empty(sum(image.numel() for image in images) // size.row, size.row)
+    views = view(addresses), view(grid), view(starts)
+    core().launch_packing_patchify_images_fwd_cpu(*views, *size, view(out.view(-1)), _stream_or_threads(out))
     return out
 
 
-def mrope(
-    cu_seqlens: Tensor,
-    starts: Tensor,
-    extent: Tensor,
-    gained: Tensor,
-    time_step: Tensor | None,
-    total: int,
-) -> Tensor:
-    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64 -> [3, T] int64."""
-    assert time_step is None
+def mrope(cu_seqlens: Tensor, spans: Spans, total: int) -> Tensor:
+    """cu_seqlens [S+1] int64 -> [3, T] int64."""
+    assert spans.time_step is None
     out = cu_seqlens.new_empty(3, total)
     if total > 0:
-        inputs = (tensor.contiguous() for tensor in (cu_seqlens, starts, extent, gained))
-        _launch("mrope_fwd", out, *map(view, (*inputs, out)))
+        inputs = [tensor.contiguous() for tensor in (cu_seqlens, spans.starts, spans.extent, spans.gained)]
+        launch = core().launch_packing_mrope_fwd_cuda if out.is_cuda else core().launch_packing_mrope_fwd_cpu
+        launch(*map(view, (*inputs, out)), _stream_or_threads(out))
     return out

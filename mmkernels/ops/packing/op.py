@@ -1,4 +1,4 @@
-"""The packing ops: schema, fake, backward. Rows are 2-D here; api.py flattens trailing dimensions.
+"""The packing ops: arguments, shapes, derivatives. Rows are 2-D here; api.py flattens trailing dimensions.
 
 mmkernels::packing_gather_fwd         rows of up to four sources by index, -1 a row of zeros; backward is the scatter
 mmkernels::packing_scatter_fwd        rows added by index, -1 left out; backward is the gather
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.checks import readable
-from mmkernels.ops.packing._impls import check_cu_seqlens, check_index, impls
+from mmkernels.ops.packing import native, reference
+from mmkernels.ops.packing.checks import check_cu_seqlens, check_grid, check_images, check_index, check_splice
 from mmkernels.ops.packing.op_pool import MODES, segment_pool, segment_pool_bwd, weighted_pool, weighted_pool_bwd
-from mmkernels.runtime.legacy_register import Op
+from mmkernels.ops.packing.types import PatchSize, Sources, Spans
+from mmkernels.runtime.register import Context, Op, on_triton
 
 __all__ = [
-    "MAX_SOURCES",
     "MODES",
     "embed_splice",
     "gather",
@@ -40,227 +40,225 @@ __all__ = [
     "weighted_pool_bwd",
 ]
 
-MAX_SOURCES = 4
+
+def _gather_fake(sources: Sources, index: Tensor) -> Tensor:
+    return sources.first.new_empty(index.shape[0], sources.first.shape[1])
 
 
-def _total_rows(*sources: Tensor | None) -> int:
-    return sum(source.shape[0] for source in sources if source is not None)
+def _gather_check(sources: Sources, index: Tensor) -> None:
+    check_index("index", index, sum(source.shape[0] for source in sources.given()))
 
 
-def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *sources, index, ctx.backend = inputs
-    ctx.rows = [None if source is None else source.shape[0] for source in sources]
-    ctx.save_for_backward(index)
+def _gather_save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return inputs.index, tuple(None if source is None else source.shape[0] for source in inputs.sources)
 
 
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _gather_backward(ctx: Context, grad: Tensor) -> dict[str, Tensor]:
     """One scatter for all sources; each takes its rows of it."""
-    (index,) = ctx.saved_tensors
-    sizes = [rows for rows in ctx.rows if rows is not None]
-    parts = iter(scatter(grad, index, sum(sizes), ctx.backend).split(sizes))
-    return *(None if rows is None else next(parts) for rows in ctx.rows), None, None
+    index, rows = ctx.saved
+    sizes = {name: count for name, count in zip(Sources._fields, rows, strict=True) if count is not None}
+    every = scatter(grad, index, sum(sizes.values()), ctx.backend)
+    return dict(zip(sizes, every.split(list(sizes.values())), strict=True))
 
 
-def _gather_jvp(ctx: Any, *tangents: Any) -> Tensor:
+def _gather_jvp(ctx: Context, sources: Any, index: None) -> Tensor:
     """A source without a tangent has zeros, of as many rows."""
-    (index,), *sources = ctx.saved_tensors, *tangents[:MAX_SOURCES]
-    like = next(t for t in sources if t is not None)
-    rows = [
-        None if count is None else like.new_zeros(count, like.shape[1]) if source is None else source
-        for source, count in zip(sources, ctx.rows, strict=True)
+    index, rows = ctx.saved
+    like = next(tangent for tangent in sources if tangent is not None)
+    moved = [
+        like.new_zeros(count, like.shape[1]) if tangent is None and count is not None else tangent
+        for tangent, count in zip(sources, rows, strict=True)
     ]
-    return gather(*rows, index, ctx.backend)
+    return gather(Sources(*moved), index, ctx.backend)
 
 
 gather = Op(
     "packing_gather_fwd",
-    "(Tensor first, Tensor? second, Tensor? third, Tensor? fourth, Tensor index, str backend) -> Tensor",
-    impls=impls("gather", "fwd", lambda a, b, c, d, index: check_index("index", index, _total_rows(a, b, c, d))),
-    fake=lambda a, b, c, d, index, backend: a.new_empty(index.shape[0], a.shape[1]),
-    setup_context=_gather_context,
+    fake=_gather_fake,
+    impls={
+        "native": native.gather,
+        "triton": on_triton("mmkernels.ops.packing.triton_fwd", "gather"),
+        "reference": reference.gather,
+    },
+    check=_gather_check,
+    save=_gather_save,
     backward=_gather_backward,
     jvp=_gather_jvp,
 )
 
 
-def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, index, ctx.rows, ctx.backend = inputs
-    ctx.save_for_backward(index)
+def _scatter_fake(packed: Tensor, index: Tensor, rows: int) -> Tensor:
+    return packed.new_empty(rows, packed.shape[1])
 
 
-def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (index,) = ctx.saved_tensors
-    return gather(grad, None, None, None, index, ctx.backend), None, None, None
+def _scatter_check(packed: Tensor, index: Tensor, rows: int) -> None:
+    check_index("index", index, rows)
 
 
-def _scatter_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-    return scatter(tangent, *ctx.saved_tensors, ctx.rows, ctx.backend)
+def _scatter_save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return inputs.index, inputs.rows
+
+
+def _scatter_backward(ctx: Context, grad: Tensor) -> dict[str, Tensor]:
+    index, _ = ctx.saved
+    return {"packed": gather(Sources(grad), index, ctx.backend)}
+
+
+def _scatter_jvp(ctx: Context, packed: Tensor, index: None, rows: None) -> Tensor:
+    return scatter(packed, *ctx.saved, ctx.backend)
 
 
 scatter = Op(
     "packing_scatter_fwd",
-    "(Tensor packed, Tensor index, SymInt rows, str backend) -> Tensor",
-    impls=impls("scatter", "bwd", lambda packed, index, rows: check_index("index", index, rows)),
-    fake=lambda packed, index, rows, backend: packed.new_empty(rows, packed.shape[1]),
-    setup_context=_scatter_context,
+    fake=_scatter_fake,
+    impls={
+        "native": native.scatter,
+        "triton": on_triton("mmkernels.ops.packing.triton_bwd", "scatter"),
+        "reference": reference.scatter,
+    },
+    check=_scatter_check,
+    save=_scatter_save,
     backward=_scatter_backward,
     jvp=_scatter_jvp,
 )
 
 
-def _check_splice(table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor) -> None:
-    """Bounds, and no token named twice. Ids of tokens that features replace may be anything."""
-    tokens, vocabulary = token_ids.shape[0], table.shape[0]
-    check_index("dst_index", dst_index, tokens)
-    if not readable(dst_index):
-        return
-    named = torch.bincount(dst_index[dst_index >= 0], minlength=tokens)
-    if named.numel() and int(named.max()) > 1:
-        at = int(named.argmax())
-        positions = (dst_index == at).nonzero()[:2, 0].tolist()
-        raise ValueError(
-            f"dst_index: expected each token once, got {at} at positions {positions[0]} and {positions[1]}"
-        )
-    wrong = ((token_ids < 0) | (token_ids >= vocabulary)) & (named == 0)
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"token_ids: expected each in [0, {vocabulary}) where no feature goes, got {int(token_ids[at])} at "
-            f"position {at}"
-        )
-
-
-def _splice_fake(table: Tensor, features: Any, token_ids: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _splice_fake(
+    table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor, padding_idx: int | None
+) -> tuple[Tensor, Tensor]:
     return table.new_empty(token_ids.shape[0], table.shape[1]), torch.empty_like(token_ids)
 
 
-def _splice_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    table, _, _, dst_index, ctx.padding_idx, ctx.backend = inputs
-    ctx.vocabulary, ctx.tokens = table.shape[0], output[1].shape[0]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], dst_index)
+def _splice_by(gather: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """out [T, E], and the row [T] of table and features that each token is; `padding_idx` is for the gradient alone."""
+
+    def embed_splice(
+        table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor, padding_idx: int | None
+    ) -> tuple[Tensor, Tensor]:
+        index = reference.splice_index(token_ids, dst_index, table.shape[0])
+        return gather(Sources(table, features), index), index
+
+    return embed_splice
 
 
-def _splice_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _splice_check(
+    table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor, padding_idx: int | None
+) -> None:
+    check_splice(table.shape[0], token_ids, dst_index)
+
+
+def _splice_save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return outputs[1], inputs.dst_index, inputs.table.shape[0], inputs.padding_idx
+
+
+def _splice_backward(ctx: Context, grad: Tensor) -> dict[str, Tensor]:
     """A frozen table, or frozen features, cost nothing."""
-    index, dst_index = ctx.saved_tensors
-    grad_table = grad_features = None
-    if ctx.needs_input_grad[0]:
-        kept = index < ctx.vocabulary
-        if ctx.padding_idx is not None:
-            kept = kept & (index != ctx.padding_idx)
-        grad_table = scatter(grad, torch.where(kept, index, -1), ctx.vocabulary, ctx.backend)
-    if ctx.needs_input_grad[1]:
-        if ctx.tokens:
+    index, dst_index, vocabulary, padding_idx = ctx.saved
+    grads = {}
+    if "table" in ctx.needs:
+        kept = index < vocabulary
+        if padding_idx is not None:
+            kept = kept & (index != padding_idx)
+        grads["table"] = scatter(grad, torch.where(kept, index, -1), vocabulary, ctx.backend)
+    if "features" in ctx.needs:
+        if index.shape[0]:
             # A feature that another one displaced (which only an unchecked index can do) gets no gradient.
-            row = torch.arange(ctx.vocabulary, ctx.vocabulary + dst_index.shape[0], device=index.device)
+            row = torch.arange(vocabulary, vocabulary + dst_index.shape[0], device=index.device)
             dst_index = torch.where(index[dst_index.clamp(min=0)] == row, dst_index, -1)
-        grad_features = gather(grad, None, None, None, dst_index, ctx.backend)
-    return grad_table, grad_features, None, None, None, None
+        grads["features"] = gather(Sources(grad), dst_index, ctx.backend)
+    return grads
 
 
-def _splice_jvp(ctx: Any, table: Any, features: Any, *_: Any) -> tuple[Tensor, None]:
+def _splice_jvp(ctx: Context, table: Any, features: Any, *_: None) -> Tensor:
     """As the gradient: the padding row is constant."""
-    index, dst_index = ctx.saved_tensors
+    index, dst_index, vocabulary, padding_idx = ctx.saved
     like = features if table is None else table
-    table = like.new_zeros(ctx.vocabulary, like.shape[1]) if table is None else table
+    table = like.new_zeros(vocabulary, like.shape[1]) if table is None else table
     features = like.new_zeros(dst_index.shape[0], like.shape[1]) if features is None else features
-    if ctx.padding_idx is not None:
-        index = torch.where(index == ctx.padding_idx, -1, index)
-    return gather(table, features, None, None, index, ctx.backend), None
-
-
-def _forward_only(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Without padding_idx, which concerns the gradient alone."""
-    return lambda *args: run(*args[:-1])
+    if padding_idx is not None:
+        index = torch.where(index == padding_idx, -1, index)
+    return gather(Sources(table, features), index, ctx.backend)
 
 
 embed_splice = Op(
     "packing_embed_splice_fwd",
-    "(Tensor table, Tensor features, Tensor token_ids, Tensor dst_index, int? padding_idx, str backend)"
-    " -> (Tensor, Tensor)",
-    impls={name: _forward_only(run) for name, run in impls("embed_splice", "fwd", _check_splice).items()},
     fake=_splice_fake,
-    setup_context=_splice_context,
+    impls={backend: _splice_by(run) for backend, run in gather.impls.items()},
+    check=_splice_check,
+    save=_splice_save,
     backward=_splice_backward,
     jvp=_splice_jvp,
+    constant_outputs=1,
 )
 
 
-def _check_grid(elements: int, grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int) -> None:
-    if not readable(grid_thw):
-        return
-    wrong = (grid_thw < 1).any(1) | (grid_thw[:, 1:] % merge != 0).any(1)
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        expected = f"t, h and w >= 1, h and w multiples of merge_size {merge}"
-        raise ValueError(f"grid_thw[{at}]: expected {expected}, got {grid_thw[at].tolist()}")
-    total = int(grid_thw.prod(1).sum()) * channels * temporal * patch**2
-    if total != elements:
-        raise ValueError(f"grid_thw: expected grids of {elements} elements in all, got {total}")
+def _patchify_fake(x: Tensor, grid_thw: Tensor, size: PatchSize, inverse: bool) -> Tensor:
+    return x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // size.row, size.row)
 
 
-def _patchify_fake(
-    x: Tensor, grid_thw: Any, channels: int, patch: int, temporal: int, merge: int, inverse: bool, backend: str
-) -> Tensor:
-    if inverse:
-        return x.new_empty(x.numel())
-    row = channels * temporal * patch**2
-    return x.new_empty(x.numel() // row, row)
+def _patchify_check(x: Tensor, grid_thw: Tensor, size: PatchSize, inverse: bool) -> None:
+    check_grid(x.numel(), grid_thw, size)
 
 
-def _patchify_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, grid_thw, *ctx.sizes, ctx.inverse, ctx.backend = inputs
-    ctx.save_for_backward(grid_thw)
+def _patchify_save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return inputs.grid_thw, inputs.size, inputs.inverse
 
 
-def _patchify_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return patchify(grad, *ctx.saved_tensors, *ctx.sizes, not ctx.inverse, ctx.backend), *[None] * 7
+def _patchify_backward(ctx: Context, grad: Tensor) -> dict[str, Tensor]:
+    grid_thw, size, inverse = ctx.saved
+    return {"x": patchify(grad, grid_thw, size, not inverse, ctx.backend)}
 
 
-def _patchify_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-    return patchify(tangent, *ctx.saved_tensors, *ctx.sizes, ctx.inverse, ctx.backend)
+def _patchify_jvp(ctx: Context, x: Tensor, *_: Any) -> Tensor:
+    return patchify(x, *ctx.saved, ctx.backend)
 
 
 patchify = Op(
     "packing_patchify_fwd",
-    "(Tensor x, Tensor grid_thw, int channels, int patch, int temporal, int merge, bool inverse, str backend)"
-    " -> Tensor",
-    impls=impls("patchify", "fwd", lambda x, *sizes: _check_grid(x.numel(), *sizes[:-1])),
     fake=_patchify_fake,
-    setup_context=_patchify_context,
+    impls={
+        "native": native.patchify,
+        "triton": on_triton("mmkernels.ops.packing.triton_fwd", "patchify"),
+        "reference": reference.patchify,
+    },
+    check=_patchify_check,
+    save=_patchify_save,
     backward=_patchify_backward,
     jvp=_patchify_jvp,
 )
 
 
-def _images_fake(images: list[Tensor], grid_thw: Any, channels: int, patch: int, temporal: int, *_: Any) -> Any:
-    row = channels * temporal * patch**2
-    return images[0].new_empty(sum(image.numel() for image in images) // row, row)
-
-
-def _check_images(images: list[Tensor], grid_thw: Tensor, *sizes: int) -> None:
-    elements = [image.numel() for image in images]
-    _check_grid(sum(elements), grid_thw, *sizes)
-    channels, patch, temporal, _ = sizes
-    if readable(grid_thw) and (grid_thw.prod(1) * channels * temporal * patch**2).tolist() != elements:
-        raise ValueError(
-            f"grid_thw: expected one for each of {len(images)} images, of its size, got {grid_thw.tolist()}"
-        )
+def _images_fake(images: list[Tensor], grid_thw: Tensor, size: PatchSize) -> Tensor:
+    return images[0].new_empty(sum(image.numel() for image in images) // size.row, size.row)
 
 
 patchify_images = Op(
     "packing_patchify_images_fwd",
-    "(Tensor[] images, Tensor grid_thw, int channels, int patch, int temporal, int merge, str backend) -> Tensor",
-    impls=impls("patchify_images", "fwd", _check_images),
     fake=_images_fake,
+    impls={
+        "native": native.patchify_images,
+        "triton": on_triton("mmkernels.ops.packing.triton_fwd", "patchify_images"),
+        "reference": reference.patchify_images,
+    },
+    check=check_images,
 )
+
+
+def _mrope_fake(cu_seqlens: Tensor, spans: Spans, total: int) -> Tensor:
+    return cu_seqlens.new_empty(3, total)
+
+
+def _mrope_check(cu_seqlens: Tensor, spans: Spans, total: int) -> None:
+    check_cu_seqlens(cu_seqlens, total)
 
 
 mrope = Op(
     "packing_mrope_fwd",
-    "(Tensor cu_seqlens, Tensor starts, Tensor extent, Tensor gained, Tensor? time_step, SymInt total, str backend)"
-    " -> Tensor",
-    impls=impls("mrope", "fwd", lambda cu_seqlens, *rest: check_cu_seqlens(cu_seqlens, rest[-1])),
-    fake=lambda cu_seqlens, starts, extent, gained, time_step, total, backend: cu_seqlens.new_empty(3, total),
+    fake=_mrope_fake,
+    impls={
+        "native": native.mrope,
+        "triton": on_triton("mmkernels.ops.packing.triton_fwd", "mrope"),
+        "reference": reference.mrope,
+    },
+    check=_mrope_check,
 )

@@ -1,4 +1,4 @@
-"""The pooling ops: schema, fake, backward.
+"""The pooling ops: arguments, shapes, derivatives.
 
 mmkernels::packing_segment_pool_fwd   one row per segment: sum, mean, max (and its winners) or first
 mmkernels::packing_segment_pool_bwd
@@ -15,144 +15,168 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.packing._impls import check_cu_seqlens, impls
-from mmkernels.runtime.legacy_register import Op
+from mmkernels.ops.packing import native, reference
+from mmkernels.ops.packing.checks import check_cu_seqlens
+from mmkernels.runtime.register import Context, Op, on_triton
 
 __all__ = ["MODES", "segment_pool", "segment_pool_bwd", "weighted_pool", "weighted_pool_bwd"]
 
 MODES = ("sum", "mean", "max", "first")
 
 
-def _unchecked(*args: Any) -> None:
-    """The forward has checked them."""
-
-
-def _pool_like(ctx: Any, rows: Tensor) -> Tensor:
+def _pool_like(rows: Tensor, cu_seqlens: Tensor, argmax: Tensor, mode: str, backend: str) -> Tensor:
     """Pool rows as others were pooled: for "max", the rows that won there, which are -1 in an empty segment."""
-    cu_seqlens, argmax = ctx.saved_tensors
-    if ctx.mode != "max":
-        return segment_pool(rows, cu_seqlens, ctx.mode, ctx.backend)[0]
+    if mode != "max":
+        pooled: Tensor = segment_pool(rows, cu_seqlens, mode, backend)[0]
+        return pooled
     if rows.shape[0] == 0:
         return rows.new_zeros(argmax.shape)
     won = rows.gather(0, argmax.long().clamp(min=0))
     return torch.where(argmax < 0, torch.zeros_like(won), won)
 
 
-def _pool_bwd_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cu_seqlens, argmax, ctx.rows, ctx.mode, ctx.backend = inputs
-    ctx.save_for_backward(cu_seqlens, argmax)
+def _pool_bwd_fake(grad_out: Tensor, cu_seqlens: Tensor, argmax: Tensor, rows: int, mode: str) -> Tensor:
+    return grad_out.new_empty(rows, grad_out.shape[1])
 
 
-def _pool_bwd_backward(ctx: Any, tangent: Tensor) -> tuple[Any, ...]:
-    return _pool_like(ctx, tangent), *(None,) * 5
+def _pool_bwd_save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return tuple(inputs[1:])
 
 
-def _pool_bwd_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-    return segment_pool_bwd(tangent, *ctx.saved_tensors, ctx.rows, ctx.mode, ctx.backend)
+def _pool_bwd_backward(ctx: Context, grad: Tensor) -> dict[str, Tensor]:
+    cu_seqlens, argmax, _, mode = ctx.saved
+    return {"grad_out": _pool_like(grad, cu_seqlens, argmax, mode, ctx.backend)}
+
+
+def _pool_bwd_jvp(ctx: Context, grad_out: Tensor, *_: None) -> Tensor:
+    return segment_pool_bwd(grad_out, *ctx.saved, ctx.backend)
 
 
 segment_pool_bwd = Op(
     "packing_segment_pool_bwd",
-    "(Tensor grad_out, Tensor cu_seqlens, Tensor argmax, SymInt rows, str mode, str backend) -> Tensor",
-    impls=impls("segment_pool_bwd", "bwd", _unchecked),
-    fake=lambda grad_out, cu_seqlens, argmax, rows, mode, backend: grad_out.new_empty(rows, grad_out.shape[1]),
-    setup_context=_pool_bwd_context,
+    fake=_pool_bwd_fake,
+    impls={
+        "native": native.segment_pool_bwd,
+        "triton": on_triton("mmkernels.ops.packing.triton_bwd", "segment_pool_bwd"),
+        "reference": reference.segment_pool_bwd,
+    },
+    save=_pool_bwd_save,
     backward=_pool_bwd_backward,
     jvp=_pool_bwd_jvp,
 )
 
 
-def _pool_fake(x: Tensor, cu_seqlens: Tensor, mode: str, backend: str) -> tuple[Tensor, Tensor]:
+def _pool_fake(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     segments, width = cu_seqlens.shape[0] - 1, x.shape[1]
     return x.new_empty(segments, width), x.new_empty(segments if mode == "max" else 0, width, dtype=torch.int32)
 
 
-def _pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, cu_seqlens, ctx.mode, ctx.backend = inputs
-    ctx.rows = x.shape[0]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(cu_seqlens, output[1])
+def _pool_check(x: Tensor, cu_seqlens: Tensor, mode: str) -> None:
+    check_cu_seqlens(cu_seqlens, x.shape[0])
 
 
-def _pool_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
-    cu_seqlens, argmax = ctx.saved_tensors
-    return segment_pool_bwd(grad_out, cu_seqlens, argmax, ctx.rows, ctx.mode, ctx.backend), None, None, None
+def _pool_save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return inputs.cu_seqlens, outputs[1], inputs.x.shape[0], inputs.mode
 
 
-def _pool_jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
-    return _pool_like(ctx, tangent), None
+def _pool_backward(ctx: Context, grad_out: Tensor) -> dict[str, Tensor]:
+    return {"x": segment_pool_bwd(grad_out, *ctx.saved, ctx.backend)}
+
+
+def _pool_jvp(ctx: Context, x: Tensor, *_: None) -> Tensor:
+    cu_seqlens, argmax, _, mode = ctx.saved
+    return _pool_like(x, cu_seqlens, argmax, mode, ctx.backend)
 
 
 segment_pool = Op(
     "packing_segment_pool_fwd",
-    "(Tensor x, Tensor cu_seqlens, str mode, str backend) -> (Tensor, Tensor)",
-    impls=impls("segment_pool", "fwd", lambda x, cu_seqlens, mode: check_cu_seqlens(cu_seqlens, x.shape[0])),
     fake=_pool_fake,
-    setup_context=_pool_context,
+    impls={
+        "native": native.segment_pool,
+        "triton": on_triton("mmkernels.ops.packing.triton_fwd", "segment_pool"),
+        "reference": reference.segment_pool,
+    },
+    check=_pool_check,
+    save=_pool_save,
     backward=_pool_backward,
     jvp=_pool_jvp,
+    constant_outputs=1,
 )
 
 
-def _weighted_bwd_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+def _saved_inputs(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(inputs)
 
 
-def _weighted_bwd_backward(ctx: Any, of_rows: Tensor, of_weights: Tensor) -> tuple[Any, ...]:
-    grad_out, x, weights, cu_seqlens = ctx.saved_tensors
+def _or_zeros(moved: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if moved is None else moved
+
+
+def _weighted_bwd_fake(grad_out: Tensor, x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weights.new_empty(x.shape[0])
+
+
+def _weighted_bwd_backward(ctx: Context, of_rows: Tensor | None, of_weights: Tensor | None) -> dict[str, Tensor]:
+    grad_out, x, weights, cu_seqlens = ctx.saved
     rest = cu_seqlens, ctx.backend
+    of_rows, of_weights = _or_zeros(of_rows, x), _or_zeros(of_weights, weights)
     grad = weighted_pool(of_rows, weights, *rest) + weighted_pool(x, of_weights, *rest)
-    return grad, *weighted_pool_bwd(grad_out, of_rows, of_weights, *rest), None, None
+    grad_x, grad_weights = weighted_pool_bwd(grad_out, of_rows, of_weights, *rest)
+    return {"grad_out": grad, "x": grad_x, "weights": grad_weights}
 
 
-def _weighted_bwd_jvp(ctx: Any, of_grad: Any, of_rows: Any, of_weights: Any, *_: Any) -> tuple[Tensor, ...]:
-    grad_out, x, weights, cu_seqlens = ctx.saved_tensors
+def _weighted_bwd_jvp(ctx: Context, of_grad: Any, of_rows: Any, of_weights: Any, _: None) -> tuple[Tensor, ...]:
+    grad_out, x, weights, cu_seqlens = ctx.saved
     rest = cu_seqlens, ctx.backend
-    of_rows, of_weights = _zeros_if_none(of_rows, x), _zeros_if_none(of_weights, weights)
-    moved = weighted_pool_bwd(grad_out, of_rows, of_weights, *rest)
-    linear = weighted_pool_bwd(_zeros_if_none(of_grad, grad_out), x, weights, *rest)
+    moved = weighted_pool_bwd(grad_out, _or_zeros(of_rows, x), _or_zeros(of_weights, weights), *rest)
+    linear = weighted_pool_bwd(_or_zeros(of_grad, grad_out), x, weights, *rest)
     return linear[0] + moved[0], linear[1] + moved[1]
-
-
-def _zeros_if_none(tangent: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if tangent is None else tangent
 
 
 weighted_pool_bwd = Op(
     "packing_weighted_pool_bwd",
-    "(Tensor grad_out, Tensor x, Tensor weights, Tensor cu_seqlens, str backend) -> (Tensor, Tensor)",
-    impls=impls("weighted_pool_bwd", "bwd", _unchecked),
-    fake=lambda grad_out, x, weights, cu_seqlens, backend: (x.new_empty(x.shape), weights.new_empty(x.shape[0])),
-    setup_context=_weighted_bwd_context,
+    fake=_weighted_bwd_fake,
+    impls={
+        "native": native.weighted_pool_bwd,
+        "triton": on_triton("mmkernels.ops.packing.triton_bwd", "weighted_pool_bwd"),
+        "reference": reference.weighted_pool_bwd,
+    },
+    save=_saved_inputs,
     backward=_weighted_bwd_backward,
     jvp=_weighted_bwd_jvp,
 )
 
 
-def _weighted_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weights, cu_seqlens, ctx.backend = inputs
-    ctx.save_for_backward(x, weights, cu_seqlens)
+def _weighted_fake(x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
 
 
-def _weighted_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    return *weighted_pool_bwd(grad_out, *ctx.saved_tensors, ctx.backend), None, None
+def _weighted_check(x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> None:
+    check_cu_seqlens(cu_seqlens, x.shape[0])
 
 
-def _weighted_jvp(ctx: Any, of_rows: Any, of_weights: Any, *_: Any) -> Tensor:
-    x, weights, cu_seqlens = ctx.saved_tensors
+def _weighted_backward(ctx: Context, grad_out: Tensor) -> dict[str, Tensor]:
+    grad_x, grad_weights = weighted_pool_bwd(grad_out, *ctx.saved, ctx.backend)
+    return {"x": grad_x, "weights": grad_weights}
+
+
+def _weighted_jvp(ctx: Context, of_rows: Any, of_weights: Any, _: None) -> Tensor:
+    x, weights, cu_seqlens = ctx.saved
     rest = cu_seqlens, ctx.backend
-    return weighted_pool(_zeros_if_none(of_rows, x), weights, *rest) + weighted_pool(
-        x, _zeros_if_none(of_weights, weights), *rest
-    )
+    by_rows: Tensor = weighted_pool(_or_zeros(of_rows, x), weights, *rest)
+    return by_rows + weighted_pool(x, _or_zeros(of_weights, weights), *rest)
 
 
 weighted_pool = Op(
     "packing_weighted_pool_fwd",
-    "(Tensor x, Tensor weights, Tensor cu_seqlens, str backend) -> Tensor",
-    impls=impls("weighted_pool", "fwd", lambda x, weights, cu_seqlens: check_cu_seqlens(cu_seqlens, x.shape[0])),
-    fake=lambda x, weights, cu_seqlens, backend: x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1]),
-    setup_context=_weighted_context,
+    fake=_weighted_fake,
+    impls={
+        "native": native.weighted_pool,
+        "triton": on_triton("mmkernels.ops.packing.triton_fwd", "weighted_pool"),
+        "reference": reference.weighted_pool,
+    },
+    check=_weighted_check,
+    save=_saved_inputs,
     backward=_weighted_backward,
     jvp=_weighted_jvp,
 )

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops.packing.types import PatchSize, Sources, Spans
+
 __all__ = [
-    "embed_splice",
     "gather",
     "group_by_row",
     "mrope",
@@ -26,16 +27,9 @@ __all__ = [
 ]
 
 
-def gather(
-    first: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    fourth: Tensor | None,
-    index: Tensor,
-) -> Tensor:
+def gather(sources: Sources, index: Tensor) -> Tensor:
     """Sources [R_i, E], index [T] int64 -> [T, E]: row `index[t]` of the sources end to end, or zeros for -1."""
-    given = [source for source in (first, second, third, fourth) if source is not None]
-    with_zero_row = torch.cat([*given, first.new_zeros(1, first.shape[1])])  # [R + 1, E]
+    with_zero_row = torch.cat([*sources.given(), sources.first.new_zeros(1, sources.first.shape[1])])  # [R + 1, E]
     return with_zero_row.index_select(0, torch.where(index < 0, with_zero_row.shape[0] - 1, index))
 
 
@@ -49,12 +43,6 @@ def splice_index(token_ids: Tensor, dst_index: Tensor, vocabulary: int) -> Tenso
     taken = token_ids.new_full((tokens + 1,), -1)
     taken = taken.scatter_reduce(0, torch.where(dst_index < 0, tokens, dst_index), row, "amax")[:tokens]
     return torch.where(taken < 0, token_ids, taken)
-
-
-def embed_splice(table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor) -> tuple[Tensor, Tensor]:
-    """table [V, E], features [F, E], token_ids [T], dst_index [F] -> (out [T, E], the rows [T] of `splice_index`)."""
-    index = splice_index(token_ids, dst_index, table.shape[0])
-    return gather(table, features, None, None, index), index
 
 
 def scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -83,7 +71,7 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tens
     begin, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
     no_argmax = x.new_empty(0, width, dtype=torch.int32)
     if mode == "first":
-        return gather(x, None, None, None, torch.where(lengths > 0, begin, -1)), no_argmax
+        return gather(Sources(x), torch.where(lengths > 0, begin, -1)), no_argmax
     segment = segment_of_row(cu_seqlens, rows)
     if mode in ("sum", "mean"):
         out = x.new_zeros(segments + 1, width, dtype=torch.float64).index_add_(0, segment, x.double())
@@ -139,20 +127,17 @@ def weighted_pool_bwd(grad_out: Tensor, x: Tensor, weights: Tensor, cu_seqlens: 
     return grad_x.to(x.dtype), grad_weights.to(weights.dtype)
 
 
-def patchify(
-    x: Tensor, grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
-) -> Tensor:
+def patchify(x: Tensor, grid_thw: Tensor, size: PatchSize, inverse: bool) -> Tensor:
     """Pixels [P], image after image, each [t temporal, C, h patch, w patch] -> tokens [T, C temporal patch^2], or back.
 
     Tokens go by t, then by blocks of merge x merge patches, then inside the block; a token is [C, temporal, patch,
     patch].
     """
-    row = channels * temporal * patch**2
+    channels, patch, temporal, merge = size
     parts, begin = [], 0
     for t, h, w in grid_thw.tolist():
-        size = t * h * w * row
-        part = x.reshape(-1)[begin : begin + size]
-        begin += size
+        end = begin + t * h * w * size.row
+        part, begin = x.reshape(-1)[begin:end], end
         if inverse:
             blocks = part.view(t, h // merge, w // merge, merge, merge, channels, temporal, patch, patch)
             parts.append(blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(-1))
@@ -160,30 +145,21 @@ def patchify(
             image = part.view(t, temporal, channels, h // merge, merge, patch, w // merge, merge, patch)
             parts.append(image.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1))
     flat = torch.cat(parts) if parts else x.reshape(-1)[:0]
-    return flat if inverse else flat.view(-1, row)
+    return flat if inverse else flat.view(-1, size.row)
 
 
-def patchify_images(
-    images: list[Tensor], grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int
-) -> Tensor:
+def patchify_images(images: list[Tensor], grid_thw: Tensor, size: PatchSize) -> Tensor:
     """Images -> tokens [T, C temporal patch^2]."""
     pixels = torch.cat([image.flatten() for image in images])
-    return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
+    return patchify(pixels, grid_thw, size, False)
 
 
-def mrope(
-    cu_seqlens: Tensor,
-    starts: Tensor,
-    extent: Tensor,
-    gained: Tensor,
-    time_step: Tensor | None,
-    total: int,
-) -> Tensor:
-    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64, time_step [2, N] or None -> [3, T] int64.
+def mrope(cu_seqlens: Tensor, spans: Spans, total: int) -> Tensor:
+    """cu_seqlens [S+1] int64 -> [3, T] int64.
 
-    A span of n tokens advances the position by less or more than n; `gained` adds the differences up. `time_step` has
-    two factors for each span, whose product is the positions between two of its steps.
+    A span of n tokens advances the position by less or more than n; `gained` adds the differences up.
     """
+    starts, extent, gained, time_step = spans
     at = torch.arange(total, device=cu_seqlens.device)
     # The segment's first token: of several boundaries at one place the last counts.
     begin = cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]

@@ -10,19 +10,14 @@ weighted_pool_bwd a program owns whole rows of x: it scales the segment's gradie
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.packing.reference import group_by_row, segment_of_row
-from mmkernels.ops.packing.triton_fwd import on_device, row_tile, with_columns
+from mmkernels.ops.packing.triton_fwd import row_tile, with_columns
 from mmkernels.ops.triton_common import cast
-
-if TYPE_CHECKING:
-    from mmkernels.testing.aot import TritonCase
 
 # A tile of rows takes as many steps as its most wanted row, so tiles have few rows.
 _SCATTER_ROWS = 4
@@ -185,13 +180,12 @@ def scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
     chunks, stride = index.shape[0] // _CHUNK, packed.stride(0)
     sums = packed.new_empty(chunks, width, dtype=torch.float32)
     block_e, chunk_e = row_tile(width)[1], row_tile(width, most_features=128)[1]
-    with on_device(packed):
-        if chunks > 0:
-            grid = (chunks, triton.cdiv(width, chunk_e))
-            _scatter_chunks_kernel[grid](packed, index, order, sums, width, stride, CHUNK=_CHUNK, BLOCK_E=chunk_e)
-        grid = (triton.cdiv(rows, _SCATTER_ROWS), triton.cdiv(width, block_e))
-        tile = {"CHUNK": _CHUNK, "BLOCK_R": _SCATTER_ROWS, "BLOCK_E": block_e}
-        _scatter_fwd_kernel[grid](packed, order, starts, sums, out, rows, width, stride, **tile)
+    if chunks > 0:
+        grid = (chunks, triton.cdiv(width, chunk_e))
+        _scatter_chunks_kernel[grid](packed, index, order, sums, width, stride, CHUNK=_CHUNK, BLOCK_E=chunk_e)
+    grid = (triton.cdiv(rows, _SCATTER_ROWS), triton.cdiv(width, block_e))
+    tile = {"CHUNK": _CHUNK, "BLOCK_R": _SCATTER_ROWS, "BLOCK_E": block_e}
+    _scatter_fwd_kernel[grid](packed, order, starts, sums, out, rows, width, stride, **tile)
     return out
 
 
@@ -205,21 +199,20 @@ def segment_pool_bwd(grad_out: Tensor, cu_seqlens: Tensor, argmax: Tensor, rows:
     segment = segment_of_row(cu_seqlens, rows)
     block_t, block_e = row_tile(width)
     grid = (triton.cdiv(rows, block_t), triton.cdiv(width, block_e))
-    with on_device(grad_out):
-        _segment_pool_bwd_kernel[grid](
-            grad_out,
-            cu_seqlens,
-            segment,
-            argmax,
-            grad_x,
-            rows,
-            segments,
-            width,
-            grad_out.stride(0),
-            MODE=mode,
-            BLOCK_T=block_t,
-            BLOCK_E=block_e,
-        )
+    _segment_pool_bwd_kernel[grid](
+        grad_out,
+        cu_seqlens,
+        segment,
+        argmax,
+        grad_x,
+        rows,
+        segments,
+        width,
+        grad_out.stride(0),
+        MODE=mode,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+    )
     return grad_x
 
 
@@ -232,51 +225,19 @@ def weighted_pool_bwd(grad_out: Tensor, x: Tensor, weights: Tensor, cu_seqlens: 
         return grad_x, grad_weights.zero_()
     segment = segment_of_row(cu_seqlens, rows)
     block_t, block_e = row_tile(width)
-    with on_device(x):
-        _weighted_pool_bwd_kernel[(triton.cdiv(rows, block_t),)](
-            grad_out,
-            x,
-            weights,
-            segment,
-            grad_x,
-            grad_weights,
-            rows,
-            grad_out.shape[0],
-            width,
-            grad_out.stride(0),
-            x.stride(0),
-            BLOCK_T=block_t,
-            BLOCK_E=block_e,
-        )
+    _weighted_pool_bwd_kernel[(triton.cdiv(rows, block_t),)](
+        grad_out,
+        x,
+        weights,
+        segment,
+        grad_x,
+        grad_weights,
+        rows,
+        grad_out.shape[0],
+        width,
+        grad_out.stride(0),
+        x.stride(0),
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+    )
     return grad_x, grad_weights
-
-
-def aot_cases() -> list[TritonCase]:
-    """Every kernel as it is launched for rows of 1024 features; fp16 differs from bf16 in conversions only."""
-    from mmkernels.testing.aot import TritonCase
-
-    cases = []
-    tile: dict[str, object]
-    block_t, block_e = row_tile(1024)
-    for dtype in ("bf16", "fp32"):
-        pointers = {"packed_ptr": f"*{dtype}", "order_ptr": "*i64", "sums_ptr": "*fp32"}
-        sizes = {"width": "i32:16", "packed_stride": "i32:16"}
-        tile = {"CHUNK": _CHUNK, "BLOCK_E": row_tile(1024, most_features=128)[1]}
-        signature = pointers | sizes | {"index_ptr": "*i64"}
-        cases.append(TritonCase(f"scatter_chunks[{dtype}]", _scatter_chunks_kernel, signature, tile))
-        signature = pointers | sizes | {"starts_ptr": "*i64", "out_ptr": f"*{dtype}", "rows": "i32"}
-        tile = {"CHUNK": _CHUNK, "BLOCK_R": _SCATTER_ROWS, "BLOCK_E": block_e}
-        cases.append(TritonCase(f"scatter_fwd[{dtype}]", _scatter_fwd_kernel, signature, tile))
-        pointers = {"grad_out_ptr": f"*{dtype}", "grad_x_ptr": f"*{dtype}", "cu_seqlens_ptr": "*i32"}
-        pointers |= {"segment_ptr": "*i64", "argmax_ptr": "*i32"}
-        sizes = {"tokens": "i32", "segments": "i32", "width": "i32:16", "grad_stride": "i32:16"}
-        for mode in ("sum", "mean", "max", "first"):
-            tile = {"MODE": mode, "BLOCK_T": block_t, "BLOCK_E": block_e}
-            name = f"segment_pool_bwd[{dtype}-{mode}]"
-            cases.append(TritonCase(name, _segment_pool_bwd_kernel, pointers | sizes, tile))
-        pointers = {"grad_out_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "grad_x_ptr": f"*{dtype}"}
-        pointers |= {"weights_ptr": "*fp32", "grad_weights_ptr": "*fp32", "segment_ptr": "*i64"}
-        sizes = {"tokens": "i32", "segments": "i32", "width": "i32:16", "grad_stride": "i32:16", "x_stride": "i32:16"}
-        tile = {"BLOCK_T": block_t, "BLOCK_E": block_e}
-        cases.append(TritonCase(f"weighted_pool_bwd[{dtype}]", _weighted_pool_bwd_kernel, pointers | sizes, tile))
-    return cases

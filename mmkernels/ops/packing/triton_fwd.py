@@ -10,18 +10,15 @@ mrope         a program owns a block of tokens and finds each one's segment and 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.packing.reference import splice_index, token_grid
+from mmkernels.ops.packing.reference import token_grid
+from mmkernels.ops.packing.types import PatchSize, Sources, Spans
 from mmkernels.ops.triton_common import cast
-
-if TYPE_CHECKING:
-    from mmkernels.testing.aot import TritonCase
 
 # Elements of a tile: 32 per thread with four warps.
 _TILE = 4096
@@ -242,47 +239,29 @@ def row_tile(width: int, most_features: int = 512) -> tuple[int, int]:
     return max(1, min(128, _TILE // features)), features
 
 
-def on_device(x: Tensor) -> torch.cuda.device:
-    """Makes x's GPU the current one for a launch; does nothing for the interpreter's CPU tensors."""
-    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
-
-
 def with_columns(x: Tensor) -> Tensor:
     """x [R, E] with contiguous columns and any row stride; copied when its columns are not."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def gather(
-    first: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    fourth: Tensor | None,
-    index: Tensor,
-) -> Tensor:
+def gather(sources: Sources, index: Tensor) -> Tensor:
     """Sources [R_i, E], index [T] int64 -> [T, E]."""
     index = index.contiguous()
-    given = [with_columns(source) for source in (first, second, third, fourth) if source is not None]
-    tokens, width = index.shape[0], first.shape[1]
+    given = [with_columns(source) for source in sources.given()]
+    first, tokens, width = given[0], index.shape[0], given[0].shape[1]
     out = first.new_empty(tokens, width)
     if out.numel() == 0:
         return out
     block_t, block_e = row_tile(width)
     grid = (triton.cdiv(tokens, block_t), triton.cdiv(width, block_e))
-    absent = 4 - len(given)
-    sources = given + given[:1] * absent
+    absent = len(sources) - len(given)
+    every = given + given[:1] * absent
     ends = list(itertools.accumulate([source.shape[0] for source in given] + [0] * absent))
-    strides = [source.stride(0) for source in sources]
-    with on_device(first):
-        _gather_fwd_kernel[grid](
-            *sources, index, out, tokens, width, *ends, *strides, SOURCES=len(given), BLOCK_T=block_t, BLOCK_E=block_e
-        )
+    strides = [source.stride(0) for source in every]
+    _gather_fwd_kernel[grid](
+        *every, index, out, tokens, width, *ends, *strides, SOURCES=len(given), BLOCK_T=block_t, BLOCK_E=block_e
+    )
     return out
-
-
-def embed_splice(table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor) -> tuple[Tensor, Tensor]:
-    """table [V, E], features [F, E], token_ids [T], dst_index [F] -> (out [T, E], its rows [T])."""
-    index = splice_index(token_ids, dst_index, table.shape[0])
-    return gather(table, features, None, None, index), index
 
 
 def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
@@ -320,17 +299,14 @@ def _pool(
     block_t, block_e = row_tile(width, most_features=128)
     grid = (segments, triton.cdiv(width, block_e))
     weights = x if weights is None else weights
-    with on_device(x):
-        _segment_pool_fwd_kernel[grid](
-            x, cu_seqlens, weights, out, argmax, width, x.stride(0), MODE=mode, BLOCK_T=block_t, BLOCK_E=block_e
-        )
+    _segment_pool_fwd_kernel[grid](
+        x, cu_seqlens, weights, out, argmax, width, x.stride(0), MODE=mode, BLOCK_T=block_t, BLOCK_E=block_e
+    )
 
 
-def patchify(
-    x: Tensor, grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int, inverse: bool
-) -> Tensor:
+def patchify(x: Tensor, grid_thw: Tensor, size: PatchSize, inverse: bool) -> Tensor:
     """Pixels [P] -> tokens [T, C temporal patch^2], or back."""
-    x, row = x.contiguous(), channels * temporal * patch**2
+    x, row = x.contiguous(), size.row
     out = x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // row, row)
     if out.numel() == 0:
         return out
@@ -339,74 +315,25 @@ def patchify(
     image = torch.searchsorted(starts, torch.arange(tokens, device=x.device), right=True) - 1
     block_t, block_e = row_tile(row)
     grid = (triton.cdiv(tokens, block_t), triton.cdiv(row, block_e))
-    sizes = {"CHANNELS": channels, "PATCH": patch, "TEMPORAL": temporal, "MERGE": merge, "INVERSE": inverse}
-    with on_device(x):
-        _patchify_fwd_kernel[grid](x, grid_thw, starts, image, out, tokens, **sizes, BLOCK_T=block_t, BLOCK_E=block_e)
+    sizes = {"CHANNELS": size.channels, "PATCH": size.patch, "TEMPORAL": size.temporal, "MERGE": size.merge}
+    tile = {"BLOCK_T": block_t, "BLOCK_E": block_e}
+    _patchify_fwd_kernel[grid](x, grid_thw, starts, image, out, tokens, INVERSE=inverse, **sizes, **tile)
     return out
 
 
-def patchify_images(
-    images: list[Tensor], grid_thw: Tensor, channels: int, patch: int, temporal: int, merge: int
-) -> Tensor:
+def patchify_images(images: list[Tensor], grid_thw: Tensor, size: PatchSize) -> Tensor:
     """Images -> tokens [T, C temporal patch^2]."""
     pixels = torch.cat([image.flatten() for image in images])
-    return patchify(pixels, grid_thw, channels, patch, temporal, merge, False)
+    return patchify(pixels, grid_thw, size, False)
 
 
-def mrope(
-    cu_seqlens: Tensor,
-    starts: Tensor,
-    extent: Tensor,
-    gained: Tensor,
-    time_step: Tensor | None,
-    total: int,
-) -> Tensor:
-    """cu_seqlens [S+1], starts [N], extent [N, 3], gained [N+1], all int64 -> [3, T] int64."""
-    assert time_step is None
+def mrope(cu_seqlens: Tensor, spans: Spans, total: int) -> Tensor:
+    """cu_seqlens [S+1] int64 -> [3, T] int64."""
+    assert spans.time_step is None
     out = cu_seqlens.new_empty(3, total)
     if total > 0:
-        inputs = [tensor.contiguous() for tensor in (cu_seqlens, starts, extent, gained)]
-        counts = (cu_seqlens.shape[0], starts.shape[0])
+        inputs = [tensor.contiguous() for tensor in (cu_seqlens, spans.starts, spans.extent, spans.gained)]
+        counts = (cu_seqlens.shape[0], spans.starts.shape[0])
         steps = [count.bit_length() for count in counts]
-        with on_device(out):
-            _mrope_fwd_kernel[(triton.cdiv(total, _TOKENS),)](*inputs, out, total, *counts, *steps, BLOCK_T=_TOKENS)
+        _mrope_fwd_kernel[(triton.cdiv(total, _TOKENS),)](*inputs, out, total, *counts, *steps, BLOCK_T=_TOKENS)
     return out
-
-
-def aot_cases() -> list[TritonCase]:
-    """Every kernel as it is launched for rows of 1024 features; fp16 differs from bf16 in conversions only."""
-    from mmkernels.testing.aot import TritonCase
-
-    cases = []
-    tile: dict[str, object]
-    for dtype in ("bf16", "fp32"):
-        sources = ("first", "second", "third", "fourth")
-        pointers = {f"{name}_ptr": f"*{dtype}" for name in (*sources, "out")} | {"index_ptr": "*i64"}
-        sizes = {"tokens": "i32", "width": "i32:16"}
-        sizes |= {f"{name}_begin": "i32" for name in sources[1:]} | {"end": "i32"}
-        sizes |= {f"{name}_stride": "i32:16" for name in sources}
-        block_t, block_e = row_tile(1024)
-        for count in range(1, 5):
-            tile = {"SOURCES": count, "BLOCK_T": block_t, "BLOCK_E": block_e}
-            cases.append(TritonCase(f"gather_fwd[{dtype}-{count}]", _gather_fwd_kernel, pointers | sizes, tile))
-        pointers = {"x_ptr": f"*{dtype}", "cu_seqlens_ptr": "*i32", "out_ptr": f"*{dtype}", "argmax_ptr": "*i32"}
-        sizes = {"width": "i32:16", "x_stride": "i32:16"}
-        block_t, block_e = row_tile(1024, most_features=128)
-        for mode in ("sum", "mean", "max", "first", "weighted"):
-            pointers["weights_ptr"] = "*fp32" if mode == "weighted" else f"*{dtype}"
-            tile = {"MODE": mode, "BLOCK_T": block_t, "BLOCK_E": block_e}
-            name = f"segment_pool_fwd[{dtype}-{mode}]"
-            cases.append(TritonCase(name, _segment_pool_fwd_kernel, pointers | sizes, tile))
-        pointers = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-        pointers |= {"grid_ptr": "*i64", "starts_ptr": "*i64", "image_ptr": "*i64"}
-        for patch, temporal, merge in ((16, 1, 1), (14, 2, 2)):
-            block_t, block_e = row_tile(3 * temporal * patch**2)
-            for inverse in (False, True):
-                tile = {"CHANNELS": 3, "PATCH": patch, "TEMPORAL": temporal, "MERGE": merge, "INVERSE": inverse}
-                tile |= {"BLOCK_T": block_t, "BLOCK_E": block_e}
-                name = f"patchify_fwd[{dtype}-{patch}-{'back' if inverse else 'there'}]"
-                cases.append(TritonCase(name, _patchify_fwd_kernel, pointers | {"tokens": "i32"}, tile))
-    pointers = {f"{name}_ptr": "*i64" for name in ("cu_seqlens", "starts", "extent", "gained", "out")}
-    sizes = dict.fromkeys(("tokens", "boundaries", "spans", "boundary_steps", "span_steps"), "i32")
-    cases.append(TritonCase("mrope_fwd", _mrope_fwd_kernel, pointers | sizes, {"BLOCK_T": _TOKENS}))
-    return cases

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from mmkernels.pretrain.data.base import BrokenImageError
-
-if TYPE_CHECKING:
-    from PIL import Image  # at run time it is imported where it is needed: the embedded data does without
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -29,7 +26,7 @@ def decode_image(source: Path | bytes, resolution: int) -> np.ndarray:
     Raises:
         BrokenImageError: the file is missing, not an image, truncated, or absurdly large.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps  # late: the embedded data does without
 
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
@@ -60,8 +57,8 @@ def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey over its range; floating point, which has none, over the values that occur."""
+def _eight_bit(image: Any) -> Any:
+    """A Pillow image: 16-bit grey over its range; floating point, which has none, over the values that occur."""
     from PIL import Image
 
     values = np.asarray(image, np.float64)

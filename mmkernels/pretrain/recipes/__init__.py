@@ -25,11 +25,11 @@ class Objective(nn.Module):
     def clamp_(self) -> None:
         """Called after every optimizer step."""
 
-    def readings(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What the log shows of the parameters."""
         return {}
 
-    def ignorance(self, n: int) -> float:
+    def chance_loss(self, n: int) -> float:
         """The loss, over n pairs, of a model that knows nothing about them."""
         raise NotImplementedError
 

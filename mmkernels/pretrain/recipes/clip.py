@@ -32,10 +32,10 @@ class Clip(Objective):
     def clamp_(self) -> None:
         self.log_scale.clamp_(max=self.max_log_scale)
 
-    def readings(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"logit_scale": self.log_scale.exp().item()}
 
-    def ignorance(self, n: int) -> float:
+    def chance_loss(self, n: int) -> float:
         return math.log(n)
 
 

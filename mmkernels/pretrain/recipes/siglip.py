@@ -32,10 +32,10 @@ class SigLip(Objective):
     def clamp_(self) -> None:
         self.log_scale.clamp_(max=self.max_log_scale)
 
-    def readings(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"logit_scale": self.log_scale.exp().item(), "logit_bias": self.bias.item()}
 
-    def ignorance(self, n: int) -> float:
+    def chance_loss(self, n: int) -> float:
         """Every pair positive with probability 1/n."""
         return math.log(n) + (n - 1) * math.log(n / (n - 1)) if n > 1 else 0.0
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkernels.ops.packing import PackingPlan, plan_packing, plan_python
-from mmkernels.ops.packing import plan as plan_module
+from mmkernels import PackingPlan, plan_packing
+from mmkernels.planning import plan_python
+from mmkernels.planning.plan import shuffled
 from mmkernels.runtime import native
 from mmkernels.testing.lengths import LENGTHS, lengths_like, samples_like
 
@@ -349,8 +350,8 @@ def test_seed_regroups_and_repeats(strategy):
 
 
 def test_shuffle_is_the_same_on_every_machine():
-    assert plan_module.shuffled(8, 1).tolist() == [3, 4, 7, 5, 2, 0, 1, 6]
-    assert sorted(plan_module.shuffled(1000, 7).tolist()) == list(range(1000))
+    assert shuffled(8, 1).tolist() == [3, 4, 7, 5, 2, 0, 1, 6]
+    assert sorted(shuffled(1000, 7).tolist()) == list(range(1000))
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.asarray, torch.tensor, lambda x: np.asarray(x, np.uint16)])

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels.ops.modality import Modality
-from mmkernels.ops.packing import PackedBatch, plan_packing, segment_pool
+from mmkernels import Modality, PackedBatch, plan_packing, segment_pool
 
 
 def a_batch(capacity: int | None = 16) -> PackedBatch:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from mmkernels.batch.fields import IGNORE_LABEL, PackedFields
 from mmkernels.ops.checks import expect_tensor, wrong_value
-from mmkernels.ops.packing import op
-from mmkernels.ops.packing._batch_build import IGNORE_LABEL
-from mmkernels.runtime.backends import resolve
+from mmkernels.ops.packing import segment_pool
 
-if TYPE_CHECKING:
-    from mmkernels.ops.packing.batch import PackedBatch
-
-__all__ = ["next_labels", "target_weights", "totals", "weights"]
+__all__ = ["firsts", "next_labels", "target_weights", "totals", "weights"]
 
 
-def firsts(batch: PackedBatch) -> Tensor:
+def firsts(batch: PackedFields) -> Tensor:
     """[T] bool: whether a token is its segment's first."""
     at = batch.sample_ids.new_zeros(batch.num_tokens + 1, dtype=torch.bool)
     return at.index_fill(0, batch.cu_seqlens.long(), True)[:-1]
 
 
-def next_labels(batch: PackedBatch) -> Tensor:
+def next_labels(batch: PackedFields) -> Tensor:
     """See `PackedBatch.next_labels`."""
     if batch.labels is None:
         wrong_value("labels", "[T] int64", None)
@@ -32,13 +26,13 @@ def next_labels(batch: PackedBatch) -> Tensor:
     return torch.cat([own[1:], own.new_full((min(1, len(own)),), IGNORE_LABEL)])
 
 
-def _owner(batch: PackedBatch) -> Tensor:
+def _owner(batch: PackedFields) -> Tensor:
     """[T]: the number of each token's sample; S in padding."""
     at = torch.arange(batch.num_tokens, device=batch.cu_seqlens.device, dtype=torch.int32)
     return torch.searchsorted(batch.cu_seqlens[1:].contiguous(), at, right=True)
 
 
-def target_weights(batch: PackedBatch, causal: bool = True, *, of_samples: bool = True) -> Tensor:
+def target_weights(batch: PackedFields, causal: bool = True, *, of_samples: bool = True) -> Tensor:
     """[T] float64: the weight of each token's label, 0 where there is no target; `of_samples`: times its sample's."""
     real = torch.arange(batch.num_tokens, device=batch.tokens.device) < batch.num_tokens - batch.padding
     weight = real.double()
@@ -52,28 +46,26 @@ def target_weights(batch: PackedBatch, causal: bool = True, *, of_samples: bool 
     return weight
 
 
-def _of_samples(batch: PackedBatch) -> Tensor:
+def _of_samples(batch: PackedFields) -> Tensor:
     """[S + 1] float64: the samples' weights, and the padding's, which is none."""
     weight = batch.sample_weight
     one = torch.ones(batch.num_samples, device=batch.tokens.device) if weight is None else weight
     return torch.nn.functional.pad(one.double(), (0, 1))
 
 
-def _per_sample(batch: PackedBatch, weight: Tensor) -> Tensor:
+def _per_sample(batch: PackedFields, weight: Tensor) -> Tensor:
     """[T] -> [S + 1]: the sum over each sample, 0 for the padding."""
     cu = batch.cu_seqlens[: batch.num_samples + 1]
-    served = resolve("packing", weight)
-    sums = op.segment_pool(weight[:, None], cu, "sum", served)[0][:, 0]
-    return torch.nn.functional.pad(sums, (0, 1))
+    return torch.nn.functional.pad(segment_pool(weight, cu, "sum"), (0, 1))
 
 
-def totals(batch: PackedBatch, causal: bool) -> Tensor:
+def totals(batch: PackedFields, causal: bool) -> Tensor:
     """See `PackedBatch.loss_totals`."""
     sums = _per_sample(batch, target_weights(batch, causal, of_samples=False))
     return torch.stack([target_weights(batch, causal).sum(), torch.where(sums > 0, _of_samples(batch), 0).sum()])
 
 
-def weights(batch: PackedBatch, normalize: str, total: Tensor | None, causal: bool) -> Tensor:
+def weights(batch: PackedFields, normalize: str, total: Tensor | None, causal: bool) -> Tensor:
     """See `PackedBatch.loss_weights`."""
     if normalize not in ("token", "sample"):
         wrong_value("normalize", '"token" or "sample"', normalize)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmkernels.ops.packing import plan_python
-from mmkernels.ops.packing._saving import Saved
+from mmkernels.planning import plan_python
+from mmkernels.planning.saved import Saved
 from mmkernels.runtime import native
 
 __all__ = ["CountedPlan", "PackingPlan", "planner"]

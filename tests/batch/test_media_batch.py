@@ -1,4 +1,4 @@
-"""PackedBatch of several modalities: layout, positions, splitting, exporters, loss weights, DataLoader."""
+"""PackedBatch of several modalities: layout, positions, splitting, DataLoader, validation."""
 
 import copy
 import dataclasses
@@ -7,40 +7,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from batch.samples import AUDIO, IMAGE, VIDEO, a_batch, image, samples, text
 from torch import Tensor
 
-from mmkernels import GradCache
-from mmkernels.ops.modality import Modality
-from mmkernels.ops.packing import Media, PackedBatch, embed_splice, mrope_position_ids, segment_pool
-
-IMAGE, AUDIO, VIDEO = Modality.IMAGE, Modality.AUDIO, Modality.VIDEO
-
-
-def text(*ids: int) -> Tensor:
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def image(t: int, h: int, w: int, merge: int = 2, modality: int = IMAGE, fill: float = 1.0) -> Media:
-    return Media(modality, torch.full((t * h * w, 12), fill), (t, h, w), merge_size=merge)
-
-
-def audio(frames: int, tokens: int) -> Media:
-    return Media(AUDIO, torch.arange(frames * 5.0).reshape(frames, 5), tokens=tokens)
-
-
-def samples() -> list:
-    return [
-        [text(1, 2), image(1, 4, 6, fill=1.0), text(3)],
-        text(4, 5, 6),
-        [audio(7, 3), text(7), image(1, 2, 2, fill=2.0), image(1, 4, 4, fill=3.0)],
-        [],
-        [image(4, 2, 4, modality=VIDEO, fill=4.0), text(8, 9)],
-    ]
-
-
-def a_batch(**options) -> PackedBatch:
-    options = {"capacity": 40, "placeholder": {IMAGE: 91, AUDIO: 92, VIDEO: 93}, "pad_token": 99} | options
-    return PackedBatch.from_samples(samples(), **options)
+from mmkernels import GradCache, Media, PackedBatch, embed_splice, mrope_position_ids, segment_pool
 
 
 def test_layout():
@@ -235,159 +205,6 @@ def test_to_moves_media():
     moved = a_batch().to("meta")
     assert all(m.values.is_meta and m.dst_index.is_meta and m.cu_values.is_meta for m in moved.media.values())
     assert moved.media[IMAGE].grid_thw.is_meta
-
-
-# Losses
-
-
-def lm_batch(lengths, seed=0, capacity=None, **options) -> PackedBatch:
-    torch.manual_seed(seed)
-    tokens = [torch.randint(0, 9, (n,)) for n in lengths]
-    labels = [torch.where(torch.rand(n) < 0.3, -100, ids) for ids, n in zip(tokens, lengths, strict=True)]
-    return PackedBatch.from_samples(tokens, labels=labels, capacity=capacity, **options)
-
-
-def nll_of(batch: PackedBatch) -> Tensor:
-    """[T] any loss of each token's label, depending on its sample alone."""
-    return (1 + batch.position_ids).sqrt() * (1 + batch.tokens)
-
-
-def targets_by_hand(batch: PackedBatch) -> list[tuple[Tensor, Tensor]]:
-    """For each sample the losses of its targets and their weights."""
-    nll, found = nll_of(batch), []
-    for s, (begin, end) in enumerate(zip(batch.cu_seqlens_host, batch.cu_seqlens_host[1:], strict=False)):
-        if s < batch.num_samples:
-            at = [t for t in range(begin + 1, end) if batch.labels[t] != -100]
-            weight = torch.ones(len(at)) if batch.loss_weight is None else batch.loss_weight[at]
-            found.append((nll[at], weight))
-    return found
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_loss_normalised_per_sample_against_per_token(weighted):
-    """unsloth #1216: the two differ, each is what its name says, and neither depends on how samples are packed."""
-    lengths = [5, 30, 1, 12, 0, 7]
-    options = {}
-    if weighted:
-        options = {"loss_weight": [torch.rand(n) for n in lengths], "sample_weight": [1.0, 2.0, 3.0, 0.5, 1.0, 0.0]}
-    batch = lm_batch(lengths, capacity=64, **options)
-    of_samples = torch.ones(6) if not weighted else torch.tensor(options["sample_weight"])
-    by_hand = targets_by_hand(batch)
-    has_any = [s for s, (_, w) in enumerate(by_hand) if w.sum() > 0]
-    terms = [of_samples[s] * (by_hand[s][0] * by_hand[s][1]).sum() for s in has_any]
-    sums = [of_samples[s] * by_hand[s][1].sum() for s in has_any]
-    per_token = sum(terms) / sum(sums)
-    per_sample = sum(t / by_hand[s][1].sum() for s, t in zip(has_any, terms, strict=True)) / of_samples[has_any].sum()
-    nll = nll_of(batch)
-    assert not torch.isclose(per_token, per_sample)
-    torch.testing.assert_close((batch.loss_weights("token") * nll).sum(), per_token)
-    torch.testing.assert_close((batch.loss_weights("sample") * nll).sum(), per_sample)
-    # Packed another way, in micro-batches or on ranks: the parts add up to the same loss.
-    for size in (1, 2, 4):
-        chunks = batch.split(size)
-        totals = sum(chunk.loss_totals() for chunk in chunks)
-        torch.testing.assert_close(totals, batch.loss_totals())
-        for normalize, expected in (("token", per_token), ("sample", per_sample)):
-            parts = [(chunk.loss_weights(normalize, totals) * nll_of(chunk)).sum() for chunk in chunks]
-            torch.testing.assert_close(sum(parts), expected)
-
-
-def test_loss_totals_count_exactly():
-    batch = lm_batch([5, 30, 1, 12, 0, 7], capacity=70)
-    targets = batch.next_labels() != -100
-    assert batch.loss_totals().tolist() == [int(targets.sum()), sum(len(w) > 0 for _, w in targets_by_hand(batch))]
-    assert batch.loss_totals().dtype == torch.float64
-    assert torch.equal(batch.loss_weights("token").roll(-1) > 0, targets)
-    in_place = batch.loss_weights("token", causal=False) > 0  # masked modelling: first labels count too
-    assert torch.equal(in_place, batch.labels != -100)
-    assert batch.loss_totals(causal=False)[0] == int((batch.labels != -100).sum())
-    nothing = PackedBatch.from_samples([torch.arange(1)], labels=[torch.arange(1)], capacity=3)
-    assert nothing.loss_weights("token").tolist() == nothing.loss_weights("sample").tolist() == [0, 0, 0]
-    unlabelled = PackedBatch.from_samples([torch.arange(2), torch.arange(1)], capacity=4)
-    assert unlabelled.loss_weights("token").tolist() == pytest.approx([1 / 3] * 3 + [0])
-    assert unlabelled.loss_weights("sample").tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 2, 0])
-    with pytest.raises(ValueError, match='normalize: expected "token" or "sample", got'):
-        batch.loss_weights("mean")
-    with pytest.raises(TypeError, match=r"totals: expected \[2\] float64"):
-        batch.loss_weights("token", torch.ones(2))
-    with pytest.raises(ValueError, match="labels: expected"):
-        unlabelled.next_labels()
-
-
-def test_next_labels_stay_in_their_sample():
-    batch = PackedBatch.from_samples(
-        [text(1, 2, 3), text(4), text(5, 6)], capacity=8, labels=[text(1, 2, 3), text(4), text(5, 6)]
-    )
-    assert batch.next_labels().tolist() == [2, 3, -100, -100, 6, -100, -100, -100]
-
-
-# Exporters
-
-
-def test_to_hf():
-    batch = PackedBatch.from_samples(
-        [[text(1, 2), image(1, 4, 4)], [image(2, 2, 2, modality=VIDEO), text(3)]],
-        capacity=12,
-        mrope=True,
-        placeholder=7,
-    )
-    hf = batch.to_hf()
-    assert hf["position_ids"].shape == (4, 1, 12)
-    assert hf["position_ids"][0, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2]
-    assert torch.equal(hf["position_ids"][1:, 0], batch.position_ids)
-    assert hf["pixel_values"] is batch.media[IMAGE].values
-    assert hf["image_grid_thw"].tolist() == [[1, 4, 4]]
-    assert hf["pixel_values_videos"].shape == (8, 12)
-    assert hf["video_grid_thw"].tolist() == [[2, 2, 2]]
-    assert hf["use_cache"] is False
-    plain = PackedBatch.from_samples([[text(1, 2), image(1, 4, 4)], text(3, 4)])
-    assert plain.to_hf(mrope=False)["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1]]
-    assert plain.to_hf(mrope=True)["position_ids"].tolist() == [[[0, 1, 2, 3, 4, 5, 0, 1]]] * 4
-    with pytest.raises(ValueError, match=r"mrope: expected True or False .* with images or clips, got None"):
-        plain.to_hf()
-    with pytest.raises(ValueError, match=r"mrope: expected True or None for a batch of positions \[3, T\], got False"):
-        batch.to_hf(mrope=False)
-    with pytest.raises(ValueError, match="media: expected images and videos with grid_thw for to_hf, got 'modality 2'"):
-        a_batch().to_hf()
-    with pytest.raises(ValueError, match="sample_weight: expected None for to_hf"):
-        PackedBatch.from_samples([text(1)], sample_weight=[1.0]).to_hf()
-
-
-def test_to_megatron():
-    ids = [text(1, 2, 3), text(4, 5)]
-    batch = PackedBatch.from_samples(
-        ids, labels=ids, capacity=7, loss_weight=[torch.tensor([1, 1, 0.5]), torch.ones(2)]
-    )
-    thd = batch.to_megatron()
-    assert thd["tokens"].tolist() == [[1, 2, 3, 4, 5, 0, 0]]
-    assert thd["labels"].tolist() == [[2, 3, 0, 5, 0, 0, 0]]
-    assert thd["loss_mask"].tolist() == [[1, 0.5, 0, 1, 0, 0, 0]]
-    assert thd["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
-    params = thd["packed_seq_params"]
-    assert params["qkv_format"] == "thd"
-    assert params["cu_seqlens_q"] is params["cu_seqlens_kv_padded"] is batch.cu_seqlens
-    assert params["max_seqlen_q"] == params["max_seqlen_kv"] == 3
-    assert "labels" not in PackedBatch.from_samples(ids).to_megatron()
-    assert a_batch(mrope=True).to_megatron()["position_ids"].shape == (3, 1, 40)
-
-
-def test_to_nested():
-    batch = a_batch()
-    nested = batch.to_nested()
-    parts = nested.unbind()
-    assert [len(part) for part in parts] == [9, 3, 9, 0, 10]
-    assert torch.equal(torch.cat(parts), batch.tokens[:31])
-    x = torch.randn(40, 3, requires_grad=True)
-    hidden = batch.to_nested(x)
-    assert hidden.layout == torch.jagged
-    hidden.values().square().sum().backward()
-    assert torch.equal(x.grad[:31], 2 * x.detach()[:31])
-    assert x.grad[31:].count_nonzero() == 0
-    for wrong in (torch.zeros(39, 3), torch.tensor(1.0)):
-        with pytest.raises(ValueError, match=r"x: expected \[40, ...\], got"):
-            batch.to_nested(wrong)
-    with pytest.raises(TypeError, match=r"x: expected \[40, ...\], got"):
-        batch.to_nested([1, 2])
 
 
 # Broken invariants and bad input

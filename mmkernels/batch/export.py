@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkernels.batch.fields import IGNORE_LABEL, PackedFields
+from mmkernels.batch.loss import firsts, next_labels, target_weights
 from mmkernels.ops.checks import expect_tensor, wrong_value
 from mmkernels.ops.modality import Modality
-from mmkernels.ops.packing._batch_build import IGNORE_LABEL
-from mmkernels.ops.packing._batch_loss import firsts, next_labels, target_weights
-
-if TYPE_CHECKING:
-    from mmkernels.ops.packing.batch import PackedBatch
 
 __all__ = ["flash_attn", "hf", "megatron", "nested"]
 
@@ -23,7 +20,7 @@ _HF_MEDIA = {
 }
 
 
-def flash_attn(batch: PackedBatch) -> dict[str, Any]:
+def flash_attn(batch: PackedFields) -> dict[str, Any]:
     return {
         "cu_seqlens_q": batch.cu_seqlens,
         "cu_seqlens_k": batch.cu_seqlens,
@@ -32,7 +29,7 @@ def flash_attn(batch: PackedBatch) -> dict[str, Any]:
     }
 
 
-def hf(batch: PackedBatch, mrope: bool | None) -> dict[str, Any]:
+def hf(batch: PackedFields, mrope: bool | None) -> dict[str, Any]:
     for name in ("loss_weight", "sample_weight"):
         if getattr(batch, name) is not None:
             wrong_value(name, "None for to_hf, whose loss takes no weights", getattr(batch, name))
@@ -57,7 +54,7 @@ def hf(batch: PackedBatch, mrope: bool | None) -> dict[str, Any]:
     return arguments | media_arguments
 
 
-def _hf_positions(batch: PackedBatch, mrope: bool | None) -> Tensor:
+def _hf_positions(batch: PackedFields, mrope: bool | None) -> Tensor:
     """[1, T], or [4, 1, T]: positions in the segment, from which transformers tells packed samples, then the three.
 
     A model with M-RoPE spreads [1, T] on its axes and then looks for no samples in it.
@@ -79,7 +76,7 @@ def _hf_positions(batch: PackedBatch, mrope: bool | None) -> Tensor:
     return torch.cat([within[None], positions])[:, None]
 
 
-def megatron(batch: PackedBatch) -> dict[str, Any]:
+def megatron(batch: PackedFields) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "tokens": batch.tokens[None],
         "position_ids": batch.position_ids[None] if batch.position_ids.ndim == 1 else batch.position_ids[:, None],
@@ -101,7 +98,7 @@ def megatron(batch: PackedBatch) -> dict[str, Any]:
     return arguments
 
 
-def nested(batch: PackedBatch, x: Tensor | None) -> Tensor:
+def nested(batch: PackedFields, x: Tensor | None) -> Tensor:
     if x is None:
         x = batch.tokens
     elif not isinstance(x, Tensor) or x.ndim < 1 or x.shape[0] != batch.num_tokens:

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmkernels.ops.checks import wrong_type, wrong_value
-from mmkernels.ops.packing._saving import Saved
-from mmkernels.ops.packing.cost import AttentionCost
-from mmkernels.ops.packing.plan import integer, shuffled
-from mmkernels.ops.packing.plan_result import PackingPlan
+from mmkernels.planning.cost import AttentionCost
+from mmkernels.planning.plan import integer, shuffled
+from mmkernels.planning.plan_result import PackingPlan
+from mmkernels.planning.saved import Saved
 
 __all__ = ["NO_PACK", "RankSchedule", "balance_ranks"]
 

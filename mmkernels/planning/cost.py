@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmkernels.ops.checks import real, wrong_type, wrong_value
-from mmkernels.ops.packing._saving import Saved
-from mmkernels.ops.packing.plan import integer, integers
-from mmkernels.ops.packing.plan_result import PackingPlan
+from mmkernels.planning.plan import integer, integers
+from mmkernels.planning.plan_result import PackingPlan
+from mmkernels.planning.saved import Saved
 
 __all__ = ["AttentionCost", "EncoderCost"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mmkernels.ops.checks import wrong_value
-from mmkernels.ops.packing.plan import LOOKAHEAD, OVERSIZE, Array, Caps, integer
-from mmkernels.ops.packing.plan_result import planner
+from mmkernels.planning.plan import LOOKAHEAD, OVERSIZE, Array, Caps, integer
+from mmkernels.planning.plan_result import planner
 
 __all__ = ["StreamPlanner"]
 

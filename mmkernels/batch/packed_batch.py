@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkernels.batch import build, check, export, loss
+from mmkernels.batch.fields import PackedFields
+from mmkernels.batch.media import Media
 from mmkernels.ops.checks import integer, wrong_value
-from mmkernels.ops.packing import _batch_build, _batch_check, _batch_export, _batch_loss
-from mmkernels.ops.packing.media import Media, PackedMedia
 
 __all__ = ["PackedBatch"]
 
 
 @dataclass(frozen=True, eq=False)
-class PackedBatch:
+class PackedBatch(PackedFields):
     """S samples in T tokens, sample after sample; padding, if any, is one last segment of its own.
 
     Build one with `from_samples`. Attention over `cu_seqlens` keeps the samples apart, and the padding apart from them
@@ -40,19 +40,6 @@ class PackedBatch:
         sample_weight: [S] float32 or None.
         media: modality -> values, grid_thw and dst_index of its items.
     """
-
-    tokens: Tensor
-    cu_seqlens: Tensor
-    cu_seqlens_host: tuple[int, ...]
-    sample_ids: Tensor
-    position_ids: Tensor
-    modality_ids: Tensor
-    span_ids: Tensor
-    padding: int = 0
-    labels: Tensor | None = None
-    loss_weight: Tensor | None = None
-    sample_weight: Tensor | None = None
-    media: Mapping[int, PackedMedia] = field(default_factory=dict)
 
     @classmethod
     def from_samples(
@@ -93,45 +80,18 @@ class PackedBatch:
         Raises:
             TypeError, ValueError: a wrong argument, by name; samples longer than the capacity.
         """
-        return cls(
-            **_batch_build.fields(
-                samples,
-                capacity=capacity,
-                sample_ids=sample_ids,
-                per_token={"modality_ids": modality_ids, "labels": labels, "loss_weight": loss_weight},
-                sample_weight=sample_weight,
-                pad_token=pad_token,
-                placeholder=placeholder,
-                mrope=mrope,
-                tokens_per_second=tokens_per_second,
-            )
+        fields = build.lay_out(
+            samples,
+            capacity=capacity,
+            sample_ids=sample_ids,
+            per_token={"modality_ids": modality_ids, "labels": labels, "loss_weight": loss_weight},
+            sample_weight=sample_weight,
+            pad_token=pad_token,
+            placeholder=placeholder,
+            mrope=mrope,
+            tokens_per_second=tokens_per_second,
         )
-
-    @property
-    def num_tokens(self) -> int:
-        """T, padding included."""
-        return self.tokens.shape[0]
-
-    @property
-    def num_segments(self) -> int:
-        """Samples, and one more if there is padding."""
-        return len(self.cu_seqlens_host) - 1
-
-    @property
-    def num_samples(self) -> int:
-        """S."""
-        return self.num_segments - (self.padding > 0)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each segment."""
-        host = self.cu_seqlens_host
-        return tuple(end - begin for begin, end in itertools.pairwise(host))
-
-    @property
-    def max_seqlen(self) -> int:
-        """Tokens of the longest segment, padding included; 0 in an empty batch."""
-        return max(self.lengths, default=0)
+        return cls(**vars(fields))
 
     def _with_tensors(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -194,7 +154,7 @@ class PackedBatch:
         Raises:
             ValueError: the first broken invariant, by name.
         """
-        _batch_check.check(self)
+        check.check(self)
         return self
 
     # Losses
@@ -202,14 +162,14 @@ class PackedBatch:
     def next_labels(self) -> Tensor:
         """[T] int64: for each token the label of the next one of its sample, -100 at a sample's end: the shifted labels
         of a causal language model, which never reach into the next sample."""
-        return _batch_loss.next_labels(self)
+        return loss.next_labels(self)
 
     def loss_totals(self, *, causal: bool = True) -> Tensor:
         """[2] float64: the batch's sum of target weights, and its number of samples that have a target (their weights).
 
         Add them up over micro-batches and ranks (an all_reduce), and give the sum to `loss_weights`.
         """
-        return _batch_loss.totals(self, causal)
+        return loss.totals(self, causal)
 
     def loss_weights(self, normalize: str, totals: Tensor | None = None, *, causal: bool = True) -> Tensor:
         """[T] float32: weights w such that the loss is the sum of w[t] * nll[t], nll[t] that of token t's label.
@@ -231,13 +191,13 @@ class PackedBatch:
         Raises:
             ValueError: `normalize` is neither.
         """
-        return _batch_loss.weights(self, normalize, totals, causal)
+        return loss.weights(self, normalize, totals, causal)
 
     # Exporters
 
     def to_flash_attn(self) -> dict[str, Any]:
         """Keyword arguments of `flash_attn_varlen_func` for self-attention: cu_seqlens and the longest segment."""
-        return _batch_export.flash_attn(self)
+        return export.flash_attn(self)
 
     def to_hf(self, *, mrope: bool | None = None) -> dict[str, Any]:
         """Keyword arguments of a transformers causal model, batch dimension 1.
@@ -259,7 +219,7 @@ class PackedBatch:
         Raises:
             ValueError: weights or media that have no place there; `mrope` missing, or not what position_ids are.
         """
-        return _batch_export.hf(self, mrope)
+        return export.hf(self, mrope)
 
     def to_megatron(self) -> dict[str, Any]:
         """What Megatron-LM's packed ("thd") path takes: tokens, labels, loss_mask and position_ids [1, T], and the
@@ -267,11 +227,11 @@ class PackedBatch:
 
         Labels are shifted (Megatron does not), 0 where loss_mask is 0. loss_mask is loss_weight times sample_weight.
         """
-        return _batch_export.megatron(self)
+        return export.megatron(self)
 
     def to_nested(self, x: Tensor | None = None) -> Tensor:
         """A NestedTensor [S, *, ...], jagged, of `x` [T, ...], by default the tokens: a view, without padding."""
-        return _batch_export.nested(self, x)
+        return export.nested(self, x)
 
     def __repr__(self) -> str:
         media = "".join(f", {m.num_items} of modality {int(modality)}" for modality, m in self.media.items())

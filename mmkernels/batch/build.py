@@ -9,22 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.batch.fields import IGNORE_LABEL, NO_SAMPLE, NO_SPAN, PackedFields
+from mmkernels.batch.media import Media, PackedMedia
 from mmkernels.ops.checks import FLOATING, expect_tensor, integer, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES, Modality
-from mmkernels.ops.packing.media import Media, PackedMedia
-from mmkernels.ops.packing.vision import mrope_position_ids
+from mmkernels.ops.packing import mrope_position_ids
 
-__all__ = ["IGNORE_LABEL", "NO_SAMPLE", "NO_SPAN", "fields"]
-
-# What F.cross_entropy ignores by default; the sample of padding; the span of text.
-IGNORE_LABEL = -100
-NO_SAMPLE = -1
-NO_SPAN = -1
+__all__ = ["lay_out"]
 
 Placeholder = int | Mapping[int, int]
 
 
-def fields(
+def lay_out(
     samples: Sequence[Tensor | Sequence[Tensor | Media]],
     *,
     capacity: int | None,
@@ -35,8 +31,8 @@ def fields(
     placeholder: Placeholder,
     mrope: bool | str,
     tokens_per_second: float,
-) -> dict[str, Any]:
-    """The arguments of `PackedBatch`; see `PackedBatch.from_samples`."""
+) -> PackedFields:
+    """See `PackedBatch.from_samples`."""
     if not isinstance(mrope, bool) and mrope not in ("spatial", "largest"):
         wrong_value("mrope", 'False, True, "spatial" or "largest"', mrope)
     if not mrope and tokens_per_second != 1:
@@ -49,9 +45,7 @@ def fields(
     padding = 0 if capacity is None else integer("capacity", capacity, "an integer >= 0 or None") - total
     if padding < 0:
         raise ValueError(f"capacity: expected at least the {total} tokens of the samples, got {capacity}")
-    ids = [integer("sample_ids", i, "ids >= 0") for i in (range(len(samples)) if sample_ids is None else sample_ids)]
-    if len(ids) != len(samples) or any(i < 0 for i in ids):
-        wrong_value("sample_ids", f"{len(samples)} ids >= 0", sample_ids)
+    ids = _ids(sample_ids, len(samples))
 
     segments = lengths + [padding] * (padding > 0)
     ends = (0, *itertools.accumulate(segments))
@@ -72,20 +66,20 @@ def fields(
     own_kinds = joined("modality_ids", torch.uint8, Modality.TEXT)
     if own_kinds is not None and items:
         wrong_value("modality_ids", "None: the media of the samples say it", per_token["modality_ids"])
-    return {
-        "tokens": _join(whole, padding, pad_token, torch.int64, device),
-        "cu_seqlens": cu_seqlens.to(device),
-        "cu_seqlens_host": ends,
-        "sample_ids": owners.to(device),
-        "position_ids": _positions(items, starts, cu_seqlens, begins, mrope, tokens_per_second).to(device),
-        "modality_ids": kinds.to(device) if own_kinds is None else own_kinds,
-        "span_ids": spans.to(device),
-        "padding": padding,
-        "labels": joined("labels", torch.int64, IGNORE_LABEL),
-        "loss_weight": joined("loss_weight", torch.float32, 0.0),
-        "sample_weight": _sample_weight(sample_weight, len(samples), device),
-        "media": _packed_media(items, starts, device),
-    }
+    return PackedFields(
+        tokens=_join(whole, padding, pad_token, torch.int64, device),
+        cu_seqlens=cu_seqlens.to(device),
+        cu_seqlens_host=ends,
+        sample_ids=owners.to(device),
+        position_ids=_positions(items, starts, cu_seqlens, begins, mrope, tokens_per_second).to(device),
+        modality_ids=kinds.to(device) if own_kinds is None else own_kinds,
+        span_ids=spans.to(device),
+        padding=padding,
+        labels=joined("labels", torch.int64, IGNORE_LABEL),
+        loss_weight=joined("loss_weight", torch.float32, 0.0),
+        sample_weight=_sample_weight(sample_weight, len(samples), device),
+        media=_packed_media(items, starts, device),
+    )
 
 
 def _parts(samples: Any) -> list[list[Tensor | Media]]:
@@ -145,6 +139,13 @@ def _lengths(samples: list[Tensor]) -> list[int]:
         if sample.dtype != first.dtype or sample.device != first.device:
             wrong_value(f"samples[{i}]", f"{first.dtype} on {first.device} like samples[0]", sample)
     return [sample.shape[0] for sample in samples]
+
+
+def _ids(sample_ids: Sequence[int] | None, samples: int) -> list[int]:
+    ids = [integer("sample_ids", i, "ids >= 0") for i in (range(samples) if sample_ids is None else sample_ids)]
+    if len(ids) != samples or any(i < 0 for i in ids):
+        wrong_value("sample_ids", f"{samples} ids >= 0", sample_ids)
+    return ids
 
 
 def _media(parts: list[list[Tensor | Media]], ends: tuple[int, ...]) -> tuple[list[Media], list[int]]:

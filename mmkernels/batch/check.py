@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkernels.batch.fields import IGNORE_LABEL, NO_SAMPLE, NO_SPAN, PackedFields
+from mmkernels.batch.media import PackedMedia
 from mmkernels.ops.modality import MAX_MODALITIES
-from mmkernels.ops.packing._batch_build import IGNORE_LABEL, NO_SAMPLE, NO_SPAN
-from mmkernels.ops.packing.media import PackedMedia
-
-if TYPE_CHECKING:
-    from mmkernels.ops.packing.batch import PackedBatch
 
 __all__ = ["check"]
 
 _PER_TOKEN = ("tokens", "sample_ids", "modality_ids", "span_ids", "labels", "loss_weight")
 
 
-def check(batch: PackedBatch) -> None:
+def check(batch: PackedFields) -> None:
     """Raise ValueError with the first broken invariant's name."""
     _check_boundaries(batch)
     for name in _PER_TOKEN:
@@ -31,7 +28,7 @@ def check(batch: PackedBatch) -> None:
     _check_media(batch)
 
 
-def _check_boundaries(batch: PackedBatch) -> None:
+def _check_boundaries(batch: PackedFields) -> None:
     host, total = batch.cu_seqlens_host, batch.num_tokens
     _require(len(host) > 0 and host[0] == 0, "cu_seqlens", "begins with 0", host[:1])
     _require(host[-1] == total, "cu_seqlens", f"ends with T = {total}", host[-1])
@@ -43,14 +40,14 @@ def _check_boundaries(batch: PackedBatch) -> None:
     _require(batch.padding in (0, last), "padding", "is the last segment", batch.padding)
 
 
-def _check_field(batch: PackedBatch, name: str, value: Tensor | None, shape: tuple[int, ...], letter: str) -> None:
+def _check_field(batch: PackedFields, name: str, value: Tensor | None, shape: tuple[int, ...], letter: str) -> None:
     if value is not None:
         sizes = value.shape[: len(shape)]
         _require(sizes == shape, name, f"has {letter} = {shape[0]} entries", list(value.shape))
         _require(value.device == batch.tokens.device, name, f"is on {batch.tokens.device}", value.device)
 
 
-def _check_positions(batch: PackedBatch) -> None:
+def _check_positions(batch: PackedFields) -> None:
     positions, total = batch.position_ids, batch.num_tokens
     shapes = ((total,), (3, total))
     _require(tuple(positions.shape) in shapes, "position_ids", f"is [T] or [3, T], T = {total}", list(positions.shape))
@@ -66,13 +63,13 @@ def _check_positions(batch: PackedBatch) -> None:
     _require(bool((positions >= 0).all()), "position_ids", "is >= 0", positions.min() if total else 0)
 
 
-def _begins(batch: PackedBatch) -> Tensor:
+def _begins(batch: PackedFields) -> Tensor:
     """[T]: where each token's segment begins."""
     sizes = torch.tensor(batch.lengths, dtype=torch.int64)
     return torch.tensor(batch.cu_seqlens_host[:-1], dtype=torch.int64).repeat_interleave(sizes)
 
 
-def _check_samples(batch: PackedBatch) -> None:
+def _check_samples(batch: PackedFields) -> None:
     owners = batch.sample_ids.cpu()
     _require_equal(owners, owners[_begins(batch)], "sample_ids", "is the same in a whole segment")
     real = batch.num_tokens - batch.padding
@@ -89,7 +86,7 @@ def _check_samples(batch: PackedBatch) -> None:
         _require(bool((batch.sample_weight >= 0).all()), "sample_weight", "is >= 0", batch.sample_weight)
 
 
-def _check_padding(batch: PackedBatch) -> None:
+def _check_padding(batch: PackedFields) -> None:
     real = batch.num_tokens - batch.padding
     for name, value, nothing in (
         ("labels", batch.labels, IGNORE_LABEL),
@@ -100,7 +97,7 @@ def _check_padding(batch: PackedBatch) -> None:
             _require(bool((value[real:] == nothing).all()), name, f"is {nothing} in the padding", value)
 
 
-def _check_media(batch: PackedBatch) -> None:
+def _check_media(batch: PackedFields) -> None:
     """Each item whole, in one sample, on tokens of its modality and of one span; spans numbered in order."""
     kinds, spans = batch.modality_ids.cpu(), batch.span_ids.cpu()
     _require(spans.dtype == torch.int32, "span_ids", "is int32", spans)
@@ -125,7 +122,7 @@ def _check_media(batch: PackedBatch) -> None:
         _require_equal(spans, covered, "span_ids", "numbers the media in the order of their tokens")
 
 
-def _check_layout(batch: PackedBatch, name: str, media: PackedMedia) -> None:
+def _check_layout(batch: PackedFields, name: str, media: PackedMedia) -> None:
     """Of one modality: boundaries, devices and counts."""
     for what in ("values", "dst_index", "cu_values", "grid_thw", "time_step"):
         value = getattr(media, what)

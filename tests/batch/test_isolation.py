@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels import AttentionMask, attention
-from mmkernels.ops.modality import Modality
-from mmkernels.ops.packing import Media, PackedBatch, embed_splice, segment_pool
+from mmkernels import AttentionMask, Media, Modality, PackedBatch, attention, embed_splice, segment_pool
 from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkernels.ops import checks
 from mmkernels.ops.checks import wrong_type, wrong_value
-from mmkernels.ops.packing.plan_result import CountedPlan, PackingPlan, planner
+from mmkernels.planning.plan_result import CountedPlan, PackingPlan, planner
 from mmkernels.runtime import native
 
 __all__ = ["LOOKAHEAD", "OVERSIZE", "STRATEGIES", "Caps", "PackingPlan", "plan_packing", "shuffled"]
@@ -181,8 +181,12 @@ def _run(strategy: str, lengths: Array, images: Array | None, caps: Caps, lookah
     if strategy == "histogram":
         steps, num_packs = planner().plan_histogram(*arguments)
         return CountedPlan(steps, num_packs, lengths, caps.capacity, **kept)
-    window = (min(lookahead, max(len(lengths), 1)),) if strategy == "subset_sum" else ()
-    offsets, items = getattr(planner(), f"plan_{strategy}")(*arguments, *window)
+    if strategy == "subset_sum":
+        offsets, items = planner().plan_subset_sum(*arguments, min(lookahead, max(len(lengths), 1)))
+    elif strategy == "best_fit":
+        offsets, items = planner().plan_best_fit(*arguments)
+    else:
+        offsets, items = planner().plan_next_fit(*arguments)
     return PackingPlan(offsets, items, lengths, caps.capacity, strategy, **kept)
 
 
