@@ -164,9 +164,9 @@ def ceilings(dtypes: list[torch.dtype], device: torch.device, threads: int, seco
     found = {"bytes": copy_bandwidth(device, seconds)}
     for dtype in dtypes:
         peak = matmul_peak(dtype, device, seconds)
-        if device.type == "cpu" and native.why_absent() is None and hasattr(native.core(), "measure_peak"):
+        if device.type == "cpu" and native.why_absent() is None and hasattr(native.core, "measure_peak"):
             code = native.view(torch.empty(0, dtype=dtype))
             assert code is not None
-            peak = max(peak, native.core().measure_peak(code[1], threads, seconds))
+            peak = max(peak, native.core.measure_peak(code[1], threads, seconds))
         found[f"flops:{str(dtype).removeprefix('torch.')}"] = peak
     return found

@@ -56,7 +56,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in ("torch", "triton", "numpy")}
         | {"python": platform.python_version()},
-        "native": native.why_absent() or native.core().build_info(),
+        "native": native.why_absent() or native.core.build_info(),
     }
     if device.type == "cuda":
         about["cuda"] = {"runtime": torch.version.cuda, "capability": torch.cuda.get_device_capability(device)}

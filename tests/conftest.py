@@ -23,7 +23,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
     core = native.why_absent()
     if core is None:
-        found = native.core().build_info()
+        found = native.core.build_info()
         core = f"native core on {found['cpu_isa'] or found['why_no_cpu_isa']}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device: GPU tests are skipped"
     return [f"mmkernels {mmkernels.__version__} from {mmkernels.__path__[0]}; {core}; {device}"]

@@ -22,7 +22,7 @@ __all__ = ["each", "run_on", "usable"]
 
 def usable() -> list[str]:
     """Compiled in, and run by this processor; narrowest first."""
-    return [] if native.why_absent() is not None else native.core().build_info()["usable_cpu_isas"]
+    return [] if native.why_absent() is not None else native.core.build_info()["usable_cpu_isas"]
 
 
 def _parameters() -> list:
@@ -42,7 +42,7 @@ def run_on(isa: str, check: Callable[[], None]) -> None:
 import sys
 sys.path[:0] = {folders!r}
 from mmkernels.runtime import native
-assert native.core().build_info()["cpu_isa"] == {isa!r}
+assert native.core.build_info()["cpu_isa"] == {isa!r}
 import {file.stem}
 {file.stem}.{check.__name__}()
 """

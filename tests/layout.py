@@ -108,6 +108,7 @@ LAYERS = (
     ),
     Layer(r"mmkernels\.testing\.aot", below=("mmkernels.ops",), packages=frozenset({"triton"}), late=("triton",)),
     Layer(r"mmkernels\.testing(\..*)?", below=("mmkernels.testing.*", "mmkernels.ops.*", _RUNTIME)),
+    Layer(r"mmkernels\.runtime\.native", below=("mmkernels._native", "mmkernels.runtime.absence")),
     Layer(r"mmkernels\.runtime(\..*)?", below=(_RUNTIME,)),
     Layer(r"mmkernels\.ops(\.(checks|modality))?"),
     Layer(
@@ -388,3 +389,18 @@ def _is_of_the_locale(call: ast.Call) -> bool:
         return False
     mode = named.get("mode", next(iter(call.args[0 if method else 1 :]), ast.Constant("r")))
     return isinstance(mode, ast.Constant) and "b" not in str(mode.value)
+
+
+def view_problems(root: Path) -> list[str]:
+    """Calls of `view` (`mmkernels/runtime/native.py`) on a tensor that nobody holds: a pointer into freed memory."""
+    problems = []
+    for path in sorted(root.joinpath("mmkernels").rglob("native.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("view", "native.view") and node.args:
+                given = node.args[0]
+                reshaped = isinstance(given, ast.Call) and ast.unparse(given.func).endswith(".view")
+                if not isinstance(given, (ast.Name, ast.Attribute)) and not reshaped:
+                    problems.append(
+                        f"{path.relative_to(root)}:{node.lineno}: view of what nobody holds: {ast.unparse(given)}"
+                    )
+    return problems

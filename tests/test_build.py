@@ -35,7 +35,7 @@ def tool(*command: str) -> str:
 
 @needs_core
 def test_no_torch_symbol() -> None:
-    symbols = tool("nm", "-D", "--undefined-only", "--demangle", native.core().__file__)
+    symbols = tool("nm", "-D", "--undefined-only", "--demangle", native.core.__file__)
     assert "PyModule_Create2" in symbols or "PyModuleDef_Init" in symbols  # nm did read the module
     foreign = re.findall(r".*\b(?:at::|c10::|torch::|aoti_torch\w*|TH[A-Z]\w+).*", symbols)
     assert not foreign, "\n".join(foreign)
@@ -43,7 +43,7 @@ def test_no_torch_symbol() -> None:
 
 @needs_core
 def test_loads_only_what_every_linux_has() -> None:
-    needed = re.findall(r"NEEDED\s+(\S+)", tool("objdump", "-p", native.core().__file__))
+    needed = re.findall(r"NEEDED\s+(\S+)", tool("objdump", "-p", native.core.__file__))
     assert needed
     allowed = r"(libstdc\+\+|libm|libgcc_s|libgomp|libc|libpthread|libdl|librt|ld-linux[-\w]*)\.so\.\d+"
     assert not [name for name in needed if not re.fullmatch(allowed, name)], needed

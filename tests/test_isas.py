@@ -24,11 +24,11 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], env={**environment, **variables}, capture_output=True, text=True)
 
 
-INFO = "import torch; from mmkernels.runtime import native; info = native.core().build_info()\n"
+INFO = "import torch; from mmkernels.runtime import native; info = native.core.build_info()\n"
 
 
 def test_usable_ones_are_compiled_and_in_order() -> None:
-    info = native.core().build_info()
+    info = native.core.build_info()
     assert info["usable_cpu_isas"] == [isa for isa in info["cpu_isas"] if isa in info["usable_cpu_isas"]]
     assert info["usable_cpu_isas"][0] == "baseline"
     assert info["cpu_isa"] in info["usable_cpu_isas"]
@@ -41,7 +41,7 @@ def test_what_is_hidden_is_as_if_not_there() -> None:
     left = isas.usable()[:-1]
     script = INFO + "print(info['usable_cpu_isas'], info['cpu_isa'] in info['usable_cpu_isas'], len(info['cpu_isas']))"
     done = run("-c", script, MMKERNELS_CPU_HIDE=hidden)
-    assert done.stdout == f"{left} True {len(native.core().build_info()['cpu_isas'])}\n", done.stderr
+    assert done.stdout == f"{left} True {len(native.core.build_info()['cpu_isas'])}\n", done.stderr
 
 
 # A name that means nothing, one that this processor lacks, and a variable that hides what is no set.

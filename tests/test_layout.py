@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
         layout.shape_problems,
         layout.machine_problems,
         layout.encoding_problems,
+        layout.view_problems,
     ],
 )
 def test_rule_holds(checker) -> None:
@@ -214,3 +215,19 @@ def test_encoding_of_the_locale_is_seen(tmp_path: Path, call: str, is_right: boo
     write(tmp_path, "benches/b.py", f"def f(x, y):\n    {call}\n")
     problems = layout.encoding_problems(tmp_path)
     assert problems == ([] if is_right else [f"benches/b.py:2: {call.partition('(')[0]} without encoding="])
+
+
+@pytest.mark.parametrize(
+    ("call", "is_right"),
+    [
+        ("view(x)", True),
+        ("view(rows.lo)", True),
+        ("view(x.view(-1))", True),
+        ("view(x.contiguous())", False),
+        ("view(unit_stride(x))", False),
+        ("view(None if x is None else x.contiguous())", False),
+    ],
+)
+def test_view_of_a_temporary_is_seen(tmp_path: Path, call: str, is_right: bool) -> None:
+    write(tmp_path, "mmkernels/ops/packing/native.py", f"def f(x, rows):\n    {call}\n")
+    assert bool(layout.view_problems(tmp_path)) is not is_right

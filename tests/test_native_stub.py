@@ -44,7 +44,7 @@ def test_the_stub_is_what_the_sources_say() -> None:
 
 @pytest.mark.skipif(native.why_absent() is not None, reason=f"native core: {native.why_absent()}")
 def test_the_stub_is_what_was_built() -> None:
-    core = native.core()
+    core = native.core
     there = {name: value for name, value in vars(core).items() if callable(value) and not isinstance(value, type)}
     there = {name: built(value) for name, value in there.items() if not name.startswith("_")}
     listed = stubbed()

@@ -196,7 +196,7 @@ def _count_and_plan(lengths: ArrayLike, caps: Caps) -> CountedPlan | None:
     plain = array.ndim == 1 and array.dtype == np.int64 and array.flags.c_contiguous and array.flags.aligned
     if native.why_absent() or not plain or caps.capacity > _MOST_TABLE:
         return None
-    counted = native.core().count_and_plan(array, caps.capacity, caps.arguments()[2])
+    counted = native.core.count_and_plan(array, caps.capacity, caps.arguments()[2])
     if counted is None:
         return None
     steps, num_packs, copy = counted

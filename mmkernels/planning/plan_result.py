@@ -26,7 +26,7 @@ def _nothing() -> Array:
 
 def planner() -> Any:
     """The algorithms: the native core's, or those in Python when there is no core."""
-    return plan_python if native.why_absent() else native.core()
+    return plan_python if native.why_absent() else native.core
 
 
 @dataclass(frozen=True, eq=False)

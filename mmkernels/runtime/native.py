@@ -5,9 +5,8 @@ Torch is imported before the core, always: torch and the core then share one Ope
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from types import ModuleType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -23,16 +22,22 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.flo
 _DTYPE_CODES |= {torch.int32: 4, torch.int64: 5, torch.uint8: 6, torch.bool: 6}
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
-    try:
-        return importlib.import_module("mmkernels._native"), None
-    except ModuleNotFoundError:
-        return None, why_no_core()
-    except ImportError as error:
-        return None, f"the native core does not load: {error}"
+class _Absent:
+    """In place of the core: `backends.resolve` lets no call through to it."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{name}: {_why_absent}")
 
 
-_core, _why_absent = _load()
+_why_absent: str | None = None
+try:
+    import mmkernels._native as core
+except ModuleNotFoundError:
+    core = _Absent()  # type: ignore[assignment]
+    _why_absent = why_no_core()
+except ImportError as error:
+    core = _Absent()  # type: ignore[assignment]
+    _why_absent = f"the native core does not load: {error}"
 if _why_absent is not None:
     # The build says so too, but pip hides what a build prints.
     warnings.warn(
@@ -47,20 +52,14 @@ def why_absent() -> str | None:
     return _why_absent
 
 
-def core() -> ModuleType:
-    """The extension module; call it only after `backends.resolve` has chosen the native backend."""
-    assert _core is not None, _why_absent
-    return _core
-
-
 def has_cuda() -> bool:
     """True when the core was compiled with CUDA kernels."""
-    return _core is not None and _core.build_info()["cuda_version"] is not None
+    return _why_absent is None and core.build_info()["cuda_version"] is not None
 
 
 def cuda_archs() -> tuple[str, ...]:
     """Compiled CUDA architectures as CMake writes them, such as ("80-real", "90a-real", "120-virtual")."""
-    return tuple(_core.build_info()["cuda_archs"]) if _core is not None else ()
+    return tuple(core.build_info()["cuda_archs"]) if _why_absent is None else ()
 
 
 def threads() -> int:

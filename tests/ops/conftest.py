@@ -49,7 +49,7 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if emulation.compiler() is None:
         pytest.skip("the emulator needs a C++ compiler")
     core = emulation.EmulatedCore()
-    monkeypatch.setattr(native, "_core", core)
+    monkeypatch.setattr(native, "core", core)
     monkeypatch.setattr(native, "_why_absent", None)
     core.module.set_seed(1)
     core.module.set_multiprocessors(3)

@@ -136,7 +136,7 @@ def test_python_gives_the_native_plan(problem, strategy, lookahead):
     items = np.asarray(lengths, np.int64), None if images is None else np.asarray(images, np.int64)
     arguments = [*items, capacity, max_images or NO_CAP, max_samples or NO_CAP]
     window = [lookahead] if strategy == "subset_sum" else []
-    planners = native.core(), plan_python
+    planners = native.core, plan_python
     here, there = (getattr(planner, f"plan_{strategy}")(*arguments, *window) for planner in planners)
     assert here[0].dtype == there[0].dtype == np.int64
     assert here[0].tolist() == there[0].tolist()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mmkernels.ops.attention.reference import bias_gradient, compute_dtype, sink_gradient
 from mmkernels.ops.attention.types import MaskRows, Options
-from mmkernels.runtime.native import View, core, stream, threads, unit_stride, view
+from mmkernels.runtime import native
+from mmkernels.runtime.native import View, stream, threads, unit_stride, view
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -27,17 +26,23 @@ def _inputs(rows: MaskRows, *tensors: Tensor) -> list[Tensor]:
     return [_tiles(x) if patterned else unit_stride(x) for x in tensors]
 
 
-Pattern = tuple[View | None, View | None, View | None, View | None, View | None]
+_View = View | None
 
 
-def _pattern(rows: MaskRows) -> Pattern:
+def _intervals(rows: MaskRows) -> tuple[_View, _View, _View, _View]:
+    return view(rows.lo), view(rows.hi), view(rows.first_q), view(rows.last_q)
+
+
+def _pattern(rows: MaskRows) -> tuple[_View, _View, _View, _View, _View]:
     return view(rows.span_q), view(rows.span_k), view(rows.allow_q), view(rows.bit_k), view(rows.tiles)
 
 
-def _extras(rows: MaskRows, options: Options, row_sums: Tensor | None) -> tuple[Any, ...]:
+def _extras(
+    rows: MaskRows, options: Options, row_sums: Tensor | None
+) -> tuple[_View, _View, _View, _View, _View, _View]:
     """What the CPU kernels take beyond the pattern; api.py lets nothing of it through to the CUDA ones."""
     bias = view(rows.class_q), view(rows.class_k), view(options.pair_bias), view(row_sums)
-    return *bias, view(options.sink), view(options.seed), options.dropout_p
+    return *bias, view(options.sink), view(options.seed)
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
@@ -45,12 +50,12 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Opti
     q, k, v = _inputs(rows, q, k, v)
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q))
-    views = [view(x) for x in (q, k, v, rows.lo, rows.hi, rows.first_q, rows.last_q)]
-    arguments = *views, options.scale, view(out), view(lse), *_pattern(rows)
+    inputs, outputs = (view(q), view(k), view(v), *_intervals(rows)), (view(out), view(lse))
     if q.is_cuda:
-        core().launch_attention_fwd_cuda(*arguments, stream(q))
+        native.core.launch_attention_fwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), stream(q))
     else:
-        core().launch_attention_fwd_cpu(*arguments, *_extras(rows, options, None), threads())
+        extras = *_pattern(rows), *_extras(rows, options, None)
+        native.core.launch_attention_fwd_cpu(*inputs, options.scale, *outputs, *extras, options.dropout_p, threads())
     return out, lse
 
 
@@ -73,12 +78,14 @@ def attention_bwd(
     row_sums = None
     if options.pair_bias is not None:
         row_sums = lse.new_empty((q.shape[1], options.pair_bias.shape[2], q.shape[0]))  # [H, Ck, Tq]
-    inputs = grad_out, grad_lse, q, k, v, out, lse, rows.lo, rows.hi, rows.first_q, rows.last_q
-    arguments = *map(view, inputs), options.scale, *map(view, (dq, dk, dv, delta)), *_pattern(rows)
+    features = view(q), view(k), view(v), view(out), view(lse)
+    inputs = view(grad_out), view(grad_lse), *features, *_intervals(rows)
+    outputs = view(dq), view(dk), view(dv), view(delta)
     if q.is_cuda:
-        core().launch_attention_bwd_cuda(*arguments, stream(q))
+        native.core.launch_attention_bwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), stream(q))
     else:
-        core().launch_attention_bwd_cpu(*arguments, *_extras(rows, options, row_sums), threads())
+        extras = *_pattern(rows), *_extras(rows, options, row_sums)
+        native.core.launch_attention_bwd_cpu(*inputs, options.scale, *outputs, *extras, options.dropout_p, threads())
     if row_sums is not None:
         dbias = bias_gradient(row_sums, rows, options)
     if options.sink is not None:

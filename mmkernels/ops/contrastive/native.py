@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive.types import STATISTICS, Need, Pairs, Teacher, statistics_dtype
-from mmkernels.runtime.native import core, stream, threads, view
+from mmkernels.runtime import native
+from mmkernels.runtime.native import stream, threads, unit_stride, view
 
 __all__ = [
     "infonce_bwd",
@@ -22,11 +23,6 @@ __all__ = [
     "softmax_fwd",
     "topk_similar",
 ]
-
-
-def _rows(features: Tensor) -> Tensor:
-    """The kernels want the last dimension contiguous; other layouts are copied."""
-    return features if features.stride(-1) == 1 or features.shape[-1] <= 1 else features.contiguous()
 
 
 def _positives(pairs: Pairs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -45,7 +41,7 @@ def _of_teacher(teacher: Teacher | None) -> tuple[Tensor | None, ...]:
     if teacher is None:
         return None, None, None, None
     queries, keys, lse_q, lse_k = teacher
-    return _rows(queries), _rows(keys), *_vectors(lse_q, lse_k)
+    return unit_stride(queries), unit_stride(keys), *_vectors(lse_q, lse_k)
 
 
 def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
@@ -95,12 +91,12 @@ def softmax_fwd(
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
     """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64."""
-    x, y = _rows(queries), _rows(keys)
+    x, y = unit_stride(queries), unit_stride(keys)
     of_rows = x.new_empty(STATISTICS, x.shape[0], dtype=torch.float64)
     of_columns = y.new_empty(STATISTICS, y.shape[0] if columns else 0, dtype=torch.float64)
     rules = *_positives(pairs), pairs.same_id == "ignore", *_of_teacher(teacher)
     results = of_rows, of_columns
-    _launch_cpu(core().launch_contrastive_softmax_fwd_cpu, x, y, logit_scale, *rules, totals, columns, *results)
+    _launch_cpu(native.core.launch_contrastive_softmax_fwd_cpu, x, y, logit_scale, *rules, totals, columns, *results)
     return of_rows, of_columns
 
 
@@ -117,13 +113,13 @@ def softmax_bwd(
     need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
-    x, y = _rows(queries), _rows(keys)
+    x, y = unit_stride(queries), unit_stride(keys)
     gradients = _room(x, y, need)
     statistics = _vectors(coefficients_q, coefficients_k, lse_q, lse_k)
     rules = *_positives(pairs), pairs.same_id == "ignore", *_of_teacher(teacher)
     columns = coefficients_k.shape[1] > 0
     features = x, y, logit_scale
-    _launch_cpu(core().launch_contrastive_softmax_bwd_cpu, *statistics, *features, *rules, columns, *gradients)
+    _launch_cpu(native.core.launch_contrastive_softmax_bwd_cpu, *statistics, *features, *rules, columns, *gradients)
     return _needed(gradients, x, y, need)
 
 
@@ -135,9 +131,9 @@ def sigmoid_fwd(
     pairs: Pairs,
 ) -> Tensor:
     """[3] float64: the sum of the losses of all pairs, and its derivatives by scale and bias."""
-    x, y = _rows(queries), _rows(keys)
+    x, y = unit_stride(queries), unit_stride(keys)
     sums = x.new_empty(3, dtype=torch.float64)
-    _launch_cpu(core().launch_contrastive_sigmoid_fwd_cpu, x, y, logit_scale, logit_bias, *_positives(pairs), sums)
+    _launch_cpu(native.core.launch_contrastive_sigmoid_fwd_cpu, x, y, logit_scale, logit_bias, *_positives(pairs), sums)
     return sums
 
 
@@ -151,10 +147,12 @@ def sigmoid_bwd(
     need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
-    x, y = _rows(queries), _rows(keys)
+    x, y = unit_stride(queries), unit_stride(keys)
     gradients = _room(x, y, need)
     scalars = logit_scale, logit_bias
-    _launch_cpu(core().launch_contrastive_sigmoid_bwd_cpu, grad_sum, x, y, *scalars, *_positives(pairs), *gradients)
+    _launch_cpu(
+        native.core.launch_contrastive_sigmoid_bwd_cpu, grad_sum, x, y, *scalars, *_positives(pairs), *gradients
+    )
     return _needed(gradients, x, y, need)
 
 
@@ -166,18 +164,18 @@ def sample_negatives(
     pairs: Pairs,
 ) -> Tensor:
     """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
-    x, y = _rows(queries), _rows(keys)
+    x, y = unit_stride(queries), unit_stride(keys)
     index = x.new_empty(x.shape[0], dtype=torch.int64)
-    _launch_cpu(core().launch_contrastive_sample_fwd_cpu, x, y, logit_scale, seed, *_positives(pairs), index)
+    _launch_cpu(native.core.launch_contrastive_sample_fwd_cpu, x, y, logit_scale, seed, *_positives(pairs), index)
     return index
 
 
 def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """values [N, k], indices [N, k] int64: the most similar keys first, of equal ones the lower index."""
-    x, y = _rows(queries), _rows(keys)
+    x, y = unit_stride(queries), unit_stride(keys)
     values = x.new_empty(x.shape[0], k, dtype=statistics_dtype(x.dtype))
     indices = x.new_empty(x.shape[0], k, dtype=torch.int64)
-    _launch_cpu(core().launch_contrastive_topk_fwd_cpu, x, y, values, indices)
+    _launch_cpu(native.core.launch_contrastive_topk_fwd_cpu, x, y, values, indices)
     return values, indices
 
 
@@ -190,15 +188,15 @@ def _sizes(queries: Tensor, keys: Tensor) -> tuple[int, int, int]:
 
 def infonce_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss [], lse_q [N] and lse_k [N] in float64, d loss / d logit_scale []."""
-    x, y = _rows(queries), _rows(keys)
+    x, y = unit_stride(queries), unit_stride(keys)
     loss, grad_scale = _scalars(x, 2)
     lse_q, lse_k = (features.new_empty(features.shape[0], dtype=torch.float64) for features in (x, y))
     arguments = x, y, logit_scale, loss, lse_q, lse_k, grad_scale
     if x.is_cuda:
-        size = core().contrastive_infonce_fwd_workspace_cuda(*_sizes(x, y))
-        _launch_cuda(core().launch_contrastive_infonce_fwd_cuda, size, *arguments)
+        size = native.core.contrastive_infonce_fwd_workspace_cuda(*_sizes(x, y))
+        _launch_cuda(native.core.launch_contrastive_infonce_fwd_cuda, size, *arguments)
     else:
-        _launch_cpu(core().launch_contrastive_infonce_fwd_cpu, *arguments)
+        _launch_cpu(native.core.launch_contrastive_infonce_fwd_cpu, *arguments)
     return loss, lse_q, lse_k, grad_scale
 
 
@@ -212,27 +210,27 @@ def infonce_bwd(
     need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [N, E]; [0, E] where not needed."""
-    x, y = _rows(queries), _rows(keys)
+    x, y = unit_stride(queries), unit_stride(keys)
     gradients = _room(x, y, need)
     arguments = grad_loss, x, y, logit_scale, lse_q.contiguous(), lse_k.contiguous(), *gradients
     if x.is_cuda:
-        size = core().contrastive_infonce_bwd_workspace_cuda(*_sizes(x, y))
-        _launch_cuda(core().launch_contrastive_infonce_bwd_cuda, size, *arguments)
+        size = native.core.contrastive_infonce_bwd_workspace_cuda(*_sizes(x, y))
+        _launch_cuda(native.core.launch_contrastive_infonce_bwd_cuda, size, *arguments)
     else:
-        _launch_cpu(core().launch_contrastive_infonce_bwd_cpu, *arguments)
+        _launch_cpu(native.core.launch_contrastive_infonce_bwd_cpu, *arguments)
     return _needed(gradients, x, y, need)
 
 
 def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
-    x, y = _rows(queries), _rows(keys)
+    x, y = unit_stride(queries), unit_stride(keys)
     loss, grad_scale, grad_bias = _scalars(x, 3)
     arguments = x, y, logit_scale, logit_bias, loss, grad_scale, grad_bias
     if x.is_cuda:
-        size = core().contrastive_siglip_fwd_workspace_cuda(*_sizes(x, y))
-        _launch_cuda(core().launch_contrastive_siglip_fwd_cuda, size, *arguments)
+        size = native.core.contrastive_siglip_fwd_workspace_cuda(*_sizes(x, y))
+        _launch_cuda(native.core.launch_contrastive_siglip_fwd_cuda, size, *arguments)
     else:
-        _launch_cpu(core().launch_contrastive_siglip_fwd_cpu, *arguments)
+        _launch_cpu(native.core.launch_contrastive_siglip_fwd_cpu, *arguments)
     return loss, grad_scale, grad_bias
 
 
@@ -245,12 +243,12 @@ def siglip_bwd(
     need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [N, E]; [0, E] where not needed."""
-    x, y = _rows(queries), _rows(keys)
+    x, y = unit_stride(queries), unit_stride(keys)
     gradients = _room(x, y, need)
     arguments = grad_loss, x, y, logit_scale, logit_bias, *gradients
     if x.is_cuda:
-        size = core().contrastive_siglip_bwd_workspace_cuda(*_sizes(x, y))
-        _launch_cuda(core().launch_contrastive_siglip_bwd_cuda, size, *arguments)
+        size = native.core.contrastive_siglip_bwd_workspace_cuda(*_sizes(x, y))
+        _launch_cuda(native.core.launch_contrastive_siglip_bwd_cuda, size, *arguments)
     else:
-        _launch_cpu(core().launch_contrastive_siglip_bwd_cpu, *arguments)
+        _launch_cpu(native.core.launch_contrastive_siglip_bwd_cpu, *arguments)
     return _needed(gradients, x, y, need)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mmkernels.ops.packing.reference import group_by_row, token_grid
 from mmkernels.ops.packing.types import PatchSize, Sources, Spans
-from mmkernels.runtime.native import core, stream, threads, view
+from mmkernels.runtime import native
+from mmkernels.runtime.native import stream, threads, unit_stride, view
 
 __all__ = [
     "gather",
@@ -26,11 +27,6 @@ SCATTER_CHUNK = 32  # kScatterChunk of packing.h
 _ONE_THREAD_BYTES = 1 << 16
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x [R, E] with contiguous columns and any row stride; copied when its columns are not."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def _stream_or_threads(moved: Tensor) -> int:
     """The last argument of a launcher: on a GPU the stream, on a CPU how many threads pay for a tensor of this size."""
     if moved.is_cuda:
@@ -41,39 +37,45 @@ def _stream_or_threads(moved: Tensor) -> int:
 def gather(sources: Sources, index: Tensor) -> Tensor:
     """Sources [R_i, E], index [T] int64 -> [T, E]."""
     index = index.contiguous()
-    rows = [None if source is None else _rows(source) for source in sources]
+    rows = [None if source is None else unit_stride(source) for source in sources]  # kept until the call has returned
+    first, second, third, fourth = map(view, rows)
     out = sources.first.new_empty(index.shape[0], sources.first.shape[1])
     if out.numel() > 0:
-        launch = core().launch_packing_gather_fwd_cuda if out.is_cuda else core().launch_packing_gather_fwd_cpu
-        launch(*map(view, rows), view(index), view(out), _stream_or_threads(out))
+        launch = (
+            native.core.launch_packing_gather_fwd_cuda if out.is_cuda else native.core.launch_packing_gather_fwd_cpu
+        )
+        launch(first, second, third, fourth, view(index), view(out), _stream_or_threads(out))
     return out
 
 
 def scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
     """packed [T, E], index [T] int64 -> [rows, E]."""
-    packed, index = _rows(packed), index.contiguous()
+    packed, index = unit_stride(packed), index.contiguous()
     out = packed.new_empty(rows, packed.shape[1])
     if out.numel() == 0:
         return out
     if packed.is_cuda:
         order, starts = group_by_row(index, rows)
         sums = packed.new_empty(index.shape[0] // SCATTER_CHUNK, packed.shape[1], dtype=torch.float32)
-        core().launch_packing_scatter_fwd_cuda(*map(view, (packed, index, order, starts, sums, out)), stream(out))
+        inputs = view(packed), view(index), view(order), view(starts)
+        native.core.launch_packing_scatter_fwd_cuda(*inputs, view(sums), view(out), stream(out))
     else:
-        core().launch_packing_scatter_fwd_cpu(view(packed), view(index), view(out), _stream_or_threads(packed))
+        native.core.launch_packing_scatter_fwd_cpu(view(packed), view(index), view(out), _stream_or_threads(packed))
     return out
 
 
 def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """x [T, E] -> (out [S, E], argmax [S, E] int32 for "max", else [0, E])."""
-    x, cu_seqlens = _rows(x), cu_seqlens.contiguous()
+    x, cu_seqlens = unit_stride(x), cu_seqlens.contiguous()
     segments, width = cu_seqlens.shape[0] - 1, x.shape[1]
     out = x.new_empty(segments, width)
     argmax = x.new_empty(segments if mode == "max" else 0, width, dtype=torch.int32)
     if out.numel() > 0:
-        chosen, by = view(argmax) if mode == "max" else None, core().PoolMode.__members__[mode]
+        chosen, by = view(argmax) if mode == "max" else None, native.core.PoolMode.__members__[mode]
         launch = (
-            core().launch_packing_segment_pool_fwd_cuda if x.is_cuda else core().launch_packing_segment_pool_fwd_cpu
+            native.core.launch_packing_segment_pool_fwd_cuda
+            if x.is_cuda
+            else native.core.launch_packing_segment_pool_fwd_cpu
         )
         launch(view(x), view(cu_seqlens), by, view(out), chosen, _stream_or_threads(x))
     return out, argmax
@@ -81,36 +83,47 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tens
 
 def segment_pool_bwd(grad_out: Tensor, cu_seqlens: Tensor, argmax: Tensor, rows: int, mode: str) -> Tensor:
     """grad_out [S, E] -> grad_x [rows, E]."""
-    grad_out, cu_seqlens = _rows(grad_out), cu_seqlens.contiguous()
+    grad_out, cu_seqlens = unit_stride(grad_out), cu_seqlens.contiguous()
     grad_x = grad_out.new_empty(rows, grad_out.shape[1])
     if grad_x.numel() > 0:
-        chosen, by = view(argmax) if mode == "max" else None, core().PoolMode.__members__[mode]
-        on_gpu = grad_x.is_cuda
-        launch = core().launch_packing_segment_pool_bwd_cuda if on_gpu else core().launch_packing_segment_pool_bwd_cpu
+        chosen, by = view(argmax) if mode == "max" else None, native.core.PoolMode.__members__[mode]
+        launch = (
+            native.core.launch_packing_segment_pool_bwd_cuda
+            if grad_x.is_cuda
+            else native.core.launch_packing_segment_pool_bwd_cpu
+        )
         launch(view(grad_out), view(cu_seqlens), chosen, by, view(grad_x), _stream_or_threads(grad_x))
     return grad_x
 
 
 def weighted_pool(x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> Tensor:
     """x [T, E], weights [T] in the compute type -> [S, E]."""
-    x, weights, cu_seqlens = _rows(x), weights.contiguous(), cu_seqlens.contiguous()
+    x, weights, cu_seqlens = unit_stride(x), weights.contiguous(), cu_seqlens.contiguous()
     out = x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
     if out.numel() > 0:
-        on_gpu = x.is_cuda
-        launch = core().launch_packing_weighted_pool_fwd_cuda if on_gpu else core().launch_packing_weighted_pool_fwd_cpu
-        launch(*map(view, (x, weights, cu_seqlens, out)), _stream_or_threads(x))
+        launch = (
+            native.core.launch_packing_weighted_pool_fwd_cuda
+            if x.is_cuda
+            else native.core.launch_packing_weighted_pool_fwd_cpu
+        )
+        launch(view(x), view(weights), view(cu_seqlens), view(out), _stream_or_threads(x))
     return out
 
 
 def weighted_pool_bwd(grad_out: Tensor, x: Tensor, weights: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """grad_out [S, E] -> (grad_x [T, E], grad_weights [T])."""
-    grad_out, x, weights, cu_seqlens = _rows(grad_out), _rows(x), weights.contiguous(), cu_seqlens.contiguous()
+    grad_out, x = unit_stride(grad_out), unit_stride(x)
+    weights, cu_seqlens = weights.contiguous(), cu_seqlens.contiguous()
     grad_x, grad_weights = x.new_empty(x.shape), weights.new_empty(x.shape[0])
     if grad_x.numel() == 0:
         return grad_x, grad_weights.zero_()
-    on_gpu = x.is_cuda
-    launch = core().launch_packing_weighted_pool_bwd_cuda if on_gpu else core().launch_packing_weighted_pool_bwd_cpu
-    launch(*map(view, (grad_out, x, weights, cu_seqlens, grad_x, grad_weights)), _stream_or_threads(x))
+    launch = (
+        native.core.launch_packing_weighted_pool_bwd_cuda
+        if x.is_cuda
+        else native.core.launch_packing_weighted_pool_bwd_cpu
+    )
+    inputs = view(grad_out), view(x), view(weights), view(cu_seqlens)
+    launch(*inputs, view(grad_x), view(grad_weights), _stream_or_threads(x))
     return grad_x, grad_weights
 
 
@@ -120,7 +133,9 @@ def patchify(x: Tensor, grid_thw: Tensor, size: PatchSize, inverse: bool) -> Ten
     out = x.new_empty(x.numel()) if inverse else x.new_empty(x.numel() // size.row, size.row)
     if out.numel() > 0:
         grid, starts = token_grid(grid_thw)
-        launch = core().launch_packing_patchify_fwd_cuda if x.is_cuda else core().launch_packing_patchify_fwd_cpu
+        launch = (
+            native.core.launch_packing_patchify_fwd_cuda if x.is_cuda else native.core.launch_packing_patchify_fwd_cpu
+        )
         views = view(x.view(-1)), view(grid), view(starts)
         launch(*views, *size, inverse, view(out.view(-1)), _stream_or_threads(x))
     return out
@@ -135,7 +150,7 @@ def patchify_images(images: list[Tensor], grid_thw: Tensor, size: PatchSize) -> 
     grid, starts = token_grid(grid_thw)
     out = images[0].new_empty(sum(image.numel() for image in images) // size.row, size.row)
     views = view(addresses), view(grid), view(starts)
-    core().launch_packing_patchify_images_fwd_cpu(*views, *size, view(out.view(-1)), _stream_or_threads(out))
+    native.core.launch_packing_patchify_images_fwd_cpu(*views, *size, view(out.view(-1)), _stream_or_threads(out))
     return out
 
 
@@ -144,7 +159,8 @@ def mrope(cu_seqlens: Tensor, spans: Spans, total: int) -> Tensor:
     assert spans.time_step is None
     out = cu_seqlens.new_empty(3, total)
     if total > 0:
-        inputs = [tensor.contiguous() for tensor in (cu_seqlens, spans.starts, spans.extent, spans.gained)]
-        launch = core().launch_packing_mrope_fwd_cuda if out.is_cuda else core().launch_packing_mrope_fwd_cpu
-        launch(*map(view, (*inputs, out)), _stream_or_threads(out))
+        cu_seqlens, starts = cu_seqlens.contiguous(), spans.starts.contiguous()
+        extent, gained = spans.extent.contiguous(), spans.gained.contiguous()
+        launch = native.core.launch_packing_mrope_fwd_cuda if out.is_cuda else native.core.launch_packing_mrope_fwd_cpu
+        launch(view(cu_seqlens), view(starts), view(extent), view(gained), view(out), _stream_or_threads(out))
     return out

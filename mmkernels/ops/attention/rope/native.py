@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mmkernels.runtime.native import core, threads, unit_stride, view
+from mmkernels.runtime import native
+from mmkernels.runtime.native import threads, unit_stride, view
 
 __all__ = ["norm_rope_bwd", "norm_rope_fwd"]
+
+
+def _kind(norm: str) -> Any:
+    """The core's `Norm` of "rms", "layer" or ""."""
+    return native.core.Norm.__members__[norm or "none"]
 
 
 def norm_rope_fwd(
@@ -22,9 +30,8 @@ def norm_rope_fwd(
 ) -> Tensor:
     """y [T, H, D]."""
     x, y = unit_stride(x), x.new_empty(x.shape)
-    tensors = [view(t) for t in (x, cos, sin, weight, bias, y)]
-    core().launch_attention_norm_rope_fwd_cpu(*tensors, core().Norm.__members__[norm or "none"], eps, interleaved,
-                                              threads())  # fmt: skip
+    views = view(x), view(cos), view(sin), view(weight), view(bias), view(y)
+    native.core.launch_attention_norm_rope_fwd_cpu(*views, _kind(norm), eps, interleaved, threads())
     return y
 
 
@@ -45,7 +52,7 @@ def norm_rope_bwd(
     D = grad_out.shape[2]
     dweight = grad_out.new_empty(D if norm else 0, dtype=dtype)
     dbias = dweight.new_empty(D if norm == "layer" else 0)
-    tensors = [view(t) for t in (grad_out, x, cos, sin, weight, dx, dweight, dbias)]
-    core().launch_attention_norm_rope_bwd_cpu(*tensors, core().Norm.__members__[norm or "none"], eps, interleaved,
-                                              threads())  # fmt: skip
+    inputs = view(grad_out), view(x), view(cos), view(sin), view(weight)
+    outputs = view(dx), view(dweight), view(dbias)
+    native.core.launch_attention_norm_rope_bwd_cpu(*inputs, *outputs, _kind(norm), eps, interleaved, threads())
     return dx, dweight, dbias
