@@ -62,8 +62,8 @@ void softmax_fwd(const SoftmaxForwardArguments& a, int threads) {
     using T = decltype(t);
     const Operands<T> student{rows_of<T>(a.queries), rows_of<T>(a.keys)};
     const Operands<T> teacher{rows_of<T>(a.teacher.queries), rows_of<T>(a.teacher.keys)};
-    const bool taught = a.teacher.queries.given();
-    statistics<T>(student, taught ? &teacher : nullptr, {numbers(a.teacher.lse_q), numbers(a.teacher.lse_k)},
+    const bool of_teacher = a.teacher.queries.given();
+    statistics<T>(student, of_teacher ? &teacher : nullptr, {numbers(a.teacher.lse_q), numbers(a.teacher.lse_k)},
                   *a.logit_scale.ptr<ComputeOf<T>>(), rule_of(a.pairs), a.totals, a.columns, a.rows_out.ptr<double>(),
                   a.columns_out.ptr<double>(), threads);
   });

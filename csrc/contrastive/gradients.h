@@ -18,8 +18,9 @@ void store_scaled(const ComputeOf<T>* from, ComputeOf<T> factor, int64_t count, 
   store_n(to + i, load_n(from + i, count - i) * factor, count - i);
 }
 
-// dX = factor * G Y and dY = factor * Gᵀ X, where epilogue(tile, taught) turns a tile of S = X Yᵀ into one of G, in
-// place; `taught` is the teacher's tile or null. dx and dy are contiguous [count, E]; either may be null: not wanted.
+// dX = factor * G Y and dY = factor * Gᵀ X, where epilogue(tile, of_teacher) turns a tile of S = X Yᵀ into one of G, in
+// place; `of_teacher` is the teacher's tile or null. dx and dy are contiguous [count, E]; either may be null: not
+// wanted.
 //
 // Superblock by superblock, in two phases: a thread takes a row tile, makes its tiles of G, adds G Y to its rows of dX
 // while they are in L2, and leaves G behind; then a thread takes 96 columns of G and adds Gᵀ X to its rows of dY.
@@ -43,7 +44,7 @@ class FeatureGradients {
         block_cols_(min64(y_.count, kBlockCols * widened(threads))),
         workers_(usable_threads(ceil_div(max64(block_rows_, block_cols_), kTileRows), threads)),
         product_(student, block_cols_, workers_),
-        taught_(teacher ? *teacher : Operands<T>{}, teacher ? block_cols_ : 0, teacher ? workers_ : 0),
+        of_teacher_(teacher ? *teacher : Operands<T>{}, teacher ? block_cols_ : 0, teacher ? workers_ : 0),
         y_depth_(dx ? depth_size(block_cols_) : 0),
         x_depth_(dy ? depth_size(block_rows_) : 0),
         g_tile_(workers_ * packed_size_a<T>(kTileRows, kTileCols<T>)),
@@ -58,7 +59,7 @@ class FeatureGradients {
       for (int64_t j0 = 0; j0 < y_.count; j0 += block_cols_) {
         const int64_t cols = min64(y_.count - j0, block_cols_);
         product_.columns(j0, cols, threads_);
-        if (teacher_) taught_.columns(j0, cols, threads_);
+        if (teacher_) of_teacher_.columns(j0, cols, threads_);
         if (dx_) pack_depth(y_, j0, cols, threads_, y_depth_.data());
         parallel_for(ceil_div(rows, kTileRows), threads_, [&](int64_t t, int thread) {
           const int64_t r = t * kTileRows;
@@ -93,13 +94,13 @@ class FeatureGradients {
     Packed<T>* ga = g_tile_.data() + thread * packed_size_a<T>(kTileRows, kTileCols<T>);
     C* sum = dx_sum_.data() + r * width_;
     product_.rows(i0 + r, count, thread);
-    if (teacher_) taught_.rows(i0 + r, count, thread);
+    if (teacher_) of_teacher_.rows(i0 + r, count, thread);
     for (int64_t c = 0; c < cols; c += kTileCols<T>) {
       const int64_t n = min64(cols - c, kTileCols<T>);
-      const C* taught = teacher_ ? taught_.tile(count, c, n, thread) : nullptr;
+      const C* of_teacher = teacher_ ? of_teacher_.tile(count, c, n, thread) : nullptr;
       C* s = product_.tile(count, c, n, thread);
       const TileOf<T> tile{i0 + r, count, j0 + c, n, s};
-      epilogue_(tile, taught);
+      epilogue_(tile, of_teacher);
       if (dy_)
         for (int64_t i = 0; i < count; ++i) store_g(tile.row(i), n, g_.data() + (r + i) * block_cols_ + c);
       if (!dx_) continue;
@@ -134,7 +135,7 @@ class FeatureGradients {
   const Epilogue& epilogue_;
   const int64_t width_, block_rows_, block_cols_;
   const int workers_;
-  Product<T> product_, taught_;
+  Product<T> product_, of_teacher_;
   AlignedBuffer<Packed<T>> y_depth_, x_depth_;
   AlignedBuffer<Packed<T>> g_tile_, g_;
   AlignedBuffer<C> dx_sum_, dy_sum_;

@@ -54,10 +54,10 @@ MMK_INLINE Vec<C> softmax(Vec<C> a, C scale, Vec<C> ref, Vec<C> rest) {
 template <class C>
 struct Stats {
   C *ref, *sum, *dot;
-  C *total, *positive, *best, *taught;  // the last is sum p a with the teacher's p
+  C *total, *positive, *best, *of_teacher;  // the last is sum p a with the teacher's p
 
   static constexpr int kFields = 7;
-  Stats at(int64_t i) const { return {ref + i, sum + i, dot + i, total + i, positive + i, best + i, taught + i}; }
+  Stats at(int64_t i) const { return {ref + i, sum + i, dot + i, total + i, positive + i, best + i, of_teacher + i}; }
 };
 
 template <class C>

@@ -30,8 +30,8 @@ class SoftmaxForward {
         with_columns_(columns),
         low_precision_(low_precision),
         pairs_(pairs),
-        taught_rows_(teacher.rows, teacher.rows ? n : 0, scale),
-        taught_columns_(teacher.columns, teacher.columns ? m : 0, scale),
+        teacher_rows_(teacher.rows, teacher.rows ? n : 0, scale),
+        teacher_columns_(teacher.columns, teacher.columns ? m : 0, scale),
         target_(n),
         rows_(n),
         columns_(columns ? m : 0),
@@ -40,7 +40,7 @@ class SoftmaxForward {
     columns_.clear();
   }
 
-  void tile(int64_t t, const Tile& tile, const C* taught) const {
+  void tile(int64_t t, const Tile& tile, const C* of_teacher) const {
     const Stats<C> column = partial_.stats().at(with_columns_ ? t * kPassCols + tile.j0 % kPassCols : 0);
     if (pairs_.rule().ignores())
       with_columns_ ? statistics<true, true>(tile, column) : statistics<true, false>(tile, column);
@@ -50,7 +50,7 @@ class SoftmaxForward {
       with_columns_ ? statistics<false, true>(tile, column) : statistics<false, false>(tile, column);
     if (totals_) add_totals(tile, column);
     if (pairs_.rule().by_id()) add_positives(tile, column);
-    if (taught) add_taught(tile, taught, column);
+    if (of_teacher) add_teacher(tile, of_teacher, column);
   }
 
   void finish_columns(int64_t j0, int64_t cols) const {
@@ -62,7 +62,7 @@ class SoftmaxForward {
         for (int64_t c = begin; c < end; ++c) {
           column.ref[c] = of_tile.ref[c] > column.ref[c] ? of_tile.ref[c] : column.ref[c];
           if (totals_) column.total[c] += of_tile.total[c];
-          if (taught_rows_.given()) column.taught[c] += of_tile.taught[c];
+          if (teacher_rows_.given()) column.of_teacher[c] += of_tile.of_teacher[c];
           if (!pairs_.rule().by_id()) continue;
           column.positive[c] += of_tile.positive[c];
           column.best[c] = of_tile.best[c] > column.best[c] ? of_tile.best[c] : column.best[c];
@@ -81,9 +81,9 @@ class SoftmaxForward {
   }
 
  private:
-  class TaughtLse {
+  class TeacherLse {
    public:
-    TaughtLse(const double* lse, int64_t count, C scale) : given_(lse), split_(lse, count, scale) {}
+    TeacherLse(const double* lse, int64_t count, C scale) : given_(lse), split_(lse, count, scale) {}
     bool given() const { return given_; }
     const SplitLse<C>& split() const { return split_; }
 
@@ -258,10 +258,10 @@ class SoftmaxForward {
     });
   }
 
-  void add_taught(const Tile& tile, const C* taught, const Stats<C>& column) const {
-    const SplitLse<C>&of_row = taught_rows_.split(), &of_column = taught_columns_.split();
-    add_to_both(tile, column.taught, rows_.stats().taught, [&](const auto& row, int64_t r, int64_t v) {
-      const Vec<C> a = load(tile.row(r) + v), b = load(taught + r * Tile::kCols + v);
+  void add_teacher(const Tile& tile, const C* of_teacher, const Stats<C>& column) const {
+    const SplitLse<C>&of_row = teacher_rows_.split(), &of_column = teacher_columns_.split();
+    add_to_both(tile, column.of_teacher, rows_.stats().of_teacher, [&](const auto& row, int64_t r, int64_t v) {
+      const Vec<C> a = load(tile.row(r) + v), b = load(of_teacher + r * Tile::kCols + v);
       const int64_t i = tile.i0 + r, j = tile.j0 + v;
       const auto unseen = pairs_.unseen(row, v);
       const Vec<C> p = softmax(b, scale_, splat(of_row.ref()[i]), splat(of_row.rest()[i]));
@@ -338,7 +338,7 @@ class SoftmaxForward {
       out.at(kLse, i) = any ? scale_ * ref + natural_log(stats.sum[i]) : lowest;
       out.at(kPositive, i) = stats.positive[i];
       out.at(kTotal, i) = stats.total[i];
-      out.at(kTeacher, i) = stats.taught[i];
+      out.at(kTeacher, i) = stats.of_teacher[i];
       out.at(kMean, i) = any ? ref + stats.dot[i] / stats.sum[i] : 0;
       out.at(kTop, i) = any ? scale_ * ref : lowest;
       out.at(kBest, i) = stats.best[i] != lowest ? scale_ * (sign_ * stats.best[i]) : lowest;
@@ -350,7 +350,7 @@ class SoftmaxForward {
   const int threads_;
   const bool totals_, with_columns_, low_precision_;
   const Pairs<C>& pairs_;
-  const TaughtLse taught_rows_, taught_columns_;
+  const TeacherLse teacher_rows_, teacher_columns_;
   AlignedBuffer<C> target_;  // [N] similarity of each row's target
   StatsBuffer<double> rows_, columns_;
   StatsBuffer<C> partial_;

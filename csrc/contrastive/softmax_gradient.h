@@ -100,20 +100,20 @@ class SoftmaxGradient {
         plain_(!pairs.rule().row_ids && !rows_.any(kTotal) && !columns_.any(kTotal) && !rows.teacher_lse),
         shared_(rows, columns, scale, low_precision && plain_ && columns.count > 0) {}
 
-  void operator()(const Tile& tile, const C* taught) const {
+  void operator()(const Tile& tile, const C* of_teacher) const {
     if (shared_.serves())
       shared_gradient(tile);
     else if (plain_)
-      columns() ? gradient<false, true>(tile, taught) : gradient<false, false>(tile, taught);
+      columns() ? gradient<false, true>(tile, of_teacher) : gradient<false, false>(tile, of_teacher);
     else
-      columns() ? gradient<true, true>(tile, taught) : gradient<true, false>(tile, taught);
+      columns() ? gradient<true, true>(tile, of_teacher) : gradient<true, false>(tile, of_teacher);
   }
 
  private:
   bool columns() const { return of_columns_.count > 0; }
 
   template <bool kGeneral, bool kColumns>
-  void gradient(const Tile& tile, const C* taught) const {
+  void gradient(const Tile& tile, const C* of_teacher) const {
     const C *column_ref = columns_.lse().ref() + tile.j0, *column_rest = columns_.lse().rest() + tile.j0;
     const C* weight = columns_.of(kLse) + tile.j0;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -129,10 +129,11 @@ class SoftmaxGradient {
         if constexpr (kColumns)
           g += softmax(here, scale_, load_at<kColumns>(column_ref, v), load_at<kColumns>(column_rest, v)) *
                load_at<kColumns>(weight, v);
-        if constexpr (kGeneral) g = others<kColumns>(tile, row, r, v, g, taught);
+        if constexpr (kGeneral) g = others<kColumns>(tile, row, r, v, g, of_teacher);
         store(s + v, g);
       });
-      if (target >= 0) s[target] = at_target(i, tile.j0 + target, a, taught ? taught[r * Tile::kCols + target] : 0);
+      if (target >= 0)
+        s[target] = at_target(i, tile.j0 + target, a, of_teacher ? of_teacher[r * Tile::kCols + target] : 0);
     }
   }
 
@@ -156,11 +157,12 @@ class SoftmaxGradient {
   }
 
   template <bool kColumns, class Row>
-  MMK_INLINE Vec<C> others(const Tile& tile, const Row& row, int64_t r, int64_t v, Vec<C> g, const C* taught) const {
+  MMK_INLINE Vec<C> others(const Tile& tile, const Row& row, int64_t r, int64_t v, Vec<C> g,
+                           const C* of_teacher) const {
     const int64_t i = tile.i0 + r, j = tile.j0 + v;
     g += load_at<kColumns>(columns_.of(kTotal), j) + rows_.of(kTotal)[i];
-    if (taught) {
-      const Vec<C> b = load(taught + r * Tile::kCols + v);
+    if (of_teacher) {
+      const Vec<C> b = load(of_teacher + r * Tile::kCols + v);
       const SplitLse<C>&of_row = rows_.teacher_lse(), &of_column = columns_.teacher_lse();
       g += softmax(b, scale_, splat(of_row.ref()[i]), splat(of_row.rest()[i])) * rows_.of(kTeacher)[i];
       if constexpr (kColumns)
@@ -172,16 +174,16 @@ class SoftmaxGradient {
     return pairs_.unseen(row, v) ? Vec<C>{} : g;
   }
 
-  C at_target(int64_t i, int64_t j, double a, double taught) const {
-    double g = of_line(of_rows_, i, a, taught);
-    if (columns()) g += of_line(of_columns_, j, a, taught);
+  C at_target(int64_t i, int64_t j, double a, double of_teacher) const {
+    double g = of_line(of_rows_, i, a, of_teacher);
+    if (columns()) g += of_line(of_columns_, j, a, of_teacher);
     return static_cast<C>(g);
   }
-  double of_line(const Line& line, int64_t i, double a, double taught) const {
+  double of_line(const Line& line, int64_t i, double a, double of_teacher) const {
     double g = scale_ * line.coefficient(kLse, i) * natural_exp(scale_ * a - line.lse[i]);
     g += line.coefficient(kPositive, i);
     g += line.coefficient(kTotal, i);
-    if (line.teacher_lse) g += line.coefficient(kTeacher, i) * natural_exp(scale_ * taught - line.teacher_lse[i]);
+    if (line.teacher_lse) g += line.coefficient(kTeacher, i) * natural_exp(scale_ * of_teacher - line.teacher_lse[i]);
     return g;
   }
 

@@ -106,26 +106,26 @@ class Product {
   AlignedBuffer<C> s_;
 };
 
-// Calls epilogue.tile(t, tile, taught) for each tile of S, where t numbers the row tiles and `taught` is the teacher's
-// tile or null, and epilogue.finish_columns(j0, cols) when all rows have met the columns [j0, j0 + cols), cols <=
-// kPassCols. The tiles of one row tile come in the order of their columns, never two at a time.
+// Calls epilogue.tile(t, tile, of_teacher) for each tile of S, where t numbers the row tiles and `of_teacher` is the
+// teacher's tile or null, and epilogue.finish_columns(j0, cols) when all rows have met the columns [j0, j0 + cols),
+// cols <= kPassCols. The tiles of one row tile come in the order of their columns, never two at a time.
 template <class T, class Epilogue>
 void for_each_tile(const Operands<T>& student, const Operands<T>* teacher, int threads, Epilogue& epilogue) {
   const int64_t n = student.x.count, m = student.y.count, tiles = ceil_div(n, kTileRows);
   const int workers = usable_threads(tiles, threads);
   Product<T> product(student, min64(m, kPassCols), workers);
-  Product<T> taught(teacher ? *teacher : Operands<T>{}, teacher ? min64(m, kPassCols) : 0, teacher ? workers : 0);
+  Product<T> of_teacher(teacher ? *teacher : Operands<T>{}, teacher ? min64(m, kPassCols) : 0, teacher ? workers : 0);
   for (int64_t j0 = 0; j0 < m; j0 += kPassCols) {
     const int64_t cols = min64(m - j0, kPassCols);
     product.columns(j0, cols, threads);
-    if (teacher) taught.columns(j0, cols, threads);
+    if (teacher) of_teacher.columns(j0, cols, threads);
     parallel_for(tiles, threads, [&](int64_t t, int thread) {
       const int64_t i0 = t * kTileRows, rows = min64(n - i0, kTileRows);
       product.rows(i0, rows, thread);
-      if (teacher) taught.rows(i0, rows, thread);
+      if (teacher) of_teacher.rows(i0, rows, thread);
       for (int64_t c = 0; c < cols; c += kTileCols<T>) {
         const int64_t count = min64(cols - c, kTileCols<T>);
-        const auto* s = teacher ? taught.tile(rows, c, count, thread) : nullptr;
+        const auto* s = teacher ? of_teacher.tile(rows, c, count, thread) : nullptr;
         epilogue.tile(t, TileOf<T>{i0, rows, j0 + c, count, product.tile(rows, c, count, thread)}, s);
       }
     });

@@ -152,7 +152,7 @@ def _plain_direction(
     seen: Tensor,
     extra: Tensor | None,
     label_smoothing: float,
-    taught: Tensor | None,
+    of_teacher: Tensor | None,
     alpha: float,
     weights: Tensor | None,
 ) -> Tensor:
@@ -160,8 +160,8 @@ def _plain_direction(
     positives, everyone = positive.to(logits.dtype), seen.to(logits.dtype)
     target = (1 - label_smoothing) * positives / positives.sum(1, keepdim=True)
     target = target + label_smoothing * everyone / everyone.sum(1, keepdim=True)
-    if taught is not None:
-        target = (1 - alpha) * target + alpha * taught.masked_fill(~seen, -torch.inf).softmax(1)
+    if of_teacher is not None:
+        target = (1 - alpha) * target + alpha * of_teacher.masked_fill(~seen, -torch.inf).softmax(1)
     masked = logits.masked_fill(~seen, -torch.inf)
     everything = masked if extra is None else torch.cat([masked, extra], 1)
     loss = everything.logsumexp(1) - (target * logits).sum(1)
@@ -194,16 +194,16 @@ def plain_infonce_options(
         same = query_ids[:, None] == (query_ids if key_ids is None else key_ids)
         positive, seen = (same, seen) if same_id == "positive" else (positive, ~same | positive)
     extra = None if negatives is None else logit_scale * queries @ negatives.T
-    taught, alpha = None, 0.0
+    of_teacher, alpha = None, 0.0
     if teacher is not None:
-        taught, alpha = logit_scale.detach() * teacher[0].detach() @ teacher[1].detach().T, teacher[2]
-    loss = _plain_direction(logits, positive, seen, extra, label_smoothing, taught, alpha, weights)
+        of_teacher, alpha = logit_scale.detach() * teacher[0].detach() @ teacher[1].detach().T, teacher[2]
+    loss = _plain_direction(logits, positive, seen, extra, label_smoothing, of_teacher, alpha, weights)
     if not symmetric:
         return loss
     if weights is not None and targets is not None:
         weights = weights[targets.argsort()]
-    taught = None if taught is None else taught.T
-    back = _plain_direction(logits.T, positive.T, seen.T, None, label_smoothing, taught, alpha, weights)
+    of_teacher = None if of_teacher is None else of_teacher.T
+    back = _plain_direction(logits.T, positive.T, seen.T, None, label_smoothing, of_teacher, alpha, weights)
     return (loss + back) / 2
 
 

@@ -77,8 +77,8 @@ def test_losses():
     negatives = torch.randn(5, E)
     many = counted(lambda: infonce(x, y, scale, negatives=negatives))
     assert many == product + 2 * N * 5 * E
-    taught = counted(lambda: infonce(x, y, scale, teacher=(torch.randn(N, 3), torch.randn(N, 3), 0.5)))
-    assert taught == product + 2 * (2 * N * N * 3)
+    of_teacher = counted(lambda: infonce(x, y, scale, teacher=(torch.randn(N, 3), torch.randn(N, 3), 0.5)))
+    assert of_teacher == product + 2 * (2 * N * N * 3)
     keys = torch.randn(M, E)
     assert counted(lambda: topk_similar(x, keys, 3)) == counted(lambda: sample_negatives(x, keys, 1.0)) == 2 * N * M * E
 

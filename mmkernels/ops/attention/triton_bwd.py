@@ -29,13 +29,13 @@ from mmkernels.ops.attention.triton_fwd import (
     exponential,
     hull,
     in_log2,
-    is_rich,
     keep_tile,
     key_ranges,
     load_ints,
     load_keys,
     load_queries,
     load_tile,
+    needs_registers,
     of_head,
     store_tile,
     tile_state,
@@ -230,9 +230,9 @@ def _attention_dq_kernel(
         tl.store(row_sums_ptr + o_c[None, :].to(tl.int64) * Tq + o_m[:, None], b_sums, mask=m_sums)
 
 
-def dkdv_config(rich: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
+def dkdv_config(needs_registers: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
     """As `fwd_config`, without spills on sm_80, sm_90 and sm_100."""
-    if rich:
+    if needs_registers:
         if single:
             return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
         if head_dim <= 128:
@@ -247,9 +247,9 @@ def dkdv_config(rich: bool, single: bool, head_dim: int, major: int) -> dict[str
     return tiles(32, 64, 8, 2) if head_dim <= 128 else tiles(32, 32, 8)
 
 
-def dq_config(rich: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
+def dq_config(needs_registers: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
     """As `fwd_config`, without spills on sm_80, sm_90 and sm_100."""
-    if rich:
+    if needs_registers:
         if single:
             return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
         if head_dim <= 128:
@@ -285,7 +285,7 @@ def attention_bwd(
     delta, dbias, dsink, row_sums = torch.empty_like(lse), lse.new_empty(0), lse.new_empty(0), None
     if options.pair_bias is not None:
         row_sums = lse.new_empty((H, options.pair_bias.shape[2], Tq))
-    case = is_rich(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device)
+    case = needs_registers(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device)
     sizes = {"D": D, "DV": DV, "BLOCK_D": block_dim(D), "BLOCK_DV": block_dim(DV)}
     inputs = tuple(as_heads(x) for x in (q, k, v, do))
     scalars = rows, as_extras(options), Tq, Tk, H // Hkv

@@ -310,12 +310,12 @@ def tiles(block_m: int, block_n: int, num_warps: int, num_stages: int = 1) -> di
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def fwd_config(rich: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
+def fwd_config(needs_registers: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
     """Tiles and launch options without spills on compute capability `major` (a float32 product is three of tf32).
 
-    `rich` leaves registers for a pattern, a bias and dropout; those tiles lie inside those of the tile map.
+    `needs_registers`: with a pattern, a bias and dropout; those tiles lie inside those of the tile map.
     """
-    if rich:
+    if needs_registers:
         if single:
             return tiles(32, 32, 8) if head_dim <= 64 else tiles(16, 16, 4)
         if head_dim <= 64:
@@ -341,7 +341,7 @@ def as_extras(options: Options) -> Extras:
     return Extras(options.scale, bias, classes_q, classes_k, options.sink, seed, keep_below, keep_factor)
 
 
-def is_rich(rows: MaskRows, options: Options) -> bool:
+def needs_registers(rows: MaskRows, options: Options) -> bool:
     """Whether a call needs the tiles that leave registers for a pattern, a bias or dropout (a sink needs none)."""
     return rows.tiles is not None or options.pair_bias is not None or options.seed is not None
 
@@ -354,7 +354,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Opti
     lse = torch.empty((H, Tq), dtype=torch.float32, device=q.device)
     if Tq == 0:
         return out, lse
-    config = fwd_config(is_rich(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device))
+    config = fwd_config(needs_registers(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device))
     _attention_fwd_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
         as_heads(q), as_heads(k), as_heads(v), as_heads(out), lse, rows, as_extras(options), Tq, Tk, H // Hkv,
         D=D, DV=DV, BLOCK_D=block_dim(D), BLOCK_DV=block_dim(DV), **config,

@@ -180,11 +180,11 @@ def teacher_of(teacher: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Ten
         return None
     if not isinstance(teacher, tuple) or len(teacher) != 3:
         wrong_type("teacher", "(queries_m, keys_m, alpha)", teacher)
-    for name, taught, own in (("teacher[0]", teacher[0], queries), ("teacher[1]", teacher[1], keys)):
+    for name, of_teacher, own in (("teacher[0]", teacher[0], queries), ("teacher[1]", teacher[1], keys)):
         expected = f"[{own.shape[0]}, F] {str(own.dtype).removeprefix('torch.')}"
-        expect_tensor(name, taught, expected, ndim=2, dtypes=(own.dtype,), like=own)
-        if taught.shape[0] != own.shape[0]:
-            wrong_value(name, expected, taught)
+        expect_tensor(name, of_teacher, expected, ndim=2, dtypes=(own.dtype,), like=own)
+        if of_teacher.shape[0] != own.shape[0]:
+            wrong_value(name, expected, of_teacher)
     if teacher[0].shape[1] != teacher[1].shape[1]:
         wrong_value("teacher[1]", f"[{keys.shape[0]}, {teacher[0].shape[1]}], as wide as teacher[0]", teacher[1])
     return teacher[0], teacher[1], _fraction("teacher[2]", teacher[2])

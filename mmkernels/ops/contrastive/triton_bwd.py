@@ -100,10 +100,10 @@ def _softmax_gradient_kernel(
     x_ptr, y_ptr, scale_ptr, target_ptr, at_target_ptr,  # [N, E], [M, E], [], [N], [N]
     line_q_ptr, line_k_ptr,  # [6, N], [6, M] of lines_of; [2, N], [2, M] for EXTRAS 0
     row_id_ptr, column_id_ptr,  # [N], [M]
-    taught_x_ptr, taught_y_ptr, taught_row_ptr, taught_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
-    taught_pair_ptr,  # [N]: the teacher's similarity of each row and its target
+    teacher_x_ptr, teacher_y_ptr, teacher_row_ptr, teacher_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
+    teacher_pair_ptr,  # [N]: the teacher's similarity of each row and its target
     g_ptr,  # [rows, cols] of the superblock at (row0, column0)
-    row0, column0, rows, cols, n, m, e, stride_x, stride_y, f, stride_taught_x, stride_taught_y, stride_g,
+    row0, column0, rows, cols, n, m, e, stride_x, stride_y, f, stride_teacher_x, stride_teacher_y, stride_g,
     has_ids, by_id, ignore, unit,
     EXTRAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -135,14 +135,14 @@ def _softmax_gradient_kernel(
         of_column = tl.load(line_k_ptr + 4 * m, mask=m_j, other=0.0)
         b_g += of_row[:, None] + of_column[None, :]
         if EXTRAS > 1:
-            b_taught = similarity(
-                taught_x_ptr, taught_y_ptr, o_i, o_j, m_i, m_j, f, stride_taught_x, stride_taught_y,
+            b_teacher = similarity(
+                teacher_x_ptr, teacher_y_ptr, o_i, o_j, m_i, m_j, f, stride_teacher_x, stride_teacher_y,
                 BLOCK_M, BLOCK_N, BLOCK_E,
             )  # fmt: skip
-            taught_pair = tl.load(taught_pair_ptr + o_i, mask=m_i, other=0.0)
-            b_taught = tl.where(m_target, taught_pair[:, None], b_taught)
-            b_g += weighted_softmax(b_taught, taught_row_ptr + o_i, line_q_ptr + 5 * n, n, m_i, scale, 1)
-            b_g += weighted_softmax(b_taught, taught_column_ptr + o_j, line_k_ptr + 5 * m, m, m_j, scale, 0)
+            teacher_pair = tl.load(teacher_pair_ptr + o_i, mask=m_i, other=0.0)
+            b_teacher = tl.where(m_target, teacher_pair[:, None], b_teacher)
+            b_g += weighted_softmax(b_teacher, teacher_row_ptr + o_i, line_q_ptr + 5 * n, n, m_i, scale, 1)
+            b_g += weighted_softmax(b_teacher, teacher_column_ptr + o_j, line_k_ptr + 5 * m, m, m_j, scale, 0)
         b_g = tl.where(m_same & (ignore != 0) & ~m_target, 0.0, b_g)
     o_g = o_r.to(tl.int64)[:, None] * stride_g + o_c[None, :]
     tl.store(g_ptr + o_g, cast(b_g, g_ptr.dtype.element_ty), mask=m_i[:, None] & m_j[None, :])

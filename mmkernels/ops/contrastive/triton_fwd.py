@@ -91,10 +91,10 @@ def _add_tile(ref, total, dot, b_t, size, AXIS: tl.constexpr):
 def _softmax_fwd_kernel(
     x_ptr, y_ptr, scale_ptr, target_ptr,  # [N, E], [M, E], [], [N]
     row_id_ptr, column_id_ptr,  # [N], [M]
-    taught_x_ptr, taught_y_ptr, taught_row_ptr, taught_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
-    taught_pair_ptr, pair_ptr,  # [N], [N]: similarities of each row and its target, teacher's and own
+    teacher_x_ptr, teacher_y_ptr, teacher_row_ptr, teacher_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
+    teacher_pair_ptr, pair_ptr,  # [N], [N]: similarities of each row and its target, teacher's and own
     row_ptr, column_ptr,  # [splits, FIELDS, N], [groups, FIELDS, M]
-    n, m, e, stride_x, stride_y, f, stride_taught_x, stride_taught_y, split_size, columns, has_ids, by_id, ignore,
+    n, m, e, stride_x, stride_y, f, stride_teacher_x, stride_teacher_y, split_size, columns, has_ids, by_id, ignore,
     EXTRAS: tl.constexpr, FIELDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     group, part = tl.program_id(0), tl.program_id(1)
@@ -120,10 +120,10 @@ def _softmax_fwd_kernel(
             row_positive = tl.zeros((BLOCK_M,), tl.float32)
             row_best = tl.full((BLOCK_M,), LOWEST, tl.float32)
         if EXTRAS > 1:
-            row_taught = tl.zeros((BLOCK_M,), tl.float32)
-            taught_ref = tl.load(taught_row_ptr + o_i, mask=m_i, other=0.0)
-            taught_rest = tl.load(taught_row_ptr + n + o_i, mask=m_i, other=float("inf"))
-            taught_pair = tl.load(taught_pair_ptr + o_i, mask=m_i, other=0.0)
+            row_teacher = tl.zeros((BLOCK_M,), tl.float32)
+            teacher_ref = tl.load(teacher_row_ptr + o_i, mask=m_i, other=0.0)
+            teacher_rest = tl.load(teacher_row_ptr + n + o_i, mask=m_i, other=float("inf"))
+            teacher_pair = tl.load(teacher_pair_ptr + o_i, mask=m_i, other=0.0)
             pair = sign * tl.load(pair_ptr + o_i, mask=m_i, other=0.0)
         for j0 in range(part * split_size, tl.minimum((part + 1) * split_size, m), BLOCK_N):
             o_j = j0 + tl.arange(0, BLOCK_N)
@@ -148,13 +148,13 @@ def _softmax_fwd_kernel(
                 row_positive += tl.sum(tl.where(m_positive, b_s, 0.0), 1)
                 row_best = tl.maximum(row_best, tl.max(tl.where(m_positive, b_s, LOWEST), 1))
             if EXTRAS > 1:
-                b_taught = similarity(
-                    taught_x_ptr, taught_y_ptr, o_i, o_j, m_i, m_j, f, stride_taught_x, stride_taught_y,
+                b_teacher = similarity(
+                    teacher_x_ptr, teacher_y_ptr, o_i, o_j, m_i, m_j, f, stride_teacher_x, stride_teacher_y,
                     BLOCK_M, BLOCK_N, BLOCK_E,
                 )  # fmt: skip
-                b_taught = tl.where(m_target, taught_pair[:, None], b_taught)
-                b_p = split_softmax(b_taught, taught_ref, taught_rest, scale, 1)
-                row_taught += tl.sum(tl.where(m_seen, b_p * b_s, 0.0), 1)
+                b_teacher = tl.where(m_target, teacher_pair[:, None], b_teacher)
+                b_p = split_softmax(b_teacher, teacher_ref, teacher_rest, scale, 1)
+                row_teacher += tl.sum(tl.where(m_seen, b_p * b_s, 0.0), 1)
             if columns != 0:
                 m_old = m_j & (tile != group)
                 old_ref = tl.load(column_ptr + o_j, mask=m_old, other=LOWEST)  # [BLOCK_N]
@@ -174,9 +174,9 @@ def _softmax_fwd_kernel(
                     best = tl.max(tl.where(m_positive, b_s, LOWEST), 0)
                     tl.store(more + 2 * m, tl.maximum(old, best), mask=m_j)
                 if EXTRAS > 1:
-                    ref = tl.load(taught_column_ptr + o_j, mask=m_j, other=0.0)
-                    rest = tl.load(taught_column_ptr + m + o_j, mask=m_j, other=float("inf"))
-                    b_p = split_softmax(b_taught, ref, rest, scale, 0)
+                    ref = tl.load(teacher_column_ptr + o_j, mask=m_j, other=0.0)
+                    rest = tl.load(teacher_column_ptr + m + o_j, mask=m_j, other=float("inf"))
+                    b_p = split_softmax(b_teacher, ref, rest, scale, 0)
                     old = tl.load(more + 3 * m, mask=m_old, other=0.0)
                     tl.store(more + 3 * m, old + tl.sum(tl.where(m_seen, b_p * b_s, 0.0), 0), mask=m_j)
         tl.store(row_ptr + o_i, row_ref, mask=m_i)
@@ -187,7 +187,7 @@ def _softmax_fwd_kernel(
             tl.store(row_ptr + 4 * n + o_i, row_positive, mask=m_i)
             tl.store(row_ptr + 5 * n + o_i, row_best, mask=m_i)
         if EXTRAS > 1:
-            tl.store(row_ptr + 6 * n + o_i, row_taught, mask=m_i)
+            tl.store(row_ptr + 6 * n + o_i, row_teacher, mask=m_i)
 
 
 def _statistics(

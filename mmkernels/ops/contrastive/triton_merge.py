@@ -46,7 +46,7 @@ def _softmax_merge_kernel(
     dot = tl.zeros((BLOCK,), tl.float64)
     seen = tl.zeros((BLOCK,), tl.float64)
     positive = tl.zeros((BLOCK,), tl.float64)
-    taught = tl.zeros((BLOCK,), tl.float64)
+    of_teacher = tl.zeros((BLOCK,), tl.float64)
     best = tl.full((BLOCK,), LOWEST, tl.float64)
     ptr = part_ptr + o
     for _ in range(parts):
@@ -62,7 +62,7 @@ def _softmax_merge_kernel(
             positive += tl.load(ptr + 4 * count, mask=mask, other=0.0).to(tl.float64)
             best = tl.maximum(best, tl.load(ptr + 5 * count, mask=mask, other=LOWEST).to(tl.float64))
         if FIELDS > 6:
-            taught += tl.load(ptr + 6 * count, mask=mask, other=0.0).to(tl.float64)
+            of_teacher += tl.load(ptr + 6 * count, mask=mask, other=0.0).to(tl.float64)
         ptr += FIELDS * count
 
     ref, size = highest.to(tl.float64), size.to(tl.float64)
@@ -87,7 +87,7 @@ def _softmax_merge_kernel(
     out_ptr += o
     tl.store(out_ptr + count, sign * positive, mask=mask)
     tl.store(out_ptr + 2 * count, sign * seen, mask=mask)
-    tl.store(out_ptr + 3 * count, sign * taught, mask=mask)
+    tl.store(out_ptr + 3 * count, sign * of_teacher, mask=mask)
     tl.store(out_ptr + 4 * count, tl.where(any_seen, sign * (ref + dot / total), 0.0), mask=mask)
     tl.store(out_ptr + 5 * count, tl.where(ref > LOWEST, size * ref, nothing), mask=mask)
     tl.store(out_ptr + 6 * count, tl.where(best > LOWEST, size * best, nothing), mask=mask)

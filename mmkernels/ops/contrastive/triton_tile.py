@@ -272,8 +272,9 @@ def kernel_teacher(teacher: Teacher | None, logit_scale: Tensor, target: Tensor)
 class Extras(NamedTuple):
     """Arguments of a softmax kernel that it reads from EXTRAS 1 on (ids) and 2 on (the teacher).
 
-    pointers: row_id_ptr, column_id_ptr, taught_x_ptr, taught_y_ptr, taught_row_ptr, taught_column_ptr, taught_pair_ptr.
-    sizes: f, stride_taught_x, stride_taught_y.
+    pointers: row_id_ptr, column_id_ptr, teacher_x_ptr, teacher_y_ptr, teacher_row_ptr, teacher_column_ptr,
+        teacher_pair_ptr.
+    sizes: f, stride_teacher_x, stride_teacher_y.
     """
 
     pointers: tuple[Tensor | None, ...]

@@ -55,29 +55,29 @@ _RICH = (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)
 
 def _attention() -> Iterator[TritonCase]:
     launches = [(*launch, False) for launch in _BARE] + [(*launch, True) for launch in _RICH]
-    for arch, (kind, D, rich) in itertools.product(TRITON_ARCHS, launches):
-        label = f"[{kind},D={D}{',all options' * rich},sm_{arch}]"
+    for arch, (kind, D, needs_registers) in itertools.product(TRITON_ARCHS, launches):
+        label = f"[{kind},D={D}{',all options' * needs_registers},sm_{arch}]"
         x, block = _heads(kind), block_dim(D)
-        of_extras = ("*fp32", "i32", "i32", "*fp32", "*i64", "i32", "fp32") if rich else (None,) * 7
+        of_extras = ("*fp32", "i32", "i32", "*fp32", "*i64", "i32", "fp32") if needs_registers else (None,) * 7
         inputs: dict[str, Any] = {
             **dict.fromkeys(("q", "k", "v"), x),
             "lse_ptr": "*fp32",
-            "rows": _rows(11 if rich else 4),
+            "rows": _rows(11 if needs_registers else 4),
             "extras": Extras("fp32", *of_extras),
             **dict.fromkeys(("Tq", "Tk", "group"), "i32"),
         }
         grads = inputs | {"do": x, "delta_ptr": "*fp32"}
-        of_bias = dict.fromkeys(("row_sums_ptr", "dlse_ptr"), "*fp32" if rich else None)
+        of_bias = dict.fromkeys(("row_sums_ptr", "dlse_ptr"), "*fp32" if needs_registers else None)
         sizes = {"D": D, "DV": D, "BLOCK_D": block, "BLOCK_DV": block}
-        case, more = (rich, kind == "fp32", D, arch // 10), {"tensor_cores": True, "archs": (arch,)}
+        case, more = (needs_registers, kind == "fp32", D, arch // 10), {"tensor_cores": True, "archs": (arch,)}
         kernel, config = triton_fwd._attention_fwd_kernel, triton_fwd.fwd_config(*case)
         yield _case(f"attention_fwd{label}", kernel, inputs | {"out": x}, sizes, config, **more)
         kernel, config = triton_bwd._attention_dkdv_kernel, triton_bwd.dkdv_config(*case)
         yield _case(f"attention_dkdv{label}", kernel, grads | {"dk": x, "dv": x}, sizes, config, **more)
         kernel, config = triton_bwd._attention_dq_kernel, triton_bwd.dq_config(*case)
-        classes = {"BLOCK_C": 32 if rich else 16}
+        classes = {"BLOCK_C": 32 if needs_registers else 16}
         yield _case(f"attention_dq{label}", kernel, grads | of_bias | {"dq": x}, sizes | classes, config, **more)
-        if not rich:
+        if not needs_registers:
             signature = {"do": x, "out": x, "dlse_ptr": "*fp32", "delta_ptr": "*fp32", "Tq": "i32"}
             sizes = {"DV": D, "BLOCK_DV": block, "BLOCK_M": triton_bwd.DELTA_BLOCK_M}
             kernel = triton_bwd._attention_delta_kernel

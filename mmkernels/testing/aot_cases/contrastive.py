@@ -46,8 +46,8 @@ def _multiples(*names: str) -> dict[str, str]:
 
 def _extras(name: str) -> Iterator[tuple[int, str, dict[str, str], dict[str, None]]]:
     """EXTRAS of the softmax kernels, its name, types of the pointers that it reads, and names of the others."""
-    teacher = {"taught_x_ptr": f"*{name}", "taught_y_ptr": f"*{name}"}
-    teacher |= dict.fromkeys(("taught_row_ptr", "taught_column_ptr", "taught_pair_ptr"), "*fp32")
+    teacher = {"teacher_x_ptr": f"*{name}", "teacher_y_ptr": f"*{name}"}
+    teacher |= dict.fromkeys(("teacher_row_ptr", "teacher_column_ptr", "teacher_pair_ptr"), "*fp32")
     yield 0, "plain", {}, dict.fromkeys(_IDS | teacher)
     yield 1, "ids", _IDS, dict.fromkeys(teacher)
     yield 2, "teacher", _IDS | teacher, {}
@@ -75,7 +75,7 @@ def _merge() -> Iterator[TritonCase]:
 
 def _softmax_fwd() -> Iterator[TritonCase]:
     sizes = _numbers("n", "m", "columns", "has_ids", "by_id", "ignore")
-    sizes |= _multiples("e", "stride_x", "stride_y", "f", "stride_taught_x", "stride_taught_y", "split_size")
+    sizes |= _multiples("e", "stride_x", "stride_y", "f", "stride_teacher_x", "stride_teacher_y", "split_size")
     for dtype, name in TRITON_TYPES.items():
         plain = _features(name) | {"scale_ptr": "*fp32", "target_ptr": "*i64"}
         plain |= {"row_ptr": "*fp32", "column_ptr": "*fp32"} | sizes
@@ -96,7 +96,7 @@ def _softmax_bwd() -> Iterator[TritonCase]:
         plain |= dict.fromkeys(("scale_ptr", "at_target_ptr", "line_q_ptr", "line_k_ptr"), "*fp32")
         plain |= _numbers("rows", "cols", "n", "m", "has_ids", "by_id", "ignore")
         plain |= _multiples("row0", "column0", "e", "stride_x", "stride_y", "stride_g")
-        plain |= _multiples("f", "stride_taught_x", "stride_taught_y")
+        plain |= _multiples("f", "stride_teacher_x", "stride_teacher_y")
         for extras, what, read, unread in _extras(name):
             for major, archs in _MAJORS:
                 constexprs: dict[str, Any] = triton_bwd.softmax_gradient_tile(dtype, major, extras) | unread

@@ -80,8 +80,8 @@ def wide(values):
 
 
 def teacher_of(name):
-    scale, rule, taught, _, columns = RULES[name]
-    if not taught:
+    scale, rule, of_teacher, _, columns = RULES[name]
+    if not of_teacher:
         return None
     rows, of_columns = reference.softmax_fwd(*wide((*TEACHER, number(scale))), rule, None, False, columns)
     return Teacher(*TEACHER, rows[LSE], of_columns[LSE] if columns else None)
