@@ -191,8 +191,8 @@ class PackedDataset(Dataset[Any]):
 class PackedLoader:
     """torch's DataLoader over packs, with an exact place: `state_dict` is that after the last batch given out.
 
-    An iteration gives what is left of the epoch, and the next one the epoch after; one that is broken off is gone on
-    with. A state may be loaded with another number of workers, and for a map-style data set at another world size.
+    An iteration gives what is left of the epoch, and the next one the epoch after: an interrupted epoch resumes. A
+    state may be loaded with another number of workers, and for a map-style data set at another world size.
 
     Args:
         dataset: a `PackedDataset`, with its sampler, or a `PackedStream`.
@@ -230,7 +230,7 @@ class PackedLoader:
         return len(self._sampler)
 
     def _iterator(self) -> PackIterator:
-        """A new one that goes on where this loader is."""
+        """A new one that continues where this loader is."""
         assert self._sampler is not None
         iterator = iter(self._sampler)
         if self._state is not None:

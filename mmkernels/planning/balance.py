@@ -96,7 +96,7 @@ def balance_ranks(
 
     Packs are sorted by cost inside windows, rising in one and falling in the next, and this one order is cut into
     steps: neighbours cost nearly the same. The order depends on the plan, the cost, the seed and the window alone. How
-    many ranks share it only says where it is cut, so a run goes on at another world size with the same packs in the
+    many ranks share it only says where it is cut, so a run resumes at another world size with the same packs in the
     same order. Nothing is sent: every rank computes the same schedule. Packs stay whole, so no rank ever has more than
     accum * capacity tokens in a step.
 

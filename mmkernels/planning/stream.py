@@ -25,7 +25,7 @@ class StreamPlanner:
         while (pack := planner.pop()) is not None: ...
 
     The packs are those of `plan_packing(strategy="subset_sum")` over the whole stream. At most `lookahead` items wait
-    at a time; they and a few counters are the state, so a planner that loads it goes on exactly where it was saved.
+    at a time; they and a few counters are the state, so a planner that loads it continues exactly where it was saved.
     Ranks and workers have no part in it: each runs the same planner over the same stream and takes its share of packs.
 
     Args:

@@ -99,7 +99,7 @@ def _whole(file: Path) -> Iterator[Path]:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        remedy = f"Without the folder {file.parent} the run goes on from the checkpoint before, or from the start"
+        remedy = f"Without the folder {file.parent} the run resumes from the previous checkpoint, or from the start"
         raise DamagedError(f"{file} is damaged ({type(error).__name__}: {reason}). {remedy}") from error
 
 

@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mmkernels pretrain: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step, or for the second time
-        print("mmkernels pretrain: stopped; --resume goes on from the newest checkpoint", file=sys.stderr)
+        print("mmkernels pretrain: stopped; --resume continues from the newest checkpoint", file=sys.stderr)
         return INTERRUPTED
     if outcome.folder.records("eval"):
         print(recall_table(outcome.folder))
     print(f"report: {outcome.folder.report}")
     if outcome.interrupted:
-        print(f"stopped at step {outcome.step}; go on with: mmkernels pretrain --resume --run {outcome.folder.path}")
+        print(f"stopped at step {outcome.step}; resume with: mmkernels pretrain --resume --run {outcome.folder.path}")
         return INTERRUPTED
     return 0

@@ -35,7 +35,7 @@ class Outcome:
 
 
 def train(config: Config) -> Outcome:
-    """Run one pretraining, or go on with it.
+    """Run one pretraining, or resume it.
 
     Returns:
         how it ended; after Ctrl-C it is saved and can be resumed.

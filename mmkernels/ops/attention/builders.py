@@ -1,6 +1,6 @@
 """What a mask is built from: metadata of O(tokens), its checks, and its rows once the numbers of tokens are known.
 
-Every builder answers the same questions: `to` a device, `ends` (tokens of q and k that the metadata speaks of, with a
+Every builder answers the same questions: `to` a device, `ends` (tokens of q and k that the metadata covers, with a
 host sync), `validate` (the values, with a host sync), `lay_out` (the rows, without one), `classes` (of queries and
 keys, or None).
 """

@@ -219,9 +219,9 @@ class AttentionMask:
         if (span_q is None) != (span_k is None):
             raise ValueError("span_q, span_k: expected both or neither")
         if allow_q is not None and class_k is None:
-            wrong_value("class_k", "the class of each key, which allow_q speaks of", class_k)
+            wrong_value("class_k", "the class of each key, required with allow_q", class_k)
         if class_q is not None and class_k is None:
-            wrong_value("class_k", "the class of each key, as class_q is given", class_k)
+            wrong_value("class_k", "the class of each key, required with class_q", class_k)
         if span_k is not None and class_k is not None and span_k.shape != class_k.shape:
             wrong_value("class_k", f"{list(span_k.shape)} like span_k", class_k)
         rows = (lo.contiguous(), hi.contiguous(), span_q, span_k, allow_q)

@@ -119,7 +119,7 @@ def pairs_of(
                     _ids_meet("key_ids", key_ids, query_ids, "query_ids (symmetric=False needs no query for each)")
             return Pairs(None, query_ids, key_ids, same_id)
     elif same_id == "ignore":
-        wrong_value("query_ids", "the ids that same_id='ignore' speaks of", None)
+        wrong_value("query_ids", "[N] ids, required when same_id='ignore'", None)
     return Pairs(_targets(targets, queries, keys, both_ways), query_ids, key_ids, same_id)
 
 

@@ -1,4 +1,4 @@
-"""What the contrastive ops and backends speak of: pairs, a teacher, and the statistics of a softmax."""
+"""What the contrastive ops and backends share: pairs, a teacher, and the statistics of a softmax."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def needs(backend: str, dtype: torch.dtype) -> None:
 
 
 def draws(backend: str, tokens: int = 239) -> int:
-    """The largest error of few rows is a matter of luck: judge several draws at once. The interpreter is slow."""
+    """The largest error of few rows is noisy: judge several draws at once. The interpreter is slow."""
     return 1 if backend == "triton" and tokens > 200 else 3
 
 
@@ -93,7 +93,7 @@ def test_head_dims(dims, dtype, backend):
     tokens = case.tokens if backend != "triton" else (76, 76)
     mask = case.mask() if backend != "triton" else MASKS["packed"].build(cu_seqlens((5, 70, 1)), None)
     sizes = {"heads": 2, "kv_heads": 1, "dim": dims[0], "dim_v": dims[1], "dtype": dtype}
-    seeds = range(1 if backend == "triton" else 12)  # few queries: the largest error of dv is a matter of luck
+    seeds = range(1 if backend == "triton" else 12)  # few queries: the largest error of dv is noisy
     assert_right([make_inputs(*tokens, **sizes, mask=mask, seed=seed) for seed in seeds], backend)
 
 

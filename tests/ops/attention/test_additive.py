@@ -43,7 +43,7 @@ def needs(backend: str, dtype: torch.dtype = torch.float32) -> None:
 
 
 def assert_right(draw: Callable[[int], AdditiveInputs], backend: str, *, with_lse: bool = False) -> None:
-    """`draw(seed)` three times, judged at once: the largest error of few rows is a matter of luck."""
+    """`draw(seed)` three times, judged at once: the largest error of few rows is noisy."""
     inputs = [draw(seed) for seed in range(3)]
     got = [run_additive(x, backend, with_lse=with_lse) for x in inputs]
     plain = [plain_additive(x, with_lse=with_lse) for x in inputs]

@@ -360,7 +360,7 @@ BAD = [
         r"modality_ids: expected ids in \[0, 32\), got 200 at index 0",
     ),
     (lambda: from_rows(span_q=ZEROS), ValueError, "span_q, span_k: expected both or neither"),
-    (lambda: from_rows(allow_q=ZEROS), ValueError, "class_k: expected the class of each key, which allow_q speaks of"),
+    (lambda: from_rows(allow_q=ZEROS), ValueError, "class_k: expected the class of each key, required with allow_q"),
     (lambda: from_rows(class_q=ZEROS), ValueError, "class_k: expected the class of each key"),
     (lambda: from_rows(allow_q=ZEROS.float(), class_k=ZEROS), TypeError, r"allow_q: expected \[Tq\] int32"),
     (
