@@ -1,0 +1,308 @@
+"""Does the suite notice? Break one line of a kernel at a time and count the tests that fail.
+
+    python scripts/mutate.py                          # every mutation; a markdown table
+    python scripts/mutate.py --only attention         # those whose name has this in it
+    python scripts/mutate.py --list
+
+Each mutation is applied to a copy of the checkout, which is rebuilt where C++ changed (without CUDA: CUDA kernels run in
+the emulator of the tests), and the tests that it names are run. A mutation that no test notices is a hole in the suite;
+the exit status says so. Each takes between half a minute and ten, so it is no part of the suite itself: run it before
+and after tests are removed. Needs what `make test` installs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One line of a file, what it becomes, and the tests that should notice."""
+
+    name: str
+    path: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+
+ATTENTION, CONTRASTIVE, PACKING = ("tests/ops/attention",), ("tests/ops/contrastive",), ("tests/ops/packing",)
+ATTENTION_CUDA = ("tests/ops/attention/test_attention_cuda.py", "tests/ops/attention/test_attention_sm90.py")
+CONTRASTIVE_CUDA = ("tests/ops/contrastive/test_contrastive_cuda.py",)
+
+MUTATIONS = (
+    # C++ on the CPU
+    Mutation(
+        "attention cpu: a masked lane is kept",
+        "csrc/attention/attention_cpu_fwd.h",
+        "x = select((lane >= static_cast<Int>(from - j)) & (lane < static_cast<Int>(to - j)), x, Vec<C>{});",
+        "x = select((lane >= static_cast<Int>(from - j)) & (lane <= static_cast<Int>(to - j)), x, Vec<C>{});",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention cpu: a negative scale is taken for a positive one",
+        "csrc/attention/attention_cpu_fwd.h",
+        "sign_(!rewrites_ && args.scale < 0 ? -1 : 1),",
+        "sign_(1),",
+        ATTENTION,
+    ),
+    Mutation(
+        "rope cpu: the second half turns the wrong way",
+        "csrc/attention/rope_cpu.cpp",
+        "write(to + half + j, b * c + a * s, n);",
+        "write(to + half + j, b * c - a * s, n);",
+        ("tests/ops/attention/test_rope.py",),
+    ),
+    Mutation(
+        "contrastive cpu: a later tile overwrites the best positive of a column",
+        "csrc/contrastive/softmax_forward.h",
+        "column.best[c] = of_tile.best[c] > column.best[c] ? of_tile.best[c] : column.best[c];",
+        "column.best[c] = of_tile.best[c];",
+        CONTRASTIVE,
+    ),
+    Mutation(
+        "contrastive cpu: the teacher's part of a column is lost",
+        "csrc/contrastive/softmax_forward.h",
+        "if (teacher_rows_.given()) column.of_teacher[c] += of_tile.of_teacher[c];",
+        "if (teacher_rows_.given()) column.of_teacher[c] = of_tile.of_teacher[c];",
+        CONTRASTIVE,
+    ),
+    Mutation(
+        "siglip cpu: no bias",
+        "csrc/contrastive/sigmoid.h",
+        "const Vec<C> z = sign * (a * scale_ + bias_), e = exp(min(z, -z));",
+        "const Vec<C> z = sign * (a * scale_), e = exp(min(z, -z));",
+        CONTRASTIVE,
+    ),
+    Mutation(
+        "packing cpu: a NaN does not win a maximum",
+        "csrc/packing/packing_pool_cpu.cpp",
+        "const auto wins = (v > old) | ((v != v) & (old == old));",
+        "const auto wins = v > old;",
+        PACKING,
+    ),
+    Mutation(
+        "packing cpu: the carry of a sum is dropped",
+        "csrc/packing/packing_sums.h",
+        "store_n(total + e, rest == rest ? sum + rest : sum, n);",
+        "store_n(total + e, sum, n);",
+        PACKING,
+    ),
+    Mutation(
+        "planner: a bit set forgets to clear upwards",
+        "csrc/packing/planner_rooms.h",
+        "      if (word != 0) return;\n      value >>= 6;",
+        "      return;",
+        ("tests/planning",),
+    ),
+    # CUDA C++, in the emulator
+    Mutation(
+        "attention cuda: a head reads another group's keys",
+        "csrc/attention/attention_fwd.cu",
+        "head_kv = head / (p.heads / p.heads_kv);",
+        "head_kv = head % p.heads_kv;",
+        ATTENTION_CUDA,
+    ),
+    Mutation(
+        "attention cuda: the sum is not rescaled",
+        "csrc/attention/attention_fwd.cu",
+        "l[r] = l[r] * correction + sum;",
+        "l[r] = l[r] + sum;",
+        ATTENTION_CUDA,
+    ),
+    Mutation(
+        "infonce cuda: the positive pair is among the others",
+        "csrc/contrastive/contrastive_fwd.cu",
+        "b[mi][ni][e] = exists && !positive ? sign * b[mi][ni][e] : kBeyond;",
+        "b[mi][ni][e] = exists ? sign * b[mi][ni][e] : kBeyond;",
+        CONTRASTIVE_CUDA,
+    ),
+    # Triton, in the interpreter
+    Mutation(
+        "attention triton: dlse is left out",
+        "mmkernels/ops/attention/triton_bwd.py",
+        "b_delta -= tl.load(dlse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)",
+        "pass",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention triton: a gradient without dropout's factor",
+        "mmkernels/ops/attention/triton_bwd.py",
+        "b_z = tl.where(m_keep, extras.keep_factor, 0.0)",
+        "b_z = tl.where(m_keep, 1.0, 0.0)",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention triton: the sink has no mass",
+        "mmkernels/ops/attention/triton_fwd.py",
+        "b_l = b_l * b_alpha + exponential(b_sink - b_m_new, b_q.dtype)",
+        "b_l = b_l * b_alpha",
+        ATTENTION,
+    ),
+    Mutation(
+        "infonce triton: the weighted sum is not moved to the new maximum",
+        "mmkernels/ops/contrastive/triton_fwd.py",
+        "(dot + total * below) * before + tl.sum(b_p * b_d, AXIS)",
+        "dot * before + tl.sum(b_p * b_d, AXIS)",
+        CONTRASTIVE,
+    ),
+    Mutation(
+        "packing triton: the first row of the third source is lost",
+        "mmkernels/ops/packing/triton_fwd.py",
+        "b_rows = tl.where((b_index >= third_begin)[:, None], b_more, b_rows)",
+        "b_rows = tl.where((b_index > third_begin)[:, None], b_more, b_rows)",
+        PACKING,
+    ),
+    # Python around the kernels
+    Mutation(
+        "contrastive: a part's mean is merged without its weight",
+        "mmkernels/ops/contrastive/types.py",
+        "both[MEAN] = of_a * a[MEAN] + of_b * b[MEAN]",
+        "both[MEAN] = (a[MEAN] + b[MEAN]) / 2",
+        CONTRASTIVE,
+    ),
+    Mutation(
+        "contrastive: the ignored pairs are counted as seen",
+        "mmkernels/ops/contrastive/losses.py",
+        "else _Counts(1, keys - same + _targets_alike(pairs))",
+        "else _Counts(1, keys)",
+        CONTRASTIVE,
+    ),
+    Mutation(
+        "attention: a window is one key too wide",
+        "mmkernels/ops/attention/rows.py",
+        "lo = torch.maximum(lo, past_self - window)",
+        "lo = torch.maximum(lo, past_self - window - 1)",
+        ATTENTION,
+    ),
+    Mutation(
+        "registration: gradients do not reach their arguments",
+        "mmkernels/runtime/autograd.py",
+        "made[self._signature.place[name]] = grad if name in needs else None",
+        "made[self._signature.place[name]] = None",
+        ("tests/runtime", "tests/ops/packing"),
+    ),
+    Mutation(
+        "gradient caching: autocast stays on in the backward",
+        "mmkernels/gradcache/backward.py",
+        "stack.enter_context(torch.autocast(device_type, enabled=False))",
+        "pass",
+        ("tests/gradcache",),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    failed: int
+    passed: int
+    seconds: float
+    note: str = ""
+
+
+class Copy:
+    """A copy of the checkout with a build of its own, in which one line at a time is broken."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "checkout"
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+        for name in filter(None, listed.stdout.split("\0")):
+            target = self.root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+        self.build_folder, site = folder / "build", folder / "site"
+        site.mkdir()
+        (site / "mmkernels").symlink_to(self.root / "mmkernels")
+        self.environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+        options = ["-DMMKERNELS_CUDA=OFF", "-DSKBUILD_PROJECT_VERSION=0", "-DCMAKE_BUILD_TYPE=Release"]
+        options += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={_pybind11()}"]
+        self._run("cmake", "-S", self.root, "-B", self.build_folder, "-G", "Ninja", *options)
+        self.build()
+
+    def _run(self, *command: str | Path) -> None:
+        subprocess.run([str(part) for part in command], check=True, capture_output=True, env=self.environment)
+
+    def build(self) -> None:
+        self._run("cmake", "--build", self.build_folder)
+        (library,) = self.build_folder.glob(f"_native*{sysconfig.get_config_var('EXT_SUFFIX')}")
+        shutil.copy2(library, self.root / "mmkernels" / library.name)
+
+    @contextmanager
+    def broken(self, mutation: Mutation) -> Iterator[None]:
+        path = self.root / mutation.path
+        text = path.read_text(encoding="utf-8")
+        assert text.count(mutation.before) == 1, f"{mutation.name}: found {text.count(mutation.before)} times"
+        compiled = path.suffix in (".h", ".cpp")
+        path.write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
+        try:
+            if compiled:
+                self.build()
+            yield
+        finally:
+            path.write_text(text, encoding="utf-8")
+            if compiled:
+                self.build()
+
+    def test(self, tests: tuple[str, ...], arguments: list[str], limit: float) -> Outcome:
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-n", "2", "-m", "not aot", *tests, *arguments]
+        begin = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome(1, 0, limit, "did not end")
+        last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
+        counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", last)}
+        seconds = time.monotonic() - begin
+        return Outcome(counts.get("failed", 0) + counts.get("error", 0), counts.get("passed", 0), seconds)
+
+
+def _pybind11() -> str:
+    import pybind11
+
+    return pybind11.get_cmake_dir()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="part of a mutation's name")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for the tests of one mutation")
+    parser.add_argument("arguments", nargs="*", help="for pytest, after --, such as --maxfail=5")
+    given = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if given.only in mutation.name]
+    if given.list:
+        print(*(f"{mutation.path}: {mutation.name}" for mutation in chosen), sep="\n")
+        return 0
+    unnoticed = 0
+    print("| broken | fail | pass | s |\n|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(Path(folder))
+        for mutation in chosen:
+            with copy.broken(mutation):
+                outcome = copy.test(mutation.tests, given.arguments, given.limit)
+            unnoticed += outcome.failed == 0
+            print(
+                f"| {mutation.name} {outcome.note}| {outcome.failed} | {outcome.passed} | {outcome.seconds:.0f} |",
+                flush=True,
+            )
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
