@@ -4,9 +4,9 @@
     python scripts/mutate.py --only attention         # those whose name has this in it
     python scripts/mutate.py --list
 
-Each mutation is applied to a copy of the checkout, which is rebuilt where C++ changed (without CUDA: CUDA kernels run in
-the emulator of the tests), and the tests that it names are run. A mutation that no test notices is a hole in the suite;
-the exit status says so. Each takes between half a minute and ten, so it is no part of the suite itself: run it before
+Each mutation is applied to a copy of the checkout, which is rebuilt where C++ changed (without CUDA: the tests emulate
+CUDA kernels), and the tests that it names are run. A mutation that no test notices is a hole in the suite; the exit
+status says so. Each takes between half a minute and ten, so it is no part of the suite itself: run it before
 and after tests are removed. Needs what `make test` installs.
 """
 
@@ -258,7 +258,7 @@ class Copy:
                 self.build()
 
     def test(self, tests: tuple[str, ...], arguments: list[str], limit: float) -> Outcome:
-        command = [sys.executable, "-P", "-m", "pytest", "-q", "-n", "2", "-m", "not aot", *tests, *arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not aot", *tests, *arguments]
         begin = time.monotonic()
         try:
             done = subprocess.run(
