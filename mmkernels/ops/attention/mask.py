@@ -5,9 +5,9 @@
 A mask costs O(tokens) memory (and two bits a tile where it has a pattern) and is built on the device of its metadata
 without a host sync: once per batch, then reused by every layer, forward and backward.
 
-Numbers of tokens are not known on the host when the metadata lies on a GPU, so a mask is laid out at its first use
-(`rows`), from the shapes of q and k, and kept. Values are checked on CPU metadata at once; on CUDA metadata, where that
-would force a sync, by `validate()`, or at once too with MMKERNELS_VALIDATE=1.
+The host does not know the numbers of tokens when the metadata lies on a GPU, so a mask is laid out at its first use
+(`rows`), from the shapes of q and k, and kept. Values are checked at once on a CPU; on a GPU, where that would force a
+sync, by `validate()` or with MMKERNELS_VALIDATE=1.
 """
 
 from __future__ import annotations
@@ -315,8 +315,7 @@ class AttentionMask:
         """bool [Tq, Tk]: for tests and pictures, never for a kernel.
 
         Args:
-            tokens_q, tokens_k: sizes; None: those of the first use, or else the end of the metadata (a host sync on
-                CUDA metadata).
+            tokens_q, tokens_k: sizes; None: those of the first use, or else where the metadata ends (syncs on CUDA).
         """
         rows = self.rows(*self._sizes(tokens_q, tokens_k))
         return rows.visible().dense(rows.first_q.shape[0])
@@ -387,9 +386,7 @@ class AttentionMask:
 
 def _expect_inside(rows: MaskRows, tokens_q: int, tokens_k: int) -> None:
     """For every sample under vmap, where the metadata are not read: a kernel trusts its rows."""
-    along_q = (rows.lo >= 0) & (rows.hi <= tokens_k)
-    along_k = (rows.first_q >= 0) & (rows.last_q <= tokens_q)
-    for inside in (along_q, along_k):
+    for inside in (rows.lo >= 0) & (rows.hi <= tokens_k), (rows.first_q >= 0) & (rows.last_q <= tokens_q):
         expect_true(inside, f"mask: expected metadata within {tokens_q} queries and {tokens_k} keys")
 
 
