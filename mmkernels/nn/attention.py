@@ -49,7 +49,7 @@ class CrossModalAttention(AttentionBase):
     Its state dict also loads from an nn.MultiheadAttention's (as many heads for keys as for queries, D = E / H).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, named, with what was expected and what came.
+        TypeError, ValueError: a wrong argument, by name, with what was expected and what came.
 
     Source: Vaswani et al. 2017.
     """

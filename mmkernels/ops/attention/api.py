@@ -65,31 +65,31 @@ def attention(
         q: [Tq, H, D] or [B, Tq, H, D]; float32, bfloat16, float16 or float64.
         k: [Tk, Hkv, D] or [B, Tk, Hkv, D], q's dtype; Hkv divides H (grouped and multi-query attention).
         v: [Tk, Hkv, Dv] or [B, Tk, Hkv, Dv], q's dtype; Dv may differ from D.
-        mask: which keys each query sees; with batched tensors it covers the B Tq queries and B Tk keys one after the
-            other. None: every query sees all keys (batched: of its own sample).
+        mask: which keys each query sees; with batched tensors it covers the B·Tq queries and B·Tk keys in order. None:
+            every query sees all keys (batched: of its own sample).
         scale: factor of the logits; None: 1 / sqrt(D).
         pair_bias: [H, Cq, Ck] floating point, added to the logits by query head, class of the query and class of the
             key; differentiable. The mask has the classes: modalities of `multimodal` and `cross_only`, or what
             `from_rows` or `with_classes` were given.
         sink: [H] floating point, a logit per head that joins the softmax without a value; differentiable.
-        dropout_p: in [0, 1): each probability is dropped with it, the others are divided by 1 - dropout_p; lse is as
-            without. The seed is drawn from torch's generator of q's device, and what is kept follows from the seed
-            alone: the same on every backend, in the backward, and when the generator's state is replayed
-            (`torch.utils.checkpoint`, `GradCache`). It is applied whenever it is above 0: there is no training mode.
-        return_lse: give lse too; it is differentiable.
-        deterministic: deprecated, of no effect: no backend uses atomics, so the same input and thread count always give
-            the same bits.
-        score, score_weight, score_bias: deprecated: score="additive" is `additive_attention` with w `score_weight` and
-            bias `score_bias`, and "dot" is what there is without.
-        backend: None for the fastest that can serve, or "native", "triton", "reference".
+        dropout_p: in [0, 1): the probability of dropping an attention weight; the others are divided by 1 - dropout_p,
+            and lse does not change. The seed comes from torch's generator of q's device and alone decides what is
+            kept: the same on every backend, in the backward, and when the generator's state is replayed
+            (`torch.utils.checkpoint`, `GradCache`). It applies whenever it is above 0: there is no training mode.
+        return_lse: also return lse, which is differentiable.
+        deterministic: deprecated, without effect: no backend uses atomics, so the same input and thread count always
+            give the same bits.
+        score, score_weight, score_bias: deprecated: for score="additive" call `additive_attention` with w
+            `score_weight` and bias `score_bias`; "dot" is the default.
+        backend: None picks the fastest one that supports the call; or "native", "triton", "reference".
 
     Returns:
         out [Tq, H, Dv] (or [B, Tq, H, Dv]) in q's dtype; with `return_lse` also lse [H, Tq] (or [B, H, Tq]), natural
         logarithm, float32 (float64 for float64). Both are differentiable twice, and in forward mode.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, named, with what was expected and what came.
-        BackendError: the named backend cannot serve the call.
+        TypeError, ValueError: a wrong argument, by name, with what was expected and what came.
+        BackendError: `backend` does not support this call.
 
     Source: Vaswani et al. 2017 (attention); Dao 2023 (FlashAttention-2: tiling, recomputation); Xiao et al. 2023
         (sinks); Salmon et al. 2011 (Philox).

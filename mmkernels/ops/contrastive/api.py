@@ -57,27 +57,27 @@ def infonce(
 
         loss = mean_i [log sum_j exp(s_ij) - sum_j t_ij s_ij]
 
-    and, if symmetric, the mean of that and of the same with queries and keys exchanged. By default `t_i` is all on key
-    i. Nothing is normalised inside. Features are used in the dtype they have, autocast or not; products accumulate in
+    and, if symmetric, the mean of that and of the same with queries and keys exchanged. By default `t_i` is one-hot at
+    key i. Features are not normalised, and keep their dtype under autocast; products accumulate in
     float32 (float64 for float64 features), where the loss lives too; what is O(N) is in float64.
 
     Args:
         queries: [N, E] float32, bfloat16, float16 or float64.
         keys: [M, E], same dtype and device. M == N, unless symmetric is False or positives are found by ids.
-        logit_scale: what multiplies the similarities (already exponentiated): a number, or a tensor of one element of
-            any floating dtype, which gets its exact gradient.
+        logit_scale: multiplies the similarities (already exponentiated): a number, or a tensor of one element of any
+            floating dtype, which gets its exact gradient.
         targets: [N] int64 or int32: each query's key; by default key i is query i's. If symmetric, each key occurs
             once.
-        query_ids, key_ids: [N], [M] int64 or int32, such as class or image ids; key_ids are query_ids by default.
-        same_id: what becomes of pairs of one id: "positive": the target is uniform over the keys of the query's id
-            (at least one; targets must be None); "ignore": they are left out of the denominator, but for the target.
-        negatives: [K, E], same dtype and device: further keys (hard negatives, a queue) of the queries, positives of
-            none; they join the denominator of the queries' direction only.
+        query_ids, key_ids: [N], [M] int64 or int32, such as class or image ids; key_ids default to query_ids.
+        same_id: how pairs with the same id count. "positive": the target is uniform over the keys with the query's id
+            (at least one; targets must be None). "ignore": they leave the denominator, except the target.
+        negatives: [K, E], same dtype and device: extra keys (hard negatives, a queue) that are positives of no query;
+            they join the denominator of the queries->keys direction only.
         label_smoothing: e in [0, 1]: the target is (1-e) of itself and e of the uniform distribution over the keys
             that the row sees (negatives not among them), as in `F.cross_entropy`.
         symmetric: both directions, or the queries' only.
-        weights: [N] floating point, not negative, not all zero, no gradient: a mean is sum(w·l) / sum(w). If symmetric,
-            a key has the weight of its query (N == M).
+        weights: [N] floating point, not negative, not all zero, without gradient: the mean is sum(w·l) / sum(w). If
+            symmetric, a key has the weight of its query (N == M).
         teacher: (queries_m [N, F], keys_m [M, F], alpha in [0, 1]): momentum distillation; the target, smoothed or
             not, is (1-alpha) of itself and alpha of the softmax of `logit_scale · <queries_m, keys_m>`, to which no
             gradient flows.
@@ -91,22 +91,22 @@ def infonce(
         exchange: how keys come to queries: "all_gather" (all at once, O(N·E) memory), "ring" (block by block, in
             O(N/W·E), behind the computation) or "auto": the ring from 12,288 keys on a rank on. Only used with a group.
         return_stats: return `ContrastiveStats` too, from the same pass.
-        deterministic: deprecated, of no effect: every backend always gives the same bits for the same input and
-            machine, on CPU for any number of threads.
-        backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU "native"
-            knows N pairs of query i and key i alone, without options.
+        deterministic: deprecated, without effect: every backend gives the same bits for the same input and machine, on
+            a CPU for any number of threads.
+        backend: None picks the fastest one that supports the call; or "native", "triton", "reference". On a GPU
+            "native" knows N pairs of query i and key i alone, without options.
 
     Returns:
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys and
-        logit_scale, twice and in forward mode too (not over a group); with return_stats (loss, ContrastiveStats). The
+        logit_scale, twice, and in forward mode (not over a group); with return_stats (loss, ContrastiveStats). The
         loss of no rows at all is 0, with zero gradients (`F.cross_entropy` gives NaN there), so that a rank without
         samples does not poison a mean. A NaN or an infinity in the features or the scale makes the loss or its
-        gradients NaN or infinite; none is hidden.
+        gradients NaN or infinite.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. On a GPU, and under
             torch.compile, values (targets, ids, weights) are asserted on the device: RuntimeError.
-        mmkernels.BackendError: `backend` cannot serve this call.
+        mmkernels.BackendError: `backend` does not support this call.
 
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
     (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher).
@@ -163,33 +163,33 @@ def siglip(
 
         loss = -1/N · sum_ij log sigmoid(z_ij · (logit_scale · <x_i, y_j> + logit_bias))
 
-    with `z_ij` = +1 for a positive pair, else -1. Nothing is normalised inside. Features are used in the dtype they
-    have, autocast or not; products accumulate in float32 (float64 for float64 features), where the loss lives too.
+    with `z_ij` = +1 for a positive pair, else -1. Features are not normalised, and keep their dtype under autocast;
+    products accumulate in float32 (float64 for float64 features), where the loss lives too.
 
     Args:
         queries: [N, E] float32, bfloat16, float16 or float64.
         keys: [M, E], same dtype and device; M == N unless there are ids.
-        logit_scale: what multiplies the similarities: a number, or a tensor of one element of any floating dtype, which
-            gets its exact gradient.
-        logit_bias: what is added to the logits; likewise.
-        query_ids, key_ids: [N], [M] int64 or int32: pairs of one id are positive; key_ids are query_ids by default.
+        logit_scale: multiplies the similarities: a number, or a tensor of one element of any floating dtype, which gets
+            its exact gradient.
+        logit_bias: is added to the logits; the same kinds.
+        query_ids, key_ids: [N], [M] int64 or int32: pairs with the same id are positive; key_ids default to query_ids.
             Without ids the positive of query i is key i.
         group, exchange: as in `infonce`; scale and bias get their whole gradient on every rank.
         return_stats: return `ContrastiveStats` of the same logits too, from a forward pass of its own.
-        deterministic: deprecated, of no effect: every backend always gives the same bits for the same input and
-            machine, on CPU for any number of threads.
-        backend: None for the fastest one that can serve, or "native", "triton", "reference". On a GPU "native"
-            knows neither ids nor return_stats.
+        deterministic: deprecated, without effect: every backend gives the same bits for the same input and machine, on
+            a CPU for any number of threads.
+        backend: None picks the fastest one that supports the call; or "native", "triton", "reference". On a GPU
+            "native" knows neither ids nor return_stats.
 
     Returns:
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys,
-        logit_scale and logit_bias, twice and in forward mode too (not over a group); with return_stats (loss,
-        ContrastiveStats). The loss of no rows at all is 0, with zero gradients. A NaN or an infinity in the input is
-        not hidden.
+        logit_scale and logit_bias, twice, and in forward mode (not over a group); with return_stats (loss,
+        ContrastiveStats). The loss of no rows at all is 0, with zero gradients. A NaN or an infinity in the input
+        propagates.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        mmkernels.BackendError: `backend` cannot serve this call.
+        mmkernels.BackendError: `backend` does not support this call.
 
     Source: Zhai et al. 2023 (arXiv:2303.15343).
     """
@@ -231,19 +231,19 @@ def sample_negatives(
         queries: [N, E] float32, bfloat16, float16 or float64.
         keys: [M, E], same dtype and device.
         logit_scale: a number or a floating-point tensor of one element: the larger, the harder.
-        query_ids, key_ids: [N], [M] int64 or int32: keys of the query's id are no negatives; key_ids are query_ids by
-            default.
+        query_ids, key_ids: [N], [M] int64 or int32: keys with the query's id are not negatives; key_ids default to
+            query_ids.
         targets: [N] int64 or int32: each query's positive, when there are no ids; by default key i is query i's.
         generator: a CPU generator, or None for torch's default one.
-        backend: None for the fastest one that can serve, or "native" (CPU), "triton", "reference", which stores the
-            logits.
+        backend: None picks the fastest one that supports the call; or "native" (CPU), "triton", "reference", which
+            stores the logits.
 
     Returns:
         [N] int64 indices of keys; -1 for a query without any negative. No gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
-        mmkernels.BackendError: `backend` cannot serve this call.
+        mmkernels.BackendError: `backend` does not support this call.
 
     Source: Gumbel 1954; Li et al. 2021 (arXiv:2107.07651, negatives for image-text matching).
     """
@@ -267,8 +267,8 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
         queries: [N, E] float32, bfloat16, float16 or float64.
         keys: [M, E], same dtype and device.
         k: 1 to M.
-        backend: None for the fastest one that can serve, or "native" (CPU), "triton", "reference", which stores the
-            similarities. On a GPU every 128 of k are one more pass over the keys.
+        backend: None picks the fastest one that supports the call; or "native" (CPU), "triton", "reference", which
+            stores the similarities. On a GPU every 128 of k are one more pass over the keys.
 
     Returns:
         values [N, k] in float32 (float64 for float64 features), largest first, and indices [N, k] int64; of equal
@@ -276,7 +276,7 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
-        mmkernels.BackendError: `backend` cannot serve this call.
+        mmkernels.BackendError: `backend` does not support this call.
     """
     check_features(queries, keys)
     k = number_of_keys(k, keys)

@@ -51,7 +51,7 @@ def pack(sources: Tensor | Sequence[Tensor], index: Tensor, *, backend: str | No
             are numbered one after the other. Up to four are read where they lie; more are concatenated first.
         index: [T] int64 (int32 is converted), each in [-1, R). Checked on CPU always; on a GPU, where the check would
             wait for the device, when the environment has MMKERNELS_VALIDATE=1.
-        backend: None for the fastest that can serve, or one of "native", "triton", "reference".
+        backend: None picks the fastest one that supports the call; or one of "native", "triton", "reference".
 
     Returns:
         [T, ...], contiguous.

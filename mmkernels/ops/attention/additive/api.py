@@ -46,16 +46,16 @@ def additive_attention(
         w: [H, D], or [D] for all heads; float32 or q's dtype.
         mask: as for `attention`.
         bias: [H, D] or [D]; float32 or q's dtype; None: 0.
-        return_lse: give lse too; it is differentiable.
-        backend: None for the fastest that can serve, or "native", "triton", "reference".
+        return_lse: also return lse, which is differentiable.
+        backend: None picks the fastest one that supports the call; or "native", "triton", "reference".
 
     Returns:
         out [Tq, H, Dv] (or [B, Tq, H, Dv]) in q's dtype; with `return_lse` also lse [H, Tq] (or [B, H, Tq]), natural
         logarithm, float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, named, with what was expected and what came.
-        BackendError: the named backend cannot serve the call.
+        TypeError, ValueError: a wrong argument, by name, with what was expected and what came.
+        BackendError: `backend` does not support this call.
 
     Source: Bahdanau et al. 2015.
     """

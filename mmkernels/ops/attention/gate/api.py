@@ -27,14 +27,14 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, *, backend: str | 
             autocast).
         gate: float32 or x's dtype (float64 for float64), broadcast as in `tanh(gate) * x`: [] or [1], one for all; [C],
             one per channel; [H, 1], one per head, for x [..., H, C].
-        backend: None for the fastest that can serve, or "native", "triton", "reference".
+        backend: None picks the fastest one that supports the call; or "native", "triton", "reference".
 
     Returns:
         out, a new contiguous tensor of residual's shape and dtype.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, named, with what was expected and what came.
-        BackendError: the named backend cannot serve the call.
+        TypeError, ValueError: a wrong argument, by name, with what was expected and what came.
+        BackendError: `backend` does not support this call.
 
     Source: Alayrac et al. 2022 (Flamingo).
     """

@@ -66,14 +66,14 @@ def qk_norm_rope(
         eps: added to the mean square (the variance for "layer").
         q_weight, k_weight: [D], float32 or q's dtype; None: 1. (Gemma's weight is `1 + weight`.)
         q_bias, k_bias: [D], float32 or q's dtype, for "layer" only; None: 0.
-        backend: None for the fastest that can serve, or "native", "triton", "reference".
+        backend: None picks the fastest one that supports the call; or "native", "triton", "reference".
 
     Returns:
         (q, k), new contiguous tensors of the same shapes and dtypes.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, named, with what was expected and what came.
-        BackendError: the named backend cannot serve the call.
+        TypeError, ValueError: a wrong argument, by name, with what was expected and what came.
+        BackendError: `backend` does not support this call.
         NotImplementedError: a gradient is asked for angles (`cos_sin`, `inv_freq`, `position_ids`).
 
     Source: Su et al. 2021 (RoFormer); Wang et al. 2024 (Qwen2-VL: M-RoPE); Zhang and Sennrich 2019 (RMSNorm); Dehghani
