@@ -54,12 +54,13 @@ class GradCache:
     A chunk goes to its encoder as one argument, or as several when the input is `Args`. The encoder returns a tensor
     whose rows are embeddings; the rows of all chunks, concatenated, go to the loss.
 
-    Both forward passes run under the caller's autocast, both backward passes outside it. Dropout and whatever else
+    Both forward passes run under the caller's autocast, both backward passes outside it. Dropout and anything else that
     draws from PyTorch's CPU and CUDA generators, `numpy.random`'s global one and Python's `random` draws the same
-    numbers in both passes; afterwards the generators stand where one forward leaves them. What else may change from one
-    pass to the next (a generator of the encoder's own, a counter, a clock) would make the gradients wrong: embeddings
-    of both passes are compared, and a difference that is no rounding raises. An encoder whose parameters are all frozen
-    is not run a second time. When every input is a single chunk there is nothing to cache and one plain step is taken.
+    numbers in both passes; afterwards the generators stand where one forward leaves them. Other state that changes
+    between the passes (the encoder's own generator, a counter, a clock) would make the gradients wrong: the embeddings
+    of both passes are compared, and a difference beyond rounding raises. An encoder whose parameters are all frozen
+    does not run a second time. When every input is a single chunk there is nothing to cache and one plain step is
+    taken.
 
     **Token losses.** With `token_loss_fn` an encoder may return a tuple that begins with the embeddings, and each chunk
     of samples also has losses over its tokens (masked words, captions), taken in the second pass, where its graph is::
@@ -82,9 +83,9 @@ class GradCache:
 
     **Automatic sizes.** With `chunk_size="auto"` the first call measures a forward and backward of two small chunks,
     fits `peak = a + b·amount` (tokens of packed batches, elements of tensors), and takes the largest chunks that
-    fit `memory_budget`. When memory runs out all the same, the step is undone, the chunks of the encoder that ran out
-    are halved, and the step begins anew; no gradient is added twice. Ranks begin anew together, except in the very
-    last backward of a wrapper, where the error is raised. `chunk_sizes` has the sizes of the last call.
+    fit `memory_budget`. If memory runs out nevertheless, the step is undone, the chunks of the encoder that ran out are
+    halved, and the step restarts; no gradient is added twice. Ranks restart together, except in the very last backward
+    of a wrapper, where the error is raised. `chunk_sizes` has the sizes of the last call.
 
     Each rank has sizes of its own. `fully_shard` modules are therefore gathered once a step, before any chunk, and stay
     whole until the backward that reduces them: a rank whose peers wait in an all-gather could not call them back.

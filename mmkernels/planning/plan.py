@@ -102,9 +102,9 @@ def plan_packing(
         max_images: most images in a pack; None for no limit.
         max_samples: most items in a pack; None for no limit.
         lookahead: how many of the oldest items "subset_sum" chooses from: more fills packs better and moves items
-            further. An error where that strategy has no part.
+            further. An error where that strategy is not used.
         keep_order: the items must stay in order: only "next_fit" does that.
-        oversize: what becomes of items that no pack can take, longer than the capacity or with more than `max_images`.
+        oversize: what to do with items that no pack can take, longer than the capacity or with more than `max_images`.
             "error" raises; "drop" leaves them out and lists them in `plan.dropped`; "own_pack" gives each a pack of its
             own, whole, above the caps, listed in `plan.oversize_packs`.
         seed: 0 takes the items in the order given; any other number takes them in a random order of its own (the same

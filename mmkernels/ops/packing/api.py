@@ -49,8 +49,8 @@ def pack(sources: Tensor | Sequence[Tensor], index: Tensor, *, backend: str | No
     Args:
         sources: [R, ...] floating point; or a sequence of tensors with equal trailing dimensions and dtype, whose rows
             are numbered one after the other. Up to four are read where they lie; more are concatenated first.
-        index: [T] int64 (int32 is converted), each in [-1, R). Checked on CPU always; on a GPU, where the check would
-            wait for the device, when the environment has MMKERNELS_VALIDATE=1.
+        index: [T] int64 (int32 is converted), each in [-1, R). Always checked on a CPU; on a GPU, where the check would
+            sync, only with MMKERNELS_VALIDATE=1.
         backend: None picks the fastest one that supports the call; or one of "native", "triton", "reference".
 
     Returns:
@@ -58,7 +58,7 @@ def pack(sources: Tensor | Sequence[Tensor], index: Tensor, *, backend: str | No
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
-        BackendError: the backend asked for cannot serve.
+        BackendError: `backend` does not support this call.
     """
     parts = _sources(sources)
     first = parts[0]
@@ -94,20 +94,20 @@ def embed_splice(
     padding_idx: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Embedding lookup with features put in place of placeholders: `out = table[token_ids]; out[dst_index] = features`.
+    """Embedding lookup with features in place of placeholders: `out = table[token_ids]; out[dst_index] = features`.
 
     One pass over the tokens, no mask and no intermediate. The gradient of the table sums its tokens' gradients (in
-    float32 for low-precision dtypes, in ascending order: bitwise reproducible), that of the features is a gather; what
-    needs no gradient costs none.
+    float32 for low-precision dtypes, in ascending order: bitwise reproducible), that of the features is a gather;
+    gradients that nothing needs are not computed.
 
     Args:
-        token_ids: [T] int64 (int32 is converted), each in [0, V) where no feature goes; elsewhere anything, such as a
+        token_ids: [T] int64 (int32 is converted), each in [0, V) where no feature goes; elsewhere any value, such as a
             placeholder outside the vocabulary.
         table: [V, E] floating point.
         features: [F, E], of the table's dtype.
         dst_index: [F] int64 (int32 is converted): the token that each feature replaces, each token once; -1 leaves a
-            feature out. Bounds and repeats are checked on CPU always; on a GPU, where the check would wait for the
-            device, when the environment has MMKERNELS_VALIDATE=1 (unchecked, the last of several features wins).
+            feature out. Bounds and repeats are always checked on a CPU; on a GPU, where the check would sync, only
+            with MMKERNELS_VALIDATE=1 (unchecked, the last of several features wins).
         padding_idx: a row of the table that gets no gradient, as in `torch.nn.Embedding`.
         backend: as in `pack`.
 
@@ -116,7 +116,7 @@ def embed_splice(
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
-        BackendError: the backend asked for cannot serve.
+        BackendError: `backend` does not support this call.
     """
     expect_tensor("table", table, "[V, E] floating point", ndim=2)
     expected = f"[F, {table.shape[1]}] {str(table.dtype).removeprefix('torch.')}"
@@ -143,10 +143,11 @@ def unpack(
     *,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Send packed rows back to where `pack` took them: `out[r] = sum of packed[t] over the t with index[t] == r`.
+    """Scatter packed rows back to where `pack` gathered them: `out[r] = sum of packed[t] over the t with index[t] ==
+    r`.
 
-    With an index that names each row once this is the inverse of `pack`; rows that nobody names are 0, and a row named
-    several times receives the sum (in float32 for low-precision dtypes, in ascending t: bitwise reproducible).
+    With an index that names each row once this is the inverse of `pack`; rows that it does not name are 0, and a row
+    named several times receives the sum (in float32 for low-precision dtypes, in ascending t: bitwise reproducible).
 
     Args:
         packed: [T, ...] floating point.
@@ -159,7 +160,7 @@ def unpack(
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
-        BackendError: the backend asked for cannot serve.
+        BackendError: `backend` does not support this call.
     """
     _check_rows("packed", packed, "[T, ...] floating point")
     expect_tensor("index", index, "[T] int64", ndim=1, dtypes=_INTEGERS, like=packed)
@@ -181,7 +182,7 @@ def segment_pool(
     weights: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Pool each segment's rows to one: `out[s] = mode(x[cu_seqlens[s]:cu_seqlens[s+1]])`.
+    """Reduce each segment to one row: `out[s] = mode(x[cu_seqlens[s]:cu_seqlens[s+1]])`.
 
     Sums are taken in float32 for low-precision dtypes. An empty segment gives 0 in every mode and passes no gradient.
     "max" is taken per feature; its gradient goes to the first of equal rows, and a NaN wins over every number.
@@ -190,8 +191,8 @@ def segment_pool(
 
     Args:
         x: [T, ...] floating point.
-        cu_seqlens: [S+1] int32 (int64 is converted): begins with 0, does not decrease, ends with at most T. Checked on
-            CPU always; on a GPU when the environment has MMKERNELS_VALIDATE=1.
+        cu_seqlens: [S+1] int32 (int64 is converted): begins with 0, does not decrease, ends with at most T. Always
+            checked on a CPU; on a GPU only with MMKERNELS_VALIDATE=1.
         mode: "mean", "sum", "max", "first" (the segment's first row) or "weighted".
         weights: [T] floating point, for "weighted" alone; taken in float32 (float64 for float64 rows).
         backend: as in `pack`.
@@ -201,7 +202,7 @@ def segment_pool(
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
-        BackendError: the backend asked for cannot serve.
+        BackendError: `backend` does not support this call.
     """
     _check_rows("x", x, "[T, ...] floating point")
     modes = (*op.MODES, "weighted")
@@ -229,8 +230,8 @@ def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, *, backend
     Args:
         x: [T, ...] floating point.
         cu_seqlens: [S+1] int32 (int64 is converted), as in `segment_pool`.
-        max_seqlen: L. None reads the longest segment from cu_seqlens, on CPU only: on a GPU that would wait for the
-            device. No segment may be longer.
+        max_seqlen: L. None reads the longest segment from cu_seqlens, on a CPU only: on a GPU that would sync. No
+            segment may be longer.
         backend: as in `pack`.
 
     Returns:
@@ -239,7 +240,7 @@ def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, *, backend
     Raises:
         TypeError, ValueError: a wrong argument, by name. A segment longer than `max_seqlen` is a RuntimeError where
             only the device or a compiled graph can see it.
-        BackendError: the backend asked for cannot serve.
+        BackendError: `backend` does not support this call.
     """
     _check_rows("x", x, "[T, ...] floating point")
     cu_seqlens = _check_cu_seqlens(cu_seqlens, x)
@@ -257,14 +258,14 @@ def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, *, backend
 
 
 def unpad(x: Tensor, keep: Tensor, total: int | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Padded to packed: the rows that `keep` names, sample after sample, in order.
+    """Padded to packed: the rows that `keep` selects, sample by sample, in order.
 
     Args:
         x: [B, L, ...] floating point.
         keep: a mask [B, L] bool, of any shape and not of prefixes only; or lengths [B] int64 or int32 in [0, L], which
             keep each sample's first rows.
-        total: T, rows of the result: at least the rows kept, the rest being zeros at the end. None counts them, on CPU
-            only: on a GPU that would wait for the device.
+        total: T, rows of the result: at least the rows kept, the rest being zeros at the end. None counts them, on a
+            CPU only: on a GPU that would sync.
         backend: as in `pack`.
 
     Returns:
@@ -273,7 +274,7 @@ def unpad(x: Tensor, keep: Tensor, total: int | None = None, *, backend: str | N
     Raises:
         TypeError, ValueError: a wrong argument, by name. A `total` that is too small is a RuntimeError where only the
             device or a compiled graph can see it.
-        BackendError: the backend asked for cannot serve.
+        BackendError: `backend` does not support this call.
     """
     _check_rows("x", x, "[B, L, ...] floating point", least_dims=2)
     batch, longest = x.shape[:2]

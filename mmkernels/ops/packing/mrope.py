@@ -66,7 +66,7 @@ def mrope_position_ids(
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
-        BackendError: the backend asked for cannot serve.
+        BackendError: `backend` does not support this call.
 
     Source: Qwen2-VL (arXiv 2409.12191), section 2.1; transformers, `Qwen2VLModel.get_rope_index`.
     """

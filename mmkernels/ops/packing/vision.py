@@ -57,7 +57,7 @@ def patchify(
 
     Raises:
         TypeError, ValueError: a wrong argument, by name; a size that does not divide, with the image's number.
-        BackendError: the backend asked for cannot serve.
+        BackendError: `backend` does not support this call.
     """
     patch_size, temporal_patch_size, merge_size = _sizes(
         patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
@@ -111,7 +111,7 @@ def unpatchify(
 
     Raises:
         TypeError, ValueError: a wrong argument, by name; grids that do not add up to T tokens.
-        BackendError: the backend asked for cannot serve.
+        BackendError: `backend` does not support this call.
     """
     patch_size, temporal_patch_size, merge_size = _sizes(
         patch_size=patch_size, temporal_patch_size=temporal_patch_size, merge_size=merge_size
