@@ -143,8 +143,7 @@ def unpack(
     *,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Scatter packed rows back to where `pack` gathered them: `out[r] = sum of packed[t] over the t with index[t] ==
-    r`.
+    """Scatter packed rows, the reverse of `pack`: `out[r] = sum of packed[t] over the t with index[t] == r`.
 
     With an index that names each row once this is the inverse of `pack`; rows that it does not name are 0, and a row
     named several times receives the sum (in float32 for low-precision dtypes, in ascending t: bitwise reproducible).
