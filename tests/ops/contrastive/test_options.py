@@ -395,7 +395,7 @@ MISTAKES = [
     (dict(query_ids=FOUR, key_ids=FOUR * 0), ValueError, "query_ids: expected each to occur among key_ids"),
     (dict(query_ids=FOUR * 0, key_ids=FOUR), ValueError, "key_ids: expected each to occur among query_ids"),
     (dict(query_ids=FOUR, targets=FOUR), ValueError, "targets: expected None beside query_ids"),
-    (dict(same_id="ignore"), ValueError, "query_ids: expected [N] ids, required when same_id='ignore'"),
+    (dict(same_id="ignore"), ValueError, r"query_ids: expected \[N\] ids, required when same_id='ignore'"),
     (dict(same_id="both"), ValueError, "same_id: expected 'positive' or 'ignore', got 'both'"),
     (dict(negatives=Y[:, :7]), ValueError, r"negatives: expected \[K, 8\], as wide as queries"),
     (dict(negatives=Y.double()), TypeError, "negatives: expected float32 like queries"),
