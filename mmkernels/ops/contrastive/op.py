@@ -37,6 +37,7 @@ from mmkernels.runtime.register import Context, Op, on_triton
 __all__ = [
     "backward_flops",
     "empty_gradients",
+    "expect_no_ignored",
     "forward_flops",
     "need_of",
     "sigmoid_bwd",
@@ -83,6 +84,13 @@ def with_scalars(
         return gradients
 
     return {backend: whole(features) for backend, features in impls.items()}
+
+
+def expect_no_ignored(*args: Any) -> None:
+    """The check of an op that sees all pairs: it takes Pairs as the others do, but no rule that hides some."""
+    (pairs,) = (arg for arg in args if isinstance(arg, Pairs))
+    if pairs.same_id != "positive":
+        raise ValueError(f"same_id: expected 'positive', got {pairs.same_id!r}")
 
 
 def forward_flops(queries: Tensor, keys: Tensor, *_: Any) -> int:
@@ -257,6 +265,7 @@ sigmoid_bwd = Op(
         _sigmoid_bwd_fake,
         _sigmoid_scalars,
     ),
+    check=expect_no_ignored,
     second=sigmoid_second,
     flops=lambda grad_sum, queries, keys, *rest: backward_flops(queries, keys, need=rest[-1]),
 )
@@ -281,6 +290,7 @@ sigmoid_fwd = Op(
         "triton": on_triton("mmkernels.ops.contrastive.triton_sigmoid", "sigmoid_fwd"),
         "reference": chunks.sigmoid_fwd,
     },
+    check=expect_no_ignored,
     save=lambda inputs, outputs: (*inputs, *outputs),
     backward=_sigmoid_backward,
     jvp=_sigmoid_jvp,

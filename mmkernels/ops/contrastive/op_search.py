@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import native, reference
-from mmkernels.ops.contrastive.op import forward_flops
+from mmkernels.ops.contrastive.op import expect_no_ignored, forward_flops
 from mmkernels.ops.contrastive.types import Pairs, statistics_dtype
 from mmkernels.runtime.register import Op, on_triton
 
@@ -30,6 +30,7 @@ sample_negatives = Op(
         "triton": on_triton("mmkernels.ops.contrastive.triton_search", "sample_negatives"),
         "reference": reference.sample_negatives,
     },
+    check=expect_no_ignored,
     flops=forward_flops,
 )
 

@@ -89,6 +89,15 @@ def test_bare_ops_differentiate(backend):
         assert torch.equal(leaf.grad, grad)
 
 
+def test_ops_that_hide_no_pair_refuse_to_ignore(backend):
+    queries, keys, scale = (x.detach() for x in leaves())
+    rules = None, torch.arange(10), torch.arange(10), "ignore", backend
+    with pytest.raises(ValueError, match="same_id: expected 'positive', got 'ignore'"):
+        OPS.contrastive_sigmoid_fwd(queries, keys, scale, BIAS.detach(), *rules)
+    with pytest.raises(ValueError, match="same_id: expected 'positive', got 'ignore'"):
+        OPS.contrastive_sample_fwd(queries, keys, scale, torch.zeros(2, dtype=torch.int64), *rules)
+
+
 def test_checkpoint(backend):
     queries, keys, scale = leaves()
     expected = torch.autograd.grad(infonce(queries, keys, scale, backend=backend), queries)[0]
