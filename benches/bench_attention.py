@@ -34,7 +34,7 @@ from torch import Tensor
 
 from mmkernels.ops.attention import AttentionMask, attention
 from mmkernels.runtime import backends
-from mmkernels.testing.attention import cu_seqlens
+from mmkernels.testing.packing import cu_seqlens_of
 
 Params = Mapping[str, Any]
 Outputs = tuple[Tensor, ...]
@@ -71,7 +71,7 @@ class Kind:
 
     def mask(self, p: Params, device: torch.device) -> AttentionMask | None:
         lengths_q, lengths_k = self.lengths(p)
-        cu_q, cu_k = cu_seqlens(lengths_q, device), cu_seqlens(lengths_k, device)
+        cu_q, cu_k = cu_seqlens_of(lengths_q, device), cu_seqlens_of(lengths_k, device)
         if "M" in p:
             media_q, media_k = self.media_ids(p, device)
             return AttentionMask.media(cu_q, cu_k, media_q, media_k)
@@ -155,8 +155,8 @@ def setup(kind: Kind, backward: bool, p: Params, device: torch.device) -> Inputs
         "lengths": lengths_q,
         "lengths_k": lengths_k,
         "slot": padded_slots(lengths_q, device),
-        "cu_seqlens_q": cu_seqlens(lengths_q, device),
-        "cu_seqlens_k": cu_seqlens(lengths_k, device),
+        "cu_seqlens_q": cu_seqlens_of(lengths_q, device),
+        "cu_seqlens_k": cu_seqlens_of(lengths_k, device),
         "max_seqlen_q": max(lengths_q),
         "max_seqlen_k": max(lengths_k),
         "figures": {},

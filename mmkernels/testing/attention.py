@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmkernels.ops.attention import AttentionMask
 from mmkernels.ops.attention.reference import keep
+from mmkernels.testing.packing import cu_seqlens_of
 
 __all__ = [
     "INTERVAL_MASKS",
@@ -19,20 +20,12 @@ __all__ = [
     "AttentionInputs",
     "Gradients",
     "cancelling_terms",
-    "cu_seqlens",
     "dense_mask",
     "interleaved",
     "make_inputs",
     "plain",
     "run",
 ]
-
-
-def cu_seqlens(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Boundaries of segments of these lengths: int32 [S+1]."""
-    return torch.tensor(
-        [0, *torch.tensor(lengths, dtype=torch.long).cumsum(0).tolist()], dtype=torch.int32, device=device
-    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class MaskCase:
 
     def mask(self, device: torch.device | str = "cpu") -> AttentionMask | None:
         lengths_k = self.lengths_k or self.lengths_q
-        return self.build(cu_seqlens(self.lengths_q, device), cu_seqlens(lengths_k, device), **self.options)
+        return self.build(cu_seqlens_of(self.lengths_q, device), cu_seqlens_of(lengths_k, device), **self.options)
 
 
 def interleaved(cu: Tensor, longest: int = 40) -> tuple[Tensor, Tensor]:

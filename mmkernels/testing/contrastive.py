@@ -132,7 +132,7 @@ def features(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Ten
     return queries.to(dtype), keys.to(dtype)
 
 
-def plain_infonce(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
+def plain_infonce(queries: Tensor, keys: Tensor, logit_scale: Tensor | float = 10.0) -> Tensor:
     """The CLIP loss as most people write it: one logit matrix, cross entropy of it and of its transpose."""
     logits = logit_scale * queries @ keys.T
     labels = torch.arange(len(logits), device=logits.device)

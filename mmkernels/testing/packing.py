@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,8 +11,8 @@ from torch import Tensor
 __all__ = ["cu_seqlens_of", "random_index", "splice_inputs"]
 
 
-def cu_seqlens_of(lengths: list[int], device: str = "cpu") -> Tensor:
-    """[S+1] int32 from segment lengths."""
+def cu_seqlens_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Boundaries of segments of these lengths: [S+1] int32."""
     return torch.tensor([0, *np.cumsum(lengths, dtype=np.int64).tolist()], dtype=torch.int32, device=device)
 
 

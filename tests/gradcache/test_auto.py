@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients, plain_infonce
+from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients
 from torch import Tensor, nn
 
 from mmkernels import GradCache, PackedBatch, segment_pool
 from mmkernels.gradcache import Args
+from mmkernels.testing.contrastive import plain_infonce
 
 
 @contextmanager

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gradcache.toys import Encoder, assert_same, clear, gradients, plain_infonce
+from gradcache.toys import Encoder, assert_same, clear, gradients
 from torch import Tensor
 
 from mmkernels import GradCache, PackedBatch, segment_pool
 from mmkernels.gradcache import Args, Ragged
+from mmkernels.testing.contrastive import plain_infonce
 
 
 class Pair(NamedTuple):

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients, plain_infonce
+from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients
 from torch import Tensor, nn
 
 from mmkernels import GradCache
 from mmkernels.nn import InfoNCELoss
+from mmkernels.testing.contrastive import plain_infonce
 
 
 class Noisy(nn.Module):

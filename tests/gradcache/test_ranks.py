@@ -12,13 +12,14 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients, plain_infonce
+from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmkernels import GradCache
+from mmkernels.testing.contrastive import plain_infonce
 
 
 class Dual(nn.Module):

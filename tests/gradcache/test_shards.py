@@ -13,7 +13,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from gradcache.test_auto import live_bytes
-from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients, plain_infonce
+from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from mmkernels import GradCache
+from mmkernels.testing.contrastive import plain_infonce
 
 BUDGETS = [2400, 4000, 2500, 3000]  # of a rank: they differ in chunks
 

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients, plain_infonce
+from gradcache.toys import Encoder, assert_same, chunk_graph, clear, gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels import GradCache, infonce, siglip
+from mmkernels.testing.contrastive import plain_infonce
 
 
 @pytest.mark.parametrize("sizes", [1, 3, 4, 11, 64, [2, 5], [11, 3]])

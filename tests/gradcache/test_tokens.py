@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gradcache.toys import Encoder, assert_same, clear, gradients, plain_infonce
+from gradcache.toys import Encoder, assert_same, clear, gradients
 from torch import Tensor, nn
 
 from mmkernels import GradCache
+from mmkernels.testing.contrastive import plain_infonce
 
 
 class Captioner(nn.Module):

@@ -7,12 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def plain_infonce(queries: Tensor, keys: Tensor, scale: Tensor | float = 10.0) -> Tensor:
-    logits = scale * queries @ keys.T
-    targets = torch.arange(len(queries))
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-
-
 class Encoder(nn.Module):
     """A small tower; counts its calls."""
 

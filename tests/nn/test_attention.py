@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import mmkernels.nn.attention_base as base_of_modules
 from mmkernels import AttentionMask, attention, rotary_cos_sin
 from mmkernels.nn import CoAttention, CrossModalAttention, FusedSelfAttention, GatedCrossAttention, Rotary
-from mmkernels.testing.attention import cu_seqlens
+from mmkernels.testing.packing import cu_seqlens_of
 
 E, H = 32, 4
 
@@ -45,7 +45,7 @@ def test_self_attention_equals_multihead(bias, masked):
     theirs = multihead(bias=bias)
     ours = FusedSelfAttention.from_multihead_attention(theirs)
     x = torch.randn(2, 9, E, requires_grad=True)
-    mask = AttentionMask.packed(cu_seqlens((4, 5, 9)), causal=True) if masked else None
+    mask = AttentionMask.packed(cu_seqlens_of((4, 5, 9)), causal=True) if masked else None
     outputs = []
     for b in range(2):
         hidden = ~mask.to_dense(18, 18)[9 * b : 9 * b + 9, 9 * b : 9 * b + 9] if masked else None
@@ -67,7 +67,7 @@ def test_cross_attention_equals_multihead(dims):
     ours = CrossModalAttention.from_multihead_attention(theirs)
     x, context = torch.randn(7, E, requires_grad=True), torch.randn(11, dims.get("kdim", E), requires_grad=True)
     values = torch.randn(11, dims["vdim"], requires_grad=True) if dims.get("vdim", 0) != dims.get("kdim", 0) else None
-    mask = AttentionMask.packed(cu_seqlens((3, 4)), cu_seqlens((5, 6)))
+    mask = AttentionMask.packed(cu_seqlens_of((3, 4)), cu_seqlens_of((5, 6)))
     given = context if values is None else values
     expected = theirs(x, context, given, attn_mask=~mask.to_dense(7, 11), need_weights=False)[0]
     got = ours(x, context, mask, values=values)
@@ -160,7 +160,7 @@ def test_packed_equals_batched():
     x, context = torch.randn(3, 5, E), torch.randn(3, 7, 20)
     here, there = torch.arange(5), torch.arange(7) + 2
     batched = ours(x, context, positions=here, context_positions=there)
-    mask = AttentionMask.packed(cu_seqlens((5,) * 3), cu_seqlens((7,) * 3))
+    mask = AttentionMask.packed(cu_seqlens_of((5,) * 3), cu_seqlens_of((7,) * 3))
     packed = ours(
         x.flatten(0, 1), context.flatten(0, 1), mask, positions=here.repeat(3), context_positions=there.repeat(3)
     )  # fmt: skip
@@ -189,7 +189,7 @@ def test_gates_begin_closed_and_open():
 def test_coattention_is_two_cross_attentions():
     ours = CoAttention(E, 24, 4, qk_norm="rms")
     a, b = torch.randn(2, 5, E), torch.randn(2, 7, 24)
-    mask_a = AttentionMask.packed(cu_seqlens((2, 3, 5)), cu_seqlens((3, 4, 7)))
+    mask_a = AttentionMask.packed(cu_seqlens_of((2, 3, 5)), cu_seqlens_of((3, 4, 7)))
     to_a, to_b = ours(a, b, mask_a)
     torch.testing.assert_close(to_a, ours.a_from_b(a, b, mask_a))
     torch.testing.assert_close(to_b, ours.b_from_a(b, a))

@@ -15,12 +15,12 @@ from mmkernels.testing.attention import (
     Gradients,
     MaskCase,
     cancelling_terms,
-    cu_seqlens,
     make_inputs,
     plain,
     run,
 )
 from mmkernels.testing.attention_common import FAMILIES, share
+from mmkernels.testing.packing import cu_seqlens_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -91,7 +91,7 @@ def test_head_dims(dims, dtype, backend):
     needs(backend, dtype)
     case = MASKS["packed_causal"]
     tokens = case.tokens if backend != "triton" else (76, 76)
-    mask = case.mask() if backend != "triton" else MASKS["packed"].build(cu_seqlens((5, 70, 1)), None)
+    mask = case.mask() if backend != "triton" else MASKS["packed"].build(cu_seqlens_of((5, 70, 1)), None)
     sizes = {"heads": 2, "kv_heads": 1, "dim": dims[0], "dim_v": dims[1], "dtype": dtype}
     seeds = range(1 if backend == "triton" else 12)  # few queries: the largest error of dv is noisy
     assert_right([make_inputs(*tokens, **sizes, mask=mask, seed=seed) for seed in seeds], backend)
@@ -159,7 +159,7 @@ def test_scale(scale, backend):
 def test_long_sequences(heads, dtype, backend):
     """Several tiles and tasks in both directions; one head, so that backward takes two passes, and grouped heads."""
     needs(backend, dtype)
-    mask = MASKS["packed"].build(cu_seqlens((500, 1, 299, 130)), cu_seqlens((413, 200, 0, 420)))
+    mask = MASKS["packed"].build(cu_seqlens_of((500, 1, 299, 130)), cu_seqlens_of((413, 200, 0, 420)))
     sizes = {"heads": heads[0], "kv_heads": heads[1], "dim": 24, "dtype": dtype, "mask": mask}
     assert_right([make_inputs(930, 1033, **sizes, seed=seed) for seed in range(8)], backend)
 
@@ -231,15 +231,15 @@ def image_spans(lengths: tuple[int, ...], run_of: int) -> AttentionMask:
     """Text and images in turn."""
     part = torch.cat([torch.arange(n) // run_of for n in lengths])
     image = part % 2 == 1
-    return AttentionMask.multimodal(cu_seqlens(lengths), image.byte(), torch.where(image, part, -1).int())
+    return AttentionMask.multimodal(cu_seqlens_of(lengths), image.byte(), torch.where(image, part, -1).int())
 
 
 # How much larger the error of a bf16 gradient may be than that of a float32 one cast to bf16. Where more than three
 # quarters of all pairs are computed the products with P and dS are in bf16: sqrt(2) times, more for a rounded delta.
 GRADIENTS = {
-    "packed": (lambda: AttentionMask.packed(cu_seqlens((256, 100, 1, 211))), 1.02),
-    "causal": (lambda: AttentionMask.packed(cu_seqlens((568,)), causal=True), 1.02),
-    "packed causal": (lambda: AttentionMask.packed(cu_seqlens((256, 100, 1, 211)), causal=True), 1.02),
+    "packed": (lambda: AttentionMask.packed(cu_seqlens_of((256, 100, 1, 211))), 1.02),
+    "causal": (lambda: AttentionMask.packed(cu_seqlens_of((568,)), causal=True), 1.02),
+    "packed causal": (lambda: AttentionMask.packed(cu_seqlens_of((256, 100, 1, 211)), causal=True), 1.02),
     "image spans": (lambda: image_spans((256, 312), 64), 1.02),
     "dense": (lambda: None, 1.5),
 }

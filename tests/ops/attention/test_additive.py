@@ -10,7 +10,7 @@ from mmkernels.ops.attention.additive.op import additive_fwd
 from mmkernels.ops.attention.types import Visible
 from mmkernels.runtime.backends import BackendError, candidates
 from mmkernels.testing import assert_as_accurate
-from mmkernels.testing.attention import MASKS, MaskCase, cu_seqlens
+from mmkernels.testing.attention import MASKS, MaskCase
 from mmkernels.testing.attention_additive import (
     AdditiveInputs,
     gradient_terms,
@@ -19,6 +19,7 @@ from mmkernels.testing.attention_additive import (
     run_additive,
 )
 from mmkernels.testing.attention_common import FAMILIES, share
+from mmkernels.testing.packing import cu_seqlens_of
 
 OPS = torch.ops.mmkernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -148,7 +149,7 @@ def test_spans_and_classes(heads, backend):
 @every_backend
 def test_a_query_that_sees_nothing(backend):
     needs(backend)
-    mask = AttentionMask.packed(cu_seqlens((2, 3)), cu_seqlens((0, 4)))
+    mask = AttentionMask.packed(cu_seqlens_of((2, 3)), cu_seqlens_of((0, 4)))
     q, k, v = (torch.randn(tokens, 2, 8, requires_grad=True) for tokens in (5, 4, 4))
     out, lse = additive_attention(q, k, v, torch.randn(8), mask, return_lse=True, backend=backend)
     assert not out[:2].any()
@@ -159,7 +160,7 @@ def test_a_query_that_sees_nothing(backend):
 
 
 def test_as_a_score_of_attention():
-    x = make_additive(9, 9, heads=2, dim=8, mask=AttentionMask.packed(cu_seqlens((4, 5))))
+    x = make_additive(9, 9, heads=2, dim=8, mask=AttentionMask.packed(cu_seqlens_of((4, 5))))
     expected = additive_attention(x.q, x.k, x.v, x.w, x.mask, bias=x.bias, return_lse=True)
     score = {"score": "additive", "score_weight": x.w, "score_bias": x.bias}
     with pytest.warns(DeprecationWarning, match=r"score is deprecated: call additive_attention\(") as warned:
@@ -240,7 +241,7 @@ def test_same_bits_with_any_number_of_threads():
 def test_memory_is_of_the_tokens():
     """2048 x 2048 pairs and 32 elements of the head dim would be 512 MB."""
     needs("native")
-    x = make_additive(2048, 2048, heads=1, dim=32, mask=AttentionMask.packed(cu_seqlens([16] * 128)))
+    x = make_additive(2048, 2048, heads=1, dim=32, mask=AttentionMask.packed(cu_seqlens_of([16] * 128)))
     with torch.profiler.profile(profile_memory=True) as profile:
         run_additive(x, "native")
     assert max(event.cpu_memory_usage for event in profile.key_averages()) < 8 * 2**20
@@ -255,7 +256,7 @@ def backend_of_torch(request) -> str:
     return request.param
 
 
-MASK = AttentionMask.packed(cu_seqlens((3, 0, 6, 1)), causal=True)
+MASK = AttentionMask.packed(cu_seqlens_of((3, 0, 6, 1)), causal=True)
 
 
 def leaves():

@@ -9,7 +9,8 @@ from torch import Tensor
 from mmkernels.ops.attention import AttentionMask
 from mmkernels.ops.attention.tiles import FULL, PARTIAL, SKIP, tile_states
 from mmkernels.testing import assert_as_accurate
-from mmkernels.testing.attention import MASKS, AttentionInputs, cu_seqlens, make_inputs, plain, run
+from mmkernels.testing.attention import MASKS, AttentionInputs, make_inputs, plain, run
+from mmkernels.testing.packing import cu_seqlens_of
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -125,7 +126,7 @@ def test_random_patterns_meet_every_state():
 def test_long_cross_only(sm90):
     """Many whole tiles between others, several words of the map: 1100 keys are 18 tiles of 64."""
     ids = torch.arange(1100, device=sm90.device).div(200, rounding_mode="floor").remainder(2).to(torch.uint8)
-    mask = AttentionMask.cross_only(cu_seqlens((1100,), sm90.device), ids)
+    mask = AttentionMask.cross_only(cu_seqlens_of((1100,), sm90.device), ids)
     assert_right(sm90, make_inputs(1100, 1100, mask=mask, heads=1, dim=64, dtype=torch.bfloat16, device=sm90.device))
 
 
@@ -134,7 +135,7 @@ def test_what_nobody_sees_is_not_fetched(sm90, pattern):
     if sm90.emulator is None:
         pytest.skip("copies are counted by the emulator")
     lengths = (128, 128, 128, 128)
-    packed = AttentionMask.packed(cu_seqlens(lengths))
+    packed = AttentionMask.packed(cu_seqlens_of(lengths))
     if pattern:  # the same pairs, by spans alone
         span = torch.arange(512).div(128, rounding_mode="floor").int()
         everywhere = torch.zeros(512, dtype=torch.int32), torch.full((512,), 512, dtype=torch.int32)
@@ -245,7 +246,7 @@ def test_the_same_bits_whatever_runs_first(sm90, mask, dim):
 @pytest.mark.parametrize("mask", ("dense", "packed_causal", "cross_only"))
 def test_large(sm90, mask, dim, dtype):
     """What only a device can do in reasonable time: many blocks, long loops."""
-    cu = cu_seqlens((700, 0, 1, 2299, 1096), "cuda")
+    cu = cu_seqlens_of((700, 0, 1, 2299, 1096), "cuda")
     ids = torch.arange(4096, device="cuda").div(300, rounding_mode="floor").remainder(3).to(torch.uint8)
     masks = {"packed_causal": AttentionMask.packed(cu, causal=True), "cross_only": AttentionMask.cross_only(cu, ids)}
     x = make_inputs(4096, 4096, heads=8, kv_heads=2, dim=dim, dtype=dtype, mask=masks.get(mask), device="cuda")

@@ -13,11 +13,12 @@ from mmkernels.ops.attention.api import _limits
 from mmkernels.ops.attention.reference import keep
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.runtime.backends import candidates
-from mmkernels.testing.attention import cu_seqlens, make_inputs, run
+from mmkernels.testing.attention import make_inputs, run
+from mmkernels.testing.packing import cu_seqlens_of
 
 OPS = torch.ops.mmkernels
 LENGTHS = (3, 0, 6, 1)
-MASK = AttentionMask.packed(cu_seqlens(LENGTHS), causal=True)
+MASK = AttentionMask.packed(cu_seqlens_of(LENGTHS), causal=True)
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -35,7 +36,7 @@ def leaves(tokens=10, heads=4, kv_heads=2, dim=8):
 
 SPANS = torch.tensor([0, 0, -1, 1, 1, 1, -1, -1, -1, -1], dtype=torch.int32)
 MODALITIES = (SPANS >= 0).byte()
-CROSS = AttentionMask.cross_only(cu_seqlens(LENGTHS), MODALITIES)
+CROSS = AttentionMask.cross_only(cu_seqlens_of(LENGTHS), MODALITIES)
 
 
 def arguments(dropout_p=0.25, scale=0.3):
@@ -59,7 +60,7 @@ def test_opcheck(backend):
 
 @pytest.mark.parametrize("mask_in_graph", [False, True])
 def test_fullgraph_compile(backend, mask_in_graph):
-    boundaries = cu_seqlens(LENGTHS)
+    boundaries = cu_seqlens_of(LENGTHS)
 
     def loss(q, k, v):
         mask = AttentionMask.packed(boundaries, causal=True) if mask_in_graph else MASK
@@ -85,7 +86,7 @@ BUILDERS = {
 
 @pytest.mark.parametrize("build", BUILDERS)
 def test_builders_compile(build):
-    boundaries = cu_seqlens(LENGTHS)
+    boundaries = cu_seqlens_of(LENGTHS)
 
     def loss(q, k, v):
         return attention(q, k, v, BUILDERS[build](boundaries)).square().sum()
@@ -221,7 +222,7 @@ def test_a_sink_is_a_key_without_a_value(backend):
 
 
 def test_a_query_that_sees_nothing_has_no_sink(backend):
-    mask = AttentionMask.cross_only(cu_seqlens((3, 2)), torch.tensor([0, 1, 1, 0, 0], dtype=torch.uint8))
+    mask = AttentionMask.cross_only(cu_seqlens_of((3, 2)), torch.tensor([0, 1, 1, 0, 0], dtype=torch.uint8))
     q, k, v = (x.detach().requires_grad_() for x in leaves(5))
     sink = torch.randn(4, requires_grad=True)
     bias = torch.randn(4, 2, 2, requires_grad=True)
@@ -240,7 +241,7 @@ def test_a_query_that_sees_nothing_has_no_sink(backend):
 
 def test_the_same_bits_every_time(backend):
     x = make_inputs(300, 300, heads=4, kv_heads=2, dim=40, dtype=torch.bfloat16)
-    mask = AttentionMask.cross_only(cu_seqlens([100, 200]), (torch.arange(300) % 7 < 3).byte())
+    mask = AttentionMask.cross_only(cu_seqlens_of([100, 200]), (torch.arange(300) % 7 < 3).byte())
     options = {"mask": mask, "pair_bias": torch.randn(4, 2, 2), "sink": torch.randn(4), "dropout_p": 0.2}
     x = replace(x, **options)
     first, second = run(x, backend), run(x, backend)
@@ -250,7 +251,7 @@ def test_the_same_bits_every_time(backend):
 
 def test_batched_with_options_equals_packed(backend):
     q, k, v = (torch.randn(2, 5, heads, 8) for heads in (4, 2, 2))
-    mask = AttentionMask.cross_only(cu_seqlens((5, 5)), MODALITIES)
+    mask = AttentionMask.cross_only(cu_seqlens_of((5, 5)), MODALITIES)
     options = {"pair_bias": torch.randn(4, 2, 2), "sink": torch.randn(4), "dropout_p": 0.25, "backend": backend}
     torch.manual_seed(0)
     batched = attention(q, k, v, mask, **options)
@@ -301,7 +302,7 @@ def test_kernel_tiles_lie_inside_those_of_the_map():
 @pytest.mark.parametrize("build", BUILDERS)
 def test_no_host_sync_and_cuda_graphs(build):
     """Building, laying out, forward and backward never wait for the device, so they can be captured."""
-    cu = cu_seqlens(LENGTHS, "cuda")
+    cu = cu_seqlens_of(LENGTHS, "cuda")
     metadata = {name: x.cuda() for name, x in (("SPANS", SPANS), ("MODALITIES", MODALITIES))}
     q, k, v = (x.detach().cuda().to(torch.bfloat16).requires_grad_() for x in leaves(dim=64))
     builders = {
@@ -354,7 +355,7 @@ def test_batched_equals_sample_by_sample(backend):
 
 
 def test_a_query_that_sees_nothing(backend):
-    mask = AttentionMask.packed(cu_seqlens((2, 3)), cu_seqlens((0, 4)))
+    mask = AttentionMask.packed(cu_seqlens_of((2, 3)), cu_seqlens_of((0, 4)))
     q, k, v = (torch.randn(tokens, 2, 8, requires_grad=True) for tokens in (5, 4, 4))
     out, lse = attention(q, k, v, mask, return_lse=True, backend=backend)
     assert not out[:2].any()
@@ -388,7 +389,7 @@ def test_non_contiguous(backend):
 
 def test_samples_do_not_see_each_other(backend):
     q, k, v = (x.detach() for x in leaves())
-    mask = AttentionMask.packed(cu_seqlens(LENGTHS))
+    mask = AttentionMask.packed(cu_seqlens_of(LENGTHS))
     before = attention(q, k, v, mask, backend=backend)
     k[3:9], v[3:9], q[3:9] = 1e4, 1e30, 7
     after = attention(q, k, v, mask, backend=backend)
@@ -404,7 +405,7 @@ def test_autocast_as_sdpa():
 
 
 Q, K, V = (torch.randn(5, heads, 8) for heads in (4, 2, 2))
-SMALL = AttentionMask.packed(cu_seqlens([5]))
+SMALL = AttentionMask.packed(cu_seqlens_of([5]))
 CLASSED = SMALL.with_classes(torch.tensor([0, 0, 1, 0, 0], dtype=torch.uint8))
 BAD = [
     (dict(q=None), TypeError, r"q: expected \[Tq, H, D\] or \[B, Tq, H, D\] floating point, got None"),

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from mmkernels import AttentionMask, Modality, attention
 from mmkernels.ops.attention import tiles
 from mmkernels.ops.checks import validating
-from mmkernels.testing.attention import MASKS, cu_seqlens, make_inputs, plain, run
+from mmkernels.testing.attention import MASKS, make_inputs, plain, run
+from mmkernels.testing.packing import cu_seqlens_of
 
 segments = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=6)
 window = st.none() | st.integers(1, 9)
@@ -64,7 +65,7 @@ def check_tiles(rows, expected, tile_q, tile_k):
 def test_packed(pairs, causal, window):
     window = window if causal else None
     lengths_q, lengths_k = [q for q, _ in pairs], [k for _, k in pairs]
-    mask = AttentionMask.packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k), causal=causal, window=window)
+    mask = AttentionMask.packed(cu_seqlens_of(lengths_q), cu_seqlens_of(lengths_k), causal=causal, window=window)
     check(mask, dense_packed(lengths_q, lengths_k, causal, window))
 
 
@@ -73,7 +74,7 @@ def test_packed(pairs, causal, window):
 def test_prefix(samples):
     lengths = [length for length, _ in samples]
     prefixes = [round(share * length) for length, share in samples]
-    mask = AttentionMask.prefix(cu_seqlens(lengths), torch.tensor(prefixes, dtype=torch.int32))
+    mask = AttentionMask.prefix(cu_seqlens_of(lengths), torch.tensor(prefixes, dtype=torch.int32))
     tokens = sum(lengths)
     expected = torch.zeros(tokens, tokens, dtype=torch.bool)
     begin = 0
@@ -126,7 +127,7 @@ def test_multimodal(samples, window, bidirectional):
         return j <= i or (span >= 0 and span == other_span and modality in bidirectional)
 
     mask = AttentionMask.multimodal(
-        cu_seqlens(lengths_of(samples)),
+        cu_seqlens_of(lengths_of(samples)),
         column(table, 1, torch.uint8),
         column(table, 2, torch.int32),
         bidirectional=tuple(bidirectional),
@@ -143,7 +144,7 @@ def test_cross_only(samples):
     def visible(i, j):
         return table[i][0] == table[j][0] and table[i][1] != table[j][1]
 
-    mask = AttentionMask.cross_only(cu_seqlens(lengths_of(samples)), column(table, 1, torch.uint8))
+    mask = AttentionMask.cross_only(cu_seqlens_of(lengths_of(samples)), column(table, 1, torch.uint8))
     check(mask, pairwise(len(table), len(table), visible))
 
 
@@ -174,8 +175,8 @@ def test_media(samples, mode):
         return of == max((m for s, m in keys if s == sample and m <= medium), default=None)
 
     mask = AttentionMask.media(
-        cu_seqlens([len(text) for text, _ in samples]),
-        cu_seqlens([len(of) for _, of in samples]),
+        cu_seqlens_of([len(text) for text, _ in samples]),
+        cu_seqlens_of([len(of) for _, of in samples]),
         column(queries, 1, torch.int32),
         column(keys, 1, torch.int32),
         mode=mode,
@@ -217,7 +218,7 @@ def test_kernels_see_what_the_mask_shows(name, data):
     lengths = st.lists(st.sampled_from([0, 1, 2, 63, 64, 65, 130, 200]), min_size=count, max_size=count)
     lengths_q = data.draw(lengths)
     lengths_k = data.draw(lengths) if case.lengths_k else lengths_q
-    mask = case.build(cu_seqlens(lengths_q), cu_seqlens(lengths_k), **case.options)
+    mask = case.build(cu_seqlens_of(lengths_q), cu_seqlens_of(lengths_k), **case.options)
     x = make_inputs(sum(lengths_q), sum(lengths_k), dim=16, dtype=torch.float64, mask=mask)
     for (what, got), (_, expected) in zip(run(x).items(), plain(x).items(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11, msg=lambda m, what=what: f"{what}: {m}")
@@ -229,7 +230,7 @@ def test_kernels_see_what_the_mask_shows(name, data):
     ids=["tiny", "tiny and empty", "one huge", "huge among tiny"],
 )
 def test_segments_of_every_size(lengths):
-    cu, tokens = cu_seqlens(lengths), sum(lengths)
+    cu, tokens = cu_seqlens_of(lengths), sum(lengths)
     modality = (torch.arange(tokens) % 3 == 0).byte()
     rows = AttentionMask.cross_only(cu, modality).rows(tokens, tokens)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -245,7 +246,7 @@ def test_a_map_finds_what_it_may_skip_and_take_whole():
     modality = torch.repeat_interleave(
         torch.tensor([0, 1, 0, 1], dtype=torch.uint8), torch.tensor([256, 128, 128, 256])
     )
-    rows = AttentionMask.cross_only(cu_seqlens([768]), modality).rows(768, 768)
+    rows = AttentionMask.cross_only(cu_seqlens_of([768]), modality).rows(768, 768)
     states = tiles.tile_states(rows, 768)
     assert (states != tiles.PARTIAL).all()
     assert (states == tiles.FULL).float().mean() == pytest.approx(0.5)
@@ -264,7 +265,7 @@ def test_plot(tmp_path):
 
 
 def test_tokens_after_the_last_segment_belong_to_none():
-    mask = AttentionMask.packed(cu_seqlens([2, 3]))
+    mask = AttentionMask.packed(cu_seqlens_of([2, 3]))
     dense = mask.to_dense(7, 7)
     assert not dense[5:].any()
     assert not dense[:, 5:].any()
@@ -275,12 +276,12 @@ ZEROS = torch.zeros(2, dtype=INT)
 
 
 def multimodal(**changed):
-    args = {"cu_seqlens": cu_seqlens([3]), "modality_ids": torch.ones(3, dtype=torch.uint8)}
+    args = {"cu_seqlens": cu_seqlens_of([3]), "modality_ids": torch.ones(3, dtype=torch.uint8)}
     return AttentionMask.multimodal(**(args | {"span_ids": torch.tensor([0, 0, -1], dtype=INT)} | changed))
 
 
 def media_mask(**changed):
-    args = {"cu_seqlens_q": cu_seqlens([2]), "cu_seqlens_k": cu_seqlens([2])}
+    args = {"cu_seqlens_q": cu_seqlens_of([2]), "cu_seqlens_k": cu_seqlens_of([2])}
     return AttentionMask.media(**(args | {"media_ids_q": ZEROS, "media_ids_k": ZEROS} | changed))
 
 
@@ -300,21 +301,37 @@ BAD = [
     (lambda: AttentionMask.packed(torch.tensor([], dtype=INT)), ValueError, "cu_seqlens_q: expected at least one"),
     (lambda: AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT)), ValueError, "never fall, got 3 at index 2"),
     (lambda: AttentionMask.packed(torch.tensor([1, 5], dtype=INT)), ValueError, "0 at index 0, got 1 at index 0"),
-    (lambda: AttentionMask.packed(cu_seqlens([1, 2]), cu_seqlens([3])), ValueError, "cu_seqlens_k: expected 3 bound"),
-    (lambda: AttentionMask.packed(cu_seqlens([3]), window=2), ValueError, "window: expected None without causal=True"),
-    (lambda: AttentionMask.packed(cu_seqlens([3]), causal=True, window=0), ValueError, "window: expected at least 1"),
     (
-        lambda: AttentionMask.prefix(cu_seqlens([3]), torch.tensor([4], dtype=INT)),
+        lambda: AttentionMask.packed(cu_seqlens_of([1, 2]), cu_seqlens_of([3])),
+        ValueError,
+        "cu_seqlens_k: expected 3 bound",
+    ),
+    (
+        lambda: AttentionMask.packed(cu_seqlens_of([3]), window=2),
+        ValueError,
+        "window: expected None without causal=True",
+    ),
+    (
+        lambda: AttentionMask.packed(cu_seqlens_of([3]), causal=True, window=0),
+        ValueError,
+        "window: expected at least 1",
+    ),
+    (
+        lambda: AttentionMask.prefix(cu_seqlens_of([3]), torch.tensor([4], dtype=INT)),
         ValueError,
         "prefix_lengths: .* 4",
     ),
-    (lambda: AttentionMask.from_rows(cu_seqlens([3]), cu_seqlens([3, 1])), ValueError, "hi: "),
+    (lambda: AttentionMask.from_rows(cu_seqlens_of([3]), cu_seqlens_of([3, 1])), ValueError, "hi: "),
     (
         lambda: AttentionMask.from_rows(torch.tensor([2], dtype=INT), torch.tensor([1], dtype=INT)),
         ValueError,
         "hi: expected at least lo, got 1 at index 0",
     ),
-    (lambda: AttentionMask.packed(cu_seqlens([9])).rows(5, 5), ValueError, "cu_seqlens_q: expected at most 5 tokens"),
+    (
+        lambda: AttentionMask.packed(cu_seqlens_of([9])).rows(5, 5),
+        ValueError,
+        "cu_seqlens_q: expected at most 5 tokens",
+    ),
     (lambda: multimodal(modality_ids=torch.zeros(3)), TypeError, r"modality_ids: expected \[T\] uint8, or another int"),
     (
         lambda: multimodal(modality_ids=torch.tensor([0, 256, 0])),
@@ -333,7 +350,7 @@ BAD = [
         ValueError,
         "side by side, got id 4 again at index 2",
     ),
-    (lambda: multimodal(cu_seqlens=cu_seqlens([4])), ValueError, "cu_seqlens: expected at most 3 tokens"),
+    (lambda: multimodal(cu_seqlens=cu_seqlens_of([4])), ValueError, "cu_seqlens: expected at most 3 tokens"),
     (lambda: multimodal(window=0), ValueError, "window: expected at least 1 key"),
     (lambda: multimodal(window=2.0), TypeError, "window: expected an int or None"),
     (lambda: multimodal(bidirectional=(32,)), ValueError, r"bidirectional: expected modalities in \[0, 32\)"),
@@ -352,10 +369,10 @@ BAD = [
         "media_ids_k: expected at least 0, got -1",
     ),
     (lambda: media_mask(media_ids_q=torch.zeros(2)), TypeError, "media_ids_q: .*int32"),
-    (lambda: media_mask(cu_seqlens_k=cu_seqlens([3])), ValueError, "cu_seqlens_k: expected at most 2 tokens"),
+    (lambda: media_mask(cu_seqlens_k=cu_seqlens_of([3])), ValueError, "cu_seqlens_k: expected at most 2 tokens"),
     (lambda: media_mask().rows(3, 2), ValueError, r"mask: media_ids_q: expected \[3\], one per token"),
     (
-        lambda: AttentionMask.cross_only(cu_seqlens([1]), torch.tensor([200], dtype=torch.uint8)),
+        lambda: AttentionMask.cross_only(cu_seqlens_of([1]), torch.tensor([200], dtype=torch.uint8)),
         ValueError,
         r"modality_ids: expected ids in \[0, 32\), got 200 at index 0",
     ),
@@ -445,7 +462,7 @@ def test_a_mistake_is_named(build, error, message):
 
 
 def test_a_mask_serves_one_pair_of_sizes():
-    mask = AttentionMask.packed(cu_seqlens([2, 3]))
+    mask = AttentionMask.packed(cu_seqlens_of([2, 3]))
     mask.rows(5, 5)
     with pytest.raises(ValueError, match="mask: expected q and k of 5 and 5 tokens, which it was laid out for"):
         mask.rows(6, 6)
@@ -469,7 +486,7 @@ def test_a_mask_moves_with_its_classes():
     mask = multimodal().to("cpu")
     assert torch.equal(mask.to_dense(), multimodal().to_dense())
     assert torch.equal(mask.classes[0], multimodal().classes[0])
-    assert AttentionMask.packed(cu_seqlens([2])).classes is None
-    other = AttentionMask.packed(cu_seqlens([2])).with_classes(ZEROS)
+    assert AttentionMask.packed(cu_seqlens_of([2])).classes is None
+    other = AttentionMask.packed(cu_seqlens_of([2])).with_classes(ZEROS)
     assert other.to("cpu").classes is not None
     assert int(Modality.IMAGE) == 1

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from mmkernels import AttentionMask
 from mmkernels.runtime.backends import candidates
-from mmkernels.testing.attention import cu_seqlens, make_inputs, plain, run
+from mmkernels.testing.attention import make_inputs, plain, run
+from mmkernels.testing.packing import cu_seqlens_of
 
 # Around the edges of tiles (16 to 128 queries, 16 to 64 keys), few enough for the interpreter.
 length = st.sampled_from([0, 1, 2, 15, 17, 33, 64, 65])
@@ -35,13 +36,17 @@ def packed(draw):
     lengths_k = draw(st.lists(length, min_size=len(lengths_q), max_size=len(lengths_q)))
     causal = draw(st.booleans())
     options = {"causal": causal, "window": draw(window) if causal else None}
-    return AttentionMask.packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k), **options), sum(lengths_q), sum(lengths_k)
+    return (
+        AttentionMask.packed(cu_seqlens_of(lengths_q), cu_seqlens_of(lengths_k), **options),
+        sum(lengths_q),
+        sum(lengths_k),
+    )
 
 
 def prefix(draw):
     lengths = lengths_of(draw)
     prefixes = [draw(st.integers(0, n)) for n in lengths]
-    return AttentionMask.prefix(cu_seqlens(lengths), column(prefixes, torch.int32)), sum(lengths), sum(lengths)
+    return AttentionMask.prefix(cu_seqlens_of(lengths), column(prefixes, torch.int32)), sum(lengths), sum(lengths)
 
 
 def multimodal(draw):
@@ -56,14 +61,14 @@ def multimodal(draw):
         spans += [at if in_span else -1 for at, (_, in_span) in zip(number, run_of, strict=True)]
     bidirectional = tuple(draw(st.sets(st.integers(0, 3))))
     ids = column(modalities, torch.uint8), column(spans, torch.int32)
-    mask = AttentionMask.multimodal(cu_seqlens(lengths), *ids, bidirectional=bidirectional, window=draw(window))
+    mask = AttentionMask.multimodal(cu_seqlens_of(lengths), *ids, bidirectional=bidirectional, window=draw(window))
     return mask, tokens, tokens
 
 
 def cross_only(draw):
     lengths = lengths_of(draw)
     modalities = in_runs(draw, sum(lengths), st.integers(0, 3))
-    mask = AttentionMask.cross_only(cu_seqlens(lengths), column(modalities, torch.uint8))
+    mask = AttentionMask.cross_only(cu_seqlens_of(lengths), column(modalities, torch.uint8))
     return mask, sum(lengths), sum(lengths)
 
 
@@ -77,7 +82,7 @@ def media(draw):
         of = in_runs(draw, n, st.integers(0, 4))
         of_k += of if mode == "own" else sorted(of)
     ids = column(of_q, torch.int32), column(of_k, torch.int32)
-    mask = AttentionMask.media(cu_seqlens(lengths_q), cu_seqlens(lengths_k), *ids, mode=mode)
+    mask = AttentionMask.media(cu_seqlens_of(lengths_q), cu_seqlens_of(lengths_k), *ids, mode=mode)
     return mask, sum(lengths_q), sum(lengths_k)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mmkernels import AttentionMask, Modality, attention
 from mmkernels.testing import assert_as_accurate
-from mmkernels.testing.attention import cu_seqlens
+from mmkernels.testing.packing import cu_seqlens_of
 
 DIM, HEADS, KV_HEADS, HEAD_DIM = 48, 4, 2, 24
 
@@ -109,7 +109,7 @@ def test_gemma():
     same_sample = sample[:, None] == sample
     dense = [((j <= i) & (j > i - w) | same_image) & same_sample for w in (window, len(sample))]
 
-    cu, ids = cu_seqlens(lengths), (token_type.byte(), group.int())
+    cu, ids = cu_seqlens_of(lengths), (token_type.byte(), group.int())
     masks = [AttentionMask.multimodal(cu, *ids, bidirectional=(Modality.IMAGE,), window=w) for w in (window, None)]
     layers = [GemmaLayer(1e4), GemmaLayer(1e6)]
 
@@ -144,7 +144,7 @@ def test_flamingo(mode):
     dense = match & (text_sample[:, None] == media_sample)
     assert not dense[0].any()
 
-    cu_q, cu_k = cu_seqlens(text_lengths), cu_seqlens([len(at) * latents for at in marks])
+    cu_q, cu_k = cu_seqlens_of(text_lengths), cu_seqlens_of([len(at) * latents for at in marks])
     mask = AttentionMask.media(cu_q, cu_k, text_time - 1, media_time - 1, mode=mode)
     layer = FlamingoLayer()
     x = torch.randn(len(text_time), DIM)
