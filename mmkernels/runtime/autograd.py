@@ -73,7 +73,7 @@ class Formulas:
         ctx.backend = inputs[-1]
         if self._save is not None:
             tensors: list[Tensor] = []
-            given = self._signature.inputs(*self._signature.group(inputs[:-1]))
+            given = self._signature.inputs(*self._signature.group(*inputs))
             ctx.saved = without_tensors(self._save(given, outputs), tensors)
             ctx.save_for_backward(*tensors)
 
@@ -92,7 +92,7 @@ class Formulas:
         return tuple(made)
 
     def _flat_jvp(self, ctx: Any, *tangents: Any) -> Any:
-        moved = self._jvp(self._context(ctx, frozenset()), *self._signature.group(tangents[:-1]))
+        moved = self._jvp(self._context(ctx, frozenset()), *self._signature.group(*tangents))
         if not self._constant_outputs:
             return moved
         return *(moved if isinstance(moved, tuple) else (moved,)), *(None,) * self._constant_outputs

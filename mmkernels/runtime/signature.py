@@ -61,6 +61,34 @@ def _schema_type(annotation: Any) -> str:
     return _SCHEMA_TYPES[inner] + "?" * optional
 
 
+def _converters(arguments: Sequence[_Argument]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`Signature.flatten` and `.group`, compiled from source: a loop over the arguments costs each call microseconds.
+
+    lambda x, pairs, teacher, backend: (x, *pairs, *((None, None) if teacher is None else teacher), backend)
+    lambda x, query_ids, key_ids, teacher_x, teacher_y, backend: (
+        x, Pairs(query_ids, key_ids), None if teacher_x is teacher_y is None else Teacher(teacher_x, teacher_y))
+    """
+    groups: dict[str, Any] = {}
+    flat, grouped, leaves = [], [], []
+    for argument in arguments:
+        fields = [name for name, _ in argument.leaves()]
+        leaves += fields
+        if argument.group is None:
+            flat.append(argument.name)
+            grouped.append(argument.name)
+            continue
+        kind = f"group_{len(groups)}"
+        groups[kind] = argument.group
+        absent = f"{(None,) * argument.fields} if {argument.name} is None else " if argument.optional else ""
+        flat.append(f"*({absent}{argument.name})")
+        absent = f"None if {' is '.join(fields)} is None else " if argument.optional else ""
+        grouped.append(f"{absent}{kind}({', '.join(fields)})")
+    names = ", ".join(argument.name for argument in arguments)
+    flatten = f"lambda {names}, backend: ({', '.join(flat)}, backend)"
+    group = f"lambda {', '.join(leaves)}, backend: ({', '.join(grouped)},)"
+    return eval(flatten), eval(group, groups)
+
+
 def _named_tuple(names: list[str]) -> Callable[..., Any]:
     return namedtuple("Inputs", names)
 
@@ -74,11 +102,15 @@ class Signature:
         outputs: how many tensors the op returns.
         schema: all of it for torch.
         inputs: the NamedTuple of the arguments, groups in it.
+        flatten: takes the functions' arguments and the backend, returns the torch op's.
+        group: the reverse, without the backend.
     """
+
+    flatten: Callable[..., tuple[Any, ...]]
+    group: Callable[..., tuple[Any, ...]]
 
     def __init__(self, arguments: Sequence[_Argument], outputs: int, returns_tuple: bool) -> None:
         self._arguments = tuple(arguments)
-        self._grouped = any(argument.group is not None for argument in arguments)
         leaves = [leaf for argument in arguments for leaf in argument.leaves()]
         self.names = tuple(name for name, _ in leaves)
         assert len(set(self.names)) == len(self.names), f"two arguments of one name: {self.names}"
@@ -87,6 +119,7 @@ class Signature:
         self._types = [kind for _, kind in leaves]
         self._returns = f"({', '.join(['Tensor'] * outputs)})" if returns_tuple else "Tensor"
         self.inputs = _named_tuple([argument.name for argument in arguments])
+        self.flatten, self.group = _converters(self._arguments)
 
     @classmethod
     def of(cls, fake: Callable[..., Any]) -> Signature:
@@ -109,34 +142,6 @@ class Signature:
     def schema(self) -> str:
         leaves = [f"{kind} {name}" for name, kind in zip(self.names, self._types, strict=True)]
         return f"({', '.join([*leaves, 'str backend'])}) -> {self._returns}"
-
-    def flatten(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arguments as the functions take them, and the backend, as the torch op takes them."""
-        if not self._grouped:
-            return args
-        flat: list[Any] = []
-        for argument, value in zip(self._arguments, args[:-1], strict=True):
-            if argument.group is None:
-                flat.append(value)
-            else:
-                flat.extend((None,) * argument.fields if value is None else value)
-        return *flat, args[-1]
-
-    def group(self, flat: Sequence[Any]) -> Sequence[Any]:
-        """The reverse, without the backend."""
-        if not self._grouped:
-            return flat
-        args, at = [], 0
-        for argument in self._arguments:
-            if argument.group is None:
-                args.append(flat[at])
-                at += 1
-                continue
-            fields = flat[at : at + argument.fields]
-            at += argument.fields
-            absent = argument.optional and all(field is None for field in fields)
-            args.append(None if absent else argument.group(*fields))
-        return args
 
 
 _TENSOR = object()

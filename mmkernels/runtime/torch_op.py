@@ -51,10 +51,10 @@ class TorchOp:
         # Explicit device keys: a CompositeExplicitAutograd kernel would be traced instead of the fake.
         for key in ("CPU", "CUDA"):
             _library.impl(name, self._run, key)
-        torch.library.register_fake(f"mmkernels::{name}", lambda *flat: fake(*signature.group(flat[:-1])), lib=_library)
+        torch.library.register_fake(f"mmkernels::{name}", lambda *flat: fake(*signature.group(*flat)), lib=_library)
         self._op = getattr(torch.ops.mmkernels, name).default
         if flops is not None:
-            register_flops(getattr(torch.ops.mmkernels, name), lambda *flat: flops(*signature.group(flat[:-1])))
+            register_flops(getattr(torch.ops.mmkernels, name), lambda *flat: flops(*signature.group(*flat)))
 
     def differentiate(self, derivatives: Derivatives) -> None:
         torch.library.register_autograd(
@@ -66,7 +66,7 @@ class TorchOp:
         """What torch calls on a device: the backend's implementation, with that device the current one."""
         if forward_ad._current_level >= 0 and not _below.autograd:
             raise NotImplementedError(self._no_forward_mode)
-        args = self.signature.group(flat[:-1])
+        args = self.signature.group(*flat)
         if self._check is not None:
             self._check(*args)
         device = _device(flat)
@@ -85,7 +85,7 @@ class TorchOp:
 
     def __call__(self, *args: Any) -> Any:
         """Of the arguments of its functions, and the backend."""
-        return self.flat(*self.signature.flatten(args))
+        return self.flat(*self.signature.flatten(*args))
 
     def flat(self, *flat: Any) -> Any:
         """Of the torch op's arguments."""

@@ -46,11 +46,11 @@ def test_the_schema_has_the_fields_of_the_groups() -> None:
 def test_what_is_flattened_is_grouped_again(offsets: Offsets | None) -> None:
     signature = Signature.of(fake)
     args = (torch.ones(2), Pair(torch.ones(1), None, "sum"), offsets, [torch.ones(3)], 4, 0.5, True)
-    flat = signature.flatten((*args, "reference"))
+    flat = signature.flatten(*args, "reference")
     assert len(flat) == len(signature.names) + 1
     assert flat[-1] == "reference"
-    assert tuple(signature.group(flat[:-1])) == args
-    assert signature.inputs(*signature.group(flat[:-1])).pair.mode == "sum"
+    assert tuple(signature.group(*flat)) == args
+    assert signature.inputs(*signature.group(*flat)).pair.mode == "sum"
 
 
 def test_the_second_op_takes_tangents_and_lets_gradients_be_absent() -> None:
