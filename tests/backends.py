@@ -29,7 +29,7 @@ every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", ma
 
 
 def need(family: str, backend: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
-    """The backend's name; the test is skipped where `backend` cannot serve tensors of this device and dtype."""
+    """The backend's name; skips the test where it does not support tensors of this device and dtype."""
     reason = candidates(family, torch.device(device), dtype)[backend]
     if reason is not None:
         pytest.skip(reason)

@@ -6,7 +6,7 @@
 // Where all keys of a query tile lie in one key tile, rows of P are divided by their sum and delta is sum_j P_ij dP_ij,
 // as what it is above <do_i, out_i>: neither the rounding of lse nor that of out enters, and a query with a single key
 // gets dS = 0 exactly. Elsewhere delta comes from out, summed in the order in which the product sums dP, and dQ is put
-// right afterwards (settle).
+// right afterwards (MeanKeys).
 //
 // S and dP come from 16-bit inputs as they are. P and dS are operands of type S: the compute type, which makes a
 // gradient in bf16 as accurate as a float32 one that was cast; but bf16, at half the cost of three products and sqrt(2)
@@ -22,44 +22,10 @@
 //               too few components to keep every thread busy
 #pragma once
 
-#include "attention/attention_cpu_bwd_scratch.h"
+#include "attention/attention_cpu_mean_keys.h"
 
 namespace mmk {
 namespace MMK_ISA {
-
-// dst[i][d] = factor * src[i][d], rounded to T: the one cast of a gradient.
-template <class T, class C = ComputeOf<T>>
-void write_rows(const C* src, int64_t count, int64_t width, C factor, HeadView<T> dst, int64_t first) {
-  constexpr int L = kLanes<C>;
-  for (int64_t i = 0; i < count; ++i) {
-    T* row = dst.row(first + i);
-    for (int64_t d = 0; d < width; d += L) {
-      const int64_t left = min64(L, width - d);
-      store_n(row + d, load_n(src + i * width + d, left) * factor, left);
-    }
-  }
-}
-
-// sum[j] = <column j of a, column j of b>, in the order of multiply(): both B [k, columns].
-template <class T>
-void multiply_columns(int64_t columns, int64_t k, const Packed<T>* a, const Packed<T>* b, ComputeOf<T>* sum) {
-  const int64_t words = count_words<T>(k);
-  const auto* word_a = reinterpret_cast<const Word<T>*>(a);
-  const auto* word_b = reinterpret_cast<const Word<T>*>(b);
-  for (int64_t j = 0; j < columns; j += kLanes<Word<T>>) {
-    const int64_t at = j / kColTile<T> * (kColTile<T> * words) + j % kColTile<T>;
-    Vec<ComputeOf<T>> total = {};
-    for (int64_t w = 0; w < words; ++w)
-      total = multiply_add(total, load_as<Word<T>>(word_a + at + w * kColTile<T>),
-                           load_as<Word<T>>(word_b + at + w * kColTile<T>));
-    store(sum + j, total);
-  }
-}
-
-template <class C>
-void clear(C* p, int64_t count) {
-  __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(C));
-}
 
 static_assert(kGradientKeyTile <= OddRows<float>::kMost && kQueryTile <= OddRows<float>::kMost);
 
@@ -83,7 +49,8 @@ class BackwardTask {
                   (args.extras.sink.given() && args.scale > -1e-6 && args.scale < 1e-6)),
         scale_(static_cast<C>(args.scale)),
         logit_scale_(rewrites_ ? C{1} : scale_),
-        w_(scratch) {}
+        w_(scratch),
+        mean_keys_(args, shape, w_) {}
 
   // The query heads [head_begin, head_end), which share one key/value head.
   void run(int64_t head_begin, int64_t head_end) {
@@ -123,7 +90,7 @@ class BackwardTask {
       pack_rows_a<T>(k, key, keys, n_.dim, w_.k);
       pack_rows_a<T>(v, key, keys, n_.dim_v, w_.v);
       if (want_dq) w_.odd_k.template pack<S>(k, key, keys, n_.dim, w_.k_rows);
-      if (want_dq && key_end - key_begin > kGradientKeyTile) pack_sample(k, key, keys);
+      if (want_dq && key_end - key_begin > kGradientKeyTile) mean_keys_.pack(k, key, keys);
       for (int64_t t = 0; t < count; ++t) {
         int64_t first = -min64(-key, -tiles[t].key_begin), end = min64(key + keys, tiles[t].key_end);
         if (map_.given()) map_.trim(tiles[t], first, end);
@@ -132,71 +99,13 @@ class BackwardTask {
     }
     if (!want_dq) return;
     for (int64_t t = 0; t < count; ++t) {
-      if (w_.tile[t].in_parts) settle(w_.tile[t], tiles[t].end - tiles[t].begin, k);
+      if (w_.tile[t].in_parts) mean_keys_.settle(w_.tile[t], tiles[t].end - tiles[t].begin, k);
       write_rows<T>(w_.tile[t].dq, tiles[t].end - tiles[t].begin, n_.dim, scale_, head_of<T>(args_.dq, head),
                     tiles[t].begin);
       C* delta = args_.delta.ptr<C>() + head * n_.num_queries;
       for (int64_t i = tiles[t].begin; i < tiles[t].end; ++i)
         delta[i] = w_.tile[t].dot[i - tiles[t].begin] - w_.tile[t].dlse[i - tiles[t].begin];
       if (args_.extras.pair_bias.given()) write_row_sums(head, tiles[t], w_.tile[t]);
-    }
-  }
-
-  void pack_sample(HeadView<T> k, int64_t key, int64_t keys) {
-    const HeadView<T> sample{k.row(key), kKeysPerSample * k.stride};
-    const int64_t count = round_up(keys, kKeysPerSample) / kKeysPerSample;
-    w_.odd_sample.template pack<C>(sample, 0, count, n_.dim, w_.sample_k);
-    for (int64_t i = 0; i < count; ++i) w_.sample_square[i] = square_of(sample.row(i));
-  }
-
-  // |x|^2 of D elements.
-  template <class E>
-  C square_of(const E* x) const {
-    Vec<C> sum = {};
-    for (int64_t d = 0; d < n_.dim; d += kLanes<C>) {
-      const Vec<C> part = load_n(x + d, min64(kLanes<C>, n_.dim - d));
-      sum += part * part;
-    }
-    return reduce_add(sum);
-  }
-
-  // Where the keys came in parts delta was that of the rounded out, and the sum of dS shows by how much it was wrong:
-  // dS lacks P times that, and dQ so much of the query's mean key, which is no small thing where the keys have a mean
-  // in common. The sampled keys estimate it, drawn towards 0 as far as their spread says (James and Stein); for a query
-  // that sees none of them, which has few keys, all of its keys do.
-  void settle(TileState& state, int64_t rows, HeadView<T> k) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
-      const C rest = state.ds_sum[i] - (sink * state.dot[i] + (1 - sink) * state.dlse[i]);
-      const C weight = state.weight[i];
-      const int64_t first = -min64(0, -static_cast<int64_t>(state.lo[i]));
-      const int64_t end = min64(n_.num_keys, static_cast<int64_t>(state.hi[i]));
-      if (!(rest - rest == 0) || first >= end) continue;  // an infinity, or sees nothing
-      C* dq = state.dq + i * n_.dim;
-      if (weight > 0) {
-        state.dot[i] += rest;
-        const C *key_sum = state.key_sum + i * n_.dim, square = square_of(key_sum);
-        const C pairs = weight * weight - state.weight_square[i];
-        const C noise = (state.square_sum[i] * weight - square) * state.weight_square[i];
-        if (noise < square * pairs) subtract(dq, rest * (1 - sink) / weight * (1 - noise / (square * pairs)), key_sum);
-      } else if (weight == 0 && !map_.given()) {
-        C* mean = state.key_sum + i * n_.dim;
-        const int64_t count = min64(end - first, kKeysPerSample);
-        clear(mean, n_.dim);
-        for (int64_t j = 0; j < count; ++j) subtract(mean, C{-1} / count, k.row(first + j));
-        if (!(square_of(mean) < FloatTraits<C>::infinity)) continue;
-        state.dot[i] += rest;
-        subtract(dq, rest * (1 - sink), mean);
-      }
-    }
-  }
-
-  // x -= factor * y, of D elements.
-  template <class E>
-  void subtract(C* x, C factor, const E* y) const {
-    for (int64_t d = 0; d < n_.dim; d += kLanes<C>) {
-      const int64_t left = min64(kLanes<C>, n_.dim - d);
-      store_n(x + d, load_n(x + d, left) - load_n(y + d, left) * factor, left);
     }
   }
 
@@ -282,34 +191,12 @@ class BackwardTask {
       state.odd_do.template add<S>(height, rows, w_.p, 0, w_.dv + at * n_.dim_v, n_.dim_v);
       state.odd_q.template add<S>(height, rows, w_.ds, 0, w_.dk + at * n_.dim, n_.dim);
     }
-    if (want_dq && !whole) add_sample(state, keys, from, height, rows);
+    if (want_dq && !whole) mean_keys_.add(state, keys, from, height, rows);
     if (want_dq) {
       pack_a<S>(w_.dp, 1, Scratch::ld, rows, height, w_.ds_q);
       multiply<S>(rows, n_.dim, height, w_.ds_q, w_.k_rows, from, keys, state.dq, n_.dim, true);
       w_.odd_k.template add<S>(rows, height, w_.ds_q, from, state.dq, n_.dim);
     }
-  }
-
-  // What rows [from, from + height) of the key tile add to the mean keys of `rows` queries.
-  void add_sample(TileState& state, int64_t keys, int64_t from, int64_t height, int64_t rows) {
-    const int64_t first = round_up(from, kKeysPerSample) / kKeysPerSample;
-    const int64_t count = round_up(from + height, kKeysPerSample) / kKeysPerSample - first;
-    state.in_parts = true;
-    if (count == 0) return;
-    C* p = w_.s + (first * kKeysPerSample - from) * Scratch::ld;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < rows; c += kLanes<C>) {
-        C* at = p + i * kKeysPerSample * Scratch::ld + c;
-        const Vec<C> term = load(at), seen = select(term == kHidden, Vec<C>{}, term);
-        store(at, seen);
-        store(state.weight + c, load(state.weight + c) + seen);
-        store(state.weight_square + c, load(state.weight_square + c) + seen * seen);
-        store(state.square_sum + c, load(state.square_sum + c) + seen * w_.sample_square[first + i]);
-      }
-    pack_a<C>(p, 1, kKeysPerSample * Scratch::ld, rows, count, w_.sample_p);
-    multiply<C>(rows, n_.dim, count, w_.sample_p, w_.sample_k, first, round_up(keys, kKeysPerSample) / kKeysPerSample,
-                state.key_sum, n_.dim, state.sampled);
-    state.sampled = true;
   }
 
   // Scores become logits: scaled and biased, -inf where a query does not see a key. `inside`: the intervals hide none.
@@ -373,8 +260,8 @@ class BackwardTask {
         const Vec<C> term = load(w_.s + i * Scratch::ld + c);
         Vec<C> p = term * inverse, ds = p * (load(dp) - delta + shift);
         if (hides) {  // what a hidden pair's term is multiplied by may be a NaN
-          p = select(term == kHidden, Vec<C>{}, p);
-          ds = select(term == kHidden, Vec<C>{}, ds);
+          p = select(term == Scratch::kHidden, Vec<C>{}, p);
+          ds = select(term == Scratch::kHidden, Vec<C>{}, ds);
         }
         if (want_dkv) {
           store_packed(PackedRow<S>(w_.p, rows, i).at(c), dropped ? p * load(w_.z + i * Scratch::ld + c) : p);
@@ -391,9 +278,6 @@ class BackwardTask {
     }
   }
 
-  // Stands for the term of a hidden pair in w_.s: a visible one's is an exponential, or NaN.
-  static constexpr C kHidden = -1;
-
   // P from the forward's lse.
   template <bool full>
   void recall_column(const TileState& state, int64_t key, int64_t height, int64_t c) {
@@ -402,8 +286,8 @@ class BackwardTask {
       C* s = w_.s + i * Scratch::ld + c;
       const Vec<C> x = load(s);
       Vec<C> p = exp(x * logit_scale_ - lse);
-      if (rewrites_) p = select(x == lowest, splat(kHidden), p);
-      store(s, full ? p : select(visible(state, key + i, c), p, splat(kHidden)));
+      if (rewrites_) p = select(x == lowest, splat(Scratch::kHidden), p);
+      store(s, full ? p : select(visible(state, key + i, c), p, splat(Scratch::kHidden)));
     }
   }
 
@@ -429,12 +313,12 @@ class BackwardTask {
         C* s = w_.s + i * Scratch::ld + c;
         const Vec<C> x = load(s) * sign;
         Vec<C> p = exp((x - shift) * factor), product = p * (load(w_.dp + i * Scratch::ld + c) - delta);
-        if (rewrites_) p = select(x == lowest, splat(kHidden), p);
-        if (!full) p = select(visible(state, key + i, c), p, splat(kHidden));
+        if (rewrites_) p = select(x == lowest, splat(Scratch::kHidden), p);
+        if (!full) p = select(visible(state, key + i, c), p, splat(Scratch::kHidden));
         store(s, p);
         if (!full || rewrites_) {
-          product = select(p == kHidden, Vec<C>{}, product);
-          p = select(p == kHidden, Vec<C>{}, p);
+          product = select(p == Scratch::kHidden, Vec<C>{}, product);
+          p = select(p == Scratch::kHidden, Vec<C>{}, p);
         }
         part_sum += p;
         part_dot += product;
@@ -460,6 +344,7 @@ class BackwardTask {
   const bool rewrites_;  // scores become logits before the softmax; for a sink only where it is none in units of scores
   const C scale_, logit_scale_;
   Scratch w_;
+  MeanKeys<T, S> mean_keys_;
 };
 
 template <class T, class S, bool want_dq, bool want_dkv>

@@ -14,11 +14,18 @@ constexpr int64_t kKeysPerSum = 16;
 // One key in so many stands for the others in the mean key of a query.
 constexpr int64_t kKeysPerSample = 64;
 
+template <class C>
+void clear(C* p, int64_t count) {
+  __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(C));
+}
+
 template <class T, class S>
 struct BackwardScratch {
   using C = ComputeOf<T>;
   using Int = typename IntOf<C>::type;
   static constexpr int64_t ld = kQueryTile + kLanes<C>;
+  // Stands for the term of a hidden pair in s: a visible one's is an exponential, or NaN.
+  static constexpr C kHidden = -1;
 
   struct TileState {
     Packed<T>*q_columns, *do_columns;  // B [D, queries], B [Dv, queries]

@@ -54,6 +54,35 @@ void multiply(int64_t m, int64_t n, int64_t k, const Packed<T>* a, const Packed<
                                               min64(m - i, kRowTile), min64(n - j, kColTile<T>), accumulate);
 }
 
+// sum[j] = <column j of a, column j of b>, in the order of multiply(): both B [k, columns].
+template <class T>
+void multiply_columns(int64_t columns, int64_t k, const Packed<T>* a, const Packed<T>* b, ComputeOf<T>* sum) {
+  const int64_t words = count_words<T>(k);
+  const auto* word_a = reinterpret_cast<const Word<T>*>(a);
+  const auto* word_b = reinterpret_cast<const Word<T>*>(b);
+  for (int64_t j = 0; j < columns; j += kLanes<Word<T>>) {
+    const int64_t at = j / kColTile<T> * (kColTile<T> * words) + j % kColTile<T>;
+    Vec<ComputeOf<T>> total = {};
+    for (int64_t w = 0; w < words; ++w)
+      total = multiply_add(total, load_as<Word<T>>(word_a + at + w * kColTile<T>),
+                           load_as<Word<T>>(word_b + at + w * kColTile<T>));
+    store(sum + j, total);
+  }
+}
+
+// dst[i][d] = factor * src[i][d], rounded to T: the one cast of a gradient.
+template <class T, class C = ComputeOf<T>>
+void write_rows(const C* src, int64_t count, int64_t width, C factor, HeadView<T> dst, int64_t first) {
+  constexpr int L = kLanes<C>;
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = dst.row(first + i);
+    for (int64_t d = 0; d < width; d += L) {
+      const int64_t left = min64(L, width - d);
+      store_n(row + d, load_n(src + i * width + d, left) * factor, left);
+    }
+  }
+}
+
 // A vector of a computed tile, rounded to the type of a packed operand.
 MMK_INLINE void store_packed(float* p, Vec<float> v) { store(p, v); }
 MMK_INLINE void store_packed(double* p, Vec<double> v) { store(p, v); }

@@ -1,4 +1,4 @@
-"""Why a package has no native core. It knows no torch, so that `mmkernels info` can tell where there is none."""
+"""Why a package has no native core. Does not import torch, so that `mmkernels info` works without it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def why_no_core(package: Path | None = None, search: Sequence[str] | None = None
     """The reason, and what to do.
 
     Args:
-        package: the folder that was imported as `mmkernels`; by default this one's.
-        search: where else it may be installed; by default `sys.path`.
+        package: the folder imported as `mmkernels`; by default the one that contains this file.
+        search: folders where another copy may be installed; by default `sys.path`.
     """
     package = (package or Path(__file__).parents[1]).resolve()
     for entry in sys.path if search is None else search:

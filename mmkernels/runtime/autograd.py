@@ -1,4 +1,4 @@
-"""From an op's formulas over its arguments in groups to what autograd, functorch and vmap call, over flat ones."""
+"""Turns an op's formulas over grouped arguments into what autograd, functorch and vmap call, over flat ones."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Context", "Derivatives", "Formulas", "functions", "refusal"]
 
 
 class Context(NamedTuple):
-    """What the formulas of derivatives know of the forward.
+    """What the derivative formulas know about the forward.
 
     Attributes:
         saved: what the op's `save` returned.
-        needs: names of the arguments whose gradient is wanted.
-        backend: the forward's.
+        needs: names of the arguments that need a gradient.
+        backend: the backend of the forward.
     """
 
     saved: Any
@@ -30,7 +30,7 @@ class Context(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """What autograd calls, over the torch op's flat arguments; backward gives one gradient for each."""
+    """What autograd calls with the torch op's flat arguments; backward returns one gradient for each."""
 
     setup_context: Callable[..., None]
     backward: Callable[..., Any]
@@ -38,7 +38,7 @@ class Derivatives(NamedTuple):
 
 
 def refusal(why: str) -> Callable[..., Any]:
-    """A formula that there is not."""
+    """A formula that raises: the op has none."""
 
     def refuse(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(why)
@@ -105,7 +105,7 @@ def no_forward_mode(name: str) -> Callable[..., Any]:
 def functions(
     name: str, run: Callable[..., Any], derivatives: Derivatives
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
-    """The two autograd.Functions of an op: the quick one, and the one that functorch can see through."""
+    """The two autograd.Functions of an op: a fast one, and one that functorch transforms support."""
 
     class Fast(torch.autograd.Function):
         @staticmethod
@@ -138,16 +138,16 @@ def functions(
 
 
 def _save_for_forward(ctx: Any) -> None:
-    """What backward needs, jvp needs."""
+    """jvp needs what backward needs."""
     ctx.save_for_forward(*(getattr(ctx, "to_save", None) or ()))
 
 
 def _loop_over_batch(
     call: Callable[..., Any], batch_size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """vmap by a loop: these kernels fill the machine with one sample, so there is nothing to gain from batching."""
+    """vmap as a loop: one sample already fills the machine, so batching would gain nothing."""
     rows = []
-    for i in range(max(batch_size, 1)):  # of no samples one that is all zeros has the shapes
+    for i in range(max(batch_size, 1)):  # an empty batch takes its shapes from one sample of zeros
         sliced = []
         for a, dim in zip(args, in_dims, strict=True):
             if dim is not None:

@@ -1,11 +1,11 @@
-"""Which backend serves a call, and why not the others.
+"""Chooses the backend of a call, and explains why the others were not chosen.
 
     native      the C++ core on CPU tensors, CUDA C++ on CUDA tensors
     triton      Triton on CUDA tensors, or its interpreter on CPU tensors when TRITON_INTERPRET=1
     reference   plain PyTorch, on any device
 
-`backend=None` takes the first that can serve. A backend named explicitly that cannot serve raises BackendError with
-every candidate and its reason.
+`backend=None` takes the first that supports the call. Requesting a backend that does not support it raises
+BackendError, which lists every candidate and its reason.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BACKENDS = ("native", "triton", "reference")
 FAMILIES = ("attention", "contrastive", "packing")
 
 # Families whose CUDA C++ kernels have passed `pytest -m gpu`: docs/verified.md has device, versions and date.
-# `backend=None` picks no other; `backend="native"` runs them all the same.
+# `backend=None` skips the others on CUDA tensors; `backend="native"` still runs them.
 VERIFIED_ON_GPU: frozenset[str] = frozenset()
 
 _COMPILER = (3, 4)  # the first Triton that compiles these kernels
@@ -48,14 +48,14 @@ _LOW_AND_SINGLE = (torch.float32, *_LOW)
 
 
 class BackendError(RuntimeError):
-    """No backend, or not the requested one, can serve a call."""
+    """No backend, or not the requested one, supports a call."""
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _constant(function: _Function) -> _Function:
-    """As torch.compiler.assume_constant_result, which imports torch._dynamo, 1.4 s, to set this one attribute."""
+    """torch.compiler.assume_constant_result without its import of torch._dynamo, which takes 1.4 s."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -66,8 +66,10 @@ def interpreting() -> bool:
 
 
 def arch_served(capability: tuple[int, int], archs: tuple[str, ...]) -> bool:
-    """Whether compiled code runs on a device: `90a-real` needs 9.0 itself, `80-real` 8.x, `80-virtual` (PTX) 8.0 or
-    later; `80` is both of the last."""
+    """Whether code compiled for `archs` runs on a device of this compute capability.
+
+    `90a-real` needs exactly 9.0, `80-real` any 8.x, `80-virtual` (PTX) 8.0 or later; `80` means both of the last two.
+    """
     major, minor = capability
     for arch in archs:
         number, _, kind = arch.partition("-")
@@ -104,8 +106,10 @@ def _why_not_native(family: str, device: torch.device, dtype: torch.dtype) -> st
 
 @_constant
 def sm90_wants(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What the native kernels for compute capability 9.0 alone (`csrc/*/*_sm90_*.cu`) want and these tensors have not;
-    None when they run."""
+    """What the kernels for compute capability 9.0 (`csrc/*/*_sm90_*.cu`) need that these tensors or this build lack.
+
+    None when the kernels run.
+    """
     if dtype not in _LOW:
         return f"bfloat16 or float16, not {_name(dtype)}"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
@@ -143,7 +147,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def candidates(family: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """For each backend, why it cannot serve tensors of this device and dtype; None when it can."""
+    """For each backend, why it does not support tensors of this device and dtype; None if it does."""
     return {
         "native": _why_not_native(family, device, dtype),
         "triton": _why_not_triton(device, dtype),
@@ -152,13 +156,13 @@ def candidates(family: str, device: torch.device, dtype: torch.dtype) -> dict[st
 
 
 def defaults(family: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """As `candidates`, with what `backend=None` passes over although it would run."""
+    """Like `candidates`, plus the reasons why `backend=None` skips backends that would run."""
     found = candidates(family, device, dtype)
     return {name: why or _why_not_by_default(family, name, device) for name, why in found.items()}
 
 
 def _why_not_by_default(family: str, backend: str, device: torch.device) -> str | None:
-    """What `backend=None` passes over although it would run."""
+    """Why `backend=None` skips a backend that would run; None if it does not."""
     if backend == "native" and device.type == "cuda" and family not in VERIFIED_ON_GPU:
         return "not yet verified on a GPU (docs/verified.md); name it to run it"
     if backend == "triton" and device.type == "cpu":
@@ -172,17 +176,17 @@ def resolve(
     requested: str | None = None,
     limits: Mapping[str, str | None] | None = None,
 ) -> str:
-    """Name the backend that serves a call.
+    """Name the backend of a call.
 
     Args:
         family: "attention", "contrastive" or "packing".
         tensor: any tensor of the call; its device and dtype decide.
-        requested: the caller's `backend`, or None for the fastest that can serve.
-        limits: backend -> why this very call is beyond it (a head dim, say); absent or None means it is not.
+        requested: the caller's `backend`, or None for the first that supports the call.
+        limits: backend -> why it does not support this particular call (a head dim, say); absent or None: it does.
 
     Raises:
-        ValueError: `requested` is no backend.
-        BackendError: the requested backend cannot serve; the message lists each candidate's reason.
+        ValueError: `requested` does not name a backend.
+        BackendError: the requested backend does not support the call; the message lists each candidate's reason.
     """
     if requested is not None and requested not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {requested!r}")
@@ -201,7 +205,7 @@ def _resolve(
     requested: str | None,
     limits: tuple[tuple[str, str | None], ...],
 ) -> str:
-    """`resolve` over hashable arguments, remembered; a constant to torch.compile."""
+    """`resolve` over hashable arguments, cached; torch.compile treats its result as a constant."""
     key = (family, device, dtype, requested, limits)
     if key not in _resolved:
         _resolved[key] = _choose(*key)
@@ -220,13 +224,13 @@ def _choose(
     if requested is not None:
         if reasons[requested] is None:
             return requested
-        raise BackendError(_explain(f"{family}: backend={requested!r} cannot serve this call", reasons))
+        raise BackendError(_explain(f"{family}: backend={requested!r} does not support this call", reasons))
     reasons = {name: why or _why_not_by_default(family, name, device) for name, why in reasons.items()}
     for name, reason in reasons.items():
         if reason is None:
             return name
-    raise BackendError(_explain(f"{family}: no backend can serve this call", reasons))
+    raise BackendError(_explain(f"{family}: no backend supports this call", reasons))
 
 
 def _explain(headline: str, reasons: Mapping[str, str | None]) -> str:
-    return "\n".join([headline, *(f"  {name}: {reason or 'can serve'}" for name, reason in reasons.items())])
+    return "\n".join([headline, *(f"  {name}: {reason or 'supported'}" for name, reason in reasons.items())])

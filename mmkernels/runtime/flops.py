@@ -1,7 +1,7 @@
-"""What ops compute, in FLOP, for `torch.utils.flop_counter.FlopCounterMode`.
+"""FLOP formulas of the ops, for `torch.utils.flop_counter.FlopCounterMode`.
 
-The counter imports Triton, so it is not imported for its registry's sake: formulas are handed over when somebody else
-has imported it.
+Importing the counter imports Triton, so this module never does: it registers its formulas once the user's program has
+imported the counter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _waiting: list[tuple[Any, Callable[..., int]]] = []
 
 
 def register_flops(op: Any, formula: Callable[..., int]) -> None:
-    """Count an op (`torch.ops.mmkernels.<name>`) by a formula of its arguments."""
+    """Count an op (`torch.ops.mmkernels.<name>`) by a formula over its arguments."""
     _waiting.append((op, formula))
     if _COUNTER in sys.modules:
         _hand_over(sys.modules[_COUNTER])
@@ -38,7 +38,7 @@ def _hand_over(counter: ModuleType) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds the counter as others do, once, and hands the formulas over after its code has run."""
+    """Hooks the first import of the counter, and registers the formulas after its module has run."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name != _COUNTER:

@@ -1,6 +1,6 @@
-"""Loads the native core; if it is absent, says why.
+"""Loads the native core, or records why it cannot.
 
-Torch is imported before the core, always: torch and the core then share one OpenMP runtime.
+Torch is always imported before the core, so that both share one OpenMP runtime.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mmkernels.runtime.absence import why_no_core
 
 __all__ = ["View", "core", "cuda_archs", "has_cuda", "threads", "unit_stride", "view", "why_absent"]
 
-# (data pointer, dtype code, sizes, strides in elements); the core reads it as mmk::Tensor, and None as "not given".
+# (data pointer, dtype code, sizes, strides in elements); what the core reads as mmk::Tensor; None is absent.
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -23,7 +23,7 @@ _DTYPE_CODES |= {torch.int32: 4, torch.int64: 5, torch.uint8: 6, torch.bool: 6}
 
 
 class _Absent:
-    """In place of the core: `backends.resolve` lets no call through to it."""
+    """Stands in for the core. `backends.resolve` lets no call reach it."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"{name}: {_why_absent}")
@@ -39,7 +39,7 @@ except ImportError as error:
     core = _Absent()  # type: ignore[assignment]
     _why_absent = f"the native core does not load: {error}"
 if _why_absent is not None:
-    # The build says so too, but pip hides what a build prints.
+    # The build warns too, but pip hides its output.
     warnings.warn(
         f"{_why_absent}; Triton and plain PyTorch remain, and `mmkernels info` shows what runs",
         RuntimeWarning,
@@ -63,17 +63,17 @@ def cuda_archs() -> tuple[str, ...]:
 
 
 def threads() -> int:
-    """CPU threads for one call: torch's own setting, so that the core never oversubscribes a trainer."""
+    """CPU threads for one call: torch's setting, so that the core never oversubscribes the trainer's threads."""
     return torch.get_num_threads()
 
 
 def view(tensor: Tensor | None) -> View | None:
-    """What the core sees of a tensor. The caller keeps the tensor alive for the length of the call."""
+    """What the core sees of a tensor. The caller must keep the tensor alive during the call."""
     return None if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride())
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """With the last dimension contiguous, as every kernel wants it; the others may have any stride."""
+    """The tensor with a contiguous last dimension, which every kernel requires; other strides are free."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 

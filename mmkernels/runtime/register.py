@@ -1,23 +1,23 @@
-"""One helper: a typed fake + implementations + derivatives -> torch op.
+"""From a typed fake, implementations and derivatives to a torch op.
 
-The fake's annotated signature is the op's schema; a last argument names the backend. Implementations, checks and FLOP
-formulas take the fake's arguments. `Op.__call__` takes the cheapest road that differentiates:
+The fake's annotated signature is the op's schema; one more argument, the last, names the backend. Implementations,
+checks and FLOP formulas take the fake's arguments. `Op.__call__` takes the cheapest path that differentiates:
 
     being compiled          the bare op (AOTAutograd uses its registered formula)
     functorch transform     an autograd.Function with setup_context (registered formulas fail under torch.func.grad)
     gradient needed         an autograd.Function whose forward takes ctx
     otherwise               the op below autograd
 
-`torch.ops.mmkernels.*` differentiates too, in reverse mode. A derivative is made of ops again, never of plain code over
-detached tensors, so that it can be differentiated in its turn:
+`torch.ops.mmkernels.*` is differentiable too, in reverse mode. A derivative consists of ops, never of plain code over
+detached tensors, so it is differentiable itself:
 
     f_fwd       y = f(x)
     f_bwd       (g, x) -> the gradient of <g, f(x)> by x
     f_second    (t, g, x) -> along the tangents t of x, the tangents of y and of that gradient
 
-The tangent of y is forward mode, and also the gradient of <t, f_bwd> by g. The Hessian of <g, f(x)> is symmetric: its
-product with t is the tangent of f_bwd, and also the gradient of <t, f_bwd> by x. In reverse over forward mode, where g
-comes in for the tangent of y, that tangent has the gradients f_bwd by t and f_second by x. Third derivatives raise.
+The tangent of y is forward mode; it is also the gradient of <t, f_bwd> by g. The Hessian of <g, f(x)> is symmetric: its
+product with t is the tangent of f_bwd, and also the gradient of <t, f_bwd> by x. In reverse over forward mode, g is the
+incoming gradient of the tangent of y, whose gradients are f_bwd by t and f_second by x. Third derivatives raise.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["Context", "Op", "Second", "on_triton"]
 
 
 def on_triton(module: str, name: str) -> Callable[..., Any]:
-    """A Triton launcher, imported when it is first called: triton is optional."""
+    """A Triton launcher, imported on its first call, because triton is optional."""
 
     @functools.cache
     def launcher() -> Callable[..., Any]:
@@ -54,23 +54,23 @@ class Op(TorchOp):
 
     Args:
         name: `<family>_<what>_fwd` or `_bwd`.
-        fake: gives outputs of the right shape, stride and dtype. Its arguments are tensors, numbers, bools, strings,
-            and NamedTuples of those, whose fields are arguments of the torch op; no two of one name.
+        fake: returns outputs of the right shape, stride and dtype. Its arguments are tensors, numbers, bools, strings,
+            and NamedTuples of those, whose fields become arguments of the torch op; their names must be unique.
         impls: backend -> function of the same arguments.
-        check: function of the same arguments that raises where values are wrong; runs before any backend.
-        save: `(inputs, outputs)`, the first a NamedTuple of the arguments, the second a tuple -> what derivatives need:
-            a tuple of tensors, None, numbers, tuples.
-        backward: `(ctx, *grads)`, None for an output without -> gradients by the argument's name (of a group: the
-            field's). Without it the op has no gradient, and asking for one raises.
-        jvp: `(ctx, *tangents)`, in place of the arguments, None for one without -> one tangent per output. Without it
+        check: function of the same arguments that raises on wrong values; runs before any backend.
+        save: `(inputs, outputs)`, a NamedTuple of the arguments and a tuple -> what the derivatives need, a tuple of
+            tensors, None, numbers and tuples.
+        backward: `(ctx, *grads)`, where grads are None for outputs without one -> gradients by the name of the argument
+            (or of a group's field). Without it, asking for a gradient raises.
+        jvp: `(ctx, *tangents)`, one for each argument, None if it has none -> one tangent per output. Without it,
             forward mode raises.
-        constant_outputs: how many outputs, the last, have no derivative; `backward` and `jvp` do not see them.
-        second: makes the three for a backward op.
-        flops: what FlopCounterMode counts, from the same arguments: 2 FLOP for each multiply-add of the products, over
-            the pairs that are seen. Without it nothing.
+        constant_outputs: how many of the last outputs have no derivative; `backward` and `jvp` do not see them.
+        second: for a backward op; replaces `save`, `backward` and `jvp`.
+        flops: function of the same arguments, what FlopCounterMode counts: 2 FLOP for each multiply-add of the products
+            over visible pairs. Without it, nothing is counted.
 
     Attributes:
-        second: the op of the second derivatives, if there is one.
+        second: the op of the second derivatives, if the op has one.
     """
 
     second: TorchOp

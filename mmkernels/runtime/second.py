@@ -1,4 +1,4 @@
-"""Derivatives of backward ops, from the op of second derivatives, and of that op: register.py says which are which."""
+"""Derivatives of the backward ops and of the second-derivative ops; register.py defines both."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["Second", "of_backward", "of_second"]
 
 
 class Second(NamedTuple):
-    """The second derivatives of a backward op, which make it differentiable: `mmkernels::<what>_second`.
+    """The second derivatives that make a backward op differentiable: the op `mmkernels::<what>_second`.
 
-    It takes a tangent for each output of the backward op (None: zero), then that op's own arguments, of which the
-    incoming gradients may be None; gives tangents like the incoming gradients, then like the outputs (empty without
-    incoming gradients).
+    It takes a tangent for each output of the backward op (None: zero), then the arguments of the backward op, whose
+    incoming gradients may be None. It returns tangents shaped like the incoming gradients, then like the outputs (empty
+    without incoming gradients).
 
     Attributes:
         run: the function, plain PyTorch on every backend.
-        fake: of the same arguments.
+        fake: a function of the same arguments.
         grads: the backward op's incoming gradients, its first arguments.
-        wrt: for each of its outputs, which argument it is the gradient of; one that it does not take has none itself.
-        flops: of the same arguments.
+        wrt: for each output, the argument whose gradient it is; a name that is no argument gets no gradient.
+        flops: a function of the same arguments.
     """
 
     run: Callable[..., Any]
@@ -51,18 +51,18 @@ def _inputs_of(ctx: Any) -> list[Any]:
 
 
 def _needed(ctx: Any, inputs: list[Any], grads: Mapping[int, Tensor]) -> tuple[Any, ...]:
-    """One gradient per input, of those at these places."""
+    """One gradient per input: those in `grads`, which maps an input's position to its gradient."""
     needed = (i in grads and isinstance(x, Tensor) and ctx.needs_input_grad[i] for i, x in enumerate(inputs))
     return tuple(grads[i].to(inputs[i].dtype) if need else None for i, need in enumerate(needed))
 
 
 def of_backward(first: TorchOp, second: TorchOp, grads: int, wrt: Sequence[str]) -> Derivatives:
-    """Those of a backward op, whose first arguments are so many incoming gradients."""
+    """Derivatives of a backward op, whose first `grads` arguments are incoming gradients."""
     places = [first.signature.place.get(name) for name in wrt]
 
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         inputs = _inputs_of(ctx)
-        # An output that nobody needed is empty, and so is what comes in for it.
+        # An output that was not needed is empty, and so is its incoming gradient.
         given = [None if t is None or t.numel() == 0 else t for t in tangents]
         moved = zip((*range(grads), *places), second.flat(*given, *inputs), strict=True)
         return _needed(ctx, inputs, {i: grad for i, grad in moved if i is not None})
@@ -80,7 +80,7 @@ def of_backward(first: TorchOp, second: TorchOp, grads: int, wrt: Sequence[str])
 
 
 def of_second(first: TorchOp, second: TorchOp, grads: int, wrt: Sequence[str]) -> Derivatives:
-    """Those of the op of second derivatives itself: reverse over forward mode."""
+    """Derivatives of the second-derivative op itself: reverse over forward mode."""
     count, places = len(wrt), [first.signature.place.get(name) for name in wrt]
 
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:

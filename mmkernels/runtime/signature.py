@@ -1,6 +1,6 @@
-"""An op's arguments as its functions take them, and flat, as a torch schema has them.
+"""The arguments of an op: grouped, as its functions take them, and flat, as its torch schema lists them.
 
-The functions take groups, NamedTuples of arguments that belong together; a schema has their fields one by one:
+The functions take groups, NamedTuples of arguments that belong together; the schema lists their fields:
 
     def fake(x: Tensor, pairs: Pairs, teacher: Teacher | None, k: int) -> tuple[Tensor, Tensor]
     (Tensor x, Tensor? query_ids, Tensor? key_ids, Tensor? teacher_x, SymInt k, str backend) -> (Tensor, Tensor)
@@ -23,7 +23,7 @@ _SCHEMA_TYPES = {Tensor: "Tensor", list[Tensor]: "Tensor[]", int: "SymInt", floa
 
 
 class _Argument(NamedTuple):
-    """One argument of the functions: a leaf, or a group of so many fields, which may be absent as a whole."""
+    """One argument of the functions: a leaf, or a group of `fields` fields, which may be absent as a whole."""
 
     name: str
     annotation: Any
@@ -39,7 +39,7 @@ class _Argument(NamedTuple):
         return cls(name, annotation, None, 1, False)
 
     def leaves(self) -> Iterator[tuple[str, str]]:
-        """Name and type in the schema of each leaf; the fields of a group that may be absent are optional."""
+        """Name and schema type of each leaf; the fields of an optional group are optional."""
         if self.group is None:
             yield self.name, _schema_type(self.annotation)
             return
@@ -94,14 +94,14 @@ def _named_tuple(names: list[str]) -> Callable[..., Any]:
 
 
 class Signature:
-    """What the annotations of an op's fake say.
+    """The signature of an op, from the annotations of its fake.
 
     Attributes:
-        names: of the leaves, in the schema's order, without the backend.
-        place: of a name among them.
+        names: the leaves in the schema's order, without the backend.
+        place: a leaf's name -> its position.
         outputs: how many tensors the op returns.
-        schema: all of it for torch.
-        inputs: the NamedTuple of the arguments, groups in it.
+        schema: the signature as torch writes it.
+        inputs: a NamedTuple type of the arguments, groups as its fields.
         flatten: takes the functions' arguments and the backend, returns the torch op's.
         group: the reverse, without the backend.
     """
@@ -132,8 +132,10 @@ class Signature:
         return cls(arguments, len(tensors), returned is not Tensor)
 
     def along(self, tangents: Sequence[str], optional: Sequence[str]) -> Signature:
-        """That of the second op: a tangent of each of these, then the arguments, some of them optional now; returns a
-        tensor for each of both."""
+        """The second op's signature: a tangent for each name in `tangents`, then these arguments, some now optional.
+
+        It returns a tensor for each name in `optional`, then for each in `tangents`.
+        """
         moved = [_Argument.of(f"tangent_{name}", Tensor | None) for name in tangents]
         given = [_Argument.of(a.name, Tensor | None) if a.name in optional else a for a in self._arguments]
         return Signature([*moved, *given], len(optional) + len(tangents), True)
@@ -148,7 +150,7 @@ _TENSOR = object()
 
 
 def without_tensors(values: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, ...]:
-    """Nested tuples of anything with a mark for each tensor, which goes to the end of the list."""
+    """The nested tuples with a placeholder for each tensor, which is appended to `tensors`."""
     kept: list[Any] = []
     for value in values:
         if value is None:
@@ -163,7 +165,7 @@ def without_tensors(values: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any
 
 
 def with_tensors(values: tuple[Any, ...], tensors: Iterator[Tensor]) -> tuple[Any, ...]:
-    """The reverse."""
+    """The inverse of `without_tensors`."""
     filled: list[Any] = []
     for value in values:
         if value is _TENSOR:

@@ -1,4 +1,4 @@
-"""A torch op of several backends: its definition, and the road that each call takes."""
+"""A torch op with several backends: its definition, and the path each call takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _library = torch.library.Library("mmkernels", "FRAGMENT")
 
 
 class _Below(threading.local):
-    """Whether this thread is in an op that one of the autograd.Functions below has called."""
+    """Whether this thread is inside an op that one of our autograd.Functions called."""
 
     autograd = False
 
@@ -29,7 +29,7 @@ _below = _Below()
 
 
 class TorchOp:
-    """`mmkernels::<name>`, which differentiates once `differentiate` has been called; register.Op has the arguments."""
+    """`mmkernels::<name>`, differentiable once `differentiate` has been called; register.Op documents the arguments."""
 
     def __init__(
         self,
@@ -42,10 +42,10 @@ class TorchOp:
         flops: Callable[..., int] | None = None,
     ) -> None:
         self.name, self.signature, self.impls, self._check = name, signature, dict(impls), check
-        # A tangent that a bare op meets would be lost without a word.
+        # A bare op would silently drop a tangent.
         self._no_forward_mode = (
             f"torch.ops.mmkernels.{name} has no forward mode, neither bare nor inside torch.compile "
-            "(torch.func.jvp, jacfwd, forward_ad); the functions of mmkernels have, outside of it"
+            "(torch.func.jvp, jacfwd, forward_ad); outside of it, the functions of mmkernels have"
         )
         _library.define(name + signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Explicit device keys: a CompositeExplicitAutograd kernel would be traced instead of the fake.
@@ -63,7 +63,7 @@ class TorchOp:
         self._fast, self._functorch = functions(self.name, self._below_autograd, derivatives)
 
     def _run(self, *flat: Any) -> Any:
-        """What torch calls on a device: the backend's implementation, with that device the current one."""
+        """What torch dispatches to: the backend's implementation, with the tensors' device current."""
         if forward_ad._current_level >= 0 and not _below.autograd:
             raise NotImplementedError(self._no_forward_mode)
         args = self.signature.group(*flat)
@@ -84,11 +84,11 @@ class TorchOp:
             _below.autograd = outer
 
     def __call__(self, *args: Any) -> Any:
-        """Of the arguments of its functions, and the backend."""
+        """Call with the arguments of the op's functions, groups included, and the backend."""
         return self.flat(*self.signature.flatten(*args))
 
     def flat(self, *flat: Any) -> Any:
-        """Of the torch op's arguments."""
+        """Call with the flat arguments of the torch op."""
         if torch.compiler.is_compiling():
             if forward_ad._current_level >= 0:
                 raise NotImplementedError(self._no_forward_mode)

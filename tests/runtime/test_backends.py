@@ -101,7 +101,7 @@ def test_error_lists_every_candidate() -> None:
     with pytest.raises(backends.BackendError) as raised:
         backends.resolve("packing", torch.empty(0, dtype=torch.float64), "triton")
     message = str(raised.value)
-    assert "backend='triton' cannot serve this call" in message
+    assert "backend='triton' does not support this call" in message
     assert all(f"  {name}: " in message for name in backends.BACKENDS)
     assert "not float64" in message
 

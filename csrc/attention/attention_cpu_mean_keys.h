@@ -1,0 +1,107 @@
+// The mean key of each query, estimated from a sample of the keys: what puts dQ right where keys come in parts.
+#pragma once
+
+#include "attention/attention_cpu_bwd_scratch.h"
+
+namespace mmk {
+namespace MMK_ISA {
+
+template <class T, class S>
+class MeanKeys {
+  using C = ComputeOf<T>;
+  using Scratch = BackwardScratch<T, S>;
+  using TileState = typename Scratch::TileState;
+
+ public:
+  MeanKeys(const AttentionBwdArgs& args, const AttentionShape& shape, Scratch& scratch)
+      : args_(args), n_(shape), w_(scratch) {}
+
+  // The sample of a key tile.
+  void pack(HeadView<T> k, int64_t key, int64_t keys) {
+    const HeadView<T> sample{k.row(key), kKeysPerSample * k.stride};
+    const int64_t count = round_up(keys, kKeysPerSample) / kKeysPerSample;
+    w_.odd_sample.template pack<C>(sample, 0, count, n_.dim, w_.sample_k);
+    for (int64_t i = 0; i < count; ++i) w_.sample_square[i] = square_of(sample.row(i));
+  }
+
+  // What rows [from, from + height) of the key tile add to the mean keys of `rows` queries.
+  void add(TileState& state, int64_t keys, int64_t from, int64_t height, int64_t rows) {
+    const int64_t first = round_up(from, kKeysPerSample) / kKeysPerSample;
+    const int64_t count = round_up(from + height, kKeysPerSample) / kKeysPerSample - first;
+    state.in_parts = true;
+    if (count == 0) return;
+    C* p = w_.s + (first * kKeysPerSample - from) * Scratch::ld;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < rows; c += kLanes<C>) {
+        C* at = p + i * kKeysPerSample * Scratch::ld + c;
+        const Vec<C> term = load(at), seen = select(term == Scratch::kHidden, Vec<C>{}, term);
+        store(at, seen);
+        store(state.weight + c, load(state.weight + c) + seen);
+        store(state.weight_square + c, load(state.weight_square + c) + seen * seen);
+        store(state.square_sum + c, load(state.square_sum + c) + seen * w_.sample_square[first + i]);
+      }
+    pack_a<C>(p, 1, kKeysPerSample * Scratch::ld, rows, count, w_.sample_p);
+    multiply<C>(rows, n_.dim, count, w_.sample_p, w_.sample_k, first, round_up(keys, kKeysPerSample) / kKeysPerSample,
+                state.key_sum, n_.dim, state.sampled);
+    state.sampled = true;
+  }
+
+  // Where the keys came in parts delta was that of the rounded out, and the sum of dS shows by how much it was wrong:
+  // dS lacks P times that, and dQ so much of the query's mean key, which is no small thing where the keys have a mean
+  // in common. The sampled keys estimate it, drawn towards 0 as far as their spread says (James and Stein); for a query
+  // that sees none of them, which has few keys, all of its keys do.
+  void settle(TileState& state, int64_t rows, HeadView<T> k) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
+      const C rest = state.ds_sum[i] - (sink * state.dot[i] + (1 - sink) * state.dlse[i]);
+      const C weight = state.weight[i];
+      const int64_t first = -min64(0, -static_cast<int64_t>(state.lo[i]));
+      const int64_t end = min64(n_.num_keys, static_cast<int64_t>(state.hi[i]));
+      if (!(rest - rest == 0) || first >= end) continue;  // an infinity, or sees nothing
+      C* dq = state.dq + i * n_.dim;
+      if (weight > 0) {
+        state.dot[i] += rest;
+        const C *key_sum = state.key_sum + i * n_.dim, square = square_of(key_sum);
+        const C pairs = weight * weight - state.weight_square[i];
+        const C noise = (state.square_sum[i] * weight - square) * state.weight_square[i];
+        if (noise < square * pairs) subtract(dq, rest * (1 - sink) / weight * (1 - noise / (square * pairs)), key_sum);
+      } else if (weight == 0 && !args_.extras.tiles.given()) {
+        C* mean = state.key_sum + i * n_.dim;
+        const int64_t count = min64(end - first, kKeysPerSample);
+        clear(mean, n_.dim);
+        for (int64_t j = 0; j < count; ++j) subtract(mean, C{-1} / count, k.row(first + j));
+        if (!(square_of(mean) < FloatTraits<C>::infinity)) continue;
+        state.dot[i] += rest;
+        subtract(dq, rest * (1 - sink), mean);
+      }
+    }
+  }
+
+ private:
+  // |x|^2 of D elements.
+  template <class E>
+  C square_of(const E* x) const {
+    Vec<C> sum = {};
+    for (int64_t d = 0; d < n_.dim; d += kLanes<C>) {
+      const Vec<C> part = load_n(x + d, min64(kLanes<C>, n_.dim - d));
+      sum += part * part;
+    }
+    return reduce_add(sum);
+  }
+
+  // x -= factor * y, of D elements.
+  template <class E>
+  void subtract(C* x, C factor, const E* y) const {
+    for (int64_t d = 0; d < n_.dim; d += kLanes<C>) {
+      const int64_t left = min64(kLanes<C>, n_.dim - d);
+      store_n(x + d, load_n(x + d, left) - load_n(y + d, left) * factor, left);
+    }
+  }
+
+  const AttentionBwdArgs& args_;
+  const AttentionShape& n_;
+  Scratch& w_;
+};
+
+}  // namespace MMK_ISA
+}  // namespace mmk
