@@ -68,18 +68,18 @@ def test_max_and_first(dtype, backend, device):
         assert out.dtype == dtype
         assert torch.equal(out, plain), where
         if mode == "max" and dtype in (torch.bfloat16, torch.float16):
-            # Of equals PyTorch gives the gradient to any one, the ops to the first: the row that argmax finds.
+            # Equal values are common here: PyTorch gives their gradient to any one of them, the ops to the first.
             plain_gradient = gradient_of_max(x, lengths, grad)
         assert torch.equal(gradient, plain_gradient), where
 
 
 def gradient_of_max(x: Tensor, lengths: list[int], grad: Tensor) -> Tensor:
-    """To the first of equals in each segment."""
+    """Of each segment's maximum, to the first row that has it (argmax takes the first of equals)."""
     gradient, begin = torch.zeros_like(x), 0
     for s, length in enumerate(lengths):
         if length:
             rows = x[begin : begin + length]
-            first = (rows == rows.max(0).values).to(torch.uint8).argmax(0)  # of equals argmax takes the first
+            first = (rows == rows.max(0).values).to(torch.uint8).argmax(0)
             gradient[begin : begin + length].scatter_(0, first[None], grad[s][None])
         begin += length
     return gradient
