@@ -67,7 +67,7 @@ def test_from_a_plan():
 
 
 def test_samples_are_isolated():
-    """nanoVLM #201, #204: with cu_seqlens each sample behaves as if alone; the padding too is nobody's neighbour."""
+    """nanoVLM #201, #204: with cu_seqlens each sample behaves as if alone; and so does the padding."""
     torch.manual_seed(1)
     table, weight = torch.randn(200, 8, dtype=torch.float64), torch.randn(8, 8, dtype=torch.float64)
 
@@ -117,7 +117,7 @@ def test_split():
         assert sum((part.lengths for part in parts), ()) == batch.lengths[:4]
 
 
-def test_split_of_nothing_and_of_no_size():
+def test_split_of_an_empty_batch_and_into_size_zero():
     (empty,) = PackedBatch.from_samples([], capacity=4).split(2)
     assert (empty.validate().num_tokens, empty.num_samples) == (0, 0)
     assert PackedBatch.from_samples([torch.arange(3)]).split(1)[0].labels is None

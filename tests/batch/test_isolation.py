@@ -74,7 +74,7 @@ KINDS = ("packed", "causal", "multimodal")
 
 @backends.every
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_sample_is_as_if_alone(kind, backend):
+def test_a_packed_sample_behaves_as_if_alone(kind, backend):
     """nanoVLM #201, #204, cross-contamination: output and gradient of each sample are those of the sample by itself."""
     needs(backend)
     # The largest error of a sample of four tokens is noisy: several models and all samples are judged at
@@ -140,7 +140,7 @@ def test_a_nan_stays_in_its_sample(backend):
 
 
 def test_without_boundaries_samples_mix():
-    """What the tests above would see: the same tokens as one sample give other outputs from the second sample on."""
+    """Negative control: with the same tokens as one sample, outputs differ from the second sample on."""
     model, samples = Model("reference"), make_samples(0)
     batch, joined = pack_of(samples), pack_of([[part for sample in samples for part in sample]])
     assert torch.equal(joined.tokens, batch.tokens)

@@ -1,4 +1,4 @@
-"""Packing problems, what a plan of one must fulfil, and its optimum."""
+"""Packing problems, the checks of a plan, and the optimum by exhaustive search."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Plans written out: what a plan says of itself, the options, a user's mistakes."""
+"""Small plans by hand: the figures of a plan, the forms of its input, bad input."""
 
 import pickle
 
@@ -40,7 +40,7 @@ def test_nothing_and_zero_length_items():
     assert [pack.tolist() for pack in plan_packing([8, 0, 8], 8)] in ([[0, 1], [2]], [[0], [1, 2]])
 
 
-def test_dropped_items_are_said():
+def test_dropped_items_are_reported():
     plan = plan_packing([3, 99, 5, 100], 8, oversize="drop")
     assert plan.dropped.tolist() == [1, 3]
     assert [pack.tolist() for pack in plan] == [[0, 2]]

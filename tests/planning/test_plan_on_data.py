@@ -1,4 +1,4 @@
-"""Plans of data sets' lengths: how full the packs are, the caps, the order; what users of other packers met."""
+"""Plans of data sets' lengths: how full the packs are, the caps, the order; problems reported against other packers."""
 
 import itertools
 
@@ -69,7 +69,7 @@ def test_seed_regroups_and_repeats(strategy):
         assert len(a & b) < 0.1 * len(a)
 
 
-# Users' pain
+# Problems that users of other packers reported
 
 
 def test_non_power_of_two_capacity_packs_nothing():

@@ -91,7 +91,7 @@ def test_subset_sum_fills_the_oldest_pack_best(problem):
 
 @settings(max_examples=100, deadline=None)
 @given(problems(most_items=9))
-def test_next_fit_is_the_best_that_keeps_the_order(problem):
+def test_next_fit_is_optimal_in_the_given_order(problem):
     lengths, images, capacity, max_images, max_samples = problem
     caps = {"images": images, "max_images": max_images, "max_samples": max_samples}
     plan = plan_packing(lengths, capacity, keep_order=True, **caps)

@@ -1,4 +1,4 @@
-"""Segments to pool, and what several files do with them."""
+"""Segments to pool, and helpers that several test files share."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ def with_gradients(function: Callable[..., Tensor], grad: Tensor, *inputs: Tenso
 
 
 def bits_per_thread_count(run: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
-    """What `run` gives with one, two and three threads."""
+    """The results of `run` with one, two and three threads."""
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""The ops as torch sees them (opcheck, compile, functorch) and as a user errs with them."""
+"""The ops under opcheck, torch.compile, functorch and checkpointing; bad input."""
 
 import backends
 import pytest
@@ -79,7 +79,7 @@ def functions(backend: str):
 
 
 def test_fullgraph_compile(backend):
-    """All functions in one graph, of which the values and each one's gradient are those outside."""
+    """All functions in one graph, with the values and gradients of eager mode."""
     table = functions(backend)
 
     def losses(x):

@@ -17,7 +17,7 @@ def get_rope_index(sample, image_grid_thw, video_grid_thw, merge=2, time_steps=N
     """The rules of transformers' Qwen2VLModel.get_rope_index for one sample without padding, token by token.
 
     A run of image or video tokens takes the next grid of its kind, whose axes count from where it begins. What follows
-    goes on behind its height and width ("spatial", from 5.3 on), or behind the largest position ("largest", before).
+    continues after its height and width ("spatial", from 5.3 on), or after the largest position ("largest", before).
     """
     images, videos, steps = iter(image_grid_thw), iter(video_grid_thw), iter(time_steps or [])
     columns, at, i = [], 0, 0
@@ -108,7 +108,7 @@ def test_positions_are_those_of_transformers(advance, backend, device):
 
 
 def test_m_rope_after_padding():
-    """LlamaFactory #7754: padding, before or behind, shifts nobody's positions."""
+    """LlamaFactory #7754: padding, before or after a sample, does not shift its positions."""
     ids, grids, starts, images, videos = interleaved(SAMPLES[4])
     alone = get_rope_index(ids, images, videos)
     for before in (0, 5):
@@ -119,7 +119,7 @@ def test_m_rope_after_padding():
         assert torch.equal(got[:, before + len(ids) :], torch.arange(7).expand(3, -1))
 
 
-# Where the text behind a clip goes on: (rule, options, parts, positions of each part's first and last token). A part is
+# Where the text after a clip continues: (rule, options, parts, positions of each part's first and last token). A part is
 # a number of text tokens, or the grid (t, h, w) of a clip, h and w before merging 2 x 2.
 TABLE = {
     # Qwen2-VL: nine steps of 4 x 4 tokens from position 4 on.

@@ -91,7 +91,7 @@ def test_layouts_of_input_and_gradient(backend, device):
 
 
 @backends.every
-def test_trailing_dimensions_and_none(backend):
+def test_any_number_of_trailing_dimensions(backend):
     backends.need("packing", backend)
     x = torch.randn(6, 2, 3)
     index = torch.tensor([5, -1, 0])

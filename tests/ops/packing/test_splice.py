@@ -1,4 +1,4 @@
-"""embed_splice and gathers from several sources: bits of the rows, gradients against float64, users' mistakes."""
+"""embed_splice and gathers from several sources: bits of the rows, gradients against float64, bad input."""
 
 import itertools
 
@@ -70,7 +70,7 @@ def test_placeholders_may_be_outside_the_vocabulary(backend):
 
 
 @backends.every
-def test_what_is_frozen_costs_nothing(backend):
+def test_frozen_inputs_get_no_gradient(backend):
     backends.need("packing", backend)
     token_ids, table, features, dst_index = splice_inputs(6, 40, 5, 8)
     features.requires_grad_()
@@ -81,7 +81,7 @@ def test_what_is_frozen_costs_nothing(backend):
 
 
 @backends.every
-def test_nothing(backend):
+def test_empty_input(backend):
     backends.need("packing", backend)
     no_index, table = torch.zeros(0, dtype=torch.int64), torch.randn(3, 4, requires_grad=True)
     features = torch.zeros(0, 4, requires_grad=True)
