@@ -1,4 +1,4 @@
-"""Ranks: every pack once, equal steps, nearly equal work, the same order at every world size, images spread over ranks."""
+"""Ranks: every pack once, equal steps, nearly equal work, one order at every world size, images spread over them."""
 
 import itertools
 import subprocess

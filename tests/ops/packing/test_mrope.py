@@ -119,8 +119,8 @@ def test_m_rope_after_padding():
         assert torch.equal(got[:, before + len(ids) :], torch.arange(7).expand(3, -1))
 
 
-# Where the text after a clip continues: (rule, options, parts, positions of each part's first and last token). A part is
-# a number of text tokens, or the grid (t, h, w) of a clip, h and w before merging 2 x 2.
+# Where the text after a clip continues: (rule, options, parts, positions of each part's first and last token). A part
+# is a number of text tokens, or the grid (t, h, w) of a clip, h and w before merging 2 x 2.
 TABLE = {
     # Qwen2-VL: nine steps of 4 x 4 tokens from position 4 on.
     "qwen2-vl": (
