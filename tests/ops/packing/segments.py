@@ -25,15 +25,3 @@ def with_gradients(function: Callable[..., Tensor], grad: Tensor, *inputs: Tenso
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves)
     return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
-
-
-def bits_per_thread_count(run: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
-    """The results of `run` with one, two and three threads."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run())
-    finally:
-        torch.set_num_threads(before)
-    return results
