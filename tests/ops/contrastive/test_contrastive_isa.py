@@ -56,7 +56,7 @@ def check_options(dtype):
     """Ids as positives and as pairs left out; a queue of negatives, smoothing, weights and a teacher; one way."""
     n, e = 203, 40
     ids = torch.arange(n) % 40
-    queue, teacher = features(Case("queue", 70, e), dtype)[0], features(Case("teacher", n, 24), dtype)
+    queue, teacher = features(Case("queue", 70, e), dtype, 8)[0], features(Case("teacher", n, 24), dtype, 9)
     more = dict(negatives=queue, label_smoothing=0.1, teacher=(*teacher, 0.4))
     for options in (
         dict(query_ids=ids, **more),
@@ -106,7 +106,7 @@ def judge(ours, plain, truth, dtype):
 
 def check_search(dtype):
     """Draws as the oracle draws, but where rounding decides; the best k of float64."""
-    queries, keys = (features(Case("random", n, 27, kind="unnormalized"), dtype)[0] for n in (150, 2300))
+    queries, keys = (features(Case("random", n, 27, kind="unnormalized"), dtype, seed=n)[0] for n in (150, 2300))
     ids = dict(query_ids=torch.arange(150) % 30, key_ids=torch.arange(2300) % 30)
     drawn = [
         sample_negatives(queries, keys, 0.3, **ids, generator=torch.Generator().manual_seed(5), backend=backend)
