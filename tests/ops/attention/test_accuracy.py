@@ -120,15 +120,19 @@ def test_head_dims_in_triton(dtype, dims):
     assert_right([make_inputs(76, 76, **sizes, mask=mask)], "triton")
 
 
+# Amplitudes of q, and scales.
+LOGITS = ((0.0, None), (10.0, None), (10.0, -0.3), (300.0, None))
+
+
 @backends.every
 @backends.every_dtype
 def test_logits_from_flat_to_one_hot(dtype, backend):
     backends.need("attention", backend, dtype)
     case = MASKS["cross"]
-    for amplitude in (0.0, 10.0, 300.0) if backend != "triton" or dtype in SINGLE else (300.0,):
-        sizes = {"heads": 2, "dim": 48, "dtype": dtype, "amplitude": amplitude, "mask": case.mask()}
+    for amplitude, scale in LOGITS if backend != "triton" or dtype in SINGLE else LOGITS[-1:]:
+        sizes = {"heads": 2, "dim": 48, "dtype": dtype, "amplitude": amplitude, "scale": scale, "mask": case.mask()}
         inputs = [make_inputs(*case.tokens, **sizes, seed=seed) for seed in range(draws(backend))]
-        assert_right(inputs, backend, case=amplitude)
+        assert_right(inputs, backend, case=(amplitude, scale))
 
 
 @backends.every
