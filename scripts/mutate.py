@@ -1,18 +1,22 @@
 """Does the suite notice? Break one line of a kernel at a time and count the tests that fail.
 
     python scripts/mutate.py                          # every mutation; a markdown table
-    python scripts/mutate.py --only attention         # those whose name has this in it
+    python scripts/mutate.py --only attention         # those whose name contains this
+    python scripts/mutate.py --before ../old          # beside the suite of another checkout, whose kernels are the same
     python scripts/mutate.py --list
+    python scripts/mutate.py -- --maxfail=5           # options of pytest
 
-Each mutation is applied to a copy of the checkout, which is rebuilt where C++ changed (without CUDA: the tests emulate
-CUDA kernels), and the tests that it names are run. A mutation that no test notices is a hole in the suite; the exit
-status says so. Each takes between half a minute and ten, so it is no part of the suite itself: run it before
-and after tests are removed. Needs what `make test` installs.
+Each mutation is applied to a copy of the checkout, which is rebuilt if C++ changed: without CUDA, since the tests
+emulate CUDA kernels, and for two instruction sets, the baseline and the best of this processor. Then the tests that the
+mutation names run. A mutation that no test notices is a hole in the suite; the exit status says so. A mutation takes
+between half a minute and ten, so this is not part of the suite: run it before and after you remove tests. Needs what
+`make test` installs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -25,6 +29,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import pybind11
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -211,77 +217,87 @@ class Outcome:
     failed: int
     passed: int
     seconds: float
-    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.failed} | {self.passed} | {self.seconds:.0f}"
 
 
 class Copy:
-    """A copy of the checkout with a build of its own, in which one line at a time is broken."""
+    """A copy of a checkout in which one line at a time is broken."""
 
-    def __init__(self, folder: Path) -> None:
-        self.root = folder / "checkout"
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+    def __init__(self, checkout: Path, folder: Path) -> None:
+        self.root, site = folder / "checkout", folder / "site"
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=checkout, capture_output=True, check=True, text=True)
         for name in filter(None, listed.stdout.split("\0")):
             target = self.root / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target)
-        self.build_folder, site = folder / "build", folder / "site"
+            shutil.copy2(checkout / name, target)
         site.mkdir()
         (site / "mmkernels").symlink_to(self.root / "mmkernels")
         self.environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-        options = ["-DMMKERNELS_CUDA=OFF", "-DSKBUILD_PROJECT_VERSION=0", "-DCMAKE_BUILD_TYPE=Release"]
-        options += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={_pybind11()}"]
-        self._run("cmake", "-S", self.root, "-B", self.build_folder, "-G", "Ninja", *options)
-        self.build()
-
-    def _run(self, *command: str | Path) -> None:
-        subprocess.run([str(part) for part in command], check=True, capture_output=True, env=self.environment)
-
-    def build(self) -> None:
-        self._run("cmake", "--build", self.build_folder)
-        (library,) = self.build_folder.glob(f"_native*{sysconfig.get_config_var('EXT_SUFFIX')}")
-        shutil.copy2(library, self.root / "mmkernels" / library.name)
 
     @contextmanager
     def broken(self, mutation: Mutation) -> Iterator[None]:
         path = self.root / mutation.path
         text = path.read_text(encoding="utf-8")
         assert text.count(mutation.before) == 1, f"{mutation.name}: found {text.count(mutation.before)} times"
-        compiled = path.suffix in (".h", ".cpp")
         path.write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
         try:
-            if compiled:
-                self.build()
             yield
         finally:
             path.write_text(text, encoding="utf-8")
-            if compiled:
-                self.build()
 
     def test(self, tests: tuple[str, ...], arguments: list[str], limit: float) -> Outcome:
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not aot", *tests, *arguments]
+        there = [name for name in tests if (self.root / name).exists()]
+        assert there, f"none of {tests} is in {self.root}"
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not aot and not gpu", *there, *arguments]
         begin = time.monotonic()
         try:
             done = subprocess.run(
                 command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=limit
             )
         except subprocess.TimeoutExpired:
-            return Outcome(1, 0, limit, "did not end")
+            return Outcome(1, 0, limit)  # a test that hangs has noticed
         last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
         counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", last)}
+        assert counts, last
         seconds = time.monotonic() - begin
         return Outcome(counts.get("failed", 0) + counts.get("error", 0), counts.get("passed", 0), seconds)
 
 
-def _pybind11() -> str:
-    import pybind11
+class Build:
+    """The native core, built from one copy and shared by all."""
 
-    return pybind11.get_cmake_dir()
+    def __init__(self, copies: list[Copy], folder: Path) -> None:
+        self._copies, self._folder = copies, folder
+        options = ["-DMMKERNELS_CUDA=OFF", "-DSKBUILD_PROJECT_VERSION=0", "-DCMAKE_BUILD_TYPE=Release"]
+        options += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+        options += [f"-DMMK_COMPILER_HAS_{isa}=OFF" for isa in _other_instruction_sets()]
+        self._run("cmake", "-S", copies[0].root, "-B", folder, "-G", "Ninja", *options)
+
+    def _run(self, *command: str | Path) -> None:
+        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+
+    def update(self) -> None:
+        """Compiles what differs from the last build, so a mutation that is over as well."""
+        self._run("cmake", "--build", self._folder)
+        (library,) = self._folder.glob(f"_native*{sysconfig.get_config_var('EXT_SUFFIX')}")
+        for copy in self._copies:
+            shutil.copy2(library, copy.root / "mmkernels" / library.name)
+
+
+def _other_instruction_sets() -> list[str]:
+    """All beyond the baseline but the one that this processor would choose."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    best = next((isa for flag, isa in (("avx512bw", "avx512"), ("avx2", "avx2")) if flag in flags), "baseline")
+    return [isa for isa in ("avx2", "avx512", "avx512bf16") if isa != best]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of a mutation's name")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--before", type=Path, help="another checkout, whose suite is run too")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for the tests of one mutation")
     parser.add_argument("arguments", nargs="*", help="for pytest, after --, such as --maxfail=5")
     given = parser.parse_args()
@@ -290,17 +306,22 @@ def main() -> int:
         print(*(f"{mutation.path}: {mutation.name}" for mutation in chosen), sep="\n")
         return 0
     unnoticed = 0
-    print("| broken | fail | pass | s |\n|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Copy(Path(folder))
+    columns = ["fail | pass | s"] * (2 if given.before else 1)
+    print("| broken |", " | ".join(columns), "|\n|---" + "|---|---|---" * len(columns) + "|", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        copies = [Copy(ROOT, folder / "new")]
+        if given.before:
+            copies.insert(0, Copy(given.before, folder / "before"))
+        build = Build(copies, folder / "build")
         for mutation in chosen:
-            with copy.broken(mutation):
-                outcome = copy.test(mutation.tests, given.arguments, given.limit)
-            unnoticed += outcome.failed == 0
-            print(
-                f"| {mutation.name} {outcome.note}| {outcome.failed} | {outcome.passed} | {outcome.seconds:.0f} |",
-                flush=True,
-            )
+            with contextlib.ExitStack() as stack:
+                for copy in copies:
+                    stack.enter_context(copy.broken(mutation))
+                build.update()
+                outcomes = [copy.test(mutation.tests, given.arguments, given.limit) for copy in copies]
+            unnoticed += outcomes[-1].failed == 0
+            print(f"| {mutation.name} |", " | ".join(map(str, outcomes)), "|", flush=True)
     return 1 if unnoticed else 0
 
 
