@@ -1,4 +1,5 @@
-"""The rules of the house, as functions that read a source tree and return what breaks them; test_layout.py runs them.
+"""What may import and include what, and which files a family has, as functions that read a source tree and return what
+breaks the rules. test_layout.py runs them; sources.py has the rules for the text of files.
 
 cli -> pretrain, integrations -> nn, gradcache, batch, planning -> ops.<family>.api -> ops.<family>.op
     -> triton_*, runtime
@@ -333,74 +334,3 @@ def shape_problems(root: Path) -> list[str]:
     return problems + [
         f"mmkernels/ops/{name}: not a family that tests/layout.py knows" for name in sorted(folders - set(FAMILIES))
     ]
-
-
-# Somebody's machine, or a package registry: neither belongs in a file that others read.
-_MACHINE = re.compile(
-    r"(?<![\w.~-])/(?:work|opt|root|mnt|tmp|home/\w+)/\w|\b(?:registry\.npmjs|files\.pythonhosted|download\.pytorch|pypi)\.(?:org|com)\b"
-)
-_TEXT = {".py", ".md", ".toml", ".txt", ".cmake", ".json", ".html", ".cfg", ".yml", ".yaml", ""}
-_TEXT |= {".h", ".cpp", ".cu", ".cuh"}
-_NO_SOURCES = {".git", ".venv", "build", "dist", "runs", "__pycache__", ".hypothesis"}
-_NO_SOURCES |= {".mypy_cache", ".ruff_cache", ".pytest_cache"}
-
-
-def machine_problems(root: Path) -> list[str]:
-    """Files that mention a path of somebody's machine or a registry's host."""
-    problems = []
-    for path in sorted(root.rglob("*")):
-        inside = path.relative_to(root)
-        if _NO_SOURCES & set(inside.parts) or path.suffix not in _TEXT or not path.is_file() or path == Path(__file__):
-            continue
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            continue
-        for number, line in enumerate(lines, 1):
-            found = _MACHINE.search(line)
-            if found is not None:
-                problems.append(f"{inside}:{number}: mentions {found[0]!r}")
-    return problems
-
-
-def encoding_problems(root: Path) -> list[str]:
-    """Text files that are read or written in the encoding of the machine's locale: where it is C, that is ASCII.
-
-    Ruff's rule (PLW1514) sees them only where it can infer that something is a path.
-    """
-    problems = []
-    for path in sorted(
-        file for part in ("mmkernels", "benches", "scripts", "tests") for file in root.glob(f"{part}/**/*.py")
-    ):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-            if isinstance(node, ast.Call) and _is_of_the_locale(node):
-                problems.append(f"{path.relative_to(root)}:{node.lineno}: {ast.unparse(node.func)} without encoding=")
-    return problems
-
-
-def _is_of_the_locale(call: ast.Call) -> bool:
-    named = {keyword.arg: keyword.value for keyword in call.keywords}
-    method, name = isinstance(call.func, ast.Attribute), getattr(call.func, "attr", getattr(call.func, "id", ""))
-    if "encoding" in named:
-        return False
-    if name in ("read_text", "write_text"):
-        return len(call.args) < (1 if name == "read_text" else 2)
-    if name != "open" or (method and ast.unparse(call.func.value) in ("os", "Image", "tarfile")):
-        return False
-    mode = named.get("mode", next(iter(call.args[0 if method else 1 :]), ast.Constant("r")))
-    return isinstance(mode, ast.Constant) and "b" not in str(mode.value)
-
-
-def view_problems(root: Path) -> list[str]:
-    """Calls of `view` (`mmkernels/runtime/native.py`) on a tensor that nobody holds: a pointer into freed memory."""
-    problems = []
-    for path in sorted(root.joinpath("mmkernels").rglob("native.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("view", "native.view") and node.args:
-                given = node.args[0]
-                reshaped = isinstance(given, ast.Call) and ast.unparse(given.func).endswith(".view")
-                if not isinstance(given, (ast.Name, ast.Attribute)) and not reshaped:
-                    problems.append(
-                        f"{path.relative_to(root)}:{node.lineno}: view of what nobody holds: {ast.unparse(given)}"
-                    )
-    return problems

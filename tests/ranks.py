@@ -106,9 +106,7 @@ def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
         try:
             file, name, args = pipe.recv()
         except EOFError:
-            os._exit(
-                0
-            )  # without teardown, in which a process group and a hook written in Python can wait for each other
+            os._exit(0)  # no teardown: in it a process group and a hook written in Python can wait for each other
         try:
             torch.manual_seed(0)
             answer = True, getattr(_module(file), name)(rank, world, *args)

@@ -21,8 +21,7 @@ SEEDS = range(12)
 
 @pytest.fixture(scope="module")
 def module():
-    own = [emulation.EMULATOR / "emulator.cpp", emulation.EMULATOR / "async.cpp", NATIVE / "sm90_probe.cpp"]
-    return emulation.build("sm90_probe", own)
+    return emulation.build("sm90_probe", [*emulation.MACHINE, NATIVE / "sm90_probe.cpp"])
 
 
 def error_of(module, mistake: int, seed: int) -> str | None:

@@ -6,6 +6,7 @@ The compilation runs in a process of its own: in the interpreter a kernel is not
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.aot
 
 FAMILIES = ("attention", "contrastive", "packing")
+PACKAGE = Path(aot.__file__).parents[1]
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess:
@@ -36,6 +38,14 @@ def run_gate(*arguments: str) -> dict:
 
 def test_every_family_has_triton_kernels() -> None:
     assert aot.families() == sorted(FAMILIES)
+
+
+def test_every_triton_kernel_has_a_case() -> None:
+    cases = "".join(path.read_text(encoding="utf-8") for path in (PACKAGE / "testing/aot_cases").glob("*.py"))
+    sources = [path.read_text(encoding="utf-8") for path in (PACKAGE / "ops").rglob("triton*.py")]
+    kernels = [name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)]
+    assert kernels
+    assert not [name for name in kernels if not re.search(rf"\b{name}\b", cases)]
 
 
 @pytest.mark.parametrize("arch", aot.TRITON_ARCHS)

@@ -67,7 +67,7 @@ def test_from_a_plan():
 
 
 def test_samples_are_isolated():
-    """nanoVLM #201, #204: with cu_seqlens each sample behaves as if alone; the padding too is nobody's neighbour."""
+    """nanoVLM #201, #204: with cu_seqlens each sample behaves as if alone; and so does the padding."""
     torch.manual_seed(1)
     table, weight = torch.randn(200, 8, dtype=torch.float64), torch.randn(8, 8, dtype=torch.float64)
 
@@ -106,18 +106,18 @@ def test_to_keeps_every_field():
             assert value == getattr(batch, field.name)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
-def test_split(size):
+def test_split():
     batch = a_batch()
-    parts = [part.validate() for part in batch.split(size)]
-    assert [part.num_samples for part in parts] == [min(size, 4 - i) for i in range(0, 4, size)]
-    assert all(part.padding == 0 for part in parts)
-    for name in ("tokens", "sample_ids", "position_ids", "modality_ids", "labels", "loss_weight"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)[:10]), name
-    assert sum((part.lengths for part in parts), ()) == batch.lengths[:4]
+    for size in (1, 2, 3, 4, 9):
+        parts = [part.validate() for part in batch.split(size)]
+        assert [part.num_samples for part in parts] == [min(size, 4 - i) for i in range(0, 4, size)]
+        assert all(part.padding == 0 for part in parts)
+        for name in ("tokens", "sample_ids", "position_ids", "modality_ids", "labels", "loss_weight"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)[:10]), name
+        assert sum((part.lengths for part in parts), ()) == batch.lengths[:4]
 
 
-def test_split_of_nothing_and_of_no_size():
+def test_split_of_an_empty_batch_and_into_size_zero():
     (empty,) = PackedBatch.from_samples([], capacity=4).split(2)
     assert (empty.validate().num_tokens, empty.num_samples) == (0, 0)
     assert PackedBatch.from_samples([torch.arange(3)]).split(1)[0].labels is None

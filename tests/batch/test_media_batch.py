@@ -99,7 +99,7 @@ def test_time_step_of_each_clip():
     assert plain.position_ids[0, :12].tolist() == [0, 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 3]
 
 
-def test_any_sample_may_come_first():
+def test_the_first_sample_may_be_empty_or_media():
     """Dtype and device are those of the token ids, wherever the first ones are."""
     ids = torch.arange(3, dtype=torch.int32)
     batch = PackedBatch.from_samples([[], [image(1, 2, 2)], ids], capacity=6).validate()

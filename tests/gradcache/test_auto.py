@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,12 +148,13 @@ class Limited(nn.Module):
         return self.second(self.down(hidden))
 
 
+ERRORS = {"of a device": torch.cuda.OutOfMemoryError, "of Python": MemoryError, "of a CPU": RuntimeError}
+
+
 @pytest.mark.filterwarnings("ignore:.*BatchNorm in training mode")
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, MemoryError, RuntimeError])
-@pytest.mark.parametrize("accumulating", [False, True])
-@pytest.mark.parametrize("where", ["first", "again", "backward"])
-def test_back_off(where: str, accumulating: bool, error: type[BaseException]) -> None:
-    image, text = Limited(where, 5, error), Encoder(dropout=0.2)
+@pairwise.cases(where=("first", "again", "backward"), accumulating=(False, True), error=ERRORS)
+def test_back_off(where: str, accumulating: bool, error: str) -> None:
+    image, text = Limited(where, 5, ERRORS[error]), Encoder(dropout=0.2)
     inputs = [torch.randn(48, 6), torch.randn(48, 6)]
     scale = nn.Parameter(torch.tensor(2.0))
 

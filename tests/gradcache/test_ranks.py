@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import pairwise
 import pytest
 import ranks
 import torch
@@ -90,9 +91,8 @@ def _ddp(rank: int, world: int, shared: str, first: int, second: int) -> None:
     assert_same(gradients(model), expected)
 
 
-@pytest.mark.parametrize("sizes", [(3, 2), (1, 4), (7, 6)])  # the last: some ranks have one chunk
-@pytest.mark.parametrize("shared", ["no", "partial", "closure"])
-@pytest.mark.parametrize("world", [1, 2, 4])
+# Of the sizes the last leaves some ranks one chunk.
+@pairwise.cases(world=(1, 2, 4), shared=("no", "partial", "closure"), sizes=((3, 2), (1, 4), (7, 6)))
 def test_ddp_reduces_once(world: int, shared: str, sizes: tuple[int, int]) -> None:
     ranks.run(world, _ddp, shared, *sizes)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pairwise
 import pytest
 import ranks
 import torch
@@ -150,9 +151,10 @@ def _measured(rank: int, world: int, tied: bool, policy: dict[str, torch.dtype])
 
 
 REDUCED_WIDER = dict(param_dtype=torch.float32, reduce_dtype=torch.float64)  # whole gradients wait in reduce_dtype
+POLICIES: dict[str, dict[str, torch.dtype]] = {"plain": {}, "reduced wider": REDUCED_WIDER}
 
 
-@pytest.mark.parametrize("policy", [{}, REDUCED_WIDER], ids=["plain", "reduced wider"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_shards_are_gathered_once_and_sizes_are_each_ranks_own(tied: bool, policy: dict[str, torch.dtype]) -> None:
     first, second = ranks.run(2, _measured, tied, policy)
@@ -231,12 +233,9 @@ def _one_rank_runs_out(
     assert torch.equal(following, torch.rand(2)), "the generators stand where one forward leaves them"
 
 
-@pytest.mark.parametrize("policy", [{}, REDUCED_WIDER], ids=["plain", "reduced wider"])
-@pytest.mark.parametrize("accumulating", [False, True])
-@pytest.mark.parametrize("where", ["first", "again", "backward"])
-@pytest.mark.parametrize("which", [0, 1])
-def test_ranks_begin_anew_together(which: int, where: str, accumulating: bool, policy: dict[str, torch.dtype]) -> None:
-    ranks.run(2, _one_rank_runs_out, which, where, accumulating, policy)
+@pairwise.cases(which=(0, 1), where=("first", "again", "backward"), accumulating=(False, True), policy=POLICIES)
+def test_ranks_begin_anew_together(which: int, where: str, accumulating: bool, policy: str) -> None:
+    ranks.run(2, _one_rank_runs_out, which, where, accumulating, POLICIES[policy])
 
 
 def test_ranks_of_a_replicated_shard_begin_anew_together() -> None:

@@ -93,7 +93,7 @@ def whole_epoch(kind: str) -> list[list[int]]:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("kind", LOADERS)
-def test_every_sample_once_in_an_order_that_workers_do_not_change(kind, workers):
+def test_every_sample_once_in_one_order_for_any_number_of_workers(kind, workers):
     packs = [items_of(batch.validate()) for batch in LOADERS[kind](num_workers=workers)]
     assert sorted(item for pack in packs for item in pack) == list(range(len(LENGTHS)))
     assert packs == whole_epoch(kind)
@@ -145,7 +145,7 @@ def test_epochs_differ_and_each_is_whole(kind):
 
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (1, 2)])
 @pytest.mark.parametrize("kind", LOADERS)
-def test_a_place_may_be_gone_on_from_with_other_workers(kind, before, after):
+def test_resuming_with_another_number_of_workers(kind, before, after):
     straight = LOADERS[kind]()
     whole = [[items_of(batch) for batch in straight] for _ in range(2)]
     first = LOADERS[kind](num_workers=before)
@@ -161,7 +161,7 @@ def test_a_place_may_be_gone_on_from_with_other_workers(kind, before, after):
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_a_broken_off_iteration_is_gone_on_with(kind):
+def test_an_interrupted_iteration_continues(kind):
     loader, whole = LOADERS[kind](), whole_epoch(kind)
     got = []
     while len(got) < len(whole):
@@ -173,7 +173,7 @@ def test_a_broken_off_iteration_is_gone_on_with(kind):
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_another_world_size_goes_on_with_what_is_left(kind):
+def test_resuming_with_another_world_size(kind):
     """Two ranks until step 4, then three: every sample once, and what is left comes as it would have."""
     two = [LOADERS[kind](rank, 2) for rank in range(2)]
     done = [take(loader, 4) for loader in two]
@@ -191,7 +191,7 @@ def test_another_world_size_goes_on_with_what_is_left(kind):
         assert [pack for step in zip(*left, strict=True) for pack in step if pack] == alone[8:]
 
 
-def test_a_place_inside_accumulated_packs():
+def test_resuming_inside_accumulated_packs():
     whole = [items_of(batch) for batch in map_loader(0, 2, accum=3)]
     loader = map_loader(0, 2, accum=3)
     assert take(loader, 4) == whole[:4]
@@ -283,7 +283,7 @@ def test_collator_takes_the_fields_it_is_told():
         PackCollator(8, labels="labels")([{"tokens": [1]}], (0,))
 
 
-def test_own_collator_and_many_at_once():
+def test_custom_collator_and_batched_getitem():
     class Many:
         def __getitems__(self, items: list[int]) -> list[str]:
             return [f"sample {item}" for item in items]
@@ -302,7 +302,7 @@ def test_the_five_lines_of_the_readme():
     assert sorted(seen) == list(range(len(LENGTHS)))
 
 
-def test_plain_data_loader_is_enough_where_nothing_is_resumed():
+def test_a_plain_data_loader_without_resuming():
     sampler = PackedSampler(
         LENGTHS, CAPACITY, shuffle=False, images=[1] * len(LENGTHS), max_images=9, strategy="subset_sum"
     )

@@ -35,6 +35,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 EMULATOR = HERE / "emulator"
 CSRC = ROOT / "csrc"
+MACHINE = [EMULATOR / f"{part}.cpp" for part in ("emulator", "async", "tma", "wgmma")]
 KERNELS = sorted(CSRC.glob("*/*.cu"))
 CXX_FLAGS = ["-DMMK_HAVE_SM90", "-std=c++17", "-O2", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -90,8 +91,7 @@ def build(name: str, sources: Sequence[Path]) -> ModuleType:
 @functools.cache
 def emulated_module() -> ModuleType:
     """The launchers of csrc/module_cuda.cpp over emulated kernels."""
-    own = [EMULATOR / "emulator.cpp", EMULATOR / "async.cpp", EMULATOR / "module.cpp", CSRC / "module_cuda.cpp"]
-    return build("mmk_emulated", [*KERNELS, *own])
+    return build("mmk_emulated", [*KERNELS, *MACHINE, EMULATOR / "module.cpp", CSRC / "module_cuda.cpp"])
 
 
 def _is_view(value: Any) -> bool:

@@ -58,16 +58,16 @@ def test_equals_plain_pytorch(loss_type: type, normalize: bool) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-6 if i > 2 else 1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [True, False])
 @LOSSES
-def test_is_the_function_bit_for_bit(loss_type: type, normalize: bool, dtype: torch.dtype) -> None:
+def test_is_the_function_bit_for_bit(loss_type: type, normalize: bool) -> None:
     loss_fn = loss_type(normalize=normalize)
     function = Spelled(infonce if loss_type is InfoNCELoss else siglip, loss_fn)
-    inputs = batch(dtype)
-    for ours, expected in zip(run(loss_fn, *inputs), run(function, *inputs), strict=True):
-        assert ours.dtype == expected.dtype
-        assert torch.equal(ours, expected)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        inputs = batch(dtype)
+        for ours, expected in zip(run(loss_fn, *inputs), run(function, *inputs), strict=True):
+            assert ours.dtype == expected.dtype
+            assert torch.equal(ours, expected)
 
 
 def test_initial_parameters() -> None:
@@ -303,10 +303,10 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
-@LOSSES
-def test_bad_argument(loss_type: type, arguments: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        loss_type(**arguments)
+def test_bad_argument(arguments: dict, error: type[Exception], message: str) -> None:
+    for loss_type in (InfoNCELoss, SigLIPLoss):
+        with pytest.raises(error, match=message):
+            loss_type(**arguments)
 
 
 def test_bad_bias() -> None:
@@ -316,15 +316,14 @@ def test_bad_bias() -> None:
         SigLIPLoss(init_bias=None)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
 @LOSSES
-def test_bad_batch(loss_type: type, normalize: bool) -> None:
+def test_bad_batch(loss_type: type) -> None:
     queries, keys = batch()
-    loss_fn = loss_type(normalize=normalize)
-    for bad, error in ((queries[0], ValueError), (queries.long(), TypeError), ([1.0], TypeError)):
-        with pytest.raises(error, match=r"queries: expected \[N, E\] floating point"):
-            loss_fn(bad, keys)
-    with pytest.raises(ValueError, match="keys: expected"):
-        loss_fn(queries, keys[:-1])
-    with pytest.raises(TypeError, match="temperature: expected one of"):
-        loss_fn(queries, keys, temperature=0.1)
+    for loss_fn in (loss_type(normalize=True), loss_type(normalize=False)):
+        for bad, error in ((queries[0], ValueError), (queries.long(), TypeError), ([1.0], TypeError)):
+            with pytest.raises(error, match=r"queries: expected \[N, E\] floating point"):
+                loss_fn(bad, keys)
+        with pytest.raises(ValueError, match="keys: expected"):
+            loss_fn(queries, keys[:-1])
+        with pytest.raises(TypeError, match="temperature: expected one of"):
+            loss_fn(queries, keys, temperature=0.1)

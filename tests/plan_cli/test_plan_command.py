@@ -1,4 +1,4 @@
-"""`mmkernels plan`: each kind of file, the figures it shows, the picture, and what it says when something is wrong."""
+"""`mmkernels plan`: each kind of file, the figures it shows, the picture, and its error messages."""
 
 import json
 import subprocess
@@ -98,7 +98,7 @@ def test_table_and_picture(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("lengths", [[5], [8, 8], [0, 0], [3, 99, 4]])
-def test_picture_of_next_to_nothing(lengths, tmp_path, capsys):
+def test_picture_of_few_items(lengths, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     np.save(tmp_path / "l.npy", np.array(lengths))
     arguments = [str(tmp_path / "l.npy"), "--capacity", "8", "--oversize", "own_pack", "--picture"]
@@ -113,7 +113,7 @@ def test_nothing_to_pack(tmp_path, capsys):
     assert (report["items"], report["steps"], report["lower_bound"]) == (0, 0, 0)
 
 
-def test_dropped_items_are_said(tmp_path, capsys):
+def test_dropped_items_are_reported(tmp_path, capsys):
     np.save(tmp_path / "l.npy", np.array([3, 99, 4]))
     assert report_of(capsys, tmp_path / "l.npy", "--oversize", "drop", capacity=8)["dropped"] == 1
     assert (
@@ -151,7 +151,7 @@ def test_dropped_items_are_said(tmp_path, capsys):
         ("l.jsonl", b"3\n", ["--picture", "packs.xyz"], "--picture: "),
     ],
 )
-def test_what_is_wrong_is_said(name, content, arguments, message, tmp_path, capsys):
+def test_errors_name_their_cause(name, content, arguments, message, tmp_path, capsys):
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow")
     if content is not None:
@@ -163,7 +163,7 @@ def test_what_is_wrong_is_said(name, content, arguments, message, tmp_path, caps
     assert message in error
 
 
-def test_a_length_that_int64_lacks_does_not_turn_negative(tmp_path, capsys):
+def test_a_length_beyond_int64_does_not_turn_negative(tmp_path, capsys):
     np.save(tmp_path / "l.npy", np.array([3, 2**63 + 1], np.uint64))
     assert cli.main(["plan", str(tmp_path / "l.npy"), "--capacity", "8", "--picture", "None"]) == 1
     assert "length: expected integers < 2**63, got 9223372036854775809 of item 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Ranks: every pack once, equal steps, nearly equal work, one order at every world size, images where they can be."""
+"""Ranks: every pack once, equal steps, nearly equal work, one order at every world size, images spread over them."""
 
 import itertools
 import subprocess
@@ -67,7 +67,7 @@ def test_every_pack_once_and_equal_steps(items, world_size, accum, seed, window,
 
 
 @pytest.mark.parametrize(("before", "after", "accum"), [(8, 3, 1), (3, 8, 2), (4, 4, 1), (2, 5, 3)])
-def test_another_world_size_goes_on_in_the_same_order(before, after, accum):
+def test_another_world_size_continues_in_the_same_order(before, after, accum):
     """What is done after some steps is what one rank alone had taken by then, and so is each step that is left."""
     plan, cost = plan_like("obelics@8192", 4000)
     alone = balance_ranks(plan, 1, cost=cost, seed=3).packs.ravel()
@@ -151,7 +151,7 @@ def test_nothing_to_share():
     assert balance_ranks(plan, 4, start=1).num_steps == 0
 
 
-# Users' pain
+# Problems that users reported
 
 
 def test_ranks_with_different_step_counts_hang():

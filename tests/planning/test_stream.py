@@ -1,4 +1,4 @@
-"""A stream's packs are those of the whole, whatever was saved and loaded on the way; its state stays small."""
+"""A stream gives the packs of the whole list, even when saved and loaded on the way; its state stays small."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_without_the_core_the_packs_are_the_same(monkeypatch):
     assert here == packs_of(StreamPlanner(capacity, lookahead=32), lengths)
 
 
-def test_a_full_window_wants_to_be_popped_and_a_flushed_one_begins_again():
+def test_a_full_window_must_be_popped_and_flushing_starts_a_new_one():
     planner = StreamPlanner(10, lookahead=2)
     assert planner.pop() is None
     assert [planner.push(length) for length in (6, 5)] == [0, 1]

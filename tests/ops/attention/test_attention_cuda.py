@@ -21,31 +21,34 @@ def inputs(mask: str, device: str, **options: object) -> AttentionInputs:
     return make_inputs(*case.tokens, mask=case.mask(device), device=device, **options)
 
 
-def assert_right(x: AttentionInputs, *, with_lse: bool = False) -> None:
+def assert_right(x: AttentionInputs, *, with_lse: bool = False, case: object = "") -> None:
+    """A failure names the `case`."""
     actual = dict(run(x, "native", with_lse=with_lse).items())
     truth = dict(plain(x.to(torch.float64), with_lse=with_lse).items())
     for name, expected in plain(x, with_lse=with_lse).items():
-        assert actual[name].shape == truth[name].shape
+        assert actual[name].shape == truth[name].shape, f"{case} {name}"
         if truth[name].count_nonzero() > 0:
-            assert_as_accurate(name, actual[name], expected, truth[name])
+            assert_as_accurate(f"{case} {name}", actual[name], expected, truth[name])
         else:
             # One visible key: <grad_out, v> - delta is zero, up to the rounding of two float32 sums of other orders.
-            assert name in ("dq", "dk")
-            assert actual[name].abs().max() <= 1e-6 * x.grad_out.abs().max() * x.v.abs().max()
+            assert name in ("dq", "dk"), f"{case} {name}"
+            assert actual[name].abs().max() <= 1e-6 * x.grad_out.abs().max() * x.v.abs().max(), f"{case} {name}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mask", INTERVAL_MASKS)
-def test_masks(cuda, mask, dtype):
-    # With one score per head a gradient of lse is one rounding of ds to 16 bits: no statistic to compare.
-    assert_right(inputs(mask, cuda.device, dtype=dtype, dim=64), with_lse=mask != "single" or dtype not in LOW)
+def test_masks(cuda, dtype):
+    for mask in INTERVAL_MASKS:
+        # With one score per head a gradient of lse is one rounding of ds to 16 bits: no statistic to compare.
+        with_lse = mask != "single" or dtype not in LOW
+        assert_right(inputs(mask, cuda.device, dtype=dtype, dim=64), with_lse=with_lse, case=mask)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_head_dims(cuda, dims, dtype):
+def test_head_dims(cuda, dtype):
     mask = AttentionMask.packed(torch.tensor([0, 30, 75], dtype=torch.int32, device=cuda.device))
-    assert_right(make_inputs(75, 75, dim=dims[0], dim_v=dims[1], dtype=dtype, mask=mask, device=cuda.device))
+    for dims in DIMS:
+        x = make_inputs(75, 75, dim=dims[0], dim_v=dims[1], dtype=dtype, mask=mask, device=cuda.device)
+        assert_right(x, case=dims)
 
 
 def test_tiny_head_dim(cuda):
@@ -54,28 +57,26 @@ def test_tiny_head_dim(cuda):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", ((4, 2), (6, 1)), ids=str)
-def test_grouped_heads(cuda, heads, dtype):
-    x = inputs("packed_causal", cuda.device, dtype=dtype, heads=heads[0], kv_heads=heads[1], dim=32)
-    assert_right(x, with_lse=True)
+def test_grouped_heads(cuda, dtype):
+    for heads, kv_heads in ((4, 2), (6, 1)):
+        x = inputs("packed_causal", cuda.device, dtype=dtype, heads=heads, kv_heads=kv_heads, dim=32)
+        assert_right(x, with_lse=True, case=(heads, kv_heads))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("amplitude", (0.0, 10.0, 300.0))
-def test_logits_from_flat_to_one_hot(cuda, amplitude, dtype):
-    assert_right(inputs("cross", cuda.device, dtype=dtype, amplitude=amplitude, dim=48))
+def test_logits_from_flat_to_one_hot(cuda, dtype):
+    for amplitude in (0.0, 10.0, 300.0):
+        assert_right(inputs("cross", cuda.device, dtype=dtype, amplitude=amplitude, dim=48), case=amplitude)
 
 
-@pytest.mark.parametrize("scale", (-0.3, 0.0, 1.0))
-def test_scale(cuda, scale):
-    assert_right(inputs("packed", cuda.device, scale=scale, dim=16))
+def test_scale(cuda):
+    for scale in (-0.3, 0.0, 1.0):
+        assert_right(inputs("packed", cuda.device, scale=scale, dim=16), case=scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ("packed_qkv", "heads_first", "off_by_one", "expanded"))
-def test_layouts(cuda, layout, dtype):
+def test_layouts(cuda, layout):
     """Strides that a kernel must follow, and addresses at which it may not use 16-byte accesses."""
-    x = inputs("packed_causal", cuda.device, dtype=dtype, dim=40)
 
     def laid_out(t: Tensor) -> Tensor:
         if layout == "packed_qkv":
@@ -87,23 +88,25 @@ def test_layouts(cuda, layout, dtype):
             return storage[1:].view(t.shape).copy_(t)
         return t[:, :1].expand_as(t)
 
-    y = replace(x, **{name: laid_out(getattr(x, name)) for name in ("q", "k", "v", "grad_out")})
-    expected = replace(x, **{name: getattr(y, name).contiguous() for name in ("q", "k", "v", "grad_out")})
-    for (name, a), (_, b) in zip(run(y, "native").items(), run(expected, "native").items(), strict=True):
-        assert torch.equal(a, b), name
-    assert_right(y)
+    for dtype in DTYPES:
+        x = inputs("packed_causal", cuda.device, dtype=dtype, dim=40)
+        y = replace(x, **{name: laid_out(getattr(x, name)) for name in ("q", "k", "v", "grad_out")})
+        expected = replace(x, **{name: getattr(y, name).contiguous() for name in ("q", "k", "v", "grad_out")})
+        for (name, a), (_, b) in zip(run(y, "native").items(), run(expected, "native").items(), strict=True):
+            assert torch.equal(a, b), f"{dtype} {name}"
+        assert_right(y, case=dtype)
 
 
-@pytest.mark.parametrize("tokens", ((0, 5), (5, 0), (0, 0), (1, 1), (1, 300), (300, 1)), ids=str)
-def test_few_tokens(cuda, tokens):
-    x = make_inputs(*tokens, dim=24, dtype=torch.bfloat16, device=cuda.device)
-    if 0 not in tokens:
-        assert_right(x)
-        return
-    result = run(x, "native")
-    assert (result.out == 0).all() and (result.lse == -torch.inf).all()
-    for name in ("dq", "dk", "dv"):
-        assert (getattr(result, name) == 0).all(), name
+def test_few_tokens(cuda):
+    for tokens in ((0, 5), (5, 0), (0, 0), (1, 1), (1, 300), (300, 1)):
+        x = make_inputs(*tokens, dim=24, dtype=torch.bfloat16, device=cuda.device)
+        if 0 not in tokens:
+            assert_right(x, case=tokens)
+            continue
+        result = run(x, "native")
+        assert (result.out == 0).all() and (result.lse == -torch.inf).all(), tokens
+        for name in ("dq", "dk", "dv"):
+            assert (getattr(result, name) == 0).all(), f"{tokens} {name}"
 
 
 def test_rows_that_see_nothing(cuda):

@@ -1,7 +1,9 @@
 """The attention kernels for compute capability 9.0, emulated and on a device: accuracy, layouts, the same bits."""
 
+import itertools
 from dataclasses import replace
 
+import pairwise
 import pytest
 import torch
 from torch import Tensor
@@ -30,57 +32,61 @@ def inputs(mask: str, device: str, **options: object) -> AttentionInputs:
     return make_inputs(*case.tokens, mask=case.mask(device), device=device, **options)
 
 
-def assert_right(cuda: object, x: AttentionInputs, *, with_lse: bool = True, sm90: bool = True) -> None:
-    """Forward and backward against float64, by the kernels for sm_90 alone (or without them)."""
+def assert_right(
+    cuda: object, x: AttentionInputs, *, with_lse: bool = True, sm90: bool = True, case: object = ""
+) -> None:
+    """Forward and backward against float64, by the kernels for sm_90 alone (or without them). A failure names the
+    `case`."""
     if cuda.emulator is not None:
         cuda.emulator.reset_counts()
     actual = dict(run(x, "native", with_lse=with_lse).items())
     if cuda.emulator is not None:
         counts = cuda.emulator.counts()
         ours, others = counts["warpgroup_products"], counts["matrix_products"]
-        assert (ours > 0 and others == 0) if sm90 else (ours == 0 and others > 0)
+        assert (ours > 0 and others == 0) if sm90 else (ours == 0 and others > 0), case
     truth = dict(plain(x.to(torch.float64), with_lse=with_lse).items())
     for name, expected in plain(x, with_lse=with_lse).items():
-        assert actual[name].shape == truth[name].shape
+        assert actual[name].shape == truth[name].shape, f"{case} {name}"
         if truth[name].count_nonzero() > 0:
-            assert_as_accurate(name, actual[name], expected, truth[name])
+            assert_as_accurate(f"{case} {name}", actual[name], expected, truth[name])
         else:
-            assert name in ("dq", "dk")
-            assert actual[name].abs().max() <= 1e-6 * x.grad_out.abs().max() * x.v.abs().max()
+            assert name in ("dq", "dk"), f"{case} {name}"
+            assert actual[name].abs().max() <= 1e-6 * x.grad_out.abs().max() * x.v.abs().max(), f"{case} {name}"
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("dim", (64, 128))
-@pytest.mark.parametrize("mask", MASKS)
-def test_masks(sm90, mask, dim, dtype):
-    # With one score per head a gradient of lse is one rounding of ds to 16 bits: no statistic to compare.
-    assert_right(sm90, inputs(mask, sm90.device, dtype=dtype, dim=dim), with_lse=mask != "single")
+def test_masks(sm90, dim, dtype):
+    for mask in MASKS:
+        # With one score per head a gradient of lse is one rounding of ds to 16 bits: no statistic to compare.
+        with_lse = mask != "single"
+        assert_right(sm90, inputs(mask, sm90.device, dtype=dtype, dim=dim), with_lse=with_lse, case=mask)
 
 
-@pytest.mark.parametrize("dims", ((8, 8), (72, 72), (80, 80), (96, 96), (128, 64), (40, 112)), ids=str)
-def test_head_dims(sm90, dims):
+def test_head_dims(sm90):
     """Padded to 64 and 128 by TMA; what is not there is not written either."""
-    x = inputs("packed_causal", sm90.device, dtype=torch.bfloat16, dim=dims[0], dim_v=dims[1])
-    assert_right(sm90, x)
+    for dims in ((8, 8), (72, 72), (80, 80), (96, 96), (128, 64), (40, 112)):
+        x = inputs("packed_causal", sm90.device, dtype=torch.bfloat16, dim=dims[0], dim_v=dims[1])
+        assert_right(sm90, x, case=dims)
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("heads", ((4, 2), (6, 1)), ids=str)
-@pytest.mark.parametrize("mask", ("packed_causal", "noise"))
+@pairwise.cases(mask=("packed_causal", "noise"), heads=((4, 2), (6, 1)), dtype=LOW)
 def test_grouped_heads(sm90, mask, heads, dtype):
     assert_right(sm90, inputs(mask, sm90.device, dtype=dtype, heads=heads[0], kv_heads=heads[1], dim=64))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("amplitude", (0.0, 10.0, 300.0))
-def test_logits_from_flat_to_one_hot(sm90, amplitude, dtype):
-    assert_right(sm90, inputs("cross", sm90.device, dtype=dtype, amplitude=amplitude, dim=64), with_lse=False)
+def test_logits_from_flat_to_one_hot(sm90, dtype):
+    for amplitude in (0.0, 10.0, 300.0):
+        x = inputs("cross", sm90.device, dtype=dtype, amplitude=amplitude, dim=64)
+        assert_right(sm90, x, with_lse=False, case=amplitude)
 
 
-@pytest.mark.parametrize("scale", (-0.3, 0.0, 1.0))
 @pytest.mark.parametrize("mask", ("packed", "cross_only"))
-def test_scale(sm90, mask, scale):
-    assert_right(sm90, inputs(mask, sm90.device, scale=scale, dim=64, dtype=torch.bfloat16), with_lse=False)
+def test_scale(sm90, mask):
+    for scale in (-0.3, 0.0, 1.0):
+        x = inputs(mask, sm90.device, scale=scale, dim=64, dtype=torch.bfloat16)
+        assert_right(sm90, x, with_lse=False, case=scale)
 
 
 def blocky_mask(seed: int, tokens_q: int, tokens_k: int, device: str) -> AttentionMask:
@@ -101,24 +107,33 @@ def blocky_mask(seed: int, tokens_q: int, tokens_k: int, device: str) -> Attenti
     return AttentionMask.from_rows(lo.to(device), hi.to(device), **{name: x.to(device) for name, x in given.items()})
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_random_patterns(sm90, seed):
-    tokens = torch.randint(1, 420, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
-    mask = blocky_mask(seed, *tokens, sm90.device)
-    dim, dtype = (64, 128)[seed % 2], LOW[seed // 2 % 2]
-    x = make_inputs(*tokens, mask=mask, dim=dim, dtype=dtype, heads=2, kv_heads=1, device=sm90.device, seed=seed)
-    assert_right(sm90, x)
-    blind = ~mask.to_dense(*tokens).any(1)
-    result = run(x, "native")
-    assert (result.out[blind] == 0).all() and (result.dq[blind] == 0).all()
-    assert (result.lse[:, blind] == -torch.inf).all()
+# Three seeds a kernel: each has other lengths of runs.
+SEEDS = {(64, LOW[0]): (0, 1, 2), (128, LOW[0]): (3, 4, 5), (64, LOW[1]): (6, 7, 8), (128, LOW[1]): (9, 10, 11)}
+
+
+def random_tokens(seed: int) -> list[int]:
+    return torch.randint(1, 420, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize(("dim", "dtype"), SEEDS, ids=str)
+def test_random_patterns(sm90, dim, dtype):
+    for seed in SEEDS[dim, dtype]:
+        tokens = random_tokens(seed)
+        mask = blocky_mask(seed, *tokens, sm90.device)
+        sizes = {"dim": dim, "dtype": dtype, "heads": 2, "kv_heads": 1}
+        x = make_inputs(*tokens, mask=mask, **sizes, device=sm90.device, seed=seed)
+        assert_right(sm90, x, case=seed)
+        blind = ~mask.to_dense(*tokens).any(1)
+        result = run(x, "native")
+        assert (result.out[blind] == 0).all() and (result.dq[blind] == 0).all(), seed
+        assert (result.lse[:, blind] == -torch.inf).all(), seed
 
 
 def test_random_patterns_meet_every_state():
     """Else the test above shows less than it seems to."""
     met = set()
-    for seed in range(12):
-        tokens = torch.randint(1, 420, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+    for seed in itertools.chain(*SEEDS.values()):
+        tokens = random_tokens(seed)
         met |= set(tile_states(blocky_mask(seed, *tokens, "cpu").rows(*tokens), tokens[1]).flatten().tolist())
     assert met == {SKIP, PARTIAL, FULL}
 
@@ -151,20 +166,20 @@ def test_what_nobody_sees_is_not_fetched(sm90, pattern):
     assert loads(packed) == 4 * 5 + 4 * 8
 
 
-@pytest.mark.parametrize("tokens", ((0, 5), (5, 0), (1, 1), (1, 300), (300, 1)), ids=str)
 @pytest.mark.parametrize("pattern", (False, True))
-def test_few_tokens(sm90, tokens, pattern):
-    span_q, span_k = (torch.zeros(n, dtype=torch.int32, device=sm90.device) for n in tokens)
-    mask = AttentionMask.from_rows(torch.zeros_like(span_q), span_q + tokens[1], span_q=span_q, span_k=span_k)
-    given = mask if pattern else None
-    x = make_inputs(*tokens, dim=64, dtype=torch.bfloat16, mask=given, device=sm90.device)
-    if 0 not in tokens:
-        assert_right(sm90, x, with_lse=False)
-        return
-    result = run(x, "native")
-    assert (result.out == 0).all() and (result.lse == -torch.inf).all()
-    for name in ("dq", "dk", "dv"):
-        assert (getattr(result, name) == 0).all(), name
+def test_few_tokens(sm90, pattern):
+    for tokens in ((0, 5), (5, 0), (1, 1), (1, 300), (300, 1)):
+        span_q, span_k = (torch.zeros(n, dtype=torch.int32, device=sm90.device) for n in tokens)
+        mask = AttentionMask.from_rows(torch.zeros_like(span_q), span_q + tokens[1], span_q=span_q, span_k=span_k)
+        given = mask if pattern else None
+        x = make_inputs(*tokens, dim=64, dtype=torch.bfloat16, mask=given, device=sm90.device)
+        if 0 not in tokens:
+            assert_right(sm90, x, with_lse=False, case=tokens)
+            continue
+        result = run(x, "native")
+        assert (result.out == 0).all() and (result.lse == -torch.inf).all(), tokens
+        for name in ("dq", "dk", "dv"):
+            assert (getattr(result, name) == 0).all(), f"{tokens} {name}"
 
 
 @pytest.mark.parametrize("mask", ("packed_causal", "noise"))

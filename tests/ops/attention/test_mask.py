@@ -1,13 +1,12 @@
-"""Every mask builder equals its own dense definition, and says what is wrong with its metadata."""
+"""Every mask builder equals its own dense definition, and so do the tiles that it skips or takes whole."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkernels import AttentionMask, Modality, attention
+from mmkernels import AttentionMask
 from mmkernels.ops.attention import tiles
-from mmkernels.ops.checks import validating
 from mmkernels.testing.attention import MASKS, make_inputs, plain, run
 from mmkernels.testing.packing import cu_seqlens_of
 
@@ -103,7 +102,7 @@ def lengths_of(samples):
     return [sum(length for length, _, _ in sample) for sample in samples]
 
 
-def pairwise(num_q, num_k, visible):
+def pair_by_pair(num_q, num_k, visible):
     dense = torch.zeros(num_q, num_k, dtype=torch.bool)
     for i in range(num_q):
         for j in range(num_k):
@@ -133,7 +132,7 @@ def test_multimodal(samples, window, bidirectional):
         bidirectional=tuple(bidirectional),
         window=window,
     )
-    check(mask, pairwise(len(table), len(table), visible))
+    check(mask, pair_by_pair(len(table), len(table), visible))
 
 
 @settings(max_examples=400, deadline=None)
@@ -145,7 +144,7 @@ def test_cross_only(samples):
         return table[i][0] == table[j][0] and table[i][1] != table[j][1]
 
     mask = AttentionMask.cross_only(cu_seqlens_of(lengths_of(samples)), column(table, 1, torch.uint8))
-    check(mask, pairwise(len(table), len(table), visible))
+    check(mask, pair_by_pair(len(table), len(table), visible))
 
 
 media = st.lists(
@@ -181,7 +180,7 @@ def test_media(samples, mode):
         column(keys, 1, torch.int32),
         mode=mode,
     )
-    check(mask, pairwise(len(queries), len(keys), visible))
+    check(mask, pair_by_pair(len(queries), len(keys), visible))
 
 
 row = st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(-2, 2), st.integers(-(2**31), 2**31 - 1))
@@ -206,7 +205,7 @@ def test_from_rows(queries, keys, spans, classes):
     if classes:
         pattern |= {"allow_q": column(queries, 3, torch.int32), "class_k": column(keys, 1, torch.uint8)}
     lo, hi = (torch.tensor([end[side] for end in ends], dtype=torch.int32) for side in (0, 1))
-    check(AttentionMask.from_rows(lo, hi, **pattern), pairwise(len(queries), num_k, visible))
+    check(AttentionMask.from_rows(lo, hi, **pattern), pair_by_pair(len(queries), num_k, visible))
 
 
 @settings(max_examples=10, deadline=None)
@@ -269,224 +268,3 @@ def test_tokens_after_the_last_segment_belong_to_none():
     dense = mask.to_dense(7, 7)
     assert not dense[5:].any()
     assert not dense[:, 5:].any()
-
-
-INT = torch.int32
-ZEROS = torch.zeros(2, dtype=INT)
-
-
-def multimodal(**changed):
-    args = {"cu_seqlens": cu_seqlens_of([3]), "modality_ids": torch.ones(3, dtype=torch.uint8)}
-    return AttentionMask.multimodal(**(args | {"span_ids": torch.tensor([0, 0, -1], dtype=INT)} | changed))
-
-
-def media_mask(**changed):
-    args = {"cu_seqlens_q": cu_seqlens_of([2]), "cu_seqlens_k": cu_seqlens_of([2])}
-    return AttentionMask.media(**(args | {"media_ids_q": ZEROS, "media_ids_k": ZEROS} | changed))
-
-
-def from_rows(**changed):
-    return AttentionMask.from_rows(**({"lo": ZEROS, "hi": ZEROS + 2} | changed))
-
-
-BAD = [
-    (lambda: AttentionMask.packed([0, 3]), TypeError, r"cu_seqlens_q: expected \[S\+1\] int32"),
-    (lambda: AttentionMask.packed(torch.tensor([0.0, 3.0])), TypeError, r"\[S\+1\] int32, or another integer dtype"),
-    (
-        lambda: AttentionMask.packed(torch.tensor([0, 2**32 + 3])),
-        ValueError,
-        "cu_seqlens_q: expected numbers that fit int32, got 4294967299 at index 1",
-    ),
-    (lambda: AttentionMask.packed(torch.zeros(2, 2, dtype=INT)), ValueError, "cu_seqlens_q: "),
-    (lambda: AttentionMask.packed(torch.tensor([], dtype=INT)), ValueError, "cu_seqlens_q: expected at least one"),
-    (lambda: AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT)), ValueError, "never fall, got 3 at index 2"),
-    (lambda: AttentionMask.packed(torch.tensor([1, 5], dtype=INT)), ValueError, "0 at index 0, got 1 at index 0"),
-    (
-        lambda: AttentionMask.packed(cu_seqlens_of([1, 2]), cu_seqlens_of([3])),
-        ValueError,
-        "cu_seqlens_k: expected 3 bound",
-    ),
-    (
-        lambda: AttentionMask.packed(cu_seqlens_of([3]), window=2),
-        ValueError,
-        "window: expected None without causal=True",
-    ),
-    (
-        lambda: AttentionMask.packed(cu_seqlens_of([3]), causal=True, window=0),
-        ValueError,
-        "window: expected at least 1",
-    ),
-    (
-        lambda: AttentionMask.prefix(cu_seqlens_of([3]), torch.tensor([4], dtype=INT)),
-        ValueError,
-        "prefix_lengths: .* 4",
-    ),
-    (lambda: AttentionMask.from_rows(cu_seqlens_of([3]), cu_seqlens_of([3, 1])), ValueError, "hi: "),
-    (
-        lambda: AttentionMask.from_rows(torch.tensor([2], dtype=INT), torch.tensor([1], dtype=INT)),
-        ValueError,
-        "hi: expected at least lo, got 1 at index 0",
-    ),
-    (
-        lambda: AttentionMask.packed(cu_seqlens_of([9])).rows(5, 5),
-        ValueError,
-        "cu_seqlens_q: expected at most 5 tokens",
-    ),
-    (lambda: multimodal(modality_ids=torch.zeros(3)), TypeError, r"modality_ids: expected \[T\] uint8, or another int"),
-    (
-        lambda: multimodal(modality_ids=torch.tensor([0, 256, 0])),
-        ValueError,
-        "modality_ids: expected numbers that fit uint8, got 256 at index 1",
-    ),
-    (
-        lambda: multimodal(modality_ids=torch.tensor([0, 32, 0], dtype=torch.uint8)),
-        ValueError,
-        "modality_ids: .*got 32",
-    ),
-    (lambda: multimodal(span_ids=torch.zeros(3)), TypeError, r"span_ids: expected \[T\] int32"),
-    (lambda: multimodal(span_ids=torch.zeros(4, dtype=INT)), ValueError, r"span_ids: expected \[3\] like modality_ids"),
-    (
-        lambda: multimodal(span_ids=torch.tensor([4, -1, 4], dtype=INT)),
-        ValueError,
-        "side by side, got id 4 again at index 2",
-    ),
-    (lambda: multimodal(cu_seqlens=cu_seqlens_of([4])), ValueError, "cu_seqlens: expected at most 3 tokens"),
-    (lambda: multimodal(window=0), ValueError, "window: expected at least 1 key"),
-    (lambda: multimodal(window=2.0), TypeError, "window: expected an int or None"),
-    (lambda: multimodal(bidirectional=(32,)), ValueError, r"bidirectional: expected modalities in \[0, 32\)"),
-    (lambda: multimodal(bidirectional="image"), TypeError, "bidirectional: expected a sequence of modalities"),
-    (lambda: multimodal().rows(4, 4), ValueError, r"mask: span_ids: expected \[4\], one per token"),
-    (lambda: multimodal().rows(3, 4), ValueError, "as many queries as keys for a multimodal mask"),
-    (lambda: media_mask(mode="first"), ValueError, "mode: expected 'last', 'all_previous' or 'own', got 'first'"),
-    (
-        lambda: media_mask(media_ids_k=torch.tensor([1, 0], dtype=INT)),
-        ValueError,
-        "media_ids_k: .*never fall.*got 0 at index 1",
-    ),
-    (
-        lambda: media_mask(media_ids_k=torch.tensor([-1, 0], dtype=INT)),
-        ValueError,
-        "media_ids_k: expected at least 0, got -1",
-    ),
-    (lambda: media_mask(media_ids_q=torch.zeros(2)), TypeError, "media_ids_q: .*int32"),
-    (lambda: media_mask(cu_seqlens_k=cu_seqlens_of([3])), ValueError, "cu_seqlens_k: expected at most 2 tokens"),
-    (lambda: media_mask().rows(3, 2), ValueError, r"mask: media_ids_q: expected \[3\], one per token"),
-    (
-        lambda: AttentionMask.cross_only(cu_seqlens_of([1]), torch.tensor([200], dtype=torch.uint8)),
-        ValueError,
-        r"modality_ids: expected ids in \[0, 32\), got 200 at index 0",
-    ),
-    (lambda: from_rows(span_q=ZEROS), ValueError, "span_q, span_k: expected both or neither"),
-    (lambda: from_rows(allow_q=ZEROS), ValueError, "class_k: expected the class of each key, required with allow_q"),
-    (lambda: from_rows(class_q=ZEROS), ValueError, "class_k: expected the class of each key"),
-    (lambda: from_rows(allow_q=ZEROS.float(), class_k=ZEROS), TypeError, r"allow_q: expected \[Tq\] int32"),
-    (
-        lambda: from_rows(allow_q=ZEROS.long() + 2**32, class_k=ZEROS),
-        ValueError,
-        "allow_q: expected numbers that fit int32, got 4294967296 at index 0",
-    ),
-    (lambda: from_rows(hi=ZEROS.long() + 2**32), ValueError, "hi: expected numbers that fit int32"),
-    (lambda: from_rows(class_k=ZEROS + 32), ValueError, r"class_k: expected classes in \[0, 32\), got 32 at index 0"),
-    (lambda: from_rows(class_k=ZEROS - 1), ValueError, r"class_k: expected classes in \[0, 32\), got -1 at index 0"),
-    (lambda: from_rows(span_q=ZEROS[:1], span_k=ZEROS), ValueError, r"span_q: expected \[2\] like lo"),
-    (
-        lambda: from_rows(span_q=ZEROS, span_k=ZEROS).rows(2, 3),
-        ValueError,
-        r"mask: span_k: expected \[3\], one per token",
-    ),
-    (
-        lambda: from_rows(span_q=ZEROS, span_k=ZEROS, class_k=ZEROS[:1]),
-        ValueError,
-        r"class_k: expected \[2\] like span_k",
-    ),
-    (lambda: from_rows(lo=ZEROS - 1), ValueError, "lo: expected at least 0, got -1 at index 0"),
-    (lambda: from_rows().rows(2, 1), ValueError, "hi: expected at most 1 keys, got 2 at index 0"),
-    (lambda: from_rows().with_classes(ZEROS + 40), ValueError, r"class_q: expected classes in \[0, 32\), got 40"),
-    (lambda: from_rows().with_classes(ZEROS.bool()), TypeError, r"class_q: expected \[Tq\] int32, or another integer"),
-    (lambda: from_rows().with_classes(ZEROS.long() + 2**32), ValueError, "class_q: expected numbers that fit int32"),
-]
-
-
-SEGMENTS, KINDS = torch.tensor([0, 4, 9]), torch.tensor([1, 1, 0, 0, 0, 1, 1, 1, 0])
-ITEMS, MEDIA = torch.tensor([0, 0, -1, -1, -1, 1, 1, 1, -1]), torch.tensor([0, 0, 1, 1, 0, 1, 1, 2, 2])
-BUILDERS = {
-    "packed": lambda to: AttentionMask.packed(to(SEGMENTS), to(SEGMENTS), causal=True),
-    "prefix": lambda to: AttentionMask.prefix(to(SEGMENTS), to(torch.tensor([2, 3]))),
-    "multimodal": lambda to: AttentionMask.multimodal(to(SEGMENTS), to(KINDS), to(ITEMS), bidirectional=(1,)),
-    "media": lambda to: AttentionMask.media(to(SEGMENTS), to(SEGMENTS), to(ITEMS), to(MEDIA)),
-    "media, own": lambda to: AttentionMask.media(to(SEGMENTS), to(SEGMENTS), to(ITEMS), to(MEDIA), mode="own"),
-    "cross_only": lambda to: AttentionMask.cross_only(to(SEGMENTS), to(KINDS)),
-    "from_rows": lambda to: AttentionMask.from_rows(
-        to(ITEMS.clamp(min=0)), to(ITEMS + 8), span_q=to(ITEMS), span_k=to(MEDIA), allow_q=to(KINDS), class_q=to(KINDS),
-        class_k=to(MEDIA),
-    ),
-    "with_classes": lambda to: AttentionMask.packed(to(SEGMENTS)).with_classes(to(KINDS), to(MEDIA)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.int8], ids=str)
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-def test_any_integer_dtype(build, dtype):
-    """torch's own integers are int64; the rows are the same to the bit."""
-    mask, expected = build(lambda x: x.to(dtype)), build(lambda x: x.to(INT))
-    for got, want in zip(mask.rows(9, 9), expected.rows(9, 9), strict=True):
-        assert (got is None) == (want is None)
-        assert got is None or (got.dtype == want.dtype and torch.equal(got, want))
-    assert (mask.classes is None) == (expected.classes is None)
-    q, k = torch.randn(2, 9, 2, 8).unbind()
-    bias = {} if mask.classes is None else {"pair_bias": torch.randn(2, 3, 3)}
-    assert torch.equal(attention(q, k, k, mask, **bias), attention(q, k, k, expected, **bias))
-
-
-def test_a_class_in_the_sign_bit():
-    """In int64 class 31 is 2^31, which int32 holds as a sign."""
-    classes, allow = torch.tensor([31, 0]), torch.tensor([1 << 31, (1 << 31) + 1])
-    mask = AttentionMask.from_rows(ZEROS, ZEROS + 2, allow_q=allow, class_k=classes)
-    assert mask.to_dense().tolist() == [[True, False], [True, True]]
-
-
-@pytest.mark.parametrize("window", [2**31 - 1, 2**40, 2**63 - 1, 2**70])
-def test_a_window_beyond_int32_is_none(window):
-    for build in (
-        lambda window: AttentionMask.packed(SEGMENTS, causal=True, window=window),
-        lambda window: AttentionMask.multimodal(SEGMENTS, KINDS, ITEMS, bidirectional=(1,), window=window),
-    ):
-        for got, want in zip(build(window).rows(9, 9), build(9).rows(9, 9), strict=True):
-            assert (got is None and want is None) or torch.equal(got, want)
-
-
-@pytest.mark.parametrize(("build", "error", "message"), BAD)
-def test_a_mistake_is_named(build, error, message):
-    with pytest.raises(error, match=message):
-        build()
-
-
-def test_a_mask_serves_one_pair_of_sizes():
-    mask = AttentionMask.packed(cu_seqlens_of([2, 3]))
-    mask.rows(5, 5)
-    with pytest.raises(ValueError, match="mask: expected q and k of 5 and 5 tokens, which it was laid out for"):
-        mask.rows(6, 6)
-
-
-def test_values_on_a_device_are_checked_when_asked(monkeypatch):
-    """As on a GPU, where nothing looks at values until validate() or MMKERNELS_VALIDATE asks for it."""
-    from mmkernels.ops.attention import mask as module
-
-    monkeypatch.setattr(module, "readable", lambda tensor: validating())
-    monkeypatch.setenv("MMKERNELS_VALIDATE", "0")
-    bad = AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT))
-    with pytest.raises(ValueError, match="never fall, got 3 at index 2"):
-        bad.validate()
-    monkeypatch.setenv("MMKERNELS_VALIDATE", "1")
-    with pytest.raises(ValueError, match="never fall, got 3 at index 2"):
-        AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT))
-
-
-def test_a_mask_moves_with_its_classes():
-    mask = multimodal().to("cpu")
-    assert torch.equal(mask.to_dense(), multimodal().to_dense())
-    assert torch.equal(mask.classes[0], multimodal().classes[0])
-    assert AttentionMask.packed(cu_seqlens_of([2])).classes is None
-    other = AttentionMask.packed(cu_seqlens_of([2])).with_classes(ZEROS)
-    assert other.to("cpu").classes is not None
-    assert int(Modality.IMAGE) == 1

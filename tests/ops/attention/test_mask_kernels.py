@@ -1,12 +1,12 @@
 """Random masks of every builder through the kernels, forward and backward: what the dense mask gives."""
 
+import backends
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmkernels import AttentionMask
-from mmkernels.runtime.backends import candidates
 from mmkernels.testing.attention import make_inputs, plain, run
 from mmkernels.testing.packing import cu_seqlens_of
 
@@ -119,8 +119,7 @@ FEW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "deran
 @settings(max_examples=60, **FEW)
 @given(data=st.data())
 def test_native(builder, data):
-    if candidates("attention", torch.device("cpu"), torch.float64)["native"] is not None:
-        pytest.skip("no native core")
+    backends.need("attention", "native", torch.float64)
     check(data, builder, "native", torch.float64, {"heads": 2, "kv_heads": 1}, 1e-10)
 
 
@@ -128,6 +127,5 @@ def test_native(builder, data):
 @settings(max_examples=8, **FEW)
 @given(data=st.data())
 def test_triton(builder, data):
-    if candidates("attention", torch.device("cpu"), torch.float32)["triton"] is not None:
-        pytest.skip("Triton's interpreter is off")
+    backends.need("attention", "triton")
     check(data, builder, "triton", torch.float32, {"heads": 1}, 2e-5)

@@ -1,10 +1,7 @@
-"""The CPU kernels of the family's parts on every instruction set; one process for all parts, for starting it is what
-takes long."""
+"""The CPU kernels of the family's parts on every instruction set; one process for all, because starting it is slow."""
 
 import isas
-import torch
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from backends import DTYPES
 
 
 @isas.each
@@ -19,8 +16,8 @@ def check_all() -> None:
 
     for dtype in DTYPES:
         for case in ("half_of_the_head", "neighbours_in_part", "rotation_alone"):
-            test_rope.test_against_float64(case, dtype, "native")
+            test_rope.assert_case(case, dtype, "native")
         for case in ("channels", "heads", "scalar"):
-            test_gate.test_against_float64(case, dtype, "native")
+            test_gate.assert_right(test_gate.gated_rows(*test_gate.CASES[case], dtype=dtype), "native", case)
         for mask in ("cross", "window"):
-            test_additive.test_masks(mask, dtype, "native")
+            test_additive.assert_mask(mask, dtype, "native")

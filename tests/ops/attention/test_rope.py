@@ -2,38 +2,30 @@
 
 import math
 
+import backends
 import pytest
 import torch
+from backends import DTYPES
 
 from mmkernels import norm_rope, qk_norm_rope, rotary_cos_sin
-from mmkernels.ops.attention.rope.table import frequency_axes
-from mmkernels.runtime.backends import BackendError, candidates
+from mmkernels.runtime.backends import BackendError
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.attention_rows import Rows, differentiate, norm_rope_rows, plain_norm_rope
 
 OPS = torch.ops.mmkernels
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-every_backend = pytest.mark.parametrize("backend", ["native", "triton", "reference"])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def needs(backend: str, dtype: torch.dtype = torch.float32) -> None:
-    reason = candidates("attention", torch.device("cpu"), dtype)[backend]
-    if reason is not None:
-        pytest.skip(reason)
-
-
-def assert_right(draws: list[Rows], backend: str) -> None:
-    """Compare a backend with the truth over all draws at once."""
+def assert_right(draws: list[Rows], backend: str, case: str) -> None:
+    """Compare a backend with the truth over all draws at once; a failure names the `case`."""
     got = [differentiate(rows, lambda **kwargs: norm_rope(**kwargs, backend=backend)) for rows in draws]
     plain = [differentiate(rows, plain_norm_rope) for rows in draws]
     truth = [differentiate(rows.double(), plain_norm_rope) for rows in draws]
     for name in truth[0]:
         ours, theirs, true = (torch.stack([result[name] for result in results]) for results in (got, plain, truth))
         if true.dtype == draws[0].grad_out.dtype:
-            torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11, msg=f"{case} {name}")
         else:
-            assert_as_accurate(name, ours, theirs, true)
+            assert_as_accurate(f"{case} {name}", ours, theirs, true)
 
 
 # tokens, heads, D, R, norm, weight and bias, interleaved
@@ -53,85 +45,37 @@ CASES = {
 }
 
 
-@every_backend
-@every_dtype
-@pytest.mark.parametrize("case", CASES)
-def test_against_float64(case, dtype, backend):
-    needs(backend, dtype)
+def assert_case(case: str, dtype: torch.dtype, backend: str) -> None:
     tokens, heads, dim, rotary, norm, affine, interleaved = CASES[case]
-    if backend == "triton" and case == "many_strips":
+    if backends.interpreted(backend) and case == "many_strips":
         tokens = 300  # two programs of the backward; the interpreter is slow
     options = {"rotary_dim": rotary, "norm": norm, "affine": affine, "interleaved": interleaved, "dtype": dtype}
-    seeds = range(1 + 100 // (tokens * heads * dim))  # the largest error of few elements is noisy
-    assert_right([norm_rope_rows(tokens, heads, dim, **options, seed=seed) for seed in seeds], backend)
+    draws = 1 + (20 if backends.interpreted(backend) else 100) // (tokens * heads * dim)  # of few elements: noisy
+    assert_right([norm_rope_rows(tokens, heads, dim, **options, seed=seed) for seed in range(draws)], backend, case)
 
 
-# Angles
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@backends.every_dtype
+def test_against_float64(dtype, backend):
+    backends.need("attention", backend, dtype)
+    for case in CASES:
+        assert_case(case, dtype, backend)
 
 
-@pytest.mark.parametrize("position", [0, 1, 4095, 131071, 10**6, 2**31 - 1])
-def test_angles_of_large_positions(position):
-    cos, sin = rotary_cos_sin(torch.tensor([position]), 128, base=1e6)
-    for j in range(64):
-        angle = position * 1e6 ** (-2 * j / 128)
-        # float64 holds the angle to 2^-53 of itself; what is left is float32's rounding of the cosine.
-        bound = 2**-24 + angle * 2**-51
-        assert abs(cos[0, j].item() - math.cos(angle)) <= bound
-        assert abs(sin[0, j].item() - math.sin(angle)) <= bound
-
-
-def test_scores_depend_on_the_distance_alone_even_far_out():
-    q, k = torch.randn(1, 1, 64), torch.randn(1, 1, 64)
-    scores = []
-    for start in (0, 10**6):
-        turned = [norm_rope(x, torch.tensor([start + at]), norm=None) for x, at in ((q, 7), (k, 3))]
-        scores.append((turned[0] * turned[1]).sum().item())
-    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
-
-
-def test_sections_as_in_qwen2_vl_and_qwen3_vl():
-    position = torch.randint(0, 900, (3, 2, 5))
-    frequency = 10000.0 ** (-torch.arange(64, dtype=torch.float64) / 64)
-    axes = position.double()[..., None] * frequency  # [3, B, T, R/2]
-    chunks = torch.cat([m[i] for i, m in enumerate(axes.split([16, 24, 24], dim=-1))], -1)
-    woven = axes[0].clone()
-    for axis, length in ((1, 20), (2, 20)):
-        woven[..., axis : 3 * length : 3] = axes[axis][..., axis : 3 * length : 3]
-    for sections, layout, angle in (([16, 24, 24], "contiguous", chunks), ([24, 20, 20], "interleaved", woven)):
-        cos, sin = rotary_cos_sin(position, 128, sections=sections, section_layout=layout, dtype=torch.float64)
-        torch.testing.assert_close(cos, angle.cos(), rtol=0, atol=1e-12)
-        torch.testing.assert_close(sin, angle.sin(), rtol=0, atol=1e-12)
-
-
-def test_every_frequency_has_its_axis():
-    axes = frequency_axes([24, 20, 20], "interleaved", torch.device("cpu"))
-    assert axes.bincount().tolist() == [24, 20, 20]
-    assert axes[:6].tolist() == [0, 1, 2, 0, 1, 2]
-    assert not axes[60:].any()
-    assert frequency_axes([1, 0, 2], "contiguous", torch.device("cpu")).tolist() == [0, 2, 2]
-
-
-def test_equal_axes_are_text():
-    position = torch.arange(9)
-    plain = rotary_cos_sin(position, 32)
-    for layout in ("contiguous", "interleaved"):
-        several = rotary_cos_sin(position.expand(3, 9), 32, sections=[6, 5, 5], section_layout=layout)
-        assert all(torch.equal(a, b) for a, b in zip(several, plain, strict=True))
-
-
-def test_frequencies_of_ones_own():
-    inv_freq = torch.rand(8)
-    cos, sin = rotary_cos_sin(torch.tensor([2.5]), 16, inv_freq=inv_freq, scaling=1.5)
-    torch.testing.assert_close(cos, 1.5 * (2.5 * inv_freq)[None].cos())
-    torch.testing.assert_close(sin, 1.5 * (2.5 * inv_freq)[None].sin())
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64_in_triton(case):
+    """The dtypes in turn: a kernel only reads and writes them, and computes in float32."""
+    dtype = DTYPES[list(CASES).index(case) % 3]
+    backends.need("attention", "triton", dtype)
+    assert_case(case, dtype, "triton")
 
 
 # The calls
 
 
-@every_backend
+@backends.every
 def test_q_and_k_batched_and_packed(backend):
-    needs(backend)
+    backends.need("attention", backend)
     q, k = torch.randn(2, 7, 6, 32), torch.randn(2, 7, 2, 32)
     weights = {"q_weight": torch.rand(32), "k_weight": torch.rand(32)}
     position = torch.randint(0, 100, (2, 7))
@@ -152,9 +96,9 @@ def test_q_and_k_batched_and_packed(backend):
     assert torch.equal(shared[1], norm_rope(q[1], position[0], weight=weights["q_weight"], backend=backend))
 
 
-@every_backend
+@backends.every
 def test_strides(backend):
-    needs(backend)
+    backends.need("attention", backend)
     fused = torch.randn(7, 8, 16)
     q, k = fused[:, :4], fused[:, 4:6]
     position = torch.arange(7)
@@ -172,9 +116,9 @@ def test_strides(backend):
     assert torch.equal(dense, spread)
 
 
-@every_backend
+@backends.every
 def test_empty_and_inputs_untouched(backend):
-    needs(backend)
+    backends.need("attention", backend)
     x, weight = torch.randn(0, 3, 8, requires_grad=True), torch.rand(8, requires_grad=True)
     out = norm_rope(x, torch.zeros(0, dtype=torch.int64), weight=weight, backend=backend)
     assert out.shape == x.shape
@@ -187,9 +131,9 @@ def test_empty_and_inputs_untouched(backend):
     assert torch.equal(y, before)
 
 
-@every_backend
+@backends.every
 def test_nan_and_huge_stay_in_their_row(backend):
-    needs(backend)
+    backends.need("attention", backend)
     x = torch.randn(4, 2, 16)
     position = torch.arange(4)
     before = norm_rope(x, position, backend=backend)
@@ -203,7 +147,7 @@ def test_nan_and_huge_stay_in_their_row(backend):
 
 
 def test_same_bits_with_any_number_of_threads():
-    needs("native")
+    backends.need("attention", "native")
     rows, threads = norm_rope_rows(900, 3, 64, rotary_dim=64, norm="layer"), torch.get_num_threads()
     results = []
     for count in (1, 2, 3):
@@ -224,10 +168,7 @@ def test_low_precision_weights():
 # As torch sees it
 
 
-@pytest.fixture(params=["native", "reference"])
-def backend(request) -> str:
-    needs(request.param)
-    return request.param
+backend = backends.fixture("attention")
 
 
 def leaves():
@@ -293,53 +234,105 @@ def test_rotation_alone_keeps_no_input(backend):
 
 Q, K, P = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.arange(5)
 COS_SIN = rotary_cos_sin(P, 8)
-BAD = [
-    (dict(q=Q[0]), ValueError, r"q: expected \[T, H, D\] or \[B, T, H, D\] floating point, got \[4, 8\]"),
-    (dict(q=Q.int()), TypeError, "q: expected .* floating point, got .*int32"),
-    (dict(k=K.double()), TypeError, r"k: expected \[T, Hkv, D\] float32, got .*float64"),
-    (dict(k=K[:4]), ValueError, r"k: expected \[5, 'Hkv', 8\] like q"),
-    (dict(k=K[..., :6]), ValueError, r"k: expected \[5, 'Hkv', 8\] like q"),
-    (dict(position_ids=P[:4]), ValueError, r"position_ids: expected \[T\] or \[B, T\] for the tokens of \[5, 4, 8\]"),
-    (dict(position_ids=P.bfloat16()), TypeError, "position_ids: expected .*, got .*bfloat16"),
-    (dict(position_ids=P.expand(3, 5)), ValueError, "position_ids: expected .* for the tokens of"),
-    (dict(cos_sin=COS_SIN), ValueError, "cos_sin: expected None beside position_ids"),
-    (dict(position_ids=None, base=1e6), ValueError, "base: expected None without position_ids, got 1000000.0"),
-    (dict(position_ids=None, cos_sin=COS_SIN, sections=[4]), ValueError, "sections: expected None without pos"),
-    (dict(position_ids=None, cos_sin=COS_SIN[0]), TypeError, r"cos_sin: expected two tensors"),
-    (dict(position_ids=None, cos_sin=(COS_SIN[0].bfloat16(),) * 2), TypeError, "cos_sin: expected .*float32, as"),
-    (dict(position_ids=None, cos_sin=(COS_SIN[0], COS_SIN[1][:, :3])), ValueError, "cos_sin: expected sin of cos's"),
-    (dict(position_ids=None, cos_sin=(torch.cat(COS_SIN, 1),) * 2), ValueError, "cos_sin: expected R/2 columns"),
-    (dict(position_ids=None, cos_sin=tuple(t[:3] for t in COS_SIN)), ValueError, "cos_sin: expected .* for the tokens"),
-    (dict(position_ids=None, norm=None), ValueError, "norm: expected 'rms' or 'layer' without position_ids"),
-    (dict(rotary_dim=10), ValueError, "rotary_dim: expected at most the head dim D=8, got 10"),
-    (dict(rotary_dim=3), ValueError, "rotary_dim: expected an even number"),
-    (dict(rotary_dim=4.0), TypeError, "rotary_dim: expected an even int"),
-    (dict(base=0), ValueError, "base: expected a positive finite number"),
-    (dict(inv_freq=torch.rand(3)), ValueError, r"inv_freq: expected \[4\] float32 or float64, got \[3\]"),
-    (dict(inv_freq=torch.rand(4, requires_grad=True)), NotImplementedError, "inv_freq: not supported yet"),
-    (dict(sections=[2, 2]), ValueError, r"position_ids: expected \[2, T\] or \[2, B, T\]"),
-    (dict(sections=[2, 1], position_ids=P.expand(2, 5)), ValueError, "sections: expected .* sum to rotary_dim / 2 = 4"),
-    (dict(sections="ab"), TypeError, "sections: expected a sequence of ints"),
-    (dict(sections=[1, 3], position_ids=P.expand(2, 5), section_layout="interleaved"), ValueError,
-     "sections: expected at most 2 interleaved frequencies of axis 1"),
-    (dict(section_layout="interleaved"), ValueError, "section_layout: expected sections beside 'interleaved'"),
-    (dict(section_layout="woven"), ValueError, "section_layout: expected 'contiguous' or 'interleaved'"),
-    (dict(interleaved=1), TypeError, "interleaved: expected a bool"),
-    (dict(norm="batch"), ValueError, "norm: expected 'rms', 'layer' or None"),
-    (dict(eps=-1.0), ValueError, "eps: expected a finite number of at least 0"),
-    (dict(eps="x"), TypeError, "eps: expected a float"),
-    (dict(q_weight=torch.rand(7)), ValueError, r"q_weight: expected \[8\] float32, got \[7\]"),
-    (dict(k_weight=torch.rand(8).double()), TypeError, r"k_weight: expected \[8\] float32"),
-    (dict(q_bias=torch.rand(8)), ValueError, "q_bias: expected None with norm='rms'"),
-    (dict(norm=None, q_weight=torch.rand(8)), ValueError, "q_weight: expected None with norm=None"),
-    (dict(backend="cudnn"), ValueError, "backend: expected None or one of"),
-]  # fmt: skip
+BAD = {
+    "q": [
+        (dict(q=Q[0]), ValueError, r"q: expected \[T, H, D\] or \[B, T, H, D\] floating point, got \[4, 8\]"),
+        (dict(q=Q.int()), TypeError, "q: expected .* floating point, got .*int32"),
+    ],
+    "k": [
+        (dict(k=K.double()), TypeError, r"k: expected \[T, Hkv, D\] float32, got .*float64"),
+        (dict(k=K[:4]), ValueError, r"k: expected \[5, 'Hkv', 8\] like q"),
+        (dict(k=K[..., :6]), ValueError, r"k: expected \[5, 'Hkv', 8\] like q"),
+    ],
+    "position_ids": [
+        (
+            dict(position_ids=P[:4]),
+            ValueError,
+            r"position_ids: expected \[T\] or \[B, T\] for the tokens of \[5, 4, 8\]",
+        ),
+        (dict(position_ids=P.bfloat16()), TypeError, "position_ids: expected .*, got .*bfloat16"),
+        (dict(position_ids=P.expand(3, 5)), ValueError, "position_ids: expected .* for the tokens of"),
+        (dict(sections=[2, 2]), ValueError, r"position_ids: expected \[2, T\] or \[2, B, T\]"),
+    ],
+    "cos_sin": [
+        (dict(cos_sin=COS_SIN), ValueError, "cos_sin: expected None beside position_ids"),
+        (dict(position_ids=None, cos_sin=COS_SIN[0]), TypeError, r"cos_sin: expected two tensors"),
+        (dict(position_ids=None, cos_sin=(COS_SIN[0].bfloat16(),) * 2), TypeError, "cos_sin: expected .*float32, as"),
+        (
+            dict(position_ids=None, cos_sin=(COS_SIN[0], COS_SIN[1][:, :3])),
+            ValueError,
+            "cos_sin: expected sin of cos's",
+        ),
+        (dict(position_ids=None, cos_sin=(torch.cat(COS_SIN, 1),) * 2), ValueError, "cos_sin: expected R/2 columns"),
+        (
+            dict(position_ids=None, cos_sin=tuple(t[:3] for t in COS_SIN)),
+            ValueError,
+            "cos_sin: expected .* for the tokens",
+        ),
+    ],
+    "base": [
+        (dict(position_ids=None, base=1e6), ValueError, "base: expected None without position_ids, got 1000000.0"),
+        (dict(base=0), ValueError, "base: expected a positive finite number"),
+    ],
+    "sections": [
+        (dict(position_ids=None, cos_sin=COS_SIN, sections=[4]), ValueError, "sections: expected None without pos"),
+        (
+            dict(sections=[2, 1], position_ids=P.expand(2, 5)),
+            ValueError,
+            "sections: expected .* sum to rotary_dim / 2 = 4",
+        ),
+        (dict(sections="ab"), TypeError, "sections: expected a sequence of ints"),
+        (
+            dict(sections=[1, 3], position_ids=P.expand(2, 5), section_layout="interleaved"),
+            ValueError,
+            "sections: expected at most 2 interleaved frequencies of axis 1",
+        ),
+    ],
+    "norm": [
+        (dict(position_ids=None, norm=None), ValueError, "norm: expected 'rms' or 'layer' without position_ids"),
+        (dict(norm="batch"), ValueError, "norm: expected 'rms', 'layer' or None"),
+    ],
+    "rotary_dim": [
+        (dict(rotary_dim=10), ValueError, "rotary_dim: expected at most the head dim D=8, got 10"),
+        (dict(rotary_dim=3), ValueError, "rotary_dim: expected an even number"),
+        (dict(rotary_dim=4.0), TypeError, "rotary_dim: expected an even int"),
+    ],
+    "inv_freq": [
+        (dict(inv_freq=torch.rand(3)), ValueError, r"inv_freq: expected \[4\] float32 or float64, got \[3\]"),
+        (dict(inv_freq=torch.rand(4, requires_grad=True)), NotImplementedError, "inv_freq: not supported yet"),
+    ],
+    "section_layout": [
+        (dict(section_layout="interleaved"), ValueError, "section_layout: expected sections beside 'interleaved'"),
+        (dict(section_layout="woven"), ValueError, "section_layout: expected 'contiguous' or 'interleaved'"),
+    ],
+    "interleaved": [
+        (dict(interleaved=1), TypeError, "interleaved: expected a bool"),
+    ],
+    "eps": [
+        (dict(eps=-1.0), ValueError, "eps: expected a finite number of at least 0"),
+        (dict(eps="x"), TypeError, "eps: expected a float"),
+    ],
+    "q_weight": [
+        (dict(q_weight=torch.rand(7)), ValueError, r"q_weight: expected \[8\] float32, got \[7\]"),
+        (dict(norm=None, q_weight=torch.rand(8)), ValueError, "q_weight: expected None with norm=None"),
+    ],
+    "k_weight": [
+        (dict(k_weight=torch.rand(8).double()), TypeError, r"k_weight: expected \[8\] float32"),
+    ],
+    "q_bias": [
+        (dict(q_bias=torch.rand(8)), ValueError, "q_bias: expected None with norm='rms'"),
+    ],
+    "backend": [
+        (dict(backend="cudnn"), ValueError, "backend: expected None or one of"),
+    ],
+}
 
 
-@pytest.mark.parametrize(("wrong", "error", "message"), BAD)
-def test_a_mistake_is_named(wrong, error, message):
-    with pytest.raises(error, match=message):
-        qk_norm_rope(**(dict(q=Q, k=K, position_ids=P) | wrong))
+@pytest.mark.parametrize("argument", BAD)
+def test_a_mistake_is_named(argument):
+    for wrong, error, message in BAD[argument]:
+        with pytest.raises(error, match=message):
+            qk_norm_rope(**(dict(q=Q, k=K, position_ids=P) | wrong))
 
 
 def test_a_backend_that_cannot_serve_says_why():

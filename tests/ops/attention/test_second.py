@@ -4,13 +4,14 @@ import functools
 import random
 from dataclasses import replace
 
+import backends
+import pairwise
 import pytest
 import torch
 from derivatives import assert_differentiable_twice
 
 from mmkernels import AttentionMask, additive_attention, attention, gated_residual, norm_rope, qk_norm_rope
 from mmkernels.ops.attention import second
-from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.attention import MASKS, AttentionInputs, dense_mask, make_inputs
 
@@ -18,14 +19,8 @@ T, H, D = 12, 4, 3
 CU = torch.tensor([0, 3, 3, 9, T], dtype=torch.int32)
 MODALITIES = torch.tensor([0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1], dtype=torch.uint8)
 SPANS = torch.tensor([-1, 0, 0, -1, 1, 1, -1, -1, 2, -1, -1, 3], dtype=torch.int32)
-
-
-@pytest.fixture(params=["native", "triton", "reference"])
-def backend(request) -> str:
-    reason = candidates("attention", torch.device("cpu"), torch.float32)[request.param]
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
+BLOCKS = (2**20, 64)  # scores a block: all in one, and several blocks
+KINDS = ("none", "packed", "causal", "multimodal", "prefix", "cross_only", "rows")
 
 
 def leaf(*shape, seed=0):
@@ -33,10 +28,9 @@ def leaf(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def random_mask(draw):
-    """Any mask, and whether it has classes."""
+def random_mask(kind, draw):
+    """A mask, and whether it has classes."""
     window = draw.choice([None, 1, 2])
-    kind = draw.choice(["none", "packed", "causal", "multimodal", "prefix", "cross_only", "rows"])
     if kind == "none":
         return None, False
     if kind == "multimodal":
@@ -52,12 +46,12 @@ def random_mask(draw):
     return AttentionMask.packed(CU, causal=kind == "causal", window=window if kind == "causal" else None), False
 
 
-@pytest.mark.parametrize("block", [2**20, 64])
-@pytest.mark.parametrize("seed", range(14))
-def test_attention_with_any_options(seed, block, monkeypatch):
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_with_any_options(kind, block, monkeypatch):
     monkeypatch.setattr(second, "_SCORES_A_BLOCK", block)
-    draw = random.Random(seed)
-    mask, has_classes = random_mask(draw)
+    draw = random.Random(f"{kind} {block}")
+    mask, has_classes = random_mask(kind, draw)
     logits = {}
     if has_classes and draw.random() < 0.7:
         logits["pair_bias"] = leaf(H, 2, 2)
@@ -74,7 +68,7 @@ def test_attention_with_any_options(seed, block, monkeypatch):
     assert_differentiable_twice(function, leaf(T, H, D), leaf(T, 2, D, seed=1), leaf(T, 2, 2), *logits.values())
 
 
-@pytest.mark.parametrize("block", [2**20, 64])
+@pytest.mark.parametrize("block", BLOCKS)
 def test_additive(block, monkeypatch):
     monkeypatch.setattr(second, "_SCORES_A_BLOCK", block)
     mask = AttentionMask.multimodal(CU, MODALITIES, SPANS)
@@ -86,22 +80,22 @@ def test_additive(block, monkeypatch):
     assert_differentiable_twice(function, *inputs)
 
 
-@pytest.mark.parametrize("gate", [(), (1,), (D,), (H, 1)], ids=str)
-def test_gate(gate):
-    assert_differentiable_twice(gated_residual, leaf(5, H, D), leaf(5, H, D, seed=1), leaf(*gate))
+def test_gate():
+    for gate in ((), (1,), (D,), (H, 1)):
+        assert_differentiable_twice(gated_residual, leaf(5, H, D), leaf(5, H, D, seed=1), leaf(*gate))
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norm", ["rms", "layer", None])
-def test_prologue(norm, interleaved):
+def test_prologue(norm):
     weights = {"rms": ["weight"], "layer": ["weight", "bias"], None: []}[norm]
 
-    def function(x, *given):
+    def function(x, *given, interleaved):
         named = dict(zip(weights, given, strict=True))
         return norm_rope(x, torch.arange(5), norm=norm, base=100.0, interleaved=interleaved, **named)
 
     inputs = leaf(5, 2, 4), *(leaf(4, seed=i) for i in range(len(weights)))
-    assert_differentiable_twice(function, *inputs)
+    for interleaved in (False, True):
+        assert_differentiable_twice(functools.partial(function, interleaved=interleaved), *inputs)
     if norm is not None:
         assert_differentiable_twice(lambda x: norm_rope(x, norm=norm), inputs[0])
     bare = functools.partial(qk_norm_rope, position_ids=torch.arange(5), norm=norm, base=100.0)
@@ -136,12 +130,15 @@ def written_out(x, q, k, v):
     return torch.einsum("hqk,khd->qhd", p, v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["packed_causal", "image_spans", "cross_only"])
+@pairwise.cases(
+    backend=backends.BACKENDS,
+    name=("packed_causal", "image_spans", "cross_only"),
+    dtype=(torch.float32, torch.bfloat16),
+    only=lambda backend, name, dtype: backend == "native" or (name == "packed_causal" and dtype == torch.bfloat16),
+)
 def test_gradient_penalty(backend, name, dtype):
-    """As accurate as plain PyTorch, whatever backend gave the first derivatives."""
-    if backend == "triton" and name != "packed_causal":
-        pytest.skip("the interpreter is slow; the derivatives of all backends are the same code")
+    """As accurate as plain PyTorch, whatever backend gave the first derivatives: those of second order are one code."""
+    backends.need("attention", backend, dtype)
     case = MASKS[name]
     sizes = dict(heads=4, kv_heads=2, dim=16, dtype=dtype, mask=case.mask())
     draws = [make_inputs(*case.tokens, **sizes, seed=seed) for seed in range(3)]
@@ -157,9 +154,9 @@ def test_gradient_penalty(backend, name, dtype):
         assert_as_accurate(what, *(torch.stack(values) for values in three))
 
 
+@backends.every
 def test_functorch(backend):
-    if backend == "triton":
-        pytest.skip("float64")
+    backends.need("attention", backend, torch.float64)
     q, k, v = (leaf(5, 2, 2, seed=seed).detach() for seed in range(3))
     mask = AttentionMask.packed(torch.tensor([0, 2, 5], dtype=torch.int32), causal=True)
     x = AttentionInputs(q, k, v, v, v[..., 0].T, mask)

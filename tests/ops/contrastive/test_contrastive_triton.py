@@ -3,19 +3,18 @@
 On a GPU where there is one, else in the interpreter.
 """
 
+import backends
+import pairwise
 import pytest
 import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import reference
 from mmkernels.ops.contrastive.types import LSE, Need, Pairs, Teacher
-from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-REASON = candidates("contrastive", DEVICE, torch.float32)["triton"]
-if REASON is not None:
-    pytest.skip(REASON, allow_module_level=True)
+pytest.importorskip("triton")
 
 from mmkernels.ops.contrastive import (  # noqa: E402
     triton_bwd,
@@ -29,6 +28,11 @@ from mmkernels.ops.contrastive import (  # noqa: E402
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 N, M, E, F = 150, 170, 24, 10
+
+
+@pytest.fixture(autouse=True)
+def _served():
+    backends.need("contrastive", "triton", device=DEVICE.type)
 
 
 def drawn(*shape, seed):
@@ -96,9 +100,7 @@ def test_statistics(name):
         torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6 * max(1, abs(scale)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("size", [4096, 80])
-@pytest.mark.parametrize("name", RULES)
+@pairwise.cases(name=RULES, size=(4096, 80), dtype=(torch.float32, torch.float16))
 def test_gradients(name, size, dtype, monkeypatch):
     monkeypatch.setattr(triton_gradients, "SUPERBLOCK", size)
     scale, rule, _, _, columns = RULES[name]
@@ -120,25 +122,24 @@ def test_gradients(name, size, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0), (1, 1)])
-@pytest.mark.parametrize("ids", [False, True])
-def test_sides_without_rows(sizes, ids):
+def test_sides_without_rows(sizes):
     n, m = sizes
     x, y, scale = X[:n], Y[:m], number(2.0)
-    of_ids = (X.new_zeros(n).long(), X.new_zeros(m).long()) if ids else (None, None)
-    rule = Pairs(None if ids else X.new_zeros(n).long(), *of_ids)
-    arguments = (x, y, scale, rule, None, True, True)
-    ours, truth = triton_fwd.softmax_fwd(*arguments), reference.softmax_fwd(*wide(arguments))
-    for got, expected in zip(ours, truth, strict=True):
-        torch.testing.assert_close(got, expected)
-    coefficients = X.new_ones(4, n).double(), X.new_ones(4, m).double()
-    lse = ours[0][LSE], ours[1][LSE]
-    arguments = (*coefficients, x, y, scale, *lse, rule, None, Need(True, True))
-    for got, expected in zip(triton_bwd.softmax_bwd(*arguments), reference.softmax_bwd(*arguments), strict=True):
-        torch.testing.assert_close(got, expected)
-    bias = number(-1.0)
-    got = triton_sigmoid.sigmoid_fwd(x, y, scale, bias, rule)
-    torch.testing.assert_close(got, reference.sigmoid_fwd(x, y, scale, bias, rule), rtol=1e-6, atol=1e-6)
-    assert triton_search.sample_negatives(x, y, scale, number([1, 2], torch.int64), rule).tolist() == [-1] * n
+    zeros = X.new_zeros(n).long(), X.new_zeros(m).long()
+    for rule in (Pairs(zeros[0]), Pairs(None, *zeros)):
+        arguments = (x, y, scale, rule, None, True, True)
+        ours, truth = triton_fwd.softmax_fwd(*arguments), reference.softmax_fwd(*wide(arguments))
+        for got, expected in zip(ours, truth, strict=True):
+            torch.testing.assert_close(got, expected)
+        coefficients = X.new_ones(4, n).double(), X.new_ones(4, m).double()
+        lse = ours[0][LSE], ours[1][LSE]
+        arguments = (*coefficients, x, y, scale, *lse, rule, None, Need(True, True))
+        for got, expected in zip(triton_bwd.softmax_bwd(*arguments), reference.softmax_bwd(*arguments), strict=True):
+            torch.testing.assert_close(got, expected)
+        bias = number(-1.0)
+        got = triton_sigmoid.sigmoid_fwd(x, y, scale, bias, rule)
+        torch.testing.assert_close(got, reference.sigmoid_fwd(x, y, scale, bias, rule), rtol=1e-6, atol=1e-6)
+        assert triton_search.sample_negatives(x, y, scale, number([1, 2], torch.int64), rule).tolist() == [-1] * n
 
 
 @pytest.mark.parametrize("ids", [False, True])
@@ -182,12 +183,12 @@ def test_sampling(ids):
     assert torch.equal(drawn_here, triton_search.sample_negatives(*arguments))
 
 
-@pytest.mark.parametrize("scale", [14.3, -3.0, 0.0, 1e-6])
-def test_an_lse_keeps_its_digits(scale):
+def test_an_lse_keeps_its_digits():
     """Rounded to float32 it would put an error of half its last place into a whole row of softmax."""
     lse = 30 * torch.rand(300, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(DEVICE)
-    scale = number(scale)
-    ref, rest = triton_tile.lines_of(lse, scale, 300).double()
-    bound = 2.0**-48 if scale != 0 else 2.0**-24
-    assert ((scale.double() * ref + rest - lse).abs() <= bound * lse.abs() + 1e-14).all()
-    assert triton_tile.lines_of(torch.full_like(lse, -torch.inf), scale, 300)[1].eq(torch.inf).all()
+    for value in (14.3, -3.0, 0.0, 1e-6):
+        scale = number(value)
+        ref, rest = triton_tile.lines_of(lse, scale, 300).double()
+        bound = 2.0**-48 if value != 0 else 2.0**-24
+        assert ((scale.double() * ref + rest - lse).abs() <= bound * lse.abs() + 1e-14).all(), value
+        assert triton_tile.lines_of(torch.full_like(lse, -torch.inf), scale, 300)[1].eq(torch.inf).all()

@@ -1,47 +1,22 @@
-"""InfoNCE and SigLIP with their options: against the written-out loss, the statistics, and a user's mistakes."""
+"""InfoNCE and SigLIP with their options, against the loss written out, on each backend and under torch.compile."""
 
 import functools
-from types import SimpleNamespace
 
+import backends
 import pytest
 import torch
 import torch.nn.functional as F
+from ops.contrastive.shared import IDS, E, N, inputs_of, rows
 from torch import Tensor
 
-from mmkernels import BackendError, ContrastiveStats, infonce, siglip
-from mmkernels.ops.contrastive import api, chunks, op
-from mmkernels.ops.contrastive.types import LSE, MEAN, POSITIVE, TOTAL, Need, Pairs
-from mmkernels.runtime.backends import candidates, resolve
+from mmkernels import infonce, siglip
+from mmkernels.ops.contrastive import chunks
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.contrastive import loss_and_gradients, plain_infonce_options
 
-N, E = 111, 40
+backend = backends.fixture("contrastive")
 
 
-def served(backend: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
-    reason = candidates("contrastive", torch.device(device), dtype)[backend]
-    if reason is not None:
-        pytest.skip(reason)
-    return backend
-
-
-@pytest.fixture(params=["native", "triton", "reference"])
-def backend(request) -> str:
-    return served(request.param)
-
-
-@pytest.fixture
-def widest(backend) -> torch.dtype:
-    """The widest type that a backend takes."""
-    return torch.float32 if backend == "triton" else torch.float64
-
-
-def rows(n, e=E, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(n, e, generator=generator, dtype=torch.float64), dim=1)
-
-
-IDS = torch.randint(0, 40, (N,), generator=torch.Generator().manual_seed(3))
 WEIGHTS = torch.rand(N, generator=torch.Generator().manual_seed(4))
 SHUFFLED = torch.randperm(N, generator=torch.Generator().manual_seed(5))
 TEACHER = rows(N, 24, 6), rows(N, 24, 7)
@@ -98,13 +73,6 @@ def to_device(value, device):
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def inputs_of(m, dtype, seed=0):
-    x = rows(N, E, 10 + seed)
-    y = F.normalize(rows(m, E, 20 + seed) + (x if m == N else 0), dim=1)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return x.to(dtype), y.to(dtype), torch.tensor(14.3, dtype=wide)
-
-
 def terms_of(x, y, scale):
     """Sums of absolute terms, of which any order of summation may lose a rounding: the rows' lse, and their means."""
     similarity = x.double() @ y.double().T
@@ -114,7 +82,7 @@ def terms_of(x, y, scale):
 
 def judge(name, dtype, backend, device="cpu", seeds=4):
     """As accurate as plain PyTorch in the same dtype, several draws together."""
-    served(backend, dtype, device)
+    backends.need("contrastive", backend, dtype, device)
     m, options = OPTIONS[name]
     options = to_device(options, device)
     ours = functools.partial(infonce, backend=backend, **cast(options, dtype))
@@ -135,15 +103,17 @@ def judge(name, dtype, backend, device="cpu", seeds=4):
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_as_accurate_as_plain_pytorch(name, dtype):
-    judge(name, dtype, "native")
+def test_native(name):
+    for dtype in LOW:
+        judge(name, dtype, "native")
 
 
-# The interpreter takes seconds a case: each in one type, and in float32 those whose rounding is the loss's own.
-INTERPRETED = {(name, LOW[i % 3]): None for i, name in enumerate(OPTIONS)}
-INTERPRETED |= {(name, torch.float32): None for name in ("ids", "teacher", "teacher, sure", "all, ids")}
+# Each road through Triton's kernels; test_contrastive_triton.py has every rule against the oracle. The interpreter is
+# slow: each road in one dtype, and in float32 those whose rounding is the loss's own.
+ROADS = ("targets", "more keys", "ids of more keys", "ignored, shuffled", "negatives", "teacher", "all", "all, ids")
+INTERPRETED = {(name, LOW[i % 3]): None for i, name in enumerate(ROADS)}
+INTERPRETED |= {(name, torch.float32): None for name in ("ids", "teacher, sure", "all, ids")}
 
 
 @pytest.mark.parametrize(("name", "dtype"), list(INTERPRETED), ids=str)
@@ -159,16 +129,16 @@ def test_triton_on_a_gpu(name, dtype):
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_float64_is_the_oracle(name, backend):
-    served(backend)
-    m, options = OPTIONS[name]
-    inputs = inputs_of(m, torch.float64)
-    ours = loss_and_gradients(functools.partial(infonce, backend=backend, **options), *inputs)
-    for got, truth in zip(
-        ours, loss_and_gradients(functools.partial(plain_infonce_options, **options), *inputs), strict=True
-    ):
-        torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-13)
+def test_float64_is_the_oracle(backend):
+    backends.need("contrastive", backend, torch.float64)
+    for name, (m, options) in OPTIONS.items():
+        inputs = inputs_of(m, torch.float64)
+        ours = loss_and_gradients(functools.partial(infonce, backend=backend, **options), *inputs)
+        truth = loss_and_gradients(functools.partial(plain_infonce_options, **options), *inputs)
+        for what, got, expected in zip(("loss", "queries", "keys", "scale"), ours, truth, strict=True):
+            torch.testing.assert_close(
+                got, expected, rtol=1e-10, atol=1e-13, msg=lambda m, of=f"{name}: {what}": f"{of}: {m}"
+            )
 
 
 def test_smoothing_is_that_of_cross_entropy(backend):
@@ -186,7 +156,7 @@ def plain_siglip_ids(x, y, scale, bias, query_ids, key_ids):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_siglip_ids(dtype, backend):
-    served(backend, dtype)
+    backends.need("contrastive", backend, dtype)
     m, key_ids = N + 30, torch.cat([IDS, torch.arange(30)])
     ids = dict(query_ids=IDS, key_ids=key_ids)
     x, y, scale = inputs_of(m, dtype)
@@ -204,138 +174,28 @@ def test_siglip_ids(dtype, backend):
         assert_as_accurate(what, *three)
 
 
-def test_statistics(backend, widest):
-    x, y, scale = inputs_of(N, widest)
-    negatives = rows(30, E, 8).to(widest)
-    loss, stats = infonce(x, y, scale, negatives=negatives, return_stats=True, backend=backend)
-    assert isinstance(stats, ContrastiveStats)
-    logits, wide = scale * x @ y.T, scale * x @ torch.cat([y, negatives]).T
-    labels, off = torch.arange(N), ~torch.eye(N, dtype=torch.bool)
-    torch.testing.assert_close(loss, infonce(x, y, scale, negatives=negatives, backend=backend))
-    torch.testing.assert_close(stats.lse_q, wide.logsumexp(1))
-    torch.testing.assert_close(stats.lse_k, logits.logsumexp(0))
-    torch.testing.assert_close(stats.accuracy_q, (wide.argmax(1) == labels).to(widest).mean())
-    torch.testing.assert_close(stats.accuracy_k, (logits.argmax(0) == labels).to(widest).mean())
-    torch.testing.assert_close(stats.positive, (logits / scale).diagonal().mean())
-    torch.testing.assert_close(stats.negative, (logits / scale)[off].mean())
-    entropies = (-(s.softmax(1) * s.log_softmax(1)).sum(1).mean() for s in (wide, logits.T))
-    torch.testing.assert_close(stats.entropy, sum(entropies) / 2)
-    assert not any(value.requires_grad for value in stats)
-
-
-@pytest.mark.parametrize("same_id", ["positive", "ignore"])
-def test_statistics_with_ids(backend, same_id):
-    x, y, scale = inputs_of(N, torch.float32)
-    _, stats = infonce(x, y, scale, query_ids=IDS, same_id=same_id, return_stats=True, backend=backend)
-    similarity, same = x @ y.T, IDS[:, None] == IDS
-    negatives = similarity[~same]
-    torch.testing.assert_close(stats.negative, negatives.mean(), rtol=1e-5, atol=1e-6)
-    positives = similarity[same] if same_id == "positive" else similarity.diagonal()
-    torch.testing.assert_close(stats.positive, positives.mean())
-    assert stats.lse_q.dtype == torch.float32
-
-
-def test_statistics_of_siglip(backend):
-    x, y, scale = inputs_of(N, torch.float32)
-    loss, stats = siglip(x, y, scale, -5.0, return_stats=True, backend=backend)
-    torch.testing.assert_close(loss, siglip(x, y, scale, -5.0, backend=backend))
-    torch.testing.assert_close(stats.lse_q, (scale * x @ y.T - 5).logsumexp(1))
-    torch.testing.assert_close(stats.accuracy_q, ((x @ y.T).argmax(1) == torch.arange(N)).float().mean())
-
-
-def tolerance(dtype):
-    """Of sums in another order."""
-    return dict(rtol=1e-5, atol=2e-6) if dtype == torch.float32 else {}
-
-
-def statistics(x, y, scale, targets, backend="native", columns=True):
-    return op.softmax_fwd(x, y, scale, Pairs(targets), None, True, columns, backend)
-
-
-def test_parts_merge_into_the_whole(backend, widest):
-    """What a distributed loss does: local rows against all keys, columns merged over ranks; one rank has no rows."""
-    x, y, scale = inputs_of(N, widest)
-    assert_close = functools.partial(torch.testing.assert_close, **tolerance(widest))
-    targets = torch.arange(N)
-    of_rows, of_columns = statistics(x, y, scale, targets, backend)
-    parts = [slice(0, 40), slice(40, 40), slice(40, N)]
-    seen = [statistics(x[part], y, scale, targets[part], backend) for part in parts]
-    assert_close(torch.cat([rows for rows, _ in seen], 1), of_rows)
-    columns = torch.stack([columns for _, columns in seen])  # [W, 7, M]
-    lse = columns[:, LSE].logsumexp(0)
-    assert_close(lse, of_columns[LSE])
-    assert_close(((columns[:, LSE] - lse).exp() * columns[:, MEAN]).sum(0), of_columns[MEAN])
-    assert_close(columns[:, [POSITIVE, TOTAL]].sum(0), of_columns[[POSITIVE, TOTAL]])
-    assert_close(columns[:, 5:].amax(0), of_columns[5:])
-
-    weights = torch.rand(2, 4, N, dtype=torch.float64)
-
-    def backward(part):
-        rest = Pairs(targets[part]), None, None, Need(True, True), backend
-        return op.softmax_bwd(weights[0][:, part], weights[1], x[part], y, scale, of_rows[LSE, part], lse, *rest)
-
-    dx, dy, _ = backward(slice(0, N))
-    assert_close(torch.cat([backward(part)[0] for part in parts]), dx)
-    assert_close(sum(backward(part)[1] for part in parts), dy)
-
-
-@pytest.mark.parametrize("name", ["all", "all, ids", "more keys"])
+@pytest.mark.parametrize("name", ["all", "all, ids", "more keys", "siglip"])
 def test_oracle_in_chunks_is_the_oracle(name, monkeypatch):
-    m, options = OPTIONS[name]
-    loss = functools.partial(infonce, backend="reference", **options)
+    m, options = OPTIONS.get(name, (N, dict(logit_bias=-3.0, query_ids=IDS)))
+    loss = functools.partial(siglip if name == "siglip" else infonce, backend="reference", **options)
     whole = loss_and_gradients(loss, *inputs_of(m, torch.float64))
     monkeypatch.setattr(chunks, "LOGITS", 17 * m)
     for got, want in zip(loss_and_gradients(loss, *inputs_of(m, torch.float64)), whole, strict=True):
         torch.testing.assert_close(got, want)
 
 
-def test_siglip_oracle_in_chunks(monkeypatch):
-    x, y, scale = inputs_of(N, torch.float64)
-    loss = functools.partial(siglip, logit_bias=-3.0, query_ids=IDS, backend="reference")
-    whole = loss_and_gradients(loss, x, y, scale)
-    monkeypatch.setattr(chunks, "LOGITS", 20 * N)
-    for got, want in zip(loss_and_gradients(loss, x, y, scale), whole, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("name", ["all", "ids", "one way", "targets"])
-def test_same_bits_again_interpreted(name):
-    served("triton")
-    m, options = OPTIONS[name]
-    loss = functools.partial(infonce, backend="triton", **cast(options, torch.float32))
-    first, again = (loss_and_gradients(loss, *inputs_of(m, torch.float32)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-@pytest.mark.parametrize("name", ["all", "ids", "one way"])
-def test_same_bits_for_any_number_of_threads(name):
-    if candidates("contrastive", torch.device("cpu"), torch.float32)["native"]:
-        pytest.skip("no native core")
-    m, options = OPTIONS[name]
-    loss = functools.partial(infonce, backend="native", **cast(options, torch.float32))
-    before = torch.get_num_threads()
-    try:
-        first = loss_and_gradients(loss, *inputs_of(m, torch.float32))
-        for threads in (1, 2, 3, 2, 1):
-            torch.set_num_threads(threads)
-            again = loss_and_gradients(loss, *inputs_of(m, torch.float32))
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("name", ["all", "all, ids"])
-def test_compiled_whole_and_functorch(name, backend):
-    m, options = OPTIONS[name]
-    loss = functools.partial(infonce, backend=backend, **cast(options, torch.float32))
-    inputs = inputs_of(m, torch.float32)
-    expected = loss_and_gradients(loss, *inputs)
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for got, want in zip(loss_and_gradients(compiled, *inputs), expected, strict=True):
-        torch.testing.assert_close(got, want)
-    for got, want in zip(torch.func.grad(loss, argnums=(0, 1, 2))(*inputs), expected[1:], strict=True):
-        torch.testing.assert_close(got, want)
+def test_compiled_whole_and_functorch(backend):
+    for name in ("all", "all, ids"):
+        m, options = OPTIONS[name]
+        loss = functools.partial(infonce, backend=backend, **cast(options, torch.float32))
+        inputs = inputs_of(m, torch.float32)
+        expected = loss_and_gradients(loss, *inputs)
+        torch.compiler.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for got, want in zip(loss_and_gradients(compiled, *inputs), expected, strict=True):
+            torch.testing.assert_close(got, want)
+        for got, want in zip(torch.func.grad(loss, argnums=(0, 1, 2))(*inputs), expected[1:], strict=True):
+            torch.testing.assert_close(got, want)
 
 
 def test_opcheck(backend):
@@ -377,74 +237,9 @@ def test_logits_that_overflow_float32(backend):
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
 
 
-X, Y = torch.randn(2, 4, 8).unbind()
-FOUR = torch.arange(4)
-MISTAKES = [
-    (
-        dict(targets=torch.zeros(4)),
-        TypeError,
-        r"targets: expected \[4\] int64 or int32, one for each query, got .*float32",
-    ),
-    (dict(targets=torch.arange(3)), ValueError, r"targets: expected \[4\] int64"),
-    (dict(targets=FOUR + 1), ValueError, "targets: expected indices of keys, 0 to 3"),
-    (dict(targets=FOUR - 1), ValueError, "targets: expected indices of keys, 0 to 3"),
-    (dict(targets=FOUR * 0), ValueError, "targets: expected each key once"),
-    (dict(query_ids=FOUR[:3]), ValueError, r"query_ids: expected \[4\] int64"),
-    (dict(query_ids=FOUR, key_ids=FOUR[:3]), ValueError, r"key_ids: expected \[4\] int64 or int32, one for each key"),
-    (dict(key_ids=FOUR), ValueError, "query_ids: expected the ids of the queries"),
-    (dict(query_ids=FOUR, key_ids=FOUR * 0), ValueError, "query_ids: expected each to occur among key_ids"),
-    (dict(query_ids=FOUR * 0, key_ids=FOUR), ValueError, "key_ids: expected each to occur among query_ids"),
-    (dict(query_ids=FOUR, targets=FOUR), ValueError, "targets: expected None beside query_ids"),
-    (dict(same_id="ignore"), ValueError, r"query_ids: expected \[N\] ids, required when same_id='ignore'"),
-    (dict(same_id="both"), ValueError, "same_id: expected 'positive' or 'ignore', got 'both'"),
-    (dict(negatives=Y[:, :7]), ValueError, r"negatives: expected \[K, 8\], as wide as queries"),
-    (dict(negatives=Y.double()), TypeError, "negatives: expected float32 like queries"),
-    (dict(label_smoothing=1.5), ValueError, r"label_smoothing: expected a number in \[0, 1\], got 1.5"),
-    (dict(label_smoothing=torch.tensor(0.1)), TypeError, r"label_smoothing: expected a number in \[0, 1\]"),
-    (dict(label_smoothing=float("nan")), ValueError, "label_smoothing: expected a number"),
-    (dict(symmetric=1), TypeError, "symmetric: expected True or False"),
-    (dict(weights=FOUR), TypeError, r"weights: expected \[4\] floating point"),
-    (dict(weights=torch.ones(3)), ValueError, r"weights: expected \[4\] floating point"),
-    (dict(weights=torch.zeros(4)), ValueError, "weights: expected finite numbers, none negative, not all zero"),
-    (dict(weights=torch.tensor([1, 1, -1, 1.0])), ValueError, "weights: expected finite numbers"),
-    (dict(weights=torch.tensor([1, torch.nan, 1, 1.0])), ValueError, "weights: expected finite numbers"),
-    (dict(weights=torch.tensor([1, torch.inf, 1, 1.0])), ValueError, "weights: expected finite numbers"),
-    (dict(weights=torch.ones(4, requires_grad=True)), ValueError, "weights: expected a tensor that needs no gradient"),
-    (dict(teacher=(X, Y)), TypeError, r"teacher: expected \(queries_m, keys_m, alpha\)"),
-    (dict(teacher=(X[:3], Y, 0.1)), ValueError, r"teacher\[0\]: expected \[4, F\] float32"),
-    (dict(teacher=(X, Y[:, :3], 0.1)), ValueError, r"teacher\[1\]: expected \[4, 8\], as wide as teacher\[0\]"),
-    (dict(teacher=(X, Y, 1.1)), ValueError, r"teacher\[2\]: expected a number in \[0, 1\], got 1.1"),
-    (dict(teacher=(X, Y.half(), 0.1)), TypeError, r"teacher\[1\]: expected \[4, F\] float32"),
-    (dict(keys=Y[:3]), ValueError, r"keys: expected \[4, E\], one for each query"),
-    (dict(keys=Y[:3], symmetric=False), ValueError, r"keys: expected at least \[4, E\]"),
-    (
-        dict(keys=torch.cat([Y, Y]), query_ids=FOUR, key_ids=torch.arange(8) % 4, weights=torch.ones(4)),
-        ValueError,
-        "weights: expected None where 8 keys have no weights",
-    ),
-    (dict(keys=torch.cat([Y, Y]), query_ids=FOUR), ValueError, r"key_ids: expected \[8\]"),
-    (dict(return_stats=1), TypeError, "return_stats: expected True or False"),
-    (dict(exchange="ring"), ValueError, "exchange: expected 'auto' without a group"),
-    (dict(group=object()), ValueError, "group: expected None, or a group of an initialised torch.distributed"),
-]
-
-
-@pytest.mark.parametrize(("wrong", "error", "message"), MISTAKES)
-def test_a_mistake_is_named(wrong, error, message):
-    with pytest.raises(error, match=message):
-        infonce(**(dict(queries=X, keys=Y, logit_scale=1.0) | wrong))
-
-
 def test_mistakes_under_compile_are_asserted():
     torch.compiler.reset()
-    loss = torch.compile(lambda t: infonce(X, Y, 1.0, targets=t), fullgraph=True, backend="aot_eager")
+    x, y = torch.randn(2, 4, 8).unbind()
+    loss = torch.compile(lambda t: infonce(x, y, 1.0, targets=t), fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError, match="targets: expected indices of keys"):
-        loss(FOUR + 1)
-
-
-def test_a_backend_that_does_not_know_an_option_says_so():
-    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32)
-    limits = api._limits({"targets": None, "label_smoothing": 0.1}, on_gpu)
-    with pytest.raises(BackendError, match=r"(?s)native: no CUDA C\+\+ kernel knows label_smoothing.*reference: can"):
-        resolve("contrastive", on_gpu, "native", limits)
-    assert limits.get("triton") is None
+        loss(torch.arange(4) + 1)

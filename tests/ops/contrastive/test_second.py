@@ -3,6 +3,8 @@
 import functools
 import random
 
+import backends
+import pairwise
 import pytest
 import ranks
 import torch
@@ -12,19 +14,13 @@ from torch.autograd import forward_ad
 
 from mmkernels import infonce, siglip
 from mmkernels.ops.contrastive import second
-from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.contrastive import plain_infonce, plain_infonce_options, plain_siglip
 
 N, E = 7, 5
 
 
-@pytest.fixture(params=["native", "triton", "reference"])
-def backend(request) -> str:
-    reason = candidates("contrastive", torch.device("cpu"), torch.float32)[request.param]
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
+backend = backends.fixture("contrastive")
 
 
 def leaves(seed, n=N, m=N, e=E, dtype=torch.float64):
@@ -58,10 +54,10 @@ def random_options(seed):
     return m, options
 
 
-@pytest.mark.parametrize("chunk", [2**21, 2 * N])
 @pytest.mark.parametrize("seed", range(12))
-def test_infonce_with_any_options(seed, chunk, monkeypatch):
-    monkeypatch.setattr(second, "_PAIRS_A_CHUNK", chunk)
+def test_infonce_with_any_options(seed, monkeypatch):
+    if seed % 2:
+        monkeypatch.setattr(second, "_PAIRS_A_CHUNK", 2 * N)  # several chunks
     m, options = random_options(seed)
     x, y, scale = leaves(seed, m=m)
     scale = scale.detach() if "teacher" in options else scale  # the teacher's softmax is a constant, its scale too
@@ -84,10 +80,10 @@ def penalised(loss, *inputs):
     return torch.autograd.grad(value + sum(grad.square().sum() for grad in grads), inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["infonce", "siglip", "options"])
+@pairwise.cases(backend=backends.BACKENDS, name=["infonce", "siglip", "options"], dtype=[torch.float32, torch.bfloat16])
 def test_gradient_penalty(backend, name, dtype):
     """As accurate as plain PyTorch, whatever backend gave the statistics."""
+    backends.need("contrastive", backend, dtype)
     ids = torch.randint(20, (33,), generator=torch.Generator().manual_seed(2))
     options = dict(query_ids=ids, same_id="ignore", label_smoothing=0.1)
     ours, plain = {
@@ -107,8 +103,7 @@ def test_gradient_penalty(backend, name, dtype):
 
 
 def test_functorch(backend):
-    if backend == "triton":
-        pytest.skip("float64")
+    backends.need("contrastive", backend, torch.float64)
     x, y, scale = (t.detach() for t in leaves(3))
     loss = functools.partial(infonce, backend=backend)
     torch.testing.assert_close(torch.func.hessian(loss)(x, y, scale), torch.func.hessian(plain_infonce)(x, y, scale))

@@ -1,5 +1,6 @@
-"""The ops as torch sees them (opcheck, compile, functorch) and as a user errs with them."""
+"""The ops under opcheck, torch.compile, functorch and checkpointing; bad input."""
 
+import backends
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from mmkernels.ops.packing import (
     unpad,
     unpatchify,
 )
-from mmkernels.runtime.backends import BackendError, candidates
+from mmkernels.runtime.backends import BackendError
 from mmkernels.testing.packing import cu_seqlens_of
 
 MODES = ["sum", "mean", "max", "first"]
@@ -25,12 +26,7 @@ CU_SEQLENS = cu_seqlens_of([2, 0, 3])
 TOKEN_IDS, DST_INDEX = torch.tensor([3, 0, 9, 3, 1]), torch.tensor([2, -1])
 
 
-@pytest.fixture(params=["native", "reference"])
-def backend(request) -> str:
-    reason = candidates("packing", torch.device("cpu"), torch.float64)[request.param]
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
+backend = backends.fixture("packing")
 
 
 def test_opcheck(backend):
@@ -82,31 +78,23 @@ def functions(backend: str):
     return table
 
 
-NAMES = sorted(functions("reference"))
+def test_fullgraph_compile(backend):
+    """All functions in one graph, with the values and gradients of eager mode."""
+    table = functions(backend)
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradcheck(name, backend):
-    if name == "padding_idx":
-        return  # its gradient leaves a row out on purpose
-    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(functions(backend)[name], x)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_fullgraph_compile(name, backend):
-    function = functions(backend)[name]
-
-    def loss(x):
-        return function(x).square().sum()
+    def losses(x):
+        return {name: function(x).square().sum() for name, function in table.items()}
 
     torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
     x = torch.randn(6, 4, requires_grad=True)
-    expected = torch.autograd.grad(loss(x), x)[0]
-    got = torch.autograd.grad(compiled(x), x)[0]
-    assert torch.equal(compiled(x.detach()), loss(x.detach()))
-    assert torch.equal(got, expected)
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager", dynamic=False)
+    training, inference = compiled(x), compiled(x.detach())
+    for name, expected in losses(x).items():
+        got = training[name]
+        assert torch.equal(got, expected), name
+        assert torch.equal(inference[name], expected), name
+        (gradient,) = torch.autograd.grad(got, x, retain_graph=True)
+        assert torch.equal(gradient, torch.autograd.grad(expected, x)[0]), name
 
 
 def test_compile_with_dynamic_shapes(backend):
@@ -124,19 +112,18 @@ def test_compile_with_dynamic_shapes(backend):
         assert torch.equal(*(torch.autograd.grad(value, x)[0] for value in (got, expected)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_functorch(name, backend):
-    function = functions(backend)[name]
+def test_functorch(backend):
+    for name, function in functions(backend).items():
 
-    def loss(x):
-        return function(x).square().sum()
+        def loss(x, function=function):
+            return function(x).square().sum()
 
-    x = torch.randn(3, 6, 4, requires_grad=True)
-    (expected,) = torch.autograd.grad(sum(loss(row) for row in x), x)
-    assert torch.equal(torch.func.grad(loss)(x[0].detach()), expected[0])
-    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(x.detach()), expected)
-    out, pull = torch.func.vjp(function, x[0].detach())
-    assert torch.equal(pull(2 * out)[0], expected[0])
+        x = torch.randn(3, 6, 4, requires_grad=True)
+        (expected,) = torch.autograd.grad(sum(loss(row) for row in x), x)
+        assert torch.equal(torch.func.grad(loss)(x[0].detach()), expected[0]), name
+        assert torch.equal(torch.func.vmap(torch.func.grad(loss))(x.detach()), expected), name
+        out, pull = torch.func.vjp(function, x[0].detach())
+        assert torch.equal(pull(2 * out)[0], expected[0]), name
 
 
 def test_bare_ops_differentiate(backend):
@@ -161,74 +148,72 @@ def test_checkpoint_and_saved_tensors(backend):
 
 X = torch.zeros(6, 4)
 BAD = [
-    (lambda b: pack([1.0], INDEX, backend=b), TypeError, r"sources\[0\]: expected \[R, ...\] floating point, got 1.0"),
+    (lambda: pack([1.0], INDEX), TypeError, r"sources\[0\]: expected \[R, ...\] floating point, got 1.0"),
     (
-        lambda b: pack([], INDEX, backend=b),
+        lambda: pack([], INDEX),
         TypeError,
         "sources: expected a tensor or a sequence of at least one tensor",
     ),
-    (lambda b: pack(X.long(), INDEX, backend=b), TypeError, r"sources: expected .* got \[6, 4\] int64 on cpu"),
-    (lambda b: pack(X.sum(), INDEX, backend=b), ValueError, r"sources: expected \[R, ...\] floating point, got \[\]"),
-    (lambda b: pack([X, X[:, :2]], INDEX, backend=b), ValueError, r"sources\[1\]: expected rows like those of sources"),
-    (lambda b: pack(X, INDEX.float(), backend=b), TypeError, r"index: expected \[T\] int64, got \[5\] float32"),
-    (lambda b: pack(X, INDEX[None], backend=b), ValueError, r"index: expected \[T\] int64, got \[1, 5\] int64"),
-    (lambda b: pack(X, INDEX.to("meta"), backend=b), ValueError, r"index: expected \[T\] int64 on cpu, got .* on meta"),
-    (lambda b: pack(X[:5], INDEX, backend=b), ValueError, r"index: expected each in \[-1, 5\), got 5 at position 4"),
-    (lambda b: pack(X, INDEX - 1, backend=b), ValueError, r"index: expected each in \[-1, 6\), got -2 at position 1"),
-    (lambda b: unpack(X, INDEX, backend=b), ValueError, "index: expected one entry for each of the 6 packed rows"),
+    (lambda: pack(X.long(), INDEX), TypeError, r"sources: expected .* got \[6, 4\] int64 on cpu"),
+    (lambda: pack(X.sum(), INDEX), ValueError, r"sources: expected \[R, ...\] floating point, got \[\]"),
+    (lambda: pack([X, X[:, :2]], INDEX), ValueError, r"sources\[1\]: expected rows like those of sources"),
+    (lambda: pack(X, INDEX.float()), TypeError, r"index: expected \[T\] int64, got \[5\] float32"),
+    (lambda: pack(X, INDEX[None]), ValueError, r"index: expected \[T\] int64, got \[1, 5\] int64"),
+    (lambda: pack(X, INDEX.to("meta")), ValueError, r"index: expected \[T\] int64 on cpu, got .* on meta"),
+    (lambda: pack(X[:5], INDEX), ValueError, r"index: expected each in \[-1, 5\), got 5 at position 4"),
+    (lambda: pack(X, INDEX - 1), ValueError, r"index: expected each in \[-1, 6\), got -2 at position 1"),
+    (lambda: unpack(X, INDEX), ValueError, "index: expected one entry for each of the 6 packed rows"),
     (
-        lambda b: unpack(X[:5], INDEX, 4, backend=b),
+        lambda: unpack(X[:5], INDEX, 4),
         ValueError,
         r"index: expected each in \[-1, 4\), got 5 at position 4",
     ),
-    (lambda b: unpack(X[:5], INDEX, -1, backend=b), ValueError, "rows: expected sizes >= 0, got -1"),
-    (lambda b: segment_pool(X, CU_SEQLENS.float(), backend=b), TypeError, r"cu_seqlens: expected \[S\+1\] int32"),
-    (lambda b: segment_pool(X, CU_SEQLENS[:0], backend=b), ValueError, "cu_seqlens: .* at least one entry"),
+    (lambda: unpack(X[:5], INDEX, -1), ValueError, "rows: expected sizes >= 0, got -1"),
+    (lambda: segment_pool(X, CU_SEQLENS.float()), TypeError, r"cu_seqlens: expected \[S\+1\] int32"),
+    (lambda: segment_pool(X, CU_SEQLENS[:0]), ValueError, "cu_seqlens: .* at least one entry"),
     (
-        lambda b: segment_pool(X, CU_SEQLENS + 1, backend=b),
+        lambda: segment_pool(X, CU_SEQLENS + 1),
         ValueError,
         r"begin with 0 and end within \[0, 6\], got 1 ... 6",
     ),
     (
-        lambda b: segment_pool(X, CU_SEQLENS * 2, backend=b),
+        lambda: segment_pool(X, CU_SEQLENS * 2),
         ValueError,
         r"begin with 0 and end within \[0, 6\], got 0 ... 10",
     ),
     (
-        lambda b: segment_pool(X, torch.tensor([0, 4, 3, 6]), backend=b),
+        lambda: segment_pool(X, torch.tensor([0, 4, 3, 6])),
         ValueError,
         "cu_seqlens: expected not to decrease, got 4, 3 at 1",
     ),
     (
-        lambda b: segment_pool(X, CU_SEQLENS, "median", backend=b),
+        lambda: segment_pool(X, CU_SEQLENS, "median"),
         ValueError,
         "mode: expected one of sum, mean, max, first, weighted",
     ),
     (
-        lambda b: pad(X, CU_SEQLENS, 2, backend=b),
+        lambda: pad(X, CU_SEQLENS, 2),
         ValueError,
         "max_seqlen: expected at least the longest segment, got 2",
     ),
     (
-        lambda b: unpad(X, CU_SEQLENS, backend=b),
+        lambda: unpad(X, CU_SEQLENS),
         ValueError,
         r"keep: expected a mask \[6, 4\] bool or lengths \[6\] int64",
     ),
-    (lambda b: unpad(X, torch.ones(6, 4), backend=b), TypeError, r"keep: expected a mask \[6, 4\] bool"),
-    (lambda b: unpad(X, torch.full((6,), 5), backend=b), ValueError, r"keep: expected lengths in \[0, 4\]"),
-    (lambda b: unpad(X, torch.full((6,), 2), 11, backend=b), ValueError, "total: expected at least .* got 11"),
+    (lambda: unpad(X, torch.ones(6, 4)), TypeError, r"keep: expected a mask \[6, 4\] bool"),
+    (lambda: unpad(X, torch.full((6,), 5)), ValueError, r"keep: expected lengths in \[0, 4\]"),
+    (lambda: unpad(X, torch.full((6,), 2), 11), ValueError, "total: expected at least .* got 11"),
 ]
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[message[:40] for _, _, message in BAD])
-def test_bad_input(call, error, message, backend):
+def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
-        call(backend)
+        call()
 
 
 def test_a_backend_that_cannot_serve():
-    if candidates("packing", torch.device("cpu"), torch.float64)["triton"] is None:
-        pytest.skip("the interpreter serves")
     with pytest.raises(BackendError, match=r"native: .*\n.*triton: .*\n.*reference: can serve"):
         pack(X.double(), INDEX, backend="triton")
     with pytest.raises(ValueError, match="backend: expected None or one of native, triton, reference, got 'cuda'"):

@@ -1,22 +1,14 @@
 """M-RoPE positions: both rules for what follows an image or clip, written out and token by token, on every backend."""
 
+import backends
 import pytest
 import torch
 
 from mmkernels.ops.packing import mrope_position_ids
-from mmkernels.runtime.backends import BackendError, candidates
+from mmkernels.runtime.backends import BackendError
 from mmkernels.testing.packing import cu_seqlens_of
 
-every_backend = pytest.mark.parametrize("backend", ["native", "triton", "reference"])
-every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 every_rule = pytest.mark.parametrize("advance", ["spatial", "largest"])
-
-
-def needs(backend: str, device: str) -> None:
-    reason = candidates("packing", torch.device(device), torch.float32)[backend]
-    if reason is not None:
-        pytest.skip(reason)
-
 
 TEXT, START, IMAGE_PAD, VIDEO_PAD = 7, 1, 2, 3
 
@@ -25,7 +17,7 @@ def get_rope_index(sample, image_grid_thw, video_grid_thw, merge=2, time_steps=N
     """The rules of transformers' Qwen2VLModel.get_rope_index for one sample without padding, token by token.
 
     A run of image or video tokens takes the next grid of its kind, whose axes count from where it begins. What follows
-    goes on behind its height and width ("spatial", from 5.3 on), or behind the largest position ("largest", before).
+    continues after its height and width ("spatial", from 5.3 on), or after the largest position ("largest", before).
     """
     images, videos, steps = iter(image_grid_thw), iter(video_grid_thw), iter(time_steps or [])
     columns, at, i = [], 0, 0
@@ -73,33 +65,50 @@ SAMPLES = [
 ]
 
 
-@every_device
-@every_backend
+def random_samples() -> list:
+    """Hundreds of spans and segments, some empty: several blocks of the kernels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    kinds = ("image", "video")
+    return [
+        [
+            draw(0, 9) if draw(0, 2) else (kinds[draw(0, 2)], draw(1, 4), 2 * draw(1, 4), 2 * draw(1, 4))
+            for _ in range(draw(0, 7))
+        ]
+        for _ in range(60)
+    ]
+
+
+@backends.every_device
+@backends.every
 @every_rule
 def test_positions_are_those_of_transformers(advance, backend, device):
-    needs(backend, device)
-    ids, grids, starts, expected, cu = [], [], [], [], [0]
-    for parts in SAMPLES:
-        more, own, at, images, videos = interleaved(parts)
-        starts += [len(ids) + start for start in at]
-        ids, grids = ids + more, grids + own
-        cu.append(len(ids))
-        expected.append(get_rope_index(more, images, videos, advance=advance))
-    padding = 6
-    got = mrope_position_ids(
-        torch.tensor(cu, dtype=torch.int32, device=device),
-        torch.tensor(grids, device=device),
-        torch.tensor(starts, device=device),
-        len(ids) + padding,
-        advance=advance,
-        backend=backend,
-    )
-    assert got.dtype == torch.int64
-    assert torch.equal(got.cpu(), torch.cat([*expected, torch.arange(padding).expand(3, -1)], 1))
+    backends.need("packing", backend, device=device)
+    for samples, padding in ((SAMPLES, 6), (random_samples(), 0)):
+        ids, grids, starts, expected, cu = [], [], [], [], [0]
+        for parts in samples:
+            more, own, at, images, videos = interleaved(parts)
+            starts += [len(ids) + start for start in at]
+            ids, grids = ids + more, grids + own
+            cu.append(len(ids))
+            expected.append(get_rope_index(more, images, videos, advance=advance))
+        got = mrope_position_ids(
+            torch.tensor(cu, dtype=torch.int32, device=device),
+            torch.tensor(grids, device=device),
+            torch.tensor(starts, device=device),
+            len(ids) + padding,
+            advance=advance,
+            backend=backend,
+        )
+        assert got.dtype == torch.int64
+        assert torch.equal(got.cpu(), torch.cat([*expected, torch.arange(padding).expand(3, -1)], 1))
 
 
 def test_m_rope_after_padding():
-    """LlamaFactory #7754: padding, before or behind, shifts nobody's positions."""
+    """LlamaFactory #7754: padding, before or after a sample, does not shift its positions."""
     ids, grids, starts, images, videos = interleaved(SAMPLES[4])
     alone = get_rope_index(ids, images, videos)
     for before in (0, 5):
@@ -110,8 +119,8 @@ def test_m_rope_after_padding():
         assert torch.equal(got[:, before + len(ids) :], torch.arange(7).expand(3, -1))
 
 
-# Where the text behind a clip goes on: (rule, options, parts, positions of each part's first and last token). A part is
-# a number of text tokens, or the grid (t, h, w) of a clip, h and w before merging 2 x 2.
+# Where the text after a clip continues: (rule, options, parts, positions of each part's first and last token). A part
+# is a number of text tokens, or the grid (t, h, w) of a clip, h and w before merging 2 x 2.
 TABLE = {
     # Qwen2-VL: nine steps of 4 x 4 tokens from position 4 on.
     "qwen2-vl": (
@@ -205,51 +214,24 @@ def test_time_steps_of_qwen2_5(advance):
         mrope_position_ids(*args, time_step=step, backend="native")
 
 
-@every_backend
+@backends.every
 def test_without_media_and_without_tokens(backend):
-    needs(backend, "cpu")
+    backends.need("packing", backend)
     none = torch.zeros(0, 3, dtype=torch.int64)
     got = mrope_position_ids(cu_seqlens_of([3, 0, 2]), none, none[:, 0], 6, backend=backend)
     assert torch.equal(got, torch.tensor([0, 1, 2, 0, 1, 0]).expand(3, -1))
     assert mrope_position_ids(cu_seqlens_of([]), none, none[:, 0], 0, backend=backend).shape == (3, 0)
 
 
-@every_backend
-@every_rule
-def test_positions_of_a_random_batch(advance, backend):
-    """Hundreds of spans and segments, some empty: several blocks of the kernels."""
-    needs(backend, "cpu")
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=generator))
-
-    ids, grids, starts, expected, cu = [], [], [], [], [0]
-    for _ in range(60):
-        kinds = ("image", "video")
-        parts = [
-            draw(0, 9) if draw(0, 2) else (kinds[draw(0, 2)], draw(1, 4), 2 * draw(1, 4), 2 * draw(1, 4))
-            for _ in range(draw(0, 7))
-        ]
-        more, own, at, images, videos = interleaved(parts)
-        starts += [len(ids) + start for start in at]
-        ids, grids = ids + more, grids + own
-        cu.append(len(ids))
-        expected.append(get_rope_index(more, images, videos, advance=advance))
-    args = torch.tensor(cu), torch.tensor(grids), torch.tensor(starts), len(ids)
-    assert torch.equal(mrope_position_ids(*args, advance=advance, backend=backend), torch.cat(expected, 1))
-
-
-@every_rule
-@pytest.mark.parametrize("timed", [False, True])
-def test_positions_compile_into_one_graph(timed, advance):
+def test_positions_compile_into_one_graph():
     ids, grids, starts, *_ = interleaved(SAMPLES[4])
     args = (cu_seqlens_of([len(ids)]), torch.tensor(grids), torch.tensor(starts), len(ids))
-    options = {"time_step": torch.rand(len(grids)), "tokens_per_second": 7.0} if timed else {}
     torch.compiler.reset()
     compiled = torch.compile(mrope_position_ids, fullgraph=True, backend="aot_eager")
-    expected = mrope_position_ids(*args, advance=advance, **options)
-    assert torch.equal(compiled(*args, advance=advance, **options), expected)
+    for advance in ("spatial", "largest"):
+        for options in ({}, {"time_step": torch.rand(len(grids)), "tokens_per_second": 7.0}):
+            expected = mrope_position_ids(*args, advance=advance, **options)
+            assert torch.equal(compiled(*args, advance=advance, **options), expected)
 
 
 def test_opcheck_with_time():

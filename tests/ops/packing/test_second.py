@@ -1,13 +1,13 @@
-"""Second derivatives and forward mode of the packing ops: each is one of them again."""
+"""First and second derivatives of the packing ops, in reverse and forward mode, against finite differences."""
 
 import functools
 
+import backends
 import pytest
 import torch
 from derivatives import assert_differentiable_twice
 
 from mmkernels import embed_splice, pack, pad, patchify, segment_pool, unpack, unpad, unpatchify
-from mmkernels.runtime.backends import candidates
 
 CU = torch.tensor([0, 3, 3, 9, 12], dtype=torch.int32)
 INDEX = torch.tensor([0, 3, 3, -1, 2])
@@ -21,6 +21,7 @@ CASES = {
     **{f"segment_pool, {m}": (functools.partial(segment_pool, cu_seqlens=CU, mode=m), [(12, 3)]) for m in MODES},
     "segment_pool, weighted": (lambda x, w, **b: segment_pool(x, CU, "weighted", weights=w, **b), [(12, 3), (12,)]),
     "pack": (lambda x, y, **b: pack([x, y], INDEX, **b), [(2, 3), (2, 3)]),
+    "pack, an empty source": (lambda x, y, **b: pack([x, x[2:], y], INDEX, **b), [(2, 3), (2, 3)]),
     "unpack": (lambda x, **b: unpack(x, INDEX, 5, **b), [(5, 3)]),
     "pad": (lambda x, **b: pad(x, CU, **b), [(12, 3)]),
     "unpad": (lambda x, **b: unpad(x, KEEP, **b)[0], [(2, 3, 4)]),
@@ -30,12 +31,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["native", "reference"])
-def backend(request) -> str:
-    reason = candidates("packing", torch.device("cpu"), torch.float64)[request.param]
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
+backend = backends.fixture("packing", ("native", "reference"))  # Triton has no float64, which differences need
 
 
 @pytest.mark.parametrize("name", CASES)

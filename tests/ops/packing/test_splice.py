@@ -1,26 +1,19 @@
-"""embed_splice and gathers from several sources: bits of the rows, gradients against float64, users' mistakes."""
+"""embed_splice and gathers from several sources: bits of the rows, gradients against float64, bad input."""
 
+import itertools
+
+import backends
 import pytest
 import torch
+from ops.packing.segments import with_gradients
 
 from mmkernels.ops.packing import embed_splice, pack
-from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.packing import random_index, splice_inputs
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-every_backend = pytest.mark.parametrize("backend", ["native", "triton", "reference"])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-every_device = pytest.mark.parametrize("device", DEVICES)
 # (vocabulary, tokens, features, width): one of each, no feature, all features, ragged, more than one tile of features
-SHAPES = [(1, 1, 1, 1), (7, 20, 0, 3), (5, 12, 12, 16), (50, 130, 41, 77), (9, 20, 6, 1030)]
-
-
-def needs(backend: str, device: str, dtype: torch.dtype) -> None:
-    reason = candidates("packing", torch.device(device), dtype)[backend]
-    if reason is not None:
-        pytest.skip(reason)
+SHAPES = ((1, 1, 1, 1), (7, 20, 0, 3), (5, 12, 12, 16), (50, 130, 41, 77), (9, 20, 6, 1030))
+SIZES = ((3, 4), (0, 5, 2), (2, 0, 1, 30), (3, 1, 4, 1, 5))
 
 
 def in_torch(token_ids, table, features, dst_index, padding_idx=None):
@@ -33,55 +26,52 @@ def in_torch(token_ids, table, features, dst_index, padding_idx=None):
     return embedded.masked_scatter(mask[:, None], in_order)
 
 
-def with_gradients(function, token_ids, table, features, dst_index, grad):
-    table, features = table.detach().requires_grad_(), features.detach().requires_grad_()
-    out = function(token_ids, table, features, dst_index)
-    return out.detach(), *torch.autograd.grad(out, (table, features), grad.to(out.dtype))
+@backends.every_device
+@backends.every
+@backends.every_dtype
+def test_embed_splice(dtype, backend, device):
+    backends.need("packing", backend, dtype, device)
+    for shape in SHAPES:
+        ids, table, features, dst_index = splice_inputs(*shape, dtype=dtype, device=device)
+        grad = torch.randn(shape[1], shape[3], device=device).to(dtype)
+        out, grad_table, grad_features = with_gradients(
+            lambda t, f, ids=ids, dst=dst_index: embed_splice(ids, t, f, dst, backend=backend), grad, table, features
+        )
+        of_user = lambda t, f, ids=ids, dst=dst_index: in_torch(ids, t, f, dst)  # noqa: E731
+        plain = with_gradients(of_user, grad, table, features)
+        truth = with_gradients(of_user, grad, table.double(), features.double())
+        assert out.is_contiguous()
+        assert torch.equal(out, plain[0])
+        assert torch.equal(grad_features, plain[2])
+        assert_as_accurate(f"grad_table {shape}", grad_table, plain[1], truth[1])
 
 
-@every_device
-@every_backend
-@every_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_embed_splice(shape, dtype, backend, device):
-    needs(backend, device, dtype)
-    inputs = splice_inputs(*shape, dtype=dtype, device=device)
-    grad = torch.randn(shape[1], shape[3], device=device).to(dtype)
-    out, grad_table, grad_features = with_gradients(lambda *a: embed_splice(*a, backend=backend), *inputs, grad)
-    plain = with_gradients(in_torch, *inputs, grad)
-    token_ids, table, features, dst_index = inputs
-    truth = with_gradients(in_torch, token_ids, table.double(), features.double(), dst_index, grad)
-    assert out.is_contiguous()
-    assert torch.equal(out, plain[0])
-    assert torch.equal(grad_features, plain[2])
-    assert_as_accurate("grad_table", grad_table, plain[1], truth[1])
-
-
-@every_backend
+@backends.every
 def test_padding_idx_gets_no_gradient(backend):
-    needs(backend, "cpu", torch.float32)
-    token_ids, table, features, dst_index = splice_inputs(6, 40, 5, 8)
+    backends.need("packing", backend)
+    ids, table, features, dst = splice_inputs(6, 40, 5, 8)
     grad = torch.randn(40, 8)
-    function = lambda *a: embed_splice(*a, padding_idx=2, backend=backend)  # noqa: E731
-    out, grad_table, _ = with_gradients(function, token_ids, table, features, dst_index, grad)
-    plain = with_gradients(lambda *a: in_torch(*a, padding_idx=2), token_ids, table, features, dst_index, grad)
+    out, grad_table, _ = with_gradients(
+        lambda t, f: embed_splice(ids, t, f, dst, padding_idx=2, backend=backend), grad, table, features
+    )
+    plain = with_gradients(lambda t, f: in_torch(ids, t, f, dst, padding_idx=2), grad, table, features)
     assert torch.equal(out, plain[0])
     assert grad_table[2].count_nonzero() == 0
     torch.testing.assert_close(grad_table, plain[1])
 
 
-@every_backend
+@backends.every
 def test_placeholders_may_be_outside_the_vocabulary(backend):
-    needs(backend, "cpu", torch.float32)
+    backends.need("packing", backend)
     out = embed_splice(
         torch.tensor([1, -200, 0, 99]), torch.eye(2), 5 * torch.ones(2, 2), torch.tensor([3, 1]), backend=backend
     )
     assert out.tolist() == [[0, 1], [5, 5], [1, 0], [5, 5]]
 
 
-@every_backend
-def test_what_is_frozen_costs_nothing(backend):
-    needs(backend, "cpu", torch.float32)
+@backends.every
+def test_frozen_inputs_get_no_gradient(backend):
+    backends.need("packing", backend)
     token_ids, table, features, dst_index = splice_inputs(6, 40, 5, 8)
     features.requires_grad_()
     embed_splice(token_ids, table, features, dst_index, backend=backend).sum().backward()
@@ -90,9 +80,9 @@ def test_what_is_frozen_costs_nothing(backend):
     assert features.grad[dst_index < 0].count_nonzero() == 0
 
 
-@every_backend
-def test_nothing(backend):
-    needs(backend, "cpu", torch.float32)
+@backends.every
+def test_empty_input(backend):
+    backends.need("packing", backend)
     no_index, table = torch.zeros(0, dtype=torch.int64), torch.randn(3, 4, requires_grad=True)
     features = torch.zeros(0, 4, requires_grad=True)
     out = embed_splice(no_index, table, features, no_index, backend=backend)
@@ -104,10 +94,10 @@ def test_nothing(backend):
     left_out.sum().backward()
 
 
-@every_backend
+@backends.every
 def test_layouts(backend):
     """Row strides, transposed tables, expanded features, strided indices; int32."""
-    needs(backend, "cpu", torch.float32)
+    backends.need("packing", backend)
     token_ids, table, features, dst_index = splice_inputs(9, 30, 4, 6)
     want = embed_splice(token_ids, table, features, dst_index, backend=backend)
     strange = torch.cat([table, table], 1)[:, :6]
@@ -119,21 +109,6 @@ def test_layouts(backend):
         embed_splice(token_ids, table, one.expand(4, 6), dst_index, backend=backend),
         embed_splice(token_ids, table, one.repeat(4, 1), dst_index, backend=backend),
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_gradient_for_any_number_of_threads(dtype):
-    needs("native", "cpu", dtype)
-    inputs = splice_inputs(30, 4000, 300, 96, dtype=dtype)
-    grad = torch.randn(4000, 96)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(with_gradients(lambda *a: embed_splice(*a, backend="native"), *inputs, grad))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 IDS, TABLE, FEATURES, DST = splice_inputs(6, 10, 3, 4, some_left_out=False)
@@ -172,35 +147,32 @@ BAD = [
 ]
 
 
-@every_backend
 @pytest.mark.parametrize(("args", "options", "error", "message"), BAD, ids=[message[:45] for *_, message in BAD])
-def test_bad_input(args, options, error, message, backend):
-    needs(backend, "cpu", torch.float32)
+def test_bad_input(args, options, error, message):
     with pytest.raises(error, match=message):
-        embed_splice(*args, **options, backend=backend)
+        embed_splice(*args, **options)
 
 
-@every_device
-@every_backend
-@every_dtype
-@pytest.mark.parametrize("sizes", [(3, 4), (0, 5, 2), (2, 0, 1, 30), (3, 1, 4, 1, 5)], ids=str)
-@pytest.mark.parametrize("width", [1, 33])
-def test_pack_from_several_sources(width, sizes, dtype, backend, device):
+@backends.every_device
+@backends.every
+@backends.every_dtype
+def test_pack_from_several_sources(dtype, backend, device):
     """As if they were concatenated, bit for bit, gradients too."""
-    needs(backend, device, dtype)
-    sources = [torch.randn(n, 2 * width, device=device).to(dtype)[:, ::2].requires_grad_() for n in sizes]
-    index = random_index(sum(sizes), 50, device=device)
-    grad = torch.randn(50, width, device=device).to(dtype)
-    results = []
-    for given in (sources, torch.cat(sources)):
-        out = pack(given, index, backend=backend)
-        results.append((out, *torch.autograd.grad(out, sources, grad)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    backends.need("packing", backend, dtype, device)
+    for sizes, width in itertools.product(SIZES, (1, 33)):
+        sources = [torch.randn(n, 2 * width, device=device).to(dtype)[:, ::2].requires_grad_() for n in sizes]
+        index = random_index(sum(sizes), 50, device=device)
+        grad = torch.randn(50, width, device=device).to(dtype)
+        results = []
+        for given in (sources, torch.cat(sources)):
+            out = pack(given, index, backend=backend)
+            results.append((out, *torch.autograd.grad(out, sources, grad)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), (sizes, width)
 
 
 def test_pack_of_several_sources_makes_no_copy_of_them():
     """Four sources are read where they lie: what is allocated is the output, not their concatenation."""
-    needs("native", "cpu", torch.float32)
+    backends.need("packing", "native")
     big, small = torch.randn(4096, 64), torch.randn(8, 64)
     index = torch.tensor([0, 4096, 4100])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

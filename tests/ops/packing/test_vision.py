@@ -1,25 +1,10 @@
 """Patches of images of different sizes, there and back."""
 
+import backends
 import pytest
 import torch
 
 from mmkernels.ops.packing import patchify, unpatchify
-from mmkernels.runtime.backends import candidates
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-every_backend = pytest.mark.parametrize("backend", ["native", "triton", "reference"])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-every_device = pytest.mark.parametrize("device", DEVICES)
-
-
-def needs(backend: str, device: str, dtype: torch.dtype) -> None:
-    reason = candidates("packing", torch.device(device), dtype)[backend]
-    if reason is not None:
-        pytest.skip(reason)
-
-
-# Patches
 
 # (patch, temporal, merge, channels, shapes of images in patches)
 CUTS = {
@@ -47,13 +32,16 @@ def by_unfold(images, patch, temporal, merge):
     return torch.stack(rows)
 
 
-@every_device
-@every_backend
-@every_dtype
-@pytest.mark.parametrize("cut", CUTS)
-def test_patchify(cut, dtype, backend, device):
-    needs(backend, device, dtype)
-    patch, temporal, merge, channels, grids = CUTS[cut]
+@backends.every_device
+@backends.every
+@backends.every_dtype
+def test_patchify(dtype, backend, device):
+    backends.need("packing", backend, dtype, device)
+    for cut in CUTS.values():
+        check_cut(*cut, dtype, backend, device)
+
+
+def check_cut(patch, temporal, merge, channels, grids, dtype, backend, device) -> None:
     sizes = [(t * temporal, channels, h * patch, w * patch) for t, h, w in grids]
     images = [torch.randn(size, device=device).to(dtype).requires_grad_() for size in sizes]
     options = {"temporal_patch_size": temporal, "merge_size": merge, "backend": backend}
@@ -68,35 +56,35 @@ def test_patchify(cut, dtype, backend, device):
     assert all(torch.equal(a, b) for a, b in zip(gradients, back, strict=True))
     again = unpatchify(tokens, grids, patch, **options)
     assert all(torch.equal(a, b) for a, b in zip(images, again, strict=True))
-    (gradient,) = torch.autograd.grad(
-        torch.cat([image.flatten() for image in again]).dot(tokens.detach().flatten()), tokens
-    )
-    flat = torch.cat([image.flatten() for image in unpatchify(gradient, grids, patch, **options)])
-    assert torch.equal(flat, tokens.detach().flatten())
+    # The gradient of unpatchify: the images themselves as weights of its outputs come back as the tokens.
+    flat = torch.cat([image.flatten() for image in again])
+    (gradient,) = torch.autograd.grad(flat.dot(flat.detach()), tokens)
+    assert torch.equal(gradient, tokens)
 
 
-@every_backend
-def test_patches_are_a_convolution(backend):
-    needs(backend, "cpu", torch.float32)
+def test_patches_are_a_convolution():
     image, conv = torch.randn(3, 12, 20), torch.nn.Conv2d(3, 7, 4, stride=4)
-    tokens, _ = patchify([image], 4, backend=backend)
+    tokens, _ = patchify([image], 4)
     projected = torch.nn.functional.linear(tokens, conv.weight.flatten(1), conv.bias)
     torch.testing.assert_close(projected, conv(image[None])[0].flatten(1).T, atol=1e-5, rtol=1e-5)
 
 
-@every_backend
-def test_patchify_layouts_and_threads(backend):
-    needs(backend, "cpu", torch.float32)
+@backends.every
+def test_layouts_and_nothing(backend):
+    backends.need("packing", backend)
     image = torch.randn(20, 12, 3).permute(2, 0, 1)  # as PIL gives it
     tokens, _ = patchify([image, image[:, ::2, ::3]], 2, backend=backend)
     assert torch.equal(tokens, by_unfold([image, image[:, ::2, ::3]], 2, 1, 1))
+    assert unpatchify(torch.zeros(0, 12), [], 2, backend=backend) == []
+
+
+def test_more_pixels_than_the_caches_hold():
+    """Lines of whole cache lines and others; images that end inside a group of tokens."""
+    backends.need("packing", "native")
     wide = torch.randn(3, 256, 512)
     assert torch.equal(patchify([wide], 16, backend="native")[0], patchify([wide], 16, backend="reference")[0])
-    # More than the caches hold, lines that fill no cache line, images that end inside a group of tokens.
     many = [torch.randn(3, 14 * (40 + i), 14 * 50).bfloat16() for i in range(5)]
     assert torch.equal(patchify(many, 14, backend="native")[0], patchify(many, 14, backend="reference")[0])
-    none = unpatchify(torch.zeros(0, 12), [], 2, backend=backend)
-    assert none == []
 
 
 IMAGE = torch.zeros(3, 8, 6)
@@ -138,8 +126,6 @@ BAD_CUTS = [
         r"grid_thw\[0\]: expected t, h and w >= 1, h and w multiples of merge_size 2, got \[1, 4, 3\]",
     ),
 ]
-
-
 BAD_CUTS.append(
     (
         lambda: torch.ops.mmkernels.packing_patchify_images_fwd(
@@ -153,6 +139,6 @@ BAD_CUTS.append(
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD_CUTS, ids=[message[:45] for *_, message in BAD_CUTS])
 def test_bad_images(call, error, message):
-    needs("native", "cpu", torch.float32)
+    backends.need("packing", "native")
     with pytest.raises(error, match=message):
         call()

@@ -1,33 +1,18 @@
 """segment_pool(mode="weighted"): values and both gradients against float64 on every backend."""
 
+import backends
 import numpy as np
 import pytest
 import torch
+from ops.packing.segments import SEGMENTS, with_gradients
 from torch import Tensor
 
 from mmkernels.ops.packing import segment_pool
-from mmkernels.runtime.backends import candidates
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.packing import cu_seqlens_of
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-every_backend = pytest.mark.parametrize("backend", ["native", "triton", "reference"])
-every_device = pytest.mark.parametrize("device", DEVICES)
-SEGMENTS = {
-    "ragged": ([0, 3, 1, 0, 0, 17, 64, 65, 0], 0),
-    "rows left over": ([2, 130], 5),
-    "long": ([1, 2100, 0, 1024, 3], 2),
-    "all empty": ([0, 0], 4),
-    "none": ([], 3),
-    "no rows": ([0, 0], 0),
-}
-
-
-def needs(backend: str, device: str, dtype: torch.dtype) -> None:
-    reason = candidates("packing", torch.device(device), dtype)[backend]
-    if reason is not None:
-        pytest.skip(reason)
+# One column, a ragged vector, several tiles of columns.
+WIDTHS = {"ragged": (1, 37, 1100), "long": (1, 1100)}
 
 
 def in_torch(x: Tensor, weights: Tensor, lengths: list[int]) -> Tensor:
@@ -50,42 +35,37 @@ def truth_of(x: Tensor, weights: Tensor, lengths: list[int], grad: Tensor) -> li
     return [torch.from_numpy(value.astype(np.float64)) for value in (out, grad_x, grad_weights)]
 
 
-def with_gradients(function, x, weights, grad):
-    x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
-    out = function(x, weights)
-    return out.detach(), *torch.autograd.grad(out, (x, weights), grad.to(out.dtype))
+@backends.every_device
+@backends.every
+@backends.every_dtype
+def test_weighted(dtype, backend, device):
+    backends.need("packing", backend, dtype, device)
+    for segments, (lengths, left_over) in SEGMENTS.items():
+        if backends.interpreted(backend, device):
+            lengths = [min(length, 300) for length in lengths]
+        for width in WIDTHS.get(segments, (37,)):
+            check_weighted(lengths, left_over, width, dtype, backend, device)
 
 
-@every_device
-@every_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("segments", SEGMENTS)
-def test_weighted(segments, dtype, backend, device):
-    needs(backend, device, dtype)
-    lengths, left_over = SEGMENTS[segments]
-    if backend == "triton" and device == "cpu":  # the interpreter is slow
-        lengths = [min(length, 300) for length in lengths]
-    for width in (1, 37, 1100):
-        x = torch.randn(sum(lengths) + left_over, width, device=device).to(dtype)
-        weights = torch.randn(len(x), device=device).to(dtype)
-        grad = torch.randn(len(lengths), width, device=device).to(dtype)
-        cu = cu_seqlens_of(lengths, device)
-        ours = with_gradients(
-            lambda x, w, cu=cu: segment_pool(x, cu, "weighted", weights=w, backend=backend), x, weights, grad
-        )
-        plain = with_gradients(lambda x, w: in_torch(x, w, lengths), x, weights, grad)
-        truth = truth_of(x, weights, lengths, grad)
-        sizes = truth_of(x.abs(), weights.abs(), lengths, grad.abs())
-        terms = (sizes[0], torch.zeros_like(sizes[1]), sizes[2])  # both sums cancel
-        for what, a, b, c, sums in zip(("out", "grad_x", "grad_weights"), ours, plain, truth, terms, strict=True):
-            assert a.dtype == dtype
-            assert_as_accurate(f"{what} {width}", a.cpu(), b.cpu(), c, terms=sums)
+def check_weighted(lengths, left_over, width, dtype, backend, device) -> None:
+    x = torch.randn(sum(lengths) + left_over, width, device=device).to(dtype)
+    weights = torch.randn(len(x), device=device).to(dtype)
+    grad = torch.randn(len(lengths), width, device=device).to(dtype)
+    cu = cu_seqlens_of(lengths, device)
+    ours = with_gradients(lambda x, w: segment_pool(x, cu, "weighted", weights=w, backend=backend), grad, x, weights)
+    plain = with_gradients(lambda x, w: in_torch(x, w, lengths), grad, x, weights)
+    truth = truth_of(x, weights, lengths, grad)
+    sizes = truth_of(x.abs(), weights.abs(), lengths, grad.abs())
+    terms = (sizes[0], torch.zeros_like(sizes[1]), sizes[2])  # both sums cancel
+    for what, a, b, c, sums in zip(("out", "grad_x", "grad_weights"), ours, plain, truth, terms, strict=True):
+        assert a.dtype == dtype
+        assert_as_accurate(f"{what} {width}", a.cpu(), b.cpu(), c, terms=sums)
 
 
-@every_backend
+@backends.every
 def test_weights_keep_their_precision(backend):
     """float32 weights of bfloat16 rows are not rounded to bfloat16."""
-    needs(backend, "cpu", torch.bfloat16)
+    backends.need("packing", backend, torch.bfloat16)
     x = torch.full((2, 3), 256.0, dtype=torch.bfloat16)
     weights = torch.tensor([1.0 + 2**-12, -1.0], requires_grad=True)
     out = segment_pool(x, cu_seqlens_of([2]), "weighted", weights=weights, backend=backend)
@@ -95,19 +75,9 @@ def test_weights_keep_their_precision(backend):
     assert weights.grad.dtype == torch.float32
 
 
-@every_backend
-def test_weights_of_one_over_the_length_are_the_mean(backend):
-    needs(backend, "cpu", torch.float64)
-    x, lengths = torch.randn(40, 5, dtype=torch.float64) if backend != "triton" else torch.randn(40, 5), [9, 0, 31]
-    weights = torch.cat([torch.full((n,), 1 / max(n, 1), dtype=x.dtype) for n in lengths])
-    cu = cu_seqlens_of(lengths)
-    got = segment_pool(x, cu, "weighted", weights=weights, backend=backend)
-    torch.testing.assert_close(got, segment_pool(x, cu, "mean", backend=backend))
-
-
-@every_backend
+@backends.every
 def test_layouts_and_trailing_dimensions(backend):
-    needs(backend, "cpu", torch.float32)
+    backends.need("packing", backend)
     x, weights, cu = torch.randn(30, 4, 3), torch.randn(30), cu_seqlens_of([10, 0, 19])
     want = segment_pool(x, cu, "weighted", weights=weights, backend=backend)
     assert want.shape == (3, 4, 3)
@@ -121,22 +91,6 @@ def test_layouts_and_trailing_dimensions(backend):
     )
     no_width.sum().backward()
     assert weights.grad.tolist() == [0.0] * 30
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_for_any_number_of_threads(dtype):
-    needs("native", "cpu", dtype)
-    lengths = [3000, 1, 0, 700]
-    x, weights, grad = torch.randn(3701, 96).to(dtype), torch.randn(3701), torch.randn(4, 96).to(dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            run = lambda x, w: segment_pool(x, cu_seqlens_of(lengths), "weighted", weights=w, backend="native")  # noqa: E731
-            results.append(with_gradients(run, x, weights, grad))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 X, W, C = torch.zeros(6, 4), torch.zeros(6), cu_seqlens_of([2, 4])

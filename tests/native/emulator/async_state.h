@@ -1,0 +1,31 @@
+// What the parts of the asynchronous machinery share. async.cpp draws what happens when, tma.cpp has mbarriers, copies
+// and stores for the async proxy, wgmma.cpp products of warpgroups, their registers, and named barriers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace emulator {
+
+extern std::vector<unsigned char> async_view;  // shared memory as TMA and wgmma see it
+
+uint64_t draw();
+bool chance(double p);
+
+uint32_t offset_of(const void* pointer, size_t bytes, const char* what);  // in shared memory
+
+// Window addresses: the first of shared memory, the swizzled one, and an address's offset in shared memory.
+uint32_t window_start();
+inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7u) << 4); }
+uint32_t inside(uint32_t address, size_t bytes, const char* what);
+
+// As begin_async, step_async and end_async.
+void begin_tma(unsigned threads);
+bool step_tma(bool now, double copy_chance);
+void end_tma();
+void begin_wgmma(unsigned threads);
+bool step_wgmma(bool now, double product_chance);
+void end_wgmma();
+
+}  // namespace emulator

@@ -1,0 +1,119 @@
+"""What the losses send over a process group, byte by byte, and the largest tensor that a rank holds for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from ops.contrastive.shared import EXCHANGES, batch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmkernels import infonce, siglip
+
+
+def _bytes_received(rank: int, world: int, loss: str, exchange: str) -> list[int]:
+    """[of features and their gradients, of all] in a forward and backward, counted where they are received."""
+    received = [0, 0]
+    names = {name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)}
+    plain = {name: getattr(dist, name) for name in (*names, "all_to_all_single", "batch_isend_irecv", "all_reduce")}
+
+    def count(size: int) -> None:
+        received[1] += size
+        received[0] += size if size >= 1000 else 0  # a rank's statistics are smaller here, its features larger
+
+    def gather(out: Tensor, mine: Tensor, **rest: Any) -> Any:
+        for _ in range(world - 1):
+            count(mine.nbytes)
+        return plain[next(iter(names))](out, mine, **rest)
+
+    def all_to_all(out: Tensor, mine: Tensor, splits: list[int], *rest: Any) -> Any:
+        for other, size in enumerate(splits):
+            if other != rank:
+                count(size)
+        return plain["all_to_all_single"](out, mine, splits, *rest)
+
+    def passing(operations: list[Any]) -> Any:
+        for operation in operations:
+            if operation.op is dist.irecv:
+                count(operation.tensor.nbytes)
+        return plain["batch_isend_irecv"](operations)
+
+    def reduce(tensor: Tensor, *rest: Any, **more: Any) -> Any:
+        count(2 * tensor.nbytes)
+        return plain["all_reduce"](tensor, *rest, **more)
+
+    changed = {"all_to_all_single": all_to_all, "batch_isend_irecv": passing, "all_reduce": reduce}
+    changed.update(dict.fromkeys(names, gather))
+    x, y = (t[:8].clone().requires_grad_() for t in batch(8, 256, torch.bfloat16))
+    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    over = {"group": dist.group.WORLD, "exchange": exchange}
+    losses: dict[str, Callable[[], Tensor]] = {
+        "infonce": lambda: infonce(x, y, scale, **over),
+        "siglip": lambda: siglip(x, y, scale, bias, **over),
+        "negatives": lambda: infonce(x, y, scale, negatives=y.detach().clone().requires_grad_(), **over),
+        "queue": lambda: infonce(x, y, scale, negatives=y.detach(), **over),
+        "teacher": lambda: infonce(x, y, scale, teacher=(x, y, 0.5), **over),
+        "return_stats": lambda: infonce(x, y, scale, return_stats=True, **over)[0],
+    }
+    try:
+        for name, function in changed.items():
+            setattr(dist, name, function)
+        losses[loss]().backward()
+    finally:
+        for name, function in plain.items():
+            setattr(dist, name, function)
+    return received
+
+
+# Beyond the keys: [all_gather, ring] in units of N·E bytes, in bfloat16.
+BYTES = {
+    "infonce": (0, 0),
+    "siglip": (0, 0),
+    "negatives": (4, 8),
+    "queue": (2, 4),
+    "teacher": (4, 6),
+    "return_stats": (0, 0),
+}
+
+
+@pytest.mark.parametrize("loss", BYTES)
+def test_bytes_exchanged(loss: str) -> None:
+    """4·N·E in gather mode and 8·N·E in the ring, what an option adds, and O(N) statistics: what the docs say."""
+    e = 256
+    for world in (1, 2, 4):
+        n = 8 * world
+        for exchange, factor, more in zip(EXCHANGES, (4, 8), BYTES[loss], strict=True):
+            for features, everything in ranks.run(world, _bytes_received, loss, exchange):
+                assert features == (factor + more) * n * e * (world - 1) // world, (world, exchange)
+                assert everything - features <= 300 * n + 200 * world, (world, exchange)
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.nbytes)
+        return out
+
+
+def _largest(rank: int, world: int, exchange: str) -> int:
+    x, y = (t.requires_grad_() for t in batch(4, 512, torch.float32))
+    with LargestTensor() as largest:
+        infonce(x, y, torch.tensor(10.0), group=dist.group.WORLD, exchange=exchange).backward()
+    return largest.elements
+
+
+def test_ring_holds_no_more_than_blocks() -> None:
+    block = 4 * 512 * 4
+    assert max(ranks.run(4, _largest, "ring")) == block
+    assert max(ranks.run(4, _largest, "all_gather")) == 4 * block
