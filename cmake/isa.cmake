@@ -7,7 +7,8 @@
 # -ffp-contract=fast allows FMA; -ffast-math is not used, for infinities and NaNs mean something here (masked rows).
 include(CheckCXXCompilerFlag)
 
-set(MMK_CPU_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast)
+# A kernel left out of MMK_DEFINE_KERNELS would be a null pointer: -Werror makes it an error.
+set(MMK_CPU_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Werror=missing-field-initializers)
 set(MMK_ISAS baseline)
 set(MMK_FLAGS_baseline "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
