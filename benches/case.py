@@ -1,4 +1,4 @@
-"""What a bench declares: a `Case` for each thing to measure. And what the harness makes of it: contenders and rows."""
+"""A bench's `Case`s and `Options`, and the contenders and `Row`s that the harness derives from them."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ Outputs = Sequence[Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure; see the module's example.
+    """One thing to measure; see the example in harness.py.
 
     Args:
-        name: of the case.
+        name: the case's name.
         grid, quick, large: points to measure; each has a "dtype" when the case has tensors.
         setup: `(params, device) -> inputs`, a dict; tensors that need gradients have requires_grad set.
         ours: `(inputs, backend) -> outputs`.
-        plain: `(inputs) -> outputs` in plain PyTorch: the baseline, and in float64 the truth.
-        others: further contenders, `(inputs) -> outputs`.
+        plain: `(inputs) -> outputs` in plain PyTorch: the baseline, and in float64 the ground truth.
+        others: more contenders, `(inputs) -> outputs`.
         peers: package -> name of its adapter in peers.py.
         work: `(params) -> Work`.
-        outputs: what the outputs are called.
-        gate: parameters that replace those of the point for the float64 gate; None when the point itself will do.
-        terms: `(inputs) -> tensors`: of each output, or of the first few, the sum of its absolute terms, see
-            `assert_as_accurate`. Scalars that cancel need it.
+        outputs: names of the outputs.
+        gate: parameters that override the point's in the float64 gate; None to use the point's own.
+        terms: `(inputs) -> tensors`: the sum of absolute terms of each output, or of the first few, see
+            `assert_as_accurate`. Needed for scalars with cancellation.
         check: replaces both gates: `(contender, outputs, inputs) -> None`, raises AssertionError.
-        limits: `(params, contender) -> reason` for not running it (a logit matrix that would not fit), or None.
-        baseline: the contender that ratios refer to; of several the fastest.
-        family: measure each backend of this family that can serve, not only the one that `backend=None` picks.
-        figures: `(outputs, inputs) -> {column: value}`, further figures of a result, such as a plan's efficiency.
+        limits: `(params, contender) -> reason` for skipping it (such as a logit matrix that would not fit), or None.
+        baseline: the contender that ratios refer to; if several, the fastest.
+        family: measure every available backend of this family, not only the one that `backend=None` picks.
+        figures: `(outputs, inputs) -> {column: value}`, more figures of a result, such as a plan's efficiency.
     """
 
     name: str
@@ -65,28 +65,28 @@ class Options:
     """Options of every bench."""
 
     quick: bool = False
-    """Small sizes: does it run, and is it right?"""
+    """Small sizes: check that everything runs and is right."""
     large: bool = False
-    """The large sizes of the benches that have some; choose among them with --filter."""
+    """Large sizes, for benches that have them; select with --filter."""
     backend: tuple[str, ...] = ()
-    """Backends of ours to measure, each by name; by default the bench decides: each that can serve, or the one that
+    """Our backends to measure, by name. Default: depending on the bench, all available ones or the one that
     `backend=None` picks."""
     filter: str = ""
-    """Only the points whose title contains this text."""
+    """Only points whose title contains this text."""
     only: tuple[str, ...] = ()
-    """Only these contenders, by name, where the others would take minutes. Ratios need the baseline among them."""
+    """Only these contenders, by name, for example to skip slow ones. Ratios need the baseline among them."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
     threads: int = 0
-    """CPU threads; 0 leaves torch's own choice."""
+    """CPU threads; 0: torch's default."""
     seconds: float = 2.0
-    """Time to spend on each contender, after its warm-up."""
+    """Seconds to spend on each contender after warm-up."""
     memory: bool = True
-    """Measure peak memory too (on a CPU each contender again, in a process of its own)."""
+    """Measure peak memory too (on a CPU in a separate process per contender)."""
     peers: bool = True
-    """Measure the other packages that are installed."""
+    """Measure other installed packages too."""
     compile: bool = False
-    """Measure torch.compile on a CPU too, where it takes long to compile."""
+    """Measure torch.compile on a CPU too, where compilation is slow."""
     save: bool = True
     """Write the figures to benches/results/."""
 
@@ -116,7 +116,7 @@ class Row:
 
 
 def _backends(case: Case, options: Options) -> Sequence[str | None]:
-    """Backends of ours to measure; None is the one that `backend=None` picks."""
+    """Our backends to measure; None is the one that `backend=None` picks."""
     if options.backend or case.family is None:
         return options.backend or (None,)
     served = candidates(case.family, torch.device(options.device), torch.float32)
@@ -124,7 +124,7 @@ def _backends(case: Case, options: Options) -> Sequence[str | None]:
 
 
 def contenders(case: Case, options: Options) -> tuple[dict[str, Callable[[Inputs], Outputs]], dict[str, str]]:
-    """Every contender by name, and those that are absent with the reason."""
+    """All contenders by name, and the absent ones with the reason."""
     runs: dict[str, Callable[[Inputs], Outputs]] = {}
     absent: dict[str, str] = {}
     if case.plain is not None:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import mmkernels.testing as testing
 
-# Relative root-mean-square distance from plain PyTorch at full size, where float64 truth is too large to form. In half
-# precision that is plain PyTorch in float32 on the same values, and twice its own error in half precision is allowed.
-# That is 4% of InfoNCE's gradient in bfloat16, N = 1024, and 29% of SigLIP's gradient of the bias, N = 8192.
+# Allowed relative RMS distance from plain PyTorch at full size, where float64 does not fit. In half precision the
+# reference is plain PyTorch in float32 on the same values, and twice its own half-precision error is allowed if that is
+# more: 4% of InfoNCE's gradient in bfloat16, N = 1024, and 29% of SigLIP's gradient of the bias, N = 8192.
 _AGREEMENT = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 
 
@@ -28,7 +28,7 @@ def _converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def gate_against_truth(case: Case, params: Params, options: Options) -> dict[str, float]:
-    """Contender of ours -> its largest error ratio at the gate's size. Raises AssertionError when one is too large."""
+    """Our contenders -> their largest error ratio at the gate's size. Raise AssertionError if one is too large."""
     if case.check is not None or case.plain is None:
         return {}
     inputs = case.setup({**params, **(case.gate or {})}, torch.device(options.device))
@@ -50,7 +50,7 @@ def gate_against_truth(case: Case, params: Params, options: Options) -> dict[str
 
 @dataclass
 class Reference:
-    """What every contender's outputs must be, and how far each may be from it."""
+    """The expected outputs, and the allowed distance of each."""
 
     outputs: Outputs
     allowed: list[float]
@@ -63,7 +63,7 @@ def _distance(result: Tensor, expected: Tensor) -> float:
 
 
 def reference_from(run: Callable[[Inputs], Outputs], results: Outputs, params: Params, inputs: Inputs) -> Reference:
-    """From plain PyTorch and its results, or where its size is beyond it from the next of theirs."""
+    """The reference from plain PyTorch's results or, where it cannot run, from the next contender's."""
     agreement = _AGREEMENT[params["dtype"]]
     if params["dtype"] not in ("float16", "bfloat16"):
         return Reference(results, [agreement] * len(results))
@@ -72,9 +72,9 @@ def reference_from(run: Callable[[Inputs], Outputs], results: Outputs, params: P
 
 
 def agreement(case: Case, name: str, results: Outputs, reference: Reference | None, inputs: Inputs) -> str:
-    """Raises AssertionError unless a contender's result is plain PyTorch's, as far as the dtype allows.
+    """Raise AssertionError unless a contender agrees with plain PyTorch to the dtype's tolerance.
 
-    Returns what there is to note: the outputs that a contender does not compute (None).
+    Returns a note: the outputs that a contender does not compute (None).
     """
     if case.check is not None:
         case.check(name, results, inputs)

@@ -1,4 +1,4 @@
-"""The bench: a registry of cases, each checked before it is timed, against what a user would otherwise use.
+"""The bench harness: runs cases, checks every contender before timing it, and compares with the alternatives.
 
 A bench file lists its cases and calls `main`:
 
@@ -6,11 +6,11 @@ A bench file lists its cases and calls `main`:
         x = torch.randn(p["N"], p["E"], dtype=getattr(torch, p["dtype"]), device=device, requires_grad=True)
         return {"x": x}
 
-    def ours(inputs, backend):                              # returns every output and gradient, in a fixed order
+    def ours(inputs, backend):                              # returns all outputs and gradients, in a fixed order
         y = mmkernels.something(inputs["x"], backend=backend)
         return y, *torch.autograd.grad(y.sum(), inputs["x"])
 
-    def plain(inputs):                                      # the same in plain PyTorch; in float64 it is the truth
+    def plain(inputs):                                      # the same in plain PyTorch; in float64 the ground truth
         y = inputs["x"].square().sum(1)
         return y, *torch.autograd.grad(y.sum(), inputs["x"])
 
@@ -33,9 +33,9 @@ A bench file lists its cases and calls `main`:
     if __name__ == "__main__":
         main("something", CASES)
 
-Before a contender is timed: (1) at the gate's size our result errs at most 1.5 times plain PyTorch's error against
-float64, plus the stated epsilon; (2) at full size every contender agrees with plain PyTorch as far as the dtype allows.
-One that fails is reported as wrong and has no time.
+Before a contender is timed: (1) at the gate's size our error against float64 is at most 1.5 times plain PyTorch's, plus
+the stated epsilon; (2) at full size every contender agrees with plain PyTorch to the dtype's tolerance. A contender
+that fails is reported as wrong and not timed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = ["Case", "Inputs", "Options", "Work", "main"]
 
 
 def _memory_in_child(bench: str, case: Case, params: Params, name: str, options: Options) -> int | str:
-    """Peak memory of one contender in a fresh process, or why there is no figure."""
+    """Peak memory of one contender in a fresh process, or the reason why there is none."""
     request = {"case": case.name, "params": dict(params), "contender": name, "device": options.device}
     request |= {"threads": torch.get_num_threads(), "backend": options.backend}
     done = subprocess.run(
@@ -69,7 +69,7 @@ def _memory_in_child(bench: str, case: Case, params: Params, name: str, options:
 
 
 def _measure_memory(cases: Sequence[Case], request: dict[str, Any]) -> None:
-    """The child's side: a small warm-up, then one call."""
+    """In the child process: a small warm-up, then one call."""
     torch.set_num_threads(request["threads"])
     case = next(case for case in cases if case.name == request["case"])
     device = torch.device(request["device"])
@@ -81,7 +81,7 @@ def _measure_memory(cases: Sequence[Case], request: dict[str, Any]) -> None:
 
 
 def _measure(bench: str, case: Case, params: Params, options: Options) -> list[Row]:
-    """Every contender on one point: check, time, memory."""
+    """Check every contender on one point, time it and measure its memory."""
     device = torch.device(options.device)
     runs, absent = contenders(case, options)
     rows = {name: Row(case.name, dict(params), name) for name in runs}
@@ -105,7 +105,7 @@ def _measure(bench: str, case: Case, params: Params, options: Options) -> list[R
             rows[name].note = f"WRONG, not timed: {error}"
             if name.startswith("mmkernels"):
                 raise AssertionError(f"{rows[name].title}: {name}: {error}") from None
-        except Exception as error:  # a peer that cannot do this size is a result, not the end of the bench
+        except Exception as error:  # a peer that fails at this size is a result; the bench continues
             if name.startswith("mmkernels"):
                 raise
             rows[name].note = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
@@ -129,7 +129,7 @@ def _measure(bench: str, case: Case, params: Params, options: Options) -> list[R
 
 
 def _rates(rows: list[Row], case: Case, params: Params, ceiling: Mapping[str, float]) -> None:
-    """Fills what follows from the figures: ratios to the baseline, achieved rates, fractions of the ceiling."""
+    """Fill in the derived figures: ratios to the baseline, achieved rates, fractions of the ceiling."""
     work = case.work(params)
     names = (case.baseline,) if isinstance(case.baseline, str) else case.baseline
     timed = [row for row in rows if row.contender in names and row.timing is not None]
@@ -160,9 +160,7 @@ def main(bench: str, cases: Sequence[Case]) -> None:
     """
     if sys.argv[1:2] == ["--measure-memory"]:
         return _measure_memory(cases, json.loads(sys.argv[2]))
-    options = tyro.cli(
-        Options, prog=f"bench_{bench}.py", description=f"Measures {bench} against what a user would otherwise use."
-    )
+    options = tyro.cli(Options, prog=f"bench_{bench}.py", description=f"Measure {bench} against the alternatives.")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.quick and options.large:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mmkernels.ops.packing import embed_splice, patchify
 
-# An embedding table and the features of images, spliced.
+# Splicing image features into embedded tokens
 
 
 def setup_splice(p: Params, device: torch.device) -> Inputs:
-    """Half of the tokens are images of 64 features each, at random places, as in an interleaved document."""
+    """Half of the tokens are images of 64 features each, at random positions, as in an interleaved document."""
     dtype, tokens, width = getattr(torch, p["dtype"]), p["T"], p["E"]
     images = tokens // 2 // 64
     spans = torch.randperm(tokens // 64, device=device)[:images].sort().values * 64
@@ -56,7 +56,7 @@ def index_put(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def splice_floor(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The ceiling: a copy of as many bytes as the tokens there, and into a table's and the features' gradients back."""
+    """The ceiling: a copy of the tokens forward, and writes of the table's and the features' gradients backward."""
     table, features, grad = inputs["table"].detach(), inputs["features"].detach(), inputs["grad_out"]
     out = torch.empty_like(grad).copy_(grad)
     return out, torch.empty_like(table).zero_(), torch.empty_like(features).copy_(grad[: len(features)])
@@ -73,7 +73,7 @@ def check_splice(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
 
 
 def splice_bytes(p: Params) -> Work:
-    """Tokens read and written forward; their gradients read, features' and table's written backward."""
+    """Forward reads and writes the tokens; backward reads their gradients, and writes the features' and the table's."""
     element = torch.finfo(getattr(torch, p["dtype"])).bits // 8
     return Work(bytes=element * p["E"] * (3.5 * p["T"] + p["V"]))
 
@@ -102,7 +102,7 @@ SPLICE = Case(
 
 
 def setup_images(p: Params, device: torch.device) -> Inputs:
-    """Images of side U(64, 384) and varying aspect, as a loader at native resolution gives them."""
+    """Images of side U(64, 384) and varying aspect, as from a native-resolution loader."""
     rng, dtype, side = np.random.default_rng(0), getattr(torch, p["dtype"]), p["patch"]
     images, room = [], p["MiB"] * 2**20 // torch.finfo(dtype).bits * 8
     while room > 0:
@@ -114,7 +114,7 @@ def setup_images(p: Params, device: torch.device) -> Inputs:
 
 
 def patches_in_torch(inputs: Inputs) -> tuple[Tensor]:
-    """einops' rearrange, image by image, and a concatenation."""
+    """einops' rearrange per image, then a concatenation."""
     side, rows = inputs["patch"], []
     for image in inputs["images"]:
         channels, height, width = image.shape

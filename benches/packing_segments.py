@@ -26,7 +26,7 @@ def setup_pool(p: Params, device: torch.device) -> Inputs:
 
 
 def copy_of_rows(inputs: Inputs) -> tuple[None, None]:
-    """The ceiling: a copy reads and writes as many bytes as reading the rows and writing their gradient."""
+    """The ceiling: a copy, which moves as many bytes as reading the rows and writing their gradient."""
     torch.empty_like(inputs["x"]).copy_(inputs["x"].detach())
     return None, None
 
@@ -41,7 +41,7 @@ def pool_in_torch(mode: str, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def pool_by_index_add(mode: str, inputs: Inputs) -> tuple[Tensor, ...]:
-    """What most trainers write; it knows no max."""
+    """What most trainers write; mean only."""
     x, lengths = inputs["x"], inputs["cu_seqlens"].diff()
     segment = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=len(x))
     out = x.new_zeros(len(lengths), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
@@ -52,7 +52,7 @@ def pool_by_index_add(mode: str, inputs: Inputs) -> tuple[Tensor, ...]:
 POOLS = [
     Case(
         name=f"segment_pool {mode} fwd+bwd",
-        # Low precision has ties, whose gradient torch shares out and ours gives to the first.
+        # Low precision has ties, whose gradient torch splits and ours gives to the first.
         grid=[p for p in WIDTHS if p["E"] >= 512 and (mode == "mean" or p["dtype"] == "float32")],
         quick=QUICK if mode == "mean" else [{**QUICK[0], "dtype": "float32"}],
         gate={"MiB": 1},
@@ -83,12 +83,12 @@ def weighted_in_torch(inputs: Inputs) -> tuple[Tensor, ...]:
 
 def setup_weighted(p: Params, device: torch.device) -> Inputs:
     inputs = setup_pool(p, device)
-    # float64 for the gate, where every input is doubled.
+    # The gate converts every input to float64.
     return inputs | {"weights": torch.rand(len(inputs["x"]), device=device).requires_grad_()}
 
 
 def copy_of_three(inputs: Inputs) -> tuple[None, None, None]:
-    """The ceiling: half a copy reads the rows, a whole one reads them again and writes their gradient."""
+    """The ceiling: half a copy for reading the rows, a whole one for reading them again and writing their gradient."""
     x = inputs["x"].detach()
     half = x[: len(x) // 2]
     torch.empty_like(half).copy_(half)
@@ -134,7 +134,7 @@ def pad_by_index(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def copy_of_padded(inputs: Inputs) -> tuple[None, None]:
-    """The ceiling: the rows and as many zeros as there is padding written, and the rows back."""
+    """The ceiling: write the rows and zeros for the padding, then copy the rows back."""
     x, grad = inputs["x"].detach().view(-1), inputs["grad_padded"].view(-1)
     padded = torch.empty_like(grad)
     padded[: len(x)].copy_(x)

@@ -336,7 +336,7 @@ def test_truncated_or_split_images():
     ("call", "error", "message"),
     [
         (lambda: PackedSampler([9], 8), ValueError, r"lengths: expected each in \[0, capacity=8\], got 9"),
-        (lambda: PackedSampler([1], 8, keep_order=True), TypeError, "keep_order: expected to be left to PackedSampler"),
+        (lambda: PackedSampler([1], 8, keep_order=True), TypeError, "keep_order: expected to be unset"),
         (lambda: PackedSampler([1], 8, rank=1), ValueError, "rank, world_size: expected both or none, got 1 and None"),
         (
             lambda: PackedSampler([1], 8, rank=2, world_size=2),
@@ -355,7 +355,7 @@ def test_truncated_or_split_images():
         (
             lambda: PackedLoader(PackedStream([], 8), batch_size=4),
             TypeError,
-            "batch_size: expected to be left to PackedLoader, got 4",
+            "batch_size: expected to be unset (PackedLoader sets it), got 4",
         ),
         (lambda: next(iter(PackedStream([[[1]]], 8))), TypeError, "length: expected a function of the record, for its"),
         (lambda: PackedStream([], 8, last="x"), ValueError, "last: expected 'pad' or 'drop', got 'x'"),
