@@ -7,13 +7,13 @@
     python scripts/build_emoji_pack.py            # writes mmkernels/pretrain/data/emoji/
     python scripts/build_emoji_pack.py --check    # rebuilds in memory and compares with the committed pack
 
-What goes in: every emoji of emojibase that is neither a flag nor a component (skin tones are variants, not concepts),
-drawn by Noto, Noto v1, Twemoji, Fluent flat and Emoji One 2 where the vendor has it. What comes out: `emoji.npz`
-(palette indices and one 128-colour RGBA palette per vendor, readable with NumPy alone), `LICENSES/`, `ATTRIBUTION.md`.
+Input: every emoji of emojibase that is neither a flag nor a component (skin tones are variants, not concepts), drawn by
+Noto, Noto v1, Twemoji, Fluent flat and Emoji One 2 where the vendor has it. Output: `emoji.npz` (palette indices and
+one 128-colour RGBA palette per vendor, readable with NumPy alone), `LICENSES/`, `ATTRIBUTION.md`.
 
-The sources are npm packages, pinned by version and by the sha512 of their tarball, fetched by the `npm` client (any
-registry or mirror it is set up for will do: the hashes decide). The output is a pure function of them: two runs give
-the same bytes. Needs `npm`, and the packages named in the block at the top; nothing of this is needed to read the pack.
+The sources are npm packages, pinned by version and by the sha512 of their tarball, and fetched by the `npm` client from
+any registry or mirror: the hashes verify them. The output is a pure function of them: two runs give the same bytes.
+Needs `npm` and the packages in the block at the top; reading the pack needs neither.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PACK_DIR = Path(__file__).resolve().parent.parent / "mmkernels" / "pretrain" / "
 
 
 def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
-    """As np.savez_compressed, with every byte fixed: no time stamps, no platform field, pickles refused."""
+    """Like np.savez_compressed, but reproducible: no time stamps, no platform field, no pickles."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():
@@ -117,7 +117,7 @@ def attribution(arrays: dict[str, np.ndarray]) -> str:
 
 
 def compare(arrays: dict[str, np.ndarray], path: Path) -> list[str]:
-    """Names of the arrays that differ from the pack at `path`; not its bytes, as versions of zlib differ."""
+    """Names of the arrays that differ from the pack at `path`. Bytes are not compared, because zlib versions differ."""
     with np.load(path, allow_pickle=False) as pack:
         names = sorted(set(pack.files) | set(arrays))
         return [n for n in names if n not in pack.files or n not in arrays or not np.array_equal(pack[n], arrays[n])]
@@ -126,7 +126,7 @@ def compare(arrays: dict[str, np.ndarray], path: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with the committed pack instead of writing")
-    parser.add_argument("--out", type=Path, default=PACK_DIR, help="folder to write (default: the package's own)")
+    parser.add_argument("--out", type=Path, default=PACK_DIR, help="output folder (default: the package's own)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sources = {name: fetch(name, Path(folder)) for name in PACKAGES}

@@ -1,4 +1,4 @@
-"""How an emoji becomes palette indices: find its SVG in a vendor's icon set, rasterise, quantise."""
+"""From an emoji to palette indices: find its SVG in a vendor's icon set, rasterise, quantise."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import resvg_py
 from emoji_sources import Concept, Source, family, strip_fe0f
 from PIL import Image
 
-SIZE = 48  # pixels: some 15% more bytes than 32 px, and room for crops and zooms at 32 px training resolution
+SIZE = 48  # pixels: about 15% more bytes than 32 px, with room for crops and zooms at 32 px training resolution
 COLOURS = 128  # per vendor: 2.4 MB in all, against 2.7 MB and 3 dB more with 256
 
 
 class IconSet:
-    """One vendor's icons: by name, or by code point where the set has a `chars.json`."""
+    """One vendor's icons, by name, or by code point if the set has a `chars.json`."""
 
     def __init__(self, source: Source) -> None:
         self.data = source.json("icons.json")
@@ -58,7 +58,7 @@ class IconSet:
 
 
 def slug(label: str) -> str:
-    """The icon name that a label would have; empty if the label has signs that no name can carry (`UP! button`)."""
+    """The icon name of a label; empty if the label has characters that no name can have (`UP! button`)."""
     if re.search(r"[!#*]", label):
         return ""
     return re.sub(r"[^a-z0-9]+", "-", label.lower().replace("'", "").replace("’", "")).strip("-")
@@ -67,9 +67,9 @@ def slug(label: str) -> str:
 def find_svgs(icon_set: IconSet, named: list[IconSet], concepts: list[Concept]) -> list[str | None]:
     """A vendor's drawing of each concept.
 
-    Sets without code points are searched by name: the label's own, then the names that the other sets use for the
-    same code point. There a drawing may be claimed twice, as by `man running` and `person running`: it goes to the
-    claimant under whose name it is filed, the other being an alias, or to nobody if that is not the same family.
+    Sets without code points are searched by name: the label's own, then the names that other sets use for the same code
+    point. Two concepts may then claim a drawing, such as `man running` and `person running`. It goes to the one that
+    claims it by its name rather than by an alias, or to neither if they are of different families.
     """
     if icon_set.by_code:
         found = [icon_set.names_of(concept.code)[:1] for concept in concepts]
@@ -98,8 +98,8 @@ def rasterise(svg: str) -> np.ndarray:
 def quantise(images: np.ndarray, rounds: int = 40) -> tuple[np.ndarray, np.ndarray]:
     """Images [n, S, S, 4] to palette indices [n, S, S] and a straight-alpha palette [128, 4], by weighted k-means.
 
-    Distances are taken in premultiplied colour, where what cannot be seen has no weight. Colours are first binned to
-    5 bits a channel, so that k-means sees some ten thousand weighted points instead of millions of pixels.
+    Distances are in premultiplied colour, where invisible colours have no weight. Colours are first binned to 5 bits
+    per channel, so that k-means sees some ten thousand weighted points instead of millions of pixels.
     """
     pixels = images.reshape(-1, 4).astype(np.uint32)
     alpha = pixels[:, 3:]
@@ -110,10 +110,10 @@ def quantise(images: np.ndarray, rounds: int = 40) -> tuple[np.ndarray, np.ndarr
     inverse = inverse.reshape(-1)
     sums = np.stack([np.bincount(inverse, premultiplied[:, c]) for c in range(4)], 1)
     points = sums / counts[:, None]  # mean colour of each bin
-    weights = np.sqrt(counts.astype(np.float64))  # flat areas would take the whole palette otherwise
+    weights = np.sqrt(counts.astype(np.float64))  # otherwise flat areas would take the whole palette
     centres = np.zeros((COLOURS, 4))  # entry 0 stays fully transparent
     distance = ((points - centres[0]) ** 2).sum(1)
-    for i in range(1, COLOURS):  # weighted farthest-point start: deterministic, and no colour is forgotten
+    for i in range(1, COLOURS):  # weighted farthest-point start: deterministic, and covers every colour
         centres[i] = points[np.argmax(distance * weights)]
         distance = np.minimum(distance, ((points - centres[i]) ** 2).sum(1))
     for _ in range(rounds):
@@ -122,7 +122,7 @@ def quantise(images: np.ndarray, rounds: int = 40) -> tuple[np.ndarray, np.ndarr
         moved = np.stack([np.bincount(nearest, weights * points[:, c], COLOURS) for c in range(4)], 1)
         centres[1:] = np.where(mass[1:, None] > 0, moved[1:] / np.maximum(mass[1:, None], 1e-9), centres[1:])
     centres = np.rint(centres)
-    order = np.lexsort((centres @ [0.299, 0.587, 0.114, 0.0], centres[:, 3]))  # neighbours alike: deflates better
+    order = np.lexsort((centres @ [0.299, 0.587, 0.114, 0.0], centres[:, 3]))  # similar neighbours deflate better
     centres = centres[order]
     indices = _nearest(points, centres)[inverse].astype(np.uint8).reshape(images.shape[:3])
     opacity = np.maximum(centres[:, 3:], 1)
@@ -139,7 +139,7 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def psnr(images: np.ndarray, indices: np.ndarray, palette: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of the visible picture, over white."""
+    """Peak signal-to-noise ratio in dB of the visible image over white."""
     error = []
     for original, index in zip(images, indices, strict=True):
         a, b = (_over_white(x) for x in (original, palette[index]))

@@ -1,4 +1,4 @@
-"""Where the emoji pack comes from: npm packages by version and hash, the vendors' licences, the list of concepts."""
+"""Sources of the emoji pack: npm packages by version and hash, the vendors' licences, the list of concepts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HELD_OUT = 0.12  # share of the families kept out of training (splits B and C)
+HELD_OUT = 0.12  # fraction of the families kept out of training (splits B and C)
 FLAGS, COMPONENTS = 9, 2  # emojibase groups left out
 
 
 class Package(NamedTuple):
     version: str
-    sha512: str  # of the tarball, base64, as in a lock file
+    sha512: str  # of the tarball, in base64 as in a lock file
 
 
 PACKAGES = {
@@ -49,7 +49,7 @@ PACKAGES = {
 
 
 class Vendor(NamedTuple):
-    name: str  # as in the pack
+    name: str  # in the pack
     package: str
     licence: str
     credit: str
@@ -96,7 +96,7 @@ class Source:
     """The files of one npm package, read from its verified tarball."""
 
     def __init__(self, tarball: Path) -> None:
-        self._tar = tarfile.open(tarball)  # noqa: SIM115  # lives as long as the source
+        self._tar = tarfile.open(tarball)  # noqa: SIM115  # open as long as the source
 
     def text(self, path: str) -> str:
         member = self._tar.extractfile(f"package/{path}")
@@ -122,7 +122,7 @@ def fetch(name: str, folder: Path) -> Source:
 
 
 class Concept(NamedTuple):
-    code: str  # code points, lower case, without the variation selector FE0F
+    code: str  # code points in lower case, without the variation selector FE0F
     name: str
     keywords: list[str]
 
@@ -132,7 +132,7 @@ def strip_fe0f(code: str) -> str:
 
 
 def read_concepts(emojibase: Source, cldr: Source) -> list[Concept]:
-    """Emojibase gives the list, the names and tags; CLDR adds its own keywords."""
+    """Emojibase gives the list, the names and tags; CLDR adds keywords."""
     annotations = cldr.json("annotations/en/annotations.json")["annotations"]["annotations"]
     by_code = {strip_fe0f("-".join(f"{ord(c):x}" for c in emoji)): a for emoji, a in annotations.items()}
     concepts = []
@@ -147,14 +147,14 @@ def read_concepts(emojibase: Source, cldr: Source) -> list[Concept]:
 
 
 def family(name: str) -> str:
-    """The name less who does it: `woman judge`, `man judge` and `judge` are one family."""
+    """The name without the person: `woman judge`, `man judge` and `judge` are one family."""
     words = re.findall(r"[^\s:,]+", name.lower())
     people = {"man", "woman", "person", "men", "women", "people"}
     return " ".join(w for w in words if w not in people) or name.lower()
 
 
 def held_out(concepts: list[Concept]) -> list[int]:
-    """The concepts of the first 12% of families in the order of their blake2b digests."""
+    """The concepts of the first 12% of families, ordered by blake2b digest."""
     families = sorted({family(c.name) for c in concepts}, key=lambda f: hashlib.blake2b(f.encode()).digest())
     chosen = set(families[: round(HELD_OUT * len(families))])
     return [i for i, c in enumerate(concepts) if family(c.name) in chosen]

@@ -1,13 +1,13 @@
-"""Does the suite notice? Break one line of a kernel at a time and count the tests that fail.
+"""Mutation testing: break one line of a kernel at a time and count the failing tests.
 
     python scripts/mutate.py                          # every mutation; a markdown table
-    python scripts/mutate.py --only attention         # those whose name has this in it
+    python scripts/mutate.py --only attention         # those whose name contains this
     python scripts/mutate.py --list
 
-Each mutation is applied to a copy of the checkout, which is rebuilt where C++ changed (without CUDA: the tests emulate
-CUDA kernels), and the tests that it names are run. A mutation that no test notices is a hole in the suite; the exit
-status says so. Each takes between half a minute and ten, so it is no part of the suite itself: run it before
-and after tests are removed. Needs what `make test` installs.
+Each mutation is applied to a copy of the checkout, which is rebuilt if C++ changed (without CUDA: the tests emulate
+CUDA kernels), and the tests that it names are run. A mutation that no test catches is a gap in the suite, and sets the
+exit status. Each takes half a minute to ten minutes, so this is not part of the suite: run it before and after removing
+tests. Needs what `make test` installs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Mutation:
-    """One line of a file, what it becomes, and the tests that should notice."""
+    """One line of a file, its replacement, and the tests that should fail."""
 
     name: str
     path: str
@@ -215,7 +215,7 @@ class Outcome:
 
 
 class Copy:
-    """A copy of the checkout with a build of its own, in which one line at a time is broken."""
+    """A copy of the checkout with its own build, in which one line at a time is broken."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "checkout"
@@ -282,7 +282,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of a mutation's name")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for the tests of one mutation")
+    parser.add_argument("--limit", type=float, default=1800, help="timeout in seconds for the tests of one mutation")
     parser.add_argument("arguments", nargs="*", help="for pytest, after --, such as --maxfail=5")
     given = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if given.only in mutation.name]

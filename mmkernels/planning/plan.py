@@ -171,7 +171,7 @@ def _strategies(strategy: str, caps: Caps, lookahead: int, keep_order: bool) -> 
         capped = caps.max_images is not None or caps.max_samples is not None
         names = ["best_fit", "next_fit", *(["subset_sum"] if why is None else []), *(["histogram"] if capped else [])]
     if lookahead != LOOKAHEAD and "subset_sum" not in names:
-        wrong_value("lookahead", f"its default, because {' and '.join(names)} have no window", lookahead)
+        wrong_value("lookahead", f"its default for {' and '.join(names)} (no window)", lookahead)
     return names
 
 
