@@ -134,7 +134,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     for device in report["devices"] if isinstance(report["devices"], list) else []:
         if not device["served_by_native"]:
             found.append(
-                f"{device['name']} (sm_{device['capability'].replace('.', '')}): no compiled CUDA kernel serves it"
+                f"{device['name']} (sm_{device['capability'].replace('.', '')}): no compiled CUDA kernel supports it"
             )
     return found
 
@@ -175,7 +175,7 @@ def _render_backends(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         others = "; ".join(f"{name}: {why}" for name, why in row["others"].items())
         merged.setdefault(f"{row['family']}|{row['device']}|{row['chosen']}|{others}", []).append(row["dtype"])
-    lines = ["", "backend=None takes"]
+    lines = ["", "backend=None picks"]
     for key, dtypes in merged.items():
         family, device, chosen, others = key.split("|", 3)
         lines.append(f"  {family:12} {device:5} {', '.join(dtypes):36} {chosen:10} ({others})")

@@ -22,7 +22,7 @@ SOURCES = ("csrc/module.cpp", "csrc/module_cuda.cpp")
 
 HEAD = '''"""The native core: CPU and CUDA kernels over plain pointers. Written by scripts/build_native_stub.py.
 
-Those that end in `_cuda` are there in a build with CUDA only.
+Names that end in `_cuda` exist only in a build with CUDA.
 """
 
 from typing import Any
@@ -111,7 +111,7 @@ def main() -> int:
         return 0
     if STUB.read_text(encoding="utf-8") == stub():
         return 0
-    print(f"{STUB.relative_to(ROOT)} is not what the sources say: python {Path(__file__).name}", file=sys.stderr)
+    print(f"{STUB.relative_to(ROOT)} is out of date: run python {Path(__file__).name}", file=sys.stderr)
     return 1
 
 

@@ -156,7 +156,7 @@ def _check_layout(batch: PackedFields, name: str, media: PackedMedia) -> None:
 
 def _require(holds: bool, name: str, invariant: str, got: Any) -> None:
     if not holds:
-        raise ValueError(f"PackedBatch: {name} {invariant}: broken, got {got}")
+        raise ValueError(f"PackedBatch: broken invariant: {name} {invariant}; got {got}")
 
 
 def _require_equal(got: Tensor, expected: Tensor, name: str, invariant: str) -> None:

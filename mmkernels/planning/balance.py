@@ -97,10 +97,10 @@ def balance_ranks(
     """Deal the packs of a plan to ranks, so that in each step every rank has nearly the same work.
 
     Packs are sorted by cost inside windows, rising in one and falling in the next, and this one order is cut into
-    steps: neighbours cost nearly the same. The order depends on the plan, the cost, the seed and the window alone. How
-    many ranks share it only says where it is cut, so a run resumes at another world size with the same packs in the
-    same order. Nothing is sent: every rank computes the same schedule. Packs stay whole, so no rank ever has more than
-    accum * capacity tokens in a step.
+    steps: neighbours cost nearly the same. The order depends on the plan, the cost, the seed and the window alone. The
+    number of ranks only determines where it is cut, so a run resumes at another world size with the same packs in the
+    same order. There is no communication: every rank computes the same schedule. Packs stay whole, so no rank has more
+    than accum * capacity tokens in a step.
 
     Args:
         plan: the packs.
@@ -108,11 +108,10 @@ def balance_ranks(
         accum: packs per rank and step (gradient accumulation).
         cost: of a pack; default `AttentionCost()`.
         seed: 0 fills the windows in the plan's order; any other number shuffles the packs first.
-        start: packs that are done already, `RankSchedule.position` of an earlier schedule.
-        window: packs to a window: more balance better and mix packs of like cost less. With at least 16 * W of them
-            the balance no longer depends on W.
-        last: what becomes of a last step with too few packs: "pad" gives some ranks NO_PACK in it, "drop" leaves its
-            packs out.
+        start: packs already done, `RankSchedule.position` of an earlier schedule.
+        window: packs per window: larger windows balance better, but more packs of similar cost share a step. From 16 *
+            W on the balance no longer depends on W.
+        last: for a last step with too few packs: "pad" gives some ranks NO_PACK, "drop" discards its packs.
 
     Returns:
         the schedule; equally many steps on every rank.

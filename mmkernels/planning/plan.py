@@ -93,30 +93,29 @@ def plan_packing(
             "best_fit": best fit decreasing, at most 11/9 of the optimum + 6/9; moves items far from their order.
             "subset_sum": the oldest waiting item, and the subset of the `lookahead` oldest others that fills its pack
             best; nearly keeps the order. Takes a capacity of at most 2^24.
-            "histogram": best fit over counts of equal items, which lists its packs when they are first asked for: the
-            way to learn quickly how well tens of millions of items pack.
-            "next_fit": keeps the order, and has the fewest packs of all plans that do.
-            "auto": of the plans that the strategies make of this call the one with the fewest packs, and of those the
-            one with the least displacement; "next_fit" with `keep_order`.
+            "histogram": best fit over counts of equal items. It lists its packs only on first access, so it quickly
+            shows how well tens of millions of items pack. "next_fit": keeps the order, and has the fewest packs of all
+            plans that do. "auto": the strategies' plan with the fewest packs and, among equals, the least displacement;
+            "next_fit" with `keep_order`.
         images: [n] integers, images per item (or whatever else is to be limited); the plan keeps them.
         max_images: most images in a pack; None for no limit.
         max_samples: most items in a pack; None for no limit.
         lookahead: how many of the oldest items "subset_sum" chooses from: more fills packs better and moves items
-            further. An error where that strategy is not used.
-        keep_order: the items must stay in order: only "next_fit" does that.
-        oversize: what to do with items that no pack can take, longer than the capacity or with more than `max_images`.
-            "error" raises; "drop" leaves them out and lists them in `plan.dropped`; "own_pack" gives each a pack of its
-            own, whole, above the caps, listed in `plan.oversize_packs`.
-        seed: 0 takes the items in the order given; any other number takes them in a random order of its own (the same
-            on every machine). "best_fit" then groups other items among those of equal length; `keep_order` forbids it.
+            further. An error if that strategy is not used.
+        keep_order: keep the items in order, which only "next_fit" does.
+        oversize: what to do with items that fit in no pack, longer than the capacity or with more than `max_images`.
+            "error" raises; "drop" leaves them out and lists them in `plan.dropped`; "own_pack" gives each its own pack,
+            above the caps, listed in `plan.oversize_packs`.
+        seed: 0 keeps the given order; any other number shuffles the items (identically on every machine). "best_fit"
+            then chooses differently among items of equal length. Not allowed with `keep_order`.
 
     Returns:
         the plan.
 
     Raises:
-        TypeError: lengths or images that are no integers.
-        ValueError: an item that is negative, or oversize with oversize="error" (its index and size are named; nothing
-            is ever truncated), or any other argument out of range.
+        TypeError: lengths or images that are not integers.
+        ValueError: an item that is negative, or oversize with oversize="error" (the message has its index and size;
+            nothing is ever truncated), or any other argument out of range.
 
     Source: best fit decreasing: Johnson, Near-optimal bin packing algorithms, 1973, its bound: Dósa, 2007; packing
         counts of equal lengths: Krell et al., Efficient sequence packing without cross-contamination, 2021; the

@@ -229,7 +229,7 @@ def set_at(name, where, value):
 
 
 BROKEN = [
-    (set_at("span_ids", 3, 1), "span_ids numbers the media in the order of their tokens: broken, got 1 at token 3"),
+    (set_at("span_ids", 3, 1), "span_ids numbers the media in the order of their tokens; got 1 at token 3"),
     (set_at("span_ids", 39, 5), "span_ids is -1 in the padding"),
     (lambda b: dataclasses.replace(b, span_ids=b.span_ids.long()), "span_ids is int32"),
     (lambda b: dataclasses.replace(b, span_ids=b.span_ids[1:]), "span_ids has T = 40 entries"),

@@ -53,7 +53,7 @@ def _reason(error: Exception) -> str:
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return "empty, or in no format that Pillow knows"
+        return "empty, or not in a format that Pillow reads"
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 

@@ -76,13 +76,13 @@ def _index(file: BinaryIO, shard: Path, length: int) -> Shard:
             hole, end = start if hole is None else hole, start + _BLOCK
             continue
         if hole is not None:
-            lost.append(f"is damaged from byte {hole} to {start}: what was there is lost")
+            lost.append(f"is damaged from byte {hole} to {start}: its content is lost")
             hole = None
         files += found
     if length - end < _BLOCK:  # a complete tar ends with blocks of zeros
-        lost.append(f"is truncated: what comes after its first {len(files)} files is lost")
+        lost.append(f"is truncated: everything after its first {len(files)} files is lost")
     elif hole is not None:
-        lost.append(f"is damaged from byte {hole} on: what comes after its first {len(files)} files is lost")
+        lost.append(f"is damaged from byte {hole} on: everything after its first {len(files)} files is lost")
     return Shard(files, lost="; ".join(lost))
 
 

@@ -95,7 +95,7 @@ def read_table(table: Path, form: TableFormat) -> Iterator[Row]:
             else:
                 yield from _delimited_rows(file, table, form, form.separator or _DELIMITED[suffix])
         except UnicodeDecodeError as error:  # in UTF-16 a fault cannot be confined to a row
-            raise ValueError(f"{table}: expected UTF-16 as its first bytes say, got {error.reason}") from error
+            raise ValueError(f"{table}: expected UTF-16 as its byte order mark says, got {error.reason}") from error
 
 
 def _encoding(table: Path) -> str:
@@ -171,7 +171,7 @@ def _check_line_breaks(place: str, fields: list[str], column: int, separator: st
     for line in (line for field in fields for line in field.splitlines()[1:]):
         parts = line.split(separator)
         if len(parts) > column and parts[column].strip(' "').lower().endswith(IMAGE_SUFFIXES):
-            raise ValueError(f"{place}: a quote is not closed; it goes on over the row {printable(line[:80])!r}")
+            raise ValueError(f"{place}: a quote is not closed and swallows the row {printable(line[:80])!r}")
 
 
 def _parquet_rows(table: Path, form: TableFormat) -> Iterator[Row]:

@@ -25,7 +25,7 @@ def unicode_fault(text: str) -> str:
     place, code = f"at character {lone.start() + 1}", ord(lone[0])
     if _BYTES.match(lone[0]):
         return f"not UTF-8: byte 0x{code - 0xDC00:02x} {place}"
-    return f"not Unicode: half a character, \\u{code:04x}, {place}"
+    return f"not Unicode: lone surrogate \\u{code:04x} {place}"
 
 
 def printable(text: str) -> str:

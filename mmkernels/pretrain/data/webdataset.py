@@ -135,7 +135,7 @@ class _Index:
                     self.samples[_fresh(self.samples, f"{label}/{stem}{again}")] = part
                 else:
                     for suffix in part:
-                        self._leave_out(label, stem + suffix, "neither a picture nor a text")
+                        self._leave_out(label, stem + suffix, "neither an image nor a text")
 
     def _leave_out(self, label: str, name: str, reason: str) -> None:
         files = self.left_out.setdefault(label, {})
