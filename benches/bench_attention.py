@@ -335,8 +335,7 @@ def requested() -> tuple[torch.device, bool]:
 
 
 def further_backends(device: torch.device) -> list[str]:
-    """Available backends besides the one that `backend=None` picks, without Triton's interpreter, whose time means
-    nothing."""
+    """Available backends besides the one that `backend=None` picks, without Triton's interpreter."""
     default = default_backend(device)
     served = backends.candidates("attention", device, torch.float32)
     return [

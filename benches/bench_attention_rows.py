@@ -156,8 +156,7 @@ GATE = [
             "same bytes": partial(same_bytes, len(outputs), (("residual", "x"),)),
         },
         outputs=outputs,
-        # Forward reads two and writes one; backward reads the gradient and x and writes dx; the residual's gradient is
-        # out's.
+        # Forward reads two and writes one; backward reads the gradient and x and writes dx; d_residual is out's.
         work=lambda p: Work(bytes=p["N"] * p["C"] * bytes_of(p, 6 if p["pass"] == "fwd+bwd" else 3)),
     )
     for direction, outputs in (("fwd", ("out",)), ("fwd+bwd", ("out", "d_residual", "dx", "d_gate")))

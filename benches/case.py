@@ -69,8 +69,7 @@ class Options:
     large: bool = False
     """Large sizes, for benches that have them; select with --filter."""
     backend: tuple[str, ...] = ()
-    """Our backends to measure, by name. Default: depending on the bench, all available ones or the one that
-    `backend=None` picks."""
+    """Our backends to measure, by name. Default: all available ones or `backend=None`, depending on the bench."""
     filter: str = ""
     """Only points whose title contains this text."""
     only: tuple[str, ...] = ()

@@ -60,8 +60,7 @@ def arguments(declared: str) -> list[tuple[str, str]]:
 
 
 def declaration(name: str) -> tuple[str, str]:
-    """Return type and parameters of a function, or of a function pointer in a table of kernels, declared in a
-    header."""
+    """Return type and parameters of a function or of a function pointer in a kernel table, from its header."""
     pattern = re.compile(rf"^ *(\w+) (?:\(\*{name}\)|{name})\(([^)]*)\);", re.M | re.S)
     texts = [re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("csrc/*/*.h"))]
     found = {match.groups() for text in texts for match in pattern.finditer(text)}

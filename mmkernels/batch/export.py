@@ -46,8 +46,7 @@ def hf(batch: PackedFields, mrope: bool | None) -> dict[str, Any]:
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": batch.max_seqlen,
         "max_length_k": batch.max_seqlen,
-        # With a cache, transformers treats the tokens as one sequence: eager, sdpa and flex attention would mix
-        # samples.
+        # With a cache transformers sees one sequence: eager, sdpa and flex attention would mix samples.
         "use_cache": False,
     }
     if batch.labels is not None:

@@ -45,7 +45,7 @@ class GradCache:
     Each call takes one input per encoder. An input is split into chunks along its samples:
 
     - a tensor or NumPy array along dim 0;
-    - a list by its entries, one a sample (ragged images, strings);
+    - a list by its entries, one per sample (ragged images, strings);
     - `Ragged(values, counts)` by its counts (patches of a varying number of images per sample);
     - a dict, tuple or `Args` member by member, all with the same number of samples;
     - any other object by its own `split(chunk_size)`, which returns a sequence of chunks (`PackedBatch`);
@@ -56,7 +56,7 @@ class GradCache:
 
     Both forward passes run under the caller's autocast, both backward passes outside it. Dropout and anything else that
     draws from PyTorch's CPU and CUDA generators, `numpy.random`'s global one and Python's `random` draws the same
-    numbers in both passes; afterwards the generators stand where one forward leaves them. Other state that changes
+    numbers in both passes; afterwards the generators are where one forward leaves them. Other state that changes
     between the passes (the encoder's own generator, a counter, a clock) would make the gradients wrong: the embeddings
     of both passes are compared, and a difference beyond rounding raises. An encoder whose parameters are all frozen
     does not run a second time. When every input is a single chunk there is nothing to cache and one plain step is
@@ -71,9 +71,9 @@ class GradCache:
             return F.cross_entropy(logits, labels, reduction="sum"), (labels != -100).sum()
 
     It returns (sum, count), or a dict of such pairs, one per objective; a weight is a factor of the sum. An objective
-    is its sum over the whole batch divided by its count over the whole batch, whatever the chunks; an objective with no
-    token at all is 0. The function is also run in the first pass, without gradients, for the counts. All encoders then
-    have chunks of the same samples, and frozen ones are run in both passes.
+    is its sum over the whole batch divided by its count over the whole batch, whatever the chunks; an objective without
+    tokens is 0. The function is also run in the first pass, without gradients, for the counts. All encoders then have
+    chunks of the same samples, and frozen ones are run in both passes.
 
     **Several ranks.** DistributedDataParallel encoders reduce their gradients once, in the last backward that reaches
     them, and so do `fully_shard` modules, which hold unsharded gradients until then. Encoders that share a wrapper run
@@ -83,10 +83,10 @@ class GradCache:
     objective is then the mean over the tokens of all ranks, under DDP's averaging.
 
     **Automatic sizes.** With `chunk_size="auto"` the first call measures a forward and backward of two small chunks,
-    fits `peak = a + b·amount` (tokens of packed batches, elements of tensors), and takes the largest chunks that
-    fit `memory_budget`. If memory still runs out, the step is undone, the chunks of the encoder that ran out are
-    halved, and the step restarts; no gradient is added twice. Ranks restart together, except in the very last backward
-    of a wrapper, where the error is raised. `chunk_sizes` has the sizes of the last call.
+    fits `peak = a + b·amount` (tokens of packed batches, elements of tensors), and takes the largest chunks that fit
+    `memory_budget`. If memory still runs out, the step is undone, the chunks of the encoder that ran out are halved,
+    and the step restarts; no gradient is added twice. Ranks restart together, except in the very last backward of a
+    wrapper, where the error is raised. `chunk_sizes` has the sizes of the last call.
 
     Sizes may differ between ranks. `fully_shard` modules are therefore gathered once per step, before any chunk, and
     stay unsharded until the backward that reduces them: peers that wait in an all-gather cannot be interrupted. Next to
@@ -104,9 +104,9 @@ class GradCache:
         token_loss_fn: `(outputs, inputs) -> (sum, count) or {objective: (sum, count)}` of one chunk; see above.
         group: process group of the ranks that train together: token counts are summed over it. With "auto" also needed
             when `loss_fn` communicates with other ranks and no encoder is wrapped.
-        check_passes: compare the embeddings (and the counts of token losses) of both passes, which reads a
-            number from the device at the end of a step. A relative difference above 1% (10% where anything is narrower
-            than float32) raises on the rank that sees it, whose gradients are then wrong.
+        check_passes: compare the embeddings (and the counts of token losses) of both passes, which reads a number from
+            the device at the end of a step. A relative difference above 1% (10% where anything is narrower than
+            float32) raises on the rank that sees it, whose gradients are then wrong.
 
     Raises:
         TypeError: an argument, an input or an encoder's output of the wrong type.

@@ -73,8 +73,7 @@ class Step:
         if not at_once:
             sync.expect_no_static_graph()
         with nullcontext() if at_once else sync.held():
-            # 1. Embed without gradients. Then clear autocast's weight cache: filled under no_grad, it would detach pass
-            # 3.
+            # 1. Embed without gradients. Clear autocast's weight cache: filled under no_grad, it would cut off pass 3.
             with torch.set_grad_enabled(at_once and torch.is_grad_enabled()), self._all_or_none():
                 made = [self._embed(bundle, at_once) for bundle in bundles]
             if not at_once:
@@ -187,8 +186,7 @@ class Step:
 
     @contextmanager
     def _may_run_out(self, towers: Sequence[Tower], reducing: bool = False) -> Iterator[None]:
-        """Turn the allocator's error into `RanOut`, except while peers wait in a collective: it cannot be
-        interrupted."""
+        """Turn the allocator's error into `RanOut`, except while peers wait in a collective."""
         try:
             yield
         except Exception as error:

@@ -28,7 +28,7 @@ class Sync:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         inner = {id(m): m for module in modules for m in module.modules()}.values()
         self.ddp: list[DistributedDataParallel] = [m for m in inner if isinstance(m, DistributedDataParallel)]
-        fsdp = sys.modules.get("torch.distributed.fsdp")  # takes a second to import; whoever shards has imported it
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # importing takes a second; sharding code has done it
         self.fsdp: list[Any] = [m for m in inner if fsdp is not None and isinstance(m, fsdp.FSDPModule)]
         self.norms = [m for m in inner if isinstance(m, nn.SyncBatchNorm) and m.training and dist.is_initialized()]
 

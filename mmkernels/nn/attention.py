@@ -300,8 +300,7 @@ class FusedSelfAttention(AttentionBase):
 
     @classmethod
     def from_multihead_attention(cls, module: nn.MultiheadAttention, **options: Any) -> FusedSelfAttention:
-        """As `CrossModalAttention.from_multihead_attention`, for a module whose keys and values have embed_dim
-        features."""
+        """As `CrossModalAttention.from_multihead_attention`, for a module with kdim and vdim of embed_dim."""
         sizes = multihead_sizes(module)
         if module.kdim != module.embed_dim or module.vdim != module.embed_dim:
             raise ValueError(

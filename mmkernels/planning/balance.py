@@ -63,8 +63,7 @@ class RankSchedule(Saved):
 
     @property
     def imbalance(self) -> float:
-        """sum over steps of the slowest rank's cost / sum of the mean cost: 1.02 means that ranks wait 2% of the
-        time."""
+        """sum over steps of the slowest rank's cost / sum of the mean cost: at 1.02 ranks wait 2% of the time."""
         ranks = self.costs.sum(2)
         mean = float(ranks.mean(1).sum())
         return float(ranks.max(1).sum()) / mean if mean else 1.0

@@ -90,8 +90,7 @@ class PackingPlan(Saved):
 
     @property
     def efficiency(self) -> float:
-        """Tokens / room, where the room is P * capacity, or a pack's length if it exceeds the capacity; 1.0 for no
-        packs."""
+        """Tokens / room; a pack's room is the capacity, or its length if that is larger. 1.0 for no packs."""
         if self.num_packs == 0:
             return 1.0
         room = self.num_packs * self.capacity

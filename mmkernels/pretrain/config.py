@@ -49,8 +49,7 @@ class Config:
     recipe: str = "clip"
     """The objective: clip or siglip."""
     data: str = "emoji"
-    """emoji (embedded); folder:PATH, a .jsonl, .csv, .tsv or .parquet or its folder; webdataset:PATTERN of tar
-    shards."""
+    """emoji (embedded); folder:PATH of a .jsonl, .csv, .tsv or .parquet, or its folder; webdataset:PATTERN of tars."""
     csv_separator: str | None = None
     """Field separator of a .csv or .tsv; None: a tab in a .tsv, else a comma."""
     csv_img_key: str = "image"

@@ -34,8 +34,7 @@ class RetrievalSet:
 
     @classmethod
     def build(cls, name: str, dataset: ImageTextDataset, limit: int | None = None) -> RetrievalSet:
-        """Build from a data set: its images (an evenly spaced subset, if limited), and the first caption of each
-        concept."""
+        """Build from a data set: its images (evenly spaced, if limited), and the first caption of each concept."""
         indices = np.arange(len(dataset))
         if limit is not None and len(indices) > limit:
             indices = np.linspace(0, len(dataset) - 1, limit).astype(np.int64)

@@ -87,8 +87,7 @@ def _index(file: BinaryIO, shard: Path, length: int) -> Shard:
 
 
 def _archive(file: BinaryIO, shard: Path, start: int, length: int) -> tuple[list[tuple[str, Span]], int]:
-    """The files from a header on, and the end of the last one with its padding (the header itself if there are
-    none)."""
+    """The files from a header on, and the end of the last one with its padding (the header if there are none)."""
     files: list[tuple[str, Span]] = []
     end = start
     file.seek(start)

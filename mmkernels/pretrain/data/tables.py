@@ -59,8 +59,7 @@ class Row(NamedTuple):
 
 
 def find_table(path: Path) -> Path:
-    """The captions file that `path` means: itself, or the only one in that folder; a .jsonl or .csv takes
-    precedence."""
+    """The captions file that `path` means: itself, or the only one in that folder; .jsonl and .csv come first."""
     if path.is_dir():
         tables = sorted(p for p in path.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and p.is_file())
         tables = [p for p in tables if p.suffix.lower() in (".jsonl", ".csv")] or tables
