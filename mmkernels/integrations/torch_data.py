@@ -214,7 +214,9 @@ class PackedLoader:
         if taken:
             raise TypeError(f"{min(taken)}: expected to be unset (PackedLoader sets it), got {options[min(taken)]!r}")
         if stream and options.get("persistent_workers"):
-            raise TypeError("persistent_workers: expected False with a PackedStream, whose workers resume from it")
+            raise TypeError(
+                "persistent_workers: expected False with a PackedStream, because workers must restart at its position"
+            )
         if not options.get("in_order", True):
             raise TypeError("in_order: expected True, because the position is that of the last batch in order")
         self._dataset, self._sampler = dataset, sampler
