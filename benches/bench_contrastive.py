@@ -58,7 +58,7 @@ def setup(p: Params, device: torch.device) -> Inputs:
     return inputs
 
 
-# What a user would otherwise write
+# The alternatives in plain PyTorch
 
 
 def infonce_chunk(queries: Tensor, keys: Tensor, logit_scale: Tensor, start: int) -> Tensor:

@@ -29,7 +29,7 @@ class Media:
         grid_thw: patches in time, height and width, with t * h * w = n; None without a grid, as for audio.
         tokens: number of language-model tokens, one per encoder feature. Default t * h * w divided by merge_size^2 with
             a grid, else n.
-        merge_size: patches along a side that one token stands for.
+        merge_size: patches per side that one token covers.
         time_step: seconds between steps of the grid, transformers' `second_per_grid_ts`: for M-RoPE with time
             (Qwen2.5-VL, Omni). None: one position per step.
 

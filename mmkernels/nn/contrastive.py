@@ -165,7 +165,7 @@ class InfoNCELoss(_ContrastiveLoss):
     Attributes:
         log_scale: a float32 scalar, in the state dict whether learnable or not. It stays float32 when the module is
             cast to bfloat16 or float16. Keep it out of weight decay, in its own parameter group (which DeepSpeed
-            requires for another dtype), and in fully_shard's `ignored_params`, because fully_shard takes no scalars.
+            requires for another dtype), and in the `ignored_params` of fully_shard, which takes no scalars.
         scale: the scale in use.
 
     Raises:
@@ -223,8 +223,7 @@ class SigLIPLoss(_ContrastiveLoss):
     Attributes:
         log_scale, logit_bias: float32 scalars, in the state dict whether learnable or not. They stay float32 when the
             module is cast to bfloat16 or float16. Keep them out of weight decay, in their own parameter group (which
-            DeepSpeed requires for another dtype), and in fully_shard's `ignored_params`, because fully_shard takes no
-            scalars.
+            DeepSpeed requires for another dtype), and in the `ignored_params` of fully_shard, which takes no scalars.
         scale: the scale in use.
 
     Raises:

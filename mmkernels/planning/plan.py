@@ -97,7 +97,7 @@ def plan_packing(
             shows how well tens of millions of items pack. "next_fit": keeps the order, and has the fewest packs of all
             plans that do. "auto": the strategies' plan with the fewest packs and, among equals, the least displacement;
             "next_fit" with `keep_order`.
-        images: [n] integers, images per item (or whatever else is to be limited); the plan keeps them.
+        images: [n] integers, images per item (or another quantity to limit); the plan keeps them.
         max_images: most images in a pack; None for no limit.
         max_samples: most items in a pack; None for no limit.
         lookahead: how many of the oldest items "subset_sum" chooses from: more fills packs better and moves items

@@ -34,7 +34,7 @@ class PackingPlan(Saved):
     """The packs of a `plan_packing` call, in CSR form.
 
     `plan[p]` and iteration give the item indices of a pack. Packs come in the order of their first items and a pack's
-    items in the order of the stream (the order given, or the one that `seed` makes of it).
+    items in the order of the stream (the given order, or the one shuffled by `seed`).
 
     Attributes:
         offsets: [P+1] int64; pack p holds `items[offsets[p]:offsets[p+1]]`.
@@ -44,7 +44,7 @@ class PackingPlan(Saved):
         strategy: the one that made this plan; never "auto".
         images: [n] int64, images per item, or None.
         max_images, max_samples: the caps, or None.
-        dropped: int64, ascending: the items that no pack can take, left out by `oversize="drop"`.
+        dropped: int64, ascending: the items that fit in no pack, left out by `oversize="drop"`.
         oversize_packs: int64, ascending: the packs of one such item each, made by `oversize="own_pack"`.
     """
 

@@ -46,7 +46,7 @@ class WebDataset(DecodedDataset):
 
     Raises:
         ValueError: no shards, or no samples in them.
-        TooManyBrokenError: more samples than allowed are visibly broken without decoding.
+        TooManyBrokenError: more samples than allowed are known to be broken without decoding.
     """
 
     def __init__(
