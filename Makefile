@@ -1,14 +1,14 @@
-# Everything in one command each, from a clean clone: a virtual environment, the package built into it, the task.
+# One command per task, from a clean clone: creates a virtual environment, builds the package into it, runs the task.
 #
 #   make pretrain      train a dual encoder on the embedded pictures and names (about three minutes on two cores)
 #   make test          the tests
-#   make test-torch    those of the ops alone, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0
+#   make test-torch    the ops' tests only, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0
 #   make aot           compile every GPU kernel for every architecture; needs no GPU
 #   make lint format   bench   wheel   clean
 #
-# PYTHON=python3.12 chooses an interpreter, VENV=path an environment, ARGS="..." is passed on. TORCH_SPEC is installed
-# before the package, which itself asks for no torch release in particular. WHEELS=path shares the built package with
-# another environment of the same interpreter.
+# PYTHON=python3.12 chooses the interpreter, VENV=path the environment; ARGS="..." is passed on. TORCH_SPEC is installed
+# before the package, which pins no torch release. WHEELS=path shares the built package with another environment of the
+# same interpreter.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PACKAGE := pyproject.toml CMakeLists.txt $(shell find cmake csrc mmkernels -type f -not -name '*.pyc' -not -name '*.so')
 CSRC := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# What depends on torch itself: opcheck, torch.compile, torch.func, autograd, modules, gradient caching, every backend.
+# Tests that depend on torch itself: opcheck, torch.compile, torch.func, autograd, modules, gradient caching, backends.
 TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py tests/ops/*/test_second.py) tests/ops/test_tracing.py \
 	tests/ops/test_flops.py tests/ops/contrastive/test_options.py \
 	tests/ops/attention/test_mask.py tests/ops/attention/test_mask_metadata.py \
@@ -73,7 +73,7 @@ $(WHEELS)/built: $(PACKAGE) | $(VENV)/torch
 	$(BIN)/pip wheel --quiet --no-deps -w $(WHEELS) .
 	touch $@
 
-# The package itself is installed anew whenever one of its files changes: pip takes an equal version for the same one.
+# The package is reinstalled whenever one of its files changes: pip would skip an equal version.
 $(VENV)/installed-%: $(VENV)/torch $(WHEELS)/built
 	$(BIN)/pip install --quiet "$$(echo $(WHEELS)/*.whl)[$*]"
 	$(BIN)/pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl

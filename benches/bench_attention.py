@@ -1,18 +1,18 @@
-"""Attention against what a user would otherwise call: SDPA, FlexAttention, flash-attn, xformers.
+"""Attention against SDPA, FlexAttention, flash-attn and xformers.
 
 python benches/bench_attention.py --help
 
 The baseline, "plain PyTorch", is `F.scaled_dot_product_attention`: without a mask for dense, with `is_causal` for
-causal, with the equivalent dense bool mask for everything else. What does not depend on q, k and v is made beforehand,
-as a trainer makes it once per batch: our rows, SDPA's dense mask, FlexAttention's block mask; neither its time nor its
-memory counts, but what it took stands in a column of its own, and so does FlexAttention's compilation. TFLOP/s count
-visible query-key pairs alone: 4 D per pair and head forward, 10 D backward (the five products that no algorithm can do
-without), so a kernel that computes what is masked shows it as a lower rate.
+causal, with the equivalent dense bool mask for everything else. Whatever does not depend on q, k and v is built
+beforehand, as a trainer would once per batch: our rows, SDPA's dense mask, FlexAttention's block mask. Its time and
+memory do not count; separate columns show the build time and FlexAttention's compile time. TFLOP/s count only visible
+query-key pairs: 4 D per pair and head forward, 10 D backward (five matmuls, the minimum), so computing masked pairs
+shows as a lower rate.
 
-All backends of ours that can serve the device are measured, unless `--backend` names some. The kernels have to pass
-the harness's float64 gate. The reference, beside a faster backend, only has to agree with SDPA as other packages do: it
-is plain PyTorch itself, and in float32 its long plain sums (dv of the first keys of a causal mask) err by more than the
-gate leaves room for. `--backend reference` holds it to the gate, which therefore fails there.
+All our backends available on the device are measured, unless `--backend` names some. The kernels must pass the
+harness's float64 gate. The reference, next to a faster backend, only has to agree with SDPA, as other packages do: it
+is plain PyTorch, and in float32 its long plain sums (dv of the first keys of a causal mask) exceed the gate. `--backend
+reference` applies the gate to it, which therefore fails.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ Run = Callable[[Inputs], Outputs]
 _DTYPES = ("float32", "bfloat16")
 _SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 _REFERENCE = "reference backend"
-_REFERENCE_SCORES = 2**30  # bytes; the reference holds a few such matrices
+_REFERENCE_SCORES = 2**30  # bytes; the reference holds several such matrices
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A mask: samples of the tokens, and what a token sees of its own. `point`, `quick`, `gate` are sizes.
+    """A mask: the samples, and what a token sees of its own. `point`, `quick`, `gate` are sizes.
 
-    T: tokens in one sample. S, L: samples, and tokens in each (1 to L in "tiny"). Images: I tokens each, after as many
-    tokens of text ("image spans"), or M of them before a sample's text ("media").
+    T: tokens in one sample. S, L: samples, and tokens in each (1 to L in "tiny"). Images have I tokens each, after as
+    many tokens of text ("image spans"), or M of them precede a sample's text ("media").
     """
 
     name: str
@@ -81,13 +81,13 @@ class Kind:
         return AttentionMask.packed(cu_q, causal=self.causal) if self.causal or len(lengths_q) > 1 else None
 
     def span_ids(self, p: Params, device: torch.device) -> Tensor:
-        """Text and images in turn: int32 [tokens]."""
+        """Alternating text and images: int32 [tokens]."""
         position = torch.arange(p["L"], dtype=torch.int32, device=device).repeat(p["S"])
         part = position // p["I"]
         return torch.where(part % 2 == 1, part // 2, -1)
 
     def media_ids(self, p: Params, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Media spread evenly over the text, the first after its first part."""
+        """Media spread evenly over the text, the first one after the first part of the text."""
         text = torch.arange(p["L"], dtype=torch.int32, device=device) * (p["M"] + 1) // p["L"] - 1
         keys = torch.arange(p["M"] * p["I"], dtype=torch.int32, device=device) // p["I"]
         return text.repeat(p["S"]), keys.repeat(p["S"])
@@ -125,7 +125,7 @@ KINDS = [
 
 
 def setup(kind: Kind, backward: bool, p: Params, device: torch.device) -> Inputs:
-    torch.compiler.reset()  # a compilation per point: torch.compile gives up after eight of one function
+    torch.compiler.reset()  # compile per point: torch.compile gives up after eight compilations of a function
     (lengths_q, lengths_k), dtype = kind.lengths(p), getattr(torch, p["dtype"])
     tokens_q, tokens_k = sum(lengths_q), sum(lengths_k)
     generator = torch.Generator().manual_seed(0)
@@ -144,7 +144,7 @@ def setup(kind: Kind, backward: bool, p: Params, device: torch.device) -> Inputs
     inputs = {"q": q, "k": k, "v": v, "grad_out": grad_out, "mask": mask, "build": build, "block_mask": None}
     dense = mask is not None and not (kind.causal and len(lengths_q) == 1)
     inputs["dense_mask"] = mask.to_dense(tokens_q, tokens_k) if mask is not None and dense else None
-    # A row that sees nothing is undefined in SDPA and NaN; the model zeroes it.
+    # A row that sees nothing is undefined in SDPA and NaN; a model zeroes it.
     inputs["blind"] = ~inputs["dense_mask"].any(1) if "M" in p else None
     if "M" in p:
         inputs["dense_mask"] |= inputs["blind"][:, None]
@@ -164,7 +164,7 @@ def setup(kind: Kind, backward: bool, p: Params, device: torch.device) -> Inputs
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """A call's result, and the milliseconds that it takes: the least of three."""
+    """A call's result and its milliseconds, the minimum of three."""
     times = []
     for _ in range(3):
         if device.type == "cuda":
@@ -178,7 +178,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
 
 
 def padded_slots(lengths: list[int], device: torch.device) -> Tensor:
-    """int64 [T]: each token's row in a batch that is padded to its longest segment."""
+    """int64 [T]: each token's row in a batch padded to the longest segment."""
     slots = [segment * max(lengths) + np.arange(n) for segment, n in enumerate(lengths)]
     return torch.from_numpy(np.concatenate(slots)).to(device)
 
@@ -224,7 +224,7 @@ def ours(inputs: Inputs, backend: str | None) -> Tensor:
 
 
 def sdpa(inputs: Inputs) -> Tensor:
-    """The baseline, and in float64 the truth."""
+    """The baseline, and in float64 the ground truth."""
     inputs["figures"] = {}
     masked = inputs["dense_mask"] is not None
     causal = inputs["causal"] and not masked
@@ -234,7 +234,7 @@ def sdpa(inputs: Inputs) -> Tensor:
 
 
 def sdpa_on(backend: str, inputs: Inputs) -> Tensor:
-    """SDPA on one of its backends; what it cannot serve it refuses."""
+    """SDPA on one of its backends, which raises for unsupported inputs."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(getattr(SDPBackend, backend)):
@@ -242,7 +242,7 @@ def sdpa_on(backend: str, inputs: Inputs) -> Tensor:
 
 
 def sdpa_by_segment(inputs: Inputs) -> Tensor:
-    """No masked pair is computed, at the price of a call per segment."""
+    """Computes no masked pair, at the cost of a call per segment."""
     inputs["figures"] = {}
     parts = zip(*(x.split(inputs["lengths"], 2) for x in heads_first(inputs)), strict=True)
     outs = [F.scaled_dot_product_attention(*part, is_causal=inputs["causal"]) for part in parts]
@@ -250,9 +250,9 @@ def sdpa_by_segment(inputs: Inputs) -> Tensor:
 
 
 def sdpa_padded(inputs: Inputs) -> Tensor:
-    """A batch padded to the longest segment. Padding lies at the end, so causality alone hides it; else a mask does.
+    """A batch padded to the longest segment. Padding is at the end, so causality alone hides it; otherwise a mask does.
 
-    Samples of one length need no padding; where a token sees part of its sample they have a dense mask each.
+    Samples of one length need no padding; if a token sees only part of its sample, each has a dense mask.
     """
     inputs["figures"] = {}
     lengths, slot, longest = inputs["lengths"], inputs["slot"], inputs["max_seqlen_q"]
@@ -277,7 +277,7 @@ def sdpa_padded(inputs: Inputs) -> Tensor:
 
 
 def sample_masks(inputs: Inputs) -> Tensor:
-    """bool [S, 1, Lq, Lk], made once."""
+    """bool [S, 1, Lq, Lk], built once."""
     if "sample_masks" not in inputs:
         blocks = inputs["dense_mask"].unflatten(1, (len(inputs["lengths_k"]), -1))
         blocks = blocks.unflatten(0, (len(inputs["lengths"]), -1))  # [S, Lq, S, Lk]
@@ -322,7 +322,7 @@ def outputs_of(call: Callable[..., Tensor], backward: bool, inputs: Inputs, *bac
 def requested() -> tuple[torch.device, bool]:
     """The device of this run and whether backends were named.
 
-    Which backends are contenders depends on both, and the harness reads its options when the cases are there already.
+    Both determine the contenders, and the harness parses its options only after the cases exist.
     """
     if sys.argv[1:2] == ["--measure-memory"]:
         request = json.loads(sys.argv[2])
@@ -335,7 +335,7 @@ def requested() -> tuple[torch.device, bool]:
 
 
 def further_backends(device: torch.device) -> list[str]:
-    """Those that can serve beside the one that `backend=None` picks; Triton's interpreter is not there to be timed."""
+    """Available backends besides the one that `backend=None` picks, without Triton's interpreter."""
     default = default_backend(device)
     served = backends.candidates("attention", device, torch.float32)
     return [
@@ -386,7 +386,7 @@ def case(kind: Kind, backward: bool, device: torch.device, backends_named: bool)
         ours=partial(outputs_of, ours, backward),
         plain=partial(outputs_of, sdpa, backward),
         others={name: partial(outputs_of, call, backward) for name, call in calls.items()},
-        # The adapters compute gradients always.
+        # The adapters always compute gradients.
         peers={"flash_attn": "varlen", "xformers": "block_diagonal"} if backward and "I" not in kind.point else {},
         work=partial(work, kind, backward),
         outputs=("out", "dq", "dk", "dv") if backward else ("out",),

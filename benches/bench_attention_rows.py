@@ -3,11 +3,11 @@
 python benches/bench_attention_rows.py --help
 
 On a CPU run it with MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 in the environment: otherwise
-glibc takes the memory of each output afresh from the kernel, and all contenders mostly wait for its zeroed pages.
+glibc requests the memory of each output anew from the kernel, and all contenders mostly wait for zeroed pages.
 
-Each is bound by memory: GB/s count what has to be read and written, forward and backward, and no more; the fraction of
-the ceiling is that of a large copy. Plain PyTorch is what model code says: `F.rms_norm` and the rotation as
-transformers writes it; `residual + gate.tanh() * x`.
+Both are memory-bound: GB/s count only what must be read and written, forward and backward; the ceiling is a large copy.
+Plain PyTorch is what model code does: `F.rms_norm` and the rotation as transformers writes it; `residual + gate.tanh()
+* x`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def leaf(dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
 
 
 def with_gradients(out: Outputs, inputs: Inputs, *names: str) -> Outputs:
-    """out alone where its gradients are not given: forward only."""
+    """`out` alone if no gradients are given (forward only)."""
     if "grad_0" not in inputs:
         return out
     grads = [inputs[f"grad_{i}"] for i in range(len(out))]
@@ -40,15 +40,15 @@ def with_gradients(out: Outputs, inputs: Inputs, *names: str) -> Outputs:
 
 
 def gradients(p: Params, *like: Tensor) -> Inputs:
-    """Along with x, so that the gradient of a scalar gate does not cancel, which no two contenders would agree on."""
+    """Correlated with x, so that the gradient of a scalar gate does not cancel: contenders would not agree on noise."""
     if p["pass"] == "fwd":
         return {}
     return {f"grad_{i}": (torch.randn_like(x) + x).detach() for i, x in enumerate(like)}
 
 
 def same_bytes(outputs: int, pairs: tuple[tuple[str, ...], ...], inputs: Inputs) -> tuple[None, ...]:
-    """What torch moves as many bytes in: `clone` where one tensor is read, `add` where two are; once more for the
-    backward, which reads the gradient and x."""
+    """Torch ops that move as many bytes: `clone` for one input tensor, `add` for two; again for the backward, which
+    reads the gradient and x."""
     written = []
     for i, names in enumerate(pairs):
         read = [inputs[name].detach() for name in names]
@@ -156,7 +156,7 @@ GATE = [
             "same bytes": partial(same_bytes, len(outputs), (("residual", "x"),)),
         },
         outputs=outputs,
-        # Forward reads two and writes one; backward reads the gradient and x and writes x's: the residual's is out's.
+        # Forward reads two and writes one; backward reads the gradient and x and writes dx; d_residual is out's.
         work=lambda p: Work(bytes=p["N"] * p["C"] * bytes_of(p, 6 if p["pass"] == "fwd+bwd" else 3)),
     )
     for direction, outputs in (("fwd", ("out",)), ("fwd+bwd", ("out", "d_residual", "dx", "d_gate")))

@@ -2,9 +2,9 @@
 
 python benches/bench_contrastive.py --help
 
-The work is that of the product's size, whoever does it: 2·N²·E for a forward, 8·N²·E for InfoNCE with its backward and
-6·N²·E for SigLIP. So a contender that forms the logits twice, or recomputes them, shows it as fewer TFLOP/s.
-Ratios refer to the faster of the plain PyTorch forms.
+The work is the minimum for every contender: 2·N²·E forward, 8·N²·E for InfoNCE with its backward and 6·N²·E for SigLIP.
+So computing the logits twice, or recomputing them, shows as fewer TFLOP/s. Ratios refer to the faster of the plain
+PyTorch forms.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHUNK_ELEMENTS = 2**26  # logits of a chunk under checkpointing: 256 MiB of floa
 
 
 def setup(p: Params, device: torch.device) -> Inputs:
-    """Unit rows; a key resembles its query (cosine about .7), as in mid-training."""
+    """Unit rows; a key is similar to its query (cosine about .7), as in mid-training."""
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, p["N"], p["E"], generator=generator, device=device)
     queries = F.normalize(draw(), dim=1)
@@ -49,7 +49,7 @@ def setup(p: Params, device: torch.device) -> Inputs:
     inputs["logit_scale"] = torch.tensor(1 / 0.07, device=device)
     inputs["logit_bias"] = torch.tensor(-10.0, device=device)
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
-    # Four pairs share an id; a queue of as many keys again; a teacher that is the features of a moment ago.
+    # About four pairs share an id; the queue has as many keys again; the teacher is the features plus noise.
     inputs["ids"] = torch.randint(0, max(p["N"] // 4, 1), (p["N"],), generator=generator, device=device)
     inputs["queue"] = F.normalize(draw(), dim=1).to(dtype)
     for name in ("queries", "keys"):
@@ -58,7 +58,7 @@ def setup(p: Params, device: torch.device) -> Inputs:
     return inputs
 
 
-# What a user would otherwise write
+# The alternatives in plain PyTorch
 
 
 def infonce_chunk(queries: Tensor, keys: Tensor, logit_scale: Tensor, start: int) -> Tensor:
@@ -74,7 +74,7 @@ def siglip_chunk(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias:
 
 
 def chunked(chunk_loss: Callable[..., Tensor], queries: Tensor, keys: Tensor, *scalars: Tensor) -> Tensor:
-    """Sum over rows in chunks, whose logits are thrown away and formed again in the backward."""
+    """Sum over rows in chunks, whose logits are discarded and recomputed in the backward."""
     total = torch.zeros((), dtype=torch.promote_types(queries.dtype, torch.float32), device=queries.device)
     size = max(1, CHUNK_ELEMENTS // len(keys))
     for start in range(0, len(queries), size):
@@ -107,7 +107,7 @@ def forward_backward(loss: Callable[..., Tensor], names: tuple[str, ...], inputs
 
 
 def terms(inputs: Inputs) -> Outputs:
-    """Sums of the absolute terms of a loss of infonce's kind and of its gradients."""
+    """Sums of the absolute terms of an InfoNCE loss and its gradients."""
     with torch.no_grad():
         return infonce_terms(*(inputs[name] for name in INFONCE))
 
@@ -117,15 +117,15 @@ def terms_of_siglip(inputs: Inputs) -> Outputs:
         return siglip_terms(*(inputs[name] for name in SIGLIP))
 
 
-# Beyond these sizes a contender's N x N matrices are left out: of one float32 matrix each of plain PyTorch's forms
-# holds several, the reference some in float64.
+# Contenders that store N x N logits are skipped beyond these sizes: plain PyTorch holds several such float32 matrices,
+# the reference some in float64.
 LARGEST = {"plain PyTorch": 32768, "plain PyTorch, two matrices": 32768, "torch.compile": 32768}
 LARGEST |= {"open_clip": 32768, "sentence_transformers": 32768, "mmkernels [reference]": 16384}
 
 
 def limits(p: Params, name: str) -> str | None:
     largest = LARGEST.get(name)
-    return f"stores N x N logits: left out beyond N={largest}" if largest is not None and p["N"] > largest else None
+    return f"stores N x N logits: skipped beyond N={largest}" if largest is not None and p["N"] > largest else None
 
 
 def points(*sizes: int) -> list[Params]:
@@ -145,7 +145,7 @@ def case(
     peers: Mapping[str, str],
     run: Callable[[Callable[..., Tensor], tuple[str, ...], Inputs], Outputs],
 ) -> Case:
-    """`plain`: forms of the loss in plain PyTorch, the first of which is the truth in float64."""
+    """`plain`: forms of the loss in plain PyTorch; the first, in float64, is the ground truth."""
     first, *more = plain
     return Case(
         name=name,
@@ -171,7 +171,7 @@ def case(
     )
 
 
-# Options of infonce, and the products of 2·N²·E that each makes a forward with its backward need.
+# Options of infonce, and the number of matmuls of 2·N²·E that each needs forward and backward.
 OPTIONS: dict[str, tuple[Callable[[Inputs], dict[str, Any]], int]] = {
     "ids": (lambda inputs: {"query_ids": inputs["ids"]}, 4),
     "ignored ids": (lambda inputs: {"query_ids": inputs["ids"], "same_id": "ignore"}, 4),
@@ -209,7 +209,7 @@ def option_case(name: str) -> Case:
 
 
 def statistics(inputs: Inputs, backend: str | None) -> Outputs:
-    """Forward and backward with the statistics of the same pass."""
+    """Forward and backward, with statistics from the same pass."""
     leaves = [inputs[of] for of in INFONCE]
     loss, stats = infonce(*leaves, return_stats=True, backend=backend)
     return loss, *torch.autograd.grad(loss, leaves), stats.accuracy_q, stats.entropy

@@ -1,6 +1,6 @@
-"""The planner: items per second and efficiency of each strategy, of a stream, and how evenly ranks share the packs.
+"""The planner: items per second and efficiency of each strategy and of a stream, and how evenly ranks share the packs.
 
-One thread throughout. python benches/bench_planner.py --help
+Single-threaded. python benches/bench_planner.py --help
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmkernels import AttentionCost, EncoderCost, PackingPlan, RankSchedule, Str
 from mmkernels.testing.lengths import LENGTHS, samples_like
 
 Params = Mapping[str, Any]
-SLOW = ("trl", "numba", "torchtune")  # beyond some ten thousand items
+SLOW = ("trl", "numba", "torchtune")  # beyond tens of thousands of items
 
 
 def setup(p: Params, device: torch.device) -> Inputs:
@@ -29,13 +29,13 @@ def setup(p: Params, device: torch.device) -> Inputs:
 
 
 def _image_cap(samples: Any) -> int:
-    """A tenth more than packs need on average, and enough for every item."""
+    """10% more than packs need on average, and enough for every item."""
     return max(int(samples.images.max()), int(1.1 * samples.images.sum() * samples.capacity / samples.lengths.sum()))
 
 
 def plan_with(strategy: str, inputs: Inputs, backend: str | None = None) -> tuple[PackingPlan]:
     plan = plan_packing(inputs["lengths"], inputs["capacity"], strategy=strategy, **inputs["caps"])
-    assert plan.num_packs > 0  # counted; a histogram plan lists its packs later
+    assert plan.num_packs > 0  # a histogram plan lists its packs only on demand
     return (plan,)
 
 
@@ -58,7 +58,7 @@ def stream(inputs: Inputs) -> tuple[list[Any]]:
 
 
 def pad_to_longest(inputs: Inputs, batch: int = 32) -> tuple[float]:
-    """Not a plan: what padding batches of 32 to their longest sample makes of the same items."""
+    """Not a plan: the efficiency of padding batches of 32 to their longest sample."""
     lengths = inputs["lengths"]
     padded = np.resize(lengths, -(-len(lengths) // batch) * batch).reshape(-1, batch).max(1).sum() * batch
     return (float(lengths.sum() / padded),)

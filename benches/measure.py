@@ -1,4 +1,4 @@
-"""Time, peak memory and the machine's ceilings, measured."""
+"""Measure time, peak memory and the machine's ceilings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 Run = Callable[[], Any]
 
-# Written between two repeats on a GPU, so that no contender finds its input in the L2 cache (50 MB on Hopper).
+# Written between repeats on a GPU, so that no contender finds its input in the L2 cache (50 MB on Hopper).
 _FLUSH_BYTES = 256 * 2**20
 
 
@@ -31,7 +31,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call has to do, whatever the algorithm: floating-point operations, bytes moved, items handled."""
+    """The work of one call, independent of the algorithm: floating-point operations, bytes moved, items handled."""
 
     flops: float | None = None
     bytes: float | None = None
@@ -39,7 +39,7 @@ class Work:
 
 
 class _Clock:
-    """Times one call: by events on a GPU, by the wall on a CPU."""
+    """Time one call: by events on a GPU, by wall clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -64,13 +64,13 @@ _LEAST_CALLS = 7  # of `timings`: a warm-up, a first look, five repeats
 
 
 def timings(runs: Mapping[str, Run], device: torch.device, *, seconds: float, least: int = 5) -> dict[str, Timing]:
-    """Time contenders in turn, so that a drift of the machine's speed meets them all alike.
+    """Time contenders in turn, so that a drift of the machine's speed affects all equally.
 
     Args:
         runs: name -> call.
         device: where they run.
         seconds: time to spend on each, after one warm-up call.
-        least: repeats at least, however slow (3 when one call alone takes longer than `seconds`).
+        least: minimum repeats (3 if a single call takes longer than `seconds`).
     """
     clock = _Clock(device)
     counts, samples = {}, {name: [] for name in runs}
@@ -93,7 +93,7 @@ def timings(runs: Mapping[str, Run], device: torch.device, *, seconds: float, le
 
 
 def _status(field: str) -> int:
-    """A figure of /proc/self/status in bytes."""
+    """A field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -101,9 +101,9 @@ def _status(field: str) -> int:
 
 
 def peak_memory(run: Run, device: torch.device) -> int:
-    """Bytes that one call needs at its peak beyond what is held before it.
+    """Peak bytes of one call beyond the memory in use before it.
 
-    On a CPU this is the process's own high-water mark: call it in a fresh process, after a small warm-up.
+    On a CPU this is the process's high-water mark: call it in a fresh process, after a small warm-up.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -114,10 +114,8 @@ def peak_memory(run: Run, device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with contextlib.suppress(AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would hide what the call takes of it
-    Path("/proc/self/clear_refs").write_text(
-        "5", encoding="utf-8"
-    )  # the high-water mark starts again at what is resident now
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would hide the call's use of it
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # reset the high-water mark to the current RSS
     before = _status("VmRSS")
     result = run()
     peak = _status("VmHWM") - before
@@ -129,10 +127,10 @@ def peak_memory(run: Run, device: torch.device) -> int:
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 1.0) -> float:
-    """FLOP/s of torch's own matrix product, the best of a few sizes.
+    """FLOP/s of torch's matmul, the best of a few sizes.
 
-    A size that would take longer than `seconds` is left out: without instructions for bfloat16 a product in it is 25
-    times slower than in float32.
+    Skips sizes that would take longer than `seconds`: without bfloat16 instructions a bfloat16 matmul is 25 times
+    slower than float32.
     """
     best = 0.0
     for size in (256, 512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
@@ -154,10 +152,10 @@ def copy_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
 
 
 def ceilings(dtypes: list[torch.dtype], device: torch.device, threads: int, seconds: float = 1.0) -> dict[str, float]:
-    """What this machine can do: "flops:<dtype>" and "bytes" per second.
+    """The machine's ceilings: "flops:<dtype>" and "bytes" per second.
 
-    On a CPU the native core's own loop of independent multiply-adds (FMA, bf16 dot product) when it has one for the
-    dtype, which no memory slows; else torch's matrix product.
+    On a CPU: the native core's loop of independent multiply-adds (FMA, bf16 dot product), which is not memory-bound, if
+    it has one for the dtype and that is faster; else torch's matmul.
     """
     from mmkernels.runtime import native
 

@@ -1,7 +1,7 @@
-"""Other packages, when they are installed: each adapter takes a bench's inputs and returns its outputs.
+"""Adapters to other packages, if installed: each takes a bench's inputs and returns its outputs.
 
-None is a dependency. `python benches/peers.py` says which are here. An adapter imports its package inside, and is held
-to the same check as everyone: a peer whose result is wrong on a point is reported as wrong there, and not timed.
+None is a dependency. `python benches/peers.py` lists which are installed. An adapter imports its package lazily and
+passes the same checks as every contender: a peer with a wrong result on a point is reported as wrong and not timed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 Inputs = dict[str, Any]
-Adapter = Callable[[Inputs], tuple[Any, ...]]  # None stands for an output that the package does not compute
+Adapter = Callable[[Inputs], tuple[Any, ...]]  # None: an output that the package does not compute
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A package: what to import, what to install, whether it needs a GPU, and its adapters by name."""
+    """A package: its import name, its pip name, whether it needs a GPU, and its adapters by name."""
 
     module: str
     install: str
@@ -51,7 +51,7 @@ def open_clip_siglip_loss(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def inf_cl_symmetric(inputs: Inputs) -> tuple[Tensor, ...]:
-    """`infonce`: one direction a call, so two calls."""
+    """`infonce`: one direction per call, so two calls."""
     from inf_cl import cal_flash_loss
 
     queries, keys, scale = inputs["queries"], inputs["keys"], inputs["logit_scale"]
@@ -63,7 +63,7 @@ def memeff_clip_loss(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """`infonce`: the temperature is a Python float, so there is no gradient of the scale."""
     from memeff import MemoryEfficientCLIPLoss
 
-    # stable=True, its default, gives another gradient than the loss's.
+    # stable=True, its default, returns a gradient that is not the loss's.
     loss_fn = MemoryEfficientCLIPLoss(
         temperature=1 / float(inputs["logit_scale"]), normalized_inputs=True, stable=False
     )
@@ -98,7 +98,7 @@ def sentence_transformers_symmetric(inputs: Inputs) -> tuple[Tensor | None, ...]
 
 
 def liger_linear_cross_entropy(inputs: Inputs) -> tuple[Tensor, ...]:
-    """`infonce`: a direction is a linear layer of the other side's features with cross-entropy."""
+    """`infonce`: each direction is a linear layer of the other side's features with cross-entropy."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     queries, keys, scale = inputs["queries"], inputs["keys"], inputs["logit_scale"]
@@ -118,7 +118,7 @@ def flash_attn_varlen(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def xformers_block_diagonal(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The same through xformers' block-diagonal bias; it knows no GQA, so heads must agree."""
+    """The same through xformers' block-diagonal bias; it has no GQA, so heads must agree."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -171,7 +171,7 @@ PEERS = {
 
 
 def adapter(package: str, name: str, device: str) -> tuple[Adapter | None, str]:
-    """An adapter, or None and why it is not to be had."""
+    """An adapter, or None and why it is unavailable."""
     peer = PEERS[package]
     if importlib.util.find_spec(peer.module) is None:
         return None, f"absent (pip install {peer.install})"

@@ -11,13 +11,13 @@ Inputs = dict[str, Any]
 
 
 class LengthsOfPacks(list[Any]):
-    """Packs of a planner that says which lengths share one, and not which items."""
+    """Packs of a planner that returns lengths instead of items."""
 
 
 def trl_bfd(inputs: Inputs) -> tuple[LengthsOfPacks]:
     """TRL's best fit decreasing over the whole data set; its `pack_dataset` packs 1,000 samples at a time.
 
-    It moves the tokens too: one byte each here.
+    It also moves the tokens: one byte each here.
     """
     import pyarrow as pa
     from trl.data_utils import _pack_bfd
@@ -72,7 +72,7 @@ def numba_first_fit(inputs: Inputs, group: int = 100_000) -> tuple[list[Any]]:
 
 
 class _Tokens:
-    """Samples of so many tokens as torchtune wants them."""
+    """Samples of the given lengths in torchtune's format."""
 
     def __init__(self, lengths: Any) -> None:
         self.lengths = lengths
@@ -86,11 +86,11 @@ class _Tokens:
 
 
 def torchtune_next_fit(inputs: Inputs) -> tuple[LengthsOfPacks]:
-    """torchtune packs in order, and moves the tokens."""
+    """torchtune packs in order and moves the tokens."""
     from torchtune.datasets import PackedDataset
 
     packed = PackedDataset(_Tokens(inputs["lengths"]), max_seq_len=inputs["capacity"])
-    # Padding is the last of a pack's lengths where there is any.
+    # A pack's last length is its padding, if any.
     used = [int((pack["labels"] != -100).sum()) for pack in packed.packs]
     packs = LengthsOfPacks()
     for pack, tokens in zip(packed.packs, used, strict=True):

@@ -1,4 +1,4 @@
-"""What a bench shows and keeps: a table, and a JSON file with the machine, the versions and the commit."""
+"""A bench's output: a table, and a JSON file with the machine, the versions and the commit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit, with a plus sign when the tree differs from it."""
+    """The commit, with a plus sign if the tree has changes."""
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, encoding="utf-8")
     if head.returncode != 0:
@@ -86,7 +86,7 @@ def _cells(row: Any) -> dict[str, str]:
 
 
 def print_table(rows: Sequence[Any]) -> None:
-    """One point of the grid; columns that say nothing are left out."""
+    """Print one point of the grid, without empty columns."""
     cells = [_cells(row) for row in rows]
     names = dict.fromkeys(name for cell in cells for name in cell if cell[name])
     shown = [name for name in names if name != "note"] + (["note"] if "note" in names else [])
@@ -96,10 +96,10 @@ def print_table(rows: Sequence[Any]) -> None:
 
 
 def save(about: dict[str, Any], rows: Sequence[Any]) -> str:
-    """Add rows to benches/results/<bench>-<device>-<date>.json; returns its name.
+    """Add rows to benches/results/<bench>-<device>-<date>.json; return its name.
 
-    The file holds the day's runs, and rows that name theirs by its place in `runs`. A row takes the place of an older
-    one of the same case, parameters and contender; a run of which no row is left goes with them.
+    The file holds the day's runs, and rows that refer to their run by its index in `runs`. A row replaces an older one
+    of the same case, parameters and contender; a run without rows is removed.
     """
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")[:40]
     suffix = "-quick" if about["quick"] else ""
@@ -109,14 +109,14 @@ def save(about: dict[str, Any], rows: Sequence[Any]) -> str:
     new = [asdict(row) | {"run": len(runs)} for row in rows]
     replaced = {_what(row) for row in new}
     joined = _renumbered([*runs, about], [row for row in kept if _what(row) not in replaced] + new)
-    scratch = path.with_suffix(".tmp")  # a run that is killed here leaves the earlier rows
+    scratch = path.with_suffix(".tmp")  # a run killed here leaves the earlier rows intact
     scratch.write_text(json.dumps(joined, indent=1) + "\n", encoding="utf-8")
     scratch.replace(path)
     return f"benches/results/{path.name}"
 
 
 def _earlier(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The runs and rows of a file; one that describes a single run is read too."""
+    """The runs and rows of a file, also of the older format with a single run."""
     if not path.exists():
         return [], []
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -1,5 +1,5 @@
-# mmk_add_cuda_kernels(target files...): adds the CUDA kernels when nvcc is to be had; including this file says when not.
-# The runtime is linked statically, so that the module loads without a driver and survives a change of torch's CUDA.
+# mmk_add_cuda_kernels(target files...) adds the CUDA kernels if nvcc is found; without it, including this file warns.
+# The runtime is linked statically, so that the module loads without a driver and with any CUDA version of torch.
 
 set(MMK_HAS_CUDA FALSE)
 if(NOT MMKERNELS_CUDA STREQUAL "OFF")
@@ -17,19 +17,19 @@ if(NOT MMKERNELS_CUDA STREQUAL "OFF")
   elseif(MMKERNELS_CUDA STREQUAL "ON")
     message(FATAL_ERROR "mmkernels: MMKERNELS_CUDA=ON but no working nvcc was found (PATH, CUDACXX, CUDA_HOME)")
   else()
-    message(WARNING "mmkernels: no nvcc found: the native core is built for CPU only (Triton still serves GPUs)")
+    message(WARNING "mmkernels: no nvcc found: the native core is built for CPU only (Triton still runs on GPUs)")
   endif()
 endif()
 
 if(MMK_HAS_CUDA)
-  # At file scope: in a function the language's variables would be lost.
+  # At file scope: a function would lose the language's variables.
   string(REPLACE "," ";" CMAKE_CUDA_ARCHITECTURES "${MMKERNELS_CUDA_ARCHS}")
   set(CMAKE_CUDA_STANDARD 17)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
 endif()
 
-# Files named *_sm90_* are for compute capability 9.0 alone and are built when 90a is among the architectures; the others
+# Files named *_sm90_* are for compute capability 9.0 only and are built if 90a is among the architectures; the others
 # then see MMK_HAVE_SM90.
 function(mmk_add_cuda_kernels target)
   if(NOT MMK_HAS_CUDA)

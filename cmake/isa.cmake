@@ -1,10 +1,10 @@
-# CPU kernels for more than one instruction set in one binary.
+# CPU kernels for several instruction sets in one binary.
 #
 # mmk_add_cpu_kernels(<target> <file>_cpu.cpp ...) compiles every file once per set, as an object library whose objects
 # go into <target>, with MMK_ISA naming the set. <target> and all its objects see MMK_HAVE_<SET> for each set beyond the
 # baseline; csrc/common/dispatch.cpp chooses among them at load.
 #
-# -ffp-contract=fast allows FMA; -ffast-math is not used, for infinities and NaNs mean something here (masked rows).
+# -ffp-contract=fast allows FMA; -ffast-math is not used, because infinities and NaNs are meaningful (masked rows).
 include(CheckCXXCompilerFlag)
 
 # A kernel left out of MMK_DEFINE_KERNELS would be a null pointer: -Werror makes it an error.

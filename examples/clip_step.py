@@ -1,7 +1,7 @@
-"""A CLIP training step whose batch is larger than the memory of its activations.
+"""A CLIP training step with a batch whose activations would not fit in memory.
 
 The towers embed the batch 64 samples at a time; the loss sees all of it. `.grad` is the full-batch gradient: the last
-lines compare it with one plain PyTorch pass over everything.
+lines compare it with a plain PyTorch pass over the whole batch.
 """
 
 import torch
@@ -33,7 +33,7 @@ def main() -> None:
     cached = GradCache([image_tower, text_tower], loss, chunk_size=CHUNK)
 
     images = torch.randn(BATCH, 96)
-    texts = images[:, :48] + 0.5 * torch.randn(BATCH, 48)  # captions say something of their images
+    texts = images[:, :48] + 0.5 * torch.randn(BATCH, 48)  # captions correlate with their images
     for step in range(STEPS):
         optimizer.zero_grad()
         value = cached(images, texts)  # forward and backward

@@ -1,6 +1,6 @@
-"""Interleaved text and images: each text token looks at the last image before it, through a gate that starts closed.
+"""Interleaved text and images: each text token attends to the last image before it, through a gate that starts closed.
 
-A Flamingo-like layer can be put into a pretrained language model: as long as its gate is 0 it changes nothing.
+A Flamingo-like layer can be inserted into a pretrained language model: while its gate is 0 it changes nothing.
 """
 
 import torch
@@ -21,9 +21,9 @@ def main() -> None:
     owner = torch.repeat_interleave(torch.tensor([1, 2, 1], dtype=torch.int32), PATCHES)  # which image, per patch
     mask = AttentionMask.media(text, images, seen, owner)
 
-    layer = GatedCrossAttention(WIDTH, HEADS, bias=False)  # with a bias tokens without an image would move too
-    hidden = torch.randn(18, WIDTH)  # of the language model
-    patches = torch.randn(3 * PATCHES, WIDTH)  # of the vision encoder
+    layer = GatedCrossAttention(WIDTH, HEADS, bias=False)  # a bias would change tokens without an image too
+    hidden = torch.randn(18, WIDTH)  # from the language model
+    patches = torch.randn(3 * PATCHES, WIDTH)  # from the vision encoder
     torch.testing.assert_close(layer(hidden, patches, mask), hidden)
     print("with a closed gate the layer passes the text through")
 

@@ -1,7 +1,7 @@
 """A training step of a small vision-language model over packed samples of text and images.
 
-Samples of different lengths go into dense packs without padding between them. Image features replace placeholder
-tokens, text is causal, an image's tokens see each other both ways, and no sample sees another.
+Samples of different lengths form dense packs without padding between them. Image features replace placeholder tokens,
+text is causal, an image's tokens see each other in both directions, and samples do not see each other.
 """
 
 import torch
@@ -35,7 +35,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(2))
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Mean cross entropy of each token's successor in its own sample."""
+        """Mean cross-entropy of each token's successor in its sample."""
         pictures = batch.media[Modality.IMAGE]
         x = embed_splice(batch.tokens, self.table, self.patches(pictures.values), pictures.dst_index)
         x = x + self.positions(batch.position_ids)
@@ -46,7 +46,7 @@ class Model(nn.Module):
 
 
 def sample(words: int) -> tuple[list[Tensor | Media], Tensor]:
-    """A prompt, a picture and a caption; and the labels, which only the caption has."""
+    """A prompt, an image and a caption, and the labels, which only the caption has."""
     tokens, grid = patchify([torch.randn(3, 32, 32)], PATCH)
     picture = Media(Modality.IMAGE, tokens, grid_thw=tuple(grid[0].tolist()))
     prompt, caption = torch.randint(VOCABULARY, (2,)), torch.randint(VOCABULARY, (words,))

@@ -42,12 +42,12 @@ __all__ = [
 
 try:
     __version__ = _metadata.version("mmkernels")
-except _metadata.PackageNotFoundError:  # a source tree on the path
+except _metadata.PackageNotFoundError:  # a source tree on sys.path
     __version__ = "0+unknown"
 
 try:
     import torch as _torch  # noqa: F401
-except (ImportError, OSError) as _error:  # `mmkernels info` must still work, and say so
+except (ImportError, OSError) as _error:  # `mmkernels info` must still work and report it
     _why_no_torch = str(_error)
 
     def __getattr__(name: str) -> object:

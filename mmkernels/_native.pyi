@@ -1,6 +1,6 @@
 """The native core: CPU and CUDA kernels over plain pointers. Written by scripts/build_native_stub.py.
 
-Those that end in `_cuda` are there in a build with CUDA only.
+Names that end in `_cuda` exist only in a build with CUDA.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""`mmkernels <command>`: hands its arguments to the command, which has its own `--help`."""
+"""`mmkernels <command>`: pass the arguments to the command, which has its own `--help`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["main"]
 
 USAGE = """usage: mmkernels <command> [options]
 
-  info       what is installed, which backend runs, and why not another
+  info       what is installed, which backend runs, and why
   plan       how well lengths pack, and how evenly ranks share the packs (needs mmkernels[plan])
   pretrain   train a dual encoder on images and captions (needs mmkernels[pretrain])
 
-mmkernels <command> --help says more; mmkernels --version shows the version"""
+mmkernels <command> --help shows its options; mmkernels --version shows the version"""
 
-# Packages of the extras, by the name they are imported under.
+# Packages of the extras, by import name.
 _PRETRAIN_PACKAGES = {"tyro", "tqdm", "PIL", "tensorboard", "matplotlib", "safetensors", "jinja2"}
 _PLAN_PACKAGES = {"tyro", "tabulate", "matplotlib", "pyarrow"}
 
@@ -27,7 +27,7 @@ def _info(argv: list[str]) -> int:
 
 
 def _missing(command: str, extra: str, error: ModuleNotFoundError, packages: set[str]) -> int:
-    """Says which package a command lacks and which extra has it; raises for one that is no extra's."""
+    """Print which package a command lacks and which extra installs it; re-raise for any other package."""
     if error.name is None or error.name.split(".")[0] not in packages:
         raise error
     print(f"mmkernels {command} needs the package {error.name}: pip install 'mmkernels[{extra}]'", file=sys.stderr)
@@ -47,7 +47,7 @@ def _plan(argv: list[str]) -> int:
         from mmkernels import plan_cli
 
         return plan_cli.main(argv)
-    except ModuleNotFoundError as error:  # those of a file's format and of the picture come late
+    except ModuleNotFoundError as error:  # file formats and the picture import theirs late
         return _missing(
             "plan", "parquet" if (error.name or "").startswith("pyarrow") else "plan", error, _PLAN_PACKAGES
         )
@@ -57,7 +57,7 @@ _COMMANDS = {"info": _info, "plan": _plan, "pretrain": _pretrain}
 
 
 def _escaped(error: UnicodeError) -> tuple[bytes, int]:
-    """What the terminal's encoding lacks: bytes of a path as they are, characters as \\u escapes."""
+    """Encode what the terminal's encoding lacks: bytes of a path unchanged, characters as \\u escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -69,10 +69,10 @@ def _escaped(error: UnicodeError) -> tuple[bytes, int]:
 
 
 def _print_anything() -> None:
-    """A table after an hour of training is no place for a UnicodeEncodeError (the C locale has ASCII alone)."""
+    """Never fail with UnicodeEncodeError when printing, such as the table after an hour of training in the C locale."""
     codecs.register_error("mmkernels.escaped", _escaped)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where it was replaced, as in notebooks
+        if hasattr(stream, "reconfigure"):  # absent where the stream was replaced, as in notebooks
             stream.reconfigure(errors="mmkernels.escaped")
 
 

@@ -1,6 +1,6 @@
-"""What is installed, what will run, and why not something else: `mmkernels info`, `python -m mmkernels.info [--json]`.
+"""What is installed, which backend runs and why: `mmkernels info`, `python -m mmkernels.info [--json]`.
 
-It never raises, whatever is missing or broken: what cannot be found out is reported as such.
+It never raises, whatever is missing or broken: what it cannot determine is reported as unknown.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _native() -> dict[str, Any]:
-    """The native core's own account of itself, or why there is none."""
+    """The native core's build info, or why there is no core."""
     with contextlib.suppress(ImportError, OSError):
         import torch  # noqa: F401  # before the core, so that both share one OpenMP runtime
     if importlib.util.find_spec("mmkernels._native") is None:
@@ -87,13 +87,13 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _openmp() -> list[str]:
-    """The OpenMP runtimes in this process. Two of them mean two pools of threads that compete for the cores."""
+    """The OpenMP runtimes in this process. Two runtimes mean two thread pools that compete for the cores."""
     maps = Path("/proc/self/maps").read_text("utf-8", "surrogateescape")
     return sorted({path for path in re.findall(r"(/\S*lib(?:g|i?)omp5?[-.\w]*\.so[.\d]*)", maps)})
 
 
 def _backends() -> list[dict[str, Any]]:
-    """For each family, device and dtype: the backend that `backend=None` takes, and why not each of the others."""
+    """For each family, device and dtype: the backend that `backend=None` picks, and why not the others."""
     import torch
 
     from mmkernels.runtime import backends
@@ -134,13 +134,13 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     for device in report["devices"] if isinstance(report["devices"], list) else []:
         if not device["served_by_native"]:
             found.append(
-                f"{device['name']} (sm_{device['capability'].replace('.', '')}): no compiled CUDA kernel serves it"
+                f"{device['name']} (sm_{device['capability'].replace('.', '')}): no compiled CUDA kernel supports it"
             )
     return found
 
 
 def collect() -> dict[str, Any]:
-    """Everything, as JSON-ready values. A part that fails is {"error": reason}."""
+    """The whole report as JSON values. A part that fails is {"error": reason}."""
     report = {
         "versions": _guarded(_versions),
         "torch": _guarded(_torch),
@@ -170,12 +170,12 @@ def _render_native(native: dict[str, Any]) -> list[str]:
 
 
 def _render_backends(rows: list[dict[str, Any]]) -> list[str]:
-    """One line for dtypes that fare alike."""
+    """One line for all dtypes with the same result."""
     merged: dict[str, list[str]] = {}
     for row in rows:
         others = "; ".join(f"{name}: {why}" for name, why in row["others"].items())
         merged.setdefault(f"{row['family']}|{row['device']}|{row['chosen']}|{others}", []).append(row["dtype"])
-    lines = ["", "backend=None takes"]
+    lines = ["", "backend=None picks"]
     for key, dtypes in merged.items():
         family, device, chosen, others = key.split("|", 3)
         lines.append(f"  {family:12} {device:5} {', '.join(dtypes):36} {chosen:10} ({others})")
@@ -183,7 +183,7 @@ def _render_backends(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """The report as text."""
     versions = report["versions"]
     if "error" in versions:
         lines = [f"versions      unknown: {versions['error']}"]
@@ -216,7 +216,7 @@ def render(report: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Show versions, the native core, devices, threads, and the backend of each op with the reasons."""
     parser = argparse.ArgumentParser(prog="mmkernels info", description=main.__doc__)
-    parser.add_argument("--json", action="store_true", help="for a program or a bug report")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs and bug reports")
     as_json = parser.parse_args(argv).json
     report = collect()
     try:

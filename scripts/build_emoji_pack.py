@@ -7,341 +7,34 @@
     python scripts/build_emoji_pack.py            # writes mmkernels/pretrain/data/emoji/
     python scripts/build_emoji_pack.py --check    # rebuilds in memory and compares with the committed pack
 
-What goes in: every emoji of emojibase that is neither a flag nor a component (skin tones are variants, not concepts),
-drawn by Noto, Noto v1, Twemoji, Fluent flat and Emoji One 2 where the vendor has it. What comes out: `emoji.npz`
-(palette indices and one 128-colour RGBA palette per vendor, readable with NumPy alone), `LICENSES/`, `ATTRIBUTION.md`.
+Input: every emoji of emojibase that is neither a flag nor a component (skin tones are variants, not concepts), drawn by
+Noto, Noto v1, Twemoji, Fluent flat and Emoji One 2 where the vendor has it. Output: `emoji.npz` (palette indices and
+one 128-colour RGBA palette per vendor, readable with NumPy alone), `LICENSES/`, `ATTRIBUTION.md`.
 
-The sources are npm packages, pinned by version and by the sha512 of their tarball, fetched by the `npm` client (any
-registry or mirror it is set up for will do: the hashes decide). The output is a pure function of them: two runs give
-the same bytes. Needs `npm`, and the packages named in the block at the top; nothing of this is needed to read the pack.
+The sources are npm packages, pinned by version and by the sha512 of their tarball, and fetched by the `npm` client from
+any registry or mirror: the hashes verify them. The output is a pure function of them: two runs give the same bytes.
+Needs `npm` and the packages in the block at the top; reading the pack needs neither.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
 import io
 import json
-import re
-import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import resvg_py
-from PIL import Image
+from emoji_drawings import COLOURS, SIZE, IconSet, find_svgs, psnr, quantise, rasterise
+from emoji_sources import PACKAGES, VENDORS, WORDS, Source, family, fetch, held_out, read_concepts
 
 PACK_DIR = Path(__file__).resolve().parent.parent / "mmkernels" / "pretrain" / "data" / "emoji"
-SIZE = 48  # pixels: some 15% more bytes than 32 px, and room for crops and zooms at 32 px training resolution
-COLOURS = 128  # per vendor: 2.4 MB in all, against 2.7 MB and 3 dB more with 256
-HELD_OUT = 0.12  # share of the families kept out of training (splits B and C)
-FLAGS, COMPONENTS = 9, 2  # emojibase groups left out
-
-
-class Package(NamedTuple):
-    version: str
-    sha512: str  # of the tarball, base64, as in a lock file
-
-
-PACKAGES = {
-    "@iconify-json/noto": Package(
-        "1.2.9", "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw=="
-    ),
-    "@iconify-json/noto-v1": Package(
-        "1.2.5", "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA=="
-    ),
-    "@iconify-json/twemoji": Package(
-        "1.2.5", "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw=="
-    ),
-    "@iconify-json/fluent-emoji-flat": Package(
-        "1.2.6", "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw=="
-    ),
-    "@iconify-json/emojione": Package(
-        "1.2.3", "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg=="
-    ),
-    "emojibase-data": Package(
-        "17.0.0", "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA=="
-    ),
-    "cldr-annotations-full": Package(
-        "48.2.0", "DV7A+rEcgUSNTRsVGNGqBZRmAkGfwhGHO5Q1dRwzBoBnVrHWp804JP7/QJdEc66iHmx3+zLWVIMCFLm0lW7PUQ=="
-    ),
-    "spdx-license-list": Package(
-        "6.12.0", "+nUYqm3aZMSHbjsthK+i/HHI2okTElCvqwUd4k8QcSk+FTGgjq+fsdFj2wZOaX6XmR2JdWhf/NeflNnvKOjcnQ=="
-    ),
-}
-
-
-class Vendor(NamedTuple):
-    name: str  # as in the pack
-    package: str
-    licence: str
-    credit: str
-
-
-VENDORS = (
-    Vendor(
-        "noto", "@iconify-json/noto", "Apache-2.0", "Noto Emoji, Google Inc., https://github.com/googlefonts/noto-emoji"
-    ),
-    Vendor(
-        "noto-v1",
-        "@iconify-json/noto-v1",
-        "Apache-2.0",
-        "Noto Emoji (first design), Google Inc., https://github.com/googlefonts/noto-emoji",
-    ),
-    Vendor(
-        "twemoji",
-        "@iconify-json/twemoji",
-        "CC-BY-4.0",
-        "Twemoji, Twitter, Inc. and other contributors, https://github.com/jdecked/twemoji",
-    ),
-    Vendor(
-        "fluent-flat",
-        "@iconify-json/fluent-emoji-flat",
-        "MIT",
-        "Fluent Emoji (flat), Microsoft Corporation, https://github.com/microsoft/fluentui-emoji",
-    ),
-    Vendor(
-        "emojione",
-        "@iconify-json/emojione",
-        "CC-BY-4.0",
-        "Emojitwo, https://github.com/EmojiTwo/emojitwo, originally released as Emojione 2.2 by Ranks.com, "
-        "with contributions from the Emojitwo community",
-    ),
-)
-
-WORDS = (
-    ("names, tags", "MIT", "Emojibase, Miles Johnson, https://github.com/milesj/emojibase", "emojibase-data"),
-    ("keywords", "Unicode-3.0", "Unicode CLDR, Unicode, Inc., https://cldr.unicode.org", "cldr-annotations-full"),
-)
-
-
-# ---------------------------------------------------------------------------------------------- sources
-
-
-class Source:
-    """The files of one npm package, read from its verified tarball."""
-
-    def __init__(self, tarball: Path) -> None:
-        self._tar = tarfile.open(tarball)  # noqa: SIM115  # lives as long as the source
-
-    def text(self, path: str) -> str:
-        member = self._tar.extractfile(f"package/{path}")
-        if member is None:
-            raise FileNotFoundError(path)
-        return member.read().decode("utf-8")
-
-    def json(self, path: str) -> Any:
-        return json.loads(self.text(path))
-
-
-def fetch(name: str, folder: Path) -> Source:
-    package = PACKAGES[name]
-    spec = f"{name}@{package.version}"
-    done = subprocess.run(
-        ["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, encoding="utf-8"
-    )
-    tarball = folder / done.stdout.strip().splitlines()[-1]
-    digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
-    if digest != package.sha512:
-        raise SystemExit(f"{spec}: expected sha512 {package.sha512}, got {digest}")
-    return Source(tarball)
-
-
-# ---------------------------------------------------------------------------------------------- concepts
-
-
-class Concept(NamedTuple):
-    code: str  # code points, lower case, without the variation selector FE0F
-    name: str
-    keywords: list[str]
-
-
-def strip_fe0f(code: str) -> str:
-    return "-".join(part for part in code.lower().split("-") if part != "fe0f")
-
-
-def read_concepts(emojibase: Source, cldr: Source) -> list[Concept]:
-    """Emojibase gives the list, the names and tags; CLDR adds its own keywords."""
-    annotations = cldr.json("annotations/en/annotations.json")["annotations"]["annotations"]
-    by_code = {strip_fe0f("-".join(f"{ord(c):x}" for c in emoji)): a for emoji, a in annotations.items()}
-    concepts = []
-    for entry in emojibase.json("en/data.json"):
-        if entry.get("group") in (None, FLAGS, COMPONENTS):
-            continue
-        code = strip_fe0f(entry["hexcode"])
-        keywords = [*entry.get("tags", ()), *by_code.get(code, {}).get("default", ())]
-        unique = dict.fromkeys(k.strip() for k in keywords if k.strip().lower() != entry["label"].lower())
-        concepts.append(Concept(code, entry["label"], list(unique)))
-    return sorted(concepts)
-
-
-def family(name: str) -> str:
-    """The name less who does it: `woman judge`, `man judge` and `judge` are one family."""
-    words = re.findall(r"[^\s:,]+", name.lower())
-    people = {"man", "woman", "person", "men", "women", "people"}
-    return " ".join(w for w in words if w not in people) or name.lower()
-
-
-def held_out(concepts: list[Concept]) -> list[int]:
-    """The concepts of the first 12% of families in the order of their blake2b digests."""
-    families = sorted({family(c.name) for c in concepts}, key=lambda f: hashlib.blake2b(f.encode()).digest())
-    chosen = set(families[: round(HELD_OUT * len(families))])
-    return [i for i, c in enumerate(concepts) if family(c.name) in chosen]
-
-
-# ---------------------------------------------------------------------------------------------- drawings
-
-
-class IconSet:
-    """One vendor's icons: by name, or by code point where the set has a `chars.json`."""
-
-    def __init__(self, source: Source) -> None:
-        self.data = source.json("icons.json")
-        self.icons: dict[str, dict[str, Any]] = self.data["icons"]
-        self.aliases: dict[str, dict[str, Any]] = self.data.get("aliases", {})
-        self.by_code = {strip_fe0f(code): name for code, name in source.json("chars.json").items()}
-
-    def names_of(self, code: str) -> list[str]:
-        """The name of a code point in this set, then the aliases of that name."""
-        name = self.by_code.get(code)
-        if name is None:
-            return []
-        return [name, *(alias for alias, to in self.aliases.items() if to["parent"] == name and set(to) == {"parent"})]
-
-    def svg(self, name: str) -> str | None:
-        """The SVG of an icon or alias (flips and quarter turns applied), drawn on a centred square; None if absent."""
-        transform = ""
-        extra: dict[str, Any] = {}
-        while name not in self.icons:
-            if name not in self.aliases:
-                return None
-            extra = {**self.aliases[name], **extra}
-            name = self.aliases[name]["parent"]
-        icon = self.icons[name]
-        left, top = icon.get("left", 0), icon.get("top", 0)
-        width = icon.get("width", self.data.get("width", 16))
-        height = icon.get("height", self.data.get("height", 16))
-        x, y = left + width / 2, top + height / 2
-        if extra.get("hFlip") or extra.get("vFlip") or extra.get("rotate"):
-            flip = f"scale({-1 if extra.get('hFlip') else 1} {-1 if extra.get('vFlip') else 1})"
-            turn = f"rotate({90 * extra.get('rotate', 0)})"
-            transform = f' transform="translate({x} {y}) {turn} {flip} translate({-x} {-y})"'
-        side = max(width, height)
-        box = f"{x - side / 2} {y - side / 2} {side} {side}"
-        return (
-            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{box}" width="{side}" height="{side}"><g{transform}>{icon["body"]}</g></svg>'
-        )
-
-
-def slug(label: str) -> str:
-    """The icon name that a label would have; empty if the label has signs that no name can carry (`UP! button`)."""
-    if re.search(r"[!#*]", label):
-        return ""
-    return re.sub(r"[^a-z0-9]+", "-", label.lower().replace("'", "").replace("’", "")).strip("-")
-
-
-def find_svgs(icon_set: IconSet, named: list[IconSet], concepts: list[Concept]) -> list[str | None]:
-    """A vendor's drawing of each concept.
-
-    Sets without code points are searched by name: the label's own, then the names that the other sets use for the
-    same code point. There a drawing may be claimed twice, as by `man running` and `person running`: it goes to the
-    claimant under whose name it is filed, the other being an alias, or to nobody if that is not the same family.
-    """
-    if icon_set.by_code:
-        found = [icon_set.names_of(concept.code)[:1] for concept in concepts]
-        return [icon_set.svg(names[0]) if names else None for names in found]
-    claims: dict[str, list[tuple[bool, int]]] = {}
-    for i, concept in enumerate(concepts):
-        names = [slug(concept.name), *(name for other in named for name in other.names_of(concept.code))]
-        name = next((name for name in names if icon_set.svg(name) is not None), None)
-        if name is not None:
-            claims.setdefault(icon_set.svg(name) or "", []).append((name in icon_set.aliases, i))
-    svgs: list[str | None] = [None] * len(concepts)
-    for svg, claimants in claims.items():
-        if len({family(concepts[i].name) for _, i in claimants}) == 1:
-            svgs[min(claimants)[1]] = svg
-    return svgs
-
-
-def rasterise(svg: str) -> np.ndarray:
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
-    image = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
-    if image.shape != (SIZE, SIZE, 4):
-        raise ValueError(f"rasterise: expected {SIZE} x {SIZE}, got {image.shape}")
-    return image
-
-
-# ---------------------------------------------------------------------------------------------- quantisation
-
-
-def quantise(images: np.ndarray, rounds: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """Images [n, S, S, 4] to palette indices [n, S, S] and a straight-alpha palette [128, 4], by weighted k-means.
-
-    Distances are taken in premultiplied colour, where what cannot be seen has no weight. Colours are first binned to
-    5 bits a channel, so that k-means sees some ten thousand weighted points instead of millions of pixels.
-    """
-    pixels = images.reshape(-1, 4).astype(np.uint32)
-    alpha = pixels[:, 3:]
-    premultiplied = np.concatenate([(pixels[:, :3] * alpha + 127) // 255, alpha], 1)
-    binned = premultiplied >> 3
-    keys = (binned[:, 0] << 15) | (binned[:, 1] << 10) | (binned[:, 2] << 5) | binned[:, 3]
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    inverse = inverse.reshape(-1)
-    sums = np.stack([np.bincount(inverse, premultiplied[:, c]) for c in range(4)], 1)
-    points = sums / counts[:, None]  # mean colour of each bin
-    weights = np.sqrt(counts.astype(np.float64))  # flat areas would take the whole palette otherwise
-    centres = np.zeros((COLOURS, 4))  # entry 0 stays fully transparent
-    distance = ((points - centres[0]) ** 2).sum(1)
-    for i in range(1, COLOURS):  # weighted farthest-point start: deterministic, and no colour is forgotten
-        centres[i] = points[np.argmax(distance * weights)]
-        distance = np.minimum(distance, ((points - centres[i]) ** 2).sum(1))
-    for _ in range(rounds):
-        nearest = _nearest(points, centres)
-        mass = np.bincount(nearest, weights, COLOURS)
-        moved = np.stack([np.bincount(nearest, weights * points[:, c], COLOURS) for c in range(4)], 1)
-        centres[1:] = np.where(mass[1:, None] > 0, moved[1:] / np.maximum(mass[1:, None], 1e-9), centres[1:])
-    centres = np.rint(centres)
-    order = np.lexsort((centres @ [0.299, 0.587, 0.114, 0.0], centres[:, 3]))  # neighbours alike: deflates better
-    centres = centres[order]
-    indices = _nearest(points, centres)[inverse].astype(np.uint8).reshape(images.shape[:3])
-    opacity = np.maximum(centres[:, 3:], 1)
-    straight = np.where(centres[:, 3:] > 0, np.minimum(centres[:, :3] * 255 / opacity, 255), 0)
-    return indices, np.rint(np.concatenate([straight, centres[:, 3:]], 1)).astype(np.uint8)
-
-
-def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    best = [
-        ((chunk[:, None, :] - centres[None]) ** 2).sum(2).argmin(1)  # [4096, 128, 4], no BLAS: the same everywhere
-        for chunk in (points[i : i + 4096] for i in range(0, len(points), 4096))
-    ]
-    return np.concatenate(best)
-
-
-def psnr(images: np.ndarray, indices: np.ndarray, palette: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of the visible picture, over white."""
-    error = []
-    for original, index in zip(images, indices, strict=True):
-        a, b = (_over_white(x) for x in (original, palette[index]))
-        error.append(((a - b) ** 2).mean())
-    return float(10 * np.log10(255**2 / np.mean(error)))
-
-
-def _over_white(image: np.ndarray) -> np.ndarray:
-    alpha = image[..., 3:].astype(np.float64) / 255
-    return image[..., :3] * alpha + 255 * (1 - alpha)
-
-
-# ---------------------------------------------------------------------------------------------- writing
 
 
 def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
-    """As np.savez_compressed, with every byte fixed: no time stamps, no platform field, pickles refused."""
+    """Like np.savez_compressed, but reproducible: no time stamps, no platform field, no pickles."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():
@@ -424,7 +117,7 @@ def attribution(arrays: dict[str, np.ndarray]) -> str:
 
 
 def compare(arrays: dict[str, np.ndarray], path: Path) -> list[str]:
-    """Names of the arrays that differ from the pack at `path`; not its bytes, as versions of zlib differ."""
+    """Names of the arrays that differ from the pack at `path`. Bytes are not compared, because zlib versions differ."""
     with np.load(path, allow_pickle=False) as pack:
         names = sorted(set(pack.files) | set(arrays))
         return [n for n in names if n not in pack.files or n not in arrays or not np.array_equal(pack[n], arrays[n])]
@@ -433,7 +126,7 @@ def compare(arrays: dict[str, np.ndarray], path: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with the committed pack instead of writing")
-    parser.add_argument("--out", type=Path, default=PACK_DIR, help="folder to write (default: the package's own)")
+    parser.add_argument("--out", type=Path, default=PACK_DIR, help="output folder (default: the package's own)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sources = {name: fetch(name, Path(folder)) for name in PACKAGES}

@@ -1,11 +1,11 @@
-"""Write `mmkernels/_native.pyi`, what type checkers and readers see of the native core, from the C++ that binds it.
+"""Write `mmkernels/_native.pyi`, the native core's interface for type checkers and readers, from its C++ bindings.
 
     python scripts/build_native_stub.py            # writes the stub
     python scripts/build_native_stub.py --check    # compares it with the committed one
 
-Names and types come from the lambdas that `csrc/module.cpp` and `csrc/module_cuda.cpp` bind, or, where those bind a
-launcher as it is, from its declaration in a header. `tests/test_native_stub.py` holds the result against the module
-that is built. Needs nothing but Python.
+Names and types come from the lambdas that `csrc/module.cpp` and `csrc/module_cuda.cpp` bind or, where they bind a
+launcher directly, from its declaration in a header. `tests/test_native_stub.py` compares the result with the built
+module. Needs only Python.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SOURCES = ("csrc/module.cpp", "csrc/module_cuda.cpp")
 
 HEAD = '''"""The native core: CPU and CUDA kernels over plain pointers. Written by scripts/build_native_stub.py.
 
-Those that end in `_cuda` are there in a build with CUDA only.
+Names that end in `_cuda` exist only in a build with CUDA.
 """
 
 from typing import Any
@@ -60,7 +60,7 @@ def arguments(declared: str) -> list[tuple[str, str]]:
 
 
 def declaration(name: str) -> tuple[str, str]:
-    """Return type and parameters of the function, or of the pointer to one in a table of kernels, that a header has."""
+    """Return type and parameters of a function or of a function pointer in a kernel table, from its header."""
     pattern = re.compile(rf"^ *(\w+) (?:\(\*{name}\)|{name})\(([^)]*)\);", re.M | re.S)
     texts = [re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("csrc/*/*.h"))]
     found = {match.groups() for text in texts for match in pattern.finditer(text)}
@@ -69,7 +69,7 @@ def declaration(name: str) -> tuple[str, str]:
 
 
 def functions(source: str) -> Iterator[str]:
-    """A stub line for each function that a file binds."""
+    """Yield a stub line for each function that a file binds."""
     planner = re.search(r"m\.def\(name, \[make\]\(([^)]*)\)", source)
     for name, bound in _BOUND.findall(source):
         of_lambda = _LAMBDA.match(bound)
@@ -110,7 +110,7 @@ def main() -> int:
         return 0
     if STUB.read_text(encoding="utf-8") == stub():
         return 0
-    print(f"{STUB.relative_to(ROOT)} is not what the sources say: python {Path(__file__).name}", file=sys.stderr)
+    print(f"{STUB.relative_to(ROOT)} is out of date: run python {Path(__file__).name}", file=sys.stderr)
     return 1
 
 

@@ -1,10 +1,10 @@
-"""Draw the pictures of the docs: `docs/images/*.svg`, how the kernels and the planner cut up their work.
+"""Draw the docs' pictures, `docs/images/*.svg`: how the kernels and the planner split their work.
 
     python scripts/draw_tilings.py            # writes the pictures
     python scripts/draw_tilings.py --check    # draws in memory and compares
 
-What is drawn comes from the package where it decides (tile states of a mask, packs of a plan) and from the READMEs of
-the families where only a kernel does (the order of InfoNCE's tiles). Needs `mmkernels[plot]`.
+The contents come from the package where Python determines them (tile states of a mask, packs of a plan), and from the
+families' READMEs where only a kernel does (the order of InfoNCE's tiles). Needs `mmkernels[plot]`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 
 
 def infonce() -> Figure:
-    """One pass over the tiles of S = X Y^T gives the statistics of rows and of columns."""
+    """One pass over the tiles of S = X Y^T gives the statistics of rows and columns."""
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     forward, backward = figure.subplots(1, 2)
     for axes, title in ((forward, "forward: one pass over S"), (backward, "backward: S again, tile by tile")):
@@ -83,7 +83,7 @@ def infonce() -> Figure:
 
 
 def tile_map() -> Figure:
-    """What the kernels skip, mask and compute whole of two packed documents with images."""
+    """Tiles that the kernels skip, mask or compute whole, for two packed documents with images."""
     parts = [(200, Modality.TEXT), (576, Modality.IMAGE), (300, Modality.TEXT), (120, Modality.TEXT)]
     parts += [(400, Modality.IMAGE), (452, Modality.TEXT)]
     cu_seqlens = torch.tensor([0, 1076, 2048], dtype=torch.int32)
@@ -158,7 +158,7 @@ def main() -> int:
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(path.name)
     if stale:
-        print(f"not as drawn now: {', '.join(stale)}", file=sys.stderr)
+        print(f"out of date: {', '.join(stale)}", file=sys.stderr)
     return 1 if stale else 0
 
 

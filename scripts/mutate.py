@@ -1,4 +1,4 @@
-"""Does the suite notice? Break one line of a kernel at a time and count the tests that fail.
+"""Mutation testing: break one line of a kernel at a time and count the failing tests.
 
     python scripts/mutate.py                          # every mutation; a markdown table
     python scripts/mutate.py --only attention         # those whose name contains this
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Mutation:
-    """One line of a file, what it becomes, and the tests that should notice."""
+    """One line of a file, its replacement, and the tests that should fail."""
 
     name: str
     path: str

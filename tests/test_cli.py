@@ -33,7 +33,7 @@ def test_no_command_and_unknown_command_fail(capsys) -> None:
 
 def test_info(capsys) -> None:
     assert cli.main(["info"]) == 0
-    assert "backend=None takes" in capsys.readouterr().out
+    assert "backend=None picks" in capsys.readouterr().out
 
 
 def without(package: str, tmp_path: Path, command: str) -> subprocess.CompletedProcess:

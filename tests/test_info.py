@@ -115,4 +115,4 @@ def test_unknown_instruction_set_is_reported_not_raised(tmp_path: Path) -> None:
 def test_module_runs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "mmkernels.info"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
-    assert "backend=None takes" in done.stdout
+    assert "backend=None picks" in done.stdout

@@ -1,4 +1,4 @@
-"""Lays out the fields of a `PackedBatch` from samples, and says what is wrong with them."""
+"""Validate samples and build the fields of a `PackedBatch` from them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def lay_out(
 
     own_kinds = joined("modality_ids", torch.uint8, Modality.TEXT)
     if own_kinds is not None and items:
-        wrong_value("modality_ids", "None: the media of the samples say it", per_token["modality_ids"])
+        wrong_value("modality_ids", "None for samples with media, which determine it", per_token["modality_ids"])
     return PackedFields(
         tokens=_join(whole, padding, pad_token, torch.int64, device),
         cu_seqlens=cu_seqlens.to(device),
@@ -97,7 +97,7 @@ def _parts(samples: Any) -> list[list[Tensor | Media]]:
 
 
 def _like(samples: list[list[Tensor | Media]]) -> Tensor:
-    """The first tokens; where there are none, int64 on the device of the first media."""
+    """The first token tensor, which sets dtype and device; without one, int64 on the device of the first media."""
     every = [part for parts in samples for part in parts]
     given = next((part for part in every if isinstance(part, Tensor)), None)
     if given is not None:
@@ -107,7 +107,7 @@ def _like(samples: list[list[Tensor | Media]]) -> Tensor:
 
 
 def _tokens(parts: list[Tensor | Media], placeholder: Placeholder, like: Tensor) -> Tensor:
-    """A sample's tokens, placeholders for its media."""
+    """A sample's tokens, with placeholders for its media."""
     if len(parts) == 1 and isinstance(parts[0], Tensor):
         return parts[0]
     pieces = []
@@ -129,7 +129,7 @@ def _tokens(parts: list[Tensor | Media], placeholder: Placeholder, like: Tensor)
 
 
 def _lengths(samples: list[Tensor]) -> list[int]:
-    """The samples' lengths; they must be alike."""
+    """Lengths of the samples, which must agree in dtype, device and trailing dimensions."""
     for i, sample in enumerate(samples):
         first = samples[0]
         if sample.ndim < 1 or sample.shape[1:] != first.shape[1:]:
@@ -149,7 +149,7 @@ def _ids(sample_ids: Sequence[int] | None, samples: int) -> list[int]:
 
 
 def _media(parts: list[list[Tensor | Media]], ends: tuple[int, ...]) -> tuple[list[Media], list[int]]:
-    """Every item in the order of its tokens, and the token that it begins with."""
+    """All items in token order, and the first token of each."""
     items, starts = [], []
     for sample, at in zip(parts, ends, strict=False):
         for part in sample:
@@ -188,10 +188,10 @@ def _positions(
             continue
         t, h, w = item.grid_thw
         places.append(start)
-        # Grids after merging, so that items of different merge sizes go together.
+        # Merged grids, so that items with different merge sizes can be mixed.
         grids.append((t, h // item.merge_size, w // item.merge_size))
         if item.time_step is None and t > 1 and tokens_per_second != 1:
-            wrong_value(f"media {i}: time_step", "its seconds a step, which tokens_per_second multiplies", None)
+            wrong_value(f"media {i}: time_step", "seconds per step, which tokens_per_second multiplies", None)
         steps.append(1.0 if item.time_step is None else item.time_step)
     timed = any(item.time_step is not None for item in items) or tokens_per_second != 1
     return mrope_position_ids(
@@ -241,7 +241,7 @@ def _check_parts(name: str, parts: Sequence[Tensor], lengths: list[int], dtype: 
 
 
 def _join(parts: list[Tensor], padding: int, fill: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The parts, then `padding` entries of `fill`; `dtype` when there is no part to tell."""
+    """The parts, then `padding` entries of `fill`; `dtype` and `device` apply when there are no parts."""
     like = parts[0] if parts else torch.empty(0, dtype=dtype, device=device)
     tail = like.new_full((padding, *like.shape[1:]), fill)
     return torch.cat([*parts, tail])

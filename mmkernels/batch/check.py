@@ -1,4 +1,4 @@
-"""The invariants of a `PackedBatch`, checked one by one and named when broken."""
+"""Check the invariants of a `PackedBatch` one by one; the error names the broken one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PER_TOKEN = ("tokens", "sample_ids", "modality_ids", "span_ids", "labels", "los
 
 
 def check(batch: PackedFields) -> None:
-    """Raise ValueError with the first broken invariant's name."""
+    """Raise a ValueError that names the first broken invariant."""
     _check_boundaries(batch)
     for name in _PER_TOKEN:
         _check_field(batch, name, getattr(batch, name), (batch.num_tokens,), "T")
@@ -98,7 +98,7 @@ def _check_padding(batch: PackedFields) -> None:
 
 
 def _check_media(batch: PackedFields) -> None:
-    """Each item whole, in one sample, on tokens of its modality and of one span; spans numbered in order."""
+    """Each item lies whole in one sample, on tokens of its modality and of one span; spans are numbered in order."""
     kinds, spans = batch.modality_ids.cpu(), batch.span_ids.cpu()
     _require(spans.dtype == torch.int32, "span_ids", "is int32", spans)
     begins = _begins(batch)
@@ -123,7 +123,7 @@ def _check_media(batch: PackedFields) -> None:
 
 
 def _check_layout(batch: PackedFields, name: str, media: PackedMedia) -> None:
-    """Of one modality: boundaries, devices and counts."""
+    """Boundaries, devices and counts of one modality."""
     for what in ("values", "dst_index", "cu_values", "grid_thw", "time_step"):
         value = getattr(media, what)
         if value is not None:
@@ -156,7 +156,7 @@ def _check_layout(batch: PackedFields, name: str, media: PackedMedia) -> None:
 
 def _require(holds: bool, name: str, invariant: str, got: Any) -> None:
     if not holds:
-        raise ValueError(f"PackedBatch: {name} {invariant}: broken, got {got}")
+        raise ValueError(f"PackedBatch: broken invariant: {name} {invariant}; got {got}")
 
 
 def _require_equal(got: Tensor, expected: Tensor, name: str, invariant: str) -> None:

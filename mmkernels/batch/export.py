@@ -1,4 +1,4 @@
-"""A `PackedBatch` in the words of other packages; see the methods of the same names."""
+"""Convert a `PackedBatch` to the arguments of other packages; see its `to_*` methods."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def hf(batch: PackedFields, mrope: bool | None) -> dict[str, Any]:
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": batch.max_seqlen,
         "max_length_k": batch.max_seqlen,
-        # With a cache transformers takes the tokens for one sequence: eager, sdpa and flex attention would mix samples.
+        # With a cache transformers sees one sequence: eager, sdpa and flex attention would mix samples.
         "use_cache": False,
     }
     if batch.labels is not None:
@@ -55,9 +55,9 @@ def hf(batch: PackedFields, mrope: bool | None) -> dict[str, Any]:
 
 
 def _hf_positions(batch: PackedFields, mrope: bool | None) -> Tensor:
-    """[1, T], or [4, 1, T]: positions in the segment, from which transformers tells packed samples, then the three.
+    """[1, T], or [4, 1, T]: positions in the segment, from which transformers infers samples, then M-RoPE's three rows.
 
-    A model with M-RoPE spreads [1, T] on its axes and then looks for no samples in it.
+    An M-RoPE model expands [1, T] to its axes and then does not infer samples from it.
     """
     positions, plain = batch.position_ids, batch.position_ids.ndim == 1
     if mrope is None:

@@ -1,4 +1,4 @@
-"""What a packed batch holds. It is built, checked, weighed and exported as this; `PackedBatch` adds its methods."""
+"""The fields of a packed batch, on which build, check, loss and export work; `PackedBatch` adds methods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmkernels.batch.media import PackedMedia
 
 __all__ = ["IGNORE_LABEL", "NO_SAMPLE", "NO_SPAN", "PackedFields"]
 
-# What F.cross_entropy ignores by default; the sample of padding; the span of text.
+# F.cross_entropy's default ignore_index; the sample id of padding; the span id of text.
 IGNORE_LABEL = -100
 NO_SAMPLE = -1
 NO_SPAN = -1
@@ -42,7 +42,7 @@ class PackedFields:
 
     @property
     def num_segments(self) -> int:
-        """Samples, and one more if there is padding."""
+        """Samples, plus one if there is padding."""
         return len(self.cu_seqlens_host) - 1
 
     @property

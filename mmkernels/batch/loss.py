@@ -1,4 +1,4 @@
-"""Targets of a `PackedBatch` and their weights; sums are taken in float64."""
+"""Targets of a `PackedBatch` and their weights; sums are in float64."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def next_labels(batch: PackedFields) -> Tensor:
 
 
 def _owner(batch: PackedFields) -> Tensor:
-    """[T]: the number of each token's sample; S in padding."""
+    """[T]: the index of each token's sample; S in padding."""
     at = torch.arange(batch.num_tokens, device=batch.cu_seqlens.device, dtype=torch.int32)
     return torch.searchsorted(batch.cu_seqlens[1:].contiguous(), at, right=True)
 
 
 def target_weights(batch: PackedFields, causal: bool = True, *, of_samples: bool = True) -> Tensor:
-    """[T] float64: the weight of each token's label, 0 where there is no target; `of_samples`: times its sample's."""
+    """[T] float64: the weight of each token's label, 0 without a target; `of_samples` multiplies by its sample's."""
     real = torch.arange(batch.num_tokens, device=batch.tokens.device) < batch.num_tokens - batch.padding
     weight = real.double()
     if batch.loss_weight is not None:
@@ -47,7 +47,7 @@ def target_weights(batch: PackedFields, causal: bool = True, *, of_samples: bool
 
 
 def _of_samples(batch: PackedFields) -> Tensor:
-    """[S + 1] float64: the samples' weights, and the padding's, which is none."""
+    """[S + 1] float64: the samples' weights, then 0 for the padding."""
     weight = batch.sample_weight
     one = torch.ones(batch.num_samples, device=batch.tokens.device) if weight is None else weight
     return torch.nn.functional.pad(one.double(), (0, 1))
@@ -79,5 +79,5 @@ def weights(batch: PackedFields, normalize: str, total: Tensor | None, causal: b
         sums = _per_sample(batch, target_weights(batch, causal, of_samples=False))
         weight = weight / torch.where(sums > 0, sums, 1)[_owner(batch)]
     count = total[0 if normalize == "token" else 1]
-    # Nothing to learn from gives 0, not NaN.
+    # A batch without targets gives 0, not NaN.
     return torch.where(count > 0, weight / torch.where(count > 0, count, 1), 0).float()

@@ -1,4 +1,4 @@
-"""Images, clips and recordings: one of a sample, and what a packed batch holds of one modality."""
+"""Images, clips and recordings: a single item, and all items of one modality in a packed batch."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["Media", "PackedMedia"]
 
 @dataclass(frozen=True, eq=False)
 class Media:
-    """One image, clip or recording of a sample: whole, never split.
+    """One image, clip or recording of a sample. It is never split.
 
     Args:
         modality: its id, see `Modality`; not TEXT.
-        values: [n, ...], what its encoder reads: patches or tubelets at native resolution, audio frames.
-        grid_thw: patches in time, height and width, with t * h * w = n; None for what has no grid, such as audio.
-        tokens: how many tokens of the language model it takes: its encoder's features. Default t * h * w divided by
-            merge_size^2 with a grid, else n.
-        merge_size: patches along a side that one token stands for.
-        time_step: seconds from one step of the grid to the next, transformers' `second_per_grid_ts`: for M-RoPE with
-            time (Qwen2.5-VL, Omni). None: steps count, one position each.
+        values: [n, ...], the encoder's input: patches or tubelets at native resolution, audio frames.
+        grid_thw: patches in time, height and width, with t * h * w = n; None without a grid, as for audio.
+        tokens: number of language-model tokens, one per encoder feature. Default t * h * w divided by merge_size^2 with
+            a grid, else n.
+        merge_size: patches per side that one token covers.
+        time_step: seconds between steps of the grid, transformers' `second_per_grid_ts`: for M-RoPE with time
+            (Qwen2.5-VL, Omni). None: one position per step.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
@@ -65,7 +65,7 @@ class Media:
                 wrong_value("tokens", f"None or the {merged} of its grid", self.tokens)
             object.__setattr__(self, "tokens", merged)
         elif merge != 1:
-            wrong_value("merge_size", "1 without grid_thw (say tokens instead)", merge)
+            wrong_value("merge_size", "1 without grid_thw (pass tokens instead)", merge)
         elif self.tokens is None:
             object.__setattr__(self, "tokens", rows)
         else:
@@ -76,7 +76,7 @@ class Media:
             if not isinstance(self.time_step, Real) or not 0 <= self.time_step < math.inf:
                 wrong_value("time_step", "a finite number of seconds >= 0", self.time_step)
             if self.grid_thw is None:
-                wrong_value("time_step", "None without grid_thw, whose steps it is between", self.time_step)
+                wrong_value("time_step", "None without grid_thw", self.time_step)
             object.__setattr__(self, "time_step", float(self.time_step))
 
     @property
@@ -88,19 +88,18 @@ class Media:
 
 @dataclass(frozen=True, eq=False)
 class PackedMedia:
-    """What a batch holds of one modality: N items, in the order of their tokens.
+    """All N items of one modality in a batch, in token order.
 
     Attributes:
-        values: [V, ...]: the items' values, one after the other, for the encoder.
-        dst_index: [F] int64: the token that each feature goes to; the items' features one after the other
-            (`embed_splice` takes it).
-        cu_values: [N+1] int32: where each item's values begin: cu_seqlens of the encoder's attention.
-        cu_values_host: the same as a tuple.
+        values: [V, ...]: the items' values, concatenated: the encoder's input.
+        dst_index: [F] int64: the destination token of each feature, item by item, for `embed_splice`.
+        cu_values: [N+1] int32: where each item's values begin: cu_seqlens for the encoder's attention.
+        cu_values_host: cu_values as a tuple.
         starts_host: the first token of each item.
         tokens_host: tokens of each item.
         grid_thw: [N, 3] int64, or None.
-        merge_size: patches along a side that one token stands for; the same for all.
-        time_step: [N] float32, seconds from one step of an item's grid to the next, or None.
+        merge_size: patches per side that one token covers; the same for all items.
+        time_step: [N] float32, seconds between steps of an item's grid, or None.
     """
 
     values: Tensor
@@ -153,7 +152,7 @@ class PackedMedia:
         return len(self.starts_host)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PackedMedia:
-        """The same with each tensor replaced by `function` of it."""
+        """A copy with `function` applied to each tensor."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed: dict[str, Any] = {
             name: function(value) for name, value in tensors.items() if isinstance(value, Tensor)
@@ -161,7 +160,7 @@ class PackedMedia:
         return dataclasses.replace(self, **changed)
 
     def between(self, begin: int, end: int) -> PackedMedia | None:
-        """The items whose tokens lie in [begin, end), with tokens counted from `begin`; None when there is none."""
+        """The items whose tokens lie in [begin, end), with tokens counted from `begin`; None if there are none."""
         chosen = [i for i, start in enumerate(self.starts_host) if begin <= start < end]
         if not chosen:
             return None

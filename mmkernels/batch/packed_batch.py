@@ -1,4 +1,4 @@
-"""A packed batch: several samples in one row of tokens, with their boundaries said and never guessed."""
+"""A packed batch: several samples in one row of tokens, with explicit boundaries."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ __all__ = ["PackedBatch"]
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch(PackedFields):
-    """S samples in T tokens, sample after sample; padding, if any, is one last segment of its own.
+    """S samples back to back in T tokens; padding, if any, is the last segment.
 
-    Build one with `from_samples`. Attention over `cu_seqlens` keeps the samples apart, and the padding apart from them
-    all; positions alone would not.
+    Build one with `from_samples`. Attention over `cu_seqlens` isolates the samples from each other and from the
+    padding; positions alone do not.
 
     Attributes:
-        tokens: [T] int64 token ids (or any dtype, and trailing dimensions, that the samples have).
+        tokens: [T] int64 token ids (or the samples' dtype and trailing dimensions).
         cu_seqlens: [segments+1] int32: where each segment begins, from 0 to T.
-        cu_seqlens_host: the same as a tuple, so that nobody needs to ask the device.
+        cu_seqlens_host: cu_seqlens as a tuple, which saves a device synchronisation.
         sample_ids: [T] int64: the id of each token's sample, -1 in padding.
         position_ids: [T] int64, from 0 in each segment; or [3, T], positions in time, height and width.
         modality_ids: [T] uint8, see `Modality`; TEXT in padding.
-        span_ids: [T] int32: the number, in this batch, of the image, clip or recording that a token belongs to; -1 for
-            none. `AttentionMask.multimodal` takes it.
+        span_ids: [T] int32: the index in this batch of the token's image, clip or recording; -1 for none. For
+            `AttentionMask.multimodal`.
         padding: tokens in the padding segment; 0 if there is none.
-        labels: [T] int64 or None, each a token's own label (not shifted); -100 where there is none, in padding too.
+        labels: [T] int64 or None: each token's own label (not shifted), or -100 for none, as in padding.
         loss_weight: [T] float32 or None; 0 in padding.
         sample_weight: [S] float32 or None.
         media: modality -> values, grid_thw and dst_index of its items.
@@ -57,25 +57,25 @@ class PackedBatch(PackedFields):
         mrope: bool | str = False,
         tokens_per_second: float = 1.0,
     ) -> PackedBatch:
-        """Pack samples one after the other, whole, in the order given. Nothing is cut, dropped or resized.
+        """Pack whole samples in the given order. Nothing is cut, dropped or resized.
 
         Args:
-            samples: each a tensor of tokens [L_i, ...], usually 1-D ids; or a sequence of parts in their order, token
-                ids [n] and `Media`. One dtype and device; zero length is fine.
-            capacity: T; the tokens missing become the padding segment. None for no padding.
+            samples: each a tensor of tokens [L_i, ...], usually 1-D ids; or a sequence of parts, token ids [n] and
+                `Media`. One dtype and device; empty samples are allowed.
+            capacity: T; the unused tokens form the padding segment. None for no padding.
             sample_ids: an id >= 0 for each sample, such as the items of a plan's pack; default 0, 1, ...
-            modality_ids: [L_i] integers in [0, 32) for each sample; default what the parts say, `Modality.TEXT` for
-                tokens. Only for samples without media.
+            modality_ids: [L_i] integers in [0, 32) for each sample; default `Modality.TEXT` for tokens and the media's
+                own. Only for samples without media.
             labels: [L_i] integers for each sample, tokens of media included.
             loss_weight: [L_i] floats for each sample.
             sample_weight: a float >= 0 for each sample.
             pad_token: fills the padding.
             placeholder: the token id of media, or modality -> id.
-            mrope: positions in time, height and width, [3, T], as from `mrope_position_ids`: True or "spatial" for
-                Qwen2-VL, Qwen2.5-VL and Qwen3-VL as transformers has them from 5.3 on, "largest" for the same before
-                and for Qwen2.5-Omni and Qwen3-Omni. Media without a grid count like text.
-            tokens_per_second: positions to a second of the media's `time_step`, see `mrope_position_ids`. Only with
-                mrope; every clip needs its time_step then.
+            mrope: positions [3, T] in time, height and width, as from `mrope_position_ids`: True or "spatial" for
+                Qwen2-VL, Qwen2.5-VL and Qwen3-VL in transformers >= 5.3, "largest" for these in older releases and for
+                Qwen2.5-Omni and Qwen3-Omni. Media without a grid get positions like text.
+            tokens_per_second: positions per second of the media's `time_step`, see `mrope_position_ids`. Requires
+                mrope, and a time_step for every clip.
 
         Raises:
             TypeError, ValueError: a wrong argument, by name; samples longer than the capacity.
@@ -110,10 +110,9 @@ class PackedBatch(PackedFields):
         return self._with_tensors(lambda tensor: tensor.pin_memory())
 
     def split(self, chunk_size: int) -> list[PackedBatch]:
-        """Batches of `chunk_size` samples each, the last one smaller; `GradCache` calls this.
+        """Batches of `chunk_size` samples each, the last one possibly smaller; `GradCache` calls this.
 
-        The chunks are views of this batch. Padding belongs to no sample and is left out; a batch without samples is one
-        chunk without any.
+        The chunks are views of this batch. Padding is left out. A batch without samples gives one empty chunk.
         """
         chunk_size = integer("chunk_size", chunk_size, "an int")
         if chunk_size < 1:
@@ -146,7 +145,7 @@ class PackedBatch(PackedFields):
         )
 
     def validate(self) -> PackedBatch:
-        """Check every invariant, reading the tensors (waits for a GPU).
+        """Check every invariant. Reads the tensors, so it waits for a GPU.
 
         Returns:
             the batch itself.
@@ -160,64 +159,65 @@ class PackedBatch(PackedFields):
     # Losses
 
     def next_labels(self) -> Tensor:
-        """[T] int64: for each token the label of the next one of its sample, -100 at a sample's end: the shifted labels
-        of a causal language model, which never reach into the next sample."""
+        """[T] int64: the label of the sample's next token, -100 at a sample's end: a causal language model's shifted
+        labels, which never cross into the next sample."""
         return loss.next_labels(self)
 
     def loss_totals(self, *, causal: bool = True) -> Tensor:
-        """[2] float64: the batch's sum of target weights, and its number of samples that have a target (their weights).
+        """[2] float64: the sum of target weights, and the sum of sample_weight (1 without) over samples with a target.
 
-        Add them up over micro-batches and ranks (an all_reduce), and give the sum to `loss_weights`.
+        Sum them over micro-batches and ranks (an all_reduce) and pass the sum to `loss_weights`.
         """
         return loss.totals(self, causal)
 
     def loss_weights(self, normalize: str, totals: Tensor | None = None, *, causal: bool = True) -> Tensor:
-        """[T] float32: weights w such that the loss is the sum of w[t] * nll[t], nll[t] that of token t's label.
+        """[T] float32: weights w such that the loss is the sum of w[t] * nll[t], where nll[t] is for token t's label.
 
         A target is a label that is not -100; without labels, any token. Its weight is its loss_weight (1 without),
         times its sample's sample_weight.
 
         Args:
-            normalize: "token": every target counts alike, w = weight / sum of all weights. "sample": every sample
-                counts alike, however long: w = weight / its sample's sum / number of samples that have a target.
-            totals: `loss_totals` summed over everything that one optimizer step sees; the losses of its parts then add
-                up to the loss of all, whichever way the samples are packed. Default: this batch alone.
-            causal: a sample's first label is no target, for nothing comes before it to predict it from. False for
-                masked modelling, where a token is predicted in place.
+            normalize: "token": all targets count equally, w = weight / sum of all weights. "sample": all samples count
+                equally, whatever their length: w = weight / its sample's sum / number of samples that have a target.
+            totals: `loss_totals` summed over one optimizer step; the partial losses then add up to the whole step's
+                loss, however the samples are packed. Default: this batch alone.
+            causal: a sample's first label is not a target, because no token of the sample precedes it. False for masked
+                modelling, which predicts tokens in place.
 
         Returns:
-            weights by token t, whose prediction a causal model makes at t - 1: roll by -1 for `next_labels`.
+            weights by predicted token t. A causal model predicts it at t - 1: roll by -1 to match `next_labels`.
 
         Raises:
-            ValueError: `normalize` is neither.
+            ValueError: `normalize` is neither "token" nor "sample".
         """
         return loss.weights(self, normalize, totals, causal)
 
     # Exporters
 
     def to_flash_attn(self) -> dict[str, Any]:
-        """Keyword arguments of `flash_attn_varlen_func` for self-attention: cu_seqlens and the longest segment."""
+        """Keyword arguments for `flash_attn_varlen_func` in self-attention: cu_seqlens and the longest segment."""
         return export.flash_attn(self)
 
     def to_hf(self, *, mrope: bool | None = None) -> dict[str, Any]:
-        """Keyword arguments of a transformers causal model, batch dimension 1.
+        """Keyword arguments for a transformers causal model, batch size 1.
 
-        Samples stay apart whatever the attention: flash attention and others that take cu_seqlens have them, eager,
-        sdpa and flex attention find the samples in position_ids, which they only look for without a cache
-        (use_cache=False) and without an attention mask. A recurrent model (Mamba) does neither and mixes them.
+        Samples stay isolated under any attention implementation. Flash attention and others that take cu_seqlens get
+        them. Eager, sdpa and flex attention infer the samples from position_ids, but only without a cache
+        (use_cache=False) and without an attention mask. A recurrent model (Mamba) does neither and mixes samples.
 
-        transformers shifts the labels itself, so the first label of each segment, which the last token of the segment
-        before would be asked for, becomes -100. Images and clips are passed as pixel_values, image_grid_thw,
-        pixel_values_videos and video_grid_thw.
+        transformers shifts the labels itself, so each segment's first label becomes -100: otherwise the last token of
+        the previous segment would be trained to predict it. Images and clips are passed as pixel_values,
+        image_grid_thw, pixel_values_videos and video_grid_thw.
 
         Args:
-            mrope: whether the model has M-RoPE, as Qwen2-VL. It takes positions [4, 1, T]: counted from 0 in each
-                segment, then time, height and width; from [1, T] it would not know the samples. Default: what the
-                batch's own position_ids are, which must be [3, T] beside images and clips. For text alone too such a
-                model needs [3, T], or True here, which repeats positions [T].
+            mrope: whether the model has M-RoPE, like Qwen2-VL. Such a model takes positions [4, 1, T]: from 0 in each
+                segment, then time, height and width; from [1, T] it cannot infer the samples. Default: as the batch's
+                position_ids, which must be [3, T] with images or clips. Text alone needs [3, T] too, or mrope=True,
+                which repeats positions [T].
 
         Raises:
-            ValueError: weights or media that have no place there; `mrope` missing, or not what position_ids are.
+            ValueError: weights or media that transformers does not take; `mrope` missing, or inconsistent with
+                position_ids.
         """
         return export.hf(self, mrope)
 

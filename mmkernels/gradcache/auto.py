@@ -1,4 +1,4 @@
-"""chunk_size="auto": when to measure, how to cut, what to do when memory ran out all the same."""
+"""chunk_size="auto": when to measure, how to split, and how to recover when memory runs out."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["AutoSize", "split_together"]
 
 
 class AutoSize:
-    """The chunk sizes of a GradCache, from its first call on.
+    """The automatic chunk sizes of a GradCache.
 
     Args:
         encoders, token_loss_fn: as in `GradCache`.
-        asked: for each encoder a size, or "auto".
-        budget: bytes, or None for what is free.
+        asked: a size or "auto" for each encoder.
+        budget: bytes, or None for the free memory.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class AutoSize:
     ) -> None:
         self._encoders, self._token_loss_fn = encoders, token_loss_fn
         self._asked, self._budget = asked, budget
-        self._fits: dict[int, Fit] = {}  # of each automatic encoder; with a token loss, 0 is all of them together
+        self._fits: dict[int, Fit] = {}  # per automatic encoder; with a token loss, key 0 covers all of them
         self.measured, self._warned = False, False
 
     def fit(self, inputs: Sequence[Any], modules: list[nn.Module], sync: Sync) -> None:
-        """Measure; the caller sets `measured` once every rank has."""
+        """Measure. The caller sets `measured` once every rank has done so."""
         self._fits = {}
         known = itertools.chain(
             (t for m in modules for t in itertools.chain(m.parameters(), m.buffers())), tensors(list(inputs))
@@ -54,7 +54,7 @@ class AutoSize:
         wrappers = [Sync(Tower(encoder, [None], "").modules).ids() for encoder in self._encoders]
         for i, size in enumerate(self._asked):
             if size == "auto":
-                sharing = sum(bool(wrappers[i] & other) for other in wrappers) or 1  # their last chunks go together
+                sharing = sum(bool(wrappers[i] & other) for other in wrappers) or 1  # they share a backward
                 self._fits[i] = self._probe([i], inputs[i], f"inputs[{i}]", sharing, there, modules, sync)
 
     def _probe(
@@ -114,7 +114,7 @@ class AutoSize:
         return size, chunks
 
     def back_off(self, sizes: Sequence[int], chunks: Sequence[list[Any]], towers: Sequence[int]) -> bool:
-        """Halve the chunks of these encoders; False if none can be."""
+        """Halve the chunks of these encoders; False if none can be halved."""
         halved = False
         for i in {0} if self._token_loss_fn is not None and towers else set(towers):
             if i in self._fits and sizes[i] > 1:
@@ -126,7 +126,7 @@ class AutoSize:
 
 
 def split_together(inputs: Sequence[Any], size: int) -> list[list[Any]]:
-    """The chunks for each encoder, of the same samples."""
+    """The chunks for each encoder, aligned by sample."""
     for i, value in enumerate(inputs):
         split(value, size, f"inputs[{i}]")
     return [list(column) for column in zip(*split(tuple(inputs), size, "inputs"), strict=True)]

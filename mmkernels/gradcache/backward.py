@@ -17,15 +17,15 @@ __all__ = ["Undo", "backward", "leaves", "out_of_memory"]
 
 
 class Undo:
-    """What a step changes, as it was before: one that ran out of memory can begin anew.
+    """A snapshot of what a step changes, so that a step that ran out of memory can restart.
 
-    These are the gradients, BatchNorm's running statistics and the random generators; `fully_shard` modules, which must
-    be gathered, expect a forward again. A gradient that is there already, as when several batches accumulate, is copied
-    when a backward first reaches it.
+    It covers the gradients, BatchNorm's running statistics and the random generators; `fully_shard` modules, which must
+    be gathered, are reset to expect a forward. A gradient accumulated earlier is copied when a backward first reaches
+    it.
 
     Args:
         modules: whose parameters and statistics the step may change.
-        devices: CUDA devices with generators in play.
+        devices: CUDA devices whose generators the step may use.
     """
 
     def __init__(self, modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> None:
@@ -60,7 +60,7 @@ class Undo:
 
 
 def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], undo: Undo | None = None) -> bool:
-    """Backward from those outputs that have a graph; False if none has."""
+    """Backward from the outputs that have a graph; False if none has one."""
     live = [i for i, out in enumerate(outputs) if out.requires_grad]
     if live and undo is not None:
         undo.keep(leaf for i in live for leaf in leaves(outputs[i]))
@@ -89,7 +89,7 @@ def leaves(output: Tensor) -> list[Tensor]:
 
 @contextmanager
 def _autocast_off() -> Iterator[None]:
-    """Backward runs in the dtypes that forward chose, not under autocast once more."""
+    """Backward runs in the dtypes that forward chose, outside autocast."""
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device_type):

@@ -1,7 +1,7 @@
 """Chunk sizes from a budget of memory: probe two sizes, fit peak = a + b·amount, take the largest that fits.
 
-The amount of a chunk is its tokens where it counts them, else the elements of its tensors (`chunks.amount`), so that a
-fit made on one batch serves the next, whose samples may be longer.
+The amount of a chunk is its tokens where it counts them, else the elements of its tensors (`chunks.amount`), so a fit
+from one batch applies to the next, whose samples may be longer.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from mmkernels.ops.checks import wrong_value
 
 __all__ = ["Fit", "free_memory", "largest_cut", "peak_memory", "probe"]
 
-PROBE = 32  # samples: on a GPU few say little, because kernels and the allocator round up
-SHARE = 0.9  # of a GPU's free memory: the allocator leaves holes
+PROBE = 32  # samples; fewer give a poor fit on a GPU, where kernels and the allocator round up
+SHARE = 0.9  # of the free memory: allocators fragment
 _NO_LIMIT = 1 << 40
 
 
 @dataclass
 class Fit:
-    """How much of an input a chunk may be.
+    """The largest chunk that fits, in units of `amount`.
 
     Attributes:
-        largest: the amount of a chunk, at most.
-        whole: the amount that every chunk has, whatever its size.
-        each: the amount of a sample, on average over the probe.
+        largest: the largest amount of a chunk.
+        whole: the fixed amount of every chunk, whatever its size.
+        each: the average amount of a sample in the probe.
     """
 
     largest: float
@@ -41,7 +41,7 @@ class Fit:
     each: float
 
     def size(self, each: float) -> int:
-        """Samples in a chunk, at `each` a sample."""
+        """Samples per chunk if a sample's amount is `each`."""
         room = (self.largest - self.whole) / max(each, 1e-9)
         return max(1, int(min(room * (1 + 1e-9), _NO_LIMIT)))
 
@@ -51,12 +51,12 @@ def probe(value: Any, name: str, measure: Callable[[Any], int], budget: float) -
 
     Args:
         value: an input; its first samples are measured.
-        name: how messages call it.
+        name: its name in messages.
         measure: chunk -> bytes.
         budget: bytes.
 
     Raises:
-        what `measure` raises, running out of memory with more than one sample excepted.
+        what `measure` raises, except running out of memory with more than one sample.
     """
     large = min(PROBE, len(split(value, 1, name)))
     while True:
@@ -82,7 +82,7 @@ def probe(value: Any, name: str, measure: Callable[[Any], int], budget: float) -
 
 
 def largest_cut(value: Any, fit: Fit, name: str) -> tuple[int, list[Any]]:
-    """The largest size under which no chunk exceeds the fit (1 where a single sample does), and the chunks."""
+    """The largest size at which no chunk exceeds the fit (1 if a single sample does), and the chunks."""
     size, least = fit.size(fit.each), 1
     chunks = split(value, size, name)
     if len(chunks) > 1:  # the samples of this batch may be shorter than those of the probe
@@ -102,13 +102,13 @@ def largest_cut(value: Any, fit: Fit, name: str) -> tuple[int, list[Any]]:
 def peak_memory(
     run: Callable[[], list[Tensor]], known: Iterable[Tensor], device: torch.device | None, undo: Undo
 ) -> int:
-    """Bytes that a forward and backward take above what is there.
+    """Bytes that a forward and backward need beyond the memory already in use.
 
     On a CUDA device the allocator's peak over both; elsewhere the bytes that the forward saves for its backward.
 
     Args:
-        run: gives the outputs of a chunk.
-        known: tensors that are there anyway: parameters, inputs.
+        run: returns the outputs of a chunk.
+        known: tensors that exist anyway: parameters, inputs.
         device: a CUDA device, or None.
         undo: keeps the gradients that the backward touches.
     """
@@ -127,12 +127,12 @@ def peak_memory(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = run()  # alive until the sum is taken, so that no address comes twice
+        outputs = run()  # alive until the sum is taken, so that no address is reused
     return sum(saved.values()) if outputs else 0
 
 
 def free_memory(device: torch.device | None) -> float:
-    """Bytes that can still be had on a CUDA device, or on the host."""
+    """Bytes available on a CUDA device, or on the host."""
     if device is not None:
         free, _ = torch.cuda.mem_get_info(device)
         return SHARE * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
@@ -143,4 +143,4 @@ def free_memory(device: torch.device | None) -> float:
                 return SHARE * 1024 * int(line.split()[1])
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    wrong_value("memory_budget", "bytes: this system does not say what is free", None)
+    wrong_value("memory_budget", "bytes, because this system does not report free memory", None)

@@ -4,8 +4,8 @@
     2. loss       on the detached embeddings of the whole batch; its backward gives dloss/dembedding, the cache
     3. re-embed   chunk by chunk with gradients and the random state replayed, backward from the cache
 
-The chain rule makes this exact: `.grad` afterwards equals that of one graph over the whole batch. The price is a second
-forward; what is saved is every activation but one chunk's.
+The chain rule makes this exact: `.grad` afterwards equals that of one graph over the whole batch. The cost is a second
+forward; only one chunk's activations are in memory.
 
 Source: Gao, Zhang, Han, Callan, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021
 (arXiv:2101.06983).
@@ -45,7 +45,7 @@ class GradCache:
     Each call takes one input per encoder. An input is split into chunks along its samples:
 
     - a tensor or NumPy array along dim 0;
-    - a list by its entries, one a sample (ragged images, strings);
+    - a list by its entries, one per sample (ragged images, strings);
     - `Ragged(values, counts)` by its counts (patches of a varying number of images per sample);
     - a dict, tuple or `Args` member by member, all with the same number of samples;
     - any other object by its own `split(chunk_size)`, which returns a sequence of chunks (`PackedBatch`);
@@ -56,64 +56,65 @@ class GradCache:
 
     Both forward passes run under the caller's autocast, both backward passes outside it. Dropout and anything else that
     draws from PyTorch's CPU and CUDA generators, `numpy.random`'s global one and Python's `random` draws the same
-    numbers in both passes; afterwards the generators stand where one forward leaves them. Other state that changes
+    numbers in both passes; afterwards the generators are where one forward leaves them. Other state that changes
     between the passes (the encoder's own generator, a counter, a clock) would make the gradients wrong: the embeddings
     of both passes are compared, and a difference beyond rounding raises. An encoder whose parameters are all frozen
     does not run a second time. When every input is a single chunk there is nothing to cache and one plain step is
     taken.
 
     **Token losses.** With `token_loss_fn` an encoder may return a tuple that begins with the embeddings, and each chunk
-    of samples also has losses over its tokens (masked words, captions), taken in the second pass, where its graph is::
+    of samples also has losses over its tokens (masked words, captions), computed in the second pass, which has the
+    graph::
 
         def token_loss(outputs, inputs):                   # of one chunk: an entry for each encoder
             logits, labels = outputs[1][1], inputs[1]["labels"]
             return F.cross_entropy(logits, labels, reduction="sum"), (labels != -100).sum()
 
     It returns (sum, count), or a dict of such pairs, one per objective; a weight is a factor of the sum. An objective
-    is its sum over the whole batch divided by its count over the whole batch, whatever the chunks; an objective with no
-    token at all is 0. The function is also run in the first pass, without gradients, for the counts. All encoders then
-    have chunks of the same samples, and frozen ones are run in both passes.
+    is its sum over the whole batch divided by its count over the whole batch, whatever the chunks; an objective without
+    tokens is 0. The function is also run in the first pass, without gradients, for the counts. All encoders then have
+    chunks of the same samples, and frozen ones are run in both passes.
 
     **Several ranks.** DistributedDataParallel encoders reduce their gradients once, in the last backward that reaches
-    them; encoders that share a wrapper run their last chunks in one backward. Parameters of the loss are reduced with
-    it when they belong to a wrapper. So do `fully_shard` modules, which hold whole gradients until then. Wrappers are
+    them, and so do `fully_shard` modules, which hold unsharded gradients until then. Encoders that share a wrapper run
+    their last chunks in one backward. Parameters of the loss that belong to a wrapper are reduced with it. Wrappers are
     found in modules, compiled modules, bound methods, partials, and functions that close over them. A wrapper with
-    `static_graph=True` is refused: it allows one forward a step. Token counts are
-    summed over `group`, if given: the objective is then the mean over the tokens of all ranks, under DDP's averaging.
+    `static_graph=True` raises: it allows one forward per step. Token counts are summed over `group`, if given: the
+    objective is then the mean over the tokens of all ranks, under DDP's averaging.
 
     **Automatic sizes.** With `chunk_size="auto"` the first call measures a forward and backward of two small chunks,
-    fits `peak = a + b·amount` (tokens of packed batches, elements of tensors), and takes the largest chunks that
-    fit `memory_budget`. If memory runs out nevertheless, the step is undone, the chunks of the encoder that ran out are
-    halved, and the step restarts; no gradient is added twice. Ranks restart together, except in the very last backward
-    of a wrapper, where the error is raised. `chunk_sizes` has the sizes of the last call.
+    fits `peak = a + b·amount` (tokens of packed batches, elements of tensors), and takes the largest chunks that fit
+    `memory_budget`. If memory still runs out, the step is undone, the chunks of the encoder that ran out are halved,
+    and the step restarts; no gradient is added twice. Ranks restart together, except in the very last backward of a
+    wrapper, where the error is raised. `chunk_sizes` has the sizes of the last call.
 
-    Each rank has sizes of its own. `fully_shard` modules are therefore gathered once a step, before any chunk, and stay
-    whole until the backward that reduces them: a rank whose peers wait in an all-gather could not call them back.
-    Beside the chunk there must be memory for whole parameters and, as with any size, whole gradients.
+    Sizes may differ between ranks. `fully_shard` modules are therefore gathered once per step, before any chunk, and
+    stay unsharded until the backward that reduces them: peers that wait in an all-gather cannot be interrupted. Next to
+    the chunk, memory must hold the unsharded parameters and, as with any size, the unsharded gradients.
 
-    BatchNorm in training mode normalises by the chunk, so that its gradient is not the whole batch's: this is warned
-    about once. Its running statistics move once per chunk, in the first pass.
+    BatchNorm in training mode normalises over the chunk, so its gradient differs from the whole batch's; this warns
+    once. Its running statistics are updated once per chunk, in the first pass.
 
     Args:
         encoders: callables, each `chunk -> [rows, ...]` floating point; one may come several times (tied towers).
         loss_fn: `(*embeddings) -> scalar loss`, or a tuple that begins with the loss. May have parameters of its own.
         chunk_size: samples in a chunk, or "auto"; for all encoders or one per encoder.
-        memory_budget: for "auto": bytes that the forward and backward of one chunk may take. On a CUDA device its peak,
-            elsewhere what autograd saves. None for what is free at the first call.
+        memory_budget: for "auto": bytes that the forward and backward of one chunk may take. On a CUDA device this is
+            the peak, elsewhere what autograd saves. None for the memory that is free at the first call.
         token_loss_fn: `(outputs, inputs) -> (sum, count) or {objective: (sum, count)}` of one chunk; see above.
         group: process group of the ranks that train together: token counts are summed over it. With "auto" also needed
-            when `loss_fn` talks to other ranks and no encoder is wrapped.
-        check_passes: compare the embeddings (and the counts of token losses) of both passes, which reads a
-            number from the device at the end of a step. A difference above 1% of their size raises, above 10% where
-            anything is narrower than float32: on the rank that sees it, whose gradients are wrong then.
+            when `loss_fn` communicates with other ranks and no encoder is wrapped.
+        check_passes: compare the embeddings (and the counts of token losses) of both passes, which reads a number from
+            the device at the end of a step. A relative difference above 1% (10% where anything is narrower than
+            float32) raises on the rank that sees it, whose gradients are then wrong.
 
     Raises:
         TypeError: an argument, an input or an encoder's output of the wrong type.
         ValueError: a chunk size below 1, a wrong number of inputs, members of one input that disagree in samples,
-            DistributedDataParallel with a static graph, or under fully_shard ranks that disagree in chunks of fixed
-            sizes.
-        RuntimeError: the second pass of an encoder or of a token loss gave other numbers than the first; or, with
-            automatic sizes, memory ran out with single samples on another rank, where the error is raised.
+            DistributedDataParallel with a static graph, or, under fully_shard with fixed sizes, ranks that disagree in
+            the number of chunks.
+        RuntimeError: the second pass of an encoder or of a token loss differs from the first; or, with automatic sizes,
+            memory ran out with single samples on another rank, where the error is raised.
         NotImplementedError: automatic sizes with fully_shard over tensor parallelism.
 
     Example:
@@ -194,7 +195,7 @@ class GradCache:
     ) -> Any:
         sync = Sync(modules)
         if sync.ddp_over_ranks():
-            sync.expect_no_static_graph()  # before measuring, which is a step too
+            sync.expect_no_static_graph()  # measuring is a step too
         peers, shards = sync.groups() if self.group is None else [self.group], Shards(sync.fsdp)
         with shards.kept():
             shards.gather()
@@ -224,7 +225,7 @@ class GradCache:
                 gc.collect()  # the error's frames hold activations
                 if torch.cuda.is_initialized():
                     torch.cuda.empty_cache()
-                shards.gather()  # those that were reduced already, on every rank alike
+                shards.gather()  # those already reduced, the same on every rank
 
     def _step(self, chunks: list[list[Any]], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]) -> Step:
         more = self.token_loss_fn is not None
@@ -253,7 +254,7 @@ def _as_it_is(loss: Tensor) -> Tensor:
 
 
 def _raise_together(error: BaseException | None, peers: Sequence[Any]) -> None:
-    """An error of one rank on all: the others would wait for it."""
+    """Raise one rank's error on all: the others would wait for it."""
     if anywhere(error is not None, peers):
         raise error or RuntimeError(
             "chunk_size: memory ran out on another rank, with a single sample in each chunk"

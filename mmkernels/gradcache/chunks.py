@@ -1,4 +1,4 @@
-"""Splitting an encoder's input along its samples, whatever its shape: tensors, trees of them, lists, packed batches."""
+"""Split an encoder's input along its samples: tensors, nested containers, lists, packed batches."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Args:
 
 
 class Ragged:
-    """Rows of which each sample has its own number; an encoder gets the rows of its chunk as a plain tensor.
+    """A varying number of rows per sample; an encoder gets the rows of its chunk as a plain tensor.
 
-    For models whose pictures are not indexed by the batch: `Args(ids, pixel_values=Ragged(patches, patches_per_sample),
+    For models whose images are not indexed by the batch: `Args(ids, pixel_values=Ragged(patches, patches_per_sample),
     image_grid_thw=Ragged(grid, images_per_sample))`.
 
     Args:
@@ -63,8 +63,8 @@ class Ragged:
 @dataclass(frozen=True)
 class _Split:
     chunks: list[Any]
-    samples: int | None  # None: an object with its own split, which alone knows
-    name: str  # of the member that says so
+    samples: int | None  # None: only the object's own split knows
+    name: str  # of the member that determines it
 
 
 def split(value: Any, size: int, name: str) -> list[Any]:
@@ -75,14 +75,14 @@ def split(value: Any, size: int, name: str) -> list[Any]:
             `Args` member by member, other objects by their `split(size)`; numbers, strings and 0-dim tensors go to
             every chunk whole.
         size: samples in a chunk.
-        name: how messages call the input.
+        name: the input's name in messages.
 
     Returns:
         at least one chunk.
 
     Raises:
         TypeError: something in it cannot be split.
-        ValueError: its members disagree in samples.
+        ValueError: its members disagree in the number of samples.
     """
     cut = _split(value, size, name)
     if cut is None or not cut.chunks:
@@ -91,7 +91,7 @@ def split(value: Any, size: int, name: str) -> list[Any]:
 
 
 def tensors(chunk: Any) -> Iterator[Tensor]:
-    """Every tensor of a chunk that can be seen from outside."""
+    """Every tensor reachable in a chunk."""
     if isinstance(chunk, Tensor):
         yield chunk
     elif isinstance(chunk, Args):
@@ -105,7 +105,7 @@ def tensors(chunk: Any) -> Iterator[Tensor]:
 
 
 def amount(chunk: Any) -> int:
-    """How much a chunk is, in a unit that activations grow with: tokens where it counts them, else its elements."""
+    """The size of a chunk in a unit that activations scale with: tokens if it counts them, else elements."""
     if isinstance(chunk, (Tensor, np.ndarray)):
         return int(chunk.numel() if isinstance(chunk, Tensor) else chunk.size)
     if isinstance(chunk, Args):
@@ -162,7 +162,7 @@ def _split_members(names: list[str], members: list[Any], size: int, make: Callab
     first = next((cut for cut in varying if cut.samples is not None), varying[0])
     for cut in varying:
         if cut.samples is not None and cut.samples != first.samples:
-            hint = "(a list holds one entry a sample)"
+            hint = "(a list has one entry per sample)"
             wrong_value(cut.name, f"{first.samples} samples like {first.name} {hint}", cut.samples)
         if len(cut.chunks) != len(first.chunks):
             wrong_value(cut.name, f"{len(first.chunks)} chunks like {first.name}", len(cut.chunks))

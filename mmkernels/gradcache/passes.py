@@ -1,13 +1,13 @@
-"""Whether the second pass computes what the first did: if not, the gradients are of something else.
+"""Check that the second pass computes what the first did; otherwise the gradients are wrong.
 
-Generators that are everybody's are replayed. One that an encoder keeps for itself, a counter in a module or the time of
-day is not, and what comes of it is a wrong gradient. So the embeddings of both passes are compared, on the device, and
-the differences read once a step:
+The global generators are replayed. An encoder's own generator, a counter in a module or a clock is not, and makes the
+gradients wrong. So the embeddings of both passes are compared on the device, and the differences are read once per
+step:
 
     difference = max over rows |second - first| / root mean square over rows |first|
 
-Without a graph PyTorch may take other kernels than with one, and some add in an order of their own. That is a few
-roundings; a mask of dropout drawn anew is tens of percent.
+Without a graph PyTorch may choose other kernels than with one, and some sum in another order. That costs a few
+roundings; a redrawn dropout mask changes tens of percent.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _ROUNDING_IN_HALF = 0.1  # where weights, embeddings or autocast are narrower th
 _EXACT = 1e-5
 _HINT = (
     "The gradients of this step are wrong. Both passes must compute the same: the generators of torch, numpy.random "
-    "and random are replayed, but no generator of a module's own, no counter in a module, no clock. "
-    "GradCache(..., check_passes=False) does not compare."
+    "and random are replayed, but a module's own generator, a counter in a module or a clock is not. "
+    "GradCache(..., check_passes=False) skips the comparison."
 )
 
 
@@ -36,8 +36,8 @@ class Passes:
     """The differences of an encoder's embeddings, or of the counts of a token loss, in one step.
 
     Args:
-        name: whose, as messages call it.
-        modules: behind it; they say how precise it is.
+        name: their owner's name in messages.
+        modules: the modules behind it, whose dtypes set the tolerance.
     """
 
     def __init__(self, name: str, modules: Sequence[nn.Module]) -> None:
@@ -47,26 +47,26 @@ class Passes:
 
     @torch.no_grad()
     def compare(self, what: str, first: Tensor, second: Tensor, *, exact: bool = False) -> None:
-        """Note how far the rows of `second` are from those of `first`.
+        """Record how far the rows of `second` are from those of `first`.
 
         Raises:
             RuntimeError: they differ in shape.
         """
         if first.shape != second.shape:
-            got = f"expected {describe(first)} as the first pass gave, got {describe(second)}"
-            raise RuntimeError(f"{self._name}: {what}: {got} of the second. {_HINT}")
+            got = f"expected {describe(first)} as in the first pass, got {describe(second)}"
+            raise RuntimeError(f"{self._name}: {what}: {got} in the second. {_HINT}")
         if first.numel():
             self._half = self._half or (first.is_floating_point() and torch.finfo(first.dtype).bits < 32)
-            a = first.reshape(len(first), -1).double()  # whose squares do not overflow
+            a = first.reshape(len(first), -1).double()  # in float64, squares do not overflow
             scale = torch.linalg.vector_norm(a) / len(a) ** 0.5
             distance = torch.linalg.vector_norm(second.reshape(a.shape).double() - a, dim=1).amax()
             self._found.append((what, distance / scale, exact))
 
     def settle(self) -> None:
-        """Read the differences, which waits for the device.
+        """Read the differences. Waits for the device.
 
         Raises:
-            RuntimeError: one is too large. What is not finite in both passes is not judged: it shows by itself.
+            RuntimeError: one is too large. Values that are non-finite in both passes pass: they show by themselves.
         """
         if not self._found:
             return
@@ -75,8 +75,8 @@ class Passes:
             most = _EXACT if exact else _ROUNDING
             if distance > most and (exact or distance > _ROUNDING_IN_HALF or not self._in_half()):
                 raise RuntimeError(
-                    f"{self._name}: {what}: expected the second pass to give what the first gave, got a difference of "
-                    f"{distance:.1e} of its size. {_HINT}"
+                    f"{self._name}: {what}: expected the second pass to match the first, got a relative difference of "
+                    f"{distance:.1e}. {_HINT}"
                 )
 
     def _in_half(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a second forward must find as the first one did: random generators and the state that modules carry along."""
+"""State that the second forward must find as the first did: random generators and BatchNorm's statistics."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["RandomState", "batch_norms", "cuda_devices", "kept"]
 
 @dataclass(frozen=True)
 class RandomState:
-    """The generators that are everybody's: PyTorch's of the CPU and of the CUDA devices in play, NumPy's and Python's.
+    """States of the global generators: PyTorch's for the CPU and the CUDA devices in use, NumPy's and Python's.
 
-    One that an encoder keeps for itself is not to be found; `Passes` sees what comes of it.
+    An encoder's own generator cannot be found; `Passes` detects its effect.
     """
 
     cpu: Tensor
@@ -42,9 +42,9 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside, the generators go on from this state; afterwards they stand as if nothing had been drawn."""
+        """Inside, the generators continue from this state; afterwards they are as if nothing had been drawn."""
         after = RandomState.now(self.cuda)
-        moved = not _same(self.numpy, after.numpy)  # to set it takes longer than all else here
+        moved = not _same(self.numpy, after.numpy)  # setting it takes longer than everything else here
         self.restore(moved)
         try:
             yield
@@ -74,7 +74,7 @@ def batch_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 @contextmanager
 def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """BatchNorm's running statistics stand afterwards as they stood before: they move once, in the first pass."""
+    """Restore BatchNorm's running statistics afterwards: only the first pass updates them."""
     buffers = [buffer for layer in batch_norms(modules) for buffer in layer.buffers(recurse=False)]
     values = [buffer.clone() for buffer in buffers]
     try:

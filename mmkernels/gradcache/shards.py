@@ -1,7 +1,7 @@
-"""fully_shard modules that stay gathered for a whole step, so that no chunk talks to other ranks.
+"""Keep fully_shard modules gathered for a whole step, so that no chunk communicates with other ranks.
 
-Memory may run out on one rank alone. Where its peers wait in an all-gather they cannot be called back; so shards are
-gathered once, by all ranks, and what follows is local until a last backward reduces gradients.
+Memory may run out on one rank alone, and peers that wait in an all-gather cannot be interrupted. So all ranks gather
+the shards once, and everything is local until the last backward reduces gradients.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["Shards"]
 
 
 class Shards:
-    """What `fully_shard` keeps behind modules. FSDP2's private names are used here and nowhere else.
+    """The FSDP2 state of modules. FSDP2's private names are used only here.
 
     Args:
-        modules: that `fully_shard` was applied to, outer ones first, in the same order on every rank.
+        modules: those that `fully_shard` was applied to, outer ones first, in the same order on every rank.
     """
 
     def __init__(self, modules: Sequence[Any]) -> None:
@@ -32,9 +32,9 @@ class Shards:
         """All-gather the parameters that are not gathered yet. Ranks must agree on which these are.
 
         Raises:
-            NotImplementedError: parameters are sharded in another way too, so that every forward talks.
+            NotImplementedError: parameters are also sharded in another way, so that every forward communicates.
         """
-        from torch.distributed.tensor import DTensor  # a second to import: only where something is sharded
+        from torch.distributed.tensor import DTensor  # takes a second to import: only where something is sharded
 
         for module in self._modules:
             module.unshard()
@@ -43,7 +43,7 @@ class Shards:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Inside, a forward leaves gathered what it finds gathered; afterwards all is sharded."""
+        """Inside, a forward does not reshard; afterwards everything is sharded again."""
         before = [(state, group, group.post_forward_mesh_info) for state, group in self._groups()]
         for _, group, _ in before:
             group.post_forward_mesh_info = None
@@ -51,7 +51,7 @@ class Shards:
             yield
         finally:
             for state, group, mesh in before:
-                # The first forward finds out which module is the root, whose parameters it leaves gathered.
+                # The first forward determines the root module, whose parameters it leaves gathered.
                 if not (state._is_root and getattr(state, "_auto_reshard_after_forward", True)):
                     group.post_forward_mesh_info = mesh
             self.reset()
@@ -59,7 +59,7 @@ class Shards:
                 module.reshard()
 
     def reset(self) -> None:
-        """Ready for a forward after a pass that broke off. FSDP2's own reset would drop what is gathered."""
+        """Prepare for a forward after an interrupted pass. FSDP2's own reset would drop gathered parameters."""
         if not self._states:
             return
         from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
@@ -75,7 +75,7 @@ class Shards:
             state._state_ctx.post_backward_final_callback_queued = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Each parameter sharded and, once gathered, whole; a module shows one of them at a time."""
+        """Each parameter, sharded and, once gathered, unsharded; a module exposes one of the two at a time."""
         for shard in self._sharded():
             yield shard.sharded_param
             if hasattr(shard, "_unsharded_param"):
@@ -86,7 +86,7 @@ class Shards:
         return {shard.sharded_param.device_mesh for shard in self._sharded()}
 
     def accumulated(self) -> list[tuple[Any, Any]]:
-        """[(where, gradient or None)] of whole gradients that wait for their reduction in its dtype."""
+        """[(shard, gradient or None)]: unsharded gradients that await reduction, in the reduction's dtype."""
         return [(shard, shard.unsharded_accumulated_grad) for shard in self._sharded()]
 
     def _sharded(self) -> Iterable[Any]:

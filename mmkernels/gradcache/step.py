@@ -1,4 +1,4 @@
-"""One step of gradient caching in its three passes, and how it gives up when memory runs out."""
+"""One step of gradient caching in three passes, and how it aborts when memory runs out."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mmkernels.ops.checks import wrong_type, wrong_value
 
 __all__ = ["RanOut", "Step"]
 
-# Chunks that share one backward: (tower, number of its chunk).
+# Chunks that share one backward: (tower, index of its chunk).
 Bundle = list[tuple[Tower, int]]
 
 
 class RanOut(Exception):  # noqa: N818  what happened, not a mistake
-    """Memory ran out, and nothing was done that cannot be undone. No towers: it was on another rank."""
+    """Memory ran out, and the step can be undone. No towers: it ran out on another rank."""
 
     def __init__(self, towers: Sequence[Tower], cause: BaseException | None) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class RanOut(Exception):  # noqa: N818  what happened, not a mistake
 
 @dataclass
 class _Made:
-    """What the forward of a bundle made: outputs of its encoders, sums of the token objectives."""
+    """The results of a bundle's forward: outputs of its encoders, sums of the token objectives."""
 
     outputs: list[Any]
     sums: dict[str, Tensor]
@@ -48,9 +48,9 @@ class Step:
         loss_fn: of the embeddings.
         token: the loss per token, if any; then all towers have the same number of chunks.
         scale_loss: applied to every part of the loss before its backward.
-        modules: all that may be run: encoders and token loss.
-        undo: under automatic sizes, when shards are gathered: raise `RanOut`, not what the allocator said.
-        peers: under automatic sizes: process groups whose ranks must begin anew together.
+        modules: all that may run: those of the encoders and of the token loss.
+        undo: under automatic sizes, when shards are gathered: raise `RanOut` instead of the allocator's error.
+        peers: under automatic sizes: process groups whose ranks must restart together.
     """
 
     towers: list[Tower]
@@ -64,8 +64,8 @@ class Step:
     def run(self) -> Any:
         """What `loss_fn` returned, the loss detached; with a token loss, the whole loss first and its parts last.
 
-        When every encoder has one chunk there is nothing to cache: the graph of pass 1 serves pass 3. Not so over
-        several ranks: they may differ in chunks, and all must talk in the same order, wrapper by wrapper.
+        When every encoder has one chunk there is nothing to cache: pass 3 reuses the graph of pass 1. Several ranks
+        cannot do this: they may differ in chunks, and all must communicate in the same order, wrapper by wrapper.
         """
         sync, bundles = Sync(self.modules), self._bundles()
         sync.expect_equal([len(tower.chunks) for tower in self.towers], gathered=self.undo is not None)
@@ -73,7 +73,7 @@ class Step:
         if not at_once:
             sync.expect_no_static_graph()
         with nullcontext() if at_once else sync.held():
-            # 1. Embed without gradients. The cache of cast weights goes: filled under no_grad, it would cut pass 3 off.
+            # 1. Embed without gradients. Clear autocast's weight cache: filled under no_grad, it would cut off pass 3.
             with torch.set_grad_enabled(at_once and torch.is_grad_enabled()), self._all_or_none():
                 made = [self._embed(bundle, at_once) for bundle in bundles]
             if not at_once:
@@ -86,7 +86,7 @@ class Step:
             from_loss = leaves(_loss_of(output))
             self._backward_loss(output)
 
-        # 3. Re-embed with gradients, backward from the cache. Gradients are reduced in the last backward alone.
+        # 3. Re-embed with gradients, backward from the cache. Only the last backward reduces gradients.
         if at_once:
             joined = _Made([out for each in made for out in each.outputs], made[-1].sums)
             with self._may_run_out(self.towers):
@@ -110,7 +110,7 @@ class Step:
         return [[(tower, i)] for tower in self.towers for i in range(len(tower.chunks))]
 
     def _embed(self, bundle: Bundle, keep: bool) -> _Made:
-        """Pass 1 of a bundle; what it made has a graph, or is not kept."""
+        """Pass 1 of a bundle. Its results are kept only if they have a graph."""
         with self._may_run_out([tower for tower, _ in bundle]):
             outputs = [tower.first(i) for tower, i in bundle]
             sums = {} if self.token is None else self.token.first(outputs, _inputs(bundle), self._devices())
@@ -126,8 +126,8 @@ class Step:
     def _order(self) -> list[tuple[list[Bundle], Bundle]]:
         """The bundles of pass 3, wrapper by wrapper, and the one in which each wrapper reduces.
 
-        A DDP reducer finishes in the one backward that reaches every parameter of its wrapper: the last chunks of
-        encoders that share one go together.
+        A DDP reducer finishes in the one backward that reaches every parameter of its wrapper: so the last chunks of
+        encoders that share one run in one backward.
         """
         if self.token is not None:
             bundles = self._bundles()
@@ -141,20 +141,20 @@ class Step:
         ]
 
     def _embed_again_and_backward(self, bundles: list[Bundle]) -> None:
-        idle: set[int] = set()  # towers that turn out to have nothing to learn
+        idle: set[int] = set()  # towers found to need no gradients
         for bundle in bundles:
             if id(bundle[0][0]) not in idle and not self._backward(bundle, self._embed_again(bundle)):
                 idle.add(id(bundle[0][0]))
 
     def _embed_again(self, bundle: Bundle) -> _Made:
-        """Pass 3 of a bundle: what pass 1 made, with its graph."""
+        """Pass 3 of a bundle: the results of pass 1, with their graph."""
         with self._may_run_out([tower for tower, _ in bundle]):
             outputs = [tower.again(i) for tower, i in bundle]
             sums = {} if self.token is None else self.token.again(bundle[0][1], outputs, _inputs(bundle))
         return _Made(outputs, sums)
 
     def _backward(self, bundle: Bundle, made: _Made, from_loss: Sequence[Tensor] = ()) -> bool:
-        """Backward of a bundle from the cache; False if nothing in it learns."""
+        """Backward of a bundle from the cache; False if nothing in it needs gradients."""
         outputs: list[Tensor] = []
         gradients: list[Tensor | None] = []
         for (tower, i), out in zip(bundle, made.outputs, strict=True):
@@ -164,7 +164,7 @@ class Step:
         if self.token is not None:
             outputs.append(self.scale_loss(self.token.part(made.sums)))
             gradients.append(None)
-        # A zero for the parameters of a wrapper whose gradient came from the loss and is in place.
+        # Zeros for wrapped parameters whose gradient came from the loss and is in place: the reducer waits for them.
         modules = self.modules if self.token is not None else [m for tower, _ in bundle for m in tower.modules]
         wrapped = Sync(modules).ddp_parameters() if from_loss else set()
         zeros = [leaf for leaf in from_loss if id(leaf) in wrapped]
@@ -186,7 +186,7 @@ class Step:
 
     @contextmanager
     def _may_run_out(self, towers: Sequence[Tower], reducing: bool = False) -> Iterator[None]:
-        """Turn the allocator's error into `RanOut`; not while peers wait in a collective, who cannot be called back."""
+        """Turn the allocator's error into `RanOut`, except while peers wait in a collective."""
         try:
             yield
         except Exception as error:
@@ -200,7 +200,7 @@ class Step:
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        """If one rank ran out inside, all begin anew: its embeddings will be others, and so is every gradient."""
+        """If one rank ran out inside, all restart: its embeddings will change, and with them every gradient."""
         short: RanOut | None = None
         try:
             yield
@@ -215,7 +215,7 @@ def _inputs(bundle: Bundle) -> list[Any]:
 
 
 def _sharing(towers: list[Tower]) -> list[list[Tower]]:
-    """The towers with something to learn: those that share a wrapper together, every other one alone."""
+    """The towers that need gradients: those that share a wrapper together, every other one alone."""
     groups: list[tuple[set[int], list[Tower]]] = []
     for tower in towers:
         if tower.cache:

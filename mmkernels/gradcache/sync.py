@@ -28,7 +28,7 @@ class Sync:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         inner = {id(m): m for module in modules for m in module.modules()}.values()
         self.ddp: list[DistributedDataParallel] = [m for m in inner if isinstance(m, DistributedDataParallel)]
-        fsdp = sys.modules.get("torch.distributed.fsdp")  # a second to import, and whoever shards has done so
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # importing takes a second; sharding code has done it
         self.fsdp: list[Any] = [m for m in inner if fsdp is not None and isinstance(m, fsdp.FSDPModule)]
         self.norms = [m for m in inner if isinstance(m, nn.SyncBatchNorm) and m.training and dist.is_initialized()]
 
@@ -39,15 +39,15 @@ class Sync:
         return any(m.process_group.size() > 1 for m in self.ddp)
 
     def expect_no_static_graph(self) -> None:
-        """A static graph expects one forward and one backward, with its reduction, in each step.
+        """A static graph allows one forward and one backward, with its reduction, per step.
 
         Raises:
-            ValueError: a wrapper has one; PyTorch would fail in an assert of its own.
+            ValueError: a wrapper has one; PyTorch would fail an internal assert.
         """
         if any(m.static_graph for m in self.ddp):
             raise ValueError(
-                "encoders: expected DistributedDataParallel without static_graph=True, for an encoder runs chunk by "
-                "chunk and twice, got one with it"
+                "encoders: expected DistributedDataParallel without static_graph=True, because an encoder runs several "
+                "times per step, got one with it"
             )
 
     def ddp_parameters(self) -> set[int]:
@@ -55,7 +55,7 @@ class Sync:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, backward leaves gradients where they are; nothing is reduced, and shards stay gathered."""
+        """Inside, backward accumulates local gradients; nothing is reduced, and shards stay gathered."""
         with ExitStack() as stack:
             for wrapper in self.ddp:
                 stack.enter_context(wrapper.no_sync())
@@ -75,20 +75,20 @@ class Sync:
         return _distinct([*(m.process_group for m in self.ddp), *self._sharded_over()])
 
     def expect_equal(self, counts: list[int], gathered: bool) -> None:
-        """Sharded parameters and synchronised BatchNorm talk in every forward: ranks must run as many of them.
+        """Sharded parameters and SyncBatchNorm communicate in every forward, so ranks must run equally many.
 
         Args:
             counts: chunks of each encoder.
-            gathered: the sharded parameters do not.
+            gathered: sharded parameters are gathered, and so do not.
 
         Raises:
-            ValueError: on every rank, if they do not.
+            ValueError: on every rank, if the counts differ.
         """
         sharded = [] if gathered else self._sharded_over()
         for group in _distinct([*(m.process_group or dist.group.WORLD for m in self.norms), *sharded]):
             most = reduced([*counts, *(-n for n in counts)], group, "max").tolist()
             if most[: len(counts)] != [-n for n in most[len(counts) :]]:
-                expected = "as many chunks on every rank (sharded parameters and SyncBatchNorm talk in every forward)"
+                expected = "as many chunks on every rank (fully_shard and SyncBatchNorm communicate in every forward)"
                 wrong_value("inputs", expected, f"{counts} chunks here")
 
     def _sharded_over(self) -> list[Any]:
@@ -109,7 +109,7 @@ def reduced(values: Sequence[float] | Tensor, group: Any, op: str = "sum") -> Te
 
 
 def anywhere(so: bool, groups: Iterable[Any]) -> bool:
-    """Whether it is so on any rank of these groups."""
+    """Whether `so` is true on any rank of these groups."""
     for group in groups:
         so = bool(reduced([so], group, "max").item())
     return so

@@ -1,4 +1,4 @@
-"""Losses over tokens in the second pass: sums over a chunk, divided by counts over the whole batch."""
+"""Token losses of the second pass: sums over a chunk, divided by counts over the whole batch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _EXPECTED = "(sum, count), or a dict of such pairs"
 
 
 class TokenLoss:
-    """One step's share of `token_loss_fn`: first every chunk is seen, then each is a part of the loss.
+    """`token_loss_fn` in one step: the first pass counts every chunk, then each chunk is a part of the loss.
 
     With W ranks in the group, an objective is `sum over ranks and chunks / count over ranks and chunks`; a rank's part
-    is W times its share of it, which a mean over the ranks undoes.
+    is W times its share, which DDP's mean over the ranks undoes.
 
     Args:
         function: `(outputs, inputs)` of one chunk -> (sum, count) or {objective: (sum, count)}.
         group: process group that counts are summed over, or None.
-        passes: holds the counts of the second pass against those of the first, or None.
+        passes: compares the counts of both passes, or None.
     """
 
     def __init__(self, function: Callable[..., Any], group: Any, passes: Passes | None = None) -> None:
@@ -53,7 +53,7 @@ class TokenLoss:
         return {name: total for name, (total, _) in terms.items()}
 
     def settle(self) -> None:
-        """Every chunk was seen: now the counts are known."""
+        """After the first pass over every chunk: the counts are now known."""
         names = list(self._sums)
         sums = torch.stack([self._sums[name].cpu() for name in names])
         counts = torch.stack([self._counts[name] for name in names])
@@ -72,14 +72,14 @@ class TokenLoss:
         }
 
     def again(self, i: int, outputs: list[Any], inputs: list[Any]) -> dict[str, Tensor]:
-        """The sums of chunk i, which was counted before; it draws the same random numbers."""
+        """The sums of chunk i in the second pass, with the random numbers of the first."""
         with self._states[i].replayed():
             terms = self._terms(outputs, inputs)
         seen = self._seen[i]
         if terms.keys() != seen.keys():
             wrong_value("token_loss_fn: output", f"the objectives of the first pass, {list(seen)}", list(terms))
         if self.passes is not None:
-            # Sums may differ: their gradient is right for what is drawn here, as long as it is divided rightly.
+            # Sums may differ: their gradient is right for the numbers drawn here, as long as the count is.
             for name, (total, count) in terms.items():
                 counts = (torch.as_tensor(n).detach().to(total.device).reshape(1, 1) for n in (seen[name], count))
                 self.passes.compare(f"count of {name} in chunk {i + 1} of {len(self._seen)}", *counts, exact=True)

@@ -1,4 +1,4 @@
-"""One encoder's share of a step, and the modules that are behind an encoder."""
+"""One encoder's part of a step, and the modules behind an encoder."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Tower:
     Args:
         encoder: the callable.
         chunks: at least one.
-        name: how messages call it.
+        name: its name in messages.
         more: whether its output may be a tuple that begins with the embeddings.
-        compared: whether pass 3 is held against pass 1.
+        compared: whether pass 3 is compared with pass 1.
     """
 
     encoder: Encoder
@@ -83,12 +83,12 @@ class Tower:
 
     @property
     def cache(self) -> list[Tensor]:
-        """The gradient of each chunk's embeddings; empty if frozen, or if the loss has no use for them."""
+        """The gradient of each chunk's embeddings; empty if frozen, or if the loss does not use them."""
         grad = self.embeddings.grad
         return [] if grad is None else list(grad.split([len(part) for part in self.parts]))
 
     def frozen(self) -> bool:
-        """Known to have nothing to learn. A partial or a closure may reach parameters that are not to be seen here."""
+        """Whether it surely has no trainable parameters. A partial or closure may reach some that are hidden here."""
         known = isinstance(self.encoder, nn.Module) or isinstance(getattr(self.encoder, "__self__", None), nn.Module)
         parameters = [p for module in self.modules for p in module.parameters()]
         if not known or not parameters or any(p.requires_grad for p in parameters):
@@ -97,13 +97,13 @@ class Tower:
 
 
 def embedding(output: Any) -> Any:
-    """What of an encoder's output goes to the loss."""
+    """The part of an encoder's output that goes to the loss."""
     return output[0] if isinstance(output, tuple) and output else output
 
 
 def modules_behind(function: Any) -> list[nn.Module]:
-    """The modules that a callable reaches: itself, the owner of a bound method, the parts of a partial, what an object
-    holds, what a function closes over or names."""
+    """The modules that a callable reaches: itself, the owner of a bound method, the parts of a partial, an object's
+    attributes, a function's closure and the globals it names."""
     return list({id(m): m for m in _reach(function)}.values())
 
 
@@ -129,7 +129,7 @@ def _reach(value: Any, depth: int = 4) -> Iterator[nn.Module]:
 
 
 def _may_reach(value: Any, functions: bool) -> bool:
-    """Functions that a function names lead all over a program, and are left alone."""
+    """Global functions that a function names are not followed: they lead all over a program."""
     kinds = (nn.Module, functools.partial, list, tuple, dict)
     return isinstance(value, kinds) or inspect.ismethod(value) or (functions and inspect.isfunction(value))
 

@@ -1,1 +1,1 @@
-"""One module per library that mmkernels plugs into; each imports its library itself."""
+"""One module per library that mmkernels plugs into; only that module imports it."""

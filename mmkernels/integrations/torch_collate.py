@@ -1,4 +1,4 @@
-"""Samples of a pack to a batch."""
+"""Collate the samples of a pack into a batch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from mmkernels import PackedBatch
 
 __all__ = ["Collate", "PackCollator", "as_tokens"]
 
-# (samples, their item numbers) -> what a loader gives out.
+# (samples, their item numbers) -> what a loader yields.
 Collate = Callable[[Sequence[Any], Sequence[int]], Any]
 
 
 class PackCollator:
-    """Makes a `PackedBatch` of the samples of a pack, padded to the capacity.
+    """Build a `PackedBatch` from the samples of a pack, padded to the capacity.
 
-    A sample is its tokens, or a mapping that has them: a tensor or list of ids, or whatever else
-    `PackedBatch.from_samples` takes as a sample. What there is beside tokens is named here, so that a batch without
+    A sample is its tokens, or a mapping that has them: a tensor or list of ids, or anything else that
+    `PackedBatch.from_samples` takes as a sample. Fields other than tokens are named here, so that a batch without
     samples, which a rank gets when no pack is left for it, has the same fields.
 
     Args:
         capacity: tokens of every batch.
         tokens: key of the tokens in a sample that is a mapping.
-        labels, loss_weight, modality_ids: keys of further fields, or None for those that there are not.
-        oversize: let a sample that is alone in its pack be longer than the capacity (`oversize="own_pack"`).
+        labels, loss_weight, modality_ids: keys of further fields; None for absent ones.
+        oversize: allow a sample alone in its pack to exceed the capacity (`oversize="own_pack"`).
         **options: of `PackedBatch.from_samples`, such as pad_token.
     """
 
@@ -47,7 +47,7 @@ class PackCollator:
         self.fields = {"labels": labels, "loss_weight": loss_weight, "modality_ids": modality_ids}
 
     def __call__(self, samples: Sequence[Any], items: Sequence[int]) -> PackedBatch:
-        """Raises KeyError for a field that a sample lacks, ValueError for samples longer than the capacity."""
+        """Raise KeyError for a field that a sample lacks, ValueError for samples longer than the capacity."""
         tokens = [as_tokens(s[self.tokens] if isinstance(s, Mapping) else s) for s in samples]
         capacity = self.capacity
         if all(isinstance(each, Tensor) for each in tokens):
@@ -56,8 +56,8 @@ class PackCollator:
                 capacity = max(capacity, *lengths)
             if sum(lengths) > capacity:
                 raise ValueError(
-                    f"samples: expected at most capacity={capacity} tokens, got {lengths} of items {list(items)}: are "
-                    "the lengths that were planned with those of the samples?"
+                    f"samples: expected at most capacity={capacity} tokens, got {lengths} of items {list(items)}: do "
+                    "the planned lengths match the samples?"
                 )
         named = {name: key for name, key in self.fields.items() if key is not None}
         further: Any = {name: [torch.as_tensor(sample[key]) for sample in samples] for name, key in named.items()}
@@ -66,7 +66,7 @@ class PackCollator:
 
 
 def as_tokens(tokens: Any) -> Any:
-    """Ids as a tensor; a sequence of anything but integers is for `PackedBatch.from_samples` to take or refuse."""
+    """Ids as a tensor; `PackedBatch.from_samples` accepts or rejects any sequence that is not of integers."""
     if isinstance(tokens, Tensor) or (isinstance(tokens, Sequence) and not all(map(_is_id, tokens[:1]))):
         return tokens
     return torch.as_tensor(tokens, dtype=torch.int64 if len(tokens) == 0 else None)

@@ -1,13 +1,13 @@
-"""Packs of an existing data set, through torch's DataLoader: planned, dealt to ranks, resumed exactly.
+"""Pack an existing data set through torch's DataLoader: planned, distributed over ranks, resumed exactly.
 
     sampler = PackedSampler([len(sample["tokens"]) for sample in dataset], capacity=4096)
     loader = PackedLoader(PackedDataset(dataset, capacity=4096), sampler, num_workers=2)
     for batch in loader:  # PackedBatch, this rank's share
         ...
 
-A sampler names the items of a pack, workers read and collate them. For a stream without an index there is
-`PackedStream`. `PackedLoader.state_dict()` is the place after the last batch given out, whatever workers have fetched
-ahead; torchdata's StatefulDataLoader does the same through the `state_dict` of the sampler and of the stream:
+The sampler yields the items of each pack; workers read and collate them. For a stream without an index use
+`PackedStream`. `PackedLoader.state_dict()` is the position after the last yielded batch, however far workers have
+prefetched; torchdata's StatefulDataLoader does the same through the `state_dict` of the sampler and of the stream:
 
     StatefulDataLoader(PackedDataset(dataset, capacity=4096), sampler=sampler, batch_size=None, num_workers=2)
 """
@@ -31,16 +31,16 @@ __all__ = ["PackCollator", "PackedDataset", "PackedLoader", "PackedSampler", "Pa
 
 
 class PackedSampler(Sampler[tuple[int, ...]]):
-    """The packs of this rank, each as a tuple of item numbers; empty where no pack is left for it.
+    """The packs of this rank, each a tuple of item numbers; empty where no pack is left for it.
 
-    Every epoch is planned and dealt anew from (seed, epoch): every rank computes the same, and no two epochs share
-    their packs. An epoch ends at the same step on every rank, and the next iteration is the next epoch.
+    Every epoch is planned and distributed anew from (seed, epoch): every rank computes the same plan, and epochs do not
+    share packs. An epoch ends at the same step on every rank, and the next iteration is the next epoch.
 
     Args:
         lengths: [n] integers, tokens per item; the same on every rank.
         capacity: most tokens in a pack.
-        images: [n] integers, images per item, where they are to be limited or spread.
-        rank, world_size: default those of torch.distributed when it is initialised, else one rank.
+        images: [n] integers, images per item, to limit or balance them.
+        rank, world_size: default torch.distributed's if it is initialised, else a single rank.
         accum: packs per step and rank; balanced together.
         cost: of a pack, for the balance between ranks.
         shuffle: False keeps the data's order, in every epoch.
@@ -69,7 +69,7 @@ class PackedSampler(Sampler[tuple[int, ...]]):
     ) -> None:
         for name in ("seed", "keep_order"):
             if name in options:
-                raise TypeError(f"{name}: expected to be left to PackedSampler, got {options[name]!r}")
+                raise TypeError(f"{name}: expected to be unset (PackedSampler sets it), got {options[name]!r}")
         if isinstance(seed, bool):
             raise TypeError(f"seed: expected an integer, got {seed!r}")
         seed = operator.index(seed)
@@ -85,8 +85,8 @@ class PackedSampler(Sampler[tuple[int, ...]]):
         arrays = [self._lengths] if self._images is None else [self._lengths, self._images]
         arrays.append((cost or AttentionCost()).of_packs(self.plan()))
         self.fingerprint = zlib.crc32(b"".join([repr(what).encode(), *(array.tobytes() for array in arrays)]))
-        """Of what decides the packs and their order: a state is for this alone."""
-        self.schedule()  # finds what is wrong with the arguments
+        """Hash of everything that determines the packs and their order; a state is valid only for the same one."""
+        self.schedule()  # validates the arguments
 
     def plan(self, epoch: int | None = None) -> PackingPlan:
         """The packs of an epoch, default the current one."""
@@ -98,13 +98,13 @@ class PackedSampler(Sampler[tuple[int, ...]]):
         return self._made[1]
 
     def schedule(self, epoch: int | None = None, start: int = 0) -> RankSchedule:
-        """Which rank takes which pack of an epoch, from the pack `start` of its order on."""
+        """Which rank takes which pack of an epoch, from pack `start` of its order on."""
         epoch = self.epoch if epoch is None else epoch
         options: Any = {"accum": self.accum, "cost": self._cost, "last": self._last, "start": start}
         return balance_ranks(self.plan(epoch), self.world_size, seed=self._epoch_seed(epoch), **options)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration gives."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def _epoch_seed(self, epoch: int) -> int:
@@ -119,7 +119,7 @@ class PackedSampler(Sampler[tuple[int, ...]]):
 
 
 class PackIterator(Iterator[tuple[int, ...]]):
-    """One epoch of a `PackedSampler`; its state is a place in the order that all ranks share."""
+    """One epoch of a `PackedSampler`; its state is a position in the order that all ranks share."""
 
     def __init__(self, sampler: PackedSampler) -> None:
         self._sampler = sampler
@@ -140,7 +140,7 @@ class PackIterator(Iterator[tuple[int, ...]]):
         return tuple(self._plan[pack].tolist()) if pack >= 0 else ()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iteration is, small enough for JSON."""
+        """The iteration's position; JSON-serialisable."""
         steps, turn = divmod(self._taken, self._sampler.accum)
         return {
             "epoch": self._epoch,
@@ -151,13 +151,13 @@ class PackIterator(Iterator[tuple[int, ...]]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the pack last given out; at another world size too, when that was the last of a step.
+        """Continue after the last yielded pack; at another world size too, if that pack ended a step.
 
         Raises:
-            ValueError: the state is of other lengths or options, or falls into a step of another world size.
+            ValueError: the state has other lengths or options, or is in mid-step at another world size.
         """
         if state["fingerprint"] != self._sampler.fingerprint:
-            raise ValueError("state: expected one of the same lengths, images and options, got that of others")
+            raise ValueError("state: expected one with the same lengths, images and options, got another fingerprint")
         ranks = [self._sampler.world_size, self._sampler.accum]
         if state["turn"] and state["ranks"] != ranks:
             raise ValueError(f"state: expected the end of a step for [world_size, accum] {ranks}, got {dict(state)}")
@@ -166,12 +166,12 @@ class PackIterator(Iterator[tuple[int, ...]]):
 
 
 class PackedDataset(Dataset[Any]):
-    """A map-style data set whose index is a pack: the item numbers that a `PackedSampler` names together.
+    """A map-style data set whose index is a pack: the item numbers that a `PackedSampler` yields together.
 
     Args:
-        dataset: anything with `dataset[item]`; `__getitems__` is used where it has that.
-        capacity: most tokens in a pack; of the default collator.
-        collate: (samples, item numbers) -> batch; default `PackCollator(capacity)`. It must take no samples too.
+        dataset: anything with `dataset[item]`; `__getitems__` is used if it exists.
+        capacity: most tokens in a pack, for the default collator.
+        collate: (samples, item numbers) -> batch; default `PackCollator(capacity)`. It must accept an empty pack.
     """
 
     def __init__(self, dataset: Any, capacity: int | None = None, *, collate: Collate | None = None) -> None:
@@ -182,25 +182,25 @@ class PackedDataset(Dataset[Any]):
 
     def __getitem__(self, pack: Sequence[int]) -> Any:
         if not isinstance(pack, Sequence):
-            raise TypeError(f"index: expected the item numbers of a pack, as PackedSampler gives them, got {pack!r}")
+            raise TypeError(f"index: expected the item numbers of a pack, as PackedSampler yields them, got {pack!r}")
         together = getattr(self.dataset, "__getitems__", None)
         samples = together(list(pack)) if together is not None and pack else [self.dataset[item] for item in pack]
         return self.collate(samples, pack)
 
 
 class PackedLoader:
-    """torch's DataLoader over packs, with an exact place: `state_dict` is that after the last batch given out.
+    """torch's DataLoader over packs, resumed exactly: `state_dict` is the position after the last yielded batch.
 
-    An iteration gives what is left of the epoch, and the next one the epoch after: an interrupted epoch resumes. A
-    state may be loaded with another number of workers, and for a map-style data set at another world size.
+    An iteration yields the rest of the epoch, and the next one the following epoch: an interrupted epoch resumes. A
+    state may be loaded with another number of workers and, for a map-style data set, at another world size.
 
     Args:
         dataset: a `PackedDataset`, with its sampler, or a `PackedStream`.
-        sampler: a `PackedSampler` for the former.
+        sampler: the `PackedSampler` of a `PackedDataset`.
         **options: of the DataLoader: num_workers, multiprocessing_context, pin_memory, prefetch_factor, ...
 
     Raises:
-        TypeError: a sampler is missing or too many; an option that is not the user's to choose here.
+        TypeError: a missing or superfluous sampler; an option that PackedLoader sets itself.
     """
 
     def __init__(
@@ -212,11 +212,13 @@ class PackedLoader:
             raise TypeError(f"sampler: expected {expected}, got {sampler!r}")
         taken = {"batch_size", "batch_sampler", "shuffle", "collate_fn", "drop_last"} & set(options)
         if taken:
-            raise TypeError(f"{min(taken)}: expected to be left to PackedLoader, got {options[min(taken)]!r}")
+            raise TypeError(f"{min(taken)}: expected to be unset (PackedLoader sets it), got {options[min(taken)]!r}")
         if stream and options.get("persistent_workers"):
-            raise TypeError("persistent_workers: expected False with a PackedStream, whose workers begin where it is")
+            raise TypeError(
+                "persistent_workers: expected False with a PackedStream, because workers must restart at its position"
+            )
         if not options.get("in_order", True):
-            raise TypeError("in_order: expected True, for the place is that of the last batch in order")
+            raise TypeError("in_order: expected True, because the position is that of the last batch in order")
         self._dataset, self._sampler = dataset, sampler
         self._state: dict[str, Any] | None = None
         source: Any = _WithStates(dataset) if isinstance(dataset, PackedStream) else dataset
@@ -230,7 +232,7 @@ class PackedLoader:
         return len(self._sampler)
 
     def _iterator(self) -> PackIterator:
-        """A new one that continues where this loader is."""
+        """A new iterator that continues at this loader's position."""
         assert self._sampler is not None
         iterator = iter(self._sampler)
         if self._state is not None:
@@ -241,7 +243,7 @@ class PackedLoader:
         if isinstance(self._dataset, PackedStream):
             yield from self._stream(self._dataset)
             return
-        place = self._iterator()  # steps as batches are given out, while that of the DataLoader runs ahead
+        place = self._iterator()  # advances with the yielded batches; the DataLoader's own iterator runs ahead
         for batch in self._loader:
             next(place)
             self._state = place.state_dict()
@@ -259,16 +261,16 @@ class PackedLoader:
         self._state = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch given out, small enough for JSON."""
+        """The position after the last yielded batch; JSON-serialisable."""
         if self._state is not None:
             return dict(self._state)
         return self._dataset.state_dict() if isinstance(self._dataset, PackedStream) else self._iterator().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on there with the next iteration.
+        """Continue there in the next iteration.
 
         Raises:
-            ValueError: a state of other lengths or options.
+            ValueError: the state has other lengths or options.
         """
         before, self._state = self._state, dict(state)
         try:
@@ -282,7 +284,7 @@ class PackedLoader:
 
 
 class _Indices(Sampler[Any]):
-    """The sampler inside a PackedLoader's DataLoader: begins where the loader is."""
+    """The sampler inside a PackedLoader's DataLoader: starts at the loader's position."""
 
     def __init__(self, loader: PackedLoader) -> None:
         self._loader = loader
@@ -295,7 +297,7 @@ class _Indices(Sampler[Any]):
 
 
 class _WithStates(IterableDataset[Any]):
-    """A stream whose workers send the state after each batch along."""
+    """A stream whose workers send the state along with each batch."""
 
     def __init__(self, stream: PackedStream) -> None:
         self._stream = stream

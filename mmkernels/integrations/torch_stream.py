@@ -1,4 +1,4 @@
-"""Packs of a stream of records, in any number of ranks and workers, resumed exactly."""
+"""Pack a stream of records on any number of ranks and workers, resumed exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["PackedStream", "rank_and_world"]
 
 
 def rank_and_world(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """The pair given, or that of torch.distributed, or (0, 1); raises ValueError for half of one or a wrong one."""
+    """The given pair, torch.distributed's, or (0, 1). Raise ValueError for an incomplete or invalid pair."""
     if (rank is None) != (world_size is None):
         raise ValueError(f"rank, world_size: expected both or none, got {rank!r} and {world_size!r}")
     if rank is None or world_size is None:
@@ -30,24 +30,24 @@ def rank_and_world(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 class PackedStream(IterableDataset[Any]):
-    """Packs of records that come one by one, as they come: batch s of rank r is pack s * world_size + r of the stream.
+    """Pack records online, in order of arrival: batch s of rank r is pack s * world_size + r of the stream.
 
-    Every worker of every rank reads all the records, plans the same packs, and loads the samples of its own. So let
-    records be light (a key, a length), and `load` do what takes time. The packs, and their order on a rank, are the
-    same with any number of workers.
+    Every worker of every rank reads all records, plans the same packs, and loads only its own samples. So keep records
+    light (a key, a length) and do the slow work in `load`. The packs, and their order on a rank, are the same with any
+    number of workers.
 
     Args:
-        source: the records: an iterable that gives the same ones each time, or a function (epoch, start) -> iterable of
-            the records of an epoch from number `start` on, which can seek to where a run resumes. Must be picklable
-            where workers are spawned.
+        source: the records: an iterable that yields the same ones each time, or a function (epoch, start) -> iterable
+            of an epoch's records from number `start` on, which can seek when a run resumes. Must be picklable if
+            workers are spawned.
         capacity: most tokens in a pack.
         length: record -> its tokens; default the length of its sample.
-        images: record -> its images, where they are to be limited.
+        images: record -> its number of images, to limit them.
         load: record -> sample; default the record itself.
-        collate: (samples, record numbers) -> batch; default `PackCollator(capacity)`. It must take no samples too.
-        rank, world_size: default those of torch.distributed when it is initialised, else one rank.
-        last: what becomes of a last step with too few packs: "pad" gives some ranks a batch of no samples in it, "drop"
-            leaves its packs out.
+        collate: (samples, record numbers) -> batch; default `PackCollator(capacity)`. It must accept an empty pack.
+        rank, world_size: default torch.distributed's if it is initialised, else a single rank.
+        last: for a last step with too few packs: "pad" gives some ranks a batch without samples, "drop" discards its
+            packs.
         **options: of `StreamPlanner`: lookahead, max_images, max_samples, oversize.
 
     Raises:
@@ -80,17 +80,17 @@ class PackedStream(IterableDataset[Any]):
         self._images, self._load, self._collate = images, load or _itself, collate
         self._length = length or _SampleLength(self._load)
         self._planner = StreamPlanner(capacity, **options)
-        self._step = self._first = 0  # the next step; that of worker 0's first batch
+        self._step = self._first = 0  # the next step; the step of worker 0's first batch
         self._ended = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin at the first record of an epoch; `PackedLoader` calls this, with another loader it is yours to call."""
+        """Start at the first record of an epoch. `PackedLoader` calls this; with another loader, call it yourself."""
         self.epoch, self._ended = epoch, False
         self._planner = StreamPlanner(self._capacity, **self._options)
         self._step = self._first = 0
 
     def _records(self) -> Iterator[tuple[int, Any]]:
-        """(number, record) of those that wait and of those to come."""
+        """(number, record) of the waiting records, then of the new ones."""
         waiting = self._planner.waiting
         start = waiting[0] if waiting else self._planner.items
         records = self._source(self.epoch, start) if callable(self._source) else islice(iter(self._source), start, None)
@@ -109,7 +109,7 @@ class PackedStream(IterableDataset[Any]):
                 yield [(number, waiting.pop(number)) for number in pack.tolist()]
 
         for number, record in self._records():
-            if number >= known:  # the others wait already, in a state that was loaded
+            if number >= known:  # the others are already waiting in a loaded state
                 yield from popped()
                 dropped = planner.dropped
                 planner.push(int(self._length(record)), int(self._images(record)) if self._images else 0)
@@ -137,7 +137,7 @@ class PackedStream(IterableDataset[Any]):
         self._ended = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch given out, the same on every rank; small enough for JSON."""
+        """The position after the last yielded batch, the same on every rank; JSON-serialisable."""
         return {
             "epoch": self.epoch,
             "step": self._step,
@@ -147,10 +147,10 @@ class PackedStream(IterableDataset[Any]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on there: at any world size when the state is that of a step's end, as it always is here.
+        """Continue there, at any world size, because a state is always at the end of a step.
 
         Raises:
-            ValueError: the state of a stream with other options.
+            ValueError: the state is from a stream with other options.
         """
         self._planner.load_state_dict(state["planner"])
         self.epoch = int(state["epoch"])
@@ -162,7 +162,7 @@ def _itself(record: Any) -> Any:
 
 
 class _SampleLength:
-    """The tokens of a record's sample, by loading it: what there is when nobody says how long a record is."""
+    """Default `length`: load the record's sample and count its tokens."""
 
     def __init__(self, load: Callable[[Any], Any]) -> None:
         self._load = load
@@ -171,5 +171,5 @@ class _SampleLength:
         sample = self._load(record)
         tokens = as_tokens(sample["tokens"] if isinstance(sample, Mapping) else sample)
         if not isinstance(tokens, Tensor):
-            raise TypeError(f"length: expected a function of the record, for its tokens are a {type(tokens).__name__}")
+            raise TypeError(f"length: expected a function of the record, as its tokens are a {type(tokens).__name__}")
         return len(tokens)

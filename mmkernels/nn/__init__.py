@@ -1,4 +1,4 @@
-"""The functions as modules, with the parameters that belong to them."""
+"""nn.Modules over the functions, with their parameters."""
 
 from mmkernels.nn.attention import CoAttention, CrossModalAttention, FusedSelfAttention, GatedCrossAttention
 from mmkernels.nn.attention_base import Rotary

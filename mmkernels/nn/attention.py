@@ -38,15 +38,15 @@ class CrossModalAttention(AttentionBase):
         head_dim: D; None: E / H.
         bias: whether the projections have one.
         qk_norm: "rms" or "layer": normalise queries and keys over the head dim, with weights `q_norm`, `k_norm`.
-        qk_norm_eps: of both.
-        rotary: how queries and keys are turned by their positions, or None.
-        gate: None, "scalar" (one gate) or "channel" (E gates); they begin closed, at 0.
+        qk_norm_eps: epsilon of both norms.
+        rotary: rotary position embedding of queries and keys, or None.
+        gate: None, "scalar" (one gate) or "channel" (E gates), initialised to 0 (closed).
         dropout: of the attention probabilities, in training.
         scale: of the logits; None: 1 / sqrt(D).
-        backend: for the ops; None: the fastest that can serve.
+        backend: of the ops; None: the fastest available.
         device, dtype: of the parameters.
 
-    Its state dict also loads from an nn.MultiheadAttention's (as many heads for keys as for queries, D = E / H).
+    It also loads the state dict of an nn.MultiheadAttention (num_kv_heads = H, D = E / H).
 
     Raises:
         TypeError, ValueError: a wrong argument, by name, with what was expected and what came.
@@ -111,8 +111,8 @@ class CrossModalAttention(AttentionBase):
 
     @classmethod
     def from_multihead_attention(cls, module: nn.MultiheadAttention, **options: Any) -> CrossModalAttention:
-        """One with the sizes, weights, dropout and mode of an nn.MultiheadAttention; its inputs are [B, T, E] or [T, E]
-        whatever that one's `batch_first`.
+        """A module with the sizes, weights, dropout and mode of an nn.MultiheadAttention. Its inputs are [B, T, E] or
+        [T, E] whatever `module.batch_first` is.
 
         Args:
             module: without add_bias_kv and add_zero_attn.
@@ -132,16 +132,16 @@ class CrossModalAttention(AttentionBase):
         positions: Positions | None = None,
         context_positions: Positions | None = None,
     ) -> Tensor:
-        """What x makes of the context.
+        """Attend from x to the context.
 
         Args:
             x: [Tq, E] or [B, Tq, E] floating point.
             context: [Tk, context_dim] or [B, Tk, context_dim].
-            mask: which tokens of the context each token sees; with a leading B it covers the B Tq and B Tk tokens one
-                after the other. None: all (of its own sample).
-            values: what values are made from, [..., Tk, value_dim]; None: the context.
-            positions, context_positions: with a rotary, of x and of the context: ids as for `mmkernels.rotary_cos_sin`,
-                or what `rotary.cos_sin` gives.
+            mask: which tokens of the context each token sees; with a leading B it covers the B·Tq and B·Tk tokens,
+                concatenated. None: all (of its own sample).
+            values: input of the value projection, [..., Tk, value_dim]; None: the context.
+            positions, context_positions: with a rotary, the positions of x and of the context: ids as for
+                `mmkernels.rotary_cos_sin`, or the result of `rotary.cos_sin`.
 
         Returns:
             [Tq, E] or [B, Tq, E].
@@ -175,12 +175,12 @@ class CrossModalAttention(AttentionBase):
 
 
 class GatedCrossAttention(CrossModalAttention):
-    """Flamingo's gated cross-attention: x + tanh(gate) attention(norm(x), context), which begins as the identity.
+    """Flamingo's gated cross-attention: x + tanh(gate) attention(norm(x), context), which starts as the identity.
 
     Args:
-        as for `CrossModalAttention`; the gate is "scalar" unless said otherwise, and `norm_eps` is that of the
-        LayerNorm before the queries. (The gated feed-forward that follows it in Flamingo is
-        `mmkernels.gated_residual(x, ff(x), gate)`.)
+        as for `CrossModalAttention`; the gate defaults to "scalar", and `norm_eps` is the epsilon of the LayerNorm
+        before the queries. (The gated feed-forward that follows it in Flamingo is `mmkernels.gated_residual(x, ff(x),
+        gate)`.)
 
     Source: Alayrac et al. 2022.
     """
@@ -199,12 +199,12 @@ class GatedCrossAttention(CrossModalAttention):
 
 
 class CoAttention(nn.Module):
-    """Two streams, each attending to the other: (a from b, b from a), each by a `CrossModalAttention` of its own.
+    """Two streams that attend to each other, (a from b, b from a), each through its own `CrossModalAttention`.
 
     Args:
         dim_a, dim_b: features of the two streams.
         num_heads: of both directions.
-        **options: as for `CrossModalAttention`, for both directions (less context_dim and value_dim).
+        **options: as for `CrossModalAttention`, for both directions, without context_dim and value_dim.
 
     Source: Lu et al. 2019 (ViLBERT).
     """
@@ -232,16 +232,16 @@ class CoAttention(nn.Module):
         positions_a: Tensor | None = None,
         positions_b: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both streams at once: each sees the other as it came in.
+        """Update both streams at once: each attends to the other's input.
 
         Args:
             a: [Ta, dim_a] or [B, Ta, dim_a].
             b: [Tb, dim_b] or [B, Tb, dim_b].
             mask_a: which tokens of b each token of a sees; mask_b: the reverse. None: all (of its own sample).
-            positions_a, positions_b: position ids of the two, with a rotary.
+            positions_a, positions_b: with a rotary, position ids of the two.
 
         Returns:
-            (what a makes of b, what b makes of a), of the shapes of a and b.
+            (a attending to b, b attending to a), of the shapes of a and b.
         """
         to_a = self.a_from_b(a, b, mask_a, positions=positions_a, context_positions=positions_b)
         to_b = self.b_from_a(b, a, mask_b, positions=positions_b, context_positions=positions_a)
@@ -249,14 +249,14 @@ class CoAttention(nn.Module):
 
 
 class FusedSelfAttention(AttentionBase):
-    """Self attention over one merged sequence of all modalities; one product makes queries, keys and values.
+    """Self-attention over one merged sequence of all modalities; one matmul projects queries, keys and values.
 
         q, k, v = qkv_proj(x)      out = out_proj(attention(q, k, v, mask))
 
     Args:
-        as for `CrossModalAttention`, less context_dim, value_dim and gate.
+        as for `CrossModalAttention`, without context_dim, value_dim and gate.
 
-    Its state dict also loads from an nn.MultiheadAttention's (as many heads for keys as for queries, D = E / H).
+    It also loads the state dict of an nn.MultiheadAttention (num_kv_heads = H, D = E / H).
 
     Source: Vaswani et al. 2017.
     """
@@ -300,7 +300,7 @@ class FusedSelfAttention(AttentionBase):
 
     @classmethod
     def from_multihead_attention(cls, module: nn.MultiheadAttention, **options: Any) -> FusedSelfAttention:
-        """As `CrossModalAttention.from_multihead_attention`, of one whose keys and values have embed_dim features."""
+        """As `CrossModalAttention.from_multihead_attention`, for a module with kdim and vdim of embed_dim."""
         sizes = multihead_sizes(module)
         if module.kdim != module.embed_dim or module.vdim != module.embed_dim:
             raise ValueError(

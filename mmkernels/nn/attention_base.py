@@ -20,13 +20,13 @@ Positions = Tensor | CosSin
 
 @dataclass(frozen=True)
 class Rotary:
-    """How a module turns its queries and keys by their positions; fields as for `mmkernels.rotary_cos_sin`.
+    """Rotary position embedding of queries and keys; fields as for `mmkernels.rotary_cos_sin`.
 
     Args:
         base: of the frequencies.
-        rotary_dim: how many elements of the head dim are turned; None: all.
+        rotary_dim: number of rotated elements of the head dim; None: all.
         sections, section_layout: M-RoPE: how several positions per token share the frequencies.
-        interleaved: pairs of neighbours in place of halves.
+        interleaved: rotate adjacent pairs instead of halves.
     """
 
     base: float = 10000.0
@@ -36,7 +36,7 @@ class Rotary:
     interleaved: bool = False
 
     def cos_sin(self, position_ids: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> CosSin:
-        """The table of a batch, for all layers of equal options; a module takes it in place of positions."""
+        """The table of a batch, for all layers with equal options; modules accept it instead of positions."""
         dim = head_dim if self.rotary_dim is None else self.rotary_dim
         sections = {"sections": self.sections, "section_layout": self.section_layout}
         return rotary_cos_sin(position_ids, dim, base=self.base, dtype=dtype, **sections)  # type: ignore[arg-type]
@@ -46,9 +46,9 @@ torch.serialization.add_safe_globals([Rotary])
 
 
 class AttentionBase(nn.Module):
-    """What all have: heads, normalised and turned queries and keys, the op's call, nn.MultiheadAttention's weights.
+    """Shared base: heads, normalised and rotated queries and keys, the op's call, nn.MultiheadAttention's weights.
 
-    A subclass makes its projections, then calls `reset_parameters`.
+    A subclass creates its projections, then calls `reset_parameters`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class AttentionBase(nn.Module):
         embed_dim, num_heads, num_kv_heads = sizes.values()
         head_dim = None if head_dim is None else size("head_dim", head_dim)
         if head_dim is None and embed_dim % num_heads:
-            wrong_value("num_heads", f"a divisor of embed_dim {embed_dim}, or head_dim beside it", num_heads)
+            wrong_value("num_heads", f"a divisor of embed_dim {embed_dim} unless head_dim is given", num_heads)
         if num_heads % num_kv_heads:
             wrong_value("num_kv_heads", f"a divisor of num_heads {num_heads}", num_kv_heads)
         if qk_norm not in (None, "rms", "layer"):
@@ -92,7 +92,7 @@ class AttentionBase(nn.Module):
         self.k_norm = make(self.head_dim, eps=qk_norm_eps, **factory) if make else None
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform projections of the input, zero biases, as nn.MultiheadAttention; norms at 1, gates closed."""
+        """Xavier-uniform input projections and zero biases, as in nn.MultiheadAttention; norms at 1, gates closed."""
         for module in self.children():
             module.reset_parameters()  # type: ignore[operator]
         for weight in self._input_weights():
@@ -116,7 +116,7 @@ class AttentionBase(nn.Module):
         raise NotImplementedError
 
     def _from_multihead(self, state: dict[str, Tensor], prefix: str) -> None:
-        """Renames the weights of an nn.MultiheadAttention in place."""
+        """Rename the weights of an nn.MultiheadAttention in place."""
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -126,13 +126,13 @@ class AttentionBase(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _prepared(self, name: str, x: Tensor, heads: int, norm: nn.Module | None, positions: Any) -> Tensor:
-        """Projected rows [..., T, heads D] as [..., T, heads, D], normalised and turned."""
+        """Projected rows [..., T, heads D] as [..., T, heads, D], normalised and rotated."""
         x = x.unflatten(-1, (heads, self.head_dim))
         if self.rotary is None and positions is not None:
-            raise ValueError(f"{name}: expected None, for the module has no rotary, got positions")
+            raise ValueError(f"{name}: expected None for a module without rotary, got positions")
         if self.rotary is not None:
             if positions is None:
-                raise ValueError(f"{name}: expected position ids or (cos, sin), for the module has a rotary, got None")
+                raise ValueError(f"{name}: expected position ids or (cos, sin) for a module with rotary, got None")
             if isinstance(positions, Tensor):
                 wide = torch.float64 if x.dtype == torch.float64 else torch.float32
                 positions = self.rotary.cos_sin(positions, self.head_dim, wide)
@@ -169,7 +169,7 @@ def multihead_sizes(module: Any) -> dict[str, Any]:
 
 
 def with_weights_of(module: nn.MultiheadAttention, made: Any) -> Any:
-    """Loads all that the module has; what is there beside (norms, a gate) stays as it begins."""
+    """Load all weights of the module; norms and gates, which it lacks, keep their initial values."""
     missing, unexpected = made.load_state_dict(module.state_dict(), strict=False)
     own = {name for name, _ in made.named_parameters() if name.split(".")[0] in ("gate", "norm", "q_norm", "k_norm")}
     assert not unexpected, unexpected

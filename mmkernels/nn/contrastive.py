@@ -18,10 +18,10 @@ __all__ = ["InfoNCELoss", "SigLIPLoss"]
 
 
 class _ContrastiveLoss(nn.Module):
-    """What both losses share: `log_scale`, its upper bound, normalisation, options of the function.
+    """Shared base of both losses: `log_scale`, its upper bound, normalisation, options of the function.
 
     The learnt scalars stay float32 under `.to(torch.bfloat16)`, `.half()` and the like: near log 14 = 2.66 bfloat16 has
-    steps of 1/64, and an optimizer's steps of 1/1000 are lost.
+    a spacing of 1/64, so optimizer steps of 1/1000 would be lost.
     """
 
     log_scale: Tensor
@@ -57,7 +57,7 @@ class _ContrastiveLoss(nn.Module):
         self._scalar("log_scale", math.log(init_scale))
 
     def _scalar(self, name: str, value: float) -> None:
-        """A parameter, or a buffer when nothing is learnt: in the state dict under the same name."""
+        """Register a parameter, or a buffer if not learnable; both have the same name in the state dict."""
         self._starts[name] = value
         tensor = torch.tensor(value, dtype=torch.float32)
         if self.learnable:
@@ -66,12 +66,12 @@ class _ContrastiveLoss(nn.Module):
             self.register_buffer(name, tensor)
 
     def reset_parameters(self) -> None:
-        """Scale (and bias) as they were made: for a module that comes from the meta device by `to_empty`."""
+        """Reset scale (and bias) to their initial values, as after `to_empty` from the meta device."""
         for name, value in self._starts.items():
             nn.init.constant_(getattr(self, name), value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Every move and cast of a module goes through here; casts below float32 are left out for scalars."""
+        """Every move and cast of a module goes through here; scalars are never cast below float32."""
 
         def but_wide(tensor: Tensor) -> Tensor:
             out = fn(tensor)
@@ -85,7 +85,7 @@ class _ContrastiveLoss(nn.Module):
         return super()._apply(but_wide, recurse=False)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """With `assign=True` a checkpoint in bfloat16 would bring its dtype along."""
+        """Keep float32: with `assign=True` a bfloat16 checkpoint would bring its dtype along."""
         for name in self._starts:
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.is_floating_point() and torch.finfo(value.dtype).bits < 32:
@@ -94,10 +94,10 @@ class _ContrastiveLoss(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What multiplies the similarities: exp(log_scale), at most `max_scale`; a scalar, differentiable.
+        """The factor of the similarities: exp(log_scale), at most `max_scale`; a differentiable scalar.
 
-        Above the bound the value stays and the gradient is the one at the bound, so that a smaller scale can be learnt
-        again; `clamp`'s own gradient is zero there, from which no optimizer returns.
+        Above the bound the value is the bound and the gradient is the one at the bound, so the scale can shrink again.
+        `clamp` has a zero gradient there, which would trap the optimizer.
         """
         if self.max_scale is None:
             return self.log_scale.exp()
@@ -106,7 +106,7 @@ class _ContrastiveLoss(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Put `log_scale` back to its bound when a step went beyond: to be called after `optimizer.step()`.
+        """Clamp `log_scale` to its bound; call it after `optimizer.step()`.
 
         Without it the loss is the same, but the parameter may drift far above the bound and be slow to return.
         """
@@ -127,7 +127,7 @@ class _ContrastiveLoss(nn.Module):
         if not self.normalize:
             return features
         if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
-            return features  # for the function to refuse, by its argument's name
+            return features  # the function will reject it by name
         wide = features.to(torch.promote_types(features.dtype, torch.float32))
         return F.normalize(wide, dim=1).to(features.dtype)
 
@@ -164,8 +164,8 @@ class InfoNCELoss(_ContrastiveLoss):
 
     Attributes:
         log_scale: a float32 scalar, in the state dict whether learnable or not. It stays float32 when the module is
-            cast to bfloat16 or float16. It is best kept out of weight decay, in a parameter group of its own (which
-            DeepSpeed wants for another dtype), and goes to fully_shard's `ignored_params`, for that takes no scalars.
+            cast to bfloat16 or float16. Keep it out of weight decay, in its own parameter group (which DeepSpeed
+            requires for another dtype), and in the `ignored_params` of fully_shard, which takes no scalars.
         scale: the scale in use.
 
     Raises:
@@ -212,7 +212,7 @@ class SigLIPLoss(_ContrastiveLoss):
 
     Args:
         init_scale: exp(log_scale) at the start.
-        init_bias: logit_bias at the start; with far more negatives than positives it begins well below zero.
+        init_bias: logit_bias at the start, well below zero because negatives far outnumber positives.
         max_scale: the largest scale the loss uses, or None; call `clamp_()` after each optimizer step to hold the
             parameter itself to it.
         learnable: False keeps scale and bias where they start: both are then buffers, not parameters.
@@ -222,9 +222,8 @@ class SigLIPLoss(_ContrastiveLoss):
 
     Attributes:
         log_scale, logit_bias: float32 scalars, in the state dict whether learnable or not. They stay float32 when the
-            module is cast to bfloat16 or float16. They are best kept out of weight decay, in a parameter group of
-            their own (which DeepSpeed wants for another dtype), and go to fully_shard's `ignored_params`, for that
-            takes no scalars.
+            module is cast to bfloat16 or float16. Keep them out of weight decay, in their own parameter group (which
+            DeepSpeed requires for another dtype), and in the `ignored_params` of fully_shard, which takes no scalars.
         scale: the scale in use.
 
     Raises:
@@ -280,5 +279,5 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
-# The losses have no modules inside, so that they can be loaded whole as well.
+# The losses contain no modules, so they can be loaded whole too.
 torch.serialization.add_safe_globals([InfoNCELoss, SigLIPLoss])

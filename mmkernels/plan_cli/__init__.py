@@ -1,4 +1,4 @@
-"""`mmkernels plan`: how well lengths pack, strategy by strategy, and how evenly ranks share the packs."""
+"""`mmkernels plan`: how well lengths pack under each strategy, and how evenly ranks share the packs."""
 
 from __future__ import annotations
 

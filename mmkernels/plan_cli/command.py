@@ -17,7 +17,7 @@ __all__ = ["main", "render"]
 
 
 def render(report: Report) -> str:
-    """The report for a person."""
+    """The report as text."""
     lines = [
         f"{report.items:,} items, {report.tokens:,} tokens, mean {report.tokens / max(report.items, 1):,.1f}; "
         f"packs of {report.capacity:,}",
@@ -26,7 +26,7 @@ def render(report: Report) -> str:
     if report.dropped:
         lines.append(f"{report.dropped:,} items DROPPED: longer than a pack, or with too many images")
     if report.oversize_packs:
-        lines.append(f"{report.oversize_packs:,} items are packs of their own, above the caps")
+        lines.append(f"{report.oversize_packs:,} items exceed the caps and are packs of their own")
     rows = [
         (
             f"{each.strategy}{' *' if each.strategy == report.best else ''}",
@@ -42,10 +42,10 @@ def render(report: Report) -> str:
     headers = ("strategy", "packs", "above bound", "efficiency", "items moved by", "ms")
     lines += ["", tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 5))]
     lines += [
-        "* the one that strategy='auto' takes",
+        "* strategy='auto' picks this one",
         "",
-        f"{report.ranks} ranks, {report.steps:,} steps each: dearest rank {report.imbalance:.3f} of the mean, "
-        f"{report.imbalance_in_turn:.3f} with packs dealt in turn",
+        f"{report.ranks} ranks, {report.steps:,} steps each: slowest rank {report.imbalance:.3f} of the mean, "
+        f"{report.imbalance_in_turn:.3f} with packs dealt round-robin",
     ]
     if report.dummies:
         lines.append(f"{report.dummies} dummies in the last step")

@@ -16,16 +16,16 @@ _MOST = np.iinfo(np.int64).max
 
 
 class FileError(ValueError):
-    """What is wrong with the file, in words for its owner."""
+    """A problem with the file, worded for the user."""
 
 
 def read_columns(path: Path, columns: list[str]) -> dict[str, NDArray[np.int64]]:
-    """Numbers per item, column by column; a list counts as its length.
+    """One integer per item for each column; a list counts as its length.
 
-    A plain .npy array, or .jsonl with a number on each line, is the first column, and there is no other.
+    A plain .npy array, or .jsonl with a number on each line, is the first and only column.
 
     Raises:
-        FileError: no such file, a suffix that is none of SUFFIXES, no such column, what is not an integer >= 0.
+        FileError: no such file, a suffix not in SUFFIXES, no such column, a value that is not an integer >= 0.
     """
     if path.suffix not in SUFFIXES:
         raise FileError(f"{path}: expected a name that ends with {', '.join(SUFFIXES)}")
@@ -54,7 +54,7 @@ def _read_npy(path: Path, columns: list[str]) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
-    except Exception as error:  # a damaged header is read as Python, and raises accordingly
+    except Exception as error:  # a damaged header is parsed as Python, which may raise anything
         raise FileError(f"{path}: not a .npy array: {error}") from None
     names = array.dtype.names
     if names is None:

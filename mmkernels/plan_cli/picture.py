@@ -1,4 +1,4 @@
-"""The picture: packs filled with their items, the lengths, each strategy's waste, and what ranks wait for."""
+"""The picture: packs filled with their items, the lengths, each strategy's waste, and the ranks' waiting time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def draw(report: Report, plan: PackingPlan, schedule: RankSchedule, cost: Attent
     """Write the picture; its format follows the path's suffix.
 
     Raises:
-        OSError, ValueError: a folder that is not there, a suffix that is no format.
+        OSError, ValueError: a missing folder, a suffix that is not a format.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(12, 6.6), dpi=150, layout="constrained")
@@ -55,7 +55,7 @@ def draw(report: Report, plan: PackingPlan, schedule: RankSchedule, cost: Attent
 
 
 def _packs(axes: Axes, plan: PackingPlan) -> None:
-    """A row per pack, a block per item, coloured by its length; what is left empty in red."""
+    """A row per pack, a block per item, coloured by its length; empty room in red."""
     shown = np.unique(np.linspace(0, plan.num_packs - 1, min(MOST_PACKS, plan.num_packs)).astype(int))
     longest = max(2, int(plan.lengths.max()))
     shortest = max(1, min(int(plan.lengths.min()), longest - 1))
@@ -89,7 +89,7 @@ def _packs(axes: Axes, plan: PackingPlan) -> None:
 
 
 def _lengths(axes: Axes, plan: PackingPlan) -> None:
-    """How many items have a length, and where the tokens are; each as high as the other at its highest."""
+    """Histograms of items and of tokens over the length, each scaled to its maximum."""
     lengths = np.maximum(plan.lengths, 1)
     low, high = int(lengths.min()), int(lengths.max())
     wide = high >= 10 * low
@@ -108,7 +108,7 @@ def _lengths(axes: Axes, plan: PackingPlan) -> None:
 
 
 def _strategies(axes: Axes, report: Report) -> None:
-    """Waste, for efficiencies near 1 all look alike; on a log scale."""
+    """Waste on a log scale, because efficiencies near 1 all look alike."""
     rows = [(each.strategy, 1 - each.efficiency) for each in report.strategies]
     rows += [("least possible", 1 - _best_possible(report)), ("padding 32", 1 - report.padding_efficiency)]
     names, wasted = [name for name, _ in rows], np.array([waste for _, waste in rows])
@@ -135,7 +135,7 @@ def _best_possible(report: Report) -> float:
 
 
 def _ranks(axes: Axes, report: Report, plan: PackingPlan, schedule: RankSchedule, cost: AttentionCost) -> None:
-    """What the dearest rank of each step costs over the mean, full steps only."""
+    """Cost of each step's slowest rank relative to the mean, full steps only."""
     accum = schedule.packs.shape[2]
     full = plan.num_packs // (report.ranks * accum)
     turns, balanced = in_turn(plan, report.ranks, accum, cost)[:full], schedule.costs.sum(2)[:full]
@@ -154,4 +154,4 @@ def _ranks(axes: Axes, report: Report, plan: PackingPlan, schedule: RankSchedule
     axes.grid(axis="y")
     axes.set_xlabel("step")
     axes.legend(loc="upper right", fontsize=8, ncols=2)
-    axes.set_title(f"{report.ranks} ranks: dearest above the mean")
+    axes.set_title(f"{report.ranks} ranks: slowest above the mean")

@@ -1,4 +1,4 @@
-"""The study: what is asked, every strategy's plan, the ranks' shares of the best, and the figures."""
+"""The study: the options, every strategy's plan, the ranks' shares of the best plan, and the figures."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ STRATEGIES = ("best_fit", "subset_sum", "histogram", "next_fit")
 
 @dataclass(frozen=True)
 class Options:
-    """How well lengths pack, strategy by strategy, and how evenly ranks share the packs."""
+    """How well lengths pack under each strategy, and how evenly ranks share the packs."""
 
     lengths: tyro.conf.Positional[Path]
     """LENGTHS.npy, .jsonl (numbers, or objects) or .parquet: tokens per item."""
     capacity: int
-    """Most tokens in a pack."""
+    """Maximum tokens per pack."""
     column: str = "length"
-    """Where a file has columns: that of the tokens; a list counts as its length."""
+    """The token column, if the file has columns; a list counts as its length."""
     images: str | None = None
-    """The column of the images per item."""
+    """The column with the number of images per item."""
     max_images: int | None = None
-    """Most images in a pack (needs --images)."""
+    """Maximum images per pack (needs --images)."""
     max_samples: int | None = None
-    """Most items in a pack."""
+    """Maximum items per pack."""
     lookahead: int = 128
     """Items that subset_sum chooses from."""
     oversize: Literal["error", "drop", "own_pack"] = "error"
-    """What becomes of items that no pack can take."""
+    """What to do with items that do not fit in any pack."""
     seed: int = 0
-    """Shuffle the items first; 0 takes them in the file's order."""
+    """Shuffle the items first; 0 keeps the file's order."""
     ranks: int = 64
     """Ranks that share the packs."""
     accum: int = 1
     """Packs per rank and step."""
     width: int = 4096
-    """Model width, for the cost of a pack: attention weighs the more the narrower the model."""
+    """Model width, for the cost of a pack: the narrower the model, the more attention dominates."""
     picture: Path | None = Path("packs.png")
-    """Where to draw the packs; None for no picture."""
+    """Where to save the picture; None for no picture."""
     json: bool = False
     """Print the figures as JSON."""
 
@@ -68,7 +68,7 @@ class StrategyFigures:
 
 @dataclass(frozen=True)
 class Report:
-    """What the command shows."""
+    """The figures that the command shows."""
 
     items: int
     tokens: int
@@ -88,7 +88,7 @@ class Report:
 
 
 def _padding_efficiency(lengths: NDArray[np.int64], batch: int = 32) -> float:
-    """Of what most trainers do without packing: batches padded to their longest item."""
+    """Efficiency without packing, as most trainers do: batches padded to their longest item."""
     if not lengths.sum():
         return 1.0
     padded = np.pad(lengths, (0, -len(lengths) % batch)).reshape(-1, batch)
@@ -97,21 +97,21 @@ def _padding_efficiency(lengths: NDArray[np.int64], batch: int = 32) -> float:
 
 
 def in_turn(plan: PackingPlan, ranks: int, accum: int, cost: AttentionCost) -> NDArray[np.float64]:
-    """[steps, ranks] float64: what each rank has to do where packs go to ranks in turn, the last step being short."""
+    """[steps, ranks] float64: each rank's cost when packs go to ranks round-robin; the last step may be short."""
     costs = cost.of_packs(plan)
     return np.pad(costs, (0, -len(costs) % (ranks * accum))).reshape(-1, accum, ranks).sum(1)
 
 
 def _text(argument: str) -> str:
-    """What was typed, where the locale has ASCII alone and Python kept the bytes that it did not understand."""
+    """The argument as typed: under an ASCII locale Python keeps undecodable bytes as surrogates."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
 
 def study(options: Options) -> tuple[Report, PackingPlan, RankSchedule, AttentionCost]:
-    """Plan with every strategy, deal the packs of the best.
+    """Plan with every strategy and distribute the packs of the best.
 
     Raises:
-        ValueError: what the file or the options have wrong.
+        ValueError: a wrong file or option.
     """
     columns = [_text(name) for name in (options.column, options.images) if name]
     found = read_columns(options.lengths, columns)

@@ -1,4 +1,4 @@
-"""Which samples share a pack, and which rank computes it: NumPy on the host, before there is any tensor."""
+"""Which samples share a pack, and which rank computes it: NumPy on the host, before any tensor exists."""
 
 from mmkernels.planning.balance import RankSchedule, balance_ranks
 from mmkernels.planning.cost import AttentionCost, EncoderCost

@@ -24,12 +24,13 @@ class RankSchedule(Saved):
     """What each of W ranks computes in each step, made by `balance_ranks`.
 
     Attributes:
-        packs: [steps, W, accum] int64 numbers of packs; NO_PACK (-1) where none is left for a rank: it runs a dummy.
+        packs: [steps, W, accum] int64 pack numbers; NO_PACK (-1) where none is left for a rank, which then runs a
+            dummy.
         costs: [steps, W, accum] float64, 0 for NO_PACK.
-        no_image: [steps, W] bool: no pack of this rank's step has an image, so its vision encoder needs a dummy image
-            for every rank to take part in its gradient's reduction. All False when the plan was made without `images`.
+        no_image: [steps, W] bool: no pack of this rank's step has an image, so the vision encoder needs a dummy image
+            for this rank to take part in the gradient reduction. All False when the plan was made without `images`.
         start: packs that earlier steps took.
-        num_packs: of the plan.
+        num_packs: packs in the plan.
     """
 
     packs: NDArray[np.int64]
@@ -55,21 +56,21 @@ class RankSchedule(Saved):
         return self.packs[:, rank]
 
     def position(self, steps: int) -> int:
-        """Packs taken once `steps` steps of this schedule are done: the `start` to go on from, at any world size."""
+        """Packs taken once `steps` steps of this schedule are done: the `start` to continue from, at any world size."""
         if not 0 <= integer("steps", steps, at_least=0) <= self.num_steps:
             wrong_value("steps", f"in [0, {self.num_steps}]", steps)
         return min(self.num_packs, self.start + steps * self.packs[0].size) if steps else self.start
 
     @property
     def imbalance(self) -> float:
-        """sum over steps of the dearest rank's cost / sum of the mean cost: 1.02 means that ranks wait for 2%."""
+        """sum over steps of the slowest rank's cost / sum of the mean cost: at 1.02 ranks wait 2% of the time."""
         ranks = self.costs.sum(2)
         mean = float(ranks.mean(1).sum())
         return float(ranks.max(1).sum()) / mean if mean else 1.0
 
     @property
     def step_imbalance(self) -> NDArray[np.float64]:
-        """[steps] float64: the dearest rank's cost over the mean, step by step."""
+        """[steps] float64: the slowest rank's cost over the mean, per step."""
         ranks = self.costs.sum(2)
         mean = ranks.mean(1)
         return np.divide(ranks.max(1), mean, out=np.ones_like(mean), where=mean > 0)
@@ -95,10 +96,10 @@ def balance_ranks(
     """Deal the packs of a plan to ranks, so that in each step every rank has nearly the same work.
 
     Packs are sorted by cost inside windows, rising in one and falling in the next, and this one order is cut into
-    steps: neighbours cost nearly the same. The order depends on the plan, the cost, the seed and the window alone. How
-    many ranks share it only says where it is cut, so a run resumes at another world size with the same packs in the
-    same order. Nothing is sent: every rank computes the same schedule. Packs stay whole, so no rank ever has more than
-    accum * capacity tokens in a step.
+    steps: neighbours cost nearly the same. The order depends on the plan, the cost, the seed and the window alone. The
+    number of ranks only determines where it is cut, so a run resumes at another world size with the same packs in the
+    same order. There is no communication: every rank computes the same schedule. Packs stay whole, so no rank has more
+    than accum * capacity tokens in a step.
 
     Args:
         plan: the packs.
@@ -106,11 +107,10 @@ def balance_ranks(
         accum: packs per rank and step (gradient accumulation).
         cost: of a pack; default `AttentionCost()`.
         seed: 0 fills the windows in the plan's order; any other number shuffles the packs first.
-        start: packs that are done already, `RankSchedule.position` of an earlier schedule.
-        window: packs to a window: more balance better and mix packs of like cost less. With at least 16 * W of them
-            the balance no longer depends on W.
-        last: what becomes of a last step with too few packs: "pad" gives some ranks NO_PACK in it, "drop" leaves its
-            packs out.
+        start: packs already done, `RankSchedule.position` of an earlier schedule.
+        window: packs per window: larger windows balance better, but more packs of similar cost share a step. From 16 *
+            W on the balance no longer depends on W.
+        last: for a last step with too few packs: "pad" gives some ranks NO_PACK, "drop" discards its packs.
 
     Returns:
         the schedule; equally many steps on every rank.
@@ -149,7 +149,7 @@ def balance_ranks(
 
 
 def _global_order(costs: NDArray[np.float64], seed: int, window: int) -> NDArray[np.int64]:
-    """[P]: rising in the first window, falling in the second, so that a step which lies across two is even too."""
+    """[P]: rising in the first window, falling in the second, so that a step across two windows is balanced too."""
     order = shuffled(len(costs), seed) if seed else np.arange(len(costs))
     number = np.arange(len(costs)) // window
     signed = np.where(number % 2 == 0, costs[order], -costs[order])
@@ -159,13 +159,13 @@ def _global_order(costs: NDArray[np.float64], seed: int, window: int) -> NDArray
 def _deal(slots: NDArray[np.int64], costs: NDArray[np.float64], seed: int, start: int) -> NDArray[np.int64]:
     """[steps, W, accum] from [steps, accum, W]: of each W packs the cheapest goes to the rank with most work so far.
 
-    The first are dealt at random, so that no rank is the slow one in every step.
+    The first are dealt at random, so that no rank is the slowest in every step.
     """
     steps, accum, ranks = slots.shape
     packs = np.empty((steps, ranks, accum), np.int64)
     done = np.empty((steps, ranks))
     for step in range(steps):
-        done[step] = shuffled(ranks, 1 + seed + start + step * ranks * accum)  # a function of the place in the order
+        done[step] = shuffled(ranks, 1 + seed + start + step * ranks * accum)  # depends on the position alone
     for turn in range(accum):
         falling = np.argsort(-done, axis=1, kind="stable")
         rising = np.argsort(costs[slots[:, turn]], axis=1, kind="stable")

@@ -1,4 +1,4 @@
-"""What a pack costs to compute: linear and quadratic in tokens, per encoder."""
+"""The compute cost of a pack: linear and quadratic in tokens, per encoder."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class AttentionCost(Saved):
             EncoderCost.transformer(4096, 32, causal=True, gated=True),                         # language, all tokens
         )
 
-    Attention in a pack stays inside samples, so the quadratic part is that of the samples and not of the pack.
+    Attention stays within samples, so the quadratic part is summed over the samples, not the pack.
 
     Args:
         encoders: each `EncoderCost`; none for one transformer 4096 wide over all tokens (24576 s + s^2 in units of four
@@ -94,7 +94,7 @@ class AttentionCost(Saved):
         self.encoders = encoders or (EncoderCost(),)
 
     def of_packs(self, plan: PackingPlan) -> NDArray[np.float64]:
-        """[P] float64: the cost of each pack. The same bits on every machine: sums run in order."""
+        """[P] float64: the cost of each pack. Bitwise equal on every machine: sums run in order."""
         total = np.zeros(len(plan.lengths))
         for encoder in self.encoders:
             total += encoder.of_items(plan.lengths)

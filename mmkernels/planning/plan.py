@@ -1,4 +1,4 @@
-"""Which items share a pack: the planner's public face."""
+"""Which items share a pack: the planner's public API."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOOKAHEAD = 128
 
 _NO_CAP = np.iinfo(np.int64).max
 _MOST_SUBSET_SUM = 2**24  # kMostSubsetSum in planner.h
-_MOST_IMAGES = 2**30 - 1  # of a pack of subset sum, so that a cost fits into 32 bits
+_MOST_IMAGES = 2**30 - 1  # per pack of subset sum, so that a cost fits into 32 bits
 _MOST_BYTES = 2**30  # of subset sum's tables
 _MOST_TABLE = 2**20  # a capacity up to which lengths are counted in a table
 
@@ -31,7 +31,7 @@ Array = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Caps:
-    """The most that a pack may hold; None where there is no limit."""
+    """The limits of a pack; None for no limit."""
 
     capacity: int
     max_images: int | None = None
@@ -39,27 +39,27 @@ class Caps:
 
     @classmethod
     def checked(cls, capacity: Any, max_images: Any, max_samples: Any) -> Caps:
-        """Raises TypeError or ValueError for one that is no integer >= 1."""
+        """Raise TypeError or ValueError for a cap that is not an integer >= 1."""
         caps = {"max_images": max_images, "max_samples": max_samples}
         given = {name: integer(name, cap, at_least=1) for name, cap in caps.items() if cap is not None}
         return cls(integer("capacity", capacity, at_least=1), **given)
 
     def arguments(self) -> tuple[int, int, int]:
-        """As the planner's functions take them."""
+        """The caps as the planner's functions take them."""
         images, samples = (_NO_CAP if cap is None else cap for cap in (self.max_images, self.max_samples))
         return self.capacity, images, samples
 
     def counted(self, images: Array | None) -> Array | None:
-        """The images, where they are limited."""
+        """The images if they are limited, else None."""
         return None if self.max_images is None else images
 
     def oversize(self, lengths: Array, images: Array | None) -> NDArray[np.bool_]:
-        """[n]: items that not even an empty pack can take."""
+        """[n]: items that do not even fit in an empty pack."""
         over = lengths > self.capacity
         return over | (images > self.max_images) if images is not None and self.max_images is not None else over
 
     def why_no_subset_sum(self, lookahead: int) -> tuple[str, str, int] | None:
-        """The argument, what is expected of it with strategy "subset_sum", and what it is; None when all is well."""
+        """(argument, expected, actual) of a limit that strategy "subset_sum" exceeds; None if it can run."""
         if self.capacity > _MOST_SUBSET_SUM:
             return "capacity", f"at most {_MOST_SUBSET_SUM}", self.capacity
         if self.max_images is not None and self.max_images > _MOST_IMAGES:
@@ -93,30 +93,29 @@ def plan_packing(
             "best_fit": best fit decreasing, at most 11/9 of the optimum + 6/9; moves items far from their order.
             "subset_sum": the oldest waiting item, and the subset of the `lookahead` oldest others that fills its pack
             best; nearly keeps the order. Takes a capacity of at most 2^24.
-            "histogram": best fit over counts of equal items, which lists its packs when they are first asked for: the
-            way to learn quickly how well tens of millions of items pack.
-            "next_fit": keeps the order, and has the fewest packs of all plans that do.
-            "auto": of the plans that the strategies make of this call the one with the fewest packs, and of those the
-            one with the least displacement; "next_fit" with `keep_order`.
-        images: [n] integers, images per item (or whatever else is to be limited); the plan keeps them.
+            "histogram": best fit over counts of equal items. It lists its packs only on first access, so it quickly
+            shows how well tens of millions of items pack. "next_fit": keeps the order, and has the fewest packs of all
+            plans that do. "auto": the strategies' plan with the fewest packs and, among equals, the least displacement;
+            "next_fit" with `keep_order`.
+        images: [n] integers, images per item (or another quantity to limit); the plan keeps them.
         max_images: most images in a pack; None for no limit.
         max_samples: most items in a pack; None for no limit.
         lookahead: how many of the oldest items "subset_sum" chooses from: more fills packs better and moves items
-            further. An error where that strategy is not used.
-        keep_order: the items must stay in order: only "next_fit" does that.
-        oversize: what to do with items that no pack can take, longer than the capacity or with more than `max_images`.
-            "error" raises; "drop" leaves them out and lists them in `plan.dropped`; "own_pack" gives each a pack of its
-            own, whole, above the caps, listed in `plan.oversize_packs`.
-        seed: 0 takes the items in the order given; any other number takes them in a random order of its own (the same
-            on every machine). "best_fit" then groups other items among those of equal length; `keep_order` forbids it.
+            further. An error if that strategy is not used.
+        keep_order: keep the items in order, which only "next_fit" does.
+        oversize: what to do with items that fit in no pack, longer than the capacity or with more than `max_images`.
+            "error" raises; "drop" leaves them out and lists them in `plan.dropped`; "own_pack" gives each its own pack,
+            above the caps, listed in `plan.oversize_packs`.
+        seed: 0 keeps the given order; any other number shuffles the items (identically on every machine). "best_fit"
+            then chooses differently among items of equal length. Not allowed with `keep_order`.
 
     Returns:
         the plan.
 
     Raises:
-        TypeError: lengths or images that are no integers.
-        ValueError: an item that is negative, or oversize with oversize="error" (its index and size are named; nothing
-            is ever truncated), or any other argument out of range.
+        TypeError: lengths or images that are not integers.
+        ValueError: an item that is negative, or oversize with oversize="error" (the message has its index and size;
+            nothing is ever truncated), or any other argument out of range.
 
     Source: best fit decreasing: Johnson, Near-optimal bin packing algorithms, 1973, its bound: Dósa, 2007; packing
         counts of equal lengths: Krell et al., Efficient sequence packing without cross-contamination, 2021; the
@@ -158,7 +157,7 @@ def plan_packing(
 
 
 def _strategies(strategy: str, caps: Caps, lookahead: int, keep_order: bool) -> list[str]:
-    """The strategies to try; raises for one that cannot serve the call."""
+    """The strategies to try; raise if the requested one cannot handle the call."""
     why = caps.why_no_subset_sum(lookahead)
     if strategy == "subset_sum" and why is not None:
         wrong_value(why[0], f"{why[1]} with strategy='subset_sum'", why[2])
@@ -167,11 +166,11 @@ def _strategies(strategy: str, caps: Caps, lookahead: int, keep_order: bool) -> 
     elif strategy != "auto":
         names = [strategy]
     else:
-        # Without caps on images and samples histogram has as many packs as best fit.
+        # Without caps on images or samples, histogram has as many packs as best fit.
         capped = caps.max_images is not None or caps.max_samples is not None
         names = ["best_fit", "next_fit", *(["subset_sum"] if why is None else []), *(["histogram"] if capped else [])]
     if lookahead != LOOKAHEAD and "subset_sum" not in names:
-        wrong_value("lookahead", f"its default, for {' and '.join(names)} look at no window", lookahead)
+        wrong_value("lookahead", f"its default for {' and '.join(names)} (no window)", lookahead)
     return names
 
 
@@ -191,7 +190,7 @@ def _run(strategy: str, lengths: Array, images: Array | None, caps: Caps, lookah
 
 
 def _count_and_plan(lengths: ArrayLike, caps: Caps) -> CountedPlan | None:
-    """A histogram plan in one pass over the lengths; None when they need a closer look first."""
+    """A histogram plan in one pass over the lengths; None if they must be validated or converted first."""
     array = np.asarray(lengths)
     plain = array.ndim == 1 and array.dtype == np.int64 and array.flags.c_contiguous and array.flags.aligned
     if native.why_absent() or not plain or caps.capacity > _MOST_TABLE:
@@ -210,7 +209,7 @@ def _listed(plan: PackingPlan) -> PackingPlan:
 
 
 def _with_own_packs(plan: PackingPlan, order: Array, over: NDArray[np.bool_]) -> PackingPlan:
-    """The plan with a pack more for each oversize item, where the item comes in the stream `order`."""
+    """The plan plus one pack per oversize item, at the item's position in the stream `order`."""
     alone = order[over[order]]
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
@@ -225,7 +224,7 @@ def _with_own_packs(plan: PackingPlan, order: Array, over: NDArray[np.bool_]) ->
 
 
 def integer(name: str, value: Any, *, at_least: int) -> int:
-    """An integer argument that 64 bits hold; raises TypeError or ValueError."""
+    """An integer argument that fits in 64 bits; raise TypeError or ValueError otherwise."""
     expected = f"an integer >= {at_least}"
     number = checks.integer(name, value, expected, at_least=at_least)
     if number > _NO_CAP:
@@ -263,7 +262,7 @@ def _refuse_where(bad: NDArray[np.bool_], name: str, array: NDArray[Any], expect
 
 
 def shuffled(n: int, seed: int) -> Array:
-    """A permutation of n by SplitMix64 keys: our own, because NumPy's streams may change between its versions."""
+    """A permutation of n by SplitMix64 keys: not NumPy's, whose streams may change between versions."""
 
     def mixed(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
         key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
 """The planner's algorithms in Python: the same plan as csrc/packing/planner*.cpp, item by item, ties included.
 
-Serves when the native core is missing; far slower, and the tests hold the two equal. Arguments and results are those of
-the core: lengths [n] int64, images [n] int64 or None, the capacity, the most images and samples in a pack.
+Used without the native core, and far slower; the tests check that the two agree. Arguments and results are the core's:
+lengths [n] int64, images [n] int64 or None, the capacity, the most images and samples in a pack.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Csr = tuple[Array, Array]
 
 
 class _Rooms:
-    """Open packs (or groups of equal ones) by their room for tokens and for images, last in first out among equals."""
+    """Open packs (or groups of equal ones) by their room for tokens and for images, last in, first out among equals."""
 
     def __init__(self) -> None:
         self.rooms: list[tuple[int, int]] = []  # ascending, each once
@@ -35,7 +35,7 @@ class _Rooms:
         self.packs[room].append(pack)
 
     def take(self, wanted: tuple[int, int]) -> tuple[int, tuple[int, int]] | None:
-        """The pack with the least room that is at least `wanted` both ways, and that room."""
+        """The pack with the least room that is at least `wanted` in both, and that room."""
         at = bisect_left(self.rooms, wanted)
         while at < len(self.rooms) and self.rooms[at][1] < wanted[1]:
             at += 1
@@ -49,7 +49,7 @@ class _Rooms:
 
 
 def _counted(lengths: Array, images: Array | None) -> Array:
-    """Images per item, none where they are not counted."""
+    """Images per item; zeros if they are not counted."""
     return np.zeros_like(lengths) if images is None else images
 
 
@@ -127,7 +127,7 @@ def plan_subset_sum(
 
 
 def fullest_pack(lengths: Array, images: Array | None, capacity: int, max_images: int, max_samples: int) -> Array:
-    """The next pack of the items that wait; see planner.h."""
+    """The next pack from the waiting items; see planner.h."""
     size, pictures = lengths.tolist(), _counted(lengths, images).tolist()
     if not size:
         return np.zeros(0, np.int64)
@@ -140,7 +140,7 @@ def fullest_pack(lengths: Array, images: Array | None, capacity: int, max_images
         )
     image_room = max_images - sum(pictures[i] for i in taken)
     sample_room = max_samples - len(taken)
-    for i in range(1, len(size)):  # what takes no tokens
+    for i in range(1, len(size)):  # items without tokens
         if size[i] == 0 and pictures[i] <= image_room and sample_room > 0:
             taken.append(i)
             image_room -= pictures[i]
@@ -157,7 +157,7 @@ def _joining(
     image_room: int,
     sample_room: int,
 ) -> list[int]:
-    """Those of the items that join the oldest."""
+    """The items that join the oldest."""
     count_samples = sample_room + 1 < len(size)
     if not count_images and not count_samples:
         return _largest_sum(joining, size, room)
@@ -176,7 +176,7 @@ def _joining(
 
 
 def _largest_sum(joining: list[int], size: list[int], room: int) -> list[int]:
-    """The oldest items that make the largest sum within the room possible."""
+    """The oldest items whose sum is the largest that fits in the room."""
     steps: list[int] = []
     reached = [1]  # after each step, bit s: a subset of the items so far has sum s
     for i in joining:
@@ -187,7 +187,7 @@ def _largest_sum(joining: list[int], size: list[int], room: int) -> list[int]:
     total = reached[-1].bit_length() - 1
     taken = []
     while total > 0:
-        # The first step after which the sum was there made it possible.
+        # The first step that reached the sum is the item that made it possible.
         first = bisect_left(reached, 1, key=lambda bits: bits >> total & 1)
         taken.append(steps[first - 1])
         total -= size[steps[first - 1]]
@@ -197,8 +197,8 @@ def _largest_sum(joining: list[int], size: list[int], room: int) -> list[int]:
 def _largest_affordable(
     joining: list[int], size: list[int], room: int, cost: list[int], most: int, keep: Callable[[list[int]], bool]
 ) -> list[int]:
-    """The oldest items of the largest sum that cost at most `most` and that are to be kept: the least cost of each sum
-    is remembered; of many that are not kept, some are passed over unseen."""
+    """The oldest items of the largest sum that cost at most `most` and pass `keep`. Tracks the least cost of each sum;
+    after many that fail `keep`, some sums are skipped untried."""
     steps: list[int] = []
     least: list[dict[int, int]] = [{0: 0}]  # after each step: sum -> the least cost of a subset
     for i in joining:
@@ -286,7 +286,7 @@ def plan_histogram(
 
 
 def list_histogram(lengths: Array, images: Array | None, steps: Array, num_packs: int) -> Csr:
-    """Lists the packs of a counted plan; see planner.h."""
+    """List the packs of a counted plan; see planner.h."""
     order = _longest_first(lengths, images)
     first, packs, each = steps.reshape(-1, 3).T
     owners = [np.repeat(np.arange(a, a + b), c) for a, b, c in zip(first, packs, each, strict=True)]

@@ -1,4 +1,4 @@
-"""The packs that a planner made, and what they are worth."""
+"""A planner's packs and their quality."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _nothing() -> Array:
 
 
 def planner() -> Any:
-    """The algorithms: the native core's, or those in Python when there is no core."""
+    """The algorithms: the native core's, or Python's without the core."""
     return plan_python if native.why_absent() else native.core
 
 
@@ -34,7 +34,7 @@ class PackingPlan(Saved):
     """The packs of a `plan_packing` call, in CSR form.
 
     `plan[p]` and iteration give the item indices of a pack. Packs come in the order of their first items and a pack's
-    items in the order of the stream (the order given, or the one that `seed` makes of it).
+    items in the order of the stream (the given order, or the one shuffled by `seed`).
 
     Attributes:
         offsets: [P+1] int64; pack p holds `items[offsets[p]:offsets[p+1]]`.
@@ -44,7 +44,7 @@ class PackingPlan(Saved):
         strategy: the one that made this plan; never "auto".
         images: [n] int64, images per item, or None.
         max_images, max_samples: the caps, or None.
-        dropped: int64, ascending: the items that no pack can take, left out by `oversize="drop"`.
+        dropped: int64, ascending: the items that fit in no pack, left out by `oversize="drop"`.
         oversize_packs: int64, ascending: the packs of one such item each, made by `oversize="own_pack"`.
     """
 
@@ -85,12 +85,12 @@ class PackingPlan(Saved):
 
     @property
     def _tokens(self) -> int:
-        """Packed ones."""
+        """Packed tokens."""
         return int(self.lengths.sum()) - int(self.lengths[self.dropped].sum())
 
     @property
     def efficiency(self) -> float:
-        """Tokens over room: of P * capacity, a pack above the capacity counting as its own length; 1.0 for no packs."""
+        """Tokens / room; a pack's room is the capacity, or its length if that is larger. 1.0 for no packs."""
         if self.num_packs == 0:
             return 1.0
         room = self.num_packs * self.capacity
@@ -100,10 +100,10 @@ class PackingPlan(Saved):
 
     @property
     def lower_bound(self) -> int:
-        """No plan has fewer packs: the most that any one of these asks for.
+        """No plan has fewer packs: the maximum of these bounds.
 
         ceil(sum(lengths) / capacity), items longer than half the capacity, the same two of images and `max_images`, and
-        ceil(items / max_samples); each oversize item that is not dropped is a pack of its own on top.
+        ceil(items / max_samples); plus one pack for each oversize item that is not dropped.
         """
         own = self.items[self.offsets[self.oversize_packs]] if len(self.oversize_packs) else self.oversize_packs
         kept = np.ones(len(self.lengths), bool)
@@ -117,8 +117,7 @@ class PackingPlan(Saved):
 
     @property
     def displacement(self) -> float:
-        """Mean distance, in items, between an item's place in `items` and its place in the data (less what is
-        dropped)."""
+        """Mean distance, in items, between an item's position in `items` and in the data, dropped items not counted."""
         if len(self.items) == 0:
             return 0.0
         places = self.items - np.searchsorted(self.dropped, self.items) if len(self.dropped) else self.items
@@ -148,15 +147,15 @@ class PackingPlan(Saved):
 
 
 def _bound(amounts: Array, cap: int) -> int:
-    """Packs that these amounts need at least, one for items without any."""
+    """Lower bound on the packs for these amounts; at least 1 if there are items."""
     if len(amounts) == 0:
         return 0
     return max(1, -(-int(amounts.sum()) // cap), int(np.count_nonzero(amounts > cap // 2)))
 
 
 class CountedPlan(PackingPlan):
-    """A plan made over counts of equal items: `num_packs`, `efficiency` and `lower_bound` are there at once, `offsets`
-    and `items` are listed when first asked for, which takes far longer than the plan itself."""
+    """A plan made over counts of equal items: `num_packs`, `efficiency` and `lower_bound` are known at once; `offsets`
+    and `items` are listed on first access, which takes far longer than the plan itself."""
 
     def __init__(self, steps: Array, num_packs: int, lengths: NDArray[Any], capacity: int, **caps: Any) -> None:
         """lengths: [n], of any integer dtype, owned by the plan."""

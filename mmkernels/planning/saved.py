@@ -1,4 +1,4 @@
-"""How what holds NumPy arrays is saved by `torch.save`, whose `torch.load` reads none by default."""
+"""Save objects with NumPy arrays by `torch.save`; by default `torch.load` reads no NumPy arrays."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _TORCH_SAVE = 2  # the pickle protocol that torch.save writes, and the only one 
 
 
 class Saved:
-    """A frozen class of arrays and plain values: arrays go into a file as tensors and come back as arrays.
+    """A frozen class of arrays and plain values: a file stores arrays as tensors and loads them as arrays.
 
-    To other processes and copies arrays go as they are: tensors would be passed by a handle on memory of the sender,
+    Other processes and copies get the arrays themselves: a tensor would be sent as a handle to the sender's memory,
     which may be gone before it is opened.
     """
 
@@ -39,7 +39,7 @@ class Saved:
 
 
 def _as_tensors(value: Any) -> Any:
-    """The same in types that `torch.load` knows."""
+    """The value in types that `torch.load` reads."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, np.generic):

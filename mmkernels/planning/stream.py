@@ -21,19 +21,20 @@ class StreamPlanner:
             planner.push(len(record))
             while (pack := planner.pop()) is not None:
                 ...  # numbers of items, counted from the first ever pushed
-        planner.flush()  # no more to come: pop() now gives what waits
+        planner.flush()  # no more to come: pop() now returns the rest
         while (pack := planner.pop()) is not None: ...
 
     The packs are those of `plan_packing(strategy="subset_sum")` over the whole stream. At most `lookahead` items wait
     at a time; they and a few counters are the state, so a planner that loads it continues exactly where it was saved.
-    Ranks and workers have no part in it: each runs the same planner over the same stream and takes its share of packs.
+    It does not depend on ranks and workers: each runs the same planner over the same stream and takes its share of
+    packs.
 
     Args:
         capacity: most tokens in a pack, at most 2^24.
-        lookahead: how many items wait before a pack is made of them.
+        lookahead: how many items wait before a pack is made.
         max_images, max_samples: most images and items in a pack; None for no limit.
-        oversize: what becomes of an item that no pack can take. "error": `push` raises; "drop": left out and counted in
-            `dropped`; "own_pack": the next pack is that item alone.
+        oversize: what to do with an item that does not fit in any pack. "error": `push` raises; "drop": it is left out
+            and counted in `dropped`; "own_pack": the next pack is that item alone.
 
     Raises:
         TypeError, ValueError: an argument that is wrong or out of range.
@@ -69,17 +70,17 @@ class StreamPlanner:
         self._flushing = False
 
     def __len__(self) -> int:
-        """Items that wait."""
+        """Number of waiting items."""
         return len(self._waiting) + len(self._alone)
 
     @property
     def waiting(self) -> list[int]:
-        """Numbers of the items that wait, ascending."""
+        """Numbers of the waiting items, ascending."""
         return sorted([*self._alone, *(number for number, _, _ in self._waiting)])
 
     @property
     def ready(self) -> bool:
-        """True when `pop` has a pack to give, which `push` wants taken first."""
+        """True when `pop` has a pack, which must be popped before the next `push`."""
         return bool(self._alone or len(self._waiting) >= self._lookahead or (self._flushing and self._waiting))
 
     def push(self, length: int, images: int = 0) -> int:
@@ -93,8 +94,8 @@ class StreamPlanner:
             its number, counted from the first item ever pushed.
 
         Raises:
-            RuntimeError: a pack is `ready`: it must be popped first, or the state would grow.
-            ValueError: a negative number, or an item that no pack can take with oversize="error".
+            RuntimeError: a pack is `ready`; pop it first, or the state would grow.
+            ValueError: a negative number, or with oversize="error" an item that fits in no pack.
         """
         if self.ready:
             raise RuntimeError("push: a pack is ready; pop() it first, so that no more than `lookahead` items wait")
@@ -118,11 +119,11 @@ class StreamPlanner:
         return number
 
     def flush(self) -> None:
-        """Say that nothing more comes for now: `pop` gives the rest. Once nothing waits, `push` begins anew."""
+        """Declare the end of the input: `pop` returns the rest. Once no item waits, `push` starts over."""
         self._flushing = bool(self._alone or self._waiting)
 
     def pop(self) -> Array | None:
-        """The next pack, [k] int64 item numbers, ascending; None while there are too few items to choose from."""
+        """The next pack, [k] int64 item numbers, ascending; None if too few items wait."""
         if not self.ready:
             return None
         self.packs += 1
@@ -148,7 +149,7 @@ class StreamPlanner:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything there is to know, ready for JSON: three numbers for each item that waits, and a few more."""
+        """The whole state as JSON values: three numbers for each waiting item, and a few counters."""
         return {
             **self._options(),
             "items": self.items,
@@ -160,10 +161,10 @@ class StreamPlanner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken: push the item `state["items"]` next.
+        """Continue where `state_dict` was taken: push item `state["items"]` next.
 
         Raises:
-            ValueError: the state of a planner with other options.
+            ValueError: the state is from a planner with other options.
         """
         for name, mine in self._options().items():
             if state[name] != mine:

@@ -1,4 +1,4 @@
-"""The curves of a report, as SVG that takes its font from the page."""
+"""The curves of a report, as SVG that inherits the page's font."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _STYLE: dict[Any, Any] = {
 
 
 def loss_chart(steps: Sequence[Mapping[str, Any]], chance_loss: float) -> str:
-    """Loss of every step and its running mean, with the loss of a model that knows nothing."""
+    """Loss of every step and its running mean, with the loss at chance."""
     with _drawing() as (figure, axes):
         at, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
         axes.plot(at, losses, color=COLOURS[0], alpha=0.25, linewidth=1)
         axes.plot(at, _smoothed(losses), color=COLOURS[0], linewidth=2, label="loss")
-        axes.axhline(chance_loss, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="knowing nothing")
+        axes.axhline(chance_loss, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="chance")
         axes.set_ylim(bottom=0, top=1.15 * max(chance_loss, losses[0]))
         axes.set_xlabel("step")
         axes.legend(loc="lower left")
@@ -48,7 +48,7 @@ def loss_chart(steps: Sequence[Mapping[str, Any]], chance_loss: float) -> str:
 
 
 def recall_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], way: str, k: int) -> str:
-    """Recall at k of every split over the steps, in %; its chance as a dashed line of the same colour."""
+    """Recall at k of every split over the steps, in %; chance is a dashed line of the same colour."""
     with _drawing() as (figure, axes):
         for colour, split in zip(COLOURS, splits, strict=False):
             of_split = [r for r in evals if r["split"] == split]

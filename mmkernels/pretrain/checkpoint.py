@@ -1,7 +1,7 @@
-"""Checkpoints: written beside and renamed into place, so that a kill at any moment leaves a whole one.
+"""Checkpoints, written to a temporary folder and renamed, so that a kill at any moment leaves a complete one.
 
-checkpoints/step-00000450/model.safetensors     weights, for whoever wants to use them
-                          training.pt           optimizer, data cursor, random state: what resuming needs besides
+checkpoints/step-00000450/model.safetensors     weights, for use elsewhere
+                          training.pt           optimizer, data cursor, random state, for resuming
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class DamagedError(ValueError):
-    """A checkpoint that cannot be read; the message says which, and what then."""
+    """A checkpoint that cannot be read; the message says which one and what to do."""
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
-    """Whole checkpoints by step, oldest first."""
+    """Complete checkpoints by step, oldest first."""
     found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*"))
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
@@ -48,7 +48,7 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str
     """Write a checkpoint and remove all but the `keep` newest.
 
     Args:
-        folder: of the run's checkpoints; made if need be.
+        folder: the run's checkpoints; created if missing.
         step: optimizer steps done.
         weights: contiguous tensors that share no memory.
         training: tensors, numbers, strings, lists and dicts of them.
@@ -74,7 +74,7 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights on `device`, and what else was saved, on the CPU.
+    """Weights on `device`, and everything else on the CPU.
 
     Raises:
         DamagedError: a file is missing, cut short or otherwise damaged.
@@ -87,24 +87,24 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Weights alone, on the CPU. Raises DamagedError as `load` does."""
     with _whole(path / "model.safetensors") as file:
-        return from_bytes(file.read_bytes())  # by its path safetensors opens no file whose name is not UTF-8
+        return from_bytes(file.read_bytes())  # safetensors cannot open a path that is not UTF-8
 
 
 @contextmanager
 def _whole(file: Path) -> Iterator[Path]:
-    """Reading a file of a checkpoint: its readers raise whatever they like, and name no file."""
+    """Read a checkpoint file; turn any error, none of which names the file, into DamagedError."""
     try:
         yield file
     except MemoryError:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        remedy = f"Without the folder {file.parent} the run resumes from the previous checkpoint, or from the start"
+        remedy = f"Delete {file.parent} to resume from the previous checkpoint, or from the start"
         raise DamagedError(f"{file} is damaged ({type(error).__name__}: {reason}). {remedy}") from error
 
 
 def _flush(path: Path) -> None:
-    """To the disk: a rename may otherwise overtake the bytes."""
+    """Flush to disk, or the rename may reach it before the bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""`mmkernels pretrain`: settings from the command line, a run, a table at its end."""
+"""`mmkernels pretrain`: settings from the command line, a run, a table at the end."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ from mmkernels.pretrain.run_folder import stored_config
 
 __all__ = ["main", "parse"]
 
-INTERRUPTED = 130  # what a shell expects of a command stopped by Ctrl-C
+INTERRUPTED = 130  # the exit status by convention after Ctrl-C
 
 
 def parse(argv: Sequence[str]) -> Config:
-    """The config that a command line asks for.
-
-    The defaults are the recipe's; of a resumed run, its own.
+    """The config of a command line. Defaults are the recipe's, or a resumed run's own.
 
     Raises:
-        ValueError: a setting that cannot be.
-        SystemExit: an option that is none, or --help.
+        ValueError: an invalid setting.
+        SystemExit: an unknown option, or --help.
     """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--recipe", choices=RECIPES, default="clip")
@@ -52,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, NotFiniteError, TooManyBrokenError) as error:
         print(f"mmkernels pretrain: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before the first step, or for the second time
+    except KeyboardInterrupt:  # before the first step, or the second one
         print("mmkernels pretrain: stopped; --resume continues from the newest checkpoint", file=sys.stderr)
         return INTERRUPTED
     if outcome.folder.records("eval"):

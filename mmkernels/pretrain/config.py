@@ -1,4 +1,4 @@
-"""Every setting of a run, frozen. The command line is made from it: `--lr 2e-3 --model.width 192`."""
+"""Every setting of a run, frozen. It defines the command line too: `--lr 2e-3 --model.width 192`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Config", "ModelConfig", "from_dict", "to_dict"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Two towers and the space they meet in."""
+    """The two towers and their shared space."""
 
     image_size: int = 32
     """Side of the images the model sees, in pixels."""
     width: int = 128
     """Channels of a token."""
     heads: int = 4
-    """Attention heads; they share the width."""
+    """Attention heads; they split the width."""
     image_layers: int = 2
     """Transformer blocks over image tokens (one token per 8 x 8 pixels)."""
     text_layers: int = 2
@@ -37,7 +37,7 @@ class ModelConfig:
     gram_buckets: int = 8192
     """Rows of the hashed character-trigram table."""
     max_words: int = 16
-    """Longest caption in words; the rest is cut."""
+    """Maximum words per caption; longer ones are truncated."""
     dropout: float = 0.0
     """Share of activations dropped after attention and MLP."""
 
@@ -47,21 +47,21 @@ class Config:
     """Pretrain an image and a text tower."""
 
     recipe: str = "clip"
-    """Which objective: clip or siglip."""
+    """The objective: clip or siglip."""
     data: str = "emoji"
-    """emoji (embedded); folder:PATH of or with a .jsonl, .csv, .tsv or .parquet; webdataset:PATTERN of tar shards."""
+    """emoji (embedded); folder:PATH of a .jsonl, .csv, .tsv or .parquet, or its folder; webdataset:PATTERN of tars."""
     csv_separator: str | None = None
-    """Between the fields of a .csv or .tsv; None: a tab in a .tsv, else a comma."""
+    """Field separator of a .csv or .tsv; None: a tab in a .tsv, else a comma."""
     csv_img_key: str = "image"
     """Column of a table (key of a .jsonl) with the images' paths."""
     csv_caption_key: str = "caption"
     """Column of a table (key of a .jsonl) with the captions."""
     run: Path | None = None
-    """Folder of the run; default runs/RECIPE."""
+    """Run folder; default runs/RECIPE."""
     resume: bool = False
-    """Go on from the newest checkpoint in the folder."""
+    """Resume from the newest checkpoint in the folder."""
     seed: int = 0
-    """Of the weights, the order of the data and its augmentation."""
+    """Seed of the weights, the data order and the augmentation."""
 
     steps: int = 800
     """Optimizer steps."""
@@ -72,15 +72,15 @@ class Config:
     lr: float = 1.5e-3
     """Peak learning rate."""
     warmup: int = 50
-    """Steps of linear warm-up; then a cosine down to zero."""
+    """Steps of linear warm-up; cosine decay to zero follows."""
     weight_decay: float = 0.1
-    """Of matrices; norms, biases and scalars are not decayed."""
+    """Weight decay of matrices; norms, biases and scalars have none."""
     beta2: float = 0.98
     """Second AdamW decay rate."""
     clip_grad: float = 1.0
-    """Largest gradient norm."""
+    """Maximum gradient norm."""
     max_logit_scale: float = 100.0
-    """The learned scale of the logits is kept at or below this."""
+    """Upper bound of the learned logit scale."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast."""
 
@@ -92,22 +92,22 @@ class Config:
     checkpoint_every: int = 50
     """Steps between checkpoints; 0: only at the end (and on Ctrl-C)."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """How many of the newest checkpoints to keep."""
     eval_fraction: float = 0.1
-    """Share of the user's own captions held out for evaluation."""
+    """Fraction of your own captions held out for evaluation."""
     max_broken: float = 0.05
-    """Share of unreadable images at which the run stops."""
+    """Fraction of unreadable images above which the run stops."""
     tensorboard: bool = True
     """Also log for TensorBoard, if it is installed."""
     profile: tuple[int, int] | None = None
-    """First step and number of steps to trace with the PyTorch profiler, into the run folder."""
+    """First step and number of steps to trace with the PyTorch profiler; the trace goes into the run folder."""
 
     device: str = "auto"
-    """auto: CUDA if there is a device, else the CPU."""
+    """auto: CUDA if available, else the CPU."""
     threads: int = 0
-    """CPU threads; 0: as PyTorch chooses."""
+    """CPU threads; 0: PyTorch's default."""
     backend: Literal["native", "triton", "reference"] | None = None
-    """Backend of every mmkernels op; None: the fastest that can serve."""
+    """Backend of every mmkernels op; None: the fastest available."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "chunk", "keep_checkpoints"):
@@ -119,7 +119,7 @@ class Config:
         for name in ("lr", "clip_grad", "max_logit_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        TableFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)  # refuses what cannot be
+        TableFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)  # validates them
         if self.model.width % self.model.heads:
             raise ValueError(f"model.width: expected a multiple of {self.model.heads} heads, got {self.model.width}")
         if self.model.image_size % 8:
@@ -134,7 +134,7 @@ class Config:
         return TableFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)
 
 
-# What may change between a run and its continuation without making it another run.
+# Settings that a resumed run may change.
 RESUMABLE = frozenset(
     {"run", "resume", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "profile", "device"}
     | {"threads", "backend", "max_broken"}
@@ -142,13 +142,13 @@ RESUMABLE = frozenset(
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """As JSON holds it."""
+    """The config as JSON values."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return values
 
 
 def from_dict(values: Mapping[str, Any], cls: type[Any] = Config) -> Any:
-    """The config that `to_dict` gave. Raises ValueError for a setting this version does not know."""
+    """The inverse of `to_dict`. Raise ValueError for a setting that this version does not have."""
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:

@@ -1,4 +1,4 @@
-"""Where a run took place: for its log and its report."""
+"""Versions and hardware of a run, for its log and report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["environment"]
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Versions and hardware, in words."""
+    """Versions and hardware, as text."""
     return {
         "mmkernels": getattr(mmkernels, "__version__", "unknown"),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Held-out retrieval, both ways: recall at 1, 5 and 10 with chance beside it, and examples to look at."""
+"""Held-out retrieval, both ways: recall at 1, 5 and 10, and chance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SAMPLES = 128  # embedded at a time
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of queries that find what they look for among their k nearest, by k; and what guessing would find."""
+    """Fraction of queries whose target is among the k nearest, by k, and the same at chance."""
 
     image_to_text: dict[int, float]
     text_to_image: dict[int, float]
@@ -65,10 +65,9 @@ def embed(model: DualEncoder, held_out: RetrievalSet, tokenizer: Tokenizer) -> E
 
 
 def ranks(embedded: Embedded) -> tuple[Tensor, Tensor]:
-    """How many wrong answers come before the first right one, for each image [Q] and each caption [G].
+    """Number of wrong answers ranked before the first right one, for each image [Q] and each caption [G].
 
-    A wrong answer as near as the right one comes before it, and so does one that cannot be compared (NaN): a model that
-    maps everything to one point finds nothing.
+    Ties and NaN count as wrong answers ranked before the right one, so a collapsed model scores zero.
     """
     images, captions, targets = embedded.images, embedded.captions, embedded.targets
     numbers = torch.arange(len(captions), device=targets.device)

@@ -1,4 +1,4 @@
-"""What a model finds: for some held-out images the nearest captions, for some captions the nearest images."""
+"""Retrieval examples: the nearest captions of some held-out images, and the nearest images of some captions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Found:
     """One answer."""
 
     what: str  # a caption, or an image as a data URL
-    label: str  # the caption; of an image: what it shows
+    label: str  # the caption, or an image's caption
     similarity: float
     right: bool
 
@@ -45,7 +45,7 @@ class CaptionQuery:
 def retrieved(
     model: DualEncoder, held_out: RetrievalSet, tokenizer: Tokenizer, *, images: int = 12, captions: int = 9, k: int = 5
 ) -> tuple[list[ImageQuery], list[CaptionQuery]]:
-    """Queries spread evenly over a held-out set, good and bad alike, each with its k nearest."""
+    """Queries spread evenly over a held-out set, hits and misses alike, each with its k nearest."""
     embedded = embed(model, held_out, tokenizer)
     of_images = [_image_query(held_out, embedded, i, k) for i in _spread(len(held_out.targets), images)]
     of_captions = [_caption_query(held_out, embedded, i, k) for i in _spread(len(held_out.captions), captions)]
@@ -75,13 +75,13 @@ def _caption_query(held_out: RetrievalSet, embedded: Embedded, i: int, k: int) -
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """Indices from the middle of `wanted` equal parts."""
+    """The middle indices of `wanted` equal parts."""
     wanted = min(count, wanted)
     return [int((i + 0.5) * count / wanted) for i in range(wanted)]
 
 
 def data_url(image: np.ndarray) -> str:
-    """uint8 [R, R, 4] as a PNG inside a URL."""
+    """uint8 [R, R, 4] as a PNG data URL."""
     buffer = BytesIO()
     Image.fromarray(image, "RGBA").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

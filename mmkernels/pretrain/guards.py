@@ -1,4 +1,4 @@
-"""What stops a run, or should: Ctrl-C, a loss that is not finite, a loss that does not move."""
+"""What stops a run or warns: Ctrl-C, a non-finite loss, a loss that stays at chance."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Interrupt", "LossWatch", "NotFiniteError"]
 
 
 class NotFiniteError(RuntimeError):
-    """The loss or the gradient became infinite or NaN; the message says where the state before it was saved."""
+    """The loss or the gradient became infinite or NaN; the message says where the previous state is saved."""
 
 
 class Interrupt:
-    """True once somebody asked the run to stop.
+    """True once the user has asked the run to stop.
 
-    Inside `listening`, the first Ctrl-C (or SIGTERM) only sets this, so that the step is finished and saved; the second
-    acts as ever. Only the main thread can listen; in another one nothing changes.
+    Inside `listening`, the first Ctrl-C (or SIGTERM) only sets this, so that the step finishes and is saved; the second
+    has its usual effect. Only the main thread can listen; other threads are unaffected.
     """
 
     def __init__(self) -> None:
@@ -48,11 +48,11 @@ class Interrupt:
 
 
 class LossWatch:
-    """Says once when the loss has stayed at chance.
+    """Warn once if the loss has stayed at chance.
 
     Args:
-        patience: steps of the running mean, and steps before the first look.
-        margin: how near to chance still counts as chance.
+        patience: steps of the running mean, and steps before the first check.
+        margin: relative distance from chance that counts as chance.
     """
 
     def __init__(self, patience: int = 100, margin: float = 0.02) -> None:
@@ -60,7 +60,7 @@ class LossWatch:
         self._steps, self._mean, self._said = 0, 0.0, False
 
     def see(self, loss: float, chance_loss: float) -> str | None:
-        """A warning, or None. `chance_loss`: the loss of a model that knows nothing."""
+        """A warning, or None. `chance_loss` is the loss of an untrained guess."""
         ratio = loss / chance_loss if chance_loss > 0 else 0.0
         self._steps += 1
         self._mean += (ratio - self._mean) / min(self._steps, self.patience)
@@ -68,6 +68,6 @@ class LossWatch:
             return None
         self._said = True
         return (
-            f"the loss has stayed at {loss:.3f} for {self._steps} steps; knowing nothing gives {chance_loss:.3f}. "
-            "Try a lower --lr or a longer --warmup, and check that captions belong to their images"
+            f"the loss has stayed at {loss:.3f} for {self._steps} steps; chance is {chance_loss:.3f}. "
+            "Try a lower --lr or a longer --warmup, and check that the captions match their images"
         )

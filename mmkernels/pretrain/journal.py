@@ -1,6 +1,6 @@
-"""What a run says while it runs: a progress bar, `log.jsonl`, TensorBoard.
+"""The output of a run: a progress bar, `log.jsonl`, TensorBoard.
 
-One JSON object a line, told apart by "kind": start, step, eval, warning, end.
+One JSON object per line; "kind" is start, step, eval or warning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DATA_LOG = logging.getLogger("mmkernels.pretrain.data")
 
 
 class Journal(logging.Handler):
-    """Open from the start of a run to its end; also hears what the data loader says about broken images."""
+    """Open for the whole run; also records the data loader's warnings about broken images."""
 
     def __init__(self, folder: RunFolder, config: Config, device: torch.device) -> None:
         super().__init__(logging.WARNING)
@@ -67,7 +67,7 @@ class Journal(logging.Handler):
         self.write("start", samples=samples, parameters=parameters, environment=environment(self.device))
 
     def say(self, text: str) -> None:
-        """A line above the progress bar."""
+        """Print a line above the progress bar."""
         tqdm.write(text, file=sys.stderr)
 
     def warn(self, message: str) -> None:
@@ -81,12 +81,12 @@ class Journal(logging.Handler):
         self._waited = time.perf_counter() - began
 
     def step(self, step: int, *, samples: int, tokens: int, **metrics: float) -> None:
-        """After an optimizer step.
+        """Log an optimizer step.
 
         Args:
             step: steps done.
             samples, tokens: in the batch; tokens of both towers.
-            metrics: loss, lr, grad_norm and what the objective adds.
+            metrics: loss, lr, grad_norm and the objective's own metrics.
         """
         self.step_now = step
         seconds = time.perf_counter() - self._step_began
@@ -118,11 +118,11 @@ class Journal(logging.Handler):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.warn("TensorBoard is not installed, so nothing is logged for it; --no-tensorboard says so beforehand")
+            self.warn("TensorBoard is not installed and will not be logged to; --no-tensorboard silences this")
             return None
         try:
             return SummaryWriter(str(folder.path / "tensorboard"), purge_step=self.step_now + 1)
-        except UnicodeError:  # in a locale that lacks the characters, or bytes that are none
+        except UnicodeError:  # the locale lacks the characters, or the name has undecodable bytes
             self.warn(
                 f"TensorBoard cannot write to {printable(str(folder.path))}: its name is not UTF-8 in this locale"
             )
@@ -135,7 +135,7 @@ class Journal(logging.Handler):
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the device, or resident in the process."""
+    """Peak bytes allocated on the device, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""A trained model, to use."""
+"""Load a trained model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> tuple[Dua
         device: where the model goes.
 
     Raises:
-        RunFolderError: no run there, or none that was saved.
+        RunFolderError: no run there, or no checkpoint yet.
         DamagedError: its checkpoint cannot be read.
 
     Example:

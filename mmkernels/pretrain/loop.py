@@ -38,12 +38,12 @@ def train(config: Config) -> Outcome:
     """Run one pretraining, or resume it.
 
     Returns:
-        how it ended; after Ctrl-C it is saved and can be resumed.
+        how it ended. After Ctrl-C the run is saved and can be resumed.
 
     Raises:
-        RunFolderError: the run folder is taken.
+        RunFolderError: the run folder is in use.
         NotFiniteError: the loss or a gradient is not finite; the state before that step is saved.
-        TooManyBrokenError: too much of the data cannot be read.
+        TooManyBrokenError: too many samples cannot be read.
     """
     folder, device = RunFolder(config), device_of(config)
     if config.threads:
@@ -111,12 +111,12 @@ def _due(every: int, step: int, last: int) -> bool:
 def _stop_before_step(
     trainer: Trainer, cursor: Cursor, folder: RunFolder, batch: Batch, loss: float, norm: float
 ) -> NoReturn:
-    """Nothing was updated yet: save the run as it was before this batch, and say which batch it was."""
+    """Nothing was updated yet: save the run as it was before this batch, and name the batch."""
     trainer.rewind(cursor)
     path = trainer.save(folder.checkpoints)
     raise NotFiniteError(
-        f"step {trainer.step}: the loss is {loss} and the gradient norm {norm}. No weight was touched; the run as it "
-        f"was before this step is saved in {path}. The batch began with {', '.join(batch.names[:5])}"
+        f"step {trainer.step}: the loss is {loss} and the gradient norm {norm}. No weight was updated; the run "
+        f"before this step is saved in {path}. The batch begins with {', '.join(batch.names[:5])}"
     )
 
 

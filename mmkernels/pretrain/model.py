@@ -1,7 +1,7 @@
 """The dual encoder: an image tower and a text tower over packed tokens, meeting in one space.
 
-Both towers run the same blocks over tokens [T, C] with `cu_seqlens` [S+1]: 16 tokens an image, as many tokens a caption
-as it has words, no padding anywhere.
+Both towers run the same blocks over tokens [T, C] with `cu_seqlens` [S+1]: 16 tokens per image, one token per word of a
+caption, no padding.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C)
         self.up, self.down = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
         self.dropout = nn.Dropout(config.dropout)
-        for last in (self.out, self.down):  # a block begins as the identity
+        for last in (self.out, self.down):  # a block starts as the identity
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """x [T, C] -> [T, C]; tokens see what the mask lets them."""
+        """x [T, C] -> [T, C]; the mask determines which tokens see each other."""
         q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.heads, -1).unbind(1)  # each [T, H, D]
         mixed = cast(Tensor, attention(q, k, v, mask, backend=self.backend))
         x = x + self.dropout(self.out(mixed.flatten(1)))
@@ -73,7 +73,7 @@ class ImageTower(Tower):
         self.stem = nn.Sequential(
             *_halving(3, C // 4), *_halving(C // 4, C // 2), nn.Conv2d(C // 2, C, 3, stride=2, padding=1)
         )
-        # As large as the tokens themselves: the mean over tokens would hardly know where anything is otherwise.
+        # On the scale of the tokens: otherwise the mean over tokens would hardly depend on position.
         self.position = nn.Parameter(0.5 * torch.randn(self.tokens, C))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _halving(channels_in: int, channels: int) -> tuple[nn.Module, ...]:
 
 
 class TextTower(Tower):
-    """Captions to unit vectors: a word is its own row of one table plus the mean of its trigrams' rows of another."""
+    """Captions to unit vectors: a word is its row of one table plus the mean of its trigrams' rows of another."""
 
     def __init__(self, config: ModelConfig, backend: str | None = None) -> None:
         super().__init__(config, config.text_layers, backend)
@@ -109,7 +109,7 @@ class TextTower(Tower):
 
 
 class DualEncoder(nn.Module):
-    """Both towers; what a run trains and saves."""
+    """Both towers."""
 
     def __init__(self, config: ModelConfig, backend: str | None = None) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ __all__ = ["ProfileWindow"]
 
 
 class ProfileWindow:
-    """Traces steps first .. first + count - 1 into `profile.json`, for chrome://tracing or ui.perfetto.dev.
+    """Trace steps first .. first + count - 1 into `profile.json`, for chrome://tracing or ui.perfetto.dev.
 
     Args:
         window: (first, count) counted from 0, or None for no profile.
@@ -37,10 +37,10 @@ class ProfileWindow:
             self._profile.start()
 
     def close(self) -> None:
-        """Write what was traced."""
+        """Write the trace."""
         if self._profile is not None:
             self._profile.stop()
-            with TemporaryDirectory() as folder:  # PyTorch writes to no path that is not UTF-8
+            with TemporaryDirectory() as folder:  # PyTorch cannot write to a path that is not UTF-8
                 trace = f"{folder}/trace.json"
                 self._profile.export_chrome_trace(trace)
                 shutil.move(trace, self.path)

@@ -1,4 +1,4 @@
-"""`report.html`: one file with curves, recall beside chance and retrieved examples, from a run's log and weights."""
+"""`report.html`: one file with curves, recall and chance, and retrieved examples, from a run's log and weights."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _SPLITS = {
 
 
 def write_report(folder: RunFolder, model: DualEncoder, data: Data, tokenizer: Tokenizer) -> Path:
-    """Write the report of a run as it stands.
+    """Write the report of a run in its current state.
 
     Args:
-        folder: of the run; its log has the figures.
+        folder: the run's; its log has the figures.
         model: as trained.
-        data: whose held-out sets the examples come from.
+        data: its held-out sets give the examples.
         tokenizer: the model's.
 
     Returns:
@@ -65,7 +65,7 @@ def recall_table(folder: RunFolder) -> str:
                 f"{100 * record[way][str(k)]:>7.1f} ({100 * record[f'chance_{way}'][str(k)]:.1f})".rjust(14) for k in KS
             )
             lines.append(f"{split:<16}{words:<14}{cells}")
-    return "\n".join([*lines, "% of queries that find what they look for among their k nearest (chance in brackets)"])
+    return "\n".join([*lines, "% of queries whose target is among the k nearest (chance in brackets)"])
 
 
 def _facts(folder: RunFolder) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _headlines(
             {
                 "value": f"{sum(losses) / len(losses):.2f}",
                 "what": "loss, mean of the last steps",
-                "note": f"{chance_loss:.2f} knowing nothing",
+                "note": f"{chance_loss:.2f} at chance",
             },
             {
                 "value": f"{median(r['samples_per_s'] for r in steps):,.0f}/s",
@@ -151,7 +151,7 @@ def _about(split: str) -> str:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings by the names that the command line gives them."""
+    """Nested settings, by their command-line names."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict):

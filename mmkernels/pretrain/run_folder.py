@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, and what it remembers.
+"""The folder of a run: which run may write into it, and what it stores.
 
 config.json  log.jsonl  checkpoints/  tensorboard/  report.html
 """
@@ -24,11 +24,11 @@ class RunFolder:
     """An opened run folder.
 
     Args:
-        config: `config.folder` is made if it does not exist. One that holds anything is taken only to resume the same
-            run: its settings must agree with `config` in all that shapes the weights.
+        config: `config.folder` is created if missing. A non-empty folder is accepted only to resume the same run: its
+            settings must agree with `config` in everything that affects the weights.
 
     Raises:
-        RunFolderError: the folder is taken, or holds a run with other settings, or none.
+        RunFolderError: the folder is in use, or holds a run with other settings, or no run to resume.
     """
 
     def __init__(self, config: Config) -> None:
@@ -41,17 +41,17 @@ class RunFolder:
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             newest = checkpoint.latest(self.checkpoints)
             holds = f"a run, saved at {newest.name}" if newest else "files already"
-            raise RunFolderError(f"{self.path} holds {holds}. Go on with it by --resume, or name a new one by --run")
+            raise RunFolderError(f"{self.path} holds {holds}. Resume it with --resume, or name another with --run")
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
     def keep_log_until(self, step: int) -> None:
-        """Forget what was logged after a checkpoint: those steps are taken again."""
+        """Drop records after a checkpoint: those steps will run again."""
         kept = [record for record in self.records() if record.get("step", 0) <= step]
         write_whole(self.log, "".join(json.dumps(record) + "\n" for record in kept))
 
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """What was logged, less a last line that a kill cut short and lines that the disk has damaged."""
+        """The records in the log, without truncated or damaged lines."""
         records = []
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         for line in text.splitlines():
@@ -65,7 +65,7 @@ class RunFolder:
 
 
 def stored_config(folder: Path) -> Config:
-    """The config of the run in a folder. Raises RunFolderError if there is none, or none that can be read."""
+    """The config of the run in a folder. Raise RunFolderError if it is missing or unreadable."""
     path = folder / "config.json"
     if not path.exists():
         raise RunFolderError(f"{folder} holds no run to resume (no config.json)")
@@ -82,12 +82,12 @@ def _check_same_run(stored: Config, config: Config) -> None:
     changed = [f"{name}: {before[name]} -> {now[name]}" for name in fixed if before[name] != now[name]]
     if changed:
         raise RunFolderError(
-            f"{config.folder}: a resumed run keeps its settings, but {'; '.join(changed)}. Start a new one by --run"
+            f"{config.folder}: a resumed run keeps its settings, but {'; '.join(changed)}. Start a new run with --run"
         )
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, in UTF-8, so that a reader, or a kill, never sees half of it."""
+    """Write a UTF-8 file atomically: a reader or a kill never leaves half of it."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

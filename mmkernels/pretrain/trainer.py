@@ -1,4 +1,4 @@
-"""All that changes while a run trains: weights, optimizer, data cursor, random state. What a checkpoint holds."""
+"""The state of a run, as in a checkpoint: weights, optimizer, data cursor, random state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Cursor", "Trainer", "learning_rate"]
 
 
 class Cursor(NamedTuple):
-    """Where a run stands besides its weights and optimizer: what a step has moved before it updates them."""
+    """The state that a step advances before it updates weights and optimizer."""
 
     loader: dict[str, Any]
     random: dict[str, Any]
@@ -32,8 +32,8 @@ class Trainer:
 
     Args:
         config: the run's.
-        dataset: what it learns from.
-        device: where the model lives.
+        dataset: the training data.
+        device: of the model.
     """
 
     def __init__(self, config: Config, dataset: ImageTextDataset, device: torch.device) -> None:
@@ -75,7 +75,7 @@ class Trainer:
         return Cursor(self.loader.state_dict(), random)
 
     def rewind(self, cursor: Cursor) -> None:
-        """Back to a cursor; weights and optimizer stay."""
+        """Return to a cursor; weights and optimizer stay."""
         self.loader.load_state_dict(cursor.loader)
         torch.set_rng_state(cursor.random["cpu"])
         if self.device.type == "cuda":
@@ -87,7 +87,7 @@ class Trainer:
         return checkpoint.save(folder, self.step, weights, training, keep=self.config.keep_checkpoints)
 
     def load(self, path: Path) -> None:
-        """Become what `save` saw."""
+        """Restore the state that `save` wrote."""
         weights, training = checkpoint.load(path, self.device)
         self.trained.load_state_dict(weights)
         self.optimizer.load_state_dict(training["optimizer"])
@@ -101,7 +101,7 @@ def tokenizer_for(config: Config) -> Tokenizer:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then a cosine down to zero at the last step. A function of the step alone."""
+    """Linear warm-up, then cosine decay to zero at the last step. Depends on the step alone."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)

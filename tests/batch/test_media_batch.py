@@ -229,7 +229,7 @@ def set_at(name, where, value):
 
 
 BROKEN = [
-    (set_at("span_ids", 3, 1), "span_ids numbers the media in the order of their tokens: broken, got 1 at token 3"),
+    (set_at("span_ids", 3, 1), "span_ids numbers the media in the order of their tokens; got 1 at token 3"),
     (set_at("span_ids", 39, 5), "span_ids is -1 in the padding"),
     (lambda b: dataclasses.replace(b, span_ids=b.span_ids.long()), "span_ids is int32"),
     (lambda b: dataclasses.replace(b, span_ids=b.span_ids[1:]), "span_ids has T = 40 entries"),
@@ -295,7 +295,7 @@ BAD = [
     (
         lambda: PackedBatch.from_samples([[clip(None, 2, 2, 2)]], mrope=True, tokens_per_second=2),
         ValueError,
-        "media 0: time_step: expected its seconds a step, which tokens_per_second multiplies, got None",
+        "media 0: time_step: expected seconds per step, which tokens_per_second multiplies, got None",
     ),
     (
         lambda: PackedBatch.from_samples([text(1)], tokens_per_second=2),
@@ -336,7 +336,7 @@ BAD = [
     (
         lambda: PackedBatch.from_samples([[image(1, 2, 2)]], modality_ids=[torch.ones(1).long()]),
         ValueError,
-        "modality_ids: expected None: the media of the samples say it",
+        "modality_ids: expected None for samples with media, which determine it",
     ),
     (lambda: PackedBatch.from_samples([text(1)], sample_weight=[1, 2]), ValueError, "sample_weight: expected 1 floats"),
     (

@@ -149,7 +149,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"inputs\[0\].kwargs\['mask'\]: expected 6 samples like inputs\[0\].args\[0\]",
     ),
-    "a list of arguments": (lambda: step({"x": X, "rest": [X, X]}, X), ValueError, "a list holds one entry a sample"),
+    "a list of arguments": (lambda: step({"x": X, "rest": [X, X]}, X), ValueError, "a list has one entry per sample"),
     "nothing to split": (lambda: step(3, X), TypeError, r"inputs\[0\]: expected a tensor"),
     "no way to split": (lambda: step({"x": X, "o": object()}, X), TypeError, r"inputs\[0\]\['o'\]"),
     "output type": (lambda: bad_output(lambda x: (x,)), TypeError, r"encoders\[0\]: output"),

@@ -154,9 +154,9 @@ def test_bad_input(arguments, error, message):
         (
             {"lookahead": 64, "strategy": "best_fit"},
             ValueError,
-            "lookahead: expected its default, for best_fit look",
+            "lookahead: expected its default for best_fit",
         ),
-        ({"lookahead": 64, "keep_order": True}, ValueError, "lookahead: expected its default, for next_fit look"),
+        ({"lookahead": 64, "keep_order": True}, ValueError, "lookahead: expected its default for next_fit"),
         ({"lookahead": 0}, ValueError, "lookahead: expected an integer >= 1, got 0"),
     ],
 )

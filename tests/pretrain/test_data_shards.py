@@ -141,7 +141,7 @@ def test_broken_ones_are_counted_when_the_data_are_opened(tmp_path: Path) -> Non
 def test_a_broken_image_in_memory_is_described_in_words(tmp_path: Path) -> None:
     data = WebDataset(shard(tmp_path / "s.tar", pairs(9) | {"009.png": b"no image", "009.txt": b"x"}), max_broken=0.1)
     assert len(read(data)) == 9
-    assert data.broken.reasons == {"s.tar/009": "UnidentifiedImageError: empty, or in no format that Pillow knows"}
+    assert data.broken.reasons == {"s.tar/009": "UnidentifiedImageError: empty, or not in a format that Pillow reads"}
 
 
 # ------------------------------------------------------------------------------------------------ shards
@@ -183,7 +183,7 @@ def test_what_comes_after_a_damaged_header_is_read(
     assert set(read(data)) == {f"s.tar/{i:03d}" for i in range(8) if i != 5}
     assert data.broken.reasons == {"s.tar/005": "no image"}
     first = place + (512 if damage == "zeros" else 0)
-    assert data.broken.left_out == {"s.tar": f"is damaged from byte {first} to {place + 1024}: what was there is lost"}
+    assert data.broken.left_out == {"s.tar": f"is damaged from byte {first} to {place + 1024}: its content is lost"}
     assert data.broken.left_out["s.tar"] in caplog.text
 
 
@@ -202,7 +202,7 @@ def test_damage_up_to_the_end(tmp_path: Path) -> None:
     path.write_bytes(content[:place] + b"\xff" * (len(content) - place))
     data = WebDataset(path)
     assert len(read(data)) == 5
-    lost = f"is damaged from byte {place} on: what comes after its first 10 files is lost"
+    lost = f"is damaged from byte {place} on: everything after its first 10 files is lost"
     assert data.broken.left_out == {"s.tar": lost}
 
 
@@ -252,7 +252,7 @@ def test_a_run_over_all_of_it_is_reported(tiny: Make, pictures: Path, tmp_path: 
     page = outcome.folder.report.read_text(encoding="utf-8")
     warnings = [record["message"] for record in outcome.folder.records("warning")]
     for name in (
-        "0.tar/half: not Unicode: half a character",
+        "0.tar/half: not Unicode: lone surrogate",
         "0.tar/b\\xff: expected a name",
         "1.tar: expected an uncompressed",
     ):

@@ -33,7 +33,7 @@ def table(folder: Path, content: str | bytes, name: str = "captions.csv", images
         ('1.png,"a dog\n2.png,a fox\n3.png,"a cat"\n', "line 2: ',' expected after '\"'"),
         (
             '1.png,"a dog\n2.png,a fox\n3.png,"\n',
-            "line 2: a quote is not closed; it goes on over the row '2.png,a fox'",
+            "line 2: a quote is not closed and swallows the row '2.png,a fox'",
         ),
         ('1.png,a "dog\n2.png,"a "fox" runs"\n', "line 3: ',' expected after '\"'"),
     ],
@@ -133,11 +133,11 @@ GOOD = [f'{{"image": "{i}.png", "caption": "thing {i}"}}' for i in range(1, 10)]
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"image": "5.png", "caption": "happy \\ud83d"}', "not Unicode: half a character, \\ud83d, at character 7"),
+        (b'{"image": "5.png", "caption": "happy \\ud83d"}', "not Unicode: lone surrogate \\ud83d at character 7"),
         (b'{"image": "5.png", "caption": "caf\xe9"}', "caption: not UTF-8: byte 0xe9 at character 4"),
         (b'{"image": "5.png", "caption": ""}', "caption: expected text or a list of texts, got ''"),
         (b'{"image": "5.png", "caption": ["a", 5]}', "expected text or a list of texts, got ['a', 5]"),
-        (b'{"image": "\\ud83d.png", "caption": "x"}', "image: not Unicode: half a character"),
+        (b'{"image": "\\ud83d.png", "caption": "x"}', "image: not Unicode: lone surrogate"),
         (b'{"image": null, "caption": "x"}', "image: expected a path, got None"),
         (b'{"image": "5.png"}', "expected the columns 'image' and 'caption', got ['image']"),
         (b'{"image": "5.png", "capt', "expected one JSON object"),
@@ -185,7 +185,9 @@ def test_a_table_in_another_encoding_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"captions.csv: line 2: expected the columns"):
         FolderDataset(tmp_path)
     (tmp_path / "captions.csv").write_bytes(text.encode("utf-16") + b"x")
-    with pytest.raises(ValueError, match=r"captions.csv: expected UTF-16 as its first bytes say, got truncated data"):
+    with pytest.raises(
+        ValueError, match=r"captions.csv: expected UTF-16 as its byte order mark says, got truncated data"
+    ):
         FolderDataset(tmp_path)
 
 

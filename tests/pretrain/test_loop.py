@@ -85,7 +85,7 @@ def test_a_loss_that_does_not_move_is_pointed_out(tiny: Make) -> None:
     watch = LossWatch(patience=10)
     said = [watch.see(2.77, math.log(16)) for _ in range(30)]
     assert [i for i, text in enumerate(said) if text] == [9], "once, after ten steps"
-    assert "knowing nothing gives 2.773" in str(said[9])
+    assert "chance is 2.773" in str(said[9])
     watch = LossWatch(patience=10)
     assert not any(watch.see(2.77 * 0.95**i, math.log(16)) for i in range(40))
 

@@ -1,4 +1,4 @@
-"""Image-text data for the reference loop: the embedded emoji, the user's folder, tar shards.
+"""Image-text data for the reference loop: the embedded emoji, your own folder, tar shards.
 
 ```python
 data = open_data("emoji")

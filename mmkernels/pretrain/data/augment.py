@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch at once, a function of (seed, step): background, pose, light, colour, and caption."""
+"""Augment a whole batch at once, as a function of (seed, step): background, pose, light, colour, and caption."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mmkernels.pretrain.data.seeds import Stream, generator
 
 @dataclass(frozen=True)
 class Augment:
-    """How far training images and captions vary. All ranges are uniform; images are never mirrored (arrows, text).
+    """Ranges of the augmentation, all uniform. Images are never mirrored (arrows, text).
 
     Attributes:
-        rotate: largest turn either way, in degrees.
+        rotate: largest rotation either way, in degrees.
         scale: smallest and largest size of the drawing relative to the frame.
-        shift: largest move either way, as a share of the frame.
+        shift: largest shift either way, as a fraction of the frame.
         brightness: largest relative change of brightness either way.
         tint: largest relative change of each colour channel either way.
-        grey: largest share of the colour taken away.
-        background: share of images over a random colour; the others are over white, as in evaluation.
-        name_only, name_and_keywords: shares of captions that are a name alone, and a name among keywords; the rest
+        grey: largest fraction of the colour removed.
+        background: fraction of images over a random colour; the others are over white, as in evaluation.
+        name_only, name_and_keywords: fractions of captions that are a name alone, and a name among keywords; the rest
             are keywords alone. Samples without keywords always use one of their captions.
         max_keywords: most keywords in one caption.
     """
@@ -61,7 +61,7 @@ class Augment:
         Args:
             images: uint8 [B, R, R, 4], RGBA with straight alpha.
             size: side of the result in pixels.
-            seed, step: what the result depends on, besides the images.
+            seed, step: determine the result, together with the images.
 
         Returns:
             float32 [B, 3, size, size] in [-1, 1].
@@ -80,7 +80,7 @@ class Augment:
         return pixels.clamp_(0, 1).mul_(2).sub_(1)
 
     def _pose(self, u: Tensor, spread: Tensor) -> Tensor:
-        """Affine maps [B, 2, 3] from places in the result to places in the drawing."""
+        """Affine maps [B, 2, 3] from positions in the result to positions in the drawing."""
         angle = torch.deg2rad(self.rotate * spread[:, 0])
         low, high = self.scale
         zoom = 1 / (low + (high - low) * u[:, 1])
@@ -108,7 +108,7 @@ class Augment:
 
 
 def plain_images(images: np.ndarray, size: int) -> Tensor:
-    """Images for evaluation: over white, resized with antialiasing, nothing random.
+    """Images for evaluation: over white, resized with antialiasing, deterministic.
 
     Args:
         images: uint8 [B, R, R, 4], RGBA with straight alpha.
@@ -125,7 +125,7 @@ def plain_images(images: np.ndarray, size: int) -> Tensor:
 
 
 def _premultiplied(images: np.ndarray) -> Tensor:
-    """uint8 [B, R, R, 4] to float32 [B, 4, R, R] in [0, 1], colour times alpha: what may be interpolated."""
+    """uint8 [B, R, R, 4] to float32 [B, 4, R, R] in [0, 1], colour times alpha, which can be interpolated."""
     if images.ndim != 4 or images.shape[3] != 4 or images.dtype != np.uint8:
         raise ValueError(f"images: expected [B, R, R, 4] uint8, got {list(images.shape)} {images.dtype}")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)

@@ -1,4 +1,4 @@
-"""What the loop needs of a data set: samples by index, concepts, and a strict account of what could not be read."""
+"""The data set interface of the loop: samples by index, concepts, and a record of what could not be read."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mmkernels.pretrain.data.unicode import printable
 
 log = logging.getLogger("mmkernels.pretrain.data")
 
-_SHOWN = 10  # files of no use that a line of the log names
+_SHOWN = 10  # unused files that a log line names
 
 
 class Sample(NamedTuple):
     """One image with its text."""
 
-    image: np.ndarray  # uint8 [R, R, 4]: RGBA, straight alpha; transparent where a picture is not square
-    captions: tuple[str, ...]  # each describes the image; the first stands for it in evaluation
+    image: np.ndarray  # uint8 [R, R, 4]: RGBA, straight alpha; transparent margins if not square
+    captions: tuple[str, ...]  # each describes the image; evaluation uses the first
     keywords: tuple[str, ...]  # short tags that may be mixed into a training caption; often none
     concept: int  # samples with the same concept are positives of each other
-    name: str  # where it came from, for logs
+    name: str  # its source, for logs
 
 
 class BrokenImageError(Exception):
@@ -31,20 +31,20 @@ class BrokenImageError(Exception):
 
 
 class TooManyBrokenError(RuntimeError, ValueError):
-    """More of the data set than allowed could not be read; the message lists every name."""
+    """More samples than allowed could not be read; the message lists every name."""
 
 
 class BrokenLog:
-    """Names, counts and limits what could not be read.
+    """Record and limit what could not be read.
 
     Args:
-        total: samples in the data set, and what else may be broken: rows of a table, whole shards.
-        max_broken: share of `total` that may be broken before `TooManyBrokenError` stops the run.
+        total: samples in the data set, plus table rows and whole shards that are broken.
+        max_broken: fraction of `total` that may be broken before `TooManyBrokenError` stops the run.
 
     Attributes:
-        reasons: why a sample could not be read, by its name, in the order met.
-        left_out: what else was not read, by its name, and why: files that belong to no sample, shards that are cut.
-            Not held against `max_broken`.
+        reasons: why each sample could not be read, by name, in the order found.
+        left_out: why other things were not read, by name: files that belong to no sample, truncated shards. These do
+            not count towards `max_broken`.
     """
 
     def __init__(self, total: int, max_broken: float) -> None:
@@ -69,17 +69,17 @@ class BrokenLog:
 
     @staticmethod
     def listing(reasons: Mapping[str, str]) -> str:
-        """Every name with its reason, a line each, to stand after a sentence."""
+        """Every name with its reason, one per line, to append to a sentence."""
         lines = (f"\n  {printable(name)}: {printable(reason)}" for name, reason in reasons.items())
         return ":" + "".join(lines) if reasons else ""
 
     def cut(self, name: str, what: str) -> None:
-        """Says that a file is read in part."""
+        """Record that a file was read only in part."""
         self.left_out[name] = what
         log.warning("%s %s", printable(name), printable(what))
 
     def leave_out(self, where: str, files: Mapping[str, str]) -> None:
-        """Names and counts files of no use, all those of one shard in one line."""
+        """Record unused files of a shard, and log them in one line."""
         self.left_out.update(files)
         shown = [f"{printable(name)} ({printable(reason)})" for name, reason in list(files.items())[:_SHOWN]]
         more = [f"and {len(files) - _SHOWN} more"] if len(files) > _SHOWN else []
@@ -93,7 +93,7 @@ class ImageTextDataset(ABC):
     Attributes:
         concepts: int64 [n], the concept of each sample, known without decoding.
         resolution: side in pixels of every image.
-        broken: the account of what could not be read.
+        broken: the record of what could not be read.
     """
 
     concepts: np.ndarray
@@ -106,16 +106,16 @@ class ImageTextDataset(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Where sample `index` comes from, known without decoding."""
+        """The source of sample `index`, known without decoding."""
 
     def __len__(self) -> int:
         return len(self.concepts)
 
     def read(self, indices: Iterable[int]) -> list[Sample]:
-        """The samples at `indices`, in order, less the broken ones, which are counted and named.
+        """The samples at `indices`, in order, without the broken ones, which are recorded.
 
-        What is skipped depends on the files alone and never on what was read before, so a resumed run sees the
-        same batches. Raises `TooManyBrokenError` beyond the allowed share.
+        What is skipped depends on the files alone, not on earlier reads, so a resumed run sees the same batches. Raises
+        `TooManyBrokenError` beyond the allowed share.
         """
         samples = []
         for index in indices:
@@ -127,7 +127,7 @@ class ImageTextDataset(ABC):
 
 
 class Subset(ImageTextDataset):
-    """A view of some samples of a data set; broken ones are accounted for by the whole."""
+    """A view of some samples of a data set; the whole records the broken ones."""
 
     def __init__(self, whole: ImageTextDataset, indices: np.ndarray) -> None:
         self.whole, self.indices = whole, np.asarray(indices, np.int64)
@@ -142,14 +142,14 @@ class Subset(ImageTextDataset):
 
 
 class DecodedDataset(ImageTextDataset):
-    """A data set whose images are decoded on first use and then kept, as long as they fit in `cache_bytes`.
+    """A data set that decodes images on first use and caches them up to `cache_bytes`.
 
     Args:
         names: of the samples.
         captions: of each sample, at least one.
-        faults: why a sample cannot be read, by its index, where that is known without decoding. They are counted at
-            once, so that a run that never draws them names them too.
-        broken: the account, with what is known to be lost besides.
+        faults: why a sample cannot be read, by index, where known without decoding. They are recorded at once, so that
+            even a run that never draws them names them.
+        broken: the record, including other known losses.
         resolution, cache_bytes: as in the data sets.
     """
 
@@ -192,7 +192,7 @@ class DecodedDataset(ImageTextDataset):
 
 
 def caption_key(captions: Sequence[str]) -> str:
-    """What makes two samples the same concept: their first caption, but for case and spacing."""
+    """The key of a sample's concept: its first caption, ignoring case and spacing."""
     return " ".join(captions[0].casefold().split()) if captions else ""
 
 

@@ -1,4 +1,4 @@
-"""What a cell of a table, or a field of JSON, says about an image: its captions, or why there are none."""
+"""Parse a table cell or JSON field into captions, or the reason why there are none."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mmkernels.pretrain.data.unicode import unicode_fault
 
 __all__ = ["LONGEST", "caption_fault", "parse_captions"]
 
-LONGEST = 131_072  # characters; more is no caption, but a quote that was never closed or the wrong column
+LONGEST = 131_072  # characters; more means an unclosed quote or the wrong column
 
 
 def caption_fault(text: str) -> str:
-    """What keeps a text from being a caption, or nothing."""
+    """Why a text cannot be a caption; empty if it can."""
     if len(text) > LONGEST:
         return f"a caption of {len(text)} characters, where {LONGEST} are allowed"
     return unicode_fault(text)
@@ -24,11 +24,11 @@ def parse_captions(value: Any) -> tuple[list[str], str]:
     """One caption or several: a text, a list of texts, or a JSON list of texts as text. Blank ones are left out.
 
     Returns:
-        the captions, and what is wrong with them; one of the two is empty.
+        the captions, and the reason why there are none; one of the two is empty.
     """
     found = value
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):  # then it is a caption that merely starts with a bracket
+        with contextlib.suppress(ValueError, RecursionError):  # a caption that merely starts with a bracket
             found = json.loads(value)
     texts = [text for text in (found if isinstance(found, list) else [found]) if text is not None]
     if all(isinstance(text, str) for text in texts):

@@ -1,4 +1,4 @@
-"""Any picture file to a small RGBA square."""
+"""Decode any image file to a small RGBA square."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 
 def decode_image(source: Path | bytes, resolution: int) -> np.ndarray:
-    """Decode, turn upright, fit into a square without distortion; the margins are transparent.
+    """Decode, apply the EXIF orientation, fit into a square without distortion; the margins are transparent.
 
     Args:
         source: a file, or the bytes of one.
@@ -26,7 +26,7 @@ def decode_image(source: Path | bytes, resolution: int) -> np.ndarray:
     Raises:
         BrokenImageError: the file is missing, not an image, truncated, or absurdly large.
     """
-    from PIL import Image, ImageOps  # late: the embedded data does without
+    from PIL import Image, ImageOps  # lazy: the embedded data does not need it
 
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
@@ -40,7 +40,7 @@ def decode_image(source: Path | bytes, resolution: int) -> np.ndarray:
             image = image.resize(size, Image.Resampling.BICUBIC)  # antialiased when it shrinks
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever they like on broken files: OSError, SyntaxError, struct.error
+    except Exception as error:  # decoders raise anything on broken files: OSError, SyntaxError, struct.error
         raise BrokenImageError(f"{type(error).__name__}: {_reason(error)}") from error
     square = np.zeros((resolution, resolution, 4), np.uint8)
     top, left = (resolution - image.height) // 2, (resolution - image.width) // 2
@@ -49,16 +49,16 @@ def decode_image(source: Path | bytes, resolution: int) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the file: its name stands before the reason, and bytes in memory have none."""
+    """The reason without the file name, which the caller adds."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return "empty, or in no format that Pillow knows"
+        return "empty, or not in a format that Pillow reads"
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _eight_bit(image: Any) -> Any:
-    """A Pillow image: 16-bit grey over its range; floating point, which has none, over the values that occur."""
+    """An 8-bit Pillow image: 16-bit grey scaled by its full range, floating point by the values that occur."""
     from PIL import Image
 
     values = np.asarray(image, np.float64)

@@ -1,4 +1,4 @@
-"""The embedded data set: emoji by five vendors, and three held-out sets that ask different things of a model.
+"""The embedded data set: emoji by five vendors, and three held-out sets that test different things.
 
 | split | held out of training | queries -> gallery |
 |---|---|---|
@@ -6,8 +6,8 @@
 | B | concepts: 12% of the families | the seen vendors' drawings of them -> their names |
 | C | both | Twemoji's drawings of the held-out concepts -> their names |
 
-A family is a name less man, woman and person, so that no `woman judge` gives `man judge` away. The pack is built by
-`scripts/build_emoji_pack.py`; who drew what, and under which licence, is in `emoji/ATTRIBUTION.md`.
+A family is a name without man, woman and person, so that `woman judge` in training does not reveal a held-out `man
+judge`. `scripts/build_emoji_pack.py` builds the pack; artists and licences are in `emoji/ATTRIBUTION.md`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EvalSplit = Literal["A", "B", "C"]
 
 
 class Drawings(NamedTuple):
-    """What one vendor drew."""
+    """The drawings of one vendor."""
 
     concepts: np.ndarray  # int64 [n]
     indices: np.ndarray  # uint8 [n, R, R], into the palette
@@ -67,7 +67,7 @@ class EmojiDataset(ImageTextDataset):
 
     Args:
         vendors: names of vendors in the pack.
-        concepts: int64, the concepts wanted; a vendor may lack some.
+        concepts: int64, the requested concepts; a vendor may lack some.
     """
 
     def __init__(self, vendors: list[str], concepts: np.ndarray) -> None:
@@ -102,7 +102,7 @@ def load_emoji(split: Literal["train"] = "train") -> EmojiDataset: ...
 @overload
 def load_emoji(split: EvalSplit) -> RetrievalSet: ...
 def load_emoji(split: Literal["train", "A", "B", "C"] = "train") -> EmojiDataset | RetrievalSet:
-    """A split of the embedded data: `"train"` to learn from, `"A"`, `"B"`, `"C"` to retrieve from (see the module)."""
+    """A split of the embedded data: `"train"`, or `"A"`, `"B"`, `"C"` for retrieval (see the module)."""
     pack = load_pack()
     seen = np.setdiff1d(np.arange(len(pack.names)), pack.held_out)
     seen_vendors = [vendor for vendor in pack.vendors if vendor != HELD_OUT_VENDOR]

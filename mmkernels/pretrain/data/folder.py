@@ -1,10 +1,10 @@
-"""The user's own folder: images, and one table that says what they show.
+"""Your own folder: images, and one table with their captions.
 
     {"image": "photos/1.jpg", "caption": "a heron by the river"}
     {"image": "photos/2.jpg", "caption": ["two kites", "kites over a beach"]}
 
 or a .csv, .tsv or .parquet with the columns `image` and `caption`, where a caption may be a (JSON) list too. Paths are
-relative to the table. Several rows for one image are its several captions.
+relative to the table. Several rows for one image give it several captions.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class FolderDataset(DecodedDataset):
         path: the table, or a folder that has exactly one.
         table: its separator and columns.
         resolution: side in pixels at which images are kept.
-        max_broken: share of images, and of rows of the table, that may be unreadable.
+        max_broken: fraction of images, and of table rows, that may be unreadable.
         cache_bytes: memory for decoded images.
 
     Raises:
-        ValueError: no table, or more than one; a table without its columns, with too many fields in a row or with a
-            quote that is not closed; no rows.
-        TooManyBrokenError: more rows than allowed have no image or no caption that can be read.
+        ValueError: no table, or more than one; a table with missing columns, too many fields in a row or an unclosed
+            quote; no rows.
+        TooManyBrokenError: more rows than allowed have no readable image or caption.
     """
 
     def __init__(

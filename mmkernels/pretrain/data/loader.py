@@ -1,4 +1,4 @@
-"""Training batches, and one way to open any data."""
+"""Training batches, and `open_data` for any data source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmkernels.pretrain.data.webdataset import WebDataset
 
 
 class Data(NamedTuple):
-    """What a run trains on and is judged by."""
+    """Training data and evaluation sets of a run."""
 
     train: ImageTextDataset
     evals: dict[str, RetrievalSet]  # by split: A, B, C for the emoji, "held_out" for the user's own data
@@ -33,7 +33,7 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch of B samples of B different concepts (fewer than asked for if some were broken)."""
+    """One training batch of B samples of B different concepts (fewer than requested if some were broken)."""
 
     images: Tensor  # float32 [B, 3, S, S] in [-1, 1]
     text: TextBatch
@@ -47,11 +47,11 @@ class TrainLoader:
     """Endless `Batch`es; the n-th depends on the data, the seed and n alone.
 
     Args:
-        dataset: what to learn from.
+        dataset: the training data.
         batch_size: samples per batch; at most the number of distinct concepts.
         image_size: side of the training images in pixels.
         tokenizer: captions to ids.
-        augment: how far images and captions vary.
+        augment: ranges of the augmentation.
         seed: of the order and the augmentation.
     """
 
@@ -91,11 +91,11 @@ class TrainLoader:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, small enough for JSON. There is no other state."""
+        """The cursor, JSON-serialisable. There is no other state."""
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the batch after the last one given out when `state_dict` was taken."""
+        """Continue after the last batch yielded before `state_dict` was taken."""
         self.sampler.load_state_dict(state)
 
 
@@ -109,17 +109,17 @@ def open_data(
     max_broken: float = 0.05,
     cache_bytes: int = 1 << 30,
 ) -> Data:
-    """Open data to train on, with what is held out of it.
+    """Open training data and its held-out sets.
 
     Args:
         source: `"emoji"` (embedded); a folder with a table, or the table (.jsonl, .csv, .tsv, .parquet); tar shards
             (file, folder, glob).
-        table: its separator and columns, where they are not the usual ones.
-        resolution: side in pixels at which the user's images are kept.
-        eval_fraction: share of the concepts of the user's data held out, chosen by a hash of the caption, so that
-            adding data never moves a sample from one side to the other.
+        table: its separator and columns, if not the defaults.
+        resolution: side in pixels at which your own images are kept.
+        eval_fraction: fraction of your own concepts held out, chosen by a hash of the caption, so that adding data
+            never moves a sample between the sets.
         max_eval: most images in the held-out set.
-        max_broken: share of the samples that may be unreadable.
+        max_broken: fraction of the samples that may be unreadable.
         cache_bytes: memory for decoded images.
     """
     shards = str(source) != "emoji" and _is_shards(Path(source))
@@ -149,9 +149,8 @@ def held_out_mask(dataset: DecodedDataset, fraction: float) -> np.ndarray:
 
 
 def _is_shards(path: Path) -> bool:
-    """Whether `path` means tar shards: by its suffix, or a folder that has them and no .jsonl or .csv.
-
-    Downloaders put a .parquet beside each shard.
+    """Whether `path` is tar shards: by suffix, or a folder with shards and without a .jsonl or .csv. A .parquet does
+    not count: downloaders put one next to each shard.
     """
     if not path.is_dir():
         return path.suffix.lower() == ".tar"

@@ -34,7 +34,7 @@ class RetrievalSet:
 
     @classmethod
     def build(cls, name: str, dataset: ImageTextDataset, limit: int | None = None) -> RetrievalSet:
-        """From a data set: its images (evenly spread over it, if limited), and the first caption of each concept."""
+        """Build from a data set: its images (evenly spaced, if limited), and the first caption of each concept."""
         indices = np.arange(len(dataset))
         if limit is not None and len(indices) > limit:
             indices = np.linspace(0, len(dataset) - 1, limit).astype(np.int64)
@@ -55,7 +55,7 @@ class RetrievalSet:
         )
 
     def chance(self, k: int) -> Chance:
-        """What guessing would reach: k/G, and the mean over captions of 1 - C(Q - m, k) / C(Q, k) for m images each."""
+        """Recall at chance: k/G, and the mean over captions of 1 - C(Q - m, k) / C(Q, k) for m images each."""
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
         queries, gallery = len(self.targets), len(self.captions)

@@ -1,4 +1,4 @@
-"""Batches of indices in which every concept occurs once, in an order that depends on (seed, epoch, step) alone."""
+"""Batches of indices in which a concept occurs at most once, in an order that depends on (seed, epoch, step) alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmkernels.pretrain.data.seeds import Stream, generator
 class BatchSampler:
     """Endless batches of `batch_size` indices into a data set, no two of the same concept.
 
-    Each epoch is a fresh permutation, dealt into batches; a sample whose concept is already in the batch waits for
-    the next. What does not fill a batch at the end of an epoch is left out of that epoch.
+    Each epoch is a fresh permutation, split into batches; a sample whose concept is already in the batch moves to the
+    next. An incomplete batch at the end of an epoch is dropped.
 
     Args:
         concepts: int64 [n], the concept of each sample.
@@ -31,8 +31,8 @@ class BatchSampler:
         self.concepts = np.asarray(concepts, np.int64)
         self.batch_size, self.seed = batch_size, seed
         self.epoch = 0
-        self.position = 0  # batches of this epoch already given out
-        self.step = 0  # batches given out in all
+        self.position = 0  # batches yielded in this epoch
+        self.step = 0  # batches yielded in total
         self._batches = self._deal(0)
 
     def __iter__(self) -> BatchSampler:
@@ -50,7 +50,7 @@ class BatchSampler:
 
     @property
     def batches_per_epoch(self) -> int:
-        """In the current epoch; another epoch may leave out a few samples more or less."""
+        """In the current epoch; the number of dropped samples varies between epochs."""
         return len(self._batches)
 
     def _deal(self, epoch: int) -> np.ndarray:
@@ -75,7 +75,7 @@ class BatchSampler:
             batches.append(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler is, small enough for JSON."""
+        """The sampler's position; JSON-serialisable."""
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,

@@ -1,7 +1,7 @@
-"""The index of a tar shard: each file with its place, and an account of all that cannot be read.
+"""The index of a tar shard: each file with its offset, and a record of what cannot be read.
 
-tarfile alone stops without a word at a damaged header, at a block of zeros and at the end of the first of several
-archives put together. Here the next whole header is looked for.
+tarfile alone stops silently at a damaged header, at a block of zeros, and after the first of several concatenated
+archives. This index searches for the next intact header.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class Span(NamedTuple):
             with self.shard.open("rb") as file:
                 file.seek(self.offset)
                 return file.read(self.size)
-        except OSError as error:  # the shard was there when it was indexed
+        except OSError as error:  # the shard existed when it was indexed
             raise BrokenImageError(f"{self.shard.name}: {error.strerror or error}") from error
 
 
 class Shard(NamedTuple):
-    """What a shard holds."""
+    """The contents of a shard."""
 
     files: list[tuple[str, Span]]
     fault: str = ""  # why none of it can be read
-    lost: str = ""  # what of it cannot be read
+    lost: str = ""  # which part cannot be read
 
 
 def index_shard(shard: Path) -> Shard:
-    """The files in a shard, in order. What is damaged is left out, and said; several archives in one are all read."""
+    """The files in a shard, in order. Damaged parts are skipped and reported; concatenated archives are all read."""
     try:
         length = shard.stat().st_size
         with shard.open("rb") as file:
@@ -64,7 +64,7 @@ def _index(file: BinaryIO, shard: Path, length: int) -> Shard:
     files: list[tuple[str, Span]] = []
     lost: list[str] = []
     end = 0  # of what has been read, in bytes
-    hole: int | None = None  # where the damage begins that is being skipped
+    hole: int | None = None  # start of the damage being skipped
     while (place := _past_zeros(file, end)) is not None:
         start = _header(file, place)
         if start != place and hole is None:
@@ -76,36 +76,36 @@ def _index(file: BinaryIO, shard: Path, length: int) -> Shard:
             hole, end = start if hole is None else hole, start + _BLOCK
             continue
         if hole is not None:
-            lost.append(f"is damaged from byte {hole} to {start}: what was there is lost")
+            lost.append(f"is damaged from byte {hole} to {start}: its content is lost")
             hole = None
         files += found
-    if length - end < _BLOCK:  # a whole tar closes with blocks of zeros
-        lost.append(f"is truncated: what comes after its first {len(files)} files is lost")
+    if length - end < _BLOCK:  # a complete tar ends with blocks of zeros
+        lost.append(f"is truncated: everything after its first {len(files)} files is lost")
     elif hole is not None:
-        lost.append(f"is damaged from byte {hole} on: what comes after its first {len(files)} files is lost")
+        lost.append(f"is damaged from byte {hole} on: everything after its first {len(files)} files is lost")
     return Shard(files, lost="; ".join(lost))
 
 
 def _archive(file: BinaryIO, shard: Path, start: int, length: int) -> tuple[list[tuple[str, Span]], int]:
-    """The files from a header on, and where the last one ends, padding included: at the header if there is none."""
+    """The files from a header on, and the end of the last one with its padding (the header if there are none)."""
     files: list[tuple[str, Span]] = []
     end = start
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             for member in tar:
-                if tar.offset <= end:  # a size below zero: it would go round for ever
+                if tar.offset <= end:  # a negative size would loop forever
                     break
                 end = tar.offset
                 if not member.isdir():
                     files.append((member.name, _span(shard, member, length)))
-    except Exception:  # a cut or damaged header: tarfile raises whatever it likes
+    except Exception:  # on a truncated or damaged header tarfile may raise anything
         pass
     return files, end
 
 
 def _past_zeros(file: BinaryIO, place: int) -> int | None:
-    """The first block from a place on that is not all zeros."""
+    """The first block at or after `place` that is not all zeros."""
     file.seek(place)
     while chunk := file.read(_CHUNK):
         if kept := len(chunk.lstrip(b"\0")):
@@ -114,7 +114,7 @@ def _past_zeros(file: BinaryIO, place: int) -> int | None:
 
 
 def _header(file: BinaryIO, place: int) -> int | None:
-    """The first block from a place on that is a whole header. Other than at the very start, it has to say `ustar`."""
+    """The first block at or after `place` that is an intact header. Except at byte 0 it must be marked `ustar`."""
     file.seek(place)
     while len(block := file.read(_BLOCK)) == _BLOCK:
         if block[257:262] == b"ustar" or place == 0:

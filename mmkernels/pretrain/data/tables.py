@@ -1,7 +1,7 @@
 """Tables of images and captions: .jsonl, .csv, .tsv, .parquet.
 
-A fault of one row (no caption, text that is not UTF-8) is that row's, which is reported with its line and left out. A
-fault that puts other rows in doubt refuses the table: too many fields in a row, a quote that is never closed.
+A faulty row (no caption, text that is not UTF-8) is reported with its line and skipped. A fault that makes other rows
+doubtful rejects the table: too many fields in a row, an unclosed quote.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _EXPECTED = f"{', '.join(TABLE_SUFFIXES[:-1])} or {TABLE_SUFFIXES[-1]}"
 
 @dataclass(frozen=True)
 class TableFormat:
-    """How a table is to be read.
+    """The format of a table.
 
     Attributes:
-        separator: between the fields of a .csv or .tsv; None: a tab in a .tsv, else a comma. `\\t` also in two letters.
+        separator: between the fields of a .csv or .tsv; None: a tab in a .tsv, else a comma. The two characters `\\t`
+            mean a tab.
         img_key, caption_key: the columns with the images' paths and with their captions.
     """
 
@@ -49,7 +50,7 @@ class TableFormat:
 
 
 class Row(NamedTuple):
-    """A row, or why there is none."""
+    """A row, or the reason why it is faulty."""
 
     place: str  # the table's name and the line
     image: str
@@ -58,7 +59,7 @@ class Row(NamedTuple):
 
 
 def find_table(path: Path) -> Path:
-    """The captions file meant by `path`: itself, or the only one in that folder; a .jsonl or .csv before others."""
+    """The captions file that `path` means: itself, or the only one in that folder; .jsonl and .csv come first."""
     if path.is_dir():
         tables = sorted(p for p in path.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and p.is_file())
         tables = [p for p in tables if p.suffix.lower() in (".jsonl", ".csv")] or tables
@@ -75,10 +76,10 @@ def find_table(path: Path) -> Path:
 
 
 def read_table(table: Path, form: TableFormat) -> Iterator[Row]:
-    """Each row with its place.
+    """Yield each row with its line.
 
     Raises:
-        ValueError: what keeps the table as a whole from being read, with the file and the line.
+        ValueError: the table as a whole cannot be read; the message has the file and the line.
     """
     suffix = table.suffix.lower()
     if form.separator is not None and suffix not in _DELIMITED:
@@ -92,8 +93,8 @@ def read_table(table: Path, form: TableFormat) -> Iterator[Row]:
                 yield from _json_rows(file, table, form)
             else:
                 yield from _delimited_rows(file, table, form, form.separator or _DELIMITED[suffix])
-        except UnicodeDecodeError as error:  # of UTF-16, whose faults cannot be confined to a row
-            raise ValueError(f"{table}: expected UTF-16 as its first bytes say, got {error.reason}") from error
+        except UnicodeDecodeError as error:  # in UTF-16 a fault cannot be confined to a row
+            raise ValueError(f"{table}: expected UTF-16 as its byte order mark says, got {error.reason}") from error
 
 
 def _encoding(table: Path) -> str:
@@ -154,7 +155,7 @@ def _delimited_rows(file: TextIO, table: Path, form: TableFormat, separator: str
 
 
 def _check_columns(place: str, columns: list[str], form: TableFormat) -> tuple[int, int]:
-    """Where the two columns are. Refuses a table without them, or with one of them twice."""
+    """The indices of the two columns. Reject a table without them, or with a duplicate."""
     counts = [columns.count(key) for key in (form.img_key, form.caption_key)]
     if counts != [1, 1]:
         twice = " once each" if max(counts) > 1 else ""
@@ -165,11 +166,11 @@ def _check_columns(place: str, columns: list[str], form: TableFormat) -> tuple[i
 
 
 def _check_line_breaks(place: str, fields: list[str], column: int, separator: str) -> None:
-    """Refuse fields with line breaks in which there is a row that an open quote has swallowed."""
+    """Reject a multi-line field that contains another row: an unclosed quote has swallowed it."""
     for line in (line for field in fields for line in field.splitlines()[1:]):
         parts = line.split(separator)
         if len(parts) > column and parts[column].strip(' "').lower().endswith(IMAGE_SUFFIXES):
-            raise ValueError(f"{place}: a quote is not closed; it goes on over the row {printable(line[:80])!r}")
+            raise ValueError(f"{place}: a quote is not closed and swallows the row {printable(line[:80])!r}")
 
 
 def _parquet_rows(table: Path, form: TableFormat) -> Iterator[Row]:
@@ -216,7 +217,7 @@ def _row(place: str, row: Mapping[str, Any], form: TableFormat) -> Row:
 
 
 def _is_bytes(name: str) -> bool:
-    """Whether a name that is not Unicode can be that of a file: its lone surrogates stand for bytes."""
+    """Whether a name that is not Unicode can still be a file's: all its lone surrogates stand for bytes."""
     try:
         name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

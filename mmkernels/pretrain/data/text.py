@@ -1,7 +1,7 @@
 """Text without a vocabulary file: words and their character trigrams, hashed into two embedding tables.
 
-A word's embedding is `words[word_id] + mean(grams[gram_ids])`: frequent words get a row of their own, rare and
-unseen ones are read by their parts ("astronauts" shares most trigrams with "astronaut"). Works in any script.
+A word's embedding is `words[word_id] + mean(grams[gram_ids])`: frequent words get their own row, rare and unseen ones
+share their parts ("astronauts" shares most trigrams with "astronaut"). Works in any script.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_SIGNS = frozenset("!?#*&%@/+")  # punctuation that can carry meaning in a caption; the rest only separates words
+_SIGNS = frozenset("!?#*&%@/+")  # punctuation that carries meaning in captions; the rest only separates words
 _CACHE_WORDS = 200_000
 
 
@@ -29,7 +29,7 @@ class TextBatch:
     word_ids: Tensor  # int64 [T]
     gram_ids: Tensor  # int64 [G]
     gram_offsets: Tensor  # int64 [T]: where each word's trigrams start
-    position_ids: Tensor  # int64 [T]: place of the word in its caption
+    position_ids: Tensor  # int64 [T]: position of the word in its caption
     cu_seqlens: Tensor  # int32 [B+1]
     max_seqlen: int
 
@@ -47,11 +47,11 @@ class TextBatch:
         )
 
     def split(self, size: int) -> list[TextBatch]:
-        """Batches of `size` captions, the last one smaller: how `GradCache` cuts its input."""
+        """Batches of `size` captions, the last one possibly smaller; `GradCache` calls this."""
         return [self.slice(i, min(i + size, len(self))) for i in range(0, max(len(self), 1), size)]
 
     def slice(self, start: int, stop: int) -> TextBatch:
-        """Captions start..stop, as a batch of their own."""
+        """Captions start..stop as a batch."""
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"start, stop: expected 0 <= start <= stop <= {len(self)}, got {start}, {stop}")
         bounds = self.cu_seqlens[start : stop + 1]
@@ -73,11 +73,11 @@ class Tokenizer:
     """Captions to `TextBatch`.
 
     Ids are CRC-32 of the UTF-8 bytes modulo the table size, so they are the same in every process and on every
-    machine. Id 0 of either table stands for a caption without words.
+    machine. Id 0 of either table means a caption without words.
 
     Args:
         word_buckets, gram_buckets: rows of the two tables.
-        max_words: word tokens per caption; a longer caption is cut there.
+        max_words: maximum word tokens per caption; longer captions are truncated.
     """
 
     def __init__(self, word_buckets: int = 4096, gram_buckets: int = 8192, max_words: int = 16) -> None:
@@ -131,7 +131,7 @@ class Tokenizer:
 
 
 def split_words(text: str) -> list[str]:
-    """Case-folded words: runs of letters, marks and digits; a symbol is a word of its own, an apostrophe is dropped."""
+    """Case-folded words: runs of letters, marks and digits; each symbol is a word, apostrophes are dropped."""
     words: list[str] = []
     run = ""
     for char in unicodedata.normalize("NFKC", text).casefold():
@@ -148,7 +148,7 @@ def split_words(text: str) -> list[str]:
 
 
 def trigrams(word: str) -> list[str]:
-    """The character trigrams of `<word>`, the brackets marking its ends."""
+    """The character trigrams of `<word>`; the brackets mark its ends."""
     marked = f"<{word}>"
     return [marked[i : i + 3] for i in range(max(1, len(marked) - 2))]
 

@@ -1,12 +1,12 @@
 """WebDataset shards: uncompressed tar files in which `key.jpg` (or .png, ...) goes with `key.txt` or `key.json`.
 
-The shards are indexed once by their headers, and samples are then read by offset, so they are as random-access as a
-folder. The text is all of `key.txt`, or `caption` (else `text`) of `key.json`, which may be a list.
+The shards are indexed once by their headers, and samples are read by offset, so access is random as in a folder. The
+text is all of `key.txt`, or `caption` (else `text`) of `key.json`, which may be a list.
 
-As WebDataset has it, a key ends at the first dot of the file name: `a/b.seg.png` is the `.seg.png` of the sample `a/b`.
-Where that leaves a key without an image or without a text, its files are told apart by their last dot instead:
-`IMG 2020.01.02.jpg` goes with `IMG 2020.01.02.txt`, while `x.input.jpg` and `x.outputs.txt` stay apart and are broken.
-Every file is read, belongs to a sample that is, or is counted and named.
+As in WebDataset, a key ends at the first dot of the file name: `a/b.seg.png` is the `.seg.png` of the sample `a/b`. If
+that leaves a key without an image or without a text, its files are split at their last dot instead: `IMG
+2020.01.02.jpg` goes with `IMG 2020.01.02.txt`, while `x.input.jpg` and `x.outputs.txt` stay separate and are broken.
+Every file belongs to a sample or is reported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mmkernels.pretrain.data.unicode import printable
 
 # WebDataset's own rule (base_plus_ext): the key is the folder and the name up to its first dot.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-# What operating systems, and WebDataset, put beside the data.
+# Files that operating systems and WebDataset add to the data.
 _METADATA = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$|__[^/]*__($|/)", re.DOTALL)
 
 _Files = dict[str, Span]  # of one sample, by suffix
@@ -40,13 +40,13 @@ class WebDataset(DecodedDataset):
     Args:
         path: a shard, a folder of `*.tar`, or a glob pattern.
         resolution: side in pixels at which images are kept.
-        max_broken: share of samples that may be unreadable, or lack their image or text. A shard that is no tar counts
-            as one, and so does a file without a key.
+        max_broken: fraction of samples that may be unreadable, or lack their image or text. A shard that is not a tar
+            counts as one sample, and so does a file without a key.
         cache_bytes: memory for decoded images.
 
     Raises:
         ValueError: no shards, or no samples in them.
-        TooManyBrokenError: more samples than allowed are broken in a way that shows without decoding.
+        TooManyBrokenError: more samples than allowed are known to be broken without decoding.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class WebDataset(DecodedDataset):
             fault = fault or ("no image" if image is None else image.fault)
             if fault:
                 faults[number] = fault
-            captions.append(tuple(texts) or (name,))  # a sample without text is broken: the name only keeps it apart
+            captions.append(tuple(texts) or (name,))  # a sample without text is broken; the name only makes it unique
             self._images.append(image)
         super().__init__(
             list(index.samples), captions, faults=faults, broken=broken, resolution=resolution, cache_bytes=cache_bytes
@@ -90,7 +90,7 @@ class WebDataset(DecodedDataset):
 
 
 def find_shards(path: str | Path) -> list[Path]:
-    """The shards meant by `path`, in the order of their names."""
+    """The shards that `path` means, sorted by name."""
     found = Path(path).glob("*.tar") if Path(path).is_dir() else map(Path, glob(str(path)))
     shards = sorted(found)
     if not shards:
@@ -100,12 +100,12 @@ def find_shards(path: str | Path) -> list[Path]:
 
 @dataclass
 class _Index:
-    """Every file of the shards: in a sample, or on the list of those that are not. Names are fit to be shown."""
+    """Every file of the shards, in a sample or on a list of those in none. Names are printable."""
 
     samples: dict[str, _Files] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)  # what should be a sample, with the reason why it is none
-    left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # what belongs to no sample, by shard
-    cut: dict[str, str] = field(default_factory=dict)  # shards that are read in part
+    lost: dict[str, str] = field(default_factory=dict)  # broken would-be samples, with the reason
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # files that belong to no sample, by shard
+    cut: dict[str, str] = field(default_factory=dict)  # shards that are read only in part
 
     def add(self, label: str, shard: Path) -> None:
         files, fault, lost = index_shard(shard)
@@ -114,7 +114,7 @@ class _Index:
         if lost:
             self.cut[label] = lost
         groups: dict[tuple[str, int], _Files] = {}
-        turns: dict[str, int] = {}  # of a key that comes with the same suffix again: another sample, or its new version
+        turns: dict[str, int] = {}  # of a key whose suffix recurs: another sample, or a new version
         for name, span in files:
             split = _NAME.match(name)
             if _METADATA.match(name):
@@ -135,7 +135,7 @@ class _Index:
                     self.samples[_fresh(self.samples, f"{label}/{stem}{again}")] = part
                 else:
                     for suffix in part:
-                        self._leave_out(label, stem + suffix, "neither a picture nor a text")
+                        self._leave_out(label, stem + suffix, "neither an image nor a text")
 
     def _leave_out(self, label: str, name: str, reason: str) -> None:
         files = self.left_out.setdefault(label, {})
@@ -143,7 +143,7 @@ class _Index:
 
 
 def _fresh(names: Container[str], name: str) -> str:
-    """A printable name that is not taken."""
+    """A printable, unused name."""
     name = printable(name)
     while name in names:
         name += " (again)"
@@ -151,13 +151,13 @@ def _fresh(names: Container[str], name: str) -> str:
 
 
 def _suffix(extension: str) -> str:
-    """`seg.PNG` to `.seg.png`: of what follows the key, the last part in lower case."""
+    """`seg.PNG` to `.seg.png`: the last part after the key in lower case."""
     parts, dot, last = extension.rpartition(".")
     return f".{parts}{dot}{last.lower()}"
 
 
 def _samples(key: str, members: _Files) -> dict[str, _Files]:
-    """The samples of a key, by stem: one as a rule; else one for each name up to its last dot."""
+    """The samples of a key, by stem: normally one, else one per name up to its last dot."""
     if _image(members) and _text(members):
         return {key: members}
     parts: dict[str, _Files] = {}
@@ -176,7 +176,7 @@ def _text(members: _Files) -> Span | None:
 
 
 def _captions(members: _Files) -> tuple[list[str], str]:
-    """The captions of a sample, or why there are none."""
+    """The captions of a sample, or the reason why there are none."""
     span = _text(members)
     if span is None:
         return [], "no .txt or .json"

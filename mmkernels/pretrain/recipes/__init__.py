@@ -16,7 +16,7 @@ RECIPES = ("clip", "siglip")
 
 
 class Objective(nn.Module):
-    """A loss over the embeddings of a batch, with parameters of its own."""
+    """A loss over the embeddings of a batch, possibly with parameters."""
 
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         """Loss of images [N, E] and texts [N, E]; row i of one belongs to row i of the other."""
@@ -26,16 +26,16 @@ class Objective(nn.Module):
         """Called after every optimizer step."""
 
     def metrics(self) -> dict[str, float]:
-        """What the log shows of the parameters."""
+        """Values of the parameters, for the log."""
         return {}
 
     def chance_loss(self, n: int) -> float:
-        """The loss, over n pairs, of a model that knows nothing about them."""
+        """The loss of a random guess over n pairs."""
         raise NotImplementedError
 
 
 def recipe(name: str) -> ModuleType:
-    """The module of a recipe. Raises ValueError if there is none of that name."""
+    """The module of a recipe. Raise ValueError for an unknown name."""
     if name not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
     return import_module(f"{__name__}.{name}")

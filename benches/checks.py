@@ -1,0 +1,94 @@
+"""The checks that a contender passes before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from case import Case, Inputs, Options, Outputs, Params, contenders
+from torch import Tensor
+
+import mmkernels.testing as testing
+
+# Allowed relative RMS distance from plain PyTorch at full size, where float64 does not fit. In half precision the
+# reference is plain PyTorch in float32 on the same values, and twice its own half-precision error is allowed if that is
+# more: 4% of InfoNCE's gradient in bfloat16, N = 1024, and 29% of SigLIP's gradient of the bias, N = 8192.
+_AGREEMENT = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
+
+
+def _converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    def convert(value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+    return {name: convert(value) for name, value in inputs.items()}
+
+
+def gate_against_truth(case: Case, params: Params, options: Options) -> dict[str, float]:
+    """Our contenders -> their largest error ratio at the gate's size. Raise AssertionError if one is too large."""
+    if case.check is not None or case.plain is None:
+        return {}
+    inputs = case.setup({**params, **(case.gate or {})}, torch.device(options.device))
+    doubled = _converted(inputs, torch.float64)
+    truth, plain, terms = case.plain(doubled), case.plain(inputs), case.terms(doubled)
+    ratios = {}
+    for name, run in contenders(case, options)[0].items():
+        if not name.startswith("mmkernels"):
+            continue
+        results = run(inputs)
+        assert len(results) == len(truth) == len(case.outputs), f"{case.name}: outputs= must name each of {len(truth)}"
+        compared = enumerate(zip(case.outputs, results, plain, truth, strict=True))
+        ratios[name] = max(
+            testing.assert_as_accurate(f"{name}: {what}", *three, terms=terms[i] if i < len(terms) else None).ratio
+            for i, (what, *three) in compared
+        )
+    return ratios
+
+
+@dataclass
+class Reference:
+    """The expected outputs, and the allowed distance of each."""
+
+    outputs: Outputs
+    allowed: list[float]
+
+
+def _distance(result: Tensor, expected: Tensor) -> float:
+    result, expected = result.double(), expected.double()
+    both = torch.isfinite(expected)
+    return ((result[both] - expected[both]).norm() / expected[both].norm().clamp_min(1e-30)).item()
+
+
+def reference_from(run: Callable[[Inputs], Outputs], results: Outputs, params: Params, inputs: Inputs) -> Reference:
+    """The reference from plain PyTorch's results or, where it cannot run, from the next contender's."""
+    agreement = _AGREEMENT[params["dtype"]]
+    if params["dtype"] not in ("float16", "bfloat16"):
+        return Reference(results, [agreement] * len(results))
+    outputs = run(_converted(inputs, torch.float32))
+    return Reference(outputs, [max(agreement, 2 * _distance(*x)) for x in zip(results, outputs, strict=True)])
+
+
+def agreement(case: Case, name: str, results: Outputs, reference: Reference | None, inputs: Inputs) -> str:
+    """Raise AssertionError unless a contender agrees with plain PyTorch to the dtype's tolerance.
+
+    Returns a note: the outputs that a contender does not compute (None).
+    """
+    if case.check is not None:
+        case.check(name, results, inputs)
+        return ""
+    if reference is None:
+        return ""
+    missing = []
+    for what, result, expected, allowed in zip(
+        case.outputs, results, reference.outputs, reference.allowed, strict=True
+    ):
+        if result is None:
+            missing.append(what)
+            continue
+        distance = _distance(result, expected)
+        assert distance <= allowed, f"{what} is {distance:.1e} from plain PyTorch's"
+    assert not (missing and name.startswith("mmkernels")), f"does not give {', '.join(missing)}"
+    return f"does not give {', '.join(missing)}" if missing else ""
