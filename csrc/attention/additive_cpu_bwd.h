@@ -1,6 +1,7 @@
 // Backward of additive attention on the CPU, in two passes, so that every sum has one owner: tasks that own queries
 // compute dq and their share of dw, then tasks that own a key tile of a key/value head compute dk and dv. Each keeps
 // the tanh of one query against a tile in a buffer [D, kKeys]: the score needs it and, once ds is known, the gradients.
+//
 // delta from the rounded out has a rounding error that is the same for all keys of a query, so sums over keys do not
 // average it out. The sum of ds reveals it: dq and dw are corrected with the sums of p in place of ds, and the second
 // pass uses the corrected delta.

@@ -1,4 +1,5 @@
 // Shared by forward and backward of additive attention on the CPU: sizes, the mask, a key tile and its scores.
+//
 // Vectors run along the keys: a tile of kKeys keys is transposed once and scored query by query, with one tanh per key
 // and element of the head dim. Everything is in the compute type.
 #pragma once

@@ -1,4 +1,5 @@
 // Mask patterns, pair bias, sink and dropout in the CPU kernels.
+//
 // Pattern and bias are applied to a tile of scores before the softmax, which replaces them by scaled logits, -inf for
 // invisible pairs. From there on the tile needs no mask and has scale 1. The tile map tells which part of a tile to
 // skip and where every pair is visible. Dropout is a factor z per pair: 0, or 1 / (1 - p).

@@ -1,4 +1,5 @@
 // Forward on the CPU.
+//
 // A task is one head of up to kTilesPerTask query tiles. It loops over their keys in tiles of kKeyTile, packed once for
 // all its query tiles. Per pair of tiles: S = Q K^T, online softmax in place, P written directly in the packed layout
 // of the left operand, O += P V. S and O are in the compute type; P is rounded to bf16 where the machine multiplies

@@ -1,4 +1,5 @@
 // Rows of a right operand that contain inf or NaN.
+//
 // 0 times such a row is NaN, so in a product it would reach every row of the result, even those of other samples, whose
 // weight is 0 because the mask hides the pair. So it is packed as zeros and added separately to the rows with a nonzero
 // weight for it.

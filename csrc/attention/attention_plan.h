@@ -1,4 +1,5 @@
 // How the CPU kernels split work: queries into tiles, tiles into components, both into tasks.
+//
 // Compiled once, for the baseline: everything that uses the standard library is in attention_plan.cpp.
 #pragma once
 

@@ -1,7 +1,9 @@
 // Shared by the sm_90a attention kernels: the problem with its pattern, the ring of tiles that one warp fetches and two
 // warpgroups multiply, and the masks.
+//
 // The producer, the first warp of the first warpgroup, decides for each tile whether to skip it, mask it or compute it
 // whole. It passes the decision to the consumers in the ring, next to the tile; they do not read the map.
+//
 // Head dims are padded to kD, 64 or 128, with zeros filled in by TMA.
 #pragma once
 

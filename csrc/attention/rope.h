@@ -3,7 +3,7 @@
 //   h = (x - mu) / sqrt(mean (x - mu)^2 + eps)     n = h w + b     y_a = n_a cos - n_b sin     y_b = n_b cos + n_a sin
 //
 // with mu = 0 for rms, for the pairs (a, b) = (j, j + R/2), or (2j, 2j + 1) if interleaved; elements from R on are not
-//   rotated. Backward, with g the gradient of n (y's, rotated back) and u = g w:
+// rotated. Backward, with g the gradient of n (y's, rotated back) and u = g w:
 //   dx = (u - [mean u, layer only] - h mean(u h)) / sqrt(...)     dweight = sum_rows g h     dbias = sum_rows g
 //
 // Shapes; the last dimension of each is contiguous:

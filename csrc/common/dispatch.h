@@ -7,6 +7,7 @@
 //                MMK_DECLARE_KERNELS(FooKernels, foo)
 //   foo_cpu.cpp  MMK_DEFINE_KERNELS(FooKernels, foo) = {&mmk::MMK_ISA::forward};      (inside namespace mmk)
 //   a caller     mmk::foo_kernels().forward(args);
+//
 // The build chooses the sets (cmake/isa.cmake): MMK_HAVE_<SET> is defined for each except the baseline.
 #pragma once
 

@@ -1,4 +1,5 @@
 // Threads and scratch memory for the CPU kernels.
+//
 // The OpenMP region and all exception handling live in parallel.cpp, compiled once for the baseline; kernel files see
 // only a trampoline with internal linkage. So the linker cannot merge code compiled for a wider instruction set into
 // code that must run everywhere.

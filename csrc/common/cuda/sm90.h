@@ -2,6 +2,7 @@
 //
 // A tile is rows of 128 bytes, 64 elements of 16 bits, with TMA's 128-byte swizzle: bits 4 .. 6 of an address are xored
 // with its bits 7 .. 9. It starts at a multiple of 1024 bytes.
+//
 //   Major::k      [m or n][64 k]    a tile has a multiple of 8 rows
 //   Major::outer  [k][64 m or n]    a tile has 64 of m or n and a multiple of 8 rows; the next tile follows it
 //

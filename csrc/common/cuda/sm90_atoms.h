@@ -1,4 +1,5 @@
 // Thin wrappers of single sm_90a instructions; sm90.h combines them.
+//
 // No clusters are used: shared::cluster addresses are the block's own.
 #pragma once
 

@@ -1,9 +1,12 @@
 // Tiles: global to shared memory, and the warp-level matrix product. Shared by all families.
+//
 // A tile in shared memory pads each row by 16 bytes. Row lengths are multiples of 64 bytes, so eight neighbouring rows
 // start in eight different groups of four banks, and ldmatrix and the float4 reads below are free of bank conflicts.
+//
 // The accumulator of a warp is acc[MI][NI][4]: MI x NI tiles of mma.m16n8, computed by tensor cores for 16-bit elements
-//   and by FMA for float (tf32 would lose accuracy). Element ownership is the same, so epilogues are written once for
-//   all dtypes. With lane = 4 g + t: acc[mi][ni][e] is row mi * 16 + g + 8 * (e / 2), column ni * 8 + 2 t + e % 2
+// and by FMA for float (tf32 would lose accuracy). Element ownership is the same, so epilogues are written once for all
+// dtypes. With lane = 4 g + t:
+//   acc[mi][ni][e] is row mi * 16 + g + 8 * (e / 2), column ni * 8 + 2 t + e % 2
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,5 @@
 // C (+)= A * B on packed operands (pack.h): one register tile of accumulators per MR x NR block of C.
+//
 // Loops, outside in: NR columns, k in blocks whose B panel stays in L1 like C's columns, MR rows. The caller chooses
 // tiles of A, B and C that together fit in L2 (assume 1 MiB).
 #pragma once

@@ -1,6 +1,7 @@
 // Packs operands of the register-blocked GEMM in the order its inner loop reads them.
+//
 // A word is what one lane multiplies at once: a float, a double, or (AVX512-BF16 only) two bfloat16 adjacent in k. With
-//   MR x NR the register tile and KB = 64 bytes of words:
+// MR x NR the register tile and KB = 64 bytes of words:
 //   A  [panel of MR rows][k / KB][MR][KB]   a row's words stay together, so a k-contiguous source is copied as it is
 //   B  [panel of NR columns][k][NR]         so a column-contiguous source is copied as it is
 // The other source orders go through an in-register transpose. Partial edges and an odd last k are zero-padded.

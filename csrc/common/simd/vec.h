@@ -1,5 +1,6 @@
 // One register of floats or doubles for the instruction set being compiled, with loads and stores of every element
 // type.
+//
 // Vec<T> is a GCC/clang vector: + - * /, comparisons and `mask ? a : b` work directly. Intrinsics appear only where the
 // vector extension lacks an operation. Everything is in mmk::MMK_ISA and no std:: function is called, so the linker
 // cannot merge code of one instruction set into another.
