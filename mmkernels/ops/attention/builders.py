@@ -114,8 +114,7 @@ class Multimodal(Builder):
         self._expect_unbroken_spans()
 
     def _expect_unbroken_spans(self) -> None:
-        """Reject an id that recurs in its sample after a gap: it would become a second span, which users do not
-        intend."""
+        """Reject an id that recurs in its sample after a gap, which would silently become a second span."""
         if self.cu.shape[0] == 1:
             return
         token = segments_of(self.cu, self.span_ids.shape[0])

@@ -92,7 +92,7 @@ def query_hull(lo: Tensor, hi: Tensor, tokens_k: int) -> tuple[Tensor, Tensor]:
 
     A sparse table run backwards: an interval of length n is the union of two of length 2^p <= n, which record their
     query with an integer min/max at level p; each level then passes its result down to the two halves below. O(T log T)
-    work, no sync; deterministic, because min and max do not depend on order. A key that no query sees gets first_q =
+    work, no sync; deterministic, because min and max are order-independent. A key that no query sees has first_q =
     last_q = 0.
     """
     tokens_q, nobody = lo.shape[0], torch.iinfo(torch.int32).max

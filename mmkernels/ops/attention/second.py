@@ -1,6 +1,6 @@
 """Second derivatives and forward mode of attention: PyTorch, blockwise over queries, in O(T·D) memory.
 
-Along tangents of the inputs, written with a dot, with s, p, z, dp, delta as in reference.py::
+Tangents are written with a prime; s, p, z, dp, delta are as in reference.py::
 
     s'_ij = scale (<q'_i, k_j> + <q_i, k'_j>) + bias'        lse'_i = sum_j p_ij s'_ij (+ p_sink,i sink')
     p'_ij = p_ij (s'_ij - lse'_i)                            out'_i = sum_j z_ij (p'_ij v_j + p_ij v'_j)
@@ -131,8 +131,7 @@ def attention_second(
     rows: MaskRows,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """Tangents of out [Tq, H, Dv] and lse [H, Tq], recomputed unrounded; of dq, dk, dv, dbias, dsink, empty if grad_out
-    is None."""
+    """Tangents of the unrounded out [Tq, H, Dv], lse [H, Tq]; of dq, dk, dv, dbias, dsink, empty without grad_out."""
     call = _Call((q, k, v), (tangent_q, tangent_k, tangent_v), (tangent_bias, tangent_sink), rows, options)
     for queries, keys in blocks(rows.lo, rows.hi, k.shape[0], q.shape[1]):
         call.visit(queries, keys, grad_out, grad_lse)

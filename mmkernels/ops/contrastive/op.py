@@ -107,8 +107,7 @@ def _teacher_flops(teacher: Teacher | None) -> int:
     return 0 if teacher is None else forward_flops(teacher.teacher_queries, teacher.teacher_keys)
 
 
-# Softmax statistics [7, N] of rows and [7, M] of columns, float64; see types.py. columns=False skips the columns: [7,
-# 0].
+# Softmax statistics [7, N] of rows and [7, M] of columns ([7, 0] if columns=False), float64; see types.py.
 
 
 def _softmax_fwd_fake(

@@ -174,8 +174,7 @@ def _softmax_tangents(
     coefficients: tuple[Tensor, Tensor],
     of_positive_logits: Tensor | None = None,
 ) -> _Sums:
-    """Tangents of the gradient of `sum coefficients · statistics`, [4, N] and [4, M], and of positive logits times a
-    factor."""
+    """Tangents of the gradient of `sum coefficients · statistics`, [4, N] and [4, M], plus scaled positive logits."""
     wide = call.x.dtype
     sums = _Sums(call)
     for tile in call.tiles():

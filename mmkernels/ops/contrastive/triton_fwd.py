@@ -61,8 +61,7 @@ __all__ = ["infonce_fwd", "softmax_fwd", "softmax_tile"]
 
 
 def softmax_tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
-    """Tile including BLOCK_E. Extra sums, the teacher's tile and three tf32 products per float32 product need
-    registers.
+    """Tile including BLOCK_E. Extra sums, the teacher's tile and float32's three tf32 products need registers.
 
     BLOCK_E equals the backward's: with another summation order, a similarity and the lse that it dominates would differ
     by the rounding error times the scale.

@@ -43,8 +43,7 @@ def _logit_tile(
     o_i, o_j, m_i, m_j, e, stride_x, stride_y,
     IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """S, z and u: [BLOCK_M, BLOCK_N] each. Positives: pairs with equal ids, or the target, with its precomputed
-    similarity."""
+    """S, z and u: [BLOCK_M, BLOCK_N] each. Positives: equal ids, or the target with its precomputed similarity."""
     b_s = similarity(x_ptr, y_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
     if IDS:
         row_id = tl.load(row_id_ptr + o_i, mask=m_i, other=0)  # [BLOCK_M]

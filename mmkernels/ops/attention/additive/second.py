@@ -1,6 +1,6 @@
 """Second derivatives and forward mode of additive attention: PyTorch, blockwise over queries, in O(T·D) memory.
 
-With a_ij = q_i + k_j + b, t = tanh(a), e = 1 - t^2 and tangents written with a dot, the scores move by
+With a_ij = q_i + k_j + b, t = tanh(a), e = 1 - t^2 and tangents written with a prime, the scores have the tangent
 
     s'_ij = sum_d w'_d t_ijd + w_d e_ijd a'_ijd
 
@@ -46,8 +46,7 @@ def additive_second(
     lse: Tensor,
     mask: Visible,
 ) -> tuple[Tensor, ...]:
-    """Tangents of out [Tq, H, Dv] and lse [H, Tq], recomputed unrounded; of dq, dk, dv, dw, dbias, empty if grad_out is
-    None."""
+    """Tangents of the unrounded out [Tq, H, Dv] and lse [H, Tq]; of dq, dk, dv, dw, dbias, empty without grad_out."""
     dtype, heads, kv_heads = w.dtype, q.shape[1], k.shape[1]
     inputs = q, k, v, w, bias
     given = tangent_q, tangent_k, tangent_v, tangent_w, tangent_bias

@@ -1,6 +1,6 @@
 """Second derivatives and forward mode of the gated residual: PyTorch, in O(N·C) memory.
 
-With t = tanh(gate), e = 1 - t^2, g the gradient of out, and tangents written with a dot::
+With t = tanh(gate), e = 1 - t^2, g the gradient of out, and tangents written with a prime::
 
     (out - residual)' = t x' + e gate' x      dx' = e gate' g      dgate' = e sum g (x' - 2 t gate' x)
 """

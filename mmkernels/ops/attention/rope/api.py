@@ -54,8 +54,7 @@ def qk_norm_rope(
 
     Args:
         q: [T, H, D] or [B, T, H, D]; float32, bfloat16, float16 or float64.
-        k: [T, Hkv, D] or [B, T, Hkv, D], q's dtype. (For keys of other tokens than the queries, call `norm_rope`
-            twice.)
+        k: [T, Hkv, D] or [B, T, Hkv, D], q's dtype. (For keys of other tokens, call `norm_rope` twice.)
         position_ids: [T] or [B, T], with `sections` [P, T] or [P, B, T]; int32, int64, float32 or float64. None: no
             rotation, unless `cos_sin` is given.
         cos_sin: instead of `position_ids` and its options: the result of `rotary_cos_sin`, computed once for all

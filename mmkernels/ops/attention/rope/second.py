@@ -1,6 +1,6 @@
 """Second derivatives and forward mode of the prologue: PyTorch, in O(T·H·D) memory.
 
-With h, r, u as in reference.py, c' = x' [- mean x'], and tangents written with a dot (the rotation is linear)::
+With h, r, u as in reference.py, c' = x' [- mean x'], and tangents written with a prime (the rotation is linear)::
 
     h' = r (c' - h mean(h c'))      n' = h' w + h w' + b'      r' = -r^2 mean(h c')      u' = g w'
 
