@@ -1,4 +1,4 @@
-// Reductions in a fixed order, hence reproducible.
+// Reductions in a fixed order, for reproducibility.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -143,7 +143,7 @@ def multimodal_rows(cu: Tensor, in_span: Tensor, span_ids: Tensor, window: int |
 
 
 def _runs(in_span: Tensor, ids: Tensor, segment: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """First token of each token's run and one past its last; a token outside every span is a run of its own."""
+    """First token of each token's run and one past its last; a token outside every span forms its own run."""
     if index.shape[0] == 0:
         return index, index
     same = (ids[1:] == ids[:-1]) & (segment[1:] == segment[:-1]) & in_span[1:] & in_span[:-1]

@@ -174,7 +174,7 @@ def _table(
             raise ValueError(f"{given[0]}: expected None without position_ids, got {options[given[0]]!r}")
         return None if cos_sin is None else _given_table(x, cos_sin)
     if cos_sin is not None:
-        raise ValueError("cos_sin: expected None beside position_ids, got both")
+        raise ValueError("cos_sin: expected None with position_ids, got both")
     dim = x.shape[-1] if rotary_dim is None else integer("rotary_dim", rotary_dim, "an even int")
     if dim > x.shape[-1]:
         wrong_value("rotary_dim", f"at most the head dim D={x.shape[-1]}", dim)

@@ -113,7 +113,7 @@ def _check(position_ids: Any, rotary_dim: int, inv_freq: Any, sections: Any, sec
     if sections is None:
         expected, ndim = "[T] or [B, T] int32, int64, float32 or float64", (1, 2)
         if section_layout != "contiguous":
-            raise ValueError(f"section_layout: expected sections beside {section_layout!r}, got None")
+            raise ValueError(f"section_layout: expected sections with {section_layout!r}, got None")
     else:
         check_sections(sections, section_layout, rotary_dim)
         axes = len(sections)
