@@ -1,4 +1,4 @@
-// Binds every launcher, nothing else; those of the CUDA kernels are in module_cuda.cpp. Each launcher releases the GIL.
+// Python bindings of all launchers; the CUDA ones are in module_cuda.cpp. Every launcher releases the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,8 +36,8 @@ std::vector<std::string> split(const std::string& text, char separator) {
   return parts;
 }
 
-// The set in use, those compiled and those of them that this processor runs. Where the environment asks for what is not
-// to be had there is none in use, and why_no_cpu_isa says so in the words of the error that each CPU launcher raises.
+// The instruction set in use, those compiled, and those of them that this processor supports. If the environment
+// requests an unavailable set, none is in use, and why_no_cpu_isa holds the error that every CPU launcher raises.
 void add_isas(py::dict& info) {
   py::list compiled, usable;
   for (const char* const* isa = mmk::compiled_isas(); *isa; ++isa) compiled.append(*isa);
@@ -74,8 +74,8 @@ py::dict build_info() {
   return info;
 }
 
-// A launcher that looks its kernel up when it is called: where the environment asks for an instruction set that is not
-// to be had, the call raises and the import does not.
+// A launcher that looks up its kernel when called: if the environment requests an unavailable instruction set, the call
+// raises rather than the import.
 template <typename Struct, typename... Args>
 auto launcher(const Struct& (*kernels)(), void (*Struct::*kernel)(Args...)) {
   return [=](Args... args) { (kernels().*kernel)(args...); };
@@ -243,7 +243,7 @@ void bind_contrastive(py::module_& m) {
   m.def("launch_contrastive_topk_fwd_cpu", launcher(mmk::contrastive_kernels, &ContrastiveKernels::topk_fwd), released);
 }
 
-// A vector becomes a NumPy array that owns it.
+// Moves a vector into a NumPy array that owns it.
 py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values) {
   auto* owned = new std::vector<int64_t>(std::move(values));
   py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<int64_t>*>(p); });
@@ -312,7 +312,7 @@ void bind_planner(py::module_& m) {
     }
     return to_tuple(std::move(plan));
   });
-  // (steps, packs, a copy of the lengths, narrow when they are), or None when a length is out of [0, capacity].
+  // (steps, packs, a copy of the lengths in a narrow type if they fit), or None if a length is out of [0, capacity].
   m.def("count_and_plan", [](const Lengths& lengths, int64_t capacity, int64_t max_samples) -> py::object {
     const auto run = [&](auto copy) -> py::object {
       const int64_t* data = lengths.data();

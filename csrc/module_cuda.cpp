@@ -1,4 +1,4 @@
-// Binds the launchers of the CUDA kernels. Of its own, so that the tests can bind the same launchers over emulated
+// Python bindings of the CUDA launchers. A separate file, so that the tests can bind the same launchers over emulated
 // kernels.
 #include <pybind11/pybind11.h>
 
@@ -16,7 +16,7 @@ namespace {
 using mmk::PoolMode;
 using mmk::Tensor;
 
-// A CUDA stream as torch names it: the handle as an integer.
+// A CUDA stream as torch passes it: the handle as an integer.
 struct Stream {
   void* handle;
 };
@@ -40,7 +40,7 @@ struct type_caster<Stream> {
 
 namespace {
 
-// Of the extras the CUDA launchers take the pattern.
+// The CUDA launchers take only the pattern of the extras.
 mmk::AttentionExtras pattern_of(Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles) {
   mmk::AttentionExtras extras;
   extras.span_q = span_q, extras.span_k = span_k, extras.allow_q = allow_q, extras.bit_k = bit_k, extras.tiles = tiles;
@@ -110,7 +110,7 @@ void bind_contrastive(py::module_& m) {
       released);
 }
 
-// PoolMode arrives as an integer: the enumeration belongs to module.cpp.
+// PoolMode is passed as an integer, because module.cpp binds the enum.
 void bind_packing(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> released;
   m.def(

@@ -1,4 +1,4 @@
-// Additive attention: s_ij = sum_d w_d tanh(q_id + k_jd + b_d) over the pairs that a mask lets see each other.
+// Additive attention: s_ij = sum_d w_d tanh(q_id + k_jd + b_d) over the visible pairs of a mask.
 //
 //   lse_i = log sum_j exp(s_ij)     out_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i)
 //   visible(i, j) = lo[i] <= j < hi[i] and (no pattern, or span_q[i] == span_k[j], or allow_q[i] & bit_k[j] != 0)
@@ -10,7 +10,7 @@
 //   q [Tq, H, D]  k, dk [Tk, Hkv, D]  v, dv [Tk, Hkv, Dv]  out, grad_out [Tq, H, Dv]   one dtype: f32, bf16, f16, f64
 //   w, bias, dw [H, D]  dq [Tq, H, D]  lse, grad_lse [H, Tq]                           f32 (f64 with f64), contiguous
 //   lo, hi, span_q, allow_q, first_q.. as in AttentionMask                             int32, contiguous
-// Inputs may have strides, outputs are contiguous. Any of Tq, Tk may be 0. The same bits with any number of threads.
+// Inputs may have strides, outputs are contiguous. Tq and Tk may be 0. Results do not depend on the number of threads.
 #pragma once
 
 #include "common/dispatch.h"
@@ -34,7 +34,7 @@ struct AdditiveFwdArgs {
 
 struct AdditiveBwdArgs {
   // inputs
-  Tensor grad_out, grad_lse;  // grad_lse may be not given: zero
+  Tensor grad_out, grad_lse;  // grad_lse not given: zero
   Tensor q, k, v, w, bias, out, lse;
   AdditiveMask mask;
   // outputs

@@ -1,4 +1,4 @@
-// Additive attention on the CPU, compiled once per instruction set; the maths and the tiling are in the headers.
+// Additive attention on the CPU, compiled once per instruction set; see the headers for maths and tiling.
 #include "attention/additive_cpu_bwd.h"
 #include "attention/additive_cpu_fwd.h"
 

@@ -1,11 +1,10 @@
-// Backward of additive attention on the CPU, in two passes, so that no sum has two owners: tasks that own queries for
-// dq and their share of dw, then tasks that own a tile of keys of a key/value head for dk and dv. Each keeps the tanh
-// of one query against a tile in a buffer [D, kKeys]: it is needed for the score and, once ds is known, for the
-// gradients.
+// Backward of additive attention on the CPU, in two passes, so that every sum has one owner: tasks that own queries
+// compute dq and their share of dw, then tasks that own a key tile of a key/value head compute dk and dv. Each keeps
+// the tanh of one query against a tile in a buffer [D, kKeys]: the score needs it and, once ds is known, the gradients.
 //
-// delta from the rounded out is wrong by a rounding, the same for all keys of a query, which no sum over them makes
-// smaller. The sum of ds shows it: dq and dw are put right with the sums of p in place of ds, and the second pass has
-// the right delta.
+// delta from the rounded out has a rounding error that is the same for all keys of a query, so sums over keys do not
+// average it out. The sum of ds reveals it: dq and dw are corrected with the sums of p in place of ds, and the second
+// pass uses the corrected delta.
 #pragma once
 
 #include "attention/additive_cpu_tile.h"
@@ -14,8 +13,8 @@ namespace mmk {
 namespace MMK_ISA {
 namespace additive {
 
-// Of one query against a tile of keys: its probabilities and the gradient of its scores. Both passes go through here,
-// with the same operations in the same order.
+// Probabilities and score gradients of one query against a key tile. Both passes use it, so that they perform the same
+// operations in the same order.
 template <class T>
 struct Pairs {
   using C = ComputeOf<T>;
@@ -70,7 +69,7 @@ struct Pairs {
     return reduce_add(sum) - dlse(i, head);
   }
 
-  // p and ds for the whole vectors around [at.begin, at.end), zero where nothing is seen; t for all of them.
+  // p and ds for the whole vectors around [at.begin, at.end), zero where not visible; t for all of them.
   void differentiate(int64_t i, int64_t head, int64_t key, Interval at, C delta) {
     constexpr int64_t L = kLanes<C>;
     const C lse = args.lse.template ptr<const C>()[head * n.num_queries + i];
@@ -79,7 +78,7 @@ struct Pairs {
     for (int64_t j = at.begin / L * L; j < at.end; j += L) {
       Vec<C> dp = {};
       for (int64_t d = 0; d < n.dim_v; ++d) dp += load(vt + d * kKeys + j) * grad[d];
-      // By comparison, for lse may be -inf (the pattern hides all keys) or NaN, which only the keys seen may meet.
+      // By comparison, because lse may be -inf (the pattern hides all keys) or NaN, which must reach only visible keys.
       const Vec<C> s = load(p + j), x = select(s == -FloatTraits<C>::infinity, Vec<C>{}, exp(s - lse));
       store(p + j, x);
       store(ds + j, select(x == C(0), Vec<C>{}, x * (dp - delta)));
@@ -95,11 +94,10 @@ struct Pairs {
   C *qb, *row, *grad;
 };
 
-// One tile of keys in so many stands for the others in what is only to put a rounding right.
+// One key tile in this many is sampled for sums that only correct a rounding error.
 constexpr int64_t kTilesPerSample = 4;
 
-// What the queries of a task gather besides dq and dw: sums of ds over all keys; over the sampled ones of p, of
-// p (1 - t^2) and p t.
+// A task's per-query sums besides dq and dw: ds over all keys; p, p (1 - t^2) and p t over the sampled ones.
 template <class T>
 struct QuerySums {
   using C = ComputeOf<T>;
@@ -176,7 +174,7 @@ void query_gradients(Pairs<T> pairs, int64_t head, int64_t first, int64_t last, 
   for (int64_t i = first; i < last; ++i) {
     const int64_t r = i - first;
     const C rest = sums.ds[r] - pairs.dlse(i, head);
-    if (!(sums.p[r] > 0) || !(rest - rest == 0)) continue;  // sees nothing, or an infinity
+    if (!(sums.p[r] > 0) || !(rest - rest == 0)) continue;  // no visible key, or infinite
     delta[i] += rest;
     const C weight = rest / sums.p[r];
     for (int64_t d = 0; d < n.dim; ++d) {
@@ -186,8 +184,8 @@ void query_gradients(Pairs<T> pairs, int64_t head, int64_t first, int64_t last, 
   }
 }
 
-// dk and dv of keys [key, key + keys) of a key/value head, with the deltas [H, Tq]. Their sums are in `total`
-// [D + Dv, kKeys], those over the last few queries in `part`, of the same shape.
+// dk and dv of keys [key, key + keys) of a key/value head, given the deltas [H, Tq]. `total` [D + Dv, kKeys] holds the
+// sums, `part` (same shape) those over the last few queries.
 template <class T, class C = ComputeOf<T>>
 void key_gradients(Pairs<T> pairs, int64_t kv_head, int64_t key, int64_t keys, const C* deltas, C* total, C* part) {
   constexpr int64_t L = kLanes<C>;

@@ -1,5 +1,5 @@
-// Forward of additive attention on the CPU: a task owns kQueries queries of a head and walks the hull of their keys,
-// with an online softmax.
+// Forward of additive attention on the CPU: a task owns kQueries queries of a head and loops over the hull of their
+// keys with an online softmax.
 #pragma once
 
 #include "attention/additive_cpu_tile.h"
@@ -50,7 +50,7 @@ class ForwardTask {
         if (!packed) {
           transpose_tile(k_, key, keys, n_.dim, row_, kt_);
           widen_tile(v_, key, keys, n_.dim_v, ld_, vt_);
-          for (int64_t d = 0; d < n_.dim_v; ++d) row_[d] = 0;  // from here on, of the sum over a few keys
+          for (int64_t d = 0; d < n_.dim_v; ++d) row_[d] = 0;  // now holds the sum over a few keys
           packed = true;
         }
         score(qb_ + (i - first) * padded(n_.dim), w_, kt_, n_.dim, at.begin, at.end, s_, static_cast<C*>(nullptr));

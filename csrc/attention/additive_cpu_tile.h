@@ -1,7 +1,7 @@
-// What both directions of additive attention on the CPU share: sizes, the mask, a tile of keys and its scores.
+// Shared by forward and backward of additive attention on the CPU: sizes, the mask, a key tile and its scores.
 //
-// Vectors run along the keys: a tile of kKeys of them is transposed once and scored by the queries one after the other,
-// each with one tanh per key and element of the head dim. All in the compute type.
+// Vectors run along the keys: a tile of kKeys keys is transposed once and scored query by query, with one tanh per key
+// and element of the head dim. Everything is in the compute type.
 #pragma once
 
 #include "attention/additive.h"
@@ -12,7 +12,7 @@ namespace MMK_ISA {
 namespace additive {
 
 constexpr int64_t kQueries = 32, kKeys = 64;
-constexpr int64_t kTerms = 8;  // that are summed before they join a longer sum: nearly pairwise
+constexpr int64_t kTerms = 8;  // summed before they are added to a longer sum: nearly pairwise
 
 MMK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MMK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -39,7 +39,7 @@ struct HeadRows {
   const T* row(int64_t t) const { return base + t * stride; }
 };
 
-// A mask's vectors, with every interval inside the keys there are.
+// A mask's vectors, with every interval clamped to the existing keys.
 struct Mask {
   const int32_t *lo, *hi, *first_q, *last_q, *span_q, *span_k, *allow_q, *bit_k;
   int64_t num_queries, num_keys;
@@ -66,7 +66,7 @@ struct Interval {
   bool empty() const { return begin >= end; }
 };
 
-// What queries [first, last) see together.
+// The hull of the keys that queries [first, last) see.
 inline Interval hull_of_keys(const Mask& mask, int64_t first, int64_t last) {
   Interval all{mask.num_keys, 0};
   for (int64_t i = first; i < last; ++i)
@@ -105,8 +105,8 @@ void widen_tile(HeadRows<T> x, int64_t first, int64_t count, int64_t width, int6
     });
 }
 
-// s[j] = sum_d w[d] tanh(q[d] + k[d][j]) for the whole vectors that cover [from, to); keeps the tanh in t, if given.
-// A NaN is kept in s alone: one of a key that the query does not see must not reach a sum through 0 * NaN.
+// s[j] = sum_d w[d] tanh(q[d] + k[d][j]) for the whole vectors that cover [from, to); stores the tanh in t, if given.
+// NaN is kept only in s: a NaN of an invisible key must not reach a sum through 0 * NaN.
 template <class C>
 void score(const C* q, const C* w, const C* k, int64_t dim, int64_t from, int64_t to, C* s, C* t) {
   for (int64_t j = from / kLanes<C> * kLanes<C>; j < to; j += kLanes<C>) {
@@ -124,12 +124,12 @@ void score(const C* q, const C* w, const C* k, int64_t dim, int64_t from, int64_
   }
 }
 
-// What is left of a query's interval in the tile of keys that begins at `key`: columns [from, to).
+// A query's interval within the key tile that begins at `key`: columns [from, to).
 MMK_INLINE Interval columns(const Mask& mask, int64_t i, int64_t key, int64_t keys) {
   return {most(mask.begin(i) - key, 0), least(mask.end(i) - key, keys)};
 }
 
-// Scores outside [from, to) or the pattern become -inf, whole vectors around them too.
+// Sets scores outside [from, to) or the pattern to -inf, including the rest of their vectors.
 template <class C>
 void blank(const Mask& mask, int64_t i, int64_t key, Interval at, C* s) {
   constexpr int64_t L = kLanes<C>;

@@ -2,7 +2,7 @@
 //   ds_ij = p_ij (<grad_out_i, v_j> - delta_i)
 //   dv_j = sum_i p_ij grad_out_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale sum_j ds_ij k_j
 // Two kernels recompute p, one per key tile and one per query tile: every sum has one owner and a fixed order, so there
-// are no atomics and the same input gives the same bits.
+// are no atomics and results are bitwise reproducible.
 #include "attention/attention_sm90.h"
 #include "attention/attention_tile.h"
 
@@ -36,7 +36,7 @@ struct DeltaParams {
 
 constexpr int kDeltaThreads = 128;
 
-// A warp per (query, head), queries of one head side by side.
+// A warp per (query, head); a head's queries are adjacent.
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const __grid_constant__ DeltaParams<T> a) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kDeltaThreads / kWarp) + threadIdx.x / kWarp;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const __
   if (threadIdx.x % kWarp == 0) a.delta[row] = sum - (a.grad_lse != nullptr ? a.grad_lse[row] : 0.f);
 }
 
-// What the scores of one query need.
+// Per-query inputs of the scores.
 struct QueryStats {
   float lse, delta;
   int begin, end;  // keys that it sees
@@ -71,17 +71,17 @@ struct BackwardSmem {
   static constexpr int outer1 = outer0 + tile_bytes<T>(Tile::outer, kD);
   static constexpr int inner0 = outer1 + tile_bytes<T>(Tile::outer, kD);
   static constexpr int inner1 = inner0 + tile_bytes<T>(Tile::inner, kD);
-  static constexpr int p = inner1 + tile_bytes<T>(Tile::inner, kD);  // float only: an accumulator becoming an operand
+  static constexpr int p = inner1 + tile_bytes<T>(Tile::inner, kD);  // float only: an accumulator as operand
   static constexpr int stats = p + (sizeof(T) == 4 ? tile_bytes<T>(Tile::outer, Tile::inner) : 0);
   static constexpr int bytes = stats + Tile::inner * static_cast<int>(sizeof(QueryStats));
 };
 
 // Grid (key tiles, key/value heads, parts of the head dim). A block owns `outer` keys of one head, a warp 16 of them
-// with dK and dV in registers; it walks the query tiles of the keys' hull, once for each query head of the group.
-// Everything is transposed, so that p and ds [keys, queries] are A operands as they lie in the accumulators. A block
+// with dK and dV in registers; it loops over the query tiles of the keys' hull, once per query head of the group.
+// Everything is transposed, so that the accumulators of p and ds [keys, queries] are already A operands. A block
 // accumulates at most 128 columns of dK and dV (registers): for D = 256 two blocks share a key tile and both compute
-// the scores. Shared memory: K, V [outer, D] for good, Q, grad_out [inner, D] and the queries' statistics; grad_out's
-// next tile comes in during the last product. 16-bit: 38, 54, 68 KB for D = 64, 128, 256; float: 61, 72, 68 KB.
+// the scores. Shared memory: K, V [outer, D] throughout, Q, grad_out [inner, D] and the queries' statistics; the next
+// grad_out tile loads during the last product. 16-bit: 38, 54, 68 KB for D = 64, 128, 256; float: 61, 72, 68 KB.
 template <class T, int kD>
 __global__ void __launch_bounds__(BackwardTile<T, kD>::outer * 2, 1)
     attention_bwd_dkdv_kernel(const __grid_constant__ BackwardParams<T> a) {
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kD>::outer * 2, 1)
   for (int step = 0; step < tiles * group; ++step) {
     const int head = head_kv * group + step / tiles, query0 = hull.begin + step % tiles * Tile::inner;
     for (int i = threadIdx.x; i < Tile::inner; i += kThreads) {
-      // A query past the hull has no rows in the tiles; it must see nothing either.
+      // A query past the hull has no rows in the tiles, so it must see nothing.
       stats[i] = query0 + i < hull.end ? stats_of(a, head, query0 + i) : QueryStats{0.f, 0.f, 0, 0};
     }
     cp_async_wait<0>();
@@ -175,10 +175,10 @@ __global__ void __launch_bounds__(BackwardTile<T, kD>::outer * 2, 1)
   }
 }
 
-// Grid (query tiles, heads). A block owns `outer` queries of one head, a warp 16 of them with dQ in registers; it walks
-// the key tiles of the rows' hull and masks only tiles that some row sees in part.
-// Shared memory: Q, grad_out [outer, D] for good, K, V [inner, D]; V's next tile comes in during the last product.
-// The budget is that of the dK, dV kernel.
+// Grid (query tiles, heads). A block owns `outer` queries of one head, a warp 16 of them with dQ in registers; it loops
+// over the key tiles of the rows' hull and masks only tiles that some row sees partially.
+// Shared memory: Q, grad_out [outer, D] throughout, K, V [inner, D]; the next V tile loads during the last product.
+// Same budget as the dK, dV kernel.
 template <class T, int kD>
 __global__ void __launch_bounds__(BackwardTile<T, kD>::outer * 2, 1)
     attention_bwd_dq_kernel(const __grid_constant__ BackwardParams<T> a) {

@@ -1,4 +1,4 @@
-// Attention on the CPU, compiled once per instruction set; the maths and the tiling are in the two headers.
+// Attention on the CPU, compiled once per instruction set; see the headers for maths and tiling.
 #include "attention/attention_cpu_bwd.h"
 #include "attention/attention_cpu_fwd.h"
 

@@ -1,4 +1,4 @@
-// What a task of the backward on the CPU works in.
+// Scratch memory of a CPU backward task.
 #pragma once
 
 #include "attention/attention_cpu_extras.h"
@@ -7,11 +7,11 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// So long that segments of 256 are whole.
+// Large enough to hold segments of 256 whole.
 constexpr int64_t kGradientKeyTile = 256;
-// Sums over keys are sums of sums of so many: equal terms in one long sum are rounded to one side.
+// Sums over keys are split into partial sums of this many: equal terms in one long sum round in the same direction.
 constexpr int64_t kKeysPerSum = 16;
-// One key in so many stands for the others in the mean key of a query.
+// One key in this many is sampled for a query's mean key.
 constexpr int64_t kKeysPerSample = 64;
 
 template <class C>
@@ -38,7 +38,7 @@ struct BackwardScratch {
     // Over the sampled keys: sums of P, P^2, P |k|^2 and P k.
     C *weight, *weight_square, *square_sum, *key_sum;  // [queries], [queries], [queries], [queries, D]
     bool sampled, in_parts;
-    // For a pattern, a bias:
+    // Only with a pattern or a bias:
     Int *span, *allow, *class_q;  // [queries]
     C* row_sums;                  // [Ck + 1, queries]
     C sink;                       // -inf: none

@@ -1,8 +1,8 @@
-// What a mask's pattern, a pair bias, a sink and dropout add to the CPU kernels.
+// Mask patterns, pair bias, sink and dropout in the CPU kernels.
 //
-// Pattern and bias are applied to a tile of scores before the softmax: scaled logits take their place, -inf where a
-// query does not see a key. From there on the tile is like one without a mask and with scale 1. The tile map says which
-// part of a tile to leave out and where every pair is visible. Dropout is a factor z for each pair: 0, or 1 / (1 - p).
+// Pattern and bias are applied to a tile of scores before the softmax, which replaces them by scaled logits, -inf for
+// invisible pairs. From there on the tile needs no mask and has scale 1. The tile map tells which part of a tile to
+// skip and where every pair is visible. Dropout is a factor z per pair: 0, or 1 / (1 - p).
 #pragma once
 
 #include "attention/attention.h"
@@ -11,13 +11,13 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// Two bits for each 128 queries x 64 keys (mmkernels/ops/attention/tiles.py).
+// Two bits per 128 queries x 64 keys (mmkernels/ops/attention/tiles.py).
 class TileMap {
  public:
   explicit TileMap(const Tensor& tiles) : words_(tiles.ptr<int32_t>()), stride_(tiles.size[1]) {}
   bool given() const { return words_ != nullptr; }
 
-  // Leaves out of the keys [begin, end) what no query of the tile sees, at both ends.
+  // Trims keys that no query of the tile sees from both ends of [begin, end).
   void trim(const QueryTile& tile, int64_t& begin, int64_t& end) const {
     while (begin < end && all(tile, begin / kKeys, kSkip)) begin = min64(end, (begin / kKeys + 1) * kKeys);
     while (begin < end && all(tile, (end - 1) / kKeys, kSkip)) end = -min64(-begin, -((end - 1) / kKeys * kKeys));
@@ -43,13 +43,13 @@ class TileMap {
   int64_t stride_;
 };
 
-// The bias of one head with a border of NaN: a class beyond the table shows, and reads no foreign memory.
+// The bias of one head with a border of NaN: a class out of range gives NaN and reads no foreign memory.
 template <class C>
 class BiasTable {
  public:
   static constexpr int64_t kSize = 33 * 33;  // 32 classes at most
 
-  // Rows by query class, or transposed by key class.
+  // Rows are query classes, or key classes if transposed.
   BiasTable(const Tensor& bias, int64_t head, bool transposed, C* memory) : data_(memory) {
     if (!bias.given()) return;
     const int64_t classes_q = bias.size[1], classes_k = bias.size[2];
@@ -79,14 +79,14 @@ MMK_INLINE Vec<C> look_up(const C* row, const Int* index) {
   return load_as<C>(lanes);
 }
 
-// n numbers as Int, and `fill` up to `padded`.
+// n numbers as Int, padded with `fill` to `padded`.
 template <class Int>
 void copy_padded(const int32_t* from, int64_t n, int64_t padded, Int fill, Int* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
   for (int64_t i = n; i < padded; ++i) to[i] = fill;
 }
 
-// Philox 4x32-10 (Salmon et al. 2011): which pairs of a head are kept. Query i and key j have word i % 4 at the counter
+// Philox 4x32-10 (Salmon et al. 2011): which pairs of a head are kept. Query i and key j use word i % 4 at the counter
 // (j, i / 4, head, 0).
 class Dropout {
  public:
@@ -94,7 +94,7 @@ class Dropout {
       : given_(extras.seed.given()),
         head_(static_cast<uint32_t>(head)),
         seed_(given_ ? static_cast<uint64_t>(*extras.seed.ptr<int64_t>()) : 0),
-        // rounded as Python does, ties to even
+        // round as Python does, ties to even
         below_(static_cast<uint32_t>(__builtin_nearbyint((1.0 - extras.dropout_p) * 2147483648.0))),
         factor_(1.0 / (1.0 - extras.dropout_p)) {}
   bool given() const { return given_; }

@@ -1,10 +1,10 @@
 // Forward on the CPU.
 //
-// A task is one head of up to kTilesPerTask query tiles. It walks their keys in tiles of kKeyTile, which it packs once
-// for all its query tiles. Per pair of tiles: S = Q K^T, the online softmax in place, P written straight into the
-// packed layout of the left operand, O += P V. S and O are in the compute type; P is rounded to bf16 where the machine
-// multiplies bf16. The running maximum is of the scores before scaling, m = max s (min for a negative scale): in
-// exp(scale (s - m)) the largest term is exactly 1 and the difference of near scores is exact.
+// A task is one head of up to kTilesPerTask query tiles. It loops over their keys in tiles of kKeyTile, packed once for
+// all its query tiles. Per pair of tiles: S = Q K^T, online softmax in place, P written directly in the packed layout
+// of the left operand, O += P V. S and O are in the compute type; P is rounded to bf16 where the machine multiplies
+// bf16. The running maximum is of the unscaled scores, m = max s (min for a negative scale): in exp(scale (s - m)) the
+// largest term is exactly 1 and differences of close scores are exact.
 #pragma once
 
 #include "attention/attention_cpu_extras.h"
@@ -25,7 +25,7 @@ struct ForwardScratch {
     Packed<T>* q;    // A [queries, D]
     C* out;          // [queries, Dv]
     C *shift, *sum;  // running maximum of sign(scale) s, and sum, [queries]
-    bool touched;    // false: out holds nothing yet
+    bool touched;    // false: out is not initialised yet
   };
   TileState tile[kTilesPerTask];
   Packed<T>* k;  // B [D, keys]
@@ -34,7 +34,7 @@ struct ForwardScratch {
   C* s;          // [queries, ld]
   Packed<T>* p;  // A [queries, keys]
   C* rescale;    // [queries]
-  // For a pattern, a bias, dropout:
+  // Only with a pattern, a bias or dropout:
   Int *span_k, *bit_k, *class_k;  // [keys], padded to whole registers
   C* bias;
   uint8_t* keep;  // [queries, ld]
@@ -197,7 +197,7 @@ class ForwardTask {
     state.touched = true;
   }
 
-  // Scores become logits: scaled and biased, -inf where the pattern hides a key. Column 0 is key + from.
+  // Turns scores into logits: scaled and biased, -inf where the pattern hides a key. Column 0 is key + from.
   void write_logits(const QueryTile& tile, int64_t key, int64_t from, int64_t width) {
     const bool hides = map_.given() && !map_.full(tile, key + from, key + from + width);
     const bool biased = extras_.pair_bias.given();
@@ -220,7 +220,7 @@ class ForwardTask {
     }
   }
 
-  // Zeros in w_.p where dropout does not keep a pair; close() has the factor of the others.
+  // Zeros w_.p at dropped pairs; close() applies the factor of the others.
   void drop(const QueryTile& tile, int64_t key, int64_t width) {
     constexpr int64_t ld = kKeyTile + Dropout::kWide;
     const int64_t rows = tile.end - tile.begin;
@@ -236,7 +236,7 @@ class ForwardTask {
     }
   }
 
-  // Turns scores w_.s into probabilities w_.p relative to the running maximum, which it moves; column 0 is `key`.
+  // Turns scores w_.s into probabilities w_.p relative to the running maximum, which it updates; column 0 is `key`.
   void softmax(const QueryTile& tile, TileState& state, int64_t key, int64_t width) {
     const int64_t rows = tile.end - tile.begin;
     for (int64_t i = 0; i < rows; ++i) {
@@ -284,7 +284,7 @@ class ForwardTask {
     }
   }
 
-  // The sink's term joins a row's sum; `factor` takes what that moves the maximum by.
+  // Adds the sink's term to a row's sum; `factor` receives the rescaling due to the new maximum.
   void add_sink(C& shift, C& sum, C& factor) {
     const C sink = extras_.sink.ptr<C>()[head_];
     if (sink <= shift) {
@@ -303,9 +303,9 @@ class ForwardTask {
   const int32_t *lo_, *hi_;
   const AttentionExtras& extras_;
   const TileMap map_;
-  const bool rewrites_;  // scores become logits before the softmax
+  const bool rewrites_;  // whether scores become logits before the softmax
   const C scale_;
-  const C sign_, factor_;  // of the scale; 1 and 1 for logits
+  const C sign_, factor_;  // sign and magnitude of the scale; 1 and 1 for logits
   const Dropout dropout_;
   const BiasTable<C> bias_;
   const HeadView<T> q_, k_, v_, out_;

@@ -1,8 +1,8 @@
-// Rows of a right operand that hold an infinity or a NaN.
+// Rows of a right operand that contain inf or NaN.
 //
-// 0 times such a row is NaN: in a product it would reach every row of the result, those of other samples too, whose
-// weight for it is 0 because the mask hides the pair. So it is packed as zeros, and added by itself to the rows whose
-// weight for it is not 0.
+// 0 times such a row is NaN, so in a product it would reach every row of the result, even those of other samples, whose
+// weight is 0 because the mask hides the pair. So it is packed as zeros and added separately to the rows with a nonzero
+// weight for it.
 #pragma once
 
 #include "attention/attention_cpu_tiles.h"
@@ -17,7 +17,7 @@ class OddRows {
  public:
   static constexpr int64_t kMost = 256;
 
-  // pack_rows_b<S>() of up to kMost rows, with zeros for the odd rows, which are kept until the next call.
+  // pack_rows_b<S>() of up to kMost rows, with zeros for the odd rows, which are remembered until the next call.
   template <class S>
   void pack(HeadView<T> x, int64_t first, int64_t count, int64_t width, Packed<S>* dst) {
     pack_rows_b<S>(x, first, count, width, dst);
@@ -32,7 +32,7 @@ class OddRows {
     }
   }
 
-  // C [m, width] += A [m, k] times the odd ones among the packed rows [begin, begin + k).
+  // C [m, width] += A [m, k] times the odd rows among the packed rows [begin, begin + k).
   template <class S>
   void add(int64_t m, int64_t k, Packed<S>* a, int64_t begin, C* c, int64_t ldc) const {
     if (!any_) return;

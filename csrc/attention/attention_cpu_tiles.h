@@ -1,5 +1,4 @@
-// What the forward and the backward share: operands of one head, products over part of a packed operand, scratch
-// memory.
+// Shared by forward and backward: operands of one head, products over part of a packed operand, scratch memory.
 #pragma once
 
 #include "attention/attention.h"
@@ -24,7 +23,7 @@ HeadView<T> head_of(const Tensor& x, int64_t head) {
   return {x.ptr<T>() + head * x.stride[1], x.stride[0]};
 }
 
-// The four ways in which `count` rows of a head, `width` wide, become an operand.
+// Four ways to pack `count` rows of a head, `width` wide, as an operand.
 template <class T>
 void pack_rows_a(HeadView<T> x, int64_t first, int64_t count, int64_t width, Packed<T>* dst) {  // A [rows, width]
   pack_a<T>(x.row(first), x.stride, 1, count, width, dst);
@@ -83,7 +82,7 @@ void write_rows(const C* src, int64_t count, int64_t width, C factor, HeadView<T
   }
 }
 
-// A vector of a computed tile, rounded to the type of a packed operand.
+// Stores a vector of a computed tile, rounded to the packed type.
 MMK_INLINE void store_packed(float* p, Vec<float> v) { store(p, v); }
 MMK_INLINE void store_packed(double* p, Vec<double> v) { store(p, v); }
 #if defined(__AVX512BF16__)
@@ -93,7 +92,7 @@ MMK_INLINE void store_packed(bf16* p, Vec<float> v) {
 }
 #endif
 
-// Where row i of an A operand of depth k begins, and how far apart its 64-byte blocks lie.
+// Start of row i of an A operand of depth k, and the distance of its 64-byte blocks.
 template <class T>
 struct PackedRow {
   static constexpr int64_t block = kWordBlock<T> * kWordElements<T>;  // elements
@@ -115,7 +114,7 @@ MMK_INLINE Vec<Int> count_lanes() {
   return v;
 }
 
-// Hands out 64-byte aligned slices of one block; over a null block it only measures.
+// Hands out 64-byte aligned slices of one block; with a null block it only counts.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}
@@ -147,7 +146,7 @@ struct AttentionShape {
   int64_t group() const { return heads / kv_heads; }
 };
 
-// Tiles per task: enough to spread the packing of keys over, few enough to keep every thread busy.
+// Tiles per task: enough to amortise packing the keys, few enough to keep every thread busy.
 constexpr int64_t kTilesPerTask = 4;
 
 static inline int64_t tiles_per_task(int64_t tiles, int64_t heads, int num_threads) {

@@ -16,8 +16,8 @@ struct ForwardParams {
   float* __restrict__ lse;  // [H, Tq] natural log
 };
 
-// One step of the online softmax over the scores s [16, 8 NI] of a warp, which become probabilities relative to the new
-// maximum. m and l are this thread's two rows: m the whole row's maximum, l this thread's share of the sum.
+// One step of the online softmax: turns a warp's scores s [16, 8 NI] into probabilities relative to the new maximum. m
+// and l belong to this thread's two rows: m is the row's maximum, l this thread's share of the sum.
 template <class T, int NI, int NO>
 __device__ __forceinline__ void softmax_step(float (&s)[1][NI][4], float (&m)[2], float (&l)[2],
                                              float (&out)[1][NO][4]) {
@@ -54,14 +54,14 @@ struct ForwardSmem {
   static constexpr int q = 0;
   static constexpr int k = q + tile_bytes<T>(Tile::outer, kD);
   static constexpr int v = k + tile_bytes<T>(Tile::inner, kD);
-  static constexpr int p = v + tile_bytes<T>(Tile::inner, kD);  // float only: probabilities on their way to an operand
+  static constexpr int p = v + tile_bytes<T>(Tile::inner, kD);  // float only: probabilities as operand
   static constexpr int bytes = p + (sizeof(T) == 4 ? tile_bytes<T>(Tile::outer, Tile::inner) : 0);
 };
 
 // Grid (query tiles, heads). A block owns `outer` queries of one head, a warp 16 of them with their outputs and softmax
-// statistics in registers; the block walks the key tiles of the hull of its rows' intervals and masks only tiles that
-// some row sees in part.
-// Shared memory: Q [outer, D] for good, one tile each of K and V [inner, D]; while one is used the other is on its way.
+// statistics in registers; the block loops over the key tiles of the hull of its rows' intervals and masks only tiles
+// that some row sees partially.
+// Shared memory: Q [outer, D] throughout, one tile each of K and V [inner, D]; while one is used the other loads.
 // 16-bit: 27, 52, 68 KB for D = 64, 128, 256; float: 70, 77, 70 KB.
 template <class T, int kD>
 __global__ void __launch_bounds__(ForwardTile<T, kD>::outer * 2, 1)

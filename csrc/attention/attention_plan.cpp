@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kNowhere = std::numeric_limits<int64_t>::max();
 
-// Register tiles make work come in steps of 12 queries and 32 keys (the widest set's). What one more tile costs besides
+// Register tiles round work up to 12 queries and 32 keys (for the widest instruction set). The overhead of another tile
 // is about a tile of 16 x 32.
 constexpr int64_t kRowStep = 12, kColStep = 32, kTileOverhead = 512;
 
@@ -30,7 +30,7 @@ int64_t tile_cost(int64_t rows, const Hull& keys) {
   return round_up_to(rows, kRowStep) * round_up_to(keys.length(), kColStep) + kTileOverhead;
 }
 
-// Builds one tile; rows with an empty interval see nothing and extend no hull.
+// Builds one tile; rows with an empty interval see nothing and do not extend the hull.
 struct Rows {
   int64_t begin, end;
   Hull keys;
@@ -48,7 +48,7 @@ struct Rows {
   }
 };
 
-// Consecutive queries from `begin` on, at most `limit`, each of whose intervals touches those before.
+// At most `limit` consecutive queries starting at `begin`, each of whose intervals touches the previous ones.
 Rows next_run(const int32_t* lo, const int32_t* hi, int64_t begin, int64_t limit, int64_t num_keys) {
   Rows run{begin, begin, {}};
   for (; run.end < limit; ++run.end) {
@@ -63,8 +63,8 @@ Rows next_run(const int32_t* lo, const int32_t* hi, int64_t begin, int64_t limit
   return run;
 }
 
-// Runs are joined into one tile while a product over both costs less than two products: thousands of tiny segments
-// fill tiles, larger segments are not mixed.
+// Merges runs into one tile while a product over both costs less than two products: tiny segments share tiles, larger
+// segments are not mixed.
 std::vector<QueryTile> cut_tiles(const int32_t* lo, const int32_t* hi, int64_t num_queries, int64_t num_keys) {
   std::vector<QueryTile> tiles;
   Rows open{0, 0, {}};
@@ -106,7 +106,7 @@ AttentionPlan::AttentionPlan(const int32_t* lo, const int32_t* hi, int64_t num_q
   const std::vector<QueryTile>& tiles = lists_->tiles;
   tiles_ = tiles.data();
   const int64_t count = num_tiles();
-  std::vector<int64_t> next_begin(count + 1, num_keys);  // first key that tiles from here on see
+  std::vector<int64_t> next_begin(count + 1, num_keys);  // first key seen by this and later tiles
   for (int64_t t = count - 1; t >= 0; --t) {
     const bool sees = tiles[t].key_begin < tiles[t].key_end;
     next_begin[t] = sees ? std::min(next_begin[t + 1], tiles[t].key_begin) : next_begin[t + 1];
@@ -165,7 +165,7 @@ void AttentionPlan::finish() {
     for (int64_t t = task.tile_begin; t < task.tile_end; ++t)
       task.cost += tiles_[t].end - tiles_[t].begin + pairs(tiles_[t], task.key_begin, task.key_end);
   }
-  // Longest first; equal ones stay in the order of memory.
+  // Most expensive first; ties stay in memory order.
   const auto magnitude = [](const AttentionTask& task) { return std::ilogb(static_cast<double>(task.cost)); };
   std::stable_sort(tasks.begin(), tasks.end(),
                    [&](const AttentionTask& a, const AttentionTask& b) { return magnitude(a) > magnitude(b); });
@@ -185,7 +185,7 @@ bool AttentionPlan::balanced(int64_t heads, int num_threads, double slack) const
     largest = std::max(largest, static_cast<double>(task.cost));
   }
   const double even = total / num_threads;
-  if (even + largest <= slack * even) return true;  // whoever takes the last task is at most one task late
+  if (even + largest <= slack * even) return true;  // the last task delays completion by at most one task
   if (num_tasks() * heads > 64 * num_threads) return false;
   std::vector<double> load(num_threads, 0.0);
   for (const AttentionTask& task : lists_->tasks)

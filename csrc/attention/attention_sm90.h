@@ -1,6 +1,5 @@
-// The attention kernels for compute capability 9.0 (wgmma, TMA, warps with different work): what attention_fwd.cu and
-// attention_bwd.cu launch there in place of their own. They also take a pattern: spans and classes inside the
-// intervals.
+// The attention kernels for compute capability 9.0 (wgmma, TMA, warp specialisation), which attention_fwd.cu and
+// attention_bwd.cu launch instead of their own. They also support a pattern: spans and classes inside the intervals.
 #pragma once
 
 #include "attention/attention.h"
@@ -12,8 +11,8 @@ namespace mmk::cuda {
 
 constexpr int kMaxSm90HeadDim = 128;
 
-// Whether the kernels below take these tensors [tokens, heads, D or Dv] on the current device: bf16 or f16, head dims
-// up to 128, at an address and strides that TMA can follow (multiples of 16 bytes).
+// Whether the kernels below support these tensors [tokens, heads, D or Dv] on the current device: bf16 or f16, head
+// dims up to 128, address and strides in multiples of 16 bytes for TMA.
 template <class... Tensors>
 bool use_attention_sm90(const Tensors&... tensors) {
   if constexpr (kHaveSm90) {
@@ -27,15 +26,15 @@ bool use_attention_sm90(const Tensors&... tensors) {
   }
 }
 
-// For the other kernels, which a pattern of no pair does not harm.
+// For the other kernels: rejects a pattern unless there are no pairs.
 template <class Args>
 void expect_no_pattern(const Args& args) {
   MMK_CHECK(!args.extras.tiles.given() || args.q.size[0] == 0 || args.k.size[0] == 0,
-            "attention: of the CUDA kernels only those for sm_90 take spans and classes");
+            "attention: only the sm_90 CUDA kernels support spans and classes");
 }
 
 void launch_attention_fwd_sm90(const AttentionFwdArgs& args, void* stream);
-// After delta.
+// Requires delta.
 void launch_attention_bwd_sm90(const AttentionBwdArgs& args, void* stream);
 
 }  // namespace mmk::cuda

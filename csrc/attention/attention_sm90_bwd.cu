@@ -1,5 +1,5 @@
-// Attention backward for sm_90a: the products of attention_bwd.cu, cut the same way: one kernel owns keys and gives dK
-// and dV, one owns queries and gives dQ; both compute the probabilities again. No sum has two owners.
+// Attention backward for sm_90a: the products of attention_bwd.cu, split the same way: one kernel owns keys and
+// computes dK and dV, one owns queries and computes dQ; both recompute the probabilities. Every sum has one owner.
 #include "attention/attention_sm90_tile.h"
 
 namespace mmk::cuda {
@@ -8,7 +8,7 @@ namespace {
 
 // ---- dK, dV ---------------------------------------------------------------------------------------------------------
 
-constexpr int kQueries = 64;  // of a tile
+constexpr int kQueries = 64;  // per tile
 static_assert(kMapQ % kQueries == 0 && kRows % kMapK == 0, "tiles inside those of the map");
 
 template <class T>
@@ -22,10 +22,10 @@ struct KeysParams {
   Heads<T> dv;  // [Tk, Hkv, Dv]
 };
 
-// What the scores of a tile's queries need.
+// Per-query inputs of a tile's scores.
 struct QueryStats {
-  float lse2[kQueries], delta[kQueries];  // lse in powers of two
-  int begin[kQueries], end[kQueries];     // keys that a query sees
+  float lse2[kQueries], delta[kQueries];  // lse in log2
+  int begin[kQueries], end[kQueries];     // keys a query sees
   int span[kQueries], allow[kQueries];    // with a pattern
 };
 
@@ -40,7 +40,8 @@ struct KeysSmem {
   static_assert(bytes <= 227 * 1024, "what a block may have");
 };
 
-// Calls visit(query0, state) for the tiles of queries that see some of the kRows keys from key0 on. By a whole warp.
+// Calls visit(query0, state) for the query tiles that see some of the kRows keys starting at key0. Called by a whole
+// warp.
 template <class Visit>
 __device__ __forceinline__ void for_query_tiles(const Sm90Problem& a, int key0, const Hull& hull, const Visit& visit) {
   const AttentionProblem& p = a.p;
@@ -51,7 +52,7 @@ __device__ __forceinline__ void for_query_tiles(const Sm90Problem& a, int key0, 
     if (mapped) {
       state = a.pattern.state<kRows>(query0, key0);
     } else {
-      // The hull of the keys' queries may hold many that see none of them.
+      // The hull of the keys' queries may contain many that see none of them.
       const Hull keys = hull_of<kQueries>(p.lo, p.hi, query0, p.tq, p.tk);
       const bool whole = key0 >= keys.all_begin && key0 + kRows <= keys.all_end;
       state = keys.begin >= key0 + kRows || keys.end <= key0 ? kSkip : whole ? kFull : kPartial;
@@ -60,7 +61,7 @@ __device__ __forceinline__ void for_query_tiles(const Sm90Problem& a, int key0, 
   }
 }
 
-// The whole warp: its lanes fetch what the queries' scores need.
+// Called by the whole warp: its lanes fetch the queries' QueryStats.
 template <class T, int kD>
 __device__ __forceinline__ void produce(const KeysParams<T>& a, unsigned char* smem,
                                         Barriers<KeysSmem<kD>::kStages>& tiles, int key0, int head_kv) {
@@ -108,10 +109,10 @@ __device__ __forceinline__ void produce(const KeysParams<T>& a, unsigned char* s
   barrier_arrive(&tiles.full[ring.slot]);
 }
 
-// Grid (key tiles, key/value heads): a block owns 128 keys of one head and walks the tiles of 64 queries that see some
-// of them, once for each query head of the group. A producer and two consumer warpgroups of 64 keys each, with dK and
-// dV in registers (kD / 2 each). Everything is transposed, so that p and ds [keys, queries] are left operands as they
-// lie in the accumulators. Shared memory: K, V [128, kD] for good; three (kD = 128) or four stages of Q and grad_out
+// Grid (key tiles, key/value heads): a block owns 128 keys of one head and loops over the tiles of 64 queries that see
+// some of them, once per query head of the group. A producer and two consumer warpgroups of 64 keys each, with dK and
+// dV in registers (kD / 2 each). Everything is transposed, so that the accumulators of p and ds [keys, queries] are
+// already left operands. Shared memory: K, V [128, kD] throughout; three (kD = 128) or four stages of Q and grad_out
 // [64, kD] and of the queries' statistics: 165 or 102 KB.
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads, 1) attention_bwd_dkdv_sm90_kernel(const __grid_constant__ KeysParams<T> a) {
@@ -231,7 +232,7 @@ struct QueriesParams {
 
 template <int kD>
 struct QueriesSmem {
-  static constexpr int kKeys = kD == 64 ? 128 : 64;  // of a tile
+  static constexpr int kKeys = kD == 64 ? 128 : 64;  // per tile
   static constexpr int kStages = 3;
   static constexpr int kTile = kTileBytes<kKeys, kD>, kStage = 2 * kTile;
   static constexpr int q = 0, grad_out = q + kTileBytes<kRows, kD>, stages = grad_out + kTileBytes<kRows, kD>;
@@ -273,7 +274,7 @@ __device__ __forceinline__ void produce(const QueriesParams<T>& a, unsigned char
 
 // Grid (query tiles, heads), the last queries first. A block owns 128 queries of one head; a producer and two consumer
 // warpgroups of 64 queries each, with dQ in registers (kD / 2).
-// Shared memory: Q, grad_out [128, kD] for good; three stages of K and V, [64, 128] or [128, 64] each: 160 or 128 KB.
+// Shared memory: Q, grad_out [128, kD] throughout; three stages of K and V, [64, 128] or [128, 64] each: 160 or 128 KB.
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_bwd_dq_sm90_kernel(const __grid_constant__ QueriesParams<T> a) {

@@ -5,7 +5,7 @@ namespace mmk::cuda {
 namespace attention_sm90 {
 namespace {
 
-constexpr int kKeys = 128;  // of a tile
+constexpr int kKeys = 128;  // per tile
 constexpr int kNI = kKeys / 8;
 
 template <class T>
@@ -17,7 +17,7 @@ struct ForwardParams {
   float* __restrict__ lse;  // [H, Tq] natural log
 };
 
-// K and V have rings of their own: the softmax stands between their products.
+// K and V have separate rings, because the softmax is between their products.
 template <int kD>
 struct ForwardSmem {
   static constexpr int kStages = kD == 64 ? 4 : 2;
@@ -27,24 +27,24 @@ struct ForwardSmem {
   static_assert(bytes <= 227 * 1024, "what a block may have");
 };
 
-// The two consumers take turns at the tensor cores: while one does its softmax the other multiplies.
+// The two consumers alternate on the tensor cores: while one does its softmax the other multiplies.
 struct Turns {
   static constexpr int kBarrier = 1;
-  int index;  // of this consumer
+  int index;  // this consumer's
 
   __device__ __forceinline__ explicit Turns(int consumer) : index(consumer) {
-    if (index == 1) named_arrive(kBarrier, 2 * kWarpgroup);  // the first goes first
+    if (index == 1) named_arrive(kBarrier, 2 * kWarpgroup);  // let the first start
   }
   __device__ __forceinline__ void wait() const { named_sync(kBarrier + index, 2 * kWarpgroup); }
   __device__ __forceinline__ void pass() const { named_arrive(kBarrier + (index ^ 1), 2 * kWarpgroup); }
-  // After as many turns of both: the second's last pass is not left behind.
+  // Balances the barrier after equal numbers of turns: consumes the second's last arrival.
   __device__ __forceinline__ void finish() const {
     if (index == 0) wait();
   }
 };
 
-// One step of the online softmax over scores [64, 8 kNI], which become probabilities relative to the new maximum. m and
-// l are this thread's two rows: m the whole row's maximum, l this thread's share of the sum. What came before is to be
+// One step of the online softmax: turns scores [64, 8 kNI] into probabilities relative to the new maximum. m and l
+// belong to this thread's two rows: m is the row's maximum, l this thread's share of the sum. Earlier results must be
 // multiplied by `correction`.
 __device__ __forceinline__ void softmax_step(float (&s)[kNI][4], float scale2, float (&m)[2], float (&l)[2],
                                              float (&correction)[2]) {
@@ -110,11 +110,11 @@ __device__ __forceinline__ void produce(const ForwardParams<T>& a, unsigned char
   }
 }
 
-// Grid (query tiles, heads): a block owns 128 queries of one head, the last of them first, for they see most of a
-// causal mask. A producer and two consumer warpgroups of 64 queries each, with their outputs and softmax statistics in
-// registers: 64 of scores, 32 of probabilities and kD / 2 of outputs. The products of one tile's probabilities with V
-// and of the next tile's scores are under way together, during that tile's softmax.
-// Shared memory: Q [128, kD] for good, two (kD = 128) or four stages of K and of V [128, kD]: 160 or 144 KB.
+// Grid (query tiles, heads): a block owns 128 queries of one head. The last queries are scheduled first, because they
+// see the most keys of a causal mask. A producer and two consumer warpgroups of 64 queries each, with outputs and
+// softmax statistics in registers: 64 for scores, 32 for probabilities and kD / 2 for outputs. The product of one
+// tile's probabilities with V and the next tile's score product run concurrently, during that tile's softmax.
+// Shared memory: Q [128, kD] throughout, two (kD = 128) or four stages of K and of V [128, kD]: 160 or 144 KB.
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads, 1) attention_fwd_sm90_kernel(const __grid_constant__ ForwardParams<T> a) {
   using Smem = ForwardSmem<kD>;

@@ -1,10 +1,10 @@
-// What the attention kernels for sm_90a share: the problem with its pattern, a ring of tiles that one warp fetches and
-// two warpgroups multiply, and the masks.
+// Shared by the sm_90a attention kernels: the problem with its pattern, the ring of tiles that one warp fetches and two
+// warpgroups multiply, and the masks.
 //
-// The producer, the first warp of the first warpgroup, decides what to do with each tile: skip it, mask it or compute
-// it whole. It says so to the consumers in the ring, beside the tile; they look at no map.
+// The producer, the first warp of the first warpgroup, decides for each tile whether to skip it, mask it or compute it
+// whole. It passes the decision to the consumers in the ring, next to the tile; they do not read the map.
 //
-// Head dims are padded to kD, 64 or 128: TMA fills with zeros what a row lacks.
+// Head dims are padded to kD, 64 or 128, with zeros filled in by TMA.
 #pragma once
 
 #include "attention/attention_sm90.h"
@@ -15,16 +15,16 @@
 namespace mmk::cuda::attention_sm90 {
 
 constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kRows = 2 * 64;  // that a block owns: 64 of each consumer warpgroup
+constexpr int kRows = 2 * 64;  // owned by a block: 64 per consumer warpgroup
 constexpr int kConsumerWarps = 8;
 
-// Registers per thread: 128 * 24 + 256 * 240 of the 65536; or 128 * 40 + 256 * 232 for a producer that does more.
+// Registers per thread: 128 * 24 + 256 * 240 of 65536; or 128 * 40 + 256 * 232 for a producer that needs more.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 constexpr int kBusyProducerRegisters = 40, kBusyConsumerRegisters = 232;
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Tiles of the map, and what it says of them (mmkernels/ops/attention/tiles.py).
+// Tile sizes and states of the map (mmkernels/ops/attention/tiles.py).
 constexpr int kMapQ = 128, kMapK = 64, kMapWord = 16;
 enum State : int { kSkip = 0, kPartial = 1, kFull = 2, kEnd = 3 };
 
@@ -39,7 +39,7 @@ struct Pattern {
 
   __device__ __forceinline__ bool given() const { return tiles != nullptr; }
 
-  // Of kKeys keys from key0 on, a multiple of kKeys, against the kMapQ queries around `query`.
+  // The state of kKeys keys starting at key0, a multiple of kKeys, against the kMapQ queries around `query`.
   template <int kKeys>
   __device__ __forceinline__ State state(int query, int key0) const {
     static_assert(kKeys % kMapK == 0 && kMapK * kMapWord % kKeys == 0, "tiles of one word");
@@ -52,8 +52,8 @@ struct Pattern {
   }
 };
 
-// Scores are s' = sign * <q, k>, and logits in powers of two are scale2 * s' with scale2 > 0: a maximum of scores is
-// then one of logits, whatever the scale.
+// Scores are s' = sign * <q, k>, and logits in log2 are scale2 * s' with scale2 > 0, so that the maximum score is the
+// maximum logit for either sign of the scale.
 struct Sm90Problem {
   AttentionProblem p;
   Pattern pattern;
@@ -72,7 +72,7 @@ struct Sm90Problem {
 
 // ---- the ring -------------------------------------------------------------------------------------------------------
 
-// What a stage of the ring holds: where its tile starts, and what to do with it. After the last tile comes kEnd.
+// A stage's tile position and what to do with the tile. kEnd follows the last tile.
 struct Step {
   int first, state;
 };
@@ -82,7 +82,7 @@ struct Barriers {
   Barrier fixed, full[kStages], empty[kStages];
   Step steps[kStages];
 
-  // By the whole block, which passes a barrier on the way out. `producers` threads arrive at a stage that is full.
+  // Called by the whole block; ends with a barrier. `producers` threads arrive at a full stage.
   __device__ __forceinline__ void init(int producers) {
     if (threadIdx.x == 0) {
       barrier_init(&fixed, 1);
@@ -100,7 +100,7 @@ __device__ __forceinline__ void release(Barrier* empty) {
   if (threadIdx.x % kWarp == 0) barrier_arrive(empty);
 }
 
-// Tile [kTokens, kD] of a head as kD / 64 tiles of [kTokens, 64], one behind the other.
+// Fetches tile [kTokens, kD] of a head as kD / 64 consecutive tiles of [kTokens, 64].
 template <int kTokens, int kD>
 constexpr int kTileBytes = kTokens * kD * 2;
 
@@ -112,7 +112,7 @@ __device__ __forceinline__ void fetch(unsigned char* target, const TensorMap& ma
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// acc = A B^T of a warpgroup: A [64, kD] are rows of a tile of kTokensA, B [8 NI, kD] is a tile.
+// acc = A B^T of a warpgroup: A [64, kD] is part of a tile of kTokensA rows, B [8 NI, kD] is a tile.
 template <class T, int kD, int kTokensA, int NI>
 __device__ __forceinline__ void multiply_rows(float (&acc)[NI][4], const unsigned char* a, const unsigned char* b) {
 #pragma unroll
@@ -135,7 +135,7 @@ __device__ __forceinline__ void multiply_tokens(float (&acc)[NI][4], const uint3
   }
 }
 
-// An accumulator [64, 16 KI] as the left operand of another product.
+// Converts an accumulator [64, 16 KI] to the left operand of another product.
 template <class T, int KI>
 __device__ __forceinline__ void to_operand(uint32_t (&a)[KI][4], const float (&acc)[2 * KI][4]) {
 #pragma unroll
@@ -149,7 +149,7 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[KI][4], const float (&a
 
 // ---- masks ----------------------------------------------------------------------------------------------------------
 
-// What a query sees.
+// A query's visible keys.
 struct Sight {
   int begin, end;   // keys
   int span, allow;  // with a pattern
@@ -163,7 +163,7 @@ struct Sight {
   }
 };
 
-// Calls hide(ni, e) for the keys key0 + 8 ni + column of the accumulator that rows e / 2 do not see.
+// Calls hide(ni, e) for the accumulator's keys key0 + 8 ni + column that row e / 2 does not see.
 template <int NI, class Hide>
 __device__ __forceinline__ void for_hidden(const Sm90Problem& a, const Sight (&row)[2], int key0, const Hide& hide) {
   const int first = key0 + fragment_column(0);
@@ -189,11 +189,12 @@ __device__ __forceinline__ void for_hidden(const Sm90Problem& a, const Sight (&r
   }
 }
 
-// Calls visit(key0, state) for the tiles of kKeys keys that the kRows queries from query0 on see. By a whole warp.
+// Calls visit(key0, state) for the tiles of kKeys keys that the kRows queries starting at query0 see. Called by a whole
+// warp.
 template <int kKeys, class Visit>
 __device__ __forceinline__ void for_key_tiles(const Sm90Problem& a, int query0, const Visit& visit) {
   const Hull hull = hull_of<kRows>(a.p.lo, a.p.hi, query0, a.p.tq, a.p.tk);
-  const bool mapped = a.pattern.given();  // then tiles begin at multiples of their size
+  const bool mapped = a.pattern.given();  // tiles are then aligned to their size
 #pragma unroll 1
   for (int key0 = mapped ? hull.begin / kKeys * kKeys : hull.begin; key0 < hull.end; key0 += kKeys) {
     const bool whole = key0 >= hull.all_begin && key0 + kKeys <= hull.all_end;

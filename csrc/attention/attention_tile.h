@@ -1,4 +1,4 @@
-// What the attention kernels share on the device: the problem, the tile sizes and the bounds of a tile's loop.
+// Device code shared by the attention kernels: the problem, tile sizes and loop bounds of a tile.
 #pragma once
 
 #include <climits>
@@ -27,7 +27,7 @@ template <class T>
 struct Heads {
   T* data;
   int64_t stride_token, stride_head;
-  bool vectors;  // every row starts at a multiple of 16 bytes
+  bool vectors;  // every row is 16-byte aligned
 
   // One head's rows before `end`.
   __device__ __forceinline__ Matrix<std::remove_const_t<T>> rows(int head, int end, int columns) const {
@@ -43,9 +43,9 @@ Heads<T> heads_of(const Tensor& x) {
   return {x.ptr<T>(), x.stride[0], x.stride[1], rows_aligned(x, sizeof(T))};
 }
 
-// Tiles by element size and padded head dim (64, 128, 256). A warp owns 16 of the `outer` rows that a block keeps
-// (queries forward and for dQ, keys for dK and dV), and the block loops over tiles of `inner` rows. Sized so that every
-// budget fits the 99 KB that the smallest devices give, and the accumulators fit 255 registers.
+// Tile sizes by element size and padded head dim (64, 128, 256). A warp owns 16 of the block's `outer` rows (queries in
+// the forward and for dQ, keys for dK and dV), and the block loops over tiles of `inner` rows. Sized so that shared
+// memory fits in 99 KB, the smallest devices' limit, and accumulators fit in 255 registers.
 template <class T, int kD>
 struct ForwardTile {
   static constexpr int outer = sizeof(T) == 4 && kD == 256 ? 32 : 64;
@@ -57,25 +57,25 @@ struct BackwardTile {
   static constexpr int inner = sizeof(T) == 2 ? (kD == 64 ? 64 : 32) : (kD == 256 ? 16 : 32);
 };
 
-// scale * score, rounded once and the same way forward and backward: its difference from a maximum, or from the lse of
-// a row that it dominates, is then exact. (Fused into that difference it would not be.)
+// scale * score, rounded once and identically in forward and backward, so that its difference from a maximum, or from
+// the lse of a row that it dominates, is exact. (With an FMA it would not be.)
 __device__ __forceinline__ float logit(float score, float scale) { return __fmul_rn(score, scale); }
 
 struct Interval {
   int begin, end;
 };
 
-// The interval of one row, inside [0, limit]; an empty one, or that of a row beyond the last, is {0, 0}.
+// The interval of one row, clamped to [0, limit]; {0, 0} if empty or past the last row.
 __device__ __forceinline__ Interval interval_of(const int* first, const int* last, int row, int rows, int limit) {
   if (row >= rows) return {0, 0};
   const int begin = max(first[row], 0), end = min(last[row], limit);
   return begin < end ? Interval{begin, end} : Interval{0, 0};
 }
 
-// What a tile of rows sees together: the hull of all intervals, and the part that every row sees.
+// The hull of a tile's intervals, and the part that every row sees.
 struct Hull {
-  int begin, end;          // begin >= end: no row sees anything
-  int all_begin, all_end;  // a tile inside needs no mask
+  int begin, end;          // begin >= end: no row sees a key
+  int all_begin, all_end;  // tiles inside need no mask
 };
 
 // Every warp computes the same hull for the block's kRows rows.
@@ -111,7 +111,7 @@ inline AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tenso
 template <class Run>
 void choose_attention_kernel(const Tensor& q, const Tensor& v, const Run& run) {
   const int64_t d = q.size[2] > v.size[2] ? q.size[2] : v.size[2];
-  MMK_CHECK(d >= 1 && d <= 256, "attention: the CUDA kernels take head dims 1 to 256, got ", d);
+  MMK_CHECK(d >= 1 && d <= 256, "attention: the CUDA kernels support head dims 1 to 256, got ", d);
   const auto with_head_dim = [&](auto element) {
     if (d <= 64) return run(element, std::integral_constant<int, 64>{});
     if (d <= 128) return run(element, std::integral_constant<int, 128>{});

@@ -5,9 +5,9 @@
 //
 // Shapes; the last dimension of each is contiguous:
 //   residual, out, grad_out [N, C]   f32, bf16, f16, f64; inputs with any row stride, outputs contiguous
-//   x, dx [N, C]                     the same dtype, or bf16 or f16 beside f32
-//   gate, dgate [G]                  f32 (f64 with f64), contiguous; per column: G = C; else row n reads gate[n % G]
-// N and C may be 0. The same bits with any number of threads.
+//   x, dx [N, C]                     the same dtype, or bf16 or f16 with an f32 residual
+//   gate, dgate [G]                  f32 (f64 with f64), contiguous; G = C per column; else row n reads gate[n % G]
+// N and C may be 0. Results do not depend on the number of threads.
 #pragma once
 
 #include "common/dispatch.h"

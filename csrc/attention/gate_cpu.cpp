@@ -1,5 +1,5 @@
-// Gated residual on the CPU: a task is a strip of rows. tanh is taken once per gate; a strip's sums for the gate's
-// gradient are its own line of a scratch matrix.
+// Gated residual on the CPU: a task is a strip of rows. tanh is computed once per gate; each strip sums the gate's
+// gradient into its own line of a scratch matrix.
 #include "attention/gate.h"
 
 #include <type_traits>
@@ -92,7 +92,7 @@ void backward(const GateBwdArgs& args, int num_threads) {
   }
 }
 
-// Calls run(residual's type, x's type); a float32 residual takes an x in half precision.
+// Calls run(residual's type, x's type); a float32 residual may have x in half precision.
 template <class Run>
 void with_dtypes(DType residual, DType x, const Run& run) {
   with_dtype(x, [&](auto t) {

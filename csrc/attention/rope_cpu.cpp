@@ -1,5 +1,5 @@
-// Norm and rotary embedding on the CPU: a task is a strip of rows (a token and a head each), which it takes one by one
-// through a buffer in the compute type. Sums of a strip's weight gradients are its own line of a scratch matrix.
+// Norm and rotary embedding on the CPU: a task is a strip of rows (one token and head each), processed one by one in a
+// buffer in the compute type. Each strip sums its weight gradients into its own line of a scratch matrix.
 #include "attention/rope.h"
 
 #include "attention/rows.h"
@@ -8,7 +8,7 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-// Elements of a strip: 64 KB of bf16, long enough to hide the cost of a task.
+// Elements per strip: 64 KB of bf16, enough to amortise the cost of a task.
 constexpr int64_t kStripElements = 32768;
 
 // Rows of [T, H, D], numbered token by token.
@@ -20,7 +20,7 @@ struct RowsOf {
   T* row(int64_t token, int64_t head) const { return data + token * stride_token + head * stride_head; }
 };
 
-// Pairs of neighbours to two halves, and back.
+// Interleaved pairs to two halves, and back.
 template <class C>
 MMK_INLINE void split_pairs(const C* pairs, int64_t half, C* halves) {
   for (int64_t j = 0; j < half; ++j) {
@@ -36,7 +36,7 @@ MMK_INLINE void join_pairs(const C* halves, int64_t half, C* pairs) {
   }
 }
 
-// to[d] = from(d), where the first 2 half elements are turned by sign times the angles; from(d, n) gives n elements.
+// to[d] = from(d), with the first 2 half elements rotated by sign times the angles; from(d, n) returns n elements.
 template <class C, class From, class To>
 MMK_INLINE void turn(From&& from, To* to, const C* cos, const C* sin, C sign, int64_t half, int64_t dim) {
   each_vector<C>(half, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
@@ -93,7 +93,7 @@ struct Prologue {
       const C mean = reduce_add(total) / count;
       each_vector<C>(dim, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
         write(c + d, read(x + d, n) - mean, n);
-        const auto v = read(c + d, n);  // again, for the zeros beyond the end
+        const auto v = read(c + d, n);  // again, because of the zeros past the end
         squares += v * v;
       });
     } else {
@@ -106,7 +106,7 @@ struct Prologue {
     return 1 / __builtin_sqrt(reduce_add(squares) / count + eps);
   }
 
-  // As `turn`, for either layout of the pairs; `spare` [2, dim] holds the halves on their way.
+  // As `turn`, for either pair layout; `spare` [2, dim] buffers the halves.
   template <class From, class To>
   MMK_INLINE void rotate(From&& from, To* to, int64_t token, C sign, C* spare) const {
     const int64_t line = token % table_rows * half;
@@ -185,7 +185,7 @@ void backward(const NormRopeBwdArgs& args, int num_threads) {
   AlignedBuffer<C> sums(lines * 2 * width);
   parallel_for(strips.count(), num_threads, [&](int64_t strip, int thread) {
     C *const g = memory.data() + thread * 6 * width, *const c = g + width, *const spare = c + width;
-    C* const part = spare + 2 * width;  // of dweight and dbias
+    C* const part = spare + 2 * width;  // partial dweight and dbias
     C* const total = sums.data() + strip * 2 * width;
     if (lines > 0)
       for (int64_t d = 0; d < 2 * width; ++d) total[d] = part[d] = 0;

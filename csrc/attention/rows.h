@@ -1,4 +1,4 @@
-// What the row-wise kernels of this family (rope, gate) share: vectors along a row, strips of rows, sums over strips.
+// Shared by the row-wise kernels (rope, gate): vectors along a row, strips of rows, sums over strips.
 #pragma once
 
 #include "common/parallel.h"
@@ -7,7 +7,7 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// Calls f(i, count) for [0, n) in whole vectors (count is a constant to the compiler there) and one ragged rest.
+// Calls f(i, count) for [0, n) in whole vectors (count is a compile-time constant there) and one partial vector.
 template <class C, class F>
 MMK_INLINE void each_vector(int64_t n, F&& f) {
   constexpr int64_t L = kLanes<C>;
@@ -16,7 +16,7 @@ MMK_INLINE void each_vector(int64_t n, F&& f) {
   if (i < n) f(i, n - i);
 }
 
-// `count` elements from p on, zeros beyond; and back.
+// Loads `count` elements at p, zeros past them; and stores them.
 template <class T>
 MMK_INLINE Vec<ComputeOf<T>> read(const T* p, int64_t count) {
   return count == kLanes<ComputeOf<T>> ? load(p) : load_n(p, count);
@@ -32,7 +32,7 @@ MMK_INLINE void write(T* p, Vec<ComputeOf<T>> v, int64_t count) {
 
 static inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
-// Rows are dealt out in strips whose length depends on the sizes alone: a strip's sums have one order whatever the
+// Splits rows into strips whose length depends only on the sizes, so that the order of sums does not depend on the
 // number of threads.
 struct Strips {
   int64_t rows, length;
@@ -47,8 +47,7 @@ struct Strips {
   int64_t end(int64_t strip) const { return begin(strip) + length < rows ? begin(strip) + length : rows; }
 };
 
-// Sums of columns over many rows, nearly pairwise: what has been added to `part` for kRowsPerPart rows goes into
-// `total`.
+// Column sums over many rows, nearly pairwise: `part` collects kRowsPerPart rows and is then added to `total`.
 constexpr int64_t kRowsPerPart = 16;
 
 template <class C>

@@ -1,5 +1,5 @@
 // How Python hands a tensor to the core: a tuple (data pointer, dtype code, sizes, strides), see
-// mmkernels/runtime/native.py. None arrives as a tensor that is not given.
+// mmkernels/runtime/native.py. None becomes a tensor with given() == false.
 #pragma once
 
 #include <pybind11/pybind11.h>

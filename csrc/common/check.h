@@ -1,4 +1,4 @@
-// Argument checks of the core. Users' mistakes are caught in Python with the argument's name; these guard the boundary.
+// Argument checks at the core's boundary. User errors are caught in Python, which names the argument.
 #pragma once
 
 #include <sstream>

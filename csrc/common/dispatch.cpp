@@ -23,8 +23,8 @@ int find_isa(const char* name) {
   return -1;
 }
 
-// MMKERNELS_CPU_HIDE: the narrowest set that is hidden. Any name counts, compiled or not, so that one test serves every
-// build; the baseline, which every processor has, cannot be hidden.
+// MMKERNELS_CPU_HIDE: the narrowest hidden set. Names of sets that are not compiled are accepted, so that one test
+// covers every build. The baseline, which every processor has, cannot be hidden.
 bool hidden(Isa isa) {
   const char* from = std::getenv("MMKERNELS_CPU_HIDE");
   if (from == nullptr || *from == '\0') return false;
@@ -35,7 +35,7 @@ bool hidden(Isa isa) {
   return static_cast<int>(isa) >= first;
 }
 
-// __builtin_cpu_supports also asks the OS (XGETBV) whether it saves the registers.
+// __builtin_cpu_supports also checks (XGETBV) that the OS saves the registers.
 bool cpu_has(Isa isa) {
   if (hidden(isa)) return false;
 #if defined(__x86_64__)
@@ -43,7 +43,7 @@ bool cpu_has(Isa isa) {
     case Isa::baseline:
       return true;
     case Isa::avx2: {
-      // GCC 10 does not know the name "f16c": leaf 1, ECX bit 29.
+      // GCC 10 does not support the name "f16c": read leaf 1, ECX bit 29.
       unsigned eax, ebx, ecx, edx;
       const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
       return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -60,8 +60,8 @@ bool cpu_has(Isa isa) {
 #endif
 }
 
-// On Intel up to Emerald Rapids vdpbf16ps does half the flops of two float FMA ports (measured: 87 against 189 GFLOP/s
-// a core), so bf16 is faster widened to float; on AMD it does twice the flops of FMA.
+// On Intel up to Emerald Rapids vdpbf16ps does half the flops of two float FMA ports (measured: 87 vs 189 GFLOP/s per
+// core), so widening bf16 to float is faster; on AMD it does twice the flops of FMA.
 bool bf16_dot_is_fast() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("amd");
@@ -90,7 +90,7 @@ Isa choose_isa() {
 }  // namespace
 
 Isa active_isa() {
-  static const Isa isa = choose_isa();  // a throwing initialiser is retried, so the error is not raised only once
+  static const Isa isa = choose_isa();  // a throwing initialiser is retried, so every call raises
   return isa;
 }
 

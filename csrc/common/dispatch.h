@@ -1,14 +1,14 @@
-// Which instruction set the CPU kernels run on.
+// Runtime selection of the CPU kernels' instruction set.
 //
 // Every `*_cpu.cpp` is compiled once per instruction set, with MMK_ISA naming it and all its code in
-// `namespace mmk { namespace MMK_ISA { ... } }`. A family states its kernels as a struct of function pointers:
+// `namespace mmk { namespace MMK_ISA { ... } }`. A family declares its kernels as a struct of function pointers:
 //
 //   foo.h        struct FooKernels { void (*forward)(const FooArgs&); };
 //                MMK_DECLARE_KERNELS(FooKernels, foo)
 //   foo_cpu.cpp  MMK_DEFINE_KERNELS(FooKernels, foo) = {&mmk::MMK_ISA::forward};      (inside namespace mmk)
 //   a caller     mmk::foo_kernels().forward(args);
 //
-// Which sets exist is the build's choice (cmake/isa.cmake): MMK_HAVE_<SET> is defined for each besides the baseline.
+// The build chooses the sets (cmake/isa.cmake): MMK_HAVE_<SET> is defined for each except the baseline.
 #pragma once
 
 #define MMK_CONCAT_(a, b) a##b
@@ -35,15 +35,14 @@ namespace mmk {
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
 // The set in use: the fastest one compiled that this CPU and its OS support (avx512bf16 only where its dot product
-// beats float FMA), unless the environment variable MMKERNELS_CPU_ISA (meant for tests) names another. Throws
-// std::invalid_argument, listing the choices, if the variable names a set that is unknown, not compiled or not
-// supported here.
+// beats float FMA), unless the environment variable MMKERNELS_CPU_ISA (for tests) names another. Throws
+// std::invalid_argument, listing the choices, if that set is unknown, not compiled or not supported here.
 Isa active_isa();
 const char* cpu_isa();
 
 // Names of the compiled sets, narrowest first, ending in nullptr; and whether this machine can run one.
-// MMKERNELS_CPU_HIDE (for tests) names a set that this machine is then taken not to have, nor any wider one; std::
-// invalid_argument if it names none. A poorer processor's choice of kernels and of tests can so be had on a richer one.
+// MMKERNELS_CPU_HIDE (for tests) names a set that is treated as unsupported, with all wider ones; std::invalid_argument
+// for an unknown name. This emulates the kernel and test selection of an older processor.
 const char* const* compiled_isas();
 bool isa_supported(const char* name);
 

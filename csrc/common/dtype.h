@@ -1,4 +1,4 @@
-// Element types of the native core, and the type each is computed in.
+// Element types of the native core and their compute types.
 //
 // Plain structs: this header is shared by the C++ kernels, the CUDA sources and the bindings.
 #pragma once
@@ -9,7 +9,7 @@ namespace mmk {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
-// Storage only: the bits of a bfloat16 or an IEEE binary16. Arithmetic happens in ComputeOf.
+// Storage only: the bits of a bfloat16 or IEEE binary16. Arithmetic uses ComputeOf.
 struct bf16 {
   uint16_t bits;
 };

@@ -14,11 +14,11 @@
 namespace mmk {
 namespace {
 
-// OpenMP's worker threads do not survive fork(), and the runtime is shared with the caller's other libraries, which
-// may have started them before us. So the process that loaded this library is the only one that may go parallel.
+// OpenMP's worker threads do not survive fork(), and other libraries share the runtime and may already have started
+// them. So only the process that loaded this library runs in parallel.
 const pid_t loading_process = getpid();
 
-// Keeps the first exception of a parallel region: none may leave an OpenMP thread.
+// Keeps the first exception of a parallel region, because exceptions must not leave an OpenMP thread.
 class FirstException {
  public:
   void capture() noexcept {
@@ -89,7 +89,7 @@ void run_chunks(int64_t n, int num_threads, ChunkFn fn, void* context) {
 
 void* allocate_aligned(size_t bytes) {
   constexpr size_t alignment = 64;
-  const size_t rounded = (bytes / alignment + 1) * alignment;  // at least one line, so that empty is valid
+  const size_t rounded = (bytes / alignment + 1) * alignment;  // at least one line, so that an empty request is valid
   void* p = std::aligned_alloc(alignment, rounded);
   if (p == nullptr) throw std::bad_alloc();
   return p;

@@ -1,8 +1,8 @@
 // Threads and scratch memory for the CPU kernels.
 //
-// The OpenMP region and every exception live in parallel.cpp, which is compiled once for the plain machine; what a
-// kernel file sees here is a trampoline with internal linkage. So no code compiled for a wider instruction set can be
-// merged by the linker into code that must run everywhere.
+// The OpenMP region and all exception handling live in parallel.cpp, compiled once for the baseline; kernel files see
+// only a trampoline with internal linkage. So the linker cannot merge code compiled for a wider instruction set into
+// code that must run everywhere.
 #pragma once
 
 #include <cstddef>
@@ -22,13 +22,13 @@ void free_aligned(void* p) noexcept;
 
 }  // namespace detail
 
-// Number of threads that parallel_for and parallel_chunks will really use for `n_tasks` tasks when asked for
-// `num_threads`: 1 in a build without OpenMP and in a forked child, where a second OpenMP region would deadlock.
-// Thread ids passed to the functions below are smaller than it; size per-thread scratch by it.
+// The number of threads that parallel_for and parallel_chunks actually use for `n_tasks` tasks given `num_threads`: 1
+// without OpenMP and in a forked child, where another OpenMP region would deadlock. Thread ids are below it; size
+// per-thread scratch by it.
 int usable_threads(int64_t n_tasks, int num_threads);
 
 // Calls fn(task, thread) for every task in [0, n_tasks), in any order; a free thread takes the next task. An exception
-// thrown by fn is rethrown here once all threads have stopped.
+// of fn is rethrown after all threads have stopped.
 template <class F>
 static inline void parallel_for(int64_t n_tasks, int num_threads, F&& fn) {
   F* context = &fn;
@@ -36,8 +36,8 @@ static inline void parallel_for(int64_t n_tasks, int num_threads, F&& fn) {
       n_tasks, num_threads, [](void* c, int64_t task, int thread) { (**static_cast<F**>(c))(task, thread); }, &context);
 }
 
-// Splits [0, n) into one contiguous chunk per thread and calls fn(begin, end, thread): the same split for the same n
-// and thread count, every time.
+// Splits [0, n) into one contiguous chunk per thread and calls fn(begin, end, thread). The split depends only on n and
+// the thread count.
 template <class F>
 static inline void parallel_chunks(int64_t n, int num_threads, F&& fn) {
   F* context = &fn;

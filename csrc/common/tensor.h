@@ -1,4 +1,4 @@
-// What the core sees of a tensor: a pointer, a dtype, sizes and strides (in elements). It owns nothing.
+// The core's non-owning view of a tensor: pointer, dtype, sizes and strides (in elements).
 #pragma once
 
 #include <cstdint>

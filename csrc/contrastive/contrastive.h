@@ -7,12 +7,12 @@
 //   siglip   loss = -1/N * sum_ij log sigmoid(z_ij * (s_ij + bias)),  z_ij = +1 where i == j, else -1
 //
 // Dtypes: queries, keys and their gradients share one of f32, bf16, f16, f64. Everything else is float32, or float64
-// when the features are: products accumulate in that type. lse_q and lse_k are float64 whatever the features: the
-// backward takes p = exp(s - lse), and a float32 lse of 14 would by itself put 5e-7 into every p. Scalars ([]) are
+// for float64 features; products accumulate in that type. lse_q and lse_k are always float64: the backward computes p =
+// exp(s - lse), and rounding an lse of 14 to float32 would alone put an error of 5e-7 into every p. Scalars ([]) are
 // tensors of one element and ndim 0; their `given()` is false, their `data` is not null. The last dimension of every
-// matrix is contiguous (stride 1); row strides are free. N == 0 gives loss 0 and writes no gradient. A NaN or an
-// infinity in the input reaches the loss as it would in plain arithmetic. On CPU a feature gradient that is not given
-// is not computed (a frozen tower); on CUDA both are always given.
+// matrix is contiguous; row strides are arbitrary. N == 0 gives loss 0 and writes no gradient. NaN and inf in the input
+// propagate to the loss. On CPU a feature gradient that is not given is not computed (a frozen tower); on CUDA both are
+// always given.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ namespace mmk {
 
 // ---- CPU ------------------------------------------------------------------------------------------------------------
 
-// Which pairs are positive: those of one id when ids are given and not `ignore`; else targets[i] of row i, -1 for none.
-// With `ignore` other pairs of one id are not seen.
+// Which pairs are positive: with ids and without `ignore`, pairs with equal ids; otherwise targets[i] of row i, -1 for
+// none. With `ignore`, other pairs with equal ids are not seen.
 struct PairArguments {
   Tensor targets;    // [N] int64, or not given
   Tensor query_ids;  // [N] int32, or not given
@@ -33,8 +33,8 @@ struct PairArguments {
   bool ignore;
 };
 
-// Soft targets: the softmax of another pair of features' logits, whose lse are known. Not given, or all (lse_k only
-// with columns).
+// Soft targets: the softmax of the logits of other features, whose lse are known. All given (lse_k only with columns)
+// or none.
 struct TeacherArguments {
   Tensor queries;  // [N, F]
   Tensor keys;     // [M, F]
@@ -42,11 +42,11 @@ struct TeacherArguments {
   Tensor lse_k;    // [M] float64
 };
 
-// Lines of the statistics, in the order of mmkernels/ops/contrastive/types.py, which says what each is. The first
-// kCoefficients are differentiable: a backward has a coefficient for each.
+// Lines of the statistics, as documented in mmkernels/ops/contrastive/types.py. The first kCoefficients are
+// differentiable; a backward takes one coefficient for each.
 enum Statistic { kLse, kPositive, kTotal, kTeacher, kMean, kTop, kBest, kStatistics, kCoefficients = kMean };
 
-// Such lines of `count` rows or columns; coefficients are the first few.
+// Statistics of `count` rows or columns, or the coefficients of the first lines.
 struct StatisticLines {
   double* data;
   int64_t count;
@@ -63,14 +63,13 @@ struct SoftmaxForwardArguments {
   bool totals, columns;
   // outputs
   Tensor rows_out;     // [kStatistics, N] float64
-  Tensor columns_out;  // [kStatistics, M] float64; nothing without `columns`
+  Tensor columns_out;  // [kStatistics, M] float64; empty without `columns`
 };
 
-// The gradient of sums of coefficients times statistics; lse may be that of more rows or columns than
-// are here.
+// The gradient of the sum of coefficients times statistics; lse may cover more rows or columns than these features.
 struct SoftmaxBackwardArguments {
   Tensor coefficients_q;  // [kCoefficients, N] float64
-  Tensor coefficients_k;  // [kCoefficients, M] float64; nothing without `columns`
+  Tensor coefficients_k;  // [kCoefficients, M] float64; empty without `columns`
   Tensor lse_q;           // [N] float64
   Tensor lse_k;           // [M] float64
   Tensor queries;         // [N, E]
@@ -87,7 +86,7 @@ struct SoftmaxBackwardArguments {
 struct ContrastiveKernels {
   void (*softmax_fwd)(const SoftmaxForwardArguments& arguments, int num_threads);
   void (*softmax_bwd)(const SoftmaxBackwardArguments& arguments, int num_threads);
-  // sums [3] float64: of all pairs' losses, and its derivatives by scale and bias
+  // sums [3] float64: all pairs' losses, and the derivatives by scale and bias
   void (*sigmoid_fwd)(const Tensor& queries, const Tensor& keys, const Tensor& logit_scale, const Tensor& logit_bias,
                       const PairArguments& pairs, const Tensor& sums, int num_threads);
   void (*sigmoid_bwd)(const Tensor& grad_sum, const Tensor& queries, const Tensor& keys, const Tensor& logit_scale,
@@ -103,7 +102,7 @@ struct ContrastiveKernels {
                      const Tensor& loss, const Tensor& grad_scale, const Tensor& grad_bias, int num_threads);
   void (*siglip_bwd)(const Tensor& grad_loss, const Tensor& queries, const Tensor& keys, const Tensor& logit_scale,
                      const Tensor& logit_bias, const Tensor& dqueries, const Tensor& dkeys, int num_threads);
-  // index [N] int64: a key that is no positive, drawn by softmax with noise from seed [2] int64; -1 where there is none
+  // index [N] int64: a negative key drawn by softmax with noise from seed [2] int64; -1 if there is none
   void (*sample_fwd)(const Tensor& queries, const Tensor& keys, const Tensor& logit_scale, const Tensor& seed,
                      const PairArguments& pairs, const Tensor& index, int num_threads);
   // values [N, k], indices [N, k] int64
@@ -113,9 +112,9 @@ struct ContrastiveKernels {
 MMK_DECLARE_KERNELS(ContrastiveKernels, contrastive)
 
 // ---- CUDA -----------------------------------------------------------------------------------------------------------
-// The launchers allocate nothing and do not synchronise: scalars stay on the device, and the caller passes a workspace
-// of uint8 with as many bytes as the function beside the launcher says (256-byte aligned). Features are f32, bf16, f16.
-// `stream` is a cudaStream_t. A failed launch throws std::runtime_error.
+// The launchers neither allocate nor synchronise: scalars stay on the device, and the caller passes a uint8 workspace,
+// 256-byte aligned, of the size given by the function next to the launcher. Features are f32, bf16, f16. `stream` is a
+// cudaStream_t. A failed launch throws std::runtime_error.
 
 int64_t contrastive_infonce_fwd_workspace_cuda(int64_t n, int64_t m, int64_t e);
 void launch_contrastive_infonce_fwd_cuda(const Tensor& queries,      // [N, E]

@@ -1,4 +1,4 @@
-// Contrastive losses on CPU: arguments in, an epilogue over the tile engine, results out.
+// Contrastive losses on CPU: launchers that run an epilogue over the tile engine.
 #include "contrastive/contrastive.h"
 
 #include "contrastive/search.h"
@@ -23,7 +23,7 @@ PairRule rule_of(const PairArguments& pairs) {
 
 const double* numbers(const Tensor& t) { return t.given() ? t.ptr<const double>() : nullptr; }
 
-// 0, 1, 2, ...: in the plain losses a query's positive is its own key.
+// 0, 1, 2, ...: in the plain losses the positive of query i is key i.
 class OwnTargets {
  public:
   explicit OwnTargets(int64_t n) : targets_(n) {
@@ -42,7 +42,7 @@ void zero(const Tensor& gradient) {
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
-// Whether features are coarser than what is computed from them.
+// Whether features have lower precision than the compute type.
 template <class T>
 constexpr bool kLowPrecision = sizeof(T) < sizeof(ComputeOf<T>);
 

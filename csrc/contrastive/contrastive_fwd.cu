@@ -3,7 +3,7 @@
 // InfoNCE keeps for each row and each column, over all but the positive, (top, sum, first): with b = a for scale >= 0,
 // else -a, and k = |scale|,
 //   top = max b    sum = Σ exp(k (b - top))    first = Σ exp(k (b - top)) (b - top)
-// The positive b_ii stays apart, so that nothing is lost however small the loss is. With x = k (top - b_ii) + ln sum,
+// The positive b_ii is kept separately, so that even a tiny loss loses no accuracy. With x = k (top - b_ii) + ln sum,
 // the log odds of the others, a row's (or column's) part of
 //   loss is softplus(x)   and of   d loss / d scale   sign σ(x) (top + first / sum - b_ii)
 // both times 1/2N; the latter holds at scale 0 too.
@@ -26,7 +26,7 @@ struct InfoNceParams {
   float* __restrict__ diagonal;      // [N] b_ii
 };
 
-// Where the warps of a tile meet; takes the place of the operand tiles between two products.
+// Where the warps of a tile exchange statistics; reuses the memory of the operand tiles between products.
 struct TileStats {
   Stats rows[kWarpsN][kTile];
   Stats columns[kWarpsM][kTile];
@@ -53,10 +53,10 @@ __device__ __forceinline__ void write_tile_stats(TileStats& shared, const Accumu
   }
 }
 
-// Grid (blocks_m, blocks_n), see Sweep. A warp reduces its 64 x 32 part of a tile along rows and columns with shuffles;
-// then threads 0 .. 127 each merge one row into registers that live as long as the row tile, and threads 128 .. 255
-// each merge one column into the block's own line of column_parts. Shared memory: two stages of both operands, 73 KB
-// (16-bit) or 72 KB (float); the statistics (9 KB) share it.
+// Grid (blocks_m, blocks_n), see Sweep. A warp reduces its 64 x 32 part of a tile along rows and columns with shuffles.
+// Then threads 0 .. 127 each merge one row into registers kept for the row tile, and threads 128 .. 255 each merge one
+// column into the block's own line of column_parts. Shared memory: two stages of both operands, 73 KB (16-bit) or 72 KB
+// (float); the statistics (9 KB) share it.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
     infonce_stats_kernel(const __grid_constant__ InfoNceParams<T> a) {
@@ -131,13 +131,13 @@ struct LineLoss {
   float loss, grad;
 };
 
-// One row or column from the statistics of its others and its positive.
+// The loss of one row or column from its positive and the statistics of the others.
 __device__ __forceinline__ LineLoss line_loss(Stats others, float positive, float k) {
   const double k64 = k;
   if (others.sum == 0.f) return {k64 * positive, 0.f, 0.f};
   const float log_sum = logf(others.sum), x = fmaf(k, others.top - positive, log_sum);
   const float small = expf(-fabsf(x)), more = log1pf(small), odds = (x >= 0.f ? 1.f : small) / (1.f + small);
-  const double lse = x >= 0.f ? k64 * others.top + (log_sum + more) : k64 * positive + more;  // the products are exact
+  const double lse = x >= 0.f ? k64 * others.top + (log_sum + more) : k64 * positive + more;  // exact products
   return {lse, fmaxf(x, 0.f) + more, odds * (others.first / others.sum + (others.top - positive))};
 }
 
@@ -169,7 +169,7 @@ struct TotalParams {
   const double* __restrict__ totals;  // [outputs, count]
   int64_t count;
   double weight;
-  // outputs; null where there are fewer
+  // outputs; null if there are fewer
   float* __restrict__ out[3];  // [] each
 };
 
@@ -195,7 +195,7 @@ struct SiglipParams {
 
 // With x = -z (scale a + bias): loss Σ softplus(x), gradients Σ -z σ(x) a and Σ -z σ(x).
 // Grid (blocks_m, blocks_n), see Sweep. A thread sums a tile's 64 elements in float32, positives (of the other sign)
-// apart, and the tiles in float64. Shared memory: as infonce_stats_kernel.
+// separately, and the tiles in float64. Shared memory: as infonce_stats_kernel.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
     siglip_fwd_kernel(const __grid_constant__ SiglipParams<T> a) {
@@ -258,7 +258,7 @@ struct InfoNceWorkspace {
 
   InfoNceWorkspace(Workspace& workspace, int64_t n, int64_t m)
       : row_parts(workspace.take<Stats>(max_blocks_n(n, m) * n)),
-        column_parts(workspace.take<Stats>(smaller(2 * tiles_of(n), kMaxBlocksM) * m)),  // sm_90a: two a block
+        column_parts(workspace.take<Stats>(smaller(2 * tiles_of(n), kMaxBlocksM) * m)),  // sm_90a: two per block
         diagonal(workspace.take<float>(n)),
         totals(workspace.take<double>(2 * (n / kFinishThreads + 1))) {}
 };

@@ -1,14 +1,14 @@
-// What the kernels that write G have in common, see contrastive_bwd.cu.
+// Shared by the kernels that write G, see contrastive_bwd.cu.
 #pragma once
 
 #include "common/cuda/tile.h"
 
 namespace mmk::cuda {
 
-constexpr float kStored = 16384.f;  // what G is multiplied by in memory
+constexpr float kStored = 16384.f;  // scale of G in memory
 
-// InfoNCE, sums over one line of a tile's others, with p, q and e as in contrastive_bwd.cu. A row adds `towards_x` to
-// the weight of its positive in its own query's gradient and `towards_y` to that in its key's; a column does too.
+// InfoNCE: sums over the non-positives in one row or column of a tile, with p, q and e as in contrastive_bwd.cu. They
+// add `towards_x` to the positive's weight in its query's gradient and `towards_y` to that in its key's.
 struct LineSums {
   float towards_x, towards_y;
 
@@ -17,7 +17,7 @@ struct LineSums {
   }
 };
 
-// A float64 in two float32.
+// A float64 as two float32.
 struct alignas(8) Split {
   float high, low;
 };

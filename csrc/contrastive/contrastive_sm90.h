@@ -1,6 +1,6 @@
-// The heavy kernels of the contrastive losses for compute capability 9.0 (wgmma, TMA): what contrastive_fwd.cu and
-// contrastive_bwd.cu launch there in place of their own. Features are bf16 or f16, at strides that TMA can follow; the
-// small kernels around them and the workspace are the same.
+// The main kernels of the contrastive losses for compute capability 9.0 (wgmma, TMA), which contrastive_fwd.cu and
+// contrastive_bwd.cu launch instead of their own. Features are bf16 or f16 with strides that TMA supports; the small
+// kernels and the workspace are the same.
 #pragma once
 
 #include "common/cuda/box.h"
@@ -10,7 +10,7 @@
 
 namespace mmk::cuda {
 
-// Whether the kernels below take these features on the current device: bf16 or f16, E even, strides of multiples of 8.
+// Whether the kernels below support these features on this device: bf16 or f16, E even, strides in multiples of 8.
 bool sm90_serves(const Tensor& queries, const Tensor& keys);
 inline bool use_sm90(const Tensor& queries, const Tensor& keys) {
   if constexpr (kHaveSm90) {
@@ -21,10 +21,10 @@ inline bool use_sm90(const Tensor& queries, const Tensor& keys) {
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
-// A block of two consumer warpgroups of 64 x 256 each, one block per multiprocessor; blocks share the similarities as
-// `Sweep` says, in tiles of 128 x 256. Each warpgroup has a line of column_parts of its own.
+// A block has two consumer warpgroups of 64 x 256 each, one block per multiprocessor; blocks divide the similarities as
+// described at `Sweep`, in tiles of 128 x 256. Each warpgroup has its own line of column_parts.
 
-constexpr int kSm90Rows = 64;  // of a warpgroup
+constexpr int kSm90Rows = 64;  // per warpgroup
 
 Sweep sm90_sweep_of(int64_t n, int64_t m);
 inline int sm90_column_lines(const Sweep& sweep) { return 2 * sweep.blocks_m; }
@@ -42,7 +42,7 @@ void launch_siglip_fwd_sm90(const Sm90Features& x, const Sweep& sweep, double* t
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// A part of G, [rows, columns], as contrastive_bwd.cu stores it: without the factor in front, times 2^14.
+// A part of G, [rows, columns], as stored by contrastive_bwd.cu: without its leading factor, times 2^14.
 struct Superblock {
   int row0, column0, rows, columns;
   void* grad;  // [rows, ld] of the features' dtype
@@ -51,11 +51,11 @@ struct Superblock {
 
 constexpr int kSm90Columns = 256;  // of a tile
 
-// row_sums [columns / 256, stride], column_sums [rows / 64 (an even number), stride]: a line per tile, from the
+// row_sums [columns / 256, stride], column_sums [rows / 64 (an even number), stride]: a line per tile, starting at the
 // superblock's first row or column.
 void launch_infonce_grad_sm90(const Sm90Features& x, const double* lse_q, const double* lse_k, const Superblock& block,
                               LineSums* row_sums, LineSums* column_sums, int stride, void* stream);
-// positives [min(N, M)]: G of the positives, not times 2^14.
+// positives [min(N, M)]: G of the positives, without the factor 2^14.
 void launch_siglip_grad_sm90(const Sm90Features& x, const Superblock& block, float* positives, void* stream);
 
 // query_sum [N, E] (+)= G Y and key_sum [M, E] (+)= G^T X over the superblock, in float32; sums start at the first

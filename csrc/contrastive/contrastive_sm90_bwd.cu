@@ -1,11 +1,11 @@
-// Contrastive backward for sm_90a: the superblock of contrastive_bwd.cu and the two products with it.
+// Contrastive backward for sm_90a: computes a superblock of G, see contrastive_bwd.cu, and the two products with it.
 #include "contrastive/contrastive_sm90_gemm.h"
 
 namespace mmk::cuda {
 namespace sm90 {
 namespace {
 
-// A persistent grid walks the tiles of a superblock down its columns, so that the blocks share what they read.
+// A persistent grid visits the tiles of a superblock column by column, so that blocks share reads.
 struct Tiles {
   int rows, columns;  // of tiles
 
@@ -33,7 +33,7 @@ struct GradParams {
   // outputs
   T* __restrict__ grad;  // [rows, ld] the superblock's G, zeros at the positives
   int ld;
-  int stride;                          // of the sums
+  int stride;                          // stride of the sums
   LineSums* __restrict__ row_sums;     // [column tiles, stride] InfoNCE only
   LineSums* __restrict__ column_sums;  // [2 row tiles, stride] InfoNCE only
   float* __restrict__ positives;       // [min(N, M)] SigLIP only
@@ -49,14 +49,14 @@ __device__ __forceinline__ void produce_all(Pipeline& pipeline, const GradParams
   });
 }
 
-// The memory of a consumer.
+// A consumer's shared memory.
 struct GradShared {
   Split lse_k[kColumns];
   LineSums columns[4][kColumns];
 };
 
-// Turns similarities into the stored elements; sums of this warp's part along rows to `row_sums` (from its first row),
-// along columns to `columns`. kWhole: nothing is missing, nothing is a positive.
+// Turns similarities into stored elements of G; sums this warp's part along rows into `row_sums` (from its first row),
+// along columns into `columns`. kWhole: no element is out of bounds or positive.
 template <bool kWhole, class T>
 __device__ __forceinline__ void infonce_grad(Accumulator& s, float scale, const Split (&lse_q)[2], const Split* lse_k,
                                              const Part& part, T* grad, int ld, LineSums* row_sums, LineSums* columns) {
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1) infonce_grad_sm90_kernel(const __
   a.tiles.visit([&](int row_tile, int tile) {
     const int own_row = row_tile * kRows + first_row(consumer), own_column = tile * kColumns;  // in the superblock
     const Part part(a.row0 + own_row, a.column0 + own_column, a.n, a.m);
-    // Fetched before the product: it hides the way to memory.
+    // Loaded before the product, which hides the latency.
     Split lse_q[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) lse_q[r] = split(part.has_row(r) ? a.lse_q[part.row + 8 * r] : 0.);
@@ -199,8 +199,8 @@ struct Product {
   TensorMap grad;      // boxes of [64 k, 128 rows] of G, or of [64 rows, 64 k] of its transpose
   TensorMap features;  // boxes of [64 of E, 64 k]
   Tiles tiles;
-  int rows, depth;  // of the sum; summed
-  bool first;       // start the sum, do not add to it
+  int rows, depth;  // rows of the sum; summed dimension
+  bool first;       // overwrite the sum instead of adding to it
   // output
   float* __restrict__ sum;  // [rows, E]
 };
@@ -211,7 +211,7 @@ struct AccumulateParams {
   int e;
 };
 
-// Calls visit(integral_constant<Major of A>, product, row tile, column tile): first the queries' tiles, then the keys'.
+// Calls visit(integral_constant<Major of A>, product, row tile, column tile) for the queries' tiles, then the keys'.
 template <class Visit>
 __device__ __forceinline__ void for_products(const AccumulateParams& a, const Visit& visit) {
   const int queries = a.to_queries.tiles.rows * a.to_queries.tiles.columns;
@@ -292,8 +292,8 @@ GradParams<T> grad_params(const Sm90Features& x, const Superblock& block) {
           nullptr};
 }
 
-// Rows first .. first + count of features, as the summed dimension: what lies beyond a superblock must read as zero,
-// for 0 times an infinity is none.
+// Rows first .. first + count of features, as the summed dimension. Rows past the superblock must read as zero, because
+// 0 times inf is NaN.
 TensorMap part_map(const Tensor& x, int first, int count) {
   const auto* data = x.ptr<uint16_t>() + first * x.stride[0];
   return rows_map(x.dtype, data, count, x.size[1], x.stride[0], kSwizzleDepth);

@@ -1,9 +1,9 @@
-// Contrastive forward for sm_90a: the statistics of contrastive_fwd.cu, tile by tile as they leave the tensor cores.
+// Contrastive forward for sm_90a: the statistics of contrastive_fwd.cu, computed from the accumulators tile by tile.
 //
-// One exponential per element serves its row and its column where it may: relative to the largest similarity of a
-// warp's 16 x 256 part of a tile, if no element is so far below that its exponential could be denormal. (Then every
-// sum of a row or column keeps float32's relative accuracy, whatever it is relative to.) Else, and where elements are
-// missing or positives, rows and columns are treated each by themselves.
+// If possible, one exponential per element is used for both its row and its column, relative to the largest similarity
+// of a warp's 16 x 256 part of a tile. This requires that no element is so far below the largest that its exponential
+// could be denormal; every row or column sum then keeps float32's relative accuracy. Otherwise, and if elements are out
+// of bounds or positive, rows and columns use separate exponentials.
 #include "contrastive/contrastive_sm90_gemm.h"
 
 namespace mmk::cuda {
@@ -19,7 +19,7 @@ Sweep sm90_sweep_of(int64_t n, int64_t m) {
   const int64_t row_tiles = (n + sm90::kRows - 1) / sm90::kRows,
                 column_tiles = (m + sm90::kColumns - 1) / sm90::kColumns;
   Sweep sweep{static_cast<int>(row_tiles), static_cast<int>(column_tiles), 1, 1};
-  const int64_t blocks = num_multiprocessors(), most = kMaxBlocksM / 2;  // two lines of column_parts a block
+  const int64_t blocks = num_multiprocessors(), most = kMaxBlocksM / 2;  // two lines of column_parts per block
   sweep.blocks_m = static_cast<int>(larger(1, smaller(smaller(row_tiles, most), blocks / kColumnShares)));
   sweep.blocks_n =
       static_cast<int>(larger(1, smaller(smaller(column_tiles, max_blocks_n(n, m)), blocks / sweep.blocks_m)));
@@ -29,7 +29,7 @@ Sweep sm90_sweep_of(int64_t n, int64_t m) {
 namespace sm90 {
 namespace {
 
-// Calls visit(row tile, column tile) in the one order that producer and consumers follow.
+// Calls visit(row tile, column tile) in the order that producer and consumers share.
 template <class Visit>
 __device__ __forceinline__ void for_tiles(const Sweep& sweep, const Visit& visit) {
   const int first = sweep.first_column_tile(), last = sweep.last_column_tile();
@@ -45,7 +45,7 @@ struct ForwardMaps {
   int n, m, e;
 };
 
-// The producer's part of a forward kernel.
+// The producer of a forward kernel.
 __device__ __forceinline__ void produce_all(Pipeline& pipeline, const ForwardMaps& x, const Sweep& sweep) {
   give_registers<kProducerRegisters>();
   if (threadIdx.x != 0) return;
@@ -64,16 +64,16 @@ struct StatsParams {
   float* __restrict__ diagonal;      // [N] b_ii
 };
 
-// The memory of a consumer. The rows' statistics lie here and not in registers because there are none left.
+// A consumer's shared memory. Row statistics are here because no registers are left.
 struct StatsShared {
-  Stats columns[4][kColumns];  // of each warp's 16 rows
+  Stats columns[4][kColumns];  // over each warp's 16 rows
   Stats rows[2][kWarpgroup];   // each thread's share of its two rows
 };
 
-// In powers of two, from a warp's largest similarity to its smallest; 2^-126 is the smallest normal number.
+// The maximum range of a warp's logits in log2; 2^-126 is the smallest normal number.
 constexpr float kFastRange = 100.f;
 
-// exp(k (value - top)), and that times (value - top), summed up. k2 is k / ln 2, and positive: kBeyond weighs nothing.
+// Sums exp(k (value - top)), and that times (value - top). k2 = k / ln 2 is positive, so that kBeyond has weight 0.
 struct Weights {
   float k2, top, sum = 0.f, first = 0.f;
 
@@ -83,11 +83,11 @@ struct Weights {
     sum += weight;
     first = fmaf(weight, below, first);
   }
-  // Nothing where there is nothing. (The top of NaNs is kBeyond, too.)
+  // False if there are no elements. (The top of NaNs is kBeyond, too.)
   __device__ __forceinline__ bool any() const { return top > kBeyond || sum != sum; }
 };
 
-// Of a warp's 16 x 256 similarities b, all relative to `top`: into rows[0], rows[128] and `columns`.
+// Statistics of a warp's 16 x 256 similarities b, all relative to `top`, into rows[0], rows[128] and `columns`.
 template <class T>
 __device__ __forceinline__ void shared_stats(Accumulator& b, float k, float k2, float top, Stats* rows,
                                              Stats* __restrict__ columns) {
@@ -114,7 +114,7 @@ __device__ __forceinline__ void shared_stats(Accumulator& b, float k, float k2, 
   }
 }
 
-// The same with each row and each column relative to its own largest.
+// The same with each row and column relative to its own largest.
 template <class T>
 __device__ __forceinline__ void separate_stats(const Accumulator& b, float k, float k2, Stats* rows,
                                                Stats* __restrict__ columns) {
@@ -146,7 +146,7 @@ __device__ __forceinline__ void separate_stats(const Accumulator& b, float k, fl
   }
 }
 
-// Statistics of a warp's 16 x 256 similarities: into rows[0], rows[128] and, for columns, `columns`.
+// Statistics of a warp's 16 x 256 similarities, into rows[0], rows[128] and `columns`.
 template <class T>
 __device__ __forceinline__ void tile_stats(Accumulator& b, bool whole, float k, Stats* rows,
                                            Stats* __restrict__ columns) {
@@ -158,9 +158,9 @@ __device__ __forceinline__ void tile_stats(Accumulator& b, bool whole, float k, 
   }
   top = warp_reduce(top, Max{});
   bottom = -warp_reduce(-bottom, Max{});
-  // At k 0 as at any small one: all weights are 1 but kBeyond's.
+  // For k = 0 use a small k2: all weights are 1 except kBeyond's.
   const float k2 = fmaxf(k * 1.4426950408889634f, 1e-30f);
-  // (A NaN hides from fmaxf and comes out of the sums either way; an infinity fails the comparison.)
+  // (NaN is ignored by fmaxf and comes back through the sums either way; inf fails the comparison.)
   if (warp_uniform(whole && k2 * (top - bottom) < kFastRange)) {
     shared_stats<T>(b, k, k2, top, rows, columns);
   } else {
@@ -168,9 +168,9 @@ __device__ __forceinline__ void tile_stats(Accumulator& b, bool whole, float k, 
   }
 }
 
-// Grid (blocks_m, blocks_n), see Sweep; three warpgroups, see contrastive_sm90_gemm.h. A thread keeps its share of the
-// statistics of its two rows while the block is in a row tile. The columns' meet in shared memory, from which the
-// consumer merges them into a line of column_parts that it alone owns.
+// Grid (blocks_m, blocks_n), see Sweep; three warpgroups, see contrastive_sm90_gemm.h. A thread keeps its share of its
+// two rows' statistics for the whole row tile. Column statistics are combined in shared memory, and the consumer merges
+// them into its own line of column_parts.
 // Shared memory: four stages of both operands, 192 KB; the statistics, 15 KB for each consumer.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) infonce_stats_sm90_kernel(const __grid_constant__ StatsParams a) {
@@ -254,7 +254,7 @@ struct SigmoidParams {
   double* __restrict__ totals;  // [3, blocks] sums of loss, gradient of scale, gradient of bias
 };
 
-// log(1 + s) for 0 <= s <= 1, to 5e-7 relatively: s times a polynomial.
+// log(1 + s) for 0 <= s <= 1 with relative error 5e-7: s times a polynomial.
 __device__ __forceinline__ float log1p_of(float s) {
   float p = 0.00523268804f;
   p = fmaf(p, s, -0.0295052137f);
@@ -274,7 +274,7 @@ struct SigmoidSums {
 
 // Grid, warpgroups and ring as infonce_stats_sm90_kernel. With x = -z (scale a + bias): loss Σ softplus(x), gradients
 // Σ -z σ(x) a and Σ -z σ(x). A thread sums a tile's elements in float32, row by row, positives (of the other sign)
-// apart, and the tiles in float64.
+// separately, and the tiles in float64.
 // Shared memory: four stages of both operands, 192 KB; 96 bytes for each consumer.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) siglip_fwd_sm90_kernel(const __grid_constant__ SigmoidParams a) {

@@ -1,7 +1,7 @@
-// The product that every contrastive kernel for sm_90a is built on: C [128, 256] = A B, by a block of one producer and
-// two consumer warpgroups. The producer's first thread fetches A and B with TMA, 64 summed positions at a time, into a
-// ring of four stages; each consumer multiplies its 64 rows of A with all of B by wgmma and does with the result what
-// the kernel is for, while the other consumer multiplies.
+// The product behind every contrastive kernel for sm_90a: C [128, 256] = A B, by a block of one producer and two
+// consumer warpgroups. The producer's first thread fetches A and B with TMA, 64 of k at a time, into a ring of four
+// stages. Each consumer multiplies its 64 rows of A with all of B by wgmma and runs the kernel's epilogue on the result
+// while the other consumer multiplies.
 #pragma once
 
 #include "common/cuda/sm90.h"
@@ -21,13 +21,13 @@ constexpr int kHalfBytes = kSm90Rows * kSwizzleRow;
 
 using Accumulator = float[kNI][4];
 
-// Registers per thread: 128 * 24 + 256 * 240 of the 65536.
+// Registers per thread: 128 * 24 + 256 * 240 of 65536.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
 // Named barriers.
 constexpr int kLeadBarrier = 1, kConsumerBarrier = 2, kJoinBarrier = 4;
 
-// The ring lies at the start of aligned shared memory, then the barriers, then `Extra` of each consumer.
+// Aligned shared memory: the ring, then the barriers, then each consumer's `Extra`.
 template <class Extra>
 struct Smem {
   static constexpr int barriers = kStages * kStageBytes;
@@ -45,7 +45,7 @@ struct Pipeline {
   __device__ __forceinline__ explicit Pipeline(unsigned char* smem)
       : stages(smem), full(reinterpret_cast<Barrier*>(smem + kStages * kStageBytes)), empty(full + kStages) {}
 
-  // By the whole block, which passes a barrier on the way out.
+  // Called by the whole block; ends with a barrier.
   __device__ __forceinline__ void init() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
@@ -60,7 +60,7 @@ struct Pipeline {
   __device__ __forceinline__ unsigned char* stage() const { return stages + ring.slot * kStageBytes; }
 };
 
-// One operand of a tile to fetch: from row or column `outer`, where `map` has boxes of [64 k, rows] for Major::k or
+// One operand of a tile to fetch, starting at row or column `outer`; `map` has boxes of [64 k, rows] for Major::k or
 // [64 m or n, 64 k] for Major::outer.
 template <Major kMajor, int kOuter>
 __device__ __forceinline__ void fetch(unsigned char* target, const TensorMap& map, Barrier* full, int outer, int k) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ void fetch(unsigned char* target, const TensorMap& ma
   }
 }
 
-// The producer's part of one tile, by one thread.
+// The producer's work for one tile, by one thread.
 template <Major kMajorA, Major kMajorB>
 __device__ __forceinline__ void produce(Pipeline& p, const TensorMap& a, int m0, const TensorMap& b, int n0,
                                         int depth) {
@@ -85,10 +85,10 @@ __device__ __forceinline__ void produce(Pipeline& p, const TensorMap& a, int m0,
   }
 }
 
-// A consumer warpgroup. The first starts a few stages before the second and stays ahead, as both need the tensor cores
-// equally long: so one does its epilogue while the other multiplies.
+// A consumer warpgroup. The first starts a few stages before the second and stays ahead, because both need the tensor
+// cores equally long. So one runs its epilogue while the other multiplies.
 struct Consumer {
-  static constexpr int kLead = kStages - 1;  // not more: the second has to empty the stages, too
+  static constexpr int kLead = kStages - 1;  // not more, because the second must release the stages too
   int index;                                 // 0 or 1
   int lead = kLead;
 
@@ -98,14 +98,14 @@ struct Consumer {
   __device__ __forceinline__ void step() {
     if (index == 0 && lead > 0 && --lead == 0) named_arrive(kLeadBarrier, 2 * kWarpgroup);
   }
-  // After the last tile: the second must not wait for a lead that was never won.
+  // After the last tile: releases the second, which must not wait for a lead that will not come.
   __device__ __forceinline__ void finish() {
     if (index == 0 && lead > 0) named_arrive(kLeadBarrier, 2 * kWarpgroup);
   }
   __device__ __forceinline__ void sync() const { named_sync(kConsumerBarrier + index, kWarpgroup); }
 };
 
-// acc = A B of this consumer's 64 rows.
+// acc = A B for this consumer's 64 rows.
 template <class T, Major kMajorA, Major kMajorB>
 __device__ __forceinline__ void multiply(Accumulator& acc, Pipeline& p, Consumer& consumer, int depth) {
   int previous = 0;
@@ -136,12 +136,12 @@ __device__ __forceinline__ void multiply(Accumulator& acc, Pipeline& p, Consumer
   release(previous);
 }
 
-// Where a warp's 16 x 256 part of a tile lies in the matrix of similarities, as this thread sees it: its elements
-// (r, ni, c) are row `row` + 8 r, column `column` + 8 ni + c. Comparisons are with constants, for want of registers.
+// The position of a warp's 16 x 256 part of a tile in the similarity matrix, for this thread: element (r, ni, c) is row
+// `row` + 8 r, column `column` + 8 ni + c. Comparisons are with constants to save registers.
 struct Part {
   int row, column;
-  int rows, columns;  // that exist from there on
-  bool whole;         // the warp's: nothing is missing, nothing is a positive
+  int rows, columns;  // in bounds from there on
+  bool whole;         // for the warp: no element is out of bounds or positive
 
   __device__ __forceinline__ Part(int row0, int column0, int n, int m)
       : row(row0 + threadIdx.x % kWarp / 4),
@@ -153,7 +153,7 @@ struct Part {
   __device__ __forceinline__ bool has_row(int r) const { return 8 * r < rows; }
   __device__ __forceinline__ bool has(int r, int ni, int c) const { return 8 * r < rows && 8 * ni + c < columns; }
   __device__ __forceinline__ bool positive(int r, int ni, int c) const { return 8 * (ni - r) + c == row - column; }
-  // Whether one of this thread's elements of row r is a positive that exists.
+  // Whether one of this thread's elements of row r is an in-bounds positive.
   __device__ __forceinline__ bool has_positive(int r) const {
     const int distance = row - column + 8 * r;
     return distance >= 0 && distance < kColumns && distance % 8 < 2 && distance < columns && has_row(r);
@@ -165,7 +165,7 @@ __device__ __forceinline__ int first_row(const Consumer& consumer) {
   return consumer.index * kSm90Rows + warp_uniform(threadIdx.x % kWarpgroup / kWarp) * 16;
 }
 
-// A step towards sums over a warp's rows: of what two lanes know of two groups of columns, each keeps one group.
+// A reduction step over a warp's rows: two lanes hold sums of two column groups and keep one group each.
 template <int kLane>
 __device__ __forceinline__ void exchange(float (&low)[4], const float (&high)[4]) {
   const bool upper = (threadIdx.x & kLane) != 0;
@@ -176,9 +176,9 @@ __device__ __forceinline__ void exchange(float (&low)[4], const float (&high)[4]
   }
 }
 
-// Sums over a warp's 16 rows. make(ni) leaves in acc[ni] four values of this lane's two columns, over its two rows;
-// then acc[i], i < 4, has the warp's for the eight columns of which this lane `owns` the ni. Values are summed as soon
-// as they are there: it keeps registers free.
+// Sums over a warp's 16 rows. make(ni) writes to acc[ni] four values of this lane's two columns, over its two rows.
+// Afterwards acc[i], i < 4, holds the warp's sums for the eight columns whose ni this lane `owns`. Values are summed as
+// soon as they are available, which saves registers.
 template <class Make>
 __device__ __forceinline__ void sum_columns(Accumulator& acc, const Make& make) {
 #pragma unroll
@@ -198,14 +198,14 @@ __device__ __forceinline__ void sum_columns(Accumulator& acc, const Make& make) 
 }
 constexpr int kOwn = kNI / 8;
 
-// A warp's lines meet the other warps' in shared memory, [2 kOwn][lane]: pair of columns i, first or second. So lanes
-// write side by side.
+// Layout in which warps exchange column sums in shared memory, [2 kOwn][lane]: column pair i, first or second. Lanes
+// write contiguously.
 __device__ __forceinline__ int place_of(int i, int c, int lane) { return (2 * i + c) * kWarp + lane; }
 __device__ __forceinline__ int column_at(int place) {
   const int i = place / (2 * kWarp), c = place / kWarp % 2, lane = place % kWarp;
   return (lane / 16 * (kNI / 2) + lane / 8 % 2 * (kNI / 4) + lane / 4 % 2 * kOwn + i) * 8 + lane % 4 * 2 + c;
 }
-// Whether this lane is the one that writes the columns of ni.
+// Whether this lane writes the columns of ni.
 __device__ __forceinline__ bool owns(int ni) {
   const int lane = threadIdx.x % kWarp;
   return lane / 4 == (ni / (kNI / 2) * 4 + ni / (kNI / 4) % 2 * 2 + ni / kOwn % 2);

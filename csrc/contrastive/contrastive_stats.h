@@ -1,5 +1,5 @@
 // InfoNCE's running statistics of one row or column: (top, sum, first) as in contrastive_fwd.cu. `top` may be any value
-// near the largest: what it is does not show in lse or gradient.
+// near the largest; lse and gradient do not depend on it.
 #pragma once
 
 #include <cfloat>
@@ -12,7 +12,7 @@ struct Stats {
   float top, sum, first;
 };
 
-// Nothing yet. Not -inf: top - other.top must stay finite where the sums are zero.
+// Empty statistics. Not -inf: top - other.top must stay finite where the sums are zero.
 __device__ __forceinline__ Stats no_stats() { return {-FLT_MAX, 0.f, 0.f}; }
 
 template <class T>
@@ -22,11 +22,11 @@ __device__ __forceinline__ Stats merge(Stats x, Stats y, float k) {
   return {top, x.sum * ex + y.sum * ey, ex * (x.first + x.sum * dx) + ey * (y.first + y.sum * dy)};
 }
 
-// Stands for an element beyond the matrix, or for the positive. (-inf weighs nothing either.)
+// Marks an element out of bounds, or the positive. (-inf has weight 0 too.)
 constexpr float kBeyond = -FLT_MAX;
 
-// Statistics of one row or column: kOthers values in this thread's registers and those of the lanes whose numbers
-// differ in the bits kFirst .. kLast (0: of no other lane).
+// Statistics of one row or column: kOthers values in the registers of this thread and of the lanes that differ from it
+// in the bits kFirst .. kLast (0: no other lane).
 template <class T, int kOthers, int kFirst, int kLast, class Value>
 __device__ __forceinline__ Stats line_stats(float k, const Value& value) {
   Stats stats = no_stats();
@@ -35,7 +35,7 @@ __device__ __forceinline__ Stats line_stats(float k, const Value& value) {
   if constexpr (kFirst > 0) stats.top = lanes_reduce<kFirst, kLast>(stats.top, Max{});
 #pragma unroll
   for (int i = 0; i < kOthers; ++i) {
-    if (value(i) <= kBeyond) continue;  // a NaN goes on
+    if (value(i) <= kBeyond) continue;  // NaN passes
     const float below = value(i) - stats.top, weight = exp_of<T>(k * below);
     stats.sum += weight;
     stats.first = fmaf(weight, below, stats.first);

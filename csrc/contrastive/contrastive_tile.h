@@ -1,4 +1,4 @@
-// What the contrastive CUDA kernels share: the block's matrix product, the sweep over similarity tiles, the dtype
+// Shared by the contrastive CUDA kernels: the block-level matrix product, the sweep over similarity tiles, the dtype
 // switch.
 #pragma once
 
@@ -18,19 +18,19 @@ constexpr int kThreads = 256;  // 2 x 4 warps of 64 x 32
 constexpr int kWarpsM = 2, kWarpsN = 4;
 constexpr int kMI = kTile / kWarpsM / 16, kNI = kTile / kWarpsN / 8;
 
-// Two, so that one block's epilogue hides behind the other's product; float needs the registers of both.
+// Two blocks, so that one's epilogue overlaps with the other's product; float needs the registers of both.
 template <class T>
 constexpr int kBlocksPerMultiprocessor = sizeof(T) == 4 ? 1 : 2;
 
 using Accumulator = float[kMI][kNI][4];
 
-// Row and column, inside the block's tile, of element e of this thread's accumulator tile (mi, ni).
+// Row and column in the block's tile of element e of this thread's accumulator tile (mi, ni).
 __device__ __forceinline__ int warp_m() { return threadIdx.x / kWarp / kWarpsN; }
 __device__ __forceinline__ int warp_n() { return threadIdx.x / kWarp % kWarpsN; }
 __device__ __forceinline__ int tile_row(int mi, int e) { return warp_m() * 16 * kMI + mi * 16 + fragment_row(e); }
 __device__ __forceinline__ int tile_column(int ni, int e) { return warp_n() * 8 * kNI + ni * 8 + fragment_column(e); }
 
-// Summed positions in shared memory at a time: 128 bytes of a row. Two stages of both operands.
+// Elements of k per stage: 128 bytes of a row. Two stages of both operands.
 template <class T>
 constexpr int kDepth = 128 / static_cast<int>(sizeof(T));
 template <class T>
@@ -49,9 +49,9 @@ __device__ __forceinline__ void load_operand(T* tile, const Matrix<T>& x, int ou
   }
 }
 
-// acc = A[m0 : m0 + 128, :] B[:, n0 : n0 + 128] with `depth` summed positions, by the whole block; zeros beyond the
-// matrices. A is [m, k] (Major::k) or [k, m]; B is [n, k] (Major::k) or [k, n]. Shared memory: kGemmBytes<T>, free on
-// return, and free before the call once every thread has passed a barrier.
+// acc = A[m0 : m0 + 128, :] B[:, n0 : n0 + 128] summed over `depth`, by the whole block; zeros out of bounds. A is [m,
+// k] (Major::k) or [k, m]; B is [n, k] (Major::k) or [k, n]. Shared memory: kGemmBytes<T>, reusable on return; before
+// the call, a barrier must follow its last use.
 template <Major kMajorA, Major kMajorB, class T>
 __device__ __forceinline__ void block_gemm(Accumulator& acc, const Matrix<T>& a, int m0, const Matrix<T>& b, int n0,
                                            int depth) {
@@ -82,9 +82,9 @@ __device__ __forceinline__ void block_gemm(Accumulator& acc, const Matrix<T>& a,
   }
 }
 
-// How a forward kernel walks the N x M similarities: block (x, y) takes every gridDim.x-th row tile, and of each the
-// y-th share of the column tiles. So a block alone owns a row of the column partials and, for its share, one of the
-// row's.
+// How a forward kernel covers the N x M similarities: block (x, y) takes every gridDim.x-th row tile, and of each the
+// y-th share of the column tiles. So each block owns a line of the column partials and, for its share, a line of the
+// row partials.
 struct Sweep {
   int row_tiles, column_tiles;
   int blocks_m, blocks_n;
@@ -96,7 +96,7 @@ struct Sweep {
   }
 };
 
-// Bounds of a sweep's grid that hold on every device: the workspace is sized by them.
+// Upper bounds of a sweep's grid on any device, used to size the workspace.
 constexpr int kMaxBlocksM = 80, kMaxBlocks = 320, kColumnShares = 4;
 
 inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
@@ -107,8 +107,8 @@ inline int64_t max_blocks_n(int64_t n, int64_t m) {
   return smaller(tiles_of(m), larger(kColumnShares, kMaxBlocks / larger(1, tiles_of(n))));
 }
 
-// Two blocks per multiprocessor. Few row tiles are shared out by columns, many by rows with four column shares, which
-// keeps the column partials at a quarter of the blocks.
+// Two blocks per multiprocessor. Few row tiles are split by columns; many are split by rows with four column shares,
+// which limits the column partials to a quarter of the blocks.
 inline Sweep sweep_of(int64_t n, int64_t m) {
   Sweep sweep{static_cast<int>(tiles_of(n)), static_cast<int>(tiles_of(m)), 1, 1};
   const int64_t blocks = smaller(2 * num_multiprocessors(), kMaxBlocks);
@@ -117,7 +117,7 @@ inline Sweep sweep_of(int64_t n, int64_t m) {
   return sweep;
 }
 
-// Hands out pieces of a workspace, each 256-byte aligned. With a null base it only counts.
+// Hands out 256-byte aligned pieces of a workspace. With a null base it only counts.
 class Workspace {
  public:
   Workspace() = default;

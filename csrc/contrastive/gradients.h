@@ -1,4 +1,4 @@
-// The tile engine's other half: the feature gradients G Y and Gᵀ X, where G is made from S tile by tile.
+// The second half of the tile engine: feature gradients G Y and Gᵀ X, computing G from S tile by tile.
 #pragma once
 
 #include "contrastive/tiles.h"
@@ -6,8 +6,8 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// Rows and columns of the superblock of G that is kept while both gradients take from it (13 MB of floats).
-// Multiples of kTileCols, so that widening it for many threads changes no order of additions.
+// Rows and columns of the superblock of G that is kept for both gradients (13 MB of floats). Multiples of kTileCols, so
+// that widening it for many threads does not change the order of additions.
 constexpr int64_t kBlockRows = 2048, kBlockCols = 1536, kThreadsPerBlock = 16;
 
 template <class T>
@@ -19,11 +19,10 @@ void store_scaled(const ComputeOf<T>* from, ComputeOf<T> factor, int64_t count, 
 }
 
 // dX = factor * G Y and dY = factor * Gᵀ X, where epilogue(tile, of_teacher) turns a tile of S = X Yᵀ into one of G, in
-// place; `of_teacher` is the teacher's tile or null. dx and dy are contiguous [count, E]; either may be null: not
-// wanted.
+// place; `of_teacher` is the teacher's tile or null. dx and dy are contiguous [count, E]; null means not needed.
 //
-// Superblock by superblock, in two phases: a thread takes a row tile, makes its tiles of G, adds G Y to its rows of dX
-// while they are in L2, and leaves G behind; then a thread takes 96 columns of G and adds Gᵀ X to its rows of dY.
+// Each superblock has two phases. First a thread takes a row tile, computes its tiles of G, stores them, and adds G Y
+// to its rows of dX while they are in L2. Then a thread takes 96 columns of G and adds Gᵀ X to its rows of dY.
 template <class T, class Epilogue>
 class FeatureGradients {
   using C = ComputeOf<T>;
@@ -75,7 +74,7 @@ class FeatureGradients {
   }
 
  private:
-  // The output itself holds the running sums of dY when it has their type.
+  // dY itself holds its running sums if it has their type.
   static constexpr bool kSumsInPlace = sizeof(T) == sizeof(C);
 
   static int64_t widened(int threads) { return ceil_div(max64(threads, 1), kThreadsPerBlock); }
@@ -89,7 +88,7 @@ class FeatureGradients {
       return dy_sum_.data();
   }
 
-  // Rows [r, r + count) of the superblock at (i0, j0): G, and what they add to dX.
+  // Rows [r, r + count) of the superblock at (i0, j0): G, and its contribution to dX.
   void row_tile(int64_t i0, int64_t j0, int64_t r, int64_t count, int64_t cols, int thread) {
     Packed<T>* ga = g_tile_.data() + thread * packed_size_a<T>(kTileRows, kTileCols<T>);
     C* sum = dx_sum_.data() + r * width_;
@@ -111,7 +110,7 @@ class FeatureGradients {
     if (dx_ && j0 + cols == y_.count) store_scaled(sum, factor_, count * width_, dx_ + (i0 + r) * width_);
   }
 
-  // Columns [c, c + count) of the superblock at (i0, j0): what they add to dY.
+  // Columns [c, c + count) of the superblock at (i0, j0): their contribution to dY.
   void column_tile(int64_t i0, int64_t j0, int64_t c, int64_t count, int64_t rows, int thread) {
     Packed<T>* ga = g_tile_.data() + thread * packed_size_a<T>(kTileRows, kTileCols<T>);
     C* sum = dy_sum() + (j0 + c) * width_;

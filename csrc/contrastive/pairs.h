@@ -1,4 +1,4 @@
-// Which pairs of a tile are positive and which are not seen, and the loops of the epilogues over a tile's vectors.
+// Which pairs of a tile are positive or not seen, and the epilogues' loops over a tile's vectors.
 #pragma once
 
 #include "contrastive/tiles.h"
@@ -6,7 +6,7 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// 0, 1, 2, ... in the integer lanes that belong to C.
+// 0, 1, 2, ... in the integer lanes matching C.
 template <class C>
 MMK_INLINE Vec<typename IntOf<C>::type> lane_numbers() {
   Vec<typename IntOf<C>::type> lane;
@@ -14,7 +14,7 @@ MMK_INLINE Vec<typename IntOf<C>::type> lane_numbers() {
   return lane;
 }
 
-// The mask of a vector whose lanes all exist.
+// The mask of a vector whose lanes are all in bounds.
 struct AllLanes {};
 template <class V>
 MMK_INLINE V keep(AllLanes, V value) {
@@ -33,7 +33,7 @@ MMK_INLINE V keep(M mask, V value, V otherwise) {
   return mask ? value : otherwise;
 }
 
-// Calls body(offset, in) for each vector of a row of `count` elements, where the mask `in` says which lanes exist.
+// Calls body(offset, in) for each vector of a row of `count` elements; the mask `in` marks the lanes in bounds.
 template <class C, class Body>
 MMK_INLINE void for_each_vector(int64_t count, Body body) {
   using Int = typename IntOf<C>::type;
@@ -43,7 +43,7 @@ MMK_INLINE void for_each_vector(int64_t count, Body body) {
 }
 
 // targets [N]: the one positive of each row, or -1; ids: int32 codes of rows [N] and columns [M]. With ids and without
-// `ignore`, positives are the pairs of one id; with `ignore` these are not seen, but for the target.
+// `ignore`, pairs with equal ids are positive; with `ignore` they are not seen, except the target.
 struct PairRule {
   const int64_t* targets = nullptr;
   const int32_t *row_ids = nullptr, *column_ids = nullptr;
@@ -67,14 +67,14 @@ class Pairs {
 
   const PairRule& rule() const { return rule_; }
 
-  // Whether any row's target lies in a tile.
+  // Whether a tile contains any row's target.
   template <class Tile>
   bool meet(const Tile& tile) const {
     for (int64_t r = 0; r < tile.rows; ++r)
       if (in(tile, r) >= 0) return true;
     return false;
   }
-  // The column, counted in the tile, of row r's target; -1 where it lies elsewhere.
+  // The column within the tile of row r's target; -1 if it is elsewhere.
   template <class Tile>
   int64_t in(const Tile& tile, int64_t r) const {
     const int64_t column = rule_.target(tile.i0 + r) - tile.j0;

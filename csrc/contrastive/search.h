@@ -1,4 +1,4 @@
-// Softmax-weighted negatives and streaming top-k: epilogues of the tile engine that keep a few keys of each row.
+// Softmax-weighted negatives and streaming top-k: tile-engine epilogues that keep a few keys per row.
 #pragma once
 
 #include "common/simd/math.h"
@@ -7,7 +7,7 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// An integer hash of 32 bits, in lanes of 32 or 64, whose every output bit depends on every input bit.
+// A 32-bit integer hash in 32- or 64-bit lanes; every output bit depends on every input bit.
 template <class V>
 MMK_INLINE V mixed(V x) {
   constexpr auto low = static_cast<decltype(x[0] + x[0])>(0xffffffffu);
@@ -16,8 +16,8 @@ MMK_INLINE V mixed(V x) {
   return x ^ (x >> 16);
 }
 
-// Draws one key a row with the probability of its softmax among those that are no positive: the largest of
-// scale a - log E with E exponential variates, which are a function of seed, row and column alone.
+// Draws one key per row with its softmax probability among the negatives: the largest scale a - log E, with exponential
+// variates E that depend only on seed, row and column.
 template <class Tile>
 class SampleForward {
   using C = typename Tile::Number;
@@ -58,7 +58,7 @@ class SampleForward {
  private:
   static Vec<Bits> splat_bits(Bits x) { return Vec<Bits>{} + x; }
 
-  // -log(1 - u) for u = (bits + 1/2) / 2^32, accurate for small u too: these win.
+  // -log(1 - u) for u = (bits + 1/2) / 2^32, accurate for small u too, which win.
   static MMK_INLINE Vec<C> exponential(Vec<Bits> bits) {
     const Vec<C> u = (__builtin_convertvector(bits, Vec<C>) + C(0.5)) * C(0x1p-32);
     const Vec<C> high = min(splat(C(1) - C(0x1p-24)), u);
@@ -72,7 +72,7 @@ class SampleForward {
   int64_t* const index_;
 };
 
-// The k most similar keys of each row in order, of equal ones the lower index. A NaN counts as -inf.
+// The k most similar keys of each row in order, ties by lower index. NaN counts as -inf.
 template <class Tile>
 class TopKForward {
   using C = typename Tile::Number;
@@ -99,7 +99,7 @@ class TopKForward {
   void finish_columns(int64_t, int64_t) const {}
 
  private:
-  // Column j is offered to the min(j, k) best of those before it.
+  // Inserts column j into the min(j, k) best of the previous columns.
   void insert(C a, int64_t j, C* values, int64_t* indices) const {
     int64_t at = min64(j, k_);
     if (at == k_ && !(a > values[k_ - 1])) return;

@@ -1,6 +1,6 @@
 // The pairwise sigmoid loss and its gradient: epilogues of the tile engine.
 //
-// With u = -z (scale a + bias), z = +1 for a positive pair, else -1: the loss is softplus(u), its derivative by the
+// With u = -z (scale a + bias), z = +1 for a positive pair, else -1: the loss is softplus(u) and its derivative by the
 // logit -z sigmoid(u).
 #pragma once
 
@@ -31,7 +31,7 @@ MMK_INLINE bool may_have_positives(const Pairs<C>& pairs, const Tile& tile) {
   return pairs.rule().by_id() || pairs.meet(tile);
 }
 
-// Forward epilogue: sums over each row of the loss and of its derivatives.
+// Forward epilogue: row sums of the loss and its derivatives.
 template <class Tile>
 class SigmoidForward {
   using C = typename Tile::Number;

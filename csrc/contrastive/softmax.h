@@ -1,12 +1,12 @@
-// Softmax statistics of rows and columns: what the epilogues of softmax_forward.h and softmax_gradient.h share.
+// Softmax statistics of rows and columns, shared by the epilogues in softmax_forward.h and softmax_gradient.h.
 //
 // With a_ij = <x_i, y_j>, logits scale a_ij, and `ref` the similarity of the largest logit of a row,
 //   sum = Σ e^(scale (a - ref))     dot = Σ e^(scale (a - ref)) (a - ref)
 //   lse = scale ref + log sum       mean of a under the softmax = ref + dot / sum
-// The difference is taken before the product: near the largest logit it is exact, nothing overflows that float64 could
-// hold, and the mean does not cancel. Sums within a tile are short and in the features' compute type; those over tiles
-// are in double. A target (one positive of a row) stays out of them and joins in double at the end: when it has nearly
-// all of the mass, what little the others have is the loss.
+// The difference is taken before the multiplication by scale: near the largest logit it is exact, nothing overflows
+// that float64 could hold, and the mean does not cancel. Sums within a tile are short and in the features' compute
+// type; sums over tiles are double. A target (one positive of a row) is excluded and added in double at the end: when
+// it has nearly all of the mass, the rest determines the loss.
 #pragma once
 
 #include "common/simd/math.h"
@@ -19,8 +19,8 @@ namespace MMK_ISA {
 MMK_INLINE double natural_log(double x) { return log2(splat(x))[0] * FloatTraits<double>::ln2; }
 MMK_INLINE double natural_exp(double x) { return exp(splat(x))[0]; }
 
-// An lse as scale * ref + rest with ref and rest of the compute type, so that the exponent of a softmax,
-// scale (a - ref) - rest, loses nothing where it matters.
+// An lse as scale * ref + rest, both in the compute type, so that the softmax exponent, scale (a - ref) - rest, loses
+// no accuracy near the maximum.
 template <class C>
 class SplitLse {
  public:
@@ -50,11 +50,11 @@ MMK_INLINE Vec<C> softmax(Vec<C> a, C scale, Vec<C> ref, Vec<C> rest) {
   return exp((a - ref) * scale - rest);
 }
 
-// What the forward keeps of rows or columns. Of targets only `ref` knows.
+// The forward's running statistics of rows or columns. Targets are included only in `ref`.
 template <class C>
 struct Stats {
   C *ref, *sum, *dot;
-  C *total, *positive, *best, *of_teacher;  // the last is sum p a with the teacher's p
+  C *total, *positive, *best, *of_teacher;  // of_teacher: sum p a with the teacher's p
 
   static constexpr int kFields = 7;
   Stats at(int64_t i) const { return {ref + i, sum + i, dot + i, total + i, positive + i, best + i, of_teacher + i}; }
@@ -84,9 +84,8 @@ struct TeacherLse {
   const double *rows, *columns;
 };
 
-// Exponents of features of low precision, whose similarities err more than an exponent rounded at its own size, may
-// have one reference for rows and columns whose own are no farther apart than this: what is flushed to zero is below
-// e^-47 of the largest.
+// For low-precision features, whose similarities have larger errors than a rounded exponent, rows and columns may share
+// one reference if their own are at most this far apart: what is flushed to zero is below e^-47 of the largest.
 constexpr int kSpread = 40;
 
 }  // namespace MMK_ISA

@@ -1,4 +1,4 @@
-// The epilogue that turns tiles of similarities into statistics of their rows and columns.
+// The epilogue that reduces tiles of similarities to row and column statistics.
 #pragma once
 
 #include "contrastive/contrastive.h"
@@ -7,14 +7,14 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// Forward epilogue. A row tile updates its rows' running statistics and leaves the columns' statistics over its rows in
-// `partial`; finish_columns merges these in the order of tiles. While tiles come, `ref` and `best` are times the sign
-// of the scale, so that they are maxima.
+// Forward epilogue. A row tile updates its rows' running statistics and stores the columns' statistics over its rows in
+// `partial`; finish_columns merges these in tile order. During the pass `ref` and `best` are multiplied by the sign of
+// the scale, so that they are maxima.
 template <class Tile>
 class SoftmaxForward {
   using C = typename Tile::Number;
   static constexpr int L = kLanes<C>;
-  static constexpr int kGroup = 8;  // rows at a time: their sums stay in registers, and the columns' sums are short
+  static constexpr int kGroup = 8;  // rows at a time: row sums stay in registers, and column sums are short
   static constexpr C kLowest = -FloatTraits<C>::infinity;
 
  public:
@@ -92,7 +92,7 @@ class SoftmaxForward {
     SplitLse<C> split_;
   };
 
-  // kMasked: some pairs are left out of the sums, the target or what is not seen.
+  // kMasked: some pairs (the target, pairs not seen) are excluded from the sums.
   template <bool kMasked, bool kColumns>
   void statistics(const Tile& tile, const Stats<C>& column) const {
     C ref[kTileRows];
@@ -123,7 +123,7 @@ class SoftmaxForward {
     add_all_rows<kMasked, kColumns, false>(tile, ref, 0, column);
   }
 
-  // Of the references of a tile.
+  // Range of a tile's references.
   struct Range {
     C low, high;
 
@@ -149,7 +149,7 @@ class SoftmaxForward {
     for (; r < tile.rows; ++r) add_rows<1, kMasked, kColumns, kShared>(tile, r, ref + r, shared, column);
   }
 
-  // The columns' references in this tile, and the rows' new running ones. What is not seen counts for nothing.
+  // The columns' references in this tile, and the rows' updated running ones. Pairs not seen are ignored.
   template <bool kMasked, bool kColumns>
   void raise(const Tile& tile, C* column_ref, C* ref) const {
     const Vec<C> lowest = splat(kLowest);
@@ -171,8 +171,8 @@ class SoftmaxForward {
     }
   }
 
-  // Adds kRows rows, from r on, to the sums of rows and columns, whose references are raised already. kShared: one
-  // exponential, relative to `shared`, serves both; the columns' sums are left relative to it.
+  // Adds kRows rows starting at r to the sums of rows and columns, whose references are already updated. kShared: one
+  // exponential, relative to `shared`, is used for both, and column sums stay relative to it.
   template <int kRows, bool kMasked, bool kColumns, bool kShared>
   void add_rows(const Tile& tile, int64_t r, const C* raised, C shared, const Stats<C>& column) const {
     const Stats<double> running = rows_.stats().at(tile.i0 + r);
@@ -220,7 +220,7 @@ class SoftmaxForward {
     }
   }
 
-  // Sums relative to one reference become sums relative to another.
+  // Rescales sums from one reference to another.
   struct Shift {
     double weight, below;
 
@@ -311,7 +311,7 @@ class SoftmaxForward {
     }
   }
 
-  // The targets join: every row's, and with it that of its column.
+  // Adds the targets, to their rows and columns.
   void add_targets() const {
     const Stats<double> row = rows_.stats(), column = columns_.stats();
     for (int64_t i = 0; i < n_; ++i) {

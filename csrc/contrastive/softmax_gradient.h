@@ -1,4 +1,4 @@
-// The epilogue that turns tiles of similarities into the gradient of a function of their statistics.
+// The epilogue that turns tiles of similarities into the gradient of a function of the statistics.
 #pragma once
 
 #include "contrastive/contrastive.h"
@@ -7,7 +7,7 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// What a backward knows of rows, or of columns: coefficients [kCoefficients, count], and lse.
+// A backward's inputs per row, or per column: coefficients [kCoefficients, count], and lse.
 struct Line {
   const double *coefficients, *lse, *teacher_lse;
   int64_t count;
@@ -15,7 +15,7 @@ struct Line {
   double coefficient(Statistic line, int64_t i) const { return coefficients[line * count + i]; }
 };
 
-// The same in the compute type; the coefficient of lse times scale. Readable for one vector past the end.
+// The same in the compute type, with the coefficient of lse multiplied by scale. Readable for one vector past the end.
 template <class C>
 class SplitLine {
  public:
@@ -43,7 +43,7 @@ class SplitLine {
   bool any_[kCoefficients] = {};
 };
 
-// One exponential for rows and columns, where kSpread allows it:
+// One exponential for rows and columns, if kSpread allows it:
 //   u_i p_ij + v_j q_ij = e^(scale a_ij - base) (u_i e^(base - lse_i) + v_j e^(base - lse_j)).
 template <class C>
 class SharedExponent {
@@ -83,8 +83,8 @@ class SharedExponent {
 
 // Backward epilogue: a tile of similarities becomes one of d / d similarity,
 //   scale (u_i p_ij + v_j q_ij) + positive (..) + seen (..) + teacher (..)
-// with p and q the softmax of rows and columns. A target's entry is formed in double: what a p close to 1 lacks is the
-// gradient.
+// with p and q the softmax over rows and columns. A target's entry is computed in double, because there the gradient is
+// 1 - p with p close to 1.
 template <class Tile>
 class SoftmaxGradient {
   using C = typename Tile::Number;

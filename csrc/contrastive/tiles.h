@@ -1,7 +1,7 @@
 // The tile engine of the contrastive CPU kernels: S = X Yᵀ one tile at a time.
 //
-// What is done with a tile is an epilogue's business. Every sum is made in an order that depends on the sizes alone,
-// so results have the same bits for any number of threads.
+// Epilogues process the tiles. The order of every sum depends only on the sizes, so results do not depend on the number
+// of threads.
 #pragma once
 
 #include "common/parallel.h"
@@ -20,7 +20,8 @@ struct Rows {
 };
 
 // A tile of S. 96 rows are whole register tiles on every instruction set; the columns are one depth block of the GEMM
-// that has them as its inner dimension. Tile, its rows of X and its rows of Y stay in L2 (about .8 MB at E = 512).
+// in which they are the inner dimension. The tile, its rows of X and its rows of Y stay in L2 (about 0.8 MB at E =
+// 512).
 constexpr int64_t kTileRows = 96;
 template <class T>
 constexpr int64_t kTileCols = 256 * kWordElements<T>;
@@ -36,7 +37,7 @@ struct SimilarityTile {
   C* row(int64_t r) const { return s + r * kCols; }
 };
 
-// Features of several types have tiles of one type, and epilogues that know no other are compiled once for them.
+// Several feature types share a tile type, so that epilogues are compiled once per tile type.
 template <class T>
 using TileOf = SimilarityTile<ComputeOf<T>, kTileCols<T>>;
 
@@ -53,7 +54,7 @@ void pack_columns(const Rows<T>& y, int64_t j0, int64_t cols, int threads, Packe
   });
 }
 
-// Packs rows [i0, i0 + count) of X as the inner dimension of B (columns = E): one operand for each kTileCols of them.
+// Packs rows [i0, i0 + count) of X as the inner dimension of B (columns = E): one operand per kTileCols rows.
 template <class T>
 void pack_depth(const Rows<T>& x, int64_t i0, int64_t count, int threads, Packed<T>* packed) {
   parallel_for(ceil_div(count, kTileCols<T>), threads, [&](int64_t task, int) {
@@ -65,15 +66,15 @@ void pack_depth(const Rows<T>& x, int64_t i0, int64_t count, int threads, Packed
 
 // ---- one pass over all tiles ----------------------------------------------------------------------------------------
 
-// Both sides of a product; of a teacher's too, whose width is its own.
+// Both sides of a product, or of a teacher's, which may have another width.
 template <class T>
 struct Operands {
   Rows<T> x, y;
 };
 
-constexpr int64_t kPassCols = 2048;  // columns whose packed operand the threads share, a multiple of kTileCols
+constexpr int64_t kPassCols = 2048;  // columns per packed operand shared by the threads, a multiple of kTileCols
 
-// What one product needs for kPassCols columns: their packed operand, and each thread's rows and tile.
+// Buffers of one product for kPassCols columns: the packed operand, and each thread's rows and tile.
 template <class T>
 class Product {
   using C = ComputeOf<T>;
@@ -91,7 +92,7 @@ class Product {
   void rows(int64_t i0, int64_t rows, int thread) {
     pack_a<T>(x_.row(i0), x_.stride, 1, rows, x_.width, a_.data() + thread * a_size_);
   }
-  // Columns [c, c + n) of those packed, c a multiple of kTileCols.
+  // A tile of packed columns [c, c + n); c is a multiple of kTileCols.
   C* tile(int64_t rows, int64_t c, int64_t n, int thread) {
     C* s = s_.data() + thread * kTileRows * kTileCols<T>;
     gemm_packed<T>(rows, n, x_.width, a_.data() + thread * a_size_,
@@ -107,8 +108,8 @@ class Product {
 };
 
 // Calls epilogue.tile(t, tile, of_teacher) for each tile of S, where t numbers the row tiles and `of_teacher` is the
-// teacher's tile or null, and epilogue.finish_columns(j0, cols) when all rows have met the columns [j0, j0 + cols),
-// cols <= kPassCols. The tiles of one row tile come in the order of their columns, never two at a time.
+// teacher's tile or null, and epilogue.finish_columns(j0, cols) when all rows of the columns [j0, j0 + cols), cols <=
+// kPassCols, are done. The tiles of one row tile are processed in column order, one at a time.
 template <class T, class Epilogue>
 void for_each_tile(const Operands<T>& student, const Operands<T>* teacher, int threads, Epilogue& epilogue) {
   const int64_t n = student.x.count, m = student.y.count, tiles = ceil_div(n, kTileRows);

@@ -1,5 +1,5 @@
-// Packing: rows of tokens gathered and scattered, pixels cut into patches, at memory speed. 16-byte accesses where rows
-// allow them, element by element otherwise. Every output row has one owner and every sum one order: no atomics, bitwise
+// Packing: gather and scatter of token rows, and patchify, at memory bandwidth. 16-byte accesses if rows are aligned,
+// element by element otherwise. Every output row has one owner and every sum a fixed order: no atomics, bitwise
 // reproducible.
 #include "packing/packing.h"
 #include "packing/packing_mrope.h"
@@ -13,15 +13,15 @@ constexpr int kMaxSources = 4;
 template <class Unit>
 struct GatherParams {
   RowGrid grid;
-  const Unit* __restrict__ sources[kMaxSources];  // [R_k, units], rows strides[k] apart; null after the last
+  const Unit* __restrict__ sources[kMaxSources];  // [R_k, units], row stride strides[k]; null after the last
   int64_t strides[kMaxSources];                   // in units
   int64_t rows[kMaxSources];                      // R_k
-  const int64_t* __restrict__ index;              // [T] into the sources end to end, or -1
+  const int64_t* __restrict__ index;              // [T] into the concatenated sources, or -1
   // output
   Unit* __restrict__ out;  // [T, units]
 };
 
-// Rows as RowGrid lays them out; a thread copies units of one row, whatever their dtype.
+// Rows laid out by RowGrid; a thread copies units of one row, independent of dtype.
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) packing_gather_kernel(const __grid_constant__ GatherParams<Unit> a) {
   const int64_t row = a.grid.row();
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) packing_gather_kernel(const __grid_c
   const Unit* source = nullptr;
   if (from >= 0) {
 #pragma unroll
-    for (int k = 0; k < kMaxSources; ++k) {  // unrolled: the parameters are not indexed at run time
+    for (int k = 0; k < kMaxSources; ++k) {  // unrolled, so that the parameters are not indexed at run time
       if (source == nullptr && from < a.rows[k]) source = a.sources[k] + from * a.strides[k];
       from -= a.rows[k];
     }
@@ -47,18 +47,18 @@ constexpr int kChunk = kScatterChunk;
 template <class T>
 struct ScatterParams {
   RowGrid grid;                        // rows of `out`, or chunks
-  const T* __restrict__ packed;        // [T, E], rows packed_stride apart
+  const T* __restrict__ packed;        // [T, E], row stride packed_stride
   int64_t packed_stride;               // in elements
-  const int64_t* __restrict__ index;   // [T] the row each goes to, or -1
-  const int64_t* __restrict__ order;   // [T] positions sorted by the row they go to
+  const int64_t* __restrict__ index;   // [T] target rows, or -1
+  const int64_t* __restrict__ order;   // [T] positions sorted by target row
   const int64_t* __restrict__ starts;  // [R + 1] into order
-  float* __restrict__ sums;            // [T / kChunk, E]: of chunks of order that have one target
+  float* __restrict__ sums;            // [T / kChunk, E]: sums of the chunks of order with one target
   // output
   T* __restrict__ out;  // [R, E]
 };
 
-// Chunks as RowGrid lays out rows; a thread sums its columns of the chunk's packed rows if all go to one row. A row
-// that thousands name then takes a step for each chunk, not for each of them.
+// Chunks laid out by RowGrid; a thread sums its columns of the chunk's packed rows if all have the same target. A
+// target with thousands of packed rows then takes a step per chunk, not per packed row.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 4)
     packing_scatter_chunks_kernel(const __grid_constant__ ScatterParams<T> a) {
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// Rows as RowGrid lays them out; a thread sums its columns of every packed row that goes to its row, in order, in
-// float32: single rows up to the first whole chunk, the sums of whole chunks, single rows after the last.
+// Rows laid out by RowGrid; a thread sums its columns of its row's packed rows, in order, in float32: single rows up to
+// the first whole chunk, the sums of whole chunks, single rows after the last.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 4) packing_scatter_kernel(const __grid_constant__ ScatterParams<T> a) {
   const int64_t row = a.grid.row();
@@ -122,14 +122,15 @@ struct PatchifyParams {
   const int64_t* __restrict__ grids;   // [N, 3]: t, h, w in patches
   const int64_t* __restrict__ starts;  // [N + 1]: the first token of each image
   int images, channels, patch, temporal, merge;
-  int line;  // units of a line of a patch
+  int line;  // units per patch line
   bool inverse;
   // output
-  Unit* __restrict__ out;  // the other of the two
+  Unit* __restrict__ out;  // tokens or pixels
 };
 
-// Tokens as RowGrid lays them out; a thread finds its token's image by bisection and moves units of its lines. Tokens
-// go by time, then by blocks of merge x merge patches, then inside the block; a token is [C, temporal, patch, patch].
+// Tokens laid out by RowGrid; a thread finds its token's image by binary search and moves units of its lines. Tokens
+// are ordered by time, then by blocks of merge x merge patches, then inside the block; a token is [C, temporal, patch,
+// patch].
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) packing_patchify_kernel(const __grid_constant__ PatchifyParams<Unit> a) {
   const int64_t token = a.grid.row();
@@ -142,11 +143,11 @@ __global__ void __launch_bounds__(kThreads) packing_patchify_kernel(const __grid
   const int64_t x = block % blocks_x * a.merge + in_block % a.merge;
   const int64_t y = block / blocks_x % blocks_y * a.merge + in_block / a.merge;
   const int64_t frame = block / (blocks_x * blocks_y) * a.temporal;
-  const int64_t line = width * a.line, channel = line * height * a.patch;  // units from one to the next
+  const int64_t line = width * a.line, channel = line * height * a.patch;  // strides in units
   const int64_t corner =
       a.starts[image] * a.grid.units + frame * a.channels * channel + y * a.patch * line + x * a.line;
   for (int unit = a.grid.first_unit(); unit < a.grid.units; unit += a.grid.lanes) {
-    const int row = unit / a.line, in_line = unit % a.line;  // the line's number in the token: [C, temporal, patch]
+    const int row = unit / a.line, in_line = unit % a.line;  // line index within the token: [C, temporal, patch]
     const int f = row / a.patch % a.temporal, c = row / (a.patch * a.temporal);
     const int64_t pixel =
         corner + (static_cast<int64_t>(f) * a.channels + c) * channel + row % a.patch * line + in_line;
@@ -180,7 +181,7 @@ void launch_gather(const Tensor* const (&sources)[kMaxSources], const Tensor& in
   launch("packing_gather", packing_gather_kernel<Unit>, params.grid.grid(), kThreads, 0, stream, params);
 }
 
-// Calls run(Unit{}) with the largest unit that divides moves of `bytes` and every address.
+// Calls run(Unit{}) with the largest unit that divides `bytes` and every address.
 template <class Run>
 void choose_unit(int64_t bytes, uintptr_t addresses, const Run& run) {
   const uintptr_t all = static_cast<uintptr_t>(bytes) | addresses;

@@ -1,8 +1,8 @@
-// Packing: what moves and pools rows of tokens. Launchers check nothing; bounds are checked in Python with names.
+// Packing: launchers that move and pool token rows. They check nothing; Python checks bounds and names arguments.
 //
 // Dimension letters: R rows of a source, T packed tokens, E features per row, S segments.
-// Tensors of rows are 2-D with a contiguous last dimension and any row stride; outputs are contiguous. Index tensors
-// are contiguous. Offsets are 64-bit. Low-precision sums accumulate in float32, float64 ones in float64.
+// Row tensors are 2-D with a contiguous last dimension and any row stride; outputs and index tensors are contiguous.
+// Offsets are 64-bit. Sums accumulate in float32, or float64 for float64.
 #pragma once
 
 #include "common/dispatch.h"
@@ -13,17 +13,17 @@ namespace mmk {
 enum class PoolMode : int { sum = 0, mean = 1, max = 2, first = 3 };
 
 struct PackingKernels {
-  // out[t] = row index[t] of the sources end to end, or zeros where index[t] == -1
+  // out[t] = row index[t] of the concatenated sources, or zeros where index[t] == -1
   void (*gather_fwd)(const Tensor& first,   // [R1, E]
-                     const Tensor& second,  // [R2, E], or not given, and so on
+                     const Tensor& second,  // [R2, E], or not given, etc.
                      const Tensor& third, const Tensor& fourth,
                      const Tensor& index,  // [T] int64 in [-1, R1 + R2 + ...)
                      // outputs
                      const Tensor& out,  // [T, E]
                      int num_threads);
 
-  // out[r] = sum of packed[t] over the t with index[t] == r, in ascending t; zeros where there is none.
-  // Bitwise reproducible for any number of threads.
+  // out[r] = sum of packed[t] over t with index[t] == r, in ascending t; zeros if there are none. Bitwise reproducible
+  // for any number of threads.
   void (*scatter_fwd)(const Tensor& packed,  // [T, E]
                       const Tensor& index,   // [T] int64 in [-1, R)
                       // outputs
@@ -31,9 +31,9 @@ struct PackingKernels {
                       int num_threads);
 
   // Pixels to tokens of patches, or back (`inverse`, x and out exchanged). Image n is [t temporal, C, h patch, w
-  // patch], its tokens go by t, then by blocks of merge x merge patches, then inside the block; a token is [C,
+  // patch], its tokens are ordered by t, then by blocks of merge x merge patches, then inside the block; a token is [C,
   // temporal, patch, patch].
-  void (*patchify_fwd)(const Tensor& x,       // [P], P the pixels of all images
+  void (*patchify_fwd)(const Tensor& x,       // [P], the pixels of all images
                        const Tensor& grid,    // [N, 3] int64: t, h, w in patches
                        const Tensor& starts,  // [N+1] int64: the first token of each image
                        int channels, int patch, int temporal, int merge, bool inverse,
@@ -41,8 +41,8 @@ struct PackingKernels {
                        const Tensor& out,  // [T C temporal patch^2]
                        int num_threads);
 
-  // The same from images where they lie.
-  void (*patchify_images_fwd)(const Tensor& addresses,  // [N] int64: of each image's first pixel
+  // The same, reading separate images in place.
+  void (*patchify_images_fwd)(const Tensor& addresses,  // [N] int64: address of each image's first pixel
                               const Tensor& grid,       // as above
                               const Tensor& starts,     // as above
                               int channels, int patch, int temporal, int merge,
@@ -50,11 +50,11 @@ struct PackingKernels {
                               const Tensor& out,  // [T C temporal patch^2]
                               int num_threads);
 
-  // Positions in time, height and width: a text token goes on from the largest so far, the tokens of span n, a grid of
-  // extent[n] that begins at token starts[n], count from there. gained[n] is what the spans before n advanced the
-  // position by, beyond their numbers of tokens.
-  void (*mrope_fwd)(const Tensor& cu_seqlens,  // [S+1] int64, from 0, not decreasing, last <= T
-                    const Tensor& starts,      // [N] int64, ascending; spans apart, each in one segment
+  // Positions in time, height and width. Text tokens count up; the tokens of span n, a grid of extent[n] that begins at
+  // token starts[n], have its start position plus their grid coordinates. gained[n] is the position advance of the
+  // spans before n minus their token count.
+  void (*mrope_fwd)(const Tensor& cu_seqlens,  // [S+1] int64, from 0, non-decreasing, last <= T
+                    const Tensor& starts,      // [N] int64, ascending; disjoint spans, each within one segment
                     const Tensor& extent,      // [N, 3] int64: t, h, w in tokens
                     const Tensor& gained,      // [N+1] int64
                     // outputs
@@ -64,15 +64,15 @@ struct PackingKernels {
 MMK_DECLARE_KERNELS(PackingKernels, packing)
 
 struct PoolingKernels {
-  // out[s] = sum, mean, max or first row of x[cu_seqlens[s] : cu_seqlens[s+1]]; zeros where the segment is empty.
-  // Rows past cu_seqlens[S] belong to no segment. Bitwise reproducible for any number of threads.
+  // out[s] = sum, mean, max or first row of x[cu_seqlens[s] : cu_seqlens[s+1]]; zeros for an empty segment. Rows past
+  // cu_seqlens[S] belong to no segment. Bitwise reproducible for any number of threads.
   void (*segment_pool_fwd)(const Tensor& x,           // [T, E]
-                           const Tensor& cu_seqlens,  // [S+1] int32, from 0, not decreasing, last <= T
+                           const Tensor& cu_seqlens,  // [S+1] int32, from 0, non-decreasing, last <= T
                            PoolMode mode,
                            // outputs
                            const Tensor& out,     // [S, E]
                            const Tensor& argmax,  // [S, E] int32 for max, else not given: the row of x that won (the
-                                                  // first of equals; a NaN wins over numbers), -1 in empty segments
+                                                  // first of equals; NaN beats numbers), -1 in empty segments
                            int num_threads);
 
   // grad_x[t]: grad_out[s] for sum, divided by the segment's length for mean, at its first row for first, at
@@ -105,7 +105,7 @@ struct PoolingKernels {
 };
 MMK_DECLARE_KERNELS(PoolingKernels, pooling)
 
-// CUDA: the same contracts on a stream (a cudaStream_t), without synchronisation. float32, bfloat16, float16.
+// CUDA: the same on a stream (a cudaStream_t), without synchronisation. float32, bfloat16, float16.
 void launch_packing_gather_fwd_cuda(const Tensor& first, const Tensor& second, const Tensor& third,
                                     const Tensor& fourth, const Tensor& index, const Tensor& out, void* stream);
 
@@ -113,15 +113,15 @@ void launch_packing_patchify_fwd_cuda(const Tensor& x, const Tensor& grid, const
                                       int patch, int temporal, int merge, bool inverse, const Tensor& out,
                                       void* stream);
 
-// The scatter takes its index grouped by row too, so that no two threads add to one row and the order of the sum is
-// fixed: out[r] = sum of packed[order[k]] for k in [starts[r], starts[r+1]), in ascending k.
+// The scatter also takes its index grouped by row, so that each row has one owner and a fixed summation order: out[r] =
+// sum of packed[order[k]] for k in [starts[r], starts[r+1]), in ascending k.
 constexpr int kScatterChunk = 32;
 void launch_packing_scatter_fwd_cuda(
     const Tensor& packed,  // [T, E]
     const Tensor& index,   // [T] int64
     const Tensor& order,   // [T] int64: stable argsort of index
     const Tensor& starts,  // [R+1] int64 into order (entries of -1 come before starts[0])
-    const Tensor& sums,    // [T / kScatterChunk, E] float32: room for the sums of chunks of `order`
+    const Tensor& sums,    // [T / kScatterChunk, E] float32: scratch for the sums of chunks of `order`
     // outputs
     const Tensor& out,  // [R, E]
     void* stream);

@@ -1,4 +1,4 @@
-// Moving rows on CPU: whole, each output row written once by one thread.
+// Moving rows on CPU: each output row is written once, by one thread.
 #include "packing/packing.h"
 
 #include <type_traits>
@@ -11,7 +11,7 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-// The sources of a gather, end to end.
+// The concatenated sources of a gather.
 class Sources {
  public:
   explicit Sources(const Tensor* const (&parts)[4]) {
@@ -21,7 +21,7 @@ class Sources {
       rows_[count_++] = part->size[0];
     }
   }
-  // The row of that number, or null for -1.
+  // Row i, or null for -1.
   MMK_INLINE const void* row(int64_t i) const {
     if (i < 0) return nullptr;
     int k = 0;
@@ -35,7 +35,7 @@ class Sources {
   int count_ = 0;
 };
 
-constexpr int64_t kRowsAhead = 2;  // scattered rows are short streams, which the hardware does not foresee
+constexpr int64_t kRowsAhead = 2;  // scattered rows are streams too short for the hardware prefetcher
 
 void gather_fwd(const Tensor& first, const Tensor& second, const Tensor& third, const Tensor& fourth,
                 const Tensor& index, const Tensor& out, int num_threads) {
@@ -55,8 +55,8 @@ void scatter(const Tensor& packed, const Tensor& index, const Tensor& out, int n
   using C = ComputeOf<T>;
   const int64_t rows_in = index.size[0], R = out.size[0], E = out.size[1];
   const int64_t* at = index.ptr<const int64_t>();
-  // Counting sort of the packed rows by the row they add to; entries of -1 are left out. While the entries are placed,
-  // begin[r + 1] moves from the first entry of row r past its last, so that begin[r] ends up where row r begins.
+  // Counting sort of the packed rows by target row; entries of -1 are dropped. During placement begin[r + 1] advances
+  // from the first entry of row r past its last, so that begin[r] ends up at the start of row r.
   AlignedBuffer<int64_t> begin_buffer(R + 2), order_buffer(rows_in);
   int64_t *begin = begin_buffer.data(), *order = order_buffer.data();
   __builtin_memset(begin, 0, static_cast<size_t>(R + 2) * sizeof(int64_t));
@@ -96,13 +96,14 @@ void scatter_fwd(const Tensor& packed, const Tensor& index, const Tensor& out, i
 
 // ---- patches --------------------------------------------------------------------------------------------------------
 
-// Where the lines of one token's patch lie in the pixels; a line is `patch` pixels.
+// Location of one token's patch lines in the pixels; a line is `patch` pixels.
 struct PatchPlace {
-  int64_t pixel;                 // the first line's
-  int64_t line, frame, channel;  // pixels from one line, frame, channel to the next
+  int64_t pixel;                 // of the first line
+  int64_t line, frame, channel;  // strides in pixels
 };
 
-// Tokens of an image of t x h x w patches go by t, then by blocks of merge x merge patches, then inside the block.
+// Tokens of an image of t x h x w patches are ordered by t, then by blocks of merge x merge patches, then inside the
+// block.
 MMK_INLINE PatchPlace place_of(const int64_t* grid, int64_t token, int64_t channels, int64_t patch, int64_t temporal,
                                int64_t merge) {
   const int64_t height = grid[1] / merge, width = grid[2] / merge, line = grid[2] * patch;
@@ -114,21 +115,21 @@ MMK_INLINE PatchPlace place_of(const int64_t* grid, int64_t token, int64_t chann
   return {t * temporal * frame + y * patch * line + x * patch, line, frame, channel};
 }
 
-// Tokens that are composed in the cache and then written at once: their bytes fill whole cache lines.
+// Tokens assembled in cache and then written together, so that they fill whole cache lines.
 MMK_INLINE int64_t tokens_at_once(int64_t row_bytes) {
   int64_t n = 1;
   while (n * row_bytes % 64 != 0 || n * row_bytes < 16384) n *= 2;
   return n;
 }
 
-// pixels [N]: the addresses of the images. kBytes: of a line, or 0 for any number.
+// pixels [N]: image addresses. kBytes: bytes per line, or 0 if not known at compile time.
 template <int kBytes>
 void move_patches(const int64_t* pixels, const Tensor& grid, const Tensor& starts, int64_t channels, int64_t patch,
                   int64_t temporal, int64_t merge, bool inverse, const Tensor& tokens, int num_threads) {
   const int64_t element = element_bytes(tokens.dtype), width = kBytes > 0 ? kBytes : patch * element;
   const int64_t row = channels * temporal * patch * width;
   const int64_t *grids = grid.ptr<const int64_t>(), *first = starts.ptr<const int64_t>();
-  // Calls move(a line of the image, its place in the tokens in bytes, the line of the next row of patches) for every
+  // Calls move(image line, its byte offset in the tokens, the corresponding line in the next row of patches) for every
   // line of tokens [begin, end).
   const auto each_line = [&](int64_t begin, int64_t end, auto move) {
     int64_t n = 0, in_tokens = begin * row;
@@ -177,7 +178,7 @@ void choose_patches(const int64_t* pixels, const Tensor& grid, const Tensor& sta
   const auto run = [&](auto kernel) {
     kernel(pixels, grid, starts, channels, patch, temporal, merge, inverse, tokens, num_threads);
   };
-  // The usual patches, 14 and 16 pixels wide, as moves of a size known here.
+  // Compile-time line sizes for the usual patch widths of 14 and 16 pixels.
   switch (patch * element_bytes(tokens.dtype)) {
     case 28:
       return run(move_patches<28>);

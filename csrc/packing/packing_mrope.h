@@ -1,4 +1,4 @@
-// The position of one token in time, height and width, for CPUs and GPUs; see packing.h.
+// The M-RoPE position of one token, for CPU and GPU; see packing.h.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 namespace mmk {
 namespace {
 
-// How many of values [n], which do not decrease, are below x, or (`or_equal`) not above it.
+// How many of the non-decreasing values [n] are below x, or with `or_equal` at most x.
 MMK_HOST_DEVICE int64_t count_below(const int64_t* values, int64_t n, int64_t x, bool or_equal) {
   int64_t low = 0, high = n;
   while (low < high) {
@@ -37,7 +37,7 @@ struct MropeSpans {
   // Writes axis k of token t to out[k * stride].
   MMK_HOST_DEVICE void place(int64_t t, int64_t* out, int64_t stride) const {
     const int64_t begin = cu_seqlens[count_below(cu_seqlens, boundaries, t, true) - 1];
-    const int64_t n = count_below(starts, spans, t, true);  // spans that begin at or before the token
+    const int64_t n = count_below(starts, spans, t, true);  // number of spans that begin at or before the token
     int64_t base = t - begin - gained[count_below(starts, spans, begin, false)] + gained[n];
     int64_t frame = 0, y = 0, x = 0;
     if (n > 0) {

@@ -1,5 +1,5 @@
-// Pooling of segments at memory speed: one row per segment, and its gradient. Every output row has one owner and every
-// sum one order: no atomics, bitwise reproducible.
+// Segment pooling at memory bandwidth: one row per segment, and its gradient. Every output row has one owner and every
+// sum a fixed order: no atomics, bitwise reproducible.
 #include "packing/packing.h"
 #include "packing/packing_tile.h"
 
@@ -14,14 +14,14 @@ struct PoolParams {
   int64_t x_stride;         // in elements
   int columns;
   const int* __restrict__ cu_seqlens;  // [S + 1]
-  const float* __restrict__ weights;   // [T], or null: each row counts once
+  const float* __restrict__ weights;   // [T], or null for weights of 1
   PoolMode mode;
   // outputs
   T* __restrict__ out;       // [S, E]
   int* __restrict__ argmax;  // [S, E] for max
 };
 
-// Whether (value, row) comes before (best, best_row): larger, a NaN before numbers, the first of equals.
+// Whether (value, row) beats (best, best_row): larger value, NaN before numbers, then lower row.
 __device__ __forceinline__ bool wins(float value, int row, float best, int best_row) {
   if (row < 0 || best_row < 0) return row >= 0;
   const bool nan = value != value, best_nan = best != best;
@@ -30,7 +30,7 @@ __device__ __forceinline__ bool wins(float value, int row, float best, int best_
   return value > best;
 }
 
-// Rows so far of one column: the sum of their values, or the one that wins.
+// Running result of one column: the sum, or the winner.
 struct SumOfRows {
   CarryingSum total{0.f, 0.f};
 
@@ -50,9 +50,9 @@ struct MaxOfRows {
 };
 static_assert(sizeof(SumOfRows) == 8 && sizeof(MaxOfRows) == 8, "the shared-memory budget");
 
-// Grid (segments, parts of a row). 32 threads side by side on a row's columns, 8 groups taking every eighth row of the
-// segment; their results meet in shared memory and are combined in the groups' order.
-// Shared memory: 8 bytes for each group and column, [8][32 kWidth]: 16 KB at most.
+// Grid (segments, parts of a row). 32 adjacent threads on a row's columns, 8 groups taking every eighth row of the
+// segment; results are combined in shared memory in group order.
+// Shared memory: 8 bytes per group and column, [8][32 kWidth]: 16 KB at most.
 template <class T, int kWidth, class OfRows>
 __global__ void __launch_bounds__(kThreads, 4)
     packing_segment_pool_fwd_kernel(const __grid_constant__ PoolParams<T> a) {
@@ -109,7 +109,7 @@ struct PoolGradParams {
   T* __restrict__ grad_x;  // [T, E]
 };
 
-// Rows as RowGrid lays them out; a thread finds its row's segment by bisection and writes its columns.
+// Rows laid out by RowGrid; a thread finds its row's segment by binary search and writes its columns.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     packing_segment_pool_bwd_kernel(const __grid_constant__ PoolGradParams<T> a) {
@@ -151,8 +151,8 @@ struct WeightedGradParams {
   float* __restrict__ grad_weights;  // [T]
 };
 
-// A warp owns a row: its lanes scale the segment's gradient side by side, and their shares of the product with the row
-// are added in a fixed order.
+// A warp owns a row: its lanes scale the segment's gradient, and their shares of the dot product with the row are added
+// in a fixed order.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 4)
     packing_weighted_pool_bwd_kernel(const __grid_constant__ WeightedGradParams<T> a) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (threadIdx.x % kWarp == 0) a.grad_weights[row] = total;
 }
 
-// The launch of either pooling.
+// Launches pooling with or without weights.
 void launch_pool(const Tensor& x, const Tensor& cu_seqlens, const Tensor& weights, PoolMode mode, const Tensor& out,
                  const Tensor& argmax, void* stream) {
   choose_packing_kernel(x, out, [&](auto element, auto width) {

@@ -1,5 +1,5 @@
-// Pooling of segments on CPU. Segments are cut into chunks of kChunkRows rows, so that one long segment fills all
-// threads; neither the cuts nor the order of any addition depends on the number of threads.
+// Segment pooling on CPU. Segments are split into chunks of kChunkRows rows, so that one long segment uses all threads.
+// Neither the chunks nor the order of additions depends on the number of threads.
 #include "packing/packing.h"
 
 #include <type_traits>
@@ -13,13 +13,13 @@ namespace {
 
 constexpr int64_t kChunkRows = 1024;
 
-// The rows of all segments, cut into chunks of at most kChunkRows; an empty segment is one empty chunk. Rows past the
+// The rows of all segments, split into chunks of at most kChunkRows; an empty segment is one empty chunk. Rows past the
 // last segment follow as chunks of segment S.
 class Chunks {
  public:
   struct Chunk {
     int64_t segment, begin, end;
-    int64_t slot;  // where its partial result goes, or -1: it is its segment's only chunk
+    int64_t slot;  // index of its partial result, or -1 if it is its segment's only chunk
   };
 
   Chunks(const Tensor& cu_seqlens, int64_t num_rows)
@@ -39,7 +39,7 @@ class Chunks {
   int64_t segments() const { return segments_; }
   int64_t first(int64_t s) const { return first_.data()[s]; }  // the first chunk of a segment
   int64_t count(int64_t s) const { return first(s + 1) - first(s); }
-  int64_t slot(int64_t s) const { return slot_.data()[s]; }  // the first partial result of a segment of several chunks
+  int64_t slot(int64_t s) const { return slot_.data()[s]; }  // first partial result of a segment with several chunks
   int64_t length(int64_t s) const { return end(s) - cu_[s]; }
 
   // Calls fn(chunk, thread) for the chunks of segments [0, segments), on several threads.
@@ -85,8 +85,8 @@ class Chunks {
 template <class C>
 using ArgOf = typename IntOf<C>::type;
 
-// best, arg [width] take in a row of values whose columns come from rows `from(e)`: a larger value or the first NaN
-// wins.
+// Updates best, arg [width] with a row of values whose columns come from rows `from(e)`: a larger value or the first
+// NaN wins.
 template <class C, class Value, class From>
 MMK_INLINE void take_max(int64_t width, Value value, From from, C* best, ArgOf<C>* arg) {
   constexpr int kL = kLanes<C>;
@@ -145,7 +145,7 @@ void pool_max(const Tensor& x, const Chunks& chunks, const Tensor& out, const Te
   });
 }
 
-// weights [T] in the compute type, or null: the sum of the rows, each times its weight.
+// Sum of the rows times weights [T] in the compute type, or unweighted if null.
 template <class T>
 void pool_sum(const Tensor& x, const ComputeOf<T>* weights, const Chunks& chunks, bool mean, const Tensor& out,
               int num_threads) {
@@ -250,7 +250,7 @@ void weighted_pool_fwd(const Tensor& x, const Tensor& weights, const Tensor& cu_
 }
 
 // scaled [width] = weight * grad, rounded to T; returns <x, grad>, summed in blocks so that the error does not grow
-// with the width. `next` [width] is the row that will be read after x.
+// with the width. `next` [width] is the row read after x.
 template <class T>
 MMK_INLINE ComputeOf<T> scale_and_dot(const T* x, const T* next, const T* grad, ComputeOf<T> weight, int64_t width,
                                       T* scaled) {

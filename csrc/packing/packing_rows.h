@@ -1,4 +1,4 @@
-// Rows of bytes, read with any row stride and written so that large outputs bypass the caches.
+// Copies rows of bytes: any row stride in, streaming stores for large outputs.
 #pragma once
 
 #include "common/simd/vec.h"
@@ -8,7 +8,7 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-// Outputs beyond this leave the caches anyway: stores then bypass them and save reading each line before writing it.
+// Larger outputs do not stay in the caches, so stores bypass them, which saves reading each line before writing it.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 MMK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -43,7 +43,7 @@ class RowWriter {
 #endif
   }
 
-  // Row i = the bytes at `from`, or zeros where `from` is null. `next`, if any, is a row that a later call will read.
+  // Writes row i from the bytes at `from`, or zeros if null. `next`, if any, is a row that a later call will read.
   MMK_INLINE void write(int64_t i, const void* from, const void* next = nullptr) const {
     char* to = out_ + i * bytes_;
 #if defined(__x86_64__)
@@ -64,7 +64,7 @@ class RowWriter {
     }
   }
 
-  // To be called by each thread after its last row.
+  // Call in each thread after its last row.
   MMK_INLINE void finish() const {
 #if defined(__x86_64__)
     if (streams_) _mm_sfence();

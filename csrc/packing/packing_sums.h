@@ -1,5 +1,5 @@
-// Sums of rows, memory read in order: blocks of kBlockRows rows are added plainly, and blocks into the total with the
-// rounding errors carried along (Neumaier), so the error does not grow with the number of rows.
+// Sums of rows in memory order: blocks of kBlockRows rows are added plainly, and blocks are added to the total with
+// compensated summation (Neumaier), so the error does not grow with the number of rows.
 #pragma once
 
 #include "packing/packing_rows.h"
@@ -22,7 +22,7 @@ MMK_INLINE void add_carrying(const C* from, int64_t width, C* total, C* carry) {
   }
 }
 
-// total [width] += carry [width]; an infinite total, whose carry is a NaN, stays what it is.
+// total [width] += carry [width]; an infinite total, whose carry is NaN, is unchanged.
 template <class C>
 MMK_INLINE void settle_carry(const C* carry, int64_t width, C* total) {
   for (int64_t e = 0; e < width; e += kLanes<C>) {
@@ -32,7 +32,7 @@ MMK_INLINE void settle_carry(const C* carry, int64_t width, C* total) {
   }
 }
 
-// The terms of a sum are the rows themselves, or each times its weight.
+// Terms of a sum: the rows, or rows times weights.
 struct Plain {
   template <class V>
   MMK_INLINE V operator()(int64_t, V v) const {
@@ -60,7 +60,7 @@ MMK_INLINE void sum_rows(int64_t count, int64_t width, Row row, Term term, Compu
     int64_t r = b;
     for (; r + 4 <= end; r += 4) {
       const T *x0 = row(r), *x1 = row(r + 1), *x2 = row(r + 2), *x3 = row(r + 3);
-      // Four short streams at once are more than the hardware foresees.
+      // Prefetch explicitly: four short streams at once defeat the hardware prefetcher.
       const T *y0 = row(least(r + 4, count - 1)), *y1 = row(least(r + 5, count - 1));
       const T *y2 = row(least(r + 6, count - 1)), *y3 = row(least(r + 7, count - 1));
       int64_t e = 0;

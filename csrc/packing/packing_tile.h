@@ -1,4 +1,4 @@
-// What the CUDA kernels of packing share: the grid over rows, 16-byte accesses, sums that carry their rounding errors.
+// Shared by the packing CUDA kernels: the grid over rows, 16-byte accesses, compensated sums.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,10 +16,10 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Several short rows to a block, or one long row: `lanes` threads side by side on a row, a power of two.
+// Several short rows per block, or one long row: `lanes` adjacent threads per row, a power of two.
 struct RowGrid {
   int64_t rows;
-  int units;  // pieces of a row, each read and written at once
+  int units;  // units of access per row
   int lanes;
 
   RowGrid(int64_t row_count, int64_t unit_count) : rows(row_count), units(static_cast<int>(unit_count)), lanes(1) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void store_floats(T* to, const float (&x)[kWidth]) {
   }
 }
 
-// A float32 sum and the rounding errors of its additions (Knuth's two-sum: exact in any order of sizes).
+// A compensated float32 sum (Knuth's two-sum: exact whichever operand is larger).
 struct CarryingSum {
   float sum, carry;
 
@@ -69,11 +69,11 @@ struct CarryingSum {
     carry += (sum - (next - rounded)) + (x - rounded);
     sum = next;
   }
-  // An infinite sum, whose carry is a NaN, stays what it is.
+  // An infinite sum has a NaN carry, which is ignored.
   __device__ __forceinline__ float value() const { return carry == carry ? sum + carry : sum; }
 };
 
-// The segment (or image) of a row, or -1 past the last: starts [segments + 1] does not decrease.
+// The segment (or image) of a row, or -1 past the last; starts [segments + 1] is non-decreasing.
 template <class Int>
 __device__ __forceinline__ int segment_of(const Int* starts, int segments, int64_t row) {
   int low = 0, high = segments;  // the first boundary after `row` is in (low, high]

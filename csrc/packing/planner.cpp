@@ -14,7 +14,7 @@ void check_count(int64_t n) {
 
 namespace {
 
-// Sorts by falling keys [n], those of equal keys staying as they are; from 0, 1, ... when there is no order yet.
+// Stable sort by descending keys [n], starting from 0, 1, ... if there is no order yet.
 void sort_falling(const int64_t* keys, int64_t n, std::vector<Id>* order) {
   const bool fresh = order->empty();
   const int64_t largest = n > 0 ? *std::max_element(keys, keys + n) : 0;
@@ -26,7 +26,7 @@ void sort_falling(const int64_t* keys, int64_t n, std::vector<Id>* order) {
     std::stable_sort(order->begin(), order->end(), [&](Id a, Id b) { return keys[a] > keys[b]; });
     return;
   }
-  std::vector<Id> start(largest + 2, 0);  // start[largest - key] after the sums
+  std::vector<Id> start(largest + 2, 0);  // start[largest - key] after the prefix sums
   for (int64_t i = 0; i < n; ++i) ++start[largest - keys[i] + 1];
   std::partial_sum(start.begin(), start.end(), start.begin());
   std::vector<Id> sorted(n);
@@ -53,7 +53,7 @@ Plan best_fit(Items items, Caps caps, Rooms rooms) {
       room = {caps.tokens, caps.images};
       count.push_back(0);
     }
-    // Equal items go on into the same pack: what it has left is less than any other that would do.
+    // Equal items continue into the same pack: its remaining room is the least that fits.
     do {
       pack_of[order[k++]] = pack;
       room.tokens -= item.tokens;

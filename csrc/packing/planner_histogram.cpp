@@ -10,12 +10,12 @@ struct Class {
   int64_t length, images, count;
 };
 
-// What is at hand of equal packs: `packs` of them from `first` on, with `items` in each.
+// A group of equal packs: `packs` of them starting at `first`, with `items` in each.
 struct Group {
   int64_t first, packs, items;
 };
 
-// Of a class's items, how many a pack with this room takes.
+// How many of a class's items fit into a pack with this room.
 int64_t fitting(const Class& one, Room room, int64_t samples) {
   int64_t most = std::min(one.count, samples);
   if (one.length > 0) most = std::min(most, room.tokens / one.length);
@@ -28,7 +28,7 @@ class Counting {
  public:
   Counting(Caps caps, Rooms rooms) : caps_(caps), rooms_(std::move(rooms)) {}
 
-  // Classes come in falling order.
+  // Classes must be added in descending order.
   void add(Class one) {
     while (one.count > 0) {
       Room room;
@@ -50,7 +50,7 @@ class Counting {
   CountedPlan take_result() { return std::move(result_); }
 
  private:
-  // Fills a group's packs, or as many as there are items for; the others stay as they are.
+  // Fills a group's packs, or as many as there are items for; the rest are unchanged.
   void join(Id id, Room room, Class* one) {
     const Group group = groups_[id];
     const int64_t each = fitting(*one, room, caps_.samples - group.items);
@@ -81,7 +81,7 @@ class Counting {
   CountedPlan result_;
 };
 
-// Calls fn(class) in falling order.
+// Calls fn(class) in descending order.
 template <class F>
 void each_class(Items items, F fn) {
   const std::vector<Id> order = longest_first(items);
@@ -128,7 +128,7 @@ Plan list_histogram(Items items, const CountedPlan& counted) {
 
 template <class Copy>
 bool count_lengths(const int64_t* lengths, int64_t n, int64_t capacity, int64_t* counts, Copy* copy) {
-  // Four tables, so that runs of equal lengths do not wait for their own last increment.
+  // Four tables, so that runs of equal lengths do not stall on their previous increment.
   const uint64_t limit = static_cast<uint64_t>(capacity);
   std::vector<uint32_t> tables(4 * (limit + 1), 0);
   bool good = true;

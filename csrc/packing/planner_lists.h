@@ -1,4 +1,4 @@
-// From an order and the pack of each item to the plan: what the strategies share.
+// Shared by the strategies: item orders, and building the plan from each item's pack.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@
 
 namespace mmk {
 
-// Fails for more items than an Id can number.
+// Throws if there are more items than an Id can number.
 void check_count(int64_t n);
 
-// Items from the longest to the shortest, of equals the one with more images first, then the earlier.
+// Items from longest to shortest; ties: more images first, then earlier.
 std::vector<Id> longest_first(Items items);
 
-// CSR from the pack of each item, packs renumbered by their first item.
+// CSR plan from each item's pack, with packs renumbered by their first item.
 Plan by_first_item(const std::vector<Id>& pack_of, Id num_packs);
 
 }  // namespace mmk

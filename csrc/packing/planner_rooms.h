@@ -1,5 +1,5 @@
-// Open packs by the room they have left, for best fit: a table, a tree for capacities too large for one, and the same
-// with room for images. A "pack" may stand for a group of equal ones.
+// Open packs by remaining room, for best fit: a table, a tree for capacities too large for a table, and both with room
+// for images. A "pack" may stand for a group of equal packs.
 #pragma once
 
 #include <algorithm>
@@ -19,10 +19,10 @@ struct Room {
   int64_t tokens, images;
 };
 
-// Tables indexed by length or room are used up to this size; beyond it, sorting and a tree.
+// Maximum size of tables indexed by length or room; above it, sorting and a tree are used.
 inline int64_t table_limit(int64_t n) { return std::max<int64_t>(int64_t{1} << 20, 8 * n); }
 
-// A set of small integers: 64-ary bitmaps, one bit of a level saying whether a word of the level below is not zero.
+// A set of small integers: 64-ary bitmaps; a bit of a level tells whether a word of the level below is nonzero.
 class BitSet {
  public:
   explicit BitSet(int64_t size) {
@@ -71,7 +71,7 @@ class BitSet {
   std::vector<std::vector<uint64_t>> levels_;
 };
 
-// A table of linked lists by room, last in first out, and the set of rooms that have one.
+// A table of LIFO linked lists by room, and the set of non-empty rooms.
 class RoomTable {
  public:
   explicit RoomTable(int64_t capacity) : rooms_(capacity + 1), head_(capacity + 1, kNone) {}
@@ -83,8 +83,7 @@ class RoomTable {
     head_[room.tokens] = pack;
   }
 
-  // Takes out the pack with the least room that is at least `wanted`, and says how much that is; kNone if there is
-  // none.
+  // Removes and returns the pack with the least room >= `wanted`, and its room; kNone if there is none.
   Id take(Room wanted, Room* room) {
     const int64_t tokens = rooms_.at_least(wanted.tokens);
     if (tokens < 0) return kNone;
@@ -121,9 +120,9 @@ class RoomTree {
   std::map<int64_t, std::vector<Id>> packs_;
 };
 
-// Packs with room for images too: of those that can take the item, the least room, then the least room for images, then
-// the last to come. A tournament over rooms, whose nodes hold the most room for images below them, skips the rooms that
-// have none to give; beyond a table's size they are passed one by one.
+// Packs with room for images too: among those that fit the item, the least room, then the least room for images, then
+// the most recent. A tournament tree over rooms, whose nodes hold the maximum room for images below them, skips rooms
+// with too little; above the table limit rooms are scanned one by one.
 class RoomsWithImages {
  public:
   explicit RoomsWithImages(int64_t capacity) {
@@ -184,7 +183,7 @@ class RoomsWithImages {
   std::vector<int64_t> most_;  // [2 * leaves]: the root is 1, the leaf of a room is leaves + room
 };
 
-// Calls run<Rooms>() with the structure that the caps and the capacity need.
+// Calls run<Rooms>() with the structure suited to the caps and the capacity.
 template <class F>
 auto with_rooms(Items items, Caps caps, F run) {
   if (items.images != nullptr && caps.images != kNoCap) return run(RoomsWithImages(caps.tokens));

@@ -7,15 +7,15 @@
 namespace mmk {
 namespace {
 
-// Takes one pack after the other from the items that wait; keeps its tables from pack to pack.
+// Takes pack after pack from the waiting items, reusing its tables.
 class PackPicker {
  public:
   PackPicker(Items items, Caps caps, int64_t lookahead) : items_(items), caps_(caps), lookahead_(lookahead) {
     MMK_CHECK(!count_images() || caps.images < int64_t{1} << 30, "at most 2^30 images in a pack, got ", caps.images);
   }
 
-  // waiting: item numbers, oldest first; calls taken(item) for each that joins the pack, the first among them, and
-  // writes kNone in its place.
+  // waiting: item numbers, oldest first. Calls taken(item) for each item of the pack, including the first, and
+  // overwrites it with kNone.
   template <class F>
   void pick(std::vector<Id>* waiting, F taken) {
     left_ = caps_;
@@ -47,7 +47,7 @@ class PackPicker {
       }
       for (const Id place : chosen_) take(place);
     }
-    for (Id place = 1; place < static_cast<Id>(waiting->size()); ++place) {  // what takes no tokens
+    for (Id place = 1; place < static_cast<Id>(waiting->size()); ++place) {  // items without tokens
       const Id item = (*waiting)[place];
       if (item != kNone && items_.lengths[item] == 0 && images_of(item) <= left_.images && left_.samples > 0)
         take(place);
@@ -58,7 +58,7 @@ class PackPicker {
   bool count_images() const { return items_.images != nullptr && caps_.images != kNoCap; }
   int64_t images_of(Id item) const { return items_.images == nullptr ? 0 : items_.images[item]; }
 
-  // Adds the items that fit, oldest first, until add(item) says that the capacity is met.
+  // Adds the items that fit, oldest first, until add(item) returns that the capacity is met.
   template <class Add>
   void join(const std::vector<Id>& waiting, Add add) {
     place_of_.assign(1, kNone);
@@ -72,7 +72,7 @@ class PackPicker {
     }
   }
 
-  // Chooses items that cost at most `most`, and keep the other cap too; returns their sum.
+  // Chooses items that cost at most `most` and satisfy the other cap; returns their sum.
   template <class CostOf>
   int64_t join_within(const std::vector<Id>& waiting, int64_t most, CostOf cost_of) {
     if (!within_) within_.emplace(lookahead_, caps_.tokens);
@@ -93,8 +93,8 @@ class PackPicker {
   int64_t lookahead_;
   std::optional<ReachableSums> any_;
   std::optional<CheapestSums> within_;
-  std::vector<Id> place_of_;    // of each step of the sums
-  std::vector<int64_t> steps_;  // of the subset looked at
+  std::vector<Id> place_of_;    // position of each step's item
+  std::vector<int64_t> steps_;  // steps of the subset under consideration
   std::vector<Id> chosen_;      // places
 };
 

@@ -1,4 +1,4 @@
-// The sums that subsets of items can have, as they were after each item: what the age-ordered subset sum chooses from.
+// The reachable sums of subsets of items after each item, for the age-ordered subset sum.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace mmk {
 
-// One bit per sum. A bit that is set once stays set, so the first item that made a sum possible is found by bisection.
+// One bit per sum. Bits stay set, so binary search finds the first item that made a sum reachable.
 class ReachableSums {
  public:
   ReachableSums(int64_t most_items, int64_t most_sum)
@@ -24,7 +24,7 @@ class ReachableSums {
     bits_[0] = 1;  // the empty subset
   }
 
-  // Adds an item of length in [1, limit]; says whether the limit can now be met exactly.
+  // Adds an item of length in [1, limit]; returns whether the limit can now be met exactly.
   bool add(int64_t length) {
     const uint64_t* old = row(steps_);
     const int64_t old_words = words_[steps_];
@@ -46,7 +46,7 @@ class ReachableSums {
     return reached(steps_, limit_);
   }
 
-  // Calls fn(step) for each item of a subset with the largest sum, the youngest first; steps count from 1.
+  // Calls fn(step) for each item of a subset with the largest sum, youngest first; steps count from 1.
   template <class F>
   void largest(F fn) const {
     int64_t sum = limit_;
@@ -72,12 +72,12 @@ class ReachableSums {
 
   int64_t row_words_, limit_ = 0, total_ = 0, steps_ = 0;
   std::unique_ptr<uint64_t[]> bits_;  // [steps + 1, row_words]
-  std::vector<int64_t> words_;        // words of a row in use; those beyond count as zero
+  std::vector<int64_t> words_;        // words of a row in use; the rest count as zero
   std::vector<int64_t> length_;
 };
 
-// The least cost of each sum, where a subset may only cost so much. What a sum costs only falls from item to item, so
-// the first item after which it is affordable is found by bisection too.
+// The least cost of each sum, with a limit on a subset's cost. The cost of a sum never rises from item to item, so
+// binary search finds the first item after which it is affordable.
 class CheapestSums {
  public:
   CheapestSums(int64_t most_items, int64_t most_sum)
@@ -87,7 +87,7 @@ class CheapestSums {
         length_(most_items + 1),
         cost_(most_items + 1) {}
 
-  // Subsets may have sums up to limit and cost up to most < kUnreachable.
+  // Subsets may have sums up to limit and costs up to most < kUnreachable.
   void restart(int64_t limit, int64_t most) {
     limit_ = limit;
     most_ = static_cast<int32_t>(most);
@@ -96,7 +96,7 @@ class CheapestSums {
     least_[0] = 0;
   }
 
-  // Adds an item of length in [1, limit] that is affordable alone; says whether the limit can now be met exactly.
+  // Adds an item of length in [1, limit] that is affordable alone; returns whether the limit can now be met exactly.
   bool add(int64_t length, int64_t cost_of_item) {
     const int32_t cost = static_cast<int32_t>(cost_of_item), most = most_;
     const int32_t* old = row(steps_);
@@ -116,8 +116,8 @@ class CheapestSums {
     return affordable(limit_);
   }
 
-  // The largest sum that is affordable and whose oldest items, written to *steps, the youngest first, are such that
-  // keep() is true; of many that are not, some are passed over unseen. The empty subset is always kept.
+  // The largest affordable sum whose oldest items, written to *steps youngest first, satisfy keep(); if many fail, some
+  // sums are skipped without a test. The empty subset is always accepted.
   template <class Keep>
   int64_t largest(std::vector<int64_t>* steps, Keep keep) const {
     int64_t seen = 0;
@@ -158,7 +158,7 @@ class CheapestSums {
   int64_t row_, limit_ = 0, steps_ = 0;
   int32_t most_ = 0;
   std::unique_ptr<int32_t[]> least_;  // [steps + 1, row]
-  std::vector<int64_t> width_;        // sums of a row in use; those beyond count as unreachable
+  std::vector<int64_t> width_;        // sums of a row in use; the rest count as unreachable
   std::vector<int64_t> length_;
   std::vector<int32_t> cost_;
 };

@@ -1,4 +1,4 @@
-"""How every family checks its arguments and says what is wrong with one: its name, what was expected, what came."""
+"""Argument checks of every family. An error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def wrong_value(name: str, expected: str, got: Any) -> NoReturn:
 
 
 def wrong_type(name: str, expected: str, got: Any) -> NoReturn:
-    """Raise TypeError in the same words."""
+    """The same message as a TypeError."""
     raise TypeError(f"{name}: expected {expected}, got {describe(got)}")
 
 
 def not_yet(name: str, got: Any) -> NoReturn:
-    """Raise for a part of the contract that is not there yet: accepted and ignored would be worse."""
+    """Raise for an option that is not implemented yet, rather than silently ignore it."""
     raise NotImplementedError(f"{name}: not supported yet, got {describe(got)}; leave it at its default")
 
 
 def deprecated(name: str, instead: str) -> None:
-    """Warn of an argument that will go, at the line outside this package (and outside torch) that gives it."""
+    """Warn about a deprecated argument at the caller's line: the first frame outside this package and torch."""
     if torch.compiler.is_compiling():
         return
     frame, level = sys._getframe(1), 2
@@ -68,7 +68,7 @@ def deprecated(name: str, instead: str) -> None:
 
 
 def deprecated_deterministic(value: Any) -> None:
-    """The argument `deterministic`, in which there is nothing to choose."""
+    """Check the argument `deterministic`, which has no effect, and warn about it."""
     if value is None:
         return
     if not isinstance(value, bool):
@@ -77,11 +77,11 @@ def deprecated_deterministic(value: Any) -> None:
 
 
 def real(name: str, value: Any, expected: str) -> float:
-    """A number, Python's or NumPy's, as a float; a bool is none.
+    """A Python or NumPy number as a float; rejects bool.
 
     Raises:
         TypeError: not a number.
-        ValueError: an integer beyond all floats.
+        ValueError: an integer too large for a float.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         wrong_type(name, expected, value)
@@ -92,7 +92,7 @@ def real(name: str, value: Any, expected: str) -> float:
 
 
 def integer(name: str, value: Any, expected: str, *, at_least: int | None = None) -> int:
-    """An integer, Python's or NumPy's or of any type with `__index__`, as an int; a bool is none, a float neither.
+    """A Python or NumPy integer, or any type with `__index__`, as an int; rejects bool and float.
 
     Raises:
         TypeError: not an integer.
@@ -112,7 +112,7 @@ def integer(name: str, value: Any, expected: str, *, at_least: int | None = None
 
 
 def validating() -> bool:
-    """MMKERNELS_VALIDATE=1: values are checked on a GPU too, which waits for the device. Read anew at each check."""
+    """MMKERNELS_VALIDATE=1: check values on a GPU too, which syncs. Read at every check."""
     value = os.environ.get("MMKERNELS_VALIDATE", "")
     if value not in ("", "0", "1"):
         raise ValueError(f"MMKERNELS_VALIDATE: expected 0 or 1, got {value!r}")
@@ -120,9 +120,9 @@ def validating() -> bool:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at: on a CPU, and on a GPU when `validating()`.
+    """Whether a tensor's values may be read: on a CPU, and on a GPU when `validating()`.
 
-    Never where there are none to read: while compiling or tracing, on the meta device, and under vmap.
+    Never while compiling or tracing, on the meta device, or under vmap: there are no values then.
     """
     if torch.compiler.is_compiling() or is_traced(tensor):
         return False
@@ -136,17 +136,17 @@ def readable(tensor: Tensor) -> bool:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether a tensor is fake or a proxy, or will be by the next operation (FakeTensorMode, make_fx, torch.export)."""
+    """Whether a tensor is fake or a proxy, or becomes one in the next op (FakeTensorMode, make_fx, torch.export)."""
     modes = torch._C._TorchDispatchModeKey
     if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
         return True
-    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # not imported: then there is none
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # never imported: no fake tensors exist
     return torch._is_functional_tensor(tensor) or (fakes is not None and isinstance(tensor, fakes.FakeTensor))
 
 
 def expect_true(holds: Tensor, message: str, got: Any = None) -> None:
-    """A condition on values, of any shape: ValueError with what came, or where it cannot be read without waiting, an
-    assertion on the device. Under vmap it must hold for every sample.
+    """Require every element of a bool tensor: ValueError, or a device-side assertion where reading would sync. Under
+    vmap every sample must hold.
     """
     if not torch.compiler.is_compiling():
         while torch._C._functorch.is_functorch_wrapped_tensor(holds):
@@ -158,21 +158,21 @@ def expect_true(holds: Tensor, message: str, got: Any = None) -> None:
 
 
 def narrowed(name: str, value: Tensor, dtype: torch.dtype, *, bits: bool = False) -> Tensor:
-    """Integers in a narrower type, which torch's own int64 mostly fits into.
+    """Integers in a narrower dtype; users mostly pass int64.
 
     Args:
         name: the argument's name.
-        value: any integers.
-        dtype: what they become.
-        bits: each is a set of bits, so that one that is set in `dtype`'s sign is no overflow.
+        value: integers of any dtype.
+        dtype: the target dtype.
+        bits: values are bit sets, so using `dtype`'s sign bit is not an overflow.
 
     Raises:
-        ValueError: one does not fit, where values may be read.
+        ValueError: a value does not fit, if values may be read.
     """
     have, want = torch.iinfo(value.dtype), torch.iinfo(dtype)
     low, high = want.min, 2**want.bits - 1 if bits else want.max
     if (have.min < low or have.max > high) and value.numel() and readable(value):
-        fits = (value >= max(low, have.min)) & (value <= min(high, have.max))  # within what its own dtype can say
+        fits = (value >= max(low, have.min)) & (value <= min(high, have.max))  # bounds within value's own dtype
         if not bool(fits.all()):
             at = int((~fits).nonzero()[0, 0])
             kind = str(dtype).removeprefix("torch.")
@@ -192,16 +192,16 @@ def expect_tensor(
     """Check a tensor argument.
 
     Args:
-        name: the argument's name, as the user wrote it.
-        value: what came.
+        name: the argument's name.
+        value: the argument.
         expected: shape and dtype in words, such as "[N, E] floating point".
         ndim: allowed number of dimensions.
         dtypes: allowed dtypes.
-        like: a tensor whose device must be the same.
+        like: a tensor that must be on the same device.
 
     Raises:
-        TypeError: not a tensor, or a dtype that is not allowed.
-        ValueError: wrong number of dimensions, or another device.
+        TypeError: not a tensor, or a wrong dtype.
+        ValueError: wrong number of dimensions or device.
     """
     if not isinstance(value, Tensor):
         wrong_type(name, expected, value)

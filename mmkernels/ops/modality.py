@@ -1,4 +1,4 @@
-"""What a token stands for; shared by the families, which do not import each other."""
+"""Modality ids, shared by the families, which do not import each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_MODALITIES = 32
 
 
 class Modality(IntEnum):
-    """Ids for `modality_ids` (uint8). Further ids up to 31 are the user's."""
+    """Ids for `modality_ids` (uint8). The other ids up to 31 are free for users."""
 
     TEXT = 0
     IMAGE = 1

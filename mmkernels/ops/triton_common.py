@@ -18,12 +18,12 @@ def generation(device: torch.device) -> int:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """The kernels want the last dimension contiguous; the others may have any stride."""
+    """Kernels need a contiguous last dimension; other strides are arbitrary."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def block_dim(head_dim: int) -> int:
-    """Head dims are padded to a power of two, tensor cores want at least 16."""
+    """Head dim padded to a power of two; tensor cores need at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
@@ -32,8 +32,8 @@ def dot(a, b):
     """a @ b accumulated in float32: [M, K] x [K, N] -> [M, N].
 
     Float32 operands keep float32 accuracy (three tf32 products). The interpreter's bf16 `tl.dot` is silently wrong
-    (triton #11584), and its float32 one errs as the BLAS of the machine does; there products are taken in float64 and
-    rounded once.
+    (triton #11584), and its float32 one has the error of the machine's BLAS, so the interpreter multiplies in float64
+    and rounds once.
     """
     if INTERPRETING:
         return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
@@ -44,7 +44,7 @@ def dot(a, b):
 def cast(x, dtype: tl.constexpr):
     """x in another dtype, rounded to nearest even, NaN kept.
 
-    The interpreter's own float32 -> bfloat16 cuts the low bits off, so there the rounding is done here first.
+    The interpreter's float32 -> bfloat16 truncates, so under it the rounding is done here.
     """
     if INTERPRETING and x.dtype == tl.float32 and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)

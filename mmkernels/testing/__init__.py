@@ -1,4 +1,4 @@
-"""Input factories and the one comparator, used by the tests, the benches and anyone who adds an op."""
+"""Input factories and the accuracy comparison used by tests, benches and new ops."""
 
 from mmkernels.testing.accuracy import Accuracy, assert_as_accurate
 

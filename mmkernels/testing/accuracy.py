@@ -1,4 +1,4 @@
-"""The one comparator: an error is judged against float64 truth, relative to plain PyTorch's error in the same dtype."""
+"""The accuracy comparison: error against float64 truth, relative to plain PyTorch's error in the same dtype."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 __all__ = ["Accuracy", "assert_as_accurate"]
 
-# A result that plain PyTorch happens to hit exactly would leave no room at all. The root mean square may differ by a
-# few float32 roundings whatever the dtype (accumulation is in float32); one element by one rounding of its own dtype.
-# Where terms cancel, any order of summation may err by a rounding of the terms, however small the result.
+# Absolute slack, because plain PyTorch's error may happen to be 0. The rms error may be a few float32 roundings
+# whatever the dtype (accumulation is float32), the worst error one rounding of its own dtype. Where terms cancel, any
+# summation order may err by a rounding of the terms, however small the result.
 _RMS_EPSILON = 2e-6
 _RMS_EPSILON_F64 = 1e-14
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Errors against float64 truth (root mean square and largest), plain PyTorch's, and the truth's own size."""
+    """Errors against float64 truth (rms and worst), plain PyTorch's, and the magnitude of the truth."""
 
     rms: float
     worst: float
@@ -29,7 +29,7 @@ class Accuracy:
 
     @property
     def ratio(self) -> float:
-        """Our root-mean-square error over plain PyTorch's."""
+        """Our rms error over plain PyTorch's."""
         return self.rms / self.plain_rms if self.plain_rms > 0 else (0.0 if self.rms == 0 else float("inf"))
 
 
@@ -44,9 +44,9 @@ def measure(actual: Tensor, plain: Tensor, truth: Tensor) -> Accuracy:
     assert truth.dtype == torch.float64, truth.dtype
     assert actual.shape == truth.shape == plain.shape, (actual.shape, plain.shape, truth.shape)
     finite = torch.isfinite(truth)
-    assert torch.equal(actual[~finite].double(), truth[~finite]), "an infinite entry of the truth is missed"
+    assert torch.equal(actual[~finite].double(), truth[~finite]), "result differs where the truth is infinite"
     rms, worst = _norms(actual[finite].double() - truth[finite])
-    judged = finite & torch.isfinite(plain)  # where plain PyTorch overflows it gives no room, nor takes any
+    judged = finite & torch.isfinite(plain)  # entries where plain PyTorch overflows give no reference error
     plain_rms, plain_worst = _norms(plain[judged].double() - truth[judged])
     return Accuracy(rms, worst, plain_rms, plain_worst, *_norms(truth[finite]))
 
@@ -60,19 +60,19 @@ def assert_as_accurate(
     factor: float = 1.2,
     terms: Tensor | None = None,
 ) -> Accuracy:
-    """Assert that a result errs no more than `factor` times plain PyTorch in the same dtype, plus the stated epsilon.
+    """Assert that a result's error is at most `factor` times plain PyTorch's in the same dtype, plus an epsilon.
 
     Args:
         what: names the tensor in the message.
         actual: the kernel's result.
         plain: plain PyTorch's result on the same low-precision input.
-        truth: the float64 result on that input, converted up.
-        factor: the room; tests of this package never pass more than 1.2.
-        terms: truth's shape; the sum of the absolute terms that make up each entry, for results that cancel: one
-            rounding of it (float32; float64 for float64) is allowed beside.
+        truth: the float64 result on the same input, upcast.
+        factor: allowed ratio; this package's tests pass at most 1.2.
+        terms: truth's shape; for results that cancel, the sum of each entry's absolute terms. One rounding of it
+            (float32; float64 for float64) is allowed in addition.
 
     Returns:
-        the errors, for a bench to print.
+        The errors, for benches to print.
 
     Raises:
         AssertionError: a NaN, a missed infinity, or a larger error; the message has the figures.

@@ -1,4 +1,4 @@
-"""GPU kernels compiled ahead of time, with no GPU: registers, spills, local and shared memory, tensor-core use.
+"""Ahead-of-time checks of GPU kernels, without a GPU: registers, spills, local and shared memory, tensor cores.
 
 `aot_cases/<family>.py` lists the Triton configurations that a family launches:
 
@@ -12,7 +12,7 @@
             )
         ]
 
-`python -m mmkernels.testing.aot` prints the table of every family, or of those named.
+`python -m mmkernels.testing.aot` prints the table of all families, or of those named.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["CUDA_ARCHS", "TRITON_ARCHS", "KernelReport", "TritonCase", "compile_
 TRITON_ARCHS = (80, 90, 100)
 CUDA_ARCHS = ("sm_80", "sm_90a", "sm_100a")
 
-# Shared memory one block may ask for, in bytes (CUDA programming guide, technical specifications per capability).
+# Maximum shared memory per block in bytes (CUDA programming guide, technical specifications per capability).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 # Matrix instructions in SASS: mma.sync is HMMA/IMMA/DMMA/QMMA, wgmma HGMMA/IGMMA/QGMMA, tcgen05 UTCHMMA/UTCQMMA/...
@@ -52,19 +52,19 @@ _PTXAS_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 @dataclass(frozen=True)
 class TritonCase:
-    """One specialisation of a Triton kernel, as its launcher would launch it.
+    """One specialisation of a Triton kernel, as its launcher launches it.
 
     Args:
         name: `<what>_<direction>[<configuration>]`, unique in its family.
         kernel: the `@triton.jit` function, or one wrapped by autotune or heuristics.
         signature: type of every argument that is not a constexpr: "*bf16", "*i32", "i64", "fp32", ... Pointers are
-            taken as 16-byte aligned, as torch allocates them; ":16" after an integer: it is a multiple of 16. None for
-            an argument that is not given, a NamedTuple of all these for one that is such a tuple.
+            assumed 16-byte aligned, as torch allocates them; ":16" after an integer marks a multiple of 16. None for an
+            argument passed as None; a NamedTuple of types for a NamedTuple.
         constexprs: value of every constexpr argument.
         num_warps, num_stages: launch options.
-        tensor_cores: whether tensor-core instructions must be found.
+        tensor_cores: whether the kernel must contain tensor-core instructions.
         local_budget: bytes of local memory a thread may use (spills are never allowed).
-        archs: compute capabilities (times ten) that the launcher uses this configuration on.
+        archs: compute capabilities (times ten) on which the launcher uses this configuration.
         options: further launch options, such as {"enable_fp_fusion": False}.
     """
 
@@ -82,7 +82,7 @@ class TritonCase:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """What the assembler says of one kernel: per thread, and shared memory per block in bytes."""
+    """Assembler figures of one kernel: per thread, and shared memory per block in bytes."""
 
     name: str
     arch: str
@@ -91,11 +91,11 @@ class KernelReport:
     local_bytes: int
     shared_bytes: int
     has_tensor_core_instructions: bool
-    instructions: tuple[str, ...] = ()  # of those that only some architectures have: HGMMA, UTMALDG
-    serialized: bool = False  # the assembler waits after every wgmma, because registers are touched under way
+    instructions: tuple[str, ...] = ()  # architecture-specific ones: HGMMA, UTMALDG
+    serialized: bool = False  # ptxas waits after every wgmma, because its registers are used in flight
 
     def problems(self, *, tensor_cores: bool, local_budget: int = 0, shared_limit: int | None = None) -> list[str]:
-        """What is wrong with the kernel, in words; empty when nothing is."""
+        """Problems of the kernel as messages; empty if there are none."""
         found = []
         if self.spill_bytes:
             found.append(f"{self.spill_bytes} bytes of register spills")
@@ -106,7 +106,7 @@ class KernelReport:
         if self.serialized:
             found.append("wgmma is serialized")
         if shared_limit is not None and self.shared_bytes > shared_limit:
-            found.append(f"{self.shared_bytes} bytes of shared memory (the device has {shared_limit})")
+            found.append(f"{self.shared_bytes} bytes of shared memory (limit {shared_limit})")
         return [f"{self.name} {self.arch}: {problem}" for problem in found]
 
 
@@ -118,7 +118,7 @@ def _run(*command: str | Path) -> str:
 
 
 def _tool(name: str) -> Path:
-    """A binary utility of the CUDA toolkit; the triton wheel carries its own."""
+    """Path of a CUDA binary utility, from the toolkit or the triton wheel."""
     nvcc = find_nvcc()
     beside = [nvcc.parent / name] if nvcc is not None else []
     on_path = shutil.which(name)
@@ -127,13 +127,11 @@ def _tool(name: str) -> Path:
     for path in [*in_wheel, *beside, *([Path(on_path)] if on_path else [])]:
         if path.exists():
             return path
-    raise RuntimeError(
-        f"no {name} found: it comes with the CUDA toolkit and with triton (pip install 'mmkernels[triton]')"
-    )
+    raise RuntimeError(f"{name} not found: install the CUDA toolkit or triton (pip install 'mmkernels[triton]')")
 
 
 def _by_function(header: re.Pattern[str], text: str) -> dict[str, str]:
-    """The text between one function's header and the next."""
+    """Function name -> text up to the next function's header."""
     parts = header.split(text)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -149,7 +147,7 @@ def _spills(ptxas_log: str) -> dict[str, int]:
 
 
 def _reports(cubin: Path, arch: str, spills: Mapping[str, int]) -> dict[str, KernelReport]:
-    """Reads every kernel of a cubin."""
+    """Read every kernel of a cubin."""
     cuobjdump = _tool("cuobjdump")
     sass = _by_function(_SASS_FUNCTION, _run(cuobjdump, "-sass", cubin))
     reports = {}
@@ -180,7 +178,7 @@ def _jit_function(case: TritonCase) -> Any:
             f"{case.name}: expected a @triton.jit function, got {type(kernel).__name__} (is TRITON_INTERPRET set?)"
         )
     if "options" in kernel.arg_names:
-        raise ValueError(f"{case.name}: an argument `options` cannot be launched: Triton's launcher has its own")
+        raise ValueError(f"{case.name}: a kernel argument cannot be named `options`, a launcher keyword of Triton")
     named = set(case.signature) | set(case.constexprs)
     if named != set(kernel.arg_names):
         raise ValueError(
@@ -191,7 +189,7 @@ def _jit_function(case: TritonCase) -> Any:
 
 
 def _source(case: TritonCase) -> Any:
-    """The case as Triton's compiler takes it: what is known of an argument goes by its path, (3,) or (3, 1)."""
+    """The case as input for Triton's compiler; argument attributes are keyed by path, (3,) or (3, 1)."""
     from triton.compiler import ASTSource
 
     kernel = _jit_function(case)
@@ -222,9 +220,9 @@ def compile_triton(case: TritonCase, arch: int) -> KernelReport:
     """Compile one specialisation for compute capability `arch` (80, 90 or 100) and read its cubin.
 
     Raises:
-        TypeError: the kernel is no `@triton.jit` function (in the interpreter it is none).
-        ValueError: an argument is missing from the case, or is unknown to the kernel.
-        RuntimeError: a tool fails, or the triton wheel lacks it.
+        TypeError: the kernel is not a `@triton.jit` function (never one under the interpreter).
+        ValueError: the case lacks a kernel argument, or names an unknown one.
+        RuntimeError: a tool fails or is missing.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -249,29 +247,29 @@ def compile_triton(case: TritonCase, arch: int) -> KernelReport:
 
 
 def find_nvcc() -> Path | None:
-    """nvcc on PATH, or where toolkits are usually installed; None when there is none."""
+    """nvcc on PATH or in a usual toolkit location, else None."""
     places = [os.environ.get(name, "") + "/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     found = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join([*places, "/usr/local/cuda/bin"]))
     return Path(found) if found else None
 
 
 def compile_cuda(source: Path, arch: str, include: Path | None = None) -> dict[str, KernelReport]:
-    """Compile a `.cu` for `arch` ("sm_80", "sm_90a", "sm_100a") with the flags of the build and read every kernel.
+    """Compile a `.cu` for `arch` ("sm_80", "sm_90a", "sm_100a") with the build's flags and read every kernel.
 
     Args:
-        source: the file.
+        source: the `.cu` file.
         arch: the real architecture.
-        include: the include root; by default the `csrc` folder that holds the file.
+        include: the include root; by default the `csrc` folder above the file.
 
     Returns:
         kernel name, such as `fwd_kernel<mmk::bf16, 64>` -> report.
 
     Raises:
-        RuntimeError: no nvcc, or the file does not compile.
+        RuntimeError: nvcc is missing, or compilation fails.
     """
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError("no nvcc found (PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda)")
+        raise RuntimeError("nvcc not found (PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda)")
     include = include or next(folder for folder in source.parents if folder.name == "csrc")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
@@ -288,13 +286,13 @@ def compile_cuda(source: Path, arch: str, include: Path | None = None) -> dict[s
         ]
         log = _run(nvcc, "-cubin", f"-arch={arch}", *flags, source, "-o", cubin)
         reports = _reports(cubin, arch, _spills(log))
-    # ptxas warns of it with the function's name.
+    # ptxas warns about it with the function's name.
     warnings = [line for line in log.splitlines() if "wgmma" in line and "serialized" in line]
     for name, report in reports.items():
         reports[name] = replace(report, serialized=any(name in line for line in warnings))
     filt = shutil.which("cu++filt") or shutil.which("c++filt")
     names = [_short(name) for name in _run(filt, *reports).splitlines()] if filt else list(reports)
-    assert len(set(names)) == len(names), f"two kernels of one name: {names}"
+    assert len(set(names)) == len(names), f"duplicate kernel names: {names}"
     return {name: replace(report, name=name) for name, report in zip(names, reports.values(), strict=True)}
 
 
@@ -322,14 +320,14 @@ def families() -> list[str]:
 def cases(family: str) -> list[TritonCase]:
     """Every Triton configuration of a family."""
     listed: list[TritonCase] = importlib.import_module(f"mmkernels.testing.aot_cases.{family}").aot_cases()
-    assert listed, f"{family}: aot_cases() lists nothing"
+    assert listed, f"{family}: aot_cases() is empty"
     names = [case.name for case in listed]
-    assert len(set(names)) == len(names), f"{family}: two AOT cases have one name: {names}"
+    assert len(set(names)) == len(names), f"{family}: duplicate AOT case names: {names}"
     return listed
 
 
 def check_triton(family: str, arch: int) -> tuple[list[KernelReport], list[str]]:
-    """Compile a family's cases for one architecture; reports, and every problem in words."""
+    """Compile a family's cases for one architecture; returns reports and problem messages."""
     reports, problems = [], []
     for case in cases(family):
         if arch not in case.archs:
@@ -346,7 +344,7 @@ def check_triton(family: str, arch: int) -> tuple[list[KernelReport], list[str]]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table of Triton kernels; the exit status says whether there was a problem."""
+    """Print the table of Triton kernels; the exit status is 1 if there was a problem."""
     parser = argparse.ArgumentParser(prog="python -m mmkernels.testing.aot", description=main.__doc__)
     parser.add_argument("family", nargs="*", help="default: all")
     parser.add_argument("--arch", type=int, nargs="*", default=list(TRITON_ARCHS), choices=TRITON_ARCHS)

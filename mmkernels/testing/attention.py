@@ -1,4 +1,4 @@
-"""Attention inputs, and plain PyTorch's attention to compare with."""
+"""Attention inputs, and plain PyTorch attention as the baseline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 class AttentionInputs:
     """q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv], their mask, and gradients of out [Tq, H, Dv] and lse [H, Tq].
 
-    pair_bias [H, Cq, Ck], sink [H] and dropout_p as `attention` takes them; `seed` is torch's, before the call.
+    pair_bias [H, Cq, Ck], sink [H] and dropout_p as in `attention`; `seed` seeds torch before the call.
     """
 
     q: Tensor
@@ -56,14 +56,14 @@ class AttentionInputs:
         return replace(self, q=q, k=k, v=v, grad_out=grad_out, **options)  # type: ignore[arg-type]
 
     def leaves(self) -> dict[str, Tensor]:
-        """What has a gradient, by name."""
+        """Differentiable inputs by name."""
         given = {"q": self.q, "k": self.k, "v": self.v, "bias": self.pair_bias, "sink": self.sink}
         return {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What one run gives, by name."""
+    """Results of one run, by name."""
 
     out: Tensor
     lse: Tensor
@@ -80,7 +80,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class MaskCase:
-    """Lengths of the query and key segments, and the mask over them. `pattern`: it is more than row intervals."""
+    """Lengths of query and key segments, and a mask over them. `pattern`: the mask needs more than row intervals."""
 
     lengths_q: tuple[int, ...]
     lengths_k: tuple[int, ...] = ()
@@ -98,7 +98,7 @@ class MaskCase:
 
 
 def interleaved(cu: Tensor, longest: int = 40) -> tuple[Tensor, Tensor]:
-    """Runs of text, and of images with a span each: modality_ids uint8 [T] and span_ids int32 [T]."""
+    """Runs of text and of images, one span per image: modality_ids uint8 [T] and span_ids int32 [T]."""
     generator = torch.Generator().manual_seed(1)
     modalities, spans, image = [], [], 0
     for length in cu.diff().tolist():
@@ -121,7 +121,7 @@ def _cross_only(cu_q: Tensor, cu_k: Tensor) -> AttentionMask:
 
 
 def _media(cu_q: Tensor, cu_k: Tensor, mode: Any) -> AttentionMask:
-    """Media of 16 tokens; the text begins before the first and moves on at random."""
+    """Media of 16 tokens; the text starts before the first medium and advances at random."""
     generator = torch.Generator().manual_seed(2)
     media_k = [j // 16 for length in cu_k.diff().tolist() for j in range(length)]
     media_q: list[int] = []
@@ -133,10 +133,10 @@ def _media(cu_q: Tensor, cu_k: Tensor, mode: Any) -> AttentionMask:
 
 
 def _noise(cu_q: Tensor, cu_k: Tensor) -> AttentionMask:
-    """Hidden noise spans (BAGEL): causal or in one span, and no key of another span's noise."""
+    """Hidden noise spans (BAGEL): causal or within one span, without other spans' noise keys."""
     modality, span = interleaved(cu_q)
     causal = AttentionMask.multimodal(cu_q, modality, span).rows(len(span), len(span))
-    clean = torch.ones_like(span)  # bit 0: keys of class 0, which are not noise
+    clean = torch.ones_like(span)  # bit 0: keys of class 0, the clean ones
     none = torch.where(span < 0, -2, span)
     return AttentionMask.from_rows(
         causal.lo, causal.hi, span_q=span, span_k=none, allow_q=clean, class_q=modality, class_k=modality
@@ -181,7 +181,7 @@ def make_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> AttentionInputs:
-    """Normal inputs; `amplitude` multiplies q, and so the logits. `classes`: sizes (Cq, Ck) of a pair bias."""
+    """Normal inputs; `amplitude` multiplies q and thereby the logits. `classes`: sizes (Cq, Ck) of a pair bias."""
     kv_heads, dim_v = kv_heads or heads, dim_v or dim
     generator = torch.Generator().manual_seed(seed)
 
@@ -203,10 +203,10 @@ def dense_mask(x: AttentionInputs) -> Tensor:
 
 
 def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str, Tensor]:
-    """Results that cancel, and the sums of their absolute terms in float64.
+    """Sums of absolute terms, in float64, of the results that cancel.
 
-    dbias and dsink are sums over all tokens. With a bias dq is one too: plain PyTorch then forms the softmax and
-    cancels exactly, a kernel that keeps lse and the rounded out does so up to a rounding of the two terms of ds.
+    dbias and dsink are sums over all tokens. With a bias dq is included: plain PyTorch then materialises the softmax
+    and cancels exactly; a kernel that saves lse and the rounded out cancels up to a rounding of the two terms of ds.
     """
     if x.pair_bias is None and x.sink is None:
         return {}
@@ -242,7 +242,7 @@ def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str,
 
 
 def _kept(x: AttentionInputs) -> Tensor:
-    """bool [H, Tq, Tk]: what `attention` keeps under x's seed."""
+    """bool [H, Tq, Tk]: the pairs `attention` keeps under x's seed."""
     torch.manual_seed(x.seed)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.q.device)
     return keep(seed, x.dropout_p, x.q.shape[1], x.q.shape[0], x.k.shape[0])
@@ -262,7 +262,7 @@ def _differentiate(
 
 
 def run(x: AttentionInputs, backend: str | None = None, *, with_lse: bool = False) -> Gradients:
-    """Our op, forward and backward; `with_lse` lets a gradient flow into lse too."""
+    """Our op, forward and backward; `with_lse`: lse gets a gradient too."""
     from mmkernels.ops.attention import attention
 
     def call(leaf: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -277,12 +277,12 @@ def run(x: AttentionInputs, backend: str | None = None, *, with_lse: bool = Fals
 
 
 def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
-    """`F.scaled_dot_product_attention` with the equivalent dense mask, in x's dtype; lse by logsumexp of the scores.
+    """`F.scaled_dot_product_attention` with the equivalent dense mask, in x's dtype; lse from the scores' logsumexp.
 
-    A row that sees no key, undefined there, is given all keys and then replaced by zeros. Head dims are padded with
-    zeros to one size, for SDPA has no fused kernel for others and would go through float32 matrices instead. A bias is
-    part of the mask, a sink one more key whose value is 0. With dropout, whose random numbers SDPA does not let choose,
-    the softmax is written out.
+    A row that sees no key is undefined in SDPA, so it sees all keys and its result is replaced by zeros. Head dims are
+    zero-padded to one size, because SDPA's fused kernels need equal ones; otherwise it would materialise float32
+    matrices. A bias is part of the mask; a sink is an extra key with value 0. With dropout the softmax is written out,
+    because SDPA's random numbers cannot be chosen.
     """
     mask = dense_mask(x)
     seen = mask.any(1)
@@ -312,7 +312,7 @@ def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
 
 
 def _logit_terms(x: AttentionInputs, leaf: dict[str, Tensor], mask: Tensor) -> Tensor | None:
-    """What is added to the scores, -inf included: [H, Tq, Tk (+ 1 with a sink)]; None when it is the mask alone."""
+    """The additive mask with bias and sink: [H, Tq, Tk (+ 1 with a sink)]; None if the bool mask suffices."""
     if "bias" not in leaf and "sink" not in leaf and x.dropout_p == 0:
         return None
     dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
@@ -335,7 +335,7 @@ def _written_out(
     terms: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """[1, H, Tq, width], with the pairs that `attention` keeps for the same state of torch's generator."""
+    """Explicit softmax, [1, H, Tq, width], dropping the pairs that `attention` drops for the same generator state."""
     assert terms is not None
     kept = _kept(x)
     kept = F.pad(kept, (0, key.shape[2] - kept.shape[2]))  # a sink has no value to drop

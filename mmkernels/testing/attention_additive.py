@@ -1,4 +1,4 @@
-"""Inputs for additive attention, and the plain PyTorch that a user would write, to compare with."""
+"""Inputs for additive attention, and the plain PyTorch a user would write as the baseline."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _differentiate(x: AdditiveInputs, call: Callable[..., tuple[Tensor, Tensor]]
 
 
 def run_additive(x: AdditiveInputs, backend: str | None = None, *, with_lse: bool = False) -> Results:
-    """Our op, forward and backward; `with_lse` lets a gradient flow into lse too."""
+    """Our op, forward and backward; `with_lse`: lse gets a gradient too."""
 
     def call(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, w, bias = leaves
@@ -104,8 +104,8 @@ def plain_additive(x: AdditiveInputs, *, with_lse: bool = False) -> Results:
 
 
 def gradient_terms(x: AdditiveInputs, *, with_lse: bool = False) -> Results:
-    """Sums of the absolute terms of the gradients, which cancel: that of a softmax sums to zero over the keys, and
-    those of the values come with either sign."""
+    """Sums of the absolute terms of the gradients, which cancel: a softmax's gradient sums to zero over the keys, and
+    dv sums terms of either sign."""
     q, k, v, grad_out = (t.double().transpose(0, 1) for t in (x.q, x.k, x.v, x.grad_out))
     w = x.w.double()
     group, tokens = q.shape[0] // k.shape[0], (x.q.shape[0], x.k.shape[0])

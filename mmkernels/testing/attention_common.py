@@ -1,4 +1,4 @@
-"""Attention inputs whose tokens have much in common, so that a gradient is a small rest of large terms."""
+"""Attention inputs with similar tokens, so that gradients are small differences of large terms."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Inputs = TypeVar("Inputs", AttentionInputs, AdditiveInputs)
 
 
 def _mean(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A mean three times as large as what is each token's own, as a bias of the projection gives."""
+    """A common mean three times as large as the tokens' deviations, as from a projection bias."""
     return x + 3 * torch.randn(1, *x.shape[1:], generator=generator, dtype=x.dtype)
 
 
 def _near(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Tokens that differ by a thousandth, as patches of an even background do."""
+    """Tokens that differ by a thousandth, like patches of a uniform background."""
     return x[:1] + 1e-3 * x
 
 
 def _one(x: Tensor, generator: torch.Generator) -> Tensor:
-    """The same token again and again."""
+    """The same token repeated."""
     return x[:1].expand_as(x)
 
 
@@ -44,7 +44,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Tensor, torch.Generator], Tensor]]] = {
 
 
 def share(x: Inputs, family: str, seed: int = 0) -> Inputs:
-    """`x` with what a family of FAMILIES makes of q, k, v and (g) the gradient of out, rounded to their dtype."""
+    """`x` with a transform of FAMILIES applied to its q, k, v or g (the gradient of out), rounded to their dtype."""
     names, change = FAMILIES[family]
     generator = torch.Generator().manual_seed(1000 + seed)
     changed = {}

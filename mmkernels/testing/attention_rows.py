@@ -1,4 +1,4 @@
-"""Inputs for the row-wise ops around attention, and what a user would write in plain PyTorch to compare with."""
+"""Inputs for the row-wise ops around attention, and the plain PyTorch a user would write as the baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Rows", "differentiate", "gated_rows", "norm_rope_rows", "plain_gated
 
 @dataclass(frozen=True)
 class Rows:
-    """Differentiable inputs by name, a gradient of the output, and options that have no gradient."""
+    """Differentiable inputs by name, a gradient of the output, and non-differentiable options."""
 
     inputs: Mapping[str, Tensor | None]
     grad_out: Tensor
@@ -56,7 +56,7 @@ def norm_rope_rows(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Rows:
-    """Normal inputs; the angles are those of random positions, rounded as `norm_rope` wants its table."""
+    """Normal inputs; angles of random positions, rounded to the dtype of `norm_rope`'s table."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -84,8 +84,8 @@ def plain_norm_rope(
     eps: float,
     interleaved: bool,
 ) -> Tensor:
-    """As transformers composes it: `F.rms_norm` or `F.layer_norm`, then the rotation by halves or pairs, in the dtype
-    of x, to which cos and sin [T, R/2] are rounded too."""
+    """As in transformers: `F.rms_norm` or `F.layer_norm`, then the rotation by halves or pairs, in x's dtype; cos and
+    sin [T, R/2] are rounded to it too."""
     D = x.shape[-1]
     weight, bias = (t.to(x.dtype) if t is not None else None for t in (weight, bias))
     if norm == "rms":
@@ -116,7 +116,7 @@ def gated_rows(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Rows:
-    """Normal inputs for `gated_residual`; `gate_scale` 0 is a gate at its initial value."""
+    """Normal inputs for `gated_residual`; `gate_scale` 0 gives the initial gate."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(size: tuple[int, ...], of: torch.dtype) -> Tensor:
@@ -133,5 +133,5 @@ def gated_rows(
 
 
 def plain_gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    """What Flamingo's code says: `residual + tanh(gate) * x`, with the gate in x's dtype."""
+    """As in Flamingo: `residual + tanh(gate) * x`, with the gate in x's dtype."""
     return residual + gate.to(x.dtype).tanh() * x

@@ -1,4 +1,4 @@
-"""Inputs for the contrastive losses, the adversarial ones too, and what a user would otherwise write."""
+"""Inputs for the contrastive losses, including adversarial ones, and the plain PyTorch baselines."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Case:
 
 
 def _aligned(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Unit rows; a key resembles its query (cosine about .7), as in mid-training."""
+    """Unit rows; a key resembles its query (cosine about 0.7), as in mid-training."""
     queries = F.normalize(torch.randn(n, e, generator=generator, dtype=torch.float64), dim=1)
     noise = F.normalize(torch.randn(n, e, generator=generator, dtype=torch.float64), dim=1)
     return queries, F.normalize(queries + noise, dim=1)
 
 
 def _random(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Unit rows with nothing in common, as at the start of training."""
+    """Independent unit rows, as at the start of training."""
     queries, keys = torch.randn(2, n, e, generator=generator, dtype=torch.float64)
     return F.normalize(queries, dim=1), F.normalize(keys, dim=1)
 
@@ -63,7 +63,7 @@ def _unnormalized(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, T
 
 
 def _cone(n: int, e: int, generator: torch.Generator, width: float = 0.02) -> tuple[Tensor, Tensor]:
-    """All rows within a narrow cone: cosines above .999, as in a freshly initialised tower."""
+    """All rows within a narrow cone: cosines above 0.999, as in a freshly initialised tower."""
     axis = F.normalize(torch.randn(e, generator=generator, dtype=torch.float64), dim=0)
     queries, keys = axis + width * torch.randn(2, n, e, generator=generator, dtype=torch.float64) / e**0.5
     return F.normalize(queries, dim=1), F.normalize(keys, dim=1)
@@ -77,13 +77,13 @@ def _duplicates(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Ten
 
 
 def _solved(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Keys equal their queries: a loss next to nothing, gradients that cancel."""
+    """Keys equal their queries: a loss near 0, gradients that cancel."""
     queries, _ = _aligned(n, e, generator)
     return queries, queries.clone()
 
 
 def _falling(n: int, e: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Norms over four decades: running maxima rise late and by a lot."""
+    """Norms over four decades: running maxima rise late and far."""
     queries, keys = _unnormalized(n, e, generator)
     size = torch.logspace(-3, 1, n, dtype=torch.float64)[:, None]
     return queries * size / e**0.5, keys * size
@@ -127,20 +127,20 @@ CASES = (
 
 
 def features(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Queries and keys [N, E] of a case in a dtype; drawn in float64, so every dtype rounds the same numbers."""
+    """Queries and keys [N, E] of a case; drawn in float64, so every dtype rounds the same numbers."""
     queries, keys = _KINDS[case.kind](case.n, case.e, torch.Generator().manual_seed(seed))
     return queries.to(dtype), keys.to(dtype)
 
 
 def plain_infonce(queries: Tensor, keys: Tensor, logit_scale: Tensor | float = 10.0) -> Tensor:
-    """The CLIP loss as most people write it: one logit matrix, cross entropy of it and of its transpose."""
+    """The usual CLIP loss: one logit matrix, cross entropy of it and of its transpose."""
     logits = logit_scale * queries @ keys.T
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def plain_infonce_two_matrices(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
-    """The same with a product for each direction, which is faster on CPU and what gathered features need."""
+    """The same with one matmul per direction: faster on CPU, and needed for gathered features."""
     labels = torch.arange(len(queries), device=queries.device)
     logits_q, logits_k = logit_scale * queries @ keys.T, logit_scale * keys @ queries.T
     return (F.cross_entropy(logits_q, labels) + F.cross_entropy(logits_k, labels)) / 2
@@ -156,7 +156,7 @@ def _plain_direction(
     alpha: float,
     weights: Tensor | None,
 ) -> Tensor:
-    """Cross entropy of rows against their target distribution, all of it [N, M] and in memory."""
+    """Cross entropy of rows against their target distribution, materialised as [N, M]."""
     positives, everyone = positive.to(logits.dtype), seen.to(logits.dtype)
     target = (1 - label_smoothing) * positives / positives.sum(1, keepdim=True)
     target = target + label_smoothing * everyone / everyone.sum(1, keepdim=True)
@@ -183,7 +183,7 @@ def plain_infonce_options(
     weights: Tensor | None = None,
     teacher: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """InfoNCE with every option, written out with the logits and the target distribution in memory."""
+    """InfoNCE with every option, with logits and target distribution materialised."""
     (n, m), device = (len(queries), len(keys)), queries.device
     logits = logit_scale * queries @ keys.T
     positive = (torch.arange(n, device=device) if targets is None else targets)[:, None] == torch.arange(
@@ -222,7 +222,7 @@ def loss_and_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tupl
 
 
 def infonce_terms(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Tensor, ...]:
-    """Sums of the absolute terms of the loss and of each gradient, float64; a logit is rounded at its own size."""
+    """Sums of the absolute terms of the loss and of each gradient, float64; a logit counts with its magnitude."""
     similarity = queries @ keys.T
     logits = logit_scale * similarity
     n, size = len(logits), 1 + logits.abs()
@@ -258,15 +258,15 @@ def compare(
 ) -> dict[str, Accuracy]:
     """Assert that a loss and its gradients are as accurate as plain PyTorch's in the same dtype.
 
-    One draw says little about the error of a scalar, so results of several seeds are judged together.
+    One draw says little about a scalar's error, so several seeds are judged together.
 
     Args:
-        ours, plain: functions of queries, keys and the scalars, of which `names` has one each.
-        case, dtype, seeds, device: the input.
-        names: of the inputs: ("queries", "keys", "logit_scale") and "logit_bias" for SigLIP.
+        ours, plain: functions of queries, keys and the scalars, in the order of `names`.
+        case, dtype, seeds, device: define the inputs.
+        names: input names: ("queries", "keys", "logit_scale"), plus "logit_bias" for SigLIP.
 
     Raises:
-        AssertionError: an error is larger; the message names the result.
+        AssertionError: a larger error; the message names the result.
     """
     scalars = [torch.tensor(value, dtype=statistics_dtype(dtype)) for value in (case.scale, case.bias)]
     terms_of = infonce_terms if len(names) == 3 else siglip_terms

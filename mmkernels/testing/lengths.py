@@ -1,8 +1,8 @@
-"""Item lengths as multimodal data sets have them, for the planner's tests and benches.
+"""Item lengths modelled on multimodal data sets, for the planner's tests and benches.
 
-The distributions follow what public data sets and their loaders do: a caption beside one image of fixed size (caption),
-images at native resolution (navit), interleaved documents (obelics), tiled images (internvl), native-resolution images
-with text (qwen2vl), single images, several images and video frames (llavaov).
+The distributions follow public data sets and their loaders: a caption with one image of fixed size (caption), images at
+native resolution (navit), interleaved documents (obelics), tiled images (internvl), native-resolution images with text
+(qwen2vl), single images, several images and video frames (llavaov).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _Draw = Callable[[np.random.Generator, int], tuple[_Numbers, _Numbers, _Numbers]
 
 
 class Samples(NamedTuple):
-    """n items: tokens in all [n] int64, those of their images [n], images [n]; and the capacity they are packed to."""
+    """n items: total tokens [n] int64, image tokens [n], images [n]; and the packing capacity."""
 
     lengths: NDArray[np.int64]
     vision: NDArray[np.int64]
@@ -85,7 +85,7 @@ LENGTHS: dict[str, tuple[int, _Draw]] = {
 
 
 def samples_like(name: str, n: int, seed: int = 0) -> Samples:
-    """n items of one of LENGTHS; those longer than the capacity are cut to it, their text first."""
+    """n items of one of LENGTHS; longer ones are truncated to the capacity, text first."""
     capacity, draw = LENGTHS[name]
     text, vision, images = draw(np.random.default_rng(seed), n)
     lengths = np.clip(np.ceil(text + vision), 1, capacity).astype(np.int64)

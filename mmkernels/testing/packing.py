@@ -1,4 +1,4 @@
-"""Inputs for the packing ops: rows and indices; the lengths of items are in `mmkernels.testing.lengths`."""
+"""Inputs for the packing ops: rows and indices. For item lengths see `mmkernels.testing.lengths`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cu_seqlens_of(lengths: Sequence[int], device: torch.device | str = "cpu") ->
 
 
 def random_index(rows: int, tokens: int, *, device: str = "cpu") -> Tensor:
-    """[tokens] int64 in [-1, rows): repeats, rows that nobody names, and some -1."""
+    """[tokens] int64 in [-1, rows), with repeats, unreferenced rows, and some -1."""
     index = torch.randint(0, max(rows, 1), (tokens,), device=device)
     nobody = torch.rand(tokens, device=device) < 0.15
     return torch.where(nobody | torch.full_like(nobody, rows == 0), -1, index)
@@ -33,7 +33,7 @@ def splice_inputs(
     device: str = "cpu",
     some_left_out: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token_ids [T], table [V, E], features [F, E], dst_index [F]) of `embed_splice`, the features in any order."""
+    """(token_ids [T], table [V, E], features [F, E], dst_index [F]) for `embed_splice`, features in random order."""
     token_ids = torch.randint(0, vocabulary, (tokens,), device=device)
     table, rows = (torch.randn(n, width, device=device).to(dtype) for n in (vocabulary, features))
     dst_index = torch.randperm(tokens, device=device)[:features]

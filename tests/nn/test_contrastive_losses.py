@@ -285,7 +285,7 @@ def test_options_reach_the_function(loss_type: type) -> None:
     with pytest.raises(ValueError, match="backend: expected None or one of"):
         loss_type(backend="reference")(queries, keys, backend="nowhere")
     loss_type(backend="nowhere")(queries, keys, backend="reference")
-    with pytest.raises(ValueError, match="group: expected None, or a group of an initialised"):
+    with pytest.raises(ValueError, match="group: expected None, or a process group"):
         loss_type()(queries, keys, group="everyone")
 
 

@@ -171,7 +171,7 @@ def test_vmap_over_metadata(name):
     ("name", "at", "value", "error"),
     [
         ("targets", (1, 2), 8, "targets: expected indices of keys, 0 to 7"),
-        ("weights", (2, 0), -1.0, "weights: expected finite numbers, none negative"),
+        ("weights", (2, 0), -1.0, "weights: expected finite non-negative numbers"),
         ("pack", (1, 1), 8, r"index: expected each in \[-1, 8\), got 8"),
         ("segment_pool", (2, 1), -1, "cu_seqlens: expected"),
         ("mask", (0, 2), 9, "mask: expected metadata within 8 queries and 8 keys"),

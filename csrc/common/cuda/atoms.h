@@ -1,4 +1,4 @@
-// Single PTX instructions under C++ names, and nothing else: sm_80 and later.
+// Thin wrappers of single PTX instructions, sm_80 and later.
 //
 // Fragment layouts (lane = 4 * g + t, g in 0..7, t in 0..3), as the PTX manual gives them for mma.m16n8k16:
 //   A [16, 16]  a0 = (g, 2t..2t+1)  a1 = (g + 8, 2t..)  a2 = (g, 2t + 8..)  a3 = (g + 8, 2t + 8..)
@@ -14,7 +14,7 @@
 
 namespace mmk::cuda {
 
-// The block's dynamic shared memory. All shared memory here is dynamic: one budget per kernel, stated where it opens.
+// The block's dynamic shared memory. All shared memory is dynamic: one budget per kernel, stated in its comment.
 __device__ __forceinline__ unsigned char* dynamic_smem() {
   extern __shared__ __align__(128) unsigned char mmk_dynamic_smem[];
   return mmk_dynamic_smem;
@@ -54,7 +54,7 @@ __device__ __forceinline__ f16 from_float<f16>(float x) {
   return y;
 }
 
-// Two floats in one register, `low` in the low half: the order of two neighbours in memory.
+// Two floats in one register, `low` in the low half, i.e. in memory order.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>
@@ -70,7 +70,7 @@ __device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
   return packed;
 }
 
-// 2^x to about 2 ulp; denormal results are zero.
+// 2^x within about 2 ulp; denormal results are flushed to zero.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -87,8 +87,7 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, in
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most `kPending` of this thread's newest groups are in flight. Other threads' copies need a barrier
-// too.
+// Waits until at most this thread's newest `kPending` groups are in flight. Other threads' copies also need a barrier.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

@@ -1,4 +1,4 @@
-// What TMA moves, in words of our own; tensor_map.h makes the driver's descriptor of it.
+// A TMA transfer described without driver types; tensor_map.h turns it into a CUtensorMap.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace mmk::cuda {
 
-// *_sm90_*.cu are built when 90a is among the architectures.
+// Whether *_sm90_*.cu are built: 90a is among the architectures.
 #ifdef MMK_HAVE_SM90
 constexpr bool kHaveSm90 = true;
 #else
@@ -25,11 +25,11 @@ struct Box {
   int box[kMaxRank];         // at most 256
 };
 
-// Whether TMA can follow a tensor's strides.
+// Whether TMA supports a tensor's strides.
 inline bool tma_serves(const Tensor& x) {
   if (reinterpret_cast<uintptr_t>(x.data) % 16 != 0) return false;
   for (int i = 0; i + 1 < x.ndim; ++i) {
-    // The driver wants even the stride of a dimension of one element valid, and rows that do not overlap.
+    // The driver validates strides even of dimensions of size 1, and rejects overlapping rows.
     if (x.stride[i] < x.size[x.ndim - 1] || x.stride[i] * 2 % 16 != 0 || x.stride[i] * 2 >= 1ll << 40) return false;
   }
   return x.stride[x.ndim - 1] == 1 || x.size[x.ndim - 1] == 1;

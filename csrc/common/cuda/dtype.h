@@ -6,7 +6,7 @@
 
 namespace mmk::cuda {
 
-// Calls run(T{}) with the element type, for the kernels that take no float64; `family` names them in the error.
+// Calls run(T{}) with the element type, for kernels without float64; `family` names them in the error.
 template <class Run>
 void with_dtype(DType dtype, const char* family, const Run& run) {
   switch (dtype) {
@@ -17,7 +17,7 @@ void with_dtype(DType dtype, const char* family, const Run& run) {
     case DType::f16:
       return run(f16{});
     case DType::f64:
-      fail(family, ": the CUDA kernels take float32, bfloat16 and float16");
+      fail(family, ": the CUDA kernels support float32, bfloat16 and float16");
   }
 }
 

@@ -1,4 +1,4 @@
-// Host side of every CUDA launcher: device, shared memory, launch, and errors that name the kernel.
+// Host side of CUDA launchers: device, shared memory, launch, and errors that name the kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,13 +14,13 @@ namespace mmk::cuda {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // a sticky-less error must not surface in someone else's check
+  cudaGetLastError();  // clear a non-sticky error, so that a later unrelated check does not report it
   std::ostringstream message;
   message << "mmkernels: " << what << ": " << cudaGetErrorString(status);
   throw std::runtime_error(message.str());
 }
 
-// Makes the device that holds a tensor current for a scope. An empty tensor holds nothing and changes nothing.
+// Makes a tensor's device current for a scope. No effect for an empty tensor.
 class DeviceGuard {
  public:
   explicit DeviceGuard(const Tensor& tensor) {
@@ -59,21 +59,21 @@ inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProce
 
 constexpr size_t kDefaultSharedMemory = 48 * 1024;
 
-// Above 48 KB a kernel has to ask; a device that cannot give it is named in bytes.
+// Opts in to more than 48 KB; if the device lacks it, the error gives both sizes.
 inline void reserve_shared_memory(const char* name, const void* kernel, size_t bytes) {
   if (bytes <= kDefaultSharedMemory) return;
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (bytes > static_cast<size_t>(limit)) {
     std::ostringstream message;
-    message << "mmkernels: " << name << " needs " << bytes << " bytes of shared memory per block, this device gives "
-            << limit;
+    message << "mmkernels: " << name << " needs " << bytes
+            << " bytes of shared memory per block, but this device allows " << limit;
     throw std::runtime_error(message.str());
   }
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
 }
 
-// Launches kernel(args...) on a stream. Each argument is converted to the kernel's own parameter type. A grid with a
-// zero in it is no work.
+// Launches kernel(args...) on a stream. Arguments are converted to the kernel's parameter types. An empty grid launches
+// nothing.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, unsigned block, size_t shared_bytes, void* stream,
             const Args&... args) {

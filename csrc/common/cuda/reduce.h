@@ -1,4 +1,4 @@
-// Reductions whose order is fixed: the same input gives the same bits.
+// Reductions in a fixed order, for reproducibility.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ struct Sum {
     return a + b;
   }
 };
-struct Max {  // a NaN loses, as in fmaxf: it comes back through the sums of exponentials
+struct Max {  // ignores NaN, as fmaxf does; NaN comes back through the sums of exponentials
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
   __device__ __forceinline__ int operator()(int a, int b) const { return a > b ? a : b; }
 };
@@ -22,8 +22,8 @@ struct Min {
   __device__ __forceinline__ int operator()(int a, int b) const { return a < b ? a : b; }
 };
 
-// Every lane gets the reduction over the lanes that differ from it in the bits kFirst .. kLast (powers of two).
-// <1, 2> is the quad that shares a row of an accumulator, <4, 16> the eight lanes that share a column.
+// All-reduce over lanes that differ only in the bits kFirst .. kLast (powers of two). <1, 2> is the quad that shares a
+// row of an accumulator, <4, 16> the eight lanes that share a column.
 template <int kFirst, int kLast, class T, class Op>
 __device__ __forceinline__ T lanes_reduce(T value, Op op) {
 #pragma unroll
@@ -36,8 +36,8 @@ __device__ __forceinline__ T warp_reduce(T value, Op op) {
   return lanes_reduce<1, kWarp / 2>(value, op);
 }
 
-// Sum over a block of kThreads; thread 0 gets it. scratch: kThreads / 32 elements of shared memory, free before and
-// after a barrier of the caller's.
+// Sum over a block of kThreads, returned to thread 0. scratch: kThreads / 32 elements of shared memory, unused
+// before the call and, after it, until the caller's next barrier.
 template <int kThreads, class T>
 __device__ __forceinline__ T block_sum(T value, T* scratch) {
   constexpr int kWarps = kThreads / kWarp;

@@ -1,6 +1,6 @@
-// Single instructions that only sm_90a has, under C++ names, and nothing else; sm90.h says how they go together.
+// Thin wrappers of single sm_90a instructions; sm90.h combines them.
 //
-// There are no clusters: shared::cluster addresses are the block's own.
+// No clusters are used: shared::cluster addresses are the block's own.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,8 +18,9 @@ struct alignas(64) TensorMap {
 };
 
 // ---- mbarriers ------------------------------------------------------------------------------------------------------
-// A phase ends when as many arrivals as initialised and all expected bytes have come. wait(parity) returns when the
-// phase of that parity has ended: 0 at first, and wait(1) on a fresh barrier returns at once.
+// A phase completes when the initialised number of arrivals and all expected bytes have arrived. wait(parity) returns
+// when the phase of that parity has completed; the first phase has parity 0, and wait(1) on a fresh barrier returns at
+// once.
 
 struct Barrier {
   uint64_t state;
@@ -29,7 +30,7 @@ __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// By the thread that initialised, before the block's first barrier: makes the barriers known to TMA.
+// Called by the initialising thread before the block's first barrier: makes the mbarriers visible to TMA.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -59,7 +60,7 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
 }
 
 // ---- TMA ------------------------------------------------------------------------------------------------------------
-// By one thread. Coordinates are elements, the innermost first; zeros beyond the tensor, which count as bytes too.
+// Called by one thread. Coordinates are elements, innermost first. Out-of-bounds elements are zeros and count as bytes.
 
 __device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, Barrier* barrier, int x, int y) {
   asm volatile(
@@ -77,7 +78,7 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, Bar
       : "memory");
 }
 
-// Elements beyond the tensor are not written. The source is as the last fence_async_proxy of its writers left it.
+// Out-of-bounds elements are not written. Reads what was written before the writers' last fence_async_proxy.
 __device__ __forceinline__ void tma_store(const TensorMap& map, const void* shared, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
                "r"(smem_address(shared)), "r"(x), "r"(y), "r"(z)
@@ -86,10 +87,10 @@ __device__ __forceinline__ void tma_store(const TensorMap& map, const void* shar
 
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Waits until this thread's stores have read their shared memory. (The end of the grid makes them visible.)
+// Waits until this thread's stores have read shared memory. (Global visibility comes with the end of the grid.)
 __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// Writes 16 bytes that TMA or wgmma will read; they see them after fence_async_proxy and a barrier.
+// Writes 16 bytes for TMA or wgmma, visible to them after fence_async_proxy and a barrier.
 __device__ __forceinline__ void store_shared_16(void* shared, uint4 value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(shared)), "r"(value.x), "r"(value.y),
                "r"(value.z), "r"(value.w)
@@ -100,12 +101,12 @@ __device__ __forceinline__ void store_shared_16(void* shared, uint4 value) {
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
-// By all 128 threads of a warpgroup together:
-//   wgmma_fence()    before the first product of a group; registers written before it are seen by the products
-//   wgmma<...>(...)  products, which run behind the program's back in their order
-//   wgmma_commit()   ends a group
-//   wgmma_wait<n>()  at most n groups are left; then accumulator_ready(acc) for each accumulator of those that are done
-// Between wgmma and accumulator_ready neither an accumulator nor registers of A are touched, nor the operands' memory.
+// Called by all 128 threads of a warpgroup:
+//   wgmma_fence()    before the first product of a group; makes earlier register writes visible to the products
+//   wgmma<...>(...)  products, executed asynchronously and in order
+//   wgmma_commit()   closes a group
+//   wgmma_wait<n>()  until at most n groups are pending; then accumulator_ready(acc) for each finished accumulator
+// Between wgmma and accumulator_ready, do not touch the accumulator, A's registers, or the operands' memory.
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -114,7 +115,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler must not move reads of the accumulator to before the wait.
+// Keeps the compiler from moving accumulator reads before the wait.
 template <int NI>
 __device__ __forceinline__ void accumulator_ready(float (&acc)[NI][4]) {
 #pragma unroll
@@ -199,7 +200,7 @@ __device__ __forceinline__ void wgmma(float (&acc)[NI][4], const uint32_t (&a)[4
 
 // ---- warps with different work --------------------------------------------------------------------------------------
 
-// Registers per thread, a multiple of 8, by all warps of a warpgroup: a producer gives what consumers take.
+// Sets registers per thread (a multiple of 8), called by all warps of a warpgroup: producers release, consumers take.
 template <int kCount>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -209,7 +210,7 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Barrier `id` (1 .. 15; 0 is __syncthreads) of `threads` threads, whole warps: arrive does not wait, sync does.
+// Barrier `id` (1 .. 15; 0 is __syncthreads) of `threads` threads in whole warps; sync waits, arrive does not.
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

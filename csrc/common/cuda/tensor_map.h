@@ -1,5 +1,5 @@
-// Host side of TMA: descriptors of matrices in global memory, made by the driver. The driver's function is looked up at
-// the first call, so that the module links no libcuda and loads on machines that have none.
+// Host side of TMA: descriptors of matrices in global memory, encoded by the driver. The driver function is looked up
+// at the first call, so the module does not link libcuda and loads on machines without it.
 #pragma once
 
 #include <cuda.h>
@@ -28,7 +28,7 @@ inline TensorMap tensor_map(DType dtype, const Box& box) {
           "cuTensorMapEncodeTiled");
 #endif
     if (found != cudaDriverEntryPointSuccess || function == nullptr) {
-      throw std::runtime_error("mmkernels: the CUDA driver has no cuTensorMapEncodeTiled: it is older than 12.0");
+      throw std::runtime_error("mmkernels: cuTensorMapEncodeTiled not found: the CUDA driver is older than 12.0");
     }
     return reinterpret_cast<Encode>(function);
   }();

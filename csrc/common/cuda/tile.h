@@ -1,12 +1,11 @@
-// Tiles: from global to shared memory, and the warp's matrix product over them. One engine for every family.
+// Tiles: global to shared memory, and the warp-level matrix product. Shared by all families.
 //
-// A tile lies in shared memory as rows with 16 bytes of padding each. Row lengths are multiples of 64 bytes, so that
-// eight neighbouring rows start in eight different groups of four banks and ldmatrix and the float4 reads below are
-// free of bank conflicts.
+// A tile in shared memory pads each row by 16 bytes. Row lengths are multiples of 64 bytes, so eight neighbouring rows
+// start in eight different groups of four banks, and ldmatrix and the float4 reads below are free of bank conflicts.
 //
-// The accumulator of a warp is acc[MI][NI][4]: MI x NI tiles of mma.m16n8, for 16-bit elements by tensor cores, for
-// float by plain FMA (tf32 tensor cores lose float32's accuracy) over the same ownership of elements. So an epilogue is
-// written once for all dtypes. With lane = 4 g + t:
+// The accumulator of a warp is acc[MI][NI][4]: MI x NI tiles of mma.m16n8, computed by tensor cores for 16-bit elements
+// and by FMA for float (tf32 would lose accuracy). Element ownership is the same, so epilogues are written once for all
+// dtypes. With lane = 4 g + t:
 //   acc[mi][ni][e] is row mi * 16 + g + 8 * (e / 2), column ni * 8 + 2 t + e % 2
 #pragma once
 
@@ -23,7 +22,7 @@ namespace mmk::cuda {
 template <class T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements in 16 bytes
 
-// Elements from one row of a shared tile to the next.
+// Row pitch of a shared tile in elements.
 template <class T>
 constexpr int pitch(int columns) {
   return columns + kVector<T>;
@@ -34,7 +33,7 @@ constexpr int tile_bytes(int rows, int columns) {
   return rows * pitch<T>(columns) * static_cast<int>(sizeof(T));
 }
 
-// A matrix in global memory, its last dimension contiguous. `vectors`: every row starts at a multiple of 16 bytes.
+// A matrix in global memory with contiguous last dimension. `vectors`: every row is 16-byte aligned.
 template <class T>
 struct Matrix {
   const T* data;       // [rows, columns]
@@ -43,7 +42,7 @@ struct Matrix {
   bool vectors;
 };
 
-// Host: whether rows of a tensor with these strides can be read in 16-byte pieces.
+// Host: whether a tensor's rows can be read in 16-byte pieces.
 inline bool rows_aligned(const Tensor& x, int element_bytes) {
   if (reinterpret_cast<uintptr_t>(x.data) % 16 != 0) return false;
   for (int i = 0; i + 1 < x.ndim; ++i) {
@@ -52,7 +51,7 @@ inline bool rows_aligned(const Tensor& x, int element_bytes) {
   return true;
 }
 
-// Copies x[row0 : row0 + kRows, column0 : column0 + kColumns] to `tile`, zeros beyond the matrix. By all kThreads of
+// Copies x[row0 : row0 + kRows, column0 : column0 + kColumns] to `tile`, zeros out of bounds. Called by all kThreads of
 // the block; complete after cp_async_commit, cp_async_wait and a barrier.
 template <int kRows, int kColumns, int kThreads, class T>
 __device__ __forceinline__ void load_tile(T* tile, const Matrix<T>& x, int row0, int column0) {
@@ -72,7 +71,7 @@ __device__ __forceinline__ void load_tile(T* tile, const Matrix<T>& x, int row0,
   }
 }
 
-// How an operand lies in shared memory.
+// Layout of an operand in shared memory.
 enum class Major {
   k,     // [m or n][k]: the summed dimension is contiguous
   outer  // [k][m or n]
@@ -155,8 +154,8 @@ __device__ __forceinline__ void warp_gemm(float (&acc)[MI][NI][4], const T* a, i
   }
 }
 
-// Float sums 16 products at a time, for up to four column tiles, before it adds them to the rest: the rounding error of
-// a sum grows with the length of its parts. (Tensor cores round by their own rules.)
+// The float path sums 16 products at a time, for up to four column tiles, before adding them to the accumulator,
+// because the rounding error of a sum grows with the length of its parts. (Tensor cores have their own rounding.)
 template <Major kMajorA, Major kMajorB, int MI, int NI>
 __device__ __forceinline__ void warp_gemm(float (&acc)[MI][NI][4], const float* a, int lda, const float* b, int ldb,
                                           int depth) {
@@ -205,7 +204,8 @@ __device__ __forceinline__ void warp_gemm(float (&acc)[MI][NI][4], const float* 
 }
 
 // acc [16, 8 NI] += P [16, 8 KI] B [8 KI, 8 NI], where P is another product's accumulator, rounded to T.
-// 16-bit: an accumulator is an A fragment as it lies. float: through `scratch`, 16 rows of pitch(8 KI) of this warp's.
+// 16-bit: an accumulator already has the layout of an A fragment. float: through this warp's `scratch`, 16 rows of
+// pitch(8 KI).
 template <Major kMajorB, int KI, int NI, class T>
 __device__ __forceinline__ void warp_gemm_from_accumulator(float (&acc)[1][NI][4], const float (&p)[1][KI][4],
                                                            const T* b, int ldb, T* /*scratch*/) {
@@ -229,7 +229,7 @@ __device__ __forceinline__ void warp_gemm_from_accumulator(float (&acc)[1][NI][4
                                                            const float* b, int ldb, float* scratch) {
   constexpr int kPitch = pitch<float>(8 * KI);
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-  __syncwarp();  // the last product's reads
+  __syncwarp();  // wait for the last product's reads
 #pragma unroll
   for (int k = 0; k < KI; ++k) {
 #pragma unroll
@@ -255,8 +255,8 @@ __device__ __forceinline__ void clear(float (&acc)[MI][NI][4]) {
 __device__ __forceinline__ int fragment_row(int e) { return threadIdx.x % kWarp / 4 + e / 2 * 8; }
 __device__ __forceinline__ int fragment_column(int e) { return threadIdx.x % 4 * 2 + e % 2; }
 
-// Writes the neighbours (column, column + 1) of a row of `columns`; one 2-element store where `pairs` allows it, that
-// is where every row starts at a multiple of two elements.
+// Writes columns (column, column + 1) of a row of `columns`, with one 2-element store if `pairs`: every row starts at a
+// multiple of two elements.
 template <class T>
 __device__ __forceinline__ void store_pair(T* row, int column, int columns, float x0, float x1, bool pairs) {
   if (pairs && column + 1 < columns) {
@@ -271,7 +271,7 @@ __device__ __forceinline__ void store_pair(T* row, int column, int columns, floa
   if (column + 1 < columns) row[column + 1] = from_float<T>(x1);
 }
 
-// exp(x): for float with float32's accuracy; for 16-bit elements by one multiplication and the exponential unit.
+// exp(x): full float32 accuracy for float; one multiplication and ex2 for 16-bit elements.
 template <class T>
 __device__ __forceinline__ float exp_of(float x) {
   if constexpr (sizeof(T) == 4) {

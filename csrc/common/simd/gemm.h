@@ -1,7 +1,7 @@
 // C (+)= A * B on packed operands (pack.h): one register tile of accumulators per MR x NR block of C.
 //
-// Loops, outside in: NR columns, k in blocks whose B panel stays in L1 as C's columns do, MR rows. The caller chooses
-// tiles of A, B and C that together fit L2 (count on 1 MiB).
+// Loops, outside in: NR columns, k in blocks whose B panel stays in L1 like C's columns, MR rows. The caller chooses
+// tiles of A, B and C that together fit in L2 (assume 1 MiB).
 #pragma once
 
 #include "common/simd/pack.h"
@@ -9,9 +9,8 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// Words of k per pass, whole blocks of A. A pass ends with its sums added to C, at the price of some ten steps; its
-// rounding errors are as small as its partial sum, so several passes err less than one long one. Words of two bf16,
-// whose own rounding is far coarser, make longer passes.
+// Words of k per pass, in whole blocks of A. A pass ends by adding its sums to C, which costs about ten steps. Shorter
+// partial sums have smaller rounding errors. Words of two bf16, whose own rounding is far coarser, use longer passes.
 template <class T>
 constexpr int64_t kDepthBlock = (kWordElements<T> > 1 ? 256 : 128) / kWordBlock<T> * kWordBlock<T>;
 
@@ -38,7 +37,7 @@ void multiply_tile(int64_t words, const Word<T>* a, const Word<T>* b, ComputeOf<
       for (int v = 0; v < kVectors; ++v) column[v] = load_as<Word<T>>(b + v * L);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        Word<T> scalar;  // by memcpy: a pair of bf16 may have been stored as such
+        Word<T> scalar;  // memcpy, because a pair of bf16 may have been stored as such
         __builtin_memcpy(&scalar, a + r * block + w, sizeof scalar);
         const Vec<Word<T>> row = splat(scalar);
 #pragma GCC unroll 4
@@ -62,8 +61,8 @@ void multiply_tile(int64_t words, const Word<T>* a, const Word<T>* b, ComputeOf<
     }
 }
 
-// Picks the smallest tile, in steps of kRowStep rows and one vector, that covers rows x cols: a ragged edge (a few
-// rows, a head dimension of 72 or 80) costs little more than its own arithmetic.
+// Picks the smallest tile, in steps of kRowStep rows and one vector, that covers rows x cols, so that a partial tile (a
+// few rows, a head dim of 72 or 80) costs little more than its own arithmetic.
 constexpr int kRowStep = kRowTile % 3 == 0 ? kRowTile / 3 : kRowTile / 2;
 
 template <class T, int kRows, int kVectors>
@@ -79,7 +78,7 @@ MMK_INLINE void multiply_edge(int64_t words, const Word<T>* a, const Word<T>* b,
 }
 
 // C [m, n] (row-major, row stride ldc) = A [m, k] * B [k, n], or += if `accumulate`. Accumulates in ComputeOf<T>.
-// a and b were packed for exactly this k; to use a part of them, start a at a multiple of kRowTile rows
+// a and b must be packed for exactly this k. To use a part of them, start a at a multiple of kRowTile rows
 // (panel_size_a<T>(k) elements each) and b at a multiple of kColTile<T> columns.
 template <class T>
 void gemm_packed(int64_t m, int64_t n, int64_t k, const Packed<T>* a, const Packed<T>* b, ComputeOf<T>* c, int64_t ldc,

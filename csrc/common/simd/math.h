@@ -1,9 +1,9 @@
-// Vectorised exp2, exp, log2, log-sigmoid and tanh, one path for each precision on every instruction set.
+// Vectorised exp2, exp, log2, log-sigmoid and tanh, one code path per precision for all instruction sets.
 //
 // Error bounds in units in the last place, float and double, with or without FMA (tests/native/simd_test.cpp sweeps
-// them against long double):  exp2 1.25   exp 1.5   log2 1.25   log2_1p 1.25   log_sigmoid 2.5   tanh 2   Results below
-// the smallest normal number are flushed to zero; everything else follows IEEE: exp2(-inf) = 0, exp2(inf) = inf,
-// log2(0) = -inf, log2(x < 0) = NaN, and a NaN stays a NaN.
+// them against long double):  exp2 1.25   exp 1.5   log2 1.25   log2_1p 1.25   log_sigmoid 2.5   tanh 2   Denormal
+// results are flushed to zero; everything else follows IEEE: exp2(-inf) = 0, exp2(inf) = inf, log2(0) = -inf, log2(x <
+// 0) = NaN, and NaN stays NaN.
 #pragma once
 
 #include "common/simd/vec.h"
@@ -11,7 +11,7 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// The layout of a floating-point number, and the bounds between which 2^x and e^x are normal numbers.
+// The floating-point layout, and the bounds between which 2^x and e^x are normal.
 template <class E>
 struct FloatTraits;
 template <>
@@ -22,8 +22,8 @@ struct FloatTraits<float> {
   static constexpr float exp2_low = -126.0f, exp2_high = 128.0f;
   static constexpr float exp_low = -87.3365448f, exp_high = 88.7228394f;
   static constexpr float log2e = 0x1.715476p0f, ln2 = 0x1.62e430p-1f;
-  // ln 2 in two parts, the first short enough for n * ln2_high to be exact; log2(e) likewise, for an argument whose
-  // low bits are cut off by `high_bits`.
+  // ln 2 in two parts, the first short enough that n * ln2_high is exact; log2(e) likewise, for an argument truncated
+  // by `high_bits`.
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cf8p-20f;
   static constexpr float log2e_high = 0x1.716p0f, log2e_low = -0x1.7135a8fap-13f;
   static constexpr uint32_t high_bits = ~0xfffu;
@@ -78,7 +78,7 @@ MMK_INLINE Vec<float> exp2_fraction(Vec<float> f) { return polynomial(f, kExp2Fl
 MMK_INLINE Vec<double> exp2_fraction(Vec<double> f) { return polynomial(f, kExp2Double) * f + 1.0; }
 
 #if defined(__AVX512F__)
-// scalef lets the exponent overflow to infinity by itself, and its mask writes the zeros (`not less than` keeps NaNs).
+// scalef overflows to infinity by itself; the mask writes the zeros (`not less than` keeps NaNs).
 MMK_INLINE Vec<float> scale_or_zero(Vec<float> p, Vec<float> n, Vec<float> x, float low) {
   const auto keep = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(low), _CMP_NLT_UQ);
   return (Vec<float>)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
@@ -93,12 +93,12 @@ MMK_INLINE Vec<double> round_nearest(Vec<double> x) {
 }
 #endif
 
-// e^x or 2^x from n = round(x in units of ln 2 or 1) and the fraction f(n) that remains; `low` and `high` bound the x
-// whose result is normal.
+// e^x or 2^x from n = round(x in units of ln 2 or 1) and the remaining fraction f(n); `low` and `high` bound the x with
+// normal results.
 template <class E, class Fraction>
 MMK_INLINE Vec<E> exp_by_parts(Vec<E> x, E scale, E low, E high, Fraction fraction) {
 #if defined(__AVX512F__)
-  x = min(splat(high * (1 + E{1} / 128)), x);  // a bound, not high itself: beyond it, but with a finite fraction
+  x = min(splat(high * (1 + E{1} / 128)), x);  // clamp beyond `high`, but with a finite fraction
   const Vec<E> n = round_nearest(x * scale);
   return scale_or_zero(exp2_fraction(fraction(x, n)), n, x, low);
 #else
@@ -132,7 +132,7 @@ MMK_INLINE V exp(V x) {
 
 // ---- log2 -----------------------------------------------------------------------------------------------------------
 
-// log2(1 + f) - f log2(e): the part that is small beside f log2(e), so that its rounding hardly counts.
+// log2(1 + f) - f log2(e): small relative to f log2(e), so its rounding hardly matters.
 MMK_INLINE Vec<float> log2_curvature(Vec<float> f) { return polynomial(f, kLog2Float) * (f * f); }
 MMK_INLINE Vec<double> log2_curvature(Vec<double> f) {
   const Vec<double> s = f / (f + 2.0), z = s * s, half_square = 0.5 * f * f;
@@ -140,8 +140,8 @@ MMK_INLINE Vec<double> log2_curvature(Vec<double> f) {
   return (s * (half_square + rest) - half_square) * FloatTraits<double>::log2e;
 }
 
-// e + log2(1 + f) for an integer e and f in [sqrt(1/2) - 1, 1/2]. f log2(e) is split so that its leading part
-// is exact, and that part's sum with e keeps its rounding error.
+// e + log2(1 + f) for an integer e and f in [sqrt(1/2) - 1, 1/2]. f log2(e) is split so that its leading part is exact;
+// the sum of that part and e carries its rounding error.
 template <class E>
 MMK_INLINE Vec<E> log2_sum(Vec<E> e, Vec<E> f) {
   using F = FloatTraits<E>;
@@ -170,7 +170,7 @@ MMK_INLINE V log2(V x) {
   return select((x > E{0}) & (x < F::infinity), y, outside);
 }
 
-// log2(1 + x) for x in [0, 1] (what a softplus needs), accurate down to the smallest x.
+// log2(1 + x) for x in [0, 1] (for softplus), accurate down to the smallest x.
 template <class V, class E = LaneOf<V>>
 MMK_INLINE V log2_1p(V x) {
   const auto upper = x > E(0.5);  // where x - 1 is exact

@@ -1,10 +1,10 @@
-// Operands of the register-blocked GEMM in the order its inner loop reads them.
+// Packs operands of the register-blocked GEMM in the order its inner loop reads them.
 //
-// A word is what one lane multiplies at once: a float, a double, or (AVX512-BF16 only) two bfloat16 that are neighbours
-// in k. With MR x NR the register tile and KB = 64 bytes of words:
+// A word is what one lane multiplies at once: a float, a double, or (AVX512-BF16 only) two bfloat16 adjacent in k. With
+// MR x NR the register tile and KB = 64 bytes of words:
 //   A  [panel of MR rows][k / KB][MR][KB]   a row's words stay together, so a k-contiguous source is copied as it is
 //   B  [panel of NR columns][k][NR]         so a column-contiguous source is copied as it is
-// The other source order of each goes through an in-register transpose. Ragged edges and the last odd k are zeros.
+// The other source orders go through an in-register transpose. Partial edges and an odd last k are zero-padded.
 #pragma once
 
 #include "common/simd/transpose.h"
@@ -13,7 +13,7 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// The element type of a packed operand: bf16 where the machine multiplies bf16, else the type that T is computed in.
+// The element type of a packed operand: bf16 where the machine multiplies bf16, else T's compute type.
 template <class T>
 struct PackedType {
   using type = ComputeOf<T>;
@@ -101,7 +101,7 @@ MMK_INLINE Vec<Word<T>> load_words(const S* p) {
   }
 }
 
-// The same from elements `stride` apart of which the first n are there, n < 1 meaning none; the others are zeros.
+// The same from the first n elements `stride` apart (n < 1: none); the other lanes are zeros.
 template <class T, class S>
 MMK_INLINE Vec<Word<T>> along_k(const S* p, int64_t stride, int64_t n) {
   constexpr int count = kLanes<Word<T>> * kWordElements<T>;
@@ -111,8 +111,8 @@ MMK_INLINE Vec<Word<T>> along_k(const S* p, int64_t stride, int64_t n) {
   return load_words<T>(gathered);
 }
 
-// The words of up to a register of neighbouring rows (or columns) at one k; n of them are there. For a pair word, the
-// second element comes from the next k if `pair` says there is one.
+// The words of up to a register of adjacent rows (or columns) at one k; n of them exist. In a pair word the second
+// element comes from the next k if `pair`.
 template <class T, class S>
 MMK_INLINE Vec<Word<T>> across_k(const S* p, int64_t k_stride, int64_t n, bool pair) {
   if constexpr (kWordElements<T> == 1) {
@@ -141,10 +141,10 @@ MMK_INLINE void store_words(Word<T>* p, Vec<Word<T>> v) {
 
 }  // namespace pack
 
-// Where element (row, t) of a packed A lies. A row's elements are contiguous from t to the next multiple of 64 bytes,
-// so a kernel may store its computed tile here itself, a Vec at a time with t a multiple of its lanes, instead of
-// packing it in a second pass. It then owes the zero that pads an odd k where words are pairs (store whole vectors,
-// zeros past k).
+// The offset of element (row, t) of a packed A. A row's elements are contiguous from t to the next multiple of 64
+// bytes, so a kernel may store a computed tile here directly, one Vec at a time with t a multiple of its lanes, instead
+// of packing it in a second pass. It must then also write the zero that pads an odd k where words are pairs (store
+// whole vectors, zeros past k).
 template <class T>
 MMK_INLINE Packed<T>* packed_a_at(Packed<T>* dst, int64_t k, int64_t row, int64_t t) {
   constexpr int64_t block = kWordBlock<T> * kWordElements<T>;
@@ -153,8 +153,8 @@ MMK_INLINE Packed<T>* packed_a_at(Packed<T>* dst, int64_t k, int64_t row, int64_
 }
 
 // Packs A [rows, k], element (i, t) at src[i * row_stride + t * k_stride], into packed_size_a<T>(rows, k) elements.
-// S is T or ComputeOf<T>; a float tile that becomes a bf16 operand is rounded to nearest even. Fast for a unit stride
-// in either dimension.
+// S is T or ComputeOf<T>; a float tile packed as bf16 is rounded to nearest even. Fast for unit stride in either
+// dimension.
 template <class T, class S>
 void pack_a(const S* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, Packed<T>* dst) {
   constexpr int L = kLanes<Word<T>>, E = kWordElements<T>, block = kWordBlock<T>;
@@ -175,7 +175,7 @@ void pack_a(const S* src, int64_t row_stride, int64_t k_stride, int64_t rows, in
         }
     return;
   }
-  // A register's lanes run across rows and need not begin or end with a panel.
+  // A register's lanes run across rows and need not align with panels.
   const int64_t padded_rows = round_up(rows, kRowTile);
   for (int64_t i0 = 0; i0 < padded_rows; i0 += L) {
     const int64_t present = rows > i0 ? min64(rows - i0, L) : 0;
@@ -186,7 +186,7 @@ void pack_a(const S* src, int64_t row_stride, int64_t k_stride, int64_t rows, in
       Vec<Word<T>> tile[L];
       for (int t = 0; t < L; ++t) {
         const int64_t kk = (w0 + t) * E;
-        // A line of each k is a stream of its own, more than the hardware follows.
+        // Each k is a separate stream, more than the hardware prefetcher tracks.
         for (int e = 0; e < E; ++e) __builtin_prefetch(src + i0 + (kk + L * E + e) * k_stride);
         tile[t] = kk < k && present > 0 ? pack::across_k<T>(src + i0 + kk * k_stride, k_stride, present, kk + 1 < k)
                                         : Vec<Word<T>>{};

@@ -24,8 +24,8 @@ double measure_fma_peak(DType dtype, int threads, double seconds) {
   const auto loop = dtype == DType::f64 ? kernels.f64 : dtype == DType::bf16 ? kernels.bf16 : kernels.f32;
   const int used = usable_threads(threads, threads);
 
-  // Slices of about a millisecond, all threads at once, timed by what each thread itself ran: other programs on the
-  // machine lower neither the figure nor the number of slices needed.
+  // Slices of about a millisecond on all threads at once, timed by each thread's CPU time, so that other programs
+  // affect neither the figure nor the number of slices.
   int64_t iterations = 1 << 10;
   for (double spent = 0; spent < 5e-4; iterations *= 2) {
     const double start = thread_time();

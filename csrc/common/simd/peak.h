@@ -8,7 +8,7 @@
 
 namespace mmk {
 
-// Each runs `iterations` rounds of independent multiply-adds on registers alone and returns the flops of all rounds.
+// Each runs `iterations` rounds of independent register-only multiply-adds and returns their total flops.
 struct PeakKernels {
   double (*f32)(int64_t iterations);
   double (*f64)(int64_t iterations);
@@ -16,8 +16,8 @@ struct PeakKernels {
 };
 MMK_DECLARE_KERNELS(PeakKernels, peak)
 
-// Flop/s of `threads` threads at once, by their own running time: the best of many slices of about a millisecond, for
-// about `seconds`. f16 is computed in float, so its peak is float's.
+// Flop/s of `threads` concurrent threads by CPU time: the best of many slices of about a millisecond, for about
+// `seconds`. f16 is computed in float, so its peak is float's.
 double measure_fma_peak(DType dtype, int threads, double seconds);
 
 }  // namespace mmk

@@ -5,13 +5,13 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-// As many independent chains as the GEMM has accumulators: enough to cover the latency on every machine it targets.
+// As many independent chains as the GEMM has accumulators, enough to hide the latency on all target machines.
 template <class T>
 double multiply_add_loop(int64_t iterations) {
   constexpr int kChains = kRowTile * kColVectors;
   Vec<ComputeOf<T>> acc[kChains] = {};
   Vec<Word<T>> x = splat(static_cast<Word<T>>(0)), y = x;
-  asm volatile("" : "+m"(x), "+m"(y));  // not constants to the compiler
+  asm volatile("" : "+m"(x), "+m"(y));  // hide the constants from the compiler
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 32
     for (int c = 0; c < kChains; ++c) acc[c] = multiply_add(acc[c], x, y);

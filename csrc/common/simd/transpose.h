@@ -1,4 +1,4 @@
-// In-register transpose of a square of lanes: what packing needs when the source runs the other way.
+// In-register transpose of a square of lanes, for packing sources of the other order.
 #pragma once
 
 #include <utility>

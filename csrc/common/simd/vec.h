@@ -1,8 +1,8 @@
-// One register of floats or doubles for the instruction set this file is compiled for, and its way in and out of
-// memory in every element type.
+// One register of floats or doubles for the instruction set being compiled, with loads and stores of every element
+// type.
 //
-// Vec<T> is a GCC/clang vector: + - * /, comparisons and `mask ? a : b` work on it as they are. Intrinsics appear only
-// where that language has no word for it. Everything is in mmk::MMK_ISA and no std:: function is called, so the linker
+// Vec<T> is a GCC/clang vector: + - * /, comparisons and `mask ? a : b` work directly. Intrinsics appear only where the
+// vector extension lacks an operation. Everything is in mmk::MMK_ISA and no std:: function is called, so the linker
 // cannot merge code of one instruction set into another.
 #pragma once
 
@@ -17,7 +17,7 @@
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push  // GCC 12 warns of its own _mm512_undefined_ps (GCC bug 105593)
+#pragma GCC diagnostic push  // GCC 12 warns about its own _mm512_undefined_ps (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
@@ -69,7 +69,7 @@ struct LaneType<Vec<double>> {
 template <class V>
 using LaneOf = typename LaneType<V>::type;
 
-// The integer a comparison of E yields per lane, and the one that holds its bits.
+// The integer type that a comparison of E yields per lane, and the one that holds E's bits.
 template <class E>
 struct IntOf;
 template <>
@@ -93,7 +93,7 @@ MMK_INLINE To bit_cast(From x) {
 
 template <class E>
 MMK_INLINE Vec<E> splat(E x) {
-  return x - Vec<E>{};  // x - 0 and not x + 0, which would lose the sign of -0
+  return x - Vec<E>{};  // x - 0, because x + 0 would lose the sign of -0
 }
 
 template <class E>
@@ -243,7 +243,7 @@ MMK_INLINE void store_n(T* p, Vec<ComputeOf<T>> v, int64_t n) {
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
-// max(a, b): b if either is a NaN on x86, a NaN on AArch64. Write max(bound, x) for a NaN in x to survive.
+// max(a, b): if either is NaN, b on x86 and NaN on AArch64. Write max(bound, x) to keep a NaN in x.
 #if defined(__AVX512F__)
 MMK_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b); }
 MMK_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -285,13 +285,13 @@ MMK_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
-// a * b + c: one rounding where the machine has the instruction (AVX2 and up, AArch64), two on the x86 baseline.
+// a * b + c: one rounding with FMA (AVX2 and up, AArch64), two on the x86 baseline.
 template <class V>
 MMK_INLINE V fma(V a, V b, V c) {
   return a * b + c;
 }
 
-// All lanes into one, by halving: the same order of additions on every call.
+// Reduces all lanes to one by halving, in a fixed order.
 template <class V, class Op>
 MMK_INLINE LaneOf<V> reduce(V v, Op op) {
   using E = LaneOf<V>;

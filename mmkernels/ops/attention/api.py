@@ -28,7 +28,7 @@ from mmkernels.runtime import backends
 
 __all__ = ["attention"]
 
-# What registers hold on a GPU; a float32 product takes three tf32 products in Triton.
+# Register limits on a GPU; in Triton a float32 product takes three tf32 products.
 _MAX_GPU_HEAD_DIM = 256
 _MAX_TRITON_HEAD_DIM_FLOAT32 = 128
 _MAX_SM90_HEAD_DIM = 128
@@ -134,7 +134,7 @@ def _is_additive(score: Any, weight: Tensor | None, bias: Tensor | None) -> bool
 
 
 def _expect_defaults(**options: Any) -> None:
-    """Of what an additive score does not know: accepted and ignored would be worse."""
+    """Reject options that an additive score does not support, rather than silently ignore them."""
     for name, value in options.items():
         if value is not None:
             not_yet(f"{name} with score='additive'", value)
@@ -157,12 +157,12 @@ def _rows(
 
 
 def _seed(device: torch.device) -> Tensor:
-    """From torch's generator of the device, without a sync: int64 [1]."""
+    """A seed from the device's torch generator, without a sync: int64 [1]."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def _limits(q: Tensor, v: Tensor, rows: MaskRows, options: Options) -> dict[str, str | None] | None:
-    """Why a backend cannot take this call."""
+    """Why each backend cannot take this call."""
     head_dim = max(q.shape[-1], v.shape[-1])
     triton = _MAX_TRITON_HEAD_DIM_FLOAT32 if q.dtype == torch.float32 else _MAX_GPU_HEAD_DIM
     limits: dict[str, str | None] = {}
@@ -175,14 +175,14 @@ def _limits(q: Tensor, v: Tensor, rows: MaskRows, options: Options) -> dict[str,
         refused = [what for what, given in beyond.items() if given is not None]
         lacking = _pattern_wants(q, v) if rows.span_q is not None else None
         if lacking is not None:
-            refused.insert(0, f"spans and classes in a mask (for which they want {lacking})")
+            refused.insert(0, f"spans and classes in a mask (which require {lacking})")
         if refused:
-            limits["native"] = f"the CUDA C++ kernels do not take {', '.join(refused)}"
+            limits["native"] = f"the CUDA C++ kernels do not support {', '.join(refused)}"
     return limits or None
 
 
 def _pattern_wants(q: Tensor, v: Tensor) -> str | None:
-    """What the CUDA C++ kernels that take a pattern want and a call has not; None when they take it."""
+    """The unmet requirement of the CUDA C++ kernels that take a pattern; None if they can run the call."""
     dims = q.shape[-1], v.shape[-1]
     if max(dims) > _MAX_SM90_HEAD_DIM or any(dim % 8 for dim in dims):
         return f"head dims that are multiples of 8 up to {_MAX_SM90_HEAD_DIM}, not {dims[0]} and {dims[1]}"
@@ -190,7 +190,7 @@ def _pattern_wants(q: Tensor, v: Tensor) -> str | None:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What torch.autocast does to F.scaled_dot_product_attention."""
+    """Cast as torch.autocast does for F.scaled_dot_product_attention."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
@@ -226,7 +226,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> None:
 
 
 def _numbers(q: Tensor, scale: Any, dropout_p: Any) -> tuple[float, float]:
-    """The factor of the logits, and the probability of dropout."""
+    """The logits' factor and the dropout probability."""
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else real("scale", scale, "a float or None")
     if not math.isfinite(factor):
         wrong_value("scale", "a finite number", scale)
@@ -246,7 +246,7 @@ def _check_logits(
         if pair_bias.shape[0] != H or min(pair_bias.shape) < 1 or max(pair_bias.shape[1:]) > MAX_MODALITIES:
             wrong_value("pair_bias", f"[{H}, Cq, Ck] with 1 to {MAX_MODALITIES} classes on each side", pair_bias)
         if mask is None:
-            raise ValueError(f"mask: expected one with classes for pair_bias, got {describe(mask)}")
+            raise ValueError(f"mask: expected a mask with classes for pair_bias, got {describe(mask)}")
         pair_bias = pair_bias.to(dtype).contiguous()
     if sink is not None:
         expect_tensor("sink", sink, "[H] floating point", ndim=1, like=q)

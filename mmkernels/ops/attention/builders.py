@@ -1,8 +1,7 @@
-"""What a mask is built from: metadata of O(tokens), its checks, and its rows once the numbers of tokens are known.
+"""Mask builders: O(tokens) metadata, its checks, and its rows once the token counts are known.
 
-Every builder answers the same questions: `to` a device, `ends` (tokens of q and k that the metadata covers, with a
-host sync), `validate` (the values, with a host sync), `lay_out` (the rows, without one), `classes` (of queries and
-keys, or None).
+Every builder has `to` (another device), `ends` (tokens of q and k that the metadata covers; syncs), `validate` (checks
+values; syncs), `lay_out` (the rows; no sync), `classes` (of queries and keys, or None).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Classes = tuple[Tensor, Tensor]
 
 @dataclass
 class Builder:
-    """The common part; the first field of every builder is a tensor."""
+    """Base class; the first field of every builder is a tensor."""
 
     def tensors(self) -> list[Tensor]:
         values = [getattr(self, item.name) for item in dataclasses.fields(self)]
@@ -115,7 +114,7 @@ class Multimodal(Builder):
         self._expect_unbroken_spans()
 
     def _expect_unbroken_spans(self) -> None:
-        """An id that comes back in its sample would be a second span, where its user means the same."""
+        """Reject an id that recurs in its sample after a gap, which would silently become a second span."""
         if self.cu.shape[0] == 1:
             return
         token = segments_of(self.cu, self.span_ids.shape[0])
@@ -129,7 +128,7 @@ class Multimodal(Builder):
         if len(again):
             index = int(at[again.min()])
             raise ValueError(
-                f"span_ids: expected the tokens of a span side by side, got id {int(self.span_ids[index])} again at"
+                f"span_ids: expected the tokens of a span to be contiguous, got id {int(self.span_ids[index])} again at"
                 f" index {index}"
             )
 
@@ -163,7 +162,7 @@ class Media(Builder):
         expect_all("media_ids_k", "at least 0", (self.media_k >= 0) | ~segments.inside, self.media_k)
         falls = (self.media_k[1:] < self.media_k[:-1]) & (segments.segment[1:] == segments.segment[:-1])
         good = torch.cat([falls.new_ones(1), ~falls | ~segments.inside[1:]])
-        expect_all("media_ids_k", f"ids that never fall inside a sample for mode={self.mode!r}", good, self.media_k)
+        expect_all("media_ids_k", f"non-decreasing ids within a sample for mode={self.mode!r}", good, self.media_k)
 
     def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
         _expect_tokens("media_ids_q", self.media_q, tokens_q)
@@ -241,7 +240,7 @@ def _with_pattern(
     allow_q: Tensor | None,
     class_k: Tensor | None,
 ) -> MaskRows:
-    """Spans, classes or both, as the four vectors: what is not given lets nothing through."""
+    """Spans, classes or both as the four pattern vectors; a term that is not given matches nothing."""
     tokens_q, tokens_k = rows.lo.shape[0], rows.first_q.shape[0]
     if span_q is None or span_k is None:
         span_q, span_k = rows.lo.new_zeros(tokens_q), rows.lo.new_ones(tokens_k)
@@ -253,7 +252,7 @@ def _with_pattern(
     return rows.changed(span_q=pattern[0], span_k=pattern[1], allow_q=pattern[2], bit_k=pattern[3])
 
 
-# What is wrong with the metadata, in words
+# Checks of the metadata
 
 
 def _or_any(limit: int | None) -> int:
@@ -269,7 +268,7 @@ def expect_all(name: str, expected: str, good: Tensor, values: Tensor) -> None:
 def _expect_boundaries(name: str, cu_seqlens: Tensor, tokens: int | None) -> None:
     expect_all(name, "0 at index 0", cu_seqlens[:1] == 0, cu_seqlens)
     falls = torch.cat([cu_seqlens.new_zeros(1), cu_seqlens[:-1]]) <= cu_seqlens
-    expect_all(name, "boundaries that never fall", falls, cu_seqlens)
+    expect_all(name, "non-decreasing boundaries", falls, cu_seqlens)
     if tokens is not None:
         expect_all(name, f"at most {tokens} tokens", cu_seqlens <= tokens, cu_seqlens)
 

@@ -1,4 +1,4 @@
-"""FLOP of attention, over the pairs that a mask lets see: 2 for each multiply-add of the products."""
+"""FLOP of attention over visible pairs: 2 per multiply-add of the products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROWS_A_CHUNK = 1024  # of the dense mask of a pattern
 
 
 def visible_pairs(mask: Visible) -> int:
-    """How many pairs are visible; where there are no values to read (fake tensors), all. Syncs with a CUDA device."""
+    """The number of visible pairs; all pairs for fake tensors, which have no values. Syncs on CUDA."""
     tokens_q, tokens_k = mask.lo.shape[0], mask.first_q.shape[0]
     if is_traced(mask.lo) or mask.lo.is_meta:
         return tokens_q * tokens_k
@@ -27,20 +27,20 @@ def visible_pairs(mask: Visible) -> int:
 
 
 def _multiply_adds(q: Tensor, v: Tensor, mask: Visible, of_d: int, of_dv: int) -> int:
-    """So many products over D, and over Dv."""
+    """`of_d` products over D and `of_dv` over Dv."""
     return 2 * visible_pairs(mask) * q.shape[1] * (of_d * q.shape[2] + of_dv * v.shape[2])
 
 
 def fwd_flops(q: Tensor, v: Tensor, mask: Visible) -> int:
-    """Scores and out. An additive score is a product over D too, of w and the tanh."""
+    """Scores and out. An additive score counts as a product over D too, of w and the tanh."""
     return _multiply_adds(q, v, mask, 1, 1)
 
 
 def bwd_flops(q: Tensor, v: Tensor, mask: Visible) -> int:
-    """Scores again, dp, dv, dq and dk: as PyTorch counts F.scaled_dot_product_attention."""
+    """Scores again, dp, dv, dq and dk, as PyTorch counts F.scaled_dot_product_attention."""
     return _multiply_adds(q, v, mask, 3, 2)
 
 
 def second_flops(grad_out: Tensor | None, q: Tensor, v: Tensor, mask: Visible) -> int:
-    """Scores and their tangent, the tangent of out; of a gradient dp, and the tangents of dp, dq, dk and dv."""
+    """Scores, their tangent and out's; with a gradient also dp and the tangents of dp, dq, dk and dv."""
     return _multiply_adds(q, v, mask, 3, 3) if grad_out is None else _multiply_adds(q, v, mask, 7, 6)

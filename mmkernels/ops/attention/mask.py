@@ -1,13 +1,13 @@
-"""Which keys each query sees: an interval per query, and where that is not enough spans and classes inside it.
+"""Which keys each query sees: an interval per query, optionally narrowed by spans and classes.
 
     visible(i, j) = lo[i] <= j < hi[i] and (no pattern, or span_q[i] == span_k[j], or allow_q[i] >> class_k[j] & 1)
 
-A mask costs O(tokens) memory (and two bits a tile where it has a pattern) and is built on the device of its metadata
-without a host sync: once per batch, then reused by every layer, forward and backward.
+A mask takes O(tokens) memory (plus two bits per tile with a pattern). It is built on its metadata's device without a
+host sync, once per batch, and reused by every layer, forward and backward.
 
-The host does not know the numbers of tokens when the metadata lies on a GPU, so a mask is laid out at its first use
-(`rows`), from the shapes of q and k, and kept. Values are checked at once on a CPU; on a GPU, where that would force a
-sync, by `validate()` or with MMKERNELS_VALIDATE=1.
+With metadata on a GPU the host does not know the token counts, so a mask is laid out at its first use (`rows`), from
+the shapes of q and k, and cached. On a CPU, construction and layout check the values; on a GPU, where that would sync,
+only `validate()` and MMKERNELS_VALIDATE=1 do.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = ["AttentionMask"]
 class AttentionMask:
     """Which keys each query sees; see the builders.
 
-    Every builder takes metadata of O(tokens) size on the device of q, in any integer dtype, and keeps it in the one
-    named: a number that does not fit is refused where values are read. A mask serves q and k of the sizes that it is
-    first used with. Tokens after the last segment belong to none: as queries they give out 0 and lse -inf, as keys
-    nobody sees them.
+    Every builder takes O(tokens) metadata on the device of q, in any integer dtype, and converts it to the dtype named;
+    a value that does not fit raises where values may be read. A mask is tied to the sizes of q and k at its first use.
+    Tokens after the last segment belong to no segment: as queries they give out 0 and lse -inf; as keys no query sees
+    them.
     """
 
     def __init__(self, builder: builders.Builder, classes: builders.Classes | None = None) -> None:
-        """For the builders; call those."""
+        """Internal; use the builders."""
         self._builder = builder
         self._classes = classes if classes is not None else builder.classes()
         self._rows: MaskRows | None = None
@@ -57,11 +57,11 @@ class AttentionMask:
         """Segment s of the queries sees segment s of the keys.
 
         Args:
-            cu_seqlens_q: int32 [S+1], boundaries of the query segments in tokens, from 0, never falling. Segments may
-                be empty.
+            cu_seqlens_q: int32 [S+1], boundaries of the query segments in tokens, starting at 0, non-decreasing;
+                segments may be empty.
             cu_seqlens_k: int32 [S+1], the same for the keys; None: self attention.
-            causal: the last query of a segment sees all its keys, the one before all but the last, and so on (aligned
-                at the end, as flash-attention does): query p of a segment sees its keys j <= p + len_k - len_q.
+            causal: query p of a segment sees its keys j <= p + len_k - len_q (bottom-right aligned, as in
+                flash-attention).
             window: with `causal`, a query sees only the last `window` of those keys.
 
         Raises:
@@ -78,7 +78,7 @@ class AttentionMask:
 
     @classmethod
     def prefix(cls, cu_seqlens: Tensor, prefix_lengths: Tensor) -> AttentionMask:
-        """Causal self attention, and every token of a sample sees the sample's prefix (prefix-LM).
+        """Causal self attention in which every token also sees its sample's prefix (prefix-LM).
 
         Args:
             cu_seqlens: int32 [S+1], boundaries of the samples.
@@ -100,18 +100,18 @@ class AttentionMask:
         bidirectional: Sequence[int] = (Modality.IMAGE,),
         window: int | None = None,
     ) -> AttentionMask:
-        """Causal self attention, and both ways inside a span of a bidirectional modality (Gemma 3, PaliGemma).
+        """Causal self attention, bidirectional inside a span of a bidirectional modality (Gemma 3, PaliGemma).
 
             j <= i, or i and j in one span;  with a window also j > i - window
 
         Args:
             cu_seqlens: int32 [S+1], boundaries of the samples.
             modality_ids: uint8 [T], below 32.
-            span_ids: int32 [T], which image (or other span) a token is part of, -1 for none. The tokens of a span lie
-                side by side in one sample.
-            bidirectional: modalities whose spans see both ways; elsewhere span_ids do not count.
-            window: a query sees at most the last `window` keys up to itself, in its own span too; what comes after it
-                in its span it sees whole.
+            span_ids: int32 [T], the image (or other span) a token is part of, -1 for none. The tokens of a span are
+                contiguous within one sample.
+            bidirectional: modalities whose spans are bidirectional; span_ids of other modalities are ignored.
+            window: a query sees at most the last `window` keys up to itself, inside its span too; all later tokens of
+                its span are visible.
 
         Raises:
             TypeError, ValueError: wrong dtype or shape; on CPU also wrong values.
@@ -139,17 +139,17 @@ class AttentionMask:
 
         A query of medium m sees the keys
 
-            "last"          of the last medium there is with an id up to m
+            "last"          of the last medium with an id up to m
             "all_previous"  of every medium with an id up to m
-            "own"           of medium m, and nothing if it is not there
+            "own"           of medium m, or nothing if it is absent
 
         Args:
             cu_seqlens_q: int32 [S+1], boundaries of the text of each sample.
             cu_seqlens_k: int32 [S+1], boundaries of the media tokens of each sample.
             media_ids_q: int32 [Tq], the last medium before each text token, negative for none: such a query sees
                 nothing.
-            media_ids_k: int32 [Tk], the medium that each key is a token of, at least 0, never falling inside a sample
-                (mode "own" takes any order, and keys of a negative id, which nobody sees).
+            media_ids_k: int32 [Tk], the medium of each key, at least 0, non-decreasing within a sample (mode "own"
+                accepts any order, and negative ids for keys that no query sees).
             mode: see above.
 
         Raises:
@@ -165,7 +165,7 @@ class AttentionMask:
 
     @classmethod
     def cross_only(cls, cu_seqlens: Tensor, modality_ids: Tensor) -> AttentionMask:
-        """A token sees the tokens of the other modalities of its own sample, and no others (ERNIE-M).
+        """A token sees exactly its sample's tokens of other modalities (ERNIE-M).
 
         Args:
             cu_seqlens: int32 [S+1], boundaries of the samples.
@@ -187,17 +187,17 @@ class AttentionMask:
         class_q: Tensor | None = None,
         class_k: Tensor | None = None,
     ) -> AttentionMask:
-        """Any interval per query, and inside it any spans and classes.
+        """An arbitrary interval per query, optionally narrowed by spans and classes.
 
             visible(i, j) = lo[i] <= j < hi[i]
                             and (span_q[i] == span_k[j] or allow_q[i] >> class_k[j] & 1)
 
-        Of the last two terms those count that are given; with neither, the interval alone decides.
+        Either term of the second line may be left out; with neither, the interval alone decides.
 
         Args:
             lo, hi: int32 [Tq], 0 <= lo <= hi <= Tk.
-            span_q, span_k: int32 [Tq], [Tk], both or none; equal is equal, so "in no span" is a number of its own on
-                each side.
+            span_q, span_k: int32 [Tq], [Tk], both or neither; only equality counts, so mark "no span" with different
+                numbers on the two sides.
             allow_q: int32 [Tq], one bit for each class of keys that the query may see; needs class_k.
             class_q, class_k: uint8 or int32 [Tq], [Tk], in [0, 32); class_q is for a pair bias, which needs both.
         """
@@ -245,12 +245,12 @@ class AttentionMask:
         return {"builder": self._builder, "classes": self._classes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Laid out anew at its first use and checked again: a file may hold anything, and kernels trust the rows."""
+        """Lay out and check again at the first use: a file may hold anything, and kernels trust the rows."""
         AttentionMask.__init__(self, state["builder"], state["classes"])
 
     @property
     def device(self) -> torch.device:
-        """Where the metadata lies."""
+        """The metadata's device."""
         return self._builder.tensors()[0].device
 
     @property
@@ -266,10 +266,10 @@ class AttentionMask:
         return AttentionMask(self._builder.to(device, non_blocking), classes)
 
     def rows(self, tokens_q: int, tokens_k: int) -> MaskRows:
-        """The kernels' view for so many queries and keys; laid out once, then kept.
+        """The kernels' view for these numbers of queries and keys; laid out once and cached.
 
         Raises:
-            ValueError: the mask was laid out for other sizes, or (CPU metadata) reaches past the end.
+            ValueError: the mask was first used with other sizes, or (CPU metadata) reaches past the end.
         """
         rows = self._rows
         if rows is None:
@@ -282,7 +282,7 @@ class AttentionMask:
         built = rows.lo.shape[0], rows.first_q.shape[0]
         if built != (tokens_q, tokens_k):
             raise ValueError(
-                f"mask: expected q and k of {built[0]} and {built[1]} tokens, which it was laid out for,"
+                f"mask: expected q and k of {built[0]} and {built[1]} tokens, the sizes of its first use,"
                 f" got {tokens_q} and {tokens_k}"
             )
         return rows
@@ -291,7 +291,7 @@ class AttentionMask:
         """`rows`, and the classes as indices into a pair bias of `table` = (Cq, Ck) entries a head.
 
         Raises:
-            ValueError: the mask has no classes, of other sizes than q and k, or (CPU metadata) beyond the table.
+            ValueError: the mask has no classes, their sizes differ from q and k, or (CPU metadata) exceed the table.
         """
         rows = self.rows(tokens_q, tokens_k)
         if self._classes is None:
@@ -312,25 +312,25 @@ class AttentionMask:
         return rows.changed(class_q=int_classes[0], class_k=int_classes[1])
 
     def to_dense(self, tokens_q: int | None = None, tokens_k: int | None = None) -> Tensor:
-        """bool [Tq, Tk]: for tests and pictures, never for a kernel.
+        """bool [Tq, Tk], for tests and plots.
 
         Args:
-            tokens_q, tokens_k: sizes; None: those of the first use, or else where the metadata ends (syncs on CUDA).
+            tokens_q, tokens_k: sizes; None: those of the first use, otherwise where the metadata ends (syncs on CUDA).
         """
         rows = self.rows(*self._sizes(tokens_q, tokens_k))
         return rows.visible().dense(rows.first_q.shape[0])
 
     def density(self, tokens_q: int | None = None, tokens_k: int | None = None) -> float:
-        """Visible pairs over Tq Tk (0 when there are none). Syncs with a CUDA device."""
+        """Visible pairs over Tq Tk (0 if that is 0). Syncs on CUDA."""
         rows = self.rows(*self._sizes(tokens_q, tokens_k))
         return visible_pairs(rows.visible()) / max(rows.lo.shape[0] * rows.first_q.shape[0], 1)
 
     def plot(self, path: str, *, tile: tuple[int, int] = (TILE_Q, TILE_K)) -> None:
-        """Write a picture of the tiles that are skipped, masked and computed whole, with the modalities coloured.
+        """Plot which tiles are skipped, masked and computed whole, with the modalities coloured.
 
         Args:
-            path: where to; the suffix names the format (png, svg, pdf).
-            tile: queries and keys of a tile; by default those of the kernels' tile map.
+            path: output file; the suffix selects the format (png, svg, pdf).
+            tile: queries and keys per tile; by default those of the kernels' tile map.
         """
         from mmkernels.ops.attention.plot import plot_mask
 
@@ -340,13 +340,13 @@ class AttentionMask:
         plot_mask(str(path), rows, self._classes, tile, f"{type(self._builder).__name__}, density {self.density():.1%}")
 
     def validate(self, tokens_q: int | None = None, tokens_k: int | None = None) -> None:
-        """Check the values of the metadata, with a host sync on CUDA metadata.
+        """Check the metadata's values. Syncs on CUDA.
 
         Args:
-            tokens_q, tokens_k: the numbers of tokens that the mask must not reach past; None: not checked.
+            tokens_q, tokens_k: token counts that the mask must not exceed; None: not checked.
 
         Raises:
-            ValueError: names the argument and the first offending place.
+            ValueError: names the argument and the first offending index.
         """
         self._builder.validate(tokens_q, tokens_k)
         if self._classes is not None:
@@ -372,7 +372,7 @@ class AttentionMask:
     def _lay_out_for_keeps(self, tokens_q: int, tokens_k: int) -> MaskRows:
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return self._lay_out(tokens_q, tokens_k)
-        with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+        with torch.inference_mode(False):  # autograd cannot save inference tensors for backward
             rows = self._lay_out(tokens_q, tokens_k)
             kept = [x.clone() if x is not None and x.is_inference() else x for x in rows]
             return MaskRows(*kept)  # type: ignore[arg-type]
@@ -385,13 +385,13 @@ class AttentionMask:
 
 
 def _expect_inside(rows: MaskRows, tokens_q: int, tokens_k: int) -> None:
-    """For every sample under vmap, where the metadata are not read: a kernel trusts its rows."""
+    """The check under vmap, where metadata cannot be read on the host: kernels trust the rows."""
     for inside in (rows.lo >= 0) & (rows.hi <= tokens_k), (rows.first_q >= 0) & (rows.last_q <= tokens_q):
         expect_true(inside, f"mask: expected metadata within {tokens_q} queries and {tokens_k} keys")
 
 
 def _outlives_the_call(tensor: Tensor) -> bool:
-    """False of what was made inside a functorch transform or a trace, which is of no use after it."""
+    """False for tensors made inside a functorch transform or a trace, which are unusable after it."""
     if torch.compiler.is_dynamo_compiling():
         return True  # the compiled code stores what it computes
     return not torch._C._are_functorch_transforms_active() and not is_traced(tensor)

@@ -1,4 +1,4 @@
-"""What a mask may be given: vectors in any integer dtype, brought to the one that masks keep."""
+"""Mask metadata: vectors of any integer dtype, converted to the dtype that masks store."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def vector(
     like: Tensor | None = None,
     bits: bool = False,
 ) -> Tensor:
-    """[length] of the dtype that masks keep, from one of any integer dtype."""
+    """[length] in `dtype`, from any integer dtype."""
     expected = f"[{length}] {str(dtype).removeprefix('torch.')}, or another integer dtype"
     expect_tensor(name, value, expected, ndim=1, dtypes=INTEGERS, like=like)
     return narrowed(name, value, dtype, bits=bits)
 
 
 def classes(name: str, value: Tensor, length: str, like: Tensor) -> Tensor:
-    """uint8 stays, as `multimodal` has them; int32 otherwise."""
+    """uint8 stays uint8, as in `multimodal`; other dtypes become int32."""
     dtype = value.dtype if isinstance(value, Tensor) and value.dtype == torch.uint8 else torch.int32
     return vector(name, value, length, dtype, like=like)
 
@@ -39,7 +39,7 @@ def boundaries(name: str, cu_seqlens: Tensor, like: Tensor | None = None) -> Ten
     if cu_seqlens.shape[0] < 1:
         wrong_value(name, "at least one boundary", cu_seqlens)
     if like is not None and cu_seqlens.shape != like.shape:
-        wrong_value(name, f"{like.shape[0]} boundaries, as cu_seqlens_q has", cu_seqlens)
+        wrong_value(name, f"{like.shape[0]} boundaries like cu_seqlens_q", cu_seqlens)
     return cu_seqlens
 
 
@@ -57,7 +57,7 @@ def bits_of(name: str, modalities: Sequence[int]) -> int:
         wrong_type(name, "a sequence of modalities", modalities)
     bits = 0
     for modality in modalities:
-        number = integer(name, modality, "modalities, which are integers")
+        number = integer(name, modality, "integer modalities")
         if not 0 <= number < MAX_MODALITIES:
             wrong_value(name, f"modalities in [0, {MAX_MODALITIES})", modality)
         bits |= 1 << number

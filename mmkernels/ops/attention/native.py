@@ -1,4 +1,4 @@
-"""Calls of the native core: allocates the outputs and picks the CPU or the CUDA launcher."""
+"""Calls into the native core: allocates outputs and picks the CPU or CUDA launcher."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["attention_bwd", "attention_fwd"]
 
 
 def _tiles(x: Tensor) -> Tensor:
-    """What TMA can follow: rows side by side or apart, at multiples of 16 bytes."""
+    """A layout TMA can read: unit stride along D, other strides in multiples of 16 bytes."""
     steps = x.stride()[:-1]
     good = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s >= x.shape[-1] and s % 8 == 0 for s in steps)
     return x if good else x.clone(memory_format=torch.contiguous_format)
 
 
 def _inputs(rows: MaskRows, *tensors: Tensor) -> list[Tensor]:
-    """As the kernels want them. On a GPU those that take a pattern fetch with TMA, and no other can stand in."""
+    """Inputs in a layout the kernels accept. On a GPU only the TMA kernels take a pattern; there is no fallback."""
     patterned = rows.tiles is not None and tensors[0].device.type != "cpu"
     return [_tiles(x) if patterned else unit_stride(x) for x in tensors]
 
@@ -40,7 +40,7 @@ def _pattern(rows: MaskRows) -> tuple[_View, _View, _View, _View, _View]:
 def _extras(
     rows: MaskRows, options: Options, row_sums: Tensor | None
 ) -> tuple[_View, _View, _View, _View, _View, _View]:
-    """What the CPU kernels take beyond the pattern; api.py lets nothing of it through to the CUDA ones."""
+    """What the CPU kernels take beyond the pattern; api.py never routes it to the CUDA kernels."""
     bias = view(rows.class_q), view(rows.class_k), view(options.pair_bias), view(row_sums)
     return *bias, view(options.sink), view(options.seed)
 
@@ -70,7 +70,7 @@ def attention_bwd(
     rows: MaskRows,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dbias and dsink, contiguous; the last two empty where there is none."""
+    """dq, dk, dv, dbias and dsink, contiguous; the last two empty without a bias or sink."""
     grad_out, q, k, v, out = _inputs(rows, grad_out, q, k, v, out)
     grad_lse = grad_lse.contiguous() if grad_lse is not None else None
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))

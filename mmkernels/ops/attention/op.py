@@ -1,4 +1,4 @@
-"""The ops `mmkernels::attention_fwd`, `_bwd` and `_second`: arguments, shapes, derivatives.
+"""The ops `mmkernels::attention_fwd`, `_bwd` and `_second`: signatures, shapes, derivatives.
 
 q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> out [Tq, H, Dv] in q's dtype, lse [H, Tq] natural log (float32; float64
 for float64).

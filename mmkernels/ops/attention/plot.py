@@ -1,4 +1,4 @@
-"""A picture of a mask: the tiles that kernels visit, and the modalities along its sides."""
+"""Plot of a mask: the tiles that kernels visit, with the modalities along its sides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plot_mask(
     tile: tuple[int, int],
     title: str,
 ) -> None:
-    """Write the picture; its format follows from the path's suffix."""
+    """Write the plot; the path's suffix selects the format."""
     try:
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def plot_mask(
 
 
 def _colour_bar(axes: object, ids: np.ndarray, upright: bool) -> None:
-    """The class of each token along the left (queries) or upper (keys) side."""
+    """The class of each token along the left (queries) or top (keys) side."""
     from matplotlib.axes import Axes
     from matplotlib.colors import ListedColormap
 

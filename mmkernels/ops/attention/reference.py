@@ -1,18 +1,18 @@
-"""The oracle: plain PyTorch over the dense score matrix, float64-capable.
+"""Reference semantics: PyTorch over the dense score matrix, float64-capable.
 
     s_ij  = scale <q_i, k_j> + bias[class_q_i, class_k_j]  where i sees j, else -inf
     lse_i = log(exp(sink) + sum_j exp(s_ij))       p_ij = exp(s_ij - lse_i)       out_i = sum_j z_ij p_ij v_j
 
-with z_ij = 1 / (1 - dropout_p) for what dropout keeps and 0 for the rest (1 without dropout). With do = dL/dout,
+with z_ij = 1 / (1 - dropout_p) for pairs that dropout keeps and 0 for the rest (1 without dropout). With do = dL/dout,
 dlse = dL/dlse, dp_ij = z_ij <do_i, v_j> and delta_i = sum_j p_ij dp_ij - dlse_i:
 
     ds_ij = p_ij (dp_ij - delta_i)      dbias[a, b] = sum of ds_ij over i of class a, j of class b
     dq_i  = scale sum_j ds_ij k_j       dk_j = scale sum_i ds_ij q_i       dv_j = sum_i z_ij p_ij do_i
     dsink = -sum_i exp(sink - lse_i) delta_i
 
-A row that sees no key has out 0, lse -inf, with or without a sink, and adds nothing to any gradient. Scores and their
-softmax are in float64, for a score's rounding is an error of p as large as the score, and so are weighted sums; what
-else is not float64 is in float32. A pair of weight 0 adds nothing, not even 0 times an infinity or NaN.
+A row that sees no key has out 0 and lse -inf, with or without a sink, and adds nothing to any gradient. Scores, softmax
+and weighted sums are float64, because the rounding error of a score becomes a relative error of p. Everything else is
+float32 unless the inputs are float64. A pair of weight 0 adds nothing, not even 0 times inf or NaN.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ __all__ = [
 def keep(
     seed: Tensor, dropout_p: float, heads: int, tokens_q: int, tokens_k: int, first: tuple[int, int] = (0, 0)
 ) -> Tensor:
-    """What dropout keeps: bool [H, Tq, Tk], the same on every backend; from query and key `first` on, where the query
-    is a multiple of four.
+    """Pairs that dropout keeps: bool [H, Tq, Tk], the same on every backend. Starts at query and key `first`; that
+    query is a multiple of four.
 
-    Philox 4x32-10 under the key `seed` at the counter (j, i // 4, h, 0) gives four words, one for each of four
-    queries; pair (i, j) of head h is kept if word i % 4, less its lowest bit, is below (1 - dropout_p) 2^31.
+    Philox 4x32-10 under the key `seed` at the counter (j, i // 4, h, 0) gives four words, one for each of four queries.
+    Pair (i, j) of head h is kept if word i % 4, shifted right by one, is below (1 - dropout_p) 2^31.
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     low = 0xFFFFFFFF
 
     def mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low word of a 32 x 32 bit product, without leaving the range of int64."""
+        """High and low word of a 32 x 32 bit product, without overflowing int64."""
         high = ((a >> 16) * b + ((a & 0xFFFF) * b >> 16)) >> 16
         return high, (((a >> 16) * b & 0xFFFF) << 16) + (a & 0xFFFF) * b & low
 
@@ -85,7 +85,7 @@ def probabilities(q: Tensor, k: Tensor, seen: Tensor, rows: MaskRows, options: O
 
 
 def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
-    """sum_r weights[h, t, r] rows[r, h] over weights that are not 0: [T, H, D] from [H, T, R] and [R, H, D]."""
+    """sum_r weights[h, t, r] rows[r, h] over nonzero weights: [T, H, D] from [H, T, R] and [R, H, D]."""
     dtype, weights, rows = weights.dtype, weights.double(), rows.double()
     odd = ~rows.isfinite().flatten(1).all(1)
     sums = torch.einsum("htr,rhd->thd", weights, rows.masked_fill(odd[:, None, None], 0.0))
@@ -98,7 +98,7 @@ def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
 def dropout(
     options: Options, heads: int, seen: Tensor, dtype: torch.dtype, first: tuple[int, int] = (0, 0)
 ) -> Tensor | None:
-    """z [H, Tq, Tk], from query and key `first` on."""
+    """z [H, Tq, Tk], starting at query and key `first`."""
     if options.seed is None:
         return None
     kept = keep(options.seed, options.dropout_p, heads, seen.shape[0], seen.shape[1], first)
@@ -126,9 +126,9 @@ def attention_bwd(
     rows: MaskRows,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv in the dtypes of q, k, v, and dbias, dsink (empty where there is none).
+    """dq, dk, dv in the dtypes of q, k, v; dbias, dsink (empty without a bias or sink).
 
-    Probabilities are computed again, `out` and `lse` are not needed.
+    Recomputes the probabilities; `out` and `lse` are not read.
     """
     dtype, group = compute_dtype(q), q.shape[1] // k.shape[1]
     x, do = q.to(dtype), grad_out.to(dtype)
@@ -138,7 +138,7 @@ def attention_bwd(
     z = dropout(options, q.shape[1], seen, dtype)
     dp = torch.einsum("qhd,khd->hqk", do, w)
     dp = torch.where(seen, dp if z is None else dp * z, 0.0)
-    delta = (p * dp).sum(-1)  # <do_i, out_i> without out's rounding
+    delta = (p * dp).sum(-1)  # <do_i, out_i> without the rounding of out
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype)
     ds = torch.where(seen, p * (dp - delta[..., None]), 0.0)
@@ -167,6 +167,6 @@ def bias_gradient(row_sums: Tensor, rows: MaskRows, options: Options) -> Tensor:
 
 
 def sink_gradient(delta: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-    """dsink [H] from delta, lse [H, Tq]. A row that sees no key has no sink either."""
+    """dsink [H] from delta, lse [H, Tq]. A row that sees no key gives the sink no gradient."""
     shares = torch.exp(sink[:, None] - lse).double() * delta.double()
     return -torch.where(lse == -torch.inf, 0.0, shares).sum(1).to(sink.dtype)

@@ -1,4 +1,4 @@
-"""Row intervals of the builders, and the hull of the queries that see a key: on the device, without a sync."""
+"""Row intervals of the builders, and the hull of the queries that see a key: on device, without a sync."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def dense_rows(samples: int, tokens_q: int, tokens_k: int, device: torch.device)
 
 
 class Segments(NamedTuple):
-    """Per token: its segment (clamped), position inside it, and whether it lies in any segment at all."""
+    """Per token: its segment (clamped), its position in it, and whether it lies in any segment."""
 
     segment: Tensor
     position: Tensor
@@ -35,7 +35,7 @@ class Segments(NamedTuple):
 
 def segments_of(cu_seqlens: Tensor, tokens: int) -> Segments:
     token = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
-    # The last segment that begins at or before the token: segments of length zero are passed over.
+    # The last segment that begins at or before the token; this skips empty segments.
     index = torch.searchsorted(cu_seqlens, token, right=True) - 1
     inside = (index >= 0) & (index < cu_seqlens.shape[0] - 1)
     index = index.clamp(0, max(cu_seqlens.shape[0] - 2, 0))
@@ -81,18 +81,19 @@ def normalised(
     last_q: Tensor,
     inside_k: Tensor,
 ) -> MaskRows:
-    """Tokens outside every segment get empty intervals, and an empty interval ends where it begins."""
+    """Give tokens outside every segment empty intervals, and make empty intervals have lo == hi."""
     hi, last_q = torch.where(inside_q, torch.maximum(lo, hi), lo), torch.maximum(first_q, last_q)
     last_q = torch.where(inside_k, last_q, first_q)
     return MaskRows(lo.int(), hi.int(), first_q.int(), last_q.int())
 
 
 def query_hull(lo: Tensor, hi: Tensor, tokens_k: int) -> tuple[Tensor, Tensor]:
-    """For each key the smallest query that sees it and one past the largest, for any intervals: int32 [Tk] twice.
+    """For each key the first query that sees it and one past the last, for arbitrary intervals: int32 [Tk] twice.
 
-    A sparse table run backwards: an interval of length n is the union of two of length 2^p <= n, which write their
-    query with an integer min/max at level p; each level then hands its result down to the two halves below. O(T log T)
-    work, no sync, and order does not matter, so it is deterministic. A key that nobody sees gets first_q = last_q = 0.
+    A sparse table run backwards: an interval of length n is the union of two of length 2^p <= n, which record their
+    query with an integer min/max at level p; each level then passes its result down to the two halves below. O(T log T)
+    work, no sync; deterministic, because min and max are order-independent. A key that no query sees has first_q =
+    last_q = 0.
     """
     tokens_q, nobody = lo.shape[0], torch.iinfo(torch.int32).max
     lo, hi = lo.clamp(0, tokens_k).long(), hi.clamp(0, tokens_k).long()
@@ -101,7 +102,7 @@ def query_hull(lo: Tensor, hi: Tensor, tokens_k: int) -> tuple[Tensor, Tensor]:
     power = torch.arange(levels, device=lo.device)
     level = (length[:, None] >= (1 << power)).sum(1) - 1  # -1 for an empty interval
     seen, level = level >= 0, level.clamp(min=0)
-    # One row more than there are levels takes what empty intervals write.
+    # One extra row absorbs the writes of empty intervals.
     at = torch.where(seen, level, levels)[:, None] * (tokens_k + 1) + torch.stack([lo, hi - (1 << level)], 1).clamp(
         min=0
     )
@@ -123,10 +124,10 @@ def query_hull(lo: Tensor, hi: Tensor, tokens_k: int) -> tuple[Tensor, Tensor]:
 
 
 def multimodal_rows(cu: Tensor, in_span: Tensor, span_ids: Tensor, window: int | None, tokens: int) -> MaskRows:
-    """Query i sees its sample's keys from i - window on, up to itself or to the end of its span.
+    """Query i sees its sample's keys after i - window, up to itself or to the end of its span.
 
-    A span is a run of neighbouring tokens of one sample with the same id, `in_span` [T] bool says which tokens may
-    belong to one.
+    A span is a run of adjacent tokens of one sample with the same id; `in_span` [T] bool marks tokens that may belong
+    to one.
     """
     if cu.shape[0] == 1:
         cu = cu.expand(2)
@@ -142,7 +143,7 @@ def multimodal_rows(cu: Tensor, in_span: Tensor, span_ids: Tensor, window: int |
 
 
 def _runs(in_span: Tensor, ids: Tensor, segment: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """First token of each token's run and one past its last; a token outside every span is a run of its own."""
+    """First token of each token's run and one past its last; a token outside every span forms its own run."""
     if index.shape[0] == 0:
         return index, index
     same = (ids[1:] == ids[:-1]) & (segment[1:] == segment[:-1]) & in_span[1:] & in_span[:-1]
@@ -154,10 +155,10 @@ def _runs(in_span: Tensor, ids: Tensor, segment: Tensor, index: Tensor) -> tuple
 
 
 def media_rows(cu_q: Tensor, cu_k: Tensor, media_q: Tensor, media_k: Tensor, every: bool) -> MaskRows:
-    """Query of medium m sees the keys of the last medium up to m in its sample, or of `every` one up to m.
+    """A query of medium m sees its sample's keys of the last medium up to m, or with `every` of all up to m.
 
-    Media never fall along a sample's keys, so that (sample, medium) in one int64 never falls along all keys and the
-    interval is found by binary search.
+    Media are non-decreasing within a sample, so (sample, medium) packed in an int64 is sorted over all keys, and a
+    binary search finds the interval.
     """
     if cu_q.shape[0] == 1:
         cu_q, cu_k = cu_q.expand(2), cu_k.expand(2)

@@ -1,6 +1,6 @@
-"""Second derivatives and forward mode of attention: plain PyTorch, some queries at a time, in O(T·D) memory.
+"""Second derivatives and forward mode of attention: PyTorch, blockwise over queries, in O(T·D) memory.
 
-Along tangents of the inputs, written with a dot, with s, p, z, dp, delta as in reference.py::
+Tangents are written with a prime; s, p, z, dp, delta are as in reference.py::
 
     s'_ij = scale (<q'_i, k_j> + <q_i, k'_j>) + bias'        lse'_i = sum_j p_ij s'_ij (+ p_sink,i sink')
     p'_ij = p_ij (s'_ij - lse'_i)                            out'_i = sum_j z_ij (p'_ij v_j + p_ij v'_j)
@@ -13,7 +13,7 @@ and of the gradient, ds_ij = p_ij (dp_ij - delta_i)::
     dv'_j  = sum_i z_ij p'_ij do_i                           dbias' = sums of ds'
     dsink' = -sum_i p'_sink,i delta_i + p_sink,i delta'_i
 
-A block of queries meets the keys between the first and the last that one of them sees.
+A block of queries visits the keys between the first and the last that one of them sees.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SCORES_A_BLOCK = 2**20
 
 
 def blocks(lo: Tensor, hi: Tensor, tokens_k: int, scores_a_pair: int) -> Iterator[tuple[slice, slice]]:
-    """Queries, a multiple of four at a time, and the keys from the first to the last that they see. One host sync."""
+    """Blocks of queries (multiples of four) with the hull of the keys they see. One host sync."""
     tokens_q = lo.shape[0]
     size = max(_SCORES_A_BLOCK // max(scores_a_pair * tokens_k, 1) // 4 * 4, 4)
     if tokens_q == 0:
@@ -58,12 +58,12 @@ def zero_if_none(tangent: Tensor | None, like: Tensor, dtype: torch.dtype) -> Te
 
 
 def grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """[T, H, D] -> [T, Hkv, D]: the sum over the query heads of each key head."""
+    """[T, H, D] -> [T, Hkv, D]: sum over each key head's query heads."""
     return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).sum(2)
 
 
 class Softmax(NamedTuple):
-    """A block of a softmax and of what is weighted by it, with tangents; [H, n, m], lse and delta [H, n]."""
+    """A block of softmax weights, of out and of gradients, with tangents; [H, n, m], lse and delta [H, n]."""
 
     p: Tensor
     moved_p: Tensor
@@ -75,7 +75,7 @@ class Softmax(NamedTuple):
     def along(
         cls, p: Tensor, moved_scores: Tensor, moved_sink: Tensor | None, z: Tensor | None, seen: Tensor
     ) -> Softmax:
-        """moved_sink [H, n]: the sink's share times its tangent."""
+        """moved_sink [H, n]: the sink's probability times its tangent."""
         moved_scores = torch.where(seen, moved_scores, 0.0)
         moved_lse = (p * moved_scores).sum(-1)
         moved_lse = moved_lse if moved_sink is None else moved_lse + moved_sink
@@ -131,8 +131,7 @@ def attention_second(
     rows: MaskRows,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """Tangents of out [Tq, H, Dv] and lse [H, Tq], which it computes anew, unrounded; of dq, dk, dv, dbias, dsink,
-    empty without a gradient of out."""
+    """Tangents of the unrounded out [Tq, H, Dv], lse [H, Tq]; of dq, dk, dv, dbias, dsink, empty without grad_out."""
     call = _Call((q, k, v), (tangent_q, tangent_k, tangent_v), (tangent_bias, tangent_sink), rows, options)
     for queries, keys in blocks(rows.lo, rows.hi, k.shape[0], q.shape[1]):
         call.visit(queries, keys, grad_out, grad_lse)
@@ -144,7 +143,7 @@ def attention_second(
 
 
 class _Call:
-    """The inputs and their tangents, and the sums of the blocks' tangents."""
+    """The inputs, their tangents, and accumulators for the blocks' tangents."""
 
     def __init__(
         self,
@@ -206,7 +205,7 @@ class _Call:
             self.sink -= (moved_share * delta + share * moved_delta).sum(1)
 
     def _sink_share(self, lse: Tensor) -> Tensor | None:
-        """The sink's probability [H, n]; a row that sees no key has none."""
+        """The sink's probability [H, n]; 0 for a row that sees no key."""
         if self.options.sink is None:
             return None
         return torch.where(lse == -torch.inf, 0.0, torch.exp(self.options.sink[:, None] - lse))

@@ -1,10 +1,10 @@
-"""The tile map of a mask: which pairs of a query tile and a key tile to skip, to mask, or to compute whole.
+"""The tile map of a mask: which (query tile, key tile) pairs to skip, mask, or compute whole.
 
-Two bits a tile, from summaries of each tile's rows and keys: bounds of the intervals, AND and OR of the classes, range
-and a 32-bit Bloom filter of the spans. A tile said to be SKIP has no visible pair and one said to be FULL has no other;
-PARTIAL may be any. It is built on the device without a sync, in O(tokens + tiles), once per mask.
+Two bits per tile, from summaries of each tile's rows and keys: interval bounds, AND and OR of the classes, range and
+32-bit Bloom filter of the spans. The map is conservative: SKIP means no visible pair, FULL means only visible pairs,
+PARTIAL may be either. It is built on device without a sync, in O(tokens + tiles), once per mask.
 
-Masks without a pattern need none: their kernels walk the hull of a tile's intervals.
+Masks without a pattern need no map: their kernels loop over the hull of a tile's intervals.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["FULL", "PARTIAL", "SKIP", "TILE_K", "TILE_Q", "pack_states", "tile_s
 
 SKIP, PARTIAL, FULL = 0, 1, 2
 
-# Kernel tiles lie inside one of these: they begin at multiples of their own size, which divides it.
+# A kernel tile never straddles map tiles: its size divides theirs, and it begins at a multiple of its size.
 TILE_Q, TILE_K = 128, 64
 STATES_PER_WORD = 16
 
@@ -26,7 +26,7 @@ _NEVER = torch.iinfo(torch.int32).max
 
 
 def tile_states(rows: MaskRows, tokens_k: int, tile_q: int = TILE_Q, tile_k: int = TILE_K) -> Tensor:
-    """State of each tile: int32 [ceil(Tq / tile_q), ceil(Tk / tile_k)]. A ragged last key tile is never FULL."""
+    """State of each tile: int32 [ceil(Tq / tile_q), ceil(Tk / tile_k)]. A partial last key tile is never FULL."""
     blind = rows.lo >= rows.hi
     begin = _tiled(torch.where(blind, _NEVER, rows.lo), tile_q, _NEVER).amin(1)[:, None]
     end = _tiled(torch.where(blind, 0, rows.hi), tile_q, 0).amax(1)[:, None]
@@ -46,7 +46,7 @@ def tile_states(rows: MaskRows, tokens_k: int, tile_q: int = TILE_Q, tile_k: int
 
 
 def pack_states(states: Tensor) -> Tensor:
-    """Sixteen states of a row to a word, the first in the lowest bits: int32 [rows, ceil(columns / 16)]."""
+    """Pack sixteen states of a row per word, the first in the lowest bits: int32 [rows, ceil(columns / 16)]."""
     padded = torch.nn.functional.pad(states, (0, -states.shape[1] % STATES_PER_WORD))
     shift = 2 * torch.arange(STATES_PER_WORD, dtype=torch.int32, device=states.device)
     words = padded.view(states.shape[0], padded.shape[1] // STATES_PER_WORD, STATES_PER_WORD)
@@ -54,12 +54,12 @@ def pack_states(states: Tensor) -> Tensor:
 
 
 def _tiled(x: Tensor, tile: int, fill: int) -> Tensor:
-    """[tiles, tile], the last one filled up."""
+    """[tiles, tile], the last one padded with `fill`."""
     return torch.nn.functional.pad(x, (0, -x.shape[0] % tile), value=fill).view(-1, tile)
 
 
 def _fold(x: Tensor, op: object) -> Tensor:
-    """Reduce the last dimension with a bitwise operation, by halving: torch has no such reduction."""
+    """Reduce the last dimension with a bitwise op, by halving: torch has no bitwise reduction."""
     assert callable(op)
     while x.shape[1] > 1:
         half = x.shape[1] // 2
@@ -69,7 +69,7 @@ def _fold(x: Tensor, op: object) -> Tensor:
 
 
 class _Spans:
-    """Which span ids a tile holds: their range, and a Bloom filter."""
+    """The span ids of each tile: their range, and a Bloom filter."""
 
     def __init__(self, ids: Tensor, counts: Tensor | None, tile: int) -> None:
         seen = torch.ones_like(ids, dtype=torch.bool) if counts is None else counts
@@ -78,11 +78,11 @@ class _Spans:
         self.filter = _fold(_tiled(torch.where(seen, 1 << (ids & 31), 0).int(), tile, 0), torch.bitwise_or)
 
     def meet(self, keys: _Spans) -> Tensor:
-        """Whether some span may be in both: [query tiles, key tiles]."""
+        """Whether a span may be in both: [query tiles, key tiles]."""
         overlap = (self.low[:, None] <= keys.high) & (self.high[:, None] >= keys.low)
         return overlap & (self.filter[:, None] & keys.filter != 0)
 
     def are_one(self, keys: _Spans) -> Tensor:
-        """Whether both hold one span, the same."""
+        """Whether both hold only one span, the same."""
         one = (self.low == self.high)[:, None] & (keys.low == keys.high)
         return one & (self.low[:, None] == keys.low)

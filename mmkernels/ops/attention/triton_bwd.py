@@ -1,15 +1,15 @@
-"""Backward in Triton: three kernels, no atomics, so the same input gives the same bits.
+"""Backward in Triton: three kernels, no atomics, bitwise reproducible.
 
 With p_ij = exp(s_ij - lse_i), dp_ij = <do_i, v_j>, delta_i = <do_i, out_i> - dlse_i and ds_ij = p_ij (dp_ij - delta_i):
 
     delta     a program owns BLOCK_M queries of a head
-    dk, dv    a program owns BLOCK_N keys of a key/value head and walks the hull of the queries that see them, for each
+    dk, dv    a program owns BLOCK_N keys of a key/value head and loops over the hull of their queries, for each
               query head of the group in turn:  dv_j = sum_i p_ij do_i,  dk_j = scale sum_i ds_ij q_i
-    dq        a program owns BLOCK_M queries of a head and walks their keys as the forward does:
+    dq        a program owns BLOCK_M queries of a head and loops over their keys as the forward does:
               dq_i = scale sum_j ds_ij k_j;  for a pair bias it adds up ds over the keys of each class, by products
               with a one-hot matrix
 
-Scores are computed again in both, seven products against the least possible five. Sums are float32 and cast once.
+Both recompute the scores: seven products, where five is the minimum. Sums are float32 and cast once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _gather_queries(
     b_do = load_tile(of_head(do, i_h), o_m, Tq, DV, BLOCK_DV, True)
     b_lse = in_log2(tl.load(lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0), b_k.dtype)
     b_s = dot(b_k, tl.trans(b_q)) * in_log2(extras.scale, b_k.dtype)  # [BLOCK_N, BLOCK_M]
-    # What is wanted late is loaded late: the rows of the largest tiles fill the registers.
+    # Load late what is needed late: the rows of the largest tiles fill the registers.
     if extras.pair_bias is not None:
         b_s += bias_of(extras, i_h, load_ints(rows.class_q, o_m, Tq)[None, :], keys.kind[:, None], b_k.dtype)
     queries = load_queries(rows, start, Tq, Tk, BLOCK_M)
@@ -112,7 +112,7 @@ def _attention_dkdv_kernel(
     keys = load_keys(rows, first_k, Tk, BLOCK_N)
     o_n = keys.index
     begin, end = hull(rows.first_q, rows.last_q, o_n, Tk, Tq)
-    if (rows.tiles is not None) or (extras.seed is not None):  # tiles of the map, and groups of four queries
+    if (rows.tiles is not None) or (extras.seed is not None):  # align to map tiles, and to groups of four queries
         begin = begin // BLOCK_M * BLOCK_M
 
     b_k = load_tile(of_head(k, i_hkv), o_n, Tk, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
@@ -164,7 +164,7 @@ def _gather_keys(
         b_one = keys.kind[:, None] == tl.arange(0, BLOCK_C)[None, :]  # [BLOCK_N, BLOCK_C]
         b_one = cast(tl.where(b_one, 1.0, 0.0), b_ds.dtype)
         b_sums += dot(b_ds, b_one)
-        if b_ds.dtype != tl.float32:  # what rounding to 16 bits has cut off: thousands of terms cancel in these sums
+        if b_ds.dtype != tl.float32:  # the 16-bit rounding error: thousands of terms cancel in these sums
             b_sums += dot(cast(b_exact - b_ds.to(tl.float32), b_ds.dtype), b_one)
             b_mass += dot(cast(b_p, b_ds.dtype), b_one)
             b_dot += tl.sum(b_p * b_dp, 1)
@@ -175,7 +175,7 @@ def _gather_keys(
 def _attention_dq_kernel(
     q, k, v, do, dq,  # Heads
     lse_ptr, delta_ptr,  # [H, Tq]
-    row_sums_ptr,  # [H, classes_k, Tq]: sums of ds over the keys of a class; None without a pair bias, as dlse
+    row_sums_ptr,  # [H, classes_k, Tq]: sums of ds over the keys of a class; None without a pair bias, like dlse
     dlse_ptr,  # [H, Tq], or None
     rows, extras, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr,
@@ -219,8 +219,8 @@ def _attention_dq_kernel(
     if extras.pair_bias is not None:
         o_c = tl.arange(0, BLOCK_C)
         row_sums_ptr += i_h * extras.classes_k * Tq
-        # delta has the rounding of a 16-bit out, the same for every key of a row: it would add up in these sums, so the
-        # sum of p dp takes its place here.
+        # delta carries the rounding error of a 16-bit out, which is the same for every key of a row and would add up in
+        # these sums. Use the sum of p dp instead.
         if b_q.dtype != tl.float32:
             b_exact = b_dot
             if dlse_ptr is not None:
@@ -263,7 +263,7 @@ def dq_config(needs_registers: bool, single: bool, head_dim: int, major: int) ->
 
 
 def class_block(pair_bias: Tensor | None) -> int:
-    """Columns of the one-hot matrix of key classes; a matrix product wants at least 16."""
+    """Columns of the one-hot matrix of key classes; tl.dot needs at least 16."""
     return 16 if pair_bias is None else block_dim(pair_bias.shape[2])
 
 
@@ -278,7 +278,7 @@ def attention_bwd(
     rows: MaskRows,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dbias and dsink, contiguous; the last two empty where there is none."""
+    """dq, dk, dv, dbias and dsink, contiguous; the last two empty without a bias or sink."""
     do, q, k, v, out = (unit_rows(x) for x in (grad_out, q, k, v, out))
     (Tq, H, D), (Tk, Hkv, DV) = q.shape, v.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

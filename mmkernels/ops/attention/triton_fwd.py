@@ -1,16 +1,16 @@
-"""Forward in Triton, and what the backward shares with it.
+"""Forward in Triton, and helpers shared with the backward.
 
-A program owns one tile of BLOCK_M queries of one head and walks the keys that any of them sees, BLOCK_N at a time, with
-the online softmax (running maximum m and sum l). Keys that every row of the tile sees need no mask, so the walk has
-three parts: partial, full, partial. Tiles outside the rows' hull are never visited. A mask with a pattern has a tile
-map instead, which says of each tile of keys whether to skip it, to mask it or to take it whole.
+A program owns BLOCK_M queries of one head and loops over the keys that any of them sees, BLOCK_N at a time, with the
+online softmax (running maximum m and sum l). Keys that every row of the tile sees need no mask, so the loop has three
+parts: partial, full, partial. Tiles outside the rows' hull are never visited. A mask with a pattern has a tile map
+instead, which marks each key tile as skipped, masked or full.
 
 Accumulators are float32; probabilities are rounded to the input's dtype for the second product. Scores of 16-bit inputs
-are in units of log2, which saves a product before each exp2. In float32 they are natural: a score that is rounded at
-1.44 times its size would be the largest error of the result.
+are in units of log2, which saves a product before each exp2. Float32 scores are natural: rounding them at 1.44 times
+their size would dominate the error of the result.
 
-Arguments that belong together are a NamedTuple, on the host and in a kernel: `MaskRows` as it is, `Heads`,
-`Extras`. A field that is None is None at compile time.
+Related arguments are grouped in NamedTuples, on the host and in the kernels: `MaskRows`, `Heads`, `Extras`. A field
+that is None is None at compile time.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Heads(NamedTuple):
 
 
 class Head(NamedTuple):
-    """One head of such a tensor: [T, D]."""
+    """One head of `Heads`: [T, D]."""
 
     ptr: Any
     stride_t: Any
 
 
 class Extras(NamedTuple):
-    """`Options` as the kernels read them: None for what a call has not."""
+    """`Options` as the kernels read them; None for options not given."""
 
     scale: Any
     pair_bias: Any  # [H, classes_q, classes_k]
@@ -58,12 +58,12 @@ class Extras(NamedTuple):
     classes_k: Any
     sink: Any  # [H]
     seed: Any  # [1]
-    keep_below: Any  # dropout keeps what is below it, of 2^31
+    keep_below: Any  # dropout keeps 31-bit words below this
     keep_factor: Any
 
 
 class Queries(NamedTuple):
-    """Which queries a tile has, and what the mask says of them: [BLOCK_M] each, but for the index of the first."""
+    """A tile's queries and their mask rows: [BLOCK_M] each, except `first`, the index of the first query."""
 
     first: Any
     index: Any
@@ -75,7 +75,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The same of its keys: [BLOCK_N] each."""
+    """A tile's keys: [BLOCK_N] each."""
 
     index: Any
     span: Any
@@ -111,7 +111,7 @@ def store_tile(x, o_t, T, D: tl.constexpr, b_x):
 
 @triton.jit
 def load_ints(ptr, o, T):
-    """int32 entries o of a vector of length T, zeros past its end; a 0 that nobody reads when there is none."""
+    """int32 entries o of a vector of length T, zeros past its end; an unused 0 if ptr is None."""
     if ptr is not None:
         return tl.load(ptr + o, mask=o < T, other=0)
     else:
@@ -120,7 +120,7 @@ def load_ints(ptr, o, T):
 
 @triton.jit
 def load_queries(rows, first, Tq, Tk, BLOCK_M: tl.constexpr):
-    """The BLOCK_M queries from `first` on. Intervals are clamped to [0, Tk); rows past the end see nothing."""
+    """BLOCK_M queries starting at `first`. Intervals are clamped to [0, Tk); rows past the end see nothing."""
     o_m = first + tl.arange(0, BLOCK_M)
     b_lo = tl.maximum(tl.load(rows.lo + o_m, mask=o_m < Tq, other=0), 0)
     b_hi = tl.minimum(tl.load(rows.hi + o_m, mask=o_m < Tq, other=0), Tk)
@@ -130,7 +130,7 @@ def load_queries(rows, first, Tq, Tk, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def load_keys(rows, first, end, BLOCK_N: tl.constexpr):
-    """The BLOCK_N keys from `first` on, zeros for those past the end."""
+    """BLOCK_N keys starting at `first`; zeros past the end."""
     o_n = first + tl.arange(0, BLOCK_N)
     b_span, b_bit = load_ints(rows.span_k, o_n, end), load_ints(rows.bit_k, o_n, end)
     return Keys(o_n, b_span, b_bit, load_ints(rows.class_k, o_n, end))
@@ -138,7 +138,7 @@ def load_keys(rows, first, end, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def visible(queries, keys, rows, KEYS: tl.constexpr):
-    """Which queries see which keys, which are along axis KEYS of the tile."""
+    """Which queries see which keys; keys lie along axis KEYS of the tile."""
     o_n = tl.expand_dims(keys.index, 1 - KEYS)
     m_visible = (tl.expand_dims(queries.lo, KEYS) <= o_n) & (o_n < tl.expand_dims(queries.hi, KEYS))
     if rows.span_q is not None:
@@ -150,7 +150,7 @@ def visible(queries, keys, rows, KEYS: tl.constexpr):
 
 @triton.jit
 def tile_state(rows, query, key, Tk):
-    """State of the tile that holds this query and key; a word has sixteen."""
+    """State of the tile that holds this query and key; sixteen states per word."""
     i_key = key // TILE_K
     word = tl.load(rows.tiles + query // TILE_Q * tl.cdiv(Tk, TILE_K * 16) + i_key // 16)
     return (word >> (i_key % 16 * 2)) & 3
@@ -167,10 +167,10 @@ def hull(first_ptr, last_ptr, o, T, limit):
 
 @triton.jit
 def key_ranges(queries, Tq, BLOCK_N: tl.constexpr):
-    """Bounds of the walk over keys: begin <= full_begin <= full_end <= end.
+    """Bounds of the loop over keys: begin <= full_begin <= full_end <= end.
 
-    [begin, end) is the hull of the rows' intervals; every row sees all of [full_begin, full_end), which is a whole
-    number of tiles, a whole number of tiles after begin.
+    [begin, end) is the hull of the rows' intervals. Every row sees all of [full_begin, full_end), which is tile-aligned
+    relative to begin.
     """
     m_row = queries.index < Tq
     m_seen = m_row & (queries.lo < queries.hi)
@@ -186,20 +186,20 @@ def key_ranges(queries, Tq, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def in_log2(x, dtype: tl.constexpr):
-    """A factor of scores, or a natural logarithm, in the units that scores have for inputs of a type."""
+    """Convert a score factor or natural logarithm to the units of scores: natural for float32, log2 otherwise."""
     return x if dtype == tl.float32 else x * LOG2_E
 
 
 @triton.jit
 def exponential(x, dtype: tl.constexpr):
-    """e to a difference of scores in those units."""
+    """exp of a score difference in those units."""
     return tl.exp2(x * LOG2_E) if dtype == tl.float32 else tl.exp2(x)
 
 
 @triton.jit
 def bias_of(extras, i_h, b_class_q, b_class_k, dtype: tl.constexpr):
-    """What the pair bias adds to scores, from classes broadcast against each other; NaN for a class beyond it, which so
-    shows and reads no foreign memory."""
+    """The pair bias of scores, from classes broadcast against each other. A class out of range gives NaN, which makes
+    the error visible and reads no foreign memory."""
     m_inside = (b_class_q >= 0) & (b_class_q < extras.classes_q) & (b_class_k >= 0) & (b_class_k < extras.classes_k)
     table_ptr = extras.pair_bias + i_h * extras.classes_q * extras.classes_k
     b_bias = tl.load(table_ptr + b_class_q * extras.classes_k + b_class_k, mask=m_inside, other=float("nan"))
@@ -208,7 +208,7 @@ def bias_of(extras, i_h, b_class_q, b_class_k, dtype: tl.constexpr):
 
 @triton.jit
 def keep_tile(extras, i_h, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What dropout keeps of a tile, whose first query is a multiple of 4: [BLOCK_N, BLOCK_M].
+    """The pairs of a tile that dropout keeps, [BLOCK_N, BLOCK_M]; its first query is a multiple of 4.
 
     Philox gives four words at a counter (key, query // 4, head, 0), one for each of four queries.
     """
@@ -237,7 +237,7 @@ def _attend(
     if MASKED:
         b_s = tl.where(visible(queries, keys, rows, 1), b_s, float("-inf"))
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-    # A row that has seen nothing yet keeps m = -inf; subtracting 0 instead leaves its exponents at -inf.
+    # A row that has seen no key yet keeps m = -inf; subtracting 0 instead keeps its exponents at -inf.
     b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
     b_p = exponential(b_s - b_shift[:, None], b_q.dtype)  # [BLOCK_M, BLOCK_N]
     b_alpha = exponential(b_m - b_shift, b_q.dtype)
@@ -313,7 +313,7 @@ def tiles(block_m: int, block_n: int, num_warps: int, num_stages: int = 1) -> di
 def fwd_config(needs_registers: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
     """Tiles and launch options without spills on compute capability `major` (a float32 product is three of tf32).
 
-    `needs_registers`: with a pattern, a bias and dropout; those tiles lie inside those of the tile map.
+    `needs_registers`: for a pattern, a bias or dropout; these tiles lie inside tiles of the tile map.
     """
     if needs_registers:
         if single:
@@ -342,7 +342,7 @@ def as_extras(options: Options) -> Extras:
 
 
 def needs_registers(rows: MaskRows, options: Options) -> bool:
-    """Whether a call needs the tiles that leave registers for a pattern, a bias or dropout (a sink needs none)."""
+    """Whether a call needs smaller tiles to leave registers for a pattern, a bias or dropout (a sink needs none)."""
     return rows.tiles is not None or options.pair_bias is not None or options.seed is not None
 
 

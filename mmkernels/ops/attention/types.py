@@ -1,4 +1,4 @@
-"""What every backend of attention is given beside q, k and v."""
+"""Arguments of every attention backend besides q, k and v."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ __all__ = ["MaskRows", "Options", "Visible"]
 
 
 class Visible(NamedTuple):
-    """Who sees whom, int32: lo, hi, span_q and allow_q along the queries, the others along the keys.
+    """Visibility, int32: lo, hi, span_q and allow_q per query, the others per key.
 
         visible(i, j) = lo[i] <= j < hi[i] and (no pattern, or span_q[i] == span_k[j], or allow_q[i] & bit_k[j] != 0)
 
-    first_q, last_q bound the queries that see a key. The pattern is four vectors, or none; a key has one bit, always.
+    first_q, last_q bound the queries that see a key. The pattern is all four vectors or none; bit_k always has exactly
+    one bit set.
     """
 
     lo: Tensor
@@ -37,10 +38,10 @@ class Visible(NamedTuple):
 
 
 class MaskRows(NamedTuple):
-    """A mask as the kernels of `attention` read it: the fields of Visible, and after them, int32 too,
+    """A mask as the kernels of `attention` read it: the fields of Visible, then (int32 too)
 
     tiles: the pattern's tile map (tiles.py);
-    class_q [Tq], class_k [Tk]: indices into a pair bias, given with one only.
+    class_q [Tq], class_k [Tk]: indices into a pair bias, set only with one.
     """
 
     lo: Tensor
@@ -66,9 +67,9 @@ class MaskRows(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a call adds to q, k, v and the mask.
+    """A call's options besides q, k, v and the mask.
 
-    pair_bias [H, Cq, Ck] and sink [H] in the dtype of lse; seed int64 [1] of the dropout, given when dropout_p > 0.
+    pair_bias [H, Cq, Ck] and sink [H] in the dtype of lse; seed int64 [1] of dropout, set if dropout_p > 0.
     """
 
     pair_bias: Tensor | None

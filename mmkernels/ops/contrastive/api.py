@@ -57,51 +57,49 @@ def infonce(
 
         loss = mean_i [log sum_j exp(s_ij) - sum_j t_ij s_ij]
 
-    and, if symmetric, the mean of that and of the same with queries and keys exchanged. By default `t_i` is one-hot at
-    key i. Features are not normalised, and keep their dtype under autocast; products accumulate in
-    float32 (float64 for float64 features), where the loss lives too; what is O(N) is in float64.
+    and, if symmetric, the mean of that and the same with queries and keys swapped. By default `t_i` is one-hot at key
+    i. Features are not normalised and keep their dtype under autocast. Products accumulate in float32 (float64 for
+    float64 features), the dtype of the loss; O(N) quantities are float64.
 
     Args:
         queries: [N, E] float32, bfloat16, float16 or float64.
         keys: [M, E], same dtype and device. M == N, unless symmetric is False or positives are found by ids.
         logit_scale: multiplies the similarities (already exponentiated): a number, or a tensor of one element of any
             floating dtype, which gets its exact gradient.
-        targets: [N] int64 or int32: each query's key; by default key i is query i's. If symmetric, each key occurs
-            once.
+        targets: [N] int64 or int32: the index of each query's key; by default i. If symmetric, each key occurs once.
         query_ids, key_ids: [N], [M] int64 or int32, such as class or image ids; key_ids default to query_ids.
-        same_id: how pairs with the same id count. "positive": the target is uniform over the keys with the query's id
-            (at least one; targets must be None). "ignore": they leave the denominator, except the target.
+        same_id: how pairs with the same id are treated. "positive": the target is uniform over the keys with the
+            query's id (at least one; targets must be None). "ignore": they are left out of the denominator, except the
+            target.
         negatives: [K, E], same dtype and device: extra keys (hard negatives, a queue) that are positives of no query;
             they join the denominator of the queries->keys direction only.
-        label_smoothing: e in [0, 1]: the target is (1-e) of itself and e of the uniform distribution over the keys
-            that the row sees (negatives not among them), as in `F.cross_entropy`.
-        symmetric: both directions, or the queries' only.
+        label_smoothing: e in [0, 1]: the target is mixed (1-e) : e with the uniform distribution over the keys that the
+            row sees (without `negatives`), as in `F.cross_entropy`.
+        symmetric: average both directions, or only queries->keys.
         weights: [N] floating point, not negative, not all zero, without gradient: the mean is sum(w·l) / sum(w). If
             symmetric, a key has the weight of its query (N == M).
-        teacher: (queries_m [N, F], keys_m [M, F], alpha in [0, 1]): momentum distillation; the target, smoothed or
-            not, is (1-alpha) of itself and alpha of the softmax of `logit_scale · <queries_m, keys_m>`, to which no
-            gradient flows.
-        group: a process group of torch.distributed: the rows are this rank's (any number, none too), and the loss is
-            that of one process with the rows of all ranks, the same on each. Gradients are made for a mean over the
-            ranks, as DistributedDataParallel takes it: features and negatives get W times theirs, the scale its whole
-            gradient on every rank. targets count this rank's keys; ids meet those of all ranks; a rank's negatives (any
-            number) are keys of every rank's queries, so one queue on all ranks would count W times: give each rank its
-            part. Of the statistics lse_q and lse_k are those of this rank's rows, the others those of all. Everything
-            else must be the same on all ranks.
-        exchange: how keys come to queries: "all_gather" (all at once, O(N·E) memory), "ring" (block by block, in
-            O(N/W·E), behind the computation) or "auto": the ring from 12,288 keys on a rank on. Only used with a group.
-        return_stats: return `ContrastiveStats` too, from the same pass.
+        teacher: (queries_m [N, F], keys_m [M, F], alpha in [0, 1]): momentum distillation. The target (after smoothing)
+            is mixed (1-alpha) : alpha with the softmax of `logit_scale · <queries_m, keys_m>`, which gets no gradient.
+        group: a process group of torch.distributed: the rows are this rank's (any number, including 0), and the loss is
+            that of one process with the rows of all ranks, the same on each. Gradients assume averaging over the ranks,
+            as in DistributedDataParallel: features and negatives get W times their gradient, the scale its full
+            gradient on every rank. targets index this rank's keys; ids match across all ranks. A rank's negatives (any
+            number) are keys of every rank's queries, so a queue replicated on all ranks would count W times: give each
+            rank its shard. The statistics lse_q and lse_k cover this rank's rows, the others all ranks. Everything else
+            must be the same on all ranks.
+        exchange: how keys are exchanged: "all_gather" (all at once, O(N·E) memory), "ring" (block by block, O(N/W·E),
+            overlapped with computation) or "auto": the ring from 12,288 keys per rank. Only used with a group.
+        return_stats: also return `ContrastiveStats`, from the same pass.
         deterministic: deprecated, without effect: every backend gives the same bits for the same input and machine, on
             a CPU for any number of threads.
         backend: None picks the fastest one that supports the call; or "native", "triton", "reference". On a GPU
-            "native" knows N pairs of query i and key i alone, without options.
+            "native" supports only the plain loss: N pairs of query i and key i, no options.
 
     Returns:
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys and
-        logit_scale, twice, and in forward mode (not over a group); with return_stats (loss, ContrastiveStats). The
-        loss of no rows at all is 0, with zero gradients (`F.cross_entropy` gives NaN there), so that a rank without
-        samples does not poison a mean. A NaN or an infinity in the features or the scale makes the loss or its
-        gradients NaN or infinite.
+        logit_scale, twice, and in forward mode (not over a group); with return_stats (loss, ContrastiveStats). The loss
+        of an empty batch is 0, with zero gradients (`F.cross_entropy` gives NaN), so that a rank without samples does
+        not poison a mean. NaN or inf in the features or the scale makes the loss or its gradients NaN or inf.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. On a GPU, and under
@@ -128,7 +126,7 @@ def infonce(
             "return_stats": return_stats or None,
             "group": group,
         }
-        one_has = group is None  # over ranks they are looked for among all keys
+        one_has = group is None  # over ranks, checked later among all keys
         pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
         soft = Targets(smooth, teacher_of(teacher, queries, keys))
         extra = negatives_of(negatives, queries)
@@ -163,29 +161,28 @@ def siglip(
 
         loss = -1/N · sum_ij log sigmoid(z_ij · (logit_scale · <x_i, y_j> + logit_bias))
 
-    with `z_ij` = +1 for a positive pair, else -1. Features are not normalised, and keep their dtype under autocast;
-    products accumulate in float32 (float64 for float64 features), where the loss lives too.
+    with `z_ij` = +1 for a positive pair, else -1. Features are not normalised and keep their dtype under autocast.
+    Products accumulate in float32 (float64 for float64 features), the dtype of the loss.
 
     Args:
         queries: [N, E] float32, bfloat16, float16 or float64.
         keys: [M, E], same dtype and device; M == N unless there are ids.
         logit_scale: multiplies the similarities: a number, or a tensor of one element of any floating dtype, which gets
             its exact gradient.
-        logit_bias: is added to the logits; the same kinds.
+        logit_bias: added to the logits; like logit_scale.
         query_ids, key_ids: [N], [M] int64 or int32: pairs with the same id are positive; key_ids default to query_ids.
             Without ids the positive of query i is key i.
-        group, exchange: as in `infonce`; scale and bias get their whole gradient on every rank.
-        return_stats: return `ContrastiveStats` of the same logits too, from a forward pass of its own.
+        group, exchange: as in `infonce`; scale and bias get their full gradient on every rank.
+        return_stats: also return `ContrastiveStats` of the same logits, from a separate forward pass.
         deterministic: deprecated, without effect: every backend gives the same bits for the same input and machine, on
             a CPU for any number of threads.
         backend: None picks the fastest one that supports the call; or "native", "triton", "reference". On a GPU
-            "native" knows neither ids nor return_stats.
+            "native" supports neither ids nor return_stats.
 
     Returns:
         the loss, a scalar in float32 (float64 for float64 features), differentiable with respect to queries, keys,
         logit_scale and logit_bias, twice, and in forward mode (not over a group); with return_stats (loss,
-        ContrastiveStats). The loss of no rows at all is 0, with zero gradients. A NaN or an infinity in the input
-        propagates.
+        ContrastiveStats). The loss of an empty batch is 0, with zero gradients. NaN or inf in the input propagates.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
@@ -222,24 +219,24 @@ def sample_negatives(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Draw a hard negative for each query: key j with the probability of its softmax among the query's negatives.
+    """Draw a hard negative per query: key j with its softmax probability among the query's negatives.
 
-    Sampled as `argmax_j logit_scale · <x_i, y_j> - log E_ij` with exponential variates E_ij that are a function of two
-    numbers from the generator, i and j alone: no N x M matrix is stored, and every backend draws the same.
+    Sampled as `argmax_j logit_scale · <x_i, y_j> - log E_ij` with exponential variates E_ij that depend only on i, j
+    and two numbers from the generator. No N x M matrix is stored, and every backend draws the same keys.
 
     Args:
         queries: [N, E] float32, bfloat16, float16 or float64.
         keys: [M, E], same dtype and device.
-        logit_scale: a number or a floating-point tensor of one element: the larger, the harder.
+        logit_scale: a number or a floating-point tensor of one element; larger means harder negatives.
         query_ids, key_ids: [N], [M] int64 or int32: keys with the query's id are not negatives; key_ids default to
             query_ids.
-        targets: [N] int64 or int32: each query's positive, when there are no ids; by default key i is query i's.
+        targets: [N] int64 or int32: the index of each query's positive, if there are no ids; by default i.
         generator: a CPU generator, or None for torch's default one.
         backend: None picks the fastest one that supports the call; or "native" (CPU), "triton", "reference", which
             stores the logits.
 
     Returns:
-        [N] int64 indices of keys; -1 for a query without any negative. No gradient.
+        [N] int64 key indices; -1 for a query without negatives. No gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
@@ -261,18 +258,18 @@ def sample_negatives(
 
 @torch.no_grad()
 def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """The k keys of largest inner product with each query, streaming: no N x M matrix is stored.
+    """The k keys with the largest inner products per query, streaming: no N x M matrix is stored.
 
     Args:
         queries: [N, E] float32, bfloat16, float16 or float64.
         keys: [M, E], same dtype and device.
         k: 1 to M.
         backend: None picks the fastest one that supports the call; or "native" (CPU), "triton", "reference", which
-            stores the similarities. On a GPU every 128 of k are one more pass over the keys.
+            stores the similarities. On a GPU, one pass over the keys per 128 of k.
 
     Returns:
-        values [N, k] in float32 (float64 for float64 features), largest first, and indices [N, k] int64; of equal
-        similarities the lower index comes first. A NaN counts as -inf. No gradient.
+        values [N, k] in float32 (float64 for float64 features), largest first, and indices [N, k] int64; ties go to the
+        lower index. NaN counts as -inf. No gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
@@ -285,15 +282,15 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
 
 
 def _checking(group: Any, exchange: Any, features: Any) -> AbstractContextManager[None]:
-    """Where arguments are checked; with a group the other ranks hear of an error."""
+    """Context for argument checks; with a group it tells the other ranks of an error."""
     if group is not None:
         return refusing(group, exchange, features)
     if exchange != "auto":
-        wrong_value("exchange", "'auto' without a group: there is nobody to exchange keys with", exchange)
-    return nullcontext()  # which torch.compile sees through; in torch 2.6 it does not see through generators
+        wrong_value("exchange", "'auto' without a group", exchange)
+    return nullcontext()  # torch.compile can trace this; in torch 2.6 it cannot trace generator-based context managers
 
 
 def _limits(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None]:
-    """The CUDA C++ kernels know the plain losses alone."""
+    """The CUDA C++ kernels support only the plain losses."""
     used = ", ".join(name for name, value in options.items() if value is not None)
-    return {"native": f"no CUDA C++ kernel knows {used}" if queries.is_cuda else None}
+    return {"native": f"no CUDA C++ kernel supports {used}" if queries.is_cuda else None}

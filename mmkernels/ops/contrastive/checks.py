@@ -1,4 +1,4 @@
-"""What a user may get wrong in a call of a contrastive loss, said by the argument's name."""
+"""Argument checks of the contrastive losses; errors name the argument."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ def _like_queries(name: str, letter: str, value: Any, queries: Tensor) -> None:
 
 
 def scalar(name: str, value: Any, queries: Tensor) -> Tensor:
-    """A number or a tensor of one element, whatever its shape, as a [] tensor in the type of the statistics;
-    differentiable."""
+    """A number or one-element tensor as a [] tensor in the statistics' dtype; differentiable."""
     expected = "a number or a floating-point tensor of one element"
     dtype = statistics_dtype(queries.dtype)
     if not isinstance(value, Tensor):
@@ -66,12 +65,12 @@ def _fraction(name: str, value: Any) -> float:
 
 
 def smoothing(value: Any) -> float:
-    """A label_smoothing as F.cross_entropy takes it."""
+    """label_smoothing as in F.cross_entropy."""
     return _fraction("label_smoothing", value)
 
 
 def _integers(name: str, value: Any, letter: str, count: int, queries: Tensor) -> Tensor:
-    expected = f"[{count}] int64 or int32, one for each {'query' if letter == 'N' else 'key'}"
+    expected = f"[{count}] int64 or int32, one per {'query' if letter == 'N' else 'key'}"
     expect_tensor(name, value, expected, ndim=1, dtypes=(torch.int64, torch.int32), like=queries)
     if value.shape[0] != count:
         wrong_value(name, expected, value)
@@ -89,34 +88,34 @@ def pairs_of(
     both_ways: bool,
     each_has_one: bool = True,
 ) -> Pairs:
-    """The positives' rule, checked.
+    """Check the arguments that define positives.
 
     Args:
         queries, keys: checked features.
-        targets, query_ids, key_ids, same_id: as the user gave them.
-        both_ways: every key needs a positive query too.
-        each_has_one: a query without a positive is a mistake.
+        targets, query_ids, key_ids, same_id: as passed by the user.
+        both_ways: every key also needs a positive query.
+        each_has_one: a query without a positive is an error.
     """
     n, m = queries.shape[0], keys.shape[0]
     if same_id not in ("positive", "ignore"):
         wrong_value("same_id", "'positive' or 'ignore'", same_id)
     if key_ids is not None and query_ids is None:
-        wrong_value("query_ids", "the ids of the queries beside key_ids", None)
+        wrong_value("query_ids", "query ids, required with key_ids", None)
     if query_ids is not None:
         query_ids = _integers("query_ids", query_ids, "N", n, queries)
         if key_ids is None and n != m:
-            wrong_value("key_ids", f"[{m}] int64 or int32: there are not as many keys as queries", None)
+            wrong_value("key_ids", f"[{m}] int64 or int32, since the number of keys differs from queries", None)
         key_ids = query_ids if key_ids is None else _integers("key_ids", key_ids, "M", m, queries)
         if same_id == "positive":
             if targets is not None:
                 raise ValueError(
-                    "targets: expected None beside query_ids, whose positives are the keys of the same id "
-                    f"(same_id='ignore' takes both), got {describe(targets)}"
+                    "targets: expected None with query_ids, whose positives are the keys of the same id "
+                    f"(same_id='ignore' accepts both), got {describe(targets)}"
                 )
             if each_has_one:
                 _ids_meet("query_ids", query_ids, key_ids, "key_ids")
                 if both_ways and key_ids is not query_ids:
-                    _ids_meet("key_ids", key_ids, query_ids, "query_ids (symmetric=False needs no query for each)")
+                    _ids_meet("key_ids", key_ids, query_ids, "query_ids (or symmetric=False)")
             return Pairs(None, query_ids, key_ids, same_id)
     elif same_id == "ignore":
         wrong_value("query_ids", "[N] ids, required when same_id='ignore'", None)
@@ -130,20 +129,20 @@ def _ids_meet(name: str, ids: Tensor, others: Tensor, of: str) -> None:
 def _targets(targets: Any, queries: Tensor, keys: Tensor, both_ways: bool) -> Tensor:
     n, m = queries.shape[0], keys.shape[0]
     if both_ways and n != m:
-        expected = f"[{n}, E], one for each query (symmetric=False or ids take another number)"
+        expected = f"[{n}, E], one per query (another number needs symmetric=False or ids)"
         wrong_value("keys", expected, keys)
     if targets is None:
         if n > m:
-            wrong_value("keys", f"at least [{n}, E]: query i belongs to key i unless targets say otherwise", keys)
+            wrong_value("keys", f"at least [{n}, E]: without targets, query i pairs with key i", keys)
         return torch.arange(n, device=queries.device)
     targets = _integers("targets", targets, "N", n, queries)
     expect_true((targets >= 0) & (targets < m), f"targets: expected indices of keys, 0 to {m - 1}", targets)
     if both_ways:
-        # Each key is a target once; others would have no query.
+        # Each key is a target exactly once; otherwise some key would have no query.
         met = torch.zeros(m, dtype=torch.bool, device=queries.device).index_fill(
             0, targets.clamp(0, max(m - 1, 0)), True
         )
-        expect_true(met, "targets: expected each key once (symmetric=False takes any)", targets)
+        expect_true(met, "targets: expected each key once (or symmetric=False)", targets)
     return targets
 
 
@@ -155,22 +154,22 @@ def negatives_of(negatives: Any, queries: Tensor) -> Tensor | None:
 
 
 def weights_of(weights: Any, queries: Tensor, keys: Tensor, symmetric: bool, *, some: bool = True) -> Tensor | None:
-    """[N], none negative; if `some`, not all zero."""
+    """[N], non-negative; if `some`, not all zero."""
     if weights is None:
         return None
     n, m = queries.shape[0], keys.shape[0]
-    expected = f"[{n}] floating point, one for each query"
+    expected = f"[{n}] floating point, one per query"
     expect_tensor("weights", weights, expected, ndim=1, like=queries)
     if weights.shape[0] != n:
         wrong_value("weights", expected, weights)
     if weights.requires_grad:
-        wrong_value("weights", "a tensor that needs no gradient", weights)
+        wrong_value("weights", "a tensor that requires no gradient", weights)
     if symmetric and n != m:
-        wrong_value("weights", f"None where {m} keys have no weights of their own (or symmetric=False)", weights)
+        wrong_value("weights", f"None, because the {m} keys have no weights (or symmetric=False)", weights)
     if n > 0:
         valid = (weights >= 0) & (weights < math.inf)
         valid = valid & (weights.sum() > 0) if some else valid
-        expect_true(valid, "weights: expected finite numbers, none negative" + ", not all zero" * some, weights)
+        expect_true(valid, "weights: expected finite non-negative numbers" + ", not all zero" * some, weights)
     return weights
 
 
@@ -191,7 +190,7 @@ def teacher_of(teacher: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Ten
 
 
 def number_of_keys(k: Any, keys: Tensor) -> int:
-    """How many keys to return."""
+    """k, the number of keys to return, checked."""
     number = integer("k", k, "an integer")
     if not 1 <= number <= keys.shape[0]:
         wrong_value("k", f"1 to {keys.shape[0]}, the number of keys", k)

@@ -1,7 +1,6 @@
-"""The oracle a few rows at a time: what no kernel serves (float64 on a GPU), in memory that grows with N + M.
+"""The reference a few rows at a time, for calls no kernel supports (float64 on a GPU), in O(N + M) memory.
 
-Statistics of rows stand as they are; those of columns are merged. Chunks depend on sizes
-alone, so the bits do not change from run to run.
+Row statistics are concatenated, column statistics merged. Chunks depend only on sizes, so results are reproducible.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from mmkernels.ops.contrastive.types import STATISTICS, Need, Pairs, Teacher, me
 
 __all__ = ["sigmoid_bwd", "sigmoid_fwd", "softmax_bwd", "softmax_fwd"]
 
-LOGITS = 2**24  # of a chunk: 64 MiB of float32
+LOGITS = 2**24  # per chunk: 64 MiB of float32
 
 
 def _chunks(queries: Tensor, keys: Tensor) -> Iterator[slice]:
-    """Of the rows; one chunk at least."""
+    """Chunks of the rows, at least one."""
     n, rows = queries.shape[0], max(1, LOGITS // max(keys.shape[0], 1))
     for start in range(0, max(n, 1), rows):
         yield slice(start, start + rows)
@@ -62,7 +61,7 @@ def softmax_fwd(
 
 
 def _gradients(queries: Tensor, keys: Tensor, need: Need, chunk: Any) -> tuple[Tensor, Tensor]:
-    """Rows of dqueries one chunk after the other; dkeys summed over them in the type of the statistics."""
+    """dqueries chunk by chunk; dkeys summed over the chunks in the statistics' dtype."""
     dqueries = queries.new_empty(queries.shape[0] if need.need_queries else 0, queries.shape[1])
     dkeys = keys.new_zeros(keys.shape[0] if need.need_keys else 0, keys.shape[1], dtype=statistics_dtype(keys.dtype))
     for rows in _chunks(queries, keys):

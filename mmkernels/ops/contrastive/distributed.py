@@ -1,19 +1,19 @@
-"""The statistics of the logits when queries and keys are spread over the ranks of a process group.
+"""Statistics of logits whose queries and keys are distributed over the ranks of a process group.
 
-A rank owns its queries (rows of the logits) and its keys (columns). It computes its rows against all keys, which come
-to it at once ("all_gather") or block by block ("ring"). What that says about the columns of other ranks goes to their
-owners, where the parts are merged: logarithms of sums by logsumexp, means by their weights, sums by addition. All of it
-is exact. Backward does the same with the gradient of the keys.
+A rank owns its queries (rows of the logits) and its keys (columns). It computes its rows against all keys, which arrive
+at once ("all_gather") or block by block ("ring"). The resulting partial statistics of other ranks' columns go to their
+owners and are merged exactly: lse by logsumexp, means by weighted mean, sums by addition. Backward does the same with
+the gradient of the keys.
 
-A gradient here is the one of the sum over the ranks of what they go on to compute: `infonce` and `siglip` make each
-rank's share W times as large, which a mean over the ranks, as DDP takes it, undoes.
+Gradients here are of the sum over the ranks of their results. `infonce` and `siglip` scale each rank's share by W,
+which DDP's mean over the ranks undoes.
 
-With N keys in all, in features of b bytes, a rank receives
+With N keys in total and b bytes per element, a rank receives
 
     all_gather   b·N·E for the keys, b·N·E for their gradient, one part from each rank, added in float32
     ring         2b·N·E for the keys, once in each direction, 4·N·E for their gradient, which travels in float32
 
-times (W-1)/W, and O(N) statistics. Memory beyond the rank's own rows is O(N·E), and in the ring O(N/W·E). A teacher's
+times (W-1)/W, and O(N) statistics. Memory beyond the rank's own rows is O(N·E), with the ring O(N/W·E). A teacher's
 keys travel with the keys and have no gradient.
 """
 
@@ -57,8 +57,8 @@ def softmax_fwd(
     columns: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`op.softmax_fwd` of the whole batch: statistics of this rank's rows [7, N] over all keys, of its columns [7, M]
-    over all queries. Targets count this rank's keys; the teacher's lse are those of the whole batch."""
+    """`op.softmax_fwd` of the global batch: statistics of this rank's rows [7, N] over all keys and of its columns [7,
+    M] over all queries. Targets index this rank's keys; the teacher's lse are global."""
     return _Softmax.apply(ranks, queries, keys, logit_scale, pairs, teacher, totals, columns, backend)
 
 
@@ -71,28 +71,28 @@ def sigmoid_fwd(
     pairs: Pairs,
     backend: str,
 ) -> Tensor:
-    """`op.sigmoid_fwd` of this rank's rows and all keys: [3] float64, of which the first is differentiable."""
+    """`op.sigmoid_fwd` of this rank's rows and all keys: [3] float64; the first is differentiable."""
     return _Sigmoid.apply(ranks, queries, keys, logit_scale, logit_bias, pairs, backend)
 
 
 def total_over_ranks(ranks: Ranks, share: Tensor) -> Tensor:
-    """The sum over the ranks of each one's share; backward multiplies by W, for a mean of gradients to come."""
+    """Sum of the ranks' shares; backward multiplies by W, because gradients will be averaged over the ranks."""
     return _TotalOverRanks.apply(ranks, share)
 
 
 def same_on_all_ranks(ranks: Ranks, scalar: Tensor) -> Tensor:
-    """A scalar that all ranks share; its gradient is averaged over them at once, so that every rank has the whole."""
+    """A scalar shared by all ranks; backward averages its gradient over them, so every rank has the full one."""
     return _SameOnAllRanks.apply(ranks, scalar) if scalar.requires_grad and ranks.world > 1 else scalar
 
 
 def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward without a derivative, said when a graph of it is asked for: later the missing term is not seen."""
+    """Raise for create_graph=True in a backward without a derivative; otherwise the missing term would go unnoticed."""
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "infonce, siglip: with a group there is no double backward (create_graph=True); it needs group=None"
+                "infonce, siglip: double backward (create_graph=True) is not supported with a group"
             )
         return backward(ctx, *grads)
 
@@ -123,18 +123,18 @@ class _SameOnAllRanks(torch.autograd.Function):
         return None, ctx.ranks.summed(grad) / ctx.ranks.world
 
 
-# A visit: this rank's queries meet some keys, of one owner or of all.
+# A visit: this rank's queries against the keys of one owner, or of all.
 
 
 @dataclass(frozen=True)
 class _Visit:
-    """The keys that are here, and what the call knows about them.
+    """The local copy of some keys and their metadata.
 
     Attributes:
         keys: [m, E].
-        pairs: with targets and ids of these keys.
-        teacher: with its keys that are here.
-        columns: what else travels with each key [m, C]; None in a forward.
+        pairs: targets and ids for these keys.
+        teacher: with the matching teacher keys.
+        columns: other data that travels with each key [m, C]; None in a forward.
     """
 
     keys: Tensor
@@ -143,13 +143,13 @@ class _Visit:
     columns: Tensor | None
 
 
-# What comes to the other ranks' queries: keys, their ids, the teacher's keys and their lse.
+# What other ranks' queries receive: keys, their ids, the teacher's keys and their lse.
 _OfKeys = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One rank's part in a call, and how keys come to it."""
+    """One rank's part in a call, and its key exchange."""
 
     ranks: Ranks
     queries: Tensor
@@ -172,7 +172,7 @@ class _Side:
         return _Visit(keys, self.pairs._replace(targets=targets, key_ids=key_ids), teacher, columns)
 
     def gathered(self) -> tuple[Tensor | None, ...]:
-        """What comes with each key, of all keys."""
+        """All ranks' keys with what travels with them."""
         return tuple(None if x is None else self.ranks.gathered(x, self.ranks.keys) for x in self._of_keys())
 
     def all_at_once(self, of_all_keys: Sequence[Tensor | None], columns: Tensor | None = None) -> _Visit:
@@ -182,7 +182,7 @@ class _Side:
     def around(
         self, compute: Callable[[_Visit], Tensor], combine: Callable[[Tensor, Tensor], Tensor], columns: Tensor | None
     ) -> Tensor:
-        """`compute` on each rank's keys in turn; what the ranks made of this one's, combined."""
+        """Run `compute` on each rank's keys in turn; returns all ranks' results for this rank's keys, combined."""
         mine = self.pairs.targets
         elsewhere = None if mine is None else torch.full_like(mine, -1)
         travelling = [*self._of_keys(), columns]
@@ -201,7 +201,7 @@ class _Side:
         columns: Tensor | None,
         need: Need,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """dqueries, dkeys of this rank, from those of each visit; sums are in the type of the statistics."""
+        """This rank's dqueries and dkeys, summed over visits in the statistics' dtype."""
         if not any(need):
             return None, None
         wide = statistics_dtype(self.queries.dtype)
@@ -226,7 +226,7 @@ class _Side:
 
 
 def _save(ctx: Any, *values: Any) -> None:
-    """For backward: nested tuples of tensors and of anything else."""
+    """Save nested tuples of tensors and other values for backward."""
     tensors: list[Tensor] = []
     ctx.values = without_tensors(values, tensors)
     ctx.save_for_backward(*tensors)
@@ -253,7 +253,7 @@ class _Softmax(torch.autograd.Function):
         side = _Side(ranks, queries, keys, pairs, teacher)
         of_rows = nothing_seen(queries)
 
-        def statistics(here: _Visit) -> Tensor:  # of the columns, as they travel: [m, 7], or [m, 0]
+        def statistics(here: _Visit) -> Tensor:  # column statistics, one row per key for transport: [m, 7], or [m, 0]
             nonlocal of_rows
             of_columns = nothing_seen(here.keys)
             if len(queries) and len(here.keys):
@@ -353,5 +353,5 @@ def _first(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _merged_lines(a: Tensor, b: Tensor) -> Tensor:
-    """Statistics [m, 7], a line for each key, as they travel."""
+    """Merge statistics in transport layout [m, 7], one row per key."""
     return merged(a.T, b.T).T.contiguous()

@@ -1,5 +1,5 @@
-"""How rows move between the ranks of a process group. Every rank calls the same functions in the same order; what a
-rank holds may be any number of rows, none too. All is moved as bytes, whatever the dtype.
+"""Row exchange between the ranks of a process group. Every rank calls the same functions in the same order. A rank may
+hold any number of rows, including 0. Data moves as bytes, whatever the dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmkernels.ops.checks import wrong_type, wrong_value
 
 __all__ = ["Ranks", "agree", "check_group", "refused"]
 
-# From so many local keys on, computing on a block takes longer than sending it over 50 GB/s.
+# With this many local keys or more, computing on a block takes longer than sending it at 50 GB/s.
 RING_FROM = 12288
 
 
@@ -28,8 +28,8 @@ class Ranks:
 
     Attributes:
         group: the process group.
-        rank: this one.
-        queries, keys, negatives: rows of each rank.
+        rank: this rank.
+        queries, keys, negatives: row counts of every rank.
         exchange: "auto", "all_gather" or "ring".
     """
 
@@ -42,11 +42,11 @@ class Ranks:
 
     @property
     def ring(self) -> bool:
-        """Whether keys move block by block, or all at once."""
+        """Whether keys move block by block rather than all at once."""
         return self.exchange == "ring" or (self.exchange == "auto" and max(self.keys) >= RING_FROM)
 
     def with_negatives(self) -> Ranks:
-        """The same ranks, whose keys are the negatives."""
+        """The same ranks with the negatives as keys."""
         return replace(self, keys=self.negatives)
 
     @property
@@ -59,7 +59,7 @@ class Ranks:
         return sum(self.keys[: self.rank])
 
     def gathered(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """[sum(counts), ...]: every rank's rows. Ranks with fewer rows than others send as many, padded."""
+        """[sum(counts), ...]: every rank's rows. Ranks with fewer rows pad to the largest count."""
         longest = max(counts)
         if self.world == 1 or longest == 0:
             return rows
@@ -73,7 +73,7 @@ class Ranks:
         return torch.cat([part[:n] for part, n in zip(everything.split(longest), counts, strict=True)])
 
     def scattered(self, rows: Tensor) -> list[Tensor]:
-        """From [all keys, ...], the part about each rank's keys, to that rank: what every rank has about this one's."""
+        """Send each rank its keys' part of [all keys, ...]; returns every rank's part for this rank's keys."""
         if self.world == 1 or len(rows) == 0:
             return [rows] * self.world
         mine = self.keys[self.rank]
@@ -94,16 +94,15 @@ class Ranks:
         compute: Callable[[int, list[Tensor]], Tensor],
         combine: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Every rank's block visits every rank; what they make of it is combined on the way and comes home.
+        """Pass every rank's block around the ring; results are combined on the way and return to the block's owner.
 
-        The next block arrives and the last result leaves while this one is computed on. Each rank takes as many steps
-        as there are ranks. At most two blocks and two results of other ranks are here at a time.
+        Receiving the next block and sending the last result overlap with the computation. Every rank takes W steps and
+        holds at most two blocks and two results of other ranks.
 
         Args:
             block: this rank's tensors [keys, ...].
-            compute: (owner, block) -> what this rank makes of it, [rows or more, ...], a shape that depends on the
-                owner's number of keys alone.
-            combine: of two such results.
+            compute: (owner, block) -> this rank's result for the owner's keys, [keys, ...].
+            combine: merges two results.
         """
         block = [x.contiguous() for x in block]
         coming = self._pass_on(block, self.rank - 1, 0)
@@ -123,7 +122,7 @@ class Ranks:
         return combine(mine, self._pass_on([result], self.rank, len(block)).wait()[0])
 
     def _pass_on(self, tensors: Sequence[Tensor], owner: int, tag: int) -> _Passing:
-        """To the next rank; from the one before, the same about `owner`'s keys. Rows are in the last or first place."""
+        """Send to the next rank and receive from the previous one the same tensors for `owner`'s keys, [keys, ...]."""
         if self.world == 1:
             return _Passing([], [], [])
         rows = self.keys[owner % self.world]
@@ -141,7 +140,7 @@ class Ranks:
         return _Passing(works, received, list(tensors))
 
     def summed(self, value: Tensor) -> Tensor:
-        """The sum over the ranks."""
+        """Sum over the ranks."""
         if self.world == 1:
             return value
         total = value.clone()
@@ -151,7 +150,7 @@ class Ranks:
 
 @dataclass
 class _Passing:
-    """Tensors on their way; those that leave are held until they have left."""
+    """Tensors in flight; sent tensors are kept alive until sent."""
 
     works: list[Any]
     received: list[Tensor]
@@ -171,16 +170,16 @@ def _bytes(x: Tensor) -> Tensor:
 def agree(
     group: Any, queries: Tensor, keys: Tensor, negatives: Tensor | None, exchange: str, same: Mapping[str, Any]
 ) -> Ranks:
-    """Tell the others what this rank has, and check that the call is the same everywhere.
+    """Exchange row counts and check that all ranks make the same call.
 
     Args:
         group: the process group.
         queries, keys, negatives: [N, E], [M, E], [K, E] of this rank.
         exchange: "auto", "all_gather" or "ring".
-        same: what must be equal on every rank, by name: bools, numbers, strings.
+        same: values that must be equal on every rank, by name: bools, numbers, strings.
 
     Raises:
-        ValueError: on every rank, with the name of what differs.
+        ValueError: on every rank, naming what differs.
     """
     width, dtype = queries.shape[1], str(queries.dtype).removeprefix("torch.")
     common = {"queries: width": width, "queries: dtype": dtype, "exchange": exchange, **same}
@@ -199,16 +198,16 @@ def agree(
 
 
 def refused(group: Any, device: torch.device | None) -> None:
-    """This rank will raise: the others, who wait in `agree`, must know. Without a device, one that the group serves."""
+    """This rank will raise; tell the others, which wait in `agree`. device None: one that the group supports."""
     if device is None or (device.type != "cuda" and dist.get_backend(group) == "nccl"):
         device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     _table(group, [1], device)
 
 
 def check_group(group: Any, exchange: Any) -> None:
-    """Raise TypeError or ValueError for a group that this rank cannot talk to, or an unknown exchange."""
+    """Raise TypeError or ValueError for a group this rank cannot use, or an unknown exchange."""
     if not dist.is_available() or not dist.is_initialized():
-        wrong_value("group", "None, or a group of an initialised torch.distributed (init_process_group)", group)
+        wrong_value("group", "None, or a process group (call init_process_group first)", group)
     if not isinstance(group, dist.ProcessGroup):
         wrong_type("group", "None, or a process group of torch.distributed that this rank is a member of", group)
     if exchange not in ("auto", "all_gather", "ring"):
@@ -219,7 +218,7 @@ _FIELDS = 24
 
 
 def _table(group: Any, numbers: list[int], device: torch.device) -> list[list[int]]:
-    """Everybody's numbers, a line for each rank."""
+    """All ranks' numbers, one row per rank."""
     assert len(numbers) <= _FIELDS
     mine = torch.tensor(numbers + [0] * (_FIELDS - len(numbers)), dtype=torch.int64, device=device)
     everybody = mine.new_empty(group.size() * _FIELDS)
@@ -233,7 +232,7 @@ def _all_gather(out: Tensor, mine: Tensor, group: Any) -> None:
 
 
 def _code(value: Any) -> int:
-    """A number that is equal for equal values, and for others almost surely not."""
+    """A hash that is equal for equal values and almost surely different otherwise."""
     if isinstance(value, float):
         return int(struct.unpack("<q", struct.pack("<d", value))[0])
     if isinstance(value, int):

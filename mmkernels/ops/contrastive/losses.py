@@ -1,8 +1,9 @@
-"""The losses from the statistics of rows and columns: all that is O(N + M), in float64 and plain PyTorch.
+"""The losses computed from row and column statistics: everything O(N + M), in float64 PyTorch.
 
-A row's loss is cross entropy, lse - scale · (mean similarity of its target distribution), and the target distribution
-enters only through sums that the statistics have: of positives, of all keys seen, and under a teacher's softmax. It is
-the same whether one process has the rows or the ranks of a group do: what differs is in over.py and over_ranks.py.
+A row's loss is the cross entropy, lse - scale · (mean similarity under its target distribution). The target
+distribution enters only through sums that the statistics contain: over positives, over all keys seen, and under a
+teacher's softmax. The code is the same for one process and for a process group; over.py and over_ranks.py hold the
+difference.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = ["Over", "infonce_loss", "siglip_loss"]
 Over = Local | OverRanks
 
 
-# Of each row, or column: how many of its pairs are positive, and how many it sees
+# Per row or column: the number of positive pairs and of pairs seen
 
 
 class _Counts(NamedTuple):
@@ -63,14 +64,14 @@ def _counts_of_columns(pairs: Pairs, over: Over) -> _Counts:
 
 
 def _occurrences(ids: Tensor, among: Tensor) -> Tensor:
-    """How often each id occurs among others."""
+    """How often each id occurs in `among`."""
     ordered = among.sort().values
     last, first = (torch.searchsorted(ordered, ids.contiguous(), right=right) for right in (True, False))
     return last - first
 
 
 def _targets_alike(pairs: Pairs) -> Tensor:
-    """[N]: 1 where the target has its query's id, and so counts among those of that id."""
+    """[N]: 1 if the target has its query's id, so that it is counted among the keys of that id."""
     assert pairs.targets is not None and pairs.query_ids is not None and pairs.key_ids is not None
     return (pairs.key_ids[pairs.targets] == pairs.query_ids).long()
 
@@ -79,7 +80,7 @@ def _targets_alike(pairs: Pairs) -> Tensor:
 
 
 def _losses(line: Tensor, lse: Tensor, counts: _Counts, scale: Tensor, targets: Targets) -> Tensor:
-    """Of each row or column, from its statistics; lse counts the negatives too."""
+    """The loss per row or column, from its statistics; lse includes `negatives`."""
     similarity = line[POSITIVE] / counts.positives
     if targets.label_smoothing > 0:
         similarity = similarity.lerp(line[TOTAL] / counts.seen, targets.label_smoothing)
@@ -91,7 +92,7 @@ def _losses(line: Tensor, lse: Tensor, counts: _Counts, scale: Tensor, targets: 
 def _teacher_of(
     targets: Targets, logit_scale: Tensor, pairs: Pairs, columns: bool, over: Over, backend: str
 ) -> Teacher | None:
-    """With its lse, from a pass over its own logits."""
+    """The teacher with its lse, from a pass over the teacher's logits."""
     if targets.teacher is None:
         return None
     queries, keys = targets.teacher[0].detach(), targets.teacher[1].detach()
@@ -113,9 +114,9 @@ def infonce_loss(
     over: Over,
     backend: str,
 ) -> tuple[Tensor, ContrastiveStats | None]:
-    """The loss of all rows, [] in the type of the statistics, and what it saw. Arguments are checked.
+    """The loss of all rows, [] in the statistics' dtype, and its statistics. Arguments are already checked.
 
-    Targets count the keys that are here; ids meet those of all ranks; negatives are those of all ranks.
+    Targets index local keys; ids match across all ranks; negatives are those of all ranks.
     """
     totals, columns = targets.label_smoothing > 0 or return_stats, symmetric or return_stats
     directions = [_counts_of_rows(pairs, over)]
@@ -141,7 +142,7 @@ def infonce_loss(
 
 
 def _weights_of_directions(weights: Tensor, pairs: Pairs, symmetric: bool) -> list[Tensor]:
-    """A key has the weight of the query whose target it is, else of that at its place."""
+    """A key has the weight of the query whose target it is; without targets, of the query at its index."""
     if not symmetric:
         return [weights]
     if pairs.targets is None:
@@ -162,8 +163,8 @@ def siglip_loss(
     over: Over,
     backend: str,
 ) -> tuple[Tensor, ContrastiveStats | None]:
-    """The mean over all rows, [] in the type of the statistics, and what a softmax of the same logits sees, from a pass
-    of its own. Arguments are checked; ids meet those of all ranks."""
+    """The mean over all rows, [] in the statistics' dtype, and the softmax statistics of the same logits, from a
+    separate pass. Arguments are already checked; ids match across all ranks."""
     scale, bias, dtype = over.shared(logit_scale), over.shared(logit_bias), statistics_dtype(queries.dtype)
     sums = over.sigmoid(queries, keys, scale, bias, pairs, backend)
     loss = (over.total(sums[0]) / max(sum(over.queries), 1)).to(dtype)
@@ -181,10 +182,10 @@ def siglip_loss(
 
 
 def _stats_sums(of_rows: Tensor, of_columns: Tensor, extra: Tensor | None, scale: Tensor, counts: _Counts) -> Tensor:
-    """[5, 2] float64: what the means of `ContrastiveStats` are made of, summed over rows and columns.
+    """[5, 2] float64: the sums behind the means of `ContrastiveStats`, over rows and columns.
 
-    Of rows and columns: their number, entropies, and how often the best positive is on top; then sums over the pairs
-    of rows: positive similarities and all, and their numbers.
+    Of rows and columns: count, entropies, and how often the best positive ranks first. Then over the pairs of rows:
+    sums of positive and of all similarities, and their counts.
     """
     lse_q, mean, top = of_rows[LSE], of_rows[MEAN], of_rows[TOP]
     if extra is not None:
@@ -203,7 +204,7 @@ def _stats_sums(of_rows: Tensor, of_columns: Tensor, extra: Tensor | None, scale
 
 
 def _stats_of(lse_q: Tensor, lse_k: Tensor, sums: Tensor, symmetric: bool, dtype: torch.dtype) -> ContrastiveStats:
-    """From the lse of rows and columns and `_stats_sums`."""
+    """ContrastiveStats from the lse of rows and columns and `_stats_sums`."""
     size, entropies, hits, (positive, total), (count, seen) = sums.unbind()
     entropy, accuracy = entropies / size, hits / size
     stats = (

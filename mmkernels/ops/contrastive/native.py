@@ -26,7 +26,7 @@ __all__ = [
 
 
 def _positives(pairs: Pairs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Targets, and the ids counted up from 0, in the 32 bits that a kernel compares with a similarity's."""
+    """Targets, and ids renumbered from 0 so that they fit the kernels' 32-bit ids."""
     targets = None if pairs.targets is None else pairs.targets.contiguous()
     query_ids, key_ids = pairs.query_ids, pairs.key_ids
     if query_ids is None or key_ids is None:
@@ -37,7 +37,7 @@ def _positives(pairs: Pairs) -> tuple[Tensor | None, Tensor | None, Tensor | Non
 
 
 def _of_teacher(teacher: Teacher | None) -> tuple[Tensor | None, ...]:
-    """As the launchers take one: its features and its lse."""
+    """Launcher arguments of a teacher: its features and its lse."""
     if teacher is None:
         return None, None, None, None
     queries, keys, lse_q, lse_k = teacher
@@ -53,14 +53,14 @@ def _scalars(queries: Tensor, count: int) -> list[Tensor]:
 
 
 def _room(queries: Tensor, keys: Tensor, need: Need) -> list[Tensor | None]:
-    """For the gradients that will be written: on CUDA both, whoever asked."""
+    """Outputs for the gradients; CUDA kernels always write both."""
     return [
         x.new_empty(x.shape) if wanted or x.is_cuda else None for x, wanted in zip((queries, keys), need, strict=True)
     ]
 
 
 def _needed(gradients: list[Tensor | None], queries: Tensor, keys: Tensor, need: Need) -> tuple[Tensor, Tensor]:
-    """[0, E] for one that is not."""
+    """Return the gradients, [0, E] for one that is not needed."""
     dqueries, dkeys = (
         gradient if wanted and gradient is not None else x.new_empty(0, x.shape[1])
         for gradient, x, wanted in zip(gradients, (queries, keys), need, strict=True)
@@ -78,7 +78,7 @@ def _launch_cuda(launch: Callable[..., None], workspace_size: int, *arguments: T
     launch(*[view(x) for x in arguments], view(workspace), stream(workspace))
 
 
-# On CPU alone
+# CPU only
 
 
 def softmax_fwd(
@@ -163,7 +163,7 @@ def sample_negatives(
     seed: Tensor,
     pairs: Pairs,
 ) -> Tensor:
-    """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
+    """[N] int64: a negative drawn with its softmax probability among the negatives; -1 if there is none."""
     x, y = unit_stride(queries), unit_stride(keys)
     index = x.new_empty(x.shape[0], dtype=torch.int64)
     _launch_cpu(native.core.launch_contrastive_sample_fwd_cpu, x, y, logit_scale, seed, *_positives(pairs), index)
@@ -171,7 +171,7 @@ def sample_negatives(
 
 
 def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """values [N, k], indices [N, k] int64: the most similar keys first, of equal ones the lower index."""
+    """values [N, k], indices [N, k] int64: the most similar keys first, ties by lower index."""
     x, y = unit_stride(queries), unit_stride(keys)
     values = x.new_empty(x.shape[0], k, dtype=statistics_dtype(x.dtype))
     indices = x.new_empty(x.shape[0], k, dtype=torch.int64)
@@ -179,7 +179,7 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]
     return values, indices
 
 
-# The plain losses, on CPU and in CUDA C++
+# The plain losses, on CPU and CUDA
 
 
 def _sizes(queries: Tensor, keys: Tensor) -> tuple[int, int, int]:

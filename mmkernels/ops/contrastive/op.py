@@ -1,14 +1,14 @@
-"""The ops of statistics, which every loss is made of: schema, fake, what is saved, backward.
+"""The statistics ops that every loss is built from: schema, fake, saved tensors, backward.
 
     softmax_fwd/_bwd    statistics of rows and columns of the logits, and the gradient of any function of them: every
-                        InfoNCE there is, a part of a distributed one too
+                        InfoNCE variant, including one rank's part of a distributed one
     sigmoid_fwd/_bwd    the sum of all pairs' sigmoid losses
 
-The plain losses in one op each are in op_plain.py, retrieval is in op_search.py, second derivatives in op_second.py.
+Single-op plain losses are in op_plain.py, retrieval in op_search.py, second derivatives in op_second.py.
 
-Forwards also give the derivatives by the scalars (they come free from the statistics), which a backward op multiplies
-by what comes in; the feature gradients it makes by recomputing the logits. What goes from one to the other is the lse
-of every row and column, in float64: rounded to float32 it would put an error of half its last place into every softmax.
+Forwards also return the derivatives by the scalars, which are free given the statistics; a backward op multiplies them
+by the incoming gradient. It computes feature gradients by recomputing the logits. The lse of rows and columns is saved
+in float64: rounding it to float32 would put half an ulp of it into every softmax.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ __all__ = [
 ]
 
 
-# What all backward ops share
+# Shared by all backward ops
 
 
 def need_of(ctx: Context) -> Need:
-    """Which features want a gradient."""
+    """Which features require a gradient."""
     return Need("queries" in ctx.needs, "keys" in ctx.needs)
 
 
 def empty_gradients(queries: Tensor, keys: Tensor, need: Need) -> tuple[Tensor, Tensor]:
-    """Room for dqueries and dkeys: [0, E] where there is no need."""
+    """Empty dqueries and dkeys; [0, E] if not needed."""
     rows = queries.shape[0] if need.need_queries else 0, keys.shape[0] if need.need_keys else 0
     return queries.new_empty(rows[0], queries.shape[1]), keys.new_empty(rows[1], keys.shape[1])
 
@@ -67,12 +67,12 @@ def with_scalars(
     fake: Callable[..., tuple[Tensor, ...]],
     scalars: Callable[..., tuple[Tensor, ...]],
 ) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
-    """The implementations of a backward op, whose last arguments are the derivatives by the scalars and the need.
+    """Implementations of a backward op whose last arguments are the derivatives by the scalars, and the need.
 
     Args:
-        impls: the backends' functions for dqueries and dkeys, of all arguments but those derivatives.
-        fake: the op's, which gives the shapes where neither is needed: then no backend runs.
-        scalars: the gradients of the scalars, of those derivatives and the arguments before.
+        impls: the backends' functions for dqueries and dkeys; they take all arguments except those derivatives.
+        fake: the op's fake, which provides the outputs if neither is needed; then no backend runs.
+        scalars: computes the scalars' gradients from those derivatives and the preceding arguments.
     """
 
     def whole(features: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -87,7 +87,7 @@ def with_scalars(
 
 
 def expect_no_ignored(*args: Any) -> None:
-    """The check of an op that sees all pairs: it takes Pairs as the others do, but no rule that hides some."""
+    """Check of an op that sees all pairs: it takes Pairs but rejects same_id="ignore"."""
     (pairs,) = (arg for arg in args if isinstance(arg, Pairs))
     if pairs.same_id != "positive":
         raise ValueError(f"same_id: expected 'positive', got {pairs.same_id!r}")
@@ -99,7 +99,7 @@ def forward_flops(queries: Tensor, keys: Tensor, *_: Any) -> int:
 
 
 def backward_flops(queries: Tensor, keys: Tensor, need: Need) -> int:
-    """The logits again, and a product for each feature gradient that is needed."""
+    """The logits again, plus one product per feature gradient needed."""
     return (1 + sum(need)) * forward_flops(queries, keys) if any(need) else 0
 
 
@@ -107,8 +107,7 @@ def _teacher_flops(teacher: Teacher | None) -> int:
     return 0 if teacher is None else forward_flops(teacher.teacher_queries, teacher.teacher_keys)
 
 
-# Softmax statistics [7, N] of rows and [7, M] of columns, float64; types.py says what they are. columns=False leaves
-# the columns' out: [7, 0].
+# Softmax statistics [7, N] of rows and [7, M] of columns ([7, 0] if columns=False), float64; see types.py.
 
 
 def _softmax_fwd_fake(
@@ -143,7 +142,7 @@ def _softmax_bwd_fake(
 def _softmax_scale(
     means: Means | None, of_rows: Tensor, of_columns: Tensor, queries: Tensor, keys: Tensor, scale: Tensor, *_: Any
 ) -> tuple[Tensor]:
-    """An lse of nothing is constant; its mean is 0."""
+    """The lse of an empty row is constant; its mean is 0."""
     if means is None:
         return (scale.new_empty(0),)
     return (((of_rows[LSE] * means.mean_q).sum() + (of_columns[LSE] * means.mean_k).sum()).to(scale.dtype),)
@@ -196,7 +195,7 @@ def _softmax_jvp(
 
 
 def _all_statistics(tangents: Tensor, totals: bool) -> Tensor:
-    """Those that are not differentiable, and totals that were not asked for, are constant."""
+    """Pad with zeros: the other statistics, and totals that were not requested, are constant."""
     *others, teacher = tangents.split(1)
     zero = torch.zeros_like(teacher)
     others[TOTAL] = others[TOTAL] if totals else zero
@@ -224,7 +223,7 @@ softmax_fwd = Op(
 )
 
 
-# Sigmoid: [3] float64, the sum of all pairs' losses and its derivatives by scale and bias. The first is differentiable.
+# Sigmoid: [3] float64, the sum of all pairs' losses (differentiable) and its derivatives by scale and bias.
 
 
 def _sigmoid_fwd_fake(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs) -> Tensor:

@@ -1,7 +1,7 @@
-"""The plain losses, N pairs of query i and key i without options, in one op each: what the CUDA C++ kernels know.
+"""The plain losses, N pairs of query i and key i without options, in one op each, as the CUDA C++ kernels need.
 
-The first output is differentiable; the others are saved, among them last the derivatives by the scalars: what a forward
-saves is what the backward op takes.
+The first output is differentiable; the others are saved, the derivatives by the scalars last. A forward saves exactly
+the arguments of its backward op.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ops of retrieval; they have no gradient."""
+"""The retrieval ops; no gradients."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Second derivatives of the losses, which are forward mode too, as backward ops take them; second.py has the maths.
+"""Registration of the losses' second derivatives, which also implement forward mode; second.py has the maths.
 
-Each takes a tangent for every output of a backward op, then that op's arguments, whose incoming gradients may be None.
+Each takes a tangent per output of a backward op, then that op's arguments; incoming gradients may be None.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def _second(
     """Args:
     run: the function of second.py.
     grads, inputs: names of the backward op's first arguments.
-    fake: of the backward op's arguments after the grads, room for the tangents of what the forward returns.
-    products: of all pairs: for the tangents of what the forward returns, and for those of a gradient.
+    fake: of the backward op's arguments after the grads; allocates tangents of the forward's outputs.
+    products: N x M products for the tangents of the forward's outputs, and for those of a gradient.
     """
 
     def split(args: tuple[Any, ...]) -> tuple[Tensor | None, tuple[Any, ...]]:
-        """An incoming gradient, and what follows them all."""
+        """One of the incoming gradients, and the arguments after them."""
         return args[len(inputs)], args[len(inputs) + len(grads) :]
 
     def room(*args: Any) -> tuple[Tensor, ...]:
@@ -65,8 +65,8 @@ def _sum(queries: Tensor, *_: Any) -> tuple[Tensor]:
     return (queries.new_empty((), dtype=torch.float64),)
 
 
-# Similarities and their tangents are three products. A softmax forms them for its lse (without tangents), for the lse's
-# tangents and for a gradient, a sigmoid once for all; a gradient's tangents are four more.
+# Similarities and their tangents are three products. A softmax computes them for its lse (without tangents), for the
+# lse's tangents and for a gradient; a sigmoid once for all. A gradient's tangents are four more.
 softmax_second = _second(
     second.softmax_second, ("coefficients_q", "coefficients_k"), _SOFTMAX_INPUTS, _statistics, products=(1 + 3, 3 + 4)
 )

@@ -1,9 +1,8 @@
-"""Losses over the ranks of a process group: what the ranks must agree on, and what they merge.
+"""Losses over the ranks of a process group: what ranks must agree on and how they merge results.
 
-The loss is that of one process with all ranks' rows, and is the same number on every rank. Its gradient is made for a
-mean over the ranks, as DistributedDataParallel takes it: features get W times the exact gradient of the loss, so that
-the mean of what the ranks' encoders make of it is exact; scale and bias get the exact gradient on every rank, whether
-they belong to a wrapper or not.
+The loss is that of one process with all ranks' rows, and is the same on every rank. Gradients assume a mean over the
+ranks, as in DistributedDataParallel: features get W times the exact gradient of the loss, so that the mean of the
+encoders' gradients is exact. Scale and bias get the exact gradient on every rank, whether DDP wraps them or not.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ __all__ = ["OverRanks", "infonce_over_ranks", "refusing", "siglip_over_ranks"]
 
 @contextmanager
 def refusing(group: Any, exchange: Any, features: Any) -> Iterator[None]:
-    """Check arguments inside: an error is raised here, and said to the ranks that wait for this one."""
+    """Context for argument checks: re-raises an error after telling the ranks that wait for this one."""
     check_group(group, exchange)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError(
-            "group: expected None under torch.func and forward mode; collectives have no rule there"
+            "group: expected None under torch.func and forward mode, which collectives do not support"
         )
     try:
         yield
@@ -39,7 +38,7 @@ def refusing(group: Any, exchange: Any, features: Any) -> Iterator[None]:
 
 
 class OverRanks:
-    """A batch of which each rank of a group has some rows; over.Local says what each method does."""
+    """A batch distributed over the ranks of a group; over.Local documents the methods."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -82,7 +81,7 @@ class OverRanks:
         missing = int(self._ranks.summed((positives == 0).sum()))
         if missing:
             other = "key_ids" if name == "query_ids" else "query_ids"
-            raise ValueError(f"{name}: expected each to occur among the {other} of some rank, {missing} do not")
+            raise ValueError(f"{name}: expected each to occur among the {other} of some rank, but {missing} do not")
 
     def total(self, share: Tensor) -> Tensor:
         return distributed.total_over_ranks(self._ranks, share)
@@ -95,12 +94,12 @@ class OverRanks:
         return (self.total(torch.stack(sums)) / self._weight_of_all(weights[0])).mean()
 
     def _weight_of_all(self, weights: Tensor) -> Tensor:
-        """The sum over the ranks; 1 where no rank has rows."""
+        """The sum over the ranks; 1 if no rank has rows."""
         total = self.summed(weights.sum())
         if sum(self.queries) == 0:
             return torch.ones_like(total)
         if float(total) == 0:
-            raise ValueError("weights: expected one that is not zero on some rank, got zeros on all")
+            raise ValueError("weights: expected a nonzero weight on some rank, got zeros on all")
         return total
 
     def summed(self, sums: Tensor) -> Tensor:
@@ -120,10 +119,10 @@ def infonce_over_ranks(
     symmetric: bool,
     return_stats: bool,
 ) -> OverRanks:
-    """The ranks of a group, who agree on a call of infonce; its arguments are checked.
+    """Agree on an infonce call with the other ranks; arguments are already checked.
 
     Raises:
-        ValueError: on every rank, if ranks differ in what must be the same.
+        ValueError: on every rank, if ranks differ in a value that must be the same.
     """
     width, alpha = (None, None) if targets.teacher is None else (targets.teacher[0].shape[1], targets.teacher[2])
     same = {
@@ -170,4 +169,4 @@ def _given(x: Tensor | None) -> str:
 
 
 def _needs(x: Tensor) -> str:
-    return "needs a gradient" if x.requires_grad and torch.is_grad_enabled() else "needs no gradient"
+    return "requires a gradient" if x.requires_grad and torch.is_grad_enabled() else "requires no gradient"

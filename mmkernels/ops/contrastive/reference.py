@@ -1,6 +1,6 @@
-"""The contrastive oracle: plain PyTorch with the N x M logits in memory; float64-capable, no cleverness.
+"""Contrastive reference semantics: PyTorch with the N x M logits in memory, float64-capable.
 
-Features are converted up to the type of the statistics first: float32, or float64 when they are float64.
+Features are first converted to the statistics' dtype: float64 for float64, otherwise float32.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _feature_gradients(grad_similarity: Tensor, queries: Tensor, keys: Tensor, n
 
 
 def positive_and_seen(similarity: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Which pairs are positive, and which are seen at all: bool [N, M] each."""
+    """Which pairs are positive, and which are seen: bool [N, M] each."""
     targets, query_ids, key_ids, same_id = pairs
     n, m = similarity.shape
     positive = torch.zeros(n, m, dtype=torch.bool, device=similarity.device)
@@ -76,14 +76,14 @@ def positive_and_seen(similarity: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]
 
 
 def softmax_of_seen(logits: Tensor, lse: Tensor, seen: Tensor) -> Tensor:
-    """exp(logits - lse) of what is seen; 0 in a row that sees nothing."""
+    """exp(logits - lse) of pairs seen; 0 in a row that sees nothing."""
     return torch.where(seen & (lse != -torch.inf), (logits - lse).exp(), 0.0).to(logits.dtype)
 
 
 def _softmax_of_teacher(
     teacher: Teacher | None, logit_scale: Tensor, seen: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of its rows and of its columns: [N, M] each."""
+    """The teacher's softmax over rows and over columns: [N, M] each."""
     if teacher is None:
         return None, None
     queries, keys, lse_q, lse_k = teacher
@@ -100,7 +100,7 @@ def _highest(logits: Tensor, among: Tensor) -> Tensor:
 def _statistics(
     similarity: Tensor, logits: Tensor, positive: Tensor, seen: Tensor, totals: bool, teacher: Tensor | None
 ) -> Tensor:
-    """Of each row: [7, N] float64."""
+    """Statistics of each row: [7, N] float64."""
     lse = logits.double().masked_fill(~seen, -torch.inf).logsumexp(1)
     a = similarity.double()
     mean = (softmax_of_seen(logits, lse[:, None], seen).double() * a).sum(1)
@@ -216,7 +216,7 @@ def sigmoid_bwd(
     return _feature_gradients(grad * factor, queries, keys, need)
 
 
-# The plain losses: as many keys as queries, each query's positive its own key
+# The plain losses: N queries and N keys; the positive of query i is key i
 
 
 def own_pairs(queries: Tensor) -> Pairs:
@@ -278,14 +278,14 @@ def siglip_bwd(
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """An integer hash of 32 bits (in int64), whose every output bit depends on every input bit."""
+    """A 32-bit integer hash (in int64); every output bit depends on every input bit."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def _exponential(seed: Tensor, n: int, m: int) -> Tensor:
-    """Noise [N, M] float64: exponential variates from counters, one for each pair; the kernels draw the same."""
+    """Noise [N, M] float64: counter-based exponential variates, one per pair; the kernels draw the same."""
     rows = _mixed(torch.arange(n, device=seed.device) ^ seed[0])
     columns = torch.arange(m, device=seed.device)
     bits = _mixed(_mixed(columns[None] ^ rows[:, None]) ^ seed[1])
@@ -300,7 +300,7 @@ def sample_negatives(
     seed: Tensor,
     pairs: Pairs,
 ) -> Tensor:
-    """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
+    """[N] int64: a negative drawn with its softmax probability among the negatives; -1 if there is none."""
     similarity = _similarity(queries, keys)
     positive, _ = positive_and_seen(similarity, pairs)
     if pairs.query_ids is not None and pairs.targets is not None:
@@ -312,7 +312,7 @@ def sample_negatives(
 
 
 def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """values [N, k], indices [N, k] int64: the most similar keys first, of equal ones the lower index."""
+    """values [N, k], indices [N, k] int64: the most similar keys first, ties by lower index."""
     similarity = _similarity(queries, keys)
     similarity = similarity.masked_fill(similarity.isnan(), -torch.inf)
     values, indices = similarity.sort(dim=1, descending=True, stable=True)

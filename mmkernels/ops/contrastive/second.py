@@ -1,20 +1,21 @@
-"""Second derivatives and forward mode of the losses: plain PyTorch a few rows at a time, in O((N+M)·E) memory.
+"""Second derivatives and forward mode of the losses: PyTorch, a few rows at a time, in O((N+M)·E) memory.
 
 Along tangents dx, dy, ds of features and scale (and db of the bias), with a_ij = <x_i, y_j> and l_ij = s a_ij (+ b)::
 
     da_ij = <dx_i, y_j> + <x_i, dy_j>       dl_ij = ds a_ij + s da_ij (+ db)
 
-statistics move by `dlse_i = sum_j p_ij dl_ij` and by sums of da over the pairs that the others are sums of. What is
-made of statistics moves by `sum_ij A_ij dl_ij + B_ij da_ij`, A of softmaxes (or sigmoids), B constant; A moves by::
+the lse has the tangent `dlse_i = sum_j p_ij dl_ij`, and statistics that are sums of a have the same sums of da. A
+function of the statistics has the tangent `sum_ij A_ij dl_ij + B_ij da_ij`, with A made of softmaxes (or sigmoids) and
+B constant; the tangent of A is::
 
     dA_ij = c_i p_ij (dl_ij - dlse_i) + the same of columns
 
     tangent of dqueries   (s dA + ds A) y + (s A + B) dy        of dscale   sum_ij dA_ij a_ij + A_ij da_ij
     tangent of dkeys      the transpose                         of dbias    sum_ij dA_ij
 
-All of it is computed in the type of the statistics, and so is the lse, anew: a forward's, from products rounded
-otherwise, would put the roundings of a large logit into a probability near 1. Where no gradient comes in, the tangents
-of what would go out are empty.
+Everything is computed in the statistics' dtype. The lse is recomputed too: a forward's lse comes from differently
+rounded products, and the rounding error of a large logit would end up in a probability near 1. Tangents of gradients
+are empty if their incoming gradient is None.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from mmkernels.ops.contrastive.types import (
 
 __all__ = ["infonce_second", "siglip_second", "sigmoid_second", "softmax_second"]
 
-_PAIRS_A_CHUNK = 2**21  # of some ten matrices of such a chunk
+_PAIRS_A_CHUNK = 2**21  # a chunk holds about ten such matrices
 
 
 class _Tile(NamedTuple):
@@ -53,12 +54,12 @@ class _Tile(NamedTuple):
     moved: Tensor  # tangent of the similarity
     positive: Tensor
     seen: Tensor
-    teacher_q: Tensor | None  # its softmax of rows, and of columns
+    teacher_q: Tensor | None  # the teacher's softmax over rows, and over columns
     teacher_k: Tensor | None
 
 
 class _Call(NamedTuple):
-    """Features and scale with their tangents, in the type of the statistics, and the pairs' rule."""
+    """Features and scale with their tangents, in the statistics' dtype, and the pairs."""
 
     x: Tensor
     y: Tensor
@@ -81,7 +82,7 @@ class _Call(NamedTuple):
             yield _Tile(rows, similarity, moved, positive, seen, *self._softmax_of_teacher(rows, seen))
 
     def _softmax_of_teacher(self, rows: slice, seen: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of its rows and of its columns, constants."""
+        """The teacher's softmax over rows and over columns; constant."""
         if self.teacher is None:
             return None, None
         queries, keys, lse_q, lse_k = self.teacher
@@ -109,7 +110,7 @@ def _call(
 
 
 def _lse(call: _Call, columns: int) -> tuple[Tensor, Tensor]:
-    """Of rows and columns, float64 [N] and [M] (or [0])."""
+    """lse of rows and columns, float64 [N] and [M] (or [0])."""
     of_rows, of_columns = (call.x.new_full((n,), -torch.inf, dtype=torch.float64) for n in (len(call.x), columns))
     for tile in call.tiles(tangents=False):
         logits = (call.scale * tile.similarity).double().masked_fill(~tile.seen, -torch.inf)
@@ -157,7 +158,7 @@ class _Sums:
         self.bias = self.bias + moved.double().sum()
 
     def results(self, queries: Tensor, keys: Tensor, *scalars: Tensor) -> tuple[Tensor, ...]:
-        """As the inputs are typed; scalars: the scale, and the bias if there is one."""
+        """The sums in the inputs' dtypes; scalars: the scale, and the bias if there is one."""
         sums = zip((self.scale, self.bias), scalars, strict=False)
         return self.queries.to(queries.dtype), self.keys.to(keys.dtype), *(x.to(like.dtype) for x, like in sums)
 
@@ -173,7 +174,7 @@ def _softmax_tangents(
     coefficients: tuple[Tensor, Tensor],
     of_positive_logits: Tensor | None = None,
 ) -> _Sums:
-    """Of the gradient of `sum coefficients · statistics`, [4, N] and [4, M], and a multiple of the positive logits."""
+    """Tangents of the gradient of `sum coefficients · statistics`, [4, N] and [4, M], plus scaled positive logits."""
     wide = call.x.dtype
     sums = _Sums(call)
     for tile in call.tiles():

@@ -4,10 +4,11 @@ Given coefficients u, v, ... of rows and columns, `triton_gradients.py` runs on 
 
     G_ij = scale (u_i p_ij + v_j q_ij) + positive (..) + seen (..) + teacher (..)
 
-with p and q the softmax of rows and columns. A target's entry is formed in float64 by a kernel of its own: what a p
-close to 1 lacks is the gradient. EXTRAS as in the forward; 0 is the plain loss, whose G is p + q - 2 [j = target].
+with p and q the softmax over rows and columns. A separate kernel computes each target's entry in float64, because there
+the gradient is 1 - p with p close to 1. EXTRAS as in the forward; 0 is the plain loss, whose G is p + q - 2 [j =
+target].
 
-Together with the forward: four products for InfoNCE.
+With the forward: four products for InfoNCE.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ TARGETS_BLOCK = 128
 
 
 def softmax_gradient_tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
-    """Further terms of G need the room."""
+    """Tile of G; additional terms of G need registers."""
     full = dtype == torch.float32
     if extras > 1:
         return {"BLOCK_M": 32 if full else 64, "BLOCK_N": 64}
@@ -57,8 +58,8 @@ def softmax_gradient_tile(dtype: torch.dtype, major: int, extras: int) -> dict[s
 @triton.jit(do_not_specialize=["columns"])
 def _at_target_kernel(
     pair_ptr, target_ptr, lse_q_ptr, lse_k_ptr,  # [N] similarities, [N], [N], [M]
-    coefficient_q_ptr, coefficient_k_ptr, scale_ptr, unit_ptr,  # [4, N], [4, M], [], []; None, None: of EXTRAS 0
-    out_ptr,  # [N]: G of each row and its target, but for totals and teacher
+    coefficient_q_ptr, coefficient_k_ptr, scale_ptr, unit_ptr,  # [4, N], [4, M], [], []; coefficients None for EXTRAS 0
+    out_ptr,  # [N]: G of each row and its target, without totals and teacher
     n, m, columns, unit,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +91,7 @@ def softmax_of(b_a, line_ptr, count, mask, scale, AXIS: tl.constexpr):
 
 @triton.jit
 def weighted_softmax(b_a, line_ptr, weight_ptr, count, mask, scale, AXIS: tl.constexpr):
-    """The same times a weight of each row or column."""
+    """The same times a weight per row or column."""
     weight = tl.load(weight_ptr, mask=mask, other=0.0)
     return softmax_of(b_a, line_ptr, count, mask, scale, AXIS) * tl.expand_dims(weight, AXIS)
 
@@ -149,7 +150,7 @@ def _softmax_gradient_kernel(
 
 
 def _unit(coefficients: tuple[Tensor, Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What G is stored times, [] float32."""
+    """The factor G is stored with, [] float32."""
     if dtype != torch.float16:
         return scale.new_ones((), dtype=torch.float32)
     bound = torch.zeros((), dtype=torch.float64, device=scale.device)
@@ -162,7 +163,7 @@ def _unit(coefficients: tuple[Tensor, Tensor], scale: Tensor, dtype: torch.dtype
 
 
 class _Lines(NamedTuple):
-    """What the gradient kernel knows of rows and columns: lines_of each, and G at the targets [N]."""
+    """Per-row and per-column inputs of the gradient kernel: lines_of each, and G at the targets [N]."""
 
     at_target: Tensor
     rows: Tensor
@@ -241,7 +242,7 @@ def softmax_bwd(
         coefficients_q.contiguous(),
         coefficients_k.contiguous() if columns else lse_q.new_zeros(COEFFICIENTS, m),
     )
-    # Where there are no columns the kernel reads nothing of their lse.
+    # Without column statistics the kernel does not read the columns' lse.
     seen_lse = lse[0], lse[0] if lse[1] is None else lse[1]
     lines = _Lines(
         _at_target(x, y, of_pairs.target, seen_lse, coefficients, logit_scale, unit, columns),

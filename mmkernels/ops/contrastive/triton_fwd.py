@@ -1,6 +1,6 @@
 """Forward of the softmax losses: statistics of rows and columns in one pass.
 
-A program takes row tiles of X (BLOCK_M queries) one after the other, each against the tiles of its share of Y:
+A program iterates over row tiles of X (BLOCK_M queries) and, for each, over the tiles of its share of Y:
 
     S = X Yᵀ        [BLOCK_M, BLOCK_N] in registers, float32, over chunks of E; logits = scale · S
 
@@ -9,14 +9,14 @@ scale, so that ref is a maximum):
 
     sum = Σ e^(|scale| d)       dot = Σ e^(|scale| d) d        lse = |scale| ref + log sum,  mean of S = ref + dot / sum
 
-The difference is taken before the product: near the largest logit it is exact, and the mean does not cancel. Those of
-rows stay in registers until the row tile is done; those of columns the program merges into its own slice of a
-[groups, FIELDS, M] buffer. Programs share no slice, so there are no atomics and the bits do not depend on timing.
+The difference is taken before the multiplication by scale: near the largest logit it is exact, and the mean does not
+cancel. Row statistics stay in registers until the row tile is done; column statistics are merged into the program's own
+slice of a [groups, FIELDS, M] buffer. Programs share no slice, so there are no atomics and results are reproducible.
 
-`triton_merge.py` merges the slices in float64. There a row's target joins, which the tiles leave out of these sums:
-when it has nearly all of the mass, what little the others have is the loss.
+`triton_merge.py` merges the slices in float64 and adds each row's target, which the tiles leave out of these sums: when
+the target has nearly all of the mass, the rest determines the loss.
 
-EXTRAS, the same kernel with more sums: 1, totals and ids; 2, those and a second product S' = X' Y'ᵀ, the teacher's.
+EXTRAS adds sums to the same kernel: 1, totals and ids; 2, also a second product S' = X' Y'ᵀ, the teacher's.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ __all__ = ["infonce_fwd", "softmax_fwd", "softmax_tile"]
 
 
 def softmax_tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
-    """With BLOCK_E. Further sums, the teacher's tile and three tf32 products for each float32 one need the room.
+    """Tile including BLOCK_E. Extra sums, the teacher's tile and float32's three tf32 products need registers.
 
-    BLOCK_E is the backward's: products added up in another order would put their rounding, times the scale, between a
-    similarity and the lse that it dominates.
+    BLOCK_E equals the backward's: with another summation order, a similarity and the lse that it dominates would differ
+    by the rounding error times the scale.
     """
     if extras == 0:
         tile = tile_of(major)
@@ -77,7 +77,7 @@ def softmax_tile(dtype: torch.dtype, major: int, extras: int) -> dict[str, int]:
 
 @triton.jit
 def _add_tile(ref, total, dot, b_t, size, AXIS: tl.constexpr):
-    """Running ref, sum and dot with those of a tile along AXIS, which is LOWEST where it does not count."""
+    """Merge a tile's ref, sum and dot along AXIS into the running ones; excluded entries of the tile are LOWEST."""
     highest = tl.maximum(ref, tl.max(b_t, AXIS))
     base = tl.where(highest > LOWEST, highest, 0.0)
     below = tl.where(ref > LOWEST, ref - base, 0.0)
@@ -100,13 +100,13 @@ def _softmax_fwd_kernel(
     group, part = tl.program_id(0), tl.program_id(1)
     scale = tl.load(scale_ptr)
     sign = tl.where(scale < 0, -1.0, 1.0)
-    # Not 0, so that what does not count has no weight.
+    # Not 0, so that excluded entries get no weight.
     size = tl.maximum(tl.abs(scale), 1e-30)
     size = tl.where(scale == scale, size, scale)
     row_ptr += part.to(tl.int64) * FIELDS * n
     column_ptr += group.to(tl.int64) * FIELDS * m
     for tile in range(group, tl.cdiv(n, BLOCK_M), tl.num_programs(0)):
-        # What this program's other threads wrote to its column slice must have arrived.
+        # Writes of this program's other threads to its column slice must be visible.
         tl.debug_barrier()
         o_i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         m_i = o_i < n
@@ -199,7 +199,7 @@ def _statistics(
     extras: int,
     columns: Joins | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Of rows [7, N], and of columns [7, M] if it is said which targets join them."""
+    """Statistics of rows [7, N], and of columns [7, M] if their joins are given."""
     (n, e), m = x.shape, y.shape[0]
     pair = similarity_of_pairs(x, y, pairs.target)
     tile = softmax_tile(x.dtype, generation(x.device), extras)

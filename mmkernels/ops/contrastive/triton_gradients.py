@@ -1,13 +1,13 @@
-"""The tile engine's other half: the feature gradients G Y and Gᵀ X, where G is made from S a superblock at a time.
+"""The second half of the tile engine: feature gradients G Y and Gᵀ X, computing G from S one superblock at a time.
 
-With G = d / d similarity up to a constant factor, dX = factor · G Y and dY = factor · Gᵀ X. Superblock by superblock,
-small enough for its G to stay in L2, two kinds of kernel take turns:
+With G = d / d similarity up to a constant factor, dX = factor · G Y and dY = factor · Gᵀ X. For each superblock, small
+enough for its G to stay in L2, two kernels alternate:
 
-    gradient     recomputes a tile of S = X Yᵀ and writes that tile of G in the features' type: an epilogue's business
+    gradient     recomputes a tile of S = X Yᵀ and writes that tile of G in the features' dtype: an epilogue
     accumulate   a product with float32 sums: rows of dX += G Y, rows of dY += Gᵀ X; the last one of a row scales and
-                 rounds to the features' type
+                 rounds to the features' dtype
 
-Nothing is added atomically, so the bits do not depend on timing.
+No atomics, so results are reproducible.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ __all__ = ["HIGHEST_G", "SUPERBLOCK", "feature_gradients", "gradient_tile"]
 
 TILE = {"BLOCK_M": 128, "BLOCK_N": 128}
 
-# Rows and columns of the superblock of G: 32 MB in a 16-bit type.
+# Rows and columns of a superblock of G: 32 MB in a 16-bit dtype.
 SUPERBLOCK = 4096
 
-# The small entries of G matter: in float16 they would be subnormal, so there G is stored times a power of two that
-# takes the largest to about this.
+# Small entries of G matter but would be subnormal in float16. So float16 G is stored times a power of two that scales
+# its largest entry to about this.
 HIGHEST_G = 2.0**15
 
 
 def gradient_tile(dtype: torch.dtype, major: int) -> dict[str, int]:
     """The tile of G of the plain losses on a compute capability."""
-    # Three tf32 products for each float32 one need the room; so does sm_100.
+    # Float32 (three tf32 products) and sm_100 need a smaller tile for registers.
     return {"BLOCK_M": 128, "BLOCK_N": 64} if dtype == torch.float32 or major >= 10 else TILE
 
 
@@ -73,7 +73,7 @@ def _accumulate_kernel(
 
 
 def _accumulate(a: Tensor, b: Tensor, running: Tensor, out: Tensor, factor: Tensor, first: bool, last: bool) -> None:
-    """out = factor * (running + a @ b) when last, else running += a @ b (without what was there when first)."""
+    """If last: out = factor * (running + a @ b), else running += a @ b; if first, running counts as 0."""
     (rows, depth), e = a.shape, b.shape[1]
     grid = triton.cdiv(e, TILE["BLOCK_N"]), triton.cdiv(rows, TILE["BLOCK_M"])
     _accumulate_kernel[grid](
@@ -82,14 +82,14 @@ def _accumulate(a: Tensor, b: Tensor, running: Tensor, out: Tensor, factor: Tens
     )  # fmt: skip
 
 
-# Launches G of a superblock: (row0, column0, rows, cols, g, grid).
+# Launches the kernel for G of a superblock: (row0, column0, rows, cols, g, grid).
 Gradient = Callable[[int, int, int, int, Tensor, tuple[int, int]], None]
 
 
 def feature_gradients(
     gradient: Gradient, tile: dict[str, int], factor: Tensor, x: Tensor, y: Tensor, need: Need
 ) -> tuple[Tensor, Tensor]:
-    """Runs over the superblocks of G, which `gradient` makes in tiles of `tile`."""
+    """Loop over the superblocks of G, which `gradient` computes in tiles of `tile`."""
     (n, e), m = x.shape, y.shape[0]
     need_x, need_y = need
     dx, dy = x.new_empty(n if need_x else 0, e), y.new_empty(m if need_y else 0, e)

@@ -1,7 +1,7 @@
-"""The end of the softmax forward: slices of statistics become those of rows, or columns, in float64.
+"""The end of the softmax forward: merges slices of statistics into row or column statistics, in float64.
 
-A program owns BLOCK rows and goes through their slices twice: for the largest ref, then for the sums relative to it.
-Then the targets join, which the tiles leave out. Everything has one order, so the bits do not depend on timing.
+A program owns BLOCK rows and reads their slices twice: for the largest ref, then for the sums relative to it. Then it
+adds the targets, which the tiles leave out. The order is fixed, so results are reproducible.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmkernels.ops.contrastive.types import STATISTICS
 
 __all__ = ["FIELDS", "Joins", "joins_of_columns", "joins_of_rows", "merge"]
 
-# Lines of a slice, by EXTRAS: ref, sum, dot; total, positive, best; teacher.
+# Fields of a slice, by EXTRAS: ref, sum, dot; total, positive, best; teacher.
 FIELDS = (3, 6, 7)
 MERGE_BLOCK = 128
 
@@ -26,7 +26,7 @@ MERGE_BLOCK = 128
 @triton.jit
 def _softmax_merge_kernel(
     part_ptr, scale_ptr,  # [parts, FIELDS, count], []
-    pair_ptr, order_ptr, start_ptr, end_ptr,  # [N], [N], [count], [count]: the pairs order[start:end] join a line
+    pair_ptr, order_ptr, start_ptr, end_ptr,  # [N], [N], [count], [count]: pairs order[start:end] join a row or column
     out_ptr,  # [7, count] float64; see types.py
     count, parts,
     FIELDS: tl.constexpr, BLOCK: tl.constexpr,
@@ -68,7 +68,7 @@ def _softmax_merge_kernel(
     ref, size = highest.to(tl.float64), size.to(tl.float64)
     start = tl.load(start_ptr + o, mask=mask, other=0)
     joining = tl.load(end_ptr + o, mask=mask, other=0) - start
-    for k in range(tl.max(joining, 0)):  # in a row one at most
+    for k in range(tl.max(joining, 0)):  # at most one per row
         joins = k < joining
         i = tl.load(order_ptr + start + k, mask=joins, other=0)
         a = tl.load(pair_ptr + i, mask=joins, other=0.0).to(tl.float64) * sign
@@ -94,7 +94,7 @@ def _softmax_merge_kernel(
 
 
 class Joins(NamedTuple):
-    """Which rows' targets join each row, or each column: rows order[start[o] : end[o]], int64."""
+    """The rows whose targets join row or column o: order[start[o] : end[o]], int64."""
 
     order: Tensor
     start: Tensor

@@ -1,11 +1,12 @@
-"""Softmax-weighted negatives and streaming top-k: epilogues of the tile engine that keep a few keys of each row.
+"""Softmax-weighted negatives and streaming top-k: tile-engine epilogues that keep a few keys per row.
 
-A program takes one row tile of X against the tiles of its share of Y. What it has found of a row it leaves in a line of
-its own; the shares are merged by a few reductions over O(N) numbers.
+A program takes one row tile of X against the tiles of its share of Y and writes each row's result separately per share;
+a few O(N) reductions merge the shares.
 
-Top-k keeps K keys of a row in registers, in no order: as long as the best of a tile beats the least of them, it takes
-its place. A key is a number of 64 bits, the similarity above (in the order of integers) and the index below, so that it
-is unique and the lower index wins a tie. More than K keys come in several passes, each below the last one's least.
+Top-k keeps K keys of a row in registers, unordered: while the best of a tile beats the smallest kept, it replaces it. A
+key is 64 bits, the similarity (as an order-preserving integer) in the high half and the index in the low half, so keys
+are unique and ties go to the lower index. More than K keys take several passes, each limited to keys below the previous
+pass's smallest.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mmkernels.ops.contrastive.types import Pairs
 
 __all__ = ["sample_negatives", "topk_similar", "topk_tile"]
 
-# Keys kept by a pass: the first that is enough, or the last.
+# Keys kept per pass: the smallest sufficient size, otherwise the largest.
 KEPT = (16, 128)
 NO_KEY = tl.constexpr(-(2**63))
 LOW_BITS = tl.constexpr(0x7FFFFFFF)
@@ -41,7 +42,7 @@ LOW_BITS = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def _mixed(x):
-    """An integer hash of 32 bits (uint32), whose every output bit depends on every input bit."""
+    """A 32-bit integer hash (uint32); every output bit depends on every input bit."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -49,7 +50,7 @@ def _mixed(x):
 
 @triton.jit
 def _exponential(bits):
-    """-log(1 - u) for u = (bits + 1/2) / 2^32, accurate for small u too: these win."""
+    """-log(1 - u) for u = (bits + 1/2) / 2^32, accurate for small u too, which win."""
     u = (bits.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
     rest = ((bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
     return tl.where(u < 0.5, -log1p_of_unit(-tl.minimum(u, 0.5)), -tl.log(rest))
@@ -59,7 +60,7 @@ def _exponential(bits):
 def _sample_fwd_kernel(
     x_ptr, y_ptr, scale_ptr, seed_ptr,  # [N, E], [M, E], [], [2] int64
     target_ptr, row_id_ptr, column_id_ptr,  # [N], [N], [M]
-    best_ptr, index_ptr,  # [splits, N] float32, int64: the highest score of a row and its key, -1 for none
+    best_ptr, index_ptr,  # [splits, N] float32, int64: a row's highest score and its key, -1 for none
     n, m, e, stride_x, stride_y, split_size, has_ids,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +98,7 @@ def sample_negatives(
     seed: Tensor,
     pairs: Pairs,
 ) -> Tensor:
-    """[N] int64: a key that is no positive, with the probability of its softmax among those; -1 where there is none."""
+    """[N] int64: a negative drawn with its softmax probability among the negatives; -1 if there is none."""
     x, y = rows_of(queries), rows_of(keys)
     (n, e), m = x.shape, y.shape[0]
     if n == 0 or m == 0:
@@ -118,7 +119,7 @@ def sample_negatives(
 
 
 def topk_tile(dtype: torch.dtype, kept: int) -> dict[str, int]:
-    """Three tf32 products for each float32 one need the room."""
+    """Smaller for float32, whose three tf32 products need registers."""
     small = dtype == torch.float32 and kept == KEPT[-1]
     return {"BLOCK_M": 32 if small else 64, "BLOCK_N": 64, "BLOCK_E": depth_block(dtype)}
 
@@ -126,7 +127,7 @@ def topk_tile(dtype: torch.dtype, kept: int) -> dict[str, int]:
 @triton.jit
 def _topk_fwd_kernel(
     x_ptr, y_ptr,  # [N, E], [M, E]
-    ceiling_ptr, key_ptr,  # [N], [N, splits, K] int64: of the keys below the ceiling the largest, in no order
+    ceiling_ptr, key_ptr,  # [N], [N, splits, K] int64: the largest keys below the ceiling, unordered
     n, m, e, stride_x, stride_y, split_size,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +159,7 @@ def _topk_fwd_kernel(
 
 
 def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """values [N, k], indices [N, k] int64: the most similar keys first, of equal ones the lower index."""
+    """values [N, k], indices [N, k] int64: the most similar keys first, ties by lower index."""
     x, y = rows_of(queries), rows_of(keys)
     (n, e), m = x.shape, y.shape[0]
     if n == 0:

@@ -1,7 +1,7 @@
 """The pairwise sigmoid loss and its gradient: epilogues of the tile engine.
 
-With z = -1 for a positive pair, else +1, and u = z (scale · S + bias), the loss is softplus(u), its derivative by the
-logit z sigmoid(u). Each program leaves three sums; nothing is added atomically.
+With z = -1 for a positive pair, else +1, and u = z (scale · S + bias), the loss is softplus(u) and its derivative by
+the logit z sigmoid(u). Each program writes three sums; no atomics.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _logit_tile(
     o_i, o_j, m_i, m_j, e, stride_x, stride_y,
     IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """S, z and u: [BLOCK_M, BLOCK_N] each. Positive: the pairs of one id, or the target, whose similarity is known."""
+    """S, z and u: [BLOCK_M, BLOCK_N] each. Positives: equal ids, or the target with its precomputed similarity."""
     b_s = similarity(x_ptr, y_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
     if IDS:
         row_id = tl.load(row_id_ptr + o_i, mask=m_i, other=0)  # [BLOCK_M]
@@ -112,7 +112,7 @@ def _sigmoid_gradient_kernel(
 
 
 def _positives_of(x: Tensor, y: Tensor, pairs: KernelPairs) -> tuple[Tensor | None, ...]:
-    """target_ptr, pair_ptr, row_id_ptr, column_id_ptr of the kernels: those that they read."""
+    """target_ptr, pair_ptr, row_id_ptr, column_id_ptr of the kernels: None for those not read."""
     if pairs.by_id:
         return None, None, pairs.row_ids, pairs.column_ids
     return pairs.target, similarity_of_pairs(x, y, pairs.target), None, None

@@ -1,10 +1,9 @@
-"""The tile engine of the contrastive Triton kernels: a tile of S = X Yᵀ, which pairs it holds, and how it is launched.
+"""The tile engine of the contrastive Triton kernels: a tile of S = X Yᵀ, its pairs, and its launch grid.
 
-What is done with a tile is an epilogue's business: `triton_fwd.py`, `triton_bwd.py`, `triton_sigmoid.py`,
-`triton_search.py`.
+Epilogues process the tile: `triton_fwd.py`, `triton_bwd.py`, `triton_sigmoid.py`, `triton_search.py`.
 
-The similarity of a query and its target, the largest in a row that has been learnt, comes from a kernel of its own that
-adds in many short sums.
+The similarity of a query and its target, the largest of a well-trained row, comes from a separate kernel that adds up
+many short sums for accuracy.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ __all__ = [
     "tile_of",
 ]
 
-# The epilogues hold three or four tiles of float32 at once: 32 elements of each in each of 256 threads. On sm_100 they
-# do not fit into the registers at that size.
+# Epilogues hold three or four float32 tiles at once: 32 elements of each per thread, with 256 threads. On sm_100 that
+# does not fit in registers.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64}
 SMALL_TILE = {"BLOCK_M": 64, "BLOCK_N": 64}
 NUM_WARPS, NUM_STAGES = 8, 3
@@ -54,7 +53,7 @@ PAIRS_BLOCK = {"BLOCK": 16, "BLOCK_E": 128}
 
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-# Stands for what is not seen: finite, so that it cancels to nothing and never to NaN.
+# Marks excluded entries. Finite, so that differences give 0 and never NaN.
 LOWEST = tl.constexpr(-(2.0**126))
 
 
@@ -64,15 +63,15 @@ def depth_block(dtype: torch.dtype) -> int:
 
 
 def rows_of(features: Tensor) -> Tensor:
-    """The kernels want the last dimension contiguous; other layouts are copied."""
+    """Features with a contiguous last dimension; other layouts are copied."""
     return features if features.stride(-1) == 1 or features.shape[-1] <= 1 else features.contiguous()
 
 
 class KernelPairs(NamedTuple):
-    """Pairs as the kernels want them.
+    """Pairs in kernel form.
 
-    target: [N] int64, -1 for none. row_ids, column_ids: [N], [M] int64, or any pointer when there are none.
-    by_id: pairs of one id are positive. ignore: pairs of one id are not seen, but for the target.
+    target: [N] int64, -1 for none. row_ids, column_ids: [N], [M] int64, or a dummy pointer without ids. by_id: pairs
+    with equal ids are positive. ignore: pairs with equal ids are not seen, except the target.
     """
 
     target: Tensor
@@ -83,7 +82,7 @@ class KernelPairs(NamedTuple):
 
 
 def kernel_pairs(queries: Tensor, pairs: Pairs) -> KernelPairs:
-    """Where there are no targets or no ids, some pointer that no kernel reads."""
+    """Kernel form of `pairs`; absent targets or ids become a dummy pointer that kernels do not read."""
     targets, query_ids, key_ids, same_id = pairs
     ids = query_ids is not None and key_ids is not None
     by_id = ids and same_id == "positive"
@@ -104,7 +103,7 @@ def similarity(
     x_ptr, y_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Rows o_i of X times rows o_j of Y, zero where either does not exist: [BLOCK_M, BLOCK_N] float32."""
+    """Rows o_i of X times rows o_j of Y, zero out of range: [BLOCK_M, BLOCK_N] float32."""
     o_e = tl.arange(0, BLOCK_E)
     x_ptrs = x_ptr + o_i.to(tl.int64)[:, None] * stride_x + o_e[None, :]
     y_ptrs = y_ptr + o_j.to(tl.int64)[None, :] * stride_y + o_e[:, None]
@@ -125,7 +124,7 @@ def split_softmax(b_a, ref, rest, scale, AXIS: tl.constexpr):
 
 @triton.jit
 def log1p_of_unit(e):
-    """log(1 + e) for e in [-1/2, 1] as 2 atanh(e / (2 + e)): relative error below 1e-7 however small e is."""
+    """log(1 + e) for e in [-1/2, 1] as 2 atanh(e / (2 + e)): relative error below 1e-7 for any e."""
     s = e / (2.0 + e)
     z = s * s
     p = 1.0 / 15.0
@@ -145,17 +144,17 @@ def sigmoid_of_sign(z, e):
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors; two in the interpreter, so that its tests meet groups of several row tiles."""
+    """Multiprocessors; two in the interpreter, so that its tests cover groups of several row tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def tile_of(major: int) -> dict[str, int]:
-    """The tile of the plain losses on a compute capability."""
+    """The plain losses' tile for a major compute capability."""
     return SMALL_TILE if major >= 10 else TILE
 
 
 def grid_of(n: int, m: int, tile: dict[str, int], device: torch.device) -> tuple[int, int, int]:
-    """Groups of row tiles, splits of the columns, columns per split: about one program for each multiprocessor."""
+    """Groups of row tiles, splits of the columns, columns per split: about one program per multiprocessor."""
     row_tiles, column_tiles = triton.cdiv(n, tile["BLOCK_M"]), triton.cdiv(m, tile["BLOCK_N"])
     there = processors(device)
     groups = min(row_tiles, there)
@@ -187,7 +186,7 @@ def _pairs_kernel(
 
 
 def similarity_of_pairs(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """[N] float32: the similarity of each row and its target; 0 where there is none."""
+    """[N] float32: the similarity of each row and its target; 0 without one."""
     (n, e), m = x.shape, y.shape[0]
     pair = x.new_empty(n, dtype=torch.float32)
     if n > 0:
@@ -228,12 +227,11 @@ def _lines_kernel(
 def lines_of(
     lse: Tensor | None, scale: Tensor, count: int, coefficients: Tensor | None = None, unit: Tensor | None = None
 ) -> Tensor:
-    """What a tile knows of its rows, or columns, float32: [2, count], or [6, count] with coefficients.
+    """Per-row (or per-column) inputs of a tile, float32: [2, count], or [6, count] with coefficients.
 
-    Lines 0 and 1 are ref and rest with lse = scale · ref + rest: the exponent of a softmax, scale (a - ref) - rest,
-    loses nothing where it matters, and what all of a row shares is kept to twice float32's digits. Lines 2 to 5 are the
-    coefficients [4, count] times `unit`, that of the lse times scale too. Without an lse: of rows that see
-    nothing.
+    Lines 0 and 1 are ref and rest with lse = scale · ref + rest. The softmax exponent, scale (a - ref) - rest, then
+    loses no accuracy near the maximum, and the lse keeps twice float32's digits. Lines 2 to 5 are the coefficients [4,
+    count] times `unit`, the lse's also times scale. Without an lse, rows see nothing.
     """
     out = torch.empty(2 if coefficients is None else 6, count, dtype=torch.float32, device=scale.device)
     if lse is None:
@@ -246,7 +244,7 @@ def lines_of(
 
 
 class KernelTeacher(NamedTuple):
-    """A teacher as the kernels want one.
+    """A teacher in kernel form.
 
     x: [N, F], y: [M, F]: features. rows: [2, N], columns: [2, M]: `lines_of` its lse. pair: [N]: similarities of each
     row and its target.
@@ -260,7 +258,7 @@ class KernelTeacher(NamedTuple):
 
 
 def kernel_teacher(teacher: Teacher | None, logit_scale: Tensor, target: Tensor) -> KernelTeacher | None:
-    """With the targets of `kernel_pairs`."""
+    """Kernel form of `teacher`; `target` is that of `kernel_pairs`."""
     if teacher is None:
         return None
     queries, keys, lse_q, lse_k = teacher
@@ -270,7 +268,7 @@ def kernel_teacher(teacher: Teacher | None, logit_scale: Tensor, target: Tensor)
 
 
 class Extras(NamedTuple):
-    """Arguments of a softmax kernel that it reads from EXTRAS 1 on (ids) and 2 on (the teacher).
+    """Softmax kernel arguments that are read only for EXTRAS >= 1 (ids) and >= 2 (the teacher).
 
     pointers: row_id_ptr, column_id_ptr, teacher_x_ptr, teacher_y_ptr, teacher_row_ptr, teacher_column_ptr,
         teacher_pair_ptr.
@@ -282,7 +280,7 @@ class Extras(NamedTuple):
 
 
 def extras_of(pairs: KernelPairs, teacher: KernelTeacher | None, extras: int) -> Extras:
-    """None and 0 for what is not read."""
+    """None and 0 for arguments that are not read."""
     ids = (pairs.row_ids, pairs.column_ids) if extras > 0 else (None, None)
     if teacher is None:
         return Extras((*ids, None, None, None, None, None), (0, 0, 0))

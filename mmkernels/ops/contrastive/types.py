@@ -1,4 +1,4 @@
-"""What the contrastive ops and backends share: pairs, a teacher, and the statistics of a softmax."""
+"""Types shared by the contrastive ops and backends: pairs, teacher, softmax statistics."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 # Lines of the statistics, float64 [7, N] of rows and [7, M] of columns; csrc/contrastive/contrastive.h has the same.
-#   LSE       log sum exp of the logits seen; -inf where there are none
+# LSE       log sum exp of the logits seen; -inf if none
 #   POSITIVE  sum of positive similarities
-#   TOTAL     sum of the similarities seen, where `totals` asks for it, else 0
+# TOTAL     sum of the similarities seen if `totals`, else 0
 #   TEACHER   mean similarity under the teacher's softmax; 0 without a teacher
-#   MEAN      mean similarity under the softmax; 0 where nothing is seen
+# MEAN      mean similarity under the softmax; 0 if nothing is seen
 #   TOP       largest logit seen
 #   BEST      largest positive logit
-# The first COEFFICIENTS are differentiable: a backward has a coefficient for each.
+# The first COEFFICIENTS are differentiable; a backward takes one coefficient for each.
 LSE, POSITIVE, TOTAL, TEACHER, MEAN, TOP, BEST = range(7)
 STATISTICS, COEFFICIENTS = 7, 4
 
@@ -45,8 +45,8 @@ STATISTICS, COEFFICIENTS = 7, 4
 class Pairs(NamedTuple):
     """Which pairs are positive and which are seen.
 
-    same_id "positive" and ids: the pairs of one id are positive. Else key targets[i] is the positive of query i, and
-    -1 means none here. same_id "ignore": pairs of one id that are not positive are not seen.
+    same_id "positive" with ids: pairs with equal ids are positive. Otherwise key targets[i] is the positive of query i,
+    -1 for none among these keys. same_id "ignore": pairs with equal ids that are not positive are not seen.
 
     targets: [N] int64. query_ids: [N], key_ids: [M] int64; both or neither.
     """
@@ -63,25 +63,25 @@ class Teacher(NamedTuple):
     teacher_queries: Tensor
     teacher_keys: Tensor
     teacher_lse_q: Tensor
-    teacher_lse_k: Tensor | None  # None: no statistics of columns
+    teacher_lse_k: Tensor | None  # None without column statistics
 
 
 class Targets(NamedTuple):
-    """What makes the target distribution beside the pairs: smoothing, and (queries_m, keys_m, alpha)."""
+    """What defines the target distribution besides the pairs: smoothing, and (queries_m, keys_m, alpha)."""
 
     label_smoothing: float
     teacher: tuple[Tensor, Tensor, float] | None
 
 
 class Need(NamedTuple):
-    """Which feature gradients a backward computes; one that is not needed comes as [0, E]."""
+    """Which feature gradients a backward computes; the others are [0, E]."""
 
     need_queries: bool
     need_keys: bool
 
 
 class Means(NamedTuple):
-    """MEAN of rows [N] and of columns [M], float64, which the gradient of the scale is made of."""
+    """MEAN of rows [N] and of columns [M], float64, for the gradient of the scale."""
 
     mean_q: Tensor
     mean_k: Tensor
@@ -95,12 +95,12 @@ class Slopes(NamedTuple):
 
 
 class ContrastiveStats(NamedTuple):
-    """What a loss saw, detached; in float32 (float64 for float64 features).
+    """Statistics of a loss's logits, detached; float32 (float64 for float64 features).
 
     lse_q: [N], lse_k: [M]: log sum exp of each row's and each column's logits (SigLIP's: with the bias).
-    accuracy_q, accuracy_k: []: how often no negative's logit is larger than that of the best positive (a tie counts).
-    positive, negative: []: mean similarity of the positive pairs and of all other pairs seen (NaN where there is none).
-    entropy: []: mean entropy of the softmax of rows (and columns, when the loss is symmetric), in nats.
+    accuracy_q, accuracy_k: []: how often no negative's logit exceeds the best positive's (ties count as correct).
+    positive, negative: []: mean similarity of the positive pairs and of all other pairs seen (NaN if there are none).
+    entropy: []: mean entropy of the softmax over rows (and columns, if the loss is symmetric), in nats.
     """
 
     lse_q: Tensor
@@ -116,7 +116,7 @@ torch.serialization.add_safe_globals([ContrastiveStats])
 
 
 def statistics_dtype(features: torch.dtype) -> torch.dtype:
-    """The type of loss and scalar gradients for features of a type."""
+    """The dtype of loss and scalar gradients for this feature dtype."""
     return torch.float64 if features == torch.float64 else torch.float32
 
 
@@ -129,10 +129,10 @@ def nothing_seen(features: Tensor) -> Tensor:
 
 
 def merged(a: Tensor, b: Tensor) -> Tensor:
-    """The statistics [7, count] of what either part has seen."""
+    """The statistics [7, count] of the union of two parts."""
     both = a + b
     both[LSE] = torch.logaddexp(a[LSE], b[LSE])
-    # Where neither has seen anything, the means are 0.
+    # If neither has seen anything, the means are 0.
     of_a, of_b = (torch.where(both[LSE] == -torch.inf, 0.0, (of[LSE] - both[LSE]).exp()) for of in (a, b))
     both[MEAN] = of_a * a[MEAN] + of_b * b[MEAN]
     for line in (TOP, BEST):

@@ -1,4 +1,4 @@
-"""Packing: rows of tokens moved, pooled and cut from images, with gradients."""
+"""Packing: gather, scatter and pool token rows, and patchify images, with gradients."""
 
 from mmkernels.ops.packing.api import embed_splice, pack, pad, segment_pool, unpack, unpad
 from mmkernels.ops.packing.mrope import mrope_position_ids

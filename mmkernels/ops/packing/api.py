@@ -1,4 +1,4 @@
-"""Public functions that move and pool rows of packed tokens; those for images are in vision.py and mrope.py."""
+"""Public functions that move and pool rows of packed tokens; image functions are in vision.py and mrope.py."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> Tensor:
 def pack(sources: Tensor | Sequence[Tensor], index: Tensor, *, backend: str | None = None) -> Tensor:
     """Gather rows into a packed buffer: `out[t] = sources[index[t]]`, zeros where `index[t] == -1`.
 
-    Differentiable in the sources: a row named several times receives the sum of its gradients (taken in float32 for
+    Differentiable in the sources: a row indexed several times receives the sum of its gradients (in float32 for
     low-precision dtypes, in ascending t: bitwise reproducible).
 
     Args:
         sources: [R, ...] floating point; or a sequence of tensors with equal trailing dimensions and dtype, whose rows
-            are numbered one after the other. Up to four are read where they lie; more are concatenated first.
+            are numbered consecutively. Up to four are read in place; more are concatenated first.
         index: [T] int64 (int32 is converted), each in [-1, R). Always checked on a CPU; on a GPU, where the check would
             sync, only with MMKERNELS_VALIDATE=1.
         backend: None picks the fastest one that supports the call; or one of "native", "triton", "reference".
@@ -94,21 +94,21 @@ def embed_splice(
     padding_idx: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Embedding lookup with features in place of placeholders: `out = table[token_ids]; out[dst_index] = features`.
+    """Embedding lookup with features replacing placeholders: `out = table[token_ids]; out[dst_index] = features`.
 
-    One pass over the tokens, no mask and no intermediate. The gradient of the table sums its tokens' gradients (in
-    float32 for low-precision dtypes, in ascending order: bitwise reproducible), that of the features is a gather;
-    gradients that nothing needs are not computed.
+    One pass over the tokens, without a mask or intermediates. The table's gradient sums its tokens' gradients (in
+    float32 for low-precision dtypes, in ascending order: bitwise reproducible); the features' gradient is a gather.
+    Gradients that are not required are not computed.
 
     Args:
-        token_ids: [T] int64 (int32 is converted), each in [0, V) where no feature goes; elsewhere any value, such as a
-            placeholder outside the vocabulary.
+        token_ids: [T] int64 (int32 is converted), each in [0, V), except where a feature goes: there any value, such as
+            a placeholder outside the vocabulary.
         table: [V, E] floating point.
         features: [F, E], of the table's dtype.
-        dst_index: [F] int64 (int32 is converted): the token that each feature replaces, each token once; -1 leaves a
-            feature out. Bounds and repeats are always checked on a CPU; on a GPU, where the check would sync, only
-            with MMKERNELS_VALIDATE=1 (unchecked, the last of several features wins).
-        padding_idx: a row of the table that gets no gradient, as in `torch.nn.Embedding`.
+        dst_index: [F] int64 (int32 is converted): the token that each feature replaces, each token at most once; -1
+            drops the feature. Bounds and repeats are always checked on a CPU; on a GPU, where the check would sync,
+            only with MMKERNELS_VALIDATE=1 (unchecked, the last of several features wins).
+        padding_idx: a row of the table without gradient, as in `torch.nn.Embedding`.
         backend: as in `pack`.
 
     Returns:
@@ -143,15 +143,15 @@ def unpack(
     *,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Scatter packed rows, the reverse of `pack`: `out[r] = sum of packed[t] over the t with index[t] == r`.
+    """Scatter packed rows, the reverse of `pack`: `out[r] = sum of packed[t] over t with index[t] == r`.
 
-    With an index that names each row once this is the inverse of `pack`; rows that it does not name are 0, and a row
-    named several times receives the sum (in float32 for low-precision dtypes, in ascending t: bitwise reproducible).
+    If the index contains each row once, this is the inverse of `pack`. Rows it does not contain are 0; a row it
+    contains several times receives the sum (in float32 for low-precision dtypes, in ascending t: bitwise reproducible).
 
     Args:
         packed: [T, ...] floating point.
-        index: [T] int64 (int32 is converted), each in [-1, R); rows with -1 are left out. Checked as in `pack`.
-        rows: R; or a sequence of sizes whose sum is R, to get one tensor for each; None for R = T.
+        index: [T] int64 (int32 is converted), each in [-1, R); rows with -1 are dropped. Checked as in `pack`.
+        rows: R; or a sequence of sizes that sum to R, for one tensor each; None for R = T.
         backend: as in `pack`.
 
     Returns:
@@ -184,16 +184,16 @@ def segment_pool(
     """Reduce each segment to one row: `out[s] = mode(x[cu_seqlens[s]:cu_seqlens[s+1]])`.
 
     Sums are taken in float32 for low-precision dtypes. An empty segment gives 0 in every mode and passes no gradient.
-    "max" is taken per feature; its gradient goes to the first of equal rows, and a NaN wins over every number.
-    "weighted" is the sum of weights[t] x[t], differentiable in both; for a weighted mean divide the weights by their
-    segment's sum. Rows past `cu_seqlens[-1]` (padding, say) belong to no segment and get gradient 0.
+    "max" is taken per feature; its gradient goes to the first of equal rows, and NaN beats every number. "weighted" is
+    the sum of weights[t] x[t], differentiable in both; for a weighted mean divide the weights by their segment's sum.
+    Rows past `cu_seqlens[-1]` (padding, say) belong to no segment and get gradient 0.
 
     Args:
         x: [T, ...] floating point.
-        cu_seqlens: [S+1] int32 (int64 is converted): begins with 0, does not decrease, ends with at most T. Always
-            checked on a CPU; on a GPU only with MMKERNELS_VALIDATE=1.
+        cu_seqlens: [S+1] int32 (int64 is converted): starts at 0, non-decreasing, ends at most at T. Always checked on
+            a CPU; on a GPU only with MMKERNELS_VALIDATE=1.
         mode: "mean", "sum", "max", "first" (the segment's first row) or "weighted".
-        weights: [T] floating point, for "weighted" alone; taken in float32 (float64 for float64 rows).
+        weights: [T] floating point, for "weighted" only; converted to float32 (float64 for float64 rows).
         backend: as in `pack`.
 
     Returns:
@@ -229,15 +229,15 @@ def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, *, backend
     Args:
         x: [T, ...] floating point.
         cu_seqlens: [S+1] int32 (int64 is converted), as in `segment_pool`.
-        max_seqlen: L. None reads the longest segment from cu_seqlens, on a CPU only: on a GPU that would sync. No
-            segment may be longer.
+        max_seqlen: L. None takes the longest segment of cu_seqlens, only on a CPU: on a GPU that would sync. No segment
+            may be longer.
         backend: as in `pack`.
 
     Returns:
         [S, L, ...].
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name. A segment longer than `max_seqlen` is a RuntimeError where
+        TypeError, ValueError: a wrong argument, by name. A segment longer than `max_seqlen` raises RuntimeError where
             only the device or a compiled graph can see it.
         BackendError: `backend` does not support this call.
     """
@@ -257,21 +257,21 @@ def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, *, backend
 
 
 def unpad(x: Tensor, keep: Tensor, total: int | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Padded to packed: the rows that `keep` selects, sample by sample, in order.
+    """Padded to packed: the rows selected by `keep`, sample by sample, in order.
 
     Args:
         x: [B, L, ...] floating point.
-        keep: a mask [B, L] bool, of any shape and not of prefixes only; or lengths [B] int64 or int32 in [0, L], which
-            keep each sample's first rows.
-        total: T, rows of the result: at least the rows kept, the rest being zeros at the end. None counts them, on a
-            CPU only: on a GPU that would sync.
+        keep: a mask [B, L] bool with any pattern; or lengths [B] int64 or int32 in [0, L], which keep each sample's
+            first rows.
+        total: T, rows of the result: at least the rows kept; the rest are zeros at the end. None counts them, only on a
+            CPU: on a GPU that would sync.
         backend: as in `pack`.
 
     Returns:
-        tokens [T, ...] and cu_seqlens [B+1] int32, which ends with the rows kept.
+        tokens [T, ...] and cu_seqlens [B+1] int32, whose last entry is the number of rows kept.
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name. A `total` that is too small is a RuntimeError where only the
+        TypeError, ValueError: a wrong argument, by name. A `total` that is too small raises RuntimeError where only the
             device or a compiled graph can see it.
         BackendError: `backend` does not support this call.
     """
@@ -292,7 +292,7 @@ def unpad(x: Tensor, keep: Tensor, total: int | None = None, *, backend: str | N
         total = int(counts[-1])
     total = integer("total", total, "an integer >= 0", at_least=0)
     expect_true(counts[-1] <= total, f"total: expected at least the number of rows kept, got {total}")
-    # Each kept row writes its number to its place; the others write to one place past the end.
+    # Each kept row writes its index to its packed position; dropped rows write past the end.
     keep = keep.flatten()
     place = torch.where(keep, keep.cumsum(0) - 1, total)
     index = place.new_full((total + 1,), -1).scatter(0, place, torch.arange(batch * longest, device=x.device))

@@ -1,4 +1,4 @@
-"""Values that the packing ops cannot work with; looked at where that does not wait for a device."""
+"""Value checks of the packing ops, done only where values can be read without a sync."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def check_index(name: str, index: Tensor, rows: int) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> None:
-    """From 0, not decreasing, within the rows."""
+    """Starts at 0, non-decreasing, within the rows."""
     if not readable(cu_seqlens):
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last > rows:
-        raise ValueError(f"cu_seqlens: expected to begin with 0 and end within [0, {rows}], got {first} ... {last}")
+        raise ValueError(f"cu_seqlens: expected to start at 0 and end within [0, {rows}], got {first} ... {last}")
     falls = cu_seqlens[1:] < cu_seqlens[:-1]
     if falls.any():
         at = int(falls.nonzero()[0])
         raise ValueError(
-            f"cu_seqlens: expected not to decrease, got {int(cu_seqlens[at])}, {int(cu_seqlens[at + 1])} at {at}"
+            f"cu_seqlens: expected non-decreasing entries, got {int(cu_seqlens[at])}, {int(cu_seqlens[at + 1])} at {at}"
         )
 
 
 def check_splice(vocabulary: int, token_ids: Tensor, dst_index: Tensor) -> None:
-    """Bounds, and no token named twice. Ids of tokens that features replace may be anything."""
+    """Bounds, and no token replaced twice. Ids of replaced tokens are not checked."""
     tokens = token_ids.shape[0]
     check_index("dst_index", dst_index, tokens)
     if not readable(dst_index):
@@ -59,7 +59,7 @@ def check_splice(vocabulary: int, token_ids: Tensor, dst_index: Tensor) -> None:
 
 
 def check_merges(grid_thw: Tensor, merge: int) -> None:
-    """Grids of at least one patch, in blocks of merge x merge; the caller knows that they are readable."""
+    """Grids of at least one patch, in blocks of merge x merge. The caller ensures that values may be read."""
     wrong = (grid_thw < 1).any(1) | (grid_thw[:, 1:] % merge != 0).any(1)
     if wrong.any():
         at = int(wrong.nonzero()[0])
@@ -68,20 +68,18 @@ def check_merges(grid_thw: Tensor, merge: int) -> None:
 
 
 def check_grid(elements: int, grid_thw: Tensor, size: PatchSize) -> None:
-    """Grids of so many elements in all."""
+    """Grids with `elements` elements in total."""
     if not readable(grid_thw):
         return
     check_merges(grid_thw, size.merge)
     total = int(grid_thw.prod(1).sum()) * size.row
     if total != elements:
-        raise ValueError(f"grid_thw: expected grids of {elements} elements in all, got {total}")
+        raise ValueError(f"grid_thw: expected grids with {elements} elements in total, got {total}")
 
 
 def check_images(images: list[Tensor], grid_thw: Tensor, size: PatchSize) -> None:
-    """A grid for each image, of its size."""
+    """One grid per image, matching its size."""
     elements = [image.numel() for image in images]
     check_grid(sum(elements), grid_thw, size)
     if readable(grid_thw) and (grid_thw.prod(1) * size.row).tolist() != elements:
-        raise ValueError(
-            f"grid_thw: expected one for each of {len(images)} images, of its size, got {grid_thw.tolist()}"
-        )
+        raise ValueError(f"grid_thw: expected {len(images)} grids, one matching each image, got {grid_thw.tolist()}")

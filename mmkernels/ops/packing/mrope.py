@@ -1,4 +1,4 @@
-"""Positions of packed tokens in time, height and width."""
+"""M-RoPE positions of packed tokens: time, height, width."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ def mrope_position_ids(
     tokens_per_second: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Positions in time, height and width for packed tokens, each segment from 0, as Qwen2-VL's `get_rope_index`.
+    """Positions in time, height and width of packed tokens, each segment starting at 0, as Qwen2-VL's `get_rope_index`.
 
-    A text token has one position on all three axes, one more than the text before it. The tokens of an image or clip
-    that begins at position p stand at p + (t, y, x) of their place in its grid of t x h/merge_size x w/merge_size, row
-    by row; `advance` says where the text behind it goes on. Nothing is inferred from token ids, and padding cannot
-    shift anything: each segment stands for itself.
+    A text token has the same position on all three axes, one more than the text before it. A token at (t, y, x) in the
+    grid of an image or clip (t x h/merge_size x w/merge_size, row by row) that begins at position p has position p +
+    (t, y, x); `advance` selects where the text after it continues. Nothing is inferred from token ids, and padding
+    shifts nothing: segments are independent.
 
     Args:
-        cu_seqlens: [S+1] int32 (int64 is converted), as in `segment_pool`; tokens past its end are text of their own.
+        cu_seqlens: [S+1] int32 (int64 is converted), as in `segment_pool`; tokens past its end count as a separate
+            text.
         grid_thw: [N, 3] int64 (int32 is converted): each image's or clip's patches in time, height and width, in the
-            order of its tokens. A model that sets a timestamp before each step of a clip (Qwen3-VL) has a grid, with
-            t = 1, for each.
-        starts: [N] int64 (int32 is converted): the token that each begins with, ascending. They must not overlap, nor
-            cross the end of a segment. Checked as in `segment_pool`.
-        total: T; on a GPU nobody may ask cu_seqlens.
-        merge_size: patches along a side that one token stands for.
-        advance: the rule for what follows an image or clip that begins at p. They differ only where a clip reaches
-            further in time than in space; the README of this folder lists the models and releases.
-            "spatial": p + max(h, w)/merge_size, however long the clip is: Qwen2-VL, Qwen2.5-VL and Qwen3-VL in
-            transformers from 5.3 on.
+            order of its tokens. For a model with a timestamp before each step of a clip (Qwen3-VL), pass one grid with
+            t = 1 per step.
+        starts: [N] int64 (int32 is converted): the first token of each, ascending. They must not overlap or cross the
+            end of a segment. Checked as in `segment_pool`.
+        total: T; required because reading cu_seqlens on a GPU would sync.
+        merge_size: patches per token along each side.
+        advance: the rule for the position after an image or clip that begins at p. The rules differ only if a clip is
+            longer in time than in space; the README of this folder lists the models and releases. "spatial": p + max(h,
+            w)/merge_size, for clips of any length: Qwen2-VL, Qwen2.5-VL and Qwen3-VL in transformers from 5.3 on.
             "largest": one more than the largest position of its tokens on any axis: the paper, the same models in
             transformers up to 5.2 and in vLLM; Qwen2.5-Omni and Qwen3-Omni in every release.
-        time_step: [N] floating point: seconds from one step in time to the next, `second_per_grid_ts`; a token of step
-            t stands floor(t * time_step * tokens_per_second) positions on, in float32 (float64 if given so). Default
-            one position a step. Only the reference backend knows it.
-        tokens_per_second: positions to a second, `tokens_per_second` or `position_id_per_seconds` in a model's
+        time_step: [N] floating point: seconds between temporal steps, `second_per_grid_ts`; a token of step t has time
+            position floor(t * time_step * tokens_per_second), in float32 (float64 for float64). Default: one position
+            per step. Only the reference backend supports it.
+        tokens_per_second: positions per second, `tokens_per_second` or `position_id_per_seconds` in a model's
             configuration: 2 in Qwen2.5-VL as released, 25 in Qwen2.5-Omni, 13 in Qwen3-Omni. Only with time_step.
         backend: as in `pack`.
 
@@ -90,22 +90,22 @@ def mrope_position_ids(
         last = extent[:, 0] - 1
         reach = torch.maximum(reach, 1 + (last if factors is None else (last * factors[0] * factors[1]).long()))
     gained = torch.nn.functional.pad((reach - extent.prod(1)).cumsum(0), (1, 0))  # [N+1]
-    why = None if time_step is None else "the kernels count time in whole steps: time_step is for the reference"
+    why = None if time_step is None else "time_step is supported only by the reference"
     limits = {"native": why, "triton": why}
     served = resolve("packing", cu.new_empty(0, dtype=torch.float32), backend, limits)
     return op.mrope(cu, Spans(starts, extent, gained, factors), total, served)
 
 
 def _time_factors(time_step: Tensor | None, tokens_per_second: float, advance: str, grid: Tensor) -> Tensor | None:
-    """[2, N]: what a step's number is multiplied by, one after the other, before it is rounded down.
+    """[2, N]: the two factors by which a step index is multiplied, in order, before rounding down.
 
-    Two, because rounding between them counts: the models of each rule multiply in this order in transformers.
+    Two, because the rounding between them matters: transformers multiplies in this order for the models of each rule.
     """
     if not isinstance(tokens_per_second, Real) or not 0 < tokens_per_second < math.inf:
         wrong_value("tokens_per_second", "a finite number > 0", tokens_per_second)
     if time_step is None:
         if tokens_per_second != 1:
-            wrong_value("tokens_per_second", "1 without time_step, the seconds that it multiplies", tokens_per_second)
+            wrong_value("tokens_per_second", "1 without time_step", tokens_per_second)
         return None
     expect_tensor("time_step", time_step, "[N] floating point", ndim=1, like=grid)
     if time_step.shape[0] != grid.shape[0]:
@@ -122,11 +122,11 @@ def _time_factors(time_step: Tensor | None, tokens_per_second: float, advance: s
 
 
 def _check_spans(cu: Tensor, starts: Tensor, grid: Tensor, tokens: Tensor, total: int, merge: int) -> None:
-    """Positive grids that merge, spans ascending, apart, and each in one segment."""
+    """Positive grids divisible by merge; spans ascending, disjoint, each within one segment."""
     if not all(map(readable, (cu, starts, grid))):
         return
     if cu.shape[0] == 0 or int(cu[0]) != 0 or bool((cu.diff() < 0).any()) or int(cu[-1]) > total:
-        wrong_value("cu_seqlens", f"[S+1] int32 from 0, not decreasing, within total {total}", cu.tolist()[:8])
+        wrong_value("cu_seqlens", f"[S+1] int32 starting at 0, non-decreasing, within total {total}", cu.tolist()[:8])
     check_merges(grid, merge)
     ends = starts + tokens
     before = torch.nn.functional.pad(ends, (1, 0))[:-1]
@@ -134,12 +134,12 @@ def _check_spans(cu: Tensor, starts: Tensor, grid: Tensor, tokens: Tensor, total
     if wrong.any():
         i = int(wrong.nonzero()[0])
         raise ValueError(
-            f"starts[{i}]: expected at least {int(before[i])}, the end of the one before, got {int(starts[i])}"
+            f"starts[{i}]: expected at least {int(before[i])}, the end of the previous span, got {int(starts[i])}"
         )
     boundary = torch.cat([cu, cu.new_tensor([total])])
     wrong = ends > boundary[torch.searchsorted(boundary, starts, right=True).clamp(max=len(boundary) - 1)]
     if wrong.any():
         i = int(wrong.nonzero()[0])
         raise ValueError(
-            f"starts[{i}]: expected {int(tokens[i])} tokens within one segment, got them from {int(starts[i])}"
+            f"starts[{i}]: expected its {int(tokens[i])} tokens within one segment, got start {int(starts[i])}"
         )

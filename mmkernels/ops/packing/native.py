@@ -1,4 +1,4 @@
-"""The native core's launchers as functions of tensors: allocate, launch."""
+"""Calls into the native core: allocates outputs and launches."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = [
 ]
 
 SCATTER_CHUNK = 32  # kScatterChunk of packing.h
-# Below this many bytes a second thread costs more than it saves.
+# Below this size in bytes a second thread costs more than it saves.
 _ONE_THREAD_BYTES = 1 << 16
 
 
 def _stream_or_threads(moved: Tensor) -> int:
-    """The last argument of a launcher: on a GPU the stream, on a CPU how many threads pay for a tensor of this size."""
+    """The last argument of a launcher: the stream on a GPU; on a CPU the thread count worth using for this size."""
     if moved.is_cuda:
         return stream(moved)
     return 1 if moved.numel() * moved.element_size() < _ONE_THREAD_BYTES else threads()
@@ -37,7 +37,7 @@ def _stream_or_threads(moved: Tensor) -> int:
 def gather(sources: Sources, index: Tensor) -> Tensor:
     """Sources [R_i, E], index [T] int64 -> [T, E]."""
     index = index.contiguous()
-    rows = [None if source is None else unit_stride(source) for source in sources]  # kept until the call has returned
+    rows = [None if source is None else unit_stride(source) for source in sources]  # keep alive until the call returns
     first, second, third, fourth = map(view, rows)
     out = sources.first.new_empty(index.shape[0], sources.first.shape[1])
     if out.numel() > 0:
@@ -142,7 +142,7 @@ def patchify(x: Tensor, grid_thw: Tensor, size: PatchSize, inverse: bool) -> Ten
 
 
 def patchify_images(images: list[Tensor], grid_thw: Tensor, size: PatchSize) -> Tensor:
-    """Images -> tokens [T, C temporal patch^2]; on a CPU read where they lie."""
+    """Images -> tokens [T, C temporal patch^2]; on a CPU read in place."""
     if images[0].is_cuda:
         return patchify(torch.cat([image.flatten() for image in images]), grid_thw, size, False)
     images = [image.contiguous() for image in images]

@@ -1,15 +1,15 @@
-"""The packing ops: arguments, shapes, derivatives. Rows are 2-D here; api.py flattens trailing dimensions.
+"""The packing ops: signatures, shapes, derivatives. Rows are 2-D here; api.py flattens trailing dimensions.
 
-mmkernels::packing_gather_fwd         rows of up to four sources by index, -1 a row of zeros; backward is the scatter
-mmkernels::packing_scatter_fwd        rows added by index, -1 left out; backward is the gather
+mmkernels::packing_gather_fwd         rows of up to four sources by index, zeros for -1; backward is the scatter
+mmkernels::packing_scatter_fwd        rows added by index, -1 dropped; backward is the gather
 mmkernels::packing_embed_splice_fwd   rows of a table by token id, or of features; backward is a scatter and a gather
 mmkernels::packing_segment_pool_fwd   one row per segment (and the winners of "max"); op_pool.py
 mmkernels::packing_weighted_pool_fwd  the weighted sum of each segment's rows; op_pool.py
 mmkernels::packing_patchify_fwd       pixels to rows of patches, and back: its own backward
 mmkernels::packing_mrope_fwd          positions in time, height and width; no gradient
-mmkernels::packing_patchify_images_fwd  the same from images as they lie, without a gradient
+mmkernels::packing_patchify_images_fwd  patchify from separate images, no gradient
 
-Moving rows is linear: a tangent is moved as its rows are, and every derivative is one of these ops again.
+Moving rows is linear: a tangent moves like its rows, and every derivative is one of these ops.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _gather_save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
 
 
 def _gather_backward(ctx: Context, grad: Tensor) -> dict[str, Tensor]:
-    """One scatter for all sources; each takes its rows of it."""
+    """One scatter for all sources, then split by source."""
     index, rows = ctx.saved
     sizes = {name: count for name, count in zip(Sources._fields, rows, strict=True) if count is not None}
     every = scatter(grad, index, sum(sizes.values()), ctx.backend)
@@ -62,7 +62,7 @@ def _gather_backward(ctx: Context, grad: Tensor) -> dict[str, Tensor]:
 
 
 def _gather_jvp(ctx: Context, sources: Any, index: None) -> Tensor:
-    """A source without a tangent has zeros, of as many rows."""
+    """A source without a tangent gets zeros of its size."""
     index, rows = ctx.saved
     like = next(tangent for tangent in sources if tangent is not None)
     moved = [
@@ -130,7 +130,7 @@ def _splice_fake(
 
 
 def _splice_by(gather: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """out [T, E], and the row [T] of table and features that each token is; `padding_idx` is for the gradient alone."""
+    """out [T, E], and each token's row [T] in table and features; `padding_idx` matters only for the gradient."""
 
     def embed_splice(
         table: Tensor, features: Tensor, token_ids: Tensor, dst_index: Tensor, padding_idx: int | None
@@ -152,7 +152,7 @@ def _splice_save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
 
 
 def _splice_backward(ctx: Context, grad: Tensor) -> dict[str, Tensor]:
-    """A frozen table, or frozen features, cost nothing."""
+    """A frozen table or frozen features cost nothing."""
     index, dst_index, vocabulary, padding_idx = ctx.saved
     grads = {}
     if "table" in ctx.needs:
@@ -162,7 +162,7 @@ def _splice_backward(ctx: Context, grad: Tensor) -> dict[str, Tensor]:
         grads["table"] = scatter(grad, torch.where(kept, index, -1), vocabulary, ctx.backend)
     if "features" in ctx.needs:
         if index.shape[0]:
-            # A feature that another one displaced (which only an unchecked index can do) gets no gradient.
+            # A feature overwritten by another (possible only with an unchecked index) gets no gradient.
             row = torch.arange(vocabulary, vocabulary + dst_index.shape[0], device=index.device)
             dst_index = torch.where(index[dst_index.clamp(min=0)] == row, dst_index, -1)
         grads["features"] = gather(Sources(grad), dst_index, ctx.backend)
@@ -170,7 +170,7 @@ def _splice_backward(ctx: Context, grad: Tensor) -> dict[str, Tensor]:
 
 
 def _splice_jvp(ctx: Context, table: Any, features: Any, *_: None) -> Tensor:
-    """As the gradient: the padding row is constant."""
+    """As in the gradient, the padding row is constant."""
     index, dst_index, vocabulary, padding_idx = ctx.saved
     like = features if table is None else table
     table = like.new_zeros(vocabulary, like.shape[1]) if table is None else table

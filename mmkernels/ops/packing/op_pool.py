@@ -1,11 +1,11 @@
-"""The pooling ops: arguments, shapes, derivatives.
+"""The pooling ops: signatures, shapes, derivatives.
 
 mmkernels::packing_segment_pool_fwd   one row per segment: sum, mean, max (and its winners) or first
 mmkernels::packing_segment_pool_bwd
 mmkernels::packing_weighted_pool_fwd  the weighted sum of each segment's rows
 mmkernels::packing_weighted_pool_bwd  gradients of rows and weights, in one pass over the rows
 
-All are linear in rows, weights and gradients, each: every derivative is made of these ops again.
+Each is linear in rows, weights and gradients separately, so every derivative is composed of these ops.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODES = ("sum", "mean", "max", "first")
 
 
 def _pool_like(rows: Tensor, cu_seqlens: Tensor, argmax: Tensor, mode: str, backend: str) -> Tensor:
-    """Pool rows as others were pooled: for "max", the rows that won there, which are -1 in an empty segment."""
+    """Pool rows as a previous call did: for "max", take the rows that won there (-1 in an empty segment)."""
     if mode != "max":
         pooled: Tensor = segment_pool(rows, cu_seqlens, mode, backend)[0]
         return pooled

@@ -1,6 +1,6 @@
-"""Plain PyTorch oracle of the packing ops: any device, any floating dtype, no cleverness. Sums are taken in float64.
+"""Reference semantics of the packing ops in PyTorch: any device, any floating dtype. Sums are float64.
 
-Also the index computations that the kernels take as inputs, in plain PyTorch without a host sync.
+Also the index tensors that kernels take as inputs, computed in PyTorch without a host sync.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ __all__ = [
 
 
 def gather(sources: Sources, index: Tensor) -> Tensor:
-    """Sources [R_i, E], index [T] int64 -> [T, E]: row `index[t]` of the sources end to end, or zeros for -1."""
+    """Sources [R_i, E], index [T] int64 -> [T, E]: row `index[t]` of the concatenated sources, or zeros for -1."""
     with_zero_row = torch.cat([*sources.given(), sources.first.new_zeros(1, sources.first.shape[1])])  # [R + 1, E]
     return with_zero_row.index_select(0, torch.where(index < 0, with_zero_row.shape[0] - 1, index))
 
 
 def splice_index(token_ids: Tensor, dst_index: Tensor, vocabulary: int) -> Tensor:
-    """token_ids [T], dst_index [F] -> [T]: the token's row of the table, or of the features, which follow the table.
+    """token_ids [T], dst_index [F] -> [T]: each token's row in the concatenation of table and features.
 
-    Of features that name one token the last wins; -1 names none.
+    If several features name one token, the last wins; -1 names none.
     """
     tokens, features = token_ids.shape[0], dst_index.shape[0]
     row = torch.arange(vocabulary, vocabulary + features, device=token_ids.device)
@@ -46,20 +46,20 @@ def splice_index(token_ids: Tensor, dst_index: Tensor, vocabulary: int) -> Tenso
 
 
 def scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
-    """packed [T, E], index [T] int64 -> [rows, E]: the sum of the packed rows that name a row."""
+    """packed [T, E], index [T] int64 -> [rows, E]: the sum of the packed rows with each index."""
     out = packed.new_zeros(rows + 1, packed.shape[1], dtype=torch.float64)
     out.index_add_(0, torch.where(index < 0, rows, index), packed.double())
     return out[:rows].to(packed.dtype)
 
 
 def group_by_row(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """index [T] -> order [T], starts [rows+1]: `order[starts[r]:starts[r+1]]` are the t of row r, ascending."""
+    """index [T] -> order [T], starts [rows+1]: `order[starts[r]:starts[r+1]]` are the t with index r, ascending."""
     ordered, order = torch.sort(index, stable=True)
     return order, torch.searchsorted(ordered, torch.arange(rows + 1, device=index.device))
 
 
 def segment_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """cu_seqlens [S+1] -> [rows] int64: the segment that holds each row, S for the rows past the last."""
+    """cu_seqlens [S+1] -> [rows] int64: the segment of each row, S for rows past the last."""
     at = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), at, right=True)
 
@@ -130,8 +130,8 @@ def weighted_pool_bwd(grad_out: Tensor, x: Tensor, weights: Tensor, cu_seqlens: 
 def patchify(x: Tensor, grid_thw: Tensor, size: PatchSize, inverse: bool) -> Tensor:
     """Pixels [P], image after image, each [t temporal, C, h patch, w patch] -> tokens [T, C temporal patch^2], or back.
 
-    Tokens go by t, then by blocks of merge x merge patches, then inside the block; a token is [C, temporal, patch,
-    patch].
+    Tokens are ordered by t, then by blocks of merge x merge patches, then inside the block; a token is [C, temporal,
+    patch, patch].
     """
     channels, patch, temporal, merge = size
     parts, begin = [], 0
@@ -157,20 +157,20 @@ def patchify_images(images: list[Tensor], grid_thw: Tensor, size: PatchSize) -> 
 def mrope(cu_seqlens: Tensor, spans: Spans, total: int) -> Tensor:
     """cu_seqlens [S+1] int64 -> [3, T] int64.
 
-    A span of n tokens advances the position by less or more than n; `gained` adds the differences up.
+    A span of n tokens advances the position by less or more than n; `gained` accumulates the differences.
     """
     starts, extent, gained, time_step = spans
     at = torch.arange(total, device=cu_seqlens.device)
-    # The segment's first token: of several boundaries at one place the last counts.
+    # The segment's first token; of equal boundaries the last counts.
     begin = cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
     position = at - begin - gained[torch.searchsorted(starts, begin)]
     if starts.shape[0] == 0:
         return position.expand(3, -1).contiguous()
-    n = torch.searchsorted(starts, at, right=True) - 1  # the last span that begins at or before the token, or -1
+    n = torch.searchsorted(starts, at, right=True) - 1  # last span that begins at or before the token, or -1
     of = n.clamp(min=0)
     inside = at - starts[of]
     is_media = (n >= 0) & (inside < extent.prod(1)[of])
-    # A token of a span stands at the span's begin; one after it has what the span gained.
+    # A token in a span starts from the span's position; a token after it includes the span's gain.
     position = position + torch.where(is_media, gained[of] - inside, gained[n + 1])
     _, height, width = extent[of].clamp(min=1).unbind(1)
     t, y, x = inside // (height * width), inside // width % height, inside % width
@@ -180,6 +180,6 @@ def mrope(cu_seqlens: Tensor, spans: Spans, total: int) -> Tensor:
 
 
 def token_grid(grid_thw: Tensor) -> tuple[Tensor, Tensor]:
-    """grid_thw [N, 3] integer -> the same as contiguous int64, and [N+1] int64: the first token of each image."""
+    """grid_thw [N, 3] integer -> the same, contiguous int64, and [N+1] int64: the first token of each image."""
     grid = grid_thw.long().contiguous()
     return grid, torch.nn.functional.pad(grid.prod(1).cumsum(0), (1, 0))

@@ -1,9 +1,9 @@
-"""Backward kernels of packing: scatter of rows (the gather's gradient), gradient of pooling.
+"""Backward kernels of packing: scatter of rows (the gather's gradient) and pooling gradients.
 
-scatter           a program owns a tile of output rows and features and adds the packed rows that name them, one per row
+scatter           a program owns a tile of output rows and features and adds the packed rows of each, one per row
                   at a time, in ascending order: no atomics, bitwise reproducible, float32 accumulation
-scatter_chunks    before it, a program sums one chunk of the packed rows, sorted by target, if all go to one row: a row
-                  that thousands name (a frequent token) then takes a step for each chunk, not for each of them
+scatter_chunks    before it, a program sums one chunk of the packed rows, sorted by target, if they share it: a row
+                  with thousands of them (a frequent token) then takes a step per chunk, not per packed row
 segment_pool_bwd  a program owns a tile of x's rows and features; each row looks up its segment's gradient
 weighted_pool_bwd a program owns whole rows of x: it scales the segment's gradient and takes its product with the row
 """
@@ -19,9 +19,9 @@ from mmkernels.ops.packing.reference import group_by_row, segment_of_row
 from mmkernels.ops.packing.triton_fwd import row_tile, with_columns
 from mmkernels.ops.triton_common import cast
 
-# A tile of rows takes as many steps as its most wanted row, so tiles have few rows.
+# A tile takes as many steps as its row with the most packed rows, so tiles have few rows.
 _SCATTER_ROWS = 4
-# Packed rows, sorted by target, that are summed at once where they have one target.
+# Packed rows per chunk, sorted by target; a chunk with a single target is summed at once.
 _CHUNK = 32
 
 
@@ -29,7 +29,7 @@ _CHUNK = 32
 def _scatter_chunks_kernel(
     packed_ptr,  # [T, E]
     index_ptr,  # [T] int64
-    order_ptr,  # [T] int64: packed rows grouped by the row they add to
+    order_ptr,  # [T] int64: packed rows grouped by target row
     sums_ptr,  # [T // CHUNK, E] float32: written where a chunk has one target
     width,
     packed_stride,
@@ -58,7 +58,7 @@ def _add_rows(b_sum, from_ptr, b_at, m_k, stride, o_e, m_e):
 @triton.jit
 def _scatter_fwd_kernel(
     packed_ptr,  # [T, E]
-    order_ptr,  # [T] int64: packed rows grouped by the row they add to
+    order_ptr,  # [T] int64: packed rows grouped by target row
     starts_ptr,  # [R+1] int64 into order
     sums_ptr,  # [T // CHUNK, E] float32: of the chunks that have one target
     out_ptr,  # [R, E]

@@ -1,10 +1,10 @@
-"""Forward kernels of packing: gather of rows, pooling of segments, patches, positions.
+"""Forward kernels of packing: row gather, segment pooling, patchify, M-RoPE positions.
 
 gather        a program owns a tile of packed rows and features; reads are rows of the sources, contiguous in features
-segment_pool  a program owns one segment and a block of features, and walks the segment's rows in tiles, accumulating in
+segment_pool  a program owns one segment and a block of features, and loops over the segment's rows, accumulating in
               float32; no atomics, so the result is bitwise reproducible
-patchify      a program owns a tile of tokens and elements of a patch, and finds each element's pixel by arithmetic
-mrope         a program owns a block of tokens and finds each one's segment and span by bisection
+patchify      a program owns a tile of tokens and patch elements, and computes each element's pixel index
+mrope         a program owns a block of tokens and finds each one's segment and span by binary search
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NO_ROW = tl.constexpr(2147483647)
 
 @triton.jit
 def _rows_of(source_ptr, b_index, begin, end, source_stride, o_e, m_e):
-    """Rows b_index - begin of the source that has the numbers [begin, end), zeros elsewhere: [BLOCK_T, BLOCK_E]."""
+    """Rows b_index - begin of the source that holds rows [begin, end), zeros elsewhere: [BLOCK_T, BLOCK_E]."""
     m_t = (b_index >= begin) & (b_index < end)
     p_source = source_ptr + (b_index - begin)[:, None] * source_stride + o_e[None, :]
     return tl.load(p_source, mask=m_t[:, None] & m_e[None, :], other=0.0)
@@ -37,10 +37,10 @@ def _rows_of(source_ptr, b_index, begin, end, source_stride, o_e, m_e):
 @triton.jit
 def _gather_fwd_kernel(
     first_ptr,  # [R1, E]
-    second_ptr,  # [R2, E], and so on: the first again where there are fewer sources
+    second_ptr,  # [R2, E], etc.; the first source again if there are fewer
     third_ptr,
     fourth_ptr,
-    index_ptr,  # [T] int64, -1 for a row of zeros
+    index_ptr,  # [T] int64, -1 for a zero row
     out_ptr,  # [T, E]
     tokens,
     width,
@@ -62,7 +62,7 @@ def _gather_fwd_kernel(
     m_e = o_e < width
     b_index = tl.load(index_ptr + o_t, mask=m_t, other=-1)  # [BLOCK_T]
     b_rows = _rows_of(first_ptr, b_index, 0, second_begin, first_stride, o_e, m_e)  # [BLOCK_T, BLOCK_E]
-    # Only one source has the row; the loads of the others are masked off.
+    # Only one source holds the row; the other loads are masked off.
     if SOURCES > 1:
         b_more = _rows_of(second_ptr, b_index, second_begin, third_begin, second_stride, o_e, m_e)
         b_rows = tl.where((b_index >= second_begin)[:, None], b_more, b_rows)
@@ -102,7 +102,7 @@ def _segment_pool_fwd_kernel(
             m = (o_t < end)[:, None] & m_e[None, :]
             p_x = x_ptr + o_t.to(tl.int64)[:, None] * x_stride + o_e[None, :]
             b_x = tl.load(p_x, mask=m, other=float("-inf")).to(tl.float32)  # [BLOCK_T, BLOCK_E]
-            # A NaN wins over every number: it counts as a row of its own kind, found apart from the maximum.
+            # NaN beats every number; it is found separately from the maximum.
             b_is_nan = (b_x != b_x) & m
             b_has_nan = tl.max(b_is_nan.to(tl.int32), 0) > 0  # [BLOCK_E]
             b_max = tl.max(tl.where(b_is_nan, float("-inf"), b_x), 0)
@@ -139,7 +139,7 @@ def _patchify_fwd_kernel(
     grid_ptr,  # [N, 3] int64: t, h, w in patches
     starts_ptr,  # [N+1] int64: the first token of each image
     image_ptr,  # [T] int64: the image of each token
-    out_ptr,  # the other of the two
+    out_ptr,  # tokens or pixels
     tokens,
     CHANNELS: tl.constexpr,
     PATCH: tl.constexpr,
@@ -157,7 +157,7 @@ def _patchify_fwd_kernel(
     b_start = tl.load(starts_ptr + b_image, mask=m_t, other=0)
     b_h = tl.load(grid_ptr + 3 * b_image + 1, mask=m_t, other=MERGE)
     b_w = tl.load(grid_ptr + 3 * b_image + 2, mask=m_t, other=MERGE)
-    # The token's place in its image, in patches: in the block of MERGE x MERGE, the block, the time.
+    # The token's position in its image, in patches: within its MERGE x MERGE block, block, time.
     b_in = (o_t - b_start) % (MERGE * MERGE)
     b_block = (o_t - b_start) // (MERGE * MERGE)
     b_blocks_w = b_w // MERGE
@@ -165,7 +165,7 @@ def _patchify_fwd_kernel(
     b_row = b_block // b_blocks_w
     b_y = b_row % (b_h // MERGE) * MERGE + b_in // MERGE
     b_t = b_row // (b_h // MERGE)
-    # The element's place in its patch.
+    # The element's position in its patch.
     o_x = o_e % PATCH
     o_y = o_e // PATCH % PATCH
     o_f = o_e // (PATCH * PATCH) % TEMPORAL
@@ -185,7 +185,7 @@ def _patchify_fwd_kernel(
 
 @triton.jit
 def _count_below(values_ptr, count, steps, b_x):
-    """How many of the values, which do not decrease, are at most b_x: [BLOCK_T]."""
+    """How many of the non-decreasing values are at most b_x: [BLOCK_T]."""
     b_low = b_x * 0
     b_high = b_low + count
     for _ in range(0, steps):
@@ -216,7 +216,7 @@ def _mrope_fwd_kernel(
     b_segment = _count_below(cu_seqlens_ptr, boundaries, boundary_steps, o_t) - 1  # [BLOCK_T]
     b_begin = tl.load(cu_seqlens_ptr + b_segment, mask=m_t, other=0)
     b_before = tl.load(gained_ptr + _count_below(starts_ptr, spans, span_steps, b_begin - 1), mask=m_t, other=0)
-    b_n = _count_below(starts_ptr, spans, span_steps, o_t)  # spans that begin at or before the token
+    b_n = _count_below(starts_ptr, spans, span_steps, o_t)  # number of spans that begin at or before the token
     m_n = m_t & (b_n > 0)
     b_gained = tl.load(gained_ptr + b_n, mask=m_t, other=0)
     b_inside = o_t - tl.load(starts_ptr + b_n - 1, mask=m_n, other=0)
@@ -227,7 +227,7 @@ def _mrope_fwd_kernel(
     b_first = tl.load(gained_ptr + b_n - 1, mask=m_n, other=0)
     b_base = o_t - b_begin - b_before + tl.where(m_media, b_first - b_inside, b_gained)
     p_out = out_ptr + o_t
-    stride = o_t * 0 + tokens  # 64 bits, whatever `tokens` has
+    stride = o_t * 0 + tokens  # int64, whatever the type of `tokens`
     tl.store(p_out, b_base + tl.where(m_media, b_inside // (b_h * b_w), 0), mask=m_t)
     tl.store(p_out + stride, b_base + tl.where(m_media, b_inside // b_w % b_h, 0), mask=m_t)
     tl.store(p_out + 2 * stride, b_base + tl.where(m_media, b_inside % b_w, 0), mask=m_t)
@@ -293,9 +293,9 @@ def _pool(
     out: Tensor,
     argmax: Tensor,
 ) -> None:
-    """Launch; a pointer that the mode does not read may be any."""
+    """Launch; pointers that the mode does not read are dummies."""
     segments, width = out.shape
-    # Few features per program: segments are few, and their blocks of features must fill the device.
+    # Few features per program: there are few segments, so feature blocks must fill the device.
     block_t, block_e = row_tile(width, most_features=128)
     grid = (segments, triton.cdiv(width, block_e))
     weights = x if weights is None else weights

@@ -1,4 +1,4 @@
-"""What belongs together among the arguments of the packing ops."""
+"""Grouped arguments of the packing ops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["PatchSize", "Sources", "Spans"]
 
 
 class Sources(NamedTuple):
-    """Tensors [R_i, E] of one dtype whose rows are numbered end to end."""
+    """Tensors [R_i, E] of one dtype; rows are numbered consecutively across them."""
 
     first: Tensor
     second: Tensor | None = None
@@ -18,12 +18,12 @@ class Sources(NamedTuple):
     fourth: Tensor | None = None
 
     def given(self) -> list[Tensor]:
-        """Those that are there."""
+        """The sources that are not None."""
         return [source for source in self if source is not None]
 
 
 class PatchSize(NamedTuple):
-    """A token's pixels: channels, pixels along a side, frames; and patches along a side of a block of tokens."""
+    """Patch geometry: channels, patch side in pixels, frames, and block side in patches."""
 
     channels: int
     patch: int
@@ -40,10 +40,10 @@ class Spans(NamedTuple):
     """N images and clips among packed tokens.
 
     Attributes:
-        starts: [N] int64, ascending: each one's first token.
-        extent: [N, 3] int64: its tokens in time, height and width.
-        gained: [N+1] int64: by how much less or more than their tokens the spans before advance the position.
-        time_step: [2, N] floating point or None: two factors whose product is the positions between two of its steps.
+        starts: [N] int64, ascending: first token of each.
+        extent: [N, 3] int64: tokens in time, height and width.
+        gained: [N+1] int64: position advance minus token count, accumulated over the previous spans.
+        time_step: [2, N] floating point or None: two factors whose product is the positions per temporal step.
     """
 
     starts: Tensor

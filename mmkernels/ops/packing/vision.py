@@ -1,4 +1,4 @@
-"""Images and clips of different sizes: to rows of patches in one token buffer and back."""
+"""Patchify images and clips of different sizes into one token buffer, and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _sizes(**sizes: int) -> list[int]:
 
 
 def _on_device(grids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """[N, 3] int64, sent from pinned memory: a transfer from pageable memory waits for the device."""
+    """[N, 3] int64, copied from pinned memory, because a copy from pageable memory syncs."""
     table = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
@@ -39,16 +39,16 @@ def patchify(
     """Cut images and clips of different sizes into patches, in one buffer: no padding, no cropping, no resizing.
 
     A token is one patch, flattened as [C, temporal_patch_size, patch_size, patch_size], so that a convolution with
-    stride = kernel is a matrix product with its weight flattened. An image's tokens go by time, then row by row over
-    blocks of merge_size x merge_size patches, then row by row inside a block: with 1 the usual raster, with 2 the order
-    of Qwen2-VL's image processor. Differentiable; a permutation, so bits are copied.
+    stride = kernel size is a matmul with its flattened weight. An image's tokens are ordered by time, then row by row
+    over blocks of merge_size x merge_size patches, then row by row inside a block: 1 gives raster order, 2 the order of
+    Qwen2-VL's image processor. Differentiable; a permutation, so values are exact.
 
     Args:
         images: images [C, H, W] or clips [F, C, H, W], of one floating dtype, device and C. H and W must be multiples
             of patch_size * merge_size, F (1 for an image) of temporal_patch_size.
-        patch_size: pixels along a side of a patch.
-        temporal_patch_size: frames in a tubelet. (An image shown to a model with 2 is `image.expand(2, -1, -1, -1)`.)
-        merge_size: patches along a side of a block that is merged into one token later on.
+        patch_size: patch side in pixels.
+        temporal_patch_size: frames per tubelet. (For an image in a model with 2, pass `image.expand(2, -1, -1, -1)`.)
+        merge_size: side, in patches, of a block that the model later merges into one token.
         backend: as in `pack`.
 
     Returns:
@@ -86,7 +86,7 @@ def patchify(
 
 
 def _needs_no_gradient(images: Sequence[Tensor]) -> bool:
-    """As pixels from a loader: they are read where they lie. A gradient goes through their concatenation."""
+    """Such images, e.g. from a loader, are read in place; gradients need their concatenation."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     return not (torch.is_grad_enabled() and any(image.requires_grad for image in images))
@@ -101,7 +101,7 @@ def unpatchify(
     merge_size: int = 1,
     backend: str | None = None,
 ) -> list[Tensor]:
-    """The inverse of `patchify`: one [F, C, H, W] for each image, views of one buffer.
+    """The inverse of `patchify`: one [F, C, H, W] per image, views of one buffer.
 
     Args:
         tokens: [T, C * temporal_patch_size * patch_size**2] floating point.

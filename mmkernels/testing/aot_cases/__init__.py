@@ -1,1 +1,1 @@
-"""The Triton configurations that each family launches, for the ahead-of-time gate (aot.py): one module per family."""
+"""The Triton configurations each family launches, for the ahead-of-time checks (aot.py): one module per family."""

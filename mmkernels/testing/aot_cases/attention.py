@@ -1,7 +1,7 @@
 """Every Triton configuration of attention and its parts.
 
-For `attention` itself one head dim per tile size and one that is padded, each on each architecture, where tiles differ:
-bare, and with every option at once. For the parts, every kind of launch.
+For `attention` one head dim per tile size and a padded one, on each architecture, because tiles differ: without
+options, and with all of them. For the parts, every kind of launch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["aot_cases"]
 
 
 def aot_cases() -> list[TritonCase]:
-    """As its launchers launch them."""
+    """All cases, as launched."""
     return [*_attention(), *_additive(), *_gate(), *_rope()]
 
 
@@ -35,14 +35,14 @@ def _heads(kind: str) -> Heads:
 
 
 def _rows(given: int) -> MaskRows:
-    """With the first so many of its vectors."""
+    """MaskRows with its first `given` vectors present."""
     return MaskRows(*["*i32"] * given, *[None] * (len(MaskRows._fields) - given))  # type: ignore[arg-type]
 
 
 def _case(
     name: str, kernel: Any, signature: dict[str, Any], sizes: dict[str, Any], config: dict[str, Any], **more: Any
 ) -> TritonCase:
-    """With a launcher's configuration: tiles and launch options."""
+    """A case with a launcher's configuration: tiles and launch options."""
     blocks = {name: value for name, value in config.items() if name.startswith("BLOCK")}
     launch = {name: value for name, value in config.items() if name not in blocks}
     return TritonCase(name, kernel, signature, sizes | blocks, **launch, **more)
@@ -116,7 +116,7 @@ def _additive() -> Iterator[TritonCase]:
         yield _case(f"additive_dkdv{label}", kernel, grads | {"dk": x, "dv": x}, sizes, config, tensor_cores=True)
 
 
-# (residual's dtype, x's dtype, width, gates by column): of the same dtype and a wider one.
+# (residual's dtype, x's dtype, width, gates by column): equal dtypes and a wider residual.
 _GATE = (
     ("bf16", "bf16", 4096, True),
     ("bf16", "bf16", 128, False),
@@ -146,7 +146,7 @@ def _gate() -> Iterator[TritonCase]:
         yield _case(f"gated_residual_bwd{label}", kernel, inputs | grads, sizes, config)
 
 
-# (dtype, head dim, rotary dim, norm, weight, bias, interleaved): with and without each, and each layout of the pairs.
+# (dtype, head dim, rotary dim, norm, weight, bias, interleaved): with and without each, and both pair layouts.
 _ROPE = (
     ("bf16", 128, 128, "rms", True, False, False),
     ("bf16", 256, 256, "layer", True, True, True),

@@ -1,4 +1,4 @@
-"""Every Triton configuration of contrastive: as its launchers launch them."""
+"""Every Triton configuration of contrastive, as launched."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["aot_cases"]
 
 _LAUNCH: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES, "tensor_cores": True}
 _IDS = dict.fromkeys(("row_id_ptr", "column_id_ptr"), "*i64")
-_MAJORS = ((8, (80,)), (9, (90,)), (10, (100,)))  # compute capability, and what is compiled for it
+_MAJORS = ((8, (80,)), (9, (90,)), (10, (100,)))  # major compute capability, and the architectures compiled for it
 _MAJORS_OF_SIGMOID = ((9, (80, 90)), (10, (100,)))
 
 
 def aot_cases() -> list[TritonCase]:
-    """Of all kernels."""
+    """All cases."""
     of_kernels = _vectors, _merge, _softmax_fwd, _sigmoid_fwd, _search, _accumulate, _sigmoid_bwd, _softmax_bwd
     return [case for of_kernel in of_kernels for case in of_kernel()]
 
@@ -40,12 +40,12 @@ def _numbers(*names: str) -> dict[str, str]:
 
 
 def _multiples(*names: str) -> dict[str, str]:
-    """Numbers that 16 divides, as the usual widths, strides and sizes of splits."""
+    """Integers divisible by 16, like the usual widths, strides and split sizes."""
     return dict.fromkeys(names, "i32:16")
 
 
 def _extras(name: str) -> Iterator[tuple[int, str, dict[str, str], dict[str, None]]]:
-    """EXTRAS of the softmax kernels, its name, types of the pointers that it reads, and names of the others."""
+    """EXTRAS of the softmax kernels: value, name, types of the pointers it reads, names of the others."""
     teacher = {"teacher_x_ptr": f"*{name}", "teacher_y_ptr": f"*{name}"}
     teacher |= dict.fromkeys(("teacher_row_ptr", "teacher_column_ptr", "teacher_pair_ptr"), "*fp32")
     yield 0, "plain", {}, dict.fromkeys(_IDS | teacher)
@@ -113,7 +113,7 @@ def _softmax_bwd() -> Iterator[TritonCase]:
 
 
 def _positives(ids: bool) -> tuple[dict[str, str], dict[str, None]]:
-    """Types of the pointers to positives that the sigmoid kernels read, and names of the others."""
+    """Types of the positives' pointers that the sigmoid kernels read, and names of the others."""
     targets = {"target_ptr": "*i64", "pair_ptr": "*fp32"}
     return (_IDS, dict.fromkeys(targets)) if ids else (targets, dict.fromkeys(_IDS))
 
@@ -153,7 +153,7 @@ def _accumulate() -> Iterator[TritonCase]:
         operands |= {"factor_ptr": "*fp32"} | _numbers("rows", "depth", "first", "last")
         operands |= _multiples("e", "stride_b", "stride_out")
         constexprs = {**triton_gradients.TILE, "BLOCK_K": depth_block(dtype)}
-        # G as it lies, and transposed. Triton makes a stride of 1 a constant of the kernel.
+        # G as stored, and transposed. Triton specialises on a stride of 1.
         for what, long, unit in (("dx", "stride_a_row", "stride_a_depth"), ("dy", "stride_a_depth", "stride_a_row")):
             label, signature = f"accumulate_{what}_bwd[{name}]", operands | _multiples(long)
             kernel = triton_gradients._accumulate_kernel

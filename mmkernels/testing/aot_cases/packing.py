@@ -11,7 +11,7 @@ __all__ = ["aot_cases"]
 
 
 def aot_cases() -> list[TritonCase]:
-    """As its launchers launch them."""
+    """All cases, as launched."""
     return [*_forward(), *_backward()]
 
 

@@ -234,7 +234,7 @@ def test_a_pattern_wants_these_kernels(cuda):
     if cuda.emulator is None:
         pytest.skip("a device has the capability it has")
     x = inputs("noise", cuda.device, dtype=torch.bfloat16, dim=64)
-    with pytest.raises(ValueError, match="only those for sm_90 take spans and classes"):
+    with pytest.raises(ValueError, match="only the sm_90 CUDA kernels support spans and classes"):
         run(x, "native")
 
 

@@ -217,7 +217,11 @@ BAD = {
     ],
     "mask": [
         (dict(mask=torch.ones(5, 5)), TypeError, "mask: expected an AttentionMask or None"),
-        (dict(pair_bias=torch.zeros(4, 1, 1)), ValueError, "mask: expected one with classes for pair_bias, got None"),
+        (
+            dict(pair_bias=torch.zeros(4, 1, 1)),
+            ValueError,
+            "mask: expected a mask with classes for pair_bias, got None",
+        ),
         (dict(pair_bias=torch.zeros(4, 1, 1), mask=SMALL), ValueError, "mask: expected classes for a pair_bias"),
     ],
     "mask of another size": [

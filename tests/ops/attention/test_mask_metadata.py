@@ -40,7 +40,11 @@ BAD = {
         ),
         (lambda: AttentionMask.packed(torch.zeros(2, 2, dtype=INT)), ValueError, "cu_seqlens_q: "),
         (lambda: AttentionMask.packed(torch.tensor([], dtype=INT)), ValueError, "cu_seqlens_q: expected at least one"),
-        (lambda: AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT)), ValueError, "never fall, got 3 at index 2"),
+        (
+            lambda: AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT)),
+            ValueError,
+            "non-decreasing boundaries, got 3 at index 2",
+        ),
         (lambda: AttentionMask.packed(torch.tensor([1, 5], dtype=INT)), ValueError, "0 at index 0, got 1 at index 0"),
         (
             lambda: AttentionMask.packed(cu_seqlens_of([1, 2]), cu_seqlens_of([3])),
@@ -140,7 +144,7 @@ BAD = {
         (
             lambda: multimodal(span_ids=torch.tensor([4, -1, 4], dtype=INT)),
             ValueError,
-            "side by side, got id 4 again at index 2",
+            "contiguous, got id 4 again at index 2",
         ),
         (lambda: multimodal(cu_seqlens=cu_seqlens_of([4])), ValueError, "cu_seqlens: expected at most 3 tokens"),
         (lambda: multimodal(window=0), ValueError, "window: expected at least 1 key"),
@@ -155,7 +159,7 @@ BAD = {
         (
             lambda: media_mask(media_ids_k=torch.tensor([1, 0], dtype=INT)),
             ValueError,
-            "media_ids_k: .*never fall.*got 0 at index 1",
+            "media_ids_k: .*non-decreasing.*got 0 at index 1",
         ),
         (
             lambda: media_mask(media_ids_k=torch.tensor([-1, 0], dtype=INT)),
@@ -248,7 +252,7 @@ def test_a_window_beyond_int32_is_none():
 def test_a_mask_serves_one_pair_of_sizes():
     mask = AttentionMask.packed(cu_seqlens_of([2, 3]))
     mask.rows(5, 5)
-    with pytest.raises(ValueError, match="mask: expected q and k of 5 and 5 tokens, which it was laid out for"):
+    with pytest.raises(ValueError, match="mask: expected q and k of 5 and 5 tokens, the sizes of its first use"):
         mask.rows(6, 6)
 
 
@@ -259,10 +263,10 @@ def test_values_on_a_device_are_checked_when_asked(monkeypatch):
     monkeypatch.setattr(module, "readable", lambda tensor: validating())
     monkeypatch.setenv("MMKERNELS_VALIDATE", "0")
     bad = AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT))
-    with pytest.raises(ValueError, match="never fall, got 3 at index 2"):
+    with pytest.raises(ValueError, match="non-decreasing boundaries, got 3 at index 2"):
         bad.validate()
     monkeypatch.setenv("MMKERNELS_VALIDATE", "1")
-    with pytest.raises(ValueError, match="never fall, got 3 at index 2"):
+    with pytest.raises(ValueError, match="non-decreasing boundaries, got 3 at index 2"):
         AttentionMask.packed(torch.tensor([0, 5, 3], dtype=INT))
 
 

@@ -255,7 +255,7 @@ BAD = {
         (dict(sections=[2, 2]), ValueError, r"position_ids: expected \[2, T\] or \[2, B, T\]"),
     ],
     "cos_sin": [
-        (dict(cos_sin=COS_SIN), ValueError, "cos_sin: expected None beside position_ids"),
+        (dict(cos_sin=COS_SIN), ValueError, "cos_sin: expected None with position_ids"),
         (dict(position_ids=None, cos_sin=COS_SIN[0]), TypeError, r"cos_sin: expected two tensors"),
         (dict(position_ids=None, cos_sin=(COS_SIN[0].bfloat16(),) * 2), TypeError, "cos_sin: expected .*float32, as"),
         (
@@ -302,7 +302,7 @@ BAD = {
         (dict(inv_freq=torch.rand(4, requires_grad=True)), NotImplementedError, "inv_freq: not supported yet"),
     ],
     "section_layout": [
-        (dict(section_layout="interleaved"), ValueError, "section_layout: expected sections beside 'interleaved'"),
+        (dict(section_layout="interleaved"), ValueError, "section_layout: expected sections with 'interleaved'"),
         (dict(section_layout="woven"), ValueError, "section_layout: expected 'contiguous' or 'interleaved'"),
     ],
     "interleaved": [

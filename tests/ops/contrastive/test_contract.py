@@ -196,7 +196,7 @@ BAD = [
     (dict(queries=torch.zeros(4, 8, dtype=torch.int64)), TypeError, r"queries: .*got \[4, 8\] int64 on cpu"),
     (dict(keys=Y.double()), TypeError, "keys: expected float32 like queries, got .*float64"),
     (dict(keys=Y[:, :7]), ValueError, r"keys: expected \[M, 8\], as wide as queries, got \[4, 7\]"),
-    (dict(keys=Y[:3]), ValueError, r"keys: expected \[4, E\], one for each query"),
+    (dict(keys=Y[:3]), ValueError, r"keys: expected \[4, E\], one per query"),
     (dict(keys=Y.to("meta")), ValueError, "keys: expected .* on cpu, got .* on meta"),
     (dict(logit_scale="14"), TypeError, "logit_scale: expected a number or a floating-point tensor of one element"),
     (dict(logit_scale=torch.ones(2)), ValueError, "logit_scale: expected a number or .* of one element"),

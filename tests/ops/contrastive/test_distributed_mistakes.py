@@ -77,7 +77,7 @@ def _not_a_member(rank: int, world: int) -> None:
 
 def test_groups() -> None:
     x, y = batch(4, 8)
-    with pytest.raises(ValueError, match="group: expected None, or a group of an initialised"):
+    with pytest.raises(ValueError, match="group: expected None, or a process group"):
         infonce(x, y, 10.0, group="everyone")
     ranks.run(2, _not_a_member)
 
@@ -104,12 +104,12 @@ def _ids_and_options(rank: int, world: int) -> None:
     unmet = torch.where(torch.arange(4) + rank == 0, 99, alike)  # on rank 0 alone
     for name, other in (("query_ids", "key_ids"), ("key_ids", "query_ids")):
         with pytest.raises(
-            ValueError, match=f"{name}: expected each to occur among the {other} of some rank, 1 do not"
+            ValueError, match=f"{name}: expected each to occur among the {other} of some rank, but 1 do not"
         ):
             infonce(x, y, 10.0, group=group, **{name: unmet, other: alike})
-    with pytest.raises(ValueError, match="weights: expected one that is not zero on some rank"):
+    with pytest.raises(ValueError, match="weights: expected a nonzero weight on some rank"):
         infonce(x, y, 10.0, group=group, weights=torch.zeros(4))
-    with pytest.raises(ValueError, match="weights: expected finite numbers, none negative, got"):
+    with pytest.raises(ValueError, match="weights: expected finite non-negative numbers, got"):
         infonce(x, y, 10.0, group=group, weights=torch.full((4,), -1.0))
     with pytest.raises(ValueError, match="exchange: expected 'auto' without a group"):
         infonce(x, y, 10.0, exchange="ring")

@@ -182,7 +182,7 @@ def _over_ranks(rank, world):
     refused = []
     for loss in (infonce, lambda *a, group: siglip(*a, -1.0, group=group)):
         value = loss(x, y, scale, group=dist.group.WORLD)
-        with pytest.raises(NotImplementedError, match="with a group there is no double backward"):
+        with pytest.raises(NotImplementedError, match=r"double backward .* not supported with a group"):
             torch.autograd.grad(value, x, create_graph=True)
         with pytest.raises(NotImplementedError, match="group: expected None"):
             torch.func.jvp(functools.partial(loss, group=dist.group.WORLD), (x, y, scale), (x, y, scale))

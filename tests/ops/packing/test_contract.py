@@ -174,17 +174,17 @@ BAD = [
     (
         lambda: segment_pool(X, CU_SEQLENS + 1),
         ValueError,
-        r"begin with 0 and end within \[0, 6\], got 1 ... 6",
+        r"start at 0 and end within \[0, 6\], got 1 ... 6",
     ),
     (
         lambda: segment_pool(X, CU_SEQLENS * 2),
         ValueError,
-        r"begin with 0 and end within \[0, 6\], got 0 ... 10",
+        r"start at 0 and end within \[0, 6\], got 0 ... 10",
     ),
     (
         lambda: segment_pool(X, torch.tensor([0, 4, 3, 6])),
         ValueError,
-        "cu_seqlens: expected not to decrease, got 4, 3 at 1",
+        "cu_seqlens: expected non-decreasing entries, got 4, 3 at 1",
     ),
     (
         lambda: segment_pool(X, CU_SEQLENS, "median"),

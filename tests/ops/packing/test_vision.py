@@ -116,7 +116,7 @@ BAD_CUTS = [
             IMAGE.flatten(), torch.tensor([[1, 2, 3]]), 3, 2, 1, 1, False, "native"
         ),
         ValueError,
-        "grid_thw: expected grids of 144 elements in all, got 72",
+        "grid_thw: expected grids with 144 elements in total, got 72",
     ),
     (
         lambda: torch.ops.mmkernels.packing_patchify_fwd(
@@ -132,7 +132,7 @@ BAD_CUTS.append(
             [IMAGE, IMAGE[:, :4]], torch.tensor([[1, 2, 3], [1, 4, 3]]), 3, 2, 1, 1, "native"
         ),
         ValueError,
-        "grid_thw: expected one for each of 2 images, of its size",
+        "grid_thw: expected 2 grids, one matching each image",
     )
 )
 

@@ -1,4 +1,4 @@
-"""Additive (Bahdanau) attention: a score through tanh, over the pairs that a mask lets see each other."""
+"""Additive (Bahdanau) attention: a tanh score over the visible pairs of a mask."""
 
 from mmkernels.ops.attention.additive.api import additive_attention
 

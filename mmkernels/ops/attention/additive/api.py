@@ -13,7 +13,7 @@ from mmkernels.runtime import backends
 
 __all__ = ["additive_attention"]
 
-# What registers hold on a GPU, as in `attention`.
+# Register limits on a GPU, as in `attention`.
 _MAX_TRITON_HEAD_DIM = 256
 _MAX_TRITON_HEAD_DIM_FLOAT32 = 128
 
@@ -29,15 +29,15 @@ def additive_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention with an additive score (Bahdanau) of packed queries over the keys that a mask lets them see.
+    """Attention of packed queries over their visible keys, with an additive score (Bahdanau).
 
         s_ij = <w, tanh(q_i + k_j + bias)>     out_i = sum_j softmax_j(s_ij) v_j     lse_i = log sum_j exp(s_ij)
 
-    over the visible keys j of query i; q and k are already projected. Nothing of size Tq x Tk is kept, let alone
-    Tq x Tk x D. It costs a tanh per visible pair, head and element of D, where `attention` costs a product on tensor
-    cores: take it for what was trained with it, or short sequences. A query that sees no key gives out 0, lse -inf and
-    zero gradients. Query head h reads key/value head h // (H / Hkv). Everything inside is float32 (float64 for
-    float64). Dtypes are kept under torch.autocast.
+    over the visible keys j of query i; q and k are already projected. Nothing of size Tq x Tk or Tq x Tk x D is stored.
+    It costs a tanh per visible pair, head and element of D, where `attention` costs a tensor-core product; use it for
+    models trained with it, or for short sequences. A query that sees no key gives out 0, lse -inf and zero gradients.
+    Query head h reads key/value head h // (H / Hkv). Everything inside is float32 (float64 for float64). Dtypes are
+    kept under torch.autocast.
 
     Args:
         q: [Tq, H, D] or [B, Tq, H, D]; float32, bfloat16, float16 or float64.
@@ -99,7 +99,7 @@ def _limits(q: Tensor, v: Tensor) -> dict[str, str | None] | None:
 
 
 def _per_head(name: str, x: Tensor, q: Tensor, compute: torch.dtype) -> Tensor:
-    """[H, D] in the dtype of computation, contiguous; gradients go back through the conversion."""
+    """[H, D] in the compute dtype, contiguous; gradients flow through the conversion."""
     H, D = q.shape[-2:]
     dtypes = (compute, q.dtype)
     expected = f"[{H}, {D}] or [{D}] " + " or ".join(dict.fromkeys(map(_name, dtypes)))

@@ -48,7 +48,7 @@ def _second_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _with_bias(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A backend's gradients, dq in q's dtype, and that of the bias."""
+    """A backend's gradients, with dq cast to q's dtype, plus the bias gradient."""
 
     def gradients(grad_out: Tensor, grad_lse: Any, q: Tensor, *args: Any) -> tuple[Tensor, ...]:
         dq, *others = run(grad_out, grad_lse, q, *args)

@@ -1,4 +1,4 @@
-"""The oracle of additive attention: plain PyTorch over [H, Tq, Tk, D], float64-capable.
+"""Reference semantics of additive attention: PyTorch over [H, Tq, Tk, D], float64-capable.
 
     t_ijd = tanh(q_id + k_jd + b_d)      s_ij = sum_d w_d t_ijd  where i sees j, else -inf
     lse_i = log sum_j exp(s_ij)          p_ij = exp(s_ij - lse_i)          out_i = sum_j p_ij v_j
@@ -8,7 +8,7 @@ and with do, dlse the gradients of out and lse, delta_i = <do_i, out_i> - dlse_i
     ds_ij = p_ij (<do_i, v_j> - delta_i)       g_ijd = ds_ij w_d (1 - t_ijd^2)       dv_j = sum_i p_ij do_i
     dq_i = sum_j g_ij      dk_j = sum_i g_ij      db = sum_ij g_ij      dw_d = sum_ij ds_ij t_ijd
 
-A row that sees no key gives out 0, lse -inf and adds nothing to any gradient. Low precision is computed in float32.
+A row that sees no key gives out 0, lse -inf and adds nothing to any gradient. Low-precision inputs use float32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def probabilities(q: Tensor, k: Tensor, w: Tensor, bias: Tensor, seen: Tensor) -
     """t [H, Tq, Tk, D], p [H, Tq, Tk], lse [H, Tq]."""
     x, y = (heads_first(t, w.dtype, q.shape[1]) for t in (q, k))
     t = torch.tanh((x + bias[:, None])[:, :, None] + y[:, None])
-    scores = (t * w[:, None, None]).sum(-1).masked_fill(~seen, -torch.inf)  # pairwise, as a product is not
+    scores = (t * w[:, None, None]).sum(-1).masked_fill(~seen, -torch.inf)  # sum is pairwise, a matmul is not
     return t, torch.where(seen, scores.softmax(-1), 0.0), torch.logsumexp(scores, -1)
 
 
@@ -53,12 +53,12 @@ def additive_bwd(
     lse: Tensor,
     mask: Visible,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq in w's dtype, dk and dv in k's and v's, dw; probabilities are computed again, `out` and `lse` not needed."""
+    """dq in w's dtype, dk and dv in k's and v's, dw. Recomputes the probabilities; `out` and `lse` are not read."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     t, p, _ = probabilities(q, k, w, bias, mask.dense(k.shape[0]))
     do = heads_first(grad_out, w.dtype, heads)
     dp = do @ heads_first(v, w.dtype, heads).mT
-    dp = dp - (p * dp).sum(-1, keepdim=True)  # <do_i, out_i> without out's rounding
+    dp = dp - (p * dp).sum(-1, keepdim=True)  # <do_i, out_i> without the rounding of out
     ds = p * (dp if grad_lse is None else dp + grad_lse.to(w.dtype)[..., None])
     g = ds[..., None] * (1 - t) * (1 + t) * w[:, None, None]
     dk, dv = (x.unflatten(0, (k.shape[1], group)).sum(1).transpose(0, 1) for x in (g.sum(1), p.mT @ do))

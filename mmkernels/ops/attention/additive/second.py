@@ -1,11 +1,10 @@
-"""Second derivatives and forward mode of additive attention: plain PyTorch, some queries at a time, in O(T·D) memory.
+"""Second derivatives and forward mode of additive attention: PyTorch, blockwise over queries, in O(T·D) memory.
 
-With a_ij = q_i + k_j + b, t = tanh(a), e = 1 - t^2 and tangents written with a dot, the scores move by
+With a_ij = q_i + k_j + b, t = tanh(a), e = 1 - t^2 and tangents written with a prime, the scores have the tangent
 
     s'_ij = sum_d w'_d t_ijd + w_d e_ijd a'_ijd
 
-from which out', lse' and ds' follow as for any attention (../second.py), and the tangent of the gradient of a,
-g_ijd = ds_ij w_d e_ijd:
+from which out', lse' and ds' follow as in ../second.py, and the tangent of the gradient of a, g_ijd = ds_ij w_d e_ijd:
 
     g'_ijd = e_ijd (ds'_ij w_d + ds_ij w'_d - 2 ds_ij w_d t_ijd a'_ijd)
     dw'_d  = sum_ij ds'_ij t_ijd + ds_ij e_ijd a'_ijd
@@ -47,8 +46,7 @@ def additive_second(
     lse: Tensor,
     mask: Visible,
 ) -> tuple[Tensor, ...]:
-    """Tangents of out [Tq, H, Dv] and lse [H, Tq], which it computes anew, unrounded; of dq, dk, dv, dw, dbias, empty
-    without a gradient of out."""
+    """Tangents of the unrounded out [Tq, H, Dv] and lse [H, Tq]; of dq, dk, dv, dw, dbias, empty without grad_out."""
     dtype, heads, kv_heads = w.dtype, q.shape[1], k.shape[1]
     inputs = q, k, v, w, bias
     given = tangent_q, tangent_k, tangent_v, tangent_w, tangent_bias

@@ -1,15 +1,15 @@
 """Backward of additive attention in Triton: two kernels, no atomics.
 
-dq    a program owns BLOCK_M queries of one head and walks their keys; it sums dq and, for its queries, dw
-dkdv  a program owns BLOCK_N keys of a key/value head and walks the hull of their queries, head of the group after head
+dq    a program owns BLOCK_M queries of one head and loops over their keys; it sums dq and its queries' share of dw
+dkdv  a program owns BLOCK_N keys of a key/value head and loops over the hull of their queries, for each query head
 
-For each pair of tiles the scores are computed again, then ds = p (dp - delta), then one element of the head dim after
-the other: t = tanh(q + k + b) once more, g = ds w (1 - t^2) summed over the other side, and put into its column of the
-accumulator. dp and dv are products on tensor cores; the rest is float32.
+Each pair of tiles recomputes the scores and ds = p (dp - delta). Then, for one element of the head dim at a time, it
+recomputes t = tanh(q + k + b), sums g = ds w (1 - t^2) over the other side, and adds it to the accumulator's column. dp
+and dv are tensor-core products; the rest is float32.
 
-In low precision delta = <do, out> has the rounding of out. The sum of ds over a query's keys says how much: ds sums to
-dlse. So dq also sums p (1 - t^2) and p t, takes its share of that difference off at the end, and leaves the delta that
-dkdv reads without it.
+In low precision delta = <do, out> carries the rounding error of out. The sum of ds over a query's keys reveals it,
+because the exact sum is dlse. So the dq kernel also sums p (1 - t^2) and p t, subtracts the error's share at the end,
+and writes the corrected delta for dkdv.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _tile_gradients(
     terms, v, b_do, lse_ptr, delta_ptr, rows, first_q, first_k, Tq, Tk,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """p and ds of the tile at a query and a key: 2 x [BLOCK_M, BLOCK_N]."""
+    """p and ds of a tile: 2 x [BLOCK_M, BLOCK_N]."""
     o_m, o_n = first_q + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_N)
     b_s = scores(terms, o_m, o_n, Tq, Tk, D, BLOCK_M, BLOCK_N)
     queries, keys = load_queries(rows, first_q, Tq, Tk, BLOCK_M), load_keys(rows, first_k, Tk, BLOCK_N)
@@ -59,7 +59,7 @@ def _additive_dq_kernel(
     q, k, v, do, dq,  # Heads; dq in float32
     w_ptr, bias_ptr,  # [H, D]
     lse_ptr, delta_ptr,  # [H, Tq]
-    dlse_ptr,  # [H, Tq]; None where delta is exact and has it already
+    dlse_ptr,  # [H, Tq]; None if delta is exact and already includes it
     dw_ptr,  # [tiles, H, D] partial sums
     rows, Tq, Tk, heads, group,
     D: tl.constexpr, DV: tl.constexpr,

@@ -1,9 +1,9 @@
 """Forward of additive attention in Triton.
 
-A program owns BLOCK_M queries of one head and walks the hull of their keys, BLOCK_N at a time, with the online softmax
-in units of log2. A tile of scores [BLOCK_M, BLOCK_N] is summed over the head dim one element after the other: the outer
-sum of a column of q and a column of k, its tanh, times a scalar of w. The columns of a tile stay in the L1 cache; the
-tanh is what costs. All arithmetic is float32; probabilities are rounded to the input's dtype for the product with v.
+A program owns BLOCK_M queries of one head and loops over the hull of their keys, BLOCK_N at a time, with the online
+softmax in units of log2. A tile of scores [BLOCK_M, BLOCK_N] is summed over the head dim one element at a time: the
+outer sum of a column of q and a column of k, its tanh, times a scalar of w. The columns of a tile stay in the L1 cache;
+the tanh dominates. All arithmetic is float32; probabilities are rounded to the input's dtype for the product with v.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["additive_fwd"]
 
 
 class Terms(NamedTuple):
-    """What the scores of one head are made of."""
+    """The score operands of one head."""
 
     q: Any  # Head
     k: Any  # Head
@@ -81,11 +81,11 @@ def _additive_fwd_kernel(
     begin, end = hull(rows.lo, rows.hi, o_m, Tq, Tk)
     for start in range(begin, end, BLOCK_N):
         b_s = scores(terms, o_m, start + tl.arange(0, BLOCK_N), Tq, Tk, D, BLOCK_M, BLOCK_N)
-        # After the scores, whose loop wants the registers.
+        # Loaded after the scores, whose loop needs the registers.
         queries, keys = load_queries(rows, first_q, Tq, Tk, BLOCK_M), load_keys(rows, start, Tk, BLOCK_N)
         b_s = tl.where(visible(queries, keys, rows, 1), b_s * LOG2_E, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        # A row that has seen nothing yet keeps -inf; subtracting 0 instead leaves its exponents at -inf.
+        # A row that has seen no key yet keeps -inf; subtracting 0 instead keeps its exponents at -inf.
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.exp2(b_s - b_shift[:, None])  # [BLOCK_M, BLOCK_N]
         b_rescale = tl.exp2(b_max - b_shift)

@@ -1,4 +1,4 @@
-"""The epilogue of gated cross-attention: a residual plus tanh(gate) times a branch, in one pass."""
+"""The epilogue of gated cross-attention: residual + tanh(gate) * branch, in one pass."""
 
 from mmkernels.ops.attention.gate.api import gated_residual
 

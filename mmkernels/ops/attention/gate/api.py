@@ -17,15 +17,15 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, *, backend: str | 
 
         out = residual + tanh(gate) x
 
-    With a gate of 0 the branch begins closed: out is the residual. Sums are float32 (float64 for float64) and are
-    rounded once; the gradient of the gate is summed in a fixed order. Rows may have any stride as long as the last
-    dimension is contiguous; otherwise a copy is made. Dtypes are kept under torch.autocast.
+    With a gate of 0 the branch is closed: out is the residual. Arithmetic is float32 (float64 for float64), rounded
+    once; the gradient of the gate is summed in a fixed order. Rows may have any stride as long as the last dimension is
+    contiguous; otherwise a copy is made. Dtypes are kept under torch.autocast.
 
     Args:
         residual: [..., C]; float32, bfloat16, float16 or float64.
-        x: residual's shape and dtype; beside a float32 residual also bfloat16 or float16 (what a layer gives under
+        x: residual's shape and dtype; with a float32 residual also bfloat16 or float16 (a layer's output under
             autocast).
-        gate: float32 or x's dtype (float64 for float64), broadcast as in `tanh(gate) * x`: [] or [1], one for all; [C],
+        gate: float32 or x's dtype (float64 for float64), broadcast as in `tanh(gate) * x`: [] or [1], one gate; [C],
             one per channel; [H, 1], one per head, for x [..., H, C].
         backend: None picks the fastest one that supports the call; or "native", "triton", "reference".
 

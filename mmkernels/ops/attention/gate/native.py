@@ -1,4 +1,4 @@
-"""Calls of the native core: allocates the outputs and launches the CPU kernels; there are none in CUDA C++."""
+"""Calls into the native core: allocates outputs and launches the CPU kernels; there is no CUDA C++ kernel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The ops `mmkernels::attention_gated_residual_fwd`, `_bwd` and `_second`: arguments, shapes, derivatives.
 
-residual [N, C], x [N, C] -> out [N, C] in residual's dtype, contiguous. gate float32 (float64 for float64): [C] when it
-goes by column, else [G], and row n reads gate[n % G].
+residual [N, C], x [N, C] -> out [N, C] in residual's dtype, contiguous. gate float32 (float64 for float64): [C] if
+by_column; otherwise [G], and row n reads gate[n % G].
 """
 
 from __future__ import annotations

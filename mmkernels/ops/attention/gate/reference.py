@@ -1,8 +1,8 @@
-"""The oracle of the gated residual: plain PyTorch, float64-capable.
+"""Reference semantics of the gated residual: PyTorch, float64-capable.
 
     out = residual + tanh(gate) x      dx = tanh(gate) g      dgate = (1 - tanh(gate)^2) sum g x
 
-with g the gradient of out. Low precision is computed in float32.
+with g the gradient of out. Low-precision inputs use float32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Second derivatives and forward mode of the gated residual: plain PyTorch, in O(N·C) memory.
+"""Second derivatives and forward mode of the gated residual: PyTorch, in O(N·C) memory.
 
-With t = tanh(gate), e = 1 - t^2, g the gradient of out, and tangents written with a dot::
+With t = tanh(gate), e = 1 - t^2, g the gradient of out, and tangents written with a prime::
 
     (out - residual)' = t x' + e gate' x      dx' = e gate' g      dgate' = e sum g (x' - 2 t gate' x)
 """
@@ -23,7 +23,7 @@ def gated_residual_second(
     gate: Tensor,
     by_column: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tangents of out without the residual's [N, C]; of dx [N, C] and dgate, empty without a gradient of out."""
+    """Tangents of out [N, C] without the residual's; of dx [N, C] and dgate, empty if grad_out is None."""
     wide = x.to(gate.dtype)
     moved_x = torch.zeros_like(wide) if tangent_x is None else tangent_x.to(gate.dtype)
     moved_gate = torch.zeros_like(gate) if tangent_gate is None else tangent_gate.to(gate.dtype)

@@ -1,8 +1,8 @@
 """Backward of the gated residual in Triton: dx = tanh(gate) g, dgate = (1 - tanh(gate)^2) sum g x.
 
-A program owns TILES tiles of rows, one below the other, in one block of columns. Gates by column: it keeps the sums
-over its rows in float32 registers and writes one line of partial sums. Gates by row: it writes the sum of each row of
-its block. Partial sums are added in order afterwards: no atomics.
+A program owns TILES consecutive row tiles in one block of columns. For per-column gates it accumulates over its rows in
+float32 registers and writes one line of partial sums. For per-row gates it writes each row's sum over its columns.
+Partial sums are added in order afterwards: no atomics.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Forward of the gated residual in Triton: out = residual + tanh(gate) x.
 
-A program owns a tile of BLOCK_N rows and BLOCK_C columns; the tile's gates are loaded once, by column or by row. All
+A program owns a tile of BLOCK_N rows and BLOCK_C columns and loads its gates once, per column or per row. All
 arithmetic is float32.
 """
 

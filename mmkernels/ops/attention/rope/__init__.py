@@ -1,4 +1,4 @@
-"""The prologue of attention: normalisation of q and k over the head dim and the rotary embedding, in one pass."""
+"""The prologue of attention: QK norm over the head dim and rotary embedding, in one pass."""
 
 from mmkernels.ops.attention.rope.api import norm_rope, qk_norm_rope
 from mmkernels.ops.attention.rope.table import rotary_cos_sin

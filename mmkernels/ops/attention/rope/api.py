@@ -16,7 +16,7 @@ from mmkernels.runtime import backends
 
 __all__ = ["norm_rope", "qk_norm_rope"]
 
-# A row lies in the registers of one Triton program.
+# A Triton program holds whole rows in registers.
 _MAX_TRITON_HEAD_DIM = 1024
 
 CosSin = tuple[Tensor, Tensor]
@@ -42,26 +42,26 @@ def qk_norm_rope(
     k_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalise q and k over the head dim and turn them by their positions, each in one pass over memory.
+    """Normalise q and k over the head dim and apply the rotary embedding, each in one pass over memory.
 
         n = (x - mu) / sqrt(mean (x - mu)^2 + eps) * weight + bias     (mu = 0 for "rms")
         y_a = n_a cos - n_b sin      y_b = n_b cos + n_a sin           for each rotated pair (a, b)
 
-    per token and head; the pairs are (j, j + R/2), or (2j, 2j + 1) with `interleaved`, for the R rotated elements at
-    the front; the others are only normalised. Everything between reading and writing is float32 (float64 for float64)
-    and is rounded once. The gradient of the weights is summed in a fixed order. Elements may have any strides as long
-    as the last dimension is contiguous; otherwise a copy is made. Dtypes are kept under torch.autocast.
+    per token and head; the pairs are (j, j + R/2), or (2j, 2j + 1) with `interleaved`, for the first R elements; the
+    others are only normalised. Arithmetic is float32 (float64 for float64), rounded once. Weight gradients are summed
+    in a fixed order. Any strides are read in place if the last dimension is contiguous; otherwise a copy is made.
+    Dtypes are kept under torch.autocast.
 
     Args:
         q: [T, H, D] or [B, T, H, D]; float32, bfloat16, float16 or float64.
-        k: [T, Hkv, D] or [B, T, Hkv, D], q's dtype. (Keys of other tokens than the queries: two calls of `norm_rope`.)
+        k: [T, Hkv, D] or [B, T, Hkv, D], q's dtype. (For keys of other tokens, call `norm_rope` twice.)
         position_ids: [T] or [B, T], with `sections` [P, T] or [P, B, T]; int32, int64, float32 or float64. None: no
             rotation, unless `cos_sin` is given.
-        cos_sin: instead of `position_ids` and the options that follow: what `rotary_cos_sin` gives, computed once for
-            all layers; two tensors [T, R/2] or [B, T, R/2], float32 (float64 for float64).
+        cos_sin: instead of `position_ids` and its options: the result of `rotary_cos_sin`, computed once for all
+            layers; two tensors [T, R/2] or [B, T, R/2], float32 (float64 for float64).
         rotary_dim: R, even; None: D.
         base, inv_freq, sections, section_layout: as for `rotary_cos_sin` (base None: 10000).
-        interleaved: pairs of neighbours (GPT-J, timm) in place of halves (GPT-NeoX, Llama, Qwen, transformers).
+        interleaved: pair neighbours (GPT-J, timm) instead of halves (GPT-NeoX, Llama, Qwen, transformers).
         norm: "rms", "layer" or None.
         eps: added to the mean square (the variance for "layer").
         q_weight, k_weight: [D], float32 or q's dtype; None: 1. (Gemma's weight is `1 + weight`.)
@@ -74,7 +74,7 @@ def qk_norm_rope(
     Raises:
         TypeError, ValueError: a wrong argument, by name, with what was expected and what came.
         BackendError: `backend` does not support this call.
-        NotImplementedError: a gradient is asked for angles (`cos_sin`, `inv_freq`, `position_ids`).
+        NotImplementedError: `cos_sin`, `inv_freq` or `position_ids` requires a gradient.
 
     Source: Su et al. 2021 (RoFormer); Wang et al. 2024 (Qwen2-VL: M-RoPE); Zhang and Sennrich 2019 (RMSNorm); Dehghani
     et al. 2023 (normalised queries and keys).
@@ -109,7 +109,7 @@ def norm_rope(
     bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`qk_norm_rope` of one tensor: for queries and keys that belong to different tokens, or to have only one of them.
+    """`qk_norm_rope` of one tensor, for queries and keys of different tokens, or for only one of them.
 
     Args:
         x: [T, H, D] or [B, T, H, D]; float32, bfloat16, float16 or float64.
@@ -121,7 +121,7 @@ def norm_rope(
         a new contiguous tensor of x's shape and dtype.
 
     Raises:
-        what `qk_norm_rope` raises.
+        As `qk_norm_rope`.
     """
     _check_input("x", x, x)
     table = _table(x, position_ids, cos_sin, rotary_dim, base, inv_freq, sections, section_layout)
@@ -165,7 +165,7 @@ def _table(
     sections: Sequence[int] | None,
     section_layout: str,
 ) -> CosSin | None:
-    """Cosines and sines [P, R/2], contiguous; token t (all samples one after the other) reads row t % P."""
+    """Cosines and sines [P, R/2], contiguous; token t (samples concatenated) reads row t % P."""
     options: dict[str, object] = {"rotary_dim": rotary_dim, "base": base, "inv_freq": inv_freq, "sections": sections}
     options["section_layout"] = None if section_layout == "contiguous" else section_layout
     given = [name for name, value in options.items() if value is not None]
@@ -174,7 +174,7 @@ def _table(
             raise ValueError(f"{given[0]}: expected None without position_ids, got {options[given[0]]!r}")
         return None if cos_sin is None else _given_table(x, cos_sin)
     if cos_sin is not None:
-        raise ValueError("cos_sin: expected None beside position_ids, got both")
+        raise ValueError("cos_sin: expected None with position_ids, got both")
     dim = x.shape[-1] if rotary_dim is None else integer("rotary_dim", rotary_dim, "an even int")
     if dim > x.shape[-1]:
         wrong_value("rotary_dim", f"at most the head dim D={x.shape[-1]}", dim)
@@ -213,7 +213,7 @@ def _given_table(x: Tensor, cos_sin: Any) -> CosSin:
 
 
 def _check_tokens(name: str, expected: str, got: Tensor, cos: Tensor, x: Tensor) -> None:
-    """The table's rows are x's tokens: of all samples, or the same for each."""
+    """Check that the table has a row per token, for all samples together or shared by every sample."""
     tokens = x.shape[:-2]
     if cos.shape[:-1] not in (tokens, tokens[-1:]):
         wrong_value(name, expected, got)
@@ -251,7 +251,7 @@ def _check_norm(norm: Any, eps: Any, interleaved: Any, table: CosSin | None) -> 
 def _affine(
     prefix: str, x: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """weight and bias in the dtype of computation, contiguous; gradients go back through the conversion."""
+    """weight and bias in the compute dtype, contiguous; gradients flow through the conversion."""
     D, dtype = x.shape[-1], _compute_dtype(x)
     converted = []
     for what, value in (("weight", weight), ("bias", bias)):

@@ -1,4 +1,4 @@
-"""Calls of the native core: allocates the outputs and launches the CPU kernels; there are none in CUDA C++."""
+"""Calls into the native core: allocates outputs and launches the CPU kernels; there is no CUDA C++ kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["norm_rope_bwd", "norm_rope_fwd"]
 
 
 def _kind(norm: str) -> Any:
-    """The core's `Norm` of "rms", "layer" or ""."""
+    """The core's `Norm` for "rms", "layer" or ""."""
     return native.core.Norm.__members__[norm or "none"]
 
 
@@ -45,7 +45,7 @@ def norm_rope_bwd(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [T, H, D]; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
+    """dx [T, H, D]; dweight [D], empty without a norm, dbias [D], empty unless "layer"."""
     grad_out, x = unit_stride(grad_out), unit_stride(x) if x is not None else None
     dx = grad_out.new_empty(grad_out.shape)
     dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32

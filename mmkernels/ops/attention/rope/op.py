@@ -1,7 +1,7 @@
 """The ops `mmkernels::attention_norm_rope_fwd`, `_bwd` and `_second`: arguments, shapes, derivatives.
 
-x [T, H, D] -> y [T, H, D], contiguous. cos, sin [P, R/2], contiguous, row t % P belongs to token t; weight, bias [D].
-The four are float32 (float64 for float64). norm is "rms", "layer" or "" (then weight and bias are None).
+x [T, H, D] -> y [T, H, D], contiguous. cos, sin [P, R/2], contiguous, token t reads row t % P; weight, bias [D]. The
+four are float32 (float64 for float64). norm is "rms", "layer" or "" (then weight and bias are None).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _bwd_fake(
 
 
 def _weight_gradients(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """Empty where the norm has no weight, or no bias."""
+    """Empty if the norm has no weight, or no bias."""
     sizes = x.shape[2] if norm else 0, x.shape[2] if norm == "layer" else 0
     dweight, dbias = (x.new_empty(size, dtype=compute_dtype(x)) for size in sizes)
     return dweight, dbias
@@ -75,7 +75,7 @@ norm_rope_bwd = Op(
 
 
 def _save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """The turn alone is undone without x, which need not be kept alive then."""
+    """Without a norm the backward does not need x, so it is not saved."""
     x, cos, sin, weight, _, *options = inputs
     return x if inputs.norm else None, cos, sin, weight, *options
 
@@ -88,7 +88,7 @@ def _backward(ctx: Context, grad_out: Tensor) -> dict[str, Tensor]:
 def _jvp(ctx: Context, x: Any, cos: Any, sin: Any, weight: Any, bias: Any, *options: None) -> Tensor:
     if cos is not None or sin is not None:
         raise NotImplementedError(
-            "cos_sin, inv_freq, position_ids: no derivative, in forward mode neither; detach them"
+            "cos_sin, inv_freq, position_ids: not differentiable, also in forward mode; detach them"
         )
     moved: Tensor = norm_rope_bwd.second(x, weight, bias, None, *ctx.saved, ctx.backend)[0]
     return moved

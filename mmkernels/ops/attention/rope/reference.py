@@ -1,16 +1,16 @@
-"""The oracle of the prologue: plain PyTorch, float64-capable.
+"""Reference semantics of the prologue: PyTorch, float64-capable.
 
 With r = 1 / sqrt(mean_d (x_d - mu)^2 + eps), where mu = mean_d x_d for "layer" and 0 for "rms":
 
     h_d = r (x_d - mu)        n_d = h_d w_d + b_d          (norm None: n = x)
     y_a = n_a cos - n_b sin   y_b = n_b cos + n_a sin      for each rotated pair (a, b); y_d = n_d elsewhere
 
-and with g the gradient of n, which is that of y turned back (-sin for sin), u = g w:
+and with g the gradient of n, i.e. the gradient of y under the inverse rotation (-sin for sin), u = g w:
 
     dx_d = r (u_d - [mean u] - h_d mean(u h))              the bracket for "layer" only
     dw_d = sum_rows g_d h_d      db_d = sum_rows g_d
 
-Pairs (a, b) are (j, j + R/2), or (2j, 2j + 1) when interleaved, 0 <= j < R/2. Low precision is computed in float32.
+Pairs (a, b) are (j, j + R/2), or (2j, 2j + 1) if interleaved, 0 <= j < R/2. Low-precision inputs use float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, sign: float) -> Tensor:
-    """x [T, H, D] turned by sign times the angles of the table [P, R/2], whose row t % P belongs to token t."""
+    """x [T, H, D] rotated by sign times the table's angles [P, R/2]; token t reads row t % P."""
     if cos is None or sin is None:
         return x
     repeats = x.shape[0] // cos.shape[0] if cos.shape[0] else 1
@@ -79,7 +79,7 @@ def norm_rope_bwd(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx in grad_out's dtype; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
+    """dx in grad_out's dtype; dweight [D], empty without a norm, dbias [D], empty unless "layer"."""
     g = rotate(wide(grad_out), cos, sin, interleaved, -1.0)
     if x is None:
         dx = g.to(grad_out.dtype).contiguous()

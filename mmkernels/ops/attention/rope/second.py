@@ -1,6 +1,6 @@
-"""Second derivatives and forward mode of the prologue: plain PyTorch, in O(T·H·D) memory.
+"""Second derivatives and forward mode of the prologue: PyTorch, in O(T·H·D) memory.
 
-With h, r, u as in reference.py, c' = x' [- mean x'], and tangents written with a dot, the turn being linear::
+With h, r, u as in reference.py, c' = x' [- mean x'], and tangents written with a prime (the rotation is linear)::
 
     h' = r (c' - h mean(h c'))      n' = h' w + h w' + b'      r' = -r^2 mean(h c')      u' = g w'
 
@@ -35,7 +35,7 @@ def norm_rope_second(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, ...]:
-    """Tangents of y [T, H, D]; of dx, dweight and dbias, empty without a gradient of y (or a norm)."""
+    """Tangents of y [T, H, D]; of dx, dweight and dbias, empty if grad_out is None (or without a norm)."""
     like = next(t for t in (x, grad_out, tangent_x) if t is not None)
     moved_x = wide(torch.zeros_like(like) if tangent_x is None else tangent_x)
     turn = cos, sin, interleaved

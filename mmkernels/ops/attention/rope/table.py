@@ -29,36 +29,36 @@ def rotary_cos_sin(
     scaling: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The table of a rotary embedding: built once per batch, used by every layer.
+    """The cosine and sine table of a rotary embedding, built once per batch and used by every layer.
 
         angle_tj = position_t inv_freq_j,  inv_freq_j = base^(-2 j / R),  0 <= j < R / 2
         cos_tj = scaling cos(angle_tj)     sin_tj = scaling sin(angle_tj)
 
-    with R = rotary_dim. With `sections` there are several positions per token, and frequency j reads the one of its
-    axis (M-RoPE: time, height, width):
+    with R = rotary_dim. With `sections` each token has several positions, and each frequency reads its axis (M-RoPE:
+    time, height, width):
 
         "contiguous"    the first sections[0] frequencies read axis 0, the next sections[1] axis 1, ... (Qwen2-VL)
         "interleaved"   frequency j reads axis a = j mod P, if a > 0 and j < P sections[a], else axis 0 (Qwen3-VL)
 
-    Angles are float64: in float32 position 10^6 would be off by 0.03 rad. transformers rounds inv_freq to float32; hand
-    its own over as `inv_freq` to meet a checkpoint's angles exactly.
+    Angles are float64: in float32 position 10^6 would be off by 0.03 rad. transformers rounds inv_freq to float32; pass
+    its tensor as `inv_freq` to match a checkpoint's angles exactly.
 
     Args:
         position_ids: [T] or [B, T]; with `sections` [P, T] or [P, B, T] for P axes. int32, int64, float32 or float64.
         rotary_dim: R, how many of the head dim's elements are rotated; even.
-        base: of the geometric series of frequencies; not read when `inv_freq` is given.
-        inv_freq: [R / 2] float32 or float64: any frequencies (a scaled or learned-elsewhere series), radian per
-            position. No gradient flows into it.
+        base: of the geometric series of frequencies; ignored if `inv_freq` is given.
+        inv_freq: [R / 2] float32 or float64: custom frequencies (e.g. scaled or learned elsewhere), in radians per
+            position. Not differentiable.
         sections: frequencies per axis, summing to R / 2.
-        section_layout: "contiguous" or "interleaved", which frequencies belong to which axis.
-        scaling: factor of both (YaRN's attention factor).
+        section_layout: "contiguous" or "interleaved": how frequencies are assigned to axes.
+        scaling: factor of cos and sin (YaRN's attention factor).
         dtype: float32, or float64 for float64 q and k.
 
     Returns:
         (cos, sin), each [T, R / 2] or [B, T, R / 2].
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, named.
+        TypeError, ValueError: a wrong argument, by name.
 
     Source: Su et al. 2021 (RoFormer); Wang et al. 2024 (Qwen2-VL: sections); Bai et al. 2025 (Qwen3-VL: interleaved).
     """
@@ -113,7 +113,7 @@ def _check(position_ids: Any, rotary_dim: int, inv_freq: Any, sections: Any, sec
     if sections is None:
         expected, ndim = "[T] or [B, T] int32, int64, float32 or float64", (1, 2)
         if section_layout != "contiguous":
-            raise ValueError(f"section_layout: expected sections beside {section_layout!r}, got None")
+            raise ValueError(f"section_layout: expected sections with {section_layout!r}, got None")
     else:
         check_sections(sections, section_layout, rotary_dim)
         axes = len(sections)
@@ -132,7 +132,7 @@ def _check(position_ids: Any, rotary_dim: int, inv_freq: Any, sections: Any, sec
 
 
 def check_sections(sections: Any, layout: str, rotary_dim: int) -> None:
-    """Raises unless `sections` share out the rotary_dim / 2 frequencies in this layout."""
+    """Raise unless `sections` partition the rotary_dim / 2 frequencies in this layout."""
     if not isinstance(sections, Sequence) or isinstance(sections, str):
         wrong_type("sections", "a sequence of ints", sections)
     sections = [integer("sections", n, "a sequence of ints") for n in sections]

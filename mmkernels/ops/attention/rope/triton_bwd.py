@@ -1,11 +1,11 @@
 """Backward of the prologue in Triton.
 
-With g the gradient of y turned back, u = g w and h, r computed again from x:
+With g the gradient of y under the inverse rotation, u = g w, and h, r recomputed from x:
 
     dx = r (u - [mean u] - h mean(u h))      dw = sum_rows g h      db = sum_rows g
 
-A program owns TILES consecutive tiles of rows (as in the forward, in up to three parts) and keeps the sums of its rows'
-g h and g in float32 registers; it writes one line of partial sums, and the lines are added in order: no atomics.
+A program owns TILES consecutive tiles of rows (as in the forward, in up to three parts) and accumulates g h and g of
+its rows in float32 registers. It writes one line of partial sums; the lines are added in order: no atomics.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mmkernels.ops.triton_common import unit_rows
 
 __all__ = ["norm_rope_bwd"]
 
-# Tiles per program: a line of partial sums for each is a thirtieth of what is read.
+# Tiles per program: its line of partial sums is a thirtieth of what it reads.
 _TILES = 32
 
 
@@ -153,7 +153,7 @@ def norm_rope_bwd(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [T, H, D]; dweight [D], empty without a norm, dbias [D], empty but for "layer"."""
+    """dx [T, H, D]; dweight [D], empty without a norm, dbias [D], empty unless "layer"."""
     grad_out = unit_rows(grad_out)
     x = unit_rows(x) if x is not None else grad_out  # not read without a norm
     (T, H, D), half = grad_out.shape, cos.shape[1] if cos is not None else 0

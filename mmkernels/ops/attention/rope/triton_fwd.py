@@ -2,10 +2,10 @@
 
     h = (x - mu) / sqrt(mean (x - mu)^2 + eps)     n = h w + b     y_a = n_a cos - n_b sin     y_b = n_b cos + n_a sin
 
-A program owns BLOCK_R rows (a token and a head each) and holds them in up to three parts: the first and the second
-elements of the rotated pairs, and the rest. Element j of the first part is column j * STEP, its partner lies SHIFT
-columns on: (1, HALF) for halves, (2, 1) for neighbours. Rows of one token share a line of the table through the L1
-cache. All arithmetic is float32.
+A program owns BLOCK_R rows (one token and head each) and holds them in up to three parts: the first and the second
+elements of the rotated pairs, and the rest. Element j of the first part is column j * STEP; its partner is SHIFT
+columns further: (1, HALF) for halves, (2, 1) for neighbours. Rows of one token share a table row through the L1 cache.
+All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _affine(b_x, weight_ptr, bias_ptr, o_c, m_c):
 
 @triton.jit
 def load_angles(cos_ptr, sin_ptr, o_t, m_r, o_j, m_j, table_rows, HALF: tl.constexpr):
-    """Lines of the table for the tokens o_t: 2 x [BLOCK_R, BLOCK_HALF]."""
+    """Table rows of the tokens o_t: 2 x [BLOCK_R, BLOCK_HALF]."""
     o_line = (o_t % table_rows)[:, None] * HALF + o_j[None, :]
     m = m_r[:, None] & m_j[None, :]
     return tl.load(cos_ptr + o_line, mask=m, other=0.0), tl.load(sin_ptr + o_line, mask=m, other=0.0)
@@ -75,7 +75,7 @@ def _norm_rope_fwd_kernel(
     p_x = x.ptr + o_t * x.stride_t + o_r % heads * x.stride_h
     p_y = y_ptr + o_r * D
     REST: tl.constexpr = D - 2 * HALF
-    # Parts that are not there are one column wide and masked out; the compiler drops them.
+    # Absent parts are one column wide and masked out; the compiler drops them.
     o_j = tl.arange(0, BLOCK_HALF)
     m_j = o_j < HALF
     o_a, o_b = o_j * STEP, o_j * STEP + SHIFT
@@ -118,7 +118,7 @@ def _norm_rope_fwd_kernel(
 
 
 def tile(head_dim: int, half: int, interleaved: bool) -> dict[str, int]:
-    """How rows of one head dim are cut into parts, and how many are taken at once."""
+    """How rows of this head dim are split into parts, and how many a tile holds."""
     rest = head_dim - 2 * half
     blocks = {"BLOCK_HALF": triton.next_power_of_2(max(half, 1)), "BLOCK_REST": triton.next_power_of_2(max(rest, 1))}
     width = 2 * blocks["BLOCK_HALF"] * (half > 0) + blocks["BLOCK_REST"] * (rest > 0)
