@@ -73,7 +73,7 @@ def test_a_backend_that_does_not_know_an_option_says_so():
     on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32)
     limits = api._limits({"targets": None, "label_smoothing": 0.1}, on_gpu)
     with pytest.raises(
-        BackendError, match=r"(?s)native: no CUDA.* kernel supports label_smoothing.*reference: supported"
+        BackendError, match=r"(?s)no CUDA.* supports label_smoothing.*reference: supported"
     ):
         resolve("contrastive", on_gpu, "native", limits)
     assert limits.get("triton") is None
