@@ -147,7 +147,7 @@ class EmulatedCore:
 
     def _attention(self, what: str, args: Sequence[Any]) -> None:
         """Of what ends a CPU launcher's list (AttentionExtras) the CUDA launchers take the pattern, its first five."""
-        assert not any(args[-7:]), "attention: the CUDA kernels take no bias, sink or dropout"
+        assert not any(args[-7:]), "attention: the CUDA kernels support no bias, sink or dropout"
         self._launch(what, args[:-7])
 
     def _contrastive(self, what: str, args: Sequence[Any]) -> None:
