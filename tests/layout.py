@@ -56,7 +56,7 @@ _OPS = r"mmkernels\.ops\.(?P<f>\w+)"
 _OPS_OR_PART = _OPS + rf"(\.({'|'.join(part for parts in PARTS.values() for part in parts)}))?"
 _OWN, _SHARED, _RUNTIME = (
     "mmkernels.ops.{f}.*",
-    ("mmkernels.ops.checks", "mmkernels.ops.modality"),
+    ("mmkernels.ops.checks", "mmkernels.ops.dtypes", "mmkernels.ops.modality"),
     "mmkernels.runtime.*",
 )
 _FUNCTIONS = ("mmkernels.ops.{any}", "mmkernels.ops.{any}.api", *_SHARED)
@@ -111,12 +111,16 @@ LAYERS = (
     Layer(r"mmkernels\.testing(\..*)?", below=("mmkernels.testing.*", "mmkernels.ops.*", _RUNTIME)),
     Layer(r"mmkernels\.runtime\.native", below=("mmkernels._native", "mmkernels.runtime.absence")),
     Layer(r"mmkernels\.runtime(\..*)?", below=(_RUNTIME,)),
-    Layer(r"mmkernels\.ops(\.(checks|modality))?"),
+    Layer(r"mmkernels\.ops(\.(checks|dtypes|modality))?"),
     Layer(
         r"mmkernels\.ops\.triton_common", below=("mmkernels.runtime.backends",), packages=frozenset({"torch", "triton"})
     ),
     Layer(_OPS_OR_PART + r"\.types", packages=frozenset({"torch"})),
-    Layer(_OPS_OR_PART + r"\.reference", below=("mmkernels.ops.{f}.types",), packages=frozenset({"torch"})),
+    Layer(
+        _OPS_OR_PART + r"\.reference",
+        below=("mmkernels.ops.dtypes", "mmkernels.ops.{f}.types"),
+        packages=frozenset({"torch"}),
+    ),
     Layer(
         _OPS_OR_PART + r"\.triton_\w+",
         below=(
@@ -127,7 +131,10 @@ LAYERS = (
         ),
         packages=frozenset({"torch", "triton"}),
     ),
-    Layer(_OPS_OR_PART + r"\.native", below=(_RUNTIME, "mmkernels.ops.{f}.*.reference", "mmkernels.ops.{f}.types")),
+    Layer(
+        _OPS_OR_PART + r"\.native",
+        below=(_RUNTIME, "mmkernels.ops.dtypes", "mmkernels.ops.{f}.*.reference", "mmkernels.ops.{f}.types"),
+    ),
     Layer(
         _OPS_OR_PART + r"\.op\w*",
         below=(_OWN, *_SHARED, _RUNTIME),

@@ -18,6 +18,7 @@ from mmkernels.nn.attention_base import (
 )
 from mmkernels.ops.attention import AttentionMask, gated_residual
 from mmkernels.ops.checks import real, wrong_value
+from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = ["CoAttention", "CrossModalAttention", "FusedSelfAttention", "GatedCrossAttention"]
 
@@ -313,7 +314,7 @@ class FusedSelfAttention(AttentionBase):
         expect_tokens("x", x, self.embed_dim)
         q, k, v = self.qkv_proj(x).split(self._widths, dim=-1)
         if self.rotary is not None and isinstance(positions, Tensor):  # one table for both
-            wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+            wide = compute_dtype(q.dtype)
             positions = self.rotary.cos_sin(positions, self.head_dim, wide)
         q = self._prepared("positions", q, self.num_heads, self.q_norm, positions)
         k = self._prepared("positions", k, self.num_kv_heads, self.k_norm, positions)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmkernels.ops.attention import AttentionMask, attention, norm_rope, rotary_cos_sin
 from mmkernels.ops.checks import expect_tensor, integer, real, wrong_type, wrong_value
+from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = ["AttentionBase", "Positions", "Rotary", "expect_tokens", "multihead_sizes", "size", "with_weights_of"]
 
@@ -134,7 +135,7 @@ class AttentionBase(nn.Module):
             if positions is None:
                 raise ValueError(f"{name}: expected position ids or (cos, sin) for a module with rotary, got None")
             if isinstance(positions, Tensor):
-                wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+                wide = compute_dtype(x.dtype)
                 positions = self.rotary.cos_sin(positions, self.head_dim, wide)
         if norm is None and positions is None:
             return x

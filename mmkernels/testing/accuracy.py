@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmkernels.ops.dtypes import compute_dtype
+
 __all__ = ["Accuracy", "assert_as_accurate"]
 
 # Absolute slack, because plain PyTorch's error may happen to be 0. The rms error may be a few float32 roundings
@@ -83,7 +85,7 @@ def assert_as_accurate(
     allowed_rms = factor * accuracy.plain_rms + rms_epsilon * accuracy.truth_rms
     allowed_worst = factor * accuracy.plain_worst + torch.finfo(actual.dtype).eps * accuracy.truth_worst
     if terms is not None:
-        rounding = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps
+        rounding = torch.finfo(compute_dtype(actual.dtype)).eps
         terms_rms, terms_worst = _norms(terms)
         allowed_rms, allowed_worst = allowed_rms + rounding * terms_rms, allowed_worst + rounding * terms_worst
     assert accuracy.rms <= allowed_rms, f"{what}: rms error {accuracy.rms:.3e} > {allowed_rms:.3e}; {accuracy}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmkernels.ops.attention import AttentionMask
 from mmkernels.ops.attention.reference import keep
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.testing.packing import cu_seqlens_of
 
 __all__ = [
@@ -49,7 +50,7 @@ class AttentionInputs:
 
     def to(self, dtype: torch.dtype) -> AttentionInputs:
         """The same values in another dtype (float64 for the truth)."""
-        lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        lse_dtype = compute_dtype(dtype)
         q, k, v, grad_out = (x.to(dtype) for x in (self.q, self.k, self.v, self.grad_out))
         pair_bias, sink = (None if x is None else x.to(lse_dtype) for x in (self.pair_bias, self.sink))
         options = {"pair_bias": pair_bias, "sink": sink, "grad_lse": self.grad_lse.to(lse_dtype)}
@@ -189,7 +190,7 @@ def make_inputs(
         return torch.randn(shape, generator=generator).to(device, of)
 
     q, k, v = normal(tokens_q, heads, dim), normal(tokens_k, kv_heads, dim), normal(tokens_k, kv_heads, dim_v)
-    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    lse_dtype = compute_dtype(dtype)
     grad_out, grad_lse = normal(tokens_q, heads, dim_v), normal(heads, tokens_q, of=lse_dtype)
     bias = None if classes is None else normal(heads, *classes, of=lse_dtype)
     sinks = normal(heads, of=lse_dtype) if sink else None
@@ -287,7 +288,7 @@ def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
     mask = dense_mask(x)
     seen = mask.any(1)
     scale = x.q.shape[-1] ** -0.5 if x.scale is None else x.scale
-    lse_dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+    lse_dtype = compute_dtype(x.q.dtype)
     width = max(x.q.shape[-1], x.v.shape[-1])
 
     def call(leaf: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -315,7 +316,7 @@ def _logit_terms(x: AttentionInputs, leaf: dict[str, Tensor], mask: Tensor) -> T
     """The additive mask with bias and sink: [H, Tq, Tk (+ 1 with a sink)]; None if the bool mask suffices."""
     if "bias" not in leaf and "sink" not in leaf and x.dropout_p == 0:
         return None
-    dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(x.q.dtype)
     terms = x.q.new_zeros((x.q.shape[1], *mask.shape), dtype=dtype)
     if "bias" in leaf:
         assert x.mask is not None and x.mask.classes is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.attention import AttentionMask, additive_attention
+from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = ["AdditiveInputs", "gradient_terms", "make_additive", "plain_additive", "run_additive"]
 
@@ -50,7 +51,7 @@ def make_additive(
     """Normal inputs; `amplitude` multiplies q and k."""
     generator = torch.Generator().manual_seed(seed)
     kv_heads, dim_v = kv_heads or heads, dim_v or dim
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = compute_dtype(dtype)
 
     def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(of)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops.dtypes import compute_dtype
+
 __all__ = ["Rows", "differentiate", "gated_rows", "norm_rope_rows", "plain_gated_residual", "plain_norm_rope"]
 
 
@@ -62,7 +64,7 @@ def norm_rope_rows(
     def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, of)
 
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = compute_dtype(dtype)
     table = None
     if rotary_dim:
         angle = torch.rand(tokens, rotary_dim // 2, generator=generator, dtype=torch.float64) * 1000
@@ -122,7 +124,7 @@ def gated_rows(
     def normal(size: tuple[int, ...], of: torch.dtype) -> Tensor:
         return torch.randn(size, generator=generator).to(device, of)
 
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = compute_dtype(dtype)
     outer = residual_dtype or dtype
     inputs = {
         "residual": normal(shape, outer),

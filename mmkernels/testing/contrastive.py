@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.ops.contrastive.types import statistics_dtype
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.testing.accuracy import Accuracy, assert_as_accurate
 
 __all__ = [
@@ -268,7 +268,7 @@ def compare(
     Raises:
         AssertionError: a larger error; the message names the result.
     """
-    scalars = [torch.tensor(value, dtype=statistics_dtype(dtype)) for value in (case.scale, case.bias)]
+    scalars = [torch.tensor(value, dtype=compute_dtype(dtype)) for value in (case.scale, case.bias)]
     terms_of = infonce_terms if len(names) == 3 else siglip_terms
     results: list[list[tuple[Tensor, ...]]] = []
     for seed in range(seeds):

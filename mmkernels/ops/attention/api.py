@@ -23,6 +23,7 @@ from mmkernels.ops.checks import (
     wrong_type,
     wrong_value,
 )
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.ops.modality import MAX_MODALITIES
 from mmkernels.runtime import backends
 
@@ -240,7 +241,7 @@ def _check_logits(
     q: Tensor, pair_bias: Any, sink: Any, mask: AttentionMask | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """pair_bias and sink in the dtype of lse."""
-    H, dtype = q.shape[-2], torch.float64 if q.dtype == torch.float64 else torch.float32
+    H, dtype = q.shape[-2], compute_dtype(q.dtype)
     if pair_bias is not None:
         expect_tensor("pair_bias", pair_bias, "[H, Cq, Ck] floating point", ndim=3, like=q)
         if pair_bias.shape[0] != H or min(pair_bias.shape) < 1 or max(pair_bias.shape[1:]) > MAX_MODALITIES:

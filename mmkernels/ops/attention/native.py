@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import bias_gradient, compute_dtype, sink_gradient
+from mmkernels.ops.attention.reference import bias_gradient, sink_gradient
 from mmkernels.ops.attention.types import MaskRows, Options
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import native
 from mmkernels.runtime.native import View, stream, threads, unit_stride, view
 
@@ -49,7 +50,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Opti
     """out [Tq, H, Dv] and lse [H, Tq]."""
     q, k, v = _inputs(rows, q, k, v)
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q))
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
     inputs, outputs = (view(q), view(k), view(v), *_intervals(rows)), (view(out), view(lse))
     if q.is_cuda:
         native.core.launch_attention_fwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), stream(q))

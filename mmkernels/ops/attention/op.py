@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mmkernels.ops.attention import native, reference
 from mmkernels.ops.attention.flops import bwd_flops, fwd_flops, second_flops
-from mmkernels.ops.attention.reference import compute_dtype
 from mmkernels.ops.attention.second import attention_second
 from mmkernels.ops.attention.types import MaskRows, Options
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime.register import Context, Op, Second, on_triton
 
 __all__ = ["attention_bwd", "attention_fwd"]
@@ -23,7 +23,7 @@ __all__ = ["attention_bwd", "attention_fwd"]
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q))
+    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
 
 
 def _bwd_fake(

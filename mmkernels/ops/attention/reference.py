@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.attention.types import MaskRows, Options
+from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = [
     "attention_bwd",
     "attention_fwd",
     "bias_gradient",
-    "compute_dtype",
     "dropout",
     "keep",
     "probabilities",
@@ -66,10 +66,6 @@ def keep(
     return words >> 1 < round((1 - dropout_p) * 2**31)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def probabilities(q: Tensor, k: Tensor, seen: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     """p [H, Tq, Tk] and lse [H, Tq] in q's dtype from q [Tq, H, D], k [Tk, H, D] and seen [Tq, Tk]."""
     scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * options.scale
@@ -107,7 +103,7 @@ def dropout(
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     """out [Tq, H, Dv] in q's dtype and lse [H, Tq]."""
-    dtype, group = compute_dtype(q), q.shape[1] // k.shape[1]
+    dtype, group = compute_dtype(q.dtype), q.shape[1] // k.shape[1]
     seen = rows.visible().dense(k.shape[0])
     p, lse = probabilities(q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1), seen, rows, options)
     z = dropout(options, q.shape[1], seen, dtype)
@@ -130,7 +126,7 @@ def attention_bwd(
 
     Recomputes the probabilities; `out` and `lse` are not read.
     """
-    dtype, group = compute_dtype(q), q.shape[1] // k.shape[1]
+    dtype, group = compute_dtype(q.dtype), q.shape[1] // k.shape[1]
     x, do = q.to(dtype), grad_out.to(dtype)
     y, w = (t.to(dtype).repeat_interleave(group, dim=1) for t in (k, v))
     seen = rows.visible().dense(k.shape[0])

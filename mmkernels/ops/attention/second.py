@@ -26,12 +26,12 @@ from torch import Tensor
 
 from mmkernels.ops.attention.reference import (
     bias_gradient,
-    compute_dtype,
     dropout,
     probabilities,
     weighted_sums,
 )
 from mmkernels.ops.attention.types import MaskRows, Options
+from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = ["Softmax", "attention_second", "blocks", "grouped", "zero_if_none"]
 
@@ -135,7 +135,7 @@ def attention_second(
     call = _Call((q, k, v), (tangent_q, tangent_k, tangent_v), (tangent_bias, tangent_sink), rows, options)
     for queries, keys in blocks(rows.lo, rows.hi, k.shape[0], q.shape[1]):
         call.visit(queries, keys, grad_out, grad_lse)
-    dtype = compute_dtype(q)
+    dtype = compute_dtype(q.dtype)
     moved = call.out.to(q.dtype), call.lse
     if grad_out is None:
         return *moved, *(x.new_empty(0) for x in (q, k, v)), *(q.new_empty(0, dtype=dtype) for _ in range(2))
@@ -154,7 +154,7 @@ class _Call:
         options: Options,
     ) -> None:
         q, k, v = inputs
-        dtype, self.kv_heads = compute_dtype(q), k.shape[1]
+        dtype, self.kv_heads = compute_dtype(q.dtype), k.shape[1]
         self.rows, self.options = rows, options
         self.inputs = [x.to(dtype) for x in inputs]
         self.tangents = [zero_if_none(t, x, dtype) for t, x in zip(tangents, inputs, strict=True)]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.checks import describe, expect_tensor, expect_true, integer, real, wrong_type, wrong_value
-from mmkernels.ops.contrastive.types import Pairs, statistics_dtype
+from mmkernels.ops.contrastive.types import Pairs
+from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = [
     "check_features",
@@ -47,7 +48,7 @@ def _like_queries(name: str, letter: str, value: Any, queries: Tensor) -> None:
 def scalar(name: str, value: Any, queries: Tensor) -> Tensor:
     """A number or one-element tensor as a [] tensor in the statistics' dtype; differentiable."""
     expected = "a number or a floating-point tensor of one element"
-    dtype = statistics_dtype(queries.dtype)
+    dtype = compute_dtype(queries.dtype)
     if not isinstance(value, Tensor):
         return torch.full((), real(name, value, expected), dtype=dtype, device=queries.device)
     expect_tensor(name, value, expected, like=queries)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import reference
-from mmkernels.ops.contrastive.types import STATISTICS, Need, Pairs, Teacher, merged, statistics_dtype
+from mmkernels.ops.contrastive.types import STATISTICS, Need, Pairs, Teacher, merged
+from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = ["sigmoid_bwd", "sigmoid_fwd", "softmax_bwd", "softmax_fwd"]
 
@@ -63,7 +64,7 @@ def softmax_fwd(
 def _gradients(queries: Tensor, keys: Tensor, need: Need, chunk: Any) -> tuple[Tensor, Tensor]:
     """dqueries chunk by chunk; dkeys summed over the chunks in the statistics' dtype."""
     dqueries = queries.new_empty(queries.shape[0] if need.need_queries else 0, queries.shape[1])
-    dkeys = keys.new_zeros(keys.shape[0] if need.need_keys else 0, keys.shape[1], dtype=statistics_dtype(keys.dtype))
+    dkeys = keys.new_zeros(keys.shape[0] if need.need_keys else 0, keys.shape[1], dtype=compute_dtype(keys.dtype))
     for rows in _chunks(queries, keys):
         of_rows, of_keys = chunk(rows)
         if need.need_queries:

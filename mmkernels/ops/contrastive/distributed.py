@@ -39,8 +39,8 @@ from mmkernels.ops.contrastive.types import (
     Teacher,
     merged,
     nothing_seen,
-    statistics_dtype,
 )
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime.signature import with_tensors, without_tensors
 
 __all__ = ["same_on_all_ranks", "sigmoid_fwd", "softmax_fwd", "total_over_ranks"]
@@ -204,7 +204,7 @@ class _Side:
         """This rank's dqueries and dkeys, summed over visits in the statistics' dtype."""
         if not any(need):
             return None, None
-        wide = statistics_dtype(self.queries.dtype)
+        wide = compute_dtype(self.queries.dtype)
         if not self.ranks.ring:
             travelled = None if columns is None else self.ranks.gathered(columns, self.ranks.keys)
             dqueries, dkeys = compute(self.all_at_once(everything, travelled))

@@ -27,8 +27,8 @@ from mmkernels.ops.contrastive.types import (
     Pairs,
     Targets,
     Teacher,
-    statistics_dtype,
 )
+from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = ["Over", "infonce_loss", "siglip_loss"]
 
@@ -131,7 +131,7 @@ def infonce_loss(
     lse = [line[LSE] for line in lines]
     if extra is not None:
         lse[0] = torch.logaddexp(lse[0], extra[LSE])
-    scale, dtype = logit_scale.double(), statistics_dtype(queries.dtype)
+    scale, dtype = logit_scale.double(), compute_dtype(queries.dtype)
     losses = [_losses(*of, scale, targets) for of in zip(lines, lse, directions, strict=False)]
     loss = over.mean(losses, None if weights is None else _weights_of_directions(weights.double(), pairs, symmetric))
     if not return_stats:
@@ -165,7 +165,7 @@ def siglip_loss(
 ) -> tuple[Tensor, ContrastiveStats | None]:
     """The mean over all rows, [] in the statistics' dtype, and the softmax statistics of the same logits, from a
     separate pass. Arguments are already checked; ids match across all ranks."""
-    scale, bias, dtype = over.shared(logit_scale), over.shared(logit_bias), statistics_dtype(queries.dtype)
+    scale, bias, dtype = over.shared(logit_scale), over.shared(logit_bias), compute_dtype(queries.dtype)
     sums = over.sigmoid(queries, keys, scale, bias, pairs, backend)
     loss = (over.total(sums[0]) / max(sum(over.queries), 1)).to(dtype)
     if not return_stats:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmkernels.ops.contrastive.types import STATISTICS, Need, Pairs, Teacher, statistics_dtype
+from mmkernels.ops.contrastive.types import STATISTICS, Need, Pairs, Teacher
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import native
 from mmkernels.runtime.native import stream, threads, unit_stride, view
 
@@ -49,7 +50,7 @@ def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
 
 
 def _scalars(queries: Tensor, count: int) -> list[Tensor]:
-    return [queries.new_empty((), dtype=statistics_dtype(queries.dtype)) for _ in range(count)]
+    return [queries.new_empty((), dtype=compute_dtype(queries.dtype)) for _ in range(count)]
 
 
 def _room(queries: Tensor, keys: Tensor, need: Need) -> list[Tensor | None]:
@@ -173,7 +174,7 @@ def sample_negatives(
 def topk_similar(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """values [N, k], indices [N, k] int64: the most similar keys first, ties by lower index."""
     x, y = unit_stride(queries), unit_stride(keys)
-    values = x.new_empty(x.shape[0], k, dtype=statistics_dtype(x.dtype))
+    values = x.new_empty(x.shape[0], k, dtype=compute_dtype(x.dtype))
     indices = x.new_empty(x.shape[0], k, dtype=torch.int64)
     _launch_cpu(native.core.launch_contrastive_topk_fwd_cpu, x, y, values, indices)
     return values, indices

@@ -12,14 +12,15 @@ from torch import Tensor
 from mmkernels.ops.contrastive import native, reference
 from mmkernels.ops.contrastive.op import backward_flops, empty_gradients, forward_flops, need_of, with_scalars
 from mmkernels.ops.contrastive.op_second import infonce_second, siglip_second
-from mmkernels.ops.contrastive.types import Need, Slopes, statistics_dtype
+from mmkernels.ops.contrastive.types import Need, Slopes
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime.register import Context, Op, on_triton
 
 __all__ = ["infonce_bwd", "infonce_fwd", "siglip_bwd", "siglip_fwd"]
 
 
 def _scalar(queries: Tensor) -> Tensor:
-    return queries.new_empty((), dtype=statistics_dtype(queries.dtype))
+    return queries.new_empty((), dtype=compute_dtype(queries.dtype))
 
 
 def _infonce_fwd_fake(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

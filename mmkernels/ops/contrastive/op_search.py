@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mmkernels.ops.contrastive import native, reference
 from mmkernels.ops.contrastive.op import expect_no_ignored, forward_flops
-from mmkernels.ops.contrastive.types import Pairs, statistics_dtype
+from mmkernels.ops.contrastive.types import Pairs
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime.register import Op, on_triton
 
 __all__ = ["sample_negatives", "topk_similar"]
@@ -18,7 +19,7 @@ def _sample_fake(queries: Tensor, keys: Tensor, logit_scale: Tensor, seed: Tenso
 
 
 def _topk_fake(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values = queries.new_empty(queries.shape[0], k, dtype=statistics_dtype(queries.dtype))
+    values = queries.new_empty(queries.shape[0], k, dtype=compute_dtype(queries.dtype))
     return values, values.new_empty(values.shape, dtype=torch.int64)
 
 

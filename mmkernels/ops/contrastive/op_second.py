@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import second
-from mmkernels.ops.contrastive.types import COEFFICIENTS, statistics_dtype
+from mmkernels.ops.contrastive.types import COEFFICIENTS
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime.register import Second
 
 __all__ = ["infonce_second", "siglip_second", "sigmoid_second", "softmax_second"]
@@ -58,7 +59,7 @@ def _statistics(
 
 
 def _loss(queries: Tensor, *_: Any) -> tuple[Tensor]:
-    return (queries.new_empty((), dtype=statistics_dtype(queries.dtype)),)
+    return (queries.new_empty((), dtype=compute_dtype(queries.dtype)),)
 
 
 def _sum(queries: Tensor, *_: Any) -> tuple[Tensor]:

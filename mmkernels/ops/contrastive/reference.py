@@ -20,8 +20,8 @@ from mmkernels.ops.contrastive.types import (
     Need,
     Pairs,
     Teacher,
-    statistics_dtype,
 )
+from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = [
     "infonce_bwd",
@@ -46,7 +46,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def _similarity(queries: Tensor, keys: Tensor) -> Tensor:
-    dtype = statistics_dtype(queries.dtype)
+    dtype = compute_dtype(queries.dtype)
     with no_autocast(queries):
         return queries.to(dtype) @ keys.to(dtype).T  # [N, M]
 
@@ -257,7 +257,7 @@ def infonce_bwd(
 def siglip_fwd(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], d loss / d logit_scale [], d loss / d logit_bias []."""
     sums = sigmoid_fwd(queries, keys, logit_scale, logit_bias, own_pairs(queries))
-    loss, by_scale, by_bias = (sums / max(queries.shape[0], 1)).to(statistics_dtype(queries.dtype)).unbind()
+    loss, by_scale, by_bias = (sums / max(queries.shape[0], 1)).to(compute_dtype(queries.dtype)).unbind()
     return loss.clone(), by_scale.clone(), by_bias.clone()
 
 

@@ -38,8 +38,8 @@ from mmkernels.ops.contrastive.types import (
     Pairs,
     Slopes,
     Teacher,
-    statistics_dtype,
 )
+from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = ["infonce_second", "siglip_second", "sigmoid_second", "softmax_second"]
 
@@ -102,7 +102,7 @@ def _call(
     pairs: Pairs,
     teacher: Teacher | None,
 ) -> _Call:
-    x, y, scale = inputs = [t.to(statistics_dtype(queries.dtype)) for t in (queries, keys, logit_scale)]
+    x, y, scale = inputs = [t.to(compute_dtype(queries.dtype)) for t in (queries, keys, logit_scale)]
     dx, dy, dscale = (
         torch.zeros_like(x) if t is None else t.to(x.dtype) for x, t in zip(inputs, tangents, strict=True)
     )
@@ -309,4 +309,4 @@ def siglip_second(
     n, tangents = max(queries.shape[0], 1), (tangent_queries, tangent_keys, tangent_logit_scale, tangent_logit_bias)
     grad_sum, features = None if grad_loss is None else grad_loss.double() / n, (queries, keys, logit_scale, logit_bias)
     moved, *rest = sigmoid_second(*tangents, grad_sum, *features, own_pairs(queries), None, need)
-    return (moved / n).to(statistics_dtype(queries.dtype)), *rest
+    return (moved / n).to(compute_dtype(queries.dtype)), *rest

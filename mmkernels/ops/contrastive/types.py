@@ -26,7 +26,6 @@ __all__ = [
     "Teacher",
     "merged",
     "nothing_seen",
-    "statistics_dtype",
 ]
 
 # Lines of the statistics, float64 [7, N] of rows and [7, M] of columns; csrc/contrastive/contrastive.h has the same.
@@ -113,11 +112,6 @@ class ContrastiveStats(NamedTuple):
 
 
 torch.serialization.add_safe_globals([ContrastiveStats])
-
-
-def statistics_dtype(features: torch.dtype) -> torch.dtype:
-    """The dtype of loss and scalar gradients for this feature dtype."""
-    return torch.float64 if features == torch.float64 else torch.float32
 
 
 def nothing_seen(features: Tensor) -> Tensor:

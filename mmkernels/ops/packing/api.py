@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.checks import FLOATING, expect_tensor, expect_true, integer, narrowed, wrong_type, wrong_value
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.ops.packing import op
 from mmkernels.ops.packing.types import Sources
 from mmkernels.runtime.backends import resolve
@@ -218,7 +219,7 @@ def segment_pool(
         expect_tensor("weights", weights, expected, ndim=1, dtypes=FLOATING, like=x)
         if weights.shape[0] != x.shape[0]:
             wrong_value("weights", expected, weights)
-        wide = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        wide = weights.to(compute_dtype(x.dtype))
         out = op.weighted_pool(_flat(x), wide, cu_seqlens, served)
     return out.reshape(cu_seqlens.shape[0] - 1, *x.shape[1:])
 

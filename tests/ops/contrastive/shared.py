@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops.dtypes import compute_dtype
+
 __all__ = ["EXCHANGES", "IDS", "E", "N", "batch", "inputs_of", "rows"]
 
 EXCHANGES = ("all_gather", "ring")
@@ -19,7 +21,7 @@ def rows(n, e=E, seed=0):
 def inputs_of(m, dtype, seed=0):
     x = rows(N, E, 10 + seed)
     y = F.normalize(rows(m, E, 20 + seed) + (x if m == N else 0), dim=1)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = compute_dtype(dtype)
     return x.to(dtype), y.to(dtype), torch.tensor(14.3, dtype=wide)
 
 

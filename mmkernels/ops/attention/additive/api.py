@@ -9,6 +9,7 @@ from mmkernels.ops.attention.additive.op import additive_fwd
 from mmkernels.ops.attention.mask import AttentionMask
 from mmkernels.ops.attention.types import Visible
 from mmkernels.ops.checks import expect_tensor, wrong_type, wrong_value
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import backends
 
 __all__ = ["additive_attention"]
@@ -61,7 +62,7 @@ def additive_attention(
     """
     _check(q, k, v, mask, return_lse)
     H, D = q.shape[-2:]
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(q.dtype)
     w = _per_head("w", w, q, compute)
     bias = torch.zeros((H, D), dtype=compute, device=q.device) if bias is None else _per_head("bias", bias, q, compute)
     shape, samples, tokens_q = q.shape, q.shape[0] if q.ndim == 4 else 1, q.shape[-3]

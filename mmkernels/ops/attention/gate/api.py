@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmkernels.ops.attention.gate.op import gated_residual_fwd
 from mmkernels.ops.checks import FLOATING, expect_tensor, wrong_value
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import backends
 
 __all__ = ["gated_residual"]
@@ -39,7 +40,7 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, *, backend: str | 
     Source: Alayrac et al. 2022 (Flamingo).
     """
     _check(residual, x, gate)
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(x.dtype)
     by_column = gate.ndim == 1 and gate.shape[0] == x.shape[-1] and gate.shape[0] != 1
     rows = (x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1])
     limits = {"native": "gated_residual has no CUDA C++ kernel"} if x.device.type != "cpu" else None
@@ -57,7 +58,7 @@ def _check(residual: Tensor, x: Tensor, gate: Tensor) -> None:
     expect_tensor("x", x, expected, dtypes=(residual.dtype, *low), like=residual)
     if x.shape != residual.shape:
         wrong_value("x", expected, x)
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(x.dtype)
     C = x.shape[-1]
     heads = f", or [{x.shape[-2]}, 1]" if x.ndim > 1 else ""
     expected = f"[], [1] or [{C}]{heads} {_names(compute, x.dtype)}"

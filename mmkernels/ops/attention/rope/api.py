@@ -12,6 +12,7 @@ from torch import Tensor
 from mmkernels.ops.attention.rope.op import norm_rope_fwd
 from mmkernels.ops.attention.rope.table import rotary_cos_sin
 from mmkernels.ops.checks import FLOATING, expect_tensor, integer, not_yet, real, wrong_type, wrong_value
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import backends
 
 __all__ = ["norm_rope", "qk_norm_rope"]
@@ -187,7 +188,7 @@ def _table(
         inv_freq=inv_freq,
         sections=sections,
         section_layout=section_layout,
-        dtype=_compute_dtype(x),
+        dtype=compute_dtype(x.dtype),
     )
     lead = "[T] or [B, T]" if sections is None else "[P, T] or [P, B, T]"
     _check_tokens("position_ids", f"{lead} for the tokens of {list(x.shape)}", position_ids, cos, x)
@@ -198,7 +199,7 @@ def _given_table(x: Tensor, cos_sin: Any) -> CosSin:
     if not isinstance(cos_sin, (tuple, list)) or len(cos_sin) != 2:
         wrong_type("cos_sin", "two tensors, (cos, sin)", cos_sin)
     cos, sin = cos_sin
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x.dtype)
     expected = f"[T, R/2] or [B, T, R/2] {str(dtype).removeprefix('torch.')}, as rotary_cos_sin gives"
     for table in (cos, sin):
         expect_tensor("cos_sin", table, expected, ndim=(2, 3), dtypes=(dtype,), like=x)
@@ -217,10 +218,6 @@ def _check_tokens(name: str, expected: str, got: Tensor, cos: Tensor, x: Tensor)
     tokens = x.shape[:-2]
     if cos.shape[:-1] not in (tokens, tokens[-1:]):
         wrong_value(name, expected, got)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check_input(name: str, x: Any, like: Any) -> None:
@@ -252,7 +249,7 @@ def _affine(
     prefix: str, x: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """weight and bias in the compute dtype, contiguous; gradients flow through the conversion."""
-    D, dtype = x.shape[-1], _compute_dtype(x)
+    D, dtype = x.shape[-1], compute_dtype(x.dtype)
     converted = []
     for what, value in (("weight", weight), ("bias", bias)):
         name = prefix + what

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import native
 from mmkernels.runtime.native import threads, unit_stride, view
 
@@ -48,7 +48,7 @@ def norm_rope_bwd(
     """dx [T, H, D]; dweight [D], empty without a norm, dbias [D], empty unless "layer"."""
     grad_out, x = unit_stride(grad_out), unit_stride(x) if x is not None else None
     dx = grad_out.new_empty(grad_out.shape)
-    dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(grad_out.dtype)
     D = grad_out.shape[2]
     dweight = grad_out.new_empty(D if norm else 0, dtype=dtype)
     dbias = dweight.new_empty(D if norm == "layer" else 0)

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import compute_dtype
 from mmkernels.ops.attention.rope import native, reference
 from mmkernels.ops.attention.rope.second import norm_rope_second
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime.register import Context, Op, Second, on_triton
 
 __all__ = ["norm_rope_bwd", "norm_rope_fwd"]
@@ -47,7 +47,7 @@ def _bwd_fake(
 def _weight_gradients(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     """Empty if the norm has no weight, or no bias."""
     sizes = x.shape[2] if norm else 0, x.shape[2] if norm == "layer" else 0
-    dweight, dbias = (x.new_empty(size, dtype=compute_dtype(x)) for size in sizes)
+    dweight, dbias = (x.new_empty(size, dtype=compute_dtype(x.dtype)) for size in sizes)
     return dweight, dbias
 
 

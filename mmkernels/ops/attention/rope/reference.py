@@ -18,11 +18,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops.dtypes import compute_dtype
+
 __all__ = ["norm_rope_bwd", "norm_rope_fwd", "normalised", "rotate", "wide"]
 
 
 def wide(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.to(compute_dtype(x.dtype))
 
 
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, sign: float) -> Tensor:
