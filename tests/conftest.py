@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Helpers whose assertions should show values as those of tests do.
+pytest.register_assert_rewrite("derivatives", "gradcache.toys", "isas", "planning.problems", "ranks")
+
 if not torch.cuda.is_available():  # before the first kernel is decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

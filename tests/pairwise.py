@@ -9,6 +9,7 @@ kernel altogether, as a backend or a device does, is no argument of this: parame
 meets every pair. The choice is a function of the values alone, thus the same in every process and on every machine.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from itertools import combinations_with_replacement, product
 from typing import Any
@@ -25,20 +26,25 @@ def cases(only: Callable[..., bool] = lambda **_: True, **values: Collection[Any
     """Parametrize a test by values of its arguments; `only` says of a combination whether it may be chosen at all."""
     names = tuple(values)
     allowed = [case for case in product(*values.values()) if only(**dict(zip(names, case, strict=True)))]
+    for place, name in enumerate(names):
+        gone = [value for value in values[name] if value not in {case[place] for case in allowed}]
+        assert not gone, f"{name}: no case may have {gone}"
     chosen = [pytest.param(*case, id="-".join(map(_name, case))) for case in _cover(allowed)]
     return pytest.mark.parametrize(names, chosen)
 
 
 def _cover(allowed: list[Case]) -> Iterator[Case]:
-    """Greedily: the case that has the most pairs not met so far, the first of equals."""
+    """Greedily: the case with the most pairs not met so far; of equals the one whose pairs were met least, so that no
+    value keeps the company of a few others."""
     pairs = {
         case: {(i, j, case[i], case[j]) for i, j in combinations_with_replacement(range(len(case)), 2)}
         for case in allowed
     }
-    missing = set().union(*pairs.values())
+    missing, met = set().union(*pairs.values()), Counter()
     while missing:
-        best = max(allowed, key=lambda case: len(pairs[case] & missing))
+        best = max(allowed, key=lambda case: (len(pairs[case] & missing), -sum(met[pair] for pair in pairs[case])))
         missing -= pairs[best]
+        met.update(pairs[best])
         yield best
 
 

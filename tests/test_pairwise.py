@@ -1,8 +1,10 @@
 """The choice of cases: every pair that is allowed, nothing that is not, and few."""
 
+from collections import Counter
 from itertools import combinations, product
 
 import pairwise
+import pytest
 
 
 def chosen(**arguments) -> list[tuple]:
@@ -33,3 +35,15 @@ def test_names_are_those_of_the_values() -> None:
 
 def test_one_argument_takes_each_of_its_values_in_turn() -> None:
     assert chosen(a="xy") == [("x",), ("y",)]
+
+
+def test_no_value_keeps_to_few_others() -> None:
+    """Beyond the pairs that must be met, cases spread evenly."""
+    found = chosen(a=range(21), b="xyz", c=(False, True))
+    meetings = Counter((b, c) for _, b, c in found)
+    assert max(meetings.values()) - min(meetings.values()) <= 1
+
+
+def test_a_value_that_no_case_may_have_is_an_error() -> None:
+    with pytest.raises(AssertionError, match=r"a: no case may have \[2\]"):
+        chosen(only=lambda a, b: a < 2, a=range(3), b="xy")
