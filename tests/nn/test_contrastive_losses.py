@@ -4,7 +4,9 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 
+import named
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,41 +291,42 @@ def test_options_reach_the_function(loss_type: type) -> None:
         loss_type()(queries, keys, group="everyone")
 
 
-BAD_ARGUMENTS = {
-    "negative scale": ({"init_scale": -1.0}, ValueError, "init_scale: expected a positive number, got -1.0"),
-    "scale zero": ({"init_scale": 0}, ValueError, "init_scale: expected a positive number, got 0"),
-    "scale NaN": ({"init_scale": math.nan}, ValueError, "init_scale: expected a finite number"),
-    "scale in words": ({"init_scale": "1"}, TypeError, "init_scale: expected a number, got '1' \\(str\\)"),
-    "bound below start": ({"init_scale": 50.0, "max_scale": 20.0}, ValueError, "max_scale: expected None or at least"),
-    "bound of no sign": ({"max_scale": 0.0}, ValueError, "max_scale: expected a positive number"),
-    "normalize in words": ({"normalize": "l2"}, TypeError, "normalize: expected True or False, got 'l2'"),
-    "learnable in words": ({"learnable": "no"}, TypeError, "learnable: expected True or False, got 'no'"),
-    "unknown option": ({"temperature": 0.1}, TypeError, "temperature: expected one of .*backend"),
-}
+BAD_ARGUMENTS = (
+    ({"init_scale": -1.0}, ValueError, "init_scale: expected a positive number, got -1.0"),
+    ({"init_scale": 0}, ValueError, "init_scale: expected a positive number, got 0"),
+    ({"init_scale": math.nan}, ValueError, "init_scale: expected a finite number"),
+    ({"init_scale": "1"}, TypeError, "init_scale: expected a number, got '1' \\(str\\)"),
+    ({"init_scale": 50.0, "max_scale": 20.0}, ValueError, "max_scale: expected None or at least"),
+    ({"max_scale": 0.0}, ValueError, "max_scale: expected a positive number"),
+    ({"normalize": "l2"}, TypeError, "normalize: expected True or False, got 'l2'"),
+    ({"learnable": "no"}, TypeError, "learnable: expected True or False, got 'no'"),
+    ({"temperature": 0.1}, TypeError, "temperature: expected one of .*backend"),
+)
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
-def test_bad_argument(arguments: dict, error: type[Exception], message: str) -> None:
-    for loss_type in (InfoNCELoss, SigLIPLoss):
-        with pytest.raises(error, match=message):
-            loss_type(**arguments)
+@LOSSES
+def test_bad_argument(loss_type: type) -> None:
+    named.mistakes(*((partial(loss_type, **arguments), *expected) for arguments, *expected in BAD_ARGUMENTS))
 
 
 def test_bad_bias() -> None:
-    with pytest.raises(ValueError, match="init_bias: expected a finite number, got inf"):
-        SigLIPLoss(init_bias=math.inf)
-    with pytest.raises(TypeError, match="init_bias: expected a number"):
-        SigLIPLoss(init_bias=None)
+    named.mistakes(
+        (lambda: SigLIPLoss(init_bias=math.inf), ValueError, "init_bias: expected a finite number, got inf"),
+        (lambda: SigLIPLoss(init_bias=None), TypeError, "init_bias: expected a number"),
+    )
 
 
 @LOSSES
 def test_bad_batch(loss_type: type) -> None:
     queries, keys = batch()
-    for loss_fn in (loss_type(normalize=True), loss_type(normalize=False)):
-        for bad, error in ((queries[0], ValueError), (queries.long(), TypeError), ([1.0], TypeError)):
-            with pytest.raises(error, match=r"queries: expected \[N, E\] floating point"):
-                loss_fn(bad, keys)
-        with pytest.raises(ValueError, match="keys: expected"):
-            loss_fn(queries, keys[:-1])
-        with pytest.raises(TypeError, match="temperature: expected one of"):
-            loss_fn(queries, keys, temperature=0.1)
+    matrix = r"queries: expected \[N, E\] floating point"
+    for normalize in (True, False):
+        loss_fn = loss_type(normalize=normalize)
+        with named.case(f"normalize={normalize}"):
+            named.mistakes(
+                (partial(loss_fn, queries[0], keys), ValueError, rf"{matrix}, got \[24\]"),
+                (partial(loss_fn, queries.long(), keys), TypeError, rf"{matrix}, got \[37, 24\] int64"),
+                (partial(loss_fn, [1.0], keys), TypeError, rf"{matrix}, got \[1.0\]"),
+                (partial(loss_fn, queries, keys[:-1]), ValueError, "keys: expected"),
+                (partial(loss_fn, queries, keys, temperature=0.1), TypeError, "temperature: expected one of"),
+            )
