@@ -4,7 +4,7 @@ import functools
 import random
 
 import backends
-import pairwise
+import named
 import pytest
 import ranks
 import torch
@@ -56,13 +56,14 @@ def random_options(seed):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_infonce_with_any_options(seed, monkeypatch):
-    if seed % 2:
-        monkeypatch.setattr(second, "_PAIRS_A_CHUNK", 2 * N)  # several chunks
     m, options = random_options(seed)
     x, y, scale = leaves(seed, m=m)
     scale = scale.detach() if "teacher" in options else scale  # the teacher's softmax is a constant, its scale too
     loss = functools.partial(infonce, **options)
-    assert_differentiable_twice(loss, x, y, scale)
+    for pairs in (second._PAIRS_A_CHUNK, 2 * N):  # one chunk, several
+        monkeypatch.setattr(second, "_PAIRS_A_CHUNK", pairs)
+        with named.case(f"chunks of {pairs} pairs"):
+            assert_differentiable_twice(loss, x, y, scale)
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([0, 1, 0, 2, 1, 3, 0])])
@@ -80,10 +81,16 @@ def penalised(loss, *inputs):
     return torch.autograd.grad(value + sum(grad.square().sum() for grad in grads), inputs)
 
 
-@pairwise.cases(backend=backends.BACKENDS, name=["infonce", "siglip", "options"], dtype=[torch.float32, torch.bfloat16])
-def test_gradient_penalty(backend, name, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@backends.every
+def test_gradient_penalty(backend, dtype):
     """As accurate as plain PyTorch, whatever backend gave the statistics."""
     backends.need("contrastive", backend, dtype)
+    for name in ("infonce", "siglip", "options"):
+        judge_gradient_penalty(backend, name, dtype)
+
+
+def judge_gradient_penalty(backend, name, dtype):
     ids = torch.randint(20, (33,), generator=torch.Generator().manual_seed(2))
     options = dict(query_ids=ids, same_id="ignore", label_smoothing=0.1)
     ours, plain = {
@@ -99,9 +106,10 @@ def test_gradient_penalty(backend, name, dtype):
     for what, *three in zip(
         ("queries", "keys", "scale"), *(zip(*result, strict=True) for result in results), strict=True
     ):
-        assert_as_accurate(what, *(torch.stack(values) for values in three))
+        assert_as_accurate(f"{name}: {what}", *(torch.stack(values) for values in three))
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])  # Triton's kernels take no float64
 def test_functorch(backend):
     backends.need("contrastive", backend, torch.float64)
     x, y, scale = (t.detach() for t in leaves(3))
@@ -165,7 +173,9 @@ def test_a_bare_op_loses_no_tangent():
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(moved, backend="aot_eager")(x), moved(x))
     torch.compiler.reset()
-    with pytest.raises(Exception, match=r"has no forward mode|Observed exception|WITH_EXCEPT_START"):
+    # Dynamo of torch 2.6 stops at a context manager before it comes to the op.
+    why = "WITH_EXCEPT_START" if torch.__version__.startswith("2.6.") else "contrastive_infonce_fwd has no forward mode"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=why):
         torch.compile(moved, backend="aot_eager", fullgraph=True)(x)
 
     def bare(x):
