@@ -1,6 +1,9 @@
 """Softmax-weighted negatives and streaming top-k."""
 
+from functools import partial
+
 import backends
+import named
 import pytest
 import torch
 
@@ -59,13 +62,14 @@ def test_torch_manual_seed_decides(backend):
     assert torch.equal(first, sample_negatives(x, y, 0.1, backend=backend))
 
 
-def judge_topk(dtype, k, m, backend):
-    x, y = torch.randn(101, 20, dtype=torch.float64).to(dtype), torch.randn(m, 20, dtype=torch.float64).to(dtype)
+def judge_topk(dtype, k, n, m, backend, device="cpu"):
+    x, y = (torch.randn(rows, 20, dtype=torch.float64).to(device, dtype) for rows in (n, m))
     values, indices = topk_similar(x, y, k, backend=backend)
     truth = x.double() @ y.double().T
-    torch.testing.assert_close(values.double(), truth.topk(k).values, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(truth.gather(1, indices), values.double(), rtol=1e-5, atol=1e-5)
-    assert all(len(set(row)) == k for row in indices.tolist())
+    with named.case(f"k = {k}"):
+        torch.testing.assert_close(values.double(), truth.topk(k).values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(truth.gather(1, indices), values.double(), rtol=1e-5, atol=1e-5)
+        assert all(len(set(row)) == k for row in indices.tolist())
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -73,13 +77,29 @@ def judge_topk(dtype, k, m, backend):
 def test_topk(dtype, backend):
     backends.need("contrastive", backend, dtype)
     for k in (1, 7, 300):
-        judge_topk(dtype, k, 2300, backend)
+        judge_topk(dtype, k, 101, 2300, backend)
 
 
-@pytest.mark.parametrize(("dtype", "k"), [(torch.float16, 1), (torch.bfloat16, 7), (torch.float32, 300)], ids=str)
-def test_topk_interpreted(dtype, k):
+# More than 128 take several passes, and in float32 other tiles.
+@pytest.mark.parametrize(
+    ("dtype", "k", "n"),
+    [
+        *((torch.float16, 1, 101), (torch.bfloat16, 7, 101), (torch.float32, 7, 101)),
+        *((torch.bfloat16, 300, 40), (torch.float32, 300, 40)),
+    ],
+    ids=str,
+)
+def test_topk_interpreted(dtype, k, n):
     backends.need("contrastive", "triton", dtype)
-    judge_topk(dtype, k, 310, "triton")
+    judge_topk(dtype, k, n, 310, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_topk_on_a_gpu(dtype):
+    backends.need("contrastive", "triton", dtype, "cuda")
+    for k in (1, 7, 16, 17, 300):
+        judge_topk(dtype, k, 101, 2300, "triton", "cuda")
 
 
 def test_topk_ties_go_to_the_lower_index(backend):
@@ -99,15 +119,14 @@ def test_topk_of_nan(backend):
 
 def test_mistakes_are_named():
     x = torch.randn(2, 3)
-    with pytest.raises(TypeError, match="k: expected an integer"):
-        topk_similar(x, x, 1.0)
-    for k in (0, 3, -1):
-        with pytest.raises(ValueError, match="k: expected 1 to 2, the number of keys"):
-            topk_similar(x, x, k)
-    with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator or None"):
-        sample_negatives(x, x, 1.0, generator=3)
-    with pytest.raises(ValueError, match="targets: expected indices of keys, 0 to 1"):
-        sample_negatives(x, x, 1.0, targets=torch.tensor([0, 2]))
+    topk, sample = partial(topk_similar, x, x), partial(sample_negatives, x, x, 1.0)
+    beyond = torch.tensor([0, 2])
+    named.mistakes(
+        (partial(topk, 1.0), TypeError, "k: expected an integer"),
+        *((partial(topk, k), ValueError, f"k: expected 1 to 2, the number of keys.*got {k}") for k in (0, 3, -1)),
+        (partial(sample, generator=3), TypeError, r"generator: expected a torch\.Generator or None"),
+        (partial(sample, targets=beyond), ValueError, "targets: expected indices of keys, 0 to 1"),
+    )
 
 
 def test_opcheck(backend):
