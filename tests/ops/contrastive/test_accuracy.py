@@ -1,9 +1,9 @@
 """The losses and every gradient against float64, on each backend; the inputs that break other losses are among them."""
 
 import functools
-from itertools import product
 
 import backends
+import named
 import pairwise
 import pytest
 import torch
@@ -32,24 +32,22 @@ KINDS = ("one row", "two rows", "ragged", "E=384", "cone", "duplicates", "solved
 KINDS = tuple(BY_NAME[name] for name in KINDS)
 
 each_loss = pytest.mark.parametrize("name", LOSSES)
+each_dtype = pytest.mark.parametrize("dtype", LOW, ids=str)
 
 
 def judge(name, backend, case, dtype, device="cpu", seeds=8):
     backends.need("contrastive", backend, dtype, device)
     loss, plain, names = LOSSES[name]
-    compare(functools.partial(loss, backend=backend), plain, case, dtype, names, seeds=seeds, device=device)
+    with named.case(name):  # `compare` names the rest
+        compare(functools.partial(loss, backend=backend), plain, case, dtype, names, seeds=seeds, device=device)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_native(case):
-    for name, dtype in product(LOSSES, LOW):
-        judge(name, "native", case, dtype)
-
-
+@each_dtype
 @each_loss
-def test_reference(name):
-    for case, dtype in product(KINDS, LOW):
-        judge(name, "reference", case, dtype)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_on_a_cpu(backend, name, dtype):
+    for case in CASES:
+        judge(name, backend, case, dtype)
 
 
 @pairwise.cases(case=KINDS, dtype=LOW, name=LOSSES)
@@ -58,10 +56,12 @@ def test_triton_interpreted(name, case, dtype):
 
 
 @pytest.mark.gpu
+@each_dtype
+@pytest.mark.parametrize("case", CASES, ids=str)
 @backends.every
-@pairwise.cases(case=CASES, dtype=LOW, name=LOSSES)
-def test_on_a_gpu(name, backend, case, dtype):
-    judge(name, backend, case, dtype, "cuda")
+def test_on_a_gpu(backend, case, dtype):
+    for name in LOSSES:
+        judge(name, backend, case, dtype, "cuda")
 
 
 @each_loss

@@ -3,6 +3,7 @@
 import functools
 
 import backends
+import named
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,15 +104,19 @@ def judge(name, dtype, backend, device="cpu", seeds=4):
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_native(name):
-    for dtype in LOW:
-        judge(name, dtype, "native")
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_native(dtype):
+    for name in OPTIONS:
+        with named.case(name):
+            judge(name, dtype, "native")
 
 
 # Each road through Triton's kernels; test_contrastive_triton.py has every rule against the oracle. The interpreter is
 # slow: each road in one dtype, and in float32 those whose rounding is the loss's own.
-ROADS = ("targets", "more keys", "ids of more keys", "ignored, shuffled", "negatives", "teacher", "all", "all, ids")
+ROADS = (
+    *("targets", "more keys", "ids of more keys", "ignored, shuffled", "negatives", "teacher", "all", "all, ids"),
+    *("ids, huge and negative", "fewer keys", "weights, shuffled"),
+)
 INTERPRETED = {(name, LOW[i % 3]): None for i, name in enumerate(ROADS)}
 INTERPRETED |= {(name, torch.float32): None for name in ("ids", "teacher, sure", "all, ids")}
 
@@ -192,10 +197,12 @@ def test_compiled_whole_and_functorch(backend):
         expected = loss_and_gradients(loss, *inputs)
         torch.compiler.reset()
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        for got, want in zip(loss_and_gradients(compiled, *inputs), expected, strict=True):
-            torch.testing.assert_close(got, want)
-        for got, want in zip(torch.func.grad(loss, argnums=(0, 1, 2))(*inputs), expected[1:], strict=True):
-            torch.testing.assert_close(got, want)
+        with named.case(name, "compiled"):
+            for got, want in zip(loss_and_gradients(compiled, *inputs), expected, strict=True):
+                torch.testing.assert_close(got, want)
+        with named.case(name, "torch.func"):
+            for got, want in zip(torch.func.grad(loss, argnums=(0, 1, 2))(*inputs), expected[1:], strict=True):
+                torch.testing.assert_close(got, want)
 
 
 def test_opcheck(backend):
