@@ -3,8 +3,10 @@
 On a GPU where there is one, else in the interpreter.
 """
 
+from itertools import product
+
 import backends
-import pairwise
+import named
 import pytest
 import torch
 from torch import Tensor
@@ -100,9 +102,16 @@ def test_statistics(name):
         torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6 * max(1, abs(scale)))
 
 
-@pairwise.cases(name=RULES, size=(4096, 80), dtype=(torch.float32, torch.float16))
-def test_gradients(name, size, dtype, monkeypatch):
-    monkeypatch.setattr(triton_gradients, "SUPERBLOCK", size)
+@pytest.mark.parametrize("name", RULES)
+def test_gradients(name, monkeypatch):
+    """In one superblock, and in several."""
+    for size, dtype in product((4096, 80), (torch.float32, torch.float16)):
+        monkeypatch.setattr(triton_gradients, "SUPERBLOCK", size)
+        with named.case(f"superblocks of {size}", dtype):
+            judge_gradients(name, dtype)
+
+
+def judge_gradients(name, dtype):
     scale, rule, _, _, columns = RULES[name]
     inputs, teacher = (X.to(dtype), Y.to(dtype), number(scale)), teacher_of(name)
     if teacher is not None:
