@@ -1,10 +1,11 @@
 """The CUDA C++ contrastive kernels, emulated and on a device: accuracy against float64, layouts, the same bits."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
 
 import backends
+import named
 import pairwise
 import pytest
 import torch
@@ -30,10 +31,15 @@ LOSSES = {
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
-def turns(dtypes: Sequence[torch.dtype], cases: Sequence[Case], case: Case) -> Iterator[tuple[str, torch.dtype]]:
-    """Each loss in a dtype of its own, which changes from case to case: emulation takes seconds for one."""
-    for turn, loss in enumerate(LOSSES, cases.index(case)):
-        yield loss, dtypes[turn % len(dtypes)]
+def turns(
+    cuda: object, dtypes: Sequence[torch.dtype], cases: Sequence[Case], case: Case
+) -> Iterable[tuple[str, torch.dtype]]:
+    """Each loss in each dtype; emulated, where one takes seconds, each dtype with a loss that changes from dtype to
+    dtype and from case to case."""
+    if cuda.emulator is None:
+        return product(LOSSES, dtypes)
+    losses = list(LOSSES)
+    return [(losses[turn % len(losses)], dtype) for turn, dtype in enumerate(dtypes, cases.index(case))]
 
 
 def seeds(cuda: object) -> int:
@@ -50,7 +56,7 @@ def widened(plain: Callable[..., Tensor], case: Case, dtype: torch.dtype) -> Cal
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_accuracy(cuda, case):
-    for loss, dtype in turns(DTYPES, CASES, case):
+    for loss, dtype in turns(cuda, DTYPES, CASES, case):
         ours, plain, names = LOSSES[loss]
         if loss == "siglip" and case.e == 1 and dtype != torch.float32:
             # All similarities are 1 or -1, so the gradient of the logits has two values, and the error of rounding one
@@ -58,10 +64,12 @@ def test_accuracy(cuda, case):
             inputs = [*features(case, dtype), torch.tensor(case.scale), torch.tensor(case.bias)]
             inputs = [x.to(cuda.device) for x in inputs]
             truth = loss_and_gradients(plain, *(x.double() for x in inputs))
-            for a, b in zip(loss_and_gradients(ours, *inputs), truth, strict=True):
-                assert (a - b).norm() <= torch.finfo(dtype).eps * b.norm()
+            with named.case(loss, dtype):
+                for a, b in zip(loss_and_gradients(ours, *inputs), truth, strict=True):
+                    assert (a - b).norm() <= torch.finfo(dtype).eps * b.norm()
         else:
-            compare(ours, widened(plain, case, dtype), case, dtype, names, seeds=seeds(cuda), device=cuda.device)
+            with named.case(loss):
+                compare(ours, widened(plain, case, dtype), case, dtype, names, seeds=seeds(cuda), device=cuda.device)
 
 
 def scalars_of(loss: str, device: str) -> list[Tensor]:
@@ -112,19 +120,23 @@ def test_any_number_of_multiprocessors(cuda, loss):
         compare(ours, plain, case, torch.float32, names, seeds=2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "n", "tolerance"),
+    [(torch.float32, 2100, 2e-6), (torch.bfloat16, 4200, 5e-3)],
+    ids=["float32", "bfloat16"],
+)
 @each_loss
-def test_several_superblocks(cuda, loss):
+def test_several_superblocks(cuda, loss, dtype, n, tolerance):
     """More rows than one superblock of the backward holds (2048 in float, 4096 in 16-bit): corners, edges."""
+    if cuda.emulator is not None and dtype != torch.float32:
+        pytest.skip("too long to emulate; nothing in it depends on the dtype")
     function, plain, _ = LOSSES[loss]
     cuda.multiprocessors(64)
-    for dtype, n, tolerance in ((torch.float32, 2100, 2e-6), (torch.bfloat16, 4200, 5e-3)):
-        if cuda.emulator is not None and dtype != torch.float32:
-            continue  # too long to emulate; nothing in it depends on the dtype
-        queries, keys = (x.to(cuda.device) for x in features(Case("long", n, 8), dtype))
-        inputs = (queries, keys, *scalars_of(loss, cuda.device))
-        truth = loss_and_gradients(plain, *(x.double() for x in inputs))
-        for a, b in zip(loss_and_gradients(function, *inputs), truth, strict=True):
-            assert (a - b).norm() <= tolerance * b.norm()
+    queries, keys = (x.to(cuda.device) for x in features(Case("long", n, 8), dtype))
+    inputs = (queries, keys, *scalars_of(loss, cuda.device))
+    truth = loss_and_gradients(plain, *(x.double() for x in inputs))
+    for a, b in zip(loss_and_gradients(function, *inputs), truth, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
 
 
 @each_loss
@@ -168,14 +180,15 @@ SM90_CASES = (
 
 @pytest.mark.parametrize("case", SM90_CASES, ids=str)
 def test_sm90(sm90, case):
-    for loss, dtype in turns((torch.bfloat16, torch.float16), SM90_CASES, case):
+    for loss, dtype in turns(sm90, (torch.bfloat16, torch.float16), SM90_CASES, case):
         if sm90.emulator is not None:
             sm90.emulator.reset_counts()
         ours, plain, names = LOSSES[loss]
-        compare(ours, widened(plain, case, dtype), case, dtype, names, seeds=2, device=sm90.device)
-        if sm90.emulator is not None:
-            counts = sm90.emulator.counts()
-            assert counts["warpgroup_products"] > 0 and counts["tma_loads"] > 0 and counts["matrix_products"] == 0
+        with named.case(loss, dtype):
+            compare(ours, widened(plain, case, dtype), case, dtype, names, seeds=2, device=sm90.device)
+            if sm90.emulator is not None:
+                counts = sm90.emulator.counts()
+                assert counts["warpgroup_products"] > 0 and counts["tma_loads"] > 0 and counts["matrix_products"] == 0
 
 
 @each_loss
@@ -226,7 +239,9 @@ def test_bad_features_are_not_hidden(cuda, loss):
 
 
 @pytest.mark.gpu
-@pairwise.cases(backend=("native", "triton"), loss=LOSSES, dtype=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_loss
+@pytest.mark.parametrize("backend", ("native", "triton"))
 def test_large(backend, loss, dtype):
     """What only a device can do in reasonable time: a full grid, several superblocks, E beyond any tile."""
     backends.need("contrastive", backend, dtype, "cuda")
