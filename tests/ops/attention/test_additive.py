@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import backends
+import named
 import pairwise
 import pytest
 import torch
@@ -47,7 +48,9 @@ def assert_right(
     for name in truth[0]:
         ours, theirs, true = (torch.stack([result[name] for result in results]) for results in (got, plain, truth))
         if inputs[0].q.dtype == torch.float64:
-            torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11, msg=f"{case} {name}")
+            torch.testing.assert_close(
+                ours, true, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{case} {name}: {m}"
+            )
         elif true[torch.isfinite(true)].abs().max() > 1e-12:
             of_each = torch.stack([each[name] for each in terms]) if name in terms[0] else None
             assert_as_accurate(f"{case} {name}", ours, theirs, true, terms=of_each)
@@ -326,9 +329,10 @@ BAD = {
 
 @pytest.mark.parametrize("argument", BAD)
 def test_a_mistake_is_named(argument):
-    for wrong, error, message in BAD[argument]:
-        with pytest.raises(error, match=message):
-            additive_attention(**(dict(q=Q, k=K, v=V, w=W) | wrong))
+    given = dict(q=Q, k=K, v=V, w=W)
+    named.mistakes(
+        *((lambda wrong=wrong: additive_attention(**(given | wrong)), *expected) for wrong, *expected in BAD[argument])
+    )
 
 
 def test_a_backend_that_cannot_serve_says_why():

@@ -1,6 +1,7 @@
 """The gated residual judged against float64, and the ways in which a user calls and errs."""
 
 import backends
+import named
 import pytest
 import torch
 
@@ -19,7 +20,9 @@ def assert_right(rows: Rows, backend: str, case: object = "") -> None:
     for name, true in truth.items():
         assert got[name].dtype == plain[name].dtype, f"{case} {name}"
         if rows.grad_out.dtype == torch.float64:
-            torch.testing.assert_close(got[name], true, rtol=1e-11, atol=1e-11, msg=f"{case} {name}")
+            torch.testing.assert_close(
+                got[name], true, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{case} {name}: {m}"
+            )
             continue
         # The gate's gradient is a sum that cancels: one float32 rounding of its terms is any order's due.
         product = rows.inputs["x"].double().abs() * rows.grad_out.double().abs()
@@ -158,6 +161,7 @@ BAD = {
 
 @pytest.mark.parametrize("argument", BAD)
 def test_a_mistake_is_named(argument):
-    for wrong, error, message in BAD[argument]:
-        with pytest.raises(error, match=message):
-            gated_residual(**(dict(residual=R, x=X, gate=G) | wrong))
+    given = dict(residual=R, x=X, gate=G)
+    named.mistakes(
+        *((lambda wrong=wrong: gated_residual(**(given | wrong)), *expected) for wrong, *expected in BAD[argument])
+    )

@@ -3,6 +3,7 @@
 import math
 
 import backends
+import named
 import pytest
 import torch
 from backends import DTYPES
@@ -23,7 +24,9 @@ def assert_right(draws: list[Rows], backend: str, case: str) -> None:
     for name in truth[0]:
         ours, theirs, true = (torch.stack([result[name] for result in results]) for results in (got, plain, truth))
         if true.dtype == draws[0].grad_out.dtype:
-            torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11, msg=f"{case} {name}")
+            torch.testing.assert_close(
+                ours, true, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{case} {name}: {m}"
+            )
         else:
             assert_as_accurate(f"{case} {name}", ours, theirs, true)
 
@@ -330,9 +333,10 @@ BAD = {
 
 @pytest.mark.parametrize("argument", BAD)
 def test_a_mistake_is_named(argument):
-    for wrong, error, message in BAD[argument]:
-        with pytest.raises(error, match=message):
-            qk_norm_rope(**(dict(q=Q, k=K, position_ids=P) | wrong))
+    given = dict(q=Q, k=K, position_ids=P)
+    named.mistakes(
+        *((lambda wrong=wrong: qk_norm_rope(**(given | wrong)), *expected) for wrong, *expected in BAD[argument])
+    )
 
 
 def test_a_backend_that_cannot_serve_says_why():
