@@ -12,9 +12,10 @@ from mmkernels.testing.attention_rows import Rows, differentiate, gated_rows, pl
 OPS = torch.ops.mmkernels
 
 
-def assert_right(rows: Rows, backend: str, case: object = "") -> None:
+def assert_right(rows: Rows, backend: str, case: object = "", device: str = "cpu") -> None:
     """A failure names the `case`."""
-    got = differentiate(rows, lambda **kwargs: gated_residual(**kwargs, backend=backend))
+    got = differentiate(rows.on(device), lambda **kwargs: gated_residual(**kwargs, backend=backend))
+    got = {name: x.cpu() for name, x in got.items()}
     plain = differentiate(rows, plain_gated_residual)
     truth = differentiate(rows.double(), plain_gated_residual)
     for name, true in truth.items():
@@ -66,6 +67,20 @@ def test_wider_residual(dtype, backend):
     backends.need("attention", backend, dtype)
     for case in ("flamingo", "channels", "heads"):
         assert_right(gated_rows(*CASES[case], dtype=dtype, residual_dtype=torch.float32), backend, case)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_device(dtype, device):
+    backends.need("attention", "triton", dtype, device)
+    for case, (shape, gate) in CASES.items():
+        longer = shape if case in ("vector", "one") else (8 * shape[0], *shape[1:])
+        for residual_dtype in {dtype, torch.float32}:
+            for size in {shape, longer}:
+                rows = gated_rows(size, gate, dtype=dtype, residual_dtype=residual_dtype)
+                assert_right(rows, "triton", (case, size, residual_dtype), device)
+    for scale in (0.0, 1e-3, 0.3, 30.0):
+        assert_right(gated_rows((400, 640), (640,), gate_scale=scale, dtype=dtype), "triton", scale, device)
 
 
 @backends.every
