@@ -56,6 +56,12 @@ class AttentionInputs:
         options = {"pair_bias": pair_bias, "sink": sink, "grad_lse": self.grad_lse.to(lse_dtype)}
         return replace(self, q=q, k=k, v=v, grad_out=grad_out, **options)  # type: ignore[arg-type]
 
+    def on(self, device: torch.device | str) -> AttentionInputs:
+        """The same values and mask on another device."""
+        tensors = ("q", "k", "v", "grad_out", "grad_lse", "mask", "pair_bias", "sink")
+        given = {name: x for name in tensors if (x := getattr(self, name)) is not None}
+        return replace(self, **{name: x.to(device) for name, x in given.items()})
+
     def leaves(self) -> dict[str, Tensor]:
         """Differentiable inputs by name."""
         given = {"q": self.q, "k": self.k, "v": self.v, "bias": self.pair_bias, "sink": self.sink}

@@ -34,6 +34,12 @@ class AdditiveInputs:
         names = ("q", "k", "v", "w", "bias", "grad_out", "grad_lse")
         return replace(self, **{name: getattr(self, name).double() for name in names})
 
+    def on(self, device: torch.device | str) -> AdditiveInputs:
+        """The same values and mask on another device."""
+        names = ("q", "k", "v", "w", "bias", "grad_out", "grad_lse")
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, **{name: getattr(self, name).to(device) for name in names}, mask=mask)
+
 
 def make_additive(
     tokens_q: int,

@@ -29,6 +29,14 @@ class Rows:
         options = {name: self._wide(value) for name, value in self.options.items()}
         return Rows(inputs, self.grad_out.double(), options)
 
+    def on(self, device: torch.device | str) -> Rows:
+        """The same values on another device."""
+        inputs = {name: x.to(device) if x is not None else None for name, x in self.inputs.items()}
+        options = dict(self.options)
+        if options.get("cos_sin") is not None:
+            options["cos_sin"] = tuple(x.to(device) for x in options["cos_sin"])
+        return Rows(inputs, self.grad_out.to(device), options)
+
     @staticmethod
     def _wide(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import named
 import pytest
 import torch
 from torch import Tensor
@@ -109,12 +110,13 @@ def test_to_keeps_every_field():
 def test_split():
     batch = a_batch()
     for size in (1, 2, 3, 4, 9):
-        parts = [part.validate() for part in batch.split(size)]
-        assert [part.num_samples for part in parts] == [min(size, 4 - i) for i in range(0, 4, size)]
-        assert all(part.padding == 0 for part in parts)
-        for name in ("tokens", "sample_ids", "position_ids", "modality_ids", "labels", "loss_weight"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)[:10]), name
-        assert sum((part.lengths for part in parts), ()) == batch.lengths[:4]
+        with named.case("size", size):
+            parts = [part.validate() for part in batch.split(size)]
+            assert [part.num_samples for part in parts] == [min(size, 4 - i) for i in range(0, 4, size)]
+            assert all(part.padding == 0 for part in parts)
+            for name in ("tokens", "sample_ids", "position_ids", "modality_ids", "labels", "loss_weight"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)[:10]), name
+            assert sum((part.lengths for part in parts), ()) == batch.lengths[:4]
 
 
 def test_split_of_an_empty_batch_and_into_size_zero():

@@ -1,7 +1,9 @@
 """Plans of data sets' lengths: how full the packs are, the caps, the order; problems reported against other packers."""
 
+import functools
 import itertools
 
+import named
 import numpy as np
 import pytest
 from planning.problems import STRATEGIES, check, in_python, needs_native
@@ -42,8 +44,9 @@ def test_image_caps_on_data(name):
     lengths, _, images, capacity = samples_like(name, 3000)
     most = max(int(images.max()), int(1.1 * images.sum() * capacity / lengths.sum()))
     plans = {s: plan_packing(lengths, capacity, strategy=s, images=images, max_images=most) for s in STRATEGIES}
-    for plan in plans.values():
-        check(plan)
+    for strategy, plan in plans.items():
+        with named.case(strategy):
+            check(plan)
     assert plans["subset_sum"].num_packs <= 1.02 * plans["subset_sum"].lower_bound
     assert plans["auto"].num_packs == plans["subset_sum"].num_packs < plans["best_fit"].num_packs
 
@@ -77,17 +80,20 @@ def test_non_power_of_two_capacity_packs_nothing():
     lengths = np.random.default_rng(0).integers(1, 301, 2000)
     for capacity in (1000, 1023, 1025, 3001):
         plan = plan_packing(lengths, capacity)
-        check(plan)
-        assert plan.efficiency > 0.99
+        with named.case(capacity):
+            check(plan)
+            assert plan.efficiency > 0.99
 
 
 def test_tokens_dropped():
     """TRL #4554: tokens past the capacity vanished."""
     lengths, capacity = lengths_like("llavaov@16384", 2000)
     for strategy in STRATEGIES:
-        assert plan_packing(lengths, capacity, strategy=strategy).pack_lengths.sum() == lengths.sum()
-        with pytest.raises(ValueError, match=r"capacity=16384\], got 16385 at index 2000"):
-            plan_packing([*lengths, capacity + 1], capacity, strategy=strategy)
+        with named.case(strategy):
+            plan = plan_packing(lengths, capacity, strategy=strategy)
+            assert plan.pack_lengths.sum() == lengths.sum()
+            too_long = functools.partial(plan_packing, [*lengths, capacity + 1], capacity, strategy=strategy)
+            named.mistakes((too_long, ValueError, r"capacity=16384\], got 16385 at index 2000"))
 
 
 def test_truncated_or_split_images():
@@ -96,8 +102,9 @@ def test_truncated_or_split_images():
     for strategy in STRATEGIES:
         plan = plan_packing(samples.lengths, samples.capacity, images=samples.images, max_images=40, strategy=strategy)
         whole = np.full(1000, -1)
-        for number, pack in enumerate(plan):
-            assert (whole[pack] == -1).all()
-            whole[pack] = number
-        assert np.array_equal(np.bincount(whole, samples.images).astype(np.int64), plan.pack_images)
-        assert np.array_equal(np.bincount(whole, samples.lengths).astype(np.int64), plan.pack_lengths)
+        with named.case(strategy):
+            for number, pack in enumerate(plan):
+                assert (whole[pack] == -1).all()
+                whole[pack] = number
+            assert np.array_equal(np.bincount(whole, samples.images).astype(np.int64), plan.pack_images)
+            assert np.array_equal(np.bincount(whole, samples.lengths).astype(np.int64), plan.pack_lengths)

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 
 import backends
+import named
 import pytest
 import torch
 
@@ -275,9 +276,10 @@ BAD = {
 
 @pytest.mark.parametrize("argument", BAD)
 def test_a_mistake_is_named(argument):
-    for wrong, error, message in BAD[argument]:
-        with pytest.raises(error, match=message):
-            attention(**(dict(q=Q, k=K, v=V) | wrong))
+    given = dict(q=Q, k=K, v=V)
+    named.mistakes(
+        *((lambda wrong=wrong: attention(**(given | wrong)), *expected) for wrong, *expected in BAD[argument])
+    )
 
 
 def test_a_backend_that_cannot_serve_says_why():

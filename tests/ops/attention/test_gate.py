@@ -1,6 +1,7 @@
 """The gated residual judged against float64, and the ways in which a user calls and errs."""
 
 import backends
+import named
 import pytest
 import torch
 
@@ -11,15 +12,18 @@ from mmkernels.testing.attention_rows import Rows, differentiate, gated_rows, pl
 OPS = torch.ops.mmkernels
 
 
-def assert_right(rows: Rows, backend: str, case: object = "") -> None:
+def assert_right(rows: Rows, backend: str, case: object = "", device: str = "cpu") -> None:
     """A failure names the `case`."""
-    got = differentiate(rows, lambda **kwargs: gated_residual(**kwargs, backend=backend))
+    got = differentiate(rows.on(device), lambda **kwargs: gated_residual(**kwargs, backend=backend))
+    got = {name: x.cpu() for name, x in got.items()}
     plain = differentiate(rows, plain_gated_residual)
     truth = differentiate(rows.double(), plain_gated_residual)
     for name, true in truth.items():
         assert got[name].dtype == plain[name].dtype, f"{case} {name}"
         if rows.grad_out.dtype == torch.float64:
-            torch.testing.assert_close(got[name], true, rtol=1e-11, atol=1e-11, msg=f"{case} {name}")
+            torch.testing.assert_close(
+                got[name], true, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{case} {name}: {m}"
+            )
             continue
         # The gate's gradient is a sum that cancels: one float32 rounding of its terms is any order's due.
         product = rows.inputs["x"].double().abs() * rows.grad_out.double().abs()
@@ -63,6 +67,20 @@ def test_wider_residual(dtype, backend):
     backends.need("attention", backend, dtype)
     for case in ("flamingo", "channels", "heads"):
         assert_right(gated_rows(*CASES[case], dtype=dtype, residual_dtype=torch.float32), backend, case)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_device(dtype, device):
+    backends.need("attention", "triton", dtype, device)
+    for case, (shape, gate) in CASES.items():
+        longer = shape if case in ("vector", "one") else (8 * shape[0], *shape[1:])
+        for residual_dtype in {dtype, torch.float32}:
+            for size in {shape, longer}:
+                rows = gated_rows(size, gate, dtype=dtype, residual_dtype=residual_dtype)
+                assert_right(rows, "triton", (case, size, residual_dtype), device)
+    for scale in (0.0, 1e-3, 0.3, 30.0):
+        assert_right(gated_rows((400, 640), (640,), gate_scale=scale, dtype=dtype), "triton", scale, device)
 
 
 @backends.every
@@ -158,6 +176,7 @@ BAD = {
 
 @pytest.mark.parametrize("argument", BAD)
 def test_a_mistake_is_named(argument):
-    for wrong, error, message in BAD[argument]:
-        with pytest.raises(error, match=message):
-            gated_residual(**(dict(residual=R, x=X, gate=G) | wrong))
+    given = dict(residual=R, x=X, gate=G)
+    named.mistakes(
+        *((lambda wrong=wrong: gated_residual(**(given | wrong)), *expected) for wrong, *expected in BAD[argument])
+    )

@@ -3,6 +3,7 @@
 import math
 
 import backends
+import named
 import pytest
 import torch
 from backends import DTYPES
@@ -15,15 +16,19 @@ from mmkernels.testing.attention_rows import Rows, differentiate, norm_rope_rows
 OPS = torch.ops.mmkernels
 
 
-def assert_right(draws: list[Rows], backend: str, case: str) -> None:
+def assert_right(draws: list[Rows], backend: str, case: object, device: str = "cpu") -> None:
     """Compare a backend with the truth over all draws at once; a failure names the `case`."""
-    got = [differentiate(rows, lambda **kwargs: norm_rope(**kwargs, backend=backend)) for rows in draws]
+    got = [differentiate(rows.on(device), lambda **kwargs: norm_rope(**kwargs, backend=backend)) for rows in draws]
     plain = [differentiate(rows, plain_norm_rope) for rows in draws]
     truth = [differentiate(rows.double(), plain_norm_rope) for rows in draws]
     for name in truth[0]:
-        ours, theirs, true = (torch.stack([result[name] for result in results]) for results in (got, plain, truth))
+        ours, theirs, true = (
+            torch.stack([result[name].cpu() for result in results]) for results in (got, plain, truth)
+        )
         if true.dtype == draws[0].grad_out.dtype:
-            torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11, msg=f"{case} {name}")
+            torch.testing.assert_close(
+                ours, true, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{case} {name}: {m}"
+            )
         else:
             assert_as_accurate(f"{case} {name}", ours, theirs, true)
 
@@ -45,13 +50,17 @@ CASES = {
 }
 
 
-def assert_case(case: str, dtype: torch.dtype, backend: str) -> None:
+def assert_case(case: str, dtype: torch.dtype, backend: str, device: str = "cpu", factor: int = 1) -> None:
     tokens, heads, dim, rotary, norm, affine, interleaved = CASES[case]
-    if backends.interpreted(backend) and case == "many_strips":
+    if backends.interpreted(backend, device) and case == "many_strips":
         tokens = 300  # two programs of the backward; the interpreter is slow
+    tokens *= factor
     options = {"rotary_dim": rotary, "norm": norm, "affine": affine, "interleaved": interleaved, "dtype": dtype}
-    draws = 1 + (20 if backends.interpreted(backend) else 100) // (tokens * heads * dim)  # of few elements: noisy
-    assert_right([norm_rope_rows(tokens, heads, dim, **options, seed=seed) for seed in range(draws)], backend, case)
+    draws = 1 + (20 if backends.interpreted(backend, device) else 100) // (
+        tokens * heads * dim
+    )  # of few elements: noisy
+    rows = [norm_rope_rows(tokens, heads, dim, **options, seed=seed) for seed in range(draws)]
+    assert_right(rows, backend, case, device)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -68,6 +77,15 @@ def test_against_float64_in_triton(case):
     dtype = DTYPES[list(CASES).index(case) % 3]
     backends.need("attention", "triton", dtype)
     assert_case(case, dtype, "triton")
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_on_a_device(dtype, device):
+    backends.need("attention", "triton", dtype, device)
+    for case in CASES:
+        for times in (1, 8):
+            assert_case(case, dtype, "triton", device, times)
 
 
 # The calls
@@ -330,9 +348,10 @@ BAD = {
 
 @pytest.mark.parametrize("argument", BAD)
 def test_a_mistake_is_named(argument):
-    for wrong, error, message in BAD[argument]:
-        with pytest.raises(error, match=message):
-            qk_norm_rope(**(dict(q=Q, k=K, position_ids=P) | wrong))
+    given = dict(q=Q, k=K, position_ids=P)
+    named.mistakes(
+        *((lambda wrong=wrong: qk_norm_rope(**(given | wrong)), *expected) for wrong, *expected in BAD[argument])
+    )
 
 
 def test_a_backend_that_cannot_serve_says_why():

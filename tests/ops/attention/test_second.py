@@ -1,11 +1,11 @@
 """Second derivatives and forward mode of attention and its parts: right on every backend, and in blocks."""
 
 import functools
+import itertools
 import random
 from dataclasses import replace
 
 import backends
-import pairwise
 import pytest
 import torch
 from derivatives import assert_differentiable_twice
@@ -20,6 +20,7 @@ CU = torch.tensor([0, 3, 3, 9, T], dtype=torch.int32)
 MODALITIES = torch.tensor([0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1], dtype=torch.uint8)
 SPANS = torch.tensor([-1, 0, 0, -1, 1, 1, -1, -1, 2, -1, -1, 3], dtype=torch.int32)
 BLOCKS = (2**20, 64)  # scores a block: all in one, and several blocks
+DTYPES = (torch.float32, torch.bfloat16)
 KINDS = ("none", "packed", "causal", "multimodal", "prefix", "cross_only", "rows")
 
 
@@ -80,24 +81,34 @@ def test_additive(block, monkeypatch):
     assert_differentiable_twice(function, *inputs)
 
 
-def test_gate():
-    for gate in ((), (1,), (D,), (H, 1)):
-        assert_differentiable_twice(gated_residual, leaf(5, H, D), leaf(5, H, D, seed=1), leaf(*gate))
+@pytest.mark.parametrize("gate", [(), (1,), (D,), (H, 1)], ids=str)
+def test_gate(gate):
+    assert_differentiable_twice(gated_residual, leaf(5, H, D), leaf(5, H, D, seed=1), leaf(*gate))
 
 
-@pytest.mark.parametrize("norm", ["rms", "layer", None])
-def test_prologue(norm):
+every_norm = pytest.mark.parametrize("norm", ["rms", "layer", None])
+
+
+@every_norm
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_prologue(interleaved, norm):
     weights = {"rms": ["weight"], "layer": ["weight", "bias"], None: []}[norm]
 
-    def function(x, *given, interleaved):
+    def function(x, *given):
         named = dict(zip(weights, given, strict=True))
         return norm_rope(x, torch.arange(5), norm=norm, base=100.0, interleaved=interleaved, **named)
 
     inputs = leaf(5, 2, 4), *(leaf(4, seed=i) for i in range(len(weights)))
-    for interleaved in (False, True):
-        assert_differentiable_twice(functools.partial(function, interleaved=interleaved), *inputs)
-    if norm is not None:
-        assert_differentiable_twice(lambda x: norm_rope(x, norm=norm), inputs[0])
+    assert_differentiable_twice(function, *inputs)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_norm_alone(norm):
+    assert_differentiable_twice(lambda x: norm_rope(x, norm=norm), leaf(5, 2, 4))
+
+
+@every_norm
+def test_prologue_of_q_and_k(norm):
     bare = functools.partial(qk_norm_rope, position_ids=torch.arange(5), norm=norm, base=100.0)
     assert_differentiable_twice(bare, leaf(5, 2, 4), leaf(5, 1, 4))
 
@@ -130,12 +141,14 @@ def written_out(x, q, k, v):
     return torch.einsum("hqk,khd->qhd", p, v)
 
 
-@pairwise.cases(
-    backend=backends.BACKENDS,
-    name=("packed_causal", "image_spans", "cross_only"),
-    dtype=(torch.float32, torch.bfloat16),
-    only=lambda backend, name, dtype: backend == "native" or (name == "packed_causal" and dtype == torch.bfloat16),
-)
+# Each mask in each dtype where it is fast; in the interpreter one.
+PENALISED = [
+    *itertools.product(("native", "reference"), ("packed_causal", "image_spans", "cross_only"), DTYPES),
+    ("triton", "packed_causal", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("backend", "name", "dtype"), PENALISED, ids=str)
 def test_gradient_penalty(backend, name, dtype):
     """As accurate as plain PyTorch, whatever backend gave the first derivatives: those of second order are one code."""
     backends.need("attention", backend, dtype)
@@ -154,7 +167,7 @@ def test_gradient_penalty(backend, name, dtype):
         assert_as_accurate(what, *(torch.stack(values) for values in three))
 
 
-@backends.every
+@pytest.mark.parametrize("backend", ["native", "reference"])  # Triton has no float64
 def test_functorch(backend):
     backends.need("attention", backend, torch.float64)
     q, k, v = (leaf(5, 2, 2, seed=seed).detach() for seed in range(3))

@@ -2,6 +2,7 @@
 
 import itertools
 
+import named
 import pytest
 import torch
 from ops.packing.segments import MODES, with_gradients
@@ -39,14 +40,15 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_dtype
 def test_pack_and_unpack(cuda, dtype):
     for rows, tokens, width in SHAPES:
-        source = torch.randn(rows, width, dtype=dtype, device=cuda.device)
-        index = random_index(rows, tokens, device=cuda.device)  # repeats rows, leaves some out, has -1
-        grad = torch.randn(tokens, width, device=cuda.device).to(dtype)
-        packed, gradient = with_gradients(lambda x, index=index: pack(x, index, backend="native"), grad, source)
-        assert torch.equal(packed, torch.where(index[:, None] >= 0, source[index.clamp(min=0)], 0))
-        truth = scattered(grad.double(), index, rows)
-        assert_as_accurate(f"gradient of pack {width}", gradient, scattered(grad, index, rows), truth)
-        assert torch.equal(unpack(grad, index, rows, backend="native"), gradient)
+        with named.case(rows, tokens, width):
+            source = torch.randn(rows, width, dtype=dtype, device=cuda.device)
+            index = random_index(rows, tokens, device=cuda.device)  # repeats rows, leaves some out, has -1
+            grad = torch.randn(tokens, width, device=cuda.device).to(dtype)
+            packed, gradient = with_gradients(lambda x, index=index: pack(x, index, backend="native"), grad, source)
+            assert torch.equal(packed, torch.where(index[:, None] >= 0, source[index.clamp(min=0)], 0))
+            truth = scattered(grad.double(), index, rows)
+            assert_as_accurate("gradient of pack", gradient, scattered(grad, index, rows), truth)
+            assert torch.equal(unpack(grad, index, rows, backend="native"), gradient)
 
 
 @every_dtype
@@ -54,31 +56,32 @@ def test_layouts(cuda, dtype):
     source = torch.randn(30, 40, device=cuda.device).to(dtype)
     index = random_index(30, 50, device=cuda.device)
     cu_seqlens = cu_seqlens_of([4, 0, 20], cuda.device)
-    functions = [
-        lambda x: pack(x, index, backend="native"),
-        lambda x: unpack(x, index[:30], 30, backend="native"),
-        *(lambda x, mode=mode: segment_pool(x, cu_seqlens, mode, backend="native") for mode in MODES),
-    ]
-    for layout, function in itertools.product(("row stride", "off by one", "transposed"), functions):
-        assert torch.equal(function(laid_out(source, layout)), function(source)), layout
+    functions = {
+        "pack": lambda x: pack(x, index, backend="native"),
+        "unpack": lambda x: unpack(x, index[:30], 30, backend="native"),
+        **{mode: lambda x, mode=mode: segment_pool(x, cu_seqlens, mode, backend="native") for mode in MODES},
+    }
+    for layout, (name, function) in itertools.product(("row stride", "off by one", "transposed"), functions.items()):
+        assert torch.equal(function(laid_out(source, layout)), function(source)), (layout, name)
 
 
 @every_dtype
 @pytest.mark.parametrize("mode", MODES)
 def test_segment_pool(cuda, mode, dtype):
     for (lengths, more), width in itertools.product(SEGMENTS, WIDTHS):
-        x = torch.randn(sum(lengths) + more, width, device=cuda.device).to(dtype)
-        cu_seqlens = cu_seqlens_of(lengths, cuda.device)
-        grad = torch.randn(len(lengths), width, device=cuda.device).to(dtype)
-        results = [
-            with_gradients(lambda x, b=b, cu=cu_seqlens: segment_pool(x, cu, mode, backend=b), grad, x.to(of))
-            for b, of in (("native", dtype), ("reference", dtype), ("reference", torch.float64))
-        ]
-        for what, ours, plain, truth in zip(("out", "gradient"), *results, strict=True):
-            if mode in ("max", "first"):
-                assert torch.equal(ours, plain), what
-            else:
-                assert_as_accurate(what, ours, plain, truth)
+        with named.case(lengths, more, width):
+            x = torch.randn(sum(lengths) + more, width, device=cuda.device).to(dtype)
+            cu_seqlens = cu_seqlens_of(lengths, cuda.device)
+            grad = torch.randn(len(lengths), width, device=cuda.device).to(dtype)
+            results = [
+                with_gradients(lambda x, b=b, cu=cu_seqlens: segment_pool(x, cu, mode, backend=b), grad, x.to(of))
+                for b, of in (("native", dtype), ("reference", dtype), ("reference", torch.float64))
+            ]
+            for what, ours, plain, truth in zip(("out", "gradient"), *results, strict=True):
+                if mode in ("max", "first"):
+                    assert torch.equal(ours, plain), what
+                else:
+                    assert_as_accurate(what, ours, plain, truth)
 
 
 def test_max_prefers_nan_and_the_first_of_equals(cuda):
@@ -94,11 +97,12 @@ def test_max_prefers_nan_and_the_first_of_equals(cuda):
 def test_rows_that_many_name(cuda, dtype):
     """A frequent token: whole chunks of one target, and what lies before and after them."""
     for width in (1, 40):
-        packed = torch.randn(410, width, device=cuda.device).to(dtype)
-        index = torch.randint(-1, 5, (410,), device=cuda.device)
-        index[70:400] = 2
-        out = unpack(packed, index, 5, backend="native")
-        assert_as_accurate("unpack", out, scattered(packed, index, 5), scattered(packed.double(), index, 5))
+        with named.case(width):
+            packed = torch.randn(410, width, device=cuda.device).to(dtype)
+            index = torch.randint(-1, 5, (410,), device=cuda.device)
+            index[70:400] = 2
+            out = unpack(packed, index, 5, backend="native")
+            assert_as_accurate("unpack", out, scattered(packed, index, 5), scattered(packed.double(), index, 5))
 
 
 @every_dtype
@@ -127,43 +131,45 @@ def test_pack_from_several_sources(cuda, dtype):
 @every_dtype
 def test_embed_splice(cuda, dtype):
     for shape in ((1, 1, 1, 1), (7, 20, 0, 3), (5, 12, 12, 16), (50, 130, 41, 72)):
-        ids, table, features, dst_index = splice_inputs(*shape, dtype=dtype, device=cuda.device)
-        grad = torch.randn(shape[1], shape[3], device=cuda.device).to(dtype)
-        (out, grad_table, grad_features), (want, want_table, want_features) = (
-            with_gradients(
-                lambda t, f, b=b, ids=ids, dst=dst_index: embed_splice(ids, t, f, dst, padding_idx=0, backend=b),
-                grad,
-                table,
-                features,
+        with named.case(shape):
+            ids, table, features, dst_index = splice_inputs(*shape, dtype=dtype, device=cuda.device)
+            grad = torch.randn(shape[1], shape[3], device=cuda.device).to(dtype)
+            (out, grad_table, grad_features), (want, want_table, want_features) = (
+                with_gradients(
+                    lambda t, f, b=b, ids=ids, dst=dst_index: embed_splice(ids, t, f, dst, padding_idx=0, backend=b),
+                    grad,
+                    table,
+                    features,
+                )
+                for b in ("native", "reference")
             )
-            for b in ("native", "reference")
-        )
-        assert torch.equal(out, want) and torch.equal(grad_features, want_features)
-        torch.testing.assert_close(grad_table, want_table)
-        assert grad_table[0].count_nonzero() == 0
+            assert torch.equal(out, want) and torch.equal(grad_features, want_features)
+            torch.testing.assert_close(grad_table, want_table)
+            assert grad_table[0].count_nonzero() == 0
 
 
 @every_dtype
 def test_weighted_pool(cuda, dtype):
     for (lengths, more), width in itertools.product(SEGMENTS, WIDTHS):
-        x = torch.randn(sum(lengths) + more, width, device=cuda.device).to(dtype)
-        weights, cu_seqlens = torch.randn(len(x), device=cuda.device), cu_seqlens_of(lengths, cuda.device)
-        grad = torch.randn(len(lengths), width, device=cuda.device).to(dtype)
-        results = [
-            with_gradients(
-                lambda x, w, b=b, cu=cu_seqlens: segment_pool(x, cu, "weighted", weights=w, backend=b),
-                grad,
-                x.to(of_x),
-                weights.to(of_weights),
-            )
-            for b, of_x, of_weights in (
-                ("native", dtype, torch.float32),
-                ("reference", dtype, torch.float32),
-                ("reference", torch.float64, torch.float64),
-            )
-        ]
-        for what, ours, plain, truth in zip(("out", "grad_x", "grad_weights"), *results, strict=True):
-            assert_as_accurate(what, ours, plain, truth)
+        with named.case(lengths, more, width):
+            x = torch.randn(sum(lengths) + more, width, device=cuda.device).to(dtype)
+            weights, cu_seqlens = torch.randn(len(x), device=cuda.device), cu_seqlens_of(lengths, cuda.device)
+            grad = torch.randn(len(lengths), width, device=cuda.device).to(dtype)
+            results = [
+                with_gradients(
+                    lambda x, w, b=b, cu=cu_seqlens: segment_pool(x, cu, "weighted", weights=w, backend=b),
+                    grad,
+                    x.to(of_x),
+                    weights.to(of_weights),
+                )
+                for b, of_x, of_weights in (
+                    ("native", dtype, torch.float32),
+                    ("reference", dtype, torch.float32),
+                    ("reference", torch.float64, torch.float64),
+                )
+            ]
+            for what, ours, plain, truth in zip(("out", "grad_x", "grad_weights"), *results, strict=True):
+                assert_as_accurate(what, ours, plain, truth)
 
 
 def test_mrope(cuda):
@@ -180,18 +186,19 @@ def test_mrope(cuda):
 def test_patchify(cuda, dtype):
     """Units of 16, 4 and 2 bytes, images of several sizes."""
     for patch, temporal, merge in ((2, 1, 1), (3, 2, 1), (16, 1, 2), (14, 2, 2), (4, 1, 3)):
-        grids = [(1, merge, 2 * merge), (2, 2 * merge, merge), (1, merge, merge)]
-        images = [
-            torch.randn(t * temporal, 3, h * patch, w * patch, device=cuda.device).to(dtype).requires_grad_()
-            for t, h, w in grids
-        ]
-        options = {"temporal_patch_size": temporal, "merge_size": merge}
-        tokens, grid_thw = patchify(images, patch, **options, backend="native")
-        assert torch.equal(tokens, patchify(images, patch, **options, backend="reference")[0])
-        grad = laid_out(torch.randn_like(tokens), "off by one")
-        gradients = torch.autograd.grad(tokens, images, grad)
-        back = unpatchify(grad, grid_thw.cpu(), patch, **options, backend="reference")
-        assert all(torch.equal(a, b) for a, b in zip(gradients, back, strict=True))
+        with named.case(patch, temporal, merge):
+            grids = [(1, merge, 2 * merge), (2, 2 * merge, merge), (1, merge, merge)]
+            images = [
+                torch.randn(t * temporal, 3, h * patch, w * patch, device=cuda.device).to(dtype).requires_grad_()
+                for t, h, w in grids
+            ]
+            options = {"temporal_patch_size": temporal, "merge_size": merge}
+            tokens, grid_thw = patchify(images, patch, **options, backend="native")
+            assert torch.equal(tokens, patchify(images, patch, **options, backend="reference")[0])
+            grad = laid_out(torch.randn_like(tokens), "off by one")
+            gradients = torch.autograd.grad(tokens, images, grad)
+            back = unpatchify(grad, grid_thw.cpu(), patch, **options, backend="reference")
+            assert all(torch.equal(a, b) for a, b in zip(gradients, back, strict=True))
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import backends
 import isas
+import named
 import pytest
 import torch
 from ops.packing.segments import MODES, with_gradients
@@ -27,14 +28,15 @@ def plain_scatter(packed: Tensor, index: Tensor, rows: int) -> Tensor:
 def test_pack(dtype, backend, device):
     backends.need("packing", backend, dtype, device)
     for rows, tokens, width in SHAPES:
-        source = torch.randn(rows, width, device=device).to(dtype)
-        index = random_index(rows, tokens, device=device)
-        grad = torch.randn(tokens, width, device=device).to(dtype)
-        out, gradient = with_gradients(lambda x, index=index: pack(x, index, backend=backend), grad, source)
-        assert out.is_contiguous()
-        assert torch.equal(out, torch.where(index[:, None] >= 0, source[index.clamp(min=0)], 0))
-        plain = plain_scatter(grad, index, rows)
-        assert_as_accurate(f"grad_source {width}", gradient, plain, plain_scatter(grad.double(), index, rows))
+        with named.case(rows, tokens, width):
+            source = torch.randn(rows, width, device=device).to(dtype)
+            index = random_index(rows, tokens, device=device)
+            grad = torch.randn(tokens, width, device=device).to(dtype)
+            out, gradient = with_gradients(lambda x, index=index: pack(x, index, backend=backend), grad, source)
+            assert out.is_contiguous()
+            assert torch.equal(out, torch.where(index[:, None] >= 0, source[index.clamp(min=0)], 0))
+            plain = plain_scatter(grad, index, rows)
+            assert_as_accurate("grad_source", gradient, plain, plain_scatter(grad.double(), index, rows))
 
 
 @backends.every_device
@@ -43,16 +45,17 @@ def test_pack(dtype, backend, device):
 def test_unpack(dtype, backend, device):
     backends.need("packing", backend, dtype, device)
     for rows, tokens, width in SHAPES:
-        packed = torch.randn(tokens, width, device=device).to(dtype)
-        index = random_index(rows, tokens, device=device)
-        grad = torch.randn(rows, width, device=device).to(dtype)
-        out, gradient = with_gradients(
-            lambda x, index=index, rows=rows: unpack(x, index, rows, backend=backend), grad, packed
-        )
-        assert out.is_contiguous()
-        plain, truth = (plain_scatter(x, index, rows) for x in (packed, packed.double()))
-        assert_as_accurate(f"out {width}", out, plain, truth)
-        assert torch.equal(gradient, torch.where(index[:, None] >= 0, grad[index.clamp(min=0)], 0))
+        with named.case(rows, tokens, width):
+            packed = torch.randn(tokens, width, device=device).to(dtype)
+            index = random_index(rows, tokens, device=device)
+            grad = torch.randn(rows, width, device=device).to(dtype)
+            out, gradient = with_gradients(
+                lambda x, index=index, rows=rows: unpack(x, index, rows, backend=backend), grad, packed
+            )
+            assert out.is_contiguous()
+            plain, truth = (plain_scatter(x, index, rows) for x in (packed, packed.double()))
+            assert_as_accurate("out", out, plain, truth)
+            assert torch.equal(gradient, torch.where(index[:, None] >= 0, grad[index.clamp(min=0)], 0))
 
     # One row that thousands name: the sum stays as good as float32 allows.
     tokens = 500 if backends.interpreted(backend, device) else 5000
@@ -76,18 +79,27 @@ def test_layouts_of_input_and_gradient(backend, device):
     backends.need("packing", backend, device=device)
     wide = torch.randn(40, 12, device=device)
     index = random_index(40, 40, device=device)
-    for x in (wide[:, :7], wide.t().contiguous().t(), wide[::2], wide[:, ::2], wide[:1].expand(40, 12)):
+    layouts = {
+        "column slice": wide[:, :7],
+        "transposed": wide.t().contiguous().t(),
+        "every other row": wide[::2],
+        "every other column": wide[:, ::2],
+        "expanded": wide[:1].expand(40, 12),
+    }
+    for layout, x in layouts.items():
         rows = x.shape[0]
         cu_seqlens = strided(cu_seqlens_of([10, 0, rows - 15], device))
         rows_of, into = strided(index.clamp(max=rows - 1)), strided(index[:rows].clamp(max=8))
-        functions = [lambda x, mode=mode, cu=cu_seqlens: segment_pool(x, cu, mode, backend=backend) for mode in MODES]
-        functions.append(lambda x, index=rows_of: pack(x, index, backend=backend))
-        functions.append(lambda x, index=into: unpack(x, index, 9, backend=backend))
-        for function in functions:
+        functions = {
+            **{m: lambda x, m=m, cu=cu_seqlens: segment_pool(x, cu, m, backend=backend) for m in MODES},
+            "pack": lambda x, index=rows_of: pack(x, index, backend=backend),
+            "unpack": lambda x, index=into: unpack(x, index, 9, backend=backend),
+        }
+        for name, function in functions.items():
             same = x.contiguous()
             grad = torch.randn_like(function(same)).t().contiguous().t()
             results = (with_gradients(function, grad, given) for given in (x, same))
-            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), (layout, name)
 
 
 @backends.every
@@ -217,7 +229,7 @@ def test_large_outputs_bypass_the_caches_with_the_same_bytes():
                 )[1]
                 for b in ("native", "reference")
             ]
-            assert torch.equal(*run)
+            assert torch.equal(*run), (width, mode)
 
 
 def test_offsets_beyond_32_bits():
@@ -239,11 +251,13 @@ def test_each_instruction_set(isa):
 
 def check_all_dtypes() -> None:
     for dtype in backends.DTYPES:
-        x, lengths = torch.randn(1500, 53).to(dtype), [1100, 0, 300, 37]
-        index = random_index(40, 1500)
-        torch.testing.assert_close(unpack(x, index, 40), unpack(x, index, 40, backend="reference"))
-        assert torch.equal(pack(x, index), pack(x, index, backend="reference")), dtype
-        with_nan = x.masked_fill(torch.rand(x.shape) < 1e-3, torch.nan)
-        for given, mode in [*((x, mode) for mode in MODES), (with_nan, "max")]:
-            got, want = (segment_pool(given, cu_seqlens_of(lengths), mode, backend=b) for b in ("native", "reference"))
-            torch.testing.assert_close(got, want, equal_nan=True)
+        with named.case(dtype):
+            x, lengths = torch.randn(1500, 53).to(dtype), [1100, 0, 300, 37]
+            index = random_index(40, 1500)
+            torch.testing.assert_close(unpack(x, index, 40), unpack(x, index, 40, backend="reference"))
+            assert torch.equal(pack(x, index), pack(x, index, backend="reference")), "pack"
+            with_nan = x.masked_fill(torch.rand(x.shape) < 1e-3, torch.nan)
+            cu_seqlens = cu_seqlens_of(lengths)
+            for what, given, mode in [*((mode, x, mode) for mode in MODES), ("max of NaN", with_nan, "max")]:
+                got, want = (segment_pool(given, cu_seqlens, mode, backend=b) for b in ("native", "reference"))
+                torch.testing.assert_close(got, want, equal_nan=True, msg=lambda m, what=what: f"{what}: {m}")

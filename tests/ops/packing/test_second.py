@@ -13,6 +13,7 @@ CU = torch.tensor([0, 3, 3, 9, 12], dtype=torch.int32)
 INDEX = torch.tensor([0, 3, 3, -1, 2])
 TOKENS, PLACES = torch.tensor([0, 1, 9, 2, 9, 1]), torch.tensor([2, 4])
 KEEP = torch.tensor([[True, False, True], [True, True, False]])
+LENGTHS = torch.tensor([2, 0, 3])  # 5 rows
 GRID = [(1, 2, 2), (1, 2, 4)]
 MODES = ("mean", "sum", "first", "max")
 
@@ -23,8 +24,10 @@ CASES = {
     "pack": (lambda x, y, **b: pack([x, y], INDEX, **b), [(2, 3), (2, 3)]),
     "pack, an empty source": (lambda x, y, **b: pack([x, x[2:], y], INDEX, **b), [(2, 3), (2, 3)]),
     "unpack": (lambda x, **b: unpack(x, INDEX, 5, **b), [(5, 3)]),
+    "unpack, spare rows": (lambda x, **b: unpack(x, INDEX, 7, **b), [(5, 3)]),
     "pad": (lambda x, **b: pad(x, CU, **b), [(12, 3)]),
     "unpad": (lambda x, **b: unpad(x, KEEP, **b)[0], [(2, 3, 4)]),
+    "unpad, lengths and spare rows": (lambda x, **b: unpad(x, LENGTHS, 7, **b)[0], [(3, 3, 4)]),
     "embed_splice": (lambda t, f, **b: embed_splice(TOKENS, t, f, PLACES, **b), [(3, 2), (2, 2)]),
     "patchify": (lambda x, y, **b: patchify([x, y], 2, **b)[0], [(3, 4, 4), (3, 4, 8)]),
     "unpatchify": (lambda x, **b: tuple(unpatchify(x, GRID, 2, **b)), [(12, 12)]),

@@ -3,6 +3,7 @@
 import itertools
 
 import backends
+import named
 import pytest
 import torch
 from ops.packing.segments import with_gradients
@@ -32,18 +33,22 @@ def in_torch(token_ids, table, features, dst_index, padding_idx=None):
 def test_embed_splice(dtype, backend, device):
     backends.need("packing", backend, dtype, device)
     for shape in SHAPES:
-        ids, table, features, dst_index = splice_inputs(*shape, dtype=dtype, device=device)
-        grad = torch.randn(shape[1], shape[3], device=device).to(dtype)
-        out, grad_table, grad_features = with_gradients(
-            lambda t, f, ids=ids, dst=dst_index: embed_splice(ids, t, f, dst, backend=backend), grad, table, features
-        )
-        of_user = lambda t, f, ids=ids, dst=dst_index: in_torch(ids, t, f, dst)  # noqa: E731
-        plain = with_gradients(of_user, grad, table, features)
-        truth = with_gradients(of_user, grad, table.double(), features.double())
-        assert out.is_contiguous()
-        assert torch.equal(out, plain[0])
-        assert torch.equal(grad_features, plain[2])
-        assert_as_accurate(f"grad_table {shape}", grad_table, plain[1], truth[1])
+        with named.case(shape):
+            ids, table, features, dst_index = splice_inputs(*shape, dtype=dtype, device=device)
+            grad = torch.randn(shape[1], shape[3], device=device).to(dtype)
+            out, grad_table, grad_features = with_gradients(
+                lambda t, f, ids=ids, dst=dst_index: embed_splice(ids, t, f, dst, backend=backend),
+                grad,
+                table,
+                features,
+            )
+            of_user = lambda t, f, ids=ids, dst=dst_index: in_torch(ids, t, f, dst)  # noqa: E731
+            plain = with_gradients(of_user, grad, table, features)
+            truth = with_gradients(of_user, grad, table.double(), features.double())
+            assert out.is_contiguous()
+            assert torch.equal(out, plain[0])
+            assert torch.equal(grad_features, plain[2])
+            assert_as_accurate("grad_table", grad_table, plain[1], truth[1])
 
 
 @backends.every

@@ -1,6 +1,7 @@
 """Patches of images of different sizes, there and back."""
 
 import backends
+import named
 import pytest
 import torch
 
@@ -37,8 +38,9 @@ def by_unfold(images, patch, temporal, merge):
 @backends.every_dtype
 def test_patchify(dtype, backend, device):
     backends.need("packing", backend, dtype, device)
-    for cut in CUTS.values():
-        check_cut(*cut, dtype, backend, device)
+    for name, cut in CUTS.items():
+        with named.case(name):
+            check_cut(*cut, dtype, backend, device)
 
 
 def check_cut(patch, temporal, merge, channels, grids, dtype, backend, device) -> None:

@@ -1,6 +1,7 @@
 """segment_pool(mode="weighted"): values and both gradients against float64 on every backend."""
 
 import backends
+import named
 import numpy as np
 import pytest
 import torch
@@ -44,7 +45,8 @@ def test_weighted(dtype, backend, device):
         if backends.interpreted(backend, device):
             lengths = [min(length, 300) for length in lengths]
         for width in WIDTHS.get(segments, (37,)):
-            check_weighted(lengths, left_over, width, dtype, backend, device)
+            with named.case(segments, width):
+                check_weighted(lengths, left_over, width, dtype, backend, device)
 
 
 def check_weighted(lengths, left_over, width, dtype, backend, device) -> None:
@@ -59,7 +61,7 @@ def check_weighted(lengths, left_over, width, dtype, backend, device) -> None:
     terms = (sizes[0], torch.zeros_like(sizes[1]), sizes[2])  # both sums cancel
     for what, a, b, c, sums in zip(("out", "grad_x", "grad_weights"), ours, plain, truth, terms, strict=True):
         assert a.dtype == dtype
-        assert_as_accurate(f"{what} {width}", a.cpu(), b.cpu(), c, terms=sums)
+        assert_as_accurate(what, a.cpu(), b.cpu(), c, terms=sums)
 
 
 @backends.every
