@@ -158,12 +158,20 @@ print(measure.peak_memory(run, torch.device("cpu")))
     assert 60 * 2**20 < peak < 80 * 2**20
 
 
-def test_timings_take_turns() -> None:
+@pytest.mark.parametrize(("seconds", "repeats"), [(0.2, 5), (0.75, 7), (0.05, 3)])
+def test_timings_take_turns(seconds, repeats, monkeypatch) -> None:
+    """Calls of .1 s each: at least five, as many as there is time for, three if one takes too long."""
+
+    def tenth(run) -> float:
+        run()
+        return 0.1
+
+    monkeypatch.setattr(measure, "_Clock", lambda device: tenth)
     calls = []
     runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    result = measure.timings(runs, torch.device("cpu"), seconds=1e-6, least=5)
-    assert calls[4:] == list("ab") * 5  # after a warm-up and a first look at each
-    assert all(timing.repeats == 5 for timing in result.values())
+    result = measure.timings(runs, torch.device("cpu"), seconds=seconds, least=5)
+    assert calls[4:] == list("ab") * repeats  # after a warm-up and a first look at each
+    assert all(timing.repeats == repeats for timing in result.values())
 
 
 @pytest.mark.parametrize(

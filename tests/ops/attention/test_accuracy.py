@@ -10,7 +10,6 @@ import pytest
 import torch
 from backends import DTYPES
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmkernels.ops.attention import AttentionMask
 from mmkernels.testing import assert_as_accurate
@@ -25,7 +24,6 @@ from mmkernels.testing.attention import (
     plain,
     run,
 )
-from mmkernels.testing.attention_common import FAMILIES, share
 from mmkernels.testing.packing import cu_seqlens_of
 
 SINGLE, LOW = (torch.float32,), (torch.bfloat16, torch.float16)
@@ -302,67 +300,6 @@ def test_long_sequences(backend, heads, dtype):
     assert_right([make_inputs(930, 1033, **sizes, seed=seed) for seed in range(8)], backend)
 
 
-# All keys of a query within one tile of the CPU's backward, and several tiles.
-COMMON = {
-    "dense": MaskCase((196,), build=lambda cu_q, cu_k: None),
-    "causal": MaskCase((196,), options={"causal": True}),
-    "long": MaskCase((700,), build=lambda cu_q, cu_k: None),
-    "packed_causal": MaskCase((300, 280, 7, 1, 90), options={"causal": True}),
-}
-
-# dk of several tiles has the delta of a rounded out, as SDPA's has.
-OF_COMMON = {"dense": ("dq", "dk"), "causal": ("dq", "dk"), "long": ("dq", "dk"), "packed_causal": ("dq",)}
-
-
-def draw_common(family: str, mask: str, dtype: torch.dtype, seeds: int = 3, **options: object) -> list[AttentionInputs]:
-    case, sizes = COMMON[mask], {"heads": 2, "dim": 64, "dtype": dtype, **options}
-    return [share(make_inputs(*case.tokens, **sizes, mask=case.mask(), seed=s), family, s) for s in range(seeds)]
-
-
-def assert_gradients(inputs: list[AttentionInputs], backend: str, names: tuple[str, ...], case: str) -> None:
-    """Gradients whose truth may be 0, without the room for cancelling terms."""
-    results = [(run(x, backend), plain(x), plain(x.to(torch.float64))) for x in inputs]
-    for name in names:
-        three = (torch.stack([getattr(one, name) for one in these]) for these in zip(*results, strict=True))
-        assert_as_accurate(f"{case} {name}", *three)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mask", COMMON)
-def test_tokens_with_much_in_common(mask, dtype):
-    backends.need("attention", "native", dtype)
-    for family in FAMILIES:
-        assert_gradients(draw_common(family, mask, dtype), "native", OF_COMMON[mask], family)
-
-
-@pytest.mark.parametrize("family", ["mean of all", "near keys and values", "one token"])
-def test_tokens_with_much_in_common_in_triton(family):
-    backends.need("attention", "triton")
-    assert_gradients(draw_common(family, "dense", torch.float32, 1), "triton", OF_COMMON["dense"], family)
-
-
-@pytest.mark.parametrize("mask", COMMON)
-def test_tokens_in_common_against_a_softmax_in_memory(mask):
-    """SDPA's fused kernel takes delta from a rounded out; what has none cancels to a rounding of delta."""
-    backends.need("attention", "native")
-    one_tile = mask in ("dense", "causal")
-    for family in FAMILIES:
-        if one_tile or family != "mean of values":
-            with sdpa_kernel([SDPBackend.MATH]):
-                names = ("dq", "dk") if one_tile else ("dq",)
-                assert_gradients(draw_common(family, mask, torch.float32), "native", names, family)
-
-
-@pytest.mark.parametrize("option", [{"sink": True}, {"dropout_p": 0.2}], ids=str)
-@pytest.mark.parametrize("mask", ["dense", "causal", "packed_causal"])
-def test_tokens_in_common_with_options(mask, option):
-    backends.need("attention", "native")
-    for family in FAMILIES:
-        if family != "mean of values":
-            inputs = draw_common(family, mask, torch.float32, **option)
-            assert_gradients(inputs, "native", OF_COMMON[mask], family)
-
-
 def image_spans(lengths: tuple[int, ...], run_of: int) -> AttentionMask:
     """Text and images in turn."""
     part = torch.cat([torch.arange(n) // run_of for n in lengths])
@@ -404,9 +341,11 @@ def test_each_instruction_set(isa):
 
 def check_all_dtypes() -> None:
     """Dense, ragged and tiny tiles in each dtype on the native backend."""
+    import test_tokens_in_common
+
     for dtype in DTYPES:
         for mask in ("dense", "packed_causal", "cross", "tiny"):
             assert_mask(mask, dtype, "native", with_lse=False)
     for mask in ("dense", "packed_causal"):
         for dtype in (torch.float32, torch.bfloat16):
-            test_tokens_with_much_in_common(mask, dtype)
+            test_tokens_in_common.test_tokens_with_much_in_common(mask, dtype)
