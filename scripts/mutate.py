@@ -1,7 +1,7 @@
 """Mutation testing: break one line of a kernel at a time and count the failing tests.
 
     python scripts/mutate.py                          # every mutation; a markdown table
-    python scripts/mutate.py --only attention         # those whose name contains this
+    python scripts/mutate.py --only attention         # those in whose name this pattern is found
     python scripts/mutate.py --before ../old          # beside the suite of another checkout, whose kernels are the same
     python scripts/mutate.py --list
     python scripts/mutate.py -- --maxfail=5           # options of pytest
@@ -303,13 +303,13 @@ def _other_instruction_sets() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of a mutation's name")
+    parser.add_argument("--only", default="", help="a pattern to find in the mutation's name")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--before", type=Path, help="another checkout, whose suite is run too")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for the tests of one mutation")
     parser.add_argument("arguments", nargs="*", help="for pytest, after --, such as --maxfail=5")
     given = parser.parse_args()
-    chosen = [mutation for mutation in MUTATIONS if given.only in mutation.name]
+    chosen = [mutation for mutation in MUTATIONS if re.search(given.only, mutation.name)]
     if given.list:
         print(*(f"{mutation.path}: {mutation.name}" for mutation in chosen), sep="\n")
         return 0

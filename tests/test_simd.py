@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import once
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +21,17 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def build_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    build = tmp_path_factory.mktemp("simd_build")
+    """Built by one of the test processes for all of them."""
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    build = folder / "simd_build"
+    with once.locked(folder / "simd_build.lock"):
+        if not (build / "simd_test").exists():
+            _build(build)
+    return build
+
+
+def _build(build: Path) -> None:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     for command in (
         ["cmake", "-S", str(ROOT / "tests" / "native"), "-B", str(build), *generator],
@@ -28,7 +39,6 @@ def build_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    return build
 
 
 def run_test(build: Path, isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:

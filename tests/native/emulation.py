@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from once import locked
 from torch import Tensor
 
 from mmkernels.ops.packing.native import SCATTER_CHUNK
@@ -57,6 +58,26 @@ def _digest(sources: Sequence[Path]) -> str:
     return text.hexdigest()[:16]
 
 
+def _compile(library: Path, sources: Sequence[Path], includes: Sequence[Path]) -> None:
+    folder = library.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*CXX_FLAGS, *(f"-I{path}" for path in includes[:2]), *(f"-isystem{path}" for path in includes[2:])]
+
+    def compiled(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        command = [str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source.relative_to(ROOT)} does not compile:\n{done.stderr[-4000:]}")
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sources))
+    partial = library.with_suffix(".partial")
+    subprocess.run([str(compiler()), "-shared", "-o", str(partial), *map(str, objects)], check=True)
+    partial.replace(library)
+
+
 def build(name: str, sources: Sequence[Path]) -> ModuleType:
     """Compile a pybind11 module from .cu and .cpp files against the emulator; built once per content."""
     import pybind11
@@ -64,23 +85,9 @@ def build(name: str, sources: Sequence[Path]) -> ModuleType:
     folder = ROOT / ".cache" / "cuda_emulator" / f"{name}-{_digest(sources)}"
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [EMULATOR, CSRC, Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])]
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        flags = [*CXX_FLAGS, *(f"-I{path}" for path in includes[:2]), *(f"-isystem{path}" for path in includes[2:])]
-
-        def compiled(source: Path) -> Path:
-            target = folder / f"{source.stem}-{os.getpid()}.o"
-            command = [str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"{source.relative_to(ROOT)} does not compile:\n{done.stderr[-4000:]}")
-            return target
-
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compiled, sources))
-        partial = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([str(compiler()), "-shared", "-o", str(partial), *map(str, objects)], check=True)
-        partial.replace(library)  # at once: another test process may be waiting for it
+    with locked(folder.with_suffix(".lock")):
+        if not library.exists():
+            _compile(library, sources, includes)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
