@@ -26,7 +26,7 @@ TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py tests/ops/*/test_second.p
 	tests/ops/attention/test_mask.py tests/ops/attention/test_mask_metadata.py \
 	tests/ops/attention/test_calls.py tests/ops/attention/test_rope.py tests/ops/attention/test_gate.py \
 	tests/batch/test_batch.py tests/ops/packing/test_vision.py tests/nn tests/runtime \
-	tests/gradcache/test_step.py tests/test_import.py
+	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/test_import.py
 
 .PHONY: pretrain test test-torch aot lint format bench wheel clean
 
