@@ -33,7 +33,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CUDA_ARCHS", "TRITON_ARCHS", "KernelReport", "TritonCase", "compile_cuda", "compile_triton", "find_nvcc"]
+__all__ = [
+    "CUDA_ARCHS",
+    "TRITON_ARCHS",
+    "KernelReport",
+    "TritonCase",
+    "compile_cuda",
+    "compile_triton",
+    "find_nvcc",
+    "read_cuda",
+]
 
 TRITON_ARCHS = (80, 90, 100)
 CUDA_ARCHS = ("sm_80", "sm_90a", "sm_100a")
@@ -43,10 +52,13 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 # Matrix instructions in SASS: mma.sync is HMMA/IMMA/DMMA/QMMA, wgmma HGMMA/IGMMA/QGMMA, tcgen05 UTCHMMA/UTCQMMA/...
 _MATRIX_INSTRUCTION = re.compile(r"\b(?:[HIDQBO]MMA|[HIQB]GMMA|UTC[A-Z]*MMA)\b")
+_MATRIX_INSTRUCTION_OF_PTX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 _SASS_FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_SOURCE = re.compile(r"^identifier = (\S+)", re.MULTILINE)
 _SM90_INSTRUCTION = re.compile(r"\b(HGMMA|UTMALDG)\b")
-_PTXAS_FUNCTION = re.compile(r"Function properties for (\S+)")
+# ptxas ends a group of wgmmas with "gsb0"; one that it serializes ends a group with each.
+_WGMMA = re.compile(r"\b[HIQB]GMMA\b[^;]*;")
 _PTXAS_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -130,38 +142,16 @@ def _tool(name: str) -> Path:
     raise RuntimeError(f"{name} not found: install the CUDA toolkit or triton (pip install 'mmkernels[triton]')")
 
 
-def _by_function(header: re.Pattern[str], text: str) -> dict[str, str]:
-    """Function name -> text up to the next function's header."""
+def _sections(header: re.Pattern[str], text: str) -> dict[str, str]:
+    """What a header names -> the text up to the next header."""
     parts = header.split(text)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def _spills(ptxas_log: str) -> dict[str, int]:
-    """Kernel -> bytes of spill stores and loads, from `ptxas -v`."""
-    spills = {}
-    for name, rest in _by_function(_PTXAS_FUNCTION, ptxas_log).items():
-        found = _PTXAS_SPILLS.search(rest)
-        assert found is not None, f"ptxas -v gave no spill figures for {name}:\n{ptxas_log}"
-        spills[name] = int(found[1]) + int(found[2])
-    return spills
-
-
-def _reports(cubin: Path, arch: str, spills: Mapping[str, int]) -> dict[str, KernelReport]:
-    """Read every kernel of a cubin."""
-    cuobjdump = _tool("cuobjdump")
-    sass = _by_function(_SASS_FUNCTION, _run(cuobjdump, "-sass", cubin))
-    reports = {}
-    for name, *figures in _RESOURCES.findall(_run(cuobjdump, "--dump-resource-usage", cubin)):
-        if name not in sass:
-            continue
-        registers, stack, shared, local = map(int, figures)
-        matrix = _MATRIX_INSTRUCTION.search(sass[name]) is not None
-        # Spills live in local memory, so a kernel without local memory has none.
-        spilled = spills[name] if stack + local else 0
-        special = tuple(sorted(set(_SM90_INSTRUCTION.findall(sass[name]))))
-        reports[name] = KernelReport(name, arch, registers, spilled, stack + local, shared, matrix, special)
-    assert reports, f"{cubin}: no kernel found"
-    return reports
+def _resources(text: str) -> dict[str, tuple[int, int, int]]:
+    """Kernel -> registers, bytes of local memory per thread, bytes of shared memory per block."""
+    figures = {name: tuple(map(int, rest)) for name, *rest in _RESOURCES.findall(text)}
+    return {name: (registers, stack + local, shared) for name, (registers, stack, shared, local) in figures.items()}
 
 
 # Triton
@@ -232,15 +222,27 @@ def compile_triton(case: TritonCase, arch: int) -> KernelReport:
 
     name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
+        cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
-        fused = [] if case.options.get("enable_fp_fusion", True) else ["--fmad=false"]
-        log = _run(ptxas, "-v", "-lineinfo", *fused, f"--gpu-name={name}", ptx, "-o", Path(folder, "again.cubin"))
-        (report,) = _reports(cubin, name, _spills(log)).values()
+        ((registers, local, shared),) = _resources(_run(_tool("cuobjdump"), "--dump-resource-usage", cubin)).values()
+        # Spills live in local memory: a kernel without local memory has none, and the assembler need not run again.
+        spilled = _spills(case, compiled.asm["ptx"], arch, Path(folder)) if local else 0
+    matrix = _MATRIX_INSTRUCTION_OF_PTX.search(compiled.asm["ptx"]) is not None
     # Dynamic shared memory is a launch argument; the cubin holds only the static part.
-    return replace(report, name=case.name, shared_bytes=max(report.shared_bytes, int(compiled.metadata.shared)))
+    return KernelReport(case.name, name, registers, spilled, local, max(shared, int(compiled.metadata.shared)), matrix)
+
+
+def _spills(case: TritonCase, ptx: str, arch: int, folder: Path) -> int:
+    """Bytes of spill stores and loads, which only the assembler's log tells."""
+    source = folder / "kernel.ptx"
+    source.write_text(ptx, encoding="utf-8")
+    ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
+    fused = [] if case.options.get("enable_fp_fusion", True) else ["--fmad=false"]
+    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    log = _run(ptxas, "-v", "-lineinfo", *fused, f"--gpu-name={name}", source, "-o", folder / "again.cubin")
+    found = _PTXAS_SPILLS.search(log)
+    assert found is not None, f"ptxas -v gave no spill figures for {case.name}:\n{log}"
+    return int(found[1]) + int(found[2])
 
 
 # CUDA C++
@@ -253,16 +255,51 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
-def compile_cuda(source: Path, arch: str, include: Path | None = None) -> dict[str, KernelReport]:
-    """Compile a `.cu` for `arch` ("sm_80", "sm_90a", "sm_100a") with the build's flags and read every kernel.
-
-    Args:
-        source: the `.cu` file.
-        arch: the real architecture.
-        include: the include root; by default the `csrc` folder above the file.
+def read_cuda(binary: Path, arch: str) -> dict[str, dict[str, KernelReport]]:
+    """Read every kernel's machine code for `arch` ("sm_80", "sm_90a", "sm_100a") in a built module, object or cubin.
 
     Returns:
-        kernel name, such as `fwd_kernel<mmk::bf16, 64>` -> report.
+        stem of the `.cu` file ("" for a cubin) -> kernel name, such as `fwd_kernel<mmk::bf16, 64>` -> report. A report
+        counts spills as local memory: the machine code does not tell them apart.
+
+    Raises:
+        RuntimeError: cuobjdump is missing or fails, or the file has no machine code for `arch`.
+    """
+    sources: dict[str, dict[str, KernelReport]] = {}
+    kernels = _resources(_run(_tool("cuobjdump"), "--dump-resource-usage", "-arch", arch, binary))
+    sass = _run(_tool("cuobjdump"), "-sass", "-arch", arch, binary)
+    for path, text in (_sections(_SOURCE, sass) or {"": sass}).items():
+        functions = _sections(_SASS_FUNCTION, text)
+        reports = [_report(name, arch, kernels[name], code) for name, code in functions.items() if name in kernels]
+        filt = shutil.which("cu++filt") or shutil.which("c++filt")
+        names = [report.name for report in reports]
+        names = [_short(name) for name in _run(filt, *names).splitlines()] if filt and names else names
+        assert len(set(names)) == len(names), f"duplicate kernel names: {names}"
+        named = zip(names, reports, strict=True)
+        sources[Path(path).stem] = {name: replace(report, name=name) for name, report in named}
+    if not any(sources.values()):
+        raise RuntimeError(f"{binary}: no kernel compiled for {arch}")
+    return sources
+
+
+def _report(name: str, arch: str, resources: tuple[int, int, int], sass: str) -> KernelReport:
+    registers, local, shared = resources
+    wgmmas = _WGMMA.findall(sass)
+    return KernelReport(
+        name,
+        arch,
+        registers,
+        spill_bytes=0,
+        local_bytes=local,
+        shared_bytes=shared,
+        has_tensor_core_instructions=_MATRIX_INSTRUCTION.search(sass) is not None,
+        instructions=tuple(sorted(set(_SM90_INSTRUCTION.findall(sass)))),
+        serialized=len(wgmmas) > 1 and all("gsb0" in wgmma for wgmma in wgmmas),
+    )
+
+
+def compile_cuda(source: Path, arch: str, include: Path) -> dict[str, KernelReport]:
+    """Compile a `.cu` for `arch` and read it as `read_cuda` does.
 
     Raises:
         RuntimeError: nvcc is missing, or compilation fails.
@@ -270,30 +307,12 @@ def compile_cuda(source: Path, arch: str, include: Path | None = None) -> dict[s
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc not found (PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda)")
-    include = include or next(folder for folder in source.parents if folder.name == "csrc")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
-        flags = [
-            "-std=c++17",
-            "-O3",
-            "--expt-relaxed-constexpr",
-            "-lineinfo",
-            "-DNDEBUG",
-            "-DMMK_HAVE_SM90",
-            f"-I{include}",
-            "-Xptxas",
-            "-v",
-        ]
-        log = _run(nvcc, "-cubin", f"-arch={arch}", *flags, source, "-o", cubin)
-        reports = _reports(cubin, arch, _spills(log))
-    # ptxas warns about it with the function's name.
-    warnings = [line for line in log.splitlines() if "wgmma" in line and "serialized" in line]
-    for name, report in reports.items():
-        reports[name] = replace(report, serialized=any(name in line for line in warnings))
-    filt = shutil.which("cu++filt") or shutil.which("c++filt")
-    names = [_short(name) for name in _run(filt, *reports).splitlines()] if filt else list(reports)
-    assert len(set(names)) == len(names), f"duplicate kernel names: {names}"
-    return {name: replace(report, name=name) for name, report in zip(names, reports.values(), strict=True)}
+        flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DNDEBUG", f"-I{include}"]
+        _run(nvcc, "-cubin", f"-arch={arch}", *flags, source, "-o", cubin)
+        (reports,) = read_cuda(cubin, arch).values()
+    return reports
 
 
 def _short(demangled: str) -> str:

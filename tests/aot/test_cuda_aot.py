@@ -1,17 +1,17 @@
-"""Every CUDA C++ kernel, compiled for sm_80, sm_90a and sm_100a with no GPU: no spills, no local memory, tensor cores
-where they are expected."""
+"""Every CUDA C++ kernel as it was built for sm_80, sm_90a and sm_100a, read with no GPU: no spills, no local memory,
+tensor cores where they are expected."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from mmkernels.runtime import native
 from mmkernels.testing import aot
 
-pytestmark = [
-    pytest.mark.aot,
-    pytest.mark.skipif(aot.find_nvcc() is None, reason="no nvcc found: the CUDA C++ kernels are not checked"),
-]
+pytestmark = pytest.mark.aot
+needs_kernels = pytest.mark.skipif(not native.has_cuda(), reason="built without CUDA: there is no kernel to check")
+needs_nvcc = pytest.mark.skipif(aot.find_nvcc() is None, reason="no nvcc found")
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCES = sorted(CSRC.rglob("*.cu"))
@@ -28,21 +28,26 @@ TENSOR_CORE_KERNELS = (
 )
 # Files named so are for sm_90a alone, and their kernels must use wgmma and TMA.
 SM90 = "_sm90_"
-CASES = [(source, arch) for source in SOURCES for arch in aot.CUDA_ARCHS if SM90 not in source.name or arch == "sm_90a"]
 # Kernel name (a pattern) -> bytes of local memory that a thread may use, with the reason beside it.
 LOCAL_BUDGET: dict[str, int] = {}
 
 
-def problems_of(source: Path, arch: str, include: Path | None = None) -> list[str]:
+def problems_of(source: str, reports: dict[str, aot.KernelReport]) -> list[str]:
     found = []
-    for name, report in aot.compile_cuda(source, arch, include).items():
+    for name, report in reports.items():
         tensor_cores = name.split("<")[0] in TENSOR_CORE_KERNELS and "f16" in name
         budget = max((size for pattern, size in LOCAL_BUDGET.items() if re.search(pattern, name)), default=0)
         found += report.problems(tensor_cores=tensor_cores, local_budget=budget)
-        if SM90 in source.name:
+        if SM90 in source:
             missing = {"HGMMA", "UTMALDG"} - set(report.instructions)
-            found += [f"{name} {arch}: no {instruction}" for instruction in sorted(missing)]
+            found += [f"{name} {report.arch}: no {instruction}" for instruction in sorted(missing)]
     return found
+
+
+def problems_of_text(text: str, name: str, arch: str, folder: Path) -> str:
+    source = folder / f"{name}.cu"
+    source.write_text(text, encoding="utf-8")
+    return "\n".join(problems_of(name, aot.compile_cuda(source, arch, CSRC)))
 
 
 def test_there_are_kernels_of_every_family() -> None:
@@ -54,9 +59,22 @@ def test_tensor_core_kernels_exist() -> None:
     assert not [name for name in TENSOR_CORE_KERNELS if not re.search(rf"\b{name}\b", text)]
 
 
-@pytest.mark.parametrize(("source", "arch"), CASES, ids=lambda value: getattr(value, "stem", value))
-def test_compiles_without_spills(source: Path, arch: str) -> None:
-    problems = problems_of(source, arch)
+def test_all_architectures_are_built() -> None:
+    listed = re.search(r'MMKERNELS_CUDA_ARCHS "([^"]+)"', (CSRC.parent / "CMakeLists.txt").read_text(encoding="utf-8"))
+    assert listed is not None
+    assert tuple(f"sm_{arch.removesuffix('-real')}" for arch in listed[1].split(",")) == aot.CUDA_ARCHS
+
+
+@needs_kernels
+@pytest.mark.parametrize("arch", aot.CUDA_ARCHS)
+def test_no_spills(arch: str) -> None:
+    if not {arch.removeprefix("sm_"), f"{arch.removeprefix('sm_')}-real"} & set(native.cuda_archs()):
+        pytest.skip(f"built for {', '.join(native.cuda_archs())} only")
+    read = aot.read_cuda(Path(native.core.__file__), arch)
+    expected = {source.stem for source in SOURCES if SM90 not in source.name or arch == "sm_90a"}
+    assert set(read) == expected
+    assert all(read.values()), [source for source, reports in read.items() if not reports]
+    problems = [problem for source, reports in read.items() for problem in problems_of(source, reports)]
     assert not problems, "\n".join(problems)
 
 
@@ -84,13 +102,12 @@ __global__ void __launch_bounds__(1024, 2) spilling_kernel(const float* x, float
 """
 
 
+@needs_nvcc
 def test_gate_sees_spills_and_local_memory(tmp_path: Path) -> None:
-    source = tmp_path / "greedy.cu"
-    source.write_text(GREEDY, encoding="utf-8")
-    problems = "\n".join(problems_of(source, "sm_80", tmp_path))
+    problems = problems_of_text(GREEDY, "greedy", "sm_80", tmp_path)
     assert re.search(r"indexed_kernel.*bytes of local memory", problems), problems
-    assert re.search(r"spilling_kernel.*bytes of register spills", problems), problems
-    report = next(iter(aot.compile_cuda(source, "sm_80", tmp_path).values()))
+    assert re.search(r"spilling_kernel.*bytes of local memory", problems), problems
+    report = next(iter(aot.compile_cuda(tmp_path / "greedy.cu", "sm_80", CSRC).values()))
     assert any("no tensor-core instruction" in problem for problem in report.problems(tensor_cores=True))
 
 
@@ -112,29 +129,37 @@ __global__ void touching_kernel(float* out, uint64_t a, uint64_t b) {  // uses t
 """
 
 
+@needs_nvcc
 def test_gate_sees_what_sm90_lacks(tmp_path: Path) -> None:
-    source = tmp_path / "slow_sm90_fwd.cu"
-    source.write_text(SLOW_WGMMA, encoding="utf-8")
-    problems = "\n".join(problems_of(source, "sm_90a", CSRC))
+    problems = problems_of_text(SLOW_WGMMA, "slow_sm90_fwd", "sm_90a", tmp_path)
     assert "wgmma is serialized" in problems and "no UTMALDG" in problems and "no HGMMA" not in problems, problems
+    once = SLOW_WGMMA.replace("acc[0][0] += 1.f;", "")
+    assert "serialized" not in problems_of_text(once, "quick_sm90_fwd", "sm_90a", tmp_path)
 
 
+@needs_nvcc
 def test_every_atom_of_sm90_compiles(tmp_path: Path) -> None:
     """The emulator's probe uses each of them once."""
     probe = CSRC.parent / "tests/native/sm90_probe.h"
-    source = tmp_path / "probe_sm90_fwd.cu"
     instance = (
         "template __global__ void mmk::cuda::sm90_probe_kernel<0>(const __grid_constant__ mmk::cuda::ProbeParams);"
     )
-    source.write_text(f'#include "{probe}"\n{instance}\n', encoding="utf-8")
-    assert not problems_of(source, "sm_90a", CSRC)
+    assert not problems_of_text(f'#include "{probe}"\n{instance}\n', "probe_sm90_fwd", "sm_90a", tmp_path)
 
 
+@needs_nvcc
 def test_source_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
-    source = tmp_path / "broken.cu"
-    source.write_text("__global__ void broken_kernel() { undeclared(); }", encoding="utf-8")
     with pytest.raises(RuntimeError, match="undeclared"):
-        aot.compile_cuda(source, "sm_80", tmp_path)
+        problems_of_text("__global__ void broken_kernel() { undeclared(); }", "broken", "sm_80", tmp_path)
+
+
+@needs_nvcc
+def test_architecture_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    source, cubin = tmp_path / "empty.cu", tmp_path / "empty.cubin"
+    source.write_text("__global__ void empty_kernel() {}", encoding="utf-8")
+    aot._run(aot.find_nvcc(), "-cubin", "-arch=sm_80", source, "-o", cubin)
+    with pytest.raises(RuntimeError, match="no kernel compiled for sm_90a"):
+        aot.read_cuda(cubin, "sm_90a")
 
 
 @pytest.mark.parametrize(
