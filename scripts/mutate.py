@@ -243,6 +243,13 @@ class Copy:
         (site / "mmkernels").symlink_to(self.root / "mmkernels")
         self.environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
+    def check(self) -> None:
+        """Raises if the unbroken suite cannot be collected: its errors would be taken for tests that notice."""
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests"]
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{self.root}: pytest cannot collect the tests:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+
     @contextmanager
     def broken(self, mutation: Mutation) -> Iterator[None]:
         path = self.root / mutation.path
@@ -322,6 +329,9 @@ def main() -> int:
         if given.before:
             copies.insert(0, Copy(given.before, folder / "before"))
         build = Build(copies, folder / "build")
+        build.update()
+        for copy in copies:
+            copy.check()
         for mutation in chosen:
             with contextlib.ExitStack() as stack:
                 for copy in copies:
