@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import os
+import select
 import sys
 
 __all__ = ["main"]
@@ -76,10 +78,29 @@ def _print_anything() -> None:
             stream.reconfigure(errors="mmkernels.escaped")
 
 
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the output any more, as after `mmkernels info | head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are reported unasked
+    return bool(poll.poll(0))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit status."""
+    """Run a command; returns its exit status, which is 141 if the reader of its output has gone, as of any command."""
     _print_anything()
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        return 141
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2

@@ -219,10 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, for programs and bug reports")
     as_json = parser.parse_args(argv).json
     report = collect()
-    try:
-        print(json.dumps(report, indent=1) if as_json else render(report), flush=True)
-    except BrokenPipeError:  # `mmkernels info | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(json.dumps(report, indent=1) if as_json else render(report))
     return 0
 
 

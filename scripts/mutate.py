@@ -248,7 +248,7 @@ class Copy:
         command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests"]
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
         if done.returncode != 0:
-            raise SystemExit(f"{self.root}: pytest cannot collect the tests:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+            raise SystemExit(f"{self.root}: pytest cannot collect the tests:\n{(done.stdout + done.stderr)[-5000:]}")
 
     @contextmanager
     def broken(self, mutation: Mutation) -> Iterator[None]:

@@ -36,6 +36,24 @@ def test_info(capsys) -> None:
     assert "backend=None picks" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [["info"], ["--help"], ["plan", "--help"], ["pretrain", "--help"]], ids=" ".join)
+def test_reader_that_leaves_early_is_no_error(command) -> None:
+    run = [sys.executable, "-m", "mmkernels.cli", *command]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        started.stdout.close()
+        assert started.stderr.read() == ""
+    assert started.returncode == 141
+
+
+def test_other_broken_pipe_is_an_error(monkeypatch) -> None:
+    def broken(argv):
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setitem(cli._COMMANDS, "info", broken)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        cli.main(["info"])
+
+
 def without(package: str, tmp_path: Path, command: str) -> subprocess.CompletedProcess:
     script = (
         f"import sys; sys.modules[{package!r}] = None\nfrom mmkernels.cli import main; sys.exit(main([{command!r}]))"
