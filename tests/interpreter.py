@@ -1,4 +1,4 @@
-"""Triton's interpreter, twice as fast.
+"""Triton's interpreter without most of its overhead.
 
 To interpret a launch it replaces some three hundred functions of `triton.language`, and does so again at every call
 from one jit function to another, where they are replaced already.
