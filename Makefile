@@ -3,7 +3,7 @@
 #   make pretrain      train a dual encoder on the embedded pictures and names (about three minutes on two cores)
 #   make test          the tests
 #   make test-torch    the ops' tests only, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0
-#   make aot           compile every Triton kernel for every architecture, read the built CUDA ones; needs no GPU
+#   make aot           compile every Triton kernel for every architecture, inspect the built CUDA kernels; no GPU needed
 #   make lint format   bench   wheel   clean
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path the environment; ARGS="..." is passed on. TORCH_SPEC is installed

@@ -48,7 +48,7 @@ _REFERENCE_SCORES = 2**30  # bytes; the reference holds several such matrices
 
 @dataclass(frozen=True)
 class Kind:
-    """A mask: the samples, and what a token sees of its own. `point`, `quick`, `gate` are sizes.
+    """A mask: the samples, and what a token sees of its sample. `point`, `quick`, `gate` are sizes.
 
     T: tokens in one sample. S, L: samples, and tokens in each (1 to L in "tiny"). Images have I tokens each, after as
     many tokens of text ("image spans"), or M of them precede a sample's text ("media").
@@ -144,7 +144,7 @@ def setup(kind: Kind, backward: bool, p: Params, device: torch.device) -> Inputs
     inputs = {"q": q, "k": k, "v": v, "grad_out": grad_out, "mask": mask, "build": build, "block_mask": None}
     dense = mask is not None and not (kind.causal and len(lengths_q) == 1)
     inputs["dense_mask"] = mask.to_dense(tokens_q, tokens_k) if mask is not None and dense else None
-    # A row that sees nothing is undefined in SDPA and NaN; a model zeroes it.
+    # SDPA is undefined, and gives NaN, for rows that see nothing; models zero them.
     inputs["blind"] = ~inputs["dense_mask"].any(1) if "M" in p else None
     if "M" in p:
         inputs["dense_mask"] |= inputs["blind"][:, None]

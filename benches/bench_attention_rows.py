@@ -40,14 +40,14 @@ def with_gradients(out: Outputs, inputs: Inputs, *names: str) -> Outputs:
 
 
 def gradients(p: Params, *like: Tensor) -> Inputs:
-    """Correlated with x, so that the gradient of a scalar gate does not cancel: contenders would not agree on noise."""
+    """Correlated with x, so that the gradient of a scalar gate does not cancel: contenders would disagree on noise."""
     if p["pass"] == "fwd":
         return {}
     return {f"grad_{i}": (torch.randn_like(x) + x).detach() for i, x in enumerate(like)}
 
 
 def same_bytes(outputs: int, pairs: tuple[tuple[str, ...], ...], inputs: Inputs) -> tuple[None, ...]:
-    """Torch ops that move as many bytes: `clone` for one input tensor, `add` for two; again for the backward, which
+    """Torch ops that move the same bytes: `clone` for one input tensor, `add` for two; again for the backward, which
     reads the gradient and x."""
     written = []
     for i, names in enumerate(pairs):

@@ -33,7 +33,7 @@ A bench file lists its cases and calls `main`:
     if __name__ == "__main__":
         main("something", CASES)
 
-Before a contender is timed: (1) at the gate's size our error against float64 is at most 1.5 times plain PyTorch's, plus
+Before a contender is timed: (1) at the gate's size our error against float64 is at most 1.2 times plain PyTorch's, plus
 the stated epsilon; (2) at full size every contender agrees with plain PyTorch to the dtype's tolerance. A contender
 that fails is reported as wrong and not timed.
 """

@@ -34,7 +34,7 @@ def with_gradient(out: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def same_bytes(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The ceiling: a copy of as many bytes forward, and one backward."""
+    """The ceiling: a copy of the same size forward, and another backward."""
     return torch.empty_like(inputs["x"]).copy_(inputs["x"].detach()), inputs["grad_out"].clone()
 
 

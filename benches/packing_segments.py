@@ -52,7 +52,7 @@ def pool_by_index_add(mode: str, inputs: Inputs) -> tuple[Tensor, ...]:
 POOLS = [
     Case(
         name=f"segment_pool {mode} fwd+bwd",
-        # Low precision has ties, whose gradient torch splits and ours gives to the first.
+        # Low precision has ties: torch splits their gradient, ours gives it to the first.
         grid=[p for p in WIDTHS if p["E"] >= 512 and (mode == "mean" or p["dtype"] == "float32")],
         quick=QUICK if mode == "mean" else [{**QUICK[0], "dtype": "float32"}],
         gate={"MiB": 1},

@@ -63,7 +63,7 @@ def memeff_clip_loss(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """`infonce`: the temperature is a Python float, so there is no gradient of the scale."""
     from memeff import MemoryEfficientCLIPLoss
 
-    # stable=True, its default, returns a gradient that is not the loss's.
+    # stable=True, its default, returns a gradient that does not match the loss.
     loss_fn = MemoryEfficientCLIPLoss(
         temperature=1 / float(inputs["logit_scale"]), normalized_inputs=True, stable=False
     )
@@ -118,7 +118,7 @@ def flash_attn_varlen(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def xformers_block_diagonal(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The same through xformers' block-diagonal bias; it has no GQA, so heads must agree."""
+    """The same through xformers' block-diagonal bias; it has no GQA, so head counts must match."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 

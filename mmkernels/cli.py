@@ -49,7 +49,7 @@ def _plan(argv: list[str]) -> int:
         from mmkernels import plan_cli
 
         return plan_cli.main(argv)
-    except ModuleNotFoundError as error:  # file formats and the picture import theirs late
+    except ModuleNotFoundError as error:  # file formats and the picture import lazily
         return _missing(
             "plan", "parquet" if (error.name or "").startswith("pyarrow") else "plan", error, _PLAN_PACKAGES
         )
@@ -71,7 +71,7 @@ def _escaped(error: UnicodeError) -> tuple[bytes, int]:
 
 
 def _print_anything() -> None:
-    """Never fail with UnicodeEncodeError when printing, such as the table after an hour of training in the C locale."""
+    """Never let printing raise UnicodeEncodeError, e.g. for the table after an hour of training in the C locale."""
     codecs.register_error("mmkernels.escaped", _escaped)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # absent where the stream was replaced, as in notebooks
@@ -79,14 +79,14 @@ def _print_anything() -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads the output any more, as after `mmkernels info | head -1`."""
+    """Whether the reader of the output has closed the pipe, as in `mmkernels info | head -1`."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors are reported unasked
+    poll.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported
     return bool(poll.poll(0))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit status, which is 141 if the reader of its output has gone, as of any command."""
+    """Run a command; returns its exit status: 141 if its reader has closed the pipe, as in a shell after SIGPIPE."""
     _print_anything()
     try:
         try:
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout at exit
         return 141
 
 

@@ -1,16 +1,16 @@
 """Mutation testing: break one line of a kernel at a time and count the failing tests.
 
     python scripts/mutate.py                          # every mutation; a markdown table
-    python scripts/mutate.py --only attention         # those in whose name this pattern is found
-    python scripts/mutate.py --before ../old          # beside the suite of another checkout, whose kernels are the same
+    python scripts/mutate.py --only attention         # mutations whose name matches this pattern
+    python scripts/mutate.py --before ../old          # also run the suite of another checkout with equal kernels
     python scripts/mutate.py --list
     python scripts/mutate.py -- --maxfail=5           # options of pytest
 
 Each mutation is applied to a copy of the checkout, which is rebuilt if C++ changed: without CUDA, since the tests
-emulate CUDA kernels, and for two instruction sets, the baseline and the best of this processor. Then the tests that the
-mutation names run, as far as its line can reach them. A mutation that no test notices is a hole in the suite; the exit
-status says so. A mutation takes between half a minute and ten, so this is not part of the suite: run it before and
-after you remove tests. Needs what `make test` installs.
+emulate CUDA kernels, and for two instruction sets, the baseline and the best of this processor. Then it runs the tests
+that the mutation names and its line can reach. A mutation that no test notices is a hole in the suite; the exit status
+reports it. A mutation takes half a minute to ten minutes, so this is not part of the suite: run it before and after you
+remove tests. Needs what `make test` installs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Mutation:
 
     @property
     def can_reach(self) -> str:
-        """Pytest's -k for the tests that the broken line can reach at all."""
+        """Pytest's -k for the tests that the broken line can reach."""
         if self.path.endswith((".h", ".cpp")):
             return "not triton and not emulated"
         return "triton" if Path(self.path).name.startswith("triton_") else ""
@@ -244,7 +244,7 @@ class Copy:
         self.environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
     def check(self) -> None:
-        """Raises if the unbroken suite cannot be collected: its errors would be taken for tests that notice."""
+        """Raise if the unbroken suite cannot be collected: its errors would count as tests that notice."""
         command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests"]
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
         if done.returncode != 0:
@@ -294,7 +294,7 @@ class Build:
         subprocess.run([str(part) for part in command], check=True, capture_output=True)
 
     def update(self) -> None:
-        """Compiles what differs from the last build, so a mutation that is over as well."""
+        """Compile what differs from the last build, including the files of the previous mutation."""
         self._run("cmake", "--build", self._folder)
         (library,) = self._folder.glob(f"_native*{sysconfig.get_config_var('EXT_SUFFIX')}")
         for copy in self._copies:
@@ -302,7 +302,7 @@ class Build:
 
 
 def _other_instruction_sets() -> list[str]:
-    """All beyond the baseline but the one that this processor would choose."""
+    """All instruction sets except the baseline and the one that this processor would choose."""
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     best = next((isa for flag, isa in (("avx512bw", "avx512"), ("avx2", "avx2")) if flag in flags), "baseline")
     return [isa for isa in ("avx2", "avx512", "avx512bf16") if isa != best]
@@ -310,9 +310,9 @@ def _other_instruction_sets() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a pattern to find in the mutation's name")
+    parser.add_argument("--only", default="", help="a pattern that the mutation's name must match")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--before", type=Path, help="another checkout, whose suite is run too")
+    parser.add_argument("--before", type=Path, help="another checkout, to run its suite too")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for the tests of one mutation")
     parser.add_argument("arguments", nargs="*", help="for pytest, after --, such as --maxfail=5")
     given = parser.parse_args()

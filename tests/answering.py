@@ -1,4 +1,4 @@
-"""A process that answers what it is sent: in a file of its own, because a spawned process finds what stands in tests/,
+"""A process that answers what it is sent. It has its own file because a spawned process can import modules from tests/,
 but not a test file under the name that pytest gives it."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["answer"]
 
 
 def answer(received: Queue[Any], answers: Queue[Any], number: int) -> None:
-    """Of each of `number` masks, batches and plans what shows that it came whole."""
+    """For each of `number` masks, batches and plans, values that show that it arrived whole."""
     for _ in range(number):
         value = received.get()
         if isinstance(value, AttentionMask):

@@ -1,4 +1,4 @@
-"""Backends, dtypes and devices of the ops' tests, and where one is skipped.
+"""Backends, dtypes and devices of the ops' tests, and when to skip.
 
     @backends.every_device
     @backends.every
@@ -8,7 +8,7 @@
 
     backend = backends.fixture("packing")       # for a file whose tests all take `backend`, on the CPU
 
-No other file asks `candidates`: a test is skipped with the reason that a user would be given.
+No other file calls `candidates`: a test is skipped with the reason that a user would be given.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", ma
 
 
 def need(family: str, backend: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
-    """The backend's name; skips the test where it does not support tensors of this device and dtype."""
+    """The backend's name; skips the test if it does not support tensors of this device and dtype."""
     reason = candidates(family, torch.device(device), dtype)[backend]
     if reason is not None:
         pytest.skip(reason)
@@ -39,7 +39,7 @@ def need(family: str, backend: str, dtype: torch.dtype = torch.float32, device: 
 def fixture(
     family: str, names: Sequence[str] = BACKENDS, dtype: torch.dtype = torch.float32
 ) -> Callable[[pytest.FixtureRequest], str]:
-    """A fixture that is each of these backends in turn."""
+    """A fixture that yields each of these backends in turn."""
 
     @pytest.fixture(params=names)
     def backend(request: pytest.FixtureRequest) -> str:
@@ -49,5 +49,5 @@ def fixture(
 
 
 def interpreted(backend: str, device: str = "cpu") -> bool:
-    """Is this Triton's interpreter? It takes milliseconds for a step of a kernel's loop: choose small sizes."""
+    """Is this Triton's interpreter? Each step of a kernel's loop takes milliseconds: choose small sizes."""
     return backend == "triton" and device == "cpu"

@@ -1,4 +1,4 @@
-"""What every test shares: two threads, a seed, GPU tests only where there is a GPU, Triton's interpreter where not."""
+"""Setup of every test: two threads, a seed, GPU tests only with a GPU, Triton's interpreter without one."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import interpreter
 import pytest
 import torch
 
-# Helpers whose assertions should show values as those of tests do.
+# Helpers whose assertions should show values as pytest shows those of tests.
 pytest.register_assert_rewrite("derivatives", "gradcache.toys", "isas", "planning.problems", "ranks")
 
 if not torch.cuda.is_available():  # before the first kernel is decorated
@@ -18,12 +18,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # With several workers (pytest -n) each has one thread: spinning OpenMP threads would keep each other from running.
+    # With several workers (pytest -n), one thread each: spinning OpenMP threads would stall each other.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Which package is under test, and what it cannot show on this machine."""
+    """Which package is under test, and what this machine cannot test."""
     import mmkernels
     from mmkernels.runtime import native
 
@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def _away_from_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`python -c` puts the working folder first on its path: there a child would meet the sources, which have no native
-    core, in place of the installed package."""
+    """`python -c` puts the working folder first on the path: there a child would import the sources, which have no
+    native core, instead of the installed package."""
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield

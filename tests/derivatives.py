@@ -1,4 +1,4 @@
-"""Second derivatives against finite differences, in every order of forward and reverse mode that there is."""
+"""Second derivatives against finite differences, in every order of forward and reverse mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["assert_differentiable_twice"]
 
 
 def assert_differentiable_twice(function: Callable[..., Any], *inputs: Tensor, fast_mode: bool = True) -> None:
-    """`function` of float64 tensors that require a gradient."""
+    """`function` takes float64 tensors that require a gradient."""
     assert gradcheck(function, inputs, check_forward_ad=True, fast_mode=fast_mode)
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True, fast_mode=fast_mode)
     generator = torch.Generator().manual_seed(0)

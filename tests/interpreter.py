@@ -1,7 +1,7 @@
 """Triton's interpreter without most of its overhead.
 
-To interpret a launch it replaces some three hundred functions of `triton.language`, and does so again at every call
-from one jit function to another, where they are replaced already.
+For every launch, and at every call from one jit function to another, Triton replaces some three hundred functions of
+`triton.language`, even when they are already replaced.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ __all__ = ["replace_the_language_once_a_launch"]
 
 
 def replace_the_language_once_a_launch() -> None:
-    """Leave the language alone where it is replaced. Where Triton does this in another way, leave Triton alone."""
+    """Skip the replacement when it is already in place. If Triton does this differently, leave Triton alone."""
     if importlib.util.find_spec("triton") is None:
         return
     import triton.language as tl

@@ -1,10 +1,10 @@
-"""Tests on each instruction set that the native core has and this processor runs.
+"""Run tests on each instruction set that the native core has and this processor supports.
 
     @isas.each
     def test_each_instruction_set(isa):
-        isas.run_on(isa, check)             # check() in a process of its own: the set is chosen once in a process
+        isas.run_on(isa, check)             # check() in its own process: a process chooses its set once
 
-No other file chooses sets, so that none asks for one that is compiled in and that this processor lacks.
+No other file chooses sets, so none asks for a set that is compiled in but that this processor lacks.
 """
 
 import os
@@ -21,7 +21,7 @@ __all__ = ["each", "run_on", "usable"]
 
 
 def usable() -> list[str]:
-    """Compiled in, and run by this processor; narrowest first."""
+    """Compiled in and supported by this processor; narrowest first."""
     return [] if native.why_absent() is not None else native.core.build_info()["usable_cpu_isas"]
 
 
@@ -35,7 +35,7 @@ def each(test: Callable) -> Callable:
 
 
 def run_on(isa: str, check: Callable[[], None]) -> None:
-    """Call a function of a test file in a process whose CPU kernels are those of `isa`."""
+    """Call a function of a test file in a process whose CPU kernels are compiled for `isa`."""
     file = Path(check.__code__.co_filename)
     folders = [str(file.parent), str(Path(__file__).parent)]
     code = f"""

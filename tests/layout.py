@@ -1,5 +1,5 @@
-"""What may import and include what, and which files a family has, as functions that read a source tree and return what
-breaks the rules. test_layout.py runs them; sources.py has the rules for the text of files.
+"""Which modules may import or include which, and which files a family has, as functions that read a source tree and
+return its violations. test_layout.py runs them; sources.py has the rules for the text of files.
 
 cli -> pretrain, integrations -> nn, gradcache, batch, planning -> ops.<family>.api -> ops.<family>.op
     -> triton_*, runtime
@@ -25,7 +25,7 @@ FAMILY_FILES = (
     "triton_bwd.py",
     "README.md",
 )
-# Smaller ops beside a family's own, each a folder of the same files; its documentation is a section of the family's.
+# Smaller ops beside a family's own, each a folder with the same files; documented in a section of the family's page.
 PARTS = {"attention": ("additive", "gate", "rope")}
 PART_FILES = tuple(name for name in FAMILY_FILES if name != "README.md")
 
@@ -39,10 +39,10 @@ class Layer:
 
     Args:
         module: pattern of the layer's modules; group `f` is the family.
-        below: modules of this package, "x.*" for x and all in it, "{f}" for the module's own family, "{any}" for each.
+        below: modules of this package, "x.*" for x and all in it, "{f}" for the module's own family, "{any}" for any.
         never: exceptions from `below`.
         packages: other packages.
-        late: of all these, what must not be imported at the top: the module works without.
+        late: of all these, what must not be imported at the top: the module works without it.
     """
 
     module: str
@@ -61,7 +61,7 @@ _OWN, _SHARED, _RUNTIME = (
 )
 _FUNCTIONS = ("mmkernels.ops.{any}", "mmkernels.ops.{any}.api", *_SHARED)
 
-# The first that matches is a module's layer.
+# The first match is a module's layer.
 LAYERS = (
     Layer(
         r"mmkernels",
@@ -156,7 +156,7 @@ LAYERS = (
     ),
 )
 
-# What binds the launchers and does nothing else.
+# Files that bind the launchers and do nothing else.
 PYBIND11_FILES = ("csrc/module.cpp", "csrc/module_cuda.cpp", "csrc/common/binding.h")
 
 
@@ -244,8 +244,7 @@ def import_problems(root: Path) -> list[str]:
 
 
 def circle_problems(root: Path) -> list[str]:
-    """Files in `mmkernels/` that import each other: a late import, or one for the types alone, hides a circle and does
-    not open it."""
+    """Files in `mmkernels/` that import each other: a late or type-only import hides a cycle but does not break it."""
     files = sorted(root.joinpath("mmkernels").rglob("*.py"))
     below = {module_name(path, root): sorted({item.name for item in imports(path, root)}) for path in files}
     problems, done = [], set()
@@ -264,8 +263,8 @@ def circle_problems(root: Path) -> list[str]:
 
 
 def module_name_problems(root: Path) -> list[str]:
-    """Modules and packages in `mmkernels/` that begin with an underscore: what is not public, a package's `__init__`
-    says. The compiled `_native` is no source."""
+    """Modules and packages in `mmkernels/` that begin with an underscore: a package's `__init__` says what is public.
+    The compiled `_native` is not source."""
     paths = [path.relative_to(root) for path in sorted(root.joinpath("mmkernels").rglob("*.py"))]
     return [
         f"{path}: a module's name begins with no underscore"
@@ -320,7 +319,7 @@ def include_problems(root: Path) -> list[str]:
 
 
 def shape_problems(root: Path) -> list[str]:
-    """Families that lack a file which every family has, and folders in ops/ that are no family."""
+    """Families that lack a file which every family has, and folders in ops/ that are not families."""
     problems = []
     for family in FAMILIES:
         folder = root / "mmkernels/ops" / family

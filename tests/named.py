@@ -17,7 +17,7 @@ __all__ = ["case", "mistakes"]
 
 @contextmanager
 def case(*what: object) -> Iterator[None]:
-    """An assertion that fails inside says of which case."""
+    """An assertion that fails inside names the case."""
     try:
         yield
     except AssertionError as error:
@@ -25,7 +25,7 @@ def case(*what: object) -> Iterator[None]:
 
 
 def mistakes(*table: tuple[Callable[[], Any], type[Exception], str]) -> None:
-    """Each call must raise its error with a message that its pattern finds; those that do not are listed together."""
+    """Each call must raise its error with a message that matches its pattern; those that do not are listed together."""
     assert table
     wrong = []
     for call, expected, pattern in table:

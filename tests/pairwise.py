@@ -1,12 +1,12 @@
-"""Cases in which every two arguments meet in every two of their values: far fewer than all combinations.
+"""Test cases in which every two values of every two arguments meet: far fewer than all combinations.
 
     @pairwise.cases(mask=MASKS, dtype=DTYPES, heads=(1, 4))
     def test_masks(mask, dtype, heads): ...
 
-Most faults need one value of one argument, or two of two; those a pairwise choice finds as the full product would
-(Kuhn, Wallace, Gallo: Software fault interactions and implications for software testing, 2004). What selects another
-kernel altogether, as a backend or a device does, is no argument of this: parametrize it apart, so that each kernel
-meets every pair. The choice is a function of the values alone, thus the same in every process and on every machine.
+Most faults need one value of one argument, or two values of two; a pairwise choice finds those like the full product
+(Kuhn, Wallace, Gallo: Software fault interactions and implications for software testing, 2004). Do not pass what
+selects another kernel, such as a backend or a device: parametrize it separately, so that each kernel meets every pair.
+The choice depends on the values only, so it is the same in every process and on every machine.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ Case = tuple[Any, ...]
 
 
 def cases(only: Callable[..., bool] = lambda **_: True, **values: Collection[Any]) -> pytest.MarkDecorator:
-    """Parametrize a test by values of its arguments; `only` says of a combination whether it may be chosen at all."""
+    """Parametrize a test over values of its arguments; `only` says whether a combination may be chosen."""
     names = tuple(values)
     allowed = [case for case in product(*values.values()) if only(**dict(zip(names, case, strict=True)))]
     for place, name in enumerate(names):
@@ -34,8 +34,8 @@ def cases(only: Callable[..., bool] = lambda **_: True, **values: Collection[Any
 
 
 def _cover(allowed: list[Case]) -> Iterator[Case]:
-    """Greedily: the case with the most pairs not met so far; of equals the one whose pairs were met least, so that no
-    value keeps the company of a few others."""
+    """Greedy: take the case with the most unmet pairs; among equals the one whose pairs were met least, so that no
+    value always meets the same few others."""
     pairs = {
         case: {(i, j, case[i], case[j]) for i, j in combinations_with_replacement(range(len(case)), 2)}
         for case in allowed

@@ -1,4 +1,4 @@
-"""Small pictures, shards of them, and what a data set gives of them: for the tests of the readers."""
+"""Small pictures, shards of them, and what a data set reads from them: for the tests of the readers."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def pairs(count: int, first: int = 0) -> dict[str, bytes]:
 
 
 def read(data: WebDataset | FolderDataset) -> dict[str, tuple[str, ...]]:
-    """Captions of all that can be read, by name."""
+    """Captions of everything readable, by name."""
     return {sample.name: sample.captions for sample in data.read(range(len(data)))}

@@ -2,8 +2,8 @@
 
     results = ranks.run(4, case, argument)        # case(rank, world, argument) in each of four processes
 
-A rank that fails shows its traceback; one that hangs is ended after `timeout` seconds. Either way the next call starts
-new processes, because what the others wait for will not come.
+A failing rank shows its traceback; a hanging one is killed after `timeout` seconds. Either way the next call starts new
+processes, because the others wait for messages that will not come.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from typing import Any
 
 __all__ = ["run"]
 
-# Started processes are copies of one that has imported torch and has no threads yet.
+# Processes are forked from one that has imported torch and has no threads yet.
 _context = multiprocessing.get_context("forkserver")
 _pools: dict[int, _Pool] = {}
 
 
 def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
-    """`function(rank, world, *args)` on every rank of a gloo group; the results in the order of the ranks.
+    """`function(rank, world, *args)` on every rank of a gloo group; the results in rank order.
 
     Args:
         function: at the top level of its file.
-        args: whatever can be pickled.
+        args: anything that can be pickled.
 
     Raises:
         AssertionError: a rank failed, with its traceback, or did not answer in time.
@@ -81,7 +81,7 @@ class _Pool:
                 except EOFError:
                     answers[rank] = False, f"ended with code {self._processes[rank].exitcode}"
             if not all(fine for fine, _ in answers.values()):
-                deadline = min(deadline, time.monotonic() + 5)  # the others wait for this one, or fail like it
+                deadline = min(deadline, time.monotonic() + 5)  # the others wait for this rank, or fail like it
         failed = [f"rank {rank}: {text}" for rank, (fine, text) in sorted(answers.items()) if not fine]
         silent = [f"rank {rank}: no answer" for rank in range(len(self._pipes)) if rank not in answers]
         assert not failed + silent, "\n".join([function.__name__, *failed, *silent])
@@ -106,7 +106,7 @@ def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
         try:
             file, name, args = pipe.recv()
         except EOFError:
-            os._exit(0)  # no teardown: in it a process group and a hook written in Python can wait for each other
+            os._exit(0)  # no teardown: a process group and a hook written in Python can deadlock in it
         try:
             torch.manual_seed(0)
             answer = True, getattr(_module(file), name)(rank, world, *args)
@@ -116,7 +116,7 @@ def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
 
 
 def _module(file: str) -> ModuleType:
-    """The test file as a module; the name that pytest has for it need not mean anything here."""
+    """The test file as a module; pytest's name for it may not be importable here."""
     name = f"ranks_{Path(file).stem}_{abs(hash(file))}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-# Somebody's machine, or a package registry: neither belongs in a file that others read.
+# A local path or a package registry: neither belongs in a published file.
 _MACHINE = re.compile(
     r"(?<![\w.~-])/(?:work|opt|root|mnt|tmp|home/\w+)/\w|\b(?:registry\.npmjs|files\.pythonhosted|download\.pytorch|pypi)\.(?:org|com)\b"
 )
@@ -30,15 +30,15 @@ def _files(root: Path, suffixes: set[str]) -> Iterator[Path]:
 
 
 def _trees(root: Path, *folders: str) -> Iterator[tuple[Path, ast.AST]]:
-    """Every Python file of some folders, parsed."""
+    """Every Python file in some folders, parsed."""
     for folder in folders:
         for path in sorted(root.joinpath(folder).rglob("*.py")):
             yield path.relative_to(root), ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def size_problems(root: Path, longer: Mapping[str, str] = LONGER) -> list[str]:
-    """Files of code above LINES, and Python functions above FUNCTION_LINES (kernels: KERNEL_LINES) without their
-    docstrings. `longer` says why a file may be longer; one that is not longer has no place there."""
+    """Files of code above LINES, and Python functions above FUNCTION_LINES (kernels: KERNEL_LINES) without docstrings.
+    `longer` says why a file may be longer; an entry whose file is not longer is an error."""
     lines = {str(path.relative_to(root)): path.read_text(encoding="utf-8").count("\n") for path in _files(root, _CODE)}
     problems = [
         f"{name}: {count} lines, at most {LINES}: split it"
@@ -71,7 +71,7 @@ def _height(node: ast.stmt) -> int:
 
 
 def machine_problems(root: Path) -> list[str]:
-    """Files that mention a path of somebody's machine or a registry's host."""
+    """Files that mention a local path or a registry's host."""
     problems = []
     for path in _files(root, _CODE | _PROSE):
         if path == Path(__file__):
@@ -88,9 +88,9 @@ def machine_problems(root: Path) -> list[str]:
 
 
 def encoding_problems(root: Path) -> list[str]:
-    """Text files that are read or written in the encoding of the machine's locale: where it is C, that is ASCII.
+    """Text files read or written in the locale's encoding: in the C locale, that is ASCII.
 
-    Ruff's rule (PLW1514) sees them only where it can infer that something is a path.
+    Ruff's rule (PLW1514) finds them only where it can infer that something is a path.
     """
     problems = []
     for path, tree in _trees(root, "mmkernels", "benches", "scripts", "tests"):
@@ -114,7 +114,7 @@ def _is_of_the_locale(call: ast.Call) -> bool:
 
 
 def view_problems(root: Path) -> list[str]:
-    """Calls of `view` (`mmkernels/runtime/native.py`) on a tensor that nobody holds: a pointer into freed memory."""
+    """Calls of `view` (`mmkernels/runtime/native.py`) on a tensor without a reference: a pointer into freed memory."""
     problems = []
     for path, tree in _trees(root, "mmkernels"):
         for node in ast.walk(tree) if path.name == "native.py" else ():

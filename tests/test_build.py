@@ -1,4 +1,4 @@
-"""What was built: no torch in the binary, nothing loaded that a user may lack, a size within its budget, a fallback."""
+"""The build: no torch in the binary, no libraries that a user may lack, a size within budget, a fallback."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ from mmkernels.runtime import native
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 2**20
-# Compressed, as a user downloads it. The embedded pictures are 2.4 MB; each CUDA architecture adds to the rest.
+# Compressed, as users download it. The embedded pictures take 2.4 MB; each CUDA architecture adds to the rest.
 WHEEL_BUDGET = 20 * MB
 
 needs_core = pytest.mark.skipif(native.why_absent() is not None, reason=f"native core: {native.why_absent()}")
@@ -36,7 +36,7 @@ def tool(*command: str) -> str:
 @needs_core
 def test_no_torch_symbol() -> None:
     symbols = tool("nm", "-D", "--undefined-only", "--demangle", native.core.__file__)
-    assert "PyModule_Create2" in symbols or "PyModuleDef_Init" in symbols  # nm did read the module
+    assert "PyModule_Create2" in symbols or "PyModuleDef_Init" in symbols  # nm could read the module
     foreign = re.findall(r".*\b(?:at::|c10::|torch::|aoti_torch\w*|TH[A-Z]\w+).*", symbols)
     assert not foreign, "\n".join(foreign)
 
@@ -62,7 +62,7 @@ def test_one_openmp_runtime(tmp_path: Path) -> None:
 
 
 def pip_wheel(target: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Build a wheel from the checkout with the environment's own build tools: no download."""
+    """Build a wheel from the checkout with the environment's build tools, without downloads."""
     source = target / "source"
     skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "__pycache__", "*.so")
     shutil.copytree(ROOT, source, ignore=skip)

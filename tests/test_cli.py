@@ -1,4 +1,4 @@
-"""The command line hands over, needs an extra only where it uses it, and says which."""
+"""The command line dispatches, needs an extra only where it uses it, and says which."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The docs say what is so: variables, kernels, files, links."""
+"""The docs match the code: variables, kernels, files, links."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def sources(*patterns: str) -> list[Path]:
 _READS = re.compile(
     r"""environ(?:\.get\(|\.setdefault\(|\[)\s*["'](\w+)|getenv\(\s*["'](\w+)|ENV\{(\w+)\}|if\.env\.(\w+)|set\((MMKERNELS_\w+)"""
 )
-# What the report shows but does not act upon.
+# Shown in the report but without effect.
 _SHOWN_ONLY = {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}
 
 
@@ -38,7 +38,7 @@ def variables_read() -> set[str]:
 def test_every_variable_is_documented() -> None:
     documented = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", (ROOT / "docs/environment.md").read_text(encoding="utf-8")))
     read = variables_read()
-    assert "TRITON_INTERPRET" in read  # the search finds something
+    assert "TRITON_INTERPRET" in read  # the search works
     assert "MMKERNELS_CPU_ISA" in read
     assert read - documented - _SHOWN_ONLY == set()
 
@@ -86,7 +86,7 @@ def test_every_gpu_kernel_has_its_line() -> None:
 
 
 def line_is_complete(device: str, versions: str, last_pass: str) -> bool:
-    """Says that the kernel has never run and nothing else, or on what it has passed, with which torch, and when."""
+    """Says either that the kernel has never run, or on what it has passed, with which torch, and when."""
     if last_pass == _NEVER:
         return (device, versions) == ("", "")
     has_torch, has_date = re.search(r"torch \d", versions), re.fullmatch(r"20\d\d-\d\d-\d\d", last_pass)

@@ -1,4 +1,4 @@
-"""The emulator of CUDA's asynchronous machinery: a kernel passes, and each way to get it wrong shows."""
+"""The emulator of CUDA's asynchronous machinery: a correct kernel passes, and each mistake is detected."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ def module():
 
 
 def error_of(module, mistake: int, seed: int) -> str | None:
-    """What is wrong with a run; None when nothing is."""
+    """What is wrong with a run, or None."""
     generator = torch.Generator().manual_seed(seed)
     a, b, v = (torch.randn(64, n, generator=generator).bfloat16() for n in (256, 256, 64))
     out = torch.full((64, 64), torch.nan, dtype=torch.bfloat16)

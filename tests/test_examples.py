@@ -1,4 +1,4 @@
-"""Every example runs as it stands, in a process of its own, and says what its last line promises."""
+"""Every example runs unmodified in its own process, and prints what its last line promises."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`import mmkernels` adds next to nothing to `import torch`, registers every op, and says what is not there."""
+"""`import mmkernels` adds almost nothing to `import torch`, registers every op, and reports what is missing."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch
 
 from mmkernels.runtime import absence, backends
 
-# Half a second to two seconds each, for what a program may never use.
+# Half a second to two seconds each, for modules that a program may never use.
 SLOW = ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor", "sympy", "triton")
 
 
@@ -20,7 +20,7 @@ def run(script: str, tmp_path: Path) -> str:
 
 
 def test_import_brings_next_to_nothing(tmp_path: Path) -> None:
-    """A count of modules, not of seconds: it is the same on every machine."""
+    """Counts modules, not seconds: the count is the same on every machine."""
     script = """
 import sys, torch, numpy
 before = set(sys.modules)
@@ -32,12 +32,12 @@ print(*sorted(set(sys.modules) - before))
     assert not [name for name in brought if name.startswith(SLOW)]
     assert len(ours) > 50
     assert not [name for name in ours if ".triton_" in name]
-    # What is left is of Python's own library, or a part of torch or numpy that costs milliseconds.
+    # The rest is Python's own library, or a part of torch or numpy that costs milliseconds.
     assert len(brought) - len(ours) <= 10, sorted(set(brought) - set(ours))
 
 
 def test_every_op_is_registered_by_the_import(tmp_path: Path) -> None:
-    """A saved program with these ops needs `import mmkernels` and no more."""
+    """A saved program with these ops needs only `import mmkernels`."""
     script = "import torch, mmkernels\nprint(*(x for x in torch._C._dispatch_get_all_op_names() if 'mmkernels' in x))"
     found = run(script, tmp_path).split()
     for name in ("attention_fwd", "attention_norm_rope_fwd", "contrastive_infonce_fwd", "packing_segment_pool_fwd"):
@@ -45,7 +45,8 @@ def test_every_op_is_registered_by_the_import(tmp_path: Path) -> None:
 
 
 def test_compiles_after_the_import_alone(tmp_path: Path) -> None:
-    """The choice of a backend is a constant to torch.compile, which has not been imported when it is marked as one."""
+    """torch.compile sees the choice of a backend as a constant, although it is not yet imported when the choice is
+    marked."""
     script = """
 import sys, torch, mmkernels
 assert "torch._dynamo" not in sys.modules
@@ -66,7 +67,7 @@ def test_marked_as_torch_marks() -> None:
     assert vars(backends._constant(ours)) == vars(theirs)
 
 
-# Where the core is not beside the files that were imported
+# Where the core is not beside the imported files
 
 
 def package(root: Path, *, core: bool = False, sources: bool = False) -> Path:
@@ -101,7 +102,7 @@ def test_installation_without_a_core_asks_for_the_compiler(tmp_path: Path) -> No
 
 
 def test_import_in_the_root_of_a_checkout(tmp_path: Path) -> None:
-    """As a user meets it: the sources without a core in the working folder, the package with one on the path."""
+    """As users meet it: sources without a core in the working folder, the installed package on the path."""
     installed = Path(backends.__file__).parents[1]
     checkout, site = tmp_path / "checkout", tmp_path / "site"
     (checkout / "csrc").mkdir(parents=True)

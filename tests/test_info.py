@@ -1,4 +1,4 @@
-"""`mmkernels info` tells what is so and never raises, whatever is missing or broken."""
+"""`mmkernels info` reports the facts and never raises, whatever is missing or broken."""
 
 import json
 import subprocess

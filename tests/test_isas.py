@@ -1,4 +1,4 @@
-"""The choice of an instruction set; and the tests' own choice, on poorer processors than this one."""
+"""The choice of an instruction set; and how the tests choose on less capable processors."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def test_what_is_hidden_is_as_if_not_there() -> None:
     assert done.stdout == f"{left} True {len(native.core.build_info()['cpu_isas'])}\n", done.stderr
 
 
-# A name that means nothing, one that this processor lacks, and a variable that hides what is no set.
+# An unknown name, a set that this processor lacks, and a variable that hides the baseline, which cannot be hidden.
 WRONG = {
     "unknown": ({"MMKERNELS_CPU_ISA": "z80"}, r'MMKERNELS_CPU_ISA: expected one of \{baseline.*\}, got "z80"'),
     "lacking": (
@@ -95,7 +95,7 @@ print(info.render(info.collect()).splitlines()[-1])
 
 @pytest.mark.parametrize("case", WRONG)
 def test_set_that_cannot_be_had_is_an_error_not_a_fallback(case: str) -> None:
-    """Of each call that would run on it; the import and the reference backend hold, and `mmkernels info` tells."""
+    """Raised by each call that would use it; import and the reference backend work, and `mmkernels info` reports it."""
     variables, message = WRONG[case]
     done = run("-c", CALLS, **variables)
     assert done.returncode == 0, done.stderr
@@ -110,7 +110,7 @@ def test_set_that_cannot_be_had_is_an_error_not_a_fallback(case: str) -> None:
 
 
 def test_only_one_file_chooses_sets() -> None:
-    """Any other would ask this processor's list of its own: tests/isas.py is the one that the next test tries."""
+    """Other files would query this processor's list themselves; the next test covers only tests/isas.py."""
     own = {"isas.py", "test_isas.py", "test_simd.py", "test_docs.py", "test_info.py"}
     choosing = [
         file
@@ -123,7 +123,7 @@ def test_only_one_file_chooses_sets() -> None:
 @needs_more_than_the_baseline
 @pytest.mark.parametrize("hidden", ["avx2", richer[-1] if richer else "avx512"])
 def test_suite_asks_a_poorer_processor_for_what_it_has(hidden: str) -> None:
-    """Collected as there: each test that wants a set of its own is there for those that are left, and for no other."""
+    """As collected there: tests that need a set exist for the remaining sets only."""
     left = isas.usable()[: isas.usable().index(hidden)]
     files = [
         file

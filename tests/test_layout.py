@@ -1,4 +1,4 @@
-"""What may import and include what (docs/design.md) holds; and the checkers see what breaks it."""
+"""The import and include rules (docs/design.md) hold; and the checkers detect violations."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_rule_holds(checker) -> None:
     assert not problems, "\n".join(problems)
 
 
-# The checkers themselves: a sound tree, one file that breaks it, and what they say.
+# The checkers: a sound tree, one file that breaks it, and their messages.
 
 
 def sound_tree(root: Path) -> Path:
@@ -107,7 +107,7 @@ def test_good_imports_pass(tmp_path: Path) -> None:
     assert not layout.import_problems(tmp_path)
 
 
-# A circle of two, of three, through a package, and of those that no import at the top shows.
+# A cycle of two, of three, through a package, and cycles that no top-level import shows.
 CIRCLES = {
     "two": {"nn/a": "from mmkernels.nn import b", "nn/b": "import mmkernels.nn.a"},
     "three": {

@@ -1,4 +1,4 @@
-"""`mmkernels/_native.pyi` says what the C++ sources say, and those what was built."""
+"""`mmkernels/_native.pyi` matches the C++ sources, and they match the built module."""
 
 import importlib.util
 import inspect
@@ -33,7 +33,7 @@ _PYBIND11_TYPES = {
 
 
 def built(function) -> list[str]:
-    """The types in a signature that pybind11 wrote: `name(arg0: type, ...) -> type`."""
+    """The types in a signature written by pybind11: `name(arg0: type, ...) -> type`."""
     arguments = re.split(r"(?:^|, )\w+: ", re.match(r"\w+\((.*)\) -> ", inspect.getdoc(function))[1])[1:]
     return [_PYBIND11_TYPES.get(kind, kind).split(".")[-1] for kind in arguments]
 
@@ -52,6 +52,6 @@ def test_the_stub_is_what_was_built() -> None:
     assert not missing
     assert "launch_attention_fwd_cpu" in there
     for name, types in there.items():
-        # An array of the planner is Any in the stub.
+        # A planner array is Any in the stub.
         expected = [kind if mine != "Any" else mine for kind, mine in zip(types, listed[name], strict=True)]
         assert listed[name] == expected, name

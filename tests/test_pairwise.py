@@ -1,4 +1,4 @@
-"""The choice of cases: every pair that is allowed, nothing that is not, and few."""
+"""The choice of cases: every allowed pair, no others, and few cases."""
 
 from collections import Counter
 from itertools import combinations, product
@@ -38,7 +38,7 @@ def test_one_argument_takes_each_of_its_values_in_turn() -> None:
 
 
 def test_no_value_keeps_to_few_others() -> None:
-    """Beyond the pairs that must be met, cases spread evenly."""
+    """Beyond the required pairs, cases are spread evenly."""
     found = chosen(a=range(21), b="xyz", c=(False, True))
     meetings = Counter((b, c) for _, b, c in found)
     assert max(meetings.values()) - min(meetings.values()) <= 1

@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand, each in a fresh namespace."""
+"""The README's Python blocks run unmodified, each in a fresh namespace."""
 
 import re
 from pathlib import Path

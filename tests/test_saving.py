@@ -1,4 +1,4 @@
-"""What users save: `torch.load` with its defaults gives it back, in a fresh process, whole and of use; so do pickle,
+"""What users save: `torch.load` with its defaults restores it, in a fresh process, complete and usable; so do pickle,
 copies and other processes."""
 
 import copy
@@ -114,7 +114,7 @@ OBJECTS = {
 
 
 def parts(value) -> dict:
-    """What an object is made of, by name, down to tensors, arrays and plain values."""
+    """An object's contents by name, down to tensors, arrays and plain values."""
     if dataclasses.is_dataclass(value):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, AttentionMask):
@@ -210,7 +210,7 @@ def test_through_a_queue():
 
 
 def test_a_loaded_mask_is_checked_again():
-    """A file is input like any other: no layout comes from it, and its metadata is looked at."""
+    """A file is untrusted input: no layout is taken from it, and its metadata is checked."""
     mask = MASKS["from_rows"]()
     mask.rows(9, 9)
     loaded = torch.load(saved(mask))
@@ -232,7 +232,7 @@ def test_a_loaded_plan_stays_as_it_is():
     ids=["infonce", "siglip", "attention"],
 )
 def test_state_dicts(module):
-    """What is meant for modules: a state dict, which needs nothing registered."""
+    """The format for modules: a state dict, which needs nothing registered."""
     torch.manual_seed(0)
     trained, fresh = module(), module()
     for parameter in trained.parameters():

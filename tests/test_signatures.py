@@ -1,6 +1,6 @@
-"""The public names and their signatures are what others build against: they change on purpose only.
+"""Others build against the public names and their signatures: they change on purpose only.
 
-`python tests/test_signatures.py` writes the golden file anew.
+`python tests/test_signatures.py` rewrites the golden file.
 """
 
 import enum
@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).with_name("signatures.txt")
 
 
 def _signature(function: object) -> str:
-    """Names, kinds, defaults and annotations as they are written; not how a module came by `Tensor`."""
+    """Names, kinds, defaults and annotations as written, without the path by which a module imports `Tensor`."""
     signature = inspect.signature(function)  # type: ignore[arg-type]
     plain = [
         parameter.replace(annotation=_annotation(parameter.annotation)) for parameter in signature.parameters.values()

@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def build_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by one of the test processes for all of them."""
+    """Built once, by one of the test processes."""
     own = tmp_path_factory.getbasetemp()
     folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     build = folder / "simd_build"
@@ -49,7 +49,7 @@ def run_test(build: Path, isa: str, *arguments: str) -> subprocess.CompletedProc
 
 
 def shared_symbols(objects: list[Path], isa: str) -> list[str]:
-    """Symbols that other objects can see or be merged with, but that are not named after the instruction set."""
+    """Symbols that other objects can see or be merged with but that do not carry the instruction set's name."""
     assert objects
     listing = subprocess.run(
         ["nm", "-C", "--defined-only", *map(str, objects)], capture_output=True, text=True, check=True
@@ -84,8 +84,8 @@ def test_unknown_instruction_set_names_the_choices(build_dir: Path) -> None:
     assert re.search(r'MMKERNELS_CPU_ISA: expected one of \{baseline.*\}, got "mmx"', done.stderr)
 
 
-# A template instantiated in two objects is merged by the linker, which keeps either one: were its name the same for
-# two instruction sets, AVX-512 code could run on a machine without it.
+# The linker merges a template instantiated in two objects and keeps either one: if its name were the same for two
+# instruction sets, AVX-512 code could run on a machine without it.
 @needs_compiler
 @pytest.mark.parametrize("isa", ISAS)
 def test_no_symbol_is_shared_between_sets(build_dir: Path, isa: str) -> None:
@@ -99,8 +99,8 @@ def test_no_symbol_is_shared_between_sets(build_dir: Path, isa: str) -> None:
 @pytest.mark.parametrize("source", KERNEL_FILES)
 def test_kernel_file_shares_no_symbol_and_leaves_none_out(tmp_path: Path, source: str) -> None:
     target = tmp_path / "kernel.o"
-    # A kernel left out of MMK_DEFINE_KERNELS would be a null pointer. Here, and not in the build, that is an error:
-    # other compilers warn of more.
+    # A kernel missing from MMK_DEFINE_KERNELS would be a null pointer. This is an error here and not in the build,
+    # because other compilers warn about more.
     options = ["-Werror=missing-field-initializers"]
     options += ["-std=c++17", "-O1", "-fPIC", "-DMMK_ISA=baseline", f"-I{ROOT / 'csrc'}"]
     subprocess.run(["c++", *options, "-c", str(ROOT / source), "-o", str(target)], check=True)

@@ -1,4 +1,4 @@
-"""The rules for the text of files hold; and the checkers see what breaks them."""
+"""The rules for the text of files hold; and the checkers detect violations."""
 
 from pathlib import Path
 

@@ -3,7 +3,7 @@
 // the tanh of one query against a tile in a buffer [D, kKeys]: the score needs it and, once ds is known, the gradients.
 //
 // delta from the rounded out has a rounding error that is the same for all keys of a query, so sums over keys do not
-// average it out. The sum of ds reveals it: dq and dw are corrected with the sums of p in place of ds, and the second
+// average it out. The sum of ds reveals it: dq and dw are corrected with the sums of p instead of ds, and the second
 // pass uses the corrected delta.
 #pragma once
 

@@ -4,19 +4,19 @@
 //   dV = P^T dO      dK = scale dS^T Q      dQ = scale dS K      delta_i = <do_i, out_i> - dlse_i
 //
 // Where all keys of a query tile lie in one key tile, rows of P are divided by their sum and delta is sum_j P_ij dP_ij,
-// as what it is above <do_i, out_i>: neither the rounding of lse nor that of out enters, and a query with a single key
-// gets dS = 0 exactly. Elsewhere delta comes from out, summed in the order in which the product sums dP, and dQ is put
-// right afterwards (MeanKeys).
+// which replaces <do_i, out_i>: the rounding of lse and out does not enter, and a query with a single key gets dS = 0
+// exactly. Elsewhere delta comes from out, summed in the order in which the product sums dP, and dQ is corrected
+// afterwards (MeanKeys).
 //
-// S and dP come from 16-bit inputs as they are. P and dS are operands of type S: the compute type, which makes a
-// gradient in bf16 as accurate as a float32 one that was cast; but bf16, at half the cost of three products and sqrt(2)
-// times the error, where more than three quarters of all pairs are computed.
+// S and dP use 16-bit inputs directly. P and dS are operands of type S: the compute type, which makes a bf16 gradient
+// as accurate as a float32 one that was cast; or, where more than three quarters of all pairs are computed, bf16, which
+// halves the cost of three products at sqrt(2) times the error.
 //
 // Tiles are computed transposed, keys down and queries across: P^T and dS^T then go straight into the packed layout of
 // the left operands of dV and dK, and lse, delta and the intervals are vectors along a row. dS is packed once more for
 // dQ. The sums are in the compute type and are cast once.
 //
-// No sum is shared between threads, so there are two ways to cut:
+// No sum is shared between threads, so there are two ways to split the work:
 //   one pass    a task owns a component (tiles and keys that only see each other) of a key/value head: five products
 //   two passes  tasks that own queries for dQ, then tasks that own keys for dK and dV: seven products; when there are
 //               too few components to keep every thread busy
@@ -236,8 +236,8 @@ class BackwardTask {
     }
   }
 
-  // From w_.s and w_.dp, `height` keys from `key` on down and `rows` queries across: P and dS packed, dS also in w_.dp.
-  // `whole`: these are all keys of the queries.
+  // From w_.s and w_.dp, `height` keys starting at `key` (rows) and `rows` queries (columns): packs P and dS, stores dS
+  // also in w_.dp. `whole`: these are all keys of the queries.
   template <bool full>
   void probabilities(TileState& state, const BiasTable<C>& bias, int64_t key, int64_t height, int64_t rows,
                      bool whole) {
@@ -247,7 +247,7 @@ class BackwardTask {
     for (int64_t c = 0; c < rows; c += kLanes<C>) {
       Vec<C> inverse = splat(C{1}), delta = load(state.dot + c), shift = load(state.dlse + c);
       if (whole) {
-        delta = select(delta - delta == Vec<C>{}, delta, Vec<C>{});  // an infinity of out need not be one of delta
+        delta = select(delta - delta == Vec<C>{}, delta, Vec<C>{});  // an infinite out does not imply an infinite delta
         const Vec<C> low = softmax_column<full>(state, key, height, c, delta, inverse);
         store(state.dot + c, delta + low);
         shift -= low;
@@ -259,7 +259,7 @@ class BackwardTask {
         C* dp = w_.dp + i * Scratch::ld + c;
         const Vec<C> term = load(w_.s + i * Scratch::ld + c);
         Vec<C> p = term * inverse, ds = p * (load(dp) - delta + shift);
-        if (hides) {  // what a hidden pair's term is multiplied by may be a NaN
+        if (hides) {  // a hidden pair's term may be multiplied by a NaN
           p = select(term == Scratch::kHidden, Vec<C>{}, p);
           ds = select(term == Scratch::kHidden, Vec<C>{}, ds);
         }
@@ -291,7 +291,8 @@ class BackwardTask {
     }
   }
 
-  // P before division by its sum and one over that sum, from all keys of the queries; returns what `delta` lacks.
+  // P before division by its sum, and the inverse of that sum, from all keys of the queries; returns the correction to
+  // `delta`.
   template <bool full>
   Vec<C> softmax_column(const TileState& state, int64_t key, int64_t height, int64_t c, Vec<C> delta, Vec<C>& inverse) {
     const Vec<C> lowest = splat(-FloatTraits<C>::infinity);
@@ -330,7 +331,7 @@ class BackwardTask {
     return dot * inverse;
   }
 
-  // Which of the queries from column c on see a key.
+  // Which of the queries from column c on see key `key`.
   MMK_INLINE static auto visible(const TileState& state, int64_t key, int64_t c) {
     const Vec<Int> j = splat(static_cast<Int>(key));
     return (load_as<Int>(state.lo + c) <= j) & (j < load_as<Int>(state.hi + c));

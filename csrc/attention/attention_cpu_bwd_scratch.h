@@ -7,7 +7,7 @@
 namespace mmk {
 namespace MMK_ISA {
 
-// Large enough to hold segments of 256 whole.
+// Large enough to hold whole segments of 256.
 constexpr int64_t kGradientKeyTile = 256;
 // Sums over keys are split into partial sums of this many: equal terms in one long sum round in the same direction.
 constexpr int64_t kKeysPerSum = 16;
@@ -24,7 +24,7 @@ struct BackwardScratch {
   using C = ComputeOf<T>;
   using Int = typename IntOf<C>::type;
   static constexpr int64_t ld = kQueryTile + kLanes<C>;
-  // Stands for the term of a hidden pair in s: a visible one's is an exponential, or NaN.
+  // Marks a hidden pair's term in s; a visible one's is an exponential, or NaN.
   static constexpr C kHidden = -1;
 
   struct TileState {

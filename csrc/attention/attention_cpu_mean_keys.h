@@ -1,4 +1,4 @@
-// The mean key of each query, estimated from a sample of the keys: what puts dQ right where keys come in parts.
+// The mean key of each query, estimated from a sample of the keys: corrects dQ where keys come in parts.
 #pragma once
 
 #include "attention/attention_cpu_bwd_scratch.h"
@@ -46,10 +46,10 @@ class MeanKeys {
     state.sampled = true;
   }
 
-  // Where the keys came in parts delta was that of the rounded out, and the sum of dS shows by how much it was wrong:
-  // dS lacks P times that, and dQ so much of the query's mean key, which is no small thing where the keys have a mean
-  // in common. The sampled keys estimate it, drawn towards 0 as far as their spread says (James and Stein); for a query
-  // that sees none of them, which has few keys, all of its keys do.
+  // Where the keys came in parts, delta used the rounded out, and the sum of dS reveals its error: dS lacks P times the
+  // error, and dQ the error times the query's mean key, which matters where the keys have a common mean. The sampled
+  // keys estimate it, shrunk towards 0 according to their spread (James and Stein); a query that sees no sampled key
+  // has few keys, and all of them are used.
   void settle(TileState& state, int64_t rows, HeadView<T> k) {
     for (int64_t i = 0; i < rows; ++i) {
       const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
@@ -57,7 +57,7 @@ class MeanKeys {
       const C weight = state.weight[i];
       const int64_t first = -min64(0, -static_cast<int64_t>(state.lo[i]));
       const int64_t end = min64(n_.num_keys, static_cast<int64_t>(state.hi[i]));
-      if (!(rest - rest == 0) || first >= end) continue;  // an infinity, or sees nothing
+      if (!(rest - rest == 0) || first >= end) continue;  // infinite, or sees nothing
       C* dq = state.dq + i * n_.dim;
       if (weight > 0) {
         state.dot[i] += rest;

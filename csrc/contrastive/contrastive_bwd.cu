@@ -1,19 +1,20 @@
-// Contrastive backward: G = d loss / d a is never whole. For each superblock of up to kSuperblock x kSuperblock pairs
-// one kernel recomputes the similarities and writes its part of G in the features' dtype, small enough to stay in the
-// L2 cache; two products then add G Y to the queries' gradient and Gᵀ X to the keys', in float32. Two kernels write the
-// gradients. Superblocks follow each other in one order and each sum has one owner: no atomics, bitwise reproducible.
+// Contrastive backward: G = d loss / d a is never stored whole. For each superblock of up to kSuperblock x kSuperblock
+// pairs one kernel recomputes the similarities and writes its part of G in the features' dtype, small enough to stay in
+// the L2 cache; two products then add G Y to the queries' gradient and Gᵀ X to the keys', in float32. Two kernels write
+// the gradients. Superblocks run in a fixed order and each sum has one owner: no atomics, bitwise reproducible.
 //
 //   InfoNCE  G = scale/2N (p_ij + q_ij - 2 [i = j])    p_ij = exp(s_ij - lse_q[i])  q_ij = exp(s_ij - lse_k[j])
 //   SigLIP   G = scale/N (-z_ij) σ(-z_ij (s_ij + bias))                              s_ij = scale a_ij
-// Elements of the superblock are stored without the factor in front and times 2^14, which is exact and keeps fp16 away
-// from its denormals (they are at most 2 in size).
+// Elements of the superblock are stored without the leading factor and times 2^14, which is exact and keeps fp16 away
+// from its denormals (elements are at most 2 in size).
 //
-// The positives stay out of it and are added at the end, in float32. InfoNCE's, p_ii - 1 + q_ii - 1, would be a
-// difference of almost equal numbers; it is -(Σ p_ij + Σ q_ji) over the others j, as good relatively as they are. And
-// where the others lose `e` to the dtype that G is stored in, the positive takes it back: then
+// The positives are excluded and added at the end, in float32. InfoNCE's, p_ii - 1 + q_ii - 1, would be a difference of
+// almost equal numbers; instead it is computed as -(Σ p_ij + Σ q_ji) over the other j, with their relative accuracy.
+// Where the others lose `e` to rounding in the dtype of G, the positive compensates:
 //   dx_i = Σ_j (p_ij + e_ij)(y_j - y_i) + Σ_j (q_ij y_j - q_ji y_i)
-// so that features which are close to each other, whose gradients cancel, keep their digits. lse is float64 and comes
-// in two parts: the first leaves a small and nearly exact difference from the logit, from which the second is taken.
+// so that features close to each other, whose gradients cancel, keep their digits. lse is float64 and split in two
+// parts: subtracting the first from the logit leaves a small and nearly exact difference, from which the second is
+// subtracted.
 #include "contrastive/contrastive_bwd_tile.h"
 #include "contrastive/contrastive_sm90.h"
 #include "contrastive/contrastive_tile.h"
@@ -68,7 +69,7 @@ struct AccumulateParams {
   Matrix<T> grad;      // [rows, columns] of the superblock
   Matrix<T> features;  // [summed, E] the superblock's keys (for the queries' gradient) or queries
   int rows;            // of the result
-  bool first;          // start the sum, do not add to it
+  bool first;          // overwrite the sum instead of adding to it
   // output
   float* __restrict__ sum;  // [rows, E]
 };

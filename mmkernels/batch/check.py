@@ -33,7 +33,7 @@ def _check_boundaries(batch: PackedFields) -> None:
     _require(len(host) > 0 and host[0] == 0, "cu_seqlens", "begins with 0", host[:1])
     _require(host[-1] == total, "cu_seqlens", f"ends with T = {total}", host[-1])
     falls = [i for i, length in enumerate(batch.lengths) if length < 0]
-    _require(not falls, "cu_seqlens", "does not decrease", f"a fall after entry {falls[:1]}")
+    _require(not falls, "cu_seqlens", "does not decrease", f"a decrease after entry {falls[:1]}")
     device = (batch.cu_seqlens.dtype, tuple(batch.cu_seqlens.tolist()))
     _require(device == (torch.int32, host), "cu_seqlens", "is int32 and equal to cu_seqlens_host", device)
     last = batch.lengths[-1] if batch.lengths else 0

@@ -24,8 +24,8 @@ class Undo:
     it.
 
     Args:
-        modules: whose parameters and statistics the step may change.
-        devices: CUDA devices whose generators the step may use.
+        modules: those whose parameters and statistics the step may change.
+        devices: CUDA devices with generators that the step may use.
     """
 
     def __init__(self, modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> None:

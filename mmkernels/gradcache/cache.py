@@ -56,11 +56,10 @@ class GradCache:
 
     Both forward passes run under the caller's autocast, both backward passes outside it. Dropout and anything else that
     draws from PyTorch's CPU and CUDA generators, `numpy.random`'s global one and Python's `random` draws the same
-    numbers in both passes; afterwards the generators are where one forward leaves them. Other state that changes
-    between the passes (the encoder's own generator, a counter, a clock) would make the gradients wrong: the embeddings
-    of both passes are compared, and a difference beyond rounding raises. An encoder whose parameters are all frozen
-    does not run a second time. When every input is a single chunk there is nothing to cache and one plain step is
-    taken.
+    numbers in both passes; afterwards the generators are as after one forward. Other state that changes between the
+    passes (the encoder's own generator, a counter, a clock) would make the gradients wrong: the embeddings of both
+    passes are compared, and a difference beyond rounding raises. An encoder whose parameters are all frozen does not
+    run a second time. When every input is a single chunk there is nothing to cache and one plain step is taken.
 
     **Token losses.** With `token_loss_fn` an encoder may return a tuple that begins with the embeddings, and each chunk
     of samples also has losses over its tokens (masked words, captions), computed in the second pass, which has the
@@ -89,15 +88,15 @@ class GradCache:
     wrapper, where the error is raised. `chunk_sizes` has the sizes of the last call.
 
     Sizes may differ between ranks. `fully_shard` modules are therefore gathered once per step, before any chunk, and
-    stay unsharded until the backward that reduces them: peers that wait in an all-gather cannot be interrupted. Next to
+    stay unsharded until the backward that reduces them: peers that wait in an all-gather cannot be interrupted. Besides
     the chunk, memory must hold the unsharded parameters and, as with any size, the unsharded gradients.
 
     BatchNorm in training mode normalises over the chunk, so its gradient differs from the whole batch's; this warns
     once. Its running statistics are updated once per chunk, in the first pass.
 
     Args:
-        encoders: callables, each `chunk -> [rows, ...]` floating point; one may come several times (tied towers).
-        loss_fn: `(*embeddings) -> scalar loss`, or a tuple that begins with the loss. May have parameters of its own.
+        encoders: callables, each `chunk -> [rows, ...]` floating point; the same one may occur twice (tied towers).
+        loss_fn: `(*embeddings) -> scalar loss`, or a tuple that begins with the loss. May have its own parameters.
         chunk_size: samples in a chunk, or "auto"; for all encoders or one per encoder.
         memory_budget: for "auto": bytes that the forward and backward of one chunk may take. On a CUDA device this is
             the peak, elsewhere what autograd saves. None for the memory that is free at the first call.
@@ -110,11 +109,11 @@ class GradCache:
 
     Raises:
         TypeError: an argument, an input or an encoder's output of the wrong type.
-        ValueError: a chunk size below 1, a wrong number of inputs, members of one input that disagree in samples,
-            DistributedDataParallel with a static graph, or, under fully_shard with fixed sizes, ranks that disagree in
-            the number of chunks.
+        ValueError: a chunk size below 1, a wrong number of inputs, members of one input with different numbers of
+            samples, DistributedDataParallel with a static graph, or, under fully_shard with fixed sizes, different
+            numbers of chunks on different ranks.
         RuntimeError: the second pass of an encoder or of a token loss differs from the first; or, with automatic sizes,
-            memory ran out with single samples on another rank, where the error is raised.
+            another rank ran out of memory even with single samples (and raises the allocator's error).
         NotImplementedError: automatic sizes with fully_shard over tensor parallelism.
 
     Example:

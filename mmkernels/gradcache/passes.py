@@ -26,8 +26,8 @@ _ROUNDING = 1e-2
 _ROUNDING_IN_HALF = 0.1  # where weights, embeddings or autocast are narrower than float32
 _EXACT = 1e-5
 _HINT = (
-    "The gradients of this step are wrong. Both passes must compute the same: the generators of torch, numpy.random "
-    "and random are replayed, but a module's own generator, a counter in a module or a clock is not. "
+    "The gradients of this step are wrong. Both passes must compute the same values: the generators of torch, "
+    "numpy.random and random are replayed, but a module's own generator, a counter in a module or a clock is not. "
     "GradCache(..., check_passes=False) skips the comparison."
 )
 

@@ -1,4 +1,4 @@
-"""State that the second forward must find as the first did: random generators and BatchNorm's statistics."""
+"""State that both forwards must start from: random generators and BatchNorm's statistics."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ __all__ = ["RanOut", "Step"]
 Bundle = list[tuple[Tower, int]]
 
 
-class RanOut(Exception):  # noqa: N818  what happened, not a mistake
+class RanOut(Exception):  # noqa: N818  an event, not an error
     """Memory ran out, and the step can be undone. No towers: it ran out on another rank."""
 
     def __init__(self, towers: Sequence[Tower], cause: BaseException | None) -> None:
@@ -126,8 +126,8 @@ class Step:
     def _order(self) -> list[tuple[list[Bundle], Bundle]]:
         """The bundles of pass 3, wrapper by wrapper, and the one in which each wrapper reduces.
 
-        A DDP reducer finishes in the one backward that reaches every parameter of its wrapper: so the last chunks of
-        encoders that share one run in one backward.
+        A DDP reducer finishes in the one backward that reaches every parameter of its wrapper, so encoders that share
+        a wrapper run their last chunks in one backward.
         """
         if self.token is not None:
             bundles = self._bundles()
@@ -164,7 +164,7 @@ class Step:
         if self.token is not None:
             outputs.append(self.scale_loss(self.token.part(made.sums)))
             gradients.append(None)
-        # Zeros for wrapped parameters whose gradient came from the loss and is in place: the reducer waits for them.
+        # Zeros for wrapped parameters whose gradient already came from the loss: the reducer waits for them.
         modules = self.modules if self.token is not None else [m for tower, _ in bundle for m in tower.modules]
         wrapped = Sync(modules).ddp_parameters() if from_loss else set()
         zeros = [leaf for leaf in from_loss if id(leaf) in wrapped]
@@ -215,7 +215,7 @@ def _inputs(bundle: Bundle) -> list[Any]:
 
 
 def _sharing(towers: list[Tower]) -> list[list[Tower]]:
-    """The towers that need gradients: those that share a wrapper together, every other one alone."""
+    """The towers that need gradients, grouped by shared wrapper."""
     groups: list[tuple[set[int], list[Tower]]] = []
     for tower in towers:
         if tower.cache:

@@ -28,7 +28,7 @@ class Sync:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         inner = {id(m): m for module in modules for m in module.modules()}.values()
         self.ddp: list[DistributedDataParallel] = [m for m in inner if isinstance(m, DistributedDataParallel)]
-        fsdp = sys.modules.get("torch.distributed.fsdp")  # importing takes a second; sharding code has done it
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # an import takes a second; sharded models have done it
         self.fsdp: list[Any] = [m for m in inner if fsdp is not None and isinstance(m, fsdp.FSDPModule)]
         self.norms = [m for m in inner if isinstance(m, nn.SyncBatchNorm) and m.training and dist.is_initialized()]
 
@@ -75,11 +75,11 @@ class Sync:
         return _distinct([*(m.process_group for m in self.ddp), *self._sharded_over()])
 
     def expect_equal(self, counts: list[int], gathered: bool) -> None:
-        """Sharded parameters and SyncBatchNorm communicate in every forward, so ranks must run equally many.
+        """Sharded parameters and SyncBatchNorm communicate in every forward, so ranks must run the same number.
 
         Args:
             counts: chunks of each encoder.
-            gathered: sharded parameters are gathered, and so do not.
+            gathered: sharded parameters are already gathered and do not communicate.
 
         Raises:
             ValueError: on every rank, if the counts differ.

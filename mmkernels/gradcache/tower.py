@@ -88,7 +88,7 @@ class Tower:
         return [] if grad is None else list(grad.split([len(part) for part in self.parts]))
 
     def frozen(self) -> bool:
-        """Whether it surely has no trainable parameters. A partial or closure may reach some that are hidden here."""
+        """Whether it certainly has no trainable parameters. A partial or closure may reach some that we cannot see."""
         known = isinstance(self.encoder, nn.Module) or isinstance(getattr(self.encoder, "__self__", None), nn.Module)
         parameters = [p for module in self.modules for p in module.parameters()]
         if not known or not parameters or any(p.requires_grad for p in parameters):

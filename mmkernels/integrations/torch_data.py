@@ -267,7 +267,7 @@ class PackedLoader:
         return self._dataset.state_dict() if isinstance(self._dataset, PackedStream) else self._iterator().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue there in the next iteration.
+        """Continue from this position in the next iteration.
 
         Raises:
             ValueError: the state has other lengths or options.

@@ -147,7 +147,7 @@ class PackedStream(IterableDataset[Any]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue there, at any world size, because a state is always at the end of a step.
+        """Continue from a state. It marks the end of a step, so the world size may differ.
 
         Raises:
             ValueError: the state is from a stream with other options.

@@ -34,7 +34,7 @@ class CrossModalAttention(AttentionBase):
         embed_dim: E, features of x and of the result.
         num_heads: H, of the queries.
         context_dim: features of the context; None: E.
-        value_dim: features of `values`, where keys and values are made from different tensors; None: context_dim.
+        value_dim: features of `values`, if keys and values come from different tensors; None: context_dim.
         num_kv_heads: Hkv, a divisor of H; None: H.
         head_dim: D; None: E / H.
         bias: whether the projections have one.

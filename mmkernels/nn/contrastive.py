@@ -155,7 +155,7 @@ class InfoNCELoss(_ContrastiveLoss):
         init_scale: exp(log_scale) at the start, an inverse temperature.
         max_scale: the largest scale the loss uses, or None; call `clamp_()` after each optimizer step to hold the
             parameter itself to it.
-        learnable: False keeps the scale where it starts: `log_scale` is then a buffer, not a parameter.
+        learnable: False keeps the initial scale: `log_scale` is then a buffer, not a parameter.
         normalize: divide every row (of queries, keys, `negatives` and the teacher's features) by its Euclidean norm,
             taken in float32 (float64 for float64 features); the result has the features' dtype again. A row of zeros
             stays zero.
@@ -215,7 +215,7 @@ class SigLIPLoss(_ContrastiveLoss):
         init_bias: logit_bias at the start, well below zero because negatives far outnumber positives.
         max_scale: the largest scale the loss uses, or None; call `clamp_()` after each optimizer step to hold the
             parameter itself to it.
-        learnable: False keeps scale and bias where they start: both are then buffers, not parameters.
+        learnable: False keeps the initial scale and bias: both are then buffers, not parameters.
         normalize: divide every row by its Euclidean norm, taken in float32 (float64 for float64 features); the result
             has the features' dtype again. A row of zeros stays zero.
         **options: keyword arguments of `mmkernels.siglip` for every call, such as `group=...` or `backend="triton"`.
@@ -279,5 +279,5 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
-# The losses contain no modules, so they can be loaded whole too.
+# torch.load with weights_only=True then accepts whole loss modules too; they contain no other modules.
 torch.serialization.add_safe_globals([InfoNCELoss, SigLIPLoss])

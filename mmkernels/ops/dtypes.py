@@ -8,5 +8,5 @@ __all__ = ["compute_dtype"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """For inputs of this dtype, that of sums, lse and statistics: float64 for float64, else float32."""
+    """The dtype of sums, lse and statistics for inputs of this dtype: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

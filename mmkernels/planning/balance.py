@@ -95,7 +95,7 @@ def balance_ranks(
 ) -> RankSchedule:
     """Deal the packs of a plan to ranks, so that in each step every rank has nearly the same work.
 
-    Packs are sorted by cost inside windows, rising in one and falling in the next, and this one order is cut into
+    Packs are sorted by cost inside windows, ascending in one and descending in the next; this one order is cut into
     steps: neighbours cost nearly the same. The order depends on the plan, the cost, the seed and the window alone. The
     number of ranks only determines where it is cut, so a run resumes at another world size with the same packs in the
     same order. There is no communication: every rank computes the same schedule. Packs stay whole, so no rank has more
@@ -113,7 +113,7 @@ def balance_ranks(
         last: for a last step with too few packs: "pad" gives some ranks NO_PACK, "drop" discards its packs.
 
     Returns:
-        the schedule; equally many steps on every rank.
+        the schedule; the same number of steps on every rank.
 
     Raises:
         TypeError, ValueError: an argument that is wrong or out of range.
@@ -138,7 +138,7 @@ def balance_ranks(
     steps = len(left) // per_step if last == "drop" else -(-len(left) // per_step)
     slots = np.full(steps * per_step, NO_PACK, np.int64)
     slots[: min(len(left), len(slots))] = left[: len(slots)]
-    known = np.append(costs, 0.0)  # of NO_PACK
+    known = np.append(costs, 0.0)  # the cost of NO_PACK
     packs = _deal(slots.reshape(steps, accum, ranks), known, seed, start)
     no_image = np.zeros((steps, ranks), np.bool_)
     if plan.images is not None:

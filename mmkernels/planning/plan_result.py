@@ -39,13 +39,13 @@ class PackingPlan(Saved):
     Attributes:
         offsets: [P+1] int64; pack p holds `items[offsets[p]:offsets[p+1]]`.
         items: [n - dropped] int64, each item that is not dropped exactly once.
-        lengths: [n] int64, the lengths planned for.
+        lengths: [n] int64, the planned lengths.
         capacity: most tokens in a pack.
         strategy: the one that made this plan; never "auto".
         images: [n] int64, images per item, or None.
         max_images, max_samples: the caps, or None.
         dropped: int64, ascending: the items that fit in no pack, left out by `oversize="drop"`.
-        oversize_packs: int64, ascending: the packs of one such item each, made by `oversize="own_pack"`.
+        oversize_packs: int64, ascending: the packs that hold one such item each, made by `oversize="own_pack"`.
     """
 
     offsets: Array

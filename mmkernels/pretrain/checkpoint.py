@@ -92,7 +92,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _whole(file: Path) -> Iterator[Path]:
-    """Read a checkpoint file; turn any error, none of which names the file, into DamagedError."""
+    """Turn any error while reading a checkpoint file into a DamagedError, which names the file."""
     try:
         yield file
     except MemoryError:
@@ -104,7 +104,7 @@ def _whole(file: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Flush to disk, or the rename may reach it before the bytes."""
+    """Flush to disk: otherwise the rename may get there before the bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, NotFiniteError, TooManyBrokenError) as error:
         print(f"mmkernels pretrain: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before the first step, or the second one
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         print("mmkernels pretrain: stopped; --resume continues from the newest checkpoint", file=sys.stderr)
         return INTERRUPTED
     if outcome.folder.records("eval"):

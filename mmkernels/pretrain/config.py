@@ -39,7 +39,7 @@ class ModelConfig:
     max_words: int = 16
     """Maximum words per caption; longer ones are truncated."""
     dropout: float = 0.0
-    """Share of activations dropped after attention and MLP."""
+    """Fraction of activations dropped after attention and MLP."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class LossWatch:
         self._steps, self._mean, self._said = 0, 0.0, False
 
     def see(self, loss: float, chance_loss: float) -> str | None:
-        """A warning, or None. `chance_loss` is the loss of an untrained guess."""
+        """A warning, or None. `chance_loss` is the loss of a random guess."""
         ratio = loss / chance_loss if chance_loss > 0 else 0.0
         self._steps += 1
         self._mean += (ratio - self._mean) / min(self._steps, self.patience)

@@ -118,7 +118,7 @@ class Journal(logging.Handler):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.warn("TensorBoard is not installed and will not be logged to; --no-tensorboard silences this")
+            self.warn("TensorBoard is not installed, so nothing is logged to it; --no-tensorboard silences this")
             return None
         try:
             return SummaryWriter(str(folder.path / "tensorboard"), purge_step=self.step_now + 1)

@@ -36,9 +36,9 @@ def write_report(folder: RunFolder, model: DualEncoder, data: Data, tokenizer: T
     """Write the report of a run in its current state.
 
     Args:
-        folder: the run's; its log has the figures.
-        model: as trained.
-        data: its held-out sets give the examples.
+        folder: the run's folder; its log has the figures.
+        model: the trained model.
+        data: the examples come from its held-out sets.
         tokenizer: the model's.
 
     Returns:

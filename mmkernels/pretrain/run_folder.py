@@ -1,4 +1,4 @@
-"""The folder of a run: which run may write into it, and what it stores.
+"""The folder of a run: what it stores, and which run may write to it.
 
 config.json  log.jsonl  checkpoints/  tensorboard/  report.html
 """
@@ -87,7 +87,7 @@ def _check_same_run(stored: Config, config: Config) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically: a reader or a kill never leaves half of it."""
+    """Write a UTF-8 file atomically: a reader never sees, and a kill never leaves, half of it."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -1,1 +1,1 @@
-"""What every family stands on: the native core, the choice of a backend, the registration of an op."""
+"""Shared by all families: loading the native core, choosing a backend, registering an op."""

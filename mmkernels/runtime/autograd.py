@@ -1,4 +1,4 @@
-"""Turns an op's formulas over grouped arguments into what autograd, functorch and vmap call, over flat ones."""
+"""Adapts an op's formulas over grouped arguments to the flat ones that autograd, functorch and vmap pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Context(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """What autograd calls with the torch op's flat arguments; backward returns one gradient for each."""
+    """The functions autograd calls with the torch op's flat arguments; backward returns one gradient for each."""
 
     setup_context: Callable[..., None]
     backward: Callable[..., Any]
@@ -38,7 +38,7 @@ class Derivatives(NamedTuple):
 
 
 def refusal(why: str) -> Callable[..., Any]:
-    """A formula that raises: the op has none."""
+    """A formula that raises, for an op without one."""
 
     def refuse(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(why)

@@ -164,9 +164,9 @@ def defaults(family: str, device: torch.device, dtype: torch.dtype) -> dict[str,
 def _why_not_by_default(family: str, backend: str, device: torch.device) -> str | None:
     """Why `backend=None` skips a backend that would run; None if it does not."""
     if backend == "native" and device.type == "cuda" and family not in VERIFIED_ON_GPU:
-        return "not yet verified on a GPU (docs/verified.md); name it to run it"
+        return "not yet verified on a GPU (docs/verified.md); runs only on request"
     if backend == "triton" and device.type == "cpu":
-        return "the interpreter is for tests; name it to run it"
+        return "the interpreter is for tests and runs only on request"
     return None
 
 

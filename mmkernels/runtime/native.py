@@ -15,7 +15,7 @@ from mmkernels.runtime.absence import why_no_core
 
 __all__ = ["View", "core", "cuda_archs", "has_cuda", "threads", "unit_stride", "view", "why_absent"]
 
-# (data pointer, dtype code, sizes, strides in elements); what the core reads as mmk::Tensor; None is absent.
+# (data pointer, dtype code, sizes, strides in elements); the core reads it as mmk::Tensor, None as absent.
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -23,7 +23,7 @@ _DTYPE_CODES |= {torch.int32: 4, torch.int64: 5, torch.uint8: 6, torch.bool: 6}
 
 
 class _Absent:
-    """Stands in for the core. `backends.resolve` lets no call reach it."""
+    """Stand-in for the core; `backends.resolve` never routes a call to it."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"{name}: {_why_absent}")
@@ -68,7 +68,7 @@ def threads() -> int:
 
 
 def view(tensor: Tensor | None) -> View | None:
-    """What the core sees of a tensor. The caller must keep the tensor alive during the call."""
+    """A tensor as the core sees it. The caller must keep the tensor alive during the call."""
     return None if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride())
 
 

@@ -1,4 +1,4 @@
-"""From a typed fake, implementations and derivatives to a torch op.
+"""Build a torch op from a typed fake, implementations and derivatives.
 
 The fake's annotated signature is the op's schema; one more argument, the last, names the backend. Implementations,
 checks and FLOP formulas take the fake's arguments. `Op.__call__` takes the cheapest path that differentiates:
@@ -50,7 +50,7 @@ def on_triton(module: str, name: str) -> Callable[..., Any]:
 
 
 class Op(TorchOp):
-    """A torch op `mmkernels::<name>` that differentiates.
+    """A differentiable torch op, `mmkernels::<name>`.
 
     Args:
         name: `<family>_<what>_fwd` or `_bwd`.

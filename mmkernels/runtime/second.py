@@ -26,7 +26,7 @@ class Second(NamedTuple):
         run: the function, plain PyTorch on every backend.
         fake: a function of the same arguments.
         grads: the backward op's incoming gradients, its first arguments.
-        wrt: for each output, the argument whose gradient it is; a name that is no argument gets no gradient.
+        wrt: for each output, the argument whose gradient it is; a name that is not an argument gets none.
         flops: a function of the same arguments.
     """
 

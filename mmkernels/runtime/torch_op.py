@@ -44,8 +44,8 @@ class TorchOp:
         self.name, self.signature, self.impls, self._check = name, signature, dict(impls), check
         # A bare op would silently drop a tangent.
         self._no_forward_mode = (
-            f"torch.ops.mmkernels.{name} has no forward mode, neither bare nor inside torch.compile "
-            "(torch.func.jvp, jacfwd, forward_ad); outside of it, the functions of mmkernels have"
+            f"torch.ops.mmkernels.{name} has no forward mode (torch.func.jvp, jacfwd, forward_ad), "
+            "called directly or under torch.compile; outside torch.compile, the functions of mmkernels support it"
         )
         _library.define(name + signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Explicit device keys: a CompositeExplicitAutograd kernel would be traced instead of the fake.

@@ -57,7 +57,7 @@ _SASS_FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _SOURCE = re.compile(r"^identifier = (\S+)", re.MULTILINE)
 _SM90_INSTRUCTION = re.compile(r"\b(HGMMA|UTMALDG)\b")
-# ptxas ends a group of wgmmas with "gsb0"; one that it serializes ends a group with each.
+# ptxas marks the end of a group of wgmmas with "gsb0"; in a serialized kernel every wgmma ends a group.
 _WGMMA = re.compile(r"\b[HIQB]GMMA\b[^;]*;")
 _PTXAS_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -233,7 +233,7 @@ def compile_triton(case: TritonCase, arch: int) -> KernelReport:
 
 
 def _spills(case: TritonCase, ptx: str, arch: int, folder: Path) -> int:
-    """Bytes of spill stores and loads, which only the assembler's log tells."""
+    """Bytes of spill stores and loads, which only the assembler's log reports."""
     source = folder / "kernel.ptx"
     source.write_text(ptx, encoding="utf-8")
     ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")

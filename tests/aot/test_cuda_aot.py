@@ -1,5 +1,5 @@
-"""Every CUDA C++ kernel as it was built for sm_80, sm_90a and sm_100a, read with no GPU: no spills, no local memory,
-tensor cores where they are expected."""
+"""Every CUDA C++ kernel as built for sm_80, sm_90a and sm_100a, inspected without a GPU: no spills, no local memory,
+tensor cores where expected."""
 
 import re
 from pathlib import Path
@@ -26,9 +26,9 @@ TENSOR_CORE_KERNELS = (
     "contrastive_grad_tile_kernel",
     "contrastive_accumulate_kernel",
 )
-# Files named so are for sm_90a alone, and their kernels must use wgmma and TMA.
+# Files with this suffix are for sm_90a only, and their kernels must use wgmma and TMA.
 SM90 = "_sm90_"
-# Kernel name (a pattern) -> bytes of local memory that a thread may use, with the reason beside it.
+# Kernel name (a pattern) -> bytes of local memory that a thread may use, with the reason.
 LOCAL_BUDGET: dict[str, int] = {}
 
 

@@ -1,7 +1,7 @@
-"""Every Triton configuration, compiled for sm_80, sm_90 and sm_100 with no GPU: no spills, no local memory beyond the
-case's budget, tensor cores where they are expected.
+"""Every Triton configuration, compiled for sm_80, sm_90 and sm_100 without a GPU: no spills, no local memory beyond the
+case's budget, tensor cores where expected.
 
-The compilation runs in a process of its own: in the interpreter a kernel is not a compilable function.
+The compilation runs in its own process: under the interpreter a kernel is not a compilable function.
 """
 
 import json
@@ -24,7 +24,7 @@ PACKAGE = Path(aot.__file__).parents[1]
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess:
-    """Run Python where no checkout can shadow the installed package, and outside the interpreter."""
+    """Run Python where no checkout shadows the installed package, without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -56,7 +56,7 @@ def test_family_compiles_without_spills(family: str, arch: int) -> None:
     assert result["reports"], f"{family}: no case for sm_{arch}"
 
 
-# The gate must be able to fail: a kernel that keeps too much in registers and has no matrix product.
+# The gate must be able to fail: this kernel keeps too much in registers and has no matrix product.
 
 GREEDY = """
 import sys

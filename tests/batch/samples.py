@@ -1,4 +1,4 @@
-"""Samples of text, images, a recording and a clip."""
+"""Samples of text, images, an audio recording and a video clip."""
 
 import torch
 from torch import Tensor

@@ -55,7 +55,7 @@ def test_without_padding_and_without_options():
 
 
 def test_from_a_plan():
-    """A data set, its plan, its batches: every token arrives once and knows where it came from."""
+    """A data set, its plan, its batches: every token arrives once and knows its origin."""
     data = [torch.arange(n) + 1000 * i for i, n in enumerate([5, 3, 8, 1, 4, 4])]
     plan = plan_packing([len(sample) for sample in data], 9)
     seen = []
@@ -68,7 +68,7 @@ def test_from_a_plan():
 
 
 def test_samples_are_isolated():
-    """nanoVLM #201, #204: with cu_seqlens each sample behaves as if alone; and so does the padding."""
+    """nanoVLM #201, #204: with cu_seqlens each sample, and the padding, behaves as if alone."""
     torch.manual_seed(1)
     table, weight = torch.randn(200, 8, dtype=torch.float64), torch.randn(8, 8, dtype=torch.float64)
 
@@ -148,7 +148,7 @@ def test_exporters():
     assert hf["cu_seq_lens_q"] is batch.cu_seqlens
     assert hf["max_length_k"] == 6
     assert hf["use_cache"] is False
-    assert "attention_mask" not in hf  # with one, transformers looks for no samples in the positions
+    assert "attention_mask" not in hf  # with a mask, transformers does not look for samples in the positions
     with pytest.raises(ValueError, match="loss_weight: expected None for to_hf"):
         a_batch().to_hf()
 

@@ -1,4 +1,4 @@
-"""A packed batch in the words of other packages."""
+"""A packed batch in other packages' formats."""
 
 import pytest
 import torch

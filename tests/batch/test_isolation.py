@@ -1,4 +1,4 @@
-"""Samples of a packed batch do not touch each other, through attention and through every op, forward and backward."""
+"""Samples of a packed batch do not affect each other, through attention and through every op, forward and backward."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def make_samples(seed: int) -> list:
 
 @dataclasses.dataclass
 class Model:
-    """An embedding, one layer of attention, a pooled row for each sample: what a batch goes through."""
+    """An embedding, one attention layer, a pooled row per sample."""
 
     backend: str
     dtype: torch.dtype = torch.float32
@@ -51,7 +51,7 @@ class Model:
         return AttentionMask.packed(batch.cu_seqlens, causal=kind == "causal")
 
     def run(self, batch: PackedBatch, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens' outputs [T, H D], samples' rows [S, H D], gradient of the embedded tokens [T, WIDTH])."""
+        """(token outputs [T, H D], sample rows [S, H D], gradient of the embedded tokens [T, WIDTH])."""
         media = list(batch.media.values())
         merged = [m.values.to(self.dtype).unflatten(0, (-1, 4)).sum(1) for m in media]
         features = torch.cat(merged) if media else torch.zeros(0, WIDTH, dtype=self.dtype)
@@ -60,7 +60,7 @@ class Model:
         q, k, v = (x @ self.qkv).unflatten(1, (3, HEADS, DIM)).unbind(1)
         out = attention(q, k, v, self.mask(kind, batch), backend=self.backend).flatten(1)
         pooled = segment_pool(out, batch.cu_seqlens, "mean", backend=self.backend)[: batch.num_samples]
-        # A loss that is a sum over samples, each with a gradient of its own.
+        # A loss that is a sum over samples, each with its own gradient.
         pooled.square().sum().backward()
         return out.detach(), pooled.detach(), x.grad
 
@@ -75,10 +75,10 @@ KINDS = ("packed", "causal", "multimodal")
 @backends.every
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_sample_behaves_as_if_alone(kind, backend):
-    """nanoVLM #201, #204, cross-contamination: output and gradient of each sample are those of the sample by itself."""
+    """nanoVLM #201, #204, cross-contamination: each sample's output and gradient equal those of the sample alone."""
     needs(backend)
-    # The largest error of a sample of four tokens is noisy: several models and all samples are judged at
-    # once, each sample in units of its own size.
+    # The largest error of a four-token sample is noisy: judge several models and all samples at once, each sample in
+    # units of its own size.
     seeds = range(7, 8 if backends.interpreted(backend) else 15)
     models = [(Model(backend, seed=seed), Model("reference", torch.float64, seed)) for seed in seeds]
     samples = make_samples(0)
@@ -101,7 +101,7 @@ def test_a_packed_sample_behaves_as_if_alone(kind, backend):
 @backends.every
 @pytest.mark.parametrize("kind", KINDS)
 def test_changing_one_sample_changes_no_other(kind, backend):
-    """Bit for bit, forward and backward, whichever sample changes, and the padding too."""
+    """Bit for bit, forward and backward, whichever sample (or the padding) changes."""
     needs(backend)
     model = Model(backend)
     samples, others = make_samples(0), make_samples(1)
@@ -122,7 +122,7 @@ def test_changing_one_sample_changes_no_other(kind, backend):
 
 @backends.every
 def test_a_nan_stays_in_its_sample(backend):
-    """No op of packing multiplies another sample's NaN with 0: forward and backward."""
+    """No packing op multiplies another sample's NaN by 0, forward or backward."""
     needs(backend)
     batch = pack_of(make_samples(0), capacity=200)
     (begin, end), own = batch.cu_seqlens_host[3:5], torch.zeros(200, dtype=torch.bool)
@@ -151,7 +151,7 @@ def test_without_boundaries_samples_mix():
 
 
 def test_images_are_neither_truncated_nor_split():
-    """TRL #5904, verl #3469: what does not fit is refused by name; what fits is there whole."""
+    """TRL #5904, verl #3469: what does not fit is refused by name; what fits arrives whole."""
     samples = make_samples(0)
     total = sum(pack_of([sample]).num_tokens for sample in samples)
     for capacity in (total - 1, total // 2, 1):
@@ -170,7 +170,7 @@ def test_images_are_neither_truncated_nor_split():
 
 
 def test_no_token_is_dropped():
-    """TRL #4554: every token and every value of every sample arrives, once, whatever the capacity."""
+    """TRL #4554: every token and every value of every sample arrives exactly once, whatever the capacity."""
     samples = make_samples(0)
     for capacity in (None, 173, 200, 1000):
         batch = pack_of(samples, capacity)
@@ -186,7 +186,8 @@ def test_no_token_is_dropped():
 
 
 def test_memory_of_a_batch_is_linear():
-    """torchtune #1097, dense-mask memory: 32 Ki tokens and their mask take a few dozen bytes a token, not gigabytes."""
+    """torchtune #1097, dense-mask memory: 32 Ki tokens and their mask take a few dozen bytes per token, not
+    gigabytes."""
     tokens = 1 << 15
     batch = PackedBatch.from_samples([torch.zeros(1 << 10, dtype=torch.int64)] * 32)
     held = [v for f in dataclasses.fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)]

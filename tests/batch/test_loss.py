@@ -16,12 +16,12 @@ def lm_batch(lengths, seed=0, capacity=None, **options) -> PackedBatch:
 
 
 def nll_of(batch: PackedBatch) -> Tensor:
-    """[T] any loss of each token's label, depending on its sample alone."""
+    """[T] a loss of each token's label that depends on its sample only."""
     return (1 + batch.position_ids).sqrt() * (1 + batch.tokens)
 
 
 def targets_by_hand(batch: PackedBatch) -> list[tuple[Tensor, Tensor]]:
-    """For each sample the losses of its targets and their weights."""
+    """For each sample, the losses of its targets and their weights."""
     nll, found = nll_of(batch), []
     for s, (begin, end) in enumerate(zip(batch.cu_seqlens_host, batch.cu_seqlens_host[1:], strict=False)):
         if s < batch.num_samples:
@@ -33,7 +33,7 @@ def targets_by_hand(batch: PackedBatch) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_loss_normalised_per_sample_against_per_token(weighted):
-    """unsloth #1216: the two differ, each is what its name says, and neither depends on how samples are packed."""
+    """unsloth #1216: the two normalisations differ, each is what its name says, and neither depends on the packing."""
     lengths = [5, 30, 1, 12, 0, 7]
     options = {}
     if weighted:
@@ -50,7 +50,7 @@ def test_loss_normalised_per_sample_against_per_token(weighted):
     assert not torch.isclose(per_token, per_sample)
     torch.testing.assert_close((batch.loss_weights("token") * nll).sum(), per_token)
     torch.testing.assert_close((batch.loss_weights("sample") * nll).sum(), per_sample)
-    # Packed another way, in micro-batches or on ranks: the parts add up to the same loss.
+    # Packed differently, in micro-batches or on ranks: the parts add up to the same loss.
     for size in (1, 2, 4):
         chunks = batch.split(size)
         totals = sum(chunk.loss_totals() for chunk in chunks)

@@ -39,7 +39,7 @@ def test_features_go_to_their_tokens():
     batch = a_batch()
     table = torch.randn(100, 4)
     images = batch.media[IMAGE]
-    features = images.values.reshape(-1, 4, 12).mean((1, 2))[:, None].expand(-1, 4)  # one for each merged token
+    features = images.values.reshape(-1, 4, 12).mean((1, 2))[:, None].expand(-1, 4)  # one per merged token
     x = embed_splice(batch.tokens, table, features, images.dst_index)
     is_image = batch.modality_ids == IMAGE
     assert x[is_image, 0].tolist() == [1.0] * 6 + [2.0] + [3.0] * 4
@@ -60,7 +60,7 @@ def clip(seconds: float | None, t: int, h: int, w: int) -> Media:
 
 
 def test_mrope_rules():
-    """Text behind a clip goes on as the rule named says; `True` is the one of Qwen2-VL today."""
+    """The positions of text behind a clip follow the named rule; `True` is today's Qwen2-VL rule."""
     parts = [[text(1, 2, 3, 4), clip(None, 9, 8, 8), text(5)]]
     behind = {}
     for rule in (True, "spatial", "largest"):
@@ -75,7 +75,7 @@ def test_mrope_rules():
 
 
 def test_time_step_of_each_clip():
-    """Qwen2.5-VL: seconds a step from the clip, positions a second from the model; images have no time."""
+    """Qwen2.5-VL: seconds per step come from the clip, positions per second from the model; images have no time."""
     parts = [
         [text(1), clip(0.75, 5, 2, 4), text(2)],
         [image(1, 4, 4), clip(2.0, 2, 4, 2), text(3)],
@@ -88,19 +88,19 @@ def test_time_step_of_each_clip():
     assert batch.position_ids[0, :12].tolist() == [0, 1, 1, 2, 2, 4, 4, 5, 5, 7, 7, 3]
     largest = PackedBatch.from_samples(parts, mrope="largest", tokens_per_second=2)
     assert largest.position_ids[0, :12].tolist() == [0, 1, 1, 2, 2, 4, 4, 5, 5, 7, 7, 8]
-    # Kept with the clip, wherever it goes.
+    # Stored with the clip, wherever it goes.
     assert batch.media[VIDEO].time_step.tolist() == [0.75, 2.0]
     assert batch.media[IMAGE].time_step is None
     assert [part.media[VIDEO].time_step.tolist() for part in batch.split(1)] == [[0.75], [2.0]]
     assert batch.to("meta").media[VIDEO].time_step.is_meta
     assert_same(pickle.loads(pickle.dumps(batch)).validate(), batch)
-    # Without a rate a second is a position, as in mrope_position_ids.
+    # Without a rate, one second is one position, as in mrope_position_ids.
     plain = PackedBatch.from_samples(parts, mrope=True)
     assert plain.position_ids[0, :12].tolist() == [0, 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 3]
 
 
 def test_the_first_sample_may_be_empty_or_media():
-    """Dtype and device are those of the token ids, wherever the first ones are."""
+    """Dtype and device follow the token ids, wherever the first sample is."""
     ids = torch.arange(3, dtype=torch.int32)
     batch = PackedBatch.from_samples([[], [image(1, 2, 2)], ids], capacity=6).validate()
     assert batch.tokens.dtype == torch.int32
@@ -133,7 +133,7 @@ def test_split():
 
 
 def assert_same(a, b) -> None:
-    """Two batches, or what they hold of one modality, field by field."""
+    """Compare two batches, or what they hold of one modality, field by field."""
     for f in dataclasses.fields(a):
         x, y = getattr(a, f.name), getattr(b, f.name)
         if isinstance(x, Tensor):
@@ -147,7 +147,7 @@ def assert_same(a, b) -> None:
 
 
 def test_grad_cache_splits_packed_batches():
-    """The gradient of all samples at once, two at a time."""
+    """The gradient of all samples at once, and two at a time."""
     torch.manual_seed(3)
     batch = PackedBatch.from_samples([torch.randint(0, 20, (n,)) for n in (3, 1, 4, 2, 6)], capacity=20)
     others = torch.randn(5, 8)

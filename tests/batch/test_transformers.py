@@ -1,4 +1,4 @@
-"""`PackedBatch.to_hf` in models of the installed transformers, and M-RoPE positions against its `get_rope_index`."""
+"""`PackedBatch.to_hf` in models of the installed transformers, and M-RoPE positions against their `get_rope_index`."""
 
 import functools
 import types
@@ -18,7 +18,7 @@ VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def ours(module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, is_causal=None, **_):
-    """Attention of this package for `AttentionInterface`: [1, H, T, D] -> [1, T, H, D]."""
+    """This package's attention for `AttentionInterface`: [1, H, T, D] -> [1, T, H, D]."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     cu_seqlens = torch.tensor([0, len(q)], dtype=torch.int32) if cu_seq_lens_q is None else cu_seq_lens_q
     mask = AttentionMask.packed(cu_seqlens, causal=module.is_causal if is_causal is None else is_causal)
@@ -53,7 +53,7 @@ def text(n: int) -> Tensor:
 
 
 def media(modality: int, t: int, h: int, w: int, seconds: float | None = None) -> Media:
-    """Pixels of 2 x 4 x 4 to a patch."""
+    """Pixels, 2 x 4 x 4 per patch."""
     values = torch.randn(t * h * w, 3 * 2 * 4 * 4)
     return Media(modality, values, (t, h, w), merge_size=2, time_step=seconds)
 
@@ -85,21 +85,21 @@ def parts_of(sample) -> list:
 
 
 def gradient(model, loss) -> Tensor:
-    """Of all parameters, as one vector."""
+    """The gradients of all parameters as one vector."""
     model.zero_grad()
     loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
-    """Relative to the norm, of which samples that mix are a quarter to a half apart."""
+    """Close relative to the norm; samples that mix differ by a quarter to a half of it."""
     return float((got - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "mmkernels_ours"])
 @pytest.mark.parametrize("model", MODELS)
 def test_samples_stay_apart(model, implementation):
-    """Logits, loss and gradients of a packed batch are those of each sample alone, called without anything packed."""
+    """Logits, loss and gradients of a packed batch equal those of each sample alone, called without packing."""
     build, samples, mrope = MODELS[model]
     network, samples = build(implementation), samples()
     batch = pack(samples, capacity=70, mrope=mrope)
@@ -122,14 +122,14 @@ def test_samples_stay_apart(model, implementation):
 
 
 def test_no_cache_is_built():
-    """Where one is, eager and sdpa models drop the packed positions, and samples mix."""
+    """With a cache, eager and sdpa models ignore the packed positions, and samples mix."""
     out = llama("sdpa")(**pack(texts()).to_hf())
     assert out.get("cache") is None and out.get("past_key_values") is None
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_model_with_mrope_and_plain_positions(implementation):
-    """It would spread [1, T] on its axes and see no samples in it: to_hf must be told which kind of model it is."""
+    """It would spread [1, T] over its axes and see no samples in it: to_hf must be told which kind of model it is."""
     network, samples = qwen2_vl(implementation), mixed()
     batch = pack(samples)
     with pytest.raises(ValueError, match=r"mrope: expected True or False .* with images or clips, got None"):
@@ -147,7 +147,7 @@ def test_a_model_with_mrope_and_plain_positions(implementation):
 
 
 def stub(owner, config, **fields):
-    """What a model's get_rope_index asks of its self, without the model."""
+    """What a model's get_rope_index needs of its self, without the model."""
     self = types.SimpleNamespace(config=config, **fields)
     for name in ("get_vision_position_ids", "get_llm_pos_ids_for_vision", "get_chunked_index"):
         if hasattr(owner, name):
@@ -156,7 +156,7 @@ def stub(owner, config, **fields):
 
 
 def vl_index(family, class_name, sample, rate):
-    """Of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: kinds of tokens are said."""
+    """For Qwen2-VL, Qwen2.5-VL and Qwen3-VL: token kinds are passed."""
     module = getattr(transformers.models, family)
     owner = getattr(getattr(module, f"modeling_{family}"), class_name)
     vision = types.SimpleNamespace(spatial_merge_size=2, tokens_per_second=rate)
@@ -168,7 +168,7 @@ def vl_index(family, class_name, sample, rate):
 
 
 def omni_index(family, class_name, sample, rate):
-    """Of Qwen2.5-Omni and Qwen3-Omni: kinds follow from the ids; a recording says its frames."""
+    """For Qwen2.5-Omni and Qwen3-Omni: kinds follow from the ids; the number of frames of a recording is passed."""
     owner = getattr(getattr(getattr(transformers.models, family), f"modeling_{family}"), class_name)
     tokens = {"image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD, "audio_token_id": AUDIO_PAD}
     tokens |= {"vision_start_token_id": VISION_START, "audio_start_token_id": AUDIO_START}
@@ -182,7 +182,7 @@ def omni_index(family, class_name, sample, rate):
 
 
 def described(sample):
-    """(token ids, modality -> grids, seconds a step of the clips, frames of the recordings) of a sample's parts."""
+    """(token ids, modality -> grids, seconds per step of the clips, frames of the recordings) of a sample's parts."""
     ids = PackedBatch.from_samples([sample], placeholder=PLACEHOLDER).tokens
     items = [part for part in sample if isinstance(part, Media)]
     grids = {
@@ -204,7 +204,7 @@ def shown(modality: int, t: int, h: int, w: int, seconds: float | None = None) -
 
 
 def conversation(seconds: list[float | None]) -> list:
-    """Images wide and high, clips shorter and longer in time than in space, one behind the other and behind text."""
+    """Wide and tall images, clips shorter and longer in time than in space, back to back and behind text."""
     one, two, three = seconds
     return [
         *(text(4), *shown(IMAGE, 1, 4, 12), text(3), *shown(VIDEO, 9, 8, 8, one)),
@@ -213,8 +213,8 @@ def conversation(seconds: list[float | None]) -> list:
 
 
 NO_TIME, FRACTIONS = [None] * 3, [0.28, 1 / 3, 0.7]
-WHOLE = [1.0, 2.0, 0.0]  # Qwen3-Omni does not round, which int64 could not follow
-# family, class, its function, rule, positions a second, seconds a step of three clips
+WHOLE = [1.0, 2.0, 0.0]  # Qwen3-Omni does not round, so int64 could not match it
+# family, class, its function, rule, positions per second, seconds per step of three clips
 FAMILIES = [
     ("qwen2_vl", "Qwen2VLModel", vl_index, "spatial", None, NO_TIME),
     ("qwen2_5_vl", "Qwen2_5_VLModel", vl_index, "spatial", 2, FRACTIONS),
@@ -238,7 +238,8 @@ def test_positions_of_each_family(family, class_name, index, rule, rate, seconds
 
 
 def test_qwen3_vl_has_a_grid_for_each_step():
-    """A timestamp before each step of a clip: the batch holds each as a clip of one step, transformers the whole."""
+    """A timestamp precedes each step of a clip: the batch holds each step as a one-step clip, transformers the whole
+    clip."""
     steps = [part for second in range(5) for part in (text(3 + second % 2), *shown(VIDEO, 1, 4, 6))]
     sample = [text(4), *shown(IMAGE, 1, 4, 12), *steps, text(5)]
     owner = transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLModel

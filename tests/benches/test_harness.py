@@ -1,4 +1,4 @@
-"""The bench times only what is right, and its figures mean what they say."""
+"""The bench times only correct results, and its figures mean what they say."""
 
 import json
 import subprocess
@@ -99,9 +99,7 @@ def test_runs_of_a_day_are_joined(tmp_path: Path) -> None:
     assert runs_of(both, "float32") == {0}
     assert runs_of(both, "bfloat16") == {1}
     assert [row for row in both["rows"] if row["run"] == 0] == first["rows"]
-    again = written(
-        "--filter", "float32", "--threads", "1"
-    )  # its rows replace the first run's, which is gone with them
+    again = written("--filter", "float32", "--threads", "1")  # its rows replace those of the first run
     assert len(again["rows"]) == len(both["rows"])
     assert [run["threads"] for run in again["runs"]] == [both["runs"][1]["threads"], 1]
     assert runs_of(again, "bfloat16") == {0}
@@ -160,7 +158,7 @@ print(measure.peak_memory(run, torch.device("cpu")))
 
 @pytest.mark.parametrize(("seconds", "repeats"), [(0.2, 5), (0.75, 7), (0.05, 3)])
 def test_timings_take_turns(seconds, repeats, monkeypatch) -> None:
-    """Calls of .1 s each: at least five, as many as there is time for, three if one takes too long."""
+    """Calls of .1 s each: at least five, as many as time allows, three if one takes too long."""
 
     def tenth(run) -> float:
         run()
@@ -170,7 +168,7 @@ def test_timings_take_turns(seconds, repeats, monkeypatch) -> None:
     calls = []
     runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
     result = measure.timings(runs, torch.device("cpu"), seconds=seconds, least=5)
-    assert calls[4:] == list("ab") * repeats  # after a warm-up and a first look at each
+    assert calls[4:] == list("ab") * repeats  # after a warm-up and a first timing of each
     assert all(timing.repeats == repeats for timing in result.values())
 
 
@@ -178,7 +176,7 @@ def test_timings_take_turns(seconds, repeats, monkeypatch) -> None:
     ("rate", "sizes"), [(1e9, [256, 512]), (1e10, [256, 512, 1024]), (1e12, [256, 512, 1024, 2048])]
 )
 def test_ceiling_keeps_within_its_time(rate, sizes, monkeypatch) -> None:
-    """A machine of this many FLOP/s: the sizes that are tried."""
+    """The sizes that are tried on a machine of this many FLOP/s."""
     tried = []
 
     def timings(runs, device, *, seconds):

@@ -1,4 +1,4 @@
-"""chunk_size="auto": the budget is kept, and a step that runs out of memory begins anew without a trace."""
+"""chunk_size="auto": the budget holds, and a step that runs out of memory restarts without a trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmkernels.testing.contrastive import plain_infonce
 
 @contextmanager
 def live_bytes(*modules: nn.Module) -> Iterator[list[int]]:
-    """[the most that autograd has saved at a time], parameters apart; each storage once."""
+    """[peak bytes saved by autograd], without parameters; each storage counts once."""
     parameters = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
     live: dict[tuple[int, int], int] = {}
     peak = [0]
@@ -45,7 +45,7 @@ def live_bytes(*modules: nn.Module) -> Iterator[list[int]]:
 def bytes_of(encoder: nn.Module, rows: int) -> int:
     with live_bytes(encoder) as peak:
         encoder(torch.randn(rows, 6))
-    return peak[0] - rows * 6 * 4  # the input is there anyway
+    return peak[0] - rows * 6 * 4  # minus the input, which exists anyway
 
 
 @pytest.mark.parametrize("budget", [3_000, 10_000, 10**9])
@@ -59,7 +59,7 @@ def test_the_largest_chunk_within_the_budget(budget: int) -> None:
         assert size >= 70 or bytes_of(encoder, size + 1) > budget
     if budget < 10**9:
         assert step.chunk_sizes[0] > step.chunk_sizes[1] > 1
-        with live_bytes(image, text) as peak:  # of a whole step, the embeddings' loss included
+        with live_bytes(image, text) as peak:  # of a whole step, including the embeddings' loss
             step(x, y)
         assert peak[0] <= budget + 2 * 70 * 6 * 4 + 2 * 70 * 8 * 4
 
@@ -102,7 +102,7 @@ def test_an_automatic_encoder_beside_a_fixed_one_and_a_frozen_one() -> None:
 
 
 def test_tokens_count_where_samples_differ_in_length() -> None:
-    """Later batches have samples eight times as long: their chunks have fewer of them."""
+    """Later batches have samples eight times as long: chunks hold fewer of them."""
     table, text = nn.Linear(6, 8), Encoder()
     seen: list[int] = []
 
@@ -125,7 +125,7 @@ def test_tokens_count_where_samples_differ_in_length() -> None:
 
 
 class Limited(nn.Module):
-    """An encoder that runs out of memory once it is armed, in one of its passes, above a number of rows."""
+    """An encoder that, once armed, runs out of memory in one of its passes above a number of rows."""
 
     def __init__(self, where: str, limit: int, error: type[BaseException] = torch.cuda.OutOfMemoryError) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Limited(nn.Module):
         if over and self.where == ("again" if grad else "first"):
             self._run_out()
         hidden = self.norm(self.first(x))
-        if over and grad and self.where == "backward":  # by then the gradients of what follows are added already
+        if over and grad and self.where == "backward":  # by then the gradients of later layers are already accumulated
             hidden.register_hook(lambda _: self._run_out())
         return self.second(self.down(hidden))
 
@@ -194,7 +194,7 @@ def test_back_off(where: str, accumulating: bool, error: str) -> None:
     for ours, theirs in zip(moved, image.norm.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
     target = everything() if earlier is None else [a + b for a, b in zip(earlier, everything(), strict=True)]
-    # BatchNorm makes the gradient of the bias before it zero up to rounding: not comparable.
+    # BatchNorm makes the gradient of the preceding bias zero up to rounding: not comparable.
     small = [i for i, g in enumerate(target) if g.norm() < 1e-5]
     assert len(small) == 1
     assert_same(
@@ -267,7 +267,7 @@ def test_few_samples(rows: int) -> None:
 
 
 def test_what_goes_to_every_chunk_whole_counts_once() -> None:
-    """A large table beside the samples changes nothing: memory grows with the samples alone."""
+    """A large table beside the samples changes nothing: memory grows with the samples only."""
     image, text = Encoder(), Encoder()
     sizes = []
     for make in (lambda x: x, lambda x: Args(x, gain=1.0)):

@@ -1,4 +1,4 @@
-"""GradCache under autocast: both passes in its dtypes, the backward outside."""
+"""GradCache under autocast: both passes in its dtypes, the backward outside it."""
 
 import pytest
 import torch
@@ -28,12 +28,12 @@ def test_autocast_is_the_same_in_both_passes(cache_enabled: bool) -> None:
         assert torch.is_autocast_cache_enabled() == cache_enabled
     assert seen == [torch.bfloat16] * 6
     assert torch.equal(cached, loss.detach())
-    # A weight's gradient is summed over chunks in bfloat16 in one graph, and in float32 here.
+    # One graph sums a weight's gradient over chunks in bfloat16, GradCache in float32.
     assert_same(gradients(image, text), expected, 2e-2)
 
 
 class Exact(nn.Module):
-    """An encoder that computes in float32 whatever the autocast around it."""
+    """An encoder that computes in float32 whatever the surrounding autocast."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -45,7 +45,8 @@ class Exact(nn.Module):
 
 
 def test_backward_runs_outside_autocast() -> None:
-    """As torch asks of a training step: inside, the products of a float32 region's backward would be bfloat16."""
+    """As torch recommends for a training step: inside autocast, a float32 region's backward would multiply in
+    bfloat16."""
     image, text = Exact(Encoder()), Exact(Encoder())
     x, y = torch.randn(7, 6), torch.randn(7, 6)
     with torch.autocast("cpu", torch.bfloat16):

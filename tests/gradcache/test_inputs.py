@@ -1,4 +1,4 @@
-"""GradCache takes any input: how it is cut, and what is said when it cannot be."""
+"""GradCache takes any input: how it is split, and the error when it cannot be."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Pair(NamedTuple):
 
 
 class Packed:
-    """Ragged samples: only it knows how to split itself."""
+    """Ragged samples; only this class knows how to split itself."""
 
     def __init__(self, samples: list[Tensor]) -> None:
         self.samples = samples
@@ -181,7 +181,7 @@ def test_mistakes(mistake: str) -> None:
 
 
 def test_ragged_images_without_any() -> None:
-    """Samples with no image at all, also a whole chunk of them."""
+    """Samples without an image, also a whole chunk of them."""
     image, text, y = Encoder(), Encoder(), torch.randn(6, 6)
     counts = [0, 0, 2, 1, 0, 0]
     rows = torch.randn(3, 6)

@@ -1,4 +1,4 @@
-"""Both passes compute the same: what is everybody's is replayed, and what is not is found out."""
+"""Both passes compute the same: shared random state is replayed, private state is detected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmkernels.testing.contrastive import plain_infonce
 
 
 class Noisy(nn.Module):
-    """A tower that scales each feature of its input by a number drawn at every call."""
+    """A tower that scales each input feature by a number drawn at every call."""
 
     def __init__(self, draw: Callable[[tuple[int, ...]], Any]) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_another_count_of_tokens_raises() -> None:
      ("bfloat16 inside", 0.05, False), ("autocast", 0.05, False)],
 )  # fmt: skip
 def test_roundings_are_no_difference(kind: str, size: float, raises: bool) -> None:
-    """Kernels may differ between the passes by roundings: where anything is in half precision, by more."""
+    """Kernels may differ between the passes by rounding: by more where anything is in half precision."""
     tower, calls = Encoder(), iter(range(100))
     if "bfloat16" in kind:
         tower = tower.bfloat16()
@@ -190,7 +190,7 @@ def test_what_is_not_finite_is_not_judged(value: float) -> None:
 
 
 class _Late(nn.Module):
-    """Zeros in the first pass alone."""
+    """Zeros in the first pass only."""
 
     def __init__(self, size: float) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def test_a_difference_of_any_size_is_seen(size: float) -> None:
 
 
 def test_batch_norm_and_its_statistics() -> None:
-    """The chunk's own statistics are the same in both passes; those that run move once."""
+    """A chunk's own statistics are the same in both passes; running statistics move once."""
     tower = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     x, y = torch.randn(12, 6), torch.randn(12, 6)
     with pytest.warns(UserWarning, match="BatchNorm in training mode"):

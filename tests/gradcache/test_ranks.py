@@ -37,13 +37,13 @@ class Dual(nn.Module):
 
 
 def _inputs(world: int, rows: int = 7) -> list[list[Tensor]]:
-    """For each rank its own."""
+    """Different inputs for each rank."""
     generator = torch.Generator().manual_seed(3)
     return [[torch.randn(rows, 6, generator=generator) for _ in range(2)] for _ in range(world)]
 
 
 def _expected(model: Dual, world: int, sizes: Callable[[int], list[int]]) -> list[Tensor]:
-    """The mean over the ranks of each one's gradient, chunks in one graph."""
+    """The mean over ranks of each rank's gradient, chunks in one graph."""
     for r, inputs in enumerate(_inputs(world)):
         torch.manual_seed(5 + r)
         model.loss(*chunk_graph([model.image, model.text], inputs, sizes(r))).backward()
@@ -85,13 +85,13 @@ def _ddp(rank: int, world: int, shared: str, first: int, second: int) -> None:
         torch.manual_seed(5 + rank)
         step(*_inputs(world)[rank])
         assert reductions - before == len(wrappers), "one bucket per wrapper, reduced once"
-    if shared == "no":  # the scale is in no wrapper: its reduction is the caller's
+    if shared == "no":  # the scale is in no wrapper: the caller reduces its gradient
         dist.all_reduce(model.log_scale.grad)
         model.log_scale.grad /= world
     assert_same(gradients(model), expected)
 
 
-# Of the sizes the last leaves some ranks one chunk.
+# The last size leaves some ranks with one chunk.
 @pairwise.cases(world=(1, 2, 4), shared=("no", "partial", "closure"), sizes=((3, 2), (1, 4), (7, 6)))
 def test_ddp_reduces_once(world: int, shared: str, sizes: tuple[int, int]) -> None:
     ranks.run(world, _ddp, shared, *sizes)
@@ -112,7 +112,7 @@ def _static_graph(rank: int, world: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_static_graph_is_refused(world: int) -> None:
-    """Before anything ran: PyTorch's reducer fails in an internal assert, and in every step after."""
+    """Refused before anything runs: PyTorch's reducer would fail in an internal assert, and in every later step."""
     ranks.run(world, _static_graph)
 
 
@@ -160,7 +160,7 @@ def test_fully_shard_reduces_once(tied: bool, sizes: list[int]) -> None:
 
 
 def _token_counts(rank: int, world: int, size: int) -> tuple[float, list[Tensor]]:
-    """Ranks differ in tokens by far; the loss is the mean over all of them."""
+    """Ranks differ widely in tokens; the loss is the mean over all of them."""
     model, head = Dual(), nn.Linear(8, 5)
     generator = torch.Generator().manual_seed(3)
     batch = [
@@ -212,7 +212,7 @@ def test_token_counts_are_summed_over_the_group(size: int) -> None:
 
 
 class Greedy(torch.autograd.Function):
-    """Runs out of memory once, in a backward, above a size."""
+    """Runs out of memory once, in a backward, above a number of rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, state: dict[str, int]) -> Tensor:
@@ -238,7 +238,7 @@ def _one_rank_runs_out(rank: int, world: int) -> list[int]:
     ]
     step = GradCache(encoders, model.loss, chunk_size=["auto", 3], memory_budget=2000)
     torch.manual_seed(5 + rank)
-    step(*inputs[rank])  # sizes by the budget
+    step(*inputs[rank])  # sizes from the budget
     before = step.chunk_sizes[0]
     assert 2 < before < 9
     clear(model)

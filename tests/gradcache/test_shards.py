@@ -1,4 +1,5 @@
-"""chunk_size="auto" under fully_shard: shards are gathered once a step, sizes are each rank's own, all begin anew."""
+"""chunk_size="auto" under fully_shard: shards are gathered once a step, each rank has its own sizes, all restart
+together."""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from mmkernels import GradCache
 from mmkernels.testing.contrastive import plain_infonce
 
-BUDGETS = [2400, 4000, 2500, 3000]  # of a rank: they differ in chunks
+BUDGETS = [2400, 4000, 2500, 3000]  # per rank: the ranks differ in chunks
 
 
 class Tower(nn.Module):
-    """Runs out of memory once it is armed, in the middle of one of its passes, above a number of rows."""
+    """Once armed, runs out of memory in the middle of one of its passes, above a number of rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Tower(nn.Module):
         hidden = self.first(x).tanh()
         if over == ("again" if torch.is_grad_enabled() else "first"):
             self._run_out()
-        if over == "backward" and hidden.requires_grad:  # the gradients of what follows are added by then
+        if over == "backward" and hidden.requires_grad:  # by then the gradients of later layers are accumulated
             hidden.register_hook(lambda _: self._run_out())
         return self.encoder(hidden)
 
@@ -56,7 +57,7 @@ def _sharded(towers: list[Tower], mesh: DeviceMesh | None = None, **policy: torc
 
 
 def _inputs(world: int) -> list[list[Tensor]]:
-    """For each rank its own, of its own number of rows."""
+    """Different inputs for each rank, with different numbers of rows."""
     generator = torch.Generator().manual_seed(3)
     return [[torch.randn(23 - 5 * r, 6, generator=generator) for _ in range(2)] for r in range(world)]
 
@@ -68,7 +69,7 @@ def _everyones(value: Any, world: int) -> list[Any]:
 
 
 def _expected(towers: list[Tower], inputs: list[list[Tensor]], sizes: list[list[int]]) -> list[Tensor]:
-    """The mean over the ranks of each one's gradient, chunks in one graph."""
+    """The mean over ranks of each rank's gradient, chunks in one graph."""
     distinct = dict.fromkeys(towers)
     clear(*distinct)
     for r, sizes_there in enumerate(sizes):
@@ -104,7 +105,7 @@ def _calls(*names: str) -> Iterator[dict[str, int]]:
 
 
 def _collectives() -> tuple[str, str]:
-    """The all-gather and the reduce-scatter of this release."""
+    """The all-gather and the reduce-scatter of this torch release."""
     pairs = [("all_gather_single", "reduce_scatter_single"), ("all_gather_into_tensor", "reduce_scatter_tensor")]
     return next(pair for pair in pairs if all(hasattr(dist, name) for name in pair))
 
@@ -112,7 +113,7 @@ def _collectives() -> tuple[str, str]:
 def _bytes_of(tower: Tower, rows: int) -> int:
     with live_bytes(tower) as peak:
         tower(torch.randn(rows, 6))
-    return peak[0] - rows * 6 * 4  # the input is there anyway
+    return peak[0] - rows * 6 * 4  # minus the input, which exists anyway
 
 
 def _measured(rank: int, world: int, tied: bool, policy: dict[str, torch.dtype]) -> list[int]:
@@ -123,9 +124,9 @@ def _measured(rank: int, world: int, tied: bool, policy: dict[str, torch.dtype])
         _sharded(list(dict.fromkeys(each)), **policy)
     step = GradCache(towers, plain_infonce, chunk_size="auto", memory_budget=BUDGETS[rank])
     gather, scatter = _collectives()
-    # Of a tied tower's groups two see the gradient of their input: they are done after each of the two last chunks.
+    # Two groups of a tied tower see the gradient of their input: they finish after each of the two last chunks.
     groups = 3 + 2 if tied else 6
-    for i in range(3):  # the first measures
+    for i in range(3):  # the first step measures
         clear(*towers)
         torch.manual_seed(5 + rank)
         with _calls(gather, scatter) as counts:
@@ -133,7 +134,7 @@ def _measured(rank: int, world: int, tied: bool, policy: dict[str, torch.dtype])
         assert counts == {gather: groups, scatter: groups}, f"step {i}: {counts}, each group of parameters once"
         assert all(isinstance(p, DTensor) for tower in towers for p in tower.parameters()), "sharded again"
     size = step.chunk_sizes[0]
-    budget = BUDGETS[rank] / (2 if tied else 1)  # the last chunks of a shared tower go together
+    budget = BUDGETS[rank] / (2 if tied else 1)  # the last chunks of a shared tower run together
     assert 1 < size < len(inputs[rank][0])
     assert _bytes_of(plain[0], size) <= budget < _bytes_of(plain[0], size + 1)
     assert_same(_whole(towers), _expected(plain, inputs, _everyones(step.chunk_sizes, world)))
@@ -184,7 +185,7 @@ def _one_root(rank: int, world: int) -> None:
         chunk_size="auto",
         memory_budget=2 * BUDGETS[rank],
     )
-    for limit in (100, 3):  # the second step begins anew
+    for limit in (100, 3):  # the second step restarts
         pair.towers[0].where, pair.towers[0].limit = "backward" if rank == 1 else "", limit
         pair.zero_grad()
         torch.manual_seed(5 + rank)
@@ -204,7 +205,7 @@ def test_one_root_with_the_scale_of_the_loss() -> None:
 def _one_rank_runs_out(
     rank: int, world: int, which: int, where: str, accumulating: bool, policy: dict[str, torch.dtype]
 ) -> None:
-    """The other has no reason to halve its chunks; by the time of the second tower the first is reduced."""
+    """The other rank has no reason to halve its chunks; when the second tower runs, the first is already reduced."""
     towers = [Tower(), Tower()]
     plain, inputs = copy.deepcopy(towers), _inputs(world)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")) if world == 4 else None
@@ -243,7 +244,7 @@ def test_ranks_of_a_replicated_shard_begin_anew_together() -> None:
 
 
 def _after_an_evaluation(rank: int, world: int) -> None:
-    """Which leaves a root gathered."""
+    """An evaluation leaves a root gathered."""
     towers = [Tower(), Tower()]
     plain, inputs = copy.deepcopy(towers), _inputs(world)
     for tower in towers:
@@ -281,7 +282,7 @@ def _never_fits(rank: int, world: int, measured: bool) -> None:
     assert all(isinstance(p, DTensor) and p.grad is None for tower in towers for p in tower.parameters())
     towers[1].where = ""
     torch.manual_seed(5 + rank)
-    step(*inputs[rank])  # nothing is left of what failed
+    step(*inputs[rank])  # nothing is left of the failed step
     assert_same(_whole(towers), _expected(plain, inputs, _everyones(step.chunk_sizes, world)))
 
 

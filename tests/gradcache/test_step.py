@@ -102,7 +102,7 @@ def test_frozen_encoder(wrap: Callable[[nn.Module], Callable[..., Tensor]]) -> N
     text.calls.clear()
     GradCache([image, wrap(text)], plain_infonce, chunk_size=2)(x, y)
     assert_same(gradients(image), expected)
-    if isinstance(wrap(text), functools.partial):  # known only by trying
+    if isinstance(wrap(text), functools.partial):  # found only by trying
         assert 5 < len(text.calls) <= 7
     else:
         assert text.calls == [2] * 5
@@ -264,7 +264,7 @@ def cca(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Cycle(nn.Module):
-    """Two maps between the spaces, each the other's way back."""
+    """Two maps between the spaces, each the inverse of the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class Cycle(nn.Module):
 
 @pytest.mark.parametrize("kind", ["hinge", "cca", "cycle"])
 def test_any_loss_of_embeddings(kind: str) -> None:
-    """In float64: the canonical correlation is ill-conditioned, and the sum over chunks is ordered otherwise."""
+    """In float64: the canonical correlation is ill-conditioned, and the sum over chunks has another order."""
     image, text = Encoder(dropout=0.2).double(), Encoder(20).double()
     torch.set_default_dtype(torch.float64)
     try:
@@ -329,7 +329,7 @@ def test_compiled_encoders() -> None:
 
 
 def test_no_samples_at_all() -> None:
-    """What a rank without data does: no gradient of its own, but a step like the others'."""
+    """A rank without data: no gradient from its samples, but the same step as the others."""
     image, text = Encoder(), Encoder()
     loss = GradCache([image, text], lambda a, b: infonce(a, b, 10.0), chunk_size=2)(
         torch.empty(0, 6), torch.empty(0, 6)

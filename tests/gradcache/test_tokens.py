@@ -37,7 +37,7 @@ class Captioner(nn.Module):
 
 
 def batch(rows: int = 10) -> tuple[Tensor, dict[str, Tensor]]:
-    """Masked words gather at the end: chunks differ in them by far, and some have none."""
+    """Masked words cluster at the end: chunks differ widely in them, and some have none."""
     ids = torch.randint(9, (rows, 5))
     labels = torch.where(torch.arange(rows)[:, None] < rows - 3, -100, ids)
     return torch.randn(rows, 6), {"ids": ids, "labels": labels, "weight": torch.rand(rows, 5)}

@@ -1,4 +1,4 @@
-"""Small encoders and losses for the tests of gradient caching, and how gradients are compared."""
+"""Small encoders and losses for the gradient caching tests, and how they compare gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def clear(*modules: nn.Module) -> None:
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-6) -> None:
-    """The relative distance of each gradient."""
+    """The relative error of each gradient."""
     assert len(actual) == len(expected) > 0
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert a.dtype == b.dtype

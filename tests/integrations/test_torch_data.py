@@ -1,4 +1,5 @@
-"""Packs through DataLoaders: each sample once, one order for any workers, exact places, also after a kill."""
+"""Packs through DataLoaders: each sample once, the same order with any number of workers, exact resumption, also after
+a kill."""
 
 import functools
 import itertools
@@ -26,7 +27,7 @@ LENGTHS = np.minimum(lengths_like("obelics@8192", 160)[0] // 8, CAPACITY).tolist
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Small tensors all: threads of workers and of the main process would only wait for each other."""
+    """All tensors are small: with several threads, workers and the main process would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +35,7 @@ def _one_thread():
 
 
 class Samples(Dataset):
-    """Sample i: LENGTHS[i] tokens, all i, and labels i + 1."""
+    """Sample i: LENGTHS[i] tokens with value i, labels i + 1."""
 
     def __len__(self) -> int:
         return len(LENGTHS)
@@ -53,7 +54,7 @@ def length_of(number: int) -> int:
 
 
 def from_start(epoch: int, start: int) -> range:
-    """Records that can seek; another epoch has them from the end."""
+    """Records that can seek; other epochs reverse them."""
     numbers = range(len(LENGTHS))
     return (numbers if epoch % 2 == 0 else numbers[::-1])[start:]
 
@@ -72,7 +73,7 @@ LOADERS = {"map": map_loader, "stream": stream_loader}
 
 
 def items_of(batch) -> list[int]:
-    """The samples of a batch, as its tokens say."""
+    """The samples of a batch, according to its tokens."""
     assert batch.num_tokens == CAPACITY
     host = batch.cu_seqlens_host[: batch.num_samples + 1]
     items = [int(batch.tokens[begin]) for begin in host[:-1]]
@@ -81,7 +82,7 @@ def items_of(batch) -> list[int]:
 
 
 def take(loader, count: int) -> list[list[int]]:
-    """The items of its next batches, no further one fetched."""
+    """The items of the next batches, without fetching further."""
     return [items_of(batch) for batch in itertools.islice(loader, count)]
 
 
@@ -102,7 +103,7 @@ def test_every_sample_once_in_one_order_for_any_number_of_workers(kind, workers)
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_spawned_workers_give_the_same(kind, monkeypatch):
-    # Children take over this path, and import the file by the name that pytest gave it, from the checkout's root.
+    # Children inherit this path and import the file by the name that pytest gave it, from the checkout's root.
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     some = LOADERS[kind](num_workers=1, multiprocessing_context="spawn")
     assert [items_of(batch) for batch in some] == whole_epoch(kind)
@@ -174,7 +175,7 @@ def test_an_interrupted_iteration_continues(kind):
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_resuming_with_another_world_size(kind):
-    """Two ranks until step 4, then three: every sample once, and what is left comes as it would have."""
+    """Two ranks until step 4, then three: every sample once, and the rest in the order of an uninterrupted run."""
     two = [LOADERS[kind](rank, 2) for rank in range(2)]
     done = [take(loader, 4) for loader in two]
     states = [loader.state_dict() for loader in two]
@@ -203,7 +204,7 @@ def test_resuming_inside_accumulated_packs():
 
 
 def run_until_killed(kind: str, workers: int, path: Path) -> None:
-    """The child: notes each batch and the place after it."""
+    """The child: logs each batch and the position after it."""
     torch.set_num_threads(1)
     loader = LOADERS[kind](num_workers=workers)
     with path.open("w", encoding="utf-8") as file:
@@ -216,7 +217,7 @@ def run_until_killed(kind: str, workers: int, path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_mid_epoch_resume_of_a_killed_process(kind, workers, tmp_path):
-    """torchdata #1520: what workers had fetched ahead was lost, or came twice, when a run was killed in mid-epoch."""
+    """torchdata #1520: samples prefetched by workers were lost or repeated when a run was killed mid-epoch."""
     path = tmp_path / "seen.jsonl"
     child = multiprocessing.get_context("fork").Process(target=run_until_killed, args=(kind, workers, path))
     child.start()
@@ -326,7 +327,7 @@ def test_a_stream_that_cannot_seek_and_one_that_drops():
 
 
 def test_truncated_or_split_images():
-    """TRL #5904, verl #3469: samples that were longer than thought were cut, images and all. Here they are refused."""
+    """TRL #5904, verl #3469: samples longer than declared were truncated, images included. Here they are refused."""
     loader = PackedLoader(PackedDataset(Samples(), CAPACITY), PackedSampler([1] * len(LENGTHS), CAPACITY))
     with pytest.raises(
         ValueError, match=r"samples: expected at most capacity=512 tokens, got .* do the planned lengths"

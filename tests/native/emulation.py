@@ -1,9 +1,9 @@
-"""The CUDA kernels emulated on the CPU, standing in for the native core's CPU launchers.
+"""The CUDA kernels emulated on the CPU, replacing the native core's CPU launchers.
 
 `csrc/**/*.cu` and `csrc/module_cuda.cpp` are compiled with the C++ compiler against the headers of
-tests/native/emulator (see emulator.h there for what it checks). `EmulatedCore` gives the result the face of the
-core's CPU side, so that `attention(q, k, v, backend="native")` on CPU tensors goes through the same Python as ever
-and ends in a CUDA kernel. This is emulation: it does not verify a kernel on a device.
+tests/native/emulator (emulator.h there says what it checks). `EmulatedCore` gives the result the interface of the
+core's CPU side, so that `attention(q, k, v, backend="native")` on CPU tensors goes through the usual Python code and
+ends in a CUDA kernel. This is emulation: it does not verify a kernel on a device.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16, 4: torch.int32
 
 
 def compiler() -> str | None:
-    """The C++ compiler, or None where there is none."""
+    """The C++ compiler, or None without one."""
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
@@ -106,7 +106,7 @@ def _is_view(value: Any) -> bool:
 
 
 def _span(view: Any) -> int:
-    """Bytes from the first element of a view to the end of its last; 0 when it has none."""
+    """Bytes from the first element of a view to the end of its last; 0 when it is empty."""
     _, code, sizes, strides = view
     if 0 in sizes:
         return 0
@@ -123,10 +123,10 @@ def _tensor(view: Any) -> Tensor:
 
 
 class EmulatedCore:
-    """The native core as `mmkernels.runtime.native` wants it, its `*_cpu` launchers served by emulated CUDA kernels.
+    """The native core as `mmkernels.runtime.native` expects it; emulated CUDA kernels implement its `*_cpu` launchers.
 
-    Every tensor is moved to memory of its own that ends at an unreadable page (its address keeps its remainder by 16),
-    so that a kernel that reads or writes behind it fails.
+    Every tensor is copied to memory that ends at an unreadable page (its address modulo 16 is kept), so that a kernel
+    that reads or writes past it fails.
     """
 
     def __init__(self) -> None:
@@ -153,12 +153,13 @@ class EmulatedCore:
             getattr(self.module, f"launch_{what}_cuda")(*fenced, 0)
 
     def _attention(self, what: str, args: Sequence[Any]) -> None:
-        """Of what ends a CPU launcher's list (AttentionExtras) the CUDA launchers take the pattern, its first five."""
+        """Of the arguments that end a CPU launcher's list (AttentionExtras), CUDA launchers take the first five, the
+        pattern."""
         assert not any(args[-7:]), "attention: the CUDA kernels support no bias, sink or dropout"
         self._launch(what, args[:-7])
 
     def _contrastive(self, what: str, args: Sequence[Any]) -> None:
-        """A CUDA launcher wants a workspace, and both gradients whoever asked for them."""
+        """A CUDA launcher needs a workspace, and both gradients whichever are requested."""
         from mmkernels.runtime.native import view
 
         backward = what.endswith("_bwd")

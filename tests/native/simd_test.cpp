@@ -1,4 +1,4 @@
-// Test and bench of csrc/common: see CMakeLists.txt beside it for the commands. Exit status 0 if all is well.
+// Test and bench of csrc/common; CMakeLists.txt has the commands. Exit status 0 on success.
 #include "simd_test.h"
 
 #include <sys/wait.h>
@@ -64,7 +64,7 @@ void test_parallel() {
   expect(reinterpret_cast<uintptr_t>(empty.data()) % 64 == 0, "AlignedBuffer is aligned");
 }
 
-// The parent has been parallel by now: the child must finish, on one thread, instead of waiting for threads it lost.
+// The parent has used threads: the child must finish, on one thread, instead of waiting for threads it lost.
 void test_fork() {
   const pid_t child = fork();
   if (child == 0) {

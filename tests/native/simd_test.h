@@ -1,4 +1,4 @@
-// What simd_test.cpp asks of the tests that are compiled once per instruction set.
+// Interface between simd_test.cpp and the tests compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct GemmShape {
 };
 
 struct SimdTests {
-  int (*conversions)();  // each returns the number of failures, and prints the first few
+  int (*conversions)();  // each returns the number of failures and prints the first few
   int (*memory)();
   int (*arithmetic)();
   int (*gemm)();

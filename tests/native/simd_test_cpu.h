@@ -1,6 +1,5 @@
-// What the files of the test share that are compiled once per instruction set. Like every *_cpu.cpp file they use no
-// std:: container or function, so that test_simd.py can also assert that their objects leak no symbol out of their
-// namespace.
+// Shared by the test files that are compiled once per instruction set. Like every *_cpu.cpp file they use no std::
+// container or function, so that test_simd.py can also assert that their objects leak no symbol out of their namespace.
 #pragma once
 
 #include <math.h>
@@ -25,8 +24,8 @@ struct Failures {
   }
 };
 
-// An array that ends at an unmapped page: an access past its end is a crash, not luck. Starts as all-ones bytes, which
-// are NaN in every floating-point type.
+// An array that ends at an unmapped page: an access past its end always crashes. Starts as all-ones bytes, which are
+// NaN in every floating-point type.
 template <class T>
 struct Guarded {
   explicit Guarded(int64_t count) {
@@ -41,7 +40,7 @@ struct Guarded {
   ~Guarded() { munmap(base, mapped); }
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
-  // Whether all that lies before the array still is as it was.
+  // Whether everything before the array is unchanged.
   bool front_untouched() const {
     for (const char* p = base; p < reinterpret_cast<const char*>(data); ++p)
       if (*p != '\xff') return false;
@@ -61,7 +60,7 @@ struct Random {
   double uniform(double low, double high) { return low + (high - low) * (bits() * 0x1p-32); }
 };
 
-// Scalar references, by arithmetic in double instead of bit tricks. `bits` and `bias` describe the 16-bit format.
+// Scalar references in double arithmetic, without bit tricks. `bits` and `bias` describe the 16-bit format.
 inline double decode(uint16_t h, int mantissa_bits, int bias) {
   const int exponent = (h & 0x7fff) >> mantissa_bits, mantissa = h & ((1 << mantissa_bits) - 1);
   const int all_ones = (1 << (15 - mantissa_bits)) - 1;
@@ -103,7 +102,7 @@ double time_gemm(DType dtype, GemmShape problem, GemmShape tile, bool with_packi
 int test_math();  // simd_test_math_cpu.cpp
 double time_exp2(int64_t n);
 
-// Time that this thread has run: other programs on the machine do not count, so that a busy machine can be used.
+// This thread's CPU time: other programs on the machine do not count, so a busy machine can be used.
 inline double thread_time() {
   timespec t;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);

@@ -18,7 +18,7 @@ Layout layout(int kind, int64_t outer, int64_t k) {
   return {2 * k, 2, (outer - 1) * 2 * k + (k - 1) * 2 + 1};
 }
 
-// What the multiplication sees of a source element: bf16 operands made of a float tile are rounded.
+// A source element as the multiplication sees it: bf16 operands made from a float tile are rounded.
 template <class T, class S>
 double operand(S x) {
   if constexpr (kWordElements<T> == 2) {
@@ -88,13 +88,13 @@ void check_gemms(const char* name, Failures& fail) {
       for (int64_t k : depths)
         for (int kinds = 0; kinds < 9; ++kinds)
           check_gemm<T, S>(name, {{m, n, k}, kinds / 3, kinds % 3, (m + n + k) % 2 == 0}, random, fail);
-  // Past the depth that one pass covers.
+  // Beyond the depth of one pass.
   const int64_t deep = 2 * kDepthBlock<T> * kWordElements<T> + 5;
   for (int accumulate = 0; accumulate < 2; ++accumulate)
     check_gemm<T, S>(name, {{MR + 2, NR + 3, deep}, 0, 0, accumulate == 1}, random, fail);
 }
 
-// A NaN or an infinity stays in its row of C, and a part of the packed operands is a product of its own.
+// A NaN or an infinity stays in its row of C, and part of the packed operands gives a valid product.
 template <class T>
 void check_isolation(const char* name, Failures& fail) {
   constexpr int64_t MR = kRowTile, NR = kColTile<T>, m = 2 * MR, n = 2 * NR, k = 19;
@@ -119,7 +119,7 @@ void check_isolation(const char* name, Failures& fail) {
     }
 }
 
-// A tile stored element by element at packed_a_at is the tile that pack_a makes.
+// A tile stored element by element at packed_a_at equals pack_a's.
 template <class T>
 void check_packed_a_at(const char* name, Failures& fail) {
   using C = ComputeOf<T>;
@@ -141,8 +141,8 @@ void check_packed_a_at(const char* name, Failures& fail) {
     }
 }
 
-// A [m, k] times B [n, k]^T, a task being one row tile of A against all tiles of B; C is a tile that is overwritten, as
-// in a kernel that reduces it at once.
+// A [m, k] times B [n, k]^T; a task is one row tile of A against all tiles of B. C is a tile that is overwritten, as in
+// a kernel that reduces it immediately.
 template <class T>
 double time_gemm_of(GemmShape problem, GemmShape tile, bool with_packing, int threads) {
   const int64_t m = problem.m, n = problem.n, k = problem.k;

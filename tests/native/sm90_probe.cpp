@@ -19,7 +19,7 @@ Kernel kernel_of(int mistake, std::integer_sequence<int, kMistake...>) {
   return kKernels[mistake];
 }
 
-// a, b [64, 256], v, out [64, 64]: addresses of bfloat16, rows one behind the other.
+// a, b [64, 256], v, out [64, 64]: addresses of contiguous bfloat16 rows.
 void probe(int mistake, uint64_t seed, uintptr_t a, uintptr_t b, uintptr_t v, uintptr_t out) {
   const auto map = [](uintptr_t address, int columns) {
     return tensor_map(mmk::DType::bf16,

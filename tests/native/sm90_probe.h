@@ -1,5 +1,5 @@
-// A kernel that uses each atom of csrc/common/cuda/sm90_atoms.h once, right or with one mistake. The emulator must pass
-// the one and fail the others; nvcc must compile it.
+// A kernel that uses each atom of csrc/common/cuda/sm90_atoms.h once, correctly or with one mistake. The emulator must
+// pass the correct one and fail the others; nvcc must compile it.
 //
 // out [64, 64] = bf16(bf16(A B) V) with A [64, 256], B [64, 256] (transposed), V [64, 64].
 #pragma once
@@ -40,7 +40,7 @@ struct ProbeSmem {
   static constexpr int bytes = kSwizzleTile + barriers + 64;
 };
 
-// A producer warpgroup, one that only gives its registers away, and a consumer; a ring of two stages of A and B.
+// A producer warpgroup, one that only releases its registers, and a consumer; a ring of two stages of A and B.
 template <int kMistake>
 __global__ void __launch_bounds__(3 * kWarpgroup, 1) sm90_probe_kernel(const __grid_constant__ ProbeParams p) {
   constexpr int kBlocks = 4, kTile = ProbeSmem::kTile;

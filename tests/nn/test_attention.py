@@ -1,4 +1,4 @@
-"""The attention modules: equal to nn.MultiheadAttention where they compute the same, and to the functions inside."""
+"""The attention modules: equal to nn.MultiheadAttention where they compute the same, and to the functions they call."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ E, H = 32, 4
 
 def multihead(**options) -> nn.MultiheadAttention:
     theirs = nn.MultiheadAttention(E, H, batch_first=True, **options)
-    for parameter in theirs.parameters():  # biases begin at zero: not here
+    for parameter in theirs.parameters():  # biases are initialised to zero: use other values here
         nn.init.normal_(parameter, std=0.3)
     return theirs
 
@@ -83,7 +83,7 @@ def test_state_dict_of_a_model_that_holds_multihead():
     )
     state = theirs.state_dict()
     ours.load_state_dict(state)
-    assert set(state) == set(theirs.state_dict())  # the caller's dict is as it was
+    assert set(state) == set(theirs.state_dict())  # the caller's dict is unchanged
     x, context = torch.randn(5, E), torch.randn(6, 20)
     inner, other = ours["inner"], theirs["inner"]
     torch.testing.assert_close(inner["cross"](x, context), other["cross"](x, context, context)[0])
@@ -132,7 +132,7 @@ def test_begins_as_multihead_does():
 
 
 def test_norm_rotary_and_grouped_heads_by_hand():
-    """Against float64 composition: grouped heads, LayerNorm of q and k, M-RoPE, head dim apart from E / H."""
+    """Against a float64 composition: grouped heads, LayerNorm of q and k, M-RoPE, a head dim other than E / H."""
     rotary = Rotary(base=500.0, rotary_dim=12, sections=(2, 2, 2), section_layout="interleaved", interleaved=True)
     ours = FusedSelfAttention(E, H, num_kv_heads=2, head_dim=16, qk_norm="layer", rotary=rotary, dtype=torch.float64)
     for parameter in ours.parameters():
@@ -197,7 +197,7 @@ def test_coattention_is_two_cross_attentions():
     turned = CoAttention(E, 24, 4, rotary=Rotary(rotary_dim=4))
     out = turned(a, b, positions_a=torch.arange(5), positions_b=torch.arange(7))
     other = turned(a, b, positions_a=torch.arange(5) + 3, positions_b=torch.arange(7) + 3)
-    torch.testing.assert_close(out, other)  # the distance alone counts
+    torch.testing.assert_close(out, other)  # only the distance matters
 
 
 def test_dropout_reaches_the_op_in_training_alone(monkeypatch):
@@ -282,7 +282,7 @@ MADE = {
 
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 def test_from_the_meta_device_as_made(make) -> None:
-    """Nothing of what to_empty leaves behind is kept: the same numbers as in a module that was made."""
+    """Nothing that to_empty leaves uninitialised is kept: the same numbers as in a freshly constructed module."""
     module, expected = make().to("meta").to_empty(device="cpu"), make()
     with torch.no_grad():
         for x in module.state_dict().values():

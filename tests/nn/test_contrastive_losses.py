@@ -1,4 +1,4 @@
-"""InfoNCELoss and SigLIPLoss are the functions on normalised features, with parameters that behave."""
+"""InfoNCELoss and SigLIPLoss equal the functions on normalised features, and their parameters behave."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ def run(loss_fn: nn.Module, queries: Tensor, keys: Tensor) -> tuple[Tensor, ...]
 
 
 class Spelled(nn.Module):
-    """A module's computation written out, with a function of its own parameters' copies."""
+    """A module's computation written out, as a function of copies of its parameters."""
 
     def __init__(self, loss: Callable[..., Tensor], of: InfoNCELoss | SigLIPLoss) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Spelled(nn.Module):
 @pytest.mark.parametrize("normalize", [True, False])
 @LOSSES
 def test_equals_plain_pytorch(loss_type: type, normalize: bool) -> None:
-    """In float64, where the formula alone decides; the parameters and their gradients are float32."""
+    """In float64, so that only the formula matters; the parameters and their gradients are float32."""
     loss_fn = loss_type(normalize=normalize)
     plain = Spelled(plain_infonce if loss_type is InfoNCELoss else plain_siglip, loss_fn)
     inputs = batch(torch.float64)
@@ -84,7 +84,7 @@ def test_initial_parameters() -> None:
 
 @LOSSES
 def test_normalizes_in_float32(loss_type: type) -> None:
-    """In float16 the squares of these entries would be infinite, or zero."""
+    """In float16 the squares of these entries would overflow or underflow."""
     queries = torch.randn(16, 32)
     loss_fn = loss_type()
     expected = loss_fn(queries.half(), queries.half())
@@ -172,7 +172,7 @@ def test_scale_that_is_not_learnt(loss_type: type) -> None:
 
 
 def trained(cast: Callable[[nn.Module], nn.Module], loss_type: type, steps: int = 200) -> list[float]:
-    """The scalars after some steps of Adam, of a tower that is frozen and the loss in one module, cast as a whole."""
+    """The scalars after some steps of Adam, for a frozen tower and the loss in one module that is cast as a whole."""
     torch.manual_seed(0)
     model = cast(nn.ModuleDict({"tower": nn.Linear(24, 24, bias=False).requires_grad_(False), "loss": loss_type()}))
     optimizer = torch.optim.Adam(model["loss"].parameters(), lr=1e-3)
@@ -260,7 +260,7 @@ def test_deterministic_is_deprecated(loss_type: type) -> None:
 
 
 def test_every_feature_is_normalized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negatives and the teacher's features like queries and keys, and only when asked."""
+    """Negatives and the teacher's features are normalised like queries and keys, and only when asked."""
     seen = {}
     loss_fn, unnormalized = InfoNCELoss(), InfoNCELoss(normalize=False)
     monkeypatch.setattr("mmkernels.nn.contrastive.infonce", lambda *features, **options: seen.update(options))

@@ -1,4 +1,4 @@
-"""The losses inside a bfloat16 model that DistributedDataParallel or fully_shard wraps: their scalars stay float32."""
+"""The losses inside a bfloat16 model wrapped by DistributedDataParallel or fully_shard: their scalars stay float32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _case(rank: int, world: int, wrapper: str) -> None:
     x, y = torch.randn(2, 6, 8, dtype=torch.bfloat16).unbind()
     if wrapper == "ddp":
         run: nn.Module = DistributedDataParallel(model)
-    else:  # which takes no scalar parameters
+    else:  # fully_shard takes no scalar parameters
         run = fully_shard(model, mesh=init_device_mesh("cpu", (world,)), ignored_params=set(model.loss.parameters()))
     run(x, y).backward()
     if wrapper == "fully_shard":

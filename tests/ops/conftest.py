@@ -1,4 +1,4 @@
-"""CUDA kernels in every family's tests: emulated on the CPU, and on a device where there is one."""
+"""CUDA kernels in every family's tests: emulated on the CPU, and on a device if there is one."""
 
 import sys
 from collections.abc import Iterator
@@ -24,19 +24,19 @@ class CudaKernels:
     emulator: ModuleType | None
 
     def schedules(self) -> Iterator[int]:
-        """Orders in which threads and blocks run: repeat a call under each, and not a bit may change."""
+        """Orders in which threads and blocks run: repeat a call under each; results must be bitwise equal."""
         for seed in (0, 1, 2):
             if self.emulator is not None:
                 self.emulator.set_seed(seed)
             yield seed
 
     def capability(self, capability: int) -> None:
-        """Which kernels an emulated device runs (90 for 9.0); a real one has what it has."""
+        """Which kernels an emulated device runs (90 for 9.0); a real device uses its own capability."""
         if self.emulator is not None:
             self.emulator.set_capability(capability)
 
     def multiprocessors(self, count: int) -> None:
-        """How large the emulated device is; a real one stays as it is."""
+        """The size of the emulated device; a real device is unaffected."""
         if self.emulator is not None:
             self.emulator.set_multiprocessors(count)
 
@@ -54,7 +54,7 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     core.module.set_seed(1)
     core.module.set_multiprocessors(3)
     core.module.set_capability(80)
-    # torch.empty gives NaN: an output that no thread writes shows.
+    # torch.empty gives NaN, which reveals outputs that no thread writes.
     torch.use_deterministic_algorithms(True)
     yield CudaKernels("cpu", core.module)
     torch.use_deterministic_algorithms(False)

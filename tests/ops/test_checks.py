@@ -1,4 +1,4 @@
-"""What every family asks of its arguments: numbers of any kind, values only where they may be read, what will go."""
+"""Checks that every family shares: numbers of any kind, values only where they may be read, deprecations."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_numbers_beyond_floats_are_refused() -> None:
 
 
 class OnAGpu(Tensor):
-    """Values on the CPU that say they are on a GPU."""
+    """CPU tensors that claim to be on a GPU."""
 
     device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
 
@@ -185,7 +185,7 @@ def on_a_gpu(*values: Any) -> Tensor:
     return torch.tensor(values).as_subclass(OnAGpu)
 
 
-# Checks of each family with a value that is wrong.
+# Checks of each family, with a wrong value.
 WRONG_VALUES = {
     "a mask": lambda: AttentionMask.packed(on_a_gpu(0, 5, 3)),
     "a mask that does not fit": lambda: AttentionMask.packed(on_a_gpu(0, 2**32)),
@@ -213,7 +213,7 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMKERNELS_VALIDATE", "yes")
     with pytest.raises(ValueError, match="MMKERNELS_VALIDATE: expected 0 or 1, got 'yes'"):
         check_index("index", on_a_gpu(7), 4)
-    check_index("index", torch.tensor([3]), 4)  # on a CPU values are always read
+    check_index("index", torch.tensor([3]), 4)  # CPU values are always read
 
 
 def test_values_are_read_under_a_gradient_but_not_under_vmap() -> None:
@@ -239,7 +239,7 @@ DEPRECATED = {
 
 @pytest.mark.parametrize("call", DEPRECATED.values(), ids=DEPRECATED)
 def test_deterministic_is_deprecated(call: Any) -> None:
-    """Always so: there is nothing to choose."""
+    """Results are always deterministic: the argument has no effect."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = call(None)

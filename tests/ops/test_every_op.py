@@ -1,4 +1,4 @@
-"""Every registered op, as its public function calls it, in both directions and twice: torch's own checks of an op."""
+"""torch's own op checks for every registered op, as its public function calls it, in both directions and twice."""
 
 from collections.abc import Callable
 from typing import Any
@@ -65,7 +65,7 @@ def packed() -> Tensor:
 
 
 class Recorder(TorchDispatchMode):
-    """The arguments of the first call of each op of mmkernels."""
+    """The arguments of the first call of each mmkernels op."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def calls() -> dict[Any, tuple[Any, ...]]:
 
 
 def test_every_op_is_called(calls) -> None:
-    """An op that is missing here has no check below: call its public function above."""
+    """An op missing here has no check below: call its public function above."""
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mmkernels::")}
     assert {op.name() for op in calls} == registered
 

@@ -1,4 +1,4 @@
-"""What FlopCounterMode counts of our ops: the products over the pairs that are seen."""
+"""FlopCounterMode on our ops: it counts the products over the visible pairs."""
 
 import subprocess
 import sys
@@ -38,11 +38,11 @@ def test_dense_attention_counts_as_pytorchs():
     q, k, v = leaves(1, 32, 2, 16, count=3)
 
     def plain():
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel on a CPU is not counted
+        with sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is not counted
             return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
 
     assert counted(lambda: attention(q, k, v)) == counted(plain)
-    # The scores are computed again, which plain PyTorch keeps.
+    # The scores are recomputed; plain PyTorch keeps them.
     backward = counted(lambda: plain().sum().backward()) + counted(plain) // 2
     assert counted(lambda: attention(q, k, v).sum().backward()) == backward
 
@@ -67,7 +67,7 @@ def test_losses():
     product = 2 * N * N * E
     (x, y), scale = leaves(N, E), torch.tensor(2.0, requires_grad=True)
     assert counted(lambda: infonce(x, y, scale)) == product
-    # The logits are computed again, which plain PyTorch keeps.
+    # The logits are recomputed; plain PyTorch keeps them.
     assert counted(lambda: plain_infonce(x, y, scale).backward()) == 3 * product
     assert counted(lambda: infonce(x, y, scale).backward()) == 4 * product
     assert counted(lambda: siglip(x, y, scale, -1.0).backward()) == 4 * product
@@ -96,7 +96,7 @@ def test_second_derivatives_count():
 
 @pytest.mark.parametrize("first", ["mmkernels", "torch.utils.flop_counter"])
 def test_either_import_may_come_first(first):
-    """And the counter, which imports Triton, is not imported for our sake."""
+    """Importing mmkernels does not import FlopCounterMode, which would import Triton."""
     code = f"""
 import sys, torch, {first}
 assert ("torch.utils.flop_counter" in sys.modules) == ({first!r} != "mmkernels")

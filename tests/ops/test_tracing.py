@@ -1,4 +1,4 @@
-"""Every op on meta and fake tensors, under make_fx, torch.export and vmap: values are checked where there are some."""
+"""Every op on meta and fake tensors, under make_fx, torch.export and vmap: values are checked when there are any."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def boundaries(device="cpu"):
 
 
 def attend(device):
-    """Every kind of mask, built inside."""
+    """Every kind of mask, built inside the traced function."""
     q, k, v = (torch.randn(8, 2, 4, device=device, requires_grad=True) for _ in range(3))
     cu, modalities = boundaries(device), torch.zeros(8, dtype=torch.uint8, device=device)
     spans, ones = torch.full((8,), -1, device=device), torch.ones(2, dtype=torch.int64, device=device)
@@ -118,14 +118,14 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize(("strict", "mask"), [(False, MASK), (False, None), (True, None)])
 def test_export(strict, mask):
-    """Strict export of torch 2.6 takes no tensors from outside."""
+    """Strict export in torch 2.6 takes no tensors from outside."""
     inputs, model = (torch.randn(8, 4), torch.arange(8)), Model(mask)
     exported = torch.export.export(model, inputs, strict=strict)
     torch.testing.assert_close(exported.module()(*inputs), model(*inputs))
 
 
 def test_a_mask_first_met_inside_a_transform_works_after_it():
-    """What is laid out there is of no use outside."""
+    """A layout made there is useless outside."""
     q = torch.randn(8, 1, 4)
     modalities = torch.tensor([0, 1] * 4, dtype=torch.uint8)
     options = dict(pair_bias=torch.zeros(1, 2, 2))
@@ -140,7 +140,7 @@ IDS = torch.tensor([[0, 1, 0, 2, 3, 1, 2, 2], [0] * 8, list(range(8))])
 PERMUTED = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(i)) for i in range(3)])
 WEIGHTS = torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
 
-# name -> (function of a sample of X and one of the metadata, metadata)
+# name -> (function of a sample of X and a sample of the metadata, metadata)
 BATCHED = {
     "query_ids": (lambda x, ids: infonce(x, x, 2.0, query_ids=ids), IDS),
     "ignored ids": (lambda x, ids: infonce(x, x, 2.0, query_ids=ids, same_id="ignore"), IDS),

@@ -1,4 +1,4 @@
-"""Packing problems, the checks of a plan, and the optimum by exhaustive search."""
+"""Packing problems, checks of a plan, and the optimum by exhaustive search."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ NO_CAP = 2**63 - 1
 
 
 def check(plan: PackingPlan) -> None:
-    """Every item exactly once or dropped, no pack over its caps or empty, the figures as a plain loop finds them."""
+    """Every item exactly once or dropped, no pack above its caps or empty, and the figures that a plain loop finds."""
     lengths, images = plan.lengths.tolist(), None if plan.images is None else plan.images.tolist()
     assert plan.offsets.dtype == plan.items.dtype == np.int64
     assert plan.offsets[0] == 0
@@ -57,7 +57,7 @@ def problems(draw, most_items: int = 60, capacities=None):
 
 
 def options_of(problem, strategy: str, lookahead: int = 128) -> dict:
-    """Of the options those that the call takes: `lookahead` is an error where subset sum has no part."""
+    """The options that the call accepts: `lookahead` is an error without subset sum."""
     _, images, capacity, max_images, max_samples = problem
     options = {"strategy": strategy, "images": images, "max_images": max_images, "max_samples": max_samples}
     if strategy == "subset_sum" or (strategy == "auto" and capacity <= 2**24):
@@ -66,7 +66,7 @@ def options_of(problem, strategy: str, lookahead: int = 128) -> dict:
 
 
 def optimum(problem) -> int:
-    """Fewest packs by exhaustive search: each item goes into one of the packs so far or a new one."""
+    """Fewest packs by exhaustive search: each item goes into an existing pack or a new one."""
     lengths, images, capacity, max_images, max_samples = problem
     images = images or [0] * len(lengths)
     best = len(lengths)

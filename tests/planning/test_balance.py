@@ -1,4 +1,4 @@
-"""Ranks: every pack once, equal steps, nearly equal work, one order at every world size, images spread over them."""
+"""Ranks: every pack once, equal steps, nearly equal work, one order at every world size, images spread over ranks."""
 
 import itertools
 import subprocess
@@ -26,14 +26,14 @@ def plan_like(name: str, n: int) -> tuple[PackingPlan, AttentionCost]:
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_64_ranks_wait_for_at_most_two_percent(name):
-    """On every distribution, by the default cost and by a joint one; the padded last step is counted in."""
+    """On every distribution, with the default cost and a joint one; the padded last step counts."""
     plan, joint = plan_like(name, {"caption@4096": 200_000, "navit@4096": 200_000}.get(name, 100_000))
     for cost in (None, joint):
         schedule = balance_ranks(plan, 64, cost=cost)
         assert schedule.imbalance <= 1.02
         dealt = np.arange(plan.num_packs // 64 * 64).reshape(-1, 64)
         each = (cost or AttentionCost()).of_packs(plan)[dealt]
-        assert schedule.imbalance < 1.001 * each.max(1).sum() / each.mean(1).sum() + 0.002  # never worse than in turn
+        assert schedule.imbalance < 1.001 * each.max(1).sum() / each.mean(1).sum() + 0.002  # at most round robin's
         assert plan.pack_lengths[schedule.packs[:-1]].max() <= plan.capacity
 
 
@@ -53,14 +53,14 @@ def test_every_pack_once_and_equal_steps(items, world_size, accum, seed, window,
     assert len(set(dealt.tolist())) == len(dealt)
     missing = plan.num_packs - len(dealt)
     assert missing == 0 if last == "pad" else 0 <= missing < world_size * accum
-    assert (schedule.packs[:-1] >= 0).all()  # dummies in the last step alone
+    assert (schedule.packs[:-1] >= 0).all()  # dummies only in the last step
     assert schedule.packs.shape == (schedule.num_steps, world_size, accum)
     costs = np.append(AttentionCost().of_packs(plan), 0.0)
     assert np.array_equal(schedule.costs, costs[schedule.packs])
     images = np.append(plan.pack_images, 0)[schedule.packs]
     assert np.array_equal(schedule.no_image, (images == 0).all(2))
     for step, rank in zip(*np.nonzero(schedule.no_image), strict=True):
-        # A rank without an image is one that no other rank of the step has an image to spare for.
+        # A rank may lack an image only if no other rank of the step has one to spare.
         assert ((images[step] > 0).sum(1) <= 1).all(), (step, rank)
     assert schedule.position(0) == 0
     assert schedule.position(schedule.num_steps) == (len(dealt) if schedule.num_steps else 0)
@@ -68,7 +68,7 @@ def test_every_pack_once_and_equal_steps(items, world_size, accum, seed, window,
 
 @pytest.mark.parametrize(("before", "after", "accum"), [(8, 3, 1), (3, 8, 2), (4, 4, 1), (2, 5, 3)])
 def test_another_world_size_continues_in_the_same_order(before, after, accum):
-    """What is done after some steps is what one rank alone had taken by then, and so is each step that is left."""
+    """What is done after some steps is what one rank had done by then; each later step takes that rank's next packs."""
     plan, cost = plan_like("obelics@8192", 4000)
     alone = balance_ranks(plan, 1, cost=cost, seed=3).packs.ravel()
     first = balance_ranks(plan, before, accum=accum, cost=cost, seed=3)
@@ -81,7 +81,7 @@ def test_another_world_size_continues_in_the_same_order(before, after, accum):
         begin = start + step * after * 2
         assert set(then.packs[step].ravel()) == set(alone[begin : begin + after * 2])
     same = balance_ranks(plan, before, accum=accum, cost=cost, seed=3, start=start)
-    assert np.array_equal(same.packs, first.packs[steps:])  # the same world size: the very same steps
+    assert np.array_equal(same.packs, first.packs[steps:])  # the same world size: identical steps
 
 
 SCHEDULE = """
@@ -105,14 +105,14 @@ def test_every_process_computes_the_same_schedule():
 
 
 def test_work_over_accumulated_packs_evens_out():
-    """Two packs per rank and step: the rank with the dearest first gets the cheapest second."""
+    """Two packs per rank and step: the rank with the most expensive first pack gets the cheapest second."""
     plan = plan_packing([10, 20, 30, 40, 50, 60, 70, 80], 100, max_samples=1)
     assert balance_ranks(plan, 4, accum=2, cost=AttentionCost(EncoderCost(1, 0))).imbalance == 1.0
     assert balance_ranks(plan, 4, accum=1, cost=AttentionCost(EncoderCost(1, 0))).imbalance > 1.1
 
 
 def test_images_are_spread_over_ranks():
-    """Text only and image packs, half and half, sorted apart by cost: every rank gets one of each."""
+    """Half text-only and half image packs, separated by cost: every rank gets one of each."""
     lengths, images = [10] * 8 + [90] * 8, [0] * 8 + [1] * 8
     plan = plan_packing(lengths, 100, images=images, max_samples=1)
     schedule = balance_ranks(plan, 8, accum=2)
@@ -155,7 +155,7 @@ def test_nothing_to_share():
 
 
 def test_ranks_with_different_step_counts_hang():
-    """axolotl #494: each rank packed its own share, some got fewer batches, and the others waited for ever."""
+    """axolotl #494: each rank packed its own share, some got fewer batches, and the others hung."""
     for n, world_size in itertools.product((97, 1000, 1003), (2, 3, 7)):
         samples = samples_like("obelics@8192", n)
         schedule = balance_ranks(plan_packing(samples.lengths, samples.capacity), world_size)

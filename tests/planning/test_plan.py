@@ -12,7 +12,7 @@ from mmkernels.planning.plan import shuffled
 
 
 def test_a_plan_by_hand():
-    # 8 | 7 + 1 | 5 + 3 | 4 + 4, the earlier of equals first; packs by first item.
+    # 8 | 7 + 1 | 5 + 3 | 4 + 4, the earlier of equals first; packs ordered by first item.
     plan = plan_packing([4, 8, 1, 5, 4, 7, 3], 8, strategy="best_fit")
     assert [pack.tolist() for pack in plan] == [[0, 4], [1], [2, 5], [3, 6]]
     assert plan.num_packs == len(plan) == plan.lower_bound == 4
@@ -58,7 +58,7 @@ def test_dropped_items_are_reported():
 @needs_native
 @pytest.mark.parametrize("capacity", [4096, 70_000, 2**21])
 def test_a_counted_plan_lists_its_packs_when_asked(capacity):
-    """One pass over the lengths, which the plan keeps a copy of; the same plan as without that short cut."""
+    """One pass over the lengths, which the plan copies; the same plan as without this shortcut."""
     lengths = np.random.default_rng(0).integers(0, capacity // 4, 3000)
     plan = plan_packing(lengths, capacity, strategy="histogram", max_samples=9)
     direct = plan_packing(lengths.astype(np.int32), capacity, strategy="histogram", max_samples=9)

@@ -1,4 +1,4 @@
-"""Plans of data sets' lengths: how full the packs are, the caps, the order; problems reported against other packers."""
+"""Plans for realistic length distributions: pack fill, the caps, the order; problems reported against other packers."""
 
 import functools
 import itertools
@@ -27,7 +27,8 @@ def test_python_gives_the_native_plan_on_data(name, monkeypatch):
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_efficiency_on_data(name):
-    """Subset sum wastes at most 0.1% where the mean is at most a quarter of the capacity; auto is as good as any."""
+    """Subset sum wastes at most 0.1% if the mean is at most a quarter of the capacity; auto is as good as any
+    strategy."""
     lengths, capacity = lengths_like(name, 20_000)
     plans = {strategy: plan_packing(lengths, capacity, strategy=strategy) for strategy in STRATEGIES}
     if lengths.mean() <= capacity / 4:
@@ -76,7 +77,7 @@ def test_seed_regroups_and_repeats(strategy):
 
 
 def test_non_power_of_two_capacity_packs_nothing():
-    """TRL #3887: such a capacity packed nothing."""
+    """TRL #3887: with a capacity that is not a power of two nothing was packed."""
     lengths = np.random.default_rng(0).integers(1, 301, 2000)
     for capacity in (1000, 1023, 1025, 3001):
         plan = plan_packing(lengths, capacity)

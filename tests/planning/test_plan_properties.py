@@ -1,5 +1,5 @@
-"""Properties of every plan: complete, within its caps, never above the bounds that its strategy promises; native and
-Python agree."""
+"""Properties of every plan: complete, within its caps, within the bounds that its strategy promises; native and Python
+agree."""
 
 import itertools
 
@@ -33,7 +33,8 @@ def test_every_plan_is_complete_and_within_caps(problem, strategy, lookahead, se
 @settings(max_examples=150, deadline=None)
 @given(problems(most_items=8, capacities=st.integers(2, 30)))
 def test_against_the_optimum(problem):
-    """The bound is none above the optimum, no strategy below it, auto the best of them, best fit within its bound."""
+    """The bound is never above the optimum, no strategy below it, auto is the best strategy, best fit within its
+    bound."""
     best = optimum(problem)
     packs = {s: plan_packing(problem[0], problem[2], **options_of(problem, s)) for s in STRATEGIES}
     for plan in packs.values():
@@ -69,7 +70,7 @@ def test_python_gives_the_native_plan(problem, strategy, lookahead):
 @settings(max_examples=200, deadline=None)
 @given(problems(most_items=10, capacities=st.integers(2, 60)))
 def test_subset_sum_fills_the_oldest_pack_best(problem):
-    """The first pack holds the first item and, unless both caps bind, is as full as any subset of the others can."""
+    """The first pack holds the first item and, unless both caps bind, is as full as any subset of the others allows."""
     lengths, images, capacity, max_images, max_samples = problem
     if not lengths:
         return
@@ -111,7 +112,7 @@ def test_next_fit_is_optimal_in_the_given_order(problem):
 @settings(max_examples=200, deadline=None)
 @given(problems(capacities=st.integers(1, 3000)))
 def test_histogram_packs_as_best_fit_does(problem):
-    """Without caps: the same packs, up to which of equal items goes where."""
+    """Without caps: the same packs, up to the choice among equal items."""
     lengths, _, capacity, *_ = problem
     plans = [plan_packing(lengths, capacity, strategy=strategy) for strategy in ("best_fit", "histogram")]
     packs = [sorted(sorted(lengths[i] for i in pack) for pack in plan) for plan in plans]

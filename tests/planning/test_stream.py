@@ -1,4 +1,4 @@
-"""A stream gives the packs of the whole list, even when saved and loaded on the way; its state stays small."""
+"""A stream gives the packs of the whole list, even when saved and loaded midway; its state stays small."""
 
 import json
 
@@ -13,7 +13,7 @@ from mmkernels.testing.lengths import LENGTHS, lengths_like
 
 
 def packs_of(planner: StreamPlanner, lengths, images=None, *, restart_after=()) -> list[list[int]]:
-    """Everything a planner makes of a stream; after some packs it is replaced by a new one that loads its state."""
+    """All packs of a stream; after some of them a new planner that loads the state takes over."""
     packs: list[list[int]] = []
 
     def drain(planner: StreamPlanner) -> StreamPlanner:
@@ -92,7 +92,7 @@ def test_a_full_window_must_be_popped_and_flushing_starts_a_new_one():
     planner.flush()
     assert planner.pop().tolist() == [1]
     assert not planner.ready
-    planner.flush()  # of nothing: no stretch is ended
+    planner.flush()  # nothing to flush: no stretch ends
     planner.push(4)
     assert planner.pop() is None
     assert planner.waiting == [2]

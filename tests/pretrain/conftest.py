@@ -1,4 +1,4 @@
-"""A folder of small pictures with captions, and a run on it that takes a second."""
+"""A folder of small captioned pictures, and a run on it that takes a second."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tiny(pictures: Path, tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """A run sets the number of threads of its process."""
+    """A run sets its process's number of threads: restore it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The embedded pack is whole, its splits keep what they promise, and its builder's rules hold."""
+"""The embedded pack is complete, its splits keep their promises, and its builder's rules hold."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_known_concepts_have_the_words_one_expects() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vendor", "alike"),  # two icons that the vendor itself draws alike
+    ("vendor", "alike"),  # two icons that the vendor draws alike
     [("noto-v1", ["family: man, woman, boy", "family"]), ("emojione", ["new moon", "black circle"])],
 )
 def test_vendors_filed_by_name_lend_no_drawing_twice(vendor: str, alike: list[str]) -> None:

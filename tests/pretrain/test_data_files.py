@@ -1,4 +1,4 @@
-"""The user's own data: folders, tables and tar shards, whole and broken."""
+"""The user's own data: folders, tables and tar shards, intact and broken."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_broken_images_are_skipped_counted_and_named(folder: Path, caplog: pytes
     (folder / "6.png").unlink()
     data = FolderDataset(folder, max_broken=0.05)
     with caplog.at_level(logging.WARNING):
-        for _ in range(3):  # told once each
+        for _ in range(3):  # each reported once
             samples = data.read(range(40))
     assert [s.name for s in samples] == [f"{i}.png" for i in range(40) if i not in (5, 6)]
     assert list(data.broken.reasons) == ["5.png", "6.png"]

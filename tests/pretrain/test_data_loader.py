@@ -1,4 +1,4 @@
-"""Order, augmentation and text are functions of (seed, step): nothing else, in any process, after any restart."""
+"""Order, augmentation and text are functions of (seed, step) only, in any process, after any restart."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_transparent_parts_show_one_colour_and_half_ones_mix() -> None:
 
 @pytest.mark.parametrize(("augment", "moved"), [(Augment(rotate=20, shift=0.2), True), (STILL, False)])
 def test_pose(augment: Augment, moved: bool) -> None:
-    """A dot in the upper left stays in the left half or moves a little: nothing is ever mirrored."""
+    """A dot in the upper left stays in the left half or moves slightly: images are never mirrored."""
     image = np.zeros((256, 48, 48, 4), np.uint8)
     image[:, 20:28, 4:12, 3] = 255  # black
     still = Augment(rotate=augment.rotate, scale=(1, 1), shift=augment.shift, brightness=0, tint=0, grey=0)

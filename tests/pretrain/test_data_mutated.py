@@ -1,4 +1,4 @@
-"""Whatever happens to the bytes, and whatever files are called: each sample is read, or counted and named."""
+"""Whatever happens to the bytes or the file names: each sample is read, or counted and named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmkernels.pretrain.data.unicode import printable
 quick = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 Edit = tuple[str, float, bytes]
 
-# Bytes that mean something to one of the formats, and any others.
+# Bytes that are special in one of the formats, and any others.
 PIECES = st.sampled_from(
     [b"\0", b"\n", b"\r", b'"', b",", b"\\", b"{", b"[", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf"]
 )
@@ -37,7 +37,7 @@ EDITS = st.lists(
 
 
 def mutated(content: bytes, edits: list[Edit]) -> bytes:
-    """The content with bytes put over others, inserted, dropped, or all cut from a place, as a share of the length."""
+    """The content with bytes overwritten, inserted, dropped, or truncated at a place given as a share of the length."""
     for kind, share, piece in edits:
         at = int(share * len(content))
         after = {"put": at + len(piece), "insert": at, "drop": at + 1 + len(piece), "cut": len(content)}[kind]
@@ -56,7 +56,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 
 def opened(make: Callable[[], ImageTextDataset], where: str) -> ImageTextDataset | None:
-    """The data set with all of it read once; None if it was refused with the name of the file."""
+    """The data set after reading all of it once; None if it was refused with an error that names the file."""
     try:
         data = make()
     except ValueError as error:
@@ -86,7 +86,7 @@ def seen_by_tarfile(path: Path) -> list[str]:
 
 
 def accounted(name: str, label: str, names: set[str]) -> bool:
-    """Whether a member is one of these itself, or belongs to the sample of its key or of its stem."""
+    """Whether a member is one of these, or belongs to the sample of its key or of its stem."""
     key = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
     candidates = {name, *([key[1], name.rpartition(".")[0]] if key else [])}
     return bool({printable(f"{label}/{candidate}") for candidate in candidates} & names)
@@ -160,7 +160,7 @@ def test_a_mutated_table(kind: str, edits: list[Edit]) -> None:
         path = Path(folder) / f"t.{kind.split()[0]}"
         path.write_bytes(content)
         data = opened(lambda: FolderDataset(path, resolution=4, max_broken=1.0), path.name)
-        if data is None or (path.suffix == ".csv" and b'"' in content):  # with quotes a row may have several lines
+        if data is None or (path.suffix == ".csv" and b'"' in content):  # with quotes a row may span lines
             return
         names = named(data)
         lines = list(enumerate(io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline=""), 1))
@@ -179,7 +179,7 @@ def test_a_mutated_table(kind: str, edits: list[Edit]) -> None:
 
 
 def image_of(line: str) -> str:
-    """The image that a line names; an empty text if it names none."""
+    """The image that a line names; an empty string if it names none."""
     try:
         return str(json.loads(line)["image"]).strip()
     except (ValueError, TypeError, KeyError):

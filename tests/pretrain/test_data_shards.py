@@ -1,4 +1,4 @@
-"""Shards: each file is read, belongs to a sample that is, or is counted and named; and a run goes on over all of it."""
+"""Shards: each file is read, belongs to a sample that is, or is counted and named; a run continues over all of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Make = Callable[..., Config]
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "extension"),  # as webdataset.tariterators.base_plus_ext of 1.0.2 has them
+    ("name", "key", "extension"),  # as in webdataset.tariterators.base_plus_ext 1.0.2
     [
         ("a.jpg", "a", "jpg"),
         ("x/a.seg.png", "x/a", "seg.png"),
@@ -188,7 +188,7 @@ def test_what_comes_after_a_damaged_header_is_read(
 
 
 def test_several_archives_in_one_are_all_read(tmp_path: Path) -> None:
-    """As `cat a.tar b.tar` makes it."""
+    """As `cat a.tar b.tar` produces."""
     both = shard(tmp_path / "a", pairs(3)).read_bytes() + shard(tmp_path / "b", pairs(2, 50)).read_bytes()
     (tmp_path / "s.tar").write_bytes(both)
     data = WebDataset(tmp_path / "s.tar")
@@ -228,7 +228,7 @@ def test_a_shard_that_goes_away(tmp_path: Path) -> None:
 
 
 def test_a_run_over_all_of_it_is_reported(tiny: Make, pictures: Path, tmp_path: Path) -> None:
-    """Names that are no text, halves of characters, no shards: the run goes on, and its report names them."""
+    """Undecodable names, lone surrogates, files that are not shards: the run continues, and its report names them."""
     rows = [json.loads(line) for line in (pictures / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     files: list[tuple[str, bytes]] = []
     for row in rows:

@@ -1,4 +1,5 @@
-"""Tables: what puts other rows in doubt is refused, with file and line; a row of its own fault is counted."""
+"""Tables: an error that puts other rows in doubt is refused, with file and line; an error confined to its row is
+counted."""
 
 from __future__ import annotations
 

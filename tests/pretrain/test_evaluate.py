@@ -1,4 +1,4 @@
-"""Recall against brute force, and where a careless count would flatter."""
+"""Recall against brute force, and where a careless count would be too high."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_evaluate_leaves_no_trace_and_shows_chance() -> None:
 
 
 def test_a_caption_means_the_same_alone_and_in_a_batch() -> None:
-    """Packed tokens see their own segment only."""
+    """Packed tokens see only their own segment."""
     model = DualEncoder(ModelConfig(image_size=16, width=16, heads=2)).double().eval()
     tokenizer = Tokenizer()
     captions = ["red", "a very long caption of many words", "two words", "", "x y z"]

@@ -1,4 +1,4 @@
-"""In the C locale, which has ASCII alone, a run is what it is elsewhere: files are UTF-8, whatever they are called."""
+"""In the C locale, which is ASCII only, a run works as elsewhere: files are UTF-8, whatever their names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN = {"batch": 8, "chunk": 4, "steps": 4, "eval-every": 2, "checkpoint-every": 
 RUN |= {"eval-fraction": 0.3, "max-broken": 0.1, **{f"model.{name}": value for name, value in SMALL.items()}}
 TINY = " ".join(f"--{name} {value}" for name, value in RUN.items()).split()
 
-# Any of our text files without an encoding of its own is an error.
+# Opening one of our text files without an encoding is an error.
 CHILD = """
 import sys, warnings
 warnings.filterwarnings("error", category=EncodingWarning, module="mmkernels")
@@ -29,7 +29,7 @@ sys.exit(main(sys.argv[1:]) or (sys.argv[1] == "pretrain" and main([*sys.argv[1:
 
 
 def in_the_c_locale(*arguments: str) -> str:
-    """What a command shows."""
+    """The output of a command."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-X", "warn_default_encoding", "-c", CHILD, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
@@ -39,7 +39,7 @@ def in_the_c_locale(*arguments: str) -> str:
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset"])
 def test_a_run(kind: str, pictures: Path, tmp_path: Path) -> None:
-    """Opened, trained, reported, and resumed."""
+    """Opened, trained, reported and resumed."""
     data = tmp_path / "写真"
     data.mkdir()
     rows = [json.loads(line) for line in (pictures / "captions.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""The loop learns, says what it does, and stops where it must."""
+"""The loop learns, reports what it does, and stops where it must."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_log_has_that_warning(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_chance_loss() -> None:
-    """What a constant logit at its best would lose."""
+    """The loss of the best constant logit."""
     config = Config()
     for n in (2, 16, 300):
         assert recipe("clip").objective(config).chance_loss(n) == pytest.approx(math.log(n))

@@ -1,4 +1,4 @@
-"""The report: one file that holds all it shows."""
+"""The report: one self-contained file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was stopped, however rudely, ends where it would have ended: bit for bit."""
+"""A stopped run, however abruptly, ends where it would have ended: bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Make = Callable[..., Config]
 
 @pytest.fixture(autouse=True)
 def _heeds_ctrl_c() -> Iterator[None]:
-    """A job that a shell starts in the background inherits a SIGINT that is ignored."""
+    """A shell starts a background job with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -59,7 +59,7 @@ def resumed(config: Config) -> Config:
 
 
 # The child kills itself: after the log of step 8 (the newest checkpoint is 6), or between writing checkpoint 9 and
-# giving it its name.
+# renaming it.
 KILLS = {
     "in a step": """
 from mmkernels.pretrain.journal import Journal
@@ -223,7 +223,7 @@ def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_holds_every_moving_part(tiny: Make) -> None:
-    """Another seed's trainer becomes the first one by loading its checkpoint, and both go on alike."""
+    """A trainer with another seed becomes the first by loading its checkpoint, and both continue identically."""
     config = tiny()
     data = open_source(config)
     first = Trainer(config, data.train, torch.device("cpu"))

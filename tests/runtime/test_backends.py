@@ -1,4 +1,4 @@
-"""Which backend serves a call, and what is said of those that do not."""
+"""Which backend serves a call, and the errors for those that cannot."""
 
 import importlib.metadata
 
@@ -34,7 +34,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def gpu_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A core with CUDA kernels and an H100, as far as the choice can see."""
+    """A core with CUDA kernels and an H100, as far as backend selection can see."""
     monkeypatch.setattr(native, "_why_absent", None)
     monkeypatch.setattr(native, "has_cuda", lambda: True)
     monkeypatch.setattr(native, "cuda_archs", lambda: ("80", "90a-real"))
@@ -71,7 +71,7 @@ def test_sm90_wants_16_bits(gpu_core: None, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 1), (10, 0), (12, 0)], ids=str)
 def test_sm90_wants_its_device(gpu_core: None, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """`sm_90a` code runs on 9.0 alone, on no later device either."""
+    """`sm_90a` code runs on 9.0 only, not on later devices."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert backends.sm90_wants(CUDA, torch.bfloat16) == "a device of compute capability 9.0"
     assert backends.sm90_wants(CPU, torch.bfloat16) == "a device of compute capability 9.0"
@@ -79,7 +79,7 @@ def test_sm90_wants_its_device(gpu_core: None, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("archs", [(), ("80",), ("90",), ("90-real", "90-virtual"), ("100a-real",)], ids=str)
 def test_sm90_wants_its_code(gpu_core: None, monkeypatch: pytest.MonkeyPatch, archs: tuple[str, ...]) -> None:
-    """Of a build for 9.0 without its `a` features these kernels are no part."""
+    """A build for 9.0 without the `a` features lacks these kernels."""
     monkeypatch.setattr(native, "cuda_archs", lambda: archs)
     assert backends.sm90_wants(CUDA, torch.bfloat16) == "a native core compiled for 90a"
 
@@ -124,7 +124,7 @@ def test_interpreter_without_float64_products_is_not_used(monkeypatch: pytest.Mo
 
 
 def test_a_triton_that_does_not_compile_the_kernels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.6 and 2.7 bring Triton 3.2 and 3.3."""
+    """torch 2.6 and 2.7 ship Triton 3.2 and 3.3."""
     pytest.importorskip("triton", reason="triton is not installed")
     cuda = torch.device("cuda")
     for version, serves in (("3.2.0", False), ("3.3.1", False), ("3.4.0", True), ("3.10.0", True)):

@@ -1,4 +1,4 @@
-"""Signatures of ops: groups, schemas, what is saved; and the Triton launchers that are named are there."""
+"""Signatures of ops: groups, schemas, what is saved; and the named Triton launchers exist."""
 
 import ast
 import re

@@ -1,9 +1,10 @@
 // Vectorised exp2, exp, log2, log-sigmoid and tanh, one code path per precision for all instruction sets.
 //
 // Error bounds in units in the last place, float and double, with or without FMA (tests/native/simd_test.cpp sweeps
-// them against long double):  exp2 1.25   exp 1.5   log2 1.25   log2_1p 1.25   log_sigmoid 2.5   tanh 2   Denormal
-// results are flushed to zero; everything else follows IEEE: exp2(-inf) = 0, exp2(inf) = inf, log2(0) = -inf, log2(x <
-// 0) = NaN, and NaN stays NaN.
+// them against long double):
+//   exp2 1.25   exp 1.5   log2 1.25   log2_1p 1.25   log_sigmoid 2.5   tanh 2
+// Denormal results are flushed to zero; everything else follows IEEE: exp2(-inf) = 0, exp2(inf) = inf, log2(0) = -inf,
+// log2(x < 0) = NaN, and NaN stays NaN.
 #pragma once
 
 #include "common/simd/vec.h"

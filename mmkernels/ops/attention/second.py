@@ -13,7 +13,7 @@ and of the gradient, ds_ij = p_ij (dp_ij - delta_i)::
     dv'_j  = sum_i z_ij p'_ij do_i                           dbias' = sums of ds'
     dsink' = -sum_i p'_sink,i delta_i + p_sink,i delta'_i
 
-A block of queries visits the keys between the first and the last that one of them sees.
+A block of queries visits all keys from the first to the last that any of them sees.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def grouped(x: Tensor, kv_heads: int) -> Tensor:
 
 
 class Softmax(NamedTuple):
-    """A block of softmax weights, of out and of gradients, with tangents; [H, n, m], lse and delta [H, n]."""
+    """Softmax weights, out and gradients of a block, with tangents: [H, n, m]; lse and delta [H, n]."""
 
     p: Tensor
     moved_p: Tensor

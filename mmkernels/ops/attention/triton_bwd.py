@@ -9,7 +9,7 @@ With p_ij = exp(s_ij - lse_i), dp_ij = <do_i, v_j>, delta_i = <do_i, out_i> - dl
               dq_i = scale sum_j ds_ij k_j;  for a pair bias it adds up ds over the keys of each class, by products
               with a one-hot matrix
 
-Both recompute the scores: seven products, where five is the minimum. Sums are float32 and cast once.
+Both recompute the scores: seven products instead of the minimum of five. Sums are float32 and cast once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _gather_queries(
     b_do = load_tile(of_head(do, i_h), o_m, Tq, DV, BLOCK_DV, True)
     b_lse = in_log2(tl.load(lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0), b_k.dtype)
     b_s = dot(b_k, tl.trans(b_q)) * in_log2(extras.scale, b_k.dtype)  # [BLOCK_N, BLOCK_M]
-    # Load late what is needed late: the rows of the largest tiles fill the registers.
+    # Load these only now: the rows of the largest tiles fill the registers.
     if extras.pair_bias is not None:
         b_s += bias_of(extras, i_h, load_ints(rows.class_q, o_m, Tq)[None, :], keys.kind[:, None], b_k.dtype)
     queries = load_queries(rows, start, Tq, Tk, BLOCK_M)

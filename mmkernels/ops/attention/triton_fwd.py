@@ -198,8 +198,8 @@ def exponential(x, dtype: tl.constexpr):
 
 @triton.jit
 def bias_of(extras, i_h, b_class_q, b_class_k, dtype: tl.constexpr):
-    """The pair bias of scores, from classes broadcast against each other. A class out of range gives NaN, which makes
-    the error visible and reads no foreign memory."""
+    """The pair bias of scores, from classes broadcast against each other. A class out of range gives NaN: the error is
+    visible, and nothing is read out of bounds."""
     m_inside = (b_class_q >= 0) & (b_class_q < extras.classes_q) & (b_class_k >= 0) & (b_class_k < extras.classes_k)
     table_ptr = extras.pair_bias + i_h * extras.classes_q * extras.classes_k
     b_bias = tl.load(table_ptr + b_class_q * extras.classes_k + b_class_k, mask=m_inside, other=float("nan"))

@@ -38,7 +38,7 @@ class Visible(NamedTuple):
 
 
 class MaskRows(NamedTuple):
-    """A mask as the kernels of `attention` read it: the fields of Visible, then (int32 too)
+    """A mask as the `attention` kernels read it: the fields of Visible, then (also int32)
 
     tiles: the pattern's tile map (tiles.py);
     class_q [Tq], class_k [Tk]: indices into a pair bias, set only with one.

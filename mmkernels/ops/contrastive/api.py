@@ -80,13 +80,13 @@ def infonce(
             symmetric, a key has the weight of its query (N == M).
         teacher: (queries_m [N, F], keys_m [M, F], alpha in [0, 1]): momentum distillation. The target (after smoothing)
             is mixed (1-alpha) : alpha with the softmax of `logit_scale · <queries_m, keys_m>`, which gets no gradient.
-        group: a process group of torch.distributed: the rows are this rank's (any number, including 0), and the loss is
-            that of one process with the rows of all ranks, the same on each. Gradients assume averaging over the ranks,
-            as in DistributedDataParallel: features and negatives get W times their gradient, the scale its full
-            gradient on every rank. targets index this rank's keys; ids match across all ranks. A rank's negatives (any
-            number) are keys of every rank's queries, so a queue replicated on all ranks would count W times: give each
-            rank its shard. The statistics lse_q and lse_k cover this rank's rows, the others all ranks. Everything else
-            must be the same on all ranks.
+        group: a process group of torch.distributed: the rows are this rank's (any number, including 0), and every rank
+            gets the loss of one process with all rows. Gradients assume averaging over the ranks, as in
+            DistributedDataParallel: features and negatives get W times their gradient, the scale its full gradient on
+            every rank. targets index this rank's keys; ids match across all ranks. A rank's negatives (any number) are
+            keys of every rank's queries, so a queue replicated on all ranks would count W times: give each rank its
+            shard. The statistics lse_q and lse_k cover this rank's rows, the others all ranks. Everything else must be
+            the same on all ranks.
         exchange: how keys are exchanged: "all_gather" (all at once, O(N·E) memory), "ring" (block by block, O(N/W·E),
             overlapped with computation) or "auto": the ring from 12,288 keys per rank. Only used with a group.
         return_stats: also return `ContrastiveStats`, from the same pass.

@@ -5,8 +5,8 @@ at once ("all_gather") or block by block ("ring"). The resulting partial statist
 owners and are merged exactly: lse by logsumexp, means by weighted mean, sums by addition. Backward does the same with
 the gradient of the keys.
 
-Gradients here are of the sum over the ranks of their results. `infonce` and `siglip` scale each rank's share by W,
-which DDP's mean over the ranks undoes.
+Gradients here are those of the sum of all ranks' results. `infonce` and `siglip` scale each rank's share by W, which
+DDP's mean over the ranks undoes.
 
 With N keys in total and b bytes per element, a rank receives
 

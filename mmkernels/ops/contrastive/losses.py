@@ -2,8 +2,8 @@
 
 A row's loss is the cross entropy, lse - scale · (mean similarity under its target distribution). The target
 distribution enters only through sums that the statistics contain: over positives, over all keys seen, and under a
-teacher's softmax. The code is the same for one process and for a process group; over.py and over_ranks.py hold the
-difference.
+teacher's softmax. The code is the same for one process and for a process group; the differences are in over.py and
+over_ranks.py.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _occurrences(ids: Tensor, among: Tensor) -> Tensor:
 
 
 def _targets_alike(pairs: Pairs) -> Tensor:
-    """[N]: 1 if the target has its query's id, so that it is counted among the keys of that id."""
+    """[N]: 1 if the target has its query's id, so it is counted among the keys of that id."""
     assert pairs.targets is not None and pairs.query_ids is not None and pairs.key_ids is not None
     return (pairs.key_ids[pairs.targets] == pairs.query_ids).long()
 

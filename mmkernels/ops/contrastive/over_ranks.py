@@ -1,8 +1,8 @@
 """Losses over the ranks of a process group: what ranks must agree on and how they merge results.
 
-The loss is that of one process with all ranks' rows, and is the same on every rank. Gradients assume a mean over the
-ranks, as in DistributedDataParallel: features get W times the exact gradient of the loss, so that the mean of the
-encoders' gradients is exact. Scale and bias get the exact gradient on every rank, whether DDP wraps them or not.
+Every rank gets the loss that one process would compute on all ranks' rows. Gradients assume a mean over the ranks, as
+in DistributedDataParallel: features get W times the exact gradient of the loss, so that the mean of the encoders'
+gradients is exact. Scale and bias get the exact gradient on every rank, whether DDP wraps them or not.
 """
 
 from __future__ import annotations

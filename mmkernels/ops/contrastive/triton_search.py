@@ -3,10 +3,10 @@
 A program takes one row tile of X against the tiles of its share of Y and writes each row's result separately per share;
 a few O(N) reductions merge the shares.
 
-Top-k keeps K keys of a row in registers, unordered: while the best of a tile beats the smallest kept, it replaces it. A
-key is 64 bits, the similarity (as an order-preserving integer) in the high half and the index in the low half, so keys
-are unique and ties go to the lower index. More than K keys take several passes, each limited to keys below the previous
-pass's smallest.
+Top-k keeps K keys of a row in registers, unordered: as long as the best of a tile beats the smallest key kept, it
+replaces that key. A key is 64 bits, the similarity (as an order-preserving integer) in the high half and the index in
+the low half, so keys are unique and ties go to the lower index. More than K keys take several passes, each limited to
+keys below the previous pass's smallest.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _mixed(x):
 
 @triton.jit
 def _exponential(bits):
-    """-log(1 - u) for u = (bits + 1/2) / 2^32, accurate for small u too, which win."""
+    """-log(1 - u) for u = (bits + 1/2) / 2^32, accurate for small u too, which give the highest scores."""
     u = (bits.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
     rest = ((bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
     return tl.where(u < 0.5, -log1p_of_unit(-tl.minimum(u, 0.5)), -tl.log(rest))

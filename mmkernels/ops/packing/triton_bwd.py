@@ -2,8 +2,8 @@
 
 scatter           a program owns a tile of output rows and features and adds the packed rows of each, one per row
                   at a time, in ascending order: no atomics, bitwise reproducible, float32 accumulation
-scatter_chunks    before it, a program sums one chunk of the packed rows, sorted by target, if they share it: a row
-                  with thousands of them (a frequent token) then takes a step per chunk, not per packed row
+scatter_chunks    runs first: a program sums a chunk of the packed rows, sorted by target, if all share one target; a
+                  row with thousands of them (a frequent token) then takes a step per chunk, not per packed row
 segment_pool_bwd  a program owns a tile of x's rows and features; each row looks up its segment's gradient
 weighted_pool_bwd a program owns whole rows of x: it scales the segment's gradient and takes its product with the row
 """

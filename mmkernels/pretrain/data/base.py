@@ -148,7 +148,7 @@ class DecodedDataset(ImageTextDataset):
         names: of the samples.
         captions: of each sample, at least one.
         faults: why a sample cannot be read, by index, where known without decoding. They are recorded at once, so that
-            even a run that never draws them names them.
+            even a run that never draws them reports them.
         broken: the record, including other known losses.
         resolution, cache_bytes: as in the data sets.
     """

@@ -16,7 +16,7 @@ LONGEST = 131_072  # characters; more means an unclosed quote or the wrong colum
 def caption_fault(text: str) -> str:
     """Why a text cannot be a caption; empty if it can."""
     if len(text) > LONGEST:
-        return f"a caption of {len(text)} characters, where {LONGEST} are allowed"
+        return f"a caption of {len(text)} characters; at most {LONGEST} are allowed"
     return unicode_fault(text)
 
 

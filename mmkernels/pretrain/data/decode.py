@@ -58,7 +58,7 @@ def _reason(error: Exception) -> str:
 
 
 def _eight_bit(image: Any) -> Any:
-    """An 8-bit Pillow image: 16-bit grey scaled by its full range, floating point by the values that occur."""
+    """An 8-bit Pillow image: 16-bit grey scaled by its full range, floating point by its own value range."""
     from PIL import Image
 
     values = np.asarray(image, np.float64)

@@ -1,7 +1,7 @@
 """Tables of images and captions: .jsonl, .csv, .tsv, .parquet.
 
-A faulty row (no caption, text that is not UTF-8) is reported with its line and skipped. A fault that makes other rows
-doubtful rejects the table: too many fields in a row, an unclosed quote.
+A faulty row (no caption, text that is not UTF-8) is reported with its line and skipped. A fault that casts doubt on
+other rows rejects the table: too many fields in a row, an unclosed quote.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ class Row(NamedTuple):
 
 
 def find_table(path: Path) -> Path:
-    """The captions file that `path` means: itself, or the only one in that folder; .jsonl and .csv come first."""
+    """The captions file that `path` refers to: itself, or the only one in that folder; .jsonl and .csv come first."""
     if path.is_dir():
         tables = sorted(p for p in path.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and p.is_file())
         tables = [p for p in tables if p.suffix.lower() in (".jsonl", ".csv")] or tables
         if len(tables) != 1:
             found = ", ".join(printable(p.name) for p in tables) or "none"
             raise ValueError(
-                f"{path}: expected exactly one .jsonl or .csv file with captions, got {found} (without one, a .tsv or "
-                ".parquet does)"
+                f"{path}: expected exactly one .jsonl or .csv file with captions, got {found} (if there is none, one "
+                ".tsv or .parquet)"
             )
         return tables[0]
     if path.suffix.lower() not in TABLE_SUFFIXES or not path.is_file():

@@ -90,7 +90,7 @@ class WebDataset(DecodedDataset):
 
 
 def find_shards(path: str | Path) -> list[Path]:
-    """The shards that `path` means, sorted by name."""
+    """The shards that `path` refers to, sorted by name."""
     found = Path(path).glob("*.tar") if Path(path).is_dir() else map(Path, glob(str(path)))
     shards = sorted(found)
     if not shards:
@@ -100,7 +100,7 @@ def find_shards(path: str | Path) -> list[Path]:
 
 @dataclass
 class _Index:
-    """Every file of the shards, in a sample or on a list of those in none. Names are printable."""
+    """Every file of the shards, in a sample or listed as unused. Names are printable."""
 
     samples: dict[str, _Files] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)  # broken would-be samples, with the reason

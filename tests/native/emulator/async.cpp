@@ -10,7 +10,7 @@ namespace emulator {
 
 namespace {
 
-constexpr uint32_t kReserved = 1024;  // of the window, by the system
+constexpr uint32_t kReserved = 1024;  // of the window, reserved by the system
 
 std::mt19937_64 source;
 double copy_chance = 1., product_chance = 0.;

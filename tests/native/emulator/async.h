@@ -1,16 +1,16 @@
-// The machinery of sm_90a that runs behind a program's back: mbarriers, TMA, wgmma, proxies, named barriers, registers.
+// The asynchronous machinery of sm_90a: mbarriers, TMA, wgmma, proxies, named barriers, registers.
 //
-// Nothing that is asynchronous happens when it is issued. TMA's copies and a warpgroup's products wait in queues, from
-// which the scheduler takes them at moments drawn from the seed: copies in any order, products in theirs; without a
-// seed, copies at the next round and products when somebody waits for them. So that a mistake shows:
+// Nothing asynchronous happens when it is issued. TMA copies and warpgroup products wait in queues, from which the
+// scheduler takes them at random times drawn from the seed: copies in any order, products in order; without a seed,
+// copies at the next round and products when a thread waits for them. To expose mistakes:
 //   - the target of a TMA load is NaN from its issue to its completion; an accumulator is NaN from wgmma to the wait
 //   - TMA and wgmma see shared memory through a copy of it (the async proxy): written by TMA, and by a thread's
-//     store_shared_16 only once that thread has passed fence.proxy.async; all else is NaN to them
+//     store_shared_16 only once that thread has executed fence.proxy.async; everything else reads as NaN
 //   - operands are read when a product runs, wherever its descriptor points: start, leading and stride offset, swizzle
-//   - errors: a barrier not initialised, or not made known to TMA; more arrivals than a phase has; a box, address or
-//     descriptor off its alignment or outside shared memory; lanes of a warpgroup with different descriptors; wgmma
-//     without wgmma.fence; registers of A changed under way; work in flight, or bytes unaccounted for, when a block
-//     ends; more registers than there are
+//   - errors: a barrier not initialised, or not made visible to TMA; more arrivals than a phase expects; a box, address
+//     or descriptor that is misaligned or outside shared memory; lanes of a warpgroup with different descriptors; wgmma
+//     without wgmma.fence; registers of A changed during a product; work in flight, or bytes unaccounted for, when a
+//     block ends; more registers than there are
 #pragma once
 
 #include <cstddef>
@@ -18,12 +18,13 @@
 
 namespace emulator {
 
-// By the scheduler: before a block; between rounds (whether anything happened, and it must if `now`); after a block.
+// Called by the scheduler: before a block; between rounds (returns whether anything happened, which `now` forces);
+// after a block.
 void begin_async(unsigned threads, uint64_t seed);
 bool step_async(bool now);
 void end_async();
 
-// Where a pointer to shared memory lies in the block's window of addresses: at a multiple of 128, not of 1024.
+// A pointer's address in the block's shared memory window: aligned to 128, not to 1024.
 uint32_t window_address(const void* pointer);
 
 void barrier_init(void* barrier, int arrivals);
@@ -31,7 +32,7 @@ void barrier_publish();
 void barrier_arrive(void* barrier, int expected_bytes);
 void barrier_wait(void* barrier, int parity);
 
-// As the driver encodes it: 16-bit elements, a swizzled row of up to 64 of them innermost.
+// As the driver encodes it: 16-bit elements, the innermost dimension a swizzled row of up to 64.
 struct TensorBox {
   int rank;
   unsigned char* data;

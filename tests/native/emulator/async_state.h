@@ -1,5 +1,5 @@
-// What the parts of the asynchronous machinery share. async.cpp draws what happens when, tma.cpp has mbarriers, copies
-// and stores for the async proxy, wgmma.cpp products of warpgroups, their registers, and named barriers.
+// Shared by the parts of the asynchronous machinery: async.cpp schedules, tma.cpp has mbarriers, copies and the async
+// proxy's stores, wgmma.cpp the warpgroups' products, their registers, and named barriers.
 #pragma once
 
 #include <cstddef>
@@ -15,12 +15,12 @@ bool chance(double p);
 
 uint32_t offset_of(const void* pointer, size_t bytes, const char* what);  // in shared memory
 
-// Window addresses: the first of shared memory, the swizzled one, and an address's offset in shared memory.
+// Window addresses: the start of shared memory, the swizzled address, and an address's offset in shared memory.
 uint32_t window_start();
 inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7u) << 4); }
 uint32_t inside(uint32_t address, size_t bytes, const char* what);
 
-// As begin_async, step_async and end_async.
+// Implement begin_async, step_async and end_async.
 void begin_tma(unsigned threads);
 bool step_tma(bool now, double copy_chance);
 void end_tma();

@@ -1,4 +1,4 @@
-// Stands in for CUDA's own header: the language's words and the built-ins that the kernels use.
+// Replaces CUDA's header: the language's keywords and the built-ins that the kernels use.
 #pragma once
 
 #include <cmath>
@@ -29,7 +29,7 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int max(int a, int b) { return a < b ? b : a; }
 
-// Rounded each by itself, never fused with a neighbour.
+// Each rounded separately, never fused.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 

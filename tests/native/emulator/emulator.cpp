@@ -28,7 +28,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kWarp = 32;
-constexpr size_t kCanary = 256;  // checked bytes behind shared memory
+constexpr size_t kCanary = 256;  // checked bytes after shared memory
 
 struct Copy {
   void* target;
@@ -41,9 +41,9 @@ struct Fiber {
   ucontext_t start;
   jmp_buf resume;
   bool started = false, done = false;
-  const uint64_t* waits_for = nullptr;  // goes on when this is no longer `seen`
+  const uint64_t* waits_for = nullptr;  // resumes when this is no longer `seen`
   uint64_t seen = 0;
-  std::function<bool()> ready;  // or goes on when this says so
+  std::function<bool()> ready;  // or resumes when this returns true
   const char* waits_at = nullptr;
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
@@ -57,7 +57,7 @@ struct Meeting {
   void* slots[kWarp];
 };
 
-// One launch at a time; globals because fibers and signal handlers reach for them.
+// One launch at a time; globals because fibers and signal handlers access them.
 const char* kernel_name = "";
 const std::function<void()>* kernel_body = nullptr;
 std::vector<Fiber> fibers;
@@ -152,7 +152,7 @@ bool can_go_on(Fiber& fiber) {
   return !fiber.ready || fiber.ready();
 }
 
-// How often each warp is passed over: never without a seed.
+// How often each warp is skipped: never without a seed.
 std::vector<double> idleness(unsigned threads, std::mt19937_64& random) {
   std::vector<double> idle((threads + kWarp - 1) / kWarp, 0.);
   if (settings.seed == 0) return idle;
@@ -169,7 +169,7 @@ void run_block(unsigned threads, std::mt19937_64& random) {
   const std::vector<double> idle = idleness(threads, random);
   std::vector<char> passed_over(idle.size());
   std::uniform_real_distribution<double> uniform(0., 1.);
-  bool hurry = false;  // nothing moved in the last round: pass nobody over, let something asynchronous happen
+  bool hurry = false;  // no progress in the last round: skip no warp and force an asynchronous event
   for (unsigned left = threads; left > 0;) {
     if (settings.seed != 0) std::shuffle(order.begin(), order.end(), random);
     for (size_t warp = 0; warp < idle.size(); ++warp) passed_over[warp] = !hurry && uniform(random) < idle[warp];
@@ -212,7 +212,7 @@ void on_bad_access(int, siginfo_t* info, void*) {
   siglongjmp(bad_access, 1);
 }
 
-// Turns SIGSEGV and SIGBUS into an error for the length of a launch.
+// Turns SIGSEGV and SIGBUS into an error during a launch.
 class AccessGuard {
  public:
   AccessGuard() {

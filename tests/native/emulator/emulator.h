@@ -1,17 +1,16 @@
 // Runs the package's CUDA kernels on a CPU, for tests on machines without a GPU. An emulation, not a device: it shows
-// that indexing, masks, synchronisation and arithmetic are right by the rules of CUDA and PTX, it says nothing about
-// speed, and it does not replace `pytest -m gpu`.
+// that indexing, masks, synchronisation and arithmetic follow the rules of CUDA and PTX, says nothing about speed, and
+// does not replace `pytest -m gpu`.
 //
-// A block runs at a time; its threads are fibers, switched wherever CUDA synchronises (barriers, shuffles, warp-wide
-// matrix instructions). What would go unnoticed by luck is made to show:
+// Blocks run one at a time; a block's threads are fibers, switched wherever CUDA synchronises (barriers, shuffles,
+// warp-wide matrix instructions). To expose mistakes that could go unnoticed:
 //   - the order in which fibers and blocks run is drawn from a seed; a result that depends on it differs between seeds
-//   - shared memory is NaN at the start of a block; bytes behind its end are checked
+//   - shared memory is NaN at the start of a block; bytes past its end are checked
 //   - cp.async leaves NaN at its target until cp.async.wait_group, and reads its source only then
 //   - lanes of a warp that meet in different instructions, a barrier that some threads never reach, ldmatrix rows
-//   outside
-//     shared memory or off their alignment, blocks or grids beyond CUDA's limits: each is an error that says where
-//   - access to memory behind a tensor that the test placed before a guard page is an error too (see `fence`)
-// With a seed, warps also run at different speeds. What sm_90a adds runs behind the program's back: see async.h.
+//     outside shared memory or misaligned, blocks or grids beyond CUDA's limits: each is an error that says where
+//   - access past a tensor that the test placed before a guard page is an error too (see `fence`)
+// With a seed, warps also run at different speeds. async.h describes what sm_90a adds.
 #pragma once
 
 #include <cstddef>
@@ -24,12 +23,12 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Of the fiber that runs.
+// The running fiber's.
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-// What the emulated device gives.
+// The emulated device.
 struct Settings {
   uint64_t seed = 0;        // 0: ascending order, else shuffled
   int multiprocessors = 3;  // few, so that small problems fill several rounds of a persistent grid
@@ -39,7 +38,7 @@ struct Settings {
 };
 extern Settings settings;
 
-// Counters since the last reset, so that a test can tell that a path was taken.
+// Counters since the last reset, so that a test can tell which path was taken.
 struct Counts {
   int64_t launches, blocks, barriers, matrix_products, async_copies, warpgroup_products, tma_loads, tma_stores;
 };
@@ -51,10 +50,10 @@ void run(const char* kernel, dim3 grid, unsigned threads, size_t shared_bytes, c
 
 void barrier();
 
-// All 32 lanes of a warp hand in a slot; `combine` sees them all once, and then every lane goes on.
+// Each of the warp's 32 lanes passes a slot; `combine` sees them all once, then every lane continues.
 void warp_meet(const char* instruction, void* slot, void (*combine)(void* const* slots));
 
-// The thread goes on once `ready()`; `instruction` names where it waits.
+// The thread resumes once `ready()`; `instruction` names where it waits.
 void wait_until(const char* instruction, const std::function<bool()>& ready);
 
 unsigned thread_index();

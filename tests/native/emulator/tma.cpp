@@ -51,7 +51,7 @@ void end_phase_if_complete(BarrierState& barrier) {
   ++barrier.phase;
 }
 
-// Calls visit(offset in shared memory, element in global memory or null where there is none) for each of a box.
+// Calls visit(offset in shared memory, element in global memory or null if out of bounds) for each element of a box.
 template <class Visit>
 void for_box(const Transfer& t, const Visit& visit) {
   const TensorBox& tensor = t.tensor;

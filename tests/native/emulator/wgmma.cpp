@@ -26,7 +26,7 @@ struct Product {
   std::array<const uint32_t*, kWarpgroup> a{};
   std::array<std::array<uint32_t, 4>, kWarpgroup> a_issued{};
   std::shared_ptr<Accumulator> acc;
-  unsigned issued = 0, retired = 0;  // by how many of the threads
+  unsigned issued = 0, retired = 0;  // by this many threads
   bool done = false;
 };
 
@@ -127,7 +127,7 @@ Warpgroup& own_warpgroup() {
   return warpgroups[index];
 }
 
-// The threads that wait for an accumulator get it; the others keep NaN until theirs is done.
+// Delivers the accumulator to the threads that wait for it; the others keep NaN until they do.
 void retire(ThreadProducts& mine, Warpgroup& group, size_t end) {
   const unsigned lane = thread_index() % kWarpgroup;
   for (; mine.retired < end; ++mine.retired) {

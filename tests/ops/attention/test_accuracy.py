@@ -31,13 +31,13 @@ compiled = pytest.mark.parametrize("backend", ["native", "reference"])  # fast: 
 
 
 def draws(backend: str, tokens: int = 239, device: str = "cpu") -> int:
-    """The largest error of few rows is noisy: judge several draws at once. The interpreter is slow."""
+    """The largest error of few rows is noisy: judge several draws together. The interpreter is slow."""
     return 1 if backends.interpreted(backend, device) and tokens > 200 else 3
 
 
 def product_terms(x: AttentionInputs, with_lse: bool) -> dict[str, Tensor]:
-    """Sums of absolute terms, in float64. Of three tf32 products each term errs by a float32 rounding, and so does a
-    score, of which p has its relative error. All results but those of the bias and the sink."""
+    """Sums of absolute terms, in float64. With three tf32 products each term errs by a float32 rounding, and so does a
+    score, which becomes the relative error of p. For all results but the bias's and the sink's."""
     x = x.to(torch.float64)
     q, grad_out, group = x.q, x.grad_out.abs(), x.q.shape[1] // x.k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (x.k, x.v))
@@ -68,16 +68,16 @@ def product_terms(x: AttentionInputs, with_lse: bool) -> dict[str, Tensor]:
 def assert_right(
     inputs: list[AttentionInputs], backend: str, *, with_lse: bool = False, case: object = "", device: str = "cpu"
 ) -> None:
-    """Compare a backend with the truth over all draws at once; a failure names the `case`.
+    """Compare a backend with the truth over all draws together; a failure names the `case`.
 
-    On another `device` it is compared with plain PyTorch on the CPU all the same, with one bound for both.
+    On another `device` the comparison is still with plain PyTorch on the CPU, with one bound for both.
     """
 
     def stacked(results: list[Gradients], name: str) -> Tensor:
         return torch.stack([getattr(result, name).cpu() for result in results])
 
     actual = [run(x.on(device), backend, with_lse=with_lse) for x in inputs]
-    inputs = [x.on(device) if x.dropout_p > 0 else x for x in inputs]  # a device has random numbers of its own
+    inputs = [x.on(device) if x.dropout_p > 0 else x for x in inputs]  # a device has its own random numbers
     truth = [plain(x.to(torch.float64), with_lse=with_lse) for x in inputs]
     expected = [plain(x, with_lse=with_lse) for x in inputs]
     terms = [cancelling_terms(x, with_lse=with_lse) for x in inputs]
@@ -92,8 +92,8 @@ def assert_right(
             cancelling = torch.stack([one[name].cpu() for one in terms]) if cancels else None
             assert_as_accurate(f"{case} {name}", a, e, t, terms=cancelling)
         else:
-            # With one visible key, <grad_out, v> - <grad_out, out> cancels: up to the rounding of two sums in Triton,
-            # which adds in another order, exactly elsewhere.
+            # With one visible key, <grad_out, v> - <grad_out, out> cancels: in Triton up to the rounding of two sums,
+            # because it adds in another order; exactly elsewhere.
             x = inputs[0]
             floor = 1e-6 * x.grad_out.abs().max() * x.v.abs().max() if backend == "triton" else 0.0
             assert a.abs().max() <= floor, f"{case} {name}"
@@ -112,7 +112,7 @@ def assert_mask(
     sizes = {"heads": 4, "kv_heads": 2, "dim": 40, "dtype": dtype}
     seeds = range(draws(backend, case.tokens[0], device))
     inputs = [make_inputs(*case.tokens, **sizes, mask=case.mask(), seed=seed) for seed in seeds]
-    # With one score per head a 16-bit gradient of lse is one rounding of ds: no statistic to compare.
+    # With one score per head a 16-bit gradient of lse is one rounding of ds: no statistics to compare.
     assert_right(inputs, backend, with_lse=with_lse and mask != "single", case=mask, device=device)
 
 
@@ -120,14 +120,14 @@ def assert_mask(
 @backends.every_dtype
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_masks(with_lse, dtype, backend):
-    """Each mask, in half of the dtypes with a gradient through lse, in the other half without."""
+    """Each mask, in half of the dtypes with a gradient through lse, in the other half without it."""
     backends.need("attention", backend, dtype)
     for i, mask in enumerate(MASKS):
         if (i + DTYPES.index(dtype)) % 2 == with_lse:
             assert_mask(mask, dtype, backend, with_lse)
 
 
-# The other masks take the same road through a kernel as one of these; in the slow interpreter, in float32 only.
+# Other masks take the same kernel paths as one of these; in the slow interpreter, in float32 only.
 INTERPRETED_IN_16_BITS = ("packed_causal", "tiny", "cross_only")
 
 
@@ -158,7 +158,7 @@ def test_head_dims(dtype, backend):
 
 
 def in_triton(dims: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Its limits; in the slow interpreter float16, which a kernel treats as bfloat16, of two dims."""
+    """Triton's limits; in the slow interpreter two dims in float16, which a kernel treats like bfloat16."""
     return dtype == torch.bfloat16 or (max(dims) <= 128 if dtype in SINGLE else dims in ((80, 40), (256, 256)))
 
 
@@ -301,14 +301,15 @@ def test_long_sequences(backend, heads, dtype):
 
 
 def image_spans(lengths: tuple[int, ...], run_of: int) -> AttentionMask:
-    """Text and images in turn."""
+    """Alternating text and images."""
     part = torch.cat([torch.arange(n) // run_of for n in lengths])
     image = part % 2 == 1
     return AttentionMask.multimodal(cu_seqlens_of(lengths), image.byte(), torch.where(image, part, -1).int())
 
 
-# How much larger the error of a bf16 gradient may be than that of a float32 one cast to bf16. Where more than three
-# quarters of all pairs are computed the products with P and dS are in bf16: sqrt(2) times, more for a rounded delta.
+# How much larger the error of a bf16 gradient may be than that of a float32 gradient cast to bf16. Where more than
+# three quarters of all pairs are computed, the products with P and dS are in bf16: sqrt(2) times, more for a rounded
+# delta.
 GRADIENTS = {
     "packed": (lambda: AttentionMask.packed(cu_seqlens_of((256, 100, 1, 211))), 1.02),
     "causal": (lambda: AttentionMask.packed(cu_seqlens_of((568,)), causal=True), 1.02),

@@ -1,4 +1,4 @@
-"""Additive attention judged against float64 under every mask, and the ways in which a user calls and errs."""
+"""Additive attention judged against float64 under every mask; how users call it, and their mistakes."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from mmkernels.testing.packing import cu_seqlens_of
 
 OPS = torch.ops.mmkernels
 
-# The interpreter takes a millisecond for each element of the head dim and pair of tiles: ragged, but few.
+# The interpreter takes a millisecond per element of the head dim and pair of tiles: ragged, but few.
 SMALL = {
     "dense": MaskCase((21,), (37,), lambda cu_q, cu_k: None),
     "packed": MaskCase((5, 20, 0, 1, 9)),
@@ -46,14 +46,14 @@ def assert_right(
     case: object = "",
     device: str = "cpu",
 ) -> None:
-    """`draw(seed)` three times, judged at once: the largest error of few rows is noisy. A failure names the `case`."""
+    """`draw(seed)` three times, judged together: the largest error of few rows is noisy. A failure names the `case`."""
     inputs = [draw(seed) for seed in range(3)]
     got = [run_additive(x.on(device), backend, with_lse=with_lse) for x in inputs]  # plain PyTorch: on the CPU
     plain = [plain_additive(x, with_lse=with_lse) for x in inputs]
     truth = [plain_additive(x.double(), with_lse=with_lse) for x in inputs]
     terms = [gradient_terms(x, with_lse=with_lse) for x in inputs]
     if backend == "triton" and device != "cpu" and inputs[0].q.dtype == torch.float32:
-        # Of three tf32 products each term errs by a float32 rounding.
+        # With three tf32 products each term errs by a float32 rounding.
         for x, of_x in zip(inputs, terms, strict=True):
             of_x["out"] = plain_additive(replace(x.double(), v=x.v.double().abs()))["out"]
     for name in truth[0]:
@@ -145,7 +145,7 @@ def test_on_a_device(dtype, device):
 
 @pytest.mark.parametrize("mask", ["dense", "window"])
 def test_tokens_with_much_in_common(mask):
-    """Without the room for cancelling terms."""
+    """Without an allowance for cancelling terms."""
     backends.need("attention", "native")
     case = {"dense": MaskCase((196,), build=lambda cu_q, cu_k: None), "window": MASKS["window"]}[mask]
     for family in FAMILIES:
@@ -277,7 +277,7 @@ def test_same_bits_with_any_number_of_threads():
 
 
 def test_memory_is_of_the_tokens():
-    """2048 x 2048 pairs and 32 elements of the head dim would be 512 MB."""
+    """2048 x 2048 pairs times 32 elements of the head dim would take 512 MB."""
     backends.need("attention", "native")
     x = make_additive(2048, 2048, heads=1, dim=32, mask=AttentionMask.packed(cu_seqlens_of([16] * 128)))
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -330,7 +330,7 @@ def test_compile_functorch_and_checkpoint(backend):
             torch.testing.assert_close(ours, theirs)
 
 
-# As a user errs
+# User mistakes
 
 Q, K, V, W = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8), torch.randn(4, 8)
 BAD = {

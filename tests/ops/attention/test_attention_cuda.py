@@ -12,7 +12,7 @@ from mmkernels.testing.attention import INTERVAL_MASKS, MASKS, AttentionInputs, 
 
 LOW = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *LOW)
-# Padded to 64, 128 and 256; no multiple of the 16 of a matrix instruction, of a vector, of two; Dv smaller and larger.
+# Padded to 64, 128 and 256; not multiples of a matrix instruction's 16, of a vector, of two; Dv smaller and larger.
 DIMS = ((8, 8), (64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (20, 37), (64, 160), (176, 40), (256, 256))
 
 
@@ -30,7 +30,7 @@ def assert_right(x: AttentionInputs, *, with_lse: bool = False, case: object = "
         if truth[name].count_nonzero() > 0:
             assert_as_accurate(f"{case} {name}", actual[name], expected, truth[name])
         else:
-            # One visible key: <grad_out, v> - delta is zero, up to the rounding of two float32 sums of other orders.
+            # One visible key: <grad_out, v> - delta is zero up to the rounding of two float32 sums in different orders.
             assert name in ("dq", "dk"), f"{case} {name}"
             assert actual[name].abs().max() <= 1e-6 * x.grad_out.abs().max() * x.v.abs().max(), f"{case} {name}"
 
@@ -38,7 +38,7 @@ def assert_right(x: AttentionInputs, *, with_lse: bool = False, case: object = "
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masks(cuda, dtype):
     for mask in INTERVAL_MASKS:
-        # With one score per head a gradient of lse is one rounding of ds to 16 bits: no statistic to compare.
+        # With one score per head a gradient of lse is one rounding of ds to 16 bits: no statistics to compare.
         with_lse = mask != "single" or dtype not in LOW
         assert_right(inputs(mask, cuda.device, dtype=dtype, dim=64), with_lse=with_lse, case=mask)
 
@@ -52,7 +52,7 @@ def test_head_dims(cuda, dtype):
 
 
 def test_tiny_head_dim(cuda):
-    # In float32: of so few products plain PyTorch on CPU makes no 16-bit matrices.
+    # In float32: for so few products plain PyTorch on the CPU uses no 16-bit matrix products.
     assert_right(inputs("packed", cuda.device, dim=1, dim_v=3), with_lse=True)
 
 
@@ -128,7 +128,7 @@ def test_a_nan_is_not_hidden(cuda):
     x = inputs("packed", cuda.device, dtype=torch.bfloat16)
     x.k[3, 0, 0] = torch.nan
     out = run(x, "native").out
-    assert out[0].isnan().any() and not out[80:].isnan().any()  # segment 0 has it, others do not
+    assert out[0].isnan().any() and not out[80:].isnan().any()  # segment 0 has NaN, the others do not
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -152,7 +152,7 @@ def test_16_bit_runs_on_matrix_instructions(cuda):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ("native", "triton"))
 def test_large(backend, dtype):
-    """What only a device can do in reasonable time: many blocks, long loops."""
+    """Too slow for emulation: many blocks, long loops."""
     cu = torch.tensor([0, 700, 701, 3000, 4096], dtype=torch.int32, device="cuda")
     mask = AttentionMask.packed(cu, causal=True)
     x = make_inputs(4096, 4096, heads=8, kv_heads=2, dim=128, dtype=dtype, mask=mask, device="cuda")

@@ -19,7 +19,7 @@ LOW = (torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def sm90(cuda):
-    """An emulated device by its capability; a real one has its own."""
+    """Sets an emulated device's capability to 9.0; skips a real device with another one."""
     if cuda.emulator is None and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the device is no sm_90")
     cuda.capability(90)
@@ -35,7 +35,7 @@ def inputs(mask: str, device: str, **options: object) -> AttentionInputs:
 def assert_right(
     cuda: object, x: AttentionInputs, *, with_lse: bool = True, sm90: bool = True, case: object = ""
 ) -> None:
-    """Forward and backward against float64, by the kernels for sm_90 alone (or without them). A failure names the
+    """Forward and backward against float64, with the sm_90 kernels only (or without them). A failure names the
     `case`."""
     if cuda.emulator is not None:
         cuda.emulator.reset_counts()
@@ -58,13 +58,13 @@ def assert_right(
 @pytest.mark.parametrize("dim", (64, 128))
 def test_masks(sm90, dim, dtype):
     for mask in MASKS:
-        # With one score per head a gradient of lse is one rounding of ds to 16 bits: no statistic to compare.
+        # With one score per head a gradient of lse is one rounding of ds to 16 bits: no statistics to compare.
         with_lse = mask != "single"
         assert_right(sm90, inputs(mask, sm90.device, dtype=dtype, dim=dim), with_lse=with_lse, case=mask)
 
 
 def test_head_dims(sm90):
-    """Padded to 64 and 128 by TMA; what is not there is not written either."""
+    """TMA pads to 64 and 128; out-of-bounds elements are not written either."""
     for dims in ((8, 8), (72, 72), (80, 80), (96, 96), (128, 64), (40, 112)):
         x = inputs("packed_causal", sm90.device, dtype=torch.bfloat16, dim=dims[0], dim_v=dims[1])
         assert_right(sm90, x, case=dims)
@@ -107,7 +107,7 @@ def blocky_mask(seed: int, tokens_q: int, tokens_k: int, device: str) -> Attenti
     return AttentionMask.from_rows(lo.to(device), hi.to(device), **{name: x.to(device) for name, x in given.items()})
 
 
-# Three seeds a kernel: each has other lengths of runs.
+# Three seeds per kernel, each with other run lengths.
 SEEDS = {(64, LOW[0]): (0, 1, 2), (128, LOW[0]): (3, 4, 5), (64, LOW[1]): (6, 7, 8), (128, LOW[1]): (9, 10, 11)}
 
 
@@ -130,7 +130,7 @@ def test_random_patterns(sm90, dim, dtype):
 
 
 def test_random_patterns_meet_every_state():
-    """Else the test above shows less than it seems to."""
+    """Otherwise the test above shows less than it seems to."""
     met = set()
     for seed in itertools.chain(*SEEDS.values()):
         tokens = random_tokens(seed)
@@ -139,7 +139,7 @@ def test_random_patterns_meet_every_state():
 
 
 def test_long_cross_only(sm90):
-    """Many whole tiles between others, several words of the map: 1100 keys are 18 tiles of 64."""
+    """Many full tiles between others, several words of the map: 1100 keys are 18 tiles of 64."""
     ids = torch.arange(1100, device=sm90.device).div(200, rounding_mode="floor").remainder(2).to(torch.uint8)
     mask = AttentionMask.cross_only(cu_seqlens_of((1100,), sm90.device), ids)
     assert_right(sm90, make_inputs(1100, 1100, mask=mask, heads=1, dim=64, dtype=torch.bfloat16, device=sm90.device))
@@ -151,7 +151,7 @@ def test_what_nobody_sees_is_not_fetched(sm90, pattern):
         pytest.skip("copies are counted by the emulator")
     lengths = (128, 128, 128, 128)
     packed = AttentionMask.packed(cu_seqlens_of(lengths))
-    if pattern:  # the same pairs, by spans alone
+    if pattern:  # the same pairs, through spans only
         span = torch.arange(512).div(128, rounding_mode="floor").int()
         everywhere = torch.zeros(512, dtype=torch.int32), torch.full((512,), 512, dtype=torch.int32)
         packed = AttentionMask.from_rows(*everywhere, span_q=span, span_k=span)
@@ -161,7 +161,7 @@ def test_what_nobody_sees_is_not_fetched(sm90, pattern):
         run(make_inputs(512, 512, mask=mask, heads=1, dim=64, dtype=torch.bfloat16), "native")
         return sm90.emulator.counts()["tma_loads"]
 
-    # Of a block's rows: 1 + 2 + 2 loads; of each tile 2 forward, 2 in dQ, 4 (of 64 queries) in dK and dV.
+    # Per block of rows: 1 + 2 + 2 loads; per tile 2 in the forward, 2 in dQ, 4 (of 64 queries) in dK and dV.
     assert loads(None) == 4 * 5 + 16 * 8
     assert loads(packed) == 4 * 5 + 4 * 8
 
@@ -213,7 +213,7 @@ def test_what_tma_cannot_follow_runs_elsewhere(sm90, layout):
 
 
 def test_a_gradient_that_tma_cannot_follow(sm90):
-    """The forward's kernel does not bind the backward."""
+    """The backward may use other kernels than the forward."""
     x = inputs("packed_causal", sm90.device, dtype=torch.bfloat16, dim=64)
     x = replace(x, grad_out=x.grad_out[:1, :1, :1].expand_as(x.grad_out))
     actual, expected, truth = run(x, "native"), plain(x), plain(x.to(torch.float64))
@@ -230,7 +230,7 @@ def test_float32_runs_elsewhere(sm90):
 
 
 def test_a_pattern_wants_these_kernels(cuda):
-    """The Python side names another backend; the launcher computes nothing else."""
+    """The Python side names another backend; the launcher rejects what it does not support."""
     if cuda.emulator is None:
         pytest.skip("a device has the capability it has")
     x = inputs("noise", cuda.device, dtype=torch.bfloat16, dim=64)
@@ -242,7 +242,7 @@ def test_a_nan_is_not_hidden(sm90):
     x = inputs("packed", sm90.device, dtype=torch.bfloat16, dim=64)
     x.k[3, 0, 0] = torch.nan
     out = run(x, "native").out
-    assert out[0].isnan().any() and not out[80:].isnan().any()  # segment 0 has it, others do not
+    assert out[0].isnan().any() and not out[80:].isnan().any()  # segment 0 has NaN, the others do not
 
 
 @pytest.mark.parametrize("dim", (64, 128))
@@ -260,7 +260,7 @@ def test_the_same_bits_whatever_runs_first(sm90, mask, dim):
 @pytest.mark.parametrize("dim", (64, 128))
 @pytest.mark.parametrize("mask", ("dense", "packed_causal", "cross_only"))
 def test_large(sm90, mask, dim, dtype):
-    """What only a device can do in reasonable time: many blocks, long loops."""
+    """Too slow for emulation: many blocks, long loops."""
     cu = cu_seqlens_of((700, 0, 1, 2299, 1096), "cuda")
     ids = torch.arange(4096, device="cuda").div(300, rounding_mode="floor").remainder(3).to(torch.uint8)
     masks = {"packed_causal": AttentionMask.packed(cu, causal=True), "cross_only": AttentionMask.cross_only(cu, ids)}

@@ -1,4 +1,4 @@
-"""What attention promises of sinks, dropout, batches, empty inputs and layouts, and how it names a user's mistakes."""
+"""Attention's promises about sinks, dropout, batches, empty inputs and layouts, and its error messages."""
 
 import itertools
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_dropout_keeps_its_share_and_its_mean():
 
 
 def test_philox_is_philox():
-    """The published test vectors of Philox 4x32-10 (Random123) whose counter is one of ours: all zeros."""
+    """The published Philox 4x32-10 test vectors (Random123) with a counter that we use: all zeros."""
     words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     for i, word in enumerate(words):
         share = (word >> 1) / 2**31
@@ -60,7 +60,7 @@ def test_a_sink_is_a_key_without_a_value(backend):
     bare, bare_lse = attention(q, k, v, MASK, return_lse=True, backend=backend)
     torch.testing.assert_close(lse, torch.logaddexp(bare_lse, sink[:, None]))
     torch.testing.assert_close(out, bare * (bare_lse - lse).exp().T[..., None])
-    for height in (-1e4, 1e4):  # one that is not there, one that takes all
+    for height in (-1e4, 1e4):  # a negligible sink, and one that takes all the weight
         out = attention(q, k, v, MASK, sink=torch.full((4,), height), backend=backend)
         torch.testing.assert_close(out, bare if height < 0 else torch.zeros_like(bare))
 
@@ -79,7 +79,7 @@ def test_a_query_that_sees_nothing_has_no_sink(backend):
     for grad in grads[:3]:
         assert not grad[3:].any()
         assert grad[:3].any()
-    # The bias of a query's own class is never used.
+    # The bias of a query's own class is unused.
     assert not grads[4].diagonal(dim1=1, dim2=2).any()
 
 
@@ -108,7 +108,7 @@ def test_empty(backend):
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_the_same_bits_every_time(backend):
-    """Not in Triton: its interpreter runs one program after another."""
+    """Not in Triton: its interpreter runs programs one after another."""
     backends.need("attention", backend, torch.bfloat16)
     x = make_inputs(300, 300, heads=4, kv_heads=2, dim=40, dtype=torch.bfloat16)
     mask = AttentionMask.cross_only(cu_seqlens_of([100, 200]), (torch.arange(300) % 7 < 3).byte())
@@ -163,7 +163,7 @@ def test_samples_do_not_see_each_other(backend):
 
 
 def test_a_class_beyond_the_table_shows_where_values_are_not_looked_at(monkeypatch):
-    """On a GPU nothing checks classes; the kernels give NaN for them and read no foreign memory."""
+    """On a GPU nothing checks classes; the kernels return NaN for them and read no foreign memory."""
     q, k, v = qkv()
     mask = MASK.with_classes(torch.tensor([0, 1, 0, 0, 0, 0, 0, 0, 0, 0], dtype=torch.int32))
     monkeypatch.setattr(AttentionMask, "_values_are_readable", lambda self: False)
@@ -174,7 +174,7 @@ def test_a_class_beyond_the_table_shows_where_values_are_not_looked_at(monkeypat
 
 
 def test_cuda_kernels_say_what_they_do_not_take():
-    """On any tensor that is not the CPU's: the limits follow from the call alone."""
+    """On any non-CPU tensor: the limits follow from the call alone."""
     q = torch.empty(10, 4, 8, device="meta")
     given = MaskRows(*CROSS.rows(10, 10)), Options(torch.zeros(4, 2, 2), torch.zeros(4), torch.tensor([1]), 0.1, 1.0)
     bare = MaskRows(*MASK.rows(10, 10)), Options(None, None, None, 0.0, 1.0)

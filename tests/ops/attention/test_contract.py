@@ -143,7 +143,7 @@ def test_only_lse_used(backend):
 
 
 def test_dropout_is_replayed(backend):
-    """Checkpointing and whoever restores torch's generator get the same mask; another state gives another."""
+    """Checkpointing, or anyone who restores torch's generator, gets the same mask; another state gives another."""
     q, k, v = leaves()
 
     def layer(q):
@@ -168,7 +168,7 @@ def test_dropout_is_replayed_by_grad_cache(backend):
         return attention(h, h, h, dropout_p=0.5, backend=backend).flatten(1)
 
     gradients = []
-    for chunk_size in (2, 3):  # draws differ between chunkings, the two passes of one must not
+    for chunk_size in (2, 3):  # draws differ between chunkings, but the two passes of one must not
         torch.manual_seed(1)
         weight.grad = None
         GradCache([encoder], lambda e: e.square().sum(), chunk_size=chunk_size)(x)
@@ -188,7 +188,7 @@ def test_autocast_as_sdpa():
 @pytest.mark.gpu
 @pytest.mark.parametrize("build", BUILDERS)
 def test_no_host_sync_and_cuda_graphs(build):
-    """Building, laying out, forward and backward never wait for the device, so they can be captured."""
+    """Building, layout, forward and backward never wait for the device, so they can be captured."""
     cu = cu_seqlens_of(LENGTHS, "cuda")
     modalities, spans = MODALITIES.cuda(), SPANS.cuda()
     q, k, v = (x.detach().cuda().to(torch.bfloat16).requires_grad_() for x in leaves(dim=64))
@@ -210,5 +210,5 @@ def test_no_host_sync_and_cuda_graphs(build):
     graph.replay()
     first = [x.clone() for x in captured]
     graph.replay()
-    assert not torch.equal(first[0], captured[0])  # the generator moves on between replays
+    assert not torch.equal(first[0], captured[0])  # the generator advances between replays
     assert all(torch.isfinite(x).all() for x in captured)

@@ -1,4 +1,4 @@
-"""The gated residual judged against float64, and the ways in which a user calls and errs."""
+"""The gated residual judged against float64; how users call it, and their mistakes."""
 
 import backends
 import named
@@ -25,7 +25,7 @@ def assert_right(rows: Rows, backend: str, case: object = "", device: str = "cpu
                 got[name], true, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{case} {name}: {m}"
             )
             continue
-        # The gate's gradient is a sum that cancels: one float32 rounding of its terms is any order's due.
+        # The gate's gradient is a sum that cancels: allow one float32 rounding of its terms for the order of summation.
         product = rows.inputs["x"].double().abs() * rows.grad_out.double().abs()
         terms = product.sum_to_size(true.shape) if name == "dgate" and true.ndim else None
         if name == "dgate" and terms is None:
@@ -48,7 +48,7 @@ CASES = {
 }
 
 
-# Sums over several strips are in float32 in every dtype: one is enough for the interpreter.
+# Sums over several strips are in float32 for every dtype: the interpreter tests one.
 STRIPS = ("many_strips", "many_strips_of_heads")
 
 

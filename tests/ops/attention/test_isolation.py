@@ -1,4 +1,4 @@
-"""A pair that the mask hides contributes nothing, whatever its values are: a NaN stays where it is seen."""
+"""A pair that the mask hides contributes nothing, whatever its values: a NaN reaches only rows that see it."""
 
 from dataclasses import replace
 
@@ -20,12 +20,12 @@ CASES = {
     "cross_only": ("cross_only", {"classes": (2, 2), "dropout_p": 0.2}),
     "noise": ("noise", {"sink": True}),
 }
-# Triton is not here: docs/numerics.md says how far a NaN can reach in a tile.
+# Without Triton: docs/numerics.md says how far a NaN can reach in a tile.
 BACKENDS = [*(("native", dtype) for dtype in backends.DTYPES), ("reference", torch.float32)]
 
 
 def poisoned(x: AttentionInputs, name: str, row: int, value: float) -> AttentionInputs:
-    """One element of one row in another value."""
+    """Set one element of one row to another value."""
     tensor = getattr(x, name).clone()
     tensor[row, 0, -1] = value
     return replace(x, **{name: tensor})
@@ -74,7 +74,7 @@ def test_nothing_goes_through_a_hidden_pair(backend, dtype):
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_a_bias_of_hidden_classes(backend):
-    """Queries of a class see keys of the other only, so the bias of equal classes is never used."""
+    """Queries of a class see only keys of the other, so the bias of equal classes is unused."""
     backends.need("attention", backend)
     mask = MASKS["cross_only"]
     x = make_inputs(*mask.tokens, classes=(2, 2), mask=mask.mask())

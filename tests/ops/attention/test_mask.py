@@ -1,4 +1,4 @@
-"""Every mask builder equals its own dense definition, and so do the tiles that it skips or takes whole."""
+"""Every mask builder equals its dense definition, and so do the tiles that it skips or marks full."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def dense_packed(lengths_q, lengths_k, causal, window):
 
 
 def check(mask, expected):
-    """A mask is the dense one; no visible pair lies outside its key's hull or in a tile that is skipped."""
+    """A mask equals the dense one; no visible pair lies outside its key's hull or in a skipped tile."""
     tokens_q, tokens_k = expected.shape
     assert torch.equal(mask.to_dense(tokens_q, tokens_k), expected)
     assert mask.density(tokens_q, tokens_k) == pytest.approx(expected.double().mean().item() if expected.numel() else 0)
@@ -47,7 +47,7 @@ def check(mask, expected):
 
 
 def check_tiles(rows, expected, tile_q, tile_k):
-    """SKIP has no visible pair, FULL no other; of tiles that are one of both most are found."""
+    """A SKIP tile has no visible pair, a FULL tile no hidden one; most tiles that qualify are found."""
     states = tiles.tile_states(rows, expected.shape[1], tile_q, tile_k)
     for a in range(states.shape[0]):
         for b in range(states.shape[1]):
@@ -84,13 +84,13 @@ def test_prefix(samples):
     check(mask, expected)
 
 
-# A token of interleaved input: its sample, modality and span (-1: none). Runs of a few tokens, some of them empty.
+# A token of interleaved input: its sample, modality and span (-1: none). Runs of a few tokens, some empty.
 runs = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.booleans()), max_size=5)
 samples = st.lists(runs, max_size=4)
 
 
 def token_table(samples):
-    """(sample, modality, span) of each token; spans are numbered inside a sample."""
+    """(sample, modality, span) of each token; spans are numbered within a sample."""
     table = []
     for s, sample in enumerate(samples):
         for span, (length, modality, in_span) in enumerate(sample):
@@ -155,7 +155,7 @@ media = st.lists(
 @settings(max_examples=600, deadline=None)
 @given(media, st.sampled_from(["last", "all_previous", "own"]))
 def test_media(samples, mode):
-    """Ids of text tokens in any order; those of keys sorted, except for "own", which may hide keys of a negative id."""
+    """Ids of text tokens in any order; ids of keys sorted, except for "own", which may hide keys with a negative id."""
     queries = [(s, m) for s, (text, _) in enumerate(samples) for m in text]
     keys = [
         (s, m if mode != "own" else m - 1)
@@ -211,7 +211,7 @@ def test_from_rows(queries, keys, spans, classes):
 @settings(max_examples=10, deadline=None)
 @given(st.sampled_from(sorted(MASKS)), st.data())
 def test_kernels_see_what_the_mask_shows(name, data):
-    """Through the kernels: with segments of any lengths, out and gradients are those of the dense mask."""
+    """Through the kernels: for segments of any lengths, out and gradients equal the dense mask's."""
     case = MASKS[name]
     count = data.draw(st.integers(1, 4))
     lengths = st.lists(st.sampled_from([0, 1, 2, 63, 64, 65, 130, 200]), min_size=count, max_size=count)
@@ -241,7 +241,7 @@ def test_segments_of_every_size(lengths):
 
 
 def test_a_map_finds_what_it_may_skip_and_take_whole():
-    """Two modalities in long runs: of 64 x 64 tiles inside runs none is left to mask."""
+    """Two modalities in long runs: no 64 x 64 tile inside a run needs masking."""
     modality = torch.repeat_interleave(
         torch.tensor([0, 1, 0, 1], dtype=torch.uint8), torch.tensor([256, 128, 128, 256])
     )

@@ -1,4 +1,4 @@
-"""Random masks of every builder through the kernels, forward and backward: what the dense mask gives."""
+"""Random masks of every builder through the kernels, forward and backward: equal to the dense mask."""
 
 import backends
 import pytest
@@ -10,7 +10,7 @@ from mmkernels import AttentionMask
 from mmkernels.testing.attention import make_inputs, plain, run
 from mmkernels.testing.packing import cu_seqlens_of
 
-# Around the edges of tiles (16 to 128 queries, 16 to 64 keys), few enough for the interpreter.
+# Around the edges of tiles (16 to 128 queries, 16 to 64 keys), and small enough for the interpreter.
 length = st.sampled_from([0, 1, 2, 15, 17, 33, 64, 65])
 window = st.none() | st.sampled_from([1, 5, 40])
 
@@ -20,7 +20,7 @@ def column(values, dtype):
 
 
 def in_runs(draw, tokens, values):
-    """A value for each token, changing every few to every many of them."""
+    """A value per token that changes every few to every many tokens."""
     found = []
     while len(found) < tokens:
         found += [draw(values)] * draw(st.sampled_from([1, 3, 16, 40, 70]))
@@ -53,7 +53,7 @@ def multimodal(draw):
     lengths = lengths_of(draw)
     tokens = sum(lengths)
     spans, modalities = [], []
-    for n in lengths:  # a span is numbered inside its sample and has one modality
+    for n in lengths:  # spans are numbered within a sample and have one modality
         run_of = in_runs(draw, n, st.tuples(st.integers(0, 3), st.booleans()))
         starts = [i == 0 or run_of[i] != run_of[i - 1] for i in range(n)]
         number = torch.tensor(starts, dtype=torch.int32).cumsum(0).tolist()

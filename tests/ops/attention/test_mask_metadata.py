@@ -1,4 +1,4 @@
-"""Metadata of masks: any integer dtype, values at the edges, where they are checked, and what a mistake is called."""
+"""Metadata of masks: any integer dtype, extreme values, when they are checked, and the error messages."""
 
 import named
 import pytest
@@ -218,7 +218,7 @@ BUILDERS = {
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 def test_any_integer_dtype(build):
-    """torch's own integers are int64; the rows are the same to the bit."""
+    """torch's default integers are int64; the rows agree bit for bit."""
     expected = build(lambda x: x.to(INT))
     q, k = torch.randn(2, 9, 2, 8).unbind()
     bias = {} if expected.classes is None else {"pair_bias": torch.randn(2, 3, 3)}
@@ -232,7 +232,7 @@ def test_any_integer_dtype(build):
 
 
 def test_a_class_in_the_sign_bit():
-    """In int64 class 31 is 2^31, which int32 holds as a sign."""
+    """In int64 class 31 is 2^31, which is int32's sign bit."""
     classes, allow = torch.tensor([31, 0]), torch.tensor([1 << 31, (1 << 31) + 1])
     mask = AttentionMask.from_rows(ZEROS, ZEROS + 2, allow_q=allow, class_k=classes)
     assert mask.to_dense().tolist() == [[True, False], [True, True]]
@@ -256,7 +256,7 @@ def test_a_mask_serves_one_pair_of_sizes():
 
 
 def test_values_on_a_device_are_checked_when_asked(monkeypatch):
-    """As on a GPU, where nothing looks at values until validate() or MMKERNELS_VALIDATE asks for it."""
+    """As on a GPU, where values are not read until validate() or MMKERNELS_VALIDATE asks for it."""
     from mmkernels.ops.attention import mask as module
 
     monkeypatch.setattr(module, "readable", lambda tensor: validating())

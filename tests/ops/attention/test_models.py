@@ -1,6 +1,6 @@
-"""As a user would: a Gemma-3-like and a Flamingo-like layer give the same with our op as with a dense mask and SDPA.
+"""As users would: a Gemma-3-like and a Flamingo-like layer give the same with our op as with a dense mask and SDPA.
 
-The dense masks are written as those models write them, from token types and media locations, and not by our builders.
+The dense masks are written as those models write them, from token types and media locations, without our builders.
 """
 
 import pytest
@@ -57,7 +57,7 @@ class GemmaLayer(nn.Module):
 
 
 class FlamingoLayer(nn.Module):
-    """Gated cross attention to the media before each token; both gates begin near zero."""
+    """Gated cross-attention to the media before each token; both gates start near zero."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ class FlamingoLayer(nn.Module):
 
 
 def assert_same(layers, inputs, ours, theirs):
-    """Output, and gradients of inputs and parameters: equal in float64, in float32 as close to it as theirs."""
+    """Output and gradients of inputs and parameters: equal in float64; in float32 as close to float64 as SDPA's."""
     results = {}
     for dtype in (torch.float32, torch.float64):
         values = [x.to(dtype).requires_grad_() for x in inputs]
@@ -127,9 +127,9 @@ def test_gemma():
 
 @pytest.mark.parametrize("mode", ["last", "all_previous"])
 def test_flamingo(mode):
-    """Interleaved text with media of 8 latents; tokens before the first medium see none, a sample may have none."""
+    """Interleaved text with media of 8 latents; tokens before the first medium see none, and a sample may have none."""
     torch.manual_seed(0)
-    marks = [[5, 20, 21], [0], [], [30]]  # where in its text each medium of a sample stands
+    marks = [[5, 20, 21], [0], [], [30]]  # where each medium of a sample stands in its text
     text_lengths, latents = [40, 12, 9, 31], 8
     text_time, media_time, text_sample, media_sample = [], [], [], []
     for s, (at, length) in enumerate(zip(marks, text_lengths, strict=True)):

@@ -1,4 +1,4 @@
-"""The CPU kernels of the family's parts on every instruction set; one process for all, because starting it is slow."""
+"""The CPU kernels of the family's parts on every instruction set; one process for all, because startup is slow."""
 
 import isas
 from backends import DTYPES

@@ -1,4 +1,4 @@
-"""The prologue: norm and rotary embedding judged against float64, and the ways in which a user calls and errs."""
+"""The prologue: norm and rotary embedding judged against float64; how users call it, and their mistakes."""
 
 import math
 
@@ -17,7 +17,7 @@ OPS = torch.ops.mmkernels
 
 
 def assert_right(draws: list[Rows], backend: str, case: object, device: str = "cpu") -> None:
-    """Compare a backend with the truth over all draws at once; a failure names the `case`."""
+    """Compare a backend with the truth over all draws together; a failure names the `case`."""
     got = [differentiate(rows.on(device), lambda **kwargs: norm_rope(**kwargs, backend=backend)) for rows in draws]
     plain = [differentiate(rows, plain_norm_rope) for rows in draws]
     truth = [differentiate(rows.double(), plain_norm_rope) for rows in draws]
@@ -56,9 +56,7 @@ def assert_case(case: str, dtype: torch.dtype, backend: str, device: str = "cpu"
         tokens = 300  # two programs of the backward; the interpreter is slow
     tokens *= factor
     options = {"rotary_dim": rotary, "norm": norm, "affine": affine, "interleaved": interleaved, "dtype": dtype}
-    draws = 1 + (20 if backends.interpreted(backend, device) else 100) // (
-        tokens * heads * dim
-    )  # of few elements: noisy
+    draws = 1 + (20 if backends.interpreted(backend, device) else 100) // (tokens * heads * dim)  # noisy: few elements
     rows = [norm_rope_rows(tokens, heads, dim, **options, seed=seed) for seed in range(draws)]
     assert_right(rows, backend, case, device)
 
@@ -73,7 +71,7 @@ def test_against_float64(dtype, backend):
 
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64_in_triton(case):
-    """The dtypes in turn: a kernel only reads and writes them, and computes in float32."""
+    """Cycle through the dtypes: a kernel only reads and writes them, and computes in float32."""
     dtype = DTYPES[list(CASES).index(case) % 3]
     backends.need("attention", "triton", dtype)
     assert_case(case, dtype, "triton")
@@ -248,7 +246,7 @@ def test_rotation_alone_keeps_no_input(backend):
     assert all(saved is None or saved.shape != x.shape for saved in out.grad_fn.next_functions[0][0].saved_tensors)
 
 
-# As a user errs
+# User mistakes
 
 Q, K, P = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.arange(5)
 COS_SIN = rotary_cos_sin(P, 8)

@@ -15,7 +15,7 @@ def test_angles_of_large_positions():
     for i, position in enumerate(positions):
         for j in range(64):
             angle = position * 1e6 ** (-2 * j / 128)
-            # float64 holds the angle to 2^-53 of itself; what is left is float32's rounding of the cosine.
+            # float64 holds the angle to a relative 2^-53; what remains is float32's rounding of the cosine.
             bound = 2**-24 + angle * 2**-51
             assert abs(cos[i, j].item() - math.cos(angle)) <= bound, position
             assert abs(sin[i, j].item() - math.sin(angle)) <= bound, position

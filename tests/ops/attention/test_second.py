@@ -19,7 +19,7 @@ T, H, D = 12, 4, 3
 CU = torch.tensor([0, 3, 3, 9, T], dtype=torch.int32)
 MODALITIES = torch.tensor([0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1], dtype=torch.uint8)
 SPANS = torch.tensor([-1, 0, 0, -1, 1, 1, -1, -1, 2, -1, -1, 3], dtype=torch.int32)
-BLOCKS = (2**20, 64)  # scores a block: all in one, and several blocks
+BLOCKS = (2**20, 64)  # scores per block: all in one block, and several blocks
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = ("none", "packed", "causal", "multimodal", "prefix", "cross_only", "rows")
 
@@ -124,7 +124,7 @@ def test_a_table_of_angles_has_no_derivative_in_forward_mode_either():
 
 
 def penalised(run, x):
-    """Gradients, by q, k and v, of a scalar and of the squared norms of its gradients."""
+    """Gradients with respect to q, k and v of a scalar plus the squared norms of its gradients."""
     leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
     value = (run(x, *leaves) * x.grad_out).sum()
     grads = torch.autograd.grad(value, leaves, create_graph=True)
@@ -133,7 +133,7 @@ def penalised(run, x):
 
 
 def written_out(x, q, k, v):
-    """SDPA has no double backward in its fused kernels."""
+    """SDPA's fused kernels have no double backward."""
     seen = dense_mask(x)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
@@ -141,7 +141,7 @@ def written_out(x, q, k, v):
     return torch.einsum("hqk,khd->qhd", p, v)
 
 
-# Each mask in each dtype where it is fast; in the interpreter one.
+# Each mask in each dtype where it is fast; one in the interpreter.
 PENALISED = [
     *itertools.product(("native", "reference"), ("packed_causal", "image_spans", "cross_only"), DTYPES),
     ("triton", "packed_causal", torch.bfloat16),
@@ -150,7 +150,7 @@ PENALISED = [
 
 @pytest.mark.parametrize(("backend", "name", "dtype"), PENALISED, ids=str)
 def test_gradient_penalty(backend, name, dtype):
-    """As accurate as plain PyTorch, whatever backend gave the first derivatives: those of second order are one code."""
+    """As accurate as plain PyTorch, whichever backend gave the first derivatives: second derivatives share one code."""
     backends.need("attention", backend, dtype)
     case = MASKS[name]
     sizes = dict(heads=4, kv_heads=2, dim=16, dtype=dtype, mask=case.mask())
@@ -186,7 +186,7 @@ def test_functorch(backend):
 
 
 def test_a_nan_stays_in_its_sample():
-    """Samples that share a block are hidden from each other: 0 times a NaN is no contribution."""
+    """Samples that share a block are hidden from each other: 0 times a NaN contributes nothing."""
     q, k, v = leaf(T, H, D), leaf(T, H, D, seed=1), leaf(T, H, D, seed=2)
     poisoned = [t.detach().clone() for t in (q, k, v)]
     for t in poisoned:

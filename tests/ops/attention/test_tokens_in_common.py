@@ -1,4 +1,5 @@
-"""Gradients of tokens that have much in common, where terms cancel: judged against float64 without room for them."""
+"""Gradients of tokens with a large common part, where terms cancel: judged against float64 without an allowance for
+them."""
 
 import backends
 import pytest
@@ -17,7 +18,7 @@ COMMON = {
     "packed_causal": MaskCase((300, 280, 7, 1, 90), options={"causal": True}),
 }
 
-# dk of several tiles has the delta of a rounded out, as SDPA's has.
+# dk of several tiles uses delta from a rounded out, as SDPA does.
 OF_COMMON = {"dense": ("dq", "dk"), "causal": ("dq", "dk"), "long": ("dq", "dk"), "packed_causal": ("dq",)}
 
 
@@ -27,7 +28,7 @@ def draw_common(family: str, mask: str, dtype: torch.dtype, seeds: int = 3, **op
 
 
 def assert_gradients(inputs: list[AttentionInputs], backend: str, names: tuple[str, ...], case: str) -> None:
-    """Gradients whose truth may be 0, without the room for cancelling terms."""
+    """Gradients whose truth may be 0, without an allowance for cancelling terms."""
     results = [(run(x, backend), plain(x), plain(x.to(torch.float64))) for x in inputs]
     for name in names:
         three = (torch.stack([getattr(one, name) for one in these]) for these in zip(*results, strict=True))
@@ -50,7 +51,7 @@ def test_tokens_with_much_in_common_in_triton(family):
 
 @pytest.mark.parametrize("mask", COMMON)
 def test_tokens_in_common_against_a_softmax_in_memory(mask):
-    """SDPA's fused kernel takes delta from a rounded out; what has none cancels to a rounding of delta."""
+    """SDPA's fused kernel takes delta from a rounded out: gradients that cancel keep delta's rounding error."""
     backends.need("attention", "native")
     one_tile = mask in ("dense", "causal")
     for family in FAMILIES:

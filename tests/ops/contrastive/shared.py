@@ -1,4 +1,4 @@
-"""What several files of these tests share: rows, ids, inputs of a loss with options, a batch that ranks divide."""
+"""Shared by several test files: rows, ids, inputs of a loss with options, a batch that ranks split."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The losses and every gradient against float64, on each backend; the inputs that break other losses are among them."""
+"""The losses and every gradient against float64, on each backend, including inputs that break other losses."""
 
 import functools
 
@@ -27,7 +27,7 @@ LOSSES = {
 }
 BY_NAME = {case.name: case for case in CASES}
 LOW = (torch.float32, torch.bfloat16, torch.float16)
-# Triton's interpreter takes seconds a case: one of each kind.
+# Triton's interpreter takes seconds per case: one of each kind.
 KINDS = ("one row", "two rows", "ragged", "E=384", "cone", "duplicates", "solved", "negative scale")
 KINDS = tuple(BY_NAME[name] for name in KINDS)
 
@@ -100,7 +100,7 @@ def test_two_plain_forms_agree():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_errs_by_its_rounding_alone(dtype):
-    """Rows and columns near enough to each other for one exponential, and not; bf16 rounds the logits' gradient too."""
+    """Rows and columns close enough to share one exponential, and not; bf16 rounds the logits' gradient too."""
     backends.need("contrastive", "native", dtype)
     generator = torch.Generator().manual_seed(0)
     sizes = torch.linspace(0.3, 2.7, 301)[:, None]

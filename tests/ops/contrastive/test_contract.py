@@ -1,4 +1,4 @@
-"""The losses under opcheck, torch.compile, functorch, checkpointing and autocast; and a user's mistakes."""
+"""The losses under opcheck, torch.compile, functorch, checkpointing and autocast; and user mistakes."""
 
 import functools
 
@@ -157,7 +157,7 @@ def test_what_is_not_finite_is_not_hidden(backend):
 
 
 def test_scalars_in_every_form(backend):
-    """Numbers, and tensors of one element: these get their gradients in their own shape and dtype."""
+    """Numbers, and one-element tensors, which get gradients in their own shape and dtype."""
     queries, keys, *_ = leaves()
     plain = [torch.tensor(value, requires_grad=True) for value in (2.0, -1.0)]
     for function, count in ((infonce, 1), (siglip, 2)):

@@ -34,8 +34,8 @@ each_loss = pytest.mark.parametrize("loss", LOSSES)
 def turns(
     cuda: object, dtypes: Sequence[torch.dtype], cases: Sequence[Case], case: Case
 ) -> Iterable[tuple[str, torch.dtype]]:
-    """Each loss in each dtype; emulated, where one takes seconds, each dtype with a loss that changes from dtype to
-    dtype and from case to case."""
+    """Each loss in each dtype; emulated, where a case takes seconds, each dtype with one loss, which varies with dtype
+    and case."""
     if cuda.emulator is None:
         return product(LOSSES, dtypes)
     losses = list(LOSSES)
@@ -43,12 +43,12 @@ def turns(
 
 
 def seeds(cuda: object) -> int:
-    """Draws that are judged together; emulation takes its time."""
+    """How many draws are judged together; emulation is slow."""
     return 3 if cuda.emulator is not None else 8
 
 
 def widened(plain: Callable[..., Tensor], case: Case, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Plain PyTorch in the dtype; in float32 where fp16 itself overflows and gives NaN."""
+    """Plain PyTorch in the dtype; in float32 where fp16 overflows and gives NaN."""
     if case.name != "huge scale" or dtype != torch.float16:
         return plain
     return lambda *inputs: plain(*(x.float() if x.dtype == dtype else x for x in inputs))
@@ -60,7 +60,7 @@ def test_accuracy(cuda, case):
         ours, plain, names = LOSSES[loss]
         if loss == "siglip" and case.e == 1 and dtype != torch.float32:
             # All similarities are 1 or -1, so the gradient of the logits has two values, and the error of rounding one
-            # to 16 bits does not average out: what remains is a bound by that rounding and the result's own.
+            # to 16 bits does not average out: what remains is bounded by that rounding and the result's own.
             inputs = [*features(case, dtype), torch.tensor(case.scale), torch.tensor(case.bias)]
             inputs = [x.to(cuda.device) for x in inputs]
             truth = loss_and_gradients(plain, *(x.double() for x in inputs))
@@ -159,7 +159,7 @@ def test_a_frozen_tower(cuda, loss, frozen):
     assert inputs[frozen].grad is None and torch.equal(inputs[1 - frozen].grad, both[1 - frozen])
 
 
-# The kernels for compute capability 9.0: on an emulated device by its capability, on a real one by its own.
+# The kernels for compute capability 9.0: emulated with that capability, or on a real device that has it.
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_sm90(sm90, case):
 @each_loss
 @pytest.mark.parametrize("multiprocessors", (1, 5, 132))
 def test_sm90_gives_the_same_bits_whatever_runs_first(sm90, loss, multiprocessors):
-    """Blocks with several tiles, or one, or none; warps and copies of any speed."""
+    """Blocks with several tiles, one, or none; warps and copies of any speed."""
     sm90.multiprocessors(multiprocessors)
     function, scalars = LOSSES[loss][0], scalars_of(loss, sm90.device)
     inputs = [x.to(sm90.device) for x in features(Case("ragged", 450, 136), torch.bfloat16)]
@@ -206,7 +206,7 @@ def test_sm90_gives_the_same_bits_whatever_runs_first(sm90, loss, multiprocessor
 
 @each_loss
 def test_sm90_leaves_what_tma_cannot_follow(sm90, loss):
-    """Odd strides and addresses run on the kernels for sm_80; a stride that TMA can follow gives the same bits."""
+    """Odd strides and addresses use the sm_80 kernels; a stride that TMA supports gives the same bits."""
     function, scalars = LOSSES[loss][0], scalars_of(loss, sm90.device)
     plain = [x.to(sm90.device) for x in features(SMALL, torch.bfloat16)]
     expected = loss_and_gradients(function, *plain, *scalars)
@@ -243,7 +243,7 @@ def test_bad_features_are_not_hidden(cuda, loss):
 @each_loss
 @pytest.mark.parametrize("backend", ("native", "triton"))
 def test_large(backend, loss, dtype):
-    """What only a device can do in reasonable time: a full grid, several superblocks, E beyond any tile."""
+    """Too slow for emulation: a full grid, several superblocks, E larger than any tile."""
     backends.need("contrastive", backend, dtype, "cuda")
     _, plain, names = LOSSES[loss]
     ours = partial({"infonce": infonce, "siglip": siglip}[loss], backend=backend)

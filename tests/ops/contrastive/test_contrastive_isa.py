@@ -1,4 +1,4 @@
-"""Every contrastive op on each instruction set of the CPU: losses, options, sampling and retrieval, in every dtype."""
+"""Every contrastive op on each CPU instruction set: losses, options, sampling and retrieval, in every dtype."""
 
 import functools
 
@@ -20,7 +20,7 @@ from mmkernels.testing.contrastive import (
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*LOW, torch.float64)
 NAMES = ("queries", "keys", "logit_scale", "logit_bias")
-# Ragged rows and columns, several tiles of them, a width that is no multiple of any vector, and one below it.
+# Ragged rows and columns over several tiles; a width that is no multiple of any vector, and one below a vector.
 CASES = (Case("ragged", 203, 91), Case("several tiles", 530, 24), Case("narrow", 37, 3, scale=-3.0, bias=2.0))
 
 
@@ -53,7 +53,7 @@ def close(got, expected):
 
 
 def check_options(dtype):
-    """Ids as positives and as pairs left out; a queue of negatives, smoothing, weights and a teacher; one way."""
+    """Ids as positives and as excluded pairs; a queue of negatives, smoothing, weights and a teacher; one direction."""
     n, e = 203, 40
     ids = torch.arange(n) % 40
     queue, teacher = features(Case("queue", 70, e), dtype, 8)[0], features(Case("teacher", n, 24), dtype, 9)
@@ -105,7 +105,7 @@ def judge(ours, plain, truth, dtype):
 
 
 def check_search(dtype):
-    """Draws as the oracle draws, but where rounding decides; the best k of float64."""
+    """Draws match the oracle's except where rounding decides; the best k match float64's."""
     queries, keys = (features(Case("random", n, 27, kind="unnormalized"), dtype, seed=n)[0] for n in (150, 2300))
     ids = dict(query_ids=torch.arange(150) % 30, key_ids=torch.arange(2300) % 30)
     drawn = [

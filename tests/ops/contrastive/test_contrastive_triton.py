@@ -1,6 +1,6 @@
-"""Triton's ops themselves against the float64 oracle: several tiles and superblocks each way.
+"""Triton's ops against the float64 oracle: several tiles and superblocks each way.
 
-On a GPU where there is one, else in the interpreter.
+On a GPU if there is one, else in the interpreter.
 """
 
 from itertools import product
@@ -51,8 +51,8 @@ def number(value, dtype=torch.float32):
 
 X, Y = drawn(N, E, seed=0), drawn(M, E, seed=1)
 TEACHER = drawn(N, F, seed=2), drawn(M, F, seed=3)
-TARGETS = integers(-1, M, N, seed=4)  # several of one column, some of none
-IDS = integers(0, 20, N, seed=5), integers(0, 25, M, seed=6)  # rows and columns of no positive among them
+TARGETS = integers(-1, M, N, seed=4)  # several in one column, none in others
+IDS = integers(0, 20, N, seed=5), integers(0, 25, M, seed=6)  # some rows and columns have no positive
 
 # name -> scale, pairs, teacher, totals, columns
 RULES = {
@@ -117,7 +117,7 @@ def judge_gradients(name, dtype):
     if teacher is not None:
         teacher = Teacher(*(features.to(dtype) for features in teacher[:2]), *teacher[2:])
     of_rows, of_columns = reference.softmax_fwd(*wide(inputs), rule, None, False, columns)
-    # Of the size that a mean over many rows has: in float16 they would be 0.
+    # As small as for a mean over many rows: in float16 they would underflow to 0.
     coefficients = 1e-7 * drawn(4, N, seed=7).double(), 1e-7 * drawn(4, M if columns else 0, seed=8).double()
     arguments = (*coefficients, *inputs, of_rows[LSE], of_columns[LSE], rule, teacher, Need(True, True))
     truth = reference.softmax_bwd(*wide(arguments))
@@ -126,7 +126,7 @@ def judge_gradients(name, dtype):
         assert got.dtype == dtype
         if dtype == torch.float32:
             assert_as_accurate(f"{name}: d{what}", got, same_dtype, exact)
-        else:  # the oracle rounds the result alone, a subnormal one to 2^-25; the kernels round G too
+        else:  # the oracle rounds only the result, a subnormal to 2^-25; the kernels round G too
             assert (got.double() - exact).abs().max() <= 1e-3 * exact.abs().max() + 2.0**-25
 
 
@@ -188,12 +188,12 @@ def test_sampling(ids):
     rule = Pairs(None, *IDS) if ids else Pairs(TARGETS)
     arguments = (X, Y, number(0.5), number([7, 2**32 - 1], torch.int64), rule)
     drawn_here, expected = triton_search.sample_negatives(*arguments), reference.sample_negatives(*wide(arguments))
-    assert (drawn_here == expected).double().mean() > 0.99  # but for ties of rounding
+    assert (drawn_here == expected).double().mean() > 0.99  # except for rounding ties
     assert torch.equal(drawn_here, triton_search.sample_negatives(*arguments))
 
 
 def test_an_lse_keeps_its_digits():
-    """Rounded to float32 it would put an error of half its last place into a whole row of softmax."""
+    """Rounding to float32 would add an error of half its last place to a whole row of the softmax."""
     lse = 30 * torch.rand(300, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(DEVICE)
     for value in (14.3, -3.0, 0.0, 1e-6):
         scale = number(value)

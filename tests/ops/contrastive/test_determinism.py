@@ -1,4 +1,4 @@
-"""The same bits, a hundred times: losses, statistics and every gradient, with any number of threads."""
+"""The same bits a hundred times: losses, statistics and every gradient, with any number of threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _ids(n: int, seed: int, high: int) -> Tensor:
 
 
 def _options(n: int) -> dict[str, tuple[Callable[..., Any], bool, dict[str, Any]]]:
-    """name -> loss, whether it has M keys in place of as many as queries, options; every option is in one of them."""
+    """name -> loss, whether it has M keys instead of as many as queries, options; every option is in one of them."""
     ids = _ids(n, 2, n // 4)
     key_ids = torch.cat([ids.flip(0), ids[_ids(M - N, 3, n)]])
     negatives, teacher = _rows(300, 4), (_rows(n, 5, 16), _rows(n, 6, 16), 0.4)
@@ -57,7 +57,7 @@ def _options(n: int) -> dict[str, tuple[Callable[..., Any], bool, dict[str, Any]
 
 
 def prepared(name: str, backend: str, dtype: torch.dtype, n: int = N, device: str = "cpu") -> Run:
-    """A function that makes the loss, its gradients and its statistics, from the same input each time."""
+    """A function that computes the loss, its gradients and its statistics from the same input each time."""
     loss, more_keys, options = _options(n)[name]
 
     def placed(value: Any) -> Any:
@@ -82,7 +82,7 @@ def prepared(name: str, backend: str, dtype: torch.dtype, n: int = N, device: st
 
 
 def assert_same_bits(run: Run, runs: int = 100, threads: Sequence[int] = ()) -> None:
-    """After the first run with these numbers of threads in turn."""
+    """Repeat the first run, cycling through these numbers of threads."""
     first = run()
     assert all(x.isfinite().all() for x in first) and all(x.any() for x in first[:4])
     before = torch.get_num_threads()
@@ -97,7 +97,7 @@ def assert_same_bits(run: Run, runs: int = 100, threads: Sequence[int] = ()) -> 
 
 
 NAMES = list(_options(N))
-PLAIN = ("infonce", "siglip")  # what the CUDA C++ kernels know
+PLAIN = ("infonce", "siglip")  # what the CUDA C++ kernels support
 BOTH = (torch.float32, torch.bfloat16)
 
 
@@ -121,7 +121,8 @@ def test_native(name, dtype, n):
 
 @pytest.mark.parametrize(("name", "dtype"), [(name, BOTH[i % 2]) for i, name in enumerate(NAMES)], ids=str)
 def test_triton_interpreted(name, dtype):
-    """The interpreter runs programs in order, one at a time: only what is never written, or drawn anew, can differ."""
+    """The interpreter runs programs one at a time, in order: only uninitialised memory or fresh random draws can
+    differ."""
     judge(name, "triton", dtype, 150, runs=2)
 
 

@@ -1,4 +1,4 @@
-"""The losses over a process group are the loss of one process with all the rows; every gradient too."""
+"""The losses over a process group equal the loss of one process with all the rows; so does every gradient."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmkernels.testing.contrastive import plain_infonce_options as plain_infonce
 
 
 def rows_of(world: int, ragged: bool) -> list[int]:
-    """Rows of each rank; when ragged, the second has none."""
+    """Rows of each rank; if ragged, the second has none."""
     return [0 if r == 1 else 7 + 2 * r for r in range(world)] if ragged else [9] * world
 
 
@@ -37,21 +37,21 @@ def plain_siglip(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, *, 
 
 @dataclass
 class Whole:
-    """A batch of one process, and how ranks share it."""
+    """The batch of one process, and how ranks split it."""
 
-    rows: list[int]  # of each rank
+    rows: list[int]  # per rank
     negatives: list[int]
     features: list[Tensor]  # queries, keys, and negatives if there are any
     options: dict[str, Any]  # of one process
     targets: Tensor | None  # within a rank's own keys
 
     def slices(self, rank: int) -> list[slice]:
-        """Which of the features are the rank's."""
+        """The features that a rank holds."""
         begins = [sum(of[:rank]) for of in (self.rows, self.rows, self.negatives)]
         return [slice(b, b + of[rank]) for b, of in zip(begins, (self.rows, self.rows, self.negatives), strict=True)]
 
     def local(self, rank: int) -> dict[str, Any]:
-        """Options of a rank."""
+        """The options of a rank."""
         mine, _, _ = self.slices(rank)
         options = {name: x[mine] if isinstance(x, Tensor) else x for name, x in self.options.items()}
         if self.targets is not None:
@@ -68,7 +68,7 @@ def _whole(name: str, rows: list[int]) -> Whole:
     ids = torch.randint(n // 3 + 1, (n,), generator=generator)
     weights = torch.rand(n, generator=generator, dtype=torch.float64)
     if sum(rows[1:]) and "smoothing" not in name:
-        weights[: rows[0]] = 0  # of a rank, if not of all
+        weights[: rows[0]] = 0  # a rank may have no weight, but not all ranks
     swapped = torch.cat([torch.arange(r).flip(0) for r in rows])
     first = torch.cat([torch.full((r,), sum(rows[:i])) for i, r in enumerate(rows)])
     negatives = [0] * len(rows)
@@ -119,7 +119,7 @@ OPTIONS = (
 def _compare(
     rank: int, whole: Whole, ours: Callable[..., Tensor], plain: Callable[..., Tensor], scalars: list[float]
 ) -> None:
-    """Float64: loss on every rank, gradients of the features W-fold, those of the scalars whole."""
+    """Float64: the loss on every rank; feature gradients are W times one process's, scalar gradients equal."""
     world, count = len(whole.rows), len(whole.features)
     mine = whole.slices(rank)[:count]
     leaves = [x.detach().clone().requires_grad_() for x in whole.features]
@@ -265,7 +265,7 @@ class Tower(nn.Module):
 
 
 def _under_ddp(rank: int, world: int, exchange: str, cached: bool) -> None:
-    """Towers in wrappers, the scale in none: all gradients are those of one process, also with gradient caching."""
+    """Wrapped towers, unwrapped scale: all gradients equal one process's, also with gradient caching."""
     rows = rows_of(world, False)
     begin = sum(rows[:rank])
     image, text, scale = Tower(), Tower(), nn.Parameter(torch.tensor(12.0))

@@ -1,4 +1,4 @@
-"""Mistakes over a process group: every rank is told, and none waits for ever."""
+"""Mistakes over a process group: every rank gets the error, and none hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmkernels import infonce, siglip
 
 
 def _mistakes(rank: int, world: int) -> list[str]:
-    """What each rank is told; none may wait for ever."""
+    """The error that each rank gets; none may hang."""
     x, y = batch(6, 8, torch.float32)
     scale = torch.tensor(10.0)
     group = dist.group.WORLD
@@ -98,10 +98,10 @@ def _ids_and_options(rank: int, world: int) -> None:
     x, y = batch(4, 8)
     group = dist.group.WORLD
     ids = torch.arange(4) + 10 * rank
-    elsewhere = torch.arange(4) + 10 * (1 - rank)  # the like of each is on the other rank
+    elsewhere = torch.arange(4) + 10 * (1 - rank)  # the matching ids are on the other rank
     infonce(x, y, 10.0, query_ids=ids, key_ids=elsewhere, group=group)
     alike = torch.full((4,), rank)
-    unmet = torch.where(torch.arange(4) + rank == 0, 99, alike)  # on rank 0 alone
+    unmet = torch.where(torch.arange(4) + rank == 0, 99, alike)  # on rank 0 only
     for name, other in (("query_ids", "key_ids"), ("key_ids", "query_ids")):
         with pytest.raises(
             ValueError, match=f"{name}: expected each to occur among the {other} of some rank, but 1 do not"

@@ -1,4 +1,4 @@
-"""What the losses send over a process group, byte by byte, and the largest tensor that a rank holds for it."""
+"""The bytes that the losses send over a process group, and the largest tensor that a rank holds for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmkernels import infonce, siglip
 
 
 def _bytes_received(rank: int, world: int, loss: str, exchange: str) -> list[int]:
-    """[of features and their gradients, of all] in a forward and backward, counted where they are received."""
+    """[bytes of features and their gradients, of all] in a forward and backward, counted on receipt."""
     received = [0, 0]
     names = {name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)}
     plain = {name: getattr(dist, name) for name in (*names, "all_to_all_single", "batch_isend_irecv", "all_reduce")}
@@ -83,7 +83,7 @@ BYTES = {
 
 @pytest.mark.parametrize("loss", BYTES)
 def test_bytes_exchanged(loss: str) -> None:
-    """4·N·E in gather mode and 8·N·E in the ring, what an option adds, and O(N) statistics: what the docs say."""
+    """4·N·E in gather mode and 8·N·E in the ring, what an option adds, and O(N) statistics: as documented."""
     e = 256
     for world in (1, 2, 4):
         n = 8 * world

@@ -1,4 +1,4 @@
-"""Mistakes with the options of InfoNCE: each is named, with what was expected."""
+"""Mistakes with the options of InfoNCE: each error names the argument and what was expected."""
 
 from functools import partial
 from types import SimpleNamespace

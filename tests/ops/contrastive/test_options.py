@@ -1,4 +1,4 @@
-"""InfoNCE and SigLIP with their options, against the loss written out, on each backend and under torch.compile."""
+"""InfoNCE and SigLIP with their options against the loss written out, on each backend and under torch.compile."""
 
 import functools
 
@@ -21,7 +21,7 @@ backend = backends.fixture("contrastive")
 WEIGHTS = torch.rand(N, generator=torch.Generator().manual_seed(4))
 SHUFFLED = torch.randperm(N, generator=torch.Generator().manual_seed(5))
 TEACHER = rows(N, 24, 6), rows(N, 24, 7)
-SURE = rows(N, 70, 8), F.normalize(rows(N, 70, 9) + 2 * rows(N, 70, 8), dim=1)  # each row's mass on its own key
+SURE = rows(N, 70, 8), F.normalize(rows(N, 70, 9) + 2 * rows(N, 70, 8), dim=1)  # each row's mass is on its own key
 
 # name -> (number of keys, options); features among the options are cast to the dtype of the case
 OPTIONS = {
@@ -75,7 +75,8 @@ def to_device(value, device):
 
 
 def terms_of(x, y, scale):
-    """Sums of absolute terms, of which any order of summation may lose a rounding: the rows' lse, and their means."""
+    """Sums of absolute terms, each of which may lose a rounding in any order of summation: the rows' lse, and their
+    means."""
     similarity = x.double() @ y.double().T
     logits = scale.double() * similarity
     return logits.logsumexp(1).abs().mean(), None, None, (logits.softmax(1) * similarity.abs()).sum(1).mean()
@@ -111,8 +112,8 @@ def test_native(dtype):
             judge(name, dtype, "native")
 
 
-# Each road through Triton's kernels; test_contrastive_triton.py has every rule against the oracle. The interpreter is
-# slow: each road in one dtype, and in float32 those whose rounding is the loss's own.
+# Each path through Triton's kernels; test_contrastive_triton.py checks every rule against the oracle. The interpreter
+# is slow: each path in one dtype, and in float32 those where the loss itself rounds.
 ROADS = (
     *("targets", "more keys", "ids of more keys", "ignored, shuffled", "negatives", "teacher", "all", "all, ids"),
     *("ids, huge and negative", "fewer keys", "weights, shuffled"),
@@ -235,7 +236,7 @@ def test_no_rows_and_one_row(backend):
 
 
 def test_logits_that_overflow_float32(backend):
-    """Where float64 has a finite loss, so have we."""
+    """Where float64 has a finite loss, so do we."""
     x, y = rows(20, 8), rows(20, 8, 1)
     loss = infonce(x.float() * 1e15, y.float() * 1e15, torch.tensor(1e6), symmetric=False, backend=backend)
     truth = plain_infonce_options(

@@ -20,7 +20,7 @@ def drawn(seed, *args, **options):
 def test_negatives_follow_the_softmax(backend):
     """One query many times against few keys: frequencies within five standard deviations of the probabilities.
 
-    Triton draws what these draw, as the next test shows.
+    Triton draws the same keys, as the next test shows.
     """
     backends.need("contrastive", backend)
     query, keys = torch.randn(1, 8), torch.randn(7, 8)
@@ -41,7 +41,7 @@ def test_every_backend_draws_the_same(dtype, kernels):
     x, y = torch.randn(150, 24, dtype=torch.float64).to(dtype), torch.randn(700, 24, dtype=torch.float64).to(dtype)
     ids = torch.arange(150) % 30, torch.arange(700) % 30
     a, b = (drawn(5, x, y, 0.3, query_ids=ids[0], key_ids=ids[1], backend=name) for name in (kernels, "reference"))
-    assert (a == b).float().mean() > 0.99  # but for ties of rounding
+    assert (a == b).float().mean() > 0.99  # except for rounding ties
     assert (ids[1][a] != ids[0]).all()
     assert torch.equal(a, drawn(5, x, y, 0.3, query_ids=ids[0], key_ids=ids[1], backend=kernels))
     assert not torch.equal(a, drawn(6, x, y, 0.3, query_ids=ids[0], key_ids=ids[1], backend=kernels))
@@ -80,7 +80,7 @@ def test_topk(dtype, backend):
         judge_topk(dtype, k, 101, 2300, backend)
 
 
-# More than 128 take several passes, and in float32 other tiles.
+# More than 128 takes several passes, and in float32 other tiles.
 @pytest.mark.parametrize(
     ("dtype", "k", "n"),
     [

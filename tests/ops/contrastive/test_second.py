@@ -1,4 +1,4 @@
-"""Second derivatives and forward mode of the losses: right on every backend, and never silently absent."""
+"""Second derivatives and forward mode of the losses: correct on every backend, and never silently missing."""
 
 import functools
 import random
@@ -30,7 +30,7 @@ def leaves(seed, n=N, m=N, e=E, dtype=torch.float64):
 
 
 def random_options(seed):
-    """Any of infonce's options that go together, and the number of keys."""
+    """Any compatible set of infonce's options, and the number of keys."""
     draw, torch_draw = random.Random(seed), torch.Generator().manual_seed(seed)
     options, m = {}, N
     rule = draw.choice(["own", "targets", "ids", "ignore"])
@@ -74,7 +74,7 @@ def test_siglip(ids):
 
 
 def penalised(loss, *inputs):
-    """The gradient of a loss and of the squared norm of its gradient."""
+    """The gradient of a loss plus the squared norm of its gradient."""
     value = loss(*inputs)
     grads = torch.autograd.grad(value, inputs, create_graph=True)
     assert all(grad.requires_grad for grad in grads)
@@ -84,7 +84,7 @@ def penalised(loss, *inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @backends.every
 def test_gradient_penalty(backend, dtype):
-    """As accurate as plain PyTorch, whatever backend gave the statistics."""
+    """As accurate as plain PyTorch, whichever backend gave the statistics."""
     backends.need("contrastive", backend, dtype)
     for name in ("infonce", "siglip", "options"):
         judge_gradient_penalty(backend, name, dtype)
@@ -164,7 +164,7 @@ def test_no_samples_under_vmap():
 
 
 def test_a_bare_op_loses_no_tangent():
-    """Compiled or bare an op has no forward mode: the graph breaks, or it says so."""
+    """Compiled or bare, an op has no forward mode: the graph breaks, or an error is raised."""
     x, y, scale = (t.detach() for t in leaves(6))
 
     def moved(x):
@@ -173,7 +173,7 @@ def test_a_bare_op_loses_no_tangent():
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(moved, backend="aot_eager")(x), moved(x))
     torch.compiler.reset()
-    # Dynamo of torch 2.6 stops at a context manager before it comes to the op.
+    # Dynamo of torch 2.6 stops at a context manager before it reaches the op.
     why = "WITH_EXCEPT_START" if torch.__version__.startswith("2.6.") else "contrastive_infonce_fwd has no forward mode"
     with pytest.raises(torch._dynamo.exc.Unsupported, match=why):
         torch.compile(moved, backend="aot_eager", fullgraph=True)(x)

@@ -1,4 +1,4 @@
-"""The statistics beside a loss: against PyTorch, with ids, and merged from the parts that ranks have."""
+"""The statistics of a loss: against PyTorch, with ids, and merged from the parts of several ranks."""
 
 import functools
 
@@ -16,7 +16,7 @@ backend = backends.fixture("contrastive")
 
 @pytest.fixture
 def widest(backend) -> torch.dtype:
-    """The widest type that a backend takes."""
+    """The widest dtype that a backend supports."""
     return torch.float32 if backend == "triton" else torch.float64
 
 
@@ -58,7 +58,7 @@ def test_statistics_of_siglip(backend):
 
 
 def tolerance(dtype):
-    """Of sums in another order."""
+    """The tolerance for sums in another order."""
     return dict(rtol=1e-5, atol=2e-6) if dtype == torch.float32 else {}
 
 
@@ -67,7 +67,7 @@ def statistics(x, y, scale, targets, backend="native", columns=True):
 
 
 def test_parts_merge_into_the_whole(backend, widest):
-    """What a distributed loss does: local rows against all keys, columns merged over ranks; one rank has no rows."""
+    """As a distributed loss does: local rows against all keys, columns merged over ranks; one rank has no rows."""
     x, y, scale = inputs_of(N, widest)
     assert_close = functools.partial(torch.testing.assert_close, **tolerance(widest))
     targets = torch.arange(N)

@@ -1,4 +1,4 @@
-"""What stands twice, in Python and in C++, is the same."""
+"""Definitions repeated in Python and C++ agree."""
 
 import re
 from pathlib import Path

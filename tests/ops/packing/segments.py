@@ -11,7 +11,7 @@ SEGMENTS = {
     # Empty first, middle and last segments, single rows, one row more than a chunk of 64.
     "ragged": ([0, 3, 1, 0, 0, 17, 64, 65, 0], 0),
     "rows left over": ([2, 130], 5),
-    # Beyond one chunk of the CPU kernel.
+    # More than one chunk of the CPU kernel.
     "long": ([1, 2100, 0, 1024, 3], 2),
     "one": ([7], 0),
     "all empty": ([0, 0], 4),

@@ -60,7 +60,7 @@ def test_opcheck(backend):
 
 
 def functions(backend: str):
-    """name -> a differentiable function of x [6, 4] that gives one tensor."""
+    """name -> a differentiable function of x [6, 4] that returns one tensor."""
     table = {
         "pack": lambda x: pack(x, INDEX, backend=backend),
         "unpack": lambda x: unpack(x[:5], INDEX, 7, backend=backend),
@@ -79,7 +79,7 @@ def functions(backend: str):
 
 
 def test_fullgraph_compile(backend):
-    """All functions in one graph, with the values and gradients of eager mode."""
+    """All functions in one graph, with eager mode's values and gradients."""
     table = functions(backend)
 
     def losses(x):
@@ -222,7 +222,7 @@ def test_a_backend_that_cannot_serve():
 
 @pytest.mark.gpu
 def test_no_host_sync():
-    """Forward and backward of every function queue their work and return."""
+    """Forward and backward of every function enqueue their work and return."""
     x = torch.randn(64, 8, device="cuda", requires_grad=True)
     index = torch.randint(-1, 64, (80,), device="cuda")
     cu_seqlens = cu_seqlens_of([10, 0, 54], "cuda")

@@ -1,4 +1,4 @@
-"""M-RoPE positions: both rules for what follows an image or clip, written out and token by token, on every backend."""
+"""M-RoPE positions: both rules for what follows an image or clip, written out token by token, on every backend."""
 
 import backends
 import pytest
@@ -16,8 +16,9 @@ TEXT, START, IMAGE_PAD, VIDEO_PAD = 7, 1, 2, 3
 def get_rope_index(sample, image_grid_thw, video_grid_thw, merge=2, time_steps=None, advance="spatial"):
     """The rules of transformers' Qwen2VLModel.get_rope_index for one sample without padding, token by token.
 
-    A run of image or video tokens takes the next grid of its kind, whose axes count from where it begins. What follows
-    continues after its height and width ("spatial", from 5.3 on), or after the largest position ("largest", before).
+    A run of image or video tokens takes the next grid of its kind, whose axes count from the start of the run. What
+    follows continues after its height and width ("spatial", from 5.3 on), or after the largest position ("largest",
+    before).
     """
     images, videos, steps = iter(image_grid_thw), iter(video_grid_thw), iter(time_steps or [])
     columns, at, i = [], 0, 0
@@ -38,7 +39,7 @@ def get_rope_index(sample, image_grid_thw, video_grid_thw, merge=2, time_steps=N
 
 
 def interleaved(parts):
-    """Parts, numbers of text tokens or ("image" | "video", t, h, w) -> token ids, grids in order, starts, by kind."""
+    """Parts (numbers of text tokens or ("image" | "video", t, h, w)) -> token ids, grids in order, starts, by kind."""
     ids, grids, starts, images, videos = [], [], [], [], []
     for part in parts:
         if isinstance(part, int):
@@ -66,7 +67,7 @@ SAMPLES = [
 
 
 def random_samples() -> list:
-    """Hundreds of spans and segments, some empty: several blocks of the kernels."""
+    """Hundreds of spans and segments, some empty: several blocks in the kernels."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(low: int, high: int) -> int:
@@ -135,7 +136,7 @@ TABLE = {
         [4, (9, 8, 8), 3],
         [((0, 0, 0), (3, 3, 3)), ((4, 4, 4), (12, 7, 7)), ((13,) * 3, (15,) * 3)],
     ),
-    # Qwen2.5-VL: two positions a second, .75 seconds a step: 0, 1, 3, 4, 6.
+    # Qwen2.5-VL: two positions per second, .75 seconds per step: 0, 1, 3, 4, 6.
     "qwen2.5-vl": (
         "spatial",
         {"time_step": [0.75], "tokens_per_second": 2},
@@ -148,14 +149,14 @@ TABLE = {
         [2, (5, 4, 8), 2],
         [((0, 0, 0), (1, 1, 1)), ((2, 2, 2), (8, 3, 5)), ((9,) * 3, (10,) * 3)],
     ),
-    # Qwen2.5-Omni's own example: two seconds a step, 25 positions a second: 0, 50, 100, and text from 101 on.
+    # Qwen2.5-Omni's own example: two seconds per step, 25 positions per second: 0, 50, 100, and text from 101 on.
     "qwen2.5-omni": (
         "largest",
         {"time_step": [2.0], "tokens_per_second": 25},
         [(3, 4, 4), 5],
         [((0, 0, 0), (100, 1, 1)), ((101,) * 3, (105,) * 3)],
     ),
-    # Qwen3-VL: each step is a grid of its own, behind its timestamp.
+    # Qwen3-VL: each step is its own grid, behind its timestamp.
     "qwen3-vl": (
         "spatial",
         {},
@@ -170,7 +171,7 @@ TABLE = {
     ),
     # A wide image: its width counts, not its height.
     "image": ("largest", {}, [1, (1, 4, 12), 1], [((0,) * 3, (0,) * 3), ((1, 1, 1), (1, 2, 6)), ((7,) * 3, (7,) * 3)]),
-    # Steps of no whole position: .4 x 25 = 10 exactly as float32 rounds it.
+    # Fractional steps: .4 x 25 = 10 exactly as float32 rounds it.
     "omni at 5 frames a second": (
         "largest",
         {"time_step": [0.4], "tokens_per_second": 25},
@@ -235,7 +236,7 @@ def test_positions_compile_into_one_graph():
 
 
 def test_opcheck_with_time():
-    """`time_step` of the op: two factors for each span; the cases without are in test_contract.py."""
+    """`time_step` of the op: two factors per span; test_contract.py has the cases without it."""
     spans = (torch.tensor([0, 9, 14]), torch.tensor([1, 4]), torch.tensor([[1, 1, 2], [2, 2, 1]]))
     factors = torch.tensor([[0.5, 1.5], [25.0, 25.0]])
     args = (*spans, torch.tensor([0, 0, -2]), factors, 15, "reference")

@@ -16,7 +16,7 @@ WIDTHS = (1, 50, 264)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (rows, tokens, width): one element, odd widths, whole vectors, several to a thread, more than a block's columns.
 SHAPES = ((1, 1, 1), (5, 9, 3), (40, 33, 64), (9, 21, 77), (7, 11, 1032), (4, 6, 4100))
-# (lengths, rows left over): of every length, one long, all empty, none, no rows
+# (lengths, rows left over): mixed lengths, one long, all empty, none, no rows
 SEGMENTS = (([0, 3, 1, 0, 0, 17, 64, 65, 0], 5), ([700], 0), ([0, 0], 4), ([], 3), ([0, 0], 0))
 
 
@@ -95,7 +95,7 @@ def test_max_prefers_nan_and_the_first_of_equals(cuda):
 
 @every_dtype
 def test_rows_that_many_name(cuda, dtype):
-    """A frequent token: whole chunks of one target, and what lies before and after them."""
+    """A frequent token: whole chunks of one target, with other targets before and after."""
     for width in (1, 40):
         with named.case(width):
             packed = torch.randn(410, width, device=cuda.device).to(dtype)
@@ -108,7 +108,7 @@ def test_rows_that_many_name(cuda, dtype):
 @every_dtype
 def test_the_same_bits_whatever_runs_first(cuda, dtype):
     packed = torch.randn(400, 72, device=cuda.device).to(dtype)
-    index = random_index(3, 400, device=cuda.device)  # about a hundred to a row
+    index = random_index(3, 400, device=cuda.device)  # about a hundred per row
     cu_seqlens = cu_seqlens_of([100, 0, 300], cuda.device)
     sums, pools = [], []
     for _ in cuda.schedules():
@@ -119,7 +119,7 @@ def test_the_same_bits_whatever_runs_first(cuda, dtype):
 
 @every_dtype
 def test_pack_from_several_sources(cuda, dtype):
-    """Among them one that lies off 16-byte boundaries."""
+    """One of them is not 16-byte aligned."""
     for sizes, width in itertools.product(((3, 4), (0, 5, 2), (2, 0, 1, 30)), (8, 33)):
         sources = [torch.randn(n, width, device=cuda.device).to(dtype) for n in sizes]
         sources[1] = laid_out(sources[1], "off by one")
@@ -205,7 +205,7 @@ def test_patchify(cuda, dtype):
 @every_dtype
 @pytest.mark.parametrize("backend", ("native", "triton"))
 def test_large(backend, dtype):
-    """What only a device can do in reasonable time."""
+    """Too slow for emulation."""
     source = torch.randn(50_000, 1024, device="cuda").to(dtype)
     index = random_index(50_000, 70_000, device="cuda")
     packed = pack(source, index, backend=backend)

@@ -1,4 +1,4 @@
-"""segment_pool's sum, mean, max and first on every backend: exact where nothing is added, else against float64."""
+"""segment_pool's sum, mean, max and first on every backend: exact where nothing is added, otherwise against float64."""
 
 import itertools
 
@@ -75,7 +75,7 @@ def test_max_and_first(dtype, backend, device):
 
 
 def gradient_of_max(x: Tensor, lengths: list[int], grad: Tensor) -> Tensor:
-    """Of each segment's maximum, to the first row that has it (argmax takes the first of equals)."""
+    """The gradient of each segment's maximum, to the first row that has it (argmax takes the first of equals)."""
     gradient, begin = torch.zeros_like(x), 0
     for s, length in enumerate(lengths):
         if length:
@@ -116,7 +116,7 @@ def test_max_of_nan_and_infinities(backend, device):
 
 @backends.every_dtype
 def test_the_last_of_many_rows_is_nan(dtype):
-    """In every lane of a vector, and behind the last whole one."""
+    """In every lane of a vector, and behind the last whole vector."""
     backends.need("packing", "native", dtype)
     x = torch.randn(40, 45).to(dtype)
     for column in (0, 7, 31, 44):

@@ -1,4 +1,4 @@
-"""pack, unpack, pad and unpad on every backend: exact where nothing is added, else against float64."""
+"""pack, unpack, pad and unpad on every backend: exact where nothing is added, otherwise against float64."""
 
 import backends
 import isas
@@ -57,7 +57,7 @@ def test_unpack(dtype, backend, device):
             assert_as_accurate("out", out, plain, truth)
             assert torch.equal(gradient, torch.where(index[:, None] >= 0, grad[index.clamp(min=0)], 0))
 
-    # One row that thousands name: the sum stays as good as float32 allows.
+    # Thousands of tokens take one row: its sum stays as accurate as float32 allows.
     tokens = 500 if backends.interpreted(backend, device) else 5000
     packed = torch.randn(tokens, 20, device=device).to(dtype) + 1
     index = torch.zeros(tokens, dtype=torch.int64, device=device)
@@ -233,7 +233,7 @@ def test_large_outputs_bypass_the_caches_with_the_same_bytes():
 
 
 def test_offsets_beyond_32_bits():
-    """The source has more than 2^31 elements; only a few of its pages are ever touched."""
+    """The source has more than 2^31 elements, of which only a few pages are touched."""
     backends.need("packing", "native", torch.bfloat16)
     rows, width = 2**21 + 3, 1024
     source = torch.empty(rows, width, dtype=torch.bfloat16)

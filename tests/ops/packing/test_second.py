@@ -34,7 +34,7 @@ CASES = {
 }
 
 
-backend = backends.fixture("packing", ("native", "reference"))  # Triton has no float64, which differences need
+backend = backends.fixture("packing", ("native", "reference"))  # Triton has no float64, which finite differences need
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -46,7 +46,7 @@ def test_twice_and_forward(name, backend):
 
 
 def test_gradient_penalty_trains():
-    """With the penalty the parameters of a pooled tower get another gradient than without."""
+    """With the penalty, the parameters of a pooled tower get other gradients than without."""
     x, weight = torch.randn(12, 3, requires_grad=True), torch.randn(3, 1, requires_grad=True)
     score = segment_pool((x @ weight).tanh(), CU).sum()
     (grad,) = torch.autograd.grad(score, x, create_graph=True)

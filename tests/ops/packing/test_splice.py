@@ -1,4 +1,4 @@
-"""embed_splice and gathers from several sources: bits of the rows, gradients against float64, bad input."""
+"""embed_splice and gathers from several sources: exact rows, gradients against float64, bad input."""
 
 import itertools
 
@@ -176,7 +176,7 @@ def test_pack_from_several_sources(dtype, backend, device):
 
 
 def test_pack_of_several_sources_makes_no_copy_of_them():
-    """Four sources are read where they lie: what is allocated is the output, not their concatenation."""
+    """Four sources are read in place: only the output is allocated, not their concatenation."""
     backends.need("packing", "native")
     big, small = torch.randn(4096, 64), torch.randn(8, 64)
     index = torch.tensor([0, 4096, 4100])

@@ -1,4 +1,4 @@
-"""Patches of images of different sizes, there and back."""
+"""Patches of images of different sizes, and back."""
 
 import backends
 import named
@@ -49,7 +49,7 @@ def check_cut(patch, temporal, merge, channels, grids, dtype, backend, device) -
     options = {"temporal_patch_size": temporal, "merge_size": merge, "backend": backend}
     tokens, grid_thw = patchify(images, patch, **options)
     assert torch.equal(tokens, by_unfold(images, patch, temporal, merge))
-    with torch.no_grad():  # read where they lie
+    with torch.no_grad():  # read in place
         assert torch.equal(tokens, patchify(images, patch, **options)[0])
     assert grid_thw.tolist() == [list(grid) for grid in grids]
     grad = torch.randn_like(tokens)
@@ -58,7 +58,7 @@ def check_cut(patch, temporal, merge, channels, grids, dtype, backend, device) -
     assert all(torch.equal(a, b) for a, b in zip(gradients, back, strict=True))
     again = unpatchify(tokens, grids, patch, **options)
     assert all(torch.equal(a, b) for a, b in zip(images, again, strict=True))
-    # The gradient of unpatchify: the images themselves as weights of its outputs come back as the tokens.
+    # The gradient of unpatchify: with the images as weights of its outputs, it returns the tokens.
     flat = torch.cat([image.flatten() for image in again])
     (gradient,) = torch.autograd.grad(flat.dot(flat.detach()), tokens)
     assert torch.equal(gradient, tokens)
@@ -81,7 +81,7 @@ def test_layouts_and_nothing(backend):
 
 
 def test_more_pixels_than_the_caches_hold():
-    """Lines of whole cache lines and others; images that end inside a group of tokens."""
+    """Rows of whole cache lines and others; images that end inside a group of tokens."""
     backends.need("packing", "native")
     wide = torch.randn(3, 256, 512)
     assert torch.equal(patchify([wide], 16, backend="native")[0], patchify([wide], 16, backend="reference")[0])

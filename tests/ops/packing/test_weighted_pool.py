@@ -23,7 +23,7 @@ def in_torch(x: Tensor, weights: Tensor, lengths: list[int]) -> Tensor:
 
 
 def truth_of(x: Tensor, weights: Tensor, lengths: list[int], grad: Tensor) -> list[Tensor]:
-    """(out, grad_x, grad_weights) by the definition, in NumPy's long double: float64 results are judged too."""
+    """(out, grad_x, grad_weights) by definition, in NumPy's long double, because float64 results are judged too."""
     x, weights, grad = (t.double().cpu().numpy().astype(np.longdouble) for t in (x, weights, grad))
     out, grad_x, grad_weights = np.zeros_like(grad), np.zeros_like(x), np.zeros_like(weights)
     begin = 0

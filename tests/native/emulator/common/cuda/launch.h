@@ -1,4 +1,4 @@
-// The emulator's csrc/common/cuda/launch.h: the same names; a launch runs at once and returns when it is done.
+// The emulator's csrc/common/cuda/launch.h: the same names; a launch runs synchronously.
 #pragma once
 
 #include <cuda_runtime.h>

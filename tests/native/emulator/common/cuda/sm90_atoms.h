@@ -1,4 +1,4 @@
-// The emulator's csrc/common/cuda/sm90_atoms.h: the same names; async.h says how they behave.
+// The emulator's csrc/common/cuda/sm90_atoms.h: the same names; async.h describes their behaviour.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// The emulator's csrc/common/cuda/tensor_map.h: refuses what the driver refuses.
+// The emulator's csrc/common/cuda/tensor_map.h: rejects what the driver rejects.
 #pragma once
 
 #include <stdexcept>
