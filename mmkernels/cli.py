@@ -81,7 +81,10 @@ def _print_anything() -> None:
 def _reader_is_gone() -> bool:
     """Whether the reader of the output has closed the pipe, as in `mmkernels info | head -1`."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported
+    try:
+        poll.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported
+    except (AttributeError, ValueError):  # closed from the start, or replaced as in notebooks
+        return False
     return bool(poll.poll(0))
 
 
@@ -92,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
         finally:
-            sys.stdout.flush()
+            print(end="", flush=True)  # also where there is no stdout
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

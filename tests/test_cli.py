@@ -1,5 +1,6 @@
 """The command line dispatches, needs an extra only where it uses it, and says which."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -45,11 +46,19 @@ def test_reader_that_leaves_early_is_no_error(command) -> None:
     assert started.returncode == 141
 
 
-def test_other_broken_pipe_is_an_error(monkeypatch) -> None:
+def test_no_output_at_all_is_no_error() -> None:
+    closing = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-m', 'mmkernels.cli', '--help'])"
+    done = subprocess.run([sys.executable, "-c", closing], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("stdout", [sys.__stdout__, io.StringIO(), None], ids=["file", "replaced", "closed"])
+def test_other_broken_pipe_is_an_error(stdout, monkeypatch) -> None:
     def broken(argv):
         raise BrokenPipeError("of a worker")
 
     monkeypatch.setitem(cli._COMMANDS, "info", broken)
+    monkeypatch.setattr(sys, "stdout", stdout)
     with pytest.raises(BrokenPipeError, match="of a worker"):
         cli.main(["info"])
 
