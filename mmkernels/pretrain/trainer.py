@@ -13,7 +13,7 @@ from torch import nn
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import Tokenizer, TrainLoader
-from mmkernels.pretrain.data.base import ImageTextDataset
+from mmkernels.pretrain.data.base import Source
 from mmkernels.pretrain.model import DualEncoder
 from mmkernels.pretrain.recipes import recipe
 
@@ -36,7 +36,7 @@ class Trainer:
         device: of the model.
     """
 
-    def __init__(self, config: Config, dataset: ImageTextDataset, device: torch.device) -> None:
+    def __init__(self, config: Config, dataset: Source, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         self.config, self.device, self.step = config, device, 0
         self.model = DualEncoder(config.model, config.backend).to(device)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from pretrain_data import png
 
 from mmkernels.plan_cli.files import FileError, read_columns
-from mmkernels.pretrain.data import FolderDataset, ImageTextDataset, TooManyBrokenError, WebDataset
+from mmkernels.pretrain.data import FolderDataset, Source, TooManyBrokenError, WebDataset
 from mmkernels.pretrain.data.captions import LONGEST
 from mmkernels.pretrain.data.unicode import printable
 
@@ -55,7 +55,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-def opened(make: Callable[[], ImageTextDataset], where: str) -> ImageTextDataset | None:
+def opened(make: Callable[[], Source], where: str) -> Source | None:
     """The data set after reading all of it once; None if it was refused with an error that names the file."""
     try:
         data = make()
@@ -69,7 +69,7 @@ def opened(make: Callable[[], ImageTextDataset], where: str) -> ImageTextDataset
     return data
 
 
-def named(data: ImageTextDataset) -> set[str]:
+def named(data: Source) -> set[str]:
     """What is read, and what is counted."""
     return {data.name(i) for i in range(len(data))} | set(data.broken.reasons) | set(data.broken.left_out)
 

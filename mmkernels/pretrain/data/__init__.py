@@ -12,7 +12,7 @@ from mmkernels.pretrain.data.augment import Augment, plain_images
 from mmkernels.pretrain.data.base import (
     BrokenImageError,
     BrokenLog,
-    ImageTextDataset,
+    Source,
     Sample,
     Subset,
     TooManyBrokenError,
@@ -37,7 +37,7 @@ __all__ = [
     "EmojiDataset",
     "EmojiPack",
     "FolderDataset",
-    "ImageTextDataset",
+    "Source",
     "RetrievalSet",
     "Sample",
     "Subset",

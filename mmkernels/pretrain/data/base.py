@@ -1,11 +1,13 @@
-"""The data set interface of the loop: samples by index, concepts, and a record of what could not be read."""
+"""What a data set is: samples by index, with a value for each field; concepts; a record of what could not be read."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,14 +18,63 @@ log = logging.getLogger("mmkernels.pretrain.data")
 _SHOWN = 10  # unused files that a log line names
 
 
-class Sample(NamedTuple):
-    """One image with its text."""
+@dataclass(frozen=True)
+class Sample:
+    """One sample: a value for each of its fields; a field that it lacks is absent.
 
-    image: np.ndarray  # uint8 [R, R, 4]: RGBA, straight alpha; transparent margins if not square
-    captions: tuple[str, ...]  # each describes the image; evaluation uses the first
-    keywords: tuple[str, ...]  # short tags that may be mixed into a training caption; often none
+    | field | value |
+    |---|---|
+    | image | uint8 [H, W, 4] RGBA, straight alpha; or uint8 [H, W, 3] RGB |
+    | text, question, and any further text | `Text`, or a str |
+    | audio | float32 [frames, mels], log-mel |
+    | video | uint8 [frames, H, W, 3] |
+    | regions | `Regions` |
+    | document | `Document` |
+    | answer, tag, action, relation and other labels | int, an index into the data set's `classes[field]` |
+    | vector | float32 [n] |
+    """
+
+    values: Mapping[str, Any]
     concept: int  # samples with the same concept are positives of each other
     name: str  # its source, for logs
+
+    @classmethod
+    def of_pair(
+        cls, image: np.ndarray, captions: tuple[str, ...], keywords: tuple[str, ...], concept: int, name: str
+    ) -> Sample:
+        """An image with its text."""
+        return cls({"image": image, "text": Text(captions, keywords)}, concept, name)
+
+    @property
+    def image(self) -> np.ndarray:
+        image: np.ndarray = self.values["image"]
+        return image
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        captions: tuple[str, ...] = self.values["text"].captions
+        return captions
+
+
+class Text(NamedTuple):
+    """Texts that say the same, and tags."""
+
+    captions: tuple[str, ...]  # at least one; evaluation uses the first
+    keywords: tuple[str, ...] = ()  # short tags that may be mixed into a training caption; often none
+
+
+class Regions(NamedTuple):
+    """The objects of an image, in reading order."""
+
+    boxes: np.ndarray  # float32 [n, 4]: left, top, right, bottom as fractions of the image
+    crops: np.ndarray  # uint8 [n, c, c, 3] RGB, resized
+    tags: np.ndarray  # int64 [n], indices into the data set's classes["tag"]
+
+
+class Document(NamedTuple):
+    """Images and texts in reading order."""
+
+    parts: tuple[str | np.ndarray, ...]  # texts, and images uint8 [H, W, 3] or [H, W, 4]
 
 
 class BrokenImageError(Exception):
@@ -87,17 +138,19 @@ class BrokenLog:
         log.warning("left out %s of %s: %s", count, printable(where), ", ".join(shown + more))
 
 
-class ImageTextDataset(ABC):
+class Source(ABC):
     """A map-style data set of `Sample`s.
 
     Attributes:
+        fields: of its samples; a sample may lack some.
+        classes: the names of the classes of each field that is a label.
         concepts: int64 [n], the concept of each sample, known without decoding.
-        resolution: side in pixels of every image.
         broken: the record of what could not be read.
     """
 
+    fields: tuple[str, ...]
+    classes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     concepts: np.ndarray
-    resolution: int
     broken: BrokenLog
 
     @abstractmethod
@@ -126,13 +179,20 @@ class ImageTextDataset(ABC):
         return samples
 
 
-class Subset(ImageTextDataset):
+class Data(NamedTuple):
+    """Training data and held-out sets of a run."""
+
+    train: Source
+    held_out: dict[str, Source]  # by split
+
+
+class Subset(Source):
     """A view of some samples of a data set; the whole records the broken ones."""
 
-    def __init__(self, whole: ImageTextDataset, indices: np.ndarray) -> None:
+    def __init__(self, whole: Source, indices: np.ndarray) -> None:
         self.whole, self.indices = whole, np.asarray(indices, np.int64)
-        self.concepts = whole.concepts[self.indices]
-        self.resolution, self.broken = whole.resolution, whole.broken
+        self.fields, self.classes = whole.fields, whole.classes
+        self.concepts, self.broken = whole.concepts[self.indices], whole.broken
 
     def __getitem__(self, index: int) -> Sample:
         return self.whole[int(self.indices[index])]
@@ -141,7 +201,7 @@ class Subset(ImageTextDataset):
         return self.whole.name(int(self.indices[index]))
 
 
-class DecodedDataset(ImageTextDataset):
+class DecodedDataset(Source):
     """A data set that decodes images on first use and caches them up to `cache_bytes`.
 
     Args:
@@ -165,7 +225,7 @@ class DecodedDataset(ImageTextDataset):
     ) -> None:
         if resolution < 1:
             raise ValueError(f"resolution: expected at least 1 pixel, got {resolution}")
-        self.resolution, self.broken = resolution, broken
+        self.fields, self.resolution, self.broken = ("image", "text"), resolution, broken
         self.concepts = concepts_of(captions)
         self._names, self.captions, self._faults = names, captions, faults
         self._cache: dict[int, np.ndarray] = {}
@@ -185,7 +245,7 @@ class DecodedDataset(ImageTextDataset):
             image = self._decode(index)
             if len(self._cache) < self._cache_items:
                 self._cache[index] = image
-        return Sample(image, self.captions[index], (), int(self.concepts[index]), self._names[index])
+        return Sample.of_pair(image, self.captions[index], (), int(self.concepts[index]), self._names[index])
 
     def name(self, index: int) -> str:
         return self._names[index]

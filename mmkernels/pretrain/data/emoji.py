@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
-from mmkernels.pretrain.data.base import BrokenLog, ImageTextDataset, Sample
+from mmkernels.pretrain.data.base import BrokenLog, Source, Sample
 from mmkernels.pretrain.data.retrieval import RetrievalSet
 
 HELD_OUT_VENDOR = "twemoji"
@@ -62,7 +62,7 @@ def load_pack() -> EmojiPack:
     return EmojiPack(table["names"], keywords, table["families"], table["codes"], held_out, vendors)
 
 
-class EmojiDataset(ImageTextDataset):
+class EmojiDataset(Source):
     """The given vendors' drawings of the given concepts.
 
     Args:
@@ -82,6 +82,7 @@ class EmojiDataset(ImageTextDataset):
             self._items += [(vendor, row) for row in rows.tolist()]
             found.append(self.pack.vendors[vendor].concepts[rows])
         self.concepts = np.concatenate(found) if found else np.zeros(0, np.int64)
+        self.fields = ("image", "text")
         self.resolution = next(iter(self.pack.vendors.values())).indices.shape[1]
         self.broken = BrokenLog(len(self.concepts), 0.0)
 
@@ -91,7 +92,7 @@ class EmojiDataset(ImageTextDataset):
         concept = int(self.concepts[index])
         words = drawings.palette.view(np.uint32)[:, 0]  # a colour as one word: gathers four times faster
         image = words[drawings.indices[row]].view(np.uint8).reshape(self.resolution, self.resolution, 4)
-        return Sample(image, (self.pack.names[concept],), self.pack.keywords[concept], concept, self.name(index))
+        return Sample.of_pair(image, (self.pack.names[concept],), self.pack.keywords[concept], concept, self.name(index))
 
     def name(self, index: int) -> str:
         return f"{self._items[index][0]}/{self.pack.names[int(self.concepts[index])]}"

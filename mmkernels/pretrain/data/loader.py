@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.pretrain.data.augment import Augment
-from mmkernels.pretrain.data.base import DecodedDataset, ImageTextDataset, Subset, TooManyBrokenError, caption_key
+from mmkernels.pretrain.data.base import DecodedDataset, Source, Subset, TooManyBrokenError, caption_key
 from mmkernels.pretrain.data.emoji import load_emoji
 from mmkernels.pretrain.data.folder import FolderDataset
 from mmkernels.pretrain.data.retrieval import RetrievalSet
@@ -27,7 +27,7 @@ from mmkernels.pretrain.data.webdataset import WebDataset
 class Data(NamedTuple):
     """Training data and evaluation sets of a run."""
 
-    train: ImageTextDataset
+    train: Source
     evals: dict[str, RetrievalSet]  # by split: A, B, C for the emoji, "held_out" for the user's own data
 
 
@@ -57,7 +57,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset: ImageTextDataset,
+        dataset: Source,
         *,
         batch_size: int,
         image_size: int = 32,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmkernels.pretrain.data.base import ImageTextDataset
+from mmkernels.pretrain.data.base import Source
 
 
 class Chance(NamedTuple):
@@ -33,7 +33,7 @@ class RetrievalSet:
     image_names: list[str]  # Q
 
     @classmethod
-    def build(cls, name: str, dataset: ImageTextDataset, limit: int | None = None) -> RetrievalSet:
+    def build(cls, name: str, dataset: Source, limit: int | None = None) -> RetrievalSet:
         """Build from a data set: its images (evenly spaced, if limited), and the first caption of each concept."""
         indices = np.arange(len(dataset))
         if limit is not None and len(indices) > limit:
