@@ -13,12 +13,13 @@ USAGE = """usage: mmkernels <command> [options]
 
   info       what is installed, which backend runs, and why
   plan       how well lengths pack, and how evenly ranks share the packs (needs mmkernels[plan])
-  pretrain   train a dual encoder on images and captions (needs mmkernels[pretrain])
+  pretrain   train a model by a recipe (needs mmkernels[pretrain])
+  recipes    the recipes of pretrain, or the wiring of one (needs mmkernels[pretrain])
 
 mmkernels <command> --help shows its options; mmkernels --version shows the version"""
 
 # Packages of the extras, by import name.
-_PRETRAIN_PACKAGES = {"tyro", "tqdm", "PIL", "tensorboard", "matplotlib", "safetensors", "jinja2"}
+_PRETRAIN_PACKAGES = {"tyro", "tqdm", "PIL", "tensorboard", "matplotlib", "safetensors", "jinja2", "tokenizers"}
 _PLAN_PACKAGES = {"tyro", "tabulate", "matplotlib", "pyarrow"}
 
 
@@ -44,6 +45,14 @@ def _pretrain(argv: list[str]) -> int:
     return pretrain.main(argv)
 
 
+def _recipes(argv: list[str]) -> int:
+    try:
+        from mmkernels import pretrain
+    except ModuleNotFoundError as error:
+        return _missing("recipes", "pretrain", error, _PRETRAIN_PACKAGES)
+    return pretrain.list_recipes(argv)
+
+
 def _plan(argv: list[str]) -> int:
     try:
         from mmkernels import plan_cli
@@ -55,7 +64,7 @@ def _plan(argv: list[str]) -> int:
         )
 
 
-_COMMANDS = {"info": _info, "plan": _plan, "pretrain": _pretrain}
+_COMMANDS = {"info": _info, "plan": _plan, "pretrain": _pretrain, "recipes": _recipes}
 
 
 def _escaped(error: UnicodeError) -> tuple[bytes, int]:

@@ -1,12 +1,28 @@
-"""The reference loop: a dual encoder on images and captions, through the package's own public ops.
+"""The reference loop: every pretraining system of the field as a recipe, through the package's own public ops.
 
+mmkernels recipes                           # what there is
 mmkernels pretrain --recipe clip            # the embedded emoji, about three minutes on two cores
 mmkernels pretrain --data folder:photos     # your own images and captions
 """
 
-from mmkernels.pretrain.cli import main
-from mmkernels.pretrain.config import Config, ModelConfig
-from mmkernels.pretrain.load import load_model
+from mmkernels.pretrain.cli import list_recipes, main
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.load import Pretrained, load_model
 from mmkernels.pretrain.loop import Outcome, train
+from mmkernels.pretrain.recipe import Facts, Ramp, Recipe, Shape, Stage, Stream
 
-__all__ = ["Config", "ModelConfig", "Outcome", "load_model", "main", "train"]
+__all__ = [
+    "Config",
+    "Facts",
+    "Outcome",
+    "Pretrained",
+    "Ramp",
+    "Recipe",
+    "Shape",
+    "Stage",
+    "Stream",
+    "list_recipes",
+    "load_model",
+    "main",
+    "train",
+]

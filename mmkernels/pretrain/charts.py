@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "loss_chart", "recall_chart"]
+__all__ = ["COLOURS", "figure_chart", "loss_chart"]
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
 _INK, _GRID = "#475569", "#e2e8f0"
@@ -34,31 +34,42 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def loss_chart(steps: Sequence[Mapping[str, Any]], chance_loss: float) -> str:
-    """Loss of every step and its running mean, with the loss at chance."""
+def loss_chart(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Loss of every step and its running mean, with the loss at chance where there is one."""
     with _drawing() as (figure, axes):
         at, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
+        chance = steps[-1].get("chance")
         axes.plot(at, losses, color=COLOURS[0], alpha=0.25, linewidth=1)
         axes.plot(at, _smoothed(losses), color=COLOURS[0], linewidth=2, label="loss")
-        axes.axhline(chance_loss, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="chance")
-        axes.set_ylim(bottom=0, top=1.15 * max(chance_loss, losses[0]))
+        if chance is not None:
+            axes.axhline(chance, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="chance")
+        top = max(losses[0], chance or 0.0)
+        if min(losses) >= 0 < top:
+            axes.set_ylim(bottom=0, top=1.15 * top)
         axes.set_xlabel("step")
         axes.legend(loc="lower left")
         return _svg(figure)
 
 
-def recall_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], way: str, k: int) -> str:
-    """Recall at k of every split over the steps, in %; chance is a dashed line of the same colour."""
+def figure_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], name: str) -> str:
+    """One figure of every split over the steps; chance is a dashed line of the same colour."""
     with _drawing() as (figure, axes):
+        percent = False
         for colour, split in zip(COLOURS, splits, strict=False):
-            of_split = [r for r in evals if r["split"] == split]
-            at, values = [r["step"] for r in of_split], [100 * r[way][str(k)] for r in of_split]
-            axes.plot(at, values, color=colour, linewidth=2, marker="o", markersize=4, label=split)
-            axes.axhline(100 * of_split[0][f"chance_{way}"][str(k)], color=colour, linewidth=1, linestyle=(0, (4, 3)))
+            rows = [(r["step"], f) for r in evals if r["split"] == split for f in r["figures"] if f["name"] == name]
+            if not rows:
+                continue
+            percent = rows[0][1]["percent"]
+            factor = 100 if percent else 1
+            values = [factor * f["value"] for _, f in rows]
+            axes.plot([at for at, _ in rows], values, color=colour, linewidth=2, marker="o", markersize=4, label=split)
+            if (chance := rows[0][1]["chance"]) is not None:
+                axes.axhline(factor * chance, color=colour, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
+        if percent:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
         axes.legend(loc="upper left")
         return _svg(figure)
 

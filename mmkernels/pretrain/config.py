@@ -1,4 +1,4 @@
-"""Every setting of a run, frozen. It defines the command line too: `--lr 2e-3 --model.width 192`."""
+"""Every setting of a run that does not belong to its recipe, frozen."""
 
 from __future__ import annotations
 
@@ -11,45 +11,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmkernels.pretrain.data import Augment, TableFormat
+from mmkernels.pretrain.data import TableFormat
+from mmkernels.pretrain.recipe import Recipe
+from mmkernels.pretrain.recipes import load
+from mmkernels.pretrain.wiring import with_leaves
 
-__all__ = ["Config", "ModelConfig", "from_dict", "to_dict"]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The two towers and their shared space."""
-
-    image_size: int = 32
-    """Side of the images the model sees, in pixels."""
-    width: int = 128
-    """Channels of a token."""
-    heads: int = 4
-    """Attention heads; they split the width."""
-    image_layers: int = 2
-    """Transformer blocks over image tokens (one token per 8 x 8 pixels)."""
-    text_layers: int = 2
-    """Transformer blocks over word tokens."""
-    embed_dim: int = 128
-    """Dimension of the shared space."""
-    word_buckets: int = 4096
-    """Rows of the hashed word table."""
-    gram_buckets: int = 8192
-    """Rows of the hashed character-trigram table."""
-    max_words: int = 16
-    """Maximum words per caption; longer ones are truncated."""
-    dropout: float = 0.0
-    """Fraction of activations dropped after attention and MLP."""
+__all__ = ["RESUMABLE", "Config", "from_dict", "to_dict"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Pretrain an image and a text tower."""
+    """Pretrain a model: a recipe on data.
+
+    `Config.of("siglip", steps=100)` begins with the recipe's own settings; `Config(...)` with the defaults below.
+    """
 
     recipe: str = "clip"
-    """The objective: clip or siglip."""
-    data: str = "emoji"
-    """emoji (embedded); folder:PATH of a .jsonl, .csv, .tsv or .parquet, or its folder; webdataset:PATTERN of tars."""
+    """Name of a recipe (`mmkernels recipes` lists them), or a Python file with a RECIPE in it."""
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """Changed settings of the recipe, by dotted name: {"objectives.contrast.weight": 0.5}."""
+    data: str | None = None
+    """Name of an embedded data set; folder:PATH of a .jsonl, .csv, .tsv or .parquet, or its folder; webdataset:PATTERN
+    of tars; None: the recipe's."""
     csv_separator: str | None = None
     """Field separator of a .csv or .tsv; None: a tab in a .tsv, else a comma."""
     csv_img_key: str = "image"
@@ -61,14 +44,20 @@ class Config:
     resume: bool = False
     """Resume from the newest checkpoint in the folder."""
     seed: int = 0
-    """Seed of the weights, the data order and the augmentation."""
+    """Seed of the weights, the data order and the views."""
 
     steps: int = 800
     """Optimizer steps."""
     batch: int = 128
-    """Samples that are contrasted with each other."""
+    """Samples of an optimizer step; with --tokens, at most."""
+    tokens: int | None = None
+    """Tokens of an optimizer step, at most, planned so that little is left unused; None: unbounded."""
     chunk: int = 64
-    """Samples whose activations are in memory at a time (gradient caching)."""
+    """Samples whose activations are in memory at a time; the gradient is that of the whole batch."""
+    workers: int = 0
+    """Processes that read ahead; 0: none. The batches do not depend on it."""
+    vocabulary: int = 2048
+    """Most tokens of the tokenizer, which is trained on the training texts."""
     lr: float = 1.5e-3
     """Peak learning rate."""
     warmup: int = 50
@@ -79,16 +68,23 @@ class Config:
     """Second AdamW decay rate."""
     clip_grad: float = 1.0
     """Maximum gradient norm."""
-    max_logit_scale: float = 100.0
-    """Upper bound of the learned logit scale."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    augment: Augment = field(default_factory=Augment)
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then evaluated and loaded; 0: none."""
+    recompute: bool = False
+    """Compute activations of transformer blocks again in the backward instead of keeping them."""
+    compile: bool = False
+    """Compile the transformer blocks with torch.compile."""
+    skip: int = 0
+    """Steps that may be skipped because their loss or gradient is not finite, or a spike; one more stops the run."""
+    spike: float = 0.0
+    """A gradient norm above this many times its running mean is a spike; 0: none is."""
 
     eval_every: int = 200
     """Steps between evaluations; 0: only at the end."""
+    eval_limit: int = 2000
+    """Most samples of each held-out set, evenly spaced."""
     checkpoint_every: int = 50
     """Steps between checkpoints; 0: only at the end (and on Ctrl-C)."""
     keep_checkpoints: int = 2
@@ -97,6 +93,8 @@ class Config:
     """Fraction of your own captions held out for evaluation."""
     max_broken: float = 0.05
     """Fraction of unreadable images above which the run stops."""
+    resolution: int = 48
+    """Side at which your own images are kept, in pixels."""
     tensorboard: bool = True
     """Also log for TensorBoard, if it is installed."""
     profile: tuple[int, int] | None = None
@@ -110,24 +108,35 @@ class Config:
     """Backend of every mmkernels op; None: the fastest available."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "chunk", "keep_checkpoints"):
+        for name in ("steps", "batch", "chunk", "keep_checkpoints", "eval_limit", "resolution"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "eval_every", "checkpoint_every", "threads", "seed"):
+        for name in ("warmup", "eval_every", "checkpoint_every", "threads", "seed", "workers", "skip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        for name in ("lr", "clip_grad", "max_logit_scale"):
+        for name in ("lr", "clip_grad"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         TableFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)  # validates them
-        if self.model.width % self.model.heads:
-            raise ValueError(f"model.width: expected a multiple of {self.model.heads} heads, got {self.model.width}")
-        if self.model.image_size % 8:
-            raise ValueError(f"model.image_size: expected a multiple of 8 pixels, got {self.model.image_size}")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens: expected at least 1, got {self.tokens}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected 0 <= ema < 1, got {self.ema}")
+        if self.spike != 0 and not self.spike > 1:
+            raise ValueError(f"spike: expected 0 or more than 1, got {self.spike}")
+
+    @classmethod
+    def of(cls, recipe: str, **changes: Any) -> Config:
+        """The settings of a recipe, with changes. Raise ValueError for an unknown recipe."""
+        return cls(recipe=recipe, **{**load(recipe).settings, **changes})
+
+    def wiring(self) -> Recipe:
+        """The recipe with this run's changes. Raise ValueError for a setting that it does not have."""
+        return with_leaves(load(self.recipe), self.parts)
 
     @property
     def folder(self) -> Path:
-        return self.run if self.run is not None else Path("runs") / self.recipe
+        return self.run if self.run is not None else Path("runs") / Path(self.recipe).stem
 
     @property
     def table(self) -> TableFormat:
@@ -136,8 +145,8 @@ class Config:
 
 # Settings that a resumed run may change.
 RESUMABLE = frozenset(
-    {"run", "resume", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "profile", "device"}
-    | {"threads", "backend", "max_broken"}
+    {"run", "resume", "eval_every", "eval_limit", "checkpoint_every", "keep_checkpoints", "tensorboard", "profile"}
+    | {"device", "threads", "backend", "max_broken", "workers", "recompute", "skip"}
 )
 
 

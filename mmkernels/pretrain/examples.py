@@ -1,77 +1,97 @@
-"""Retrieval examples: the nearest captions of some held-out images, and the nearest images of some captions."""
+"""Retrieval examples for the report: the nearest answers of some held-out queries, both ways."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from mmkernels.pretrain.data import RetrievalSet, Tokenizer
-from mmkernels.pretrain.evaluate import Embedded, embed
-from mmkernels.pretrain.model import DualEncoder
+from mmkernels.pretrain.data import Source, Text
+from mmkernels.pretrain.metrics import HeldOut, Retrieval
+from mmkernels.pretrain.metrics.retrieval import embed
 
-__all__ = ["CaptionQuery", "Found", "ImageQuery", "retrieved"]
+__all__ = ["Answer", "Item", "Query", "retrieved"]
 
 
 @dataclass(frozen=True)
-class Found:
-    """One answer."""
+class Item:
+    """One value, shown as a picture or as words."""
 
-    what: str  # a caption, or an image as a data URL
-    label: str  # the caption, or an image's caption
+    label: str
+    picture: str | None = None  # data URL
+
+
+@dataclass(frozen=True)
+class Answer:
+    item: Item
     similarity: float
     right: bool
 
 
 @dataclass(frozen=True)
-class ImageQuery:
-    image: str  # data URL
-    caption: str  # its own
-    rank: int  # of its own caption, from 1
-    found: list[Found]
-
-
-@dataclass(frozen=True)
-class CaptionQuery:
-    caption: str
-    rank: int  # of its first image, from 1
-    found: list[Found]
+class Query:
+    item: Item
+    rank: int  # of its first right answer, from 1
+    found: list[Answer]
 
 
 def retrieved(
-    model: DualEncoder, held_out: RetrievalSet, tokenizer: Tokenizer, *, images: int = 12, captions: int = 9, k: int = 5
-) -> tuple[list[ImageQuery], list[CaptionQuery]]:
-    """Queries spread evenly over a held-out set, hits and misses alike, each with its k nearest."""
-    embedded = embed(model, held_out, tokenizer)
-    of_images = [_image_query(held_out, embedded, i, k) for i in _spread(len(held_out.targets), images)]
-    of_captions = [_caption_query(held_out, embedded, i, k) for i in _spread(len(held_out.captions), captions)]
-    return of_images, of_captions
-
-
-def _image_query(held_out: RetrievalSet, embedded: Embedded, i: int, k: int) -> ImageQuery:
-    scores = embedded.captions @ embedded.images[i]  # [G]
-    own = int(held_out.targets[i])
-    found = [
-        Found(held_out.captions[j], held_out.captions[j], scores[j].item(), j == own)
-        for j in scores.topk(min(k, len(scores))).indices.tolist()
+    model: Any,
+    metric: Retrieval,
+    held_out: HeldOut,
+    fields: tuple[str, str],
+    *,
+    queries: tuple[int, int] = (12, 9),
+    k: int = 5,
+) -> list[tuple[str, list[Query]]]:
+    """(way, queries) for both ways: spread evenly over the held-out set, hits and misses alike, each with k answers."""
+    space = embed(model, held_out, metric.a, metric.b)
+    if not len(space.targets):
+        return []
+    show_a = _shower(held_out.source, fields[0], space.items_a)
+    show_b = _shower(held_out.source, fields[1], space.items_b)
+    numbers = torch.arange(len(space.b), device=space.targets.device)
+    of_a = [
+        _query(show_a(i), space.b @ space.a[i], space.targets[i] == numbers, show_b, k)
+        for i in _spread(len(space.a), queries[0])
     ]
-    rank = 1 + int((scores > scores[own]).sum())
-    return ImageQuery(data_url(held_out.images[i]), held_out.captions[own], rank, found)
-
-
-def _caption_query(held_out: RetrievalSet, embedded: Embedded, i: int, k: int) -> CaptionQuery:
-    scores = embedded.images @ embedded.captions[i]  # [Q]
-    right = embedded.targets == i
-    found = [
-        Found(data_url(held_out.images[j]), held_out.captions[held_out.targets[j]], scores[j].item(), bool(right[j]))
-        for j in scores.topk(min(k, len(scores))).indices.tolist()
+    of_b = [
+        _query(show_b(i), space.a @ space.b[i], space.targets == i, show_a, k)
+        for i in _spread(len(space.b), queries[1])
     ]
+    return list(zip(metric.ways, (of_a, of_b), strict=True))
+
+
+def _query(item: Item, scores: Tensor, right: Tensor, show: Callable[[int], Item], k: int) -> Query:
     best = scores.masked_fill(~right, -torch.inf).max()
-    return CaptionQuery(held_out.captions[i], 1 + int((scores > best).sum()), found)
+    nearest = scores.topk(min(k, len(scores))).indices.tolist()
+    found = [Answer(show(j), scores[j].item(), bool(right[j])) for j in nearest]
+    return Query(item, 1 + int((scores > best).sum()), found)
+
+
+def _shower(source: Source, field: str, items: list[int]) -> Callable[[int], Item]:
+    """How the i-th of some samples shows its value of a field."""
+
+    def show(i: int) -> Item:
+        sample = source[items[i]]
+        value = sample.values[field]
+        text = sample.values.get("text")
+        label = text.captions[0] if isinstance(text, Text) else text if isinstance(text, str) else sample.name
+        if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[-1] in (3, 4):
+            frame = value if value.ndim == 3 else value[len(value) // 2]  # the middle of a clip
+            return Item(label, data_url(frame))
+        if isinstance(value, Text):
+            return Item(value.captions[0])
+        return Item(value if isinstance(value, str) else label)
+
+    return show
 
 
 def _spread(count: int, wanted: int) -> list[int]:
@@ -81,7 +101,7 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def data_url(image: np.ndarray) -> str:
-    """uint8 [R, R, 4] as a PNG data URL."""
+    """uint8 [H, W, 3 or 4] as a PNG data URL."""
     buffer = BytesIO()
-    Image.fromarray(image, "RGBA").save(buffer, "PNG")
+    Image.fromarray(np.ascontiguousarray(image), "RGBA" if image.shape[2] == 4 else "RGB").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Interrupt", "LossWatch", "NotFiniteError"]
+__all__ = ["Interrupt", "LossWatch", "NotFiniteError", "StepGuard"]
+
+_SETTLED = 20  # steps of a running mean of gradient norms, and before it counts
 
 
 class NotFiniteError(RuntimeError):
@@ -71,3 +74,39 @@ class LossWatch:
             f"the loss has stayed at {loss:.3f} for {self._steps} steps; chance is {chance_loss:.3f}. "
             "Try a lower --lr or a longer --warmup, and check that the captions match their images"
         )
+
+
+class StepGuard:
+    """Decides which steps must not update the weights.
+
+    Args:
+        allowed: steps that may be skipped in the whole run.
+        spike: a gradient norm above this many times its running mean is a fault; 0: none is.
+    """
+
+    def __init__(self, allowed: int, spike: float) -> None:
+        self.allowed, self.spike = allowed, spike
+        self.skipped, self._seen, self._mean = 0, 0, 0.0
+
+    def fault(self, loss: float, norm: float) -> str:
+        """Why a step must not be taken; empty if it may."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"the loss is {loss} and the gradient norm {norm}"
+        if self.spike and self._seen >= _SETTLED and norm > self.spike * self._mean:
+            return f"the gradient norm is {norm:.4g}, {norm / self._mean:.1f} times its running mean"
+        self._seen += 1
+        self._mean += (norm - self._mean) / min(self._seen, _SETTLED)
+        return ""
+
+    def may_skip(self) -> bool:
+        """Count a skipped step; False if it is one too many."""
+        if self.skipped >= self.allowed:
+            return False
+        self.skipped += 1
+        return True
+
+    def state_dict(self) -> dict[str, float]:
+        return {"skipped": self.skipped, "seen": self._seen, "mean": self._mean}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.skipped, self._seen, self._mean = int(state["skipped"]), int(state["seen"]), float(state["mean"])

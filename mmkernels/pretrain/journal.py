@@ -10,7 +10,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 from mmkernels.pretrain import checkpoint
+from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.environment import environment
-from mmkernels.pretrain.evaluate import Recall
+from mmkernels.pretrain.metrics import Figure
 from mmkernels.pretrain.run_folder import RunFolder
 
 __all__ = ["Journal"]
@@ -80,39 +81,42 @@ class Journal(logging.Handler):
         yield
         self._waited = time.perf_counter() - began
 
-    def step(self, step: int, *, samples: int, tokens: int, **metrics: float) -> None:
+    def step(self, step: int, batch: Batch, **figures: float) -> None:
         """Log an optimizer step.
 
         Args:
             step: steps done.
-            samples, tokens: in the batch; tokens of both towers.
-            metrics: loss, lr, grad_norm and the objective's own metrics.
+            batch: of the step.
+            figures: loss, lr, grad_norm, and those of the objectives.
         """
         self.step_now = step
         seconds = time.perf_counter() - self._step_began
         rates = {
-            "samples_per_s": samples / seconds,
-            "tokens_per_s": tokens / seconds,
+            "samples_per_s": batch.samples / seconds,
+            "tokens_per_s": batch.tokens / seconds,
+            "tokens": batch.tokens,
+            "padding_saved": batch.padding_saved,
             "data_wait": self._waited / seconds,
             "peak_memory": _peak_memory(self.device),
             "seconds": seconds,
         }
-        self.write("step", **metrics, **{name: float(f"{value:.5g}") for name, value in rates.items()})
-        self._scalars("train", {**metrics, **rates})
-        self._bar_note |= {"loss": f"{metrics['loss']:.3f}", "samples/s": f"{rates['samples_per_s']:.0f}"}
+        self.write("step", **figures, **{name: float(f"{value:.5g}") for name, value in rates.items()})
+        self._scalars("train", {**figures, **rates})
+        self._bar_note |= {"loss": f"{figures['loss']:.3f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
         self._bar.set_postfix(self._bar_note, refresh=False)
         self._bar.update()
 
-    def evaluation(self, recalls: Mapping[str, Recall], seconds: float) -> None:
-        for split, recall in recalls.items():
-            self.write("eval", split=split, **recall.to_dict(), seconds=round(seconds, 3))
-            for way in ("image_to_text", "text_to_image"):
-                self._scalars(f"recall/{split}/{way}", {f"R@{k}": v for k, v in getattr(recall, way).items()})
-        if recalls:
-            best = {split: f"{100 * recall.image_to_text[10]:.1f}" for split, recall in recalls.items()}
-            self._bar_note |= {f"{split} R@10": value for split, value in best.items()}
-            shown = ", ".join(f"{split} {value}%" for split, value in best.items())
-            self.say(f"step {self.step_now}: image -> text R@10 {shown}")
+    def evaluation(self, found: Mapping[str, Sequence[Figure]], seconds: float) -> None:
+        shown = []
+        for split, figures in found.items():
+            rows = [figure.to_dict() for figure in figures]
+            self.write("eval", split=split, figures=rows, seconds=round(seconds, 3))
+            self._scalars(f"eval/{split}", {figure.name.replace(" ", "_"): figure.value for figure in figures})
+            for figure in (figure for figure in figures if figure.headline):
+                self._bar_note[f"{split} {figure.name}"] = figure.shown()
+                shown.append(f"{split} {figure.name} {figure.shown()}")
+        if shown:
+            self.say(f"step {self.step_now}: {', '.join(shown)}")
 
     def _open_tensorboard(self, folder: RunFolder) -> Any:
         try:

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mmkernels.pretrain import checkpoint
-from mmkernels.pretrain.data import Tokenizer
-from mmkernels.pretrain.model import DualEncoder
-from mmkernels.pretrain.run_folder import RunFolderError, stored_config
-from mmkernels.pretrain.trainer import tokenizer_for
+from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.data import Collator, Sample
+from mmkernels.pretrain.model import Model
+from mmkernels.pretrain.recipe import Facts
+from mmkernels.pretrain.run_folder import RunFolderError, stored_classes, stored_config
+from mmkernels.pretrain.tokenizer import TextTokenizer
 
-__all__ = ["load_model"]
+__all__ = ["Pretrained", "load_model"]
 
 
-def load_model(run: Path | str, device: torch.device | str = "cpu") -> tuple[DualEncoder, Tokenizer]:
-    """The towers of a run's newest checkpoint, in evaluation mode, and the tokenizer they were trained with.
+class Pretrained(NamedTuple):
+    """A trained model, and what turns values into its inputs."""
+
+    model: Model
+    collator: Collator
+
+    def embed(self, stream: str, values: Sequence[Any]) -> Tensor:
+        """Unit vectors [n, E] of n values of a stream's field, without gradients.
+
+        Args:
+            stream: of the recipe.
+            values: as in a data set: images uint8 [H, W, 3 or 4], texts, ...
+        """
+        with torch.no_grad():
+            return self.model.encoder(stream).embeddings(self.batch({stream: values})[stream])
+
+    def batch(self, values: Mapping[str, Sequence[Any]]) -> Batch:
+        """A batch of n samples, without views: the values of their fields, by stream; other streams are absent."""
+        streams = self.collator.streams
+        unknown = [name for name in values if name not in streams]
+        if unknown:
+            raise ValueError(f"values: expected some of the streams {', '.join(streams)}, got {', '.join(unknown)}")
+        counts = {name: len(each) for name, each in values.items()}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"values: expected as many of every stream, got {counts}")
+        n = next(iter(counts.values()))
+        fields = {streams[name].field or name: each for name, each in values.items()}
+        samples = [Sample({field: each[i] for field, each in fields.items()}, i, str(i)) for i in range(n)]
+        return self.collator(samples, range(n), mode="plain").to(next(self.model.parameters()).device)
+
+
+def load_model(run: Path | str, device: torch.device | str = "cpu") -> Pretrained:
+    """The model of a run's newest checkpoint, in evaluation mode: its averaged weights, if the run kept them.
 
     Args:
         run: the run folder.
@@ -27,16 +63,18 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> tuple[Dua
         DamagedError: its checkpoint cannot be read.
 
     Example:
-        >>> model, tokenizer = load_model("runs/clip")
-        >>> texts = model.text(tokenizer(["a red heart", "a grey cat"]))  # [2, E]
-        >>> similarity = model.image(images) @ texts.T  # images [B, 3, 32, 32] in [-1, 1]
+        >>> clip = load_model("runs/clip")
+        >>> texts = clip.embed("text", ["a red heart", "a grey cat"])  # [2, E]
+        >>> similarity = clip.embed("image", images) @ texts.T  # images: uint8 [H, W, 3] each
     """
     folder = Path(run)
     config = stored_config(folder)
     newest = checkpoint.latest(folder / "checkpoints")
     if newest is None:
         raise RunFolderError(f"{folder} holds a run, but no checkpoint yet")
-    weights = checkpoint.load_weights(newest)
-    model = DualEncoder(config.model, config.backend).to(device)
-    model.load_state_dict({n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")})
-    return model.eval(), tokenizer_for(config)
+    weights, recipe = checkpoint.load_weights(newest), config.wiring()
+    tokenizer, classes = TextTokenizer.load(folder / "tokenizer.json"), stored_classes(folder)
+    model = Model(recipe, Facts(recipe.model, len(tokenizer), classes, recipe.streams, config.backend)).to(device)
+    prefix = "average.module." if config.ema else "model."
+    model.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
+    return Pretrained(model.eval(), Collator(recipe.streams, tokenizer, tuple(classes), seed=config.seed))

@@ -1,4 +1,4 @@
-"""`report.html`: one file with curves, recall and chance, and retrieved examples, from a run's log and weights."""
+"""`report.html`: one file with curves, figures beside chance, and retrieved examples, from a run's log and weights."""
 
 from __future__ import annotations
 
@@ -12,34 +12,32 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from mmkernels.pretrain.charts import COLOURS, loss_chart, recall_chart
-from mmkernels.pretrain.data import Data, Tokenizer
+from mmkernels.pretrain.charts import COLOURS, figure_chart, loss_chart
 from mmkernels.pretrain.data.unicode import printable
-from mmkernels.pretrain.evaluate import KS
+from mmkernels.pretrain.evaluate import evaluating
 from mmkernels.pretrain.examples import retrieved
-from mmkernels.pretrain.model import DualEncoder
-from mmkernels.pretrain.recipes import recipe
+from mmkernels.pretrain.metrics import Figure, Retrieval
+from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
+from mmkernels.pretrain.trainer import Trainer
+from mmkernels.pretrain.wiring import leaves
 
-__all__ = ["recall_table", "write_report"]
+__all__ = ["figure_table", "write_report"]
 
-WAYS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 _SPLITS = {
     "A": "a drawing style never seen in training",
     "B": "concepts never seen in training",
     "C": "neither the style nor the concepts seen",
-    "held_out": "captions never seen in training",
+    "held_out": "samples never seen in training",
 }
 
 
-def write_report(folder: RunFolder, model: DualEncoder, data: Data, tokenizer: Tokenizer) -> Path:
+def write_report(folder: RunFolder, trainer: Trainer) -> Path:
     """Write the report of a run in its current state.
 
     Args:
         folder: the run's folder; its log has the figures.
-        model: the trained model.
-        data: the examples come from its held-out sets.
-        tokenizer: the model's.
+        trainer: its model and held-out sets, for examples.
 
     Returns:
         the path of the report.
@@ -47,46 +45,69 @@ def write_report(folder: RunFolder, model: DualEncoder, data: Data, tokenizer: T
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters["percent"] = lambda share: f"{100 * share:.1f}"
     template = page.from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
-    examples = [
-        {"name": name, "about": _about(name), "images": queries[0], "captions": queries[1]}
-        for name, held_out in data.evals.items()
-        if (queries := retrieved(model, held_out, tokenizer))
-    ]
-    write_whole(folder.report, printable(template.render(**_facts(folder), examples=examples)))
+    write_whole(
+        folder.report, printable(template.render(**_facts(folder, trainer.recipe), examples=_examples(trainer)))
+    )
     return folder.report
 
 
-def recall_table(folder: RunFolder) -> str:
-    """The newest recall of every split, for a terminal."""
-    lines = [f"{'held-out split':<16}{'':<14}" + "".join(f"{f'R@{k}':>14}" for k in KS)]
-    for split, record in _newest(folder.records("eval")).items():
-        for way, words in WAYS.items():
-            cells = "".join(
-                f"{100 * record[way][str(k)]:>7.1f} ({100 * record[f'chance_{way}'][str(k)]:.1f})".rjust(14) for k in KS
-            )
-            lines.append(f"{split:<16}{words:<14}{cells}")
-    return "\n".join([*lines, "% of queries whose target is among the k nearest (chance in brackets)"])
+def _examples(trainer: Trainer) -> list[dict[str, Any]]:
+    """Of every metric that retrieves, on every held-out set."""
+    streams, found = trainer.recipe.streams, []
+    with evaluating(trainer.trained):
+        for metric in (m for m in trainer.recipe.metrics if isinstance(m, Retrieval)):
+            fields = (streams[metric.a].field or metric.a, streams[metric.b].field or metric.b)
+            for name, held_out in trainer.held_out.items():
+                ways = retrieved(trainer.trained, metric, held_out, fields)
+                found += [{"name": name, "about": _about(name), "ways": ways}] if ways else []
+    return found
 
 
-def _facts(folder: RunFolder) -> dict[str, Any]:
+def figure_table(folder: RunFolder) -> str:
+    """The newest figures of every split, for a terminal."""
+    rows = [
+        (split, words, "  ".join(_cell(column, f) for column, f in cells))
+        for split, record in _newest(folder.records("eval")).items()
+        for words, cells in _rows(record).items()
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)] if rows else [0, 0]
+    lines = [f"{split:<{widths[0]}}  {words:<{widths[1]}}  {cells}".rstrip() for split, words, cells in rows]
+    return "\n".join([*lines, "chance in brackets"])
+
+
+def _cell(column: str, row: Mapping[str, Any]) -> str:
+    figure = Figure(**row)
+    chance = f" ({figure.shown_chance()})" if figure.chance is not None else ""
+    value = figure.shown() + ("%" if figure.percent else "")
+    return f"{column + ' ' if column else ''}{value:>6}{chance:<8}"
+
+
+def _rows(record: Mapping[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Figures by what they measure; those that differ in R@k alone share a row."""
+    rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for figure in record["figures"]:
+        words, _, last = figure["name"].rpartition(" ")
+        at_k = bool(words) and last.startswith("R@")
+        rows.setdefault(words if at_k else figure["name"], []).append((last if at_k else "", figure))
+    return rows
+
+
+def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
     config = stored_config(folder.path)
     steps, evals, starts = folder.records("step"), folder.records("eval"), folder.records("start")
     newest = _newest(evals)
-    chance_loss = recipe(config.recipe).objective(config).chance_loss(config.batch)
     return {
         "config": config,
-        "settings": _flat(dataclasses.asdict(config)),
+        "data": config.data or recipe.data,
+        "recipe": recipe,
+        "settings": _flat({**dataclasses.asdict(config), **leaves(recipe)}),
         "environment": starts[-1]["environment"],
         "steps": len(steps),
         "warnings": list(dict.fromkeys(r["message"] for r in folder.records("warning"))),  # a resumed run repeats some
-        "headlines": _headlines(newest, steps, chance_loss, starts[-1]),
-        "table": [
-            {"split": split, "about": _about(split), "images": r["images"], "captions": r["captions"], "ways": _ways(r)}
-            for split, r in newest.items()
-        ],
-        "ks": KS,
-        "loss_svg": loss_chart(steps, chance_loss) if steps else "",
-        "recall_svgs": {WAYS[way]: recall_chart(evals, list(newest), way, 10) for way in WAYS} if evals else {},
+        "headlines": _headlines(newest, steps, starts[-1]),
+        "table": [{"split": split, "about": _about(split), "rows": _rows(record)} for split, record in newest.items()],
+        "loss_svg": loss_chart(steps) if steps else "",
+        "figure_svgs": {name: figure_chart(evals, list(newest), name) for name in _headline_names(newest)},
         "colours": dict(zip(newest, COLOURS, strict=False)),
     }
 
@@ -95,41 +116,39 @@ def _newest(evals: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     return {record["split"]: record for record in evals}
 
 
-def _ways(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"words": words, "cells": [(record[way][str(k)], record[f"chance_{way}"][str(k)]) for k in KS]}
-        for way, words in WAYS.items()
-    ]
+def _headline_names(newest: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(f["name"] for record in newest.values() for f in record["figures"] if f["headline"]))
 
 
 def _headlines(
-    newest: Mapping[str, Mapping[str, Any]],
-    steps: Sequence[Mapping[str, Any]],
-    chance_loss: float,
-    start: Mapping[str, Any],
+    newest: Mapping[str, Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], start: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """The figures at the top of the page."""
+    figures = [
+        (split, Figure(**row)) for split, record in newest.items() for row in record["figures"] if row["headline"]
+    ]
     tiles = [
         {
-            "value": f"{100 * record['image_to_text']['10']:.1f}%",
-            "what": f"R@10, image → text, split {split}",
-            "note": f"chance {100 * record['chance_image_to_text']['10']:.1f}%",
+            "value": figure.shown() + ("%" if figure.percent else ""),
+            "what": f"{figure.name}, split {split}",
+            "note": f"chance {figure.shown_chance()}" if figure.chance is not None else "",
         }
-        for split, record in newest.items()
+        for split, figure in figures
     ]
     if steps:
         seconds = sum(r["seconds"] for r in steps)
         waited = sum(r["data_wait"] * r["seconds"] for r in steps) / seconds
         losses = [r["loss"] for r in steps[-20:]]
+        chance = steps[-1].get("chance")
         tiles += [
             {
                 "value": f"{sum(losses) / len(losses):.2f}",
                 "what": "loss, mean of the last steps",
-                "note": f"{chance_loss:.2f} at chance",
+                "note": f"{chance:.2f} at chance" if chance is not None else f"{steps[0]['loss']:.2f} at the start",
             },
             {
-                "value": f"{median(r['samples_per_s'] for r in steps):,.0f}/s",
-                "what": "samples, in the median step",
+                "value": f"{median(r['tokens_per_s'] for r in steps):,.0f}/s",
+                "what": "tokens, in the median step",
                 "note": f"{100 * waited:.0f}% of the time on data",
             },
             {
@@ -140,7 +159,7 @@ def _headlines(
             {
                 "value": f"{start['parameters'] / 1e6:.2f} M",
                 "what": "parameters",
-                "note": f"{start['samples']:,} training images",
+                "note": f"{start['samples']:,} training samples",
             },
         ]
     return tiles

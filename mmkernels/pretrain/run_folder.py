@@ -1,19 +1,23 @@
 """The folder of a run: what it stores, and which run may write to it.
 
-config.json  log.jsonl  checkpoints/  tensorboard/  report.html
+config.json  tokenizer.json  classes.json  log.jsonl  checkpoints/  tensorboard/  report.html
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.config import RESUMABLE, Config, from_dict, to_dict
+from mmkernels.pretrain.wiring import leaves
 
-__all__ = ["RunFolder", "RunFolderError", "stored_config"]
+__all__ = ["RunFolder", "RunFolderError", "stored_classes", "stored_config", "write_whole"]
+
+_WIRING = "wiring"  # key of the recipe's settings in config.json
 
 
 class RunFolderError(ValueError):
@@ -36,14 +40,19 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.log = self.path / "log.jsonl"
         self.report = self.path / "report.html"
+        self.tokenizer = self.path / "tokenizer.json"
         if config.resume:
-            _check_same_run(stored_config(self.path), config)
+            _check_same_run(self.path, config)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             newest = checkpoint.latest(self.checkpoints)
             holds = f"a run, saved at {newest.name}" if newest else "files already"
             raise RunFolderError(f"{self.path} holds {holds}. Resume it with --resume, or name another with --run")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        write_whole(self.path / "config.json", json.dumps(_stored(config), indent=2) + "\n")
+
+    def keep_classes(self, classes: Mapping[str, Sequence[str]]) -> None:
+        """Store the names of the classes of the data's label fields, without which a model cannot be built again."""
+        write_whole(self.path / "classes.json", json.dumps({name: list(each) for name, each in classes.items()}) + "\n")
 
     def keep_log_until(self, step: int) -> None:
         """Drop records after a checkpoint: those steps will run again."""
@@ -70,16 +79,36 @@ def stored_config(folder: Path) -> Config:
     if not path.exists():
         raise RunFolderError(f"{folder} holds no run to resume (no config.json)")
     try:
-        config: Config = from_dict(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config: Config = from_dict({name: value for name, value in values.items() if name != _WIRING})
     except (ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path}: expected the settings of a run, got something else ({error})") from error
     return config
 
 
-def _check_same_run(stored: Config, config: Config) -> None:
-    before, now = to_dict(stored), to_dict(config)
-    fixed = [name for name in now if name not in RESUMABLE]
-    changed = [f"{name}: {before[name]} -> {now[name]}" for name in fixed if before[name] != now[name]]
+def stored_classes(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The label fields of a run's data, and the names of their classes. Raise RunFolderError if they are unreadable."""
+    path = folder / "classes.json"
+    try:
+        return {name: tuple(names) for name, names in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"{path}: expected the classes of a run's labels, got something else ({error})") from error
+
+
+def _stored(config: Config) -> dict[str, Any]:
+    """The settings, and every setting of the recipe: it may change between a run and its resumption."""
+    wiring: dict[str, Any] = json.loads(json.dumps(leaves(config.wiring()), default=str))
+    return {**to_dict(config), _WIRING: wiring}
+
+
+def _check_same_run(folder: Path, config: Config) -> None:
+    stored_config(folder)  # raises if it is damaged
+    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    now = _stored(config)
+    before |= before.pop(_WIRING, {})
+    now |= now.pop(_WIRING)
+    fixed = [name for name in {**before, **now} if name not in RESUMABLE and name != "parts"]
+    changed = [f"{name}: {before.get(name)} -> {now.get(name)}" for name in fixed if before.get(name) != now.get(name)]
     if changed:
         raise RunFolderError(
             f"{config.folder}: a resumed run keeps its settings, but {'; '.join(changed)}. Start a new run with --run"

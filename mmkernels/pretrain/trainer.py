@@ -1,23 +1,28 @@
-"""The state of a run, as in a checkpoint: weights, optimizer, data cursor, random state."""
+"""The state of a run, as in a checkpoint: weights, twins, optimizer, data cursor, random state."""
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from mmkernels import GradCache
 from mmkernels.pretrain import checkpoint
+from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.data import Tokenizer, TrainLoader
-from mmkernels.pretrain.data.base import Source
-from mmkernels.pretrain.model import DualEncoder
-from mmkernels.pretrain.recipes import recipe
+from mmkernels.pretrain.data import BatchSampler, Collator, Data, TokenSampler, TrainLoader
+from mmkernels.pretrain.layers import Block
+from mmkernels.pretrain.metrics import HeldOut
+from mmkernels.pretrain.model import Model
+from mmkernels.pretrain.recipe import Facts
+from mmkernels.pretrain.schedule import freeze, learning_rate, stage_at, weights_at
+from mmkernels.pretrain.state import Twin, Twins
+from mmkernels.pretrain.tokenizer import TextTokenizer
 
-__all__ = ["Cursor", "Trainer", "learning_rate"]
+__all__ = ["Cursor", "Trainer", "facts_of"]
 
 
 class Cursor(NamedTuple):
@@ -28,21 +33,27 @@ class Cursor(NamedTuple):
 
 
 class Trainer:
-    """Model, objective, optimizer and loader of a run, at one step.
+    """Model, optimizer and loader of a run, at one step.
 
     Args:
         config: the run's.
-        dataset: the training data.
+        data: of the run.
+        tokenizer: of the run.
         device: of the model.
     """
 
-    def __init__(self, config: Config, dataset: Source, device: torch.device) -> None:
+    def __init__(self, config: Config, data: Data, tokenizer: TextTokenizer, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         self.config, self.device, self.step = config, device, 0
-        self.model = DualEncoder(config.model, config.backend).to(device)
-        self.objective = recipe(config.recipe).objective(config).to(device)
-        self.trained = nn.ModuleDict({"model": self.model, "objective": self.objective})
-        self.parameters = list(self.trained.parameters())
+        self.recipe = config.wiring()
+        self.model = Model(self.recipe, facts_of(config, data, tokenizer)).to(device)
+        decays = {name: s.teacher.decay for name, s in self.recipe.streams.items() if s.teacher and not s.tied}
+        self.twins = Twins(self.model.streams, decays)  # type: ignore[arg-type]
+        self.average = Twin(self.model, config.ema) if config.ema else None
+        self.carried = nn.ModuleDict({"model": self.model, "twins": self.twins})
+        if self.average is not None:
+            self.carried["average"] = self.average
+        self.parameters = list(self.model.parameters())
         decayed = [p for p in self.parameters if p.ndim > 1]
         others = [p for p in self.parameters if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -51,22 +62,84 @@ class Trainer:
             betas=(0.9, config.beta2),
             fused=True,
         )
-        self.tokenizer = tokenizer_for(config)
-        self.loader = TrainLoader(
-            dataset,
-            batch_size=config.batch,
-            image_size=config.model.image_size,
-            tokenizer=self.tokenizer,
-            augment=config.augment,
+        if config.compile:
+            for block in (module for module in self.model.modules() if isinstance(module, Block)):
+                block.compile(dynamic=True)
+        self.cache = GradCache(self.model.encoders(), self.model.loss, chunk_size=config.chunk)
+        self.collator = Collator(
+            self.recipe.streams,
+            tokenizer,
+            tuple(data.train.classes),
             seed=config.seed,
+            in_use=lambda step: frozenset(weights_at(self.recipe, config.seed, step)),
         )
+        self.loader = TrainLoader(
+            data.train,
+            self._sampler(data),
+            self.collator,
+            workers=config.workers,
+            pin=device.type == "cuda",
+        )
+        self.held_out = {
+            name: HeldOut(name, source, self.collator, device, data.train, limit=config.eval_limit)
+            for name, source in data.held_out.items()
+        }
 
-    def set_lr(self, lr: float) -> None:
+    def _sampler(self, data: Data) -> BatchSampler | TokenSampler:
+        config, source = self.config, data.train
+        if config.tokens is not None:
+            lengths = self.collator.lengths(source)
+            return TokenSampler(lengths, config.tokens, max_samples=config.batch, seed=config.seed)
+        contrasted = len(self.model.by_token) < len(self.model.objectives)  # then a batch needs distinct concepts
+        return BatchSampler(source.concepts if contrasted else np.arange(len(source)), config.batch, config.seed)
+
+    @property
+    def trained(self) -> Model:
+        """The model to evaluate: the average, if there is one."""
+        return self.model if self.average is None else self.average.module  # type: ignore[return-value]
+
+    def begin(self) -> float:
+        """Set what holds at this step: what learns, how deep the fusion is, the learning rate, which is returned."""
+        config, stage = self.config, stage_at(self.recipe, self.step)
+        freeze(self.model, stage)
+        if self.model.fusion is not None:
+            self.model.fusion.depth = stage.fusion_depth
+        lr = stage.lr_scale * learning_rate(config.lr, config.warmup, config.steps, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        return lr
 
-    def autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+    def backward(self, batch: Batch) -> tuple[float, dict[str, float], float]:
+        """Gradients of a batch, clipped: (loss, each objective's own loss, norm before clipping)."""
+        config = self.config
+        weights = weights_at(self.recipe, config.seed, self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            teacher = self.twins.embeddings(batch.streams, self.model.owner, config.chunk)
+            self.cache.loss_fn = self.model.loss(batch, weights, config.chunk, teacher)
+            loss, parts = self.cache(*(batch[name] for name in self.recipe.streams))
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip_grad)
+        return loss.item(), {name: part.item() for name, part in parts.items()}, norm.item()
+
+    def update(self) -> None:
+        """Step the optimizer, and what follows the weights."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for objective in self.model.objectives.values():
+            objective.after_step()  # type: ignore[operator]
+        self.twins.follow(self.model.streams)  # type: ignore[arg-type]
+        if self.average is not None:
+            self.average.follow(self.model)
+        self.step += 1
+
+    def skip(self) -> None:
+        """Leave this step's gradients unused."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Values of the objectives' own, such as learned scales."""
+        every = self.model.objectives.items()
+        return {f"{name}/{key}": value for name, objective in every for key, value in objective.metrics().items()}  # type: ignore[operator]
 
     def cursor(self) -> Cursor:
         random = {"cpu": torch.get_rng_state()}
@@ -81,28 +154,24 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(cursor.random["cuda"], self.device)
 
-    def save(self, folder: Path) -> Path:
-        weights = {name: tensor.contiguous() for name, tensor in self.trained.state_dict().items()}
-        training = {"step": self.step, "optimizer": self.optimizer.state_dict(), **self.cursor()._asdict()}
+    def save(self, folder: Path, **more: Any) -> Path:
+        """Write a checkpoint; `more` are further values to keep."""
+        weights = {name: tensor.contiguous() for name, tensor in self.carried.state_dict().items()}
+        training = {"step": self.step, "optimizer": self.optimizer.state_dict(), **self.cursor()._asdict(), **more}
         return checkpoint.save(folder, self.step, weights, training, keep=self.config.keep_checkpoints)
 
-    def load(self, path: Path) -> None:
-        """Restore the state that `save` wrote."""
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restore the state that `save` wrote; returns everything that it kept beside the weights."""
         weights, training = checkpoint.load(path, self.device)
-        self.trained.load_state_dict(weights)
+        self.carried.load_state_dict(weights)
         self.optimizer.load_state_dict(training["optimizer"])
         self.step = training["step"]
         self.rewind(Cursor(training["loader"], training["random"]))
+        return training
 
 
-def tokenizer_for(config: Config) -> Tokenizer:
-    model = config.model
-    return Tokenizer(word_buckets=model.word_buckets, gram_buckets=model.gram_buckets, max_words=model.max_words)
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then cosine decay to zero at the last step. Depends on the step alone."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+def facts_of(config: Config, data: Data, tokenizer: TextTokenizer) -> Facts:
+    """What the parts of a run's recipe are told."""
+    recipe = config.wiring()
+    classes = {name: tuple(names) for name, names in data.train.classes.items()}
+    return Facts(recipe.model, len(tokenizer), classes, recipe.streams, config.backend, config.recompute)

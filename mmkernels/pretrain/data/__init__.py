@@ -1,54 +1,55 @@
-"""Image-text data for the reference loop: the embedded emoji, your own folder, tar shards.
+"""Data for the reference loop: what comes along, your own folder, tar shards.
 
 ```python
 data = open_data("emoji")
-loader = TrainLoader(data.train, batch_size=256, seed=0)
-batch = next(loader)          # batch.images [B, 3, 32, 32], batch.text (packed word tokens)
-data.evals["A"]               # a RetrievalSet: images, captions, targets, chance(k)
+data.train[0].values["text"]  # a Text: captions, keywords
+data.held_out["A"]            # a Source like data.train
 ```
 """
 
-from mmkernels.pretrain.data.augment import Augment, plain_images
 from mmkernels.pretrain.data.base import (
     BrokenImageError,
     BrokenLog,
-    Source,
+    Data,
+    Document,
+    Regions,
     Sample,
+    Source,
     Subset,
+    Text,
     TooManyBrokenError,
 )
+from mmkernels.pretrain.data.collate import Collator
 from mmkernels.pretrain.data.emoji import EmojiDataset, EmojiPack, load_emoji, load_pack
 from mmkernels.pretrain.data.folder import FolderDataset
-from mmkernels.pretrain.data.loader import Batch, Data, TrainLoader, open_data
-from mmkernels.pretrain.data.retrieval import Chance, RetrievalSet
-from mmkernels.pretrain.data.sampler import BatchSampler
+from mmkernels.pretrain.data.loader import TrainLoader
+from mmkernels.pretrain.data.opening import EMBEDDED, open_data
+from mmkernels.pretrain.data.sampler import BatchSampler, TokenSampler
 from mmkernels.pretrain.data.tables import TableFormat
-from mmkernels.pretrain.data.text import TextBatch, Tokenizer
 from mmkernels.pretrain.data.webdataset import WebDataset
 
 __all__ = [
-    "Augment",
-    "Batch",
+    "EMBEDDED",
     "BatchSampler",
     "BrokenImageError",
     "BrokenLog",
-    "Chance",
+    "Collator",
     "Data",
+    "Document",
     "EmojiDataset",
     "EmojiPack",
     "FolderDataset",
-    "Source",
-    "RetrievalSet",
+    "Regions",
     "Sample",
+    "Source",
     "Subset",
     "TableFormat",
-    "TextBatch",
-    "Tokenizer",
+    "Text",
+    "TokenSampler",
     "TooManyBrokenError",
     "TrainLoader",
     "WebDataset",
     "load_emoji",
     "load_pack",
     "open_data",
-    "plain_images",
 ]

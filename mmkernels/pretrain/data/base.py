@@ -170,13 +170,33 @@ class Source(ABC):
         What is skipped depends on the files alone, not on earlier reads, so a resumed run sees the same batches. Raises
         `TooManyBrokenError` beyond the allowed share.
         """
-        samples = []
-        for index in indices:
+        found = self.read_some(indices)
+        for name, reason in found.broken.items():
+            self.broken.add(name, reason)
+        return found.samples
+
+    def read_some(self, indices: Iterable[int]) -> Read:
+        """As `read`, but broken samples are returned, not recorded: for worker processes."""
+        samples, items, broken = [], [], {}
+        for index in map(int, indices):
             try:
-                samples.append(self[int(index)])
+                samples.append(self[index])
+                items.append(index)
             except BrokenImageError as error:
-                self.broken.add(self.name(int(index)), str(error))
-        return samples
+                broken[self.name(index)] = str(error)
+        return Read(samples, items, broken)
+
+    def peek(self, index: int) -> Mapping[str, Any]:
+        """The values of a sample that are known without decoding; `...` stands for others. For lengths and texts."""
+        return self[index].values
+
+
+class Read(NamedTuple):
+    """Samples, their numbers, and why others could not be read, by name."""
+
+    samples: list[Sample]
+    items: list[int]
+    broken: dict[str, str]
 
 
 class Data(NamedTuple):
@@ -199,6 +219,9 @@ class Subset(Source):
 
     def name(self, index: int) -> str:
         return self.whole.name(int(self.indices[index]))
+
+    def peek(self, index: int) -> Mapping[str, Any]:
+        return self.whole.peek(int(self.indices[index]))
 
 
 class DecodedDataset(Source):
@@ -249,6 +272,9 @@ class DecodedDataset(Source):
 
     def name(self, index: int) -> str:
         return self._names[index]
+
+    def peek(self, index: int) -> Mapping[str, Any]:
+        return {"image": ..., "text": Text(self.captions[index])}
 
 
 def caption_key(captions: Sequence[str]) -> str:

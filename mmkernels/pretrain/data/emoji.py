@@ -15,15 +15,14 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib import resources
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mmkernels.pretrain.data.base import BrokenLog, Source, Sample
-from mmkernels.pretrain.data.retrieval import RetrievalSet
+from mmkernels.pretrain.data.base import BrokenLog, Data, Sample, Source
 
 HELD_OUT_VENDOR = "twemoji"
-EvalSplit = Literal["A", "B", "C"]
+Split = Literal["train", "A", "B", "C"]
 
 
 class Drawings(NamedTuple):
@@ -92,27 +91,30 @@ class EmojiDataset(Source):
         concept = int(self.concepts[index])
         words = drawings.palette.view(np.uint32)[:, 0]  # a colour as one word: gathers four times faster
         image = words[drawings.indices[row]].view(np.uint8).reshape(self.resolution, self.resolution, 4)
-        return Sample.of_pair(image, (self.pack.names[concept],), self.pack.keywords[concept], concept, self.name(index))
+        return Sample.of_pair(
+            image, (self.pack.names[concept],), self.pack.keywords[concept], concept, self.name(index)
+        )
 
     def name(self, index: int) -> str:
         return f"{self._items[index][0]}/{self.pack.names[int(self.concepts[index])]}"
 
 
-@overload
-def load_emoji(split: Literal["train"] = "train") -> EmojiDataset: ...
-@overload
-def load_emoji(split: EvalSplit) -> RetrievalSet: ...
-def load_emoji(split: Literal["train", "A", "B", "C"] = "train") -> EmojiDataset | RetrievalSet:
-    """A split of the embedded data: `"train"`, or `"A"`, `"B"`, `"C"` for retrieval (see the module)."""
+def load_emoji(split: Split = "train") -> EmojiDataset:
+    """A split of the embedded data: the training set, or a held-out one (see the module)."""
     pack = load_pack()
     seen = np.setdiff1d(np.arange(len(pack.names)), pack.held_out)
     seen_vendors = [vendor for vendor in pack.vendors if vendor != HELD_OUT_VENDOR]
-    if split == "train":
-        return EmojiDataset(seen_vendors, seen)
-    if split == "A":
-        return RetrievalSet.build("held-out rendering", EmojiDataset([HELD_OUT_VENDOR], seen))
-    if split == "B":
-        return RetrievalSet.build("held-out concepts", EmojiDataset(seen_vendors, pack.held_out))
-    if split == "C":
-        return RetrievalSet.build("held-out rendering and concepts", EmojiDataset([HELD_OUT_VENDOR], pack.held_out))
-    raise ValueError(f"split: expected 'train', 'A', 'B' or 'C', got {split!r}")
+    parts = {
+        "train": (seen_vendors, seen),
+        "A": ([HELD_OUT_VENDOR], seen),
+        "B": (seen_vendors, pack.held_out),
+        "C": ([HELD_OUT_VENDOR], pack.held_out),
+    }
+    if split not in parts:
+        raise ValueError(f"split: expected 'train', 'A', 'B' or 'C', got {split!r}")
+    return EmojiDataset(*parts[split])
+
+
+def open_emoji() -> Data:
+    """The training set and the three held-out sets."""
+    return Data(load_emoji(), {"A": load_emoji("A"), "B": load_emoji("B"), "C": load_emoji("C")})

@@ -1,162 +1,116 @@
-"""Training batches, and `open_data` for any data source."""
+"""Training batches from any number of worker processes: the n-th depends on the data, the seed and n alone."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from mmkernels.pretrain.data.augment import Augment
-from mmkernels.pretrain.data.base import DecodedDataset, Source, Subset, TooManyBrokenError, caption_key
-from mmkernels.pretrain.data.emoji import load_emoji
-from mmkernels.pretrain.data.folder import FolderDataset
-from mmkernels.pretrain.data.retrieval import RetrievalSet
-from mmkernels.pretrain.data.sampler import BatchSampler
-from mmkernels.pretrain.data.tables import TableFormat, find_table
-from mmkernels.pretrain.data.text import TextBatch, Tokenizer
-from mmkernels.pretrain.data.webdataset import WebDataset
+from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.data.base import Source, TooManyBrokenError
+from mmkernels.pretrain.data.collate import Collator
+
+__all__ = ["Sampler", "TrainLoader"]
 
 
-class Data(NamedTuple):
-    """Training data and evaluation sets of a run."""
+class Sampler(Protocol):
+    """Endless batches of sample numbers, resumed from a JSON-serialisable state."""
 
-    train: Source
-    evals: dict[str, RetrievalSet]  # by split: A, B, C for the emoji, "held_out" for the user's own data
+    step: int
+
+    def __next__(self) -> np.ndarray: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One training batch of B samples of B different concepts (fewer than requested if some were broken)."""
+class _Turn(NamedTuple):
+    """What a worker is told: which batch to build."""
 
-    images: Tensor  # float32 [B, 3, S, S] in [-1, 1]
-    text: TextBatch
-    captions: list[str]
-    concepts: Tensor  # int64 [B]
-    names: list[str]
-    step: int  # which batch of the run this is, from 0
+    step: int
+    items: np.ndarray
+    state: dict[str, Any]  # of the sampler after it
 
 
 class TrainLoader:
-    """Endless `Batch`es; the n-th depends on the data, the seed and n alone.
+    """Endless `Batch`es. A state may be loaded with another number of workers.
 
     Args:
-        dataset: the training data.
-        batch_size: samples per batch; at most the number of distinct concepts.
-        image_size: side of the training images in pixels.
-        tokenizer: captions to ids.
-        augment: ranges of the augmentation.
-        seed: of the order and the augmentation.
+        source: the training data.
+        sampler: which samples make a batch.
+        collator: samples to batches.
+        workers: processes that read ahead; 0 reads in this one.
+        pin: keep batches in page-locked memory, for a GPU.
     """
 
     def __init__(
-        self,
-        dataset: Source,
-        *,
-        batch_size: int,
-        image_size: int = 32,
-        tokenizer: Tokenizer | None = None,
-        augment: Augment | None = None,
-        seed: int = 0,
+        self, source: Source, sampler: Sampler, collator: Collator, *, workers: int = 0, pin: bool = False
     ) -> None:
-        if image_size < 1:
-            raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
-        self.dataset, self.image_size, self.seed = dataset, image_size, seed
-        self.tokenizer, self.augment = tokenizer or Tokenizer(), augment or Augment()
-        self.sampler = BatchSampler(dataset.concepts, batch_size, seed)
+        self.source, self.sampler, self.workers, self.pin = source, sampler, workers, pin
+        self._builder = _Builder(source, collator)
+        self._state = sampler.state_dict()
+        self._batches: Iterator[Batch] | None = None
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        step = self.sampler.step
-        samples = self.dataset.read(next(self.sampler))
-        if not samples:
-            raise TooManyBrokenError(f"no sample of batch {step} could be read; {len(self.dataset.broken)} are broken")
-        images = np.stack([sample.image for sample in samples])
-        captions = self.augment.captions(samples, seed=self.seed, step=step)
-        return Batch(
-            self.augment.images(images, self.image_size, seed=self.seed, step=step),
-            self.tokenizer(captions),
-            captions,
-            torch.tensor([sample.concept for sample in samples], dtype=torch.int64),
-            [sample.name for sample in samples],
-            step,
-        )
+        if self._batches is None:
+            turns: Any = _Turns(self.sampler)
+            options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.pin, "collate_fn": _itself}
+            # A generator of its own: DataLoader draws a seed from it, which must not come from the run's.
+            loader: Any = DataLoader(self._builder, None, sampler=turns, generator=torch.Generator(), **options)
+            self._batches = iter(loader)
+        batch = next(self._batches)
+        self._state = dict(batch.state)
+        for name, reason in batch.broken.items():
+            self.source.broken.add(name, reason)
+        if not batch.samples:
+            broken = len(self.source.broken)
+            raise TooManyBrokenError(f"no sample of batch {batch.step} could be read; {broken} are broken")
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, JSON-serialisable. There is no other state."""
-        return self.sampler.state_dict()
+        """The position after the last yielded batch, however far workers have read ahead; JSON-serialisable."""
+        return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last batch yielded before `state_dict` was taken."""
         self.sampler.load_state_dict(state)
+        self._state, self._batches = dict(state), None
 
 
-def open_data(
-    source: str | Path = "emoji",
-    *,
-    table: TableFormat | None = None,
-    resolution: int = 48,
-    eval_fraction: float = 0.1,
-    max_eval: int = 2000,
-    max_broken: float = 0.05,
-    cache_bytes: int = 1 << 30,
-) -> Data:
-    """Open training data and its held-out sets.
+class _Builder(Dataset[Batch]):
+    """A data set whose index is a turn."""
 
-    Args:
-        source: `"emoji"` (embedded); a folder with a table, or the table (.jsonl, .csv, .tsv, .parquet); tar shards
-            (file, folder, glob).
-        table: its separator and columns, if not the defaults.
-        resolution: side in pixels at which your own images are kept.
-        eval_fraction: fraction of your own concepts held out, chosen by a hash of the caption, so that adding data
-            never moves a sample between the sets.
-        max_eval: most images in the held-out set.
-        max_broken: fraction of the samples that may be unreadable.
-        cache_bytes: memory for decoded images.
-    """
-    shards = str(source) != "emoji" and _is_shards(Path(source))
-    if table not in (None, TableFormat()) and (shards or str(source) == "emoji"):
-        raise ValueError(f"csv_separator, csv_img_key, csv_caption_key: expected a table to read, got {source}")
-    if str(source) == "emoji":
-        return Data(load_emoji("train"), {"A": load_emoji("A"), "B": load_emoji("B"), "C": load_emoji("C")})
-    if not 0 <= eval_fraction < 1:
-        raise ValueError(f"eval_fraction: expected 0 <= eval_fraction < 1, got {eval_fraction}")
-    open_it: Callable[..., DecodedDataset] = WebDataset if shards else partial(FolderDataset, table=table)
-    dataset = open_it(source, resolution=resolution, max_broken=max_broken, cache_bytes=cache_bytes)
-    held_out = held_out_mask(dataset, eval_fraction)
-    train = Subset(dataset, np.flatnonzero(~held_out))
-    if not len(train):
-        raise ValueError(f"{source}: expected samples left to train on, got all {len(dataset)} held out")
-    if not held_out.any():
-        return Data(train, {})
-    evals = RetrievalSet.build("held-out captions", Subset(dataset, np.flatnonzero(held_out)), limit=max_eval)
-    return Data(train, {"held_out": evals} if len(evals.targets) else {})
+    def __init__(self, source: Source, collator: Collator) -> None:
+        self.source, self.collator = source, collator
+
+    def __getitem__(self, turn: _Turn) -> Batch:
+        read = self.source.read_some(turn.items)
+        if not read.samples:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            return Batch({}, {}, nothing, [], [], turn.step, turn.state, read.broken)
+        batch = self.collator(read.samples, read.items, turn.step)
+        return replace(batch, state=turn.state, broken=read.broken)
 
 
-def held_out_mask(dataset: DecodedDataset, fraction: float) -> np.ndarray:
-    """bool [n]: whether the first caption of each sample hashes into the first `fraction` of the range."""
-    keys = (caption_key(captions) for captions in dataset.captions)
-    hashes = (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys)
-    return np.array([h < fraction * 2**64 for h in hashes], bool)
+def _itself(batch: Batch) -> Batch:
+    return batch
 
 
-def _is_shards(path: Path) -> bool:
-    """Whether `path` is tar shards: by suffix, or a folder with shards and without a .jsonl or .csv. A .parquet does
-    not count: downloaders put one next to each shard.
-    """
-    if not path.is_dir():
-        return path.suffix.lower() == ".tar"
-    if not any(path.glob("*.tar")):
-        return False
-    try:
-        return find_table(path).suffix.lower() not in (".jsonl", ".csv")
-    except ValueError:
-        return True
+class _Turns:
+    """The sampler inside the DataLoader, which runs ahead of the batches that the loader yields."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[_Turn]:
+        while True:
+            step, items = self.sampler.step, next(self.sampler)
+            yield _Turn(step, items, self.sampler.state_dict())

@@ -1,16 +1,72 @@
-"""Batches of indices in which a concept occurs at most once, in an order that depends on (seed, epoch, step) alone."""
+"""Batches of sample numbers, by count or by tokens, in an order that depends on (seed, epoch, step) alone."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from mmkernels import plan_packing
 from mmkernels.pretrain.data.seeds import Stream, generator
 
+__all__ = ["BatchSampler", "TokenSampler"]
 
-class BatchSampler:
+
+class _Dealt(ABC):
+    """Endless batches, dealt anew in each epoch."""
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self.samples, self.seed = samples, seed
+        self.epoch = 0
+        self.position = 0  # batches yielded in this epoch
+        self.step = 0  # batches yielded in total
+        self._batches = self._deal(0)
+
+    @abstractmethod
+    def _deal(self, epoch: int) -> Sequence[np.ndarray]:
+        """The batches of an epoch, at least one."""
+
+    @abstractmethod
+    def _size(self) -> int:
+        """What bounds a batch."""
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        """The next batch: int64, sample numbers."""
+        if self.position == len(self._batches):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._batches = self._deal(self.epoch)
+        batch = self._batches[self.position]
+        self.position += 1
+        self.step += 1
+        return batch
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """In the current epoch; it may vary between epochs."""
+        return len(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's position; JSON-serialisable."""
+        fixed = {"seed": self.seed, "batch_size": self._size(), "samples": self.samples}
+        return {**fixed, "epoch": self.epoch, "position": self.position, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken. The data, the seed and the batch size must be the same."""
+        mine = self.state_dict()
+        for name in ("seed", "batch_size", "samples"):
+            if state[name] != mine[name]:
+                raise ValueError(f"state: expected {name} {mine[name]} as in this run, got {state[name]}")
+        self.epoch, self.position, self.step = int(state["epoch"]), int(state["position"]), int(state["step"])
+        self._batches = self._deal(self.epoch)
+
+
+class BatchSampler(_Dealt):
     """Endless batches of `batch_size` indices into a data set, no two of the same concept.
 
     Each epoch is a fresh permutation, split into batches; a sample whose concept is already in the batch moves to the
@@ -28,30 +84,11 @@ class BatchSampler:
             raise ValueError(
                 f"batch_size: expected 1 to {distinct} (the distinct concepts to train on), got {batch_size}"
             )
-        self.concepts = np.asarray(concepts, np.int64)
-        self.batch_size, self.seed = batch_size, seed
-        self.epoch = 0
-        self.position = 0  # batches yielded in this epoch
-        self.step = 0  # batches yielded in total
-        self._batches = self._deal(0)
+        self.concepts, self.batch_size = np.asarray(concepts, np.int64), batch_size
+        super().__init__(len(concepts), seed)
 
-    def __iter__(self) -> BatchSampler:
-        return self
-
-    def __next__(self) -> np.ndarray:
-        """The next batch: int64 [batch_size]."""
-        if self.position == len(self._batches):
-            self.epoch, self.position = self.epoch + 1, 0
-            self._batches = self._deal(self.epoch)
-        batch = self._batches[self.position]
-        self.position += 1
-        self.step += 1
-        return batch
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """In the current epoch; the number of dropped samples varies between epochs."""
-        return len(self._batches)
+    def _size(self) -> int:
+        return self.batch_size
 
     def _deal(self, epoch: int) -> np.ndarray:
         order = generator(self.seed, epoch, Stream.ORDER).permutation(len(self.concepts))
@@ -74,22 +111,35 @@ class BatchSampler:
                 return np.array(batches, np.int64).reshape(-1, self.batch_size)
             batches.append(batch)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The sampler's position; JSON-serialisable."""
-        return {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "samples": len(self.concepts),
-            "epoch": self.epoch,
-            "position": self.position,
-            "step": self.step,
-        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken. The data, the seed and the batch size must be the same."""
-        mine = self.state_dict()
-        for name in ("seed", "batch_size", "samples"):
-            if state[name] != mine[name]:
-                raise ValueError(f"state: expected {name} {mine[name]} as in this run, got {state[name]}")
-        self.epoch, self.position, self.step = int(state["epoch"]), int(state["position"]), int(state["step"])
-        self._batches = self._deal(self.epoch)
+class TokenSampler(_Dealt):
+    """Endless batches of at most `tokens` tokens, planned by `plan_packing`; every sample occurs once in an epoch.
+
+    Args:
+        lengths: int [n], tokens of each sample.
+        tokens: most in a batch.
+        max_samples: most samples in a batch; None for no bound.
+        seed: of the order.
+
+    Raises:
+        ValueError: a sample is longer than a batch; no samples.
+    """
+
+    def __init__(self, lengths: np.ndarray, tokens: int, max_samples: int | None = None, seed: int = 0) -> None:
+        self.lengths, self.tokens, self.max_samples = np.asarray(lengths, np.int64), tokens, max_samples
+        if not len(self.lengths):
+            raise ValueError("lengths: expected at least one sample, got none")
+        if self.lengths.max() > tokens:
+            longest = f"sample {self.lengths.argmax()} has {self.lengths.max()}"
+            raise ValueError(f"tokens: expected at least the longest sample's, got {tokens}, but {longest}")
+        super().__init__(len(self.lengths), seed)
+
+    def _size(self) -> int:
+        return self.tokens
+
+    def _deal(self, epoch: int) -> list[np.ndarray]:
+        seed = (self.seed << 32) + epoch + 1
+        plan = plan_packing(self.lengths, self.tokens, max_samples=self.max_samples, seed=seed)
+        packs = [np.asarray(plan[i]) for i in range(plan.num_packs)]
+        # Best-fit leaves the emptiest packs last; a batch must not depend on the place in the epoch.
+        return [packs[i] for i in generator(self.seed, epoch, Stream.ORDER).permutation(len(packs))]

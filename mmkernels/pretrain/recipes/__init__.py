@@ -1,41 +1,44 @@
-"""One small file per recipe: its settings where they differ from the defaults, and its objective.
-
-A recipe module has `SETTINGS`, changes to the default `Config`, and `objective(config)`, an `Objective`.
-"""
+"""The recipes that come along: one value `RECIPE` a file. A user's own file works the same way."""
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
+import pkgutil
 from importlib import import_module
-from types import ModuleType
+from pathlib import Path
 
-from torch import Tensor, nn
+from mmkernels.pretrain.recipe import Recipe
 
-__all__ = ["RECIPES", "Objective", "recipe"]
-
-RECIPES = ("clip", "siglip")
+__all__ = ["load", "names"]
 
 
-class Objective(nn.Module):
-    """A loss over the embeddings of a batch, possibly with parameters."""
-
-    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Loss of images [N, E] and texts [N, E]; row i of one belongs to row i of the other."""
-        raise NotImplementedError
-
-    def clamp_(self) -> None:
-        """Called after every optimizer step."""
-
-    def metrics(self) -> dict[str, float]:
-        """Values of the parameters, for the log."""
-        return {}
-
-    def chance_loss(self, n: int) -> float:
-        """The loss of a random guess over n pairs."""
-        raise NotImplementedError
+def names() -> list[str]:
+    """Of the recipes that come along, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def recipe(name: str) -> ModuleType:
-    """The module of a recipe. Raise ValueError for an unknown name."""
-    if name not in RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
-    return import_module(f"{__name__}.{name}")
+def load(name: str) -> Recipe:
+    """A recipe by its name, or from a Python file with a `RECIPE` in it.
+
+    Raises:
+        ValueError: neither; the nearest names are offered.
+    """
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"recipe: expected a Python file with a RECIPE in it, got {name}, which does not exist")
+        spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+        assert spec is not None and spec.loader is not None, "it ends with .py"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    elif name in names():
+        module = import_module(f"{__name__}.{name}")
+    else:
+        near = difflib.get_close_matches(name, names(), 3, 0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"recipe: expected a file.py or one of {', '.join(names())}, got {name!r}{hint}")
+    recipe = getattr(module, "RECIPE", None)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe: expected {name} to have a RECIPE, a mmkernels.pretrain.Recipe, got {recipe!r}")
+    return recipe

@@ -1,0 +1,7 @@
+"""From the values of a field to packed tokens, and from these to features."""
+
+from mmkernels.pretrain.encoders.hashed_words import HashedWords
+from mmkernels.pretrain.encoders.patches import Patches
+from mmkernels.pretrain.encoders.words import Words
+
+__all__ = ["HashedWords", "Patches", "Words"]

@@ -1,0 +1,126 @@
+"""Images as patches of any grid: a convolutional or linear stem, then transformer blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels import AttentionMask, Media, Modality, PackedBatch, patchify, unpatchify
+from mmkernels.pretrain.batch import Piece
+from mmkernels.pretrain.encoders.base import EncoderModule
+from mmkernels.pretrain.layers import Blocks
+from mmkernels.pretrain.pixels import plain_images
+from mmkernels.pretrain.recipe import Facts
+from mmkernels.pretrain.tokenizer import TextTokenizer
+from mmkernels.pretrain.tokens import Layout
+
+__all__ = ["Patches"]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """One token per patch, at most `size` pixels a side."""
+
+    layers: int = 2
+    """Transformer blocks."""
+    size: int = 32
+    """Side of the images that the model sees, in pixels."""
+    patch: int = 8
+    """Side of a patch, in pixels."""
+    stem: Literal["convolutions", "linear"] = "convolutions"
+    """Three strided convolutions (whose patches are 8 pixels), or one linear layer over each patch."""
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or self.size % self.patch:
+            raise ValueError(f"size: expected a multiple of {self.patch} pixels, got {self.size}")
+        if self.stem == "convolutions" and self.patch != 8:
+            raise ValueError(f"patch: expected 8 pixels with convolutions, got {self.patch}")
+
+    @property
+    def reads_text(self) -> bool:
+        return False
+
+    @property
+    def grid(self) -> int:
+        return self.size // self.patch
+
+    def prepare(self, values: Sequence[Any], tokenizer: TextTokenizer) -> list[Piece]:
+        """Images uint8 [H, W, 3 or 4], or tensors [3, size, size] in [-1, 1] that a view has made of them."""
+        present = [value for value in values if value is not None]
+        if not present:
+            return [Piece([]) for _ in values]
+        raw = [image for image in present if not isinstance(image, Tensor)]
+        plain = iter(plain_images(raw, self.size) if raw else ())
+        pixels = torch.stack([image if isinstance(image, Tensor) else next(plain) for image in present])
+        patches, _ = patchify([pixels], self.patch)  # images as frames
+        each = iter(patches.split(self.grid**2))
+        grid = (1, self.grid, self.grid)
+        return [Piece([] if v is None else [Media(Modality.IMAGE, next(each), grid)]) for v in values]
+
+    def length(self, value: Any, tokenizer: TextTokenizer) -> int:
+        return 0 if value is None else self.grid**2
+
+    def build(self, facts: Facts) -> EncoderModule:
+        return PatchesEncoder(self, facts)
+
+
+class PatchesEncoder(EncoderModule):
+    def __init__(self, part: Patches, facts: Facts) -> None:
+        super().__init__()
+        self.part, width = part, facts.shape.width
+        convolutional = part.stem == "convolutions"
+        self.stem = convolutions(width) if convolutional else nn.Linear(3 * part.patch**2, width)
+        # On the scale of the tokens: otherwise the mean over tokens would hardly depend on position.
+        self.position = nn.Parameter(0.5 * torch.randn(part.grid**2, width))
+        self.blocks = Blocks(part.layers, facts)
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """Patches [V, 3 P P] of whole images -> tokens [V, C]."""
+        part = self.part
+        if part.stem == "convolutions":
+            images = len(patches) // part.grid**2
+            (pixels,) = unpatchify(patches, [(images, part.grid, part.grid)], part.patch)  # images as frames
+            x = self.stem(pixels).flatten(2).transpose(1, 2).flatten(0, 1)
+        else:
+            x = self.stem(patches)
+        return x + self.position.repeat(len(x) // len(self.position), 1)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        media = batch.media.get(Modality.IMAGE)
+        if media is None:
+            return self.position[:0]
+        # An image sees itself alone, also where a sample has several.
+        return self.blocks(self.embed(media.values), AttentionMask.packed(media.cu_values))
+
+    def layout(self, batch: PackedBatch) -> Layout:
+        media = batch.media.get(Modality.IMAGE)
+        several = media is not None and media.num_items > batch.num_samples
+        return Layout(batch.cu_seqlens, batch.cu_seqlens_host, media=item_numbers(batch) if several else None)
+
+
+def item_numbers(batch: PackedBatch) -> Tensor:
+    """int32 [T]: the number of each token's item within its sample, from 0."""
+    firsts = batch.cu_seqlens[:-1].long().clamp(max=max(batch.num_tokens - 1, 0))
+    of_sample = batch.span_ids[firsts] if batch.num_tokens else batch.span_ids[:0]
+    lengths = batch.cu_seqlens.diff().long()
+    return batch.span_ids - of_sample.repeat_interleave(lengths, output_size=batch.num_tokens)
+
+
+def convolutions(width: int) -> nn.Sequential:
+    """[B, 3, 8 h, 8 w] -> [B, C, h, w]"""
+    return nn.Sequential(
+        *_halving(3, width // 4),
+        *_halving(width // 4, width // 2),
+        nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+    )
+
+
+def _halving(channels_in: int, channels: int) -> tuple[nn.Module, ...]:
+    """Half the side, `channels` channels."""
+    convolution = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
+    return convolution, nn.GroupNorm(math.gcd(8, channels), channels), nn.GELU(approximate="tanh")

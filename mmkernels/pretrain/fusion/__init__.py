@@ -1,0 +1,3 @@
+"""How streams meet."""
+
+__all__: list[str] = []

@@ -1,0 +1,90 @@
+"""The transformer block that encoders, fusions and decoders share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmkernels import AttentionMask
+from mmkernels.nn import FusedSelfAttention, Rotary
+from mmkernels.pretrain.recipe import Facts
+
+__all__ = ["Block", "Blocks", "FeedForward", "start_as_identity"]
+
+
+def start_as_identity(*layers: nn.Linear) -> None:
+    """Zero the last layers of residual branches, so that a block starts as the identity."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+class FeedForward(nn.Module):
+    """norm -> 4 C channels -> C, without the residual."""
+
+    def __init__(self, facts: Facts) -> None:
+        super().__init__()
+        width = facts.shape.width
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(facts.shape.dropout)
+        start_as_identity(self.down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, C] -> [T, C]"""
+        return self.dropout(self.down(F.gelu(self.up(self.norm(x)), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block over packed tokens.
+
+    Args:
+        facts: the sizes.
+        rotary: rotate queries and keys, which are then normalised (RMS) too.
+    """
+
+    def __init__(self, facts: Facts, rotary: bool = False) -> None:
+        super().__init__()
+        shape = facts.shape
+        options: dict[str, Any] = {"rotary": Rotary(), "qk_norm": "rms"} if rotary else {}
+        self.norm = nn.LayerNorm(shape.width)
+        self.attention = FusedSelfAttention(shape.width, shape.heads, backend=facts.backend, **options)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.feed_forward = FeedForward(facts)
+        start_as_identity(self.attention.out_proj)
+
+    def forward(self, x: Tensor, mask: AttentionMask, positions: Any = None) -> Tensor:
+        """x [T, C] -> [T, C]; the mask determines which tokens see each other."""
+        x = x + self.dropout(self.attention(self.norm(x), mask, positions=positions))
+        return x + self.feed_forward(x)
+
+
+class Blocks(nn.ModuleList):
+    """A stack of blocks.
+
+    Args:
+        layers: their number.
+        facts: the sizes, and whether activations are computed again in the backward instead of kept.
+        rotary: as for `Block`.
+    """
+
+    def __init__(self, layers: int, facts: Facts, rotary: bool = False) -> None:
+        super().__init__(Block(facts, rotary) for _ in range(layers))
+        self.recompute = facts.recompute
+
+    def forward(self, x: Tensor, mask: AttentionMask, positions: Tensor | None = None) -> Tensor:
+        """x [T, C] -> [T, C]; with rotary blocks, positions [T]."""
+        table: Any = None
+        for block in self:
+            attention = block.attention
+            if positions is not None and table is None:  # one table for all blocks
+                table = attention.rotary.cos_sin(positions, attention.head_dim)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, table, use_reentrant=False)
+            else:
+                x = block(x, mask, table)
+        return x

@@ -1,0 +1,94 @@
+"""What every metric has, and the held-out data that it measures on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+
+from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.data.base import Source
+from mmkernels.pretrain.data.collate import Collator, Mode
+
+__all__ = ["Figure", "HeldOut", "Metric"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of an evaluation."""
+
+    name: str  # "image → text R@10"
+    value: float
+    chance: float | None = None  # of a guess that ignores the input
+    percent: bool = True  # a share, shown as a percentage
+    higher_is_better: bool = True
+    headline: bool = False  # shown at the top of the report and on the progress bar
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def shown(self) -> str:
+        return f"{100 * self.value:.1f}" if self.percent else f"{self.value:.3f}"
+
+    def shown_chance(self) -> str:
+        if self.chance is None:
+            return ""
+        return f"{100 * self.chance:.1f}" if self.percent else f"{self.chance:.3f}"
+
+
+class Metric(Protocol):
+    """A frozen dataclass in a recipe."""
+
+    def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
+        """The figures of a model, which is in evaluation mode, without gradients."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out set, in batches.
+
+    Args:
+        name: of the split.
+        source: its samples.
+        collator: of the run.
+        device: of the batches.
+        train: the training data, for metrics that fit something to it.
+        samples: at a time.
+        limit: most samples, evenly spaced; None for all.
+    """
+
+    name: str
+    source: Source
+    collator: Collator
+    device: torch.device
+    train: Source
+    samples: int = 128
+    limit: int | None = None
+
+    def items(self) -> list[int]:
+        """The numbers of the samples in use."""
+        n = len(self.source)
+        if self.limit is None or n <= self.limit:
+            return list(range(n))
+        return [int((i + 0.5) * n / self.limit) for i in range(self.limit)]
+
+    def batches(
+        self, mode: Mode = "plain", of: Source | None = None, items: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
+        """Batches of the readable samples, in order, on the device.
+
+        Args:
+            mode: which views apply, see `Collator`.
+            of: another source, such as `train`.
+            items: numbers of its samples; None: those in use.
+        """
+        source, numbers = of or self.source, self.items() if items is None else list(items)
+        for first in range(0, len(numbers), self.samples):
+            read = source.read_some(numbers[first : first + self.samples])
+            for name, reason in read.broken.items():
+                source.broken.add(name, reason)
+            if read.samples:
+                yield self.collator(read.samples, read.items, mode=mode).to(self.device)

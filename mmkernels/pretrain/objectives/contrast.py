@@ -1,0 +1,112 @@
+"""Contrast: InfoNCE between two streams, with a learned temperature; a queue and a momentum teacher are optional.
+
+Source: Radford et al. 2021 (arXiv:2103.00020); queue: He et al. 2020 (arXiv:1911.05722); distillation: Li et al. 2021
+(arXiv:2107.07651).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.nn import InfoNCELoss
+from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.objectives.base import BatchObjective
+from mmkernels.pretrain.recipe import Facts, Ramp
+from mmkernels.pretrain.schedule import at
+from mmkernels.pretrain.seen import Seen
+from mmkernels.pretrain.state import Queue
+
+__all__ = ["Contrast"]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Which sample of one stream belongs to which of the other."""
+
+    a: str = "image"
+    """Stream of the queries."""
+    b: str = "text"
+    """Stream of the keys."""
+    weight: float | Ramp = 1.0
+    """Factor of the loss."""
+    init_scale: float = 1 / 0.07
+    """Learned factor of the similarities, at the start."""
+    max_scale: float = 100.0
+    """Its upper bound."""
+    queue: int = 0
+    """Keys of earlier batches, by the momentum twins, that serve as further negatives in both directions."""
+    distil: float | Ramp = 0.0
+    """Share of the twins' own similarities in the targets."""
+    symmetric: bool = True
+    """Both directions; otherwise a -> b alone."""
+
+    def build(self, facts: Facts) -> ContrastLoss:
+        for name in (self.a, self.b):
+            twin = facts.streams[name].teacher or facts.streams[facts.streams[name].tied or name].teacher
+            if (self.queue or self.distil != 0.0) and twin is None and (name == self.b or self.symmetric):
+                raise ValueError(f"streams.{name}: expected a teacher, which queue and distil need, got None")
+        return ContrastLoss(self, facts)
+
+
+class ContrastLoss(BatchObjective):
+    def __init__(self, part: Contrast, facts: Facts) -> None:
+        super().__init__()
+        self.part = part
+        # Both directions with a queue are two one-way losses: a queue has keys for one direction.
+        self.one_way = part.queue > 0 or not part.symmetric
+        self.loss = InfoNCELoss(
+            init_scale=part.init_scale,
+            max_scale=part.max_scale,
+            normalize=False,
+            symmetric=not self.one_way,
+            backend=facts.backend,
+        )
+        names = ([part.b, part.a] if part.symmetric else [part.b]) if part.queue else []
+        self.queues = torch.nn.ModuleDict({name: Queue(part.queue, facts.shape.embed_dim) for name in names})
+        self._latest: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def over_batch(self, seen: Seen) -> Tensor:
+        a, b = self.part.a, self.part.b
+        rows = torch.nonzero(seen.present(a, b)).flatten()
+        if not len(rows):
+            return 0.0 * (seen.embedding(a).sum() + seen.embedding(b).sum())
+        concepts = seen.batch.concepts[rows]
+        own = {name: seen.embedding(name)[rows] for name in (a, b)}
+        twins = {name: seen.teacher[name][rows] for name in (a, b) if name in seen.teacher}
+        self._latest = {name: (twins[name].detach(), concepts) for name in self.queues}
+        ways = [(a, b), (b, a)] if self.one_way and self.part.symmetric else [(a, b)]
+        return torch.stack([self._one(own, twins, concepts, *way, seen.step) for way in ways]).mean()
+
+    def _one(
+        self, own: dict[str, Tensor], twins: dict[str, Tensor], concepts: Tensor, x: str, y: str, step: int
+    ) -> Tensor:
+        options: dict[str, Any] = {}
+        queue: Any = dict(self.queues.items()).get(y)
+        # Against a queue, keys and negatives must come from the same encoder: the twin.
+        keys = twins[y] if queue is not None else own[y]
+        if len(concepts.unique()) < len(concepts):
+            options |= {"query_ids": concepts, "key_ids": concepts}
+        alpha = at(self.part.distil, step)
+        if alpha > 0:
+            options["teacher"] = (twins[x], twins[y], alpha)
+        if queue is not None and len(queue):
+            options["negatives"] = queue.keys()
+        loss: Tensor = self.loss(own[x], keys, **options)
+        return loss
+
+    def after_step(self) -> None:
+        self.loss.clamp_()
+        for name, (keys, _) in self._latest.items():
+            self.queues[name].push(keys)
+
+    def metrics(self) -> dict[str, float]:
+        return {"logit_scale": self.loss.scale.item()}
+
+    def chance_loss(self, batch: Batch) -> float | None:
+        n = batch.samples + self.part.queue
+        return math.log(n) if n else None

@@ -1,0 +1,104 @@
+"""A recipe: which inputs, which encoders, how they meet, which objectives, on which schedule. Frozen data, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+__all__ = ["Facts", "Part", "Ramp", "Recipe", "Shape", "Stage", "Stream"]
+
+
+class Part(Protocol):
+    """A frozen dataclass that describes a module. Encoders also have `prepare` and `length`, which need no torch module
+    (`mmkernels.pretrain.encoders.base`); objectives and metrics have a `weight` or figures of their own."""
+
+    def build(self, facts: Facts) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that all parts of a model share."""
+
+    width: int = 128
+    """Channels of a token."""
+    heads: int = 4
+    """Attention heads; they split the width."""
+    embed_dim: int = 128
+    """Dimension of the embeddings that batch objectives compare."""
+    dropout: float = 0.0
+    """Fraction of activations dropped after attention and MLP."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a part is told when it is built: the run's sizes, and what the data has."""
+
+    shape: Shape
+    vocabulary: int  # tokens of the tokenizer
+    classes: Mapping[str, Sequence[str]]  # names of the classes of each label field
+    streams: Mapping[str, Stream]
+    backend: str | None = None
+    recompute: bool = False  # activations of each block are computed again in the backward
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A value that moves linearly from `start` to `end` during the first `steps` steps."""
+
+    start: float
+    end: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One input of the model."""
+
+    encoder: Any
+    """From prepared values to tokens [T, C]."""
+    field: str = ""
+    """Field of the samples; empty: the stream's own name."""
+    views: tuple[Any, ...] = ()
+    """Random changes of its values and tokens, drawn anew for each step."""
+    pool: str = "mean"
+    """From tokens to one embedding: mean, max or first."""
+    project: str = "linear"
+    """From there to the shared space: linear, mlp, or none (the width is then the embedding's)."""
+    tied: str = ""
+    """A stream whose encoder this one shares."""
+    teacher: Any = None
+    """An `Ema`: a twin of the encoder that follows it slowly."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What holds until a step; the first stage that has not ended applies."""
+
+    until: int | None = None
+    """First step of the next stage; None: to the end."""
+    trainable: tuple[str, ...] = ("*",)
+    """Patterns of the names of parameters that learn."""
+    lr_scale: float = 1.0
+    """Factor of the learning rate."""
+    objectives: tuple[str, ...] | None = None
+    """Those in use; None: all."""
+    fusion_depth: int | None = None
+    """Fusion layers in use; None: all."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pretraining system as a value. `mmkernels recipes` lists those that come along."""
+
+    summary: str
+    source: str
+    data: str
+    streams: Mapping[str, Stream]
+    objectives: Mapping[str, Any]
+    fusion: Any = None
+    metrics: tuple[Any, ...] = ()
+    stages: tuple[Stage, ...] = (Stage(),)
+    draw: bool = False  # one objective a step, drawn by weight, instead of their weighted sum
+    model: Shape = Shape()
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the run, where they differ from `Config`'s

@@ -1,0 +1,79 @@
+"""What a run needs before its first step: the data that its recipe asks for, and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.data import Data, Source, Text, open_data
+from mmkernels.pretrain.recipe import Recipe
+from mmkernels.pretrain.run_folder import RunFolder, write_whole
+from mmkernels.pretrain.tokenizer import TextTokenizer
+
+__all__ = ["expect_fields", "open_source", "tokenizer_for"]
+
+_TEXTS = 50_000  # samples that a tokenizer is trained on
+
+
+def open_source(config: Config) -> Data:
+    """The data of a run. Raise ValueError if it lacks what the recipe reads."""
+    recipe = config.wiring()
+    name = config.data or recipe.data
+    kind, _, path = name.partition(":")
+    source = path if kind in ("folder", "webdataset") and path else name
+    data = open_data(
+        source,
+        table=config.table,
+        resolution=config.resolution,
+        eval_fraction=config.eval_fraction,
+        max_eval=config.eval_limit,
+        max_broken=config.max_broken,
+    )
+    expect_fields(config.recipe, recipe, name, data.train)
+    return data
+
+
+def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
+    """Raise ValueError if a data set lacks a field that a stream or an objective reads."""
+    wanted = {stream.field or key: f"streams.{key}" for key, stream in recipe.streams.items()}
+    labels = {part.label: f"objectives.{key}" for key, part in recipe.objectives.items() if getattr(part, "label", "")}
+    for field, who in wanted.items():
+        if field not in source.fields:
+            raise ValueError(
+                f"data: expected a data set with the field {field!r}, which {who} of recipe {name} reads, got {data}, "
+                f"which has {', '.join(source.fields)}"
+            )
+    for field, who in labels.items():
+        if field not in source.classes:
+            has = ", ".join(source.classes) or "none"
+            raise ValueError(
+                f"data: expected a data set with the label {field!r}, which {who} of recipe {name} learns, got {data}, "
+                f"whose labels are: {has}"
+            )
+
+
+def tokenizer_for(config: Config, data: Data, folder: RunFolder) -> TextTokenizer:
+    """The run's tokenizer: from its folder, or trained on the training texts and stored there."""
+    if folder.tokenizer.exists():
+        return TextTokenizer.load(folder.tokenizer)
+    recipe = config.wiring()
+    fields = [s.field or name for name, s in recipe.streams.items() if s.encoder.reads_text]
+    tokenizer = TextTokenizer.train(texts(data.train, fields), config.vocabulary)
+    write_whole(folder.tokenizer, tokenizer.text())
+    return tokenizer
+
+
+def texts(source: Source, fields: list[str]) -> Iterator[str]:
+    """Every text of some fields, of evenly spaced samples."""
+    n = min(len(source), _TEXTS) if fields else 0
+    for index in np.linspace(0, len(source) - 1, n).astype(np.int64) if n else ():
+        values = source.peek(int(index))
+        for value in (values.get(field) for field in dict.fromkeys(fields)):
+            if isinstance(value, Text):
+                yield from (*value.captions, *value.keywords)
+            elif isinstance(value, str):
+                yield value
+            elif value is not None and hasattr(value, "parts"):  # a Document
+                yield from (part for part in value.parts if isinstance(part, str))

@@ -1,0 +1,6 @@
+"""Random changes of a stream's values and tokens."""
+
+from mmkernels.pretrain.views.augment import Augment
+from mmkernels.pretrain.views.captions import Captions
+
+__all__ = ["Augment", "Captions"]

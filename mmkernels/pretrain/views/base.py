@@ -1,0 +1,40 @@
+"""A view is a random change of a stream's values (images, texts), or of the tokens made of them."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mmkernels.pretrain.data.seeds import Draws
+
+__all__ = ["View"]
+
+
+@dataclass(frozen=True)
+class View:
+    """Base of the views, frozen dataclasses in a recipe."""
+
+    of_tokens: ClassVar[bool] = False  # changes prepared `Piece`s, rather than values
+    evaluated: ClassVar[bool] = False  # also applied where a held-out loss is measured
+
+    salt: int = 0
+    """Views of the same kind and field with another salt are drawn independently."""
+    when: tuple[str, ...] = ()
+    """Applied at the steps at which one of these objectives is in use; empty: always."""
+
+    def __call__(self, values: Sequence[Any], draws: Draws, labels: MutableMapping[str, np.ndarray]) -> list[Any]:
+        """The changed values (or pieces) of a batch; absent ones stay as they are.
+
+        Args:
+            values: B values of the field, None where a sample lacks it; or B pieces.
+            draws: of these samples.
+            labels: label field -> int64 [B]; a view may add its own.
+        """
+        raise NotImplementedError
+
+    def fitted(self, encoder: Any) -> View:
+        """This view with what it takes over from the stream's encoder, such as the size of images."""
+        return self
