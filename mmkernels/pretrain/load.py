@@ -74,7 +74,9 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> Pretraine
         raise RunFolderError(f"{folder} holds a run, but no checkpoint yet")
     weights, recipe = checkpoint.load_weights(newest), config.wiring()
     tokenizer, classes = TextTokenizer.load(folder / "tokenizer.json"), stored_classes(folder)
-    model = Model(recipe, Facts(recipe.model, len(tokenizer), classes, recipe.streams, config.backend)).to(device)
+    model = Model(recipe, Facts(recipe.model, len(tokenizer), classes, recipe.streams, config.seed, config.backend)).to(
+        device
+    )
     prefix = "average.module." if config.ema else "model."
     model.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
     return Pretrained(model.eval(), Collator(recipe.streams, tokenizer, tuple(classes), seed=config.seed))

@@ -70,6 +70,14 @@ class Model(nn.Module):
     def seen(self, batch: Batch, rows: tuple[Tensor, ...], teacher: Mapping[str, Tensor] | None = None) -> Seen:
         return Seen(batch, {name: (self.encoder(name), x) for name, x in zip(self.owner, rows, strict=True)}, teacher)
 
+    def whole(self, batch: Batch, objective: str) -> Chunk:
+        """A whole batch after fusion, ready for one token objective; for evaluation."""
+        seen = self.seen(batch, tuple(self.encoder(name)(batch[name]) for name in self.owner))
+        self.objectives[objective].begin(seen)
+        (chunk,) = seen.chunks(max(batch.samples, 1))
+        chunk.fuse(self.fusion)
+        return chunk
+
     def _over_tokens(self, seen: Seen, names: list[str], chunk: int) -> dict[str, Tensor]:
         """Each token objective: its sum over all chunks, divided by its count over all chunks."""
         sums: dict[str, Any] = dict.fromkeys(names, 0.0)

@@ -38,6 +38,7 @@ class Facts:
     vocabulary: int  # tokens of the tokenizer
     classes: Mapping[str, Sequence[str]]  # names of the classes of each label field
     streams: Mapping[str, Stream]
+    seed: int = 0
     backend: str | None = None
     recompute: bool = False  # activations of each block are computed again in the backward
 

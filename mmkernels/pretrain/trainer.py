@@ -174,4 +174,4 @@ def facts_of(config: Config, data: Data, tokenizer: TextTokenizer) -> Facts:
     """What the parts of a run's recipe are told."""
     recipe = config.wiring()
     classes = {name: tuple(names) for name, names in data.train.classes.items()}
-    return Facts(recipe.model, len(tokenizer), classes, recipe.streams, config.backend, config.recompute)
+    return Facts(recipe.model, len(tokenizer), classes, recipe.streams, config.seed, config.backend, config.recompute)

@@ -43,7 +43,7 @@ class Collator:
     ) -> None:
         self.streams, self.tokenizer, self.label_fields = dict(streams), tokenizer, tuple(label_fields)
         self.seed, self.in_use = seed, in_use
-        self.views = {name: [v.fitted(s.encoder) for v in s.views] for name, s in self.streams.items()}
+        self.views = {name: [v.fitted(s.encoder, tokenizer) for v in s.views] for name, s in self.streams.items()}
 
     def __call__(self, samples: Sequence[Sample], items: Sequence[int], step: int = 0, mode: Mode = "train") -> Batch:
         """A batch; every draw depends on the seed, the step, and the number of its sample in the data set alone.

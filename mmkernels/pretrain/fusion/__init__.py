@@ -1,3 +1,5 @@
 """How streams meet."""
 
-__all__: list[str] = []
+from mmkernels.pretrain.fusion.cross import Cross
+
+__all__ = ["Cross"]

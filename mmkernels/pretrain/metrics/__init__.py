@@ -1,6 +1,7 @@
 """Held-out figures, each beside chance."""
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.held_out_loss import Predictions
 from mmkernels.pretrain.metrics.retrieval import Retrieval
 
-__all__ = ["Figure", "HeldOut", "Retrieval"]
+__all__ = ["Figure", "HeldOut", "Predictions", "Retrieval"]

@@ -1,6 +1,10 @@
 """Losses over the embeddings of a batch, and over tokens."""
 
+from mmkernels.pretrain.objectives.answer import Answer
 from mmkernels.pretrain.objectives.contrast import Contrast
+from mmkernels.pretrain.objectives.masked_tokens import MaskedTokens
+from mmkernels.pretrain.objectives.matching import Matching
+from mmkernels.pretrain.objectives.next_token import NextToken
 from mmkernels.pretrain.objectives.sigmoid import Sigmoid
 
-__all__ = ["Contrast", "Sigmoid"]
+__all__ = ["Answer", "Contrast", "MaskedTokens", "Matching", "NextToken", "Sigmoid"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.seen import Chunk, Seen
 
-__all__ = ["BatchObjective", "Objective", "TokenObjective"]
+__all__ = ["BatchObjective", "Classification", "Head", "Objective", "TokenObjective", "matched_tokens"]
 
 
 class Objective(nn.Module):
@@ -42,3 +45,43 @@ class TokenObjective(Objective):
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
         """(sum, count) of one chunk; it must depend on the chunk's samples alone, not on how the batch is cut."""
         raise NotImplementedError
+
+
+class Classification(TokenObjective):
+    """A token objective that chooses among classes: cross entropy."""
+
+    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """(logits [n, K], targets int64 [n]) of the chunk's n predictions."""
+        raise NotImplementedError
+
+    def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
+        logits, targets = self.logits(chunk)
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+
+
+class Head(nn.Module):
+    """Features [n, C] -> logits [n, K]: a hidden layer and a projection.
+
+    Args:
+        facts: the sizes.
+        classes: K.
+    """
+
+    def __init__(self, facts: Facts, classes: int) -> None:
+        super().__init__()
+        width = facts.shape.width
+        self.hidden, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.project = nn.Linear(width, classes)
+        nn.init.normal_(self.project.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.norm(F.gelu(self.hidden(x), approximate="tanh")))
+
+
+def matched_tokens(chunk: Chunk, stream: str) -> Tensor:
+    """bool [T]: tokens of samples whose streams belong together (a view may have swapped them)."""
+    tokens = chunk.tokens[stream]
+    matched = chunk.batch.labels.get("matched")
+    if matched is None:
+        return torch.ones(len(tokens.x), dtype=torch.bool, device=tokens.x.device)
+    return (matched == 1)[tokens.layout.owners()]

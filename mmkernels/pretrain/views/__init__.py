@@ -2,5 +2,6 @@
 
 from mmkernels.pretrain.views.augment import Augment
 from mmkernels.pretrain.views.captions import Captions
+from mmkernels.pretrain.views.mask_words import MaskWords
 
-__all__ = ["Augment", "Captions"]
+__all__ = ["Augment", "Captions", "MaskWords"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmkernels.pretrain.data.seeds import Draws
 from mmkernels.pretrain.pixels import premultiplied
+from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.views.base import View
 
 __all__ = ["Augment"]
@@ -49,7 +50,7 @@ class Augment(View):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(self, name)}")
 
-    def fitted(self, encoder: Any) -> View:
+    def fitted(self, encoder: Any, tokenizer: TextTokenizer) -> View:
         return self if self.size is not None else replace(self, size=encoder.size)
 
     def __call__(self, values: Sequence[Any], draws: Draws, labels: MutableMapping[str, np.ndarray]) -> list[Any]:

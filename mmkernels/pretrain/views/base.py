@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mmkernels.pretrain.data.seeds import Draws
+from mmkernels.pretrain.tokenizer import TextTokenizer
 
 __all__ = ["View"]
 
@@ -35,6 +36,6 @@ class View:
         """
         raise NotImplementedError
 
-    def fitted(self, encoder: Any) -> View:
-        """This view with what it takes over from the stream's encoder, such as the size of images."""
+    def fitted(self, encoder: Any, tokenizer: TextTokenizer) -> View:
+        """This view with what it takes over from the stream's encoder (the size of images) and the run's tokenizer."""
         return self

@@ -1,0 +1,51 @@
+"""Masked tokens: predict what a view has hidden, from what is left.
+
+Source: Devlin et al. 2019 (arXiv:1810.04805).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.objectives.base import Classification, Head, matched_tokens
+from mmkernels.pretrain.recipe import Facts, Ramp
+from mmkernels.pretrain.seen import Chunk
+
+__all__ = ["MaskedTokens"]
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """Cross entropy at the masked tokens of a stream."""
+
+    stream: str = "text"
+    """The stream, which needs a view that masks."""
+    weight: float | Ramp = 1.0
+    """Factor of the loss."""
+
+    def build(self, facts: Facts) -> MaskedTokensLoss:
+        views = facts.streams[self.stream].views
+        if not any(getattr(view, "masks", False) for view in views):
+            raise ValueError(f"streams.{self.stream}.views: expected one that masks tokens (MaskWords), got {views}")
+        return MaskedTokensLoss(self, facts)
+
+
+class MaskedTokensLoss(Classification):
+    def __init__(self, part: MaskedTokens, facts: Facts) -> None:
+        super().__init__()
+        self.stream, self.vocabulary = part.stream, facts.vocabulary
+        self.head = Head(facts, facts.vocabulary)
+
+    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        labels = chunk.batch[self.stream].labels
+        assert labels is not None, "a view has set them"
+        rows = torch.nonzero((labels >= 0) & matched_tokens(chunk, self.stream)).flatten()
+        return self.head(chunk.fused[self.stream].x[rows]), labels[rows]
+
+    def chance_loss(self, batch: Batch) -> float | None:
+        return math.log(self.vocabulary)

@@ -1,0 +1,120 @@
+"""Matching: do two streams belong together? Against hard negatives sampled by similarity, or pairs that a view swapped.
+
+Source: Li et al. 2021 (ALBEF, arXiv:2107.07651); swapped pairs: Chen et al. 2020 (UNITER, arXiv:1909.11740).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmkernels import sample_negatives, segment_pool
+from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.objectives.base import Classification, Head
+from mmkernels.pretrain.recipe import Facts, Ramp
+from mmkernels.pretrain.seen import Chunk, Seen
+from mmkernels.pretrain.tokens import Tokens
+
+__all__ = ["Matching"]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Binary cross entropy over fused pairs."""
+
+    a: str = "image"
+    """One stream."""
+    b: str = "text"
+    """The other stream."""
+    read: str = ""
+    """The stream whose tokens are pooled after fusion; empty: b."""
+    negatives: Literal["sampled", "swapped"] = "sampled"
+    """sampled: for each sample one wrong `a` and one wrong `b` of the whole batch, drawn by similarity. swapped: those
+    samples in which a view (`Swap`) has replaced a stream."""
+    scale: float = 10.0
+    """Factor of the similarities that negatives are drawn by; 0: evenly."""
+    weight: float | Ramp = 1.0
+    """Factor of the loss."""
+
+    def build(self, facts: Facts) -> MatchingLoss:
+        swaps = any(getattr(view, "swaps", False) for stream in facts.streams.values() for view in stream.views)
+        if self.negatives == "swapped" and not swaps:
+            raise ValueError("streams: expected a view that swaps (Swap), which Matching with swapped negatives needs")
+        return MatchingLoss(self, facts)
+
+
+class MatchingLoss(Classification):
+    def __init__(self, part: Matching, facts: Facts) -> None:
+        super().__init__()
+        self.part, self.read, self.seed = part, part.read or part.b, facts.seed
+        self.head = Head(facts, 2)
+        self._wrong: dict[str, Tensor] = {}
+
+    def begin(self, seen: Seen) -> None:
+        """Draw the whole batch's negatives, so that they do not depend on its chunks."""
+        if self.part.negatives == "swapped":
+            return
+        a, b = self.part.a, self.part.b
+        device = seen.batch.concepts.device
+        generator = torch.Generator(device).manual_seed((self.seed * 1_000_003 + seen.step) % 2**63)
+        both = torch.nonzero(seen.present(a, b)).flatten()
+        ids = seen.batch.concepts[both]
+        several = ids[:1].numel() > 0 and bool((ids != ids[0]).any())
+        self._wrong = {}
+        for name, other in ((a, b), (b, a)):
+            wrong = torch.full((seen.batch.samples,), -1, device=device)
+            if several:
+                with torch.no_grad():
+                    queries, keys = seen.embedding(other)[both].detach(), seen.embedding(name)[both].detach()
+                    chosen = sample_negatives(
+                        queries, keys, self.part.scale, query_ids=ids, key_ids=ids, generator=generator
+                    )
+                wrong[both] = torch.where(chosen >= 0, both[chosen.clamp(min=0)], -1)
+            self._wrong[name] = wrong
+
+    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        if self.part.negatives == "swapped":
+            matched = chunk.batch.labels["matched"]
+            rows = torch.nonzero(matched >= 0).flatten()
+            return self.head(self._pooled(chunk.fused[self.read])[rows]), matched[rows]
+        a, b = self.part.a, self.part.b
+        first, last = chunk.samples.start, chunk.samples.stop
+        own = torch.arange(first, last, device=chunk.batch.concepts.device)
+        own = own[chunk.whole.present(a, b)[first:last]]
+        wrong_a, wrong_b = self._wrong[a][own], self._wrong[b][own]
+        has_a, has_b = wrong_a >= 0, wrong_b >= 0
+        pairs = {
+            a: torch.cat([own, wrong_a[has_a], own[has_b]]),
+            b: torch.cat([own, own[has_a], wrong_b[has_b]]),
+        }
+        tokens, pairing = {}, {}
+        for name, samples in pairs.items():
+            tokens[name], pairing[name] = self._needed(chunk, name, samples)
+        assert chunk.fusion is not None, "a recipe with Matching has a fusion"
+        fused = chunk.fusion(tokens, pairing)
+        targets = torch.zeros(len(pairs[a]), dtype=torch.int64, device=own.device)
+        targets[: len(own)] = 1
+        return self.head(self._pooled(fused[self.read])), targets
+
+    def _needed(self, chunk: Chunk, name: str, samples: Tensor) -> tuple[Tokens, Tensor]:
+        """(the tokens of some samples of the batch, where these are in them): all of them if the batch is one chunk."""
+        whole = chunk.whole.tokens(name)
+        if len(chunk.samples) == whole.samples:
+            return whole, samples
+        needed, place = torch.unique(samples, return_inverse=True)
+        return whole.take(needed), place
+
+    def _pooled(self, tokens: Tokens) -> Tensor:
+        return segment_pool(tokens.x, tokens.cu_seqlens, mode="mean")
+
+    def chance_loss(self, batch: Batch) -> float | None:
+        """Of the share of right pairs: a third when sampled."""
+        matched = batch.labels.get("matched")
+        share = 1 / 3
+        if self.part.negatives == "swapped" and matched is not None and len(matched):
+            share = float((matched == 1).float().mean())
+        return 0.0 if share in (0.0, 1.0) else -share * math.log(share) - (1 - share) * math.log(1 - share)

@@ -1,0 +1,50 @@
+"""Next token: a causal language model, alone or over what its fusion reads.
+
+Source: Radford et al. 2019 (GPT-2); prefix-causal captions: Wang et al. 2022 (SimVLM, arXiv:2108.10904).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.objectives.base import Classification, Head
+from mmkernels.pretrain.recipe import Facts, Ramp
+from mmkernels.pretrain.seen import Chunk
+
+__all__ = ["NextToken"]
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross entropy of each token given those before it."""
+
+    stream: str = "text"
+    """The stream, which must be causal."""
+    weight: float | Ramp = 1.0
+    """Factor of the loss."""
+
+    def build(self, facts: Facts) -> NextTokenLoss:
+        encoder = facts.streams[self.stream].encoder
+        if not getattr(encoder, "causal", False):
+            raise ValueError(f"streams.{self.stream}.encoder: expected a causal one, got {encoder}")
+        return NextTokenLoss(self, facts)
+
+
+class NextTokenLoss(Classification):
+    def __init__(self, part: NextToken, facts: Facts) -> None:
+        super().__init__()
+        self.stream, self.vocabulary = part.stream, facts.vocabulary
+        self.head = Head(facts, facts.vocabulary)
+
+    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        labels = chunk.batch[self.stream].next_labels()  # they never cross into the next sample
+        rows = torch.nonzero(labels >= 0).flatten()
+        return self.head(chunk.fused[self.stream].x[rows]), labels[rows]
+
+    def chance_loss(self, batch: Batch) -> float | None:
+        return math.log(self.vocabulary)
