@@ -46,7 +46,9 @@ def parse(argv: Sequence[str]) -> Config:
     recipe = default.wiring()
     branches, _ = typed(recipe)
     hints = typing.get_type_hints(Config)
-    hidden = [("parts", Annotated[hints["parts"], tyro.conf.Suppress], dataclasses.field(default_factory=dict))]
+    hidden: list[Any] = [
+        ("parts", Annotated[hints["parts"], tyro.conf.Suppress], dataclasses.field(default_factory=dict))
+    ]
     shown = dataclasses.make_dataclass(
         "Pretrain",
         [*hidden, *((name, kind, dataclasses.field(default=value)) for name, kind, value in branches)],

@@ -79,10 +79,10 @@ class Blocks(nn.ModuleList):
     def forward(self, x: Tensor, mask: AttentionMask, positions: Tensor | None = None) -> Tensor:
         """x [T, C] -> [T, C]; with rotary blocks, positions [T]."""
         table: Any = None
+        if positions is not None and len(self):  # one table for all blocks
+            attention: Any = self[0].attention
+            table = attention.rotary.cos_sin(positions, attention.head_dim)
         for block in self:
-            attention = block.attention
-            if positions is not None and table is None:  # one table for all blocks
-                table = attention.rotary.cos_sin(positions, attention.head_dim)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, mask, table, use_reentrant=False)
             else:

@@ -86,7 +86,7 @@ def _loop(
             trainer.skip()
             journal.warn(f"{where}. Skipped, {guard.skipped} of {config.skip}")
         else:
-            chances = {name: trainer.model.objectives[name].chance_loss(batch) for name in parts}  # type: ignore[operator]
+            chances = {name: trainer.model.objectives[name].chance_loss(batch) for name in parts}
             chance = total(weights_at(trainer.recipe, config.seed, trainer.step), chances)
             trainer.update()
             of_parts = {f"{name}/loss": value for name, value in parts.items()} if len(parts) > 1 else {}

@@ -10,8 +10,7 @@ __all__ = ["Facts", "Part", "Ramp", "Recipe", "Shape", "Stage", "Stream"]
 
 
 class Part(Protocol):
-    """A frozen dataclass that describes a module. Encoders also have `prepare` and `length`, which need no torch module
-    (`mmkernels.pretrain.encoders.base`); objectives and metrics have a `weight` or figures of their own."""
+    """A frozen dataclass that describes a module; encoders, views, fusions and objectives have a `base.py` each."""
 
     def build(self, facts: Facts) -> Any: ...
 
@@ -61,7 +60,7 @@ class Stream:
     field: str = ""
     """Field of the samples; empty: the stream's own name."""
     views: tuple[Any, ...] = ()
-    """Random changes of its values and tokens, drawn anew for each step."""
+    """Random changes of its values and tokens, drawn at each step."""
     pool: str = "mean"
     """From tokens to one embedding: mean, max or first."""
     project: str = "linear"
