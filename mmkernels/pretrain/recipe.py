@@ -28,6 +28,10 @@ class Shape:
     dropout: float = 0.0
     """Fraction of activations dropped after attention and MLP."""
 
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width: expected a multiple of {self.heads} heads, got {self.width}")
+
 
 @dataclass(frozen=True)
 class Facts:

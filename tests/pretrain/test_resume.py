@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmkernels import Modality
 from mmkernels.pretrain import Config, checkpoint, main, train
 from mmkernels.pretrain.data import TrainLoader
 from mmkernels.pretrain.guards import Interrupt, NotFiniteError
 from mmkernels.pretrain.journal import Journal
-from mmkernels.pretrain.loop import open_source
 from mmkernels.pretrain.run_folder import RunFolder, RunFolderError
+from mmkernels.pretrain.setup import open_source
+from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.trainer import Trainer
 
 Make = Callable[..., Config]
@@ -195,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny: Make, tmp_path: P
     def poisoned(self: TrainLoader):
         batch = following(self)
         if batch.step == 7:
-            batch.images[3, 1] = float("nan")
+            batch["image"].media[Modality.IMAGE].values[3, 1] = float("nan")
         return batch
 
     with monkeypatch.context() as patch:
@@ -226,23 +228,24 @@ def test_a_checkpoint_holds_every_moving_part(tiny: Make) -> None:
     """A trainer with another seed becomes the first by loading its checkpoint, and both continue identically."""
     config = tiny()
     data = open_source(config)
-    first = Trainer(config, data.train, torch.device("cpu"))
+    tokenizer = TextTokenizer.train([], 400)
+    first = Trainer(config, data, tokenizer, torch.device("cpu"))
     for _ in range(3):
         next(first.loader)
         for p in first.parameters:
             p.grad = torch.randn_like(p)
-        first.optimizer.step()
-        first.step += 1
+        first.update()
     path = first.save(config.folder / "checkpoints")
     torch.manual_seed(99)
-    second = Trainer(dataclasses.replace(config), data.train, torch.device("cpu"))
+    second = Trainer(dataclasses.replace(config), data, tokenizer, torch.device("cpu"))
     torch.randn(5)
     second.load(path)
     assert second.step == 3
     drawn = torch.randn(4)
     second.load(path)
     assert torch.equal(torch.randn(4), drawn)
-    assert torch.equal(next(first.loader).images, next(second.loader).images)
+    one, other = (next(trainer.loader)["image"].media[Modality.IMAGE].values for trainer in (first, second))
+    assert torch.equal(one, other)
     for a, b in zip(first.parameters, second.parameters, strict=True):
         assert torch.equal(a, b)
 
