@@ -1,7 +1,7 @@
-"""Hashes as draws, for data that are computed: each is a function of (seed, purpose, number), in any order and process.
+"""Hashes as draws, for data that are computed: each is a function of (seed, purpose, number), in any order.
 
-`seeds.generator` serves a batch; this serves single samples, whose few draws would cost less than its set-up, and arrays
-of samples at once.
+`seeds.generator` serves a batch. This serves single samples, whose few draws cost less than setting that up, and the
+draws of many samples at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Purpose(IntEnum):
     PAIR = 4
     DOCUMENT = 5
     MOTION = 6
-    MOTION_QUESTION = 7
+    MOTION_LOOK = 7
+    MOTION_QUESTION = 8
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -43,8 +44,6 @@ def uniform(seed: int, purpose: Purpose, numbers: np.ndarray, first: int, count:
         purpose: what for.
         numbers: int64 or uint64 [n].
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
     key = _mixed(_mixed(np.array([seed], np.uint64)) + np.uint64(purpose + 1))
     keys = _mixed(numbers.astype(np.uint64) * _STEP + key)  # arrays wrap around silently; NumPy's scalars would warn
     counters = np.arange(first + 1, first + count + 1, dtype=np.uint64) * _STEP
@@ -86,5 +85,5 @@ class Draws:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether the hash of a name falls into the first `fraction` of the range: of no seed, and whatever else there is."""
+    """Whether the hash of a name falls into the first `fraction` of the range; no seed changes that."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") < fraction * 2**64

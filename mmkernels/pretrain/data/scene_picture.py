@@ -27,7 +27,12 @@ def look_of(seed: int, number: int, vendors: Sequence[int]) -> Look:
     """The look of a scene by one of some vendors."""
     draws = Draws(seed, Purpose.LOOK, number)
     vendor = vendors[draws.below(len(vendors))]
-    return Look(vendor, np.array([[draws.between(_DARKEST, 255) for _ in range(3)] for _ in range(2)]))
+    return Look(vendor, draw_background(draws))
+
+
+def draw_background(draws: Draws) -> np.ndarray:
+    """Two light colours: int64 [2, 3]."""
+    return np.array([[draws.between(_DARKEST, 255) for _ in range(3)] for _ in range(2)])
 
 
 def graded(background: np.ndarray, height: int, width: int) -> np.ndarray:

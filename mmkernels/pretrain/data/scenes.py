@@ -14,26 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from types import MappingProxyType
 
 import numpy as np
 
-from mmkernels.pretrain.data.base import BrokenLog, Data, Document, Regions, Sample, Source, Text
+from mmkernels.pretrain.data.base import Data, Document, Regions, Sample, Text
 from mmkernels.pretrain.data.draws import Draws, Purpose
+from mmkernels.pretrain.data.generated import MOST, SPLITS, GeneratedSource
 from mmkernels.pretrain.data.scene_layout import RELATIONS, Group, Scene, concept_ids, draw_groups, lay_out
 from mmkernels.pretrain.data.scene_picture import Look, look_of, picture, regions_of
 from mmkernels.pretrain.data.scene_text import ANSWERS, CAPTION_FORMS, KINDS, Asked, ask, captions, related
 from mmkernels.pretrain.data.tiles import load_tiles
 from mmkernels.pretrain.data.vocabulary import WORDS
 
-SPLITS = ("train", "held_out", "combinations", "drawings")
 FIELDS = (
     *("image", "text", "regions", "tags", "question", "answer", "kind"),
     *("pair", "relation", "document", "group"),
 )
-_MOST = 1 << 40  # scenes of a split
 _FURTHER = 3  # most scenes of a document besides its first
-_STRIDE = _MOST * (1 + _FURTHER)  # numbers of a split: its scenes, then the further ones of their documents
 
 _ANSWER = {answer: i for i, answer in enumerate(ANSWERS)}
 _KIND = {kind: i for i, kind in enumerate(KINDS)}
@@ -68,7 +65,7 @@ def open_scenes(
     return Data(train, dict(zip(SPLITS[1:], held_out, strict=True)))
 
 
-class SceneSource(Source):
+class SceneSource(GeneratedSource):
     """The scenes of a split.
 
     | field | value |
@@ -90,6 +87,8 @@ class SceneSource(Source):
         resolution: side of the image in pixels, 16 to 512.
     """
 
+    kind = "scenes"
+
     def __init__(
         self,
         split: str,
@@ -99,39 +98,26 @@ class SceneSource(Source):
         seed: int = 0,
         resolution: int = 48,
     ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
-        if not 1 <= size <= _MOST:
-            raise ValueError(f"size: expected 1 to 2**40 scenes, got {size}")
+        super().__init__(split, fields, FIELDS, size, seed)
         if not 16 <= resolution <= 512:
             raise ValueError(f"resolution: expected 16 to 512 pixels, got {resolution}")
-        self.fields = chosen(fields, FIELDS)
-        self.split, self.seed, self.resolution = split, seed, resolution
+        self.resolution = resolution
         vendors = load_tiles().vendors
-        classes = {"tag": WORDS, "answer": ANSWERS, "kind": KINDS, "relation": RELATIONS, "group": vendors}
-        self.classes = MappingProxyType(classes)
-        self._vendors = range(len(vendors) - 1, len(vendors)) if split == "drawings" else range(len(vendors) - 1)
-        self._first = SPLITS.index(split) * _STRIDE
-        self._words, self._counts = self._draw(self._first + np.arange(size, dtype=np.int64))
+        self.classes = {"tag": WORDS, "answer": ANSWERS, "kind": KINDS, "relation": RELATIONS, "group": vendors}
+        self._words, self._counts = self._draw(self.numbers)
         self.concepts = concept_ids(self._words)
-        self.broken = BrokenLog(size, 0.0)
 
     def __getitem__(self, index: int) -> Sample:
         drawn = self.drawn(index)
         return Sample({field: getattr(drawn, field) for field in self.fields}, int(self.concepts[index]), drawn.name)
 
-    def name(self, index: int) -> str:
-        return f"scenes/{self.split}/{index}"
-
     def drawn(self, index: int) -> DrawnScene:
         """Scene `index` with all its fields, also those that the samples do not have."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
-        return DrawnScene(self, index, self._first + index, self._words[index], self._counts[index])
+        return DrawnScene(self, index, self.number(index), self._words[index], self._counts[index])
 
     def further(self, index: int) -> Iterator[DrawnScene]:
         """The other scenes of the document of scene `index`, which are nowhere else."""
-        first = self._first + _MOST + _FURTHER * index
+        first = self.first + MOST + _FURTHER * index
         numbers = np.arange(first, first + _FURTHER, dtype=np.int64)
         for number, words, counts in zip(numbers.tolist(), *self._draw(numbers), strict=True):
             yield DrawnScene(self, index, number, words, counts)
@@ -140,7 +126,7 @@ class SceneSource(Source):
         return draw_groups(self.seed, numbers, new_pair=self.split == "combinations")
 
     def look(self, number: int) -> Look:
-        return look_of(self.seed, number, self._vendors)
+        return look_of(self.seed, number, self.vendors)
 
 
 class DrawnScene:
@@ -218,11 +204,3 @@ class DrawnScene:
     @cached_property
     def _related(self) -> tuple[int, int, str]:
         return related(self.scene, Draws(self._source.seed, Purpose.PAIR, self._number))
-
-
-def chosen(fields: Sequence[str], known: tuple[str, ...]) -> tuple[str, ...]:
-    """The fields asked for, each once, in the order of `known`."""
-    unknown = [field for field in fields if field not in known]
-    if isinstance(fields, str) or unknown or not fields:
-        raise ValueError(f"fields: expected some of {known}, got {fields!r}")
-    return tuple(field for field in known if field in fields)

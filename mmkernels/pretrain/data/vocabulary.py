@@ -1,6 +1,6 @@
 """The things that scenes and clips show: plain words for emoji that every vendor draws.
 
-No word stands for an emoji that the emoji data hold out as a concept (its splits B and C), so that all the data sets may
+No word stands for an emoji that the emoji data set holds out as a concept (its splits B and C), so that all of them may
 be trained on together.
 """
 
@@ -39,8 +39,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
 
 def with_article(phrase: str) -> str:
-    """`an apple`, `a red apple`."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"  # no word here sounds unlike its first letter, as a unicorn does
+    """`an apple`, `a red apple`: by the first letter, which no word here sounds unlike, as a unicorn does."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def counted(word: int, count: int, colour: str = "") -> str:
