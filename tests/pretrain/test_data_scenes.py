@@ -274,8 +274,8 @@ def test_splits_are_disjoint_and_keep_their_promises() -> None:
                 new = sum(pairs[a, b] for a, b in combinations(words, 2))
                 assert new == (1 if split == "combinations" else 0)
                 assert (each.group == last) == (split == "drawings")
-            assert drawn.image.tobytes() not in seen
-            seen.add(drawn.image.tobytes())
+                assert each.image.tobytes() not in seen, "a document repeats a scene"
+                seen.add(each.image.tobytes())
 
 
 def test_no_held_out_pair_in_many_training_scenes() -> None:
