@@ -55,6 +55,8 @@ class Block(nn.Module):
         self.attention = FusedSelfAttention(shape.width, shape.heads, backend=facts.backend, **options)
         self.dropout = nn.Dropout(shape.dropout)
         self.feed_forward = FeedForward(facts)
+        if not rotary:  # without norms, queries and keys as small as a Linear's learn faster
+            self.attention.qkv_proj.reset_parameters()
         start_as_identity(self.attention.out_proj)
 
     def forward(self, x: Tensor, mask: AttentionMask, positions: Any = None) -> Tensor:

@@ -53,7 +53,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
         (["--data", "folder:/nonexistent", "--run", "{tmp}/r"], "/nonexistent"),
         (["--batch", "100000", "--run", "{tmp}/r"], "100000"),
         (["--recipe", "nonsense"], "'nonsense'"),
-        (["--recipe", "clipp"], "did you mean clip?"),
+        (["--recipe", "clipp"], "did you mean clip or siglip?"),
         (["--recipe", "nowhere/mine.py"], "expected a Python file with a RECIPE in it"),
     ],
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmkernels import Modality
 from mmkernels.pretrain import Config, checkpoint, main, train
+from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.data import TrainLoader
 from mmkernels.pretrain.guards import Interrupt, NotFiniteError
 from mmkernels.pretrain.journal import Journal
@@ -66,8 +67,8 @@ KILLS = {
     "in a step": """
 from mmkernels.pretrain.journal import Journal
 step = Journal.step
-def patched(self, number, **rest):
-    step(self, number, **rest)
+def patched(self, number, batch, **rest):
+    step(self, number, batch, **rest)
     if number == 8: os.kill(os.getpid(), signal.SIGKILL)
 Journal.step = patched
 """,
@@ -110,8 +111,8 @@ def test_interrupted(number: int, tiny: Make, tmp_path: Path, monkeypatch: pytes
     train(tiny(run=tmp_path / "whole"))
     step = Journal.step
 
-    def interrupting(self: Journal, at: int, **rest: float) -> None:
-        step(self, at, **rest)
+    def interrupting(self: Journal, at: int, batch: Batch, **rest: float) -> None:
+        step(self, at, batch, **rest)
         if at == 4:
             signal.raise_signal(number)
 
@@ -129,8 +130,8 @@ def test_interrupted(number: int, tiny: Make, tmp_path: Path, monkeypatch: pytes
 def test_an_interrupted_command_says_how_to_go_on(tiny: Make, tmp_path: Path, monkeypatch, capsys) -> None:
     step = Journal.step
 
-    def interrupting(self: Journal, at: int, **rest: float) -> None:
-        step(self, at, **rest)
+    def interrupting(self: Journal, at: int, batch: Batch, **rest: float) -> None:
+        step(self, at, batch, **rest)
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Journal, "step", interrupting)
@@ -153,8 +154,8 @@ def test_killed_before_the_first_checkpoint(tiny: Make, tmp_path: Path, monkeypa
     train(tiny(run=tmp_path / "whole", checkpoint_every=0))
     step = Journal.step
 
-    def failing(self: Journal, at: int, **rest: float) -> None:
-        step(self, at, **rest)
+    def failing(self: Journal, at: int, batch: Batch, **rest: float) -> None:
+        step(self, at, batch, **rest)
         if at == 2:
             raise OSError("disk full")
 
@@ -202,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny: Make, tmp_path: P
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainLoader, "__next__", poisoned)
-        with pytest.raises(NotFiniteError, match=r"step 7: the loss is nan .* saved in .*step-00000007.*\.png") as stop:
+        with pytest.raises(NotFiniteError, match=r"step 7: the loss is nan .*\.png.* saved in .*step-00000007") as stop:
             train(tiny())
     assert "No weight was updated" in str(stop.value)
     train(resumed(tiny()))
