@@ -35,7 +35,7 @@ def parse(argv: Sequence[str]) -> Config:
         SystemExit: an unknown option, an invalid setting, or --help.
     """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--recipe", default="clip")
+    known.add_argument("--recipe", default=recipes.DEFAULT)
     known.add_argument("--run", type=Path)
     known.add_argument("--resume", action="store_true")
     first, _ = known.parse_known_args(argv)

@@ -32,9 +32,11 @@ class Model(nn.Module):
         self.fusion = None if recipe.fusion is None else recipe.fusion.build(facts)
         self.by_token = {name for name, objective in self.objectives.items() if hasattr(objective, "over_tokens")}
         pooled = self.fusion is None and not self.by_token
-        own = {name: stream for name, stream in recipe.streams.items() if not stream.tied}
-        self.streams = nn.ModuleDict({name: StreamEncoder(stream, facts, pooled) for name, stream in own.items()})
         self.owner = {name: stream.tied or name for name, stream in recipe.streams.items()}
+        compared = {self.owner[name] for part in recipe.objectives.values() for name in getattr(part, "compares", ())}
+        own = {name: stream for name, stream in recipe.streams.items() if not stream.tied}
+        built = {name: StreamEncoder(stream, facts, pooled, name in compared) for name, stream in own.items()}
+        self.streams = nn.ModuleDict(built)
 
     def encoder(self, stream: str) -> StreamEncoder:
         encoder: StreamEncoder = self.streams[self.owner[stream]]  # type: ignore[assignment]

@@ -1,18 +1,15 @@
-"""A recipe: which inputs, which encoders, how they meet, which objectives, on which schedule. Frozen data, no torch."""
+"""A recipe: which inputs, which encoders, how they meet, which objectives, on which schedule. Frozen data, no torch.
+
+Its parts are frozen dataclasses too, each with a `build(facts)` that returns an `nn.Module`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-__all__ = ["Facts", "Part", "Ramp", "Recipe", "Shape", "Stage", "Stream"]
-
-
-class Part(Protocol):
-    """A frozen dataclass that describes a module; encoders, views, fusions and objectives have a `base.py` each."""
-
-    def build(self, facts: Facts) -> Any: ...
+__all__ = ["Facts", "Ramp", "Recipe", "Shape", "Stage", "Stream"]
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,10 @@ class Contrast:
     symmetric: bool = True
     """Both directions; otherwise a -> b alone."""
 
+    @property
+    def compares(self) -> tuple[str, ...]:
+        return self.a, self.b
+
     def build(self, facts: Facts) -> ContrastLoss:
         for name in (self.a, self.b):
             twin = facts.streams[name].teacher or facts.streams[facts.streams[name].tied or name].teacher

@@ -38,6 +38,10 @@ class Sigmoid:
     max_scale: float = 100.0
     """Upper bound of the scale."""
 
+    @property
+    def compares(self) -> tuple[str, ...]:
+        return self.a, self.b
+
     def build(self, facts: Facts) -> SigmoidLoss:
         return SigmoidLoss(self, facts)
 
