@@ -113,18 +113,13 @@ class PatchesEncoder(EncoderModule):
         seen = visible_of(batch)
         places = None if seen.rows is None else seen.rows % self.part.places
         # An image sees itself alone, also where a sample has several.
-        return self.blocks(
-            self.embed(seen.of(media.values), places), AttentionMask.packed(seen.ends(media.cu_values))
-        )
+        x = self.embed(seen.of(media.values), places)
+        return self.blocks(x, AttentionMask.packed(seen.ends(media.cu_values)))
 
     def layout(self, batch: PackedBatch) -> Layout:
-        media, seen = batch.media.get(Modality.IMAGE), visible_of(batch)
+        media = batch.media.get(Modality.IMAGE)
         several = media is not None and media.num_items > batch.num_samples
-        return Layout(
-            seen.ends(batch.cu_seqlens),
-            seen.ends_host(batch.cu_seqlens_host, batch.cu_seqlens),
-            media=seen.of(item_numbers(batch)) if several else None,
-        )
+        return visible_of(batch).layout(batch, item_numbers(batch) if several else None)
 
 
 def item_numbers(batch: PackedBatch) -> Tensor:

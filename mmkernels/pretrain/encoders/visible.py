@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import PackedBatch
+from mmkernels.pretrain.tokens import Layout
 
-__all__ = ["Visible", "visible_of"]
+__all__ = ["Visible", "places_in", "visible_of"]
 
 
 class Visible(NamedTuple):
@@ -23,9 +24,11 @@ class Visible(NamedTuple):
         """int32 [n + 1]: boundaries among all patches -> boundaries among the visible ones."""
         return cu_seqlens if self.before is None else self.before[cu_seqlens.long()].int()
 
-    def ends_host(self, cu_seqlens_host: tuple[int, ...], cu_seqlens: Tensor) -> tuple[int, ...]:
-        """The same on the host."""
-        return cu_seqlens_host if self.before is None else tuple(self.ends(cu_seqlens).tolist())
+    def layout(self, batch: PackedBatch, items: Tensor | None = None) -> Layout:
+        """Where the samples lie among the visible patches; items int32 [T], those of the patches, as `Layout.media`."""
+        cu_seqlens = self.ends(batch.cu_seqlens)
+        host = batch.cu_seqlens_host if self.before is None else tuple(cu_seqlens.tolist())
+        return Layout(cu_seqlens, host, media=None if items is None else self.of(items))
 
     def of(self, per_patch: Tensor) -> Tensor:
         """[T, ...] -> [V, ...]"""
@@ -38,3 +41,9 @@ def visible_of(batch: PackedBatch) -> Visible:
         return Visible(None, None)
     shown = batch.labels < 0
     return Visible(torch.nonzero(shown).flatten(), F.pad(shown.cumsum(0), (1, 0)))
+
+
+def places_in(cu_items: Tensor, patches: int) -> Tensor:
+    """int64 [T]: the place of each of `patches` patches in its item, from 0."""
+    firsts = cu_items[:-1].long().repeat_interleave(cu_items.diff().long(), output_size=patches)
+    return torch.arange(patches, device=firsts.device) - firsts
