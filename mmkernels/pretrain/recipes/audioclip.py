@@ -19,5 +19,5 @@ RECIPE = Recipe(
         "audio_image": Contrast("audio", "image"),
     },
     metrics=(Retrieval("audio", "text"), Retrieval("audio", "image"), Retrieval("image", "text")),
-    settings={"steps": 400},
+    settings={"steps": 400, "chunk": 128},
 )

@@ -1,5 +1,5 @@
 from mmkernels.pretrain.encoders import Patches
-from mmkernels.pretrain.metrics import LinearProbe, NearestNeighbours, Reconstruction
+from mmkernels.pretrain.metrics import LinearProbe, Reconstruction
 from mmkernels.pretrain.objectives import MaskedPatches
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import MaskPatches, RandomCrop
@@ -11,10 +11,11 @@ RECIPE = Recipe(
     streams={
         "image": Stream(
             Patches(layers=4, patch=4, stem="linear"),
-            views=(RandomCrop(brightness=0, contrast=0, saturation=0, hue=0, grey=0), MaskPatches(0.75)),
+            views=(RandomCrop(brightness=0, contrast=0, saturation=0, hue=0, grey=0), MaskPatches(share=0.75)),
             project="none",
         )
     },
     objectives={"patches": MaskedPatches("image", layers=2)},
-    metrics=(Reconstruction("patches"), NearestNeighbours("image"), LinearProbe("image")),
+    metrics=(Reconstruction("patches"), LinearProbe("image")),
+    settings={"batch": 64},
 )

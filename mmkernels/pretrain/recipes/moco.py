@@ -15,4 +15,5 @@ RECIPE = Recipe(
     },
     objectives={"views": Contrast("query", "key", queue=2048, symmetric=False)},
     metrics=(NearestNeighbours("query"), LinearProbe("query")),
+    settings={"steps": 600, "chunk": 128},
 )

@@ -14,4 +14,5 @@ RECIPE = Recipe(
     },
     objectives={"views": NtXent("a", "b")},
     metrics=(NearestNeighbours("a"), LinearProbe("a")),
+    settings={"steps": 600, "chunk": 128},
 )
