@@ -67,7 +67,8 @@ class Spectrogram:
         return [Piece(torch.zeros((0, self.values)) if value is None else self._tokens(value)) for value in values]
 
     def _tokens(self, value: Any) -> Tensor:
-        shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", type(value))
+        shape: Sequence[int] = getattr(value, "shape", ())
+        dtype = getattr(value, "dtype", type(value))
         if len(shape) != 2 or shape[1] != self.mels or dtype not in (np.float32, torch.float32):
             raise ValueError(f"audio: expected [frames, {self.mels}] float32, got {list(shape)} {dtype}")
         frames = torch.as_tensor(value)[: self.max_frames]

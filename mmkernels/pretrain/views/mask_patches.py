@@ -36,7 +36,7 @@ class MaskPatches(View):
             raise ValueError(f"share: expected 0 < share < 1, got {self.share}")
 
     def __call__(self, values: Sequence[Any], draws: Draws, labels: MutableMapping[str, np.ndarray]) -> list[Any]:
-        """Pieces of media or of patches [L, K]: a hidden patch's label is its place in its item, a visible one's -100."""
+        """Pieces of media, or of patches [L, K]: the label of a hidden patch is its place in its item, else -100."""
         return [
             piece if len(piece.tokens) == 0 else replace(piece, labels=self._labels(piece.tokens, draws.generator(i)))
             for i, piece in enumerate(values)

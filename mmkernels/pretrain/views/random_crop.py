@@ -80,9 +80,7 @@ class RandomCrop(View):
         """uint8 [B, H, W, 3 or 4], uniform numbers [B, 14] -> float32 [B, 3, size, size]."""
         size = self.size or min(images.shape[1:3])
         grid = F.affine_grid(self._boxes(u), [len(images), 4, size, size], align_corners=False)
-        pixels = F.grid_sample(
-            premultiplied(images), grid, mode="bilinear", padding_mode="border", align_corners=False
-        )
+        pixels = F.grid_sample(premultiplied(images), grid, mode="bilinear", padding_mode="border", align_corners=False)
         behind = torch.where(u[:, 13:] < self.background, u[:, 10:13], 1.0)[:, :, None, None]
         pixels = pixels[:, :3].addcmul(1 - pixels[:, 3:], behind)  # [B, 3, size, size]
         return self._recoloured(pixels, u[:, 5:10]).clamp_(0, 1).mul_(2).sub_(1)
@@ -101,8 +99,7 @@ class RandomCrop(View):
     def _recoloured(self, pixels: Tensor, u: Tensor) -> Tensor:
         """Brightness, contrast about the mean, then saturation and hue: pixels [B, 3, H, W] in [0, 1], u [B, 5]."""
         bright, contrast, saturation = (
-            1 + share * (2 * u[:, i] - 1)
-            for i, share in enumerate((self.brightness, self.contrast, self.saturation))
+            1 + share * (2 * u[:, i] - 1) for i, share in enumerate((self.brightness, self.contrast, self.saturation))
         )
         saturation = torch.where(u[:, 4] < self.grey, 0.0, saturation)
         luma = pixels.new_tensor(_LUMA)
