@@ -76,10 +76,12 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(facts, rotary) for _ in range(layers))
         self.recompute = facts.recompute
 
-    def forward(self, x: Tensor, mask: AttentionMask, positions: Tensor | None = None) -> Tensor:
-        """x [T, C] -> [T, C]; with rotary blocks, positions [T]."""
+    def forward(
+        self, x: Tensor, mask: AttentionMask, positions: Tensor | None = None, depth: int | None = None
+    ) -> Tensor:
+        """x [T, C] -> [T, C]; with rotary blocks, positions [T]. The first `depth` blocks; None: all."""
         table: Any = None
-        for block in self:
+        for block in list(self)[:depth]:
             attention = block.attention
             if positions is not None and table is None:  # one table for all blocks
                 table = attention.rotary.cos_sin(positions, attention.head_dim)

@@ -79,7 +79,8 @@ class MatchingLoss(Classification):
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if self.part.negatives == "swapped":
             matched = chunk.batch.labels["matched"]
-            rows = torch.nonzero(matched >= 0).flatten()
+            present = chunk.whole.present(self.part.a, self.part.b)[chunk.samples.start : chunk.samples.stop]
+            rows = torch.nonzero((matched >= 0) & present).flatten()
             return self.head(self._pooled(chunk.fused[self.read])[rows]), matched[rows]
         a, b = self.part.a, self.part.b
         first, last = chunk.samples.start, chunk.samples.stop

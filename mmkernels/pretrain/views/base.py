@@ -32,7 +32,7 @@ class View:
         Args:
             values: B values of the field, None where a sample lacks it; or B pieces.
             draws: of these samples.
-            labels: label field -> int64 [B]; a view may add its own.
+            labels: label field -> int64 [B], among them "concept", the samples' concepts; a view may add its own.
         """
         raise NotImplementedError
 
