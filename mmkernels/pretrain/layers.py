@@ -55,6 +55,8 @@ class Block(nn.Module):
         self.attention = FusedSelfAttention(shape.width, shape.heads, backend=facts.backend, **options)
         self.dropout = nn.Dropout(shape.dropout)
         self.feed_forward = FeedForward(facts)
+        if not rotary:  # without norms, queries and keys as small as a Linear's learn faster
+            self.attention.qkv_proj.reset_parameters()
         start_as_identity(self.attention.out_proj)
 
     def forward(self, x: Tensor, mask: AttentionMask, positions: Any = None) -> Tensor:
@@ -81,10 +83,10 @@ class Blocks(nn.ModuleList):
     ) -> Tensor:
         """x [T, C] -> [T, C]; with rotary blocks, positions [T]. The first `depth` blocks; None: all."""
         table: Any = None
+        if positions is not None and len(self):  # one table for all blocks
+            attention: Any = self[0].attention
+            table = attention.rotary.cos_sin(positions, attention.head_dim)
         for block in list(self)[:depth]:
-            attention = block.attention
-            if positions is not None and table is None:  # one table for all blocks
-                table = attention.rotary.cos_sin(positions, attention.head_dim)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, mask, table, use_reentrant=False)
             else:

@@ -29,7 +29,7 @@ class Objective(nn.Module):
 
 
 class BatchObjective(Objective):
-    """Compares embeddings of the whole batch."""
+    """Compares embeddings of the whole batch. Its part names their streams, in a property `compares`."""
 
     def over_batch(self, seen: Seen) -> Tensor:
         """The loss, a scalar."""
