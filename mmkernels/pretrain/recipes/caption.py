@@ -10,8 +10,8 @@ RECIPE = Recipe(
     source="Wang et al. 2022, arXiv:2108.10904",
     data="scenes",
     streams={
-        "image": Stream(Patches(size=48), project="none"),
-        "text": Stream(Words(layers=0, causal=True), views=(Captions(),), project="none"),
+        "image": Stream(Patches(size=48)),
+        "text": Stream(Words(layers=0, causal=True), views=(Captions(),)),
     },
     fusion=Merged(("image", "text"), layers=4, mask="prefix"),
     objectives={"words": NextToken("text")},

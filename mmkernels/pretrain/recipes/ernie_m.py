@@ -11,8 +11,8 @@ RECIPE = Recipe(
     data="languages",
     streams={
         # Without layers of their own: these would see the same language.
-        "text": Stream(Words(layers=0), views=(MaskWords(),), project="none"),
-        "text_b": Stream(Words(layers=0), views=(MaskWords(),), project="none", tied="text"),
+        "text": Stream(Words(layers=0), views=(MaskWords(),)),
+        "text_b": Stream(Words(layers=0), views=(MaskWords(),), tied="text"),
     },
     fusion=Merged(("text", "text_b"), layers=4, mask="cross_only"),
     objectives={"english": MaskedTokens("text"), "other": MaskedTokens("text_b")},

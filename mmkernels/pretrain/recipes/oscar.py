@@ -10,9 +10,9 @@ RECIPE = Recipe(
     source="Li et al. 2020, arXiv:2004.06165",
     data="scenes",
     streams={
-        "text": Stream(Words(layers=0), views=(Captions(), MaskWords()), project="none"),
-        "tags": Stream(Words(layers=0), views=(Swap(), MaskWords()), project="none", tied="text"),
-        "regions": Stream(Regions(), project="none"),
+        "text": Stream(Words(layers=0), views=(Captions(), MaskWords())),
+        "tags": Stream(Words(layers=0), views=(Swap(), MaskWords()), tied="text"),
+        "regions": Stream(Regions()),
     },
     fusion=Merged(("text", "tags", "regions"), layers=4),
     objectives={

@@ -10,8 +10,8 @@ RECIPE = Recipe(
     source="Lu et al. 2016, Visual Relationship Detection with Language Priors, arXiv:1608.00187",
     data="scenes",
     streams={
-        "text": Stream(Words(layers=0), views=(Captions(),), project="none"),
-        "pair": Stream(Regions(), project="none"),
+        "text": Stream(Words(layers=0), views=(Captions(),)),
+        "pair": Stream(Regions()),
     },
     fusion=Merged(("text", "pair"), layers=2),
     objectives={"relation": Answer("merged", label="relation")},

@@ -10,8 +10,8 @@ RECIPE = Recipe(
     source="Li et al. 2020, arXiv:1908.06066",
     data="scenes",
     streams={
-        "text": Stream(Words(layers=0), views=(Captions(), Swap(), MaskWords()), project="none"),
-        "regions": Stream(Regions(), views=(MaskRegions(),), project="none"),
+        "text": Stream(Words(layers=0), views=(Captions(), Swap(), MaskWords())),
+        "regions": Stream(Regions(), views=(MaskRegions(),)),
     },
     fusion=Merged(("text", "regions"), layers=4),
     objectives={

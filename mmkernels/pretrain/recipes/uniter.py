@@ -13,9 +13,8 @@ RECIPE = Recipe(
         "text": Stream(
             Words(layers=0),
             views=(Captions(), Swap(when=("matching",)), MaskWords(when=("words",))),
-            project="none",
         ),
-        "regions": Stream(Regions(), views=(MaskRegions(keep=0.0, when=("features", "classes")),), project="none"),
+        "regions": Stream(Regions(), views=(MaskRegions(keep=0.0, when=("features", "classes")),)),
     },
     fusion=Merged(("text", "regions"), layers=4),
     objectives={

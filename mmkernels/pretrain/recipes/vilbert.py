@@ -10,8 +10,8 @@ RECIPE = Recipe(
     source="Lu et al. 2019, arXiv:1908.02265",
     data="scenes",
     streams={
-        "text": Stream(Words(), views=(Captions(), Swap(), MaskWords()), project="none"),
-        "regions": Stream(Regions(), views=(MaskRegions(),), project="none"),
+        "text": Stream(Words(), views=(Captions(), Swap(), MaskWords())),
+        "regions": Stream(Regions(), views=(MaskRegions(),)),
     },
     fusion=Co("text", "regions", layers=2),
     objectives={

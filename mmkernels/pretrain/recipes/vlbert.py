@@ -10,8 +10,8 @@ RECIPE = Recipe(
     source="Su et al. 2020, arXiv:1908.08530",
     data="scenes",
     streams={
-        "text": Stream(Words(layers=0), views=(Captions(), MaskWords()), project="none"),
-        "regions": Stream(Regions(), views=(MaskRegions(keep=0.0),), project="none"),
+        "text": Stream(Words(layers=0), views=(Captions(), MaskWords())),
+        "regions": Stream(Regions(), views=(MaskRegions(keep=0.0),)),
     },
     fusion=Merged(("text", "regions"), layers=4, everywhere="regions"),
     objectives={"words": MaskedTokens("text"), "regions": MaskedRegions("regions")},
