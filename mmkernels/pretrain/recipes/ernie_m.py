@@ -11,11 +11,12 @@ RECIPE = Recipe(
     data="languages",
     streams={
         # Without layers of their own: these would see the same language.
-        "text": Stream(Words(layers=0), views=(MaskWords(),)),
-        "text_b": Stream(Words(layers=0), views=(MaskWords(),), tied="text"),
+        "text": Stream(Words(layers=0), views=(MaskWords(when=("english",)),)),
+        "text_b": Stream(Words(layers=0), views=(MaskWords(when=("other",)),), tied="text"),
     },
     fusion=Merged(("text", "text_b"), layers=4, mask="cross_only"),
     objectives={"english": MaskedTokens("text"), "other": MaskedTokens("text_b")},
+    draw=True,  # the other language is whole: names are short
     metrics=(Predictions("english"), Predictions("other")),
     settings={"batch": 128, "chunk": 128, "steps": 2000, "eval_every": 1000, "vocabulary": 4096},
 )
