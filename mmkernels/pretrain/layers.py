@@ -85,7 +85,8 @@ class Blocks(nn.ModuleList):
         table: Any = None
         if positions is not None and len(self):  # one table for all blocks
             attention: Any = self[0].attention
-            table = attention.rotary.cos_sin(positions, attention.head_dim)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            table = attention.rotary.cos_sin(positions, attention.head_dim, wide)
         for block in list(self)[:depth]:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, mask, table, use_reentrant=False)
