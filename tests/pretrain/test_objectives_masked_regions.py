@@ -137,6 +137,9 @@ def test_swapped_pairs_need_both_streams() -> None:
     found = of.whole(given, "masked")
     _, targets = of.objectives["masked"].logits(found)
     assert targets.tolist() == [1, 0, 1]
+    share = 2 / 4  # of those that were labelled
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    assert of.objectives["masked"].chance_loss(given) == pytest.approx(entropy)
 
 
 def test_wrong_wiring() -> None:

@@ -63,7 +63,7 @@ class Regions:
         ]
 
     def length(self, value: Any, tokenizer: TextTokenizer) -> int:
-        return 0 if value is None else len(value.boxes)
+        return 0 if value is None else len(_checked(value).boxes)
 
     def build(self, facts: Facts) -> EncoderModule:
         return RegionsEncoder(self, facts)

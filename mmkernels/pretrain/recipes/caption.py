@@ -10,11 +10,11 @@ RECIPE = Recipe(
     source="Wang et al. 2022, arXiv:2108.10904",
     data="scenes",
     streams={
-        "image": Stream(Patches(size=48)),
+        "image": Stream(Patches()),
         "text": Stream(Words(layers=0, causal=True), views=(Captions(),)),
     },
     fusion=Merged(("image", "text"), layers=4, mask="prefix"),
     objectives={"words": NextToken("text")},
     metrics=(Predictions("words"),),
-    settings={"batch": 64, "chunk": 64, "steps": 1500, "eval_every": 500, "eval_limit": 512},
+    settings={"batch": 64, "chunk": 64, "steps": 1200, "eval_every": 400, "eval_limit": 512},
 )
