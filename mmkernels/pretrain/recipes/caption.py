@@ -16,5 +16,5 @@ RECIPE = Recipe(
     fusion=Merged(("image", "text"), layers=4, mask="prefix"),
     objectives={"words": NextToken("text")},
     metrics=(Predictions("words"),),
-    settings={"batch": 64, "chunk": 64, "steps": 1200, "eval_every": 400, "eval_limit": 512},
+    settings={"batch": 64, "chunk": 64, "steps": 1000, "eval_every": 500, "eval_limit": 512},
 )
