@@ -78,13 +78,16 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(facts, rotary) for _ in range(layers))
         self.recompute = facts.recompute
 
-    def forward(self, x: Tensor, mask: AttentionMask, positions: Tensor | None = None) -> Tensor:
-        """x [T, C] -> [T, C]; with rotary blocks, positions [T]."""
+    def forward(
+        self, x: Tensor, mask: AttentionMask, positions: Tensor | None = None, depth: int | None = None
+    ) -> Tensor:
+        """x [T, C] -> [T, C]; with rotary blocks, positions [T]. The first `depth` blocks; None: all."""
         table: Any = None
         if positions is not None and len(self):  # one table for all blocks
             attention: Any = self[0].attention
-            table = attention.rotary.cos_sin(positions, attention.head_dim)
-        for block in self:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            table = attention.rotary.cos_sin(positions, attention.head_dim, wide)
+        for block in list(self)[:depth]:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, mask, table, use_reentrant=False)
             else:

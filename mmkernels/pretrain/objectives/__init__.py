@@ -3,6 +3,7 @@
 from mmkernels.pretrain.objectives.answer import Answer
 from mmkernels.pretrain.objectives.contrast import Contrast
 from mmkernels.pretrain.objectives.masked_patches import MaskedPatches
+from mmkernels.pretrain.objectives.masked_regions import MaskedRegions
 from mmkernels.pretrain.objectives.masked_tokens import MaskedTokens
 from mmkernels.pretrain.objectives.matching import Matching
 from mmkernels.pretrain.objectives.next_token import NextToken
@@ -13,6 +14,7 @@ __all__ = [
     "Answer",
     "Contrast",
     "MaskedPatches",
+    "MaskedRegions",
     "MaskedTokens",
     "Matching",
     "NextToken",

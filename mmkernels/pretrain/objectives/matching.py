@@ -79,7 +79,8 @@ class MatchingLoss(Classification):
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if self.part.negatives == "swapped":
             matched = chunk.batch.labels["matched"]
-            rows = torch.nonzero(matched >= 0).flatten()
+            present = chunk.whole.present(self.part.a, self.part.b)[chunk.samples.start : chunk.samples.stop]
+            rows = torch.nonzero((matched >= 0) & present).flatten()
             return self.head(self._pooled(chunk.fused[self.read])[rows]), matched[rows]
         a, b = self.part.a, self.part.b
         first, last = chunk.samples.start, chunk.samples.stop
@@ -113,6 +114,6 @@ class MatchingLoss(Classification):
         """Of the share of right pairs: a third when sampled."""
         matched = batch.labels.get("matched")
         share = 1 / 3
-        if self.part.negatives == "swapped" and matched is not None and len(matched):
-            share = float((matched == 1).float().mean())
+        if self.part.negatives == "swapped" and matched is not None and bool((matched >= 0).any()):
+            share = float(matched[matched >= 0].float().mean())
         return 0.0 if share in (0.0, 1.0) else -share * math.log(share) - (1 - share) * math.log(1 - share)
