@@ -10,7 +10,7 @@ from mmkernels.testing.attention import AttentionInputs, plain, run
 
 
 def partners(samples: int, keys_each: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(lo, hi) of the queries of 2 x `samples` texts, each with a partner among `samples` images; the number of keys."""
+    """(lo, hi) of the queries of 2 x `samples` texts, each with a partner among `samples` images; number of keys."""
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(5, 16, (2 * samples,), generator=random)
     partner = torch.cat([torch.randperm(samples, generator=random) for _ in range(2)]).repeat_interleave(lengths)
