@@ -60,7 +60,8 @@ class Classification(TokenObjective):
 
 
 class Regression(TokenObjective):
-    """A token objective that predicts vectors: mean square error."""
+    """A token objective that predicts vectors: the square of the distance. (Its mean over the F elements would be
+    so small that other objectives' gradients drown it.)"""
 
     def vectors(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(predictions [n, F], targets [n, F]) of the chunk."""
@@ -68,7 +69,7 @@ class Regression(TokenObjective):
 
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
         predicted, targets = self.vectors(chunk)
-        return (predicted.float() - targets.float()).square().mean(1).sum(), len(targets)
+        return (predicted.float() - targets.float()).square().sum(), len(targets)
 
 
 class Head(nn.Module):

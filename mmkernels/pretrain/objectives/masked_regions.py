@@ -29,7 +29,7 @@ class MaskedRegions:
     stream: str = "regions"
     """The stream, which needs a view that masks."""
     target: Literal["class", "features", "distribution"] = "class"
-    """class: cross entropy to the tag. features: mean square error to the crop's pixels. distribution: divergence from
+    """class: cross entropy to the tag. features: squared distance to the crop's pixels. distribution: divergence from
     a detector's scores, for which the tag stands in, softened."""
     smoothing: float = 0.1
     """Share of the scores of "distribution" that is spread evenly over all tags."""

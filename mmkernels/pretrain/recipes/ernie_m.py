@@ -18,5 +18,5 @@ RECIPE = Recipe(
     objectives={"english": MaskedTokens("text"), "other": MaskedTokens("text_b")},
     draw=True,  # the other language is whole: names are short
     metrics=(Predictions("english"), Predictions("other")),
-    settings={"batch": 128, "chunk": 128, "steps": 2000, "eval_every": 1000, "vocabulary": 4096},
+    settings={"batch": 128, "chunk": 128, "steps": 1500, "eval_every": 500, "vocabulary": 4096},
 )
