@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from mmkernels.pretrain.data.base import Data, DecodedDataset, Subset, caption_key
+from mmkernels.pretrain.data.corpus import open_text
 from mmkernels.pretrain.data.emoji import open_emoji
 from mmkernels.pretrain.data.folder import FolderDataset
+from mmkernels.pretrain.data.scenes import open_scenes
 from mmkernels.pretrain.data.tables import TableFormat, find_table
 from mmkernels.pretrain.data.webdataset import WebDataset
 
 __all__ = ["EMBEDDED", "held_out_mask", "open_data"]
 
-EMBEDDED: dict[str, Callable[[], Data]] = {"emoji": open_emoji}
+EMBEDDED: dict[str, Callable[[], Data]] = {"emoji": open_emoji, "scenes": open_scenes, "text": open_text}
 """The data sets that come along."""
 
 

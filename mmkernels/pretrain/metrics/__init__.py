@@ -2,6 +2,7 @@
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
 from mmkernels.pretrain.metrics.held_out_loss import Predictions
+from mmkernels.pretrain.metrics.perplexity import Perplexity
 from mmkernels.pretrain.metrics.retrieval import Retrieval
 
-__all__ = ["Figure", "HeldOut", "Predictions", "Retrieval"]
+__all__ = ["Figure", "HeldOut", "Perplexity", "Predictions", "Retrieval"]

@@ -2,6 +2,7 @@
 
 from mmkernels.pretrain.views.augment import Augment
 from mmkernels.pretrain.views.captions import Captions
+from mmkernels.pretrain.views.corrupt_spans import CorruptSpans
 from mmkernels.pretrain.views.mask_words import MaskWords
 
-__all__ = ["Augment", "Captions", "MaskWords"]
+__all__ = ["Augment", "Captions", "CorruptSpans", "MaskWords"]
