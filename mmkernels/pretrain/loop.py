@@ -11,7 +11,7 @@ from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.evaluate import evaluate
 from mmkernels.pretrain.guards import Interrupt, LossWatch, NotFiniteError, StepGuard
-from mmkernels.pretrain.journal import Journal
+from mmkernels.pretrain.journal import Journal, data_warnings
 from mmkernels.pretrain.profiling import ProfileWindow
 from mmkernels.pretrain.report import write_report
 from mmkernels.pretrain.run_folder import RunFolder
@@ -47,7 +47,8 @@ def train(config: Config) -> Outcome:
     if config.threads:
         torch.set_num_threads(config.threads)
     interrupt = Interrupt()
-    data = open_source(config)
+    with data_warnings() as warnings:
+        data = open_source(config)
     folder = RunFolder(config)
     with Journal(folder, config, device) as journal:
         tokenizer = tokenizer_for(config, data, folder)
@@ -56,6 +57,8 @@ def train(config: Config) -> Outcome:
         if saved := checkpoint.latest(folder.checkpoints):
             guard.load_state_dict(trainer.load(saved)["guard"])
         journal.start(samples=len(data.train), parameters=sum(p.numel() for p in trainer.parameters))
+        for message in warnings:
+            journal.warn(message)
         with interrupt.listening():
             _loop(config, trainer, guard, journal, folder, interrupt)
         write_report(folder, trainer)
@@ -86,7 +89,7 @@ def _loop(
             trainer.skip()
             journal.warn(f"{where}. Skipped, {guard.skipped} of {config.skip}")
         else:
-            chances = {name: trainer.model.objectives[name].chance_loss(batch) for name in parts}  # type: ignore[operator]
+            chances = {name: trainer.model.objectives[name].chance_loss(batch) for name in parts}
             chance = total(weights_at(trainer.recipe, config.seed, trainer.step), chances)
             trainer.update()
             of_parts = {f"{name}/loss": value for name, value in parts.items()} if len(parts) > 1 else {}

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from pretrain.runs import TINY
 
-from mmkernels.pretrain import Config, ModelConfig
+from mmkernels.pretrain import Config
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "cross", "bar", "frame")
@@ -52,9 +53,7 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny(pictures: Path, tmp_path: Path) -> Callable[..., Config]:
     """Settings of a small run; keyword arguments change them."""
-    model = ModelConfig(image_size=16, width=16, heads=2, image_layers=1, text_layers=1, embed_dim=8, dropout=0.1)
-    model = dataclasses.replace(model, word_buckets=64, gram_buckets=64)
-    config = Config(data=f"folder:{pictures}", run=tmp_path / "run", steps=12, batch=8, chunk=3, warmup=2, model=model)
+    config = Config(data=f"folder:{pictures}", run=tmp_path / "run", steps=12, batch=8, chunk=3, warmup=2, parts=TINY)
     config = dataclasses.replace(
         config, eval_every=5, checkpoint_every=3, eval_fraction=0.2, tensorboard=False, threads=1
     )

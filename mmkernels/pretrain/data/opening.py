@@ -13,13 +13,23 @@ from mmkernels.pretrain.data.base import Data, DecodedDataset, Subset, caption_k
 from mmkernels.pretrain.data.corpus import open_text
 from mmkernels.pretrain.data.emoji import open_emoji
 from mmkernels.pretrain.data.folder import FolderDataset
+from mmkernels.pretrain.data.languages import open_languages
+from mmkernels.pretrain.data.motion import open_motion
 from mmkernels.pretrain.data.scenes import open_scenes
+from mmkernels.pretrain.data.speech import open_speech
 from mmkernels.pretrain.data.tables import TableFormat, find_table
 from mmkernels.pretrain.data.webdataset import WebDataset
 
 __all__ = ["EMBEDDED", "held_out_mask", "open_data"]
 
-EMBEDDED: dict[str, Callable[[], Data]] = {"emoji": open_emoji, "scenes": open_scenes, "text": open_text}
+EMBEDDED: dict[str, Callable[[], Data]] = {
+    "emoji": open_emoji,
+    "languages": open_languages,
+    "motion": open_motion,
+    "scenes": open_scenes,
+    "speech": open_speech,
+    "text": open_text,
+}
 """The data sets that come along."""
 
 

@@ -2,6 +2,7 @@
 
 from mmkernels.pretrain.encoders.hashed_words import HashedWords
 from mmkernels.pretrain.encoders.patches import Patches
+from mmkernels.pretrain.encoders.regions import Regions
 from mmkernels.pretrain.encoders.words import Words
 
-__all__ = ["HashedWords", "Patches", "Words"]
+__all__ = ["HashedWords", "Patches", "Regions", "Words"]
