@@ -1,23 +1,24 @@
 from mmkernels.pretrain.encoders import Words
-from mmkernels.pretrain.fusion import Cross
+from mmkernels.pretrain.fusion import Merged
 from mmkernels.pretrain.metrics import Predictions
 from mmkernels.pretrain.objectives import MaskedTokens, Matching
 from mmkernels.pretrain.recipe import Recipe, Stream
-from mmkernels.pretrain.views import MaskWords
+from mmkernels.pretrain.views import MaskWords, Swap
 
 RECIPE = Recipe(
-    "Predict masked words, the same of a text at every step, and whether a passage follows another",
+    "Predict masked words of two passages, the same ones at every step, and whether the second follows the first",
     source="Devlin et al. 2019, arXiv:1810.04805",
     data="text",
     streams={
-        "text": Stream(Words(layers=2, max_tokens=160), views=(MaskWords(static=True),), project="none"),
-        "next": Stream(tied="text", encoder=Words(max_tokens=160), views=(MaskWords(static=True),)),
+        "text": Stream(Words(layers=0, max_tokens=160), views=(MaskWords(static=True),)),
+        "next": Stream(Words(layers=0, max_tokens=160), views=(Swap(), MaskWords(static=True)), tied="text"),
     },
-    fusion=Cross(into=("text",), context="next", layers=2),
+    fusion=Merged(("text", "next"), layers=4),
     objectives={
-        "words": MaskedTokens("text"),
-        "follows": Matching("text", "next", read="text", scale=0.0),
+        "words": MaskedTokens("text", unmatched=True),
+        "next_words": MaskedTokens("next", unmatched=True),
+        "follows": Matching("text", "next", read="merged", negatives="swapped"),
     },
     metrics=(Predictions("words"), Predictions("follows")),
-    settings={"tokens": 4096, "batch": 32, "chunk": 32, "steps": 1000},
+    settings={"tokens": 3072, "batch": 32, "chunk": 32, "steps": 1000},
 )

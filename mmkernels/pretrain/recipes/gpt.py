@@ -7,7 +7,7 @@ RECIPE = Recipe(
     "Predict the next token of a text",
     source="Radford et al. 2019, Language Models are Unsupervised Multitask Learners",
     data="text",
-    streams={"text": Stream(Words(layers=4, causal=True, max_tokens=160), project="none")},
+    streams={"text": Stream(Words(layers=4, causal=True, max_tokens=160))},
     objectives={"words": NextToken("text")},
     metrics=(Perplexity("words"), Predictions("words")),
     settings={"tokens": 2048, "batch": 32, "chunk": 32, "steps": 1000},

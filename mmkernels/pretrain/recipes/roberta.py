@@ -8,7 +8,7 @@ RECIPE = Recipe(
     "Predict masked words, others at every step",
     source="Liu et al. 2019, arXiv:1907.11692",
     data="text",
-    streams={"text": Stream(Words(layers=4, max_tokens=160), views=(MaskWords(share=0.15),), project="none")},
+    streams={"text": Stream(Words(layers=4, max_tokens=160), views=(MaskWords(share=0.15),))},
     objectives={"words": MaskedTokens("text")},
     metrics=(Predictions("words"),),
     settings={"tokens": 2048, "batch": 32, "chunk": 32, "steps": 1000},

@@ -10,12 +10,11 @@ RECIPE = Recipe(
     source="Raffel et al. 2020, arXiv:1910.10683",
     data="text",
     streams={
-        "text": Stream(Words(layers=3, max_tokens=160), views=(CorruptSpans(part="input"),), project="none"),
+        "text": Stream(Words(layers=3, max_tokens=160), views=(CorruptSpans(part="input"),)),
         "target": Stream(
             Words(layers=0, causal=True, max_tokens=160),
             field="text",
             views=(CorruptSpans(part="target"),),
-            project="none",
         ),
     },
     fusion=Cross(into=("target",), context="text", layers=2),
