@@ -1,9 +1,10 @@
 """From the values of a field to packed tokens, and from these to features."""
 
+from mmkernels.pretrain.encoders.adapted import Adapted
 from mmkernels.pretrain.encoders.documents import DocumentImages, DocumentWords
 from mmkernels.pretrain.encoders.hashed_words import HashedWords
 from mmkernels.pretrain.encoders.patches import Patches
 from mmkernels.pretrain.encoders.regions import Regions
 from mmkernels.pretrain.encoders.words import Words
 
-__all__ = ["DocumentImages", "DocumentWords", "HashedWords", "Patches", "Regions", "Words"]
+__all__ = ["Adapted", "DocumentImages", "DocumentWords", "HashedWords", "Patches", "Regions", "Words"]

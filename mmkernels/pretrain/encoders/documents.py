@@ -19,7 +19,6 @@ from torch import Tensor
 from mmkernels import PackedBatch
 from mmkernels.pretrain.batch import Piece
 from mmkernels.pretrain.encoders.base import EncoderModule
-from mmkernels.pretrain.encoders.patches import Patches
 from mmkernels.pretrain.encoders.words import Words
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.tokenizer import BOS, EOS, IMAGE, TextTokenizer
@@ -33,8 +32,8 @@ class DocumentWords:
     """The texts of a `Document`, each with an end token, and an image token where an image stands, which is not to be
     predicted."""
 
-    words: Words = Words(causal=True)
-    """How tokens become features."""
+    words: Words
+    """How tokens become features, and how many there are at most."""
 
     @property
     def reads_text(self) -> bool:
@@ -85,8 +84,8 @@ class DocumentWordsEncoder(EncoderModule):
 class DocumentImages:
     """The images of a `Document`, each of which sees itself alone."""
 
-    images: Any = Patches()
-    """How one image becomes tokens: an encoder of images."""
+    images: Any
+    """How one image becomes tokens: an encoder of images, such as `Patches`."""
 
     @property
     def reads_text(self) -> bool:
