@@ -41,6 +41,9 @@ class Config:
     """Column of a table (key of a .jsonl) with the captions."""
     run: Path | None = None
     """Run folder; default runs/RECIPE."""
+    init: Path | None = None
+    """Folder of another run, whose newest weights this one begins with: those whose names this model has. Its tokenizer
+    is taken over too, if it read texts."""
     resume: bool = False
     """Resume from the newest checkpoint in the folder."""
     seed: int = 0

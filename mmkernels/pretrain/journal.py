@@ -1,6 +1,6 @@
 """The output of a run: a progress bar, `log.jsonl`, TensorBoard.
 
-One JSON object per line; "kind" is start, step, eval or warning.
+One JSON object per line; "kind" is start, init, step, eval or warning.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.environment import environment
 from mmkernels.pretrain.metrics import Figure
 from mmkernels.pretrain.run_folder import RunFolder
+from mmkernels.pretrain.warm_start import WarmStart
 
 __all__ = ["Journal", "data_warnings"]
 
@@ -66,6 +67,11 @@ class Journal(logging.Handler):
 
     def start(self, samples: int, parameters: int) -> None:
         self.write("start", samples=samples, parameters=parameters, environment=environment(self.device))
+
+    def warm_start(self, found: WarmStart) -> None:
+        names = {"loaded": found.loaded, "fresh": found.fresh, "unused": found.unused}
+        self.write("init", run=printable(str(found.run)), of_step=found.step, **names)
+        self.say(printable(str(found)))
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

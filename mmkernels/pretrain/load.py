@@ -15,9 +15,10 @@ from mmkernels.pretrain.data import Collator, Sample
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.run_folder import RunFolderError, stored_classes, stored_config
+from mmkernels.pretrain.schedule import stage_at
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
-__all__ = ["Pretrained", "load_model"]
+__all__ = ["Pretrained", "load_model", "stored_weights"]
 
 
 class Pretrained(NamedTuple):
@@ -70,14 +71,26 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> Pretraine
     """
     folder = Path(run)
     config = stored_config(folder)
-    newest = checkpoint.latest(folder / "checkpoints")
-    if newest is None:
-        raise RunFolderError(f"{folder} holds a run, but no checkpoint yet")
-    weights, recipe = checkpoint.load_weights(newest), config.wiring()
+    step, weights = stored_weights(folder)
+    recipe = config.wiring()
     tokenizer, classes = TextTokenizer.load(folder / "tokenizer.json"), stored_classes(folder)
     model = Model(recipe, Facts(recipe.model, len(tokenizer), classes, recipe.streams, config.seed, config.backend)).to(
         device
     )
-    prefix = "average.module." if config.ema else "model."
-    model.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
+    model.load_state_dict(weights)
+    if model.fusion is not None:
+        model.fusion.depth = stage_at(recipe, max(step - 1, 0)).fusion_depth
     return Pretrained(model.eval(), Collator(recipe.streams, tokenizer, tuple(classes), seed=config.seed))
+
+
+def stored_weights(run: Path) -> tuple[int, dict[str, Tensor]]:
+    """(Steps done, the model's weights) of a run's newest checkpoint: the averaged ones, if the run kept them.
+
+    Raises as `load_model` does.
+    """
+    config, newest = stored_config(run), checkpoint.latest(run / "checkpoints")
+    if newest is None:
+        raise RunFolderError(f"{run} holds a run, but no checkpoint yet")
+    prefix = "average.module." if config.ema else "model."
+    weights = checkpoint.load_weights(newest)
+    return checkpoint.step_of(newest), {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}

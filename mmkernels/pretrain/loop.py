@@ -56,6 +56,8 @@ def train(config: Config) -> Outcome:
         trainer, guard = Trainer(config, data, tokenizer, device), StepGuard(config.skip, config.spike)
         if saved := checkpoint.latest(folder.checkpoints):
             guard.load_state_dict(trainer.load(saved)["guard"])
+        elif config.init is not None:
+            journal.warm_start(trainer.warm_start(config.init))
         journal.start(samples=len(data.train), parameters=sum(p.numel() for p in trainer.parameters))
         for message in warnings:
             journal.warn(message)

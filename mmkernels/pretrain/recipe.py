@@ -79,7 +79,7 @@ class Stage:
     until: int | None = None
     """First step of the next stage; None: to the end."""
     trainable: tuple[str, ...] = ("*",)
-    """Patterns of the names of parameters that learn."""
+    """Patterns of the names of parameters that learn; those of a pattern that begins with "!" do not."""
     lr_scale: float = 1.0
     """Factor of the learning rate."""
     objectives: tuple[str, ...] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from mmkernels.pretrain.data.seeds import Stream, generator
 from mmkernels.pretrain.recipe import Ramp, Recipe, Stage
 
-__all__ = ["at", "freeze", "learning_rate", "stage_at", "weights_at"]
+__all__ = ["at", "check_stages", "freeze", "learning_rate", "learns", "stage_at", "weights_at"]
 
 
 def at(value: float | Ramp, step: int) -> float:
@@ -33,6 +33,8 @@ def weights_at(recipe: Recipe, seed: int, step: int) -> dict[str, float]:
         name: at(part.weight, step) for name, part in recipe.objectives.items() if names is None or name in names
     }
     weights = {name: weight for name, weight in weights.items() if weight > 0}
+    if not weights:
+        raise ValueError(f"objectives: expected one with a weight above 0 at step {step}, got none")
     if recipe.draw and len(weights) > 1:
         chosen = generator(seed, step, Stream.OBJECTIVE).random() * math.fsum(weights.values())
         for name, weight in weights.items():
@@ -43,6 +45,12 @@ def weights_at(recipe: Recipe, seed: int, step: int) -> dict[str, float]:
     return weights
 
 
+def learns(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter's name fits one of the patterns, and none of those that begin with "!"."""
+    fits = [pattern for pattern in patterns if fnmatchcase(name, pattern.removeprefix("!"))]
+    return bool(fits) and not any(pattern.startswith("!") for pattern in fits)
+
+
 def freeze(model: nn.Module, stage: Stage) -> int:
     """Let the parameters that match the stage's patterns learn, and no others; returns their number.
 
@@ -51,15 +59,37 @@ def freeze(model: nn.Module, stage: Stage) -> int:
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in stage.trainable:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
             raise ValueError(
                 f"stages: trainable: expected patterns of parameter names, got {pattern!r}, which fits none"
             )
     count = 0
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in stage.trainable))
+        parameter.requires_grad_(learns(name, stage.trainable))
         count += parameter.numel() if parameter.requires_grad else 0
     return count
+
+
+def check_stages(recipe: Recipe, model: nn.Module) -> None:
+    """Raise ValueError if a stage is out of order, or names what there is not, so that no run stops in the middle."""
+    before, layers = 0, len(getattr(getattr(model, "fusion", None), "layers", ()))
+    for i, stage in enumerate(recipe.stages):
+        where, until = f"stages[{i}]", stage.until
+        if until is None and i + 1 < len(recipe.stages):
+            raise ValueError(f"{where}: until: expected a step, since another stage follows, got None")
+        if until is not None and until < before:
+            raise ValueError(f"{where}: until: expected at least {before}, where the stage begins, got {until}")
+        if not stage.lr_scale > 0:
+            raise ValueError(f"{where}: lr_scale: expected a positive number, got {stage.lr_scale}")
+        names = recipe.objectives if stage.objectives is None else stage.objectives
+        if not names or set(names) - set(recipe.objectives):
+            known = ", ".join(recipe.objectives)
+            raise ValueError(f"{where}: objectives: expected some of {known}, got {', '.join(names) or 'none'}")
+        if stage.fusion_depth is not None and not 0 <= stage.fusion_depth <= layers:
+            raise ValueError(f"{where}: fusion_depth: expected 0 to {layers} layers, got {stage.fusion_depth}")
+        if not freeze(model, stage):
+            raise ValueError(f"{where}: trainable: expected something to learn, got {', '.join(stage.trainable)}")
+        before = before if until is None else until
 
 
 def learning_rate(lr: float, warmup: int, steps: int, step: int) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import Data, Source, Text, open_data
 from mmkernels.pretrain.recipe import Recipe
-from mmkernels.pretrain.run_folder import RunFolder, write_whole
+from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
 __all__ = ["expect_fields", "open_source", "tokenizer_for"]
@@ -55,12 +55,20 @@ def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
 
 
 def tokenizer_for(config: Config, data: Data, folder: RunFolder) -> TextTokenizer:
-    """The run's tokenizer: from its folder, or trained on the training texts and stored there."""
+    """The run's tokenizer, kept in its folder: that of the run it begins with, or trained on the training texts."""
     if folder.tokenizer.exists():
         return TextTokenizer.load(folder.tokenizer)
-    recipe = config.wiring()
-    fields = [s.field or name for name, s in recipe.streams.items() if s.encoder.reads_text]
-    tokenizer = TextTokenizer.train(texts(data.train, fields), config.vocabulary)
+    fields = _text_fields(config)
+    if config.init is not None and _text_fields(stored_config(config.init)):
+        return _kept(TextTokenizer.load(config.init / "tokenizer.json"), folder)
+    return _kept(TextTokenizer.train(texts(data.train, fields), config.vocabulary), folder)
+
+
+def _text_fields(config: Config) -> list[str]:
+    return [s.field or name for name, s in config.wiring().streams.items() if s.encoder.reads_text]
+
+
+def _kept(tokenizer: TextTokenizer, folder: RunFolder) -> TextTokenizer:
     write_whole(folder.tokenizer, tokenizer.text())
     return tokenizer
 

@@ -18,9 +18,10 @@ from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts, Stage
-from mmkernels.pretrain.schedule import freeze, learning_rate, stage_at, weights_at
+from mmkernels.pretrain.schedule import check_stages, freeze, learning_rate, stage_at, weights_at
 from mmkernels.pretrain.state import Twin, Twins
 from mmkernels.pretrain.tokenizer import TextTokenizer
+from mmkernels.pretrain.warm_start import WarmStart, warm_start
 
 __all__ = ["Cursor", "Trainer", "facts_of"]
 
@@ -48,6 +49,7 @@ class Trainer:
         self._stage: Stage | None = None
         self.recipe = config.wiring()
         self.model = Model(self.recipe, facts_of(config, data, tokenizer)).to(device)
+        check_stages(self.recipe, self.model)
         decays = {name: s.teacher.decay for name, s in self.recipe.streams.items() if s.teacher and not s.tied}
         self.twins = Twins(self.model.streams, decays)  # type: ignore[arg-type]
         self.average = Twin(self.model, config.ema) if config.ema else None
@@ -99,13 +101,23 @@ class Trainer:
         """The model to evaluate: the average, if there is one."""
         return self.model if self.average is None else self.average.module  # type: ignore[return-value]
 
+    def warm_start(self, run: Path) -> WarmStart:
+        """Begin with the weights of another run; twins and average, too. Raises as `warm_start` does."""
+        found = warm_start(self.model, run)
+        for name, twin in self.twins.of.items():
+            twin.module.load_state_dict(self.model.streams[name].state_dict())
+        if self.average is not None:
+            self.average.module.load_state_dict(self.model.state_dict())
+        return found
+
     def begin(self) -> float:
         """Set what holds at this step: what learns, how deep the fusion is, the learning rate, which is returned."""
         config, stage = self.config, stage_at(self.recipe, self.step)
         if stage is not self._stage:
             freeze(self.model, stage)
-            if self.model.fusion is not None:
-                self.model.fusion.depth = stage.fusion_depth
+            for model in (self.model, self.trained):
+                if model.fusion is not None:
+                    model.fusion.depth = stage.fusion_depth
             self._stage = stage
         lr = stage.lr_scale * learning_rate(config.lr, config.warmup, config.steps, self.step)
         for group in self.optimizer.param_groups:

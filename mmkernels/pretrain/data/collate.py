@@ -83,7 +83,10 @@ class Collator:
         for i in range(len(source)):
             values = source.peek(i)
             for name, stream in self.streams.items():
-                found[i] += stream.encoder.length(values.get(stream.field or name), self.tokenizer)
+                length = stream.encoder.length(values.get(stream.field or name), self.tokenizer)
+                for view in self.views[name]:
+                    length = view.length(length)
+                found[i] += length
         return found
 
     def _packed(

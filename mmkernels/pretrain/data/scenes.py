@@ -12,8 +12,9 @@ Nothing is stored: a scene is a function of (seed, number), and every split has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -111,6 +112,9 @@ class SceneSource(GeneratedSource):
         drawn = self.drawn(index)
         return Sample(Computed(drawn, self.fields), int(self.concepts[index]), drawn.name)
 
+    def peek(self, index: int) -> Mapping[str, Any]:
+        return Computed(Undrawn(self.drawn(index)), self.fields)
+
     def drawn(self, index: int) -> DrawnScene:
         """Scene `index` with all its fields, also those that the samples do not have."""
         return DrawnScene(self, index, self.number(index), self._words[index], self._counts[index])
@@ -182,12 +186,16 @@ class DrawnScene:
     def relation(self) -> int:
         return _RELATION[self._related[2]]
 
-    @property
+    @cached_property
     def document(self) -> Document:
+        return self.written(lambda scene: scene.image)
+
+    def written(self, picture: Callable[[DrawnScene], Any]) -> Document:
+        """The document, with this in the place of each picture."""
         draws = Draws(self._source.seed, Purpose.DOCUMENT, self._number)
         form, more = draws.below(CAPTION_FORMS), draws.between(1, _FURTHER)
         scenes = [self, *self._source.further(self._index)][: 1 + more]
-        return Document(tuple(part for scene in scenes for part in (scene.image, scene.text.captions[form])))
+        return Document(tuple(part for scene in scenes for part in (picture(scene), scene.text.captions[form])))
 
     @property
     def group(self) -> int:
@@ -204,3 +212,19 @@ class DrawnScene:
     @cached_property
     def _related(self) -> tuple[int, int, str]:
         return related(self.scene, Draws(self._source.seed, Purpose.PAIR, self._number))
+
+
+class Undrawn:
+    """A scene whose pictures are not drawn: `...` stands for them."""
+
+    image = ...
+
+    def __init__(self, drawn: DrawnScene) -> None:
+        self._drawn = drawn
+
+    @property
+    def document(self) -> Document:
+        return self._drawn.written(lambda scene: ...)
+
+    def __getattr__(self, field: str) -> Any:
+        return getattr(self._drawn, field)

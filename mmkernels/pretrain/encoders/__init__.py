@@ -1,5 +1,7 @@
 """From the values of a field to packed tokens, and from these to features."""
 
+from mmkernels.pretrain.encoders.adapted import Adapted
+from mmkernels.pretrain.encoders.documents import DocumentImages, DocumentWords
 from mmkernels.pretrain.encoders.hashed_words import HashedWords
 from mmkernels.pretrain.encoders.module import Module
 from mmkernels.pretrain.encoders.patches import Patches
@@ -8,4 +10,15 @@ from mmkernels.pretrain.encoders.spectrogram import Spectrogram
 from mmkernels.pretrain.encoders.tubelets import Tubelets
 from mmkernels.pretrain.encoders.words import Words
 
-__all__ = ["HashedWords", "Module", "Patches", "Regions", "Spectrogram", "Tubelets", "Words"]
+__all__ = [
+    "Adapted",
+    "DocumentImages",
+    "DocumentWords",
+    "HashedWords",
+    "Module",
+    "Patches",
+    "Regions",
+    "Spectrogram",
+    "Tubelets",
+    "Words",
+]

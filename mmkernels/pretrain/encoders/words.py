@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmkernels import PackedBatch
 from mmkernels.pretrain.batch import Piece
-from mmkernels.pretrain.encoders.base import EncoderModule, no_tokens, text_of
+from mmkernels.pretrain.encoders.base import EncoderModule, text_of
 from mmkernels.pretrain.layers import Blocks
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.tokenizer import BOS, EOS, TextTokenizer
@@ -43,8 +43,8 @@ class Words:
         """Tokens [L] int64, which are their own labels."""
         pieces = []
         for value in values:
-            ids = None if value is None else torch.tensor(self._ids(value, tokenizer), dtype=torch.int64)
-            pieces.append(no_tokens() if ids is None else Piece(ids, ids))
+            ids = torch.tensor([] if value is None else self._ids(value, tokenizer), dtype=torch.int64)
+            pieces.append(Piece(ids, ids))
         return pieces
 
     def _ids(self, value: Any, tokenizer: TextTokenizer) -> list[int]:

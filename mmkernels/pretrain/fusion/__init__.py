@@ -2,6 +2,7 @@
 
 from mmkernels.pretrain.fusion.co import Co
 from mmkernels.pretrain.fusion.cross import Cross
+from mmkernels.pretrain.fusion.gated import Gated
 from mmkernels.pretrain.fusion.merged import Merged
 
-__all__ = ["Co", "Cross", "Merged"]
+__all__ = ["Co", "Cross", "Gated", "Merged"]

@@ -27,6 +27,8 @@ class MaskedTokens:
     """The stream, which needs a view that masks."""
     weight: float | Ramp = 1.0
     """Factor of the loss."""
+    unmatched: bool = False
+    """Also in samples of which a view has swapped another stream."""
 
     def build(self, facts: Facts) -> MaskedTokensLoss:
         views = facts.streams[self.stream].views
@@ -38,13 +40,14 @@ class MaskedTokens:
 class MaskedTokensLoss(Classification):
     def __init__(self, part: MaskedTokens, facts: Facts) -> None:
         super().__init__()
-        self.stream, self.vocabulary = part.stream, facts.vocabulary
+        self.part, self.stream, self.vocabulary = part, part.stream, facts.vocabulary
         self.head = Head(facts, facts.vocabulary)
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         labels = chunk.batch[self.stream].labels
         assert labels is not None, "a view has set them"
-        rows = torch.nonzero((labels >= 0) & matched_tokens(chunk, self.stream)).flatten()
+        masked = labels >= 0 if self.part.unmatched else (labels >= 0) & matched_tokens(chunk, self.stream)
+        rows = torch.nonzero(masked).flatten()
         return self.head(chunk.fused[self.stream].x[rows]), labels[rows]
 
     def chance_loss(self, batch: Batch) -> float | None:

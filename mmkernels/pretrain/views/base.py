@@ -39,3 +39,7 @@ class View:
     def fitted(self, encoder: Any, tokenizer: TextTokenizer) -> View:
         """This view with what it takes over from the stream's encoder (the size of images) and the run's tokenizer."""
         return self
+
+    def length(self, tokens: int) -> int:
+        """At most how many tokens it leaves of so many; for batches by tokens."""
+        return tokens

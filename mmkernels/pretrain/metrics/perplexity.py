@@ -1,0 +1,108 @@
+"""Perplexity of held-out texts, beside that of counted n-grams.
+
+Source: the bigram model is interpolated Kneser-Ney: Kneser and Ney 1995; Chen and Goodman 1999.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+
+from mmkernels.pretrain.metrics.base import Figure, HeldOut
+
+__all__ = ["Bigrams", "Perplexity"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean loss of a next-token objective. Chance is a unigram model of the training texts, which does not
+    look at what comes before a token; a bigram model, which looks at one token, has a figure of its own. All of them
+    predict the same tokens."""
+
+    objective: str = ""
+    """Name of the objective, a `NextToken`."""
+    texts: int = 20_000
+    """Most training samples, evenly spaced, that n-grams are counted on."""
+
+    def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
+        objective = model.objectives[self.objective]
+        if not hasattr(objective, "stream"):
+            raise ValueError(f"metrics: Perplexity: expected an objective that reads a stream, got {self.objective!r}")
+        counted = self._counted(held_out, objective.stream, objective.vocabulary)
+        loss, unigram, bigram, count = 0.0, 0.0, 0.0, 0
+        for batch in held_out.batches("loss"):
+            logits, targets = objective.logits(model.whole(batch, self.objective))
+            loss += F.cross_entropy(logits.double(), targets, reduction="sum").item()
+            packed = batch[objective.stream]
+            own, following = packed.tokens.cpu().numpy(), packed.next_labels().cpu().numpy()
+            at = following >= 0
+            unigram -= counted.unigram(following[at]).sum()
+            bigram -= counted.bigram(own[at], following[at]).sum()
+            count += len(targets)
+        if not count:
+            return []
+        values = [math.exp(total / count) for total in (loss, bigram, unigram)]
+        more: dict[str, Any] = {"percent": False, "higher_is_better": False}
+        return [
+            Figure(f"{self.objective}: perplexity", values[0], values[2], headline=True, **more),
+            Figure(f"{self.objective}: perplexity of bigrams", values[1], values[2], **more),
+        ]
+
+    def _counted(self, held_out: HeldOut, stream: str, vocabulary: int) -> Bigrams:
+        """Of the training texts, as the stream has them."""
+        source, collator = held_out.train, held_out.collator
+        part = collator.streams[stream]
+        before, after = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for i in np.linspace(0, len(source) - 1, min(len(source), self.texts)).astype(np.int64):
+            (piece,) = part.encoder.prepare([source.peek(int(i)).get(part.field or stream)], collator.tokenizer)
+            ids, labels = np.asarray(piece.tokens), np.asarray(piece.labels)
+            at = np.flatnonzero(labels[1:] >= 0)
+            before.append(ids[at])
+            after.append(labels[1:][at])
+        return Bigrams(np.concatenate(before), np.concatenate(after), vocabulary)
+
+
+class Bigrams:
+    """Probabilities of a token alone, and given the one before it.
+
+        unigram  (c(w) + 1) / (n + V)
+        bigram   max(c(v, w) - D, 0) / c(v) + D t(v) / c(v) (t(w) + 1) / (t + V)
+
+    with counts c, and numbers t of different tokens after v, before w, and of pairs; D = n1 / (n1 + 2 n2) of the pairs
+    seen once and twice.
+
+    Args:
+        before, after: int64 [n], the pairs (v, w).
+        vocabulary: V, number of tokens.
+    """
+
+    def __init__(self, before: np.ndarray, after: np.ndarray, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self._single = np.bincount(after, minlength=vocabulary)
+        self._pairs, self._times = np.unique(before * vocabulary + after, return_counts=True)
+        first, second = np.divmod(self._pairs, vocabulary)
+        self._before = np.bincount(before, minlength=vocabulary)
+        self._kinds_after = np.bincount(first, minlength=vocabulary)
+        self._kinds_before = np.bincount(second, minlength=vocabulary)
+        once, twice = (self._times == 1).sum(), (self._times == 2).sum()
+        self._discount = once / (once + 2 * twice) if once else 0.5
+
+    def unigram(self, after: np.ndarray) -> np.ndarray:
+        """float64 [m]: log probabilities of tokens."""
+        return np.log((self._single[after] + 1) / (self._single.sum() + self.vocabulary))
+
+    def bigram(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """float64 [m]: log probabilities of tokens given those before them."""
+        pairs = before * self.vocabulary + after
+        place = np.searchsorted(self._pairs, pairs)
+        found = np.append(self._pairs, -1)[place] == pairs
+        times = np.where(found, np.append(self._times, 0)[place], 0)
+        seen = self._before[before]
+        backed = (self._kinds_before[after] + 1) / (len(self._pairs) + self.vocabulary)
+        own = np.maximum(times - self._discount, 0) / np.maximum(seen, 1)
+        left = np.where(seen > 0, self._discount * self._kinds_after[before] / np.maximum(seen, 1), 1.0)
+        return np.log(own + left * backed)

@@ -1,0 +1,15 @@
+from mmkernels.pretrain.encoders import Words
+from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.objectives import MaskedTokens
+from mmkernels.pretrain.recipe import Recipe, Stream
+from mmkernels.pretrain.views import MaskWords
+
+RECIPE = Recipe(
+    "Predict masked words, others at every step",
+    source="Liu et al. 2019, arXiv:1907.11692",
+    data="text",
+    streams={"text": Stream(Words(layers=4, max_tokens=160), views=(MaskWords(share=0.15),))},
+    objectives={"words": MaskedTokens("text")},
+    metrics=(Predictions("words"),),
+    settings={"tokens": 2048, "batch": 32, "chunk": 32, "steps": 1000},
+)
