@@ -25,9 +25,22 @@ from mmkernels.pretrain.environment import environment
 from mmkernels.pretrain.metrics import Figure
 from mmkernels.pretrain.run_folder import RunFolder
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "data_warnings"]
 
 _DATA_LOG = logging.getLogger("mmkernels.pretrain.data")
+
+
+@contextmanager
+def data_warnings() -> Iterator[list[str]]:
+    """What the data warn of before a run has a journal."""
+    early: list[str] = []
+    keeper = logging.Handler(logging.WARNING)
+    keeper.emit = lambda record: early.append(record.getMessage())  # type: ignore[method-assign]
+    _DATA_LOG.addHandler(keeper)
+    try:
+        yield early
+    finally:
+        _DATA_LOG.removeHandler(keeper)
 
 
 class Journal(logging.Handler):

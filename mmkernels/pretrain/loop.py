@@ -11,7 +11,7 @@ from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.evaluate import evaluate
 from mmkernels.pretrain.guards import Interrupt, LossWatch, NotFiniteError, StepGuard
-from mmkernels.pretrain.journal import Journal
+from mmkernels.pretrain.journal import Journal, data_warnings
 from mmkernels.pretrain.profiling import ProfileWindow
 from mmkernels.pretrain.report import write_report
 from mmkernels.pretrain.run_folder import RunFolder
@@ -47,9 +47,12 @@ def train(config: Config) -> Outcome:
     if config.threads:
         torch.set_num_threads(config.threads)
     interrupt = Interrupt()
-    data = open_source(config)
+    with data_warnings() as early:
+        data = open_source(config)
     folder = RunFolder(config)
     with Journal(folder, config, device) as journal:
+        for message in early:
+            journal.warn(message)
         tokenizer = tokenizer_for(config, data, folder)
         folder.keep_classes(data.train.classes)
         trainer, guard = Trainer(config, data, tokenizer, device), StepGuard(config.skip, config.spike)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from mmkernels.pretrain import Config, ModelConfig
+from mmkernels.pretrain import Config
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "cross", "bar", "frame")
@@ -52,9 +52,11 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny(pictures: Path, tmp_path: Path) -> Callable[..., Config]:
     """Settings of a small run; keyword arguments change them."""
-    model = ModelConfig(image_size=16, width=16, heads=2, image_layers=1, text_layers=1, embed_dim=8, dropout=0.1)
-    model = dataclasses.replace(model, word_buckets=64, gram_buckets=64)
-    config = Config(data=f"folder:{pictures}", run=tmp_path / "run", steps=12, batch=8, chunk=3, warmup=2, model=model)
+    sizes = {"model.width": 16, "model.heads": 2, "model.embed_dim": 8, "model.dropout": 0.1}
+    image = {"streams.image.encoder.size": 16, "streams.image.encoder.layers": 1}
+    text = {f"streams.text.encoder.{name}": value for name, value in (("layers", 1), ("words", 64), ("grams", 64))}
+    config = Config(data=f"folder:{pictures}", run=tmp_path / "run", steps=12, batch=8, chunk=3, warmup=2)
+    config = dataclasses.replace(config, parts={**sizes, **image, **text})
     config = dataclasses.replace(
         config, eval_every=5, checkpoint_every=3, eval_fraction=0.2, tensorboard=False, threads=1
     )
