@@ -7,8 +7,10 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 
 from mmkernels.pretrain.data import EmojiDataset, load_emoji, load_pack
+from mmkernels.pretrain.metrics.retrieval import Embedded
 
 COUNTS = {"noto": 1644, "noto-v1": 1182, "twemoji": 1644, "fluent-flat": 1586, "emojione": 1104}
 
@@ -97,6 +99,18 @@ def test_sample_is_what_the_pack_holds() -> None:
         drawings = pack.vendors[vendor]
         row = int(np.flatnonzero(drawings.concepts == sample.concept)[0])
         np.testing.assert_array_equal(sample.image, drawings.palette[drawings.indices[row]])
+
+
+def test_chance() -> None:
+    b = load_emoji("B")
+    _, targets = np.unique(b.concepts, return_inverse=True)
+    names = int(targets.max()) + 1
+    space = Embedded(torch.zeros(len(b), 1), torch.zeros(names, 1), torch.from_numpy(targets), [], [])
+    assert space.chance_a(10) == pytest.approx(10 / names)
+    rng = np.random.default_rng(0)
+    hits = [len(set(targets[rng.choice(len(targets), 10, replace=False)])) / names for _ in range(2000)]
+    assert space.chance_b(10) == pytest.approx(np.mean(hits), rel=0.02)  # a random top 10 finds the names of its images
+    assert (space.chance_a(10**6), space.chance_b(10**6)) == (1.0, 1.0)
 
 
 def test_licences_travel_with_the_pack() -> None:

@@ -74,9 +74,10 @@ class Reading:
         """
         known = set(names)
         if fields is None:
+            captions = {caption, "text"} if caption == "caption" else {caption}
+            there = [field for field, by in zip(PAIR, ({image}, captions), strict=True) if by & known]
             more = [field for field in KNOWN[2:] if field in known]
-            both = {image, caption, *(["text"] if caption == "caption" else [])}
-            fields = [*(PAIR if not more or both & known else ()), *more]
+            fields = [*there, *more] if more or labels else PAIR
         if "document" in fields:
             raise ValueError("fields: expected fields that columns can hold, got 'document'")
         wanted = [field for field in dict.fromkeys([*fields, *labels]) if field != "tag"]  # regions have the tags

@@ -141,8 +141,10 @@ class ColumnSource(Source):
         texts = [field for field in self.cells if self.reading.kind(field) == "text"]
         for field in ["text", *(field for field in self.cells if field in MEDIA), *texts]:
             cell = self.cells[field][index] if field in self.cells else None
-            if cell:
-                return caption_key(cell) if field == "text" else f"{field} {cell}"
+            if cell and field not in MEDIA:
+                return caption_key(cell) if field == "text" else f"{field} {cell[0]}"
+            if isinstance(cell, str):  # a file's name; others have no place of their own
+                return f"{field} {cell}"
         return self._names[index]
 
 

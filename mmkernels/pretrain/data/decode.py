@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -84,7 +85,8 @@ def decode_regions(source: Path | bytes, regions: Sequence[Any], tags: Mapping[s
         size = np.array(image.size * 2, np.float32)  # width, height, width, height
         crops = np.empty(found.crops.shape, np.uint8)
         for i, corners in enumerate((found.boxes * size).tolist()):
-            cut = image.resize((CROP, CROP), Image.Resampling.BICUBIC, box=tuple(corners), reducing_gap=2.0)
+            left, top, right, bottom = (math.floor(c) if side < 2 else math.ceil(c) for side, c in enumerate(corners))
+            cut = image.crop((left, top, right, bottom)).resize((CROP, CROP), Image.Resampling.BICUBIC)
             over = Image.new("RGBA", cut.size, "white")
             crops[i] = np.asarray(Image.alpha_composite(over, cut))[..., :3]
     margins = (1 - size / size.max()) / 2

@@ -69,7 +69,7 @@ class WebDataset(ColumnSource):
         max_broken: float = 0.05,
         cache_bytes: int = 1 << 30,
     ) -> None:
-        reading = Reading.of((), fields, labels)
+        reading = Reading.of(("image", "caption"), fields, labels)
         index = _Index(reading)
         shards = find_shards(path)
         same_name = len({shard.name for shard in shards}) < len(shards)
