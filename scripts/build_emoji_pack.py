@@ -18,32 +18,14 @@ Needs `npm` and the packages in the block at the top; reading the pack needs nei
 
 from __future__ import annotations
 
-import argparse
-import io
-import json
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from emoji_drawings import COLOURS, SIZE, IconSet, find_svgs, psnr, quantise, rasterise
-from emoji_sources import PACKAGES, VENDORS, WORDS, Source, family, fetch, held_out, read_concepts
-
-PACK_DIR = Path(__file__).resolve().parent.parent / "mmkernels" / "pretrain" / "data" / "emoji"
-
-
-def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
-    """Like np.savez_compressed, but reproducible: no time stamps, no platform field, no pickles."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for name, array in arrays.items():
-            entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            entry.compress_type, entry.create_system, entry.external_attr = zipfile.ZIP_DEFLATED, 3, 0o644 << 16
-            body = io.BytesIO()
-            np.lib.format.write_array(body, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-            archive.writestr(entry, body.getvalue())
-    return out.getvalue()
+from emoji_sources import PACKAGES, VENDORS, WORDS, family, held_out, read_concepts
+from pack_files import DATA, Pack, Source, fetch, finish, json_array, parser_of
 
 
 def build_arrays(sources: dict[str, Source]) -> dict[str, np.ndarray]:
@@ -58,8 +40,7 @@ def build_arrays(sources: dict[str, Source]) -> dict[str, np.ndarray]:
         "held_out": held_out(concepts),
         "vendors": [v.name for v in VENDORS],
     }
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    arrays = {"table": np.frombuffer(text, np.uint8)}
+    arrays = {"table": json_array(table)}
     for vendor in VENDORS:
         svgs = find_svgs(sets[vendor.name], named, concepts)
         present = [i for i, svg in enumerate(svgs) if svg is not None]
@@ -109,41 +90,26 @@ def attribution(arrays: dict[str, np.ndarray]) -> str:
         lines.append(f"| {what} | | {licence} | {credit} | `{package}` {PACKAGES[package].version} |")
     lines += [
         "",
-        "The licence texts are in `LICENSES/`. CC-BY-4.0 is at https://creativecommons.org/licenses/by/4.0/; the",
-        "material is provided as is, without warranties (see its section 5).",
+        "The licence texts are in `LICENSES/`. CC-BY-4.0 is at https://creativecommons.org/licenses/by/4.0/; the "
+        "material is",
+        "provided as is, without warranties (see its section 5).",
         "",
     ]
     return "\n".join(lines)
 
 
-def compare(arrays: dict[str, np.ndarray], path: Path) -> list[str]:
-    """Names of the arrays that differ from the pack at `path`. Bytes are not compared, because zlib versions differ."""
-    with np.load(path, allow_pickle=False) as pack:
-        names = sorted(set(pack.files) | set(arrays))
-        return [n for n in names if n not in pack.files or n not in arrays or not np.array_equal(pack[n], arrays[n])]
+def build() -> Pack:
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {name: fetch(name, package, Path(folder)) for name, package in PACKAGES.items()}
+        arrays = build_arrays(sources)
+        return Pack(arrays, attribution(arrays), licence_texts(sources))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare with the committed pack instead of writing")
-    parser.add_argument("--out", type=Path, default=PACK_DIR, help="output folder (default: the package's own)")
+    parser = parser_of(__doc__)
+    parser.add_argument("--out", type=Path, default=DATA / "emoji", help="output folder (default: the package's own)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        sources = {name: fetch(name, Path(folder)) for name in PACKAGES}
-        arrays = build_arrays(sources)
-        texts = licence_texts(sources)
-    if args.check:
-        different = compare(arrays, args.out / "emoji.npz")
-        if different:
-            raise SystemExit(f"the pack differs from a fresh build in: {', '.join(different)}")
-        print("the pack equals a fresh build")
-        return
-    (args.out / "LICENSES").mkdir(parents=True, exist_ok=True)
-    (args.out / "emoji.npz").write_bytes(npz_bytes(arrays))
-    (args.out / "ATTRIBUTION.md").write_text(attribution(arrays), encoding="utf-8")
-    for name, text in texts.items():
-        (args.out / "LICENSES" / name).write_text(text.rstrip() + "\n", encoding="utf-8")
-    print(f"{args.out / 'emoji.npz'}: {(args.out / 'emoji.npz').stat().st_size:,} bytes")
+    finish(build, args.out / "emoji.npz", args.check)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import resvg_py
-from emoji_sources import Concept, Source, family, strip_fe0f
+from emoji_sources import Concept, family, strip_fe0f
+from pack_files import Source
 from PIL import Image
 
 SIZE = 48  # pixels: about 15% more bytes than 32 px, with room for crops and zooms at 32 px training resolution

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import re
-import subprocess
-import tarfile
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pack_files import Package, Source
 
 HELD_OUT = 0.12  # fraction of the families kept out of training (splits B and C)
 FLAGS, COMPONENTS = 9, 2  # emojibase groups left out
-
-
-class Package(NamedTuple):
-    version: str
-    sha512: str  # of the tarball, in base64 as in a lock file
 
 
 PACKAGES = {
@@ -90,35 +82,6 @@ WORDS = (
     ("names, tags", "MIT", "Emojibase, Miles Johnson, https://github.com/milesj/emojibase", "emojibase-data"),
     ("keywords", "Unicode-3.0", "Unicode CLDR, Unicode, Inc., https://cldr.unicode.org", "cldr-annotations-full"),
 )
-
-
-class Source:
-    """The files of one npm package, read from its verified tarball."""
-
-    def __init__(self, tarball: Path) -> None:
-        self._tar = tarfile.open(tarball)  # noqa: SIM115  # open as long as the source
-
-    def text(self, path: str) -> str:
-        member = self._tar.extractfile(f"package/{path}")
-        if member is None:
-            raise FileNotFoundError(path)
-        return member.read().decode("utf-8")
-
-    def json(self, path: str) -> Any:
-        return json.loads(self.text(path))
-
-
-def fetch(name: str, folder: Path) -> Source:
-    package = PACKAGES[name]
-    spec = f"{name}@{package.version}"
-    done = subprocess.run(
-        ["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, encoding="utf-8"
-    )
-    tarball = folder / done.stdout.strip().splitlines()[-1]
-    digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
-    if digest != package.sha512:
-        raise SystemExit(f"{spec}: expected sha512 {package.sha512}, got {digest}")
-    return Source(tarball)
 
 
 class Concept(NamedTuple):

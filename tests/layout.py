@@ -30,7 +30,7 @@ PARTS = {"attention": ("additive", "gate", "rope")}
 PART_FILES = tuple(name for name in FAMILY_FILES if name != "README.md")
 
 _PYTORCH = frozenset({"torch", "numpy"})
-_EXTRAS = frozenset({"PIL", "tyro", "tqdm", "matplotlib", "tensorboard", "safetensors", "jinja2"})
+_EXTRAS = frozenset({"PIL", "tyro", "tqdm", "matplotlib", "tensorboard", "safetensors", "jinja2", "tokenizers"})
 
 
 @dataclass(frozen=True)

@@ -48,24 +48,24 @@ class MeanKeys {
 
   // Where the keys came in parts, delta used the rounded out, and the sum of dS reveals its error: dS lacks P times the
   // error, and dQ the error times the query's mean key, which matters where the keys have a common mean. The sampled
-  // keys estimate it, shrunk towards 0 according to their spread (James and Stein); a query that sees no sampled key
-  // has few keys, and all of them are used.
+  // keys estimate it, shrunk towards 0 according to their spread (James and Stein), which a single key does not tell; for
+  // a query without two, which has few keys as a rule, its first ones are used.
   void settle(TileState& state, int64_t rows, HeadView<T> k) {
     for (int64_t i = 0; i < rows; ++i) {
       const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
       const C rest = state.ds_sum[i] - (sink * state.dot[i] + (1 - sink) * state.dlse[i]);
-      const C weight = state.weight[i];
+      const C weight = state.weight[i], pairs = weight * weight - state.weight_square[i];
       const int64_t first = -min64(0, -static_cast<int64_t>(state.lo[i]));
       const int64_t end = min64(n_.num_keys, static_cast<int64_t>(state.hi[i]));
       if (!(rest - rest == 0) || first >= end) continue;  // infinite, or sees nothing
       C* dq = state.dq + i * n_.dim;
-      if (weight > 0) {
+      if (pairs > weight * weight * kLeastPairs) {
         state.dot[i] += rest;
         const C *key_sum = state.key_sum + i * n_.dim, square = square_of(key_sum);
-        const C pairs = weight * weight - state.weight_square[i];
-        const C noise = (state.square_sum[i] * weight - square) * state.weight_square[i];
+        const C spread = state.square_sum[i] * weight - square;  // below 0 by rounding alone
+        const C noise = spread > 0 ? spread * state.weight_square[i] : C{0};
         if (noise < square * pairs) subtract(dq, rest * (1 - sink) / weight * (1 - noise / (square * pairs)), key_sum);
-      } else if (weight == 0 && !args_.extras.tiles.given()) {
+      } else if (!args_.extras.tiles.given()) {
         C* mean = state.key_sum + i * n_.dim;
         const int64_t count = min64(end - first, kKeysPerSample);
         clear(mean, n_.dim);
@@ -73,11 +73,16 @@ class MeanKeys {
         if (!(square_of(mean) < FloatTraits<C>::infinity)) continue;
         state.dot[i] += rest;
         subtract(dq, rest * (1 - sink), mean);
+      } else if (weight > 0) {
+        state.dot[i] += rest;
       }
     }
   }
 
  private:
+  // Of the weight's square: below, nearly all weight is on one sampled key.
+  static constexpr C kLeastPairs = static_cast<C>(0.01);
+
   // |x|^2 of D elements.
   template <class E>
   C square_of(const E* x) const {

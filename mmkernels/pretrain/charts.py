@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -55,7 +56,7 @@ def figure_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], name
     """One figure of every split over the steps; chance is a dashed line of the same colour."""
     with _drawing() as (figure, axes):
         percent = False
-        for colour, split in zip(COLOURS, splits, strict=False):
+        for colour, split in zip(cycle(COLOURS), splits, strict=False):
             rows = [(r["step"], f) for r in evals if r["split"] == split for f in r["figures"] if f["name"] == name]
             if not rows:
                 continue

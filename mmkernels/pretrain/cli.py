@@ -35,7 +35,7 @@ def parse(argv: Sequence[str]) -> Config:
         SystemExit: an unknown option, an invalid setting, or --help.
     """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--recipe", default="clip")
+    known.add_argument("--recipe", default=recipes.DEFAULT)
     known.add_argument("--run", type=Path)
     known.add_argument("--resume", action="store_true")
     first, _ = known.parse_known_args(argv)
@@ -46,7 +46,9 @@ def parse(argv: Sequence[str]) -> Config:
     recipe = default.wiring()
     branches, _ = typed(recipe)
     hints = typing.get_type_hints(Config)
-    hidden = [("parts", Annotated[hints["parts"], tyro.conf.Suppress], dataclasses.field(default_factory=dict))]
+    hidden: list[Any] = [
+        ("parts", Annotated[hints["parts"], tyro.conf.Suppress], dataclasses.field(default_factory=dict))
+    ]
     shown = dataclasses.make_dataclass(
         "Pretrain",
         [*hidden, *((name, kind, dataclasses.field(default=value)) for name, kind, value in branches)],

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mmkernels.pretrain.data import TableFormat
 from mmkernels.pretrain.recipe import Recipe
-from mmkernels.pretrain.recipes import load
+from mmkernels.pretrain.recipes import DEFAULT, load
 from mmkernels.pretrain.wiring import with_leaves
 
 __all__ = ["RESUMABLE", "Config", "from_dict", "to_dict"]
@@ -26,7 +26,7 @@ class Config:
     `Config.of("siglip", steps=100)` begins with the recipe's own settings; `Config(...)` with the defaults below.
     """
 
-    recipe: str = "clip"
+    recipe: str = DEFAULT
     """Name of a recipe (`mmkernels recipes` lists them), or a Python file with a RECIPE in it."""
     parts: Mapping[str, Any] = field(default_factory=dict)
     """Changed settings of the recipe, by dotted name: {"objectives.contrast.weight": 0.5}."""

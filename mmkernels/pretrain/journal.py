@@ -30,19 +30,6 @@ __all__ = ["Journal", "data_warnings"]
 _DATA_LOG = logging.getLogger("mmkernels.pretrain.data")
 
 
-@contextmanager
-def data_warnings() -> Iterator[list[str]]:
-    """What the data warn of before a run has a journal."""
-    early: list[str] = []
-    keeper = logging.Handler(logging.WARNING)
-    keeper.emit = lambda record: early.append(record.getMessage())  # type: ignore[method-assign]
-    _DATA_LOG.addHandler(keeper)
-    try:
-        yield early
-    finally:
-        _DATA_LOG.removeHandler(keeper)
-
-
 class Journal(logging.Handler):
     """Open for the whole run; also records the data loader's warnings about broken images."""
 
@@ -149,6 +136,21 @@ class Journal(logging.Handler):
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{group}/{name}", value, self.step_now)
+
+
+@contextmanager
+def data_warnings() -> Iterator[list[str]]:
+    """What the data logs while it is opened, before there is a journal."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    _DATA_LOG.addHandler(handler)
+    propagated, _DATA_LOG.propagate = _DATA_LOG.propagate, False
+    try:
+        yield messages
+    finally:
+        _DATA_LOG.removeHandler(handler)
+        _DATA_LOG.propagate = propagated
 
 
 def _peak_memory(device: torch.device) -> int:

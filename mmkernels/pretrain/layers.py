@@ -55,6 +55,8 @@ class Block(nn.Module):
         self.attention = FusedSelfAttention(shape.width, shape.heads, backend=facts.backend, **options)
         self.dropout = nn.Dropout(shape.dropout)
         self.feed_forward = FeedForward(facts)
+        if not rotary:  # without norms, queries and keys as small as a Linear's learn faster
+            self.attention.qkv_proj.reset_parameters()
         start_as_identity(self.attention.out_proj)
 
     def forward(self, x: Tensor, mask: AttentionMask, positions: Any = None) -> Tensor:
@@ -76,13 +78,16 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(facts, rotary) for _ in range(layers))
         self.recompute = facts.recompute
 
-    def forward(self, x: Tensor, mask: AttentionMask, positions: Tensor | None = None) -> Tensor:
-        """x [T, C] -> [T, C]; with rotary blocks, positions [T]."""
+    def forward(
+        self, x: Tensor, mask: AttentionMask, positions: Tensor | None = None, depth: int | None = None
+    ) -> Tensor:
+        """x [T, C] -> [T, C]; with rotary blocks, positions [T]. The first `depth` blocks; None: all."""
         table: Any = None
-        for block in self:
-            attention = block.attention
-            if positions is not None and table is None:  # one table for all blocks
-                table = attention.rotary.cos_sin(positions, attention.head_dim)
+        if positions is not None and len(self):  # one table for all blocks
+            attention: Any = self[0].attention
+            wide = torch.promote_types(x.dtype, torch.float32)
+            table = attention.rotary.cos_sin(positions, attention.head_dim, wide)
+        for block in list(self)[:depth]:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, mask, table, use_reentrant=False)
             else:

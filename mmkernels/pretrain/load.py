@@ -33,8 +33,9 @@ class Pretrained(NamedTuple):
             stream: of the recipe.
             values: as in a data set: images uint8 [H, W, 3 or 4], texts, ...
         """
+        batch = self.batch({stream: values})
         with torch.no_grad():
-            return self.model.encoder(stream).embeddings(self.batch({stream: values})[stream])
+            return self.model.encoder(stream).embeddings(batch[stream])
 
     def batch(self, values: Mapping[str, Sequence[Any]]) -> Batch:
         """A batch of n samples, without views: the values of their fields, by stream; other streams are absent."""

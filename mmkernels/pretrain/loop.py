@@ -47,18 +47,18 @@ def train(config: Config) -> Outcome:
     if config.threads:
         torch.set_num_threads(config.threads)
     interrupt = Interrupt()
-    with data_warnings() as early:
+    with data_warnings() as warnings:
         data = open_source(config)
     folder = RunFolder(config)
     with Journal(folder, config, device) as journal:
-        for message in early:
-            journal.warn(message)
         tokenizer = tokenizer_for(config, data, folder)
         folder.keep_classes(data.train.classes)
         trainer, guard = Trainer(config, data, tokenizer, device), StepGuard(config.skip, config.spike)
         if saved := checkpoint.latest(folder.checkpoints):
             guard.load_state_dict(trainer.load(saved)["guard"])
         journal.start(samples=len(data.train), parameters=sum(p.numel() for p in trainer.parameters))
+        for message in warnings:
+            journal.warn(message)
         with interrupt.listening():
             _loop(config, trainer, guard, journal, folder, interrupt)
         write_report(folder, trainer)
@@ -89,7 +89,7 @@ def _loop(
             trainer.skip()
             journal.warn(f"{where}. Skipped, {guard.skipped} of {config.skip}")
         else:
-            chances = {name: trainer.model.objectives[name].chance_loss(batch) for name in parts}  # type: ignore[operator]
+            chances = {name: trainer.model.objectives[name].chance_loss(batch) for name in parts}
             chance = total(weights_at(trainer.recipe, config.seed, trainer.step), chances)
             trainer.update()
             of_parts = {f"{name}/loss": value for name, value in parts.items()} if len(parts) > 1 else {}

@@ -28,13 +28,15 @@ class Model(nn.Module):
 
     def __init__(self, recipe: Recipe, facts: Facts) -> None:
         super().__init__()
-        self.objectives = nn.ModuleDict({name: part.build(facts) for name, part in recipe.objectives.items()})
+        self.objectives: Any = nn.ModuleDict({name: part.build(facts) for name, part in recipe.objectives.items()})
         self.fusion = None if recipe.fusion is None else recipe.fusion.build(facts)
         self.by_token = {name for name, objective in self.objectives.items() if hasattr(objective, "over_tokens")}
         pooled = self.fusion is None and not self.by_token
-        own = {name: stream for name, stream in recipe.streams.items() if not stream.tied}
-        self.streams = nn.ModuleDict({name: StreamEncoder(stream, facts, pooled) for name, stream in own.items()})
         self.owner = {name: stream.tied or name for name, stream in recipe.streams.items()}
+        compared = {self.owner[name] for part in recipe.objectives.values() for name in getattr(part, "compares", ())}
+        own = {name: stream for name, stream in recipe.streams.items() if not stream.tied}
+        built = {name: StreamEncoder(stream, facts, pooled, name in compared) for name, stream in own.items()}
+        self.streams = nn.ModuleDict(built)
 
     def encoder(self, stream: str) -> StreamEncoder:
         encoder: StreamEncoder = self.streams[self.owner[stream]]  # type: ignore[assignment]
@@ -63,7 +65,8 @@ class Model(nn.Module):
             seen = self.seen(batch, rows, teacher)
             parts = {n: self.objectives[n].over_batch(seen) for n in weights if n not in self.by_token}
             parts |= self._over_tokens(seen, [name for name in weights if name in self.by_token], chunk)
-            return sum_of(parts, weights), {name: part.detach() for name, part in parts.items()}
+            total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+            return total, {name: part.detach() for name, part in parts.items()}
 
         return of_rows
 
@@ -95,7 +98,3 @@ class Model(nn.Module):
     def _sums(self, part: Chunk, names: list[str]) -> dict[str, tuple[Tensor, float]]:
         part.fuse(self.fusion)
         return {name: self.objectives[name].over_tokens(part) for name in names}
-
-
-def sum_of(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    return torch.stack([weights[name] * part for name, part in parts.items()]).sum()

@@ -1,19 +1,15 @@
-"""A recipe: which inputs, which encoders, how they meet, which objectives, on which schedule. Frozen data, no torch."""
+"""A recipe: which inputs, which encoders, how they meet, which objectives, on which schedule. Frozen data, no torch.
+
+Its parts are frozen dataclasses too, each with a `build(facts)` that returns an `nn.Module`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-__all__ = ["Facts", "Part", "Ramp", "Recipe", "Shape", "Stage", "Stream"]
-
-
-class Part(Protocol):
-    """A frozen dataclass that describes a module. Encoders also have `prepare` and `length`, which need no torch module
-    (`mmkernels.pretrain.encoders.base`); objectives and metrics have a `weight` or figures of their own."""
-
-    def build(self, facts: Facts) -> Any: ...
+__all__ = ["Facts", "Ramp", "Recipe", "Shape", "Stage", "Stream"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,10 @@ class Shape:
     """Dimension of the embeddings that batch objectives compare."""
     dropout: float = 0.0
     """Fraction of activations dropped after attention and MLP."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width: expected a multiple of {self.heads} heads, got {self.width}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Stream:
     field: str = ""
     """Field of the samples; empty: the stream's own name."""
     views: tuple[Any, ...] = ()
-    """Random changes of its values and tokens, drawn anew for each step."""
+    """Random changes of its values and tokens, drawn at each step."""
     pool: str = "mean"
     """From tokens to one embedding: mean, max or first."""
     project: str = "linear"

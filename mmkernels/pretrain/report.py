@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +29,8 @@ _SPLITS = {
     "A": "a drawing style never seen in training",
     "B": "concepts never seen in training",
     "C": "neither the style nor the concepts seen",
+    "combinations": "things never seen together in training",
+    "drawings": "a drawing style never seen in training",
     "held_out": "samples never seen in training",
 }
 
@@ -108,7 +111,7 @@ def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "table": [{"split": split, "about": _about(split), "rows": _rows(record)} for split, record in newest.items()],
         "loss_svg": loss_chart(steps) if steps else "",
         "figure_svgs": {name: figure_chart(evals, list(newest), name) for name in _headline_names(newest)},
-        "colours": dict(zip(newest, COLOURS, strict=False)),
+        "colours": dict(zip(newest, cycle(COLOURS), strict=False)),
     }
 
 

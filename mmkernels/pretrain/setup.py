@@ -14,7 +14,7 @@ from mmkernels.pretrain.tokenizer import TextTokenizer
 
 __all__ = ["expect_fields", "open_source", "read_by", "tokenizer_for"]
 
-_TEXTS = 50_000  # samples that a tokenizer is trained on
+_TEXTS = 10_000  # samples that a tokenizer is trained on
 
 
 def open_source(config: Config) -> Data:

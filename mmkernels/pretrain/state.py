@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,8 @@ class Twin(nn.Module):
         """theirs = decay * theirs + (1 - decay) * the module's; buffers are copied."""
         for mine, new in zip(self.module.parameters(), module.parameters(), strict=True):
             mine.lerp_(new.detach().to(mine.dtype), 1 - self.decay)
-        for mine, new in zip(self.module.buffers(), module.buffers(), strict=True):
-            mine.copy_(new)
+        for buffer, now in zip(self.module.buffers(), module.buffers(), strict=True):
+            buffer.copy_(now)
 
 
 class Twins(nn.Module):
@@ -58,7 +59,7 @@ class Twins(nn.Module):
 
     def __init__(self, streams: Mapping[str, nn.Module], decays: Mapping[str, float]) -> None:
         super().__init__()
-        self.of = nn.ModuleDict({name: Twin(streams[name], decay) for name, decay in decays.items()})
+        self.of: Any = nn.ModuleDict({name: Twin(streams[name], decay) for name, decay in decays.items()})
 
     @torch.no_grad()
     def embeddings(self, batch: Mapping[str, PackedBatch], owner: Mapping[str, str], chunk: int) -> dict[str, Tensor]:

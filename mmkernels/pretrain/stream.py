@@ -19,16 +19,18 @@ class StreamEncoder(nn.Module):
         stream: of the recipe.
         facts: what its parts are told.
         pooled: return embeddings; otherwise tokens, which fusions and token objectives need.
+        compared: an objective compares its embeddings, so that they are projected to the shared space.
     """
 
-    def __init__(self, stream: Stream, facts: Facts, pooled: bool) -> None:
+    def __init__(self, stream: Stream, facts: Facts, pooled: bool, compared: bool) -> None:
         super().__init__()
         width, out = facts.shape.width, facts.shape.embed_dim
         self.pool, self.pooled, self.backend = stream.pool, pooled, facts.backend
         self.encoder = stream.encoder.build(facts)
-        self.norm = nn.LayerNorm(width) if stream.project != "none" else nn.Identity()
-        hidden = [nn.Linear(width, width), nn.GELU()] if stream.project == "mlp" else []
-        last = [nn.Linear(width, out, bias=False)] if stream.project != "none" else []
+        projected = compared and stream.project != "none"
+        self.norm = nn.LayerNorm(width) if projected else nn.Identity()
+        hidden = [nn.Linear(width, width), nn.GELU()] if projected and stream.project == "mlp" else []
+        last = [nn.Linear(width, out, bias=False)] if projected else []
         self.project = nn.Sequential(*hidden, *last)
 
     def forward(self, batch: PackedBatch) -> Tensor:

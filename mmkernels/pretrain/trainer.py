@@ -17,7 +17,7 @@ from mmkernels.pretrain.data import BatchSampler, Collator, Data, TokenSampler, 
 from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.model import Model
-from mmkernels.pretrain.recipe import Facts
+from mmkernels.pretrain.recipe import Facts, Stage
 from mmkernels.pretrain.schedule import freeze, learning_rate, stage_at, weights_at
 from mmkernels.pretrain.state import Twin, Twins
 from mmkernels.pretrain.tokenizer import TextTokenizer
@@ -45,6 +45,7 @@ class Trainer:
     def __init__(self, config: Config, data: Data, tokenizer: TextTokenizer, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         self.config, self.device, self.step = config, device, 0
+        self._stage: Stage | None = None
         self.recipe = config.wiring()
         self.model = Model(self.recipe, facts_of(config, data, tokenizer)).to(device)
         decays = {name: s.teacher.decay for name, s in self.recipe.streams.items() if s.teacher and not s.tied}
@@ -101,9 +102,11 @@ class Trainer:
     def begin(self) -> float:
         """Set what holds at this step: what learns, how deep the fusion is, the learning rate, which is returned."""
         config, stage = self.config, stage_at(self.recipe, self.step)
-        freeze(self.model, stage)
-        if self.model.fusion is not None:
-            self.model.fusion.depth = stage.fusion_depth
+        if stage is not self._stage:
+            freeze(self.model, stage)
+            if self.model.fusion is not None:
+                self.model.fusion.depth = stage.fusion_depth
+            self._stage = stage
         lr = stage.lr_scale * learning_rate(config.lr, config.warmup, config.steps, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -125,7 +128,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for objective in self.model.objectives.values():
-            objective.after_step()  # type: ignore[operator]
+            objective.after_step()
         self.twins.follow(self.model.streams)  # type: ignore[arg-type]
         if self.average is not None:
             self.average.follow(self.model)
@@ -139,7 +142,7 @@ class Trainer:
     def metrics(self) -> dict[str, float]:
         """Values of the objectives' own, such as learned scales."""
         every = self.model.objectives.items()
-        return {f"{name}/{key}": value for name, objective in every for key, value in objective.metrics().items()}  # type: ignore[operator]
+        return {f"{name}/{key}": value for name, objective in every for key, value in objective.metrics().items()}
 
     def cursor(self) -> Cursor:
         random = {"cpu": torch.get_rng_state()}

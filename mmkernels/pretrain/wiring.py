@@ -41,7 +41,7 @@ def with_leaves(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 def typed(recipe: Recipe) -> tuple[list[tuple[str, Any, Any]], dict[str, Any]]:
     """For tyro: (name, type, default) of every branch that has settings; and the defaults themselves."""
-    fields = []
+    fields: list[tuple[str, Any, Any]] = []
     for branch in BRANCHES:
         value = getattr(recipe, branch)
         if isinstance(value, bool):

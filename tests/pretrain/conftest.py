@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from pretrain.runs import TINY
 
 from mmkernels.pretrain import Config
 
@@ -52,11 +53,7 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny(pictures: Path, tmp_path: Path) -> Callable[..., Config]:
     """Settings of a small run; keyword arguments change them."""
-    sizes = {"model.width": 16, "model.heads": 2, "model.embed_dim": 8, "model.dropout": 0.1}
-    image = {"streams.image.encoder.size": 16, "streams.image.encoder.layers": 1}
-    text = {f"streams.text.encoder.{name}": value for name, value in (("layers", 1), ("words", 64), ("grams", 64))}
-    config = Config(data=f"folder:{pictures}", run=tmp_path / "run", steps=12, batch=8, chunk=3, warmup=2)
-    config = dataclasses.replace(config, parts={**sizes, **image, **text})
+    config = Config(data=f"folder:{pictures}", run=tmp_path / "run", steps=12, batch=8, chunk=3, warmup=2, parts=TINY)
     config = dataclasses.replace(
         config, eval_every=5, checkpoint_every=3, eval_fraction=0.2, tensorboard=False, threads=1
     )

@@ -8,21 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from mmkernels.pretrain import Config, ModelConfig, main
+from mmkernels.pretrain import Config, main
 from mmkernels.pretrain.cli import parse
 from mmkernels.pretrain.config import RESUMABLE, from_dict, to_dict
 
 
 def test_overrides() -> None:
-    config = parse(["--recipe", "siglip", "--lr", "2e-3", "--model.width", "64", "--augment.scale", "0.5", "1.0"])
-    assert (config.recipe, config.lr, config.model.width, config.augment.scale) == ("siglip", 2e-3, 64, (0.5, 1.0))
+    scale = "--streams.image.views.augment.scale"
+    config = parse(["--recipe", "siglip", "--lr", "2e-3", "--model.width", "64", scale, "0.5", "1.0"])
+    assert (config.recipe, config.lr) == ("siglip", 2e-3)
+    assert config.parts == {"model.width": 64, "streams.image.views.augment.scale": [0.5, 1.0]}
+    recipe = config.wiring()
+    assert (recipe.model.width, recipe.streams["image"].views[0].scale) == (64, (0.5, 1.0))
     assert config.folder == Path("runs/siglip")
     assert parse([]) == Config()
     assert parse(["--profile", "3", "2", "--no-tensorboard"]).profile == (3, 2)
 
 
 def test_a_config_is_frozen_and_survives_json() -> None:
-    config = Config(run=Path("x/y"), profile=(1, 2), model=ModelConfig(width=64), backend="reference")
+    config = Config(run=Path("x/y"), profile=(1, 2), parts={"model.width": 64}, backend="reference")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lr = 1.0  # type: ignore[misc]
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
@@ -36,7 +40,7 @@ def test_resumable_settings_exist() -> None:
 
 
 def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
-    stored = Config(recipe="siglip", run=tmp_path, lr=3e-4, steps=7)
+    stored = Config(recipe="siglip", run=tmp_path, lr=3e-4, steps=7, parts={"model.width": 64})
     (tmp_path / "config.json").write_text(json.dumps(to_dict(stored)), encoding="utf-8")
     config = parse(["--resume", "--run", str(tmp_path), "--eval-every", "2"])
     assert config == dataclasses.replace(stored, resume=True, eval_every=2)
@@ -48,6 +52,9 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
         (["--resume", "--run", "/nonexistent"], "no run to resume"),
         (["--data", "folder:/nonexistent", "--run", "{tmp}/r"], "/nonexistent"),
         (["--batch", "100000", "--run", "{tmp}/r"], "100000"),
+        (["--recipe", "nonsense"], "'nonsense'"),
+        (["--recipe", "clipp"], "did you mean clip or siglip?"),
+        (["--recipe", "nowhere/mine.py"], "expected a Python file with a RECIPE in it"),
     ],
 )
 def test_mistakes_are_one_line(argv: list[str], message: str, tmp_path: Path, capsys) -> None:
@@ -60,15 +67,15 @@ def test_mistakes_are_one_line(argv: list[str], message: str, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--recipe", "nonsense"], "'nonsense'"),
         (["--nonsense", "1"], "--nonsense"),
         (["--lr", "fast"], "fast"),
         (["--batch", "0"], "batch: expected at least 1, got 0"),
         (["--warmup", "-1"], "warmup: expected at least 0, got -1"),
         (["--lr", "nan"], "lr: expected a positive number, got nan"),
-        (["--model.heads", "3"], "model.width: expected a multiple of 3 heads"),
-        (["--model.image-size", "30"], "multiple of 8 pixels, got 30"),
-        (["--augment.grey", "2"], "grey: expected a share"),
+        (["--model.heads", "3"], "width: expected a multiple of 3 heads"),
+        (["--streams.image.encoder.size", "30"], "multiple of 8 pixels, got 30"),
+        (["--streams.image.views.augment.grey", "2"], "grey: expected a share"),
+        (["--objectives.sigmoid.weight", "2"], "--objectives.sigmoid.weight"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(argv: list[str], message: str, capsys) -> None:
@@ -85,3 +92,5 @@ def test_help(capsys) -> None:
     shown = capsys.readouterr().out
     assert "--model.width" in shown
     assert "Peak learning rate" in shown
+    assert "--objectives.contrast.queue" in shown
+    assert "sigmoid" not in shown, "of another recipe"

@@ -1,39 +1,32 @@
-"""Order, augmentation and text are functions of (seed, step) only, in any process, after any restart."""
+"""The order of the samples, and batches from any number of workers: functions of (seed, step), after any restart."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
+from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.data import (
-    Augment,
     BatchSampler,
+    BrokenImageError,
+    BrokenLog,
+    Collator,
     Sample,
-    Subset,
-    TextBatch,
-    Tokenizer,
+    Source,
+    Text,
+    TokenSampler,
+    TooManyBrokenError,
     TrainLoader,
-    load_emoji,
-    plain_images,
 )
-from mmkernels.pretrain.data.text import split_words, trigrams
-
-
-def same(a: TextBatch, b: TextBatch) -> bool:
-    return a.max_seqlen == b.max_seqlen and all(
-        torch.equal(getattr(a, name), getattr(b, name))
-        for name in ("word_ids", "gram_ids", "gram_offsets", "position_ids", "cu_seqlens")
-    )
-
-
-# ------------------------------------------------------------------------------------------------ sampler
-
+from mmkernels.pretrain.data.seeds import Draws
+from mmkernels.pretrain.encoders import HashedWords, Words
+from mmkernels.pretrain.recipe import Stream
+from mmkernels.pretrain.tokenizer import TextTokenizer
+from mmkernels.pretrain.views import Captions, MaskWords
 
 CONCEPTS = np.random.default_rng(3).integers(0, 40, 300)
 
@@ -92,205 +85,187 @@ def test_sampler_refuses_what_it_cannot_do() -> None:
             other.load_state_dict(state)
 
 
-# ------------------------------------------------------------------------------------------------ augmentation
+# ------------------------------------------------------------------------------------------------ by tokens
 
 
-def test_images_depend_on_seed_and_step_alone() -> None:
-    images = np.stack([load_emoji()[i].image for i in range(8)])
-    augment = Augment()
-    torch.manual_seed(0)
-    first = augment.images(images, 32, seed=1, step=7)
-    torch.manual_seed(99)
-    np.random.seed(99)  # the global state must not matter
-    torch.testing.assert_close(augment.images(images, 32, seed=1, step=7), first, rtol=0, atol=0)
-    assert first.shape == (8, 3, 32, 32)
-    assert first.dtype == torch.float32
-    assert first.min() >= -1
-    assert first.max() <= 1
-    for other in ({"seed": 2, "step": 7}, {"seed": 1, "step": 8}):
-        assert (augment.images(images, 32, **other) - first).abs().mean() > 0.1
+LENGTHS = np.random.default_rng(5).integers(3, 40, 200)
 
 
-def test_each_image_of_a_batch_varies_on_its_own() -> None:
-    images = np.repeat(load_emoji()[5].image[None], 4, 0)
-    out = Augment().images(images, 32, seed=0, step=0)
-    assert all((out[i] - out[j]).abs().mean() > 0.05 for i in range(4) for j in range(i))
+def test_batches_stay_within_their_tokens_and_an_epoch_has_every_sample_once() -> None:
+    sampler = TokenSampler(LENGTHS, 128, max_samples=9, seed=2)
+    for _ in range(2):
+        epoch = [next(sampler) for _ in range(sampler.batches_per_epoch)]
+        assert all(LENGTHS[batch].sum() <= 128 and len(batch) <= 9 for batch in epoch)
+        assert sorted(np.concatenate(epoch).tolist()) == list(range(200))
+    assert LENGTHS.sum() / (128 * sampler.batches_per_epoch) > 0.9, "little is left unused"
 
 
-STILL = Augment(rotate=0, scale=(1, 1), shift=0, brightness=0, tint=0, grey=0, background=1)
+@pytest.mark.parametrize("stop", [0, 7, 60])
+def test_batches_by_tokens_resume_exactly(stop: int) -> None:
+    straight, killed, resumed = (TokenSampler(LENGTHS, 128, seed=2) for _ in range(3))
+    for _ in range(stop):
+        next(straight)
+        next(killed)
+    resumed.load_state_dict(json.loads(json.dumps(killed.state_dict())))
+    for _ in range(50):
+        np.testing.assert_array_equal(next(straight), next(resumed))
 
 
-def test_without_variation_the_picture_is_unchanged() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 4)).astype(np.uint8)
-    image[..., 3] = 255
-    out = STILL.images(image, 32, seed=0, step=0)
-    torch.testing.assert_close(out, torch.from_numpy(image[..., :3]).permute(0, 3, 1, 2) / 127.5 - 1, atol=1e-5, rtol=0)
-    torch.testing.assert_close(plain_images(image, 32), out, atol=1e-5, rtol=0)
-
-
-def test_transparent_parts_show_one_colour_and_half_ones_mix() -> None:
-    image = np.zeros((1, 4, 4, 4), np.uint8)
-    image[:, :2] = (200, 100, 0, 128)
-    out = STILL.images(image, 4, seed=3, step=1)[0]
-    background = (out[:, 3, 0] + 1) / 2
-    assert torch.all(out[:, 2:] == out[:, 3:, :1])
-    expected = torch.tensor([200, 100, 0]) / 255 * 128 / 255 + background * (1 - 128 / 255)
-    torch.testing.assert_close((out[:, 0, 0] + 1) / 2, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(plain_images(image, 4)[0, :, 3, 3], torch.ones(3))
-
-
-@pytest.mark.parametrize(("augment", "moved"), [(Augment(rotate=20, shift=0.2), True), (STILL, False)])
-def test_pose(augment: Augment, moved: bool) -> None:
-    """A dot in the upper left stays in the left half or moves slightly: images are never mirrored."""
-    image = np.zeros((256, 48, 48, 4), np.uint8)
-    image[:, 20:28, 4:12, 3] = 255  # black
-    still = Augment(rotate=augment.rotate, scale=(1, 1), shift=augment.shift, brightness=0, tint=0, grey=0)
-    lit = still.images(image, 48, seed=0, step=0)
-    background = lit[:, :, 47:, 47:]
-    weight = (lit - background).abs().sum(1)  # [B, 48, 48]
-    columns = (weight.sum(1) * torch.arange(48)).sum(1) / weight.sum((1, 2))
-    assert columns.max() < 22
-    assert (columns.std() > 1) == moved
-
-
-def test_full_grey_has_no_colour_and_full_ranges_stay_in_bounds() -> None:
-    images = np.stack([load_emoji()[i].image for i in range(64)])
-    wild = Augment(rotate=180, scale=(0.1, 5), shift=1, brightness=1, tint=1, grey=1).images(images, 32, seed=0, step=0)
-    assert torch.isfinite(wild).all()
-    assert wild.abs().max() <= 1
-
-
-def test_augment_refuses_nonsense() -> None:
-    images = np.zeros((2, 8, 8, 4), np.uint8)
-    with pytest.raises(ValueError, match=r"images: expected \[B, R, R, 4\] uint8, got \[2, 8, 8, 3\] uint8"):
-        Augment().images(images[..., :3], 8, seed=0, step=0)
-    for wrong in (
-        {"scale": (0, 1)},
-        {"scale": (2, 1)},
-        {"grey": 1.5},
-        {"name_only": 0.7, "name_and_keywords": 0.4},
-        {"max_keywords": 0},
-    ):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*expected"):
-            Augment(**wrong)  # type: ignore[arg-type]
-
-
-def test_captions_mix_names_and_keywords() -> None:
-    image = np.zeros((4, 4, 4), np.uint8)
-    rich = Sample(image, ("red apple",), ("fruit", "tree", "crisp"), 0, "a")
-    poor = Sample(image, ("a photo", "a picture"), (), 1, "b")
-    augment = Augment(name_only=0.3, name_and_keywords=0.4, max_keywords=2)
-    made = [augment.captions([rich, poor], seed=0, step=step) for step in range(500)]
-    assert made == [augment.captions([rich, poor], seed=0, step=step) for step in range(500)]
-    rich_made = [m[0] for m in made]
-    assert sum(m == "red apple" for m in rich_made) == pytest.approx(150, abs=40)
-    assert sum("red apple" in m and m != "red apple" for m in rich_made) == pytest.approx(200, abs=40)
-    words = [[w for w in m.replace("red apple", "").split()] for m in rich_made]
-    assert all(len(w) == len(set(w)) <= 2 and set(w) <= {"fruit", "tree", "crisp"} for w in words)
-    assert {m[1] for m in made} == {"a photo", "a picture"}
+def test_a_token_sampler_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="tokens: expected at least the longest sample's, got 8, but sample 1 has 9"):
+        TokenSampler(np.array([3, 9]), 8)
+    with pytest.raises(ValueError, match="lengths: expected at least one sample, got none"):
+        TokenSampler(np.array([], np.int64), 8)
 
 
 # ------------------------------------------------------------------------------------------------ loader
 
 
-def test_loader_resumes_exactly() -> None:
-    train = Subset(load_emoji(), np.arange(600))
-    straight, killed = (TrainLoader(train, batch_size=64, image_size=16, seed=4) for _ in range(2))
-    for _ in range(10):  # past the end of the first epoch
-        next(straight)
-        next(killed)
-    resumed = TrainLoader(train, batch_size=64, image_size=16, seed=4)
-    resumed.load_state_dict(json.loads(json.dumps(killed.state_dict())))
-    a, b = next(straight), next(resumed)
-    assert a.step == b.step == 10
-    assert a.captions == b.captions
-    assert a.names == b.names
-    assert torch.equal(a.images, b.images)
-    assert torch.equal(a.concepts, b.concepts)
-    assert same(a.text, b.text)
-    assert len(set(a.concepts.tolist())) == 64
+class Words3(Source):
+    """Texts of varying length; every seventh lacks the second field, some cannot be read."""
+
+    fields = ("text", "other")
+
+    def __init__(self, samples: int = 60, broken: tuple[int, ...] = ()) -> None:
+        self.concepts = np.arange(samples)
+        self.broken, self._faults = BrokenLog(samples, 0.1), broken
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self._faults:
+            raise BrokenImageError("cannot be read")
+        words = " ".join(f"w{index}x{i}" for i in range(1 + index % 5))
+        values = {"text": Text((words, words.upper()), ("k1", "k2"))}
+        return Sample(values | ({} if index % 7 == 0 else {"other": "o " * (index % 3 + 1)}), index, self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"s{index}"
 
 
-# ------------------------------------------------------------------------------------------------ text
+STREAMS = {
+    "text": Stream(HashedWords(), views=(Captions(),)),
+    "other": Stream(Words(), views=(MaskWords(share=0.5),)),
+}
 
 
-def test_tokens_are_the_same_in_every_process_and_for_ever() -> None:
-    batch = Tokenizer(4096, 8192)(["red apple", "a"])
-    assert batch.word_ids.tolist() == [1696, 999, 2728]
-    assert batch.gram_ids.tolist() == [653, 4825, 4441, 1308, 7285, 2647, 6486, 1141, 132]
-    assert batch.gram_offsets.tolist() == [0, 3, 8]
-    assert batch.position_ids.tolist() == [0, 1, 0]
-    assert batch.cu_seqlens.tolist() == [0, 2, 3]
-    assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.max_seqlen == 2
-    code = (
-        "from mmkernels.pretrain.data import Tokenizer as T; print(T(4096, 8192)(['red apple', 'a']).gram_ids.tolist())"
+def loader(workers: int = 0, source: Source | None = None, seed: int = 4) -> TrainLoader:
+    source = source or Words3()
+    collator = Collator(STREAMS, TextTokenizer.train(["o o o"], 400), seed=seed)
+    return TrainLoader(source, BatchSampler(source.concepts, 8, seed), collator, workers=workers)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    pairs = [(a[name], b[name]) for name in STREAMS]
+    return (a.names, a.numbers, a.step, a.state) == (b.names, b.numbers, b.step, b.state) and all(
+        torch.equal(x.tokens, y.tokens)
+        and torch.equal(x.cu_seqlens, y.cu_seqlens)
+        and (x.labels is None) == (y.labels is None)
+        and (x.labels is None or torch.equal(x.labels, y.labels))
+        for x, y in pairs
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == str(batch.gram_ids.tolist())
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("A Red-Hot chili, o'clock!", ["a", "red", "hot", "chili", "oclock", "!"]),
-        ("keycap: #", ["keycap", "#"]),
-        ("Straße ＦＵＬＬ", ["strasse", "full"]),
-        ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),  # vowel signs belong to the word
-        ("我爱🍌", ["我爱", "🍌"]),
-        ("e\u0301te\u0301", ["été"]),
-        ("  \t\n", []),
-        ("...", []),
-    ],
-)
-def test_words_in_any_script(text: str, words: list[str]) -> None:
-    assert [word for chunk in text.split() for word in split_words(chunk)] == words
+def test_batches_are_the_same_with_any_number_of_workers() -> None:
+    expected = list(islice(loader(), 17))  # past the end of the second epoch
+    assert [batch.step for batch in expected] == list(range(17))
+    for workers in (1, 3):
+        torch.manual_seed(workers)
+        got = list(islice(loader(workers), 17))
+        assert all(map(same, got, expected)), workers
 
 
-def test_trigrams() -> None:
-    assert trigrams("cat") == ["<ca", "cat", "at>"]
-    assert trigrams("a") == ["<a>"]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_resumes_exactly_with_other_workers(workers: int) -> None:
+    straight = list(islice(loader(), 14))
+    killed = loader(workers)
+    for _ in range(9):
+        next(killed)
+    resumed = loader(2 - workers)
+    resumed.load_state_dict(json.loads(json.dumps(killed.state_dict())))
+    assert all(map(same, islice(resumed, 5), straight[9:]))
 
 
-def test_blank_and_long_captions_and_no_captions() -> None:
-    tokenizer = Tokenizer(max_words=3)
-    batch = tokenizer(["", "one two three four five", "..."])
-    assert batch.cu_seqlens.tolist() == [0, 1, 4, 5]
-    assert batch.word_ids[0] == batch.word_ids[4] == 0
-    assert same(tokenizer(["one two three"]), tokenizer(["one two three four"]))
-    empty = tokenizer([])
-    assert len(empty) == empty.max_seqlen == 0
-    assert empty.cu_seqlens.tolist() == [0]
+def test_the_runs_random_state_is_not_touched() -> None:
+    before = torch.get_rng_state()
+    next(loader())
+    next(loader(1))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_ids_fit_the_tables() -> None:
-    batch = Tokenizer(5, 7)([f"word{i}" for i in range(100)])
-    assert set(batch.word_ids.tolist()) == {1, 2, 3, 4}
-    assert set(batch.gram_ids.tolist()) == {1, 2, 3, 4, 5, 6}
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_samples_are_left_out_and_recorded_here(workers: int) -> None:
+    source = Words3(64, broken=(3, 5))
+    batches = list(islice(loader(workers, source), 8))
+    assert sum(batch.samples for batch in batches) == 64 - 2
+    assert source.broken.reasons == {"s3": "cannot be read", "s5": "cannot be read"}
+    with pytest.raises(TooManyBrokenError):
+        list(islice(loader(workers, Words3(broken=tuple(range(20)))), 7))
 
 
-def test_slices_are_what_the_captions_alone_would_give() -> None:
-    tokenizer = Tokenizer()
-    captions = ["a red apple", "", "sunrise over mountains", "cat"]
-    whole = tokenizer(captions)
-    for start in range(5):
-        for stop in range(start, 5):
-            part = whole.slice(start, stop)
-            assert same(part, tokenizer(captions[start:stop]))
-            assert len(part) == stop - start
-    with pytest.raises(ValueError, match="start, stop: expected 0 <= start <= stop <= 4, got 3, 5"):
-        whole.slice(3, 5)
-    assert same(whole.to("cpu"), whole)
+def test_an_absent_field_is_an_empty_segment() -> None:
+    source = Words3()
+    collator = Collator(STREAMS, TextTokenizer.train([], 400))
+    batch = collator([source[0], source[1], source[7]], [0, 1, 7])
+    assert [n > 0 for n in batch["other"].lengths] == [False, True, False]
+    nothing = collator([source[0]], [0])
+    assert nothing["other"].num_tokens == 0 and nothing["text"].num_tokens > 0
+    assert [part.samples for part in batch.split(2)] == [2, 1]
+    assert batch.split(2)[1].names == ["s7"]
 
 
-def test_text_feeds_embedding_bag() -> None:
-    batch = Tokenizer()(["red apple", "banana"])
-    rows = F.embedding_bag(batch.gram_ids, torch.randn(8192, 4), batch.gram_offsets, mode="mean")
-    assert rows.shape == (3, 4)
+def test_a_sample_is_changed_in_the_same_way_in_any_company() -> None:
+    source, collator = Words3(), Collator(STREAMS, TextTokenizer.train(["o o"], 400), seed=1)
+    alone = collator([source[5]], [5], step=3)
+    beside = collator([source[2], source[5], source[9]], [2, 5, 9], step=3).split(1)[1]
+    assert torch.equal(alone["text"].tokens, beside["text"].tokens)
+    assert torch.equal(alone["other"].tokens, beside["other"].tokens)
+    later = [collator([source[5]], [5], step=step)["text"].tokens.shape[0] for step in range(40)]
+    assert len(set(later)) > 1, "another step draws other captions"
 
 
-def test_tokenizer_refuses_nonsense() -> None:
-    with pytest.raises(ValueError, match="word_buckets: expected at least 2, got 1"):
-        Tokenizer(word_buckets=1)
-    with pytest.raises(ValueError, match="max_words: expected at least 1, got 0"):
-        Tokenizer(max_words=0)
+def test_views_of_some_objectives_rest_while_others_are_in_use() -> None:
+    streams = {"other": Stream(Words(), views=(MaskWords(share=0.9, when=("words",)),))}
+    used: list[frozenset[str]] = []
+
+    def in_use(step: int) -> frozenset[str]:
+        used.append(frozenset({"words"} if step % 2 else {"matching"}))
+        return used[-1]
+
+    source, tokenizer = Words3(), TextTokenizer.train(["o o"], 400)
+    collator = Collator(streams, tokenizer, in_use=in_use)
+    plain = Collator(streams, tokenizer)([source[5]], [5], mode="plain")["other"]
+    assert torch.equal(collator([source[5]], [5], step=0)["other"].tokens, plain.tokens)
+    assert not torch.equal(collator([source[5]], [5], step=1)["other"].tokens, plain.tokens)
+
+
+def test_lengths_bound_what_is_prepared() -> None:
+    source, collator = Words3(), Collator(STREAMS, TextTokenizer.train(["o o"], 400))
+    lengths = collator.lengths(source)
+    for i in range(len(source)):
+        assert collator([source[i]], [i], mode="plain").tokens <= lengths[i]
+
+
+# ------------------------------------------------------------------------------------------------ draws
+
+
+def test_draws_are_uniform_independent_and_the_samples_own() -> None:
+    draws = Draws(1, 2, "x", np.arange(4000))
+    u = draws.uniform(3)
+    assert u.shape == (4000, 3) and u.min() >= 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.02 and abs(u.var() - 1 / 12) < 0.01
+    assert np.abs(np.corrcoef(u.T) - np.eye(3)).max() < 0.06
+    np.testing.assert_array_equal(Draws(1, 2, "x", np.array([7, 3])).uniform(3), u[[7, 3]])
+    for other in (
+        Draws(2, 2, "x", np.arange(4000)),
+        Draws(1, 3, "x", np.arange(4000)),
+        Draws(1, 2, "y", np.arange(4000)),
+    ):
+        assert abs(np.corrcoef(other.uniform(1)[:, 0], u[:, 0])[0, 1]) < 0.06
+    assert draws.generator(5).random() == Draws(1, 2, "x", np.array([5])).generator(0).random()
+    assert draws.generator(5).random() != draws.generator(6).random()
+
+
+def test_draws_are_the_same_for_ever() -> None:
+    assert Draws(3, 5, "text/Captions/0", np.array([11])).uniform(2)[0].tolist() == GOLDEN
+
+
+GOLDEN = [0.049467871207381386, 0.5223521182673404]

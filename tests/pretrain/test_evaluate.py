@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import comb
 
 import numpy as np
 import pytest
 import torch
+from pretrain.runs import TINY
 
-from mmkernels.pretrain import ModelConfig
-from mmkernels.pretrain.data import RetrievalSet, Tokenizer
-from mmkernels.pretrain.evaluate import KS, Embedded, evaluate, ranks
-from mmkernels.pretrain.model import DualEncoder
+from mmkernels.pretrain import Config, Facts
+from mmkernels.pretrain.data import BrokenLog, Collator, Sample, Source
+from mmkernels.pretrain.evaluate import evaluate
+from mmkernels.pretrain.metrics import HeldOut, Retrieval
+from mmkernels.pretrain.metrics.retrieval import KS, Embedded, embed, ranks
+from mmkernels.pretrain.model import Model
+from mmkernels.pretrain.tokenizer import TextTokenizer
 
 
 def brute_force(embedded: Embedded, k: int) -> tuple[float, float]:
     """Sort every gallery; a query counts if its answer is among the first k."""
-    scores = (embedded.images @ embedded.captions.T).numpy()
+    scores = (embedded.a @ embedded.b.T).numpy()
     targets = embedded.targets.tolist()
     images = [targets[i] in np.argsort(-scores[i])[:k] for i in range(len(targets))]
     captions = [j in {targets[i] for i in np.argsort(-scores[:, j])[:k]} for j in range(scores.shape[1])]
@@ -27,7 +32,11 @@ def embedded(images: int, captions: int) -> Embedded:
     targets = torch.cat([torch.arange(captions), torch.randint(captions, (images - captions,))])
     anchors = torch.randn(captions, 8, dtype=torch.float64)
     near = anchors[targets] + 2.0 * torch.randn(images, 8, dtype=torch.float64)
-    return Embedded(near, anchors, targets)
+    return space_of(near, anchors, targets)
+
+
+def space_of(a: torch.Tensor, b: torch.Tensor, targets: torch.Tensor) -> Embedded:
+    return Embedded(a, b, targets, list(range(len(a))), list(range(len(b))))
 
 
 @pytest.mark.parametrize(("images", "captions"), [(40, 40), (90, 30), (1200, 700)])
@@ -43,56 +52,111 @@ def test_brute_force(images: int, captions: int) -> None:
 
 @pytest.mark.parametrize("value", [0.3, float("nan")])
 def test_a_collapsed_or_broken_model_finds_nothing(value: float) -> None:
-    space = Embedded(torch.full((50, 4), value), torch.full((50, 4), value), torch.arange(50))
+    space = space_of(torch.full((50, 4), value), torch.full((50, 4), value), torch.arange(50))
     for rank in ranks(space):
         assert rank.tolist() == [49] * 50
 
 
 def test_several_right_images() -> None:
-    space = Embedded(torch.tensor([[0.9, 0], [0.8, 0], [0, 1.0]]), torch.eye(2), torch.tensor([0, 0, 1]))
+    space = space_of(torch.tensor([[0.9, 0], [0.8, 0], [0, 1.0]]), torch.eye(2), torch.tensor([0, 0, 1]))
     assert ranks(space)[1].tolist() == [0, 0]
-    space = Embedded(torch.tensor([[0.1, 0], [0.8, 0], [0.9, 1.0]]), torch.eye(2), torch.tensor([0, 0, 1]))
+    space = space_of(torch.tensor([[0.1, 0], [0.8, 0], [0.9, 1.0]]), torch.eye(2), torch.tensor([0, 0, 1]))
     assert ranks(space)[1].tolist() == [1, 0]
     assert ranks(space)[0].tolist() == [0, 0, 0]
 
 
-def held_out(images: int, captions: int) -> RetrievalSet:
-    rng = np.random.default_rng(0)
-    return RetrievalSet(
-        "random",
-        rng.integers(0, 256, (images, 16, 16, 4), np.uint8),
-        [f"thing {i}" for i in range(captions)],
-        np.arange(images) % captions,
-        [f"{i}.png" for i in range(images)],
-    )
+class Pictures(Source):
+    """Random pictures of `concepts` things, the first of each concept in order."""
+
+    fields = ("image", "text")
+
+    def __init__(self, samples: int, concepts: int) -> None:
+        self.pixels = np.random.default_rng(0).integers(0, 256, (samples, 16, 16, 4), np.uint8)
+        self.concepts = np.arange(samples) % concepts
+        self.broken = BrokenLog(samples, 0.0)
+
+    def __getitem__(self, index: int) -> Sample:
+        concept = int(self.concepts[index])
+        return Sample.of_pair(self.pixels[index], (f"thing {concept}",), (), concept, self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{index}.png"
+
+
+def model_and_sets(**parts: object) -> tuple[Model, dict[str, HeldOut]]:
+    recipe = Config(parts={**TINY, **parts}).wiring()
+    tokenizer = TextTokenizer.train([], 400)
+    model = Model(recipe, Facts(recipe.model, len(tokenizer), {}, recipe.streams))
+    collator = Collator(recipe.streams, tokenizer)
+    sets = {"A": Pictures(60, 20), "B": Pictures(24, 24)}
+    return model, {name: HeldOut(name, s, collator, torch.device("cpu"), s, samples=25) for name, s in sets.items()}
 
 
 def test_evaluate_leaves_no_trace_and_shows_chance() -> None:
-    config = ModelConfig(image_size=16, width=16, heads=2, image_layers=1, text_layers=1, embed_dim=8, dropout=0.5)
-    model = DualEncoder(config)
+    model, sets = model_and_sets(**{"model.dropout": 0.5})
     before = torch.get_rng_state()
-    sets = {"A": held_out(60, 20), "B": held_out(24, 24)}
-    recalls = evaluate(model, sets, Tokenizer())
+    found = evaluate(model, [Retrieval()], sets)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
-    assert evaluate(model, sets, Tokenizer()) == recalls, "dropout is off"
-    for name, recall in recalls.items():
-        assert (recall.images, recall.captions) == (len(sets[name].targets), len(sets[name].captions))
-        assert recall.chance_image_to_text[5] == pytest.approx(5 / recall.captions)
-        for shares in (recall.image_to_text, recall.text_to_image, recall.chance_text_to_image):
-            assert all(a <= b for a, b in pairwise(shares.values()))
+    assert evaluate(model, [Retrieval()], sets) == found, "dropout is off"
+    for name, concepts in (("A", 20), ("B", 24)):
+        figures = {figure.name: figure for figure in found[name]}
+        assert figures["image → text R@5"].chance == pytest.approx(5 / concepts)
+        for way in ("image → text", "text → image"):
+            values = [figures[f"{way} R@{k}"].value for k in KS]
+            assert all(a <= b for a, b in pairwise(values))
+    missed = comb(60 - 3, 5) / comb(60, 5)  # three pictures of each concept
+    assert next(f.chance for f in found["A"] if f.name == "text → image R@5") == pytest.approx(1 - missed)
+
+
+def test_the_gallery_has_each_concept_once_and_only_samples_with_both() -> None:
+    model, sets = model_and_sets()
+    source = sets["A"].source
+    whole = source.__class__.__getitem__
+
+    class Lacking(Pictures):
+        def __getitem__(self, index: int) -> Sample:
+            sample = whole(self, index)
+            values = {name: value for name, value in sample.values.items() if name != "image" or index % 4}
+            return Sample(values, sample.concept, sample.name)
+
+    lacking = Lacking(60, 20)
+    held_out = HeldOut("x", lacking, sets["A"].collator, torch.device("cpu"), lacking, samples=7)
+    space = embed(model.eval(), held_out, "image", "text")
+    assert space.items_a == [i for i in range(60) if i % 4]
+    assert len(space.b) == 15, "concepts 0, 4, ... are only ever seen without a picture"
+    assert [lacking.concepts[i] for i in space.items_a] == [
+        lacking.concepts[space.items_b[j]] for j in space.targets.tolist()
+    ]
+
+
+def test_an_empty_or_limited_set() -> None:
+    model, sets = model_and_sets()
+    one = sets["A"]
+    nothing = HeldOut("x", Pictures(0, 1), one.collator, one.device, one.train)
+    assert evaluate(model, [Retrieval()], {"x": nothing}) == {"x": []}
+    limited = HeldOut("x", one.source, one.collator, one.device, one.train, limit=7)
+    assert len(limited.items()) == 7
+    assert sum(batch.samples for batch in limited.batches()) == 7
 
 
 def test_a_caption_means_the_same_alone_and_in_a_batch() -> None:
     """Packed tokens see only their own segment."""
-    model = DualEncoder(ModelConfig(image_size=16, width=16, heads=2)).double().eval()
-    tokenizer = Tokenizer()
+    model, sets = model_and_sets()
+    model = model.double().eval()
+    collator = sets["A"].collator
     captions = ["red", "a very long caption of many words", "two words", "", "x y z"]
-    together = model.text(tokenizer(captions))
-    for i, caption in enumerate(captions):
-        torch.testing.assert_close(model.text(tokenizer([caption]))[0], together[i], rtol=1e-9, atol=1e-12)
-    images = torch.randn(5, 3, 16, 16, dtype=torch.float64)
-    together = model.image(images)
-    for i in range(5):
-        torch.testing.assert_close(model.image(images[i : i + 1])[0], together[i], rtol=1e-9, atol=1e-12)
+    images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 4), np.uint8)
+    samples = [Sample.of_pair(images[i], (caption,), (), i, str(i)) for i, caption in enumerate(captions)]
+
+    def embedded_of(some: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = collator(some, range(len(some)), mode="plain")
+        media = batch["image"].media[1]
+        object.__setattr__(media, "values", media.values.double())
+        return model.encoder("image").embeddings(batch["image"]), model.encoder("text").embeddings(batch["text"])
+
+    together = embedded_of(samples)
+    for i, sample in enumerate(samples):
+        for one, all_of_them in zip(embedded_of([sample]), together, strict=True):
+            torch.testing.assert_close(one[0], all_of_them[i], rtol=1e-9, atol=1e-12)

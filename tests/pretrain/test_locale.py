@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-SMALL = {"image-size": 16, "width": 16, "heads": 2, "image-layers": 1, "text-layers": 1, "embed-dim": 8}
-SMALL |= {"word-buckets": 64, "gram-buckets": 64}
+SMALL: dict[str, object] = {"model.width": 16, "model.heads": 2, "model.embed-dim": 8}
+SMALL |= {"streams.image.encoder.size": 16, "streams.image.encoder.layers": 1}
+SMALL |= {"streams.text.encoder.layers": 1, "streams.text.encoder.words": 64, "streams.text.encoder.grams": 64}
 RUN = {"batch": 8, "chunk": 4, "steps": 4, "eval-every": 2, "checkpoint-every": 2, "threads": 1, "profile": "1 1"}
-RUN |= {"eval-fraction": 0.3, "max-broken": 0.1, **{f"model.{name}": value for name, value in SMALL.items()}}
+RUN |= {"eval-fraction": 0.3, "max-broken": 0.1, **SMALL}
 TINY = " ".join(f"--{name} {value}" for name, value in RUN.items()).split()
 
 # Opening one of our text files without an encoding is an error.
@@ -60,7 +61,7 @@ def test_a_run(kind: str, pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "läufe"
     arguments = ["--csv-img-key", "写", "--csv-caption-key", "題"] if kind == "folder" else []
     shown = in_the_c_locale("pretrain", "--data", f"{kind}:{data}", "--run", str(run), *arguments, *TINY)
-    assert "held_out        image \\u2192 text" in shown
+    assert "held_out  image \\u2192 text" in shown
     assert f"report: {run / 'report.html'}" in shown
     page = (run / "report.html").read_text(encoding="utf-8")
     assert f"<title>clip on {kind}:{data}</title>" in page

@@ -10,18 +10,25 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pretrain.runs import TINY
 
-from mmkernels.pretrain import Config, load_model, main, train
+from mmkernels.pretrain import Config, Facts, Shape, checkpoint, load_model, main, train
+from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.data import TooManyBrokenError
 from mmkernels.pretrain.evaluate import evaluate
-from mmkernels.pretrain.guards import LossWatch
-from mmkernels.pretrain.loop import open_source
-from mmkernels.pretrain.recipes import recipe
+from mmkernels.pretrain.guards import LossWatch, NotFiniteError, StepGuard
+from mmkernels.pretrain.metrics import HeldOut
+from mmkernels.pretrain.objectives import Contrast, Sigmoid
+from mmkernels.pretrain.recipes import load
 from mmkernels.pretrain.run_folder import RunFolder, RunFolderError
-from mmkernels.pretrain.trainer import learning_rate
+from mmkernels.pretrain.schedule import learning_rate
+from mmkernels.pretrain.setup import open_source
+from mmkernels.pretrain.tokenizer import TextTokenizer
+from mmkernels.pretrain.trainer import Trainer
 
 Make = Callable[..., Config]
 
@@ -29,12 +36,14 @@ Make = Callable[..., Config]
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_learns(name: str, tiny: Make) -> None:
     outcome = train(tiny(recipe=name, steps=60, batch=16, chunk=10, lr=2e-2, warmup=10, eval_every=0))
-    losses = [record["loss"] for record in outcome.folder.records("step")]
-    chance_loss = recipe(name).objective(tiny(recipe=name)).chance_loss(16)
-    assert sum(losses[-10:]) / 10 < 0.9 * chance_loss
+    steps = outcome.folder.records("step")
+    losses = [record["loss"] for record in steps]
+    assert sum(losses[-10:]) / 10 < 0.9 * steps[-1]["chance"]
     (record,) = outcome.folder.records("eval")
     assert record["step"] == 60
-    assert record["image_to_text"]["1"] > 2 * record["chance_image_to_text"]["1"]
+    first = record["figures"][0]
+    assert first["name"] == "image → text R@1"
+    assert first["value"] > 2 * first["chance"]
 
 
 def test_what_the_log_holds(tiny: Make) -> None:
@@ -43,9 +52,13 @@ def test_what_the_log_holds(tiny: Make) -> None:
     assert [record["step"] for record in steps] == list(range(1, 13))
     for record in steps:
         assert record["tokens_per_s"] > record["samples_per_s"] > 0
+        assert record["tokens"] > 4 * 8, "four tokens an image, and words"
+        assert 0 <= record["padding_saved"] < 1
         assert 0 <= record["data_wait"] <= 1
         assert record["peak_memory"] > 1e7
-        assert all(math.isfinite(record[name]) for name in ("loss", "lr", "grad_norm", "logit_scale", "seconds"))
+        assert all(
+            math.isfinite(record[name]) for name in ("loss", "lr", "grad_norm", "contrast/logit_scale", "seconds")
+        )
     assert steps[0]["lr"] == pytest.approx(0.5 * 1.5e-3)
     assert [record["step"] for record in outcome.folder.records("eval")] == [5, 10, 12]
     (start,) = outcome.folder.records("start")
@@ -97,33 +110,36 @@ def test_the_log_has_that_warning(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
     assert "the loss has stayed" in warning["message"]
 
 
+def objective(name: str, part: Any) -> Any:
+    return part.build(Facts(Shape(), 300, {}, load(name).streams))
+
+
 def test_chance_loss() -> None:
     """The loss of the best constant logit."""
-    config = Config()
     for n in (2, 16, 300):
-        assert recipe("clip").objective(config).chance_loss(n) == pytest.approx(math.log(n))
+        batch = Batch({}, {}, torch.arange(n), ["x"] * n, list(range(n)), 0)
+        assert objective("clip", Contrast()).chance_loss(batch) == pytest.approx(math.log(n))
         bias = torch.linspace(-12, 4, 4001)
         pairs = -torch.nn.functional.logsigmoid(bias) - (n - 1) * torch.nn.functional.logsigmoid(-bias)
-        assert recipe("siglip").objective(config).chance_loss(n) == pytest.approx(pairs.min().item(), rel=1e-3)
+        assert objective("siglip", Sigmoid()).chance_loss(batch) == pytest.approx(pairs.min().item(), rel=1e-3)
 
 
 def test_the_scale_is_clamped() -> None:
-    for name in ("clip", "siglip"):
-        objective = recipe(name).objective(Config(recipe=name))
-        objective.log_scale.data.fill_(7.0)
-        objective.clamp_()
-        assert objective.metrics()["logit_scale"] == pytest.approx(100.0)
+    for name, part in (("clip", Contrast()), ("siglip", Sigmoid())):
+        built = objective(name, part)
+        built.loss.log_scale.data.fill_(7.0)
+        built.after_step()
+        assert built.metrics()["logit_scale"] == pytest.approx(100.0)
 
 
 def test_learning_rate() -> None:
-    config = Config(steps=100, warmup=10, lr=2.0)
-    rates = [learning_rate(config, step) for step in range(100)]
+    rates = [learning_rate(2.0, 10, 100, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(1.0)
     assert 0 < rates[99] < 0.01
     assert all(a >= b for a, b in pairwise(rates[10:]))
-    assert learning_rate(Config(steps=5, warmup=0, lr=2.0), 0) == pytest.approx(2.0)
+    assert learning_rate(2.0, 0, 5, 0) == pytest.approx(2.0)
 
 
 def test_the_run_folder_forgets_what_comes_after_a_checkpoint(tiny: Make) -> None:
@@ -141,9 +157,109 @@ def test_a_trained_model_can_be_used(tiny: Make) -> None:
     with pytest.raises(RunFolderError, match="no run"):
         load_model(config.folder)
     train(config)
-    model, tokenizer = load_model(str(config.folder))
-    held_out = open_source(config).evals
-    recalls = evaluate(model, held_out, tokenizer)
+    pretrained = load_model(str(config.folder))
+    data = open_source(config)
+    held_out = {
+        name: HeldOut(name, source, pretrained.collator, torch.device("cpu"), data.train)
+        for name, source in data.held_out.items()
+    }
+    found = evaluate(pretrained.model, config.wiring().metrics, held_out)
     record = RunFolder(dataclasses.replace(config, resume=True)).records("eval")[-1]
-    assert recalls["held_out"].to_dict() == {name: record[name] for name in recalls["held_out"].to_dict()}
-    assert not model.training
+    assert [figure.to_dict() for figure in found["held_out"]] == record["figures"]
+    assert not pretrained.model.training
+
+    sample = data.held_out["held_out"][0]
+    image, text = pretrained.embed("image", [sample.image] * 2), pretrained.embed("text", ["a red bar", "x"])
+    torch.testing.assert_close(image.norm(dim=1), torch.ones(2))
+    assert text.shape == (2, 8)
+    with pytest.raises(ValueError, match="values: expected some of the streams image, text, got sound"):
+        pretrained.embed("sound", [None])
+
+
+def test_averaged_weights_are_evaluated_and_loaded(tiny: Make) -> None:
+    config = tiny(steps=6, ema=0.5, eval_every=0)
+    outcome = train(config)
+    weights = checkpoint.load_weights(checkpoint.latest(outcome.folder.checkpoints))
+    name = "streams.image.project.0.weight"
+    average, newest = weights[f"average.module.{name}"], weights[f"model.{name}"]
+    assert not torch.equal(average, newest)
+    assert torch.equal(load_model(config.folder).model.state_dict()[name], average)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backward = Trainer.backward
+
+    def failing(self: Trainer, batch: Batch) -> Any:
+        loss, parts, norm = backward(self, batch)
+        return (float("nan") if batch.step in (3, 7, 9) else loss), parts, norm
+
+    monkeypatch.setattr(Trainer, "backward", failing)
+    folder = train(tiny(skip=3, checkpoint_every=4, eval_every=0)).folder
+    assert [record["step"] for record in folder.records("step")] == [1, 2, 3, 5, 6, 7, 9, 11, 12]
+    assert len(folder.records("warning")) == 3
+    with pytest.raises(NotFiniteError, match="step 9: the loss is nan"):
+        train(tiny(skip=2, run=folder.path.parent / "fewer", eval_every=0))
+
+
+def test_a_spike_is_a_fault() -> None:
+    guard = StepGuard(allowed=1, spike=5.0)
+    assert not any(guard.fault(1.0, 1.0 + 0.1 * (i % 3)) for i in range(30))
+    assert "running mean" in guard.fault(1.0, 9.0)
+    other = StepGuard(allowed=1, spike=5.0)
+    assert other.fault(1.0, 9.0) == "", "nothing is known yet"
+    other.load_state_dict(guard.state_dict())
+    assert "running mean" in other.fault(1.0, 9.0)
+    assert guard.may_skip() and not guard.may_skip()
+
+
+def gradients(config: Config) -> dict[str, torch.Tensor]:
+    """Of the first batch."""
+    data = open_source(config)
+    trainer = Trainer(config, data, TextTokenizer.train([], 400), torch.device("cpu"))
+    trainer.begin()
+    trainer.backward(next(trainer.loader))
+    return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("change", [{"chunk": 8}, {"chunk": 1}, {"recompute": True}, {"workers": 2}, {"compile": True}])
+def test_the_gradient_does_not_depend_on_how_it_is_computed(change: dict[str, Any], tiny: Make) -> None:
+    """Chunks (which accumulate), recomputed activations, workers, compiled blocks: the scale's gradient too."""
+    still = {**TINY, "model.dropout": 0.0}
+    expected, got = gradients(tiny(parts=still)), gradients(tiny(parts=still, **change))
+    assert expected.keys() == got.keys()
+    assert "objectives.contrast.loss.log_scale" in got
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_batches_bounded_by_tokens(tiny: Make) -> None:
+    folder = train(tiny(tokens=60, batch=6, eval_every=0)).folder
+    steps = folder.records("step")
+    assert len(steps) == 12
+    assert all(record["tokens"] <= 60 for record in steps)
+    assert sum(record["tokens"] for record in steps) > 0.5 * 60 * len(steps)
+    with pytest.raises(ValueError, match="tokens: expected at least the longest sample's, got 5, but sample 0 has 7"):
+        train(tiny(tokens=5, run=folder.path.parent / "few"))
+
+
+def test_what_the_data_lacks_is_said_before_the_first_step(tiny: Make, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(MINE, encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"the field 'sound', which streams\.a of recipe .*mine\.py reads, got folder:.*"
+    ):
+        train(tiny(recipe=str(recipe), parts={}))
+    assert not (tmp_path / "run").exists()
+
+
+MINE = """
+from mmkernels.pretrain.encoders import HashedWords
+from mmkernels.pretrain.objectives import Contrast
+from mmkernels.pretrain.recipe import Recipe, Stream
+
+RECIPE = Recipe(
+    "Mine", source="mine", data="emoji",
+    streams={"a": Stream(HashedWords(), field="sound"), "b": Stream(HashedWords(), field="text")},
+    objectives={"contrast": Contrast("a", "b")},
+)
+"""

@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from mmkernels.pretrain import Config, train
-from mmkernels.pretrain.report import recall_table
+from mmkernels.pretrain.metrics import Figure
+from mmkernels.pretrain.report import figure_table
 
 Make = Callable[..., Config]
 
@@ -26,32 +27,39 @@ def test_report(tiny: Make, pictures: Path) -> None:
     evaluations = folder.records("eval")
 
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "nothing is loaded from elsewhere"
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 2
     pictures_shown = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures_shown) > 20
     for encoded in pictures_shown[:3]:
         assert Image.open(BytesIO(base64.b64decode(encoded))).size == (48, 48)
 
-    table = page[page.index("<h2>Retrieval") : page.index("Split held_out")]
-    for way in ("image_to_text", "text_to_image"):
-        for k in ("1", "5", "10"):
-            share, chance = evaluations[-1][way][k], evaluations[-1][f"chance_{way}"][k]
-            assert f"{100 * share:.1f}</b><small>{100 * chance:.1f}</small>" in table
+    table = page[page.index("<h2>Held-out figures") : page.index("Split held_out")]
+    for figure in evaluations[-1]["figures"]:
+        assert f"<b>{100 * figure['value']:.1f}</b><small>{100 * figure['chance']:.1f}</small>" in table
     assert 'class="right"' in page, "with five answers of fifteen some are right"
     assert "a &lt;b&gt;red" in page or "<b>red" not in page, "captions are text"
     assert "model.width" in page
     assert "at chance" in page
 
 
-def test_recall_table(tiny: Make) -> None:
+def test_figure_table(tiny: Make) -> None:
     folder = train(tiny()).folder
-    table, record = recall_table(folder), folder.records("eval")[-1]
-    assert table.count("held_out") == 2
-    assert f"{100 * record['image_to_text']['10']:.1f} ({100 * record['chance_image_to_text']['10']:.1f})" in table
+    table, record = figure_table(folder), folder.records("eval")[-1]
+    assert table.count("held_out") == 2, "both ways"
+    for figure in record["figures"]:
+        assert f"{100 * figure['value']:.1f}% ({100 * figure['chance']:.1f})" in table
+
+
+def test_figures_of_other_kinds() -> None:
+    """Shares are percentages; a loss is not, and one without chance has no brackets."""
+    loss = Figure("words: loss", 2.5, None, percent=False)
+    assert (loss.shown(), loss.shown_chance()) == ("2.500", "")
+    share = Figure("accuracy", 0.251, 0.2)
+    assert (share.shown(), share.shown_chance()) == ("25.1", "20.0")
 
 
 def test_a_run_that_holds_nothing_out_has_a_report(tiny: Make) -> None:
     folder = train(tiny(eval_fraction=0.0, steps=3)).folder
     page = folder.report.read_text(encoding="utf-8")
-    assert "<h2>Retrieval" not in page
+    assert "<h2>Held-out figures" not in page
     assert page.count("<svg") == 1

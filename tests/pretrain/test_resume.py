@@ -14,12 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmkernels import Modality
 from mmkernels.pretrain import Config, checkpoint, main, train
+from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.data import TrainLoader
 from mmkernels.pretrain.guards import Interrupt, NotFiniteError
 from mmkernels.pretrain.journal import Journal
-from mmkernels.pretrain.loop import open_source
 from mmkernels.pretrain.run_folder import RunFolder, RunFolderError
+from mmkernels.pretrain.setup import open_source
+from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.trainer import Trainer
 
 Make = Callable[..., Config]
@@ -64,8 +67,8 @@ KILLS = {
     "in a step": """
 from mmkernels.pretrain.journal import Journal
 step = Journal.step
-def patched(self, number, **rest):
-    step(self, number, **rest)
+def patched(self, number, batch, **rest):
+    step(self, number, batch, **rest)
     if number == 8: os.kill(os.getpid(), signal.SIGKILL)
 Journal.step = patched
 """,
@@ -108,8 +111,8 @@ def test_interrupted(number: int, tiny: Make, tmp_path: Path, monkeypatch: pytes
     train(tiny(run=tmp_path / "whole"))
     step = Journal.step
 
-    def interrupting(self: Journal, at: int, **rest: float) -> None:
-        step(self, at, **rest)
+    def interrupting(self: Journal, at: int, batch: Batch, **rest: float) -> None:
+        step(self, at, batch, **rest)
         if at == 4:
             signal.raise_signal(number)
 
@@ -127,8 +130,8 @@ def test_interrupted(number: int, tiny: Make, tmp_path: Path, monkeypatch: pytes
 def test_an_interrupted_command_says_how_to_go_on(tiny: Make, tmp_path: Path, monkeypatch, capsys) -> None:
     step = Journal.step
 
-    def interrupting(self: Journal, at: int, **rest: float) -> None:
-        step(self, at, **rest)
+    def interrupting(self: Journal, at: int, batch: Batch, **rest: float) -> None:
+        step(self, at, batch, **rest)
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Journal, "step", interrupting)
@@ -151,8 +154,8 @@ def test_killed_before_the_first_checkpoint(tiny: Make, tmp_path: Path, monkeypa
     train(tiny(run=tmp_path / "whole", checkpoint_every=0))
     step = Journal.step
 
-    def failing(self: Journal, at: int, **rest: float) -> None:
-        step(self, at, **rest)
+    def failing(self: Journal, at: int, batch: Batch, **rest: float) -> None:
+        step(self, at, batch, **rest)
         if at == 2:
             raise OSError("disk full")
 
@@ -195,12 +198,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny: Make, tmp_path: P
     def poisoned(self: TrainLoader):
         batch = following(self)
         if batch.step == 7:
-            batch.images[3, 1] = float("nan")
+            batch["image"].media[Modality.IMAGE].values[3, 1] = float("nan")
         return batch
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainLoader, "__next__", poisoned)
-        with pytest.raises(NotFiniteError, match=r"step 7: the loss is nan .* saved in .*step-00000007.*\.png") as stop:
+        with pytest.raises(NotFiniteError, match=r"step 7: the loss is nan .*\.png.* saved in .*step-00000007") as stop:
             train(tiny())
     assert "No weight was updated" in str(stop.value)
     train(resumed(tiny()))
@@ -226,23 +229,24 @@ def test_a_checkpoint_holds_every_moving_part(tiny: Make) -> None:
     """A trainer with another seed becomes the first by loading its checkpoint, and both continue identically."""
     config = tiny()
     data = open_source(config)
-    first = Trainer(config, data.train, torch.device("cpu"))
+    tokenizer = TextTokenizer.train([], 400)
+    first = Trainer(config, data, tokenizer, torch.device("cpu"))
     for _ in range(3):
         next(first.loader)
         for p in first.parameters:
             p.grad = torch.randn_like(p)
-        first.optimizer.step()
-        first.step += 1
+        first.update()
     path = first.save(config.folder / "checkpoints")
     torch.manual_seed(99)
-    second = Trainer(dataclasses.replace(config), data.train, torch.device("cpu"))
+    second = Trainer(dataclasses.replace(config), data, tokenizer, torch.device("cpu"))
     torch.randn(5)
     second.load(path)
     assert second.step == 3
     drawn = torch.randn(4)
     second.load(path)
     assert torch.equal(torch.randn(4), drawn)
-    assert torch.equal(next(first.loader).images, next(second.loader).images)
+    one, other = (next(trainer.loader)["image"].media[Modality.IMAGE].values for trainer in (first, second))
+    assert torch.equal(one, other)
     for a, b in zip(first.parameters, second.parameters, strict=True):
         assert torch.equal(a, b)
 

@@ -45,7 +45,9 @@ class Collator:
         self.seed, self.in_use = seed, in_use
         self.views = {name: [v.fitted(s.encoder, tokenizer) for v in s.views] for name, s in self.streams.items()}
 
-    def __call__(self, samples: Sequence[Sample], items: Sequence[int], step: int = 0, mode: Mode = "train") -> Batch:
+    def __call__(
+        self, samples: Sequence[Sample], items: Sequence[int], step: int = 0, mode: Mode = "train", objective: str = ""
+    ) -> Batch:
         """A batch; every draw depends on the seed, the step, and the number of its sample in the data set alone.
 
         Args:
@@ -53,18 +55,23 @@ class Collator:
             items: their numbers in the data set.
             step: of the run.
             mode: which views apply.
+            objective: the only one in use, for mode loss; empty: all are.
         """
         labels = {
             name: np.array([sample.values.get(name, -100) for sample in samples], np.int64)
             for name in self.label_fields
         }
+        labels["concept"] = np.array([sample.concept for sample in samples], np.int64)
         numbers = np.asarray(items, np.int64)
-        used = self.in_use(step) if self.in_use is not None and mode == "train" else None
+        used = frozenset({objective}) if objective else None
+        if self.in_use is not None and mode == "train":
+            used = self.in_use(step)
         streams = {name: self._packed(name, samples, numbers, step, mode, used, labels) for name in self.streams}
+        concepts = torch.from_numpy(labels.pop("concept"))
         return Batch(
             streams,
             {name: torch.from_numpy(values) for name, values in labels.items()},
-            torch.tensor([sample.concept for sample in samples], dtype=torch.int64),
+            concepts,
             [sample.name for sample in samples],
             numbers.tolist(),
             step,

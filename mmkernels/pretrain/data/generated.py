@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,29 @@ from mmkernels.pretrain.data.tiles import load_tiles
 SPLITS = ("train", "held_out", "combinations", "drawings")
 MOST = 1 << 40  # samples of a split
 _STRIDE = 4 * MOST  # numbers of a split: those from MOST on are for what a sample needs besides
+
+
+class Computed(Mapping[str, Any]):
+    """The values of a sample, each computed when it is read: a run pays for those that its recipe uses.
+
+    Args:
+        drawn: has an attribute for each field.
+        fields: of the sample.
+    """
+
+    def __init__(self, drawn: object, fields: tuple[str, ...]) -> None:
+        self._drawn, self._fields = drawn, fields
+
+    def __getitem__(self, field: str) -> Any:
+        if field not in self._fields:
+            raise KeyError(field)
+        return getattr(self._drawn, field)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
 
 
 class GeneratedSource(Source):

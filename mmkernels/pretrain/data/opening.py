@@ -6,17 +6,20 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mmkernels.pretrain.data.base import Data, Subset
 from mmkernels.pretrain.data.columns import ColumnSource
+from mmkernels.pretrain.data.corpus import open_text
 from mmkernels.pretrain.data.emoji import open_emoji
 from mmkernels.pretrain.data.folder import FolderDataset
 from mmkernels.pretrain.data.hub import HubDataset, load_splits
+from mmkernels.pretrain.data.languages import open_languages
 from mmkernels.pretrain.data.motion import open_motion
 from mmkernels.pretrain.data.scenes import open_scenes
+from mmkernels.pretrain.data.speech import open_speech
 from mmkernels.pretrain.data.tables import TableFormat, find_table
 from mmkernels.pretrain.data.webdataset import WebDataset
 
@@ -25,28 +28,36 @@ __all__ = ["EMBEDDED", "held_out_mask", "open_data"]
 log = logging.getLogger("mmkernels.pretrain.data")
 
 
-def _stored(open_it: Callable[[], Data]) -> Callable[[Sequence[str] | None], Data]:
+class _Opener(Protocol):
+    def __call__(self, fields: Sequence[str] | None = None) -> Data: ...
+
+
+def _stored(open_it: Callable[[], Data]) -> _Opener:
     """A data set that costs the same whatever is read of it."""
-    return lambda fields: open_it()
+    return lambda fields=None: open_it()
 
 
-def _computed(open_it: Callable[..., Data]) -> Callable[[Sequence[str] | None], Data]:
+def _computed(open_it: Callable[..., Data]) -> _Opener:
     """A data set that computes the fields that are read, and the labels; others are left out."""
 
-    def opened(fields: Sequence[str] | None) -> Data:
-        whole = open_it(size=1, held_out_size=1).train
-        wanted = {*whole.classes, *(whole.fields if fields is None else fields)}
-        return open_it(fields=[field for field in whole.fields if field in wanted])
+    def opened(fields: Sequence[str] | None = None) -> Data:
+        if fields is None:
+            return open_it()
+        few = open_it(size=1, held_out_size=1).train
+        return open_it(fields=[field for field in few.fields if field in fields or field in few.classes])
 
     return opened
 
 
-EMBEDDED: dict[str, Callable[[Sequence[str] | None], Data]] = {
+EMBEDDED: dict[str, _Opener] = {
     "emoji": _stored(open_emoji),
+    "languages": _stored(open_languages),
     "motion": _computed(open_motion),
     "scenes": _computed(open_scenes),
+    "speech": _stored(open_speech),
+    "text": _stored(open_text),
 }
-"""The data sets that come along, by name: fields that are read (None: all) -> the data."""
+"""The data sets that come along, by name; each is opened with the fields that are read (None: all)."""
 
 
 def open_data(

@@ -90,7 +90,7 @@ class BatchSampler(_Dealt):
     def _size(self) -> int:
         return self.batch_size
 
-    def _deal(self, epoch: int) -> np.ndarray:
+    def _deal(self, epoch: int) -> list[np.ndarray]:
         order = generator(self.seed, epoch, Stream.ORDER).permutation(len(self.concepts))
         concepts = self.concepts.tolist()
         fresh, waiting = deque(order.tolist()), deque[int]()
@@ -108,7 +108,7 @@ class BatchSampler(_Dealt):
                     batch.append(index)
             waiting = deferred + waiting
             if len(batch) < self.batch_size:
-                return np.array(batches, np.int64).reshape(-1, self.batch_size)
+                return [np.array(each, np.int64) for each in batches]
             batches.append(batch)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from mmkernels.pretrain.data.base import Data, Document, Regions, Sample, Text
 from mmkernels.pretrain.data.draws import Draws, Purpose
-from mmkernels.pretrain.data.generated import MOST, SPLITS, GeneratedSource
+from mmkernels.pretrain.data.generated import MOST, SPLITS, Computed, GeneratedSource
 from mmkernels.pretrain.data.scene_layout import RELATIONS, Group, Scene, concept_ids, draw_groups, lay_out
 from mmkernels.pretrain.data.scene_picture import Look, look_of, picture, regions_of
 from mmkernels.pretrain.data.scene_text import ANSWERS, CAPTION_FORMS, KINDS, Asked, ask, captions, related
@@ -109,7 +109,7 @@ class SceneSource(GeneratedSource):
 
     def __getitem__(self, index: int) -> Sample:
         drawn = self.drawn(index)
-        return Sample({field: getattr(drawn, field) for field in self.fields}, int(self.concepts[index]), drawn.name)
+        return Sample(Computed(drawn, self.fields), int(self.concepts[index]), drawn.name)
 
     def drawn(self, index: int) -> DrawnScene:
         """Scene `index` with all its fields, also those that the samples do not have."""

@@ -1,7 +1,11 @@
 """From the values of a field to packed tokens, and from these to features."""
 
 from mmkernels.pretrain.encoders.hashed_words import HashedWords
+from mmkernels.pretrain.encoders.module import Module
 from mmkernels.pretrain.encoders.patches import Patches
+from mmkernels.pretrain.encoders.regions import Regions
+from mmkernels.pretrain.encoders.spectrogram import Spectrogram
+from mmkernels.pretrain.encoders.tubelets import Tubelets
 from mmkernels.pretrain.encoders.words import Words
 
-__all__ = ["HashedWords", "Patches", "Words"]
+__all__ = ["HashedWords", "Module", "Patches", "Regions", "Spectrogram", "Tubelets", "Words"]

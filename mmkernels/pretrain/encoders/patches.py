@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmkernels import AttentionMask, Media, Modality, PackedBatch, patchify, unpatchify
 from mmkernels.pretrain.batch import Piece
 from mmkernels.pretrain.encoders.base import EncoderModule
+from mmkernels.pretrain.encoders.visible import visible_of
 from mmkernels.pretrain.layers import Blocks
 from mmkernels.pretrain.pixels import plain_images
 from mmkernels.pretrain.recipe import Facts
@@ -49,6 +50,21 @@ class Patches:
     def grid(self) -> int:
         return self.size // self.patch
 
+    @property
+    def places(self) -> int:
+        """Patches of an image."""
+        return self.grid**2
+
+    @property
+    def values(self) -> int:
+        """Numbers of a patch."""
+        return 3 * self.patch**2
+
+    @property
+    def may_hide(self) -> bool:
+        """Whether a token depends on its own patch alone before the blocks, so that hidden patches can be left out."""
+        return self.stem == "linear"
+
     def prepare(self, values: Sequence[Any], tokenizer: TextTokenizer) -> list[Piece]:
         """Images uint8 [H, W, 3 or 4], or tensors [3, size, size] in [-1, 1] that a view has made of them."""
         present = [value for value in values if value is not None]
@@ -74,33 +90,36 @@ class PatchesEncoder(EncoderModule):
         super().__init__()
         self.part, width = part, facts.shape.width
         convolutional = part.stem == "convolutions"
-        self.stem = convolutions(width) if convolutional else nn.Linear(3 * part.patch**2, width)
+        self.stem = convolutions(width) if convolutional else nn.Linear(part.values, width)
         # On the scale of the tokens: otherwise the mean over tokens would hardly depend on position.
         self.position = nn.Parameter(0.5 * torch.randn(part.grid**2, width))
         self.blocks = Blocks(part.layers, facts)
 
-    def embed(self, patches: Tensor) -> Tensor:
-        """Patches [V, 3 P P] of whole images -> tokens [V, C]."""
+    def embed(self, patches: Tensor, places: Tensor | None = None) -> Tensor:
+        """Patches [V, 3 P P] -> tokens [V, C]: of whole images, or with a linear stem of the given places [V]."""
         part = self.part
         if part.stem == "convolutions":
-            images = len(patches) // part.grid**2
+            images = len(patches) // part.places
             (pixels,) = unpatchify(patches, [(images, part.grid, part.grid)], part.patch)  # images as frames
             x = self.stem(pixels).flatten(2).transpose(1, 2).flatten(0, 1)
         else:
             x = self.stem(patches)
-        return x + self.position.repeat(len(x) // len(self.position), 1)
+        return x + (self.position.repeat(len(x) // part.places, 1) if places is None else self.position[places])
 
     def forward(self, batch: PackedBatch) -> Tensor:
         media = batch.media.get(Modality.IMAGE)
         if media is None:
             return self.position[:0]
+        seen = visible_of(batch)
+        places = None if seen.rows is None else seen.rows % self.part.places
         # An image sees itself alone, also where a sample has several.
-        return self.blocks(self.embed(media.values), AttentionMask.packed(media.cu_values))
+        x = self.embed(seen.of(media.values), places)
+        return self.blocks(x, AttentionMask.packed(seen.ends(media.cu_values)))
 
     def layout(self, batch: PackedBatch) -> Layout:
         media = batch.media.get(Modality.IMAGE)
         several = media is not None and media.num_items > batch.num_samples
-        return Layout(batch.cu_seqlens, batch.cu_seqlens_host, media=item_numbers(batch) if several else None)
+        return visible_of(batch).layout(batch, item_numbers(batch) if several else None)
 
 
 def item_numbers(batch: PackedBatch) -> Tensor:

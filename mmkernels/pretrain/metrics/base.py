@@ -76,7 +76,11 @@ class HeldOut:
         return [int((i + 0.5) * n / self.limit) for i in range(self.limit)]
 
     def batches(
-        self, mode: Mode = "plain", of: Source | None = None, items: Sequence[int] | None = None
+        self,
+        mode: Mode = "plain",
+        of: Source | None = None,
+        items: Sequence[int] | None = None,
+        objective: str = "",
     ) -> Iterator[Batch]:
         """Batches of the readable samples, in order, on the device.
 
@@ -84,6 +88,7 @@ class HeldOut:
             mode: which views apply, see `Collator`.
             of: another source, such as `train`.
             items: numbers of its samples; None: those in use.
+            objective: whose views apply, for mode loss; empty: those of all.
         """
         source, numbers = of or self.source, self.items() if items is None else list(items)
         for first in range(0, len(numbers), self.samples):
@@ -91,4 +96,4 @@ class HeldOut:
             for name, reason in read.broken.items():
                 source.broken.add(name, reason)
             if read.samples:
-                yield self.collator(read.samples, read.items, mode=mode).to(self.device)
+                yield self.collator(read.samples, read.items, mode=mode, objective=objective).to(self.device)

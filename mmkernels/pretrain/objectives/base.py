@@ -10,7 +10,7 @@ from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.seen import Chunk, Seen
 
-__all__ = ["BatchObjective", "Classification", "Head", "Objective", "TokenObjective", "matched_tokens"]
+__all__ = ["BatchObjective", "Classification", "Head", "Objective", "Regression", "TokenObjective", "matched_tokens"]
 
 
 class Objective(nn.Module):
@@ -29,7 +29,7 @@ class Objective(nn.Module):
 
 
 class BatchObjective(Objective):
-    """Compares embeddings of the whole batch."""
+    """Compares embeddings of the whole batch. Its part names their streams, in a property `compares`."""
 
     def over_batch(self, seen: Seen) -> Tensor:
         """The loss, a scalar."""
@@ -59,6 +59,18 @@ class Classification(TokenObjective):
         return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
 
 
+class Regression(TokenObjective):
+    """A token objective that predicts vectors: mean square error."""
+
+    def vectors(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """(predictions [n, F], targets [n, F]) of the chunk."""
+        raise NotImplementedError
+
+    def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
+        predicted, targets = self.vectors(chunk)
+        return (predicted.float() - targets.float()).square().mean(1).sum(), len(targets)
+
+
 class Head(nn.Module):
     """Features [n, C] -> logits [n, K]: a hidden layer and a projection.
 
@@ -79,9 +91,9 @@ class Head(nn.Module):
 
 
 def matched_tokens(chunk: Chunk, stream: str) -> Tensor:
-    """bool [T]: tokens of samples whose streams belong together (a view may have swapped them)."""
+    """bool [T]: tokens of samples whose streams belong together; false where a view has swapped one."""
     tokens = chunk.tokens[stream]
     matched = chunk.batch.labels.get("matched")
     if matched is None:
         return torch.ones(len(tokens.x), dtype=torch.bool, device=tokens.x.device)
-    return (matched == 1)[tokens.layout.owners()]
+    return (matched != 0)[tokens.layout.owners()]

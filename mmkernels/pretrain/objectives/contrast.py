@@ -45,6 +45,10 @@ class Contrast:
     symmetric: bool = True
     """Both directions; otherwise a -> b alone."""
 
+    @property
+    def compares(self) -> tuple[str, ...]:
+        return self.a, self.b
+
     def build(self, facts: Facts) -> ContrastLoss:
         for name in (self.a, self.b):
             twin = facts.streams[name].teacher or facts.streams[facts.streams[name].tied or name].teacher
@@ -67,7 +71,7 @@ class ContrastLoss(BatchObjective):
             backend=facts.backend,
         )
         names = ([part.b, part.a] if part.symmetric else [part.b]) if part.queue else []
-        self.queues = torch.nn.ModuleDict({name: Queue(part.queue, facts.shape.embed_dim) for name in names})
+        self.queues: Any = torch.nn.ModuleDict({name: Queue(part.queue, facts.shape.embed_dim) for name in names})
         self._latest: dict[str, tuple[Tensor, Tensor]] = {}
 
     def over_batch(self, seen: Seen) -> Tensor:
@@ -86,7 +90,7 @@ class ContrastLoss(BatchObjective):
         self, own: dict[str, Tensor], twins: dict[str, Tensor], concepts: Tensor, x: str, y: str, step: int
     ) -> Tensor:
         options: dict[str, Any] = {}
-        queue: Any = dict(self.queues.items()).get(y)
+        queue = self.queues[y] if y in self.queues else None  # noqa: SIM401  a ModuleDict has no get
         # Against a queue, keys and negatives must come from the same encoder: the twin.
         keys = twins[y] if queue is not None else own[y]
         if len(concepts.unique()) < len(concepts):

@@ -79,7 +79,8 @@ class MatchingLoss(Classification):
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if self.part.negatives == "swapped":
             matched = chunk.batch.labels["matched"]
-            rows = torch.nonzero(matched >= 0).flatten()
+            present = chunk.whole.present(self.part.a, self.part.b)[chunk.samples.start : chunk.samples.stop]
+            rows = torch.nonzero((matched >= 0) & present).flatten()
             return self.head(self._pooled(chunk.fused[self.read])[rows]), matched[rows]
         a, b = self.part.a, self.part.b
         first, last = chunk.samples.start, chunk.samples.stop
@@ -87,18 +88,16 @@ class MatchingLoss(Classification):
         own = own[chunk.whole.present(a, b)[first:last]]
         wrong_a, wrong_b = self._wrong[a][own], self._wrong[b][own]
         has_a, has_b = wrong_a >= 0, wrong_b >= 0
-        pairs = {
-            a: torch.cat([own, wrong_a[has_a], own[has_b]]),
-            b: torch.cat([own, own[has_a], wrong_b[has_b]]),
-        }
+        pairs = {a: torch.cat([wrong_a[has_a], own[has_b]]), b: torch.cat([own[has_a], wrong_b[has_b]])}
         tokens, pairing = {}, {}
         for name, samples in pairs.items():
             tokens[name], pairing[name] = self._needed(chunk, name, samples)
         assert chunk.fusion is not None, "a recipe with Matching has a fusion"
-        fused = chunk.fusion(tokens, pairing)
-        targets = torch.zeros(len(pairs[a]), dtype=torch.int64, device=own.device)
-        targets[: len(own)] = 1
-        return self.head(self._pooled(fused[self.read])), targets
+        right = self._pooled(chunk.fused[self.read])[own - first]
+        wrong = self._pooled(chunk.fusion(tokens, pairing)[self.read])
+        targets = torch.zeros(len(right) + len(wrong), dtype=torch.int64, device=own.device)
+        targets[: len(right)] = 1
+        return self.head(torch.cat([right, wrong])), targets
 
     def _needed(self, chunk: Chunk, name: str, samples: Tensor) -> tuple[Tokens, Tensor]:
         """(the tokens of some samples of the batch, where these are in them): all of them if the batch is one chunk."""
@@ -115,6 +114,6 @@ class MatchingLoss(Classification):
         """Of the share of right pairs: a third when sampled."""
         matched = batch.labels.get("matched")
         share = 1 / 3
-        if self.part.negatives == "swapped" and matched is not None and len(matched):
-            share = float((matched == 1).float().mean())
+        if self.part.negatives == "swapped" and matched is not None and bool((matched >= 0).any()):
+            share = float(matched[matched >= 0].float().mean())
         return 0.0 if share in (0.0, 1.0) else -share * math.log(share) - (1 - share) * math.log(1 - share)

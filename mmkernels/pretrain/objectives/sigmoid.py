@@ -38,6 +38,10 @@ class Sigmoid:
     max_scale: float = 100.0
     """Upper bound of the scale."""
 
+    @property
+    def compares(self) -> tuple[str, ...]:
+        return self.a, self.b
+
     def build(self, facts: Facts) -> SigmoidLoss:
         return SigmoidLoss(self, facts)
 
@@ -46,8 +50,13 @@ class SigmoidLoss(BatchObjective):
     def __init__(self, part: Sigmoid, facts: Facts) -> None:
         super().__init__()
         self.part = part
-        scale = {"init_scale": part.init_scale, "init_bias": part.init_bias, "max_scale": part.max_scale}
-        self.loss = SigLIPLoss(**scale, normalize=False, backend=facts.backend)
+        self.loss = SigLIPLoss(
+            init_scale=part.init_scale,
+            init_bias=part.init_bias,
+            max_scale=part.max_scale,
+            normalize=False,
+            backend=facts.backend,
+        )
 
     def over_batch(self, seen: Seen) -> Tensor:
         a, b = self.part.a, self.part.b

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from mmkernels.pretrain.recipe import Recipe
 
-__all__ = ["load", "names"]
+__all__ = ["DEFAULT", "load", "names"]
+
+DEFAULT = "clip"
 
 
 def names() -> list[str]:

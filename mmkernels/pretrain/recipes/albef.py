@@ -9,9 +9,9 @@ from mmkernels.pretrain.views import Augment, Captions, MaskWords
 RECIPE = Recipe(
     "Align before fuse: contrast, hard matching and masked words, with a momentum teacher",
     source="Li et al. 2021, arXiv:2107.07651",
-    data="emoji",
+    data="scenes",
     streams={
-        "image": Stream(Patches(), views=(Augment(),), teacher=Ema(0.995)),
+        "image": Stream(Patches(size=48), views=(Augment(),), teacher=Ema(0.995)),
         "text": Stream(Words(), views=(Captions(),), teacher=Ema(0.995)),
         "masked": Stream(Words(), field="text", views=(Captions(), MaskWords(share=0.15)), tied="text"),
     },

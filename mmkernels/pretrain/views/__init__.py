@@ -2,6 +2,10 @@
 
 from mmkernels.pretrain.views.augment import Augment
 from mmkernels.pretrain.views.captions import Captions
+from mmkernels.pretrain.views.mask_patches import MaskPatches
+from mmkernels.pretrain.views.mask_regions import MaskRegions
 from mmkernels.pretrain.views.mask_words import MaskWords
+from mmkernels.pretrain.views.random_crop import RandomCrop
+from mmkernels.pretrain.views.swap import Swap
 
-__all__ = ["Augment", "Captions", "MaskWords"]
+__all__ = ["Augment", "Captions", "MaskPatches", "MaskRegions", "MaskWords", "RandomCrop", "Swap"]

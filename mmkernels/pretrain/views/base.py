@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,9 +21,9 @@ class View:
     of_tokens: ClassVar[bool] = False  # changes prepared `Piece`s, rather than values
     evaluated: ClassVar[bool] = False  # also applied where a held-out loss is measured
 
-    salt: int = 0
+    salt: int = field(default=0, kw_only=True)
     """Views of the same kind and field with another salt are drawn independently."""
-    when: tuple[str, ...] = ()
+    when: tuple[str, ...] = field(default=(), kw_only=True)
     """Applied at the steps at which one of these objectives is in use; empty: always."""
 
     def __call__(self, values: Sequence[Any], draws: Draws, labels: MutableMapping[str, np.ndarray]) -> list[Any]:
@@ -32,7 +32,7 @@ class View:
         Args:
             values: B values of the field, None where a sample lacks it; or B pieces.
             draws: of these samples.
-            labels: label field -> int64 [B]; a view may add its own.
+            labels: label field -> int64 [B], among them "concept", the samples' concepts; a view may add its own.
         """
         raise NotImplementedError
 

@@ -1,0 +1,134 @@
+"""Merged: the tokens of several streams in one sequence, a single-stream transformer.
+
+Source: Chen et al. 2020 (UNITER, arXiv:1909.11740); mask "cross_only": Ouyang et al. 2021 (ERNIE-M, arXiv:2012.15674);
+"prefix": Wang et al. 2022 (SimVLM, arXiv:2108.10904); `everywhere`: Su et al. 2020 (VL-BERT, arXiv:1908.08530).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate, pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels import AttentionMask, pack, segment_pool
+from mmkernels.pretrain.fusion.base import Fusion, Pairing
+from mmkernels.pretrain.layers import Blocks
+from mmkernels.pretrain.recipe import Facts
+from mmkernels.pretrain.tokens import Layout, Tokens, taken
+
+__all__ = ["Merged"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Concatenate streams sample by sample, with an embedding of the stream added to each token. After the layers both
+    the whole sequence and each stream's own part of it can be read."""
+
+    streams: tuple[str, ...] = ("text", "regions")
+    """In the order of the sequence."""
+    into: str = "merged"
+    """Name of the whole sequence."""
+    layers: int = 3
+    """Transformer blocks."""
+    mask: Literal["all", "cross_only", "prefix"] = "all"
+    """all: a token sees its whole sample. cross_only: the other streams of its sample alone. prefix: the last stream is
+    causal; all see the others."""
+    everywhere: str = ""
+    """A stream, merged or not, whose mean token is added, projected, to each token of the other streams."""
+
+    def build(self, facts: Facts) -> MergedFusion:
+        known = ", ".join(facts.streams)
+        wanted = (*self.streams, *([self.everywhere] if self.everywhere else []))
+        if len(set(self.streams)) < 2 or len(set(self.streams)) < len(self.streams) or set(wanted) - set(facts.streams):
+            raise ValueError(f"fusion.streams, everywhere: expected different ones of {known}, got {', '.join(wanted)}")
+        if self.into in facts.streams:
+            raise ValueError(f"fusion.into: expected a new name, got that of a stream, {self.into!r}")
+        if self.mask not in ("all", "cross_only", "prefix"):
+            raise ValueError(f"fusion.mask: expected 'all', 'cross_only' or 'prefix', got {self.mask!r}")
+        for name in self.streams:  # a causal stream's later tokens would be seen through the others, and the reverse
+            causal, last = bool(getattr(facts.streams[name].encoder, "causal", False)), name == self.streams[-1]
+            if causal != (self.mask == "prefix" and last):
+                expected = "a causal one, last with mask='prefix'" if not causal else "one that is not causal"
+                raise ValueError(f"streams.{name}.encoder: expected {expected}, got {facts.streams[name].encoder}")
+        return MergedFusion(self, facts)
+
+
+class MergedFusion(Fusion):
+    def __init__(self, part: Merged, facts: Facts) -> None:
+        super().__init__()
+        self.part, width = part, facts.shape.width
+        self.kinds = nn.Embedding(len(part.streams), width)
+        nn.init.normal_(self.kinds.weight, std=0.02)
+        self.everywhere = nn.Linear(width, width, bias=False) if part.everywhere else None
+        self.blocks = Blocks(part.layers, facts, rotary=True)
+
+    def forward(self, tokens: Mapping[str, Tokens], pairing: Pairing | None = None) -> dict[str, Tokens]:
+        """A stream that the pairing lacks stays out of the sequence."""
+        names = [name for name in self.part.streams if pairing is None or name in pairing]
+        rows, layouts = {}, {}
+        for name in names:
+            rows[name], layouts[name] = _paired(tokens[name].layout, None if pairing is None else pairing[name])
+        whole, places = joined(list(layouts.values()))
+        index = whole.cu_seqlens.new_empty(whole.cu_seqlens_host[-1], dtype=torch.int64)
+        kinds, positions = torch.empty_like(index), torch.empty_like(index)
+        begin = 0
+        for name, place in zip(names, places, strict=True):
+            layout = layouts[name]
+            index[place] = begin + rows[name]
+            kinds[place] = self.part.streams.index(name)
+            positions[place] = torch.arange(len(place), device=place.device) - layout.cu_seqlens[layout.owners()]
+            begin += len(tokens[name].x)
+        wide = reduce(torch.promote_types, (tokens[name].x.dtype for name in names))  # autocast may mix them
+        x = pack([tokens[name].x.to(wide) for name in names], index) + self.kinds(kinds)
+        if self.everywhere is not None and (pairing is None or self.part.everywhere in pairing):
+            x = x + self._seen_everywhere(tokens[self.part.everywhere], whole, kinds, pairing)
+        x = self.blocks(x, self._mask(whole, layouts, kinds), positions, depth=self.depth)
+        parts = {name: Tokens(pack(x, place), layouts[name]) for name, place in zip(names, places, strict=True)}
+        return {self.part.into: Tokens(x, whole), **parts}
+
+    def _seen_everywhere(self, tokens: Tokens, whole: Layout, kinds: Tensor, pairing: Pairing | None) -> Tensor:
+        """[T, C] what is added to each token: 0 for the stream's own."""
+        name, streams = self.part.everywhere, self.part.streams
+        assert self.everywhere is not None, "the part names a stream"
+        mean = self.everywhere(segment_pool(tokens.x, tokens.cu_seqlens, mode="mean"))  # [S, C]
+        owners = whole.owners() if pairing is None else pairing[name][whole.owners()]
+        own = streams.index(name) if name in streams else -1
+        return mean[owners] * (kinds != own)[:, None]
+
+    def _mask(self, whole: Layout, layouts: Mapping[str, Layout], kinds: Tensor) -> AttentionMask:
+        if self.part.mask == "cross_only":
+            return AttentionMask.cross_only(whole.cu_seqlens, kinds.to(torch.uint8))
+        last = layouts.get(self.part.streams[-1])
+        if self.part.mask == "prefix" and last is not None:
+            return AttentionMask.prefix(whole.cu_seqlens, whole.cu_seqlens.diff() - last.cu_seqlens.diff())
+        return AttentionMask.packed(whole.cu_seqlens)
+
+
+def joined(layouts: Sequence[Layout]) -> tuple[Layout, list[Tensor]]:
+    """Several streams of the same S samples, one after the other in each sample.
+
+    Returns:
+        the layout of the whole, and for each stream where its tokens are in it: int64 [T_i].
+    """
+    lengths = [[end - begin for begin, end in pairwise(layout.cu_seqlens_host)] for layout in layouts]
+    host = (0, *accumulate(map(sum, zip(*lengths, strict=True))))
+    cu_seqlens = torch.tensor(host, dtype=torch.int32, device=layouts[0].cu_seqlens.device)
+    begins, places = cu_seqlens[:-1].long(), []
+    for layout in layouts:
+        owners = layout.owners()
+        shift = begins - layout.cu_seqlens[:-1]
+        places.append(torch.arange(len(owners), device=owners.device) + shift[owners])
+        begins = begins + layout.cu_seqlens.diff()
+    return Layout(cu_seqlens, host), places
+
+
+def _paired(layout: Layout, samples: Tensor | None) -> tuple[Tensor, Layout]:
+    """(int64 [T] rows of a stream, their layout), for samples of a pairing; None: all, in order."""
+    if samples is not None:
+        return taken(layout, samples)
+    return torch.arange(layout.cu_seqlens_host[-1], device=layout.cu_seqlens.device), layout

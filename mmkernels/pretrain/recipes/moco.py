@@ -1,0 +1,19 @@
+from mmkernels.pretrain.encoders import Patches
+from mmkernels.pretrain.metrics import LinearProbe, NearestNeighbours
+from mmkernels.pretrain.objectives import Contrast
+from mmkernels.pretrain.recipe import Recipe, Stream
+from mmkernels.pretrain.state import Ema
+from mmkernels.pretrain.views import RandomCrop
+
+RECIPE = Recipe(
+    "Recognise an image in another crop, among the keys of a slowly moving twin in a queue",
+    source="He et al. 2020, arXiv:1911.05722",
+    data="emoji",
+    streams={
+        "query": Stream(Patches(), field="image", views=(RandomCrop(salt=1),), project="mlp", teacher=Ema(0.99)),
+        "key": Stream(Patches(), field="image", views=(RandomCrop(salt=2),), project="mlp", tied="query"),
+    },
+    objectives={"views": Contrast("query", "key", queue=2048, symmetric=False)},
+    metrics=(NearestNeighbours("query"), LinearProbe("query")),
+    settings={"steps": 600, "chunk": 128},
+)

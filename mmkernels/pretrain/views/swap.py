@@ -1,0 +1,50 @@
+"""Give some samples the value of another sample, to be told from those that kept their own.
+
+Source: Chen et al. 2020 (UNITER, arXiv:1909.11740): half of the pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from mmkernels.pretrain.data.seeds import Draws
+from mmkernels.pretrain.views.base import View
+
+__all__ = ["Swap"]
+
+
+@dataclass(frozen=True)
+class Swap(View):
+    """Set the label "matched": 1 for a sample with its own value, 0 with another's, -100 without any.
+
+    The other sample is one of the batch with another concept; a sample for which there is none keeps its value.
+    """
+
+    share: float = 0.5
+    """Of the samples, how many are swapped."""
+
+    evaluated: ClassVar[bool] = True
+    swaps: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share: expected a share between 0 and 1, got {self.share}")
+
+    def __call__(self, values: Sequence[Any], draws: Draws, labels: MutableMapping[str, np.ndarray]) -> list[Any]:
+        """Values of any kind."""
+        concepts = labels["concept"]
+        present = np.array([value is not None for value in values], bool)
+        matched = np.where(present, 1, -100).astype(np.int64)
+        out = list(values)
+        for i, (swapped, which) in enumerate(draws.uniform(2).tolist()):
+            if not present[i] or swapped >= self.share:
+                continue
+            others = np.flatnonzero(present & (concepts != concepts[i]))
+            if len(others):
+                out[i], matched[i] = values[others[int(which * len(others))]], 0
+        labels["matched"] = np.minimum(matched, labels.get("matched", matched))  # a second view may swap another field
+        return out

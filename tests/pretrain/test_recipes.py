@@ -1,0 +1,129 @@
+"""Every recipe: it learns, gradients reach every parameter, chunks do not matter, a killed run resumes."""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmkernels.pretrain import Config, checkpoint, train
+from mmkernels.pretrain.data import Data, open_data
+from mmkernels.pretrain.recipes import load, names
+from mmkernels.pretrain.setup import texts
+from mmkernels.pretrain.tokenizer import TextTokenizer
+from mmkernels.pretrain.trainer import Trainer
+from mmkernels.pretrain.wiring import leaves
+
+STEPS = 12
+
+
+def small(name: str, run: Path, **changes: Any) -> Config:
+    """A recipe with narrow, shallow parts and a small batch."""
+    known = leaves(load(name))
+    parts: dict[str, Any] = {"model.width": 32, "model.heads": 2, "model.embed_dim": 32}
+    parts |= {leaf: 1 for leaf, value in known.items() if leaf.endswith(".layers") and value > 1}
+    parts |= {leaf: 16 for leaf in known if leaf.endswith(".queue") and known[leaf]}
+    options: dict[str, Any] = {"steps": STEPS, "batch": 8, "chunk": 3, "warmup": 2, "lr": 3e-3, "vocabulary": 400}
+    options |= {"eval_every": 0, "eval_limit": 12, "checkpoint_every": 5, "tensorboard": False, "threads": 1}
+    if load(name).settings.get("tokens"):
+        options["tokens"] = 1200
+    return Config.of(name, **{**options, "run": run, "parts": parts, **changes})
+
+
+@cache
+def opened(data: str, fields: tuple[str, ...]) -> tuple[Data, TextTokenizer]:
+    """A data set, and a small tokenizer of its texts."""
+    found = open_data(data)
+    return found, TextTokenizer.train(list(texts(found.train, list(fields)))[:3000], 400)
+
+
+def trainer_of(config: Config) -> Trainer:
+    recipe = config.wiring()
+    fields = tuple(s.field or name for name, s in recipe.streams.items() if s.encoder.reads_text)
+    data, tokenizer = opened(recipe.data, fields)
+    return Trainer(config, data, tokenizer, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", names())
+def test_trains_and_resumes(name: str, tmp_path: Path) -> None:
+    """The whole run, and one that continues from a checkpoint of it, end alike, bit for bit."""
+    outcome = train(small(name, tmp_path / "whole"))
+    steps = outcome.folder.records("step")
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert all(record["loss"] == record["loss"] and abs(record["loss"]) < 1e4 for record in steps)
+    figures = [figure for record in outcome.folder.records("eval") for figure in record["figures"]]
+    assert figures, "it is measured"
+
+    (tmp_path / "killed").mkdir()
+    for part in ("config.json", "tokenizer.json", "classes.json", "log.jsonl", "checkpoints/step-00000010"):
+        source, target = tmp_path / "whole" / part, tmp_path / "killed" / part
+        target.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    train(small(name, tmp_path / "killed", resume=True))
+    (weights, training), (others, other) = (
+        checkpoint.load(tmp_path / run / "checkpoints" / f"step-{STEPS:08d}") for run in ("whole", "killed")
+    )
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weight, others[key]) for key, weight in weights.items())
+    assert torch.equal(training["random"]["cpu"], other["random"]["cpu"])
+    assert training["loader"] == other["loader"]
+
+
+@pytest.mark.parametrize("name", names())
+def test_learns(name: str, tmp_path: Path) -> None:
+    """On one batch, the loss falls, and every parameter gets a finite gradient that is not always zero."""
+    trainer = trainer_of(small(name, tmp_path, lr=1e-2, steps=10_000))
+    reached = {key: 0.0 for key, p in trainer.model.named_parameters()}
+    batches: dict[frozenset[str], Any] = {}
+    losses: dict[frozenset[str], list[float]] = {}
+    for _ in range(24 * (len(trainer.model.objectives) if trainer.recipe.draw else 1)):
+        trainer.begin()
+        fresh = next(trainer.loader)
+        used = frozenset(trainer.collator.in_use(trainer.step)) if trainer.collator.in_use else frozenset()
+        batch = batches.setdefault(used, fresh)
+        loss, _, norm = trainer.backward(batch)
+        assert norm == norm and norm < float("inf")
+        losses.setdefault(used, []).append(loss)
+        for key, p in trainer.model.named_parameters():
+            if p.grad is not None:
+                reached[key] = max(reached[key], p.grad.abs().max().item())
+        trainer.update()
+    idle = [key for key, most in reached.items() if most == 0 and not is_frozen(trainer, key)]
+    assert not idle, f"no gradient: {idle}"
+    for used, values in losses.items():
+        if len(values) >= 8:
+            assert min(values[-4:]) < values[0], f"{set(used)}: {values}"
+
+
+def is_frozen(trainer: Trainer, name: str) -> bool:
+    return not dict(trainer.model.named_parameters())[name].requires_grad
+
+
+@pytest.mark.parametrize("name", names())
+def test_chunks_do_not_change_the_gradient(name: str, tmp_path: Path) -> None:
+    """Of the second step, when twins and queues are in use."""
+
+    def gradients(chunk: int) -> tuple[float, dict[str, torch.Tensor]]:
+        trainer = trainer_of(small(name, tmp_path, chunk=chunk))
+        for _ in range(2):
+            trainer.begin()
+            loss, _, _ = trainer.backward(next(trainer.loader))
+            found = {key: p.grad.clone() for key, p in trainer.model.named_parameters() if p.grad is not None}
+            trainer.optimizer.zero_grad(set_to_none=True)
+            for objective in trainer.model.objectives.values():
+                objective.after_step()
+            trainer.step += 1
+        return loss, found
+
+    loss, whole = gradients(64)
+    largest = max(gradient.abs().max().item() for gradient in whole.values())
+    for chunk in (1, 3):
+        other, got = gradients(chunk)
+        assert other == pytest.approx(loss, rel=1e-5)
+        for key, gradient in whole.items():
+            error = (got[key] - gradient).abs().max().item()
+            assert error <= 1e-5 * largest, f"{key}: {error / largest:.1e}"
