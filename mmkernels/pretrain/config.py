@@ -32,7 +32,9 @@ class Config:
     """Changed settings of the recipe, by dotted name: {"objectives.contrast.weight": 0.5}."""
     data: str | None = None
     """Name of an embedded data set; folder:PATH of a .jsonl, .csv, .tsv or .parquet, or its folder; webdataset:PATTERN
-    of tars; None: the recipe's."""
+    of tars; hf:NAME_OR_PATH[:split] of a Hugging Face data set; None: the recipe's."""
+    labels: tuple[str, ...] = ()
+    """Columns of your own data whose values are classes, besides those that the recipe reads as labels."""
     csv_separator: str | None = None
     """Field separator of a .csv or .tsv; None: a tab in a .tsv, else a comma."""
     csv_img_key: str = "image"
@@ -123,6 +125,7 @@ class Config:
         TableFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)  # validates them
         if self.tokens is not None and self.tokens < 1:
             raise ValueError(f"tokens: expected at least 1, got {self.tokens}")
+        object.__setattr__(self, "labels", tuple(label for each in self.labels for label in each.split(",") if label))
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected 0 <= ema < 1, got {self.ema}")
         if self.spike != 0 and not self.spike > 1:

@@ -12,7 +12,7 @@ from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
-__all__ = ["expect_fields", "open_source", "tokenizer_for"]
+__all__ = ["expect_fields", "open_source", "read_by", "tokenizer_for"]
 
 _TEXTS = 10_000  # samples that a tokenizer is trained on
 
@@ -23,8 +23,11 @@ def open_source(config: Config) -> Data:
     name = config.data or recipe.data
     kind, _, path = name.partition(":")
     source = path if kind in ("folder", "webdataset") and path else name
+    fields, labels = read_by(recipe)
     data = open_data(
         source,
+        fields=[*fields, *labels],
+        labels=tuple(dict.fromkeys([*labels, *config.labels])),
         table=config.table,
         resolution=config.resolution,
         eval_fraction=config.eval_fraction,
@@ -33,6 +36,13 @@ def open_source(config: Config) -> Data:
     )
     expect_fields(config.recipe, recipe, name, data.train)
     return data
+
+
+def read_by(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """(the fields that the streams of a recipe read, the labels that its objectives and metrics read)."""
+    parts = (*recipe.objectives.values(), *recipe.metrics)
+    labels = dict.fromkeys(part.label for part in parts if getattr(part, "label", ""))
+    return list(dict.fromkeys(stream.field or name for name, stream in recipe.streams.items())), list(labels)
 
 
 def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from importlib import resources
+from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 
 from mmkernels.pretrain.data import EmojiDataset, load_emoji, load_pack
+from mmkernels.pretrain.metrics.retrieval import Embedded
 
 COUNTS = {"noto": 1644, "noto-v1": 1182, "twemoji": 1644, "fluent-flat": 1586, "emojione": 1104}
 
@@ -64,13 +67,11 @@ def test_splits_are_disjoint() -> None:
     held_out = set(pack.held_out.tolist())
     assert not held_out & set(train.concepts.tolist())
     assert not any(train.name(i).startswith("twemoji/") for i in range(len(train)))
-    assert (
-        {name.split("/")[0] for name in a.image_names} == {name.split("/")[0] for name in c.image_names} == {"twemoji"}
-    )
-    assert not any(name.startswith("twemoji/") for name in b.image_names)
-    held_out_names = {pack.names[i] for i in held_out}
-    assert set(b.captions) == set(c.captions) == held_out_names
-    assert set(a.captions) == set(pack.names) - held_out_names
+    names = {split: [data.name(i) for i in range(len(data))] for split, data in (("A", a), ("B", b), ("C", c))}
+    assert {name.split("/")[0] for name in names["A"] + names["C"]} == {"twemoji"}
+    assert not any(name.startswith("twemoji/") for name in names["B"])
+    assert set(b.concepts.tolist()) == set(c.concepts.tolist()) == held_out
+    assert set(a.concepts.tolist()) == set(range(len(pack.names))) - held_out
 
 
 def test_families_are_held_out_whole() -> None:
@@ -80,12 +81,12 @@ def test_families_are_held_out_whole() -> None:
     assert len(held_out) == round(0.12 * len(set(pack.families)))
 
 
-def test_targets_point_at_the_own_caption() -> None:
-    for split in ("A", "B", "C"):
-        evaluation = load_emoji(split)  # type: ignore[call-overload]
-        assert len(evaluation.images) == len(evaluation.targets) == len(evaluation.image_names)
-        for name, target in zip(evaluation.image_names, evaluation.targets, strict=True):
-            assert name.partition("/")[2] == evaluation.captions[target]
+@pytest.mark.parametrize("split", ["A", "B", "C"])
+def test_the_caption_is_the_concepts_name(split: Literal["A", "B", "C"]) -> None:
+    pack, data = load_pack(), load_emoji(split)
+    for index, concept in enumerate(data.concepts.tolist()):
+        assert data.name(index).partition("/")[2] == pack.names[concept]
+        assert data.peek(index)["text"].captions == (pack.names[concept],)
 
 
 def test_sample_is_what_the_pack_holds() -> None:
@@ -102,13 +103,14 @@ def test_sample_is_what_the_pack_holds() -> None:
 
 def test_chance() -> None:
     b = load_emoji("B")
-    assert b.chance(10).image_to_text == pytest.approx(10 / len(b.captions))
+    _, targets = np.unique(b.concepts, return_inverse=True)
+    names = int(targets.max()) + 1
+    space = Embedded(torch.zeros(len(b), 1), torch.zeros(names, 1), torch.from_numpy(targets), [], [])
+    assert space.chance_a(10) == pytest.approx(10 / names)
     rng = np.random.default_rng(0)
-    hits = [
-        len(set(b.targets[rng.choice(len(b.targets), 10, replace=False)])) / len(b.captions) for _ in range(2000)
-    ]  # a random top 10 finds the captions of its images
-    assert b.chance(10).text_to_image == pytest.approx(np.mean(hits), rel=0.02)
-    assert b.chance(10**6) == (1.0, 1.0)
+    hits = [len(set(targets[rng.choice(len(targets), 10, replace=False)])) / names for _ in range(2000)]
+    assert space.chance_b(10) == pytest.approx(np.mean(hits), rel=0.02)  # a random top 10 finds the names of its images
+    assert (space.chance_a(10**6), space.chance_b(10**6)) == (1.0, 1.0)
 
 
 def test_licences_travel_with_the_pack() -> None:

@@ -13,9 +13,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmkernels.pretrain.data import FolderDataset, TooManyBrokenError, TrainLoader, WebDataset, open_data
+from mmkernels.pretrain import Stream
+from mmkernels.pretrain.data import (
+    BatchSampler,
+    Collator,
+    FolderDataset,
+    Source,
+    TooManyBrokenError,
+    TrainLoader,
+    WebDataset,
+    open_data,
+)
 from mmkernels.pretrain.data.base import BrokenImageError
 from mmkernels.pretrain.data.decode import decode_image
+from mmkernels.pretrain.encoders import HashedWords, Patches
+from mmkernels.pretrain.tokenizer import TextTokenizer
 
 
 def picture(
@@ -201,7 +213,13 @@ def test_too_many_broken_images_stop_the_run_with_their_names(folder: Path) -> N
 
 def test_skipping_does_not_disturb_order_or_resume(folder: Path) -> None:
     break_some(folder, "5.png", "6.png")
-    fresh = lambda: TrainLoader(FolderDataset(folder), batch_size=16, image_size=8, seed=2)  # noqa: E731
+
+    def fresh() -> TrainLoader:
+        data = FolderDataset(folder)
+        streams = {"image": Stream(Patches(size=8)), "text": Stream(HashedWords())}
+        tokenizer = TextTokenizer.train(iter(()), 300)
+        return TrainLoader(data, BatchSampler(data.concepts, 16, 2), Collator(streams, tokenizer))
+
     straight, killed, resumed = fresh(), fresh(), fresh()
     batches = [next(straight) for _ in range(12)]
     for _ in range(7):
@@ -210,8 +228,8 @@ def test_skipping_does_not_disturb_order_or_resume(folder: Path) -> None:
     for expected in batches[7:]:
         batch = next(resumed)
         assert batch.names == expected.names
-        assert (batch.images == expected.images).all()
-        assert batch.captions == expected.captions
+        for stream in ("image", "text"):
+            assert (batch[stream].tokens == expected[stream].tokens).all()
     assert {len(batch.names) for batch in batches} <= {14, 15, 16}
     assert any(len(batch.names) < 16 for batch in batches)
 
@@ -236,19 +254,22 @@ def test_held_out_by_caption_is_disjoint_and_stable(tmp_path: Path) -> None:
     for i in range(400):
         picture(tmp_path / f"{i}.png", size=(2, 2))
     write_jsonl(tmp_path, rows)
+
+    def captions(source: Source) -> list[str]:
+        return [source[i].captions[0] for i in range(len(source))]
+
     data = open_data(tmp_path, resolution=4, eval_fraction=0.2)
-    held_out = data.evals["held_out"]
-    assert len(held_out.targets) == pytest.approx(80, abs=30)
-    assert len(held_out.targets) == 2 * len(held_out.captions)
-    trained = {data.train[i].captions[0] for i in range(len(data.train))}
-    assert not trained & set(held_out.captions)
-    assert len(trained) + len(held_out.captions) == 200
+    held_out = captions(data.held_out["held_out"])
+    assert len(held_out) == pytest.approx(80, abs=30)
+    assert len(held_out) == 2 * len(set(held_out))
+    trained = set(captions(data.train))
+    assert not trained & set(held_out)
+    assert len(trained) + len(set(held_out)) == 200
     write_jsonl(tmp_path, rows[:200])
-    assert set(open_data(tmp_path, resolution=4, eval_fraction=0.2).evals["held_out"].captions) <= set(
-        held_out.captions
-    )
-    assert open_data(tmp_path, resolution=4, eval_fraction=0).evals == {}
-    assert len(open_data(tmp_path, resolution=4, eval_fraction=0.5, max_eval=10).evals["held_out"].targets) == 10
+    smaller = open_data(tmp_path, resolution=4, eval_fraction=0.2)
+    assert set(captions(smaller.held_out["held_out"])) <= set(held_out)
+    assert open_data(tmp_path, resolution=4, eval_fraction=0).held_out == {}
+    assert len(open_data(tmp_path, resolution=4, eval_fraction=0.5, max_eval=10).held_out["held_out"]) == 10
     with pytest.raises(ValueError, match="eval_fraction: expected 0 <= eval_fraction < 1, got 1"):
         open_data(tmp_path, eval_fraction=1)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mmkernels.pretrain import Config, checkpoint, train
-from mmkernels.pretrain.data import Data
+from mmkernels.pretrain.data import Data, open_data
 from mmkernels.pretrain.recipes import load, names
-from mmkernels.pretrain.setup import open_source, texts
+from mmkernels.pretrain.setup import texts
 from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.trainer import Trainer
 from mmkernels.pretrain.wiring import leaves
@@ -37,8 +37,7 @@ def small(name: str, run: Path, **changes: Any) -> Config:
 @cache
 def opened(data: str, fields: tuple[str, ...]) -> tuple[Data, TextTokenizer]:
     """A data set, and a small tokenizer of its texts."""
-    name = next(name for name in names() if load(name).data == data)
-    found = open_source(Config.of(name))
+    found = open_data(data)
     return found, TextTokenizer.train(list(texts(found.train, list(fields)))[:3000], 400)
 
 

@@ -1,4 +1,4 @@
-"""Data for the reference loop: what comes along, your own folder, tar shards.
+"""Data for the reference loop: what comes along, your own folder, tar shards, Hugging Face data sets.
 
 ```python
 data = open_data("emoji")
@@ -22,6 +22,7 @@ from mmkernels.pretrain.data.base import (
 from mmkernels.pretrain.data.collate import Collator
 from mmkernels.pretrain.data.emoji import EmojiDataset, EmojiPack, load_emoji, load_pack
 from mmkernels.pretrain.data.folder import FolderDataset
+from mmkernels.pretrain.data.hub import HubDataset
 from mmkernels.pretrain.data.loader import TrainLoader
 from mmkernels.pretrain.data.opening import EMBEDDED, open_data
 from mmkernels.pretrain.data.sampler import BatchSampler, TokenSampler
@@ -39,6 +40,7 @@ __all__ = [
     "EmojiDataset",
     "EmojiPack",
     "FolderDataset",
+    "HubDataset",
     "Regions",
     "Sample",
     "Source",

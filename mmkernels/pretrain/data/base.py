@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -222,67 +222,3 @@ class Subset(Source):
 
     def peek(self, index: int) -> Mapping[str, Any]:
         return self.whole.peek(int(self.indices[index]))
-
-
-class DecodedDataset(Source):
-    """A data set that decodes images on first use and caches them up to `cache_bytes`.
-
-    Args:
-        names: of the samples.
-        captions: of each sample, at least one.
-        faults: why a sample cannot be read, by index, where known without decoding. They are recorded at once, so that
-            even a run that never draws them reports them.
-        broken: the record, including other known losses.
-        resolution, cache_bytes: as in the data sets.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        captions: Sequence[tuple[str, ...]],
-        *,
-        faults: Mapping[int, str],
-        broken: BrokenLog,
-        resolution: int,
-        cache_bytes: int,
-    ) -> None:
-        if resolution < 1:
-            raise ValueError(f"resolution: expected at least 1 pixel, got {resolution}")
-        self.fields, self.resolution, self.broken = ("image", "text"), resolution, broken
-        self.concepts = concepts_of(captions)
-        self._names, self.captions, self._faults = names, captions, faults
-        self._cache: dict[int, np.ndarray] = {}
-        self._cache_items = cache_bytes // (4 * resolution * resolution)
-        for index, reason in faults.items():
-            broken.add(names[index], reason)
-
-    @abstractmethod
-    def _decode(self, index: int) -> np.ndarray:
-        """The image at `index`, uint8 [R, R, 4]. Raises `BrokenImageError`."""
-
-    def __getitem__(self, index: int) -> Sample:
-        if index in self._faults:
-            raise BrokenImageError(self._faults[index])
-        image = self._cache.get(index)
-        if image is None:
-            image = self._decode(index)
-            if len(self._cache) < self._cache_items:
-                self._cache[index] = image
-        return Sample.of_pair(image, self.captions[index], (), int(self.concepts[index]), self._names[index])
-
-    def name(self, index: int) -> str:
-        return self._names[index]
-
-    def peek(self, index: int) -> Mapping[str, Any]:
-        return {"image": ..., "text": Text(self.captions[index])}
-
-
-def caption_key(captions: Sequence[str]) -> str:
-    """The key of a sample's concept: its first caption, ignoring case and spacing."""
-    return " ".join(captions[0].casefold().split()) if captions else ""
-
-
-def concepts_of(captions: Sequence[tuple[str, ...]]) -> np.ndarray:
-    """Concept ids int64 [n]: samples with the same first caption share one."""
-    ids: dict[str, int] = {}
-    return np.array([ids.setdefault(caption_key(c), len(ids)) for c in captions], np.int64)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmkernels.pretrain.data.unicode import unicode_fault
 
-__all__ = ["LONGEST", "caption_fault", "parse_captions"]
+__all__ = ["LONGEST", "caption_fault", "parse_captions", "short"]
 
 LONGEST = 131_072  # characters; more means an unclosed quote or the wrong column
 
@@ -36,9 +36,9 @@ def parse_captions(value: Any) -> tuple[list[str], str]:
         if captions:
             fault = next((fault for text in captions if (fault := caption_fault(text))), "")
             return ([], fault) if fault else (captions, "")
-    return [], f"expected text or a list of texts, got {_short(value)}"
+    return [], f"expected text or a list of texts, got {short(value)}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:80]}..."

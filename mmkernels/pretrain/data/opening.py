@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from functools import partial
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from mmkernels.pretrain.data.base import Data, DecodedDataset, Subset, caption_key
+from mmkernels.pretrain.data.base import Data, Subset
+from mmkernels.pretrain.data.columns import ColumnSource
 from mmkernels.pretrain.data.corpus import open_text
 from mmkernels.pretrain.data.emoji import open_emoji
 from mmkernels.pretrain.data.folder import FolderDataset
+from mmkernels.pretrain.data.hub import HubDataset, load_splits
 from mmkernels.pretrain.data.languages import open_languages
 from mmkernels.pretrain.data.motion import open_motion
 from mmkernels.pretrain.data.scenes import open_scenes
@@ -22,20 +25,46 @@ from mmkernels.pretrain.data.webdataset import WebDataset
 
 __all__ = ["EMBEDDED", "held_out_mask", "open_data"]
 
-EMBEDDED: dict[str, Callable[[], Data]] = {
-    "emoji": open_emoji,
-    "languages": open_languages,
-    "motion": open_motion,
-    "scenes": open_scenes,
-    "speech": open_speech,
-    "text": open_text,
+log = logging.getLogger("mmkernels.pretrain.data")
+
+
+class _Opener(Protocol):
+    def __call__(self, fields: Sequence[str] | None = None) -> Data: ...
+
+
+def _stored(open_it: Callable[[], Data]) -> _Opener:
+    """A data set that costs the same whatever is read of it."""
+    return lambda fields=None: open_it()
+
+
+def _computed(open_it: Callable[..., Data]) -> _Opener:
+    """A data set that computes the fields that are read, and the labels; others are left out."""
+
+    def opened(fields: Sequence[str] | None = None) -> Data:
+        if fields is None:
+            return open_it()
+        few = open_it(size=1, held_out_size=1).train
+        return open_it(fields=[field for field in few.fields if field in fields or field in few.classes])
+
+    return opened
+
+
+EMBEDDED: dict[str, _Opener] = {
+    "emoji": _stored(open_emoji),
+    "languages": _stored(open_languages),
+    "motion": _computed(open_motion),
+    "scenes": _computed(open_scenes),
+    "speech": _stored(open_speech),
+    "text": _stored(open_text),
 }
-"""The data sets that come along."""
+"""The data sets that come along, by name; each is opened with the fields that are read (None: all)."""
 
 
 def open_data(
     source: str | Path = "emoji",
     *,
+    fields: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
     table: TableFormat | None = None,
     resolution: int = 48,
     eval_fraction: float = 0.1,
@@ -47,39 +76,84 @@ def open_data(
 
     Args:
         source: the name of an embedded data set; a folder with a table, or the table (.jsonl, .csv, .tsv, .parquet);
-            tar shards (file, folder, glob).
+            tar shards (file, folder, glob); `hf:` and a Hugging Face data set, with `:split` if not all of its splits
+            are meant. Those besides `train` are held-out sets.
+        fields: those that are read; None: all that the source is known to have.
+        labels: further fields of your own data, whose values are classes. They are those of the training data.
         table: its separator and columns, if not the defaults.
         resolution: side in pixels at which your own images are kept.
-        eval_fraction: fraction of your own concepts held out, chosen by a hash of the caption, so that adding data
-            never moves a sample between the sets.
-        max_eval: most samples in the held-out set, evenly spaced.
+        eval_fraction: fraction of your own concepts held out, chosen by a hash of the caption (without one: of the
+            file, or of the first text), so that adding data never moves a sample between the sets.
+        max_eval: most samples in a held-out set, evenly spaced.
         max_broken: fraction of the samples that may be unreadable.
         cache_bytes: memory for decoded images.
     """
-    embedded = EMBEDDED.get(str(source))
-    shards = embedded is None and _is_shards(Path(source))
-    if table not in (None, TableFormat()) and (shards or embedded is not None):
+    name = str(source)
+    embedded, hub = EMBEDDED.get(name), name.startswith("hf:")
+    shards = not hub and embedded is None and _is_shards(Path(source))
+    form = table or TableFormat()
+    if form != TableFormat() and (shards or embedded is not None):
         raise ValueError(f"csv_separator, csv_img_key, csv_caption_key: expected a table to read, got {source}")
     if embedded is not None:
-        return embedded()
+        return embedded(fields)
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction: expected 0 <= eval_fraction < 1, got {eval_fraction}")
-    open_it: Callable[..., DecodedDataset] = WebDataset if shards else partial(FolderDataset, table=table)
-    dataset = open_it(source, resolution=resolution, max_broken=max_broken, cache_bytes=cache_bytes)
+    options: dict[str, Any] = {"resolution": resolution, "max_broken": max_broken, "cache_bytes": cache_bytes}
+    options |= {"fields": fields, "labels": labels}
+    if hub:
+        if form.separator is not None:
+            raise ValueError(f"csv_separator: expected none for {source}, got {form.separator!r}")
+        found = load_splits(name.removeprefix("hf:"))
+        sets = {split: HubDataset(f"{name}: {split}", rows, table=form, **options) for split, rows in found.items()}
+        if len(sets) > 1:
+            return _by_split(name, sets, max_eval)
+        return _by_hash(name, next(iter(sets.values())), eval_fraction, max_eval)
+    if shards:
+        return _by_hash(name, WebDataset(source, **options), eval_fraction, max_eval)
+    return _by_hash(name, FolderDataset(source, table=form, **options), eval_fraction, max_eval)
+
+
+def _by_hash(name: str, dataset: ColumnSource, eval_fraction: float, max_eval: int) -> Data:
+    """Some of the concepts of a data set are held out."""
     held_out = held_out_mask(dataset, eval_fraction)
     train = Subset(dataset, np.flatnonzero(~held_out))
     if not len(train):
-        raise ValueError(f"{source}: expected samples left to train on, got all {len(dataset)} held out")
-    rows = np.flatnonzero(held_out)
-    if len(rows) > max_eval:
-        rows = rows[np.linspace(0, len(rows) - 1, max_eval).astype(np.int64)]
+        raise ValueError(f"{name}: expected samples left to train on, got all {len(dataset)} held out")
+    rows = _at_most(np.flatnonzero(held_out), max_eval)
+    dataset.learn_classes(train.indices)
+    train.classes = dataset.classes
+    for phrase in dataset.unknown_classes(rows.tolist()):
+        log.warning("held_out: %s, which the training data lack", phrase)
     return Data(train, {"held_out": Subset(dataset, rows)} if len(rows) else {})
 
 
-def held_out_mask(dataset: DecodedDataset, fraction: float) -> np.ndarray:
-    """bool [n]: whether the first caption of each sample hashes into the first `fraction` of the range."""
-    keys = (caption_key(captions) for captions in dataset.captions)
-    hashes = (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys)
+def _by_split(name: str, sets: Mapping[str, ColumnSource], max_eval: int) -> Data:
+    """The split `train`; the others are held out."""
+    if "train" not in sets:
+        raise ValueError(
+            f"{name}: expected a split 'train', got {', '.join(sets)} (name one: {name}:{next(iter(sets))})"
+        )
+    train, held_out = sets["train"], {}
+    for split, dataset in sets.items():
+        if split == "train":
+            continue
+        rows = _at_most(np.arange(len(dataset)), max_eval)
+        dataset.take_classes(train.classes)
+        for phrase in dataset.unknown_classes(rows.tolist()):
+            log.warning("%s: %s, which the training data lack", split, phrase)
+        held_out[split] = Subset(dataset, rows)
+    return Data(train, dict(held_out))
+
+
+def _at_most(rows: np.ndarray, most: int) -> np.ndarray:
+    """Evenly spaced rows."""
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
+
+
+def held_out_mask(dataset: ColumnSource, fraction: float) -> np.ndarray:
+    """bool [n]: whether the key of each sample's concept hashes into the first `fraction` of the range."""
+    encoded = (key.encode("utf-8", "surrogateescape") for key in dataset.keys)
+    hashes = (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") for key in encoded)
     return np.array([h < fraction * 2**64 for h in hashes], bool)
 
 

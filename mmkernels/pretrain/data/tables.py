@@ -1,4 +1,4 @@
-"""Tables of images and captions: .jsonl, .csv, .tsv, .parquet.
+"""Tables of images and captions, and of other columns: .jsonl, .csv, .tsv, .parquet.
 
 A faulty row (no caption, text that is not UTF-8) is reported with its line and skipped. A fault that casts doubt on
 other rows rejects the table: too many fields in a row, an unclosed quote.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from mmkernels.pretrain.data.captions import LONGEST, parse_captions
+from mmkernels.pretrain.data.audio import AUDIO_SUFFIXES
+from mmkernels.pretrain.data.cells import MEDIA, PAIR, Cell, Reading
 from mmkernels.pretrain.data.decode import IMAGE_SUFFIXES
-from mmkernels.pretrain.data.unicode import printable, unicode_fault
+from mmkernels.pretrain.data.unicode import printable
 
-__all__ = ["TABLE_SUFFIXES", "Row", "TableFormat", "find_table", "read_table"]
+__all__ = ["TABLE_SUFFIXES", "Row", "TableFormat", "find_table", "read_table", "reading_of"]
 
 _DELIMITED = {".csv": ",", ".tsv": "\t"}
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -53,8 +55,7 @@ class Row(NamedTuple):
     """A row, or the reason why it is faulty."""
 
     place: str  # the table's name and the line
-    image: str
-    captions: list[str]
+    cells: Mapping[str, Cell]  # by field
     fault: str = ""
 
 
@@ -75,7 +76,26 @@ def find_table(path: Path) -> Path:
     return path
 
 
-def read_table(table: Path, form: TableFormat) -> Iterator[Row]:
+def reading_of(
+    table: Path, form: TableFormat, fields: Sequence[str] | None = None, labels: Sequence[str] = ()
+) -> Reading:
+    """Which of a table's columns to read, see `Reading.of`. Without `fields` the table is opened, for their names."""
+    names: dict[str, None] = {}
+    if fields is None:
+        if table.suffix.lower() == ".parquet":
+            with _parquet(table) as file:
+                names = dict.fromkeys(file.schema_arrow.names)
+        else:
+            with _text(table) as file:
+                if table.suffix.lower() == ".jsonl":
+                    names = {str(key): None for _, row, fault in _objects(file, table) if not fault for key in row}
+                else:
+                    header = next(_records(file, table, _separator(table, form)), None)
+                    names = dict.fromkeys([] if header is None else header.fields)
+    return Reading.of(names, fields, labels, image=form.img_key, caption=form.caption_key)
+
+
+def read_table(table: Path, form: TableFormat, reading: Reading) -> Iterator[Row]:
     """Yield each row with its line.
 
     Raises:
@@ -85,16 +105,27 @@ def read_table(table: Path, form: TableFormat) -> Iterator[Row]:
     if form.separator is not None and suffix not in _DELIMITED:
         raise ValueError(f"csv_separator: expected none for {table.name}, got {form.separator!r}")
     if suffix == ".parquet":
-        yield from _parquet_rows(table, form)
+        yield from _parquet_rows(table, reading)
         return
+    with _text(table) as file:
+        if suffix == ".jsonl":
+            for place, row, fault in _objects(file, table):
+                yield Row(place, {}, fault) if fault else Row(place, *reading.parse(row))
+        else:
+            yield from _delimited_rows(file, table, reading, _separator(table, form))
+
+
+@contextmanager
+def _text(table: Path) -> Iterator[TextIO]:
     with table.open(encoding=_encoding(table), errors="surrogateescape", newline="") as file:
         try:
-            if suffix == ".jsonl":
-                yield from _json_rows(file, table, form)
-            else:
-                yield from _delimited_rows(file, table, form, form.separator or _DELIMITED[suffix])
+            yield file
         except UnicodeDecodeError as error:  # in UTF-16 a fault cannot be confined to a row
             raise ValueError(f"{table}: expected UTF-16 as its byte order mark says, got {error.reason}") from error
+
+
+def _separator(table: Path, form: TableFormat) -> str:
+    return form.separator or _DELIMITED[table.suffix.lower()]
 
 
 def _encoding(table: Path) -> str:
@@ -103,7 +134,8 @@ def _encoding(table: Path) -> str:
         return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
-def _json_rows(file: TextIO, table: Path, form: TableFormat) -> Iterator[Row]:
+def _objects(file: TextIO, table: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(place, a line's object, why it has none) of a .jsonl."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -112,18 +144,27 @@ def _json_rows(file: TextIO, table: Path, form: TableFormat) -> Iterator[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             shown = printable(line.strip()[:80])
-            yield Row(place, "", [], f"expected one JSON object, got {shown!r} ({error})")
+            yield place, {}, f"expected one JSON object, got {shown!r} ({error})"
             continue
         if isinstance(row, dict):
-            yield _row(place, row, form)
+            yield place, row, ""
         else:
-            yield Row(place, "", [], f"expected one JSON object, got {type(row).__name__}")
+            yield place, {}, f"expected one JSON object, got {type(row).__name__}"
 
 
-def _delimited_rows(file: TextIO, table: Path, form: TableFormat, separator: str) -> Iterator[Row]:
+class _Record(NamedTuple):
+    """The fields of a row, which begins at a line, or why it has none."""
+
+    line: int
+    fields: list[str]
+    lines: int = 1
+    fault: str = ""
+
+
+def _records(file: TextIO, table: Path, separator: str) -> Iterator[_Record]:
+    """The header of a .csv or .tsv, and its rows; blank ones are left out."""
     reader = csv.reader(file, delimiter=separator, strict=True)
-    header: list[str] | None = None
-    columns: tuple[int, int] | None = None
+    begun = False
     while True:
         first = reader.line_num + 1
         try:
@@ -131,49 +172,62 @@ def _delimited_rows(file: TextIO, table: Path, form: TableFormat, separator: str
         except StopIteration:
             return
         except csv.Error as error:
-            if "field limit" in str(error) and reader.line_num == first and header is not None:
-                yield Row(
-                    f"{table.name}: line {first}", "", [], f"a field of more than {csv.field_size_limit()} characters"
-                )
+            if "field limit" in str(error) and reader.line_num == first and begun:
+                yield _Record(first, [], fault=f"a field of more than {csv.field_size_limit()} characters")
                 continue
             hint = " (a quote that is not closed, or not doubled within quotes?)"
             raise ValueError(f"{table}: line {first}: {error}{hint}") from error
-        if not any(field.strip() for field in fields) and len(fields) < 2:
-            continue
+        if any(field.strip() for field in fields) or len(fields) > 1:
+            begun = True
+            yield _Record(first, fields, reader.line_num - first + 1)
+
+
+def _delimited_rows(file: TextIO, table: Path, reading: Reading, separator: str) -> Iterator[Row]:
+    records = _records(file, table, separator)
+    header: list[str] | None = None
+    columns: dict[str, int] | None = None
+    for line, fields, lines, fault in records:
         if header is None:
             header = fields
             continue
+        if fault:
+            yield Row(f"{table.name}: line {line}", {}, fault)
+            continue
         if columns is None:
-            columns = _check_columns(f"{table}: line {first}", header, form)
-        if not max(columns) < len(fields) <= len(header):
+            columns = _check_columns(f"{table}: line {line}", header, reading)
+        if not max(columns.values()) < len(fields) <= len(header):
             expected = f"expected {len(header)} fields, got {len(fields)}"
             hint = f"a {separator!r} within a field needs quotes around the field"
-            raise ValueError(f"{table}: line {first}: {expected} ({hint})")
-        if reader.line_num > first:
-            _check_line_breaks(f"{table}: line {first}", fields, columns[0], separator)
-        yield _row(f"{table.name}: line {first}", dict(zip(header, fields, strict=False)), form)
+            raise ValueError(f"{table}: line {line}: {expected} ({hint})")
+        if lines > 1:
+            media = [column for field, column in columns.items() if reading.kind(field) in MEDIA]
+            _check_line_breaks(f"{table}: line {line}", fields, media, separator)
+        yield Row(f"{table.name}: line {line}", *reading.parse(dict(zip(header, fields, strict=False))))
 
 
-def _check_columns(place: str, columns: list[str], form: TableFormat) -> tuple[int, int]:
-    """The indices of the two columns. Reject a table without them, or with a duplicate."""
-    counts = [columns.count(key) for key in (form.img_key, form.caption_key)]
-    if counts != [1, 1]:
-        twice = " once each" if max(counts) > 1 else ""
-        expected = f"expected the columns {form.img_key!r} and {form.caption_key!r}{twice}"
-        options = "csv_separator, csv_img_key, csv_caption_key"
-        raise ValueError(f"{place}: {expected}, got {[printable(name) for name in columns]} (see {options})")
-    return columns.index(form.img_key), columns.index(form.caption_key)
+def _check_columns(place: str, names: list[str], reading: Reading) -> dict[str, int]:
+    """Field -> the index of its column. Reject a table without one, or with a duplicate."""
+    found = {field: reading.column(field, names) for field in reading.columns}
+    counts = [0 if column is None else names.count(column) for column in found.values()]
+    if any(count != 1 for count in counts):
+        once = ("" if len(counts) == 1 else " once each") if max(counts) > 1 else ""
+        options = " (see csv_separator, csv_img_key, csv_caption_key)" if set(found) & set(PAIR) else ""
+        expected = f"expected the {reading.noun} {reading.shown}{once}"
+        raise ValueError(f"{place}: {expected}, got {[printable(name) for name in names]}{options}")
+    return {field: names.index(column) for field, column in found.items() if column is not None}
 
 
-def _check_line_breaks(place: str, fields: list[str], column: int, separator: str) -> None:
+def _check_line_breaks(place: str, fields: list[str], media: list[int], separator: str) -> None:
     """Reject a multi-line field that contains another row: an unclosed quote has swallowed it."""
     for line in (line for field in fields for line in field.splitlines()[1:]):
         parts = line.split(separator)
-        if len(parts) > column and parts[column].strip(' "').lower().endswith(IMAGE_SUFFIXES):
+        paths = (parts[column] for column in media if column < len(parts))
+        if any(path.strip(' "').lower().endswith((*IMAGE_SUFFIXES, *AUDIO_SUFFIXES)) for path in paths):
             raise ValueError(f"{place}: a quote is not closed and swallows the row {printable(line[:80])!r}")
 
 
-def _parquet_rows(table: Path, form: TableFormat) -> Iterator[Row]:
+@contextmanager
+def _parquet(table: Path) -> Iterator[Any]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -181,45 +235,23 @@ def _parquet_rows(table: Path, form: TableFormat) -> Iterator[Row]:
         raise ValueError(f"{table}: needs the package pyarrow: pip install 'mmkernels[parquet]'") from error
     try:
         with pq.ParquetFile(table) as file:
-            _check_columns(str(table), file.schema_arrow.names, form)
-            number = 0
-            for batch in file.iter_batches(columns=[form.img_key, form.caption_key]):
-                images, captions = (batch.column(name) for name in (form.img_key, form.caption_key))
-                for image, caption in zip(images, captions, strict=True):
-                    number += 1
-                    yield _parquet_row(f"{table.name}: row {number}", image, caption, form)
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{table}: expected a .parquet file, got something else ({error})") from error
 
 
-def _parquet_row(place: str, image: Any, caption: Any, form: TableFormat) -> Row:
-    try:
-        return _row(place, {form.img_key: image.as_py(), form.caption_key: caption.as_py()}, form)
-    except UnicodeDecodeError as error:
-        return Row(place, "", [], f"not UTF-8: {error.reason}")
-
-
-def _row(place: str, row: Mapping[str, Any], form: TableFormat) -> Row:
-    if form.img_key not in row or form.caption_key not in row:
-        keys = [printable(str(key)) for key in row]
-        fault = f"expected the columns {form.img_key!r} and {form.caption_key!r}, got {keys}"
-        return Row(place, "", [], fault)
-    image = row[form.img_key]
-    if not isinstance(image, str) or not image.strip():
-        return Row(place, "", [], f"{form.img_key}: expected a path, got {repr(image)[:80]}")
-    image = image.strip()
-    if unicode_fault(image) and not _is_bytes(image):
-        return Row(place, "", [], f"{form.img_key}: {unicode_fault(image)}")
-    if len(image) > LONGEST:
-        return Row(place, "", [], f"{form.img_key}: a path of {len(image)} characters")
-    captions, fault = parse_captions(row[form.caption_key])
-    return Row(place, image, captions, f"{form.caption_key}: {fault}" if fault else "")
-
-
-def _is_bytes(name: str) -> bool:
-    """Whether a name that is not Unicode can still be a file's: all its lone surrogates stand for bytes."""
-    try:
-        name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _parquet_rows(table: Path, reading: Reading) -> Iterator[Row]:
+    with _parquet(table) as file:
+        columns = _check_columns(str(table), file.schema_arrow.names, reading)
+        names = [file.schema_arrow.names[column] for column in columns.values()]
+        number = 0
+        for batch in file.iter_batches(columns=names):
+            for values in zip(*(batch.column(name) for name in names), strict=True):
+                number += 1
+                place = f"{table.name}: row {number}"
+                try:
+                    row = {name: value.as_py() for name, value in zip(names, values, strict=True)}
+                except UnicodeDecodeError as error:
+                    yield Row(place, {}, f"not UTF-8: {error.reason}")
+                else:
+                    yield Row(place, *reading.parse(row))

@@ -3,6 +3,9 @@
 The shards are indexed once by their headers, and samples are read by offset, so access is random as in a folder. The
 text is all of `key.txt`, or `caption` (else `text`) of `key.json`, which may be a list.
 
+Asked for other fields than image and text, a sample may have `key.wav` (or .flac, ...) for audio, `key.gif` or
+`key.webp` for video, and further keys of `key.json` (`cells.py` lists them); it may lack some, but not all.
+
 As in WebDataset, a key ends at the first dot of the file name: `a/b.seg.png` is the `.seg.png` of the sample `a/b`. If
 that leaves a key without an image or without a text, its files are split at their last dot instead: `IMG
 2020.01.02.jpg` goes with `IMG 2020.01.02.txt`, while `x.input.jpg` and `x.outputs.txt` stay separate and are broken.
@@ -13,16 +16,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog, DecodedDataset
+from mmkernels.pretrain.data.audio import AUDIO_SUFFIXES
+from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog
 from mmkernels.pretrain.data.captions import caption_fault, parse_captions
-from mmkernels.pretrain.data.decode import IMAGE_SUFFIXES, decode_image
+from mmkernels.pretrain.data.cells import PAIR, Cell, Reading
+from mmkernels.pretrain.data.columns import ColumnSource, by_row, without_values
+from mmkernels.pretrain.data.decode import IMAGE_SUFFIXES
 from mmkernels.pretrain.data.shards import Span, index_shard
 from mmkernels.pretrain.data.unicode import printable
 
@@ -31,14 +36,19 @@ _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 # Files that operating systems and WebDataset add to the data.
 _METADATA = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$|__[^/]*__($|/)", re.DOTALL)
 
+_ANIMATED = (".gif", ".webp")
+
+_Named = Iterator[tuple[str, dict[str, Cell]]]  # the cells of each sample, by field
 _Files = dict[str, Span]  # of one sample, by suffix
 
 
-class WebDataset(DecodedDataset):
-    """Images with captions from tar shards.
+class WebDataset(ColumnSource):
+    """The samples of tar shards.
 
     Args:
         path: a shard, a folder of `*.tar`, or a glob pattern.
+        fields: those to read; None: image and text.
+        labels: further keys of the .json files, whose values are classes.
         resolution: side in pixels at which images are kept.
         max_broken: fraction of samples that may be unreadable, or lack their image or text. A shard that is not a tar
             counts as one sample, and so does a file without a key.
@@ -50,9 +60,17 @@ class WebDataset(DecodedDataset):
     """
 
     def __init__(
-        self, path: str | Path, *, resolution: int = 48, max_broken: float = 0.05, cache_bytes: int = 1 << 30
+        self,
+        path: str | Path,
+        *,
+        fields: Sequence[str] | None = None,
+        labels: Sequence[str] = (),
+        resolution: int = 48,
+        max_broken: float = 0.05,
+        cache_bytes: int = 1 << 30,
     ) -> None:
-        index = _Index()
+        reading = Reading.of(("image", "caption"), fields, labels)
+        index = _Index(reading)
         shards = find_shards(path)
         same_name = len({shard.name for shard in shards}) < len(shards)
         for shard in shards:
@@ -63,30 +81,70 @@ class WebDataset(DecodedDataset):
         for label, files in index.left_out.items():
             broken.leave_out(label, files)
         if not index.samples:
-            why = BrokenLog.listing(index.lost)
-            raise ValueError(f"{path}: expected images with .txt or .json captions in the shards, got none{why}")
+            what = "images with .txt or .json captions" if reading.pairs else f"samples with {reading.shown}"
+            raise ValueError(f"{path}: expected {what} in the shards, got none{BrokenLog.listing(index.lost)}")
         for name, reason in index.lost.items():
             broken.add(name, reason)
-
-        self._images: list[Span | None] = []
-        captions: list[tuple[str, ...]] = []
         faults: dict[int, str] = {}
-        for number, (name, members) in enumerate(index.samples.items()):
-            image = _image(members)
-            texts, fault = _captions(members)
-            fault = fault or ("no image" if image is None else image.fault)
-            if fault:
-                faults[number] = fault
-            captions.append(tuple(texts) or (name,))  # a sample without text is broken; the name only makes it unique
-            self._images.append(image)
-        super().__init__(
-            list(index.samples), captions, faults=faults, broken=broken, resolution=resolution, cache_bytes=cache_bytes
-        )
+        rows = _pairs(index.samples, faults) if reading.pairs else _rows(index.samples, reading, faults)
+        names, cells = by_row(rows, reading)
+        options = {"resolution": resolution, "cache_bytes": cache_bytes}
+        super().__init__(names, cells, reading, faults=faults, broken=broken, **options)
+        if empty := without_values(cells, reading):
+            raise ValueError(f"{path}: expected samples with every field that is read, got none with {empty}")
 
-    def _decode(self, index: int) -> np.ndarray:
-        span = self._images[index]
-        assert span is not None, "a sample without an image is broken"
-        return decode_image(span.read(), self.resolution)
+    def _file(self, cell: Cell) -> bytes:
+        span: Span = cell
+        return span.read()
+
+
+def _pairs(samples: dict[str, _Files], faults: dict[int, str]) -> _Named:
+    """Images and texts by name; a sample that lacks one is broken."""
+    for number, (name, members) in enumerate(samples.items()):
+        image = _image(members)
+        texts, fault = _captions(members)
+        if fault := fault or ("no image" if image is None else image.fault):
+            faults[number] = fault
+        # A sample without text is broken; the name only makes it unique.
+        yield name, dict(zip(PAIR, (image, tuple(texts) or (name,)), strict=True))
+
+
+def _rows(samples: dict[str, _Files], reading: Reading, faults: dict[int, str]) -> _Named:
+    """The cells of each sample, by name."""
+    for number, (name, members) in enumerate(samples.items()):
+        try:
+            row = _columns(members, reading)
+            cells, fault = reading.parse(row, lambda span: (span, "none" if span is None else span.fault))
+        except BrokenImageError as error:
+            cells, fault = {}, str(error)
+        except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+            cells, fault = {}, f"unreadable text: {error}"
+        if fault:
+            faults[number] = fault
+        yield name, cells
+
+
+def _columns(members: _Files, reading: Reading) -> dict[str, Any]:
+    """A sample as a row of a table, in which media are spans."""
+    found: dict[str, Any] = {}
+    if ".json" in members:
+        table = json.loads(members[".json"].read().decode("utf-8-sig"))
+        if not isinstance(table, dict):
+            raise BrokenImageError(f"expected one JSON object in the .json, got {type(table).__name__}")
+        found |= table
+    if ".txt" in members:
+        found["caption"] = members[".txt"].read().decode("utf-8-sig")
+    media = {field: _first(members, suffixes) for field, suffixes in _media(reading).items()}
+    return found | {field: span for field, span in media.items() if span is not None or field in found}
+
+
+def _media(reading: Reading) -> dict[str, tuple[str, ...]]:
+    """Medium -> the suffixes of its files."""
+    animated = _ANIMATED if "video" in reading.columns else ()
+    images = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in animated)
+    found = {"image": images, "video": animated, "audio": AUDIO_SUFFIXES}
+    regions = any(reading.kind(field) == "regions" for field in reading.columns)
+    return {field: each for field, each in found.items() if field in reading.columns or (field == "image" and regions)}
 
 
 def find_shards(path: str | Path) -> list[Path]:
@@ -102,6 +160,7 @@ def find_shards(path: str | Path) -> list[Path]:
 class _Index:
     """Every file of the shards, in a sample or listed as unused. Names are printable."""
 
+    reading: Reading
     samples: dict[str, _Files] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)  # broken would-be samples, with the reason
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # files that belong to no sample, by shard
@@ -129,13 +188,20 @@ class _Index:
                     turn = turns[key] = turn + 1
                 groups.setdefault((key, turn), {})[suffix] = span
         for (key, turn), members in groups.items():
-            for stem, part in _samples(key, members).items():
-                if _image(part) or _text(part):
+            whole = not self.reading.pairs or (_image(members) and _text(members))
+            for stem, part in ({key: members} if whole else _by_name(key, members)).items():
+                if self._used(part):
                     again = f" (no. {turn} of this name)" if turn > 1 else ""
                     self.samples[_fresh(self.samples, f"{label}/{stem}{again}")] = part
                 else:
                     for suffix in part:
-                        self._leave_out(label, stem + suffix, "neither an image nor a text")
+                        what = "neither an image nor a text" if self.reading.pairs else "of no field that is read"
+                        self._leave_out(label, stem + suffix, what)
+
+    def _used(self, members: _Files) -> bool:
+        if _text(members) or self.reading.pairs:
+            return bool(_text(members) or _image(members))
+        return any(_first(members, suffixes) for suffixes in _media(self.reading).values())
 
     def _leave_out(self, label: str, name: str, reason: str) -> None:
         files = self.left_out.setdefault(label, {})
@@ -156,10 +222,8 @@ def _suffix(extension: str) -> str:
     return f".{parts}{dot}{last.lower()}"
 
 
-def _samples(key: str, members: _Files) -> dict[str, _Files]:
-    """The samples of a key, by stem: normally one, else one per name up to its last dot."""
-    if _image(members) and _text(members):
-        return {key: members}
+def _by_name(key: str, members: _Files) -> dict[str, _Files]:
+    """The samples of a key that lacks an image or a text: one per name up to its last dot."""
     parts: dict[str, _Files] = {}
     for suffix, span in members.items():
         stem, dot, last = suffix.rpartition(".")
@@ -167,8 +231,12 @@ def _samples(key: str, members: _Files) -> dict[str, _Files]:
     return parts
 
 
+def _first(members: _Files, suffixes: Sequence[str]) -> Span | None:
+    return next((members[suffix] for suffix in suffixes if suffix in members), None)
+
+
 def _image(members: _Files) -> Span | None:
-    return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    return _first(members, IMAGE_SUFFIXES)
 
 
 def _text(members: _Files) -> Span | None:

@@ -1,0 +1,176 @@
+"""Your own data, column by column: texts and labels in memory, media decoded when they are needed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmkernels.pretrain.data.audio import decode_audio, require_soundfile
+from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog, Sample, Source, Text
+from mmkernels.pretrain.data.cells import MEDIA, Cell, Reading
+from mmkernels.pretrain.data.decode import decode_image, decode_regions, decode_video, regions_without_crops
+
+__all__ = ["ColumnSource", "by_row", "caption_key", "concepts_of", "without_values"]
+
+_SHOWN = 5  # classes that a message names
+
+
+class ColumnSource(Source):
+    """Samples with a cell in some of the columns. Decoded images and videos are cached up to `cache_bytes`.
+
+    Args:
+        names: of the samples.
+        cells: field -> a cell per sample, None where it lacks the field; `Reading.parse` says what a cell is.
+        reading: which columns were read, and as what.
+        faults: why a sample cannot be read, by index, where known without decoding. They are recorded at once, so that
+            even a run that never draws them reports them.
+        broken: the record, including other known losses.
+        resolution, cache_bytes: as in the data sets.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        cells: Mapping[str, Sequence[Any]],
+        reading: Reading,
+        *,
+        faults: Mapping[int, str],
+        broken: BrokenLog,
+        resolution: int,
+        cache_bytes: int,
+    ) -> None:
+        if resolution < 1:
+            raise ValueError(f"resolution: expected at least 1 pixel, got {resolution}")
+        if "audio" in cells:
+            require_soundfile()
+        self.fields, self.resolution, self.broken, self.reading = tuple(cells), resolution, broken, reading
+        self.cells, self._names, self._faults = cells, names, faults
+        self.keys = [self._key(index) for index in range(len(names))]
+        self.concepts = concepts_of(self.keys)
+        self._cache: dict[tuple[str, Any], np.ndarray] = {}
+        self._cache_left = cache_bytes
+        for index, reason in faults.items():
+            broken.add(names[index], reason)
+        self._numbers: dict[str, dict[str, int]] = {}
+        self.learn_classes(range(len(names)))
+
+    @abstractmethod
+    def _file(self, cell: Any) -> Path | bytes:
+        """The file of a media cell, or its bytes. Raises `BrokenImageError`."""
+
+    def learn_classes(self, rows: Collection[int]) -> None:
+        """Number the classes that occur in some samples, sorted. A sample of another class then has no label."""
+        found = {field: sorted({c for c in map(self.cells[field].__getitem__, rows) if c}) for field in self._labels}
+        for field in (field for field in self.cells if self.reading.kind(field) == "regions"):
+            kept = (self.cells[field][row] or (None, ()) for row in rows)
+            found["tag"] = sorted({*found.get("tag", ()), *(tag for _, cell in kept for _, tag in cell if tag)})
+        self.take_classes({field: tuple(names) for field, names in found.items()})
+
+    def take_classes(self, classes: Mapping[str, tuple[str, ...]]) -> None:
+        """Number the classes as another data set does."""
+        self.classes = classes
+        self._numbers = {field: {name: i for i, name in enumerate(names)} for field, names in classes.items()}
+
+    def unknown_classes(self, rows: Collection[int]) -> list[str]:
+        """What some samples lack because their class has no number: a phrase per label."""
+        phrases = []
+        for field in self._labels:
+            numbers, cells = self._numbers[field], self.cells[field]
+            strange = [cells[row] for row in rows if cells[row] and cells[row] not in numbers]
+            if strange:
+                classes = sorted(set(strange))
+                more = f" and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
+                phrases.append(f"{len(strange)} samples have no {field}: {', '.join(classes[:_SHOWN])}{more}")
+        return phrases
+
+    @property
+    def _labels(self) -> list[str]:
+        return [field for field in self.cells if field in self.reading.labels]
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self._faults:
+            raise BrokenImageError(self._faults[index])
+        values = {field: self._value(field, cells[index]) for field, cells in self.cells.items()}
+        present = {field: value for field, value in values.items() if value is not None}
+        return Sample(present, int(self.concepts[index]), self._names[index])
+
+    def _value(self, field: str, cell: Any) -> Any:
+        if cell is None:
+            return None
+        kind = self.reading.kind(field)
+        if kind == "label":
+            return self._numbers[field].get(cell)
+        if kind == "text":
+            return Text(cell)
+        if kind == "vector":
+            return cell
+        if kind == "audio":
+            return decode_audio(self._file(cell))
+        if kind == "regions":
+            image, regions = cell
+            return decode_regions(self._file(image), regions, self._numbers["tag"])
+        found = self._cache.get((field, cell))
+        if found is None:
+            found = (decode_image if kind == "image" else decode_video)(self._file(cell), self.resolution)
+            if found.nbytes <= self._cache_left:
+                self._cache[field, cell] = found
+                self._cache_left -= found.nbytes
+        return found
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def peek(self, index: int) -> Mapping[str, Any]:
+        cells = {field: cells[index] for field, cells in self.cells.items() if cells[index] is not None}
+        return {field: self._known(field, cell) for field, cell in cells.items()}
+
+    def _known(self, field: str, cell: Any) -> Any:
+        """A value without decoding: `...` for a medium, boxes and tags without crops."""
+        if field in MEDIA:
+            return ...
+        if self.reading.kind(field) == "regions":
+            return regions_without_crops(cell[1], self._numbers["tag"])
+        return self._value(field, cell)
+
+    def _key(self, index: int) -> str:
+        """What makes samples the same concept: the first caption, else the first medium, else the first text."""
+        texts = [field for field in self.cells if self.reading.kind(field) == "text"]
+        for field in ["text", *(field for field in self.cells if field in MEDIA), *texts]:
+            cell = self.cells[field][index] if field in self.cells else None
+            if cell and field not in MEDIA:
+                return caption_key(cell) if field == "text" else f"{field} {cell[0]}"
+            if isinstance(cell, str):  # a file's name; others have no place of their own
+                return f"{field} {cell}"
+        return self._names[index]
+
+
+def caption_key(captions: Sequence[str]) -> str:
+    """The key of a sample's concept: its first caption, ignoring case and spacing."""
+    return " ".join(captions[0].casefold().split()) if captions else ""
+
+
+def concepts_of(keys: Sequence[str]) -> np.ndarray:
+    """Concept ids int64 [n]: samples with the same key share one."""
+    ids: dict[str, int] = {}
+    return np.array([ids.setdefault(key, len(ids)) for key in keys], np.int64)
+
+
+def by_row(rows: Iterable[tuple[str, Mapping[str, Cell]]], reading: Reading) -> tuple[list[str], dict[str, list[Cell]]]:
+    """(names, cells by field) of (name, cells by field) of each row."""
+    names: list[str] = []
+    cells: dict[str, list[Cell]] = {field: [] for field in reading.columns}
+    for name, row in rows:
+        names.append(name)
+        for field, column in cells.items():
+            column.append(row.get(field))
+    return names, cells
+
+
+def without_values(cells: Mapping[str, Sequence[Cell]], reading: Reading) -> str:
+    """The columns in which no sample has a value, for a message."""
+    empty = [field for field, column in cells.items() if all(cell is None for cell in column)]
+    return ", ".join(" or ".join(map(repr, reading.columns[field])) for field in empty)
