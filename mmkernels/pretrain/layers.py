@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mmkernels import AttentionMask
 from mmkernels.nn import FusedSelfAttention, Rotary
 from mmkernels.pretrain.recipe import Facts
 
-__all__ = ["Block", "Blocks", "FeedForward", "start_as_identity"]
+__all__ = ["Block", "Blocks", "FeedForward", "convolutions", "start_as_identity"]
 
 
 def start_as_identity(*layers: nn.Linear) -> None:
@@ -93,3 +94,18 @@ class Blocks(nn.ModuleList):
             else:
                 x = block(x, mask, table)
         return x
+
+
+def convolutions(width: int) -> nn.Sequential:
+    """[B, 3, 8 h, 8 w] -> [B, C, h, w]"""
+    return nn.Sequential(
+        *_halving(3, width // 4),
+        *_halving(width // 4, width // 2),
+        nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+    )
+
+
+def _halving(channels_in: int, channels: int) -> tuple[nn.Module, ...]:
+    """Half the side, `channels` channels."""
+    convolution = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
+    return convolution, nn.GroupNorm(math.gcd(8, channels), channels), nn.GELU(approximate="tanh")

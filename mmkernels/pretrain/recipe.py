@@ -1,7 +1,4 @@
-"""A recipe: which inputs, which encoders, how they meet, which objectives, on which schedule. Frozen data, no torch.
-
-Its parts are frozen dataclasses too, each with a `build(facts)` that returns an `nn.Module`.
-"""
+"""A recipe: which inputs, which encoders, how they meet, which objectives, on which schedule. Frozen data, no torch."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from mmkernels import AttentionMask, Media, Modality, PackedBatch, patchify, unp
 from mmkernels.pretrain.batch import Piece
 from mmkernels.pretrain.encoders.base import EncoderModule
 from mmkernels.pretrain.encoders.visible import visible_of
-from mmkernels.pretrain.layers import Blocks
+from mmkernels.pretrain.layers import Blocks, convolutions
 from mmkernels.pretrain.pixels import plain_images
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.tokenizer import TextTokenizer
@@ -128,18 +127,3 @@ def item_numbers(batch: PackedBatch) -> Tensor:
     of_sample = batch.span_ids[firsts] if batch.num_tokens else batch.span_ids[:0]
     lengths = batch.cu_seqlens.diff().long()
     return batch.span_ids - of_sample.repeat_interleave(lengths, output_size=batch.num_tokens)
-
-
-def convolutions(width: int) -> nn.Sequential:
-    """[B, 3, 8 h, 8 w] -> [B, C, h, w]"""
-    return nn.Sequential(
-        *_halving(3, width // 4),
-        *_halving(width // 4, width // 2),
-        nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
-    )
-
-
-def _halving(channels_in: int, channels: int) -> tuple[nn.Module, ...]:
-    """Half the side, `channels` channels."""
-    convolution = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
-    return convolution, nn.GroupNorm(math.gcd(8, channels), channels), nn.GELU(approximate="tanh")
