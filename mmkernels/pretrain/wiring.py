@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -102,7 +103,7 @@ def _typed(value: Any) -> tuple[type, Any]:
     fields = []
     for name, member in members(value) or ():
         if members(member) is None:
-            fields.append((name, hints[name], dataclasses.field(default=member)))
+            fields.append((name, _of_leaf(hints[name]), dataclasses.field(default=member)))
         elif leaves_of(member):
             kind, default = _typed(member)
             fields.append((name, kind, dataclasses.field(default=default)))
@@ -110,6 +111,13 @@ def _typed(value: Any) -> tuple[type, Any]:
     made = dataclasses.make_dataclass(type(value).__name__, fields, frozen=True, bases=bases)
     made.__doc__ = type(value).__doc__ if dataclasses.is_dataclass(value) else ""
     return made, made()
+
+
+def _of_leaf(hint: Any) -> Any:
+    """`float | Ramp` with a number in it is a float: tyro would make a command of the ramp."""
+    plain = [each for each in typing.get_args(hint) if not dataclasses.is_dataclass(each)]
+    is_union = isinstance(hint, types.UnionType) and len(plain) < len(typing.get_args(hint))
+    return typing.Union[tuple(plain)] if is_union else hint  # noqa: UP007
 
 
 class _Plain:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkernels.pretrain import Config, main
+from mmkernels.pretrain import Config, Ramp, main
 from mmkernels.pretrain.cli import parse
 from mmkernels.pretrain.config import RESUMABLE, from_dict, to_dict
 
@@ -21,6 +21,10 @@ def test_overrides() -> None:
     recipe = config.wiring()
     assert (recipe.model.width, recipe.streams["image"].views[0].scale) == (64, (0.5, 1.0))
     assert config.folder == Path("runs/siglip")
+    assert parse(["--objectives.contrast.weight", "0.5"]).wiring().objectives["contrast"].weight == 0.5
+    of_ramp = parse(["--recipe", "albef", "--objectives.contrast.distil.end", "0.3", "--fusion.layers", "3"])
+    assert of_ramp.wiring().objectives["contrast"].distil == Ramp(0.0, 0.3, 200)
+    assert of_ramp.wiring().fusion.layers == 3
     assert parse([]) == Config()
     assert parse(["--profile", "3", "2", "--no-tensorboard"]).profile == (3, 2)
 
@@ -53,7 +57,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
         (["--data", "folder:/nonexistent", "--run", "{tmp}/r"], "/nonexistent"),
         (["--batch", "100000", "--run", "{tmp}/r"], "100000"),
         (["--recipe", "nonsense"], "'nonsense'"),
-        (["--recipe", "clipp"], "did you mean clip or siglip?"),
+        (["--recipe", "clipp"], "did you mean clip or"),
         (["--recipe", "nowhere/mine.py"], "expected a Python file with a RECIPE in it"),
     ],
 )

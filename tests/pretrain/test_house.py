@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import layout
@@ -100,3 +102,10 @@ def test_no_recipe_is_named_outside_its_file() -> None:
             if isinstance(node, ast.Constant) and node.value in recipes:
                 places.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}")
     assert not places
+
+
+def test_the_page_of_the_recipes_is_current() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/write_recipes.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

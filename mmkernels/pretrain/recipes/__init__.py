@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import pkgutil
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -33,7 +34,11 @@ def load(name: str) -> Recipe:
         spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
         assert spec is not None and spec.loader is not None, "it ends with .py"
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module  # where dataclasses of its own look for the types of their fields
+        try:
+            spec.loader.exec_module(module)
+        except (ImportError, SyntaxError) as error:
+            raise ValueError(f"recipe: {name} cannot be loaded ({type(error).__name__}: {error})") from error
     elif name in names():
         module = import_module(f"{__name__}.{name}")
     else:

@@ -1,0 +1,53 @@
+"""Write docs/recipes.md from the recipes: what each does, its source, its data, its wiring.
+
+python scripts/write_recipes.py            # writes docs/recipes.md
+python scripts/write_recipes.py --check    # compares with the committed page
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmkernels.pretrain import recipes
+from mmkernels.pretrain.picture import picture
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
+
+HEAD = """# The recipes
+
+Each is one value in `mmkernels/pretrain/recipes/`. Run one with `mmkernels pretrain --recipe NAME`; `--help` then shows
+its settings, and [Pretraining](pretraining.md) tells how to write your own. This page is generated from them by
+`scripts/write_recipes.py`.
+
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    every = {name: recipes.load(name) for name in recipes.names()}
+    rows = ["| recipe | what it does | data | source |", "|---|---|---|---|"]
+    rows += [f"| [{name}](#{name}) | {r.summary} | {r.data} | {r.source} |" for name, r in every.items()]
+    parts = [HEAD + "\n".join(rows) + "\n"]
+    for name, recipe in every.items():
+        settings = ", ".join(f"{key} {value}" for key, value in recipe.settings.items())
+        more = f"\nSettings of its own: {settings}.\n" if settings else ""
+        parts.append(f"\n## {name}\n\n```\n{picture(name, recipe)}\n```\n{more}")
+    return "".join(parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the committed page")
+    if not parser.parse_args().check:
+        PAGE.write_text(page(), encoding="utf-8")
+        return 0
+    if PAGE.read_text(encoding="utf-8") == page():
+        return 0
+    print(f"{PAGE.name} is not what scripts/write_recipes.py writes", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
