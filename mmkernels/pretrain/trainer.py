@@ -19,6 +19,7 @@ from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts, Stage
 from mmkernels.pretrain.schedule import freeze, learning_rate, stage_at, weights_at
+from mmkernels.pretrain.setup import documents
 from mmkernels.pretrain.state import Twin, Twins
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
@@ -48,6 +49,10 @@ class Trainer:
         self._stage: Stage | None = None
         self.recipe = config.wiring()
         self.model = Model(self.recipe, facts_of(config, data, tokenizer)).to(device)
+        for name, stream in self.recipe.streams.items():  # what is made once, of the training texts
+            encoder: Any = self.model.encoder(name).encoder
+            if hasattr(encoder, "learn") and not stream.tied:
+                encoder.learn(documents(data.train, stream.field or name), tokenizer)
         decays = {name: s.teacher.decay for name, s in self.recipe.streams.items() if s.teacher and not s.tied}
         self.twins = Twins(self.model.streams, decays)  # type: ignore[arg-type]
         self.average = Twin(self.model, config.ema) if config.ema else None
