@@ -52,7 +52,7 @@ def retrieved(
     k: int = 5,
 ) -> list[tuple[str, list[Query]]]:
     """(way, queries) for both ways: spread evenly over the held-out set, hits and misses alike, each with k answers."""
-    space = embed(model, held_out, metric.a, metric.b)
+    space = embed(model, held_out, metric.a, metric.b, metric.through)
     if not len(space.targets):
         return []
     show_a = _shower(held_out.source, fields[0], space.items_a)

@@ -12,7 +12,7 @@ from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
-__all__ = ["expect_fields", "open_source", "read_by", "tokenizer_for"]
+__all__ = ["documents", "expect_fields", "open_source", "read_by", "tokenizer_for"]
 
 _TEXTS = 10_000  # samples that a tokenizer is trained on
 
@@ -95,3 +95,14 @@ def texts(source: Source, fields: list[str]) -> Iterator[str]:
                 yield value
             elif value is not None and hasattr(value, "parts"):  # a Document
                 yield from (part for part in value.parts if isinstance(part, str))
+
+
+def documents(source: Source, field: str) -> Iterator[str]:
+    """Each different text of a field once, with its keywords, of evenly spaced samples."""
+    n = min(len(source), _TEXTS)
+    found: dict[str, None] = {}
+    for index in np.linspace(0, len(source) - 1, n).astype(np.int64):
+        value = source.peek(int(index)).get(field)
+        if value is not None:
+            found[" ".join((*value.captions, *value.keywords)) if isinstance(value, Text) else str(value)] = None
+    yield from found

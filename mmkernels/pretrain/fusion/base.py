@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
-from mmkernels.pretrain.tokens import Tokens
+from mmkernels.pretrain.tokens import Layout, Tokens
 
 __all__ = ["Fusion", "Pairing"]
 
@@ -36,3 +37,10 @@ class Fusion(nn.Module):
 def paired(tokens: Tokens, stream: str, pairing: Pairing | None) -> Tokens:
     """The tokens of a stream, sample by sample of the pairing."""
     return tokens if pairing is None else tokens.take(pairing[stream])
+
+
+def one_each(x: Tensor, have: Tensor) -> Tokens:
+    """Tokens of the vectors that there are: x [S, K, C], bool [S, K] -> at most K tokens a sample."""
+    counts = have.sum(1)
+    ends = (0, *counts.cumsum(0).tolist())
+    return Tokens(x[have], Layout(torch.tensor(ends, dtype=torch.int32, device=x.device), ends))

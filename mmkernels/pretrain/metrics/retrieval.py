@@ -28,9 +28,11 @@ class Retrieval:
     """One stream."""
     b: str = "text"
     """The other stream."""
+    through: str = ""
+    """An objective that maps the embeddings into a space of its own (`shared`); empty: they are compared as they are."""
 
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
-        space = embed(model, held_out, self.a, self.b)
+        space = embed(model, held_out, self.a, self.b, self.through)
         if not len(space.targets):
             return []
         figures = []
@@ -68,16 +70,21 @@ class Embedded:
         return 1 - sum(missed[m] for m in each) / len(self.b)
 
 
-def embed(model: Any, held_out: HeldOut, a: str, b: str) -> Embedded:
-    """Embed the samples of a held-out set that have both streams."""
+def embed(model: Any, held_out: HeldOut, a: str, b: str, through: str = "") -> Embedded:
+    """Embed the samples of a held-out set that have both streams. Raises ValueError if `through` has no space."""
+    shared = None if not through else getattr(dict(model.objectives.items()).get(through), "shared", None)
+    if through and shared is None:
+        expected = "expected an objective with a space of its own (Correlation, Cycle)"
+        raise ValueError(f"metrics.retrieval.through: {expected}, got {through!r}")
     rows_a: list[Tensor] = []
     rows_b: list[Tensor] = []
     concepts: list[int] = []
     items: list[int] = []
     for batch in held_out.batches():
         have = (batch[a].cu_seqlens.diff() > 0) & (batch[b].cu_seqlens.diff() > 0)
-        rows_a.append(model.encoder(a).embeddings(batch[a])[have].float())
-        rows_b.append(model.encoder(b).embeddings(batch[b])[have].float())
+        for name, rows in ((a, rows_a), (b, rows_b)):
+            found = model.encoder(name).embeddings(batch[name])[have].float()
+            rows.append(found if shared is None else shared(name, found))
         concepts += batch.concepts[have].tolist()
         items += [item for item, kept in zip(batch.numbers, have.tolist(), strict=True) if kept]
     gallery: dict[int, int] = {}

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkernels import segment_pool
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.objectives.base import Classification, Head
 from mmkernels.pretrain.recipe import Facts, Ramp
 from mmkernels.pretrain.seen import Chunk
+from mmkernels.pretrain.tokens import Tokens
 
 __all__ = ["Answer"]
 
@@ -28,6 +30,10 @@ class Answer:
     """The stream whose tokens are pooled after fusion."""
     label: str = "answer"
     """The field of the data that has the class."""
+    pool: Literal["mean", "max", "first", "sum", "weighted"] = "mean"
+    """From tokens to one prediction; weighted: by learned weights, which sum to 1."""
+    level: Literal["features", "logits"] = "features"
+    """What is pooled: the tokens, or what each of them predicts (see `Late`)."""
     weight: float | Ramp = 1.0
     """Factor of the loss."""
 
@@ -40,12 +46,24 @@ class AnswerLoss(Classification):
         super().__init__()
         self.part, self.classes = part, len(facts.classes[part.label])
         self.head = Head(facts, self.classes)
+        self.score = nn.Linear(facts.shape.width, 1) if part.pool == "weighted" else None
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         labels = chunk.batch.labels[self.part.label]
         tokens = chunk.fused[self.part.read]
         rows = torch.nonzero((labels >= 0) & (tokens.cu_seqlens.diff() > 0)).flatten()
-        return self.head(segment_pool(tokens.x, tokens.cu_seqlens, mode="mean")[rows]), labels[rows]
+        if self.part.level == "logits":
+            return self._pooled(self.head(tokens.x), tokens)[rows], labels[rows]
+        return self.head(self._pooled(tokens.x, tokens)[rows]), labels[rows]
+
+    def _pooled(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """[T, K] -> [S, K]"""
+        if self.score is None:
+            return segment_pool(x, tokens.cu_seqlens, mode=self.part.pool)
+        weights = self.score(tokens.x).sigmoid().flatten()
+        total = segment_pool(weights[:, None], tokens.cu_seqlens, mode="sum")
+        weights = weights / total[tokens.layout.owners()].flatten()
+        return segment_pool(x, tokens.cu_seqlens, mode="weighted", weights=weights)
 
     def chance_loss(self, batch: Batch) -> float | None:
         return math.log(self.classes)

@@ -1,0 +1,91 @@
+"""Cycle: maps between the embedding spaces of two streams, there and back again.
+
+    loss = paired * (d(G a, b) + d(F b, a)) / 2 + (1 - paired) * (d(F G a, a) + d(G F b, b)) / 2    d = 1 - cosine
+
+The first part needs pairs; the second learns from every sample, also from those that lack the other stream. Nothing here
+keeps the embeddings apart: `Reconstruct` on both streams does.
+
+Source: Zhu et al. 2017 (CycleGAN, arXiv:1703.10593); of embeddings: Lample et al. 2018 (arXiv:1710.04087).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.objectives.base import BatchObjective
+from mmkernels.pretrain.recipe import Facts, Ramp
+from mmkernels.pretrain.seen import Seen
+
+__all__ = ["Cycle"]
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A map from the embeddings of a to those of b, one back, and their consistency."""
+
+    a: str = "image"
+    """One stream."""
+    b: str = "text"
+    """The other stream."""
+    paired: float = 0.5
+    """Share of the loss that compares a map's result with the sample's own partner; 0: no pairs are used."""
+    weight: float | Ramp = 1.0
+    """Factor of the loss."""
+
+    @property
+    def compares(self) -> tuple[str, ...]:
+        return self.a, self.b
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.paired <= 1:
+            raise ValueError(f"paired: expected a share between 0 and 1, got {self.paired}")
+
+    def build(self, facts: Facts) -> CycleLoss:
+        return CycleLoss(self, facts)
+
+
+class CycleLoss(BatchObjective):
+    def __init__(self, part: Cycle, facts: Facts) -> None:
+        super().__init__()
+        self.part = part
+        self.there, self.back = (Translator(facts.shape.embed_dim) for _ in range(2))
+
+    def over_batch(self, seen: Seen) -> Tensor:
+        a, b = seen.embedding(self.part.a), seen.embedding(self.part.b)
+        has_a, has_b = seen.present(self.part.a), seen.present(self.part.b)
+        there, back = self.there(a), self.back(b)
+        pairs = distance(there, b, has_a & has_b) + distance(back, a, has_a & has_b)
+        cycles = distance(self.back(there), a, has_a) + distance(self.there(back), b, has_b)
+        return self.part.paired * pairs / 2 + (1 - self.part.paired) * cycles / 2
+
+    def shared(self, stream: str, x: Tensor) -> Tensor:
+        """Embeddings [n, E] of a stream in the space of b."""
+        return self.there(x) if stream == self.part.a else x
+
+    def chance_loss(self, batch: Batch) -> float | None:
+        """Of random directions."""
+        return 1.0
+
+
+class Translator(nn.Module):
+    """From the unit vectors of one space to those of another."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, E] -> [n, E]"""
+        scaled = x * x.shape[-1] ** 0.5  # to a mean square of 1
+        return F.normalize(scaled + self.down(F.gelu(self.up(scaled), approximate="tanh")), dim=-1)
+
+
+def distance(x: Tensor, y: Tensor, have: Tensor) -> Tensor:
+    """The mean of 1 - cosine over some rows of unit vectors; 0 if there are none."""
+    each = torch.where(have, 1 - (x * y).sum(-1).float(), 0.0)
+    return each.sum() / have.sum().clamp(min=1)
