@@ -62,8 +62,9 @@ class MeanKeys {
       if (weight > 0) {
         state.dot[i] += rest;
         const C *key_sum = state.key_sum + i * n_.dim, square = square_of(key_sum);
-        const C pairs = weight * weight - state.weight_square[i];
-        const C noise = (state.square_sum[i] * weight - square) * state.weight_square[i];
+        // Of a single key, spread and pairs are 0 but for rounding: a negative noise would pass for less than no pairs.
+        const C pairs = weight * weight - state.weight_square[i], spread = state.square_sum[i] * weight - square;
+        const C noise = spread > 0 ? spread * state.weight_square[i] : C{0};
         if (noise < square * pairs) subtract(dq, rest * (1 - sink) / weight * (1 - noise / (square * pairs)), key_sum);
       } else if (weight == 0 && !args_.extras.tiles.given()) {
         C* mean = state.key_sum + i * n_.dim;
