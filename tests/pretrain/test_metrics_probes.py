@@ -21,9 +21,7 @@ CLASSES = {"kind": ("a", "b", "c")}
 
 
 def vectors() -> Recipe:
-    return recipe(
-        streams={"vector": Stream(Module(nn.Identity, out=4))}, objectives={"kind": Answer("vector", "kind")}
-    )
+    return recipe(streams={"vector": Stream(Module(nn.Identity, out=4))}, objectives={"kind": Answer("vector", "kind")})
 
 
 def made(n: int, seed: int, noise: float = 0.1, first: int = 0) -> Samples:

@@ -5,5 +5,6 @@ from mmkernels.pretrain.views.captions import Captions
 from mmkernels.pretrain.views.mask_patches import MaskPatches
 from mmkernels.pretrain.views.mask_words import MaskWords
 from mmkernels.pretrain.views.random_crop import RandomCrop
+from mmkernels.pretrain.views.warp_sound import WarpSound
 
-__all__ = ["Augment", "Captions", "MaskPatches", "MaskWords", "RandomCrop"]
+__all__ = ["Augment", "Captions", "MaskPatches", "MaskWords", "RandomCrop", "WarpSound"]
