@@ -38,7 +38,7 @@ def test_a_crop_is_a_box_of_the_image() -> None:
         x, y = ((crop[:2] + 1) / 2 * 255 / 4).double()
         assert torch.allclose(x, x[:1].expand_as(x), atol=0.1) and torch.allclose(y, y[:, :1].expand_as(y), atol=0.1)
         torch.testing.assert_close(x[0].diff(), torch.full((size - 1,), side / 2 / size).double(), atol=0.1, rtol=0)
-        assert -0.5 <= x.min() and x.max() <= side - 0.5
+        assert x.min() >= -0.5 and x.max() <= side - 0.5
 
 
 def test_mirror_turns_left_to_right() -> None:
@@ -76,7 +76,7 @@ def test_absent_images_and_several_sizes() -> None:
     view = RandomCrop().fitted(Patches(size=8), TOKENIZER)
     found = view([None, images(1)[0], images(1, 3, 20)[0]], draws(3), {})
     assert found[0] is None and [list(x.shape) for x in found[1:]] == [[3, 8, 8]] * 2
-    assert all(-1 <= float(x.min()) and float(x.max()) <= 1 for x in found[1:])
+    assert all(float(x.min()) >= -1 and float(x.max()) <= 1 for x in found[1:])
 
 
 @pytest.mark.parametrize(
