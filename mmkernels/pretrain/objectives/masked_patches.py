@@ -54,7 +54,7 @@ class MaskedPatchesLoss(TokenObjective):
         self.position = nn.Parameter(0.5 * torch.randn(encoder.places, width))
         self.blocks = Blocks(part.layers, facts)
         self.norm_out, self.project = nn.LayerNorm(width), nn.Linear(width, encoder.values)
-        nn.init.zeros_(self.project.weight)  # the first guess is the mean of normalised patches
+        nn.init.normal_(self.project.weight, std=0.02)  # the first guess is nearly the mean of normalised patches
         nn.init.zeros_(self.project.bias)
 
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:

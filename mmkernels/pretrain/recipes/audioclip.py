@@ -2,7 +2,7 @@ from mmkernels.pretrain.encoders import HashedWords, Patches, Spectrogram
 from mmkernels.pretrain.metrics import Retrieval
 from mmkernels.pretrain.objectives import Contrast
 from mmkernels.pretrain.recipe import Recipe, Stream
-from mmkernels.pretrain.views import Augment, Captions
+from mmkernels.pretrain.views import Augment, Captions, WarpSound
 
 RECIPE = Recipe(
     "Contrast images, names and speech with each other in one space",
@@ -11,7 +11,7 @@ RECIPE = Recipe(
     streams={
         "image": Stream(Patches(), views=(Augment(),)),
         "text": Stream(HashedWords(), views=(Captions(),)),
-        "audio": Stream(Spectrogram(layers=3)),
+        "audio": Stream(Spectrogram(layers=3), views=(WarpSound(),)),
     },
     objectives={
         "image_text": Contrast("image", "text"),

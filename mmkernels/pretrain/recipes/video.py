@@ -12,7 +12,7 @@ RECIPE = Recipe(
     streams={
         "video": Stream(Tubelets(layers=3)),
         "text": Stream(HashedWords(), views=(Captions(),)),
-        "question": Stream(Words()),
+        "question": Stream(Words(), project="none"),
     },
     fusion=Cross(into=("question",), context="video", layers=2),
     objectives={

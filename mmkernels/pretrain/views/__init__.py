@@ -8,5 +8,16 @@ from mmkernels.pretrain.views.mask_regions import MaskRegions
 from mmkernels.pretrain.views.mask_words import MaskWords
 from mmkernels.pretrain.views.random_crop import RandomCrop
 from mmkernels.pretrain.views.swap import Swap
+from mmkernels.pretrain.views.warp_sound import WarpSound
 
-__all__ = ["Augment", "Captions", "CorruptSpans", "MaskPatches", "MaskRegions", "MaskWords", "RandomCrop", "Swap"]
+__all__ = [
+    "Augment",
+    "Captions",
+    "CorruptSpans",
+    "MaskPatches",
+    "MaskRegions",
+    "MaskWords",
+    "RandomCrop",
+    "Swap",
+    "WarpSound",
+]
