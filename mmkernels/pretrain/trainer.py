@@ -18,12 +18,8 @@ from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts, Stage
-<<<<<<< HEAD
 from mmkernels.pretrain.schedule import check_stages, freeze, learning_rate, stage_at, weights_at
-=======
-from mmkernels.pretrain.schedule import freeze, learning_rate, stage_at, weights_at
 from mmkernels.pretrain.setup import documents
->>>>>>> align
 from mmkernels.pretrain.state import Twin, Twins
 from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.warm_start import WarmStart, warm_start
@@ -54,14 +50,11 @@ class Trainer:
         self._stage: Stage | None = None
         self.recipe = config.wiring()
         self.model = Model(self.recipe, facts_of(config, data, tokenizer)).to(device)
-<<<<<<< HEAD
         check_stages(self.recipe, self.model)
-=======
         for name, stream in self.recipe.streams.items():  # what is made once, of the training texts
             encoder: Any = self.model.encoder(name).encoder
             if hasattr(encoder, "learn") and not stream.tied:
                 encoder.learn(documents(data.train, stream.field or name), tokenizer)
->>>>>>> align
         decays = {name: s.teacher.decay for name, s in self.recipe.streams.items() if s.teacher and not s.tied}
         self.twins = Twins(self.model.streams, decays)  # type: ignore[arg-type]
         self.average = Twin(self.model, config.ema) if config.ema else None

@@ -84,11 +84,7 @@ def test_a_callable_is_stored_by_name() -> None:
 
 @pytest.mark.parametrize("factory", ["", "torch", "no_such_package:thing", "torch.nn:NoSuchLayer", "math:pi", dict])
 def test_a_wrong_factory_is_named(factory: object) -> None:
-<<<<<<< HEAD
-    with pytest.raises(ValueError, match=r"factory: expected a callable that returns an nn.Module"):
-=======
     with pytest.raises(ValueError, match=r"factory: expected a callable that returns an nn\.Module"):
->>>>>>> selfsup
         built(voices(Module(factory)), vectors())  # type: ignore[arg-type]
 
 
