@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pretrain.packed import WIDTH, facts, plain_block, sample, shaken, tokens
 from torch import Tensor
 
@@ -52,7 +53,8 @@ def oracle(fusion: Any, found: dict[str, Tokens], picked: dict[str, int]) -> Ten
     positions = torch.cat([torch.arange(len(x)) for x in xs.values()])
     x = torch.cat(list(xs.values())) + fusion.kinds.weight[kinds]
     if part.everywhere and len(xs[part.everywhere]):
-        mean = xs[part.everywhere].mean(0) @ fusion.everywhere.weight.T
+        project, norm = fusion.everywhere
+        mean = F.layer_norm(xs[part.everywhere].mean(0) @ project.weight.T, (WIDTH,)) * norm.weight
         x = x + mean * (kinds != part.streams.index(part.everywhere))[:, None]
     for block in fusion.blocks:
         x = plain_block(block, x, visible(part.mask, kinds), positions)

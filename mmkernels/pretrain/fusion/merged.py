@@ -64,7 +64,11 @@ class MergedFusion(Fusion):
         self.part, width = part, facts.shape.width
         self.kinds = nn.Embedding(len(part.streams), width)
         nn.init.normal_(self.kinds.weight, std=0.02)
-        self.everywhere = nn.Linear(width, width, bias=False) if part.everywhere else None
+        self.everywhere: nn.Sequential | None = None
+        if part.everywhere:  # without biases: a sample without the stream gets nothing
+            norm = nn.LayerNorm(width, bias=False)
+            nn.init.zeros_(norm.weight)  # at full size it would drown the words, whose embeddings begin small
+            self.everywhere = nn.Sequential(nn.Linear(width, width, bias=False), norm)
         self.blocks = Blocks(part.layers, facts, rotary=True)
 
     def forward(self, tokens: Mapping[str, Tokens], pairing: Pairing | None = None) -> dict[str, Tokens]:

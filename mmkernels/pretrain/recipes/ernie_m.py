@@ -11,12 +11,12 @@ RECIPE = Recipe(
     data="languages",
     streams={
         # Without layers of their own: these would see the same language.
-        "text": Stream(Words(layers=0), views=(MaskWords(when=("english",)),)),
-        "text_b": Stream(Words(layers=0), views=(MaskWords(when=("other",)),), tied="text"),
+        "text": Stream(Words(layers=0), views=(MaskWords(0.3, when=("english",)),)),
+        "text_b": Stream(Words(layers=0), views=(MaskWords(0.3, when=("other",)),), tied="text"),
     },
-    fusion=Merged(("text", "text_b"), layers=4, mask="cross_only"),
+    fusion=Merged(("text", "text_b"), layers=2, mask="cross_only"),
     objectives={"english": MaskedTokens("text"), "other": MaskedTokens("text_b")},
     draw=True,  # the other language is whole: names are short
     metrics=(Predictions("english"), Predictions("other")),
-    settings={"batch": 128, "chunk": 128, "steps": 1500, "eval_every": 500, "vocabulary": 4096},
+    settings={"batch": 128, "chunk": 128, "steps": 1500, "eval_every": 500, "vocabulary": 1024, "lr": 3e-3},
 )
