@@ -1,7 +1,7 @@
 """Word vectors made once, from which words of the training texts occur together; nothing of them learns by gradients.
 
     p_ij = max(0, log(n_ij n / (n_i n_j)))    n_ij: texts with both tokens; n_i, n: sums over rows, over all
-    vectors = U sqrt(L) of the largest eigenvalues L of p, times a / (a + share of the token)
+    vectors = U sqrt(S) of the largest singular values S of p, times a / (a + share of the token)
 
 Source: Levy and Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization; the weights: Arora et al. 2017,
 A Simple but Tough-to-Beat Baseline for Sentence Embeddings.
@@ -82,7 +82,8 @@ class WordVectorsEncoder(EncoderModule):
             columns.append(ids.repeat(len(ids)))
         if not rows:
             raise ValueError("texts: expected training texts to make word vectors of, got none")
-        vectors = vectors_of(torch.stack([torch.cat(rows), torch.cat(columns)]), *self.table.shape, self.seed)
+        vocabulary, size = self.table.shape
+        vectors = vectors_of(torch.stack([torch.cat(rows), torch.cat(columns)]), vocabulary, size, self.seed)
         weight = _WEIGHT / (_WEIGHT + shares / shares.sum().clamp(min=1))
         self.table.copy_(vectors * weight[:, None])
 
@@ -110,10 +111,11 @@ def vectors_of(pairs: Tensor, vocabulary: int, size: int, seed: int) -> Tensor:
     matrix = torch.sparse_coo_tensor(place, information, together.shape, check_invariants=True)
     generator = torch.Generator().manual_seed(seed % 2**63)
     basis = torch.randn(vocabulary, min(size + _SPARE, vocabulary), generator=generator, dtype=torch.float64)
-    for _ in range(_ROUNDS):  # towards the largest eigenvalues
+    for _ in range(_ROUNDS):  # towards the largest singular values; the matrix is symmetric
         basis = torch.linalg.qr(torch.sparse.mm(matrix, basis)).Q
     values, within = torch.linalg.eigh(basis.T @ torch.sparse.mm(matrix, basis))
-    values, vectors = values.flip(0)[:size].clamp(min=0), (basis @ within).flip(1)[:, :size]
+    best = values.abs().argsort(descending=True)[:size]
+    values, vectors = values.abs()[best], (basis @ within)[:, best]
     found = torch.zeros(vocabulary, size, dtype=torch.float64)
     found[:, : len(values)] = vectors * values.sqrt()
     return found

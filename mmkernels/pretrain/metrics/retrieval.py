@@ -29,7 +29,7 @@ class Retrieval:
     b: str = "text"
     """The other stream."""
     through: str = ""
-    """An objective that maps the embeddings into a space of its own (`shared`); empty: they are compared as they are."""
+    """An objective that maps the embeddings into a space of its own; empty: they are compared as they are."""
 
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
         space = embed(model, held_out, self.a, self.b, self.through)

@@ -2,7 +2,7 @@
 
     loss = 1 - |S_aa^-1/2 S_ab S_bb^-1/2|_* / E    S_ab = (a - mean a)^T (b - mean b) / (n - 1), S_aa likewise + ridge I
 
-the mean of the canonical correlations, less than 1. Embeddings are scaled to a mean square of 1, so that the ridge has a
+1 less the mean of the canonical correlations. Embeddings are scaled to a mean square of 1, so that the ridge has a
 scale. Computed in float64; Cholesky factors serve for the square roots, as the singular values are the same.
 
 Source: Andrew et al. 2013, Deep Canonical Correlation Analysis; maps for retrieval from running covariances: Chang et

@@ -1,9 +1,10 @@
 """Cycle: maps between the embedding spaces of two streams, there and back again.
 
-    loss = paired * (d(G a, b) + d(F b, a)) / 2 + (1 - paired) * (d(F G a, a) + d(G F b, b)) / 2    d = 1 - cosine
+    loss = paired * (u(G a, b) + u(F b, a)) / 2 + (1 - paired) * (u(F G a, a) + u(G F b, b)) / 2
+    u(x, y) = mean |x - y|^2 / mean |y - mean y|^2
 
-The first part needs pairs; the second learns from every sample, also from those that lack the other stream. Nothing here
-keeps the embeddings apart: `Reconstruct` on both streams does.
+The first part needs pairs; the second learns from every sample, also from those that lack the other stream. u is the
+share of the variance that is not explained: embeddings that all become alike gain nothing.
 
 Source: Zhu et al. 2017 (CycleGAN, arXiv:1703.10593); of embeddings: Lample et al. 2018 (arXiv:1710.04087).
 """
@@ -59,8 +60,8 @@ class CycleLoss(BatchObjective):
         a, b = seen.embedding(self.part.a), seen.embedding(self.part.b)
         has_a, has_b = seen.present(self.part.a), seen.present(self.part.b)
         there, back = self.there(a), self.back(b)
-        pairs = distance(there, b, has_a & has_b) + distance(back, a, has_a & has_b)
-        cycles = distance(self.back(there), a, has_a) + distance(self.there(back), b, has_b)
+        pairs = unexplained(there, b, has_a & has_b) + unexplained(back, a, has_a & has_b)
+        cycles = unexplained(self.back(there), a, has_a) + unexplained(self.there(back), b, has_b)
         return self.part.paired * pairs / 2 + (1 - self.part.paired) * cycles / 2
 
     def shared(self, stream: str, x: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class CycleLoss(BatchObjective):
         return self.there(x) if stream == self.part.a else x
 
     def chance_loss(self, batch: Batch) -> float | None:
-        """Of random directions."""
+        """Of maps to the mean."""
         return 1.0
 
 
@@ -85,7 +86,11 @@ class Translator(nn.Module):
         return F.normalize(scaled + self.down(F.gelu(self.up(scaled), approximate="tanh")), dim=-1)
 
 
-def distance(x: Tensor, y: Tensor, have: Tensor) -> Tensor:
-    """The mean of 1 - cosine over some rows of unit vectors; 0 if there are none."""
-    each = torch.where(have, 1 - (x * y).sum(-1).float(), 0.0)
-    return each.sum() / have.sum().clamp(min=1)
+def unexplained(x: Tensor, y: Tensor, have: Tensor) -> Tensor:
+    """The share of the variance of some rows of y that x does not explain; 0 for fewer than two rows."""
+    rows = torch.nonzero(have).flatten()
+    x, y = x[rows].float(), y[rows].float()
+    if len(rows) < 2:
+        return 0.0 * (x.sum() + y.sum())
+    spread = (y - y.mean(0)).square().sum(1).mean()
+    return (x - y).square().sum(1).mean() / spread.clamp(min=1e-6)

@@ -1,7 +1,7 @@
 """Reconstruct: a stream's input from its embedding alone; encoder and decoder are an autoencoder.
 
-The mean square error of an image's pixels or of a vector; for a text the cross entropy of its tokens, whose order is not
-asked for.
+The mean square error of an image's pixels or of a vector; for a text the cross entropy of its tokens, whose order is
+not asked for.
 
 Source: Ngiam et al. 2011, Multimodal Deep Learning; texts as bags of words: Miao et al. 2016 (arXiv:1511.06038).
 """

@@ -14,4 +14,5 @@ RECIPE = Recipe(
     },
     objectives={"rank": HingeRank("image", "text", margin=0.1)},
     metrics=(Retrieval("image", "text"),),
+    settings={"vocabulary": 8192},
 )
