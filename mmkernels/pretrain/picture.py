@@ -60,4 +60,6 @@ def _call(part: Any) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, Ramp):
         return f"{value.start}→{value.end} in {value.steps}"
+    if dataclasses.is_dataclass(value):
+        return _call(value)
     return repr(value) if not isinstance(value, tuple) else "+".join(map(str, value))
