@@ -84,7 +84,8 @@ class ColumnSource(Source):
             if strange:
                 classes = sorted(set(strange))
                 more = f" and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
-                phrases.append(f"{len(strange)} samples have no {field}: {', '.join(classes[:_SHOWN])}{more}")
+                count = "1 sample has" if len(strange) == 1 else f"{len(strange)} samples have"
+                phrases.append(f"{count} no {field}: {', '.join(classes[:_SHOWN])}{more}")
         return phrases
 
     @property
