@@ -62,12 +62,7 @@ class MeanKeys {
       if (pairs > weight * weight * kLeastPairs) {
         state.dot[i] += rest;
         const C *key_sum = state.key_sum + i * n_.dim, square = square_of(key_sum);
-<<<<<<< HEAD
         const C spread = state.square_sum[i] * weight - square;  // below 0 by rounding alone
-=======
-        // Of a single key, spread and pairs are 0 but for rounding: a negative noise would pass for less than no pairs.
-        const C pairs = weight * weight - state.weight_square[i], spread = state.square_sum[i] * weight - square;
->>>>>>> language
         const C noise = spread > 0 ? spread * state.weight_square[i] : C{0};
         if (noise < square * pairs) subtract(dq, rest * (1 - sink) / weight * (1 - noise / (square * pairs)), key_sum);
       } else if (!args_.extras.tiles.given()) {
