@@ -48,8 +48,8 @@ class MeanKeys {
 
   // Where the keys came in parts, delta used the rounded out, and the sum of dS reveals its error: dS lacks P times the
   // error, and dQ the error times the query's mean key, which matters where the keys have a common mean. The sampled
-  // keys estimate it, shrunk towards 0 according to their spread (James and Stein), which a single key does not tell; for
-  // a query without two, which has few keys as a rule, its first ones are used.
+  // keys estimate it, shrunk towards 0 according to their spread (James and Stein), which a single key does not tell;
+  // for a query without two, which has few keys as a rule, its first ones are used.
   void settle(TileState& state, int64_t rows, HeadView<T> k) {
     for (int64_t i = 0; i < rows; ++i) {
       const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
