@@ -48,8 +48,8 @@ class MeanKeys {
 
   // Where the keys came in parts, delta used the rounded out, and the sum of dS reveals its error: dS lacks P times the
   // error, and dQ the error times the query's mean key, which matters where the keys have a common mean. The sampled
-  // keys estimate it, shrunk towards 0 according to their spread (James and Stein), which a single key does not tell; for
-  // a query without two, which has few keys as a rule, its first ones are used.
+  // keys estimate it, shrunk towards 0 according to their spread (James and Stein), which a single key does not tell; a
+  // query without two has few keys, and all of them are used.
   void settle(TileState& state, int64_t rows, HeadView<T> k) {
     for (int64_t i = 0; i < rows; ++i) {
       const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
@@ -62,19 +62,13 @@ class MeanKeys {
       if (pairs > weight * weight * kLeastPairs) {
         state.dot[i] += rest;
         const C *key_sum = state.key_sum + i * n_.dim, square = square_of(key_sum);
-<<<<<<< HEAD
         const C spread = state.square_sum[i] * weight - square;  // below 0 by rounding alone
-=======
-        // Of a single key, spread and pairs are 0 but for rounding: a negative noise would pass for less than no pairs.
-        const C pairs = weight * weight - state.weight_square[i], spread = state.square_sum[i] * weight - square;
->>>>>>> language
         const C noise = spread > 0 ? spread * state.weight_square[i] : C{0};
         if (noise < square * pairs) subtract(dq, rest * (1 - sink) / weight * (1 - noise / (square * pairs)), key_sum);
-      } else if (!args_.extras.tiles.given()) {
+      } else if (end - first <= kKeysPerSample && !args_.extras.tiles.given()) {
         C* mean = state.key_sum + i * n_.dim;
-        const int64_t count = min64(end - first, kKeysPerSample);
         clear(mean, n_.dim);
-        for (int64_t j = 0; j < count; ++j) subtract(mean, C{-1} / count, k.row(first + j));
+        for (int64_t j = first; j < end; ++j) subtract(mean, C{-1} / (end - first), k.row(j));
         if (!(square_of(mean) < FloatTraits<C>::infinity)) continue;
         state.dot[i] += rest;
         subtract(dq, rest * (1 - sink), mean);
