@@ -11,7 +11,7 @@ from torch import nn
 from mmkernels.pretrain.data.seeds import Stream, generator
 from mmkernels.pretrain.recipe import Ramp, Recipe, Stage
 
-__all__ = ["at", "check_stages", "freeze", "learning_rate", "learns", "stage_at", "weights_at"]
+__all__ = ["at", "check_stages", "freeze", "learning", "learning_rate", "learns", "stage_at", "weights_at"]
 
 
 def at(value: float | Ramp, step: int) -> float:
@@ -51,8 +51,8 @@ def learns(name: str, patterns: Sequence[str]) -> bool:
     return bool(fits) and not any(pattern.startswith("!") for pattern in fits)
 
 
-def freeze(model: nn.Module, stage: Stage) -> int:
-    """Let the parameters that match the stage's patterns learn, and no others; returns their number.
+def learning(model: nn.Module, stage: Stage) -> list[str]:
+    """Names of the parameters that learn in a stage.
 
     Raises:
         ValueError: a pattern matches no parameter.
@@ -63,9 +63,15 @@ def freeze(model: nn.Module, stage: Stage) -> int:
             raise ValueError(
                 f"stages: trainable: expected patterns of parameter names, got {pattern!r}, which fits none"
             )
-    count = 0
+    return [name for name in names if learns(name, stage.trainable)]
+
+
+def freeze(model: nn.Module, stage: Stage) -> int:
+    """Let the parameters that match the stage's patterns learn, and no others; returns their number. Raises as
+    `learning` does."""
+    names, count = set(learning(model, stage)), 0
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(learns(name, stage.trainable))
+        parameter.requires_grad_(name in names)
         count += parameter.numel() if parameter.requires_grad else 0
     return count
 
@@ -87,7 +93,7 @@ def check_stages(recipe: Recipe, model: nn.Module) -> None:
             raise ValueError(f"{where}: objectives: expected some of {known}, got {', '.join(names) or 'none'}")
         if stage.fusion_depth is not None and not 0 <= stage.fusion_depth <= layers:
             raise ValueError(f"{where}: fusion_depth: expected 0 to {layers} layers, got {stage.fusion_depth}")
-        if not freeze(model, stage):
+        if not learning(model, stage):
             raise ValueError(f"{where}: trainable: expected something to learn, got {', '.join(stage.trainable)}")
         before = before if until is None else until
 

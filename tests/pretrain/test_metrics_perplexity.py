@@ -92,5 +92,15 @@ def test_figures() -> None:
     assert ours.value == pytest.approx(len(tokenizer))
     assert 1 < bigrams.value < ours.chance < ours.value
     assert not Perplexity("words").measure(model, HeldOut("x", Lines([""]), collator, torch.device("cpu"), source))
-    with pytest.raises(ValueError, match="reads a stream"):
-        Perplexity("words").measure(SimpleNamespace(objectives={"words": torch.nn.Module()}), held_out)
+
+
+def test_an_objective_of_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = TextTokenizer.train(["one two"], 310)
+    source = Lines(["one two"])
+    held_out = HeldOut("x", source, Collator({"text": Stream(Words(layers=0))}, tokenizer), torch.device("cpu"), source)
+    masked = Uniform(len(tokenizer))
+    monkeypatch.setattr(masked, "logits", lambda batch: (torch.zeros(1, len(tokenizer)), torch.tensor([40])))
+    for objective in (masked, torch.nn.Module()):
+        model = SimpleNamespace(objectives={"words": objective}, whole=lambda batch, objective: batch)
+        with pytest.raises(ValueError, match="expected an objective of next tokens, got 'words'"):
+            Perplexity("words").measure(model, held_out)

@@ -98,6 +98,11 @@ def test_wrong_stages_are_refused_at_once(model: Model, stages: tuple[Stage, ...
         check_stages(with_stages(*stages), model)
 
 
+def test_checking_freezes_nothing(model: Model) -> None:
+    check_stages(with_stages(Stage(trainable=("fusion.*",))), model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_fusion_of_no_layers_is_the_identity() -> None:
     fusion, found = shaken(RECIPE.fusion.build(facts(STREAMS))), {"text": tokens((3, 2)), "masked": tokens((1, 4), 1)}
     fusion.depth = 0

@@ -31,7 +31,7 @@ class Perplexity:
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
         objective = model.objectives[self.objective]
         if not hasattr(objective, "stream"):
-            raise ValueError(f"metrics: Perplexity: expected an objective that reads a stream, got {self.objective!r}")
+            raise ValueError(f"metrics: Perplexity: expected an objective of next tokens, got {self.objective!r}")
         counted = self._counted(held_out, objective.stream, objective.vocabulary)
         loss, unigram, bigram, count = 0.0, 0.0, 0.0, 0
         for batch in held_out.batches("loss"):
@@ -40,6 +40,8 @@ class Perplexity:
             packed = batch[objective.stream]
             own, following = packed.tokens.cpu().numpy(), packed.next_labels().cpu().numpy()
             at = following >= 0
+            if targets.tolist() != following[at].tolist():
+                raise ValueError(f"metrics: Perplexity: expected an objective of next tokens, got {self.objective!r}")
             unigram -= counted.unigram(following[at]).sum()
             bigram -= counted.bigram(own[at], following[at]).sum()
             count += len(targets)
