@@ -11,7 +11,7 @@ from torch import nn
 from mmkernels.pretrain.data.seeds import Stream, generator
 from mmkernels.pretrain.recipe import Ramp, Recipe, Stage
 
-__all__ = ["at", "check_stages", "freeze", "learning", "learning_rate", "learns", "stage_at", "weights_at"]
+__all__ = ["at", "check_stages", "freeze", "in_use", "learning", "learning_rate", "learns", "stage_at", "weights_at"]
 
 
 def at(value: float | Ramp, step: int) -> float:
@@ -43,6 +43,11 @@ def weights_at(recipe: Recipe, seed: int, step: int) -> dict[str, float]:
                 return {name: 1.0}
         return {name: 1.0}
     return weights
+
+
+def in_use(recipe: Recipe, seed: int, step: int) -> frozenset[str]:
+    """The names of the objectives in use at a step."""
+    return frozenset(weights_at(recipe, seed, step))
 
 
 def learns(name: str, patterns: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts, Stage
-from mmkernels.pretrain.schedule import check_stages, freeze, learning_rate, stage_at, weights_at
+from mmkernels.pretrain.schedule import check_stages, freeze, in_use, learning_rate, stage_at, weights_at
 from mmkernels.pretrain.setup import documents
 from mmkernels.pretrain.state import Twin, Twins
 from mmkernels.pretrain.tokenizer import TextTokenizer
@@ -79,7 +80,7 @@ class Trainer:
             tokenizer,
             tuple(data.train.classes),
             seed=config.seed,
-            in_use=lambda step: frozenset(weights_at(self.recipe, config.seed, step)),
+            in_use=partial(in_use, self.recipe, config.seed),  # picklable, for workers
         )
         self.loader = TrainLoader(
             data.train,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pickle
 import re
 from collections.abc import Callable
 from functools import partial
@@ -263,3 +264,11 @@ RECIPE = Recipe(
     objectives={"contrast": Contrast("a", "b")},
 )
 """
+
+
+def test_what_workers_get_can_be_sent(tiny: Make) -> None:
+    """Where processes are spawned, not forked, it is pickled."""
+    config = tiny(parts=TINY)
+    trainer = Trainer(config, open_source(config), TextTokenizer.train([], 400), torch.device("cpu"))
+    sent = pickle.loads(pickle.dumps(trainer.loader._builder))
+    assert sent.collator.in_use(0) == {"contrast"}
