@@ -22,5 +22,5 @@ RECIPE = Recipe(
         "words": MaskedTokens("masked"),
     },
     metrics=(Retrieval("image", "text"), Predictions("matching"), Predictions("words")),
-    settings={"chunk": 128},
+    settings={"batch": 64, "chunk": 64, "eval_limit": 256},
 )
