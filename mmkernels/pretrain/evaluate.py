@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,12 @@ __all__ = ["evaluate", "evaluating"]
 
 def evaluate(model: nn.Module, metrics: Sequence[Any], held_out: Mapping[str, HeldOut]) -> dict[str, list[Figure]]:
     """Figures by split, in evaluation mode and without gradients; random state and mode stay as they were."""
+    memory: dict[tuple[str, ...], Any] = {}
     with evaluating(model):
-        return {name: [f for metric in metrics for f in metric.measure(model, one)] for name, one in held_out.items()}
+        return {
+            name: [f for metric in metrics for f in metric.measure(model, replace(one, memory=memory))]
+            for name, one in held_out.items()
+        }
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def _loop(
     config: Config, trainer: Trainer, guard: StepGuard, journal: Journal, folder: RunFolder, interrupt: Interrupt
 ) -> None:
     watch, profiled = LossWatch(), ProfileWindow(config.profile, folder.path)
-    saved = trainer.step
+    saved, several = trainer.step, len(trainer.recipe.objectives) > 1
     while trainer.step < config.steps and not interrupt:
         profiled.before(trainer.step)
         cursor = trainer.cursor()
@@ -94,7 +94,7 @@ def _loop(
             chances = {name: trainer.model.objectives[name].chance_loss(batch) for name in parts}
             chance = total(weights_at(trainer.recipe, config.seed, trainer.step), chances)
             trainer.update()
-            of_parts = {f"{name}/loss": value for name, value in parts.items()} if len(parts) > 1 else {}
+            of_parts = {f"{name}/loss": value for name, value in parts.items()} if several else {}
             figures = {"loss": loss, "lr": lr, "grad_norm": norm, **of_parts, **trainer.metrics()}
             figures |= {} if chance is None else {"chance": chance}
             journal.step(trainer.step, batch, **figures)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.recipe import Facts, Recipe
 from mmkernels.pretrain.seen import Chunk, Seen
-from mmkernels.pretrain.stream import StreamEncoder
+from mmkernels.pretrain.stream import StreamEncoder, named_by, stream_encoders
 
 __all__ = ["Model"]
 
@@ -22,6 +22,7 @@ class Model(nn.Module):
 
     Attributes:
         streams: an encoder per stream that is not tied to another.
+        encoded, taught: names of the streams that the model itself reads, and of those that its twins read.
         objectives: by name.
         fusion: how streams meet, or None.
     """
@@ -31,20 +32,19 @@ class Model(nn.Module):
         self.objectives: Any = nn.ModuleDict({name: part.build(facts) for name, part in recipe.objectives.items()})
         self.fusion = None if recipe.fusion is None else recipe.fusion.build(facts)
         self.by_token = {name for name, objective in self.objectives.items() if hasattr(objective, "over_tokens")}
-        pooled = self.fusion is None and not self.by_token
         self.owner = {name: stream.tied or name for name, stream in recipe.streams.items()}
-        compared = {self.owner[name] for part in recipe.objectives.values() for name in getattr(part, "compares", ())}
-        own = {name: stream for name, stream in recipe.streams.items() if not stream.tied}
-        built = {name: StreamEncoder(stream, facts, pooled, name in compared) for name, stream in own.items()}
-        self.streams = nn.ModuleDict(built)
+        compared = named_by(recipe.objectives, "compares", of=recipe.objectives.keys() - self.by_token)
+        self.taught = named_by(recipe.objectives, "taught")
+        pooled = self.fusion is None and not self.by_token
+        self.encoded = tuple(name for name in recipe.streams if not pooled or name in compared)
+        self.streams = stream_encoders(recipe.streams, facts, pooled, compared | self.taught)
 
     def encoder(self, stream: str) -> StreamEncoder:
-        encoder: StreamEncoder = self.streams[self.owner[stream]]  # type: ignore[assignment]
-        return encoder
+        return self.streams[self.owner[stream]]  # type: ignore[return-value]
 
     def encoders(self) -> list[StreamEncoder]:
-        """One per stream; tied streams share theirs."""
-        return [self.encoder(name) for name in self.owner]
+        """One per stream in `encoded`; tied streams share theirs."""
+        return [self.encoder(name) for name in self.encoded]
 
     def loss(
         self, batch: Batch, weights: Mapping[str, float], chunk: int, teacher: Mapping[str, Tensor] | None = None
@@ -71,11 +71,11 @@ class Model(nn.Module):
         return of_rows
 
     def seen(self, batch: Batch, rows: tuple[Tensor, ...], teacher: Mapping[str, Tensor] | None = None) -> Seen:
-        return Seen(batch, {name: (self.encoder(name), x) for name, x in zip(self.owner, rows, strict=True)}, teacher)
+        return Seen(batch, {name: (self.encoder(name), x) for name, x in zip(self.encoded, rows, strict=True)}, teacher)
 
     def whole(self, batch: Batch, objective: str) -> Chunk:
         """A whole batch after fusion, ready for one token objective; for evaluation."""
-        seen = self.seen(batch, tuple(self.encoder(name)(batch[name]) for name in self.owner))
+        seen = self.seen(batch, tuple(self.encoder(name)(batch[name]) for name in self.encoded))
         self.objectives[objective].begin(seen)
         (chunk,) = seen.chunks(max(batch.samples, 1))
         chunk.fuse(self.fusion)

@@ -75,7 +75,7 @@ def figure_table(folder: RunFolder) -> str:
     ]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)] if rows else [0, 0]
     lines = [f"{split:<{widths[0]}}  {words:<{widths[1]}}  {cells}".rstrip() for split, words, cells in rows]
-    return "\n".join([*lines, "chance in brackets"])
+    return "\n".join([*lines, "chance in brackets; ↓: lower is better"])
 
 
 def _cell(column: str, row: Mapping[str, Any]) -> str:
@@ -86,12 +86,13 @@ def _cell(column: str, row: Mapping[str, Any]) -> str:
 
 
 def _rows(record: Mapping[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Figures by what they measure; those that differ in R@k alone share a row."""
+    """Figures by what they measure; those that differ in R@k alone share a row. ↓: lower is better."""
     rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for figure in record["figures"]:
         words, _, last = figure["name"].rpartition(" ")
         at_k = bool(words) and last.startswith("R@")
-        rows.setdefault(words if at_k else figure["name"], []).append((last if at_k else "", figure))
+        name = words if at_k else figure["name"] + ("" if figure["higher_is_better"] else " ↓")
+        rows.setdefault(name, []).append((last if at_k else "", figure))
     return rows
 
 
@@ -134,7 +135,10 @@ def _headlines(
         {
             "value": figure.shown() + ("%" if figure.percent else ""),
             "what": f"{figure.name}, split {split}",
-            "note": f"chance {figure.shown_chance()}" if figure.chance is not None else "",
+            "note": ", ".join(
+                ([f"chance {figure.shown_chance()}"] if figure.chance is not None else [])
+                + ([] if figure.higher_is_better else ["lower is better"])
+            ),
         }
         for split, figure in figures
     ]

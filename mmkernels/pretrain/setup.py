@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,9 +48,11 @@ def read_by(recipe: Recipe) -> tuple[list[str], list[str]]:
 
 
 def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
-    """Raise ValueError if a data set lacks a field that a stream or an objective reads."""
+    """Raise ValueError if a data set lacks what a part of a recipe reads, or a metric names what the recipe lacks."""
     wanted = {stream.field or key: f"streams.{key}" for key, stream in recipe.streams.items()}
-    labels = {part.label: f"objectives.{key}" for key, part in recipe.objectives.items() if getattr(part, "label", "")}
+    parts = {f"objectives.{key}": part for key, part in recipe.objectives.items()}
+    parts |= {f"metrics.{type(part).__name__}": part for part in recipe.metrics}
+    labels = {part.label: key for key, part in reversed(parts.items()) if getattr(part, "label", "")}
     for field, who in wanted.items():
         if field not in source.fields:
             raise ValueError(
@@ -59,9 +63,23 @@ def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
         if field not in source.classes:
             has = ", ".join(source.classes) or "none"
             raise ValueError(
-                f"data: expected a data set with the label {field!r}, which {who} of recipe {name} learns, got {data}, "
+                f"data: expected a data set with the label {field!r}, which {who} of recipe {name} reads, got {data}, "
                 f"whose labels are: {has}"
             )
+    for who, part in parts.items():
+        _expect_names(who, part, {"stream": recipe.streams, "a": recipe.streams, "b": recipe.streams})
+        if who.startswith("metrics."):
+            _expect_names(who, part, {"objective": recipe.objectives, "through": recipe.objectives}, empty=("through",))
+
+
+def _expect_names(who: str, part: Any, known: Mapping[str, Mapping[str, Any]], empty: Sequence[str] = ()) -> None:
+    """Settings of these names say which stream or objective is meant."""
+    for setting, names in known.items():
+        value = getattr(part, setting, None)
+        if isinstance(value, str) and value not in names and not (value == "" and setting in empty):
+            near = difflib.get_close_matches(value, names, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{who}.{setting}: expected one of {', '.join(names)}, got {value!r}{hint}")
 
 
 def tokenizer_for(config: Config, data: Data, folder: RunFolder) -> TextTokenizer:

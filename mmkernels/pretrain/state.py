@@ -63,12 +63,17 @@ class Twins(nn.Module):
 
     @torch.no_grad()
     def embeddings(self, batch: Mapping[str, PackedBatch], owner: Mapping[str, str], chunk: int) -> dict[str, Tensor]:
-        """Embeddings [S, E] of every stream whose encoder has a twin."""
+        """Embeddings [S, E] of some streams.
+
+        Args:
+            batch: packed tokens by stream.
+            owner: of each stream that is wanted, the one whose encoder it shares.
+            chunk: samples at a time.
+        """
         found = {}
         for stream, own in owner.items():
-            if own in self.of:
-                module = self.of[own].module
-                found[stream] = torch.cat([module.embeddings(part) for part in batch[stream].split(chunk)])
+            module = self.of[own].module
+            found[stream] = torch.cat([module.embeddings(part) for part in batch[stream].split(chunk)])
         return found
 
     def follow(self, streams: Mapping[str, nn.Module]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,7 +12,7 @@ from mmkernels import PackedBatch, segment_pool
 from mmkernels.pretrain.recipe import Facts, Stream
 from mmkernels.pretrain.tokens import Tokens
 
-__all__ = ["StreamEncoder"]
+__all__ = ["StreamEncoder", "named_by", "stream_encoders"]
 
 
 class StreamEncoder(nn.Module):
@@ -45,3 +48,46 @@ class StreamEncoder(nn.Module):
         """Unit vectors [S, E]; zeros for a sample without tokens."""
         pooled = segment_pool(self.norm(tokens.x), tokens.cu_seqlens, mode=self.pool, backend=self.backend)  # [S, C]
         return F.normalize(self.project(pooled), dim=-1)
+
+
+def named_by(objectives: Mapping[str, Any], what: str, of: Collection[str] = ()) -> set[str]:
+    """The streams that objectives' parts name in a property, which those in `of` must have."""
+    for name in of:
+        if not getattr(objectives[name], what, ()):
+            raise ValueError(f"objectives.{name}: expected a part with a property {what}, got {objectives[name]}")
+    return {name for part in objectives.values() for name in getattr(part, what, ())}
+
+
+def stream_encoders(
+    streams: Mapping[str, Stream], facts: Facts, pooled: bool, compared: Collection[str]
+) -> nn.ModuleDict:
+    """An encoder for each stream that is not tied to another.
+
+    Args:
+        streams: of the recipe.
+        facts: what parts are told.
+        pooled: encoders return embeddings, not tokens.
+        compared: streams whose embeddings an objective compares.
+
+    Raises:
+        ValueError: a stream is tied to none, or has what its encoder's owner decides; or something has no effect.
+    """
+    owners = {name: stream.tied or name for name, stream in streams.items()}
+    for name, stream in streams.items():
+        owner = streams.get(owners[name])
+        if owner is None or owner.tied:
+            have = ", ".join(key for key, each in streams.items() if not each.tied)
+            raise ValueError(
+                f"streams.{name}.tied: expected a stream with an encoder of its own ({have}), got {stream.tied}"
+            )
+        for what in ("encoder", "pool", "project"):
+            mine, theirs = getattr(stream, what), getattr(owner, what)
+            if mine != theirs:
+                raise ValueError(f"streams.{name}.{what}: expected {theirs}, as streams.{stream.tied} has, got {mine}")
+    projected = {owners[name] for name in compared}
+    for name, stream in streams.items():
+        if stream.project != "linear" and owners[name] not in projected:
+            nothing = "since no objective compares its embeddings"
+            raise ValueError(f"streams.{name}.project: expected 'linear', {nothing}, got {stream.project!r}")
+    own = {name: stream for name, stream in streams.items() if not stream.tied}
+    return nn.ModuleDict({name: StreamEncoder(s, facts, pooled, name in projected) for name, s in own.items()})

@@ -99,8 +99,8 @@ class Trainer:
         if config.tokens is not None:
             lengths = self.collator.lengths(source)
             return TokenSampler(lengths, config.tokens, max_samples=config.batch, seed=config.seed)
-        contrasted = len(self.model.by_token) < len(self.model.objectives)  # then a batch needs distinct concepts
-        return BatchSampler(source.concepts if contrasted else np.arange(len(source)), config.batch, config.seed)
+        distinct = any(getattr(part, "by_concept", False) for part in self.recipe.objectives.values())
+        return BatchSampler(source.concepts if distinct else np.arange(len(source)), config.batch, config.seed)
 
     @property
     def trained(self) -> Model:
@@ -135,9 +135,10 @@ class Trainer:
         config = self.config
         weights = weights_at(self.recipe, config.seed, self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            teacher = self.twins.embeddings(batch.streams, self.model.owner, config.chunk)
+            taught = {name: self.model.owner[name] for name in self.model.taught}
+            teacher = self.twins.embeddings(batch.streams, taught, config.chunk)
             self.cache.loss_fn = self.model.loss(batch, weights, config.chunk, teacher)
-            loss, parts = self.cache(*(batch[name] for name in self.recipe.streams))
+            loss, parts = self.cache(*(batch[name] for name in self.model.encoded))
         norm = nn.utils.clip_grad_norm_(self.parameters, config.clip_grad)
         return loss.item(), {name: part.item() for name, part in parts.items()}, norm.item()
 

@@ -80,7 +80,7 @@ def gradients(model: Model, batch: Batch, chunk: int) -> tuple[Tensor, dict[str,
     model.zero_grad()
     weights = dict.fromkeys(model.objectives, 1.0)
     cache = GradCache(model.encoders(), model.loss(batch, weights, chunk), chunk_size=chunk)
-    loss, _ = cache(*(batch[name] for name in model.owner))
+    loss, _ = cache(*(batch[name] for name in model.encoded))
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

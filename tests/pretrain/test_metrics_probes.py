@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from pretrain.small_model import Samples, built, held_out, recipe
 from torch import nn
 
 from mmkernels.pretrain.encoders import Module
+from mmkernels.pretrain.evaluate import evaluate
 from mmkernels.pretrain.metrics import LinearProbe, NearestNeighbours
 from mmkernels.pretrain.metrics.linear_probe import Ridge, chosen_ridge
 from mmkernels.pretrain.metrics.nearest_neighbours import vote
@@ -134,3 +137,21 @@ def test_wrong_settings_are_named() -> None:
             NearestNeighbours("vector", **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="limit"):
         LinearProbe("vector", limit=0)
+
+
+def test_an_evaluation_encodes_the_training_samples_once() -> None:
+    """Two metrics on two splits read them; a second evaluation reads them again, as the weights may have changed."""
+    train, test = made(30, 0), made(14, 1)
+    model, reads = model_of(train), list[int]()
+    read_some = train.read_some
+    train.read_some = lambda items: (reads.extend(items), read_some(items))[1]  # type: ignore[method-assign]
+    metrics = [NearestNeighbours("vector"), LinearProbe("vector")]
+    splits = {name: replace(held_out(vectors(), train, test), name=name) for name in ("one", "two")}
+    found = evaluate(model, metrics, splits)
+    assert sorted(reads) == list(range(30))
+    with torch.no_grad():
+        assert found["two"] == [f for metric in metrics for f in metric.measure(model, splits["two"])]
+    reads.clear()
+    with torch.no_grad():
+        model.encoder("vector").encoder.project.weight.zero_()
+    assert evaluate(model, metrics, splits) != found and len(reads) == 30

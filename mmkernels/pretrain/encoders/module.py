@@ -82,6 +82,12 @@ class _Named:
     def __init__(self, function: Callable[[], nn.Module]) -> None:
         self.function = function
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Named) and self.function == other.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
     def __call__(self) -> nn.Module:
         return self.function()
 

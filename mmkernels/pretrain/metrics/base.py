@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -13,6 +13,8 @@ from mmkernels.pretrain.data.base import Source
 from mmkernels.pretrain.data.collate import Collator, Mode
 
 __all__ = ["Figure", "HeldOut", "Metric"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class HeldOut:
         train: the training data, for metrics that fit something to it.
         samples: at a time.
         limit: most samples, evenly spaced; None for all.
+        memory: of one evaluation of one model, see `once`; None: nothing is remembered.
     """
 
     name: str
@@ -67,6 +70,16 @@ class HeldOut:
     train: Source
     samples: int = 128
     limit: int | None = None
+    memory: dict[tuple[str, ...], Any] | None = None
+
+    def once(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
+        """What `make` returns: made once in an evaluation, though several metrics and splits ask for it by its key."""
+        if self.memory is None:
+            return make()
+        if key not in self.memory:
+            self.memory[key] = make()
+        found: T = self.memory[key]
+        return found
 
     def items(self) -> list[int]:
         """The numbers of the samples in use."""

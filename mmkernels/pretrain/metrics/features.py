@@ -59,8 +59,13 @@ def probed(model: Any, held_out: HeldOut, stream: str, label: str, limit: int) -
         return None  # known before anything is encoded
     n = len(held_out.train)
     items = np.unique(np.linspace(0, n - 1, min(n, limit)).astype(np.int64)).tolist()
-    x, ids = _features(model, held_out, stream, label, held_out.train, items)
-    y, wanted = _features(model, held_out, stream, label, held_out.source, held_out.items())
+    x, ids = held_out.once(
+        ("train", stream, label, str(limit)), lambda: _features(model, held_out, stream, label, held_out.train, items)
+    )
+    y, wanted = held_out.once(
+        ("held out", held_out.name, stream, label),
+        lambda: _features(model, held_out, stream, label, held_out.source, held_out.items()),
+    )
     known, classes = torch.unique(ids, return_inverse=True)
     seen = torch.isin(wanted, known)
     if not bool(seen.any()):

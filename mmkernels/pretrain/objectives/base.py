@@ -29,7 +29,11 @@ class Objective(nn.Module):
 
 
 class BatchObjective(Objective):
-    """Compares embeddings of the whole batch. Its part names their streams, in a property `compares`."""
+    """Compares embeddings of the whole batch.
+
+    Its part names their streams, in a property `compares`; in `taught` those whose momentum twin's embeddings it reads.
+    With a true `by_concept` it takes samples of the same concept for positives, and a batch has no two of them.
+    """
 
     def over_batch(self, seen: Seen) -> Tensor:
         """The loss, a scalar."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,16 +44,36 @@ class Contrast:
     """Share of the twins' own similarities in the targets."""
     symmetric: bool = True
     """Both directions; otherwise a -> b alone."""
+    positives: Literal["concept", "sample"] = "concept"
+    """concept: samples of the same concept belong together, too. sample: each is alone; no label is used."""
+
+    def __post_init__(self) -> None:
+        if self.positives not in ("concept", "sample"):
+            raise ValueError(f"positives: expected 'concept' or 'sample', got {self.positives!r}")
 
     @property
     def compares(self) -> tuple[str, ...]:
-        return self.a, self.b
+        """Against a queue, keys are the twin's; in one direction, only the queries are the model's own."""
+        return (self.a, self.b) if self.symmetric or not self.queue else (self.a,)
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        if self.distil != 0.0 or (self.queue and self.symmetric):
+            return self.a, self.b
+        return (self.b,) if self.queue else ()
+
+    @property
+    def by_concept(self) -> bool:
+        return self.positives == "concept"
 
     def build(self, facts: Facts) -> ContrastLoss:
-        for name in (self.a, self.b):
-            twin = facts.streams[name].teacher or facts.streams[facts.streams[name].tied or name].teacher
-            if (self.queue or self.distil != 0.0) and twin is None and (name == self.b or self.symmetric):
-                raise ValueError(f"streams.{name}: expected a teacher, which queue and distil need, got None")
+        owners = {name: facts.streams[name].tied or name for name in (self.a, self.b)}
+        for name in self.taught:
+            if facts.streams[owners[name]].teacher is None:
+                raise ValueError(f"streams.{owners[name]}: expected a teacher, which queue and distil need, got None")
+        if self.b not in self.compares and owners[self.a] != owners[self.b]:
+            untrained = f"since without symmetric nothing else trains its encoder, got {owners[self.b]!r}"
+            raise ValueError(f"streams.{self.b}.tied: expected {owners[self.a]!r}, {untrained}")
         return ContrastLoss(self, facts)
 
 
@@ -78,9 +98,11 @@ class ContrastLoss(BatchObjective):
         a, b = self.part.a, self.part.b
         rows = torch.nonzero(seen.present(a, b)).flatten()
         if not len(rows):
-            return 0.0 * (seen.embedding(a).sum() + seen.embedding(b).sum())
+            return 0.0 * torch.stack([seen.embedding(name).sum() for name in self.part.compares]).sum()
         concepts = seen.batch.concepts[rows]
-        own = {name: seen.embedding(name)[rows] for name in (a, b)}
+        if not self.part.by_concept:
+            concepts = rows
+        own = {name: seen.embedding(name)[rows] for name in self.part.compares}
         twins = {name: seen.teacher[name][rows] for name in (a, b) if name in seen.teacher}
         self._latest = {name: (twins[name].detach(), concepts) for name in self.queues}
         ways = [(a, b), (b, a)] if self.one_way and self.part.symmetric else [(a, b)]
@@ -112,5 +134,6 @@ class ContrastLoss(BatchObjective):
         return {"logit_scale": self.loss.scale.item()}
 
     def chance_loss(self, batch: Batch) -> float | None:
-        n = batch.samples + self.part.queue
+        """Of the keys of this step: a queue begins empty."""
+        n = batch.samples + max((len(queue) for queue in self.queues.values()), default=0)
         return math.log(n) if n else None

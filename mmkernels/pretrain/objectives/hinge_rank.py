@@ -8,6 +8,7 @@ Source: Frome et al. 2013, DeViSE: A Deep Visual-Semantic Embedding Model, who s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class HingeRank:
     """Also from b to a."""
     weight: float | Ramp = 1.0
     """Factor of the loss."""
+
+    by_concept: ClassVar[bool] = True
 
     @property
     def compares(self) -> tuple[str, ...]:

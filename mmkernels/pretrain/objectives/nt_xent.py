@@ -33,6 +33,10 @@ class NtXent:
     temperature: float = 0.1
     """Divisor of the similarities."""
 
+    @property
+    def compares(self) -> tuple[str, ...]:
+        return self.a, self.b
+
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")

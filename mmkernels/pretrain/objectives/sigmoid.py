@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class Sigmoid:
     """Learned addend of the logits, at the start."""
     max_scale: float = 100.0
     """Upper bound of the scale."""
+
+    by_concept: ClassVar[bool] = True
 
     @property
     def compares(self) -> tuple[str, ...]:

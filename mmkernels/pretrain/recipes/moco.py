@@ -13,7 +13,7 @@ RECIPE = Recipe(
         "query": Stream(Patches(), field="image", views=(RandomCrop(salt=1),), project="mlp", teacher=Ema(0.99)),
         "key": Stream(Patches(), field="image", views=(RandomCrop(salt=2),), project="mlp", tied="query"),
     },
-    objectives={"views": Contrast("query", "key", queue=2048, symmetric=False)},
+    objectives={"views": Contrast("query", "key", queue=2048, symmetric=False, positives="sample")},
     metrics=(NearestNeighbours("query"), LinearProbe("query")),
     settings={"steps": 600, "chunk": 128},
 )
