@@ -86,8 +86,8 @@ def stream_encoders(
                 raise ValueError(f"streams.{name}.{what}: expected {theirs}, as streams.{stream.tied} has, got {mine}")
     projected = {owners[name] for name in compared}
     for name, stream in streams.items():
-        if stream.project != "linear" and owners[name] not in projected:
+        if stream.project == "mlp" and owners[name] not in projected:
             nothing = "since no objective compares its embeddings"
-            raise ValueError(f"streams.{name}.project: expected 'linear', {nothing}, got {stream.project!r}")
+            raise ValueError(f"streams.{name}.project: expected 'linear' or 'none', {nothing}, got {stream.project!r}")
     own = {name: stream for name, stream in streams.items() if not stream.tied}
     return nn.ModuleDict({name: StreamEncoder(s, facts, pooled, name in projected) for name, s in own.items()})

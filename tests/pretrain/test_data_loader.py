@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,24 @@ def test_a_loader_resumes_exactly_with_other_workers(workers: int) -> None:
     resumed = loader(2 - workers)
     resumed.load_state_dict(json.loads(json.dumps(killed.state_dict())))
     assert all(map(same, islice(resumed, 5), straight[9:]))
+
+
+@pytest.mark.parametrize(("chosen", "used"), [(None, "fork"), ("spawn", "spawn")])
+def test_workers_are_forked_unless_chosen_otherwise(
+    chosen: str | None, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.14's own default would not know the parts that a user's recipe file defines."""
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none=False: chosen)
+    asked: list[str | None] = []
+
+    def loaded(builder: Any, batch_size: None, **options: Any) -> Any:
+        asked.append(options.get("multiprocessing_context"))
+        return (builder[turn] for turn in options["sampler"])
+
+    monkeypatch.setattr("mmkernels.pretrain.data.loader.DataLoader", loaded)
+    for workers in (2, 0):
+        assert next(loader(workers)).samples == 8
+    assert asked == [used, None]
 
 
 def test_the_runs_random_state_is_not_touched() -> None:

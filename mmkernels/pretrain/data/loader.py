@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -63,6 +64,8 @@ class TrainLoader:
         if self._batches is None:
             turns: Any = _Turns(self.sampler)
             options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.pin, "collate_fn": _itself}
+            if self.workers:  # forked unless you chose otherwise: such workers have what your own recipe's file defines
+                options["multiprocessing_context"] = multiprocessing.get_start_method(allow_none=True) or "fork"
             # A generator of its own: DataLoader draws a seed from it, which must not come from the run's.
             loader: Any = DataLoader(self._builder, None, sampler=turns, generator=torch.Generator(), **options)
             self._batches = iter(loader)

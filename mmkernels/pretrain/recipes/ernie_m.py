@@ -1,8 +1,8 @@
 from mmkernels.pretrain.encoders import Words
 from mmkernels.pretrain.fusion import Merged
-from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.metrics import Ablation, Predictions
 from mmkernels.pretrain.objectives import MaskedTokens
-from mmkernels.pretrain.recipe import Recipe, Stream
+from mmkernels.pretrain.recipe import Recipe, Shape, Stream
 from mmkernels.pretrain.views import MaskWords
 
 RECIPE = Recipe(
@@ -10,13 +10,15 @@ RECIPE = Recipe(
     source="Ouyang et al. 2021, arXiv:2012.15674",
     data="languages",
     streams={
-        # Without layers of their own: these would see the same language.
-        "text": Stream(Words(layers=0), views=(MaskWords(0.3, when=("english",)),)),
-        "text_b": Stream(Words(layers=0), views=(MaskWords(0.3, when=("other",)),), tied="text"),
+        # Without layers of their own: these would see the same language. English is predicted, the other is whole: from
+        # English alone nothing says which of the languages is asked for.
+        "text": Stream(Words(layers=0), views=(MaskWords(0.3),)),
+        "text_b": Stream(Words(layers=0), tied="text"),
     },
     fusion=Merged(("text", "text_b"), layers=2, mask="cross_only"),
-    objectives={"english": MaskedTokens("text"), "other": MaskedTokens("text_b")},
-    draw=True,  # the other language is whole: names are short
-    metrics=(Predictions("english"), Predictions("other")),
-    settings={"batch": 128, "chunk": 128, "steps": 1500, "eval_every": 500, "vocabulary": 1024, "lr": 3e-3},
+    objectives={"words": MaskedTokens("text")},
+    metrics=(Predictions("words"), Ablation("words", stream="text_b")),
+    model=Shape(dropout=0.1),
+    # Whole words as tokens: a token cannot be composed with its neighbours, which it does not see.
+    settings={"batch": 128, "chunk": 128, "steps": 500, "eval_every": 0, "vocabulary": 8192, "eval_limit": 256},
 )
