@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from mmkernels.pretrain.batch import Piece
+from mmkernels.pretrain.data.collate import Collator
 from mmkernels.pretrain.data.seeds import Draws
-from mmkernels.pretrain.tokenizer import BOS, EOS, SPECIAL, sentinel
+from mmkernels.pretrain.encoders import Words
+from mmkernels.pretrain.recipe import Stream
+from mmkernels.pretrain.tokenizer import BOS, EOS, SPECIAL, TextTokenizer, sentinel
 from mmkernels.pretrain.views import CorruptSpans
 
 FIRST = len(SPECIAL)
@@ -107,3 +110,19 @@ def test_lengths_are_bounds() -> None:
 def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CorruptSpans(**options)
+
+
+@pytest.mark.parametrize(
+    ("words", "view", "message"),
+    [
+        (Words(), CorruptSpans(part="target", share=0.3), r"streams\.a\.views\.share: expected 0\.3, as in streams\.b"),
+        (Words(), CorruptSpans(part="target", salt=1), r"streams\.a\.views\.salt: expected 1, as in streams\.b"),
+        (Words(max_tokens=9), CorruptSpans(part="target"), r"streams\.a\.encoder\.max_tokens: expected 9, .* got 128"),
+    ],
+)
+def test_two_parts_that_would_not_fit_are_refused(words: Words, view: CorruptSpans, message: str) -> None:
+    own = Stream(Words(), field="text", views=(CorruptSpans(),))
+    tokenizer = TextTokenizer.train([], 300)
+    with pytest.raises(ValueError, match=message):
+        Collator({"a": own, "b": Stream(words, field="text", views=(view,))}, tokenizer)
+    Collator({"a": own, "b": Stream(words, field="other", views=(view,))}, tokenizer)

@@ -43,6 +43,9 @@ class Collator:
     ) -> None:
         self.streams, self.tokenizer, self.label_fields = dict(streams), tokenizer, tuple(label_fields)
         self.seed, self.in_use = seed, in_use
+        for name, stream in self.streams.items():
+            for view in stream.views:
+                view.check(name, self.streams)
         self.views = {name: [v.fitted(s.encoder, tokenizer) for v in s.views] for name, s in self.streams.items()}
 
     def __call__(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
 from mmkernels.pretrain.data.seeds import Draws
+from mmkernels.pretrain.recipe import Stream
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
 __all__ = ["View"]
@@ -35,6 +36,9 @@ class View:
             labels: label field -> int64 [B], among them "concept", the samples' concepts; a view may add its own.
         """
         raise NotImplementedError
+
+    def check(self, name: str, streams: Mapping[str, Stream]) -> None:
+        """Raise ValueError if it does not go together with the streams of the recipe, `name` being its own."""
 
     def fitted(self, encoder: Any, tokenizer: TextTokenizer) -> View:
         """This view with what it takes over from the stream's encoder (the size of images) and the run's tokenizer."""

@@ -9,7 +9,7 @@ Source: Raffel et al. 2020 (T5, arXiv:1910.10683).
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.pretrain.data.seeds import Draws
+from mmkernels.pretrain.recipe import Stream
 from mmkernels.pretrain.tokenizer import BOS, EOS, SPECIAL, sentinel
 from mmkernels.pretrain.views.base import View
 
@@ -26,8 +27,7 @@ __all__ = ["CorruptSpans"]
 
 @dataclass(frozen=True)
 class CorruptSpans(View):
-    """Two streams of one field draw the same spans if their views agree in `share`, `mean` and `salt`; one takes the
-    input, the other the target."""
+    """Two streams of one field draw the same spans: one takes the input, the other the target."""
 
     share: float = 0.15
     """Of the tokens, special ones left out, that are in spans; at least one is."""
@@ -46,6 +46,21 @@ class CorruptSpans(View):
             raise ValueError(f"mean: expected at least 1 token, got {self.mean}")
         if self.part not in ("input", "target"):
             raise ValueError(f"part: expected 'input' or 'target', got {self.part!r}")
+
+    def check(self, name: str, streams: Mapping[str, Stream]) -> None:
+        """The other part of the same text must be drawn alike, and cut alike before."""
+        own = streams[name]
+        for other, stream in streams.items():
+            partners = [view for view in stream.views if isinstance(view, CorruptSpans)]
+            if not partners or (stream.field or other) != (own.field or name):
+                continue
+            lengths = [getattr(each.encoder, "max_tokens", None) for each in (stream, own)]
+            pairs = [("encoder.max_tokens", *lengths)]
+            pairs += [(f"views.{x}", getattr(partners[0], x), getattr(self, x)) for x in ("share", "mean", "salt")]
+            for what, theirs, mine in pairs:
+                if theirs != mine:
+                    same = f"{theirs}, as in streams.{other}, which has the other part of the same text"
+                    raise ValueError(f"streams.{name}.{what}: expected {same}, got {mine}")
 
     def __call__(self, values: Sequence[Any], draws: Draws, labels: MutableMapping[str, np.ndarray]) -> list[Any]:
         """Pieces of ids [L]. An input has no labels, a target is its own."""
