@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
-from itertools import cycle
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -53,25 +53,35 @@ def loss_chart(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def figure_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], name: str) -> str:
-    """One figure of every split over the steps; chance is a dashed line of the same colour."""
+    """One figure of every split over the steps; chance is a dashed line of the same colour. Of more splits than there
+    are colours, the mean and the range."""
+    lines: dict[str, dict[int, float]] = {split: {} for split in splits}
+    chances: dict[str, float] = {}
+    percent = False
+    for record in (r for r in evals if r["split"] in lines):
+        for found in (f for f in record["figures"] if f["name"] == name):
+            percent = found["percent"]
+            lines[record["split"]][record["step"]] = found["value"] * (100 if percent else 1)
+            if found["chance"] is not None:
+                chances[record["split"]] = found["chance"] * (100 if percent else 1)
+    lines = {split: line for split, line in lines.items() if line}
     with _drawing() as (figure, axes):
-        percent = False
-        for colour, split in zip(cycle(COLOURS), splits, strict=False):
-            rows = [(r["step"], f) for r in evals if r["split"] == split for f in r["figures"] if f["name"] == name]
-            if not rows:
-                continue
-            percent = rows[0][1]["percent"]
-            factor = 100 if percent else 1
-            values = [factor * f["value"] for _, f in rows]
-            axes.plot([at for at, _ in rows], values, color=colour, linewidth=2, marker="o", markersize=4, label=split)
-            if (chance := rows[0][1]["chance"]) is not None:
-                axes.axhline(factor * chance, color=colour, linewidth=1, linestyle=(0, (4, 3)))
+        if len(lines) > len(COLOURS):
+            steps = sorted({step for line in lines.values() for step in line})
+            values = [[line[step] for line in lines.values() if step in line] for step in steps]
+            axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=COLOURS[0], alpha=0.2, linewidth=0)
+            lines = {f"mean of {len(lines)}, and range": dict(zip(steps, map(fmean, values), strict=True))}
+            chances = dict.fromkeys(lines, fmean(chances.values())) if chances else {}
+        for colour, (split, line) in zip(COLOURS, lines.items(), strict=False):
+            axes.plot([*line], [*line.values()], color=colour, linewidth=2, marker="o", markersize=4, label=split)
+            if split in chances:
+                axes.axhline(chances[split], color=colour, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlim(left=0)
         axes.set_xlabel("step")
         if percent:
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
-        axes.legend(loc="upper left")
+        axes.legend(loc="best")
         return _svg(figure)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import cycle
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -100,6 +100,9 @@ def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
     config = stored_config(folder.path)
     steps, evals, starts = folder.records("step"), folder.records("eval"), folder.records("start")
     newest = _newest(evals)
+    table: list[dict[str, Any]] = [
+        {"split": split, "about": _about(split), "rows": _rows(record)} for split, record in newest.items()
+    ]
     return {
         "config": config,
         "data": config.data or recipe.data,
@@ -109,7 +112,8 @@ def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "steps": len(steps),
         "warnings": list(dict.fromkeys(r["message"] for r in folder.records("warning"))),  # a resumed run repeats some
         "headlines": _headlines(newest, steps, starts[-1]),
-        "table": [{"split": split, "about": _about(split), "rows": _rows(record)} for split, record in newest.items()],
+        "table": table,
+        "recalls": any(column for row in table for cells in row["rows"].values() for column, _ in cells),
         "loss_svg": loss_chart(steps) if steps else "",
         "figure_svgs": {name: figure_chart(evals, list(newest), name) for name in _headline_names(newest)},
         "colours": dict(zip(newest, cycle(COLOURS), strict=False)),
@@ -128,20 +132,24 @@ def _headlines(
     newest: Mapping[str, Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], start: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """The figures at the top of the page."""
-    figures = [
-        (split, Figure(**row)) for split, record in newest.items() for row in record["figures"] if row["headline"]
-    ]
-    tiles = [
-        {
-            "value": figure.shown() + ("%" if figure.percent else ""),
-            "what": f"{figure.name}, split {split}",
-            "note": ", ".join(
-                ([f"chance {figure.shown_chance()}"] if figure.chance is not None else [])
-                + ([] if figure.higher_is_better else ["lower is better"])
-            ),
-        }
-        for split, figure in figures
-    ]
+    by_name: dict[str, dict[str, Figure]] = {}
+    for split, record in newest.items():
+        for figure in (Figure(**row) for row in record["figures"] if row["headline"]):
+            by_name.setdefault(figure.name, {})[split] = figure
+    tiles = []
+    for found in by_name.values():
+        for split, figure in found.items() if len(found) <= len(COLOURS) else [("", _mean(list(found.values())))]:
+            values = sorted(found.values(), key=lambda each: each.value)
+            notes = [] if split else [f"{values[0].shown()} to {values[-1].shown()}"]
+            notes += [f"chance {figure.shown_chance()}"] if figure.chance is not None else []
+            notes += [] if figure.higher_is_better else ["lower is better"]
+            tiles.append(
+                {
+                    "value": figure.shown() + ("%" if figure.percent else ""),
+                    "what": f"{figure.name}, " + (f"split {split}" if split else f"mean of {len(found)} splits"),
+                    "note": ", ".join(notes),
+                }
+            )
     if steps:
         seconds = sum(r["seconds"] for r in steps)
         waited = sum(r["data_wait"] * r["seconds"] for r in steps) / seconds
@@ -170,6 +178,12 @@ def _headlines(
             },
         ]
     return tiles
+
+
+def _mean(figures: Sequence[Figure]) -> Figure:
+    chances = [figure.chance for figure in figures if figure.chance is not None]
+    chance = fmean(chances) if chances else None
+    return dataclasses.replace(figures[0], value=fmean(figure.value for figure in figures), chance=chance)
 
 
 def _about(split: str) -> str:

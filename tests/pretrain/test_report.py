@@ -11,8 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from mmkernels.pretrain import Config, train
+from mmkernels.pretrain.charts import figure_chart
 from mmkernels.pretrain.metrics import Figure
-from mmkernels.pretrain.report import figure_table
+from mmkernels.pretrain.report import _headlines, figure_table
 
 Make = Callable[..., Config]
 
@@ -63,3 +64,20 @@ def test_a_run_that_holds_nothing_out_has_a_report(tiny: Make) -> None:
     page = folder.report.read_text(encoding="utf-8")
     assert "<h2>Held-out figures" not in page
     assert page.count("<svg") == 1
+
+
+def test_many_splits_share_a_tile_and_a_curve(tmp_path: Path) -> None:
+    """Languages, say: their mean and range."""
+    shares = [0.1 + 0.01 * i for i in range(16)]
+    records = [
+        {"split": f"s{i}", "step": step, "figures": [Figure("words", x * step, 0.02, headline=True).to_dict()]}
+        for step in (1, 2)
+        for i, x in enumerate(shares)
+    ]
+    newest = {record["split"]: record for record in records}
+    (tile,) = _headlines(newest, [], {})
+    assert tile == {"value": "35.0%", "what": "words, mean of 16 splits", "note": "20.0 to 50.0, chance 2.0"}
+    assert len(_headlines(dict(list(newest.items())[:3]), [], {})) == 3
+    many, few = figure_chart(records, list(newest), "words"), figure_chart(records, ["s0", "s1"], "words")
+    assert "mean of 16, and range" in many and "s1" not in many.replace("s15", "")
+    assert ">s0<" in few and ">s1<" in few and "mean of" not in few
