@@ -66,7 +66,10 @@ def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
                 f"data: expected a data set with the label {field!r}, which {who} of recipe {name} reads, got {data}, "
                 f"whose labels are: {has}"
             )
+    made = getattr(recipe.fusion, "into", ())  # a fusion may add a stream, or say into which it writes
+    readable = dict.fromkeys([*recipe.streams, *([made] if isinstance(made, str) else made)])
     for who, part in parts.items():
+        _expect_names(who, part, {"read": readable}, empty=("read",))
         _expect_names(who, part, {"stream": recipe.streams, "a": recipe.streams, "b": recipe.streams})
         if who.startswith("metrics."):
             _expect_names(who, part, {"objective": recipe.objectives, "through": recipe.objectives}, empty=("through",))

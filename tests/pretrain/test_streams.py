@@ -149,3 +149,9 @@ def test_a_metric_that_cannot_be_measured_is_refused_before_the_run(metric: Any,
     expect_fields("r", dataclasses.replace(of, metrics=(NearestNeighbours("query", "kind"),)), "d", source())
     with pytest.raises(ValueError, match=message):
         expect_fields("r", of, "d", source())
+
+
+def test_an_objective_that_reads_what_is_not_there_is_refused() -> None:
+    of = recipe(streams={"x": vector()}, objectives={"kind": Answer("merged", "kind")})
+    with pytest.raises(ValueError, match=r"objectives\.kind\.read: expected one of x, got 'merged'"):
+        expect_fields("r", of, "d", source())

@@ -14,7 +14,7 @@ RECIPE = Recipe(
         "pair": Stream(Regions()),
     },
     fusion=Merged(("text", "pair"), layers=2),
-    objectives={"relation": Answer("merged", label="relation")},
+    objectives={"relation": Answer("pair", label="relation", pool="first")},  # of the first, which sees the second
     metrics=(Predictions("relation"),),
-    settings={"batch": 64, "chunk": 64, "steps": 600, "eval_every": 200, "eval_limit": 512},
+    settings={"batch": 64, "chunk": 64, "steps": 300, "eval_every": 100, "eval_limit": 512},
 )
