@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.pretrain.data.seeds import Draws
 from mmkernels.pretrain.pixels import premultiplied
-from mmkernels.pretrain.tokenizer import TextTokenizer
-from mmkernels.pretrain.views.base import View
+from mmkernels.pretrain.views.images import ImageView
 
 __all__ = ["Augment"]
 
 
 @dataclass(frozen=True)
-class Augment(View):
+class Augment(ImageView):
     """Changes of pose, light and colour, all uniform. Images are never mirrored (arrows, text)."""
 
-    size: int | None = None
-    """Side of the result in pixels; None: the encoder's."""
     rotate: float = 8.0
     """Largest rotation either way, in degrees."""
     scale: tuple[float, float] = (0.9, 1.05)
@@ -40,29 +35,14 @@ class Augment(View):
     background: float = 0.3
     """Fraction of images over a random colour; the others are over white, as in evaluation."""
 
+    draws: ClassVar[int] = 13
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = self.scale
         if not 0 < low <= high:
             raise ValueError(f"scale: expected 0 < smallest <= largest, got {self.scale}")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size: expected at least 1 pixel, got {self.size}")
-        for name in ("brightness", "tint", "grey", "background"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(self, name)}")
-
-    def fitted(self, encoder: Any, tokenizer: TextTokenizer) -> View:
-        return self if self.size is not None else replace(self, size=encoder.size)
-
-    def __call__(self, values: Sequence[Any], draws: Draws, labels: MutableMapping[str, np.ndarray]) -> list[Any]:
-        """Images uint8 [R, R, 3 or 4] -> float32 [3, size, size] in [-1, 1]."""
-        out = list(values)
-        uniform = torch.from_numpy(draws.uniform(13).astype(np.float32))
-        for shape in {value.shape for value in values if value is not None}:
-            rows = [i for i, value in enumerate(values) if value is not None and value.shape == shape]
-            changed = self._images(np.stack([values[i] for i in rows]), uniform[rows])
-            for i, image in zip(rows, changed, strict=True):
-                out[i] = image
-        return out
+        self._shares("brightness", "tint", "grey", "background")
 
     def _images(self, images: np.ndarray, u: Tensor) -> Tensor:
         """uint8 [B, R, R, 3 or 4], uniform numbers [B, 13] -> float32 [B, 3, size, size]."""

@@ -6,19 +6,16 @@ Source: Chen et al. 2020 (SimCLR, arXiv:2002.05709).
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.pretrain.data.seeds import Draws
 from mmkernels.pretrain.pixels import premultiplied
-from mmkernels.pretrain.tokenizer import TextTokenizer
-from mmkernels.pretrain.views.base import View
+from mmkernels.pretrain.views.images import ImageView
 
 __all__ = ["RandomCrop"]
 
@@ -26,12 +23,10 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
-class RandomCrop(View):
+class RandomCrop(ImageView):
     """A random part of the image, resized, over a random background, in other colours. All draws are uniform (the
     aspect ratio's in its logarithm). Two streams on one field see two crops if the `salt` of their views differs."""
 
-    size: int | None = None
-    """Side of the result in pixels; None: the encoder's."""
     area: tuple[float, float] = (0.3, 1.0)
     """Smallest and largest share of the image that is kept."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
@@ -51,30 +46,15 @@ class RandomCrop(View):
     background: float = 0.5
     """Fraction of transparent images over a random colour; the others are over white, as in evaluation."""
 
+    draws: ClassVar[int] = 14
+
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size: expected at least 1 pixel, got {self.size}")
+        super().__post_init__()
         if not 0 < self.area[0] <= self.area[1] <= 1:
             raise ValueError(f"area: expected 0 < smallest <= largest <= 1, got {self.area}")
         if not 0 < self.aspect[0] <= self.aspect[1]:
             raise ValueError(f"aspect: expected 0 < smallest <= largest, got {self.aspect}")
-        for name in ("mirror", "brightness", "contrast", "saturation", "hue", "grey", "background"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(self, name)}")
-
-    def fitted(self, encoder: Any, tokenizer: TextTokenizer) -> View:
-        return self if self.size is not None else replace(self, size=encoder.size)
-
-    def __call__(self, values: Sequence[Any], draws: Draws, labels: MutableMapping[str, np.ndarray]) -> list[Any]:
-        """Images uint8 [H, W, 3 or 4] -> float32 [3, size, size] in [-1, 1]."""
-        out = list(values)
-        uniform = torch.from_numpy(draws.uniform(14).astype(np.float32))
-        for shape in {value.shape for value in values if value is not None}:
-            rows = [i for i, value in enumerate(values) if value is not None and value.shape == shape]
-            changed = self._images(np.stack([values[i] for i in rows]), uniform[rows])
-            for i, image in zip(rows, changed, strict=True):
-                out[i] = image
-        return out
+        self._shares("mirror", "brightness", "contrast", "saturation", "hue", "grey", "background")
 
     def _images(self, images: np.ndarray, u: Tensor) -> Tensor:
         """uint8 [B, H, W, 3 or 4], uniform numbers [B, 14] -> float32 [B, 3, size, size]."""
