@@ -98,9 +98,12 @@ class Trainer:
         config, source = self.config, data.train
         if config.tokens is not None:
             lengths = self.collator.lengths(source)
-            return TokenSampler(lengths, config.tokens, max_samples=config.batch, seed=config.seed)
+            return TokenSampler(
+                lengths, config.tokens, max_samples=config.batch, seed=config.seed, shares=source.shares
+            )
         contrasted = len(self.model.by_token) < len(self.model.objectives)  # then a batch needs distinct concepts
-        return BatchSampler(source.concepts if contrasted else np.arange(len(source)), config.batch, config.seed)
+        concepts = source.concepts if contrasted else np.arange(len(source))
+        return BatchSampler(concepts, config.batch, config.seed, source.shares)
 
     @property
     def trained(self) -> Model:

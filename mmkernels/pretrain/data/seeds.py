@@ -16,15 +16,16 @@ class Stream(IntEnum):
 
     ORDER = 0
     OBJECTIVE = 1
+    PASS = 2
 
 
-def generator(seed: int, step: int, stream: Stream) -> np.random.Generator:
-    """A Philox generator keyed by (seed, step), in its own block of counters per stream."""
+def generator(seed: int, step: int, stream: Stream, part: int = 0) -> np.random.Generator:
+    """A Philox generator keyed by (seed, step), in its own block of counters per stream, and per part of it."""
     for name, value in (("seed", seed), ("step", step)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name}: expected 0 <= {name} < 2**64, got {value}")
     key = np.array([seed, step], np.uint64)
-    counter = np.array([0, 0, 0, int(stream)], np.uint64)
+    counter = np.array([0, 0, part, int(stream)], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
