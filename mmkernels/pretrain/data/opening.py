@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from mmkernels.pretrain.data.languages import open_languages
 from mmkernels.pretrain.data.mixed import mix
 from mmkernels.pretrain.data.motion import open_motion
 from mmkernels.pretrain.data.scenes import open_scenes
+from mmkernels.pretrain.data.seeds import is_held_out
 from mmkernels.pretrain.data.shares import check_weights
 from mmkernels.pretrain.data.speech import open_speech
 from mmkernels.pretrain.data.tables import TableFormat, find_table
@@ -221,10 +221,8 @@ def _at_most(rows: np.ndarray, most: int) -> np.ndarray:
 
 
 def held_out_mask(dataset: ColumnSource, fraction: float) -> np.ndarray:
-    """bool [n]: whether the key of each sample's concept hashes into the first `fraction` of the range."""
-    encoded = (key.encode("utf-8", "surrogateescape") for key in dataset.keys)
-    hashes = (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") for key in encoded)
-    return np.array([h < fraction * 2**64 for h in hashes], bool)
+    """bool [n]: whether each sample's concept is held out, by the hash of its key."""
+    return np.array([is_held_out(key, fraction) for key in dataset.keys], bool)
 
 
 def _is_shards(path: Path) -> bool:
