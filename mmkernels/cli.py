@@ -13,6 +13,7 @@ USAGE = """usage: mmkernels <command> [options]
 
   info       what is installed, which backend runs, and why
   plan       how well lengths pack, and how evenly ranks share the packs (needs mmkernels[plan])
+  fetch      get a larger data set for pretrain (needs mmkernels[pretrain])
   pretrain   train a model by a recipe (needs mmkernels[pretrain])
   recipes    the recipes of pretrain, or the wiring of one (needs mmkernels[pretrain])
 
@@ -45,6 +46,14 @@ def _pretrain(argv: list[str]) -> int:
     return pretrain.main(argv)
 
 
+def _fetch(argv: list[str]) -> int:
+    try:
+        from mmkernels.pretrain import fetch
+    except ModuleNotFoundError as error:
+        return _missing("fetch", "pretrain", error, _PRETRAIN_PACKAGES)
+    return fetch.main(argv)
+
+
 def _recipes(argv: list[str]) -> int:
     try:
         from mmkernels import pretrain
@@ -64,7 +73,7 @@ def _plan(argv: list[str]) -> int:
         )
 
 
-_COMMANDS = {"info": _info, "plan": _plan, "pretrain": _pretrain, "recipes": _recipes}
+_COMMANDS = {"fetch": _fetch, "info": _info, "plan": _plan, "pretrain": _pretrain, "recipes": _recipes}
 
 
 def _escaped(error: UnicodeError) -> tuple[bytes, int]:

@@ -92,8 +92,8 @@ LAYERS = (
     Layer(
         r"mmkernels\.pretrain(\..*)?",
         below=("mmkernels", "mmkernels.nn", "mmkernels.pretrain.*"),
-        packages=_PYTORCH | _EXTRAS | {"pyarrow", "soundfile", "datasets"},
-        late=("pyarrow", "soundfile", "datasets"),
+        packages=_PYTORCH | _EXTRAS | {"pyarrow", "soundfile", "datasets", "zstandard"},
+        late=("pyarrow", "soundfile", "datasets", "zstandard"),
     ),
     Layer(
         r"mmkernels\.integrations(\..*)?",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmkernels.pretrain.data import TableFormat
+from mmkernels.pretrain.data import TableFormat, check_weights
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.recipes import DEFAULT, load
 from mmkernels.pretrain.wiring import with_leaves
@@ -32,7 +32,9 @@ class Config:
     """Changed settings of the recipe, by dotted name: {"objectives.contrast.weight": 0.5}."""
     data: str | None = None
     """Name of an embedded data set; folder:PATH of a .jsonl, .csv, .tsv or .parquet, or its folder; webdataset:PATTERN
-    of tars; hf:NAME_OR_PATH[:split] of a Hugging Face data set; None: the recipe's."""
+    of tars; hf:NAME_OR_PATH[:split] of a Hugging Face data set; several with :: in between; None: the recipe's."""
+    data_weights: tuple[float, ...] | None = None
+    """Of several data sets, the share of the training samples that comes from each; None: by size."""
     labels: tuple[str, ...] = ()
     """Columns of your own data whose values are classes, besides those that the recipe reads as labels."""
     csv_separator: str | None = None
@@ -125,6 +127,8 @@ class Config:
         TableFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)  # validates them
         if self.tokens is not None and self.tokens < 1:
             raise ValueError(f"tokens: expected at least 1, got {self.tokens}")
+        if self.data_weights is not None:
+            check_weights(self.data_weights)
         object.__setattr__(self, "labels", tuple(label for each in self.labels for label in each.split(",") if label))
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected 0 <= ema < 1, got {self.ema}")

@@ -187,7 +187,7 @@ def _mean(figures: Sequence[Figure]) -> Figure:
 
 
 def _about(split: str) -> str:
-    return _SPLITS.get(split, "")
+    return _SPLITS.get(split.rpartition(": ")[2], "")  # in a mixture it follows the data set's name
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

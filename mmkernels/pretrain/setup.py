@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.data import Data, Source, Text, open_data
+from mmkernels.pretrain.data import Data, Mixed, Source, Text, open_data
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
 __all__ = ["documents", "expect_fields", "open_source", "read_by", "tokenizer_for"]
+
+log = logging.getLogger("mmkernels.pretrain.data")
 
 _TEXTS = 10_000  # samples that a tokenizer is trained on
 
@@ -23,11 +26,10 @@ def open_source(config: Config) -> Data:
     """The data of a run. Raise ValueError if it lacks what the recipe reads."""
     recipe = config.wiring()
     name = config.data or recipe.data
-    kind, _, path = name.partition(":")
-    source = path if kind in ("folder", "webdataset") and path else name
     fields, labels = read_by(recipe)
     data = open_data(
-        source,
+        name,
+        weights=config.data_weights,
         fields=[*fields, *labels],
         labels=tuple(dict.fromkeys([*labels, *config.labels])),
         table=config.table,
@@ -48,7 +50,10 @@ def read_by(recipe: Recipe) -> tuple[list[str], list[str]]:
 
 
 def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
-    """Raise ValueError if a data set lacks what a part of a recipe reads, or a metric names what the recipe lacks."""
+    """Raise ValueError if a data set lacks what a part of a recipe reads, or a part names what the recipe lacks.
+
+    A set of a mixture may lack some fields, which is logged, but not all that the streams read.
+    """
     wanted = {stream.field or key: f"streams.{key}" for key, stream in recipe.streams.items()}
     parts = {f"objectives.{key}": part for key, part in recipe.objectives.items()}
     parts |= {f"metrics.{type(part).__name__}": part for part in recipe.metrics}
@@ -73,6 +78,8 @@ def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
         _expect_names(who, part, {"stream": recipe.streams, "a": recipe.streams, "b": recipe.streams})
         if who.startswith("metrics."):
             _expect_names(who, part, {"objective": recipe.objectives, "through": recipe.objectives}, empty=("through",))
+    if isinstance(source, Mixed):
+        _expect_parts(name, source, wanted, labels)
 
 
 def _expect_names(who: str, part: Any, known: Mapping[str, Mapping[str, Any]], empty: Sequence[str] = ()) -> None:
@@ -83,6 +90,20 @@ def _expect_names(who: str, part: Any, known: Mapping[str, Mapping[str, Any]], e
             near = difflib.get_close_matches(value, names, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{who}.{setting}: expected one of {', '.join(names)}, got {value!r}{hint}")
+
+
+def _expect_parts(name: str, source: Mixed, wanted: Mapping[str, str], labels: Mapping[str, str]) -> None:
+    """Of each data set of a mixture: field or label -> who reads it."""
+    for part, its in source.parts.items():
+        lacking = [f"{field} ({who})" for field, who in wanted.items() if field not in its.fields]
+        if len(lacking) == len(wanted):
+            raise ValueError(
+                f"data: expected data sets with some of the fields {', '.join(wanted)}, which recipe {name} reads, got "
+                f"{part}, which has {', '.join(its.fields)}"
+            )
+        lacking += [f"{field} ({who})" for field, who in labels.items() if field not in its.inner.classes]
+        if lacking:
+            log.warning("%s has no %s: its samples take no part in what needs that", part, ", ".join(lacking))
 
 
 def tokenizer_for(config: Config, data: Data, folder: RunFolder) -> TextTokenizer:
@@ -106,8 +127,7 @@ def _kept(tokenizer: TextTokenizer, folder: RunFolder) -> TextTokenizer:
 
 def texts(source: Source, fields: list[str]) -> Iterator[str]:
     """Every text of some fields, of evenly spaced samples."""
-    n = min(len(source), _TEXTS) if fields else 0
-    for index in np.linspace(0, len(source) - 1, n).astype(np.int64) if n else ():
+    for index in _spread(source) if fields else ():
         values = source.peek(int(index))
         for value in (values.get(field) for field in dict.fromkeys(fields)):
             if isinstance(value, Text):
@@ -120,10 +140,16 @@ def texts(source: Source, fields: list[str]) -> Iterator[str]:
 
 def documents(source: Source, field: str) -> Iterator[str]:
     """Each different text of a field once, with its keywords, of evenly spaced samples."""
-    n = min(len(source), _TEXTS)
     found: dict[str, None] = {}
-    for index in np.linspace(0, len(source) - 1, n).astype(np.int64):
+    for index in _spread(source):
         value = source.peek(int(index)).get(field)
         if value is not None:
             found[" ".join((*value.captions, *value.keywords)) if isinstance(value, Text) else str(value)] = None
     yield from found
+
+
+def _spread(source: Source) -> np.ndarray:
+    """Evenly spaced samples; of a mixture, each part by its share."""
+    if source.shares is not None:
+        return source.shares.spread(_TEXTS)
+    return np.linspace(0, len(source) - 1, min(len(source), _TEXTS)).astype(np.int64)

@@ -98,9 +98,12 @@ class Trainer:
         config, source = self.config, data.train
         if config.tokens is not None:
             lengths = self.collator.lengths(source)
-            return TokenSampler(lengths, config.tokens, max_samples=config.batch, seed=config.seed)
+            return TokenSampler(
+                lengths, config.tokens, max_samples=config.batch, seed=config.seed, shares=source.shares
+            )
         distinct = any(getattr(part, "by_concept", False) for part in self.recipe.objectives.values())
-        return BatchSampler(source.concepts if distinct else np.arange(len(source)), config.batch, config.seed)
+        concepts = source.concepts if distinct else np.arange(len(source))
+        return BatchSampler(concepts, config.batch, config.seed, source.shares)
 
     @property
     def trained(self) -> Model:

@@ -97,7 +97,7 @@ def test_what_is_read_unless_asked_for(tmp_path: Path) -> None:
 
 def test_a_column_without_a_value_is_refused(tmp_path: Path) -> None:
     table(tmp_path, QUESTIONS)
-    with pytest.raises(ValueError, match=r"expected values in every column that is read, got none in 'topic'"):
+    with pytest.raises(ValueError, match=r"expected values in every field that is read, got none in 'topic'"):
         FolderDataset(tmp_path, fields=("image", "topic"), max_broken=1.0)
     with pytest.raises(TooManyBrokenError, match=r"line 4: expected a value in some of the columns 'image', got none"):
         FolderDataset(tmp_path, fields=("image",))
@@ -247,5 +247,5 @@ def test_shards_with_other_fields(tmp_path: Path) -> None:
     assert data.classes == {"answer": ("x", "y")}
     assert "unreadable text" in data.broken.reasons["s.tar/e"]
     assert data.broken.left_out == {"s.tar/d.cls": "of no field that is read"}
-    with pytest.raises(ValueError, match=r"expected samples with every field that is read, got none with 'topic'"):
+    with pytest.raises(ValueError, match=r"expected values in every field that is read, got none in 'topic'"):
         WebDataset(tmp_path, fields=("text", "topic"), max_broken=1.0)

@@ -161,7 +161,7 @@ def test_missing_columns_and_bad_rows(tmp_path: Path) -> None:
         ('{"image": 3, "caption": "x"}', "image: expected a path, got 3"),
         ('{"image": "a.png", "caption": []}', r"caption: expected text or a list of texts, got \[\]"),
         ('{"image": "a.png", "caption": "  "}', "caption: expected text"),
-        ("\n\n", "expected at least one image with a caption, got an empty file"),
+        ("\n\n", "expected at least one image with a caption, got no rows"),
     ]:
         rows.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkernels.pretrain.data.draws import Draws, Purpose
 from mmkernels.pretrain.data.motion import (
     ACTIONS,
     ANSWERS,
@@ -25,6 +24,7 @@ from mmkernels.pretrain.data.motion import (
     open_motion,
     path,
 )
+from mmkernels.pretrain.data.seeds import Purpose, SampleDraws
 from mmkernels.pretrain.data.tiles import TURNS, load_tiles, reach
 from mmkernels.pretrain.data.vocabulary import WORDS
 
@@ -135,7 +135,9 @@ def test_answers_follow_from_the_clip(at: tuple[str, int]) -> None:
 )
 def test_only_the_direction_of_time_tells_them_apart(one: str, other: str) -> None:
     for number in range(20):
-        (places, angles), (backwards, _) = (path(action, Draws(0, Purpose.MOTION, number)) for action in (one, other))
+        (places, angles), (backwards, _) = (
+            path(action, SampleDraws(0, Purpose.MOTION, number)) for action in (one, other)
+        )
         assert places == backwards[::-1] != backwards
         assert set(angles) == {0}
 
@@ -143,7 +145,7 @@ def test_only_the_direction_of_time_tells_them_apart(one: str, other: str) -> No
 @given(st.sampled_from(ACTIONS), st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_everything_stays_inside(action: str, number: int) -> None:
-    places, angles = path(action, Draws(1, Purpose.MOTION, number))
+    places, angles = path(action, SampleDraws(1, Purpose.MOTION, number))
     assert len(places) == len(angles) == FRAMES and all(0 <= angle < TURNS for angle in angles)
     for left, top, side in places:
         margin = (reach(side) - side + 1) // 2 if action == "turns" else 0

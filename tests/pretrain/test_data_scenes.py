@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkernels.pretrain.data.draws import Draws, Purpose, uniform
 from mmkernels.pretrain.data.emoji import HELD_OUT_VENDOR, load_pack
 from mmkernels.pretrain.data.scene_layout import (
     GRID,
@@ -30,6 +29,7 @@ from mmkernels.pretrain.data.scene_layout import (
 )
 from mmkernels.pretrain.data.scene_text import ANSWERS, KINDS, PLACES
 from mmkernels.pretrain.data.scenes import FIELDS, SceneSource, open_scenes
+from mmkernels.pretrain.data.seeds import Purpose, SampleDraws, uniform
 from mmkernels.pretrain.data.tiles import COLOURS, colour_of, load_tiles, resized
 from mmkernels.pretrain.data.vocabulary import EMOJI, NUMBERS, PLURALS, WORDS, counted, listed
 
@@ -351,7 +351,7 @@ def test_draws() -> None:
     assert abs(many.mean() - 0.5) < 0.005 and many.min() >= 0 and many.max() < 1
     assert abs(np.corrcoef(many.T)[0, 1]) < 0.02
     assert abs(np.corrcoef(many[1:, 0], many[:-1, 0])[0, 1]) < 0.02
-    draws = Draws(3, Purpose.LOOK, 9)
+    draws = SampleDraws(3, Purpose.LOOK, 9)
     one_by_one = [draws.share() for _ in range(130)]
     assert one_by_one == uniform(3, Purpose.LOOK, np.array([9]), 0, 130)[0].tolist()
     assert sorted(draws.shuffled(7)) == list(range(7))

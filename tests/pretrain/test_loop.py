@@ -246,7 +246,7 @@ def test_batches_bounded_by_tokens(tiny: Make) -> None:
 def test_what_the_data_lacks_is_said_before_the_first_step(tiny: Make, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.py"
     recipe.write_text(MINE, encoding="utf-8")
-    with pytest.raises(ValueError, match="expected values in every column that is read, got none in 'sound'"):
+    with pytest.raises(ValueError, match="expected values in every field that is read, got none in 'sound'"):
         train(tiny(recipe=str(recipe), parts={}))
     lacks = r"the field 'sound', which streams\.a of recipe .*mine\.py reads, got emoji, which has image, text"
     with pytest.raises(ValueError, match=lacks):

@@ -24,8 +24,10 @@ from mmkernels.pretrain.data.emoji import EmojiDataset, EmojiPack, load_emoji, l
 from mmkernels.pretrain.data.folder import FolderDataset
 from mmkernels.pretrain.data.hub import HubDataset
 from mmkernels.pretrain.data.loader import TrainLoader
+from mmkernels.pretrain.data.mixed import Mixed, mix
 from mmkernels.pretrain.data.opening import EMBEDDED, open_data
 from mmkernels.pretrain.data.sampler import BatchSampler, TokenSampler
+from mmkernels.pretrain.data.shares import Shares, check_weights
 from mmkernels.pretrain.data.tables import TableFormat
 from mmkernels.pretrain.data.webdataset import WebDataset
 
@@ -41,8 +43,10 @@ __all__ = [
     "EmojiPack",
     "FolderDataset",
     "HubDataset",
+    "Mixed",
     "Regions",
     "Sample",
+    "Shares",
     "Source",
     "Subset",
     "TableFormat",
@@ -51,7 +55,9 @@ __all__ = [
     "TooManyBrokenError",
     "TrainLoader",
     "WebDataset",
+    "check_weights",
     "load_emoji",
     "load_pack",
+    "mix",
     "open_data",
 ]

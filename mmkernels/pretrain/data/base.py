@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmkernels.pretrain.data.shares import Shares
 from mmkernels.pretrain.data.unicode import printable
 
 log = logging.getLogger("mmkernels.pretrain.data")
@@ -146,12 +147,14 @@ class Source(ABC):
         classes: the names of the classes of each field that is a label.
         concepts: int64 [n], the concept of each sample, known without decoding.
         broken: the record of what could not be read.
+        shares: of a mixture: how much of an epoch comes from each of its parts.
     """
 
     fields: tuple[str, ...]
     classes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     concepts: np.ndarray
     broken: BrokenLog
+    shares: Shares | None = None
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:

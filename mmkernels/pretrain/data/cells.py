@@ -60,6 +60,7 @@ class Reading:
         *,
         image: str = "image",
         caption: str = "caption",
+        partial: bool = False,
     ) -> Reading:
         """Which of a table's columns to read.
 
@@ -68,22 +69,31 @@ class Reading:
             fields: asked for; None: images, captions, and the others of `KNOWN` that exist.
             labels: further fields, whose values are classes.
             image, caption: names of the columns with the images and with the captions.
+            partial: leave out fields without a column, instead of refusing the table for them.
 
         Raises:
-            ValueError: a field that your own data cannot have.
+            ValueError: a field that your own data cannot have; none of the fields has a column, if `partial`.
         """
+        names = list(names)
         known = set(names)
         if fields is None:
             captions = {caption, "text"} if caption == "caption" else {caption}
-            there = [field for field, by in zip(PAIR, ({image}, captions), strict=True) if by & known]
+            pair = [field for field, by in zip(PAIR, ({image}, captions), strict=True) if by & known]
             more = [field for field in KNOWN[2:] if field in known]
-            fields = [*there, *more] if more or labels else PAIR
-        if "document" in fields:
+            fields = [*pair, *more] if more or labels else PAIR
+        if "document" in fields and not partial:
             raise ValueError("fields: expected fields that columns can hold, got 'document'")
         wanted = [field for field in dict.fromkeys([*fields, *labels]) if field != "tag"]  # regions have the tags
         texts = (caption, "text") if caption == "caption" else (caption,)
         columns = {"image": (image,), "text": texts}
-        return cls({field: columns.get(field, (field,)) for field in wanted}, frozenset(labels) - {"tag"}, image)
+        by_field = {field: columns.get(field, (field,)) for field in wanted}
+        if partial:
+            there = {field: by for field, by in by_field.items() if known.intersection(by) and field != "document"}
+            if not there:
+                expected = ", ".join(repr(by[0]) for by in by_field.values())
+                raise ValueError(f"expected some of the columns {expected}, got {[printable(n) for n in names]}")
+            by_field = there
+        return cls(by_field, frozenset(labels) & by_field.keys(), image)
 
     @property
     def pairs(self) -> bool:

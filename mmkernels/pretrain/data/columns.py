@@ -14,7 +14,7 @@ from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog, Sample, So
 from mmkernels.pretrain.data.cells import MEDIA, Cell, Reading
 from mmkernels.pretrain.data.decode import decode_image, decode_regions, decode_video, regions_without_crops
 
-__all__ = ["ColumnSource", "by_row", "caption_key", "concepts_of", "without_values"]
+__all__ = ["ColumnSource", "by_row", "caption_key", "checked", "concepts_of", "with_values"]
 
 _SHOWN = 5  # classes that a message names
 
@@ -171,7 +171,48 @@ def by_row(rows: Iterable[tuple[str, Mapping[str, Cell]]], reading: Reading) -> 
     return names, cells
 
 
-def without_values(cells: Mapping[str, Sequence[Cell]], reading: Reading) -> str:
-    """The columns in which no sample has a value, for a message."""
-    empty = [field for field, column in cells.items() if all(cell is None for cell in column)]
-    return ", ".join(" or ".join(map(repr, reading.columns[field])) for field in empty)
+def with_values(
+    where: object, cells: Mapping[str, Sequence[Cell]], reading: Reading, partial: bool
+) -> dict[str, Sequence[Cell]]:
+    """The columns in which some sample has a value. Raise ValueError if one has none; if `partial`, if all have."""
+    found = {field: column for field, column in cells.items() if any(cell is not None for cell in column)}
+    empty = [field for field in cells if field not in found]
+    if empty and not (partial and found.keys() - reading.labels):
+        shown = ", ".join(" or ".join(map(repr, reading.columns[field])) for field in empty)
+        raise ValueError(f"{where}: expected values in every field that is read, got none in {shown}")
+    return found
+
+
+def checked(
+    where: object,
+    names: Sequence[str],
+    cells: Mapping[str, Sequence[Cell]],
+    reading: Reading,
+    lost: Mapping[str, str],
+    *,
+    max_broken: float,
+    partial: bool,
+) -> tuple[dict[str, Sequence[Cell]], BrokenLog]:
+    """(the columns that have values, the record) of a table that has been read.
+
+    Args:
+        where: the table, for messages.
+        names, cells: of the samples.
+        reading: which columns were read.
+        lost: why rows could not be used, by place.
+        max_broken: share of samples and rows that may be broken.
+        partial: whether columns may be without values.
+
+    Raises:
+        ValueError: no samples, or no values.
+        TooManyBrokenError: too many rows are lost.
+    """
+    if not names:
+        wanted = "image with a caption" if reading.pairs else f"row with the {reading.noun} {reading.shown}"
+        got = f"none{BrokenLog.listing(lost)}" if lost else "no rows"
+        raise ValueError(f"{where}: expected at least one {wanted}, got {got}")
+    found = with_values(where, cells, reading, partial)
+    broken = BrokenLog(len(names) + len(lost), max_broken)
+    for place, fault in lost.items():
+        broken.add(place, fault)
+    return found, broken

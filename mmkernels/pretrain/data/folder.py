@@ -16,9 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mmkernels.pretrain.data.base import BrokenLog
 from mmkernels.pretrain.data.cells import PAIR, Cell
-from mmkernels.pretrain.data.columns import ColumnSource, by_row, without_values
+from mmkernels.pretrain.data.columns import ColumnSource, by_row, checked
 from mmkernels.pretrain.data.tables import Row, TableFormat, find_table, read_table, reading_of
 from mmkernels.pretrain.data.unicode import file_in, printable
 
@@ -34,6 +33,7 @@ class FolderDataset(ColumnSource):
         resolution: side in pixels at which images are kept.
         max_broken: fraction of samples, and of table rows, that may be unreadable.
         cache_bytes: memory for decoded images.
+        partial: leave out fields that no sample has, instead of refusing the data for them.
 
     Raises:
         ValueError: no table, or more than one; a table with missing columns, too many fields in a row or an unclosed
@@ -51,24 +51,17 @@ class FolderDataset(ColumnSource):
         resolution: int = 48,
         max_broken: float = 0.05,
         cache_bytes: int = 1 << 30,
+        partial: bool = False,
     ) -> None:
         source, form = find_table(Path(path)), table or TableFormat()
-        reading = reading_of(source, form, fields, labels)
+        reading = reading_of(source, form, fields, labels, partial)
         lost: dict[str, str] = {}
         rows = _without_faults(read_table(source, form, reading), lost)
         names, cells = _by_image(rows) if reading.pairs else by_row(((r.place, r.cells) for r in rows), reading)
-        if not names:
-            what = f"none{BrokenLog.listing(lost)}" if lost else "an empty file"
-            wanted = "image with a caption" if reading.pairs else f"row with the {reading.noun} {reading.shown}"
-            raise ValueError(f"{source}: expected at least one {wanted}, got {what}")
-        if empty := without_values(cells, reading):
-            raise ValueError(f"{source}: expected values in every column that is read, got none in {empty}")
-        broken = BrokenLog(len(names) + len(lost), max_broken)
-        for place, fault in lost.items():
-            broken.add(place, fault)
+        columns, broken = checked(source, names, cells, reading, lost, max_broken=max_broken, partial=partial)
         self._root = source.parent
         options = {"resolution": resolution, "cache_bytes": cache_bytes}
-        super().__init__(names, cells, reading, faults={}, broken=broken, **options)
+        super().__init__(names, columns, reading, faults={}, broken=broken, **options)
 
     def _file(self, cell: Cell) -> Path:
         return file_in(self._root, cell)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog
+from mmkernels.pretrain.data.base import BrokenImageError
 from mmkernels.pretrain.data.cells import MEDIA, Cell, Reading
-from mmkernels.pretrain.data.columns import ColumnSource, by_row, without_values
+from mmkernels.pretrain.data.columns import ColumnSource, by_row, checked
 from mmkernels.pretrain.data.tables import TableFormat
 
 __all__ = ["HubDataset", "load_splits"]
@@ -29,7 +29,7 @@ class HubDataset(ColumnSource):
         table: names of the columns with images and captions.
         fields: those to read; None: image and text, and the other known columns that exist.
         labels: further columns, whose values are classes; a `ClassLabel`'s have the names that it gives them.
-        resolution, max_broken, cache_bytes: as in `FolderDataset`.
+        resolution, max_broken, cache_bytes, partial: as in `FolderDataset`.
 
     Raises:
         ValueError: missing columns; no rows.
@@ -47,24 +47,20 @@ class HubDataset(ColumnSource):
         resolution: int = 48,
         max_broken: float = 0.05,
         cache_bytes: int = 1 << 30,
+        partial: bool = False,
     ) -> None:
         form = table or TableFormat()
-        reading = Reading.of(rows.column_names, fields, labels, image=form.img_key, caption=form.caption_key)
+        keys = {"image": form.img_key, "caption": form.caption_key}
+        reading = Reading.of(rows.column_names, fields, labels, **keys, partial=partial)
         found = {field: reading.column(field, rows.column_names) for field in reading.columns}
         if None in found.values():
             raise ValueError(f"{name}: expected the {reading.noun} {reading.shown}, got {rows.column_names}")
         self._rows = _undecoded(rows)
         lost: dict[str, str] = {}
         names, cells = by_row(_cells(self._rows, reading, lost), reading)
-        if not names:
-            raise ValueError(f"{name}: expected rows with {reading.shown}, got none{BrokenLog.listing(lost)}")
-        if empty := without_values(cells, reading):
-            raise ValueError(f"{name}: expected values in every column that is read, got none in {empty}")
-        broken = BrokenLog(len(names) + len(lost), max_broken)
-        for place, fault in lost.items():
-            broken.add(place, fault)
+        columns, broken = checked(name, names, cells, reading, lost, max_broken=max_broken, partial=partial)
         options = {"resolution": resolution, "cache_bytes": cache_bytes}
-        super().__init__(names, cells, reading, faults={}, broken=broken, **options)
+        super().__init__(names, columns, reading, faults={}, broken=broken, **options)
 
     def _file(self, cell: Cell) -> Path | bytes:
         row, column = cell

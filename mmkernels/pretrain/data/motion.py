@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmkernels.pretrain.data.base import Data, Sample, Text
-from mmkernels.pretrain.data.draws import Draws, Purpose, is_held_out, uniform
 from mmkernels.pretrain.data.generated import SPLITS, GeneratedSource
 from mmkernels.pretrain.data.scene_picture import draw_background, graded
+from mmkernels.pretrain.data.seeds import Purpose, SampleDraws, is_held_out, uniform
 from mmkernels.pretrain.data.tiles import TURNS, load_tiles, paste, reach
 from mmkernels.pretrain.data.vocabulary import WORDS, with_article
 
@@ -109,14 +109,14 @@ class MotionSource(GeneratedSource):
         if "action" in self.fields:
             values["action"] = action
         if {"question", "answer", "kind"} & set(self.fields):
-            asked = ask(word, action, Draws(self.seed, Purpose.MOTION_QUESTION, number))
+            asked = ask(word, action, SampleDraws(self.seed, Purpose.MOTION_QUESTION, number))
             values |= zip(("question", "answer", "kind"), asked, strict=True)
         return Sample({field: values[field] for field in self.fields}, int(self.concepts[index]), self.name(index))
 
     def clip(self, index: int) -> Clip:
         """What clip `index` shows."""
         word, action = self._doing(index)
-        draws = Draws(self.seed, Purpose.MOTION_LOOK, self.number(index))
+        draws = SampleDraws(self.seed, Purpose.MOTION_LOOK, self.number(index))
         vendor = self.vendors[draws.below(len(self.vendors))]
         return Clip(word, action, vendor, draw_background(draws), *path(ACTIONS[action], draws))
 
@@ -125,7 +125,7 @@ class MotionSource(GeneratedSource):
         return divmod(int(self.concepts[index]), len(ACTIONS))
 
 
-def path(action: str, draws: Draws) -> tuple[tuple[tuple[int, int, int], ...], tuple[int, ...]]:
+def path(action: str, draws: SampleDraws) -> tuple[tuple[tuple[int, int, int], ...], tuple[int, ...]]:
     """Where an emoji is in each frame, and how far it is turned: `Clip.places`, `Clip.angles`."""
     if action in _BACKWARDS:
         places, angles = path(_BACKWARDS[action], draws)
@@ -171,7 +171,7 @@ def captions(word: int, action: int) -> tuple[str, ...]:
     return f"{name} {ACTIONS[action]}", f"{name} is {_DOING[action]}", f"a video of {name} {_DOING[action]}"
 
 
-def ask(word: int, action: int, draws: Draws) -> tuple[Text, int, int]:
+def ask(word: int, action: int, draws: SampleDraws) -> tuple[Text, int, int]:
     """(question, answer, kind), the labels as indices into ANSWERS and KINDS."""
     kind = draws.below(len(KINDS))
     if KINDS[kind] == "what happens":

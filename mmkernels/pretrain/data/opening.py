@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +17,17 @@ from mmkernels.pretrain.data.emoji import open_emoji
 from mmkernels.pretrain.data.folder import FolderDataset
 from mmkernels.pretrain.data.hub import HubDataset, load_splits
 from mmkernels.pretrain.data.languages import open_languages
+from mmkernels.pretrain.data.mixed import mix
 from mmkernels.pretrain.data.motion import open_motion
 from mmkernels.pretrain.data.scenes import open_scenes
+from mmkernels.pretrain.data.seeds import is_held_out
+from mmkernels.pretrain.data.shares import check_weights
 from mmkernels.pretrain.data.speech import open_speech
 from mmkernels.pretrain.data.tables import TableFormat, find_table
+from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.data.webdataset import WebDataset
 
-__all__ = ["EMBEDDED", "held_out_mask", "open_data"]
+__all__ = ["EMBEDDED", "held_out_mask", "open_data", "part_names"]
 
 log = logging.getLogger("mmkernels.pretrain.data")
 
@@ -63,6 +67,7 @@ EMBEDDED: dict[str, _Opener] = {
 def open_data(
     source: str | Path = "emoji",
     *,
+    weights: Sequence[float] | None = None,
     fields: Sequence[str] | None = None,
     labels: Sequence[str] = (),
     table: TableFormat | None = None,
@@ -77,40 +82,105 @@ def open_data(
     Args:
         source: the name of an embedded data set; a folder with a table, or the table (.jsonl, .csv, .tsv, .parquet);
             tar shards (file, folder, glob); `hf:` and a Hugging Face data set, with `:split` if not all of its splits
-            are meant. Those besides `train` are held-out sets.
-        fields: those that are read; None: all that the source is known to have.
+            are meant. Those besides `train` are held-out sets. Several of them with `::` in between are mixed: see
+            `Mixed`. Folders and tables may be marked by `folder:`, shards by `webdataset:`.
+        weights: of several, the share of the training samples that comes from each; None: by size.
+        fields: those that are read; None: all that the source is known to have. Of several, each may lack some.
         labels: further fields of your own data, whose values are classes. They are those of the training data.
         table: its separator and columns, if not the defaults.
         resolution: side in pixels at which your own images are kept.
         eval_fraction: fraction of your own concepts held out, chosen by a hash of the caption (without one: of the
             file, or of the first text), so that adding data never moves a sample between the sets.
         max_eval: most samples in a held-out set, evenly spaced.
-        max_broken: fraction of the samples that may be unreadable.
-        cache_bytes: memory for decoded images.
+        max_broken: fraction of the samples of a set that may be unreadable.
+        cache_bytes: memory for decoded images, of each set.
     """
-    name = str(source)
-    embedded, hub = EMBEDDED.get(name), name.startswith("hf:")
-    shards = not hub and embedded is None and _is_shards(Path(source))
-    form = table or TableFormat()
-    if form != TableFormat() and (shards or embedded is not None):
-        raise ValueError(f"csv_separator, csv_img_key, csv_caption_key: expected a table to read, got {source}")
-    if embedded is not None:
-        return embedded(fields)
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction: expected 0 <= eval_fraction < 1, got {eval_fraction}")
+    form = table or TableFormat()
+    names = part_names(source, weights)
+    if form != TableFormat() and not any(_kind(name) in ("table", "hub") for name in names):
+        raise ValueError(f"csv_separator, csv_img_key, csv_caption_key: expected a table to read, got {source}")
     options: dict[str, Any] = {"resolution": resolution, "max_broken": max_broken, "cache_bytes": cache_bytes}
-    options |= {"fields": fields, "labels": labels}
-    if hub:
-        if form.separator is not None:
-            raise ValueError(f"csv_separator: expected none for {source}, got {form.separator!r}")
+    options |= {"fields": fields, "labels": labels, "partial": len(names) > 1}
+    if len(names) == 1:
+        return _open(names[0], form, options, eval_fraction, max_eval)
+    opened: dict[str, Data] = {}
+    parts: dict[str, Data] = {}
+    for name, shown in zip(names, _shown(names), strict=True):
+        same = _place(name)
+        if same not in opened:
+            opened[same] = _open(name, form, options, eval_fraction, max_eval)
+        again = sum(each is opened[same] for each in parts.values())
+        parts[f"{shown} ({again + 1})" if again else shown] = opened[same]
+    return mix(parts, weights)
+
+
+def part_names(source: str | Path, weights: Sequence[float] | None = None) -> list[str]:
+    """The data sets that a source names, with `::` in between; a `Path` is one.
+
+    Raises:
+        ValueError: an empty name, or not a positive weight for each.
+    """
+    names = [str(source)] if isinstance(source, Path) else source.split("::")
+    if not all(names):
+        raise ValueError(f"data: expected the names of data sets around '::', got {source!r}")
+    if weights is not None:
+        if len(weights) != len(names) or len(names) == 1:
+            several = f"one for each of {', '.join(names)}"
+            expected = several if len(names) > 1 else "several data sets with :: in between"
+            raise ValueError(f"data_weights: expected {expected}, got {' '.join(map(str, weights))} for {source}")
+        check_weights(weights)
+    return names
+
+
+def _place(name: str) -> str:
+    """The same for names of the same data set."""
+    return os.path.realpath(_stripped(name)) if _kind(name) in ("table", "shards") else name
+
+
+def _shown(names: Sequence[str]) -> list[str]:
+    """What the parts of a mixture are called: paths by their last part alone, if no other data set has that name."""
+    paths = [_kind(name) in ("table", "shards") for name in names]
+    last = [os.path.basename(_place(name)) if path else name for name, path in zip(names, paths, strict=True)]
+    alone = [len({_place(n) for n, other in zip(names, last, strict=True) if other == each}) == 1 for each in last]
+    return [printable(short if one else _stripped(n)) for n, short, one in zip(names, last, alone, strict=True)]
+
+
+def _kind(name: str) -> str:
+    """embedded, hub, shards or table."""
+    if name in EMBEDDED:
+        return "embedded"
+    if name.startswith("hf:"):
+        return "hub"
+    return "shards" if _is_shards(Path(_stripped(name))) else "table"
+
+
+def _stripped(name: str) -> str:
+    """The path after `folder:` or `webdataset:`."""
+    kind, _, path = name.partition(":")
+    return path if kind in ("folder", "webdataset") and path else name
+
+
+def _open(name: str, form: TableFormat, options: dict[str, Any], eval_fraction: float, max_eval: int) -> Data:
+    """One data set."""
+    kind, source = _kind(name), _stripped(name)
+    if kind == "embedded":
+        return EMBEDDED[name](options["fields"])
+    if kind == "hub":
+        if form.separator is not None and not options["partial"]:
+            raise ValueError(f"csv_separator: expected none for {name}, got {form.separator!r}")
         found = load_splits(name.removeprefix("hf:"))
         sets = {split: HubDataset(f"{name}: {split}", rows, table=form, **options) for split, rows in found.items()}
         if len(sets) > 1:
             return _by_split(name, sets, max_eval)
         return _by_hash(name, next(iter(sets.values())), eval_fraction, max_eval)
-    if shards:
-        return _by_hash(name, WebDataset(source, **options), eval_fraction, max_eval)
-    return _by_hash(name, FolderDataset(source, table=form, **options), eval_fraction, max_eval)
+    if kind == "shards":
+        return _by_hash(source, WebDataset(source, **options), eval_fraction, max_eval)
+    if not Path(source).exists():
+        known = ", ".join(EMBEDDED)
+        raise ValueError(f"data: expected a folder, or an existing table, or one of {known}; got {printable(source)}")
+    return _by_hash(source, FolderDataset(source, table=form, **options), eval_fraction, max_eval)
 
 
 def _by_hash(name: str, dataset: ColumnSource, eval_fraction: float, max_eval: int) -> Data:
@@ -151,10 +221,8 @@ def _at_most(rows: np.ndarray, most: int) -> np.ndarray:
 
 
 def held_out_mask(dataset: ColumnSource, fraction: float) -> np.ndarray:
-    """bool [n]: whether the key of each sample's concept hashes into the first `fraction` of the range."""
-    encoded = (key.encode("utf-8", "surrogateescape") for key in dataset.keys)
-    hashes = (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") for key in encoded)
-    return np.array([h < fraction * 2**64 for h in hashes], bool)
+    """bool [n]: whether each sample's concept is held out, by the hash of its key."""
+    return np.array([is_held_out(key, fraction) for key in dataset.keys], bool)
 
 
 def _is_shards(path: Path) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mmkernels import plan_packing
 from mmkernels.pretrain.data.seeds import Stream, generator
+from mmkernels.pretrain.data.shares import Shares
 
 __all__ = ["BatchSampler", "TokenSampler"]
 
@@ -18,16 +19,20 @@ __all__ = ["BatchSampler", "TokenSampler"]
 class _Dealt(ABC):
     """Endless batches, dealt anew in each epoch."""
 
-    def __init__(self, samples: int, seed: int) -> None:
-        self.samples, self.seed = samples, seed
+    def __init__(self, samples: int, seed: int, shares: Shares | None = None) -> None:
+        if shares is not None and len(shares) != samples:
+            raise ValueError(f"shares: expected those of {samples} samples, got of {len(shares)}")
+        self.samples, self.seed, self.shares = samples, seed, shares
         self.epoch = 0
         self.position = 0  # batches yielded in this epoch
         self.step = 0  # batches yielded in total
         self._batches = self._deal(0)
+        if not self._batches:  # of a mixture alone: it may deal fewer concepts than it has
+            raise ValueError(f"batch_size: expected at most the distinct concepts of an epoch, got {self._size()}")
 
     @abstractmethod
     def _deal(self, epoch: int) -> Sequence[np.ndarray]:
-        """The batches of an epoch, at least one."""
+        """The batches of an epoch."""
 
     @abstractmethod
     def _size(self) -> int:
@@ -38,7 +43,7 @@ class _Dealt(ABC):
 
     def __next__(self) -> np.ndarray:
         """The next batch: int64, sample numbers."""
-        if self.position == len(self._batches):
+        while self.position == len(self._batches):
             self.epoch, self.position = self.epoch + 1, 0
             self._batches = self._deal(self.epoch)
         batch = self._batches[self.position]
@@ -53,47 +58,60 @@ class _Dealt(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's position; JSON-serialisable."""
-        fixed = {"seed": self.seed, "batch_size": self._size(), "samples": self.samples}
+        fixed: dict[str, Any] = {"seed": self.seed, "batch_size": self._size(), "samples": self.samples}
+        if self.shares is not None:
+            fixed["shares"] = self.shares.described()
         return {**fixed, "epoch": self.epoch, "position": self.position, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken. The data, the seed and the batch size must be the same."""
+        """Continue exactly where `state_dict` was taken. Data, seed, batch size and shares must be the same."""
         mine = self.state_dict()
-        for name in ("seed", "batch_size", "samples"):
-            if state[name] != mine[name]:
-                raise ValueError(f"state: expected {name} {mine[name]} as in this run, got {state[name]}")
+        for name in ("seed", "batch_size", "samples", "shares"):
+            if state.get(name) != mine.get(name):
+                raise ValueError(f"state: expected {name} {mine.get(name)} as in this run, got {state.get(name)}")
         self.epoch, self.position, self.step = int(state["epoch"]), int(state["position"]), int(state["step"])
         self._batches = self._deal(self.epoch)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch: each once, or those that the shares deal."""
+        if self.shares is not None:
+            return self.shares.order(self.seed, epoch)
+        return generator(self.seed, epoch, Stream.ORDER).permutation(self.samples)
 
 
 class BatchSampler(_Dealt):
     """Endless batches of `batch_size` indices into a data set, no two of the same concept.
 
-    Each epoch is a fresh permutation, split into batches; a sample whose concept is already in the batch moves to the
-    next. An incomplete batch at the end of an epoch is dropped.
+    Each epoch is a fresh permutation, or what the shares deal, split into batches; a sample whose concept is already in
+    the batch moves to the next. An incomplete batch at the end of an epoch is dropped.
 
     Args:
         concepts: int64 [n], the concept of each sample.
         batch_size: samples per batch; at most the number of distinct concepts.
         seed: of the permutations.
+        shares: of the parts of a mixture.
+
+    Raises:
+        ValueError: too few distinct concepts for a batch, or for a part's share of it.
     """
 
-    def __init__(self, concepts: np.ndarray, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, concepts: np.ndarray, batch_size: int, seed: int = 0, shares: Shares | None = None) -> None:
         distinct = len(np.unique(concepts))
         if not 1 <= batch_size <= distinct:
             raise ValueError(
                 f"batch_size: expected 1 to {distinct} (the distinct concepts to train on), got {batch_size}"
             )
+        if shares is not None:
+            shares.fit(concepts, batch_size)
         self.concepts, self.batch_size = np.asarray(concepts, np.int64), batch_size
-        super().__init__(len(concepts), seed)
+        super().__init__(len(concepts), seed, shares)
 
     def _size(self) -> int:
         return self.batch_size
 
     def _deal(self, epoch: int) -> list[np.ndarray]:
-        order = generator(self.seed, epoch, Stream.ORDER).permutation(len(self.concepts))
         concepts = self.concepts.tolist()
-        fresh, waiting = deque(order.tolist()), deque[int]()
+        fresh, waiting = deque(self._order(epoch).tolist()), deque[int]()
         batches: list[list[int]] = []
         while True:
             batch: list[int] = []
@@ -113,33 +131,43 @@ class BatchSampler(_Dealt):
 
 
 class TokenSampler(_Dealt):
-    """Endless batches of at most `tokens` tokens, planned by `plan_packing`; every sample occurs once in an epoch.
+    """Endless batches of at most `tokens` tokens, planned by `plan_packing`; every sample occurs once in an epoch, or
+    as often as the shares deal it.
 
     Args:
         lengths: int [n], tokens of each sample.
         tokens: most in a batch.
         max_samples: most samples in a batch; None for no bound.
         seed: of the order.
+        shares: of the parts of a mixture.
 
     Raises:
         ValueError: a sample is longer than a batch; no samples.
     """
 
-    def __init__(self, lengths: np.ndarray, tokens: int, max_samples: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        tokens: int,
+        max_samples: int | None = None,
+        seed: int = 0,
+        shares: Shares | None = None,
+    ) -> None:
         self.lengths, self.tokens, self.max_samples = np.asarray(lengths, np.int64), tokens, max_samples
         if not len(self.lengths):
             raise ValueError("lengths: expected at least one sample, got none")
         if self.lengths.max() > tokens:
             longest = f"sample {self.lengths.argmax()} has {self.lengths.max()}"
             raise ValueError(f"tokens: expected at least the longest sample's, got {tokens}, but {longest}")
-        super().__init__(len(self.lengths), seed)
+        super().__init__(len(self.lengths), seed, shares)
 
     def _size(self) -> int:
         return self.tokens
 
     def _deal(self, epoch: int) -> list[np.ndarray]:
         seed = (self.seed << 32) + epoch + 1
-        plan = plan_packing(self.lengths, self.tokens, max_samples=self.max_samples, seed=seed)
-        packs = [np.asarray(plan[i]) for i in range(plan.num_packs)]
+        dealt = np.arange(self.samples) if self.shares is None else self._order(epoch)
+        plan = plan_packing(self.lengths[dealt], self.tokens, max_samples=self.max_samples, seed=seed)
+        packs = [dealt[np.asarray(plan[i])] for i in range(plan.num_packs)]
         # Best-fit leaves the emptiest packs last; a batch must not depend on the place in the epoch.
         return [packs[i] for i in generator(self.seed, epoch, Stream.ORDER).permutation(len(packs))]

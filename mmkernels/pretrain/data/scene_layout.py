@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmkernels.pretrain.data.draws import Draws, Purpose, is_held_out, uniform
+from mmkernels.pretrain.data.seeds import Purpose, SampleDraws, is_held_out, uniform
 from mmkernels.pretrain.data.vocabulary import WORDS
 
 GRID = 48  # units of a scene's side
@@ -119,7 +119,7 @@ def concept_ids(words: np.ndarray) -> np.ndarray:
 def lay_out(seed: int, number: int, groups: list[Group]) -> Scene:
     """Place objects by dividing the canvas between them, so that some pair has an unambiguous relation."""
     for attempt in count():
-        draws = Draws(seed, Purpose.LAYOUT, number, attempt * _ATTEMPT)
+        draws = SampleDraws(seed, Purpose.LAYOUT, number, attempt * _ATTEMPT)
         placed: list[tuple[int, Box]] = []
         order = [groups[i] for i in draws.shuffled(len(groups))]
         cut = draws.between(1, len(order) - 1)
@@ -148,7 +148,7 @@ def _weight(groups: list[Group]) -> int:
     return sum(count + 1 for _, count in groups)
 
 
-def _divided(cell: Box, first: int, second: int, across: bool, draws: Draws) -> tuple[Box, Box]:
+def _divided(cell: Box, first: int, second: int, across: bool, draws: SampleDraws) -> tuple[Box, Box]:
     """A cell in two, side by side if `across`, sized by weight within limits."""
     share = min(0.7, max(0.3, first / (first + second) + 0.16 * (draws.share() - 0.5)))
     left, top, right, bottom = cell
@@ -159,7 +159,7 @@ def _divided(cell: Box, first: int, second: int, across: bool, draws: Draws) -> 
     return (left, top, right, middle), (left, middle, right, bottom)
 
 
-def _place(groups: list[Group], cell: Box, draws: Draws, placed: list[tuple[int, Box]]) -> None:
+def _place(groups: list[Group], cell: Box, draws: SampleDraws, placed: list[tuple[int, Box]]) -> None:
     """Append the objects of some groups, each in its own part of the cell."""
     left, top, right, bottom = cell
     width, height = right - left, bottom - top

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mmkernels.pretrain.data.base import Regions
-from mmkernels.pretrain.data.draws import Draws, Purpose
 from mmkernels.pretrain.data.scene_layout import GRID, Box, Scene
+from mmkernels.pretrain.data.seeds import Purpose, SampleDraws
 from mmkernels.pretrain.data.tiles import load_tiles, paste, resized
 
 CROP = 12  # pixels of a region's side
@@ -25,12 +25,12 @@ class Look(NamedTuple):
 
 def look_of(seed: int, number: int, vendors: Sequence[int]) -> Look:
     """The look of a scene by one of some vendors."""
-    draws = Draws(seed, Purpose.LOOK, number)
+    draws = SampleDraws(seed, Purpose.LOOK, number)
     vendor = vendors[draws.below(len(vendors))]
     return Look(vendor, draw_background(draws))
 
 
-def draw_background(draws: Draws) -> np.ndarray:
+def draw_background(draws: SampleDraws) -> np.ndarray:
     """Two light colours: int64 [2, 3]."""
     return np.array([[draws.between(_DARKEST, 255) for _ in range(3)] for _ in range(2)])
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import permutations
 from typing import NamedTuple
 
-from mmkernels.pretrain.data.draws import Draws
 from mmkernels.pretrain.data.scene_layout import GRID, OPPOSITE, SIDES, Box, Group, Scene, relation_of
+from mmkernels.pretrain.data.seeds import SampleDraws
 from mmkernels.pretrain.data.tiles import COLOURS
 from mmkernels.pretrain.data.vocabulary import NUMBERS, PLURALS, WORDS, counted, listed, with_article
 
@@ -51,7 +51,7 @@ def captions(scene: Scene, colours: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def ask(scene: Scene, colours: Sequence[str], draws: Draws) -> Asked:
+def ask(scene: Scene, colours: Sequence[str], draws: SampleDraws) -> Asked:
     """A question that the scene answers without doubt, each kind as likely where it is possible.
 
     Args:
@@ -59,7 +59,7 @@ def ask(scene: Scene, colours: Sequence[str], draws: Draws) -> Asked:
         colours: as in `captions`.
         draws: decide which question.
     """
-    askers: tuple[Callable[[Scene, Sequence[str], Draws], Asked | None], ...]
+    askers: tuple[Callable[[Scene, Sequence[str], SampleDraws], Asked | None], ...]
     askers = (_what, _where, _how_many, _colour, _is_there)
     asked = (askers[i](scene, colours, draws) for i in draws.shuffled(len(askers)))
     return next(found for found in asked if found is not None)
@@ -98,7 +98,7 @@ def place_of(box: Box) -> str:
     return PLACES[3 * (3 * y // (2 * GRID)) + 3 * x // (2 * GRID)]
 
 
-def _what(scene: Scene, colours: Sequence[str], draws: Draws) -> Asked | None:
+def _what(scene: Scene, colours: Sequence[str], draws: SampleDraws) -> Asked | None:
     options = [(side, word, scene.words[there[0]]) for side, word, there in beside(scene) if _alike(scene, there)]
     if not options:
         return None
@@ -111,7 +111,7 @@ def _alike(scene: Scene, objects: list[int]) -> bool:
     return len({scene.words[i] for i in objects}) == 1
 
 
-def _where(scene: Scene, colours: Sequence[str], draws: Draws) -> Asked | None:
+def _where(scene: Scene, colours: Sequence[str], draws: SampleDraws) -> Asked | None:
     counts = dict(scene.groups)
     placed = ((word, place_of(box)) for word, box in zip(scene.words, scene.boxes, strict=True) if counts[word] == 1)
     options = [(word, place) for word, place in placed if place]
@@ -122,7 +122,7 @@ def _where(scene: Scene, colours: Sequence[str], draws: Draws) -> Asked | None:
     return Asked(questions, place, "where")
 
 
-def _how_many(scene: Scene, colours: Sequence[str], draws: Draws) -> Asked | None:
+def _how_many(scene: Scene, colours: Sequence[str], draws: SampleDraws) -> Asked | None:
     """Each number that occurs is as likely as the others, and so is zero."""
     numbers = sorted({0, *(count for _, count in scene.groups)})
     number = numbers[draws.below(len(numbers))]
@@ -132,7 +132,7 @@ def _how_many(scene: Scene, colours: Sequence[str], draws: Draws) -> Asked | Non
     return Asked(questions, NUMBERS[number], "how many")
 
 
-def _colour(scene: Scene, colours: Sequence[str], draws: Draws) -> Asked | None:
+def _colour(scene: Scene, colours: Sequence[str], draws: SampleDraws) -> Asked | None:
     """About what is beside something, if possible: an apple by its name would often be red without looking."""
     options = [(side, word, there[0]) for side, word, there in beside(scene) if len(there) == 1]
     options = [(side, word, i) for side, word, i in options if colours[scene.words[i]]]
@@ -148,14 +148,14 @@ def _colour(scene: Scene, colours: Sequence[str], draws: Draws) -> Asked | None:
     return Asked((question,), colours[word], "colour")
 
 
-def _is_there(scene: Scene, colours: Sequence[str], draws: Draws) -> Asked | None:
+def _is_there(scene: Scene, colours: Sequence[str], draws: SampleDraws) -> Asked | None:
     there = draws.below(2) == 0
     word = scene.groups[draws.below(len(scene.groups))][0] if there else _absent(scene, draws)
     name = with_article(WORDS[word])
     return Asked((f"is there {name}?", f"can you see {name}?"), "yes" if there else "no", "is there")
 
 
-def _absent(scene: Scene, draws: Draws) -> int:
+def _absent(scene: Scene, draws: SampleDraws) -> int:
     """A word of which the scene has none."""
     present = sorted(word for word, _ in scene.groups)
     word = draws.below(len(WORDS) - len(present))
@@ -164,7 +164,7 @@ def _absent(scene: Scene, draws: Draws) -> int:
     return word
 
 
-def related(scene: Scene, draws: Draws) -> tuple[int, int, str]:
+def related(scene: Scene, draws: SampleDraws) -> tuple[int, int, str]:
     """Two objects, by index, and the one of RELATIONS that the first has to the second."""
     pairs = permutations(range(len(scene.words)), 2)
     options = [(a, b, relation) for a, b in pairs if (relation := relation_of(scene.boxes[a], scene.boxes[b]))]

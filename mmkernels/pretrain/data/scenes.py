@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from mmkernels.pretrain.data.base import Data, Document, Regions, Sample, Text
-from mmkernels.pretrain.data.draws import Draws, Purpose
 from mmkernels.pretrain.data.generated import MOST, SPLITS, Computed, GeneratedSource
 from mmkernels.pretrain.data.scene_layout import RELATIONS, Group, Scene, concept_ids, draw_groups, lay_out
 from mmkernels.pretrain.data.scene_picture import Look, look_of, picture, regions_of
 from mmkernels.pretrain.data.scene_text import ANSWERS, CAPTION_FORMS, KINDS, Asked, ask, captions, related
+from mmkernels.pretrain.data.seeds import Purpose, SampleDraws
 from mmkernels.pretrain.data.tiles import load_tiles
 from mmkernels.pretrain.data.vocabulary import WORDS
 
@@ -192,7 +192,7 @@ class DrawnScene:
 
     def written(self, picture: Callable[[DrawnScene], Any]) -> Document:
         """The document, with this in the place of each picture."""
-        draws = Draws(self._source.seed, Purpose.DOCUMENT, self._number)
+        draws = SampleDraws(self._source.seed, Purpose.DOCUMENT, self._number)
         form, more = draws.below(CAPTION_FORMS), draws.between(1, _FURTHER)
         scenes = [self, *self._source.further(self._index)][: 1 + more]
         return Document(tuple(part for scene in scenes for part in (picture(scene), scene.text.captions[form])))
@@ -207,11 +207,11 @@ class DrawnScene:
 
     @cached_property
     def _asked(self) -> Asked:
-        return ask(self.scene, self._colours, Draws(self._source.seed, Purpose.QUESTION, self._number))
+        return ask(self.scene, self._colours, SampleDraws(self._source.seed, Purpose.QUESTION, self._number))
 
     @cached_property
     def _related(self) -> tuple[int, int, str]:
-        return related(self.scene, Draws(self._source.seed, Purpose.PAIR, self._number))
+        return related(self.scene, SampleDraws(self._source.seed, Purpose.PAIR, self._number))
 
 
 class Undrawn:

@@ -77,11 +77,15 @@ def find_table(path: Path) -> Path:
 
 
 def reading_of(
-    table: Path, form: TableFormat, fields: Sequence[str] | None = None, labels: Sequence[str] = ()
+    table: Path,
+    form: TableFormat,
+    fields: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
+    partial: bool = False,
 ) -> Reading:
-    """Which of a table's columns to read, see `Reading.of`. Without `fields` the table is opened, for their names."""
+    """Which of a table's columns to read, see `Reading.of`. The table is opened if the names of all matter."""
     names: dict[str, None] = {}
-    if fields is None:
+    if fields is None or partial:
         if table.suffix.lower() == ".parquet":
             with _parquet(table) as file:
                 names = dict.fromkeys(file.schema_arrow.names)
@@ -92,7 +96,10 @@ def reading_of(
                 else:
                     header = next(_records(file, table, _separator(table, form)), None)
                     names = dict.fromkeys([] if header is None else header.fields)
-    return Reading.of(names, fields, labels, image=form.img_key, caption=form.caption_key)
+    try:
+        return Reading.of(names, fields, labels, image=form.img_key, caption=form.caption_key, partial=partial)
+    except ValueError as error:
+        raise ValueError(f"{table}: {error}") from error
 
 
 def read_table(table: Path, form: TableFormat, reading: Reading) -> Iterator[Row]:

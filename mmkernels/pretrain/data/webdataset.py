@@ -26,7 +26,7 @@ from mmkernels.pretrain.data.audio import AUDIO_SUFFIXES
 from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog
 from mmkernels.pretrain.data.captions import caption_fault, parse_captions
 from mmkernels.pretrain.data.cells import PAIR, Cell, Reading
-from mmkernels.pretrain.data.columns import ColumnSource, by_row, without_values
+from mmkernels.pretrain.data.columns import ColumnSource, by_row, with_values
 from mmkernels.pretrain.data.decode import IMAGE_SUFFIXES
 from mmkernels.pretrain.data.shards import Span, index_shard
 from mmkernels.pretrain.data.unicode import printable
@@ -53,6 +53,7 @@ class WebDataset(ColumnSource):
         max_broken: fraction of samples that may be unreadable, or lack their image or text. A shard that is not a tar
             counts as one sample, and so does a file without a key.
         cache_bytes: memory for decoded images.
+        partial: leave out fields that no sample has, instead of refusing the data for them.
 
     Raises:
         ValueError: no shards, or no samples in them.
@@ -68,7 +69,10 @@ class WebDataset(ColumnSource):
         resolution: int = 48,
         max_broken: float = 0.05,
         cache_bytes: int = 1 << 30,
+        partial: bool = False,
     ) -> None:
+        if partial and fields is not None:
+            fields = [field for field in fields if field != "document"]
         reading = Reading.of(("image", "caption"), fields, labels)
         index = _Index(reading)
         shards = find_shards(path)
@@ -89,9 +93,8 @@ class WebDataset(ColumnSource):
         rows = _pairs(index.samples, faults) if reading.pairs else _rows(index.samples, reading, faults)
         names, cells = by_row(rows, reading)
         options = {"resolution": resolution, "cache_bytes": cache_bytes}
-        super().__init__(names, cells, reading, faults=faults, broken=broken, **options)
-        if empty := without_values(cells, reading):
-            raise ValueError(f"{path}: expected samples with every field that is read, got none with {empty}")
+        columns = with_values(path, cells, reading, partial)
+        super().__init__(names, columns, reading, faults=faults, broken=broken, **options)
 
     def _file(self, cell: Cell) -> bytes:
         span: Span = cell

@@ -1,0 +1,116 @@
+"""How much of an epoch comes from each part of a mixture, and which samples: functions of (seed, epoch) alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+
+from mmkernels.pretrain.data.seeds import Stream, generator
+
+__all__ = ["Shares", "check_weights"]
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise ValueError for a weight that is not a positive number."""
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"data_weights: expected positive numbers, got {' '.join(map(str, weights))}")
+
+
+class Shares:
+    """The order of a mixture's samples, which are numbered one part after the other.
+
+    An epoch has as many samples as the mixture. A part is dealt pass after pass, each a fresh permutation of it. One
+    with a larger share than its size is repeated within the epoch; one with a smaller share goes on in the next epoch
+    where it stopped, so that all of it is seen. Over any number of epochs a part deals its share, to within a sample.
+    The parts are spread evenly over an epoch, so each batch has about the same of them.
+
+    Args:
+        names: of the parts, for messages.
+        sizes: samples of each part, at least one.
+        weights: of each part, positive; they need not add up to 1. None: by size, so that an epoch is one pass of each.
+
+    Raises:
+        ValueError: a weight per part is missing, or is not positive, or gives a part less than a sample an epoch.
+    """
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        self.names, self.sizes, self.weights = tuple(names), tuple(map(int, sizes)), weights
+        if weights is not None:
+            if len(weights) != len(self.names):
+                sets = ", ".join(self.names)
+                raise ValueError(f"data_weights: expected one for each of {sets}, got {' '.join(map(str, weights))}")
+            check_weights(weights)
+        # As decimals: shares of 0.1 and 0.2 are a third and two thirds, which no float is.
+        exact = [Fraction(str(weight)) for weight in (self.sizes if weights is None else weights)]
+        self.of: tuple[Fraction, ...] = tuple(each / sum(exact) for each in exact)
+        for name, share in zip(self.names, self.of, strict=True):
+            if share * len(self) < 1:
+                raise ValueError(
+                    f"data_weights: expected at least one sample an epoch of each part, got {float(share):.2g} of "
+                    f"{len(self)} samples for {name}"
+                )
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return sum(self.sizes)
+
+    def dealt(self, epochs: int) -> list[int]:
+        """How many samples each part has dealt after some epochs: by largest remainder, so they add up."""
+        exact = [share * len(self) * epochs for share in self.of]
+        counts = [math.floor(each) for each in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in by_remainder[: len(self) * epochs - sum(counts)]:
+            counts[i] += 1
+        return counts
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The samples of an epoch in order, int64 [n]; one may occur more than once."""
+        places, samples = [], []
+        spread = generator(seed, epoch, Stream.ORDER)
+        for part, (first, last) in enumerate(zip(self.dealt(epoch), self.dealt(epoch + 1), strict=True)):
+            samples.append(self._passes(seed, part, first, last) + self._starts[part])
+            places.append((np.arange(last - first) + spread.random(last - first)) / max(last - first, 1))
+        return np.concatenate(samples)[np.argsort(np.concatenate(places), kind="stable")]
+
+    def _passes(self, seed: int, part: int, first: int, last: int) -> np.ndarray:
+        """Samples `first` to `last` of the endless passes of a part, numbered within it."""
+        size = self.sizes[part]
+        passes = range(first // size, -(-last // size))
+        each = [generator(seed, number, Stream.PASS, part).permutation(size) for number in passes]
+        return np.concatenate([*each, np.zeros(0, np.int64)])[first - passes.start * size :][: last - first]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return np.concatenate([[0], np.cumsum(self.sizes)]).tolist()
+
+    def fit(self, concepts: np.ndarray, batch_size: int) -> None:
+        """Raise ValueError if a batch has too few different concepts of a part for its share of it.
+
+        Args:
+            concepts: int64 [n], of all samples.
+            batch_size: samples of a batch, all of different concepts.
+        """
+        for part, (name, share) in enumerate(zip(self.names, self.of, strict=True)):
+            distinct = len(np.unique(concepts[self._starts[part] : self._starts[part + 1]]))
+            if self.weights is not None and share * batch_size > distinct:
+                raise ValueError(
+                    f"data_weights: expected at most {100 * distinct / batch_size:.3g}% for {name}, with {distinct} "
+                    f"concepts, each at most once in a batch of {batch_size}; got {100 * float(share):.3g}%"
+                )
+
+    def spread(self, most: int) -> np.ndarray:
+        """At most about `most` different samples, evenly spaced in each part, each part by its share: int64."""
+        found = []
+        for start, size, share in zip(self._starts, self.sizes, self.of, strict=False):
+            count = min(size, max(1, round(share * most)))
+            found.append(start + np.linspace(0, size - 1, count).astype(np.int64))
+        return np.concatenate(found)
+
+    def described(self) -> list[str]:
+        """What the order depends on, for a state."""
+        return [f"{share} from {size}" for share, size in zip(self.of, self.sizes, strict=True)]
