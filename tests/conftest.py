@@ -14,7 +14,7 @@ pytest.register_assert_rewrite("derivatives", "gradcache.toys", "isas", "plannin
 if not torch.cuda.is_available():  # before the first kernel is decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    interpreter.replace_the_language_once_a_launch()
+    interpreter.quicken()
 
 
 def pytest_configure(config: pytest.Config) -> None:
