@@ -3,7 +3,8 @@
 #   make pretrain      train a dual encoder on the embedded pictures and names (about three minutes on two cores)
 #   make test          the tests
 #   make test-torch    the ops' tests only, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0
-#   make aot           compile every Triton kernel for every architecture, inspect the built CUDA kernels; no GPU needed
+#   make aot           compile every Triton kernel for every architecture, inspect the built CUDA kernels; no GPU needed.
+#                      ARGS=--pairs compiles only configurations in which every two options meet
 #   make lint format   bench   wheel   clean
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path the environment; ARGS="..." is passed on. TORCH_SPEC is installed
@@ -40,7 +41,7 @@ test-torch: $(VENV)/installed-test
 	$(BIN)/pytest -n 2 -m "not aot and not gpu and not slow" -k "not in_triton and not interpreted" $(TORCH_TESTS) $(ARGS)
 
 aot: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 -m aot $(ARGS)
+	$(BIN)/pytest -n 2 -m aot tests/aot $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
