@@ -24,7 +24,7 @@ CSRC := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o 
 # Tests that depend on torch itself: opcheck, torch.compile, torch.func, autograd, modules, gradient caching, backends.
 TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py tests/ops/*/test_second.py) tests/ops/test_tracing.py \
 	tests/ops/test_flops.py tests/ops/contrastive/test_options.py \
-	tests/ops/attention/test_mask.py tests/ops/attention/test_mask_metadata.py \
+	tests/ops/attention/test_mask_metadata.py \
 	tests/ops/attention/test_calls.py tests/ops/attention/test_rope.py tests/ops/attention/test_gate.py \
 	tests/batch/test_batch.py tests/ops/packing/test_vision.py tests/nn tests/runtime \
 	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/test_import.py
