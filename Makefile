@@ -64,12 +64,15 @@ wheel: $(WHEELS)/built
 clean:
 	rm -rf $(VENV) build dist
 
-$(VENV)/torch:
+$(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/torch: | $(VENV)/created
 	$(BIN)/pip install --quiet $(TORCH_SPEC)
 	touch $@
 
-$(WHEELS)/built: $(PACKAGE) | $(VENV)/torch
+$(WHEELS)/built: $(PACKAGE) | $(VENV)/created
 	rm -rf $(WHEELS)
 	$(BIN)/pip wheel --quiet --no-deps -w $(WHEELS) .
 	touch $@
