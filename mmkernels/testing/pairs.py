@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import combinations, combinations_with_replacement
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from mmkernels.testing.aot import TritonCase
+from typing import Any
 
 __all__ = ["covering", "launches"]
 
@@ -36,13 +33,13 @@ def covering(combinations: Sequence[tuple[Hashable, ...]]) -> Iterator[int]:
         yield best
 
 
-def launches(cases: Sequence[TritonCase]) -> set[tuple[str, int]]:
-    """(name, architecture) of a covering choice among Triton configurations, of each kernel by itself.
+def launches(cases: Sequence[Any]) -> set[tuple[str, int]]:
+    """(name, architecture) of a covering choice among `mmkernels.testing.aot.TritonCase`s, of each kernel by itself.
 
     What varies is the architecture, the types of arguments, and the constexprs but for tiles: a launcher chooses tiles
     and warps by the others. So each kernel is chosen on every architecture that has it, with every type and option.
     """
-    of_kernels: dict[object, list[tuple[TritonCase, int]]] = {}
+    of_kernels: dict[object, list[tuple[Any, int]]] = {}
     for case in cases:
         of_kernels.setdefault(case.kernel, []).extend((case, arch) for arch in case.archs)
     chosen = set()
