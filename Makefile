@@ -3,7 +3,8 @@
 #   make pretrain      train a dual encoder on the embedded pictures and names (about three minutes on two cores)
 #   make test          the tests
 #   make test-torch    the ops' tests only, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0
-#   make aot           compile every Triton kernel for every architecture, inspect the built CUDA kernels; no GPU needed
+#   make aot           compile every Triton kernel for every architecture, inspect the built CUDA kernels; no GPU needed.
+#                      ARGS=--pairs compiles only configurations in which every two options meet
 #   make lint format   bench   wheel   clean
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path the environment; ARGS="..." is passed on. TORCH_SPEC is installed
@@ -23,7 +24,7 @@ CSRC := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o 
 # Tests that depend on torch itself: opcheck, torch.compile, torch.func, autograd, modules, gradient caching, backends.
 TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py tests/ops/*/test_second.py) tests/ops/test_tracing.py \
 	tests/ops/test_flops.py tests/ops/contrastive/test_options.py \
-	tests/ops/attention/test_mask.py tests/ops/attention/test_mask_metadata.py \
+	tests/ops/attention/test_mask_metadata.py \
 	tests/ops/attention/test_calls.py tests/ops/attention/test_rope.py tests/ops/attention/test_gate.py \
 	tests/batch/test_batch.py tests/ops/packing/test_vision.py tests/nn tests/runtime \
 	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/test_import.py
@@ -40,7 +41,7 @@ test-torch: $(VENV)/installed-test
 	$(BIN)/pytest -n 2 -m "not aot and not gpu and not slow" -k "not in_triton and not interpreted" $(TORCH_TESTS) $(ARGS)
 
 aot: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 -m aot $(ARGS)
+	$(BIN)/pytest -n 2 -m aot tests/aot $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -63,12 +64,15 @@ wheel: $(WHEELS)/built
 clean:
 	rm -rf $(VENV) build dist
 
-$(VENV)/torch:
+$(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/torch: | $(VENV)/created
 	$(BIN)/pip install --quiet $(TORCH_SPEC)
 	touch $@
 
-$(WHEELS)/built: $(PACKAGE) | $(VENV)/torch
+$(WHEELS)/built: $(PACKAGE) | $(VENV)/created
 	rm -rf $(WHEELS)
 	$(BIN)/pip wheel --quiet --no-deps -w $(WHEELS) .
 	touch $@

@@ -4,6 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch is imported, also by processes that tests start: OpenMP threads that spin while they wait would stall
+# those of the other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import interpreter
 import pytest
 import torch
@@ -14,12 +18,14 @@ pytest.register_assert_rewrite("derivatives", "gradcache.toys", "isas", "plannin
 if not torch.cuda.is_available():  # before the first kernel is decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    interpreter.replace_the_language_once_a_launch()
+    interpreter.quicken()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # With several workers (pytest -n), one thread each: spinning OpenMP threads would stall each other.
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    torch.set_num_threads(2)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # several workers (pytest -n): one thread each, and each of their processes
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -107,7 +107,12 @@ LAYERS = (
         r"mmkernels\.planning(\..*)?",
         below=("mmkernels.planning.*", "mmkernels.ops.checks", "mmkernels.runtime.native"),
     ),
-    Layer(r"mmkernels\.testing\.aot", below=("mmkernels.ops",), packages=frozenset({"triton"}), late=("triton",)),
+    Layer(
+        r"mmkernels\.testing\.aot",
+        below=("mmkernels.ops", "mmkernels.testing.pairs"),
+        packages=frozenset({"triton"}),
+        late=("triton",),
+    ),
     Layer(r"mmkernels\.testing(\..*)?", below=("mmkernels.testing.*", "mmkernels.ops.*", _RUNTIME)),
     Layer(r"mmkernels\.runtime\.native", below=("mmkernels._native", "mmkernels.runtime.absence")),
     Layer(r"mmkernels\.runtime(\..*)?", below=(_RUNTIME,)),

@@ -12,7 +12,8 @@
             )
         ]
 
-`python -m mmkernels.testing.aot` prints the table of all families, or of those named.
+`python -m mmkernels.testing.aot` prints the table of all families, or of those named; with `--pairs`, of a choice in
+which every two options meet.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from mmkernels.testing.pairs import launches
 
 __all__ = [
     "CUDA_ARCHS",
@@ -345,11 +348,13 @@ def cases(family: str) -> list[TritonCase]:
     return listed
 
 
-def check_triton(family: str, arch: int) -> tuple[list[KernelReport], list[str]]:
-    """Compile a family's cases for one architecture; returns reports and problem messages."""
+def check_triton(family: str, arch: int, *, pairs: bool = False) -> tuple[list[KernelReport], list[str]]:
+    """Compile a family's cases for one architecture, with `pairs` a choice; returns reports and problem messages."""
     reports, problems = [], []
-    for case in cases(family):
-        if arch not in case.archs:
+    listed = cases(family)
+    chosen = launches(listed) if pairs else {(case.name, arch) for case in listed if arch in case.archs}
+    for case in listed:
+        if (case.name, arch) not in chosen:
             continue
         try:
             report = compile_triton(case, arch)
@@ -367,12 +372,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mmkernels.testing.aot", description=main.__doc__)
     parser.add_argument("family", nargs="*", help="default: all")
     parser.add_argument("--arch", type=int, nargs="*", default=list(TRITON_ARCHS), choices=TRITON_ARCHS)
+    parser.add_argument("--pairs", action="store_true", help="only enough cases that every two options meet")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
     reports, problems = [], []
     for family in arguments.family or families():
         for arch in arguments.arch:
-            more_reports, more_problems = check_triton(family, arch)
+            more_reports, more_problems = check_triton(family, arch, pairs=arguments.pairs)
             reports += more_reports
             problems += more_problems
     if arguments.json:

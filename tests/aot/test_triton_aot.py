@@ -1,9 +1,11 @@
 """Every Triton configuration, compiled for sm_80, sm_90 and sm_100 without a GPU: no spills, no local memory beyond the
-case's budget, tensor cores where expected.
+case's budget, tensor cores where expected. With `pytest tests/aot --pairs`, of each kernel only configurations in which
+every two options meet, the architecture being one.
 
 The compilation runs in its own process: under the interpreter a kernel is not a compilable function.
 """
 
+import itertools
 import json
 import os
 import re
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mmkernels.testing import aot
+from mmkernels.testing.pairs import launches
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -50,10 +53,29 @@ def test_every_triton_kernel_has_a_case() -> None:
 
 @pytest.mark.parametrize("arch", aot.TRITON_ARCHS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_compiles_without_spills(family: str, arch: int) -> None:
-    result = run_gate(family, "--arch", str(arch))
+def test_family_compiles_without_spills(family: str, arch: int, pytestconfig: pytest.Config) -> None:
+    options = ["--pairs"] if pytestconfig.getoption("--pairs", default=False) else []
+    result = run_gate(family, "--arch", str(arch), *options)
     assert not result["problems"], "\n".join(result["problems"])
     assert result["reports"], f"{family}: no case for sm_{arch}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_two_options_meet_in_a_choice(family: str) -> None:
+    """Of the arguments that a kernel always has, with each other and with each architecture."""
+    given = {case.name: {**case.signature, **case.constexprs} for case in aot.cases(family)}
+    absent = {(case.kernel, key) for case in aot.cases(family) for key, x in given[case.name].items() if x is None}
+    everything = {(case.name, arch) for case in aot.cases(family) for arch in case.archs}
+    chosen = launches(aot.cases(family))
+    assert chosen < everything
+    pairs: dict[tuple, set] = {}
+    for case in aot.cases(family):
+        options = [*given[case.name].items()]
+        options = [(k, x) for k, x in options if not k.startswith("BLOCK") and (case.kernel, k) not in absent]
+        for arch in case.archs:
+            for two in itertools.combinations([("arch", arch), *options], 2):
+                pairs.setdefault((case.kernel, *two), set()).add((case.name, arch))
+    assert not [pair for pair, where in pairs.items() if not where & chosen]
 
 
 # The gate must be able to fail: this kernel keeps too much in registers and has no matrix product.

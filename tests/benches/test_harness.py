@@ -125,13 +125,13 @@ def test_only_some_contenders(tmp_path: Path) -> None:
     rows = json.loads(written.read_text(encoding="utf-8"))["rows"]
     assert {row["contender"] for row in rows} == {"mmkernels"}
     assert all(row["timing"] is not None and row["ratio"] is None for row in rows)
-    done = run_bench(tmp_path, "--quick", "--only", "FlexAttention")
+    done = run_bench(tmp_path, "--quick", "--seconds", "0.01", "--only", "FlexAttention")
     assert done.returncode != 0
     assert "--only 'FlexAttention': no contender of square; there are plain PyTorch, " in done.stderr
 
 
 def test_own_wrong_result_stops_the_bench(tmp_path: Path) -> None:
-    done = run_bench(tmp_path, "--quick", factor=1.001)
+    done = run_bench(tmp_path, "--quick", "--seconds", "0.01", factor=1.001)
     assert done.returncode != 0
     assert "AssertionError: mmkernels: dx" in done.stderr
     assert not (tmp_path / "results").exists()

@@ -4,7 +4,6 @@ import itertools
 from dataclasses import replace
 
 import backends
-import isas
 import pairwise
 import pytest
 import torch
@@ -297,7 +296,8 @@ def test_long_sequences(backend, heads, dtype):
     backends.need("attention", backend, dtype)
     mask = MASKS["packed"].build(cu_seqlens_of((500, 1, 299, 130)), cu_seqlens_of((413, 200, 0, 420)))
     sizes = {"heads": heads[0], "kv_heads": heads[1], "dim": 24, "dtype": dtype, "mask": mask}
-    assert_right([make_inputs(930, 1033, **sizes, seed=seed) for seed in range(8)], backend)
+    count = 8 if backend == "native" else draws(backend)  # its largest errors are those of one head's few rows
+    assert_right([make_inputs(930, 1033, **sizes, seed=seed) for seed in range(count)], backend)
 
 
 def image_spans(lengths: tuple[int, ...], run_of: int) -> AttentionMask:
@@ -335,13 +335,8 @@ def test_bfloat16_gradients_like_float32_ones_that_were_cast(kind):
         assert error <= factor * least, f"{name}: {error / least:.3f}"
 
 
-@isas.each
-def test_each_instruction_set(isa):
-    isas.run_on(isa, check_all_dtypes)
-
-
-def check_all_dtypes() -> None:
-    """Dense, ragged and tiny tiles in each dtype on the native backend."""
+def check_native() -> None:
+    """Dense, ragged and tiny tiles in each dtype on the native backend; for one process of each instruction set."""
     import test_tokens_in_common
 
     for dtype in DTYPES:

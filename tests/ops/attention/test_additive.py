@@ -292,7 +292,7 @@ MASK = AttentionMask.packed(cu_seqlens_of((3, 0, 6, 1)), causal=True)
 
 
 def leaves():
-    x = make_additive(10, 10, heads=4, kv_heads=2, dim=8)
+    x = make_additive(10, 10, heads=2, kv_heads=1, dim=4)
     return [t.requires_grad_() for t in (x.q, x.k, x.v, x.w, x.bias)]
 
 

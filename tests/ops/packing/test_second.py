@@ -14,7 +14,7 @@ INDEX = torch.tensor([0, 3, 3, -1, 2])
 TOKENS, PLACES = torch.tensor([0, 1, 9, 2, 9, 1]), torch.tensor([2, 4])
 KEEP = torch.tensor([[True, False, True], [True, True, False]])
 LENGTHS = torch.tensor([2, 0, 3])  # 5 rows
-GRID = [(1, 2, 2), (1, 2, 4)]
+GRID = [(1, 1, 2), (1, 2, 2)]
 MODES = ("mean", "sum", "first", "max")
 
 # name -> (function of its inputs and backend, shapes of the inputs)
@@ -29,8 +29,8 @@ CASES = {
     "unpad": (lambda x, **b: unpad(x, KEEP, **b)[0], [(2, 3, 4)]),
     "unpad, lengths and spare rows": (lambda x, **b: unpad(x, LENGTHS, 7, **b)[0], [(3, 3, 4)]),
     "embed_splice": (lambda t, f, **b: embed_splice(TOKENS, t, f, PLACES, **b), [(3, 2), (2, 2)]),
-    "patchify": (lambda x, y, **b: patchify([x, y], 2, **b)[0], [(3, 4, 4), (3, 4, 8)]),
-    "unpatchify": (lambda x, **b: tuple(unpatchify(x, GRID, 2, **b)), [(12, 12)]),
+    "patchify": (lambda x, y, **b: patchify([x, y], 2, **b)[0], [(2, 2, 4), (2, 4, 4)]),
+    "unpatchify": (lambda x, **b: tuple(unpatchify(x, GRID, 2, **b)), [(6, 8)]),
 }
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernels of the family's parts on every instruction set; one process for all, because startup is slow."""
+"""The family's CPU kernels on every instruction set; one process for all, because startup is slow."""
 
 import isas
 from backends import DTYPES
@@ -10,10 +10,12 @@ def test_each_instruction_set(isa):
 
 
 def check_all() -> None:
+    import test_accuracy
     import test_additive
     import test_gate
     import test_rope
 
+    test_accuracy.check_native()
     for dtype in DTYPES:
         for case in ("half_of_the_head", "neighbours_in_part", "rotation_alone"):
             test_rope.assert_case(case, dtype, "native")
