@@ -2,7 +2,7 @@ from mmkernels.pretrain.encoders import Words
 from mmkernels.pretrain.fusion import Merged
 from mmkernels.pretrain.metrics import Ablation, Predictions
 from mmkernels.pretrain.objectives import MaskedTokens
-from mmkernels.pretrain.recipe import Recipe, Shape, Stream
+from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import MaskWords
 
 RECIPE = Recipe(
@@ -18,7 +18,6 @@ RECIPE = Recipe(
     fusion=Merged(("text", "text_b"), layers=2, mask="cross_only"),
     objectives={"words": MaskedTokens("text")},
     metrics=(Predictions("words"), Ablation("words", stream="text_b")),
-    model=Shape(dropout=0.1),
     # Whole words as tokens: a token cannot be composed with its neighbours, which it does not see.
     settings={"batch": 128, "chunk": 128, "steps": 500, "eval_every": 0, "vocabulary": 8192, "eval_limit": 256},
 )
