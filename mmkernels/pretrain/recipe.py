@@ -20,7 +20,7 @@ class Shape:
     embed_dim: int = 128
     """Dimension of the embeddings that batch objectives compare."""
     dropout: float = 0.0
-    """Fraction of activations dropped after attention and MLP."""
+    """Fraction of activations dropped after attention and MLP; which ones depends on the chunk."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
