@@ -21,5 +21,5 @@ RECIPE = Recipe(
         "answer": Answer(read="question", label="answer"),
     },
     metrics=(Retrieval("video", "text"), Predictions("action"), Predictions("answer")),
-    settings={"batch": 64, "steps": 500, "eval_limit": 500},
+    settings={"batch": 64, "steps": 500, "eval_limit": 256},
 )
