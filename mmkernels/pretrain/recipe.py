@@ -66,7 +66,7 @@ class Stream:
     tied: str = ""
     """A stream whose encoder this one shares."""
     teacher: Any = None
-    """An `Ema`: a twin of the encoder that follows it slowly."""
+    """An `Ema`: a twin of the encoder that follows it slowly, built where an objective reads it."""
 
 
 @dataclass(frozen=True)

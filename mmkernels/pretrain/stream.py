@@ -86,6 +86,10 @@ def stream_encoders(
                 raise ValueError(f"streams.{name}.{what}: expected {theirs}, as streams.{stream.tied} has, got {mine}")
     projected = {owners[name] for name in compared}
     for name, stream in streams.items():
+        if stream.teacher is not None and stream.tied:
+            raise ValueError(
+                f"streams.{name}.teacher: expected None, streams.{stream.tied} may have one, got {stream.teacher}"
+            )
         if stream.project == "mlp" and owners[name] not in projected:
             nothing = "since no objective compares its embeddings"
             raise ValueError(f"streams.{name}.project: expected 'linear' or 'none', {nothing}, got {stream.project!r}")

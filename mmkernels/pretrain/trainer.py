@@ -56,7 +56,8 @@ class Trainer:
             encoder: Any = self.model.encoder(name).encoder
             if hasattr(encoder, "learn") and not stream.tied:
                 encoder.learn(documents(data.train, stream.field or name), tokenizer)
-        decays = {name: s.teacher.decay for name, s in self.recipe.streams.items() if s.teacher and not s.tied}
+        read = {self.model.owner[name] for name in self.model.taught}
+        decays = {name: s.teacher.decay for name, s in self.recipe.streams.items() if s.teacher and name in read}
         self.twins = Twins(self.model.streams, decays)  # type: ignore[arg-type]
         self.average = Twin(self.model, config.ema) if config.ema else None
         self.carried = nn.ModuleDict({"model": self.model, "twins": self.twins})

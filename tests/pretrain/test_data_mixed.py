@@ -266,3 +266,30 @@ def test_a_mixed_run_resumes_bit_for_bit(two: str, tiny: Callable[..., Config], 
     assert_same_end(straight.folder.path, tmp_path / "stopped")
     with pytest.raises(ValueError, match="a resumed run keeps its settings, but data_weights"):
         train(dataclasses.replace(broken, resume=True, data_weights=(1.0, 1.0)))
+
+
+def test_names_of_data_sets_never_hide_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is called like an embedded data set, or like a second copy of one; two spellings of one folder."""
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("emoji", "kite"), ("emoji (2)", "boat"), ("mine", "lake")):
+        (tmp_path / name).mkdir()
+        rows = [{"text": f"{words} {i}", "question": "?"} for i in range(30)]
+        (tmp_path / name / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    emoji = len(open_data("emoji").train)
+
+    def sizes(source: str) -> list[int]:
+        train = open_data(source, fields=["text", "image"]).train
+        assert isinstance(train, Mixed)
+        return [len(part) for part in train.parts.values()]
+
+    few = sizes("mine::mine")[0]
+    assert 20 < few < 30
+    assert sizes("emoji::folder:emoji")[0] == emoji and sizes("emoji::folder:emoji")[1] < 30
+    assert [n == emoji for n in sizes("emoji::folder:emoji (2)::emoji")] == [True, False, True]
+    twice = open_data("folder:mine::mine/table.jsonl", fields=["text"])
+    assert len(np.unique(twice.train.concepts)) == few and len(twice.train) == 2 * few and len(twice.held_out) == 1
+
+
+def test_a_label_that_no_set_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="labels: expected columns of emoji::scenes, got nope"):
+        open_data("emoji::scenes", labels=("nope",))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,8 +157,9 @@ def test_a_sampler_refuses_other_shares() -> None:
         BatchSampler(CONCEPTS, 30, shares=Shares("ab", (120, 15), (1, 3)))
 
 
-def test_an_epoch_that_deals_too_few_concepts_for_a_batch_is_passed_over() -> None:
-    """Of forty samples one has a concept of its own, and an epoch deals half of them: every other one lacks it."""
+def test_an_epoch_that_deals_too_few_concepts_for_a_batch_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such parts are refused; without that, of forty samples one has a concept of its own, and an epoch deals half of them: every other one lacks it."""
+    monkeypatch.setattr(Shares, "fit", lambda *_: None)
     concepts = np.array([0] * 39 + [1, 2, 3])
     begun = 0
     for seed in range(8):
@@ -173,3 +175,29 @@ def test_an_epoch_that_deals_too_few_concepts_for_a_batch_is_passed_over() -> No
         assert sampler.epoch >= 5
         begun += 1
     assert 0 < begun < 8
+
+
+def test_a_part_with_one_frequent_concept_cannot_have_a_large_share() -> None:
+    """Each batch takes the concept once; the rest of the part would be left over, and its share be smaller."""
+    concepts = np.concatenate([np.zeros(100), np.arange(1, 101), np.arange(1000, 3000)]).astype(np.int64)
+    shares = Shares(["skewed", "even"], [200, 2000], (1, 1))
+    with pytest.raises(ValueError, match=r"data_weights: expected at most 3\.12% for skewed, since 50% of its samples"):
+        BatchSampler(concepts, 64, shares=shares)
+    BatchSampler(concepts, 4, shares=shares)
+
+
+def test_a_batch_by_tokens_has_a_sample_once() -> None:
+    """Though an epoch has it several times."""
+    sampler = TokenSampler(np.full(40, 5), 40, seed=1, shares=Shares(["few", "many"], [4, 36], (3, 1)))
+    dealt = []
+    for _ in range(sampler.batches_per_epoch):
+        batch = next(sampler)
+        assert len(np.unique(batch)) == len(batch) and 5 * len(batch) <= 40
+        dealt += batch.tolist()
+    assert len(dealt) == 40 and sum(index < 4 for index in dealt) == 30
+
+
+@pytest.mark.parametrize("weights", [(1, "x"), (True, 1), (1, float("nan"))])
+def test_weights_are_numbers(weights: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match="data_weights: expected positive numbers"):
+        Shares(["a", "b"], [4, 4], weights)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,7 +119,9 @@ def objective(name: str, part: Any) -> Any:
 def test_chance_loss() -> None:
     """The loss of the best constant logit."""
     for n in (2, 16, 300):
-        batch = Batch({}, {}, torch.arange(n), ["x"] * n, list(range(n)), 0)
+        held = SimpleNamespace(cu_seqlens=torch.arange(n + 4).clamp(max=n))  # the last three samples lack both
+        streams: Any = {"image": held, "text": held}
+        batch = Batch(streams, {}, torch.arange(n + 3), ["x"] * (n + 3), list(range(n + 3)), 0)
         assert objective("clip", Contrast()).chance_loss(batch) == pytest.approx(math.log(n))
         bias = torch.linspace(-12, 4, 4001)
         pairs = -torch.nn.functional.logsigmoid(bias) - (n - 1) * torch.nn.functional.logsigmoid(-bias)

@@ -15,7 +15,7 @@ from torch import nn
 from mmkernels.pretrain.encoders import Module
 from mmkernels.pretrain.metrics import NearestNeighbours, Predictions, Retrieval
 from mmkernels.pretrain.objectives import Answer, Contrast, NtXent
-from mmkernels.pretrain.recipe import Recipe, Stream
+from mmkernels.pretrain.recipe import Ramp, Recipe, Stream
 from mmkernels.pretrain.setup import expect_fields
 from mmkernels.pretrain.state import Ema, Twins
 
@@ -155,3 +155,28 @@ def test_an_objective_that_reads_what_is_not_there_is_refused() -> None:
     of = recipe(streams={"x": vector()}, objectives={"kind": Answer("merged", "kind")})
     with pytest.raises(ValueError, match=r"objectives\.kind\.read: expected one of x, got 'merged'"):
         expect_fields("r", of, "d", source())
+
+
+def test_a_step_without_the_objective_leaves_its_queue_alone() -> None:
+    """So does one in which no sample has both streams; a resumed run, which has no latest keys, then agrees."""
+    _, model, _ = loss_of(moco(queue=20))
+    queue = model.objectives["views"].queues["key"]
+    assert len(queue) == 6
+    model.objectives["views"].after_step()
+    assert len(queue) == 6
+
+
+def test_a_twin_of_a_tied_stream_is_refused() -> None:
+    streams = {"a": vector(), "b": vector(tied="a", teacher=TEACHER)}
+    with pytest.raises(ValueError, match=r"streams\.b\.teacher: expected None, streams\.a may have one, got Ema"):
+        built(recipe(streams=streams, objectives={"x": NtXent("a", "b")}), source())
+
+
+def test_settings_of_contrast_are_checked() -> None:
+    for options, name in (
+        ({"queue": -1}, "queue"),
+        ({"distil": Ramp(0.0, 2.0, 5)}, "distil"),
+        ({"distil": -0.1}, "distil"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            Contrast("a", "b", **options)

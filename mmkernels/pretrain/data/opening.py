@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,8 +112,11 @@ def open_data(
         same = _place(name)
         if same not in opened:
             opened[same] = _open(name, form, options, eval_fraction, max_eval)
-        again = sum(each is opened[same] for each in parts.values())
-        parts[f"{shown} ({again + 1})" if again else shown] = opened[same]
+        free = (f"{shown} ({n})" if n > 1 else shown for n in count(1))
+        parts[next(each for each in free if each not in parts)] = opened[same]
+    known = {label for each in opened.values() for label in each.train.classes}
+    if lost := [label for label in labels if label not in known]:
+        raise ValueError(f"labels: expected columns of {source}, got {', '.join(lost)}, which none of them has")
     return mix(parts, weights)
 
 
@@ -136,15 +140,32 @@ def part_names(source: str | Path, weights: Sequence[float] | None = None) -> li
 
 def _place(name: str) -> str:
     """The same for names of the same data set."""
-    return os.path.realpath(_stripped(name)) if _kind(name) in ("table", "shards") else name
+    kind = _kind(name)
+    if kind == "hub":
+        local = name.removeprefix("hf:")
+        return f"hf:{os.path.realpath(local)}" if os.path.exists(local) else name
+    if kind == "embedded":
+        return name
+    path = Path(_stripped(name))
+    try:
+        return os.path.realpath(find_table(path) if kind == "table" and path.exists() else path)
+    except ValueError:  # said when it is opened
+        return os.path.realpath(path)
 
 
 def _shown(names: Sequence[str]) -> list[str]:
     """What the parts of a mixture are called: paths by their last part alone, if no other data set has that name."""
     paths = [_kind(name) in ("table", "shards") for name in names]
-    last = [os.path.basename(_place(name)) if path else name for name, path in zip(names, paths, strict=True)]
-    alone = [len({_place(n) for n, other in zip(names, last, strict=True) if other == each}) == 1 for each in last]
-    return [printable(short if one else _stripped(n)) for n, short, one in zip(names, last, alone, strict=True)]
+    last = [
+        os.path.basename(os.path.realpath(_stripped(n))) if path else n for n, path in zip(names, paths, strict=True)
+    ]
+    places: dict[str, set[str]] = {}
+    for name, short in zip(names, last, strict=True):
+        places.setdefault(short, set()).add(_place(name))
+    return [
+        printable(short if len(places[short]) == 1 and not (path and short in EMBEDDED) else name)
+        for name, short, path in zip(names, last, paths, strict=True)
+    ]
 
 
 def _kind(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -168,6 +168,26 @@ class TokenSampler(_Dealt):
         seed = (self.seed << 32) + epoch + 1
         dealt = np.arange(self.samples) if self.shares is None else self._order(epoch)
         plan = plan_packing(self.lengths[dealt], self.tokens, max_samples=self.max_samples, seed=seed)
-        packs = [dealt[np.asarray(plan[i])] for i in range(plan.num_packs)]
+        packs = self._apart([dealt[np.asarray(plan[i])] for i in range(plan.num_packs)])
         # Best-fit leaves the emptiest packs last; a batch must not depend on the place in the epoch.
         return [packs[i] for i in generator(self.seed, epoch, Stream.ORDER).permutation(len(packs))]
+
+    def _apart(self, packs: list[np.ndarray]) -> list[np.ndarray]:
+        """A sample that is dealt twice, in different batches: its second occurrence moves where there is room."""
+        apart = [list(dict.fromkeys(pack.tolist())) for pack in packs]
+        moved = [i for pack in packs for i, n in Counter(pack.tolist()).items() for _ in range(n - 1)]
+        free = [self.tokens - int(self.lengths[pack].sum()) for pack in apart]
+        for index in moved:
+            needs = int(self.lengths[index])
+            room = (
+                i
+                for i, pack in enumerate(apart)
+                if free[i] >= needs and index not in pack and len(pack) < (self.max_samples or len(pack) + 1)
+            )
+            place = next(room, len(apart))
+            if place == len(apart):
+                apart.append([])
+                free.append(self.tokens)
+            apart[place].append(index)
+            free[place] -= needs
+        return [np.array(pack, np.int64) for pack in apart]

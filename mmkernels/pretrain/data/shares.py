@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 
@@ -17,7 +18,8 @@ __all__ = ["Shares", "check_weights"]
 def check_weights(weights: Sequence[float]) -> None:
     """Raise ValueError for a weight that is not a positive number."""
     for weight in weights:
-        if not (math.isfinite(weight) and weight > 0):
+        number = isinstance(weight, Real) and not isinstance(weight, bool)
+        if not (number and math.isfinite(weight) and weight > 0):
             raise ValueError(f"data_weights: expected positive numbers, got {' '.join(map(str, weights))}")
 
 
@@ -89,18 +91,25 @@ class Shares:
         return np.concatenate([[0], np.cumsum(self.sizes)]).tolist()
 
     def fit(self, concepts: np.ndarray, batch_size: int) -> None:
-        """Raise ValueError if a batch has too few different concepts of a part for its share of it.
+        """Raise ValueError if a part cannot have its share of every batch, since each concept is there at most once.
 
         Args:
             concepts: int64 [n], of all samples.
             batch_size: samples of a batch, all of different concepts.
         """
         for part, (name, share) in enumerate(zip(self.names, self.of, strict=True)):
-            distinct = len(np.unique(concepts[self._starts[part] : self._starts[part + 1]]))
+            _, counts = np.unique(concepts[self._starts[part] : self._starts[part + 1]], return_counts=True)
+            distinct, most = len(counts), counts.max() / counts.sum()
             if self.weights is not None and share * batch_size > distinct:
                 raise ValueError(
                     f"data_weights: expected at most {100 * distinct / batch_size:.3g}% for {name}, with {distinct} "
                     f"concepts, each at most once in a batch of {batch_size}; got {100 * float(share):.3g}%"
+                )
+            if self.weights is not None and share * batch_size * most > 1:
+                raise ValueError(
+                    f"data_weights: expected at most {100 / (batch_size * most):.3g}% for {name}, since "
+                    f"{100 * most:.3g}% of its samples have one concept, which a batch of {batch_size} has at most "
+                    f"once; got {100 * float(share):.3g}%"
                 )
 
     def spread(self, most: int) -> np.ndarray:

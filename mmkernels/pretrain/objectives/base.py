@@ -10,7 +10,16 @@ from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.seen import Chunk, Seen
 
-__all__ = ["BatchObjective", "Classification", "Head", "Objective", "Regression", "TokenObjective", "matched_tokens"]
+__all__ = [
+    "BatchObjective",
+    "Classification",
+    "Head",
+    "Objective",
+    "Regression",
+    "TokenObjective",
+    "matched_tokens",
+    "paired",
+]
 
 
 class Objective(nn.Module):
@@ -74,6 +83,11 @@ class Regression(TokenObjective):
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
         predicted, targets = self.vectors(chunk)
         return (predicted.float() - targets.float()).square().sum(), len(targets)
+
+
+def paired(batch: Batch, a: str, b: str) -> int:
+    """How many samples have both streams."""
+    return int(((batch[a].cu_seqlens.diff() > 0) & (batch[b].cu_seqlens.diff() > 0)).sum())
 
 
 class Head(nn.Module):

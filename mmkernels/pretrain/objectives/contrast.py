@@ -7,6 +7,7 @@ Source: Radford et al. 2021 (arXiv:2103.00020); queue: He et al. 2020 (arXiv:191
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mmkernels.nn import InfoNCELoss
 from mmkernels.pretrain.batch import Batch
-from mmkernels.pretrain.objectives.base import BatchObjective
+from mmkernels.pretrain.objectives.base import BatchObjective, paired
 from mmkernels.pretrain.recipe import Facts, Ramp
 from mmkernels.pretrain.schedule import at
 from mmkernels.pretrain.seen import Seen
@@ -50,11 +51,14 @@ class Contrast:
     def __post_init__(self) -> None:
         if self.positives not in ("concept", "sample"):
             raise ValueError(f"positives: expected 'concept' or 'sample', got {self.positives!r}")
+        if self.queue < 0:
+            raise ValueError(f"queue: expected at least 0 keys, got {self.queue}")
+        if not all(0 <= at(self.distil, step) <= 1 for step in (0, sys.maxsize)):
+            raise ValueError(f"distil: expected a share between 0 and 1, got {self.distil}")
 
     @property
     def compares(self) -> tuple[str, ...]:
-        """Against a queue, keys are the twin's; in one direction, only the queries are the model's own."""
-        return (self.a, self.b) if self.symmetric or not self.queue else (self.a,)
+        return (self.a, self.b) if self.symmetric or not self.queue else (self.a,)  # a queue's keys are the twin's
 
     @property
     def taught(self) -> tuple[str, ...]:
@@ -83,28 +87,21 @@ class ContrastLoss(BatchObjective):
         self.part = part
         # Both directions with a queue are two one-way losses: a queue has keys for one direction.
         self.one_way = part.queue > 0 or not part.symmetric
-        self.loss = InfoNCELoss(
-            init_scale=part.init_scale,
-            max_scale=part.max_scale,
-            normalize=False,
-            symmetric=not self.one_way,
-            backend=facts.backend,
-        )
+        scale: Any = {"init_scale": part.init_scale, "max_scale": part.max_scale}
+        self.loss = InfoNCELoss(**scale, normalize=False, symmetric=not self.one_way, backend=facts.backend)
         names = ([part.b, part.a] if part.symmetric else [part.b]) if part.queue else []
         self.queues: Any = torch.nn.ModuleDict({name: Queue(part.queue, facts.shape.embed_dim) for name in names})
-        self._latest: dict[str, tuple[Tensor, Tensor]] = {}
+        self._latest: dict[str, Tensor] = {}
 
     def over_batch(self, seen: Seen) -> Tensor:
         a, b = self.part.a, self.part.b
         rows = torch.nonzero(seen.present(a, b)).flatten()
         if not len(rows):
             return 0.0 * torch.stack([seen.embedding(name).sum() for name in self.part.compares]).sum()
-        concepts = seen.batch.concepts[rows]
-        if not self.part.by_concept:
-            concepts = rows
+        concepts = seen.batch.concepts[rows] if self.part.by_concept else rows
         own = {name: seen.embedding(name)[rows] for name in self.part.compares}
         twins = {name: seen.teacher[name][rows] for name in (a, b) if name in seen.teacher}
-        self._latest = {name: (twins[name].detach(), concepts) for name in self.queues}
+        self._latest = {name: twins[name].detach() for name in self.queues}
         ways = [(a, b), (b, a)] if self.one_way and self.part.symmetric else [(a, b)]
         return torch.stack([self._one(own, twins, concepts, *way, seen.step) for way in ways]).mean()
 
@@ -127,13 +124,14 @@ class ContrastLoss(BatchObjective):
 
     def after_step(self) -> None:
         self.loss.clamp_()
-        for name, (keys, _) in self._latest.items():
+        for name, keys in self._latest.items():
             self.queues[name].push(keys)
+        self._latest = {}  # a step without this objective has none
 
     def metrics(self) -> dict[str, float]:
         return {"logit_scale": self.loss.scale.item()}
 
     def chance_loss(self, batch: Batch) -> float | None:
         """Of the keys of this step: a queue begins empty."""
-        n = batch.samples + max((len(queue) for queue in self.queues.values()), default=0)
+        n = paired(batch, self.part.a, self.part.b) + max((len(queue) for queue in self.queues.values()), default=0)
         return math.log(n) if n else None

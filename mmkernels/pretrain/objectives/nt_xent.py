@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmkernels import infonce
 from mmkernels.pretrain.batch import Batch
-from mmkernels.pretrain.objectives.base import BatchObjective
+from mmkernels.pretrain.objectives.base import BatchObjective, paired
 from mmkernels.pretrain.recipe import Facts, Ramp
 from mmkernels.pretrain.seen import Seen
 
@@ -74,5 +74,5 @@ class NtXentLoss(BatchObjective):
         return loss
 
     def chance_loss(self, batch: Batch) -> float | None:
-        views = 2 * int((batch[self.part.a].cu_seqlens.diff() * batch[self.part.b].cu_seqlens.diff() > 0).sum())
+        views = 2 * paired(batch, self.part.a, self.part.b)
         return math.log(views - 1) if views else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmkernels.nn import SigLIPLoss
 from mmkernels.pretrain.batch import Batch
-from mmkernels.pretrain.objectives.base import BatchObjective
+from mmkernels.pretrain.objectives.base import BatchObjective, paired
 from mmkernels.pretrain.recipe import Facts, Ramp
 from mmkernels.pretrain.seen import Seen
 
@@ -80,5 +80,5 @@ class SigmoidLoss(BatchObjective):
 
     def chance_loss(self, batch: Batch) -> float | None:
         """Every pair positive with probability 1/n."""
-        n = batch.samples
+        n = paired(batch, self.part.a, self.part.b)
         return math.log(n) + (n - 1) * math.log(n / (n - 1)) if n > 1 else None
