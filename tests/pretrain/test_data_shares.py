@@ -158,7 +158,8 @@ def test_a_sampler_refuses_other_shares() -> None:
 
 
 def test_an_epoch_that_deals_too_few_concepts_for_a_batch_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such parts are refused; without that, of forty samples one has a concept of its own, and an epoch deals half of them: every other one lacks it."""
+    """Such parts are refused; without that: of forty samples one has a concept of its own, and an epoch deals half of
+    them, so that every other one lacks it."""
     monkeypatch.setattr(Shares, "fit", lambda *_: None)
     concepts = np.array([0] * 39 + [1, 2, 3])
     begun = 0
