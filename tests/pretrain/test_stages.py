@@ -125,8 +125,8 @@ from mmkernels.pretrain.state import Ema
 
 RECIPE = Recipe(
     "", "", "",
-    {"image": Stream(Patches(layers=1, size=16), teacher=Ema()), "text": Stream(%s)},
-    {"contrast": Contrast("image", "text"), %s},
+    {"image": Stream(Patches(layers=1, size=16), teacher=Ema()), "text": Stream(%s, teacher=Ema())},
+    {"contrast": Contrast("image", "text", distil=0.1), %s},
     fusion=%s,
     metrics=(Retrieval("image", "text"),),
     model=Shape(width=16, heads=2, embed_dim=8),
