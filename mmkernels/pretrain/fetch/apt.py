@@ -4,17 +4,19 @@ nothing. A package whose file is there with the right hash is not loaded again.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmkernels.pretrain.fetch.deb import Deb, DebError, fields
 
-__all__ = ["FetchError", "cache_folder", "download", "given"]
+__all__ = ["FetchError", "cache_folder", "download", "given", "own_folder"]
 
 
 class FetchError(ValueError):
@@ -24,6 +26,33 @@ class FetchError(ValueError):
 def cache_folder() -> Path:
     """Where packages are kept: `$XDG_CACHE_HOME/mmkernels/debs`, by default in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkernels" / "debs"
+
+
+@contextmanager
+def own_folder(path: Path, busy: str) -> Iterator[Path]:
+    """An empty folder that no other process has meanwhile; it may be moved, else it is removed at the end.
+
+    Raises:
+        FetchError: another process has it: `busy`.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(lock), os.stat(path))  # not one that has just been moved
+        except OSError:
+            mine = False
+        if not mine:
+            raise FetchError(busy)
+        for left in path.iterdir():  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def given(paths: Iterable[Path], packages: Sequence[str]) -> dict[str, Deb]:
@@ -76,10 +105,9 @@ def _one(name: str, cache: Path, packages: Sequence[str]) -> Deb:
             return _package(kept, name)
         print(f"{kept}: another hash than the package list has; downloading it again", file=sys.stderr)
     print(f"downloading {name} {version} ({size / 1e6:.0f} MB) into {cache}", file=sys.stderr)
-    partial = cache / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with own_folder(
+        cache / f".{name}.partial", f"{name} is being downloaded by another process; wait for it"
+    ) as partial:
         done = _run(["apt-get", "download", "--quiet", f"{name}={version}"], partial)
         files = list(partial.glob("*.deb"))
         if done.returncode or len(files) != 1:
@@ -93,8 +121,6 @@ def _one(name: str, cache: Path, packages: Sequence[str]) -> Deb:
                 f"{got}. Nothing of it was kept; run 'apt-get update' as root and try again"
             )
         os.replace(files[0], kept)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return _package(kept, name)
 
 

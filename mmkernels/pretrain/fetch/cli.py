@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Fetch:
     """Folder of downloaded packages; default: mmkernels/debs in the user's cache folder."""
 
     def __post_init__(self) -> None:
+        if self.cache is not None and self.from_:
+            raise ValueError("cache: expected none beside --from, with which nothing is downloaded")
         if self.size < 1:
             raise ValueError(f"size: expected at least 1, got {self.size}")
         if self.languages and self.name != "tuxpaint":
@@ -54,11 +57,12 @@ def fetch(wanted: Fetch) -> dict[str, Any]:
         FetchError: the packages cannot be had or read, or the folder is in use.
     """
     module: Any = {"tuxpaint": tuxpaint, "openclipart": openclipart}[wanted.name]
-    place = wanted.out or Path(wanted.name)
+    place = _place(wanted)
     languages = wanted.languages or tuxpaint.LANGUAGES
     settings: dict[str, Any] = {"name": wanted.name, "size": wanted.size}
     settings |= {"languages": list(languages)} if wanted.name == "tuxpaint" else {}
     if (there := finished(place, settings)) is not None:
+        print(f"{place} is there already, from {', '.join(there['packages'])}: nothing was read", file=sys.stderr)
         return there
     debs = (
         given(wanted.from_, module.PACKAGES)
@@ -74,18 +78,28 @@ def fetch(wanted: Fetch) -> dict[str, Any]:
         return folder.finish(module.README, settings, debs)
 
 
+def _place(wanted: Fetch) -> Path:
+    """Where the folder is made, links followed. Raise FetchError if nothing can be made there."""
+    asked = wanted.out or Path(wanted.name)
+    place = Path(os.path.realpath(asked))
+    above = next((each for each in place.parents if each.exists()), place)
+    if not above.is_dir() or not place.name:
+        raise FetchError(f"--out: expected a folder that can be made, got {asked}")
+    return place if asked.is_symlink() or not asked.name else asked
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mmkernels fetch`; returns the exit status."""
     wanted = tyro.cli(Fetch, prog="mmkernels fetch", args=None if argv is None else list(argv))
     try:
         about = fetch(wanted)
-    except FetchError as error:
+    except (FetchError, OSError) as error:
         print(f"mmkernels fetch: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("mmkernels fetch: stopped; what was downloaded whole is kept", file=sys.stderr)
         return INTERRUPTED
-    place = wanted.out or Path(wanted.name)
+    place = _place(wanted)
     sounds = f" and {about['sounds']:,} recordings" if about["sounds"] else ""
     print(f"{place}: {about['images']:,} pictures{sounds} in {about['rows']:,} rows")
     for reason, count in about["left_out"].items():

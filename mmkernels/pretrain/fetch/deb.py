@@ -15,6 +15,7 @@ import lzma
 import shutil
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["Deb", "DebError", "File"]
 
 _HEADER = 60  # bytes
 _MAGIC = b"!<arch>\n"
+MOST_BYTES = 1 << 28  # of one file, which is read into memory
 
 
 class DebError(ValueError):
@@ -35,7 +37,7 @@ class File(NamedTuple):
 
     path: str  # as installed, without the leading slash
     content: bytes
-    link: str = ""  # where a symbolic link points to; it has no content
+    link: str = ""  # where a symbolic or hard link points to; it has no content
 
 
 class Deb:
@@ -94,7 +96,10 @@ class Deb:
     def _control(self) -> dict[str, str]:
         for file in self._tar("control.tar"):
             if file.path == "control":
-                return fields(file.content.decode("utf-8", "replace"))
+                found = fields(file.content.decode("utf-8", "replace"))
+                if lacking := [field for field in ("Package", "Version") if not found.get(field)]:
+                    raise DebError(f"{self.path}: expected a Debian package, got one without {' and '.join(lacking)}")
+                return found
         raise DebError(f"{self.path}: expected a Debian package, got one without a control file")
 
     def _tar(self, part: str) -> Iterator[File]:
@@ -103,13 +108,18 @@ class Deb:
             with self._unpacked(name) as stream, _opened(stream) as tar:
                 for member in tar:
                     path = member.name.removeprefix("./")
-                    if member.issym():
+                    if member.issym() or member.islnk():
                         yield File(path, b"", member.linkname)
                     elif member.isreg():
+                        if member.size > MOST_BYTES:
+                            limit = f"expected files of at most {MOST_BYTES:,} bytes"
+                            raise DebError(f"{self.path}: {limit}, got {path} of {member.size:,}")
                         content = tar.extractfile(member)
                         assert content is not None, "a regular file"
                         yield File(path, content.read())
-        except (tarfile.TarError, lzma.LZMAError, EOFError, gzip.BadGzipFile, OSError) as error:
+                while stream.read(1 << 20):  # to the checksum at the end: a bad header looks like the last one
+                    pass
+        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile, OSError) as error:
             raise DebError(f"{self.path}: {name} is damaged ({error or type(error).__name__})") from error
 
     @contextmanager

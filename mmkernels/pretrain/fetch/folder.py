@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -15,12 +14,13 @@ from types import TracebackType
 from typing import Any
 
 from mmkernels.pretrain.data.unicode import unicode_fault
-from mmkernels.pretrain.fetch.apt import FetchError
+from mmkernels.pretrain.fetch.apt import FetchError, own_folder
 from mmkernels.pretrain.fetch.deb import Deb
 
 __all__ = ["DataFolder", "finished"]
 
 MOST_PIXELS = 64_000_000  # of a picture: decoded, a quarter of a gigabyte
+_LONGEST = 200  # bytes of a name
 _ABOUT = "fetched.json"
 _TABLE = "captions.jsonl"
 
@@ -63,21 +63,25 @@ class DataFolder:
         self.rows: list[dict[str, Any]] = []
         self.left_out: Counter[str] = Counter()
         self._seen: set[bytes] = set()
+        busy = f"{place} is being made by another process. Wait for it, or name another with --out"
+        self._own = own_folder(self.path, busy)
 
     def __enter__(self) -> DataFolder:
-        shutil.rmtree(self.path, ignore_errors=True)  # of a build that was killed
-        self.path.mkdir(parents=True)
+        self._own.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            if self.place.is_dir():
-                self.place.rmdir()  # empty, as `finished` checked
-            os.replace(self.path, self.place)
-        else:
-            shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            if kind is None:
+                if self.place.is_dir():
+                    self.place.rmdir()  # empty, as `finished` checked
+                os.replace(self.path, self.place)
+        except OSError as fault:
+            raise FetchError(f"{self.place}: expected a free place for the folder ({fault.strerror})") from fault
+        finally:
+            self._own.__exit__(None, None, None)
 
     def picture(self, path: str, content: bytes) -> str:
         """Store a picture, shrunk to fit; returns its place in the folder, or "" if it is left out."""
@@ -88,7 +92,7 @@ class DataFolder:
             return self.leave_out("pictures the same as another")
         place = self._new("images", str(PurePosixPath(path).with_suffix(".png")))
         if not place:
-            return self.leave_out("files with a name that is no text")
+            return self.leave_out("files whose name cannot be used, or is another's")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
@@ -112,7 +116,7 @@ class DataFolder:
         """Store a sound as it is; returns its place in the folder, or "" if it is left out."""
         place = self._new("audio", path)
         if not place:
-            return self.leave_out("files with a name that is no text")
+            return self.leave_out("files whose name cannot be used, or is another's")
         (self.path / place).write_bytes(content)
         return place
 
@@ -157,10 +161,14 @@ class DataFolder:
         return ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common()) or "nothing left out"
 
     def _new(self, kind: str, path: str) -> str:
-        """A place in the folder for a file of a package, with its folder; "" if its name is unusable."""
-        parts = PurePosixPath(path).parts
-        if unicode_fault(path) or not parts or any(part in ("..", "/", ".") for part in parts):
+        """A place in the folder for a file of a package, with its folder; "" if its name is unusable, or taken."""
+        name = PurePosixPath(path)
+        if unicode_fault(path) or name.is_absolute() or not name.parts or ".." in name.parts:
             return ""
-        place = PurePosixPath(kind, *parts)
+        if any(len(part.encode()) > _LONGEST for part in name.parts):
+            return ""
+        place = PurePosixPath(kind, name)
+        if (self.path / place).exists():
+            return ""
         (self.path / place).parent.mkdir(parents=True, exist_ok=True)
         return str(place)

@@ -85,7 +85,7 @@ def read(svg: bytes) -> Drawing:
     gpl = _GPL.search(_EMBEDDED.sub(b"", svg)) is not None
     try:
         work = ET.fromstring(svg).find(".//{*}Work")
-    except ET.ParseError:
+    except (ET.ParseError, LookupError, ValueError):  # of an unknown encoding, too
         work = None
     if work is None:
         return Drawing("", (), gpl)

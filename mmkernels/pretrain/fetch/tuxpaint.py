@@ -58,35 +58,41 @@ def build(debs: Mapping[str, Deb], folder: DataFolder, languages: Sequence[str])
     vectors: set[str] = set()
     spoken: dict[tuple[str, str], str] = {}
     known: set[str] = {"en"}
+    for file in (file for deb in debs.values() for file in deb.files()):  # a picture may come before its captions
+        name = file.path.removeprefix(_STAMPS)
+        if file.path != name and not file.link and name.endswith(".txt") and not name.endswith("_mirror.txt"):
+            texts[name.removesuffix(".txt")] = captions(file.content)
+            known |= texts[name.removesuffix(".txt")].keys()
     for package, deb in debs.items():
         for file in deb.files():
             if file.path == f"usr/share/doc/{package}/copyright":
                 folder.licence(package, file.content)
-            if file.link or not file.path.startswith(_STAMPS):
+            if not file.path.startswith(_STAMPS):
+                continue
+            if file.link:
+                folder.leave_out("links to other files")
                 continue
             path = file.path.removeprefix(_STAMPS)
             stem, suffix = str(PurePosixPath(path).with_suffix("")), PurePosixPath(path).suffix
             if stem.endswith("_mirror"):
                 if suffix == ".png":
                     folder.leave_out("mirrored pictures")
-            elif suffix == ".txt":
-                texts[stem] = captions(file.content)
-                known |= texts[stem].keys()
             elif suffix == ".png":
-                if place := folder.picture(path, file.content):
+                if "en" not in texts.get(stem, {}):
+                    folder.leave_out("pictures without a caption")
+                elif place := folder.picture(path, file.content):
                     pictures[stem] = place
             elif suffix == ".svg":
                 vectors.add(stem)
             elif found := _SPOKEN.match(path):
                 language = found["language"] or "en"
-                if language in languages and (place := folder.sound(path, file.content)):
+                if (found["stem"], language) in spoken:
+                    folder.leave_out("second recordings of a caption")
+                elif language in languages and (place := folder.sound(path, file.content)):
                     spoken[found["stem"], language] = place
     if unknown := [language for language in languages if language not in known]:
         raise FetchError(f"languages: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
     folder.leave_out("pictures that are SVG alone, which Pillow does not read", len(vectors - pictures.keys()))
-    for stem in sorted(pictures):
-        if "en" not in texts.get(stem, {}):
-            folder.drop(pictures.pop(stem), "pictures without a caption")
     for (stem, language), place in sorted(spoken.items()):
         if stem not in pictures:
             folder.drop(place, "recordings without a picture")
