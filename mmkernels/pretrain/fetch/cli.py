@@ -83,9 +83,10 @@ def _place(wanted: Fetch) -> Path:
     asked = wanted.out or Path(wanted.name)
     place = Path(os.path.realpath(asked))
     above = next((each for each in place.parents if each.exists()), place)
-    if not above.is_dir() or not place.name:
+    here = Path.cwd()
+    if not above.is_dir() or place in (here, *here.parents):  # which moving it into its place would replace
         raise FetchError(f"--out: expected a folder that can be made, got {asked}")
-    return place if asked.is_symlink() or not asked.name else asked
+    return place if asked.is_symlink() else asked
 
 
 def main(argv: Sequence[str] | None = None) -> int:

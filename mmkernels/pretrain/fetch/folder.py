@@ -168,7 +168,10 @@ class DataFolder:
         if any(len(part.encode()) > _LONGEST for part in name.parts):
             return ""
         place = PurePosixPath(kind, name)
-        if (self.path / place).exists():
+        try:
+            if (self.path / place).exists():
+                return ""
+            (self.path / place).parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError):  # too long in all, below a file, or with a NUL
             return ""
-        (self.path / place).parent.mkdir(parents=True, exist_ok=True)
         return str(place)

@@ -67,7 +67,7 @@ def build(debs: Mapping[str, Deb], folder: DataFolder, languages: Sequence[str])
         for file in deb.files():
             if file.path == f"usr/share/doc/{package}/copyright":
                 folder.licence(package, file.content)
-            if not file.path.startswith(_STAMPS):
+            if not file.path.startswith(_STAMPS) or not PurePosixPath(file.path.removeprefix(_STAMPS)).name:
                 continue
             if file.link:
                 folder.leave_out("links to other files")
