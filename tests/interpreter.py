@@ -22,11 +22,11 @@ KNOWN_SOURCE = "74999187f922ce16"
 
 def is_quick() -> bool:
     """Is Triton's source known, so that `quicken` speeds up every operation?"""
-    from triton.language import core
-    from triton.language.semantic import TritonSemantic
-    from triton.runtime import interpreter
-
     try:
+        from triton.language import core
+        from triton.language.semantic import TritonSemantic
+        from triton.runtime import interpreter
+
         replaced = [
             (core.block_type, "__init__"),
             (core.tensor, "__init__"),
@@ -41,7 +41,7 @@ def is_quick() -> bool:
             (interpreter, "_patch_attr"),
         ]
         sources = [inspect.getsource(getattr(owner, name)) for owner, name in replaced]
-    except (AttributeError, OSError):
+    except (AttributeError, ImportError, OSError):
         return False
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:16] == KNOWN_SOURCE
 
