@@ -5,8 +5,7 @@
 //
 // Where all keys of a query tile lie in one key tile, rows of P are divided by their sum and delta is sum_j P_ij dP_ij,
 // which replaces <do_i, out_i>: the rounding of lse and out does not enter, and a query with a single key gets dS = 0
-// exactly. Elsewhere delta comes from out, summed in the order in which the product sums dP, and dQ is corrected
-// afterwards (MeanKeys).
+// exactly. Elsewhere delta comes from out, and dQ is corrected afterwards (MeanKeys).
 //
 // S and dP use 16-bit inputs directly. P and dS are operands of type S: the compute type, which makes a bf16 gradient
 // as accurate as a float32 one that was cast; or, where more than three quarters of all pairs are computed, bf16, which

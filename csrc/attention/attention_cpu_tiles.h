@@ -38,33 +38,36 @@ void pack_rows_b(HeadView<S> x, int64_t first, int64_t count, int64_t width, Pac
 }
 
 // C [m, n] (+)= A [m, k] B[k_begin : k_begin + k, 0 : n], where A was packed for k and B for k_total.
-// k_begin is a multiple of kWordElements<T>; k may end inside a word only at the end of both.
+// k_begin is a multiple of kWordElements<T>; k may end inside a word only at the end of both. One pass up to the length
+// at which PyTorch's products, too, are one sequential sum, then passes of equal length.
 template <class T>
 void multiply(int64_t m, int64_t n, int64_t k, const Packed<T>* a, const Packed<T>* b, int64_t k_begin, int64_t k_total,
               ComputeOf<T>* c, int64_t ldc, bool accumulate) {
-  const int64_t words = count_words<T>(k);
-  const int64_t stride_a = kRowTile * round_up(words, kWordBlock<T>), stride_b = kColTile<T> * count_words<T>(k_total);
-  const auto* word_a = reinterpret_cast<const Word<T>*>(a);
+  constexpr int64_t most = 192;
+  const int64_t words = count_words<T>(k), passes = words > most ? (words + most - 1) / most : 1;
+  const int64_t depth = round_up((words + passes - 1) / passes, kWordBlock<T>);
   const auto* word_b = reinterpret_cast<const Word<T>*>(b) + k_begin / kWordElements<T> * kColTile<T>;
-  for (int64_t j = 0; j < n; j += kColTile<T>)
-    for (int64_t i = 0; i < m; i += kRowTile)
-      multiply_edge<T, kRowTile, kColVectors>(words, word_a + i / kRowTile * stride_a,
-                                              word_b + j / kColTile<T> * stride_b, c + i * ldc + j, ldc,
-                                              min64(m - i, kRowTile), min64(n - j, kColTile<T>), accumulate);
+  gemm_panels<T>(m, n, words, depth, reinterpret_cast<const Word<T>*>(a), word_b, kColTile<T> * count_words<T>(k_total),
+                 c, ldc, accumulate);
 }
 
-// sum[j] = <column j of a, column j of b>, in the order of multiply(): both B [k, columns].
+// sum[j] = <column j of a, column j of b>, both B [k, columns]: a sum of short sums, whose rounding errors are small.
 template <class T>
 void multiply_columns(int64_t columns, int64_t k, const Packed<T>* a, const Packed<T>* b, ComputeOf<T>* sum) {
+  constexpr int64_t most = 16;
   const int64_t words = count_words<T>(k);
   const auto* word_a = reinterpret_cast<const Word<T>*>(a);
   const auto* word_b = reinterpret_cast<const Word<T>*>(b);
   for (int64_t j = 0; j < columns; j += kLanes<Word<T>>) {
     const int64_t at = j / kColTile<T> * (kColTile<T> * words) + j % kColTile<T>;
     Vec<ComputeOf<T>> total = {};
-    for (int64_t w = 0; w < words; ++w)
-      total = multiply_add(total, load_as<Word<T>>(word_a + at + w * kColTile<T>),
-                           load_as<Word<T>>(word_b + at + w * kColTile<T>));
+    for (int64_t first = 0; first < words; first += most) {
+      Vec<ComputeOf<T>> part = {};
+      for (int64_t w = first; w < min64(first + most, words); ++w)
+        part = multiply_add(part, load_as<Word<T>>(word_a + at + w * kColTile<T>),
+                            load_as<Word<T>>(word_b + at + w * kColTile<T>));
+      total += part;
+    }
     store(sum + j, total);
   }
 }

@@ -77,28 +77,34 @@ MMK_INLINE void multiply_edge(int64_t words, const Word<T>* a, const Word<T>* b,
   multiply_tile<T, kRows, kVectors>(words, a, b, c, ldc, rows, cols, accumulate);
 }
 
-// C [m, n] (row-major, row stride ldc) = A [m, k] * B [k, n], or += if `accumulate`. Accumulates in ComputeOf<T>.
-// a and b must be packed for exactly this k. To use a part of them, start a at a multiple of kRowTile rows
-// (panel_size_a<T>(k) elements each) and b at a multiple of kColTile<T> columns.
+// C [m, n] (row-major, row stride ldc) = A [m, words] * B [words, n], or += if `accumulate`. A pass takes `depth`
+// words, a multiple of kWordBlock<T>; panels of B are stride_b words apart.
 template <class T>
-void gemm_packed(int64_t m, int64_t n, int64_t k, const Packed<T>* a, const Packed<T>* b, ComputeOf<T>* c, int64_t ldc,
-                 bool accumulate) {
-  const int64_t words = count_words<T>(k);
-  const int64_t stride_a = kRowTile * round_up(words, kWordBlock<T>), stride_b = kColTile<T> * words;
-  const auto* word_a = reinterpret_cast<const Word<T>*>(a);
-  const auto* word_b = reinterpret_cast<const Word<T>*>(b);
+void gemm_panels(int64_t m, int64_t n, int64_t words, int64_t depth, const Word<T>* a, const Word<T>* b,
+                 int64_t stride_b, ComputeOf<T>* c, int64_t ldc, bool accumulate) {
+  const int64_t stride_a = kRowTile * round_up(words, kWordBlock<T>);
   for (int64_t j = 0; j < n; j += kColTile<T>) {
     int64_t w0 = 0;
-    do {  // at least once: k = 0 writes zeros
-      const int64_t depth = min64(words - w0, kDepthBlock<T>);
+    do {  // at least once: no words write zeros
       for (int64_t i = 0; i < m; i += kRowTile)
-        multiply_edge<T, kRowTile, kColVectors>(depth, word_a + i / kRowTile * stride_a + w0 * kRowTile,
-                                                word_b + j / kColTile<T> * stride_b + w0 * kColTile<T>, c + i * ldc + j,
-                                                ldc, min64(m - i, kRowTile), min64(n - j, kColTile<T>),
+        multiply_edge<T, kRowTile, kColVectors>(min64(words - w0, depth), a + i / kRowTile * stride_a + w0 * kRowTile,
+                                                b + j / kColTile<T> * stride_b + w0 * kColTile<T>, c + i * ldc + j, ldc,
+                                                min64(m - i, kRowTile), min64(n - j, kColTile<T>),
                                                 accumulate || w0 > 0);
       w0 += depth;
     } while (w0 < words);
   }
+}
+
+// C [m, n] (+)= A [m, k] * B [k, n]. Accumulates in ComputeOf<T>. a and b must be packed for exactly this k. To use a
+// part of them, start a at a multiple of kRowTile rows (panel_size_a<T>(k) elements each) and b at a multiple of
+// kColTile<T> columns.
+template <class T>
+void gemm_packed(int64_t m, int64_t n, int64_t k, const Packed<T>* a, const Packed<T>* b, ComputeOf<T>* c, int64_t ldc,
+                 bool accumulate) {
+  const int64_t words = count_words<T>(k);
+  gemm_panels<T>(m, n, words, kDepthBlock<T>, reinterpret_cast<const Word<T>*>(a), reinterpret_cast<const Word<T>*>(b),
+                 kColTile<T> * words, c, ldc, accumulate);
 }
 
 }  // namespace MMK_ISA
