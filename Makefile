@@ -9,12 +9,13 @@
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path the environment; ARGS="..." is passed on. TORCH_SPEC is installed
 # before the package, which pins no torch release. WHEELS=path shares the built package with another environment of the
-# same interpreter.
+# same interpreter. WORKERS=3 is the number of processes that run tests, of one thread each.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0 triton==3.7.1
 WHEELS ?= $(VENV)/wheels
+WORKERS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -35,13 +36,13 @@ pretrain: $(VENV)/installed-pretrain
 	$(BIN)/mmkernels pretrain --recipe clip $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 -m "not aot" $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) -m "not aot" $(ARGS)
 
 test-torch: $(VENV)/installed-test
-	$(BIN)/pytest -n 2 -m "not aot and not gpu and not slow" -k "not in_triton and not interpreted" $(TORCH_TESTS) $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) -m "not aot and not gpu and not slow" -k "not in_triton and not interpreted" $(TORCH_TESTS) $(ARGS)
 
 aot: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 -m aot tests/aot $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) -m aot tests/aot $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
