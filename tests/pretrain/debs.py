@@ -52,9 +52,11 @@ def ar(members: Mapping[str, bytes]) -> bytes:
 
 def deb(path: Path, name: str, files: Mapping[str, bytes | str], packed: str = ".xz", version: str = "1:2.0-1") -> Path:
     control = f"Package: {name}\nVersion: {version}\nDescription: a test\n of several lines\n".encode()
+    sums = {path: hashlib.md5(x).hexdigest() for path, x in files.items() if isinstance(x, bytes)}
+    listed = "".join(f"{digest}  {path}\n" for path, digest in sums.items()).encode("utf-8", "surrogateescape")
     members = {
         "debian-binary": b"2.0\n",
-        "control.tar.gz": gzip.compress(tar({"control": control})),
+        "control.tar.gz": gzip.compress(tar({"control": control, "md5sums": listed})),
         f"data.tar{packed}": PACKERS[packed](tar(files)),
     }
     path.write_bytes(ar(members))

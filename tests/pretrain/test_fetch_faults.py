@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 from pretrain.debs import deb, png
@@ -55,6 +60,38 @@ def test_a_damaged_package_is_never_read_in_part(tmp_path: Path, packed: str) ->
         (tmp_path / "y.deb").write_bytes(damaged)
         with pytest.raises(DebError, match="damaged"):
             list(Deb(tmp_path / "y.deb").files())
+
+
+def test_damage_shows_or_changes_nothing(tmp_path: Path) -> None:
+    """Of an archive without a checksum of its own, in which a bad header looks like the end."""
+    files: dict[str, bytes | str] = {f"f{i}": os.urandom(300) for i in range(20)}
+    whole = bytearray(deb(tmp_path / "x.deb", "thing", files, "").read_bytes())
+    expected, shown = list(Deb(tmp_path / "x.deb").files()), 0
+    for place in range(len(whole) // 3, len(whole), 101):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        (tmp_path / "y.deb").write_bytes(damaged)
+        try:
+            assert list(Deb(tmp_path / "y.deb").files()) == expected
+        except DebError:
+            shown += 1
+    assert shown > 20
+
+
+def test_a_damaged_zstandard_package_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ZstdError(Exception):
+        pass
+
+    class ZstdDecompressor:
+        @contextmanager
+        def stream_reader(self, raw: IO[bytes]) -> Iterator[IO[bytes]]:
+            raise ZstdError("bad block")
+            yield raw
+
+    fake = SimpleNamespace(ZstdError=ZstdError, ZstdDecompressor=ZstdDecompressor)
+    monkeypatch.setitem(sys.modules, "zstandard", fake)  # type: ignore[arg-type]
+    with pytest.raises(DebError, match=r"data\.tar\.zst is damaged \(bad block\)"):
+        list(Deb(deb(tmp_path / "x.deb", "thing", {"a": b"1"}, ".zst")).files())
 
 
 def test_two_processes_do_not_make_one_folder(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
 import lzma
 import shutil
@@ -56,19 +57,28 @@ class Deb:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._members = self._index()
-        self.control = self._control()
+        about = {file.path: file.content.decode("utf-8", "surrogateescape") for file in self._tar("control.tar")}
+        self.control = self._control(about)
+        self._sums = _sums(about.get("md5sums", ""))
 
     @property
     def name(self) -> str:
         return self.control["Package"]
 
     def files(self) -> Iterator[File]:
-        """The files and symbolic links of the package, in order.
+        """The files and symbolic links of the package, in order, checked against its list of sums where it has one.
 
         Raises:
             DebError: it is damaged, or compressed by something that is not installed.
         """
-        yield from self._tar("data.tar")
+        left = dict(self._sums)
+        for file in self._tar("data.tar"):
+            expected = left.pop(file.path, None)
+            if expected and not file.link and expected != hashlib.md5(file.content, usedforsecurity=False).hexdigest():
+                raise DebError(f"{self.path}: data.tar is damaged (the sum of {file.path})")
+            yield file
+        if left:
+            raise DebError(f"{self.path}: data.tar is damaged ({len(left):,} files lack, such as {next(iter(left))})")
 
     def _index(self) -> dict[str, tuple[int, int]]:
         """(offset, size) of each member."""
@@ -93,14 +103,13 @@ class Deb:
                 raise DebError(f"{self.path}: expected a Debian package, got an ar archive without {part}")
         return members
 
-    def _control(self) -> dict[str, str]:
-        for file in self._tar("control.tar"):
-            if file.path == "control":
-                found = fields(file.content.decode("utf-8", "replace"))
-                if lacking := [field for field in ("Package", "Version") if not found.get(field)]:
-                    raise DebError(f"{self.path}: expected a Debian package, got one without {' and '.join(lacking)}")
-                return found
-        raise DebError(f"{self.path}: expected a Debian package, got one without a control file")
+    def _control(self, about: dict[str, str]) -> dict[str, str]:
+        if "control" not in about:
+            raise DebError(f"{self.path}: expected a Debian package, got one without a control file")
+        found = fields(about["control"])
+        if lacking := [field for field in ("Package", "Version") if not found.get(field)]:
+            raise DebError(f"{self.path}: expected a Debian package, got one without {' and '.join(lacking)}")
+        return found
 
     def _tar(self, part: str) -> Iterator[File]:
         name = next(name for name in self._members if name.startswith(part))
@@ -158,8 +167,11 @@ class Deb:
             if process.returncode:
                 raise DebError(f"{self.path}: dpkg-deb could not unpack {name} (status {process.returncode})") from None
         else:
-            with zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-                yield stream
+            try:
+                with zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+                    yield stream
+            except zstandard.ZstdError as error:
+                raise DebError(f"{self.path}: {name} is damaged ({error})") from error
 
 
 def fields(text: str) -> dict[str, str]:
@@ -169,6 +181,16 @@ def fields(text: str) -> dict[str, str]:
         name, colon, value = line.partition(":")
         if colon and not line.startswith((" ", "\t")):
             found.setdefault(name, value.strip())
+    return found
+
+
+def _sums(text: str) -> dict[str, str]:
+    """Path -> MD5, of lines `sum  path`; those of escaped paths are left out."""
+    found = {}
+    for line in text.splitlines():
+        digest, gap, path = line.partition("  ")
+        if gap and len(digest) == 32:
+            found[path.removeprefix("./")] = digest.lower()
     return found
 
 
