@@ -44,10 +44,14 @@ def problems_of(source: str, reports: dict[str, aot.KernelReport]) -> list[str]:
     return found
 
 
-def problems_of_text(text: str, name: str, arch: str, folder: Path) -> str:
+def compiled(text: str, name: str, arch: str, folder: Path) -> dict[str, aot.KernelReport]:
     source = folder / f"{name}.cu"
     source.write_text(text, encoding="utf-8")
-    return "\n".join(problems_of(name, aot.compile_cuda(source, arch, CSRC)))
+    return aot.compile_cuda(source, arch, CSRC)
+
+
+def problems_of_text(text: str, name: str, arch: str, folder: Path) -> str:
+    return "\n".join(problems_of(name, compiled(text, name, arch, folder)))
 
 
 def test_there_are_kernels_of_every_family() -> None:
@@ -104,10 +108,11 @@ __global__ void __launch_bounds__(1024, 2) spilling_kernel(const float* x, float
 
 @needs_nvcc
 def test_gate_sees_spills_and_local_memory(tmp_path: Path) -> None:
-    problems = problems_of_text(GREEDY, "greedy", "sm_80", tmp_path)
+    reports = compiled(GREEDY, "greedy", "sm_80", tmp_path)
+    problems = "\n".join(problems_of("greedy", reports))
     assert re.search(r"indexed_kernel.*bytes of local memory", problems), problems
     assert re.search(r"spilling_kernel.*bytes of local memory", problems), problems
-    report = next(iter(aot.compile_cuda(tmp_path / "greedy.cu", "sm_80", CSRC).values()))
+    report = next(iter(reports.values()))
     assert any("no tensor-core instruction" in problem for problem in report.problems(tensor_cores=True))
 
 
