@@ -1,4 +1,4 @@
-"""Draw the pictures of the generated data sets, `docs/images/data-scenes.png` and `docs/images/data-motion.png`.
+"""Draw the pictures of the data sets: `data-emoji.png`, `data-scenes.png` and `data-motion.png` in `docs/images`.
 
     python scripts/draw_data_sets.py            # writes the pictures
     python scripts/draw_data_sets.py --check    # draws in memory and compares the pixels
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mmkernels.pretrain.data.emoji import HELD_OUT_VENDOR, load_pack
 from mmkernels.pretrain.data.motion import ACTIONS, MotionSource
 from mmkernels.pretrain.data.motion import ANSWERS as MOTION_ANSWERS
 from mmkernels.pretrain.data.scene_text import ANSWERS, KINDS
@@ -33,6 +35,33 @@ def write(pen: ImageDraw.ImageDraw, x: int, y: int, lines: list[str]) -> None:
     font = ImageFont.load_default(size=12)
     for i, line in enumerate(lines):
         pen.text((x, y + i * LINE), line, fill=INK, font=font)
+
+
+EMOJI = ("red apple", "octopus", "accordion", "face with tears of joy", "sailboat", "woman judge")
+
+
+def emoji() -> Image.Image:
+    """Every vendor's drawing of a few concepts, with the name and the keywords, and the split of each drawing."""
+    pack = load_pack()
+    vendors = [*(vendor for vendor in pack.vendors if vendor != HELD_OUT_VENDOR), HELD_OUT_VENDOR]
+    side = 2 * pack.vendors[HELD_OUT_VENDOR].indices.shape[1]
+    step, top = side + 8, GAP + LINE
+    page = Image.new("RGB", (GAP + len(vendors) * step + 220, top + len(EMOJI) * (side + GAP)), "white")
+    pen = ImageDraw.Draw(page)
+    for column, vendor in enumerate(vendors):
+        write(pen, GAP + column * step, 4, [vendor])
+        drawings = pack.vendors[vendor]
+        for row, name in enumerate(EMOJI):
+            for found in np.flatnonzero(drawings.concepts == pack.names.index(name)):
+                image = Image.fromarray(drawings.palette[drawings.indices[found]])
+                image = image.resize((side, side), Image.Resampling.NEAREST)
+                page.paste(image, (GAP + column * step, top + row * (side + GAP)), image)
+    for row, name in enumerate(EMOJI):
+        concept = pack.names.index(name)
+        splits = "B, and C" if concept in pack.held_out else "train, and A"
+        lines = [name, *textwrap.wrap(", ".join(pack.keywords[concept]), 34)[:3], f"{splits} in {HELD_OUT_VENDOR}"]
+        write(pen, GAP + len(vendors) * step + 4, top + row * (side + GAP) + 8, lines)
+    return page
 
 
 def scenes() -> Image.Image:
@@ -81,7 +110,7 @@ def motion() -> Image.Image:
     return page
 
 
-PICTURES = {"data-scenes": scenes, "data-motion": motion}
+PICTURES = {"data-emoji": emoji, "data-scenes": scenes, "data-motion": motion}
 
 
 def main() -> int:
