@@ -81,6 +81,6 @@ $(WHEELS)/built: $(PACKAGE) | $(VENV)/created
 
 # The package is reinstalled whenever one of its files changes: pip would skip an equal version.
 $(VENV)/installed-%: $(VENV)/torch $(WHEELS)/built
-	$(BIN)/pip install --quiet "$$(echo $(WHEELS)/*.whl)[$*]"
 	$(BIN)/pip install --quiet --no-deps --force-reinstall $(WHEELS)/*.whl
+	$(BIN)/pip install --quiet "$$(echo $(WHEELS)/*.whl)[$*]"
 	touch $@
