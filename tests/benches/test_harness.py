@@ -1,8 +1,13 @@
 """The bench times only correct results, and its figures mean what they say."""
 
+import io
 import json
+import runpy
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ pytest.importorskip("tabulate", reason="mmkernels[bench] is not installed")
 sys.path.insert(0, str(BENCHES))
 
 import measure  # noqa: E402
+import report  # noqa: E402
 
 BENCH = """
 import sys
@@ -53,14 +59,45 @@ main("square", CASES)
 """
 
 
-def run_bench(folder: Path, *arguments: str, factor: float = 1.0) -> subprocess.CompletedProcess:
+def written_bench(folder: Path, factor: float = 1.0) -> Path:
     script = folder / "bench_square.py"
     script.write_text(BENCH.format(benches=str(BENCHES), factor=factor), encoding="utf-8")
-    return subprocess.run([sys.executable, script, *arguments], cwd=folder, capture_output=True, text=True)
+    return script
+
+
+RunBench = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def run_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunBench:
+    """Runs a bench as its own process would, in this one, which has already imported what takes seconds."""
+    monkeypatch.setattr(report, "RESULTS", report.RESULTS)  # the bench sets it
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    threads = torch.get_num_threads()
+
+    def run(*arguments: str, factor: float = 1.0) -> subprocess.CompletedProcess:
+        script, code = str(written_bench(tmp_path, factor)), 0
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except SystemExit as stopped:
+                code = 1 if isinstance(stopped.code, str) else stopped.code or 0
+                print(stopped.code, file=sys.stderr)
+            except Exception:
+                code = 1
+                traceback.print_exc()
+            finally:
+                torch.set_num_threads(threads)
+        return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+
+    return run
 
 
 def test_bench_checks_times_and_writes(tmp_path: Path) -> None:
-    done = run_bench(tmp_path, "--quick", "--seconds", "0.01")
+    script = written_bench(tmp_path)
+    command = [sys.executable, script, "--quick", "--seconds", "0.01"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (written,) = (tmp_path / "results").glob("square-*-quick.json")
     result = json.loads(written.read_text(encoding="utf-8"))
@@ -83,9 +120,9 @@ def test_bench_checks_times_and_writes(tmp_path: Path) -> None:
     assert "mmkernels" in done.stdout
 
 
-def test_runs_of_a_day_are_joined(tmp_path: Path) -> None:
+def test_runs_of_a_day_are_joined(run_bench: RunBench, tmp_path: Path) -> None:
     def written(*arguments: str) -> dict:
-        done = run_bench(tmp_path, "--seconds", "0.01", "--no-memory", *arguments)
+        done = run_bench("--seconds", "0.01", "--no-memory", *arguments)
         assert done.returncode == 0, done.stderr
         (file,) = (tmp_path / "results").glob("square-*")
         return json.loads(file.read_text(encoding="utf-8"))
@@ -106,39 +143,39 @@ def test_runs_of_a_day_are_joined(tmp_path: Path) -> None:
     assert runs_of(again, "float32") == {1}
 
 
-def test_an_older_file_of_one_run_is_joined_too(tmp_path: Path) -> None:
-    assert run_bench(tmp_path, "--filter", "float32", "--seconds", "0.01", "--no-memory").returncode == 0
+def test_an_older_file_of_one_run_is_joined_too(run_bench: RunBench, tmp_path: Path) -> None:
+    assert run_bench("--filter", "float32", "--seconds", "0.01", "--no-memory").returncode == 0
     (file,) = (tmp_path / "results").glob("square-*")
     result = json.loads(file.read_text(encoding="utf-8"))
     rows = [{name: value for name, value in row.items() if name != "run"} for row in result["rows"]]
     file.write_text(json.dumps(result["runs"][0] | {"rows": rows}), encoding="utf-8")
-    assert run_bench(tmp_path, "--filter", "bfloat16", "--seconds", "0.01", "--no-memory").returncode == 0
+    assert run_bench("--filter", "bfloat16", "--seconds", "0.01", "--no-memory").returncode == 0
     joined = json.loads(file.read_text(encoding="utf-8"))
     assert len(joined["runs"]) == 2
     assert [row for row in joined["rows"] if row["run"] == 0] == result["rows"]
 
 
-def test_only_some_contenders(tmp_path: Path) -> None:
-    done = run_bench(tmp_path, "--quick", "--seconds", "0.01", "--no-memory", "--only", "mmkernels")
+def test_only_some_contenders(run_bench: RunBench, tmp_path: Path) -> None:
+    done = run_bench("--quick", "--seconds", "0.01", "--no-memory", "--only", "mmkernels")
     assert done.returncode == 0, done.stderr
     (written,) = (tmp_path / "results").glob("square-*")
     rows = json.loads(written.read_text(encoding="utf-8"))["rows"]
     assert {row["contender"] for row in rows} == {"mmkernels"}
     assert all(row["timing"] is not None and row["ratio"] is None for row in rows)
-    done = run_bench(tmp_path, "--quick", "--seconds", "0.01", "--only", "FlexAttention")
+    done = run_bench("--quick", "--seconds", "0.01", "--only", "FlexAttention")
     assert done.returncode != 0
     assert "--only 'FlexAttention': no contender of square; there are plain PyTorch, " in done.stderr
 
 
-def test_own_wrong_result_stops_the_bench(tmp_path: Path) -> None:
-    done = run_bench(tmp_path, "--quick", "--seconds", "0.01", factor=1.001)
+def test_own_wrong_result_stops_the_bench(run_bench: RunBench, tmp_path: Path) -> None:
+    done = run_bench("--quick", "--seconds", "0.01", factor=1.001)
     assert done.returncode != 0
     assert "AssertionError: mmkernels: dx" in done.stderr
     assert not (tmp_path / "results").exists()
 
 
-def test_filter_without_a_match_is_an_error(tmp_path: Path) -> None:
-    done = run_bench(tmp_path, "--filter", "N=65")
+def test_filter_without_a_match_is_an_error(run_bench: RunBench) -> None:
+    done = run_bench("--filter", "N=65")
     assert done.returncode != 0
     assert "matches --filter 'N=65'" in done.stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import layout
@@ -65,6 +66,7 @@ MAY = {
 }
 
 
+@cache
 def loop_imports() -> dict[str, list[tuple[str, str]]]:
     """place -> (file, module of the loop that it imports)."""
     found: dict[str, list[tuple[str, str]]] = {}
