@@ -76,14 +76,17 @@ def run_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunBench:
     threads = torch.get_num_threads()
 
     def run(*arguments: str, factor: float = 1.0) -> subprocess.CompletedProcess:
-        script, code = str(written_bench(tmp_path, factor)), 0
+        script = str(written_bench(tmp_path, factor))
+        code: int | str = 0
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
             try:
                 runpy.run_path(script, run_name="__main__")
             except SystemExit as stopped:
-                code = 1 if isinstance(stopped.code, str) else stopped.code or 0
-                print(stopped.code, file=sys.stderr)
+                code = stopped.code or 0
+                if isinstance(code, str):  # as the interpreter does with a message
+                    print(code, file=sys.stderr)
+                    code = 1
             except Exception:
                 code = 1
                 traceback.print_exc()

@@ -78,7 +78,7 @@ def test_trains_and_resumes(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         source, target = tmp_path / "whole" / part, tmp_path / "killed" / part
         target.parent.mkdir(exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-    monkeypatch.setattr("mmkernels.pretrain.loop.write_report", lambda folder, trainer: folder.report)  # seen once
+    monkeypatch.setattr("mmkernels.pretrain.loop.write_report", lambda folder, trainer: folder.report)  # drawn above
     train(small(name, tmp_path / "killed", resume=True))
     (weights, training), (others, other) = (
         checkpoint.load(tmp_path / run / "checkpoints" / f"step-{STEPS:08d}") for run in ("whole", "killed")

@@ -78,7 +78,9 @@ class Deb:
                 raise DebError(f"{self.path}: data.tar is damaged (the sum of {file.path})")
             yield file
         if left:
-            raise DebError(f"{self.path}: data.tar is damaged ({len(left):,} files lack, such as {next(iter(left))})")
+            raise DebError(
+                f"{self.path}: data.tar is damaged ({len(left):,} files are missing, such as {next(iter(left))})"
+            )
 
     def _index(self) -> dict[str, tuple[int, int]]:
         """(offset, size) of each member."""
