@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -11,33 +11,11 @@ import torch
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.data.base import Source
 from mmkernels.pretrain.data.collate import Collator, Mode
+from mmkernels.pretrain.metrics.figure import Figure
 
 __all__ = ["Figure", "HeldOut", "Metric"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number of an evaluation."""
-
-    name: str  # "image → text R@10"
-    value: float
-    chance: float | None = None  # of a guess that ignores the input
-    percent: bool = True  # a share, shown as a percentage
-    higher_is_better: bool = True
-    headline: bool = False  # shown at the top of the report and on the progress bar
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def shown(self) -> str:
-        return f"{100 * self.value:.1f}" if self.percent else f"{self.value:.3f}"
-
-    def shown_chance(self) -> str:
-        if self.chance is None:
-            return ""
-        return f"{100 * self.chance:.1f}" if self.percent else f"{self.chance:.3f}"
 
 
 class Metric(Protocol):
