@@ -79,6 +79,10 @@ class Uniform(torch.nn.Module):
         targets = labels[labels >= 0]
         return torch.zeros(len(targets), self.vocabulary), targets
 
+    def owners(self, batch: Any) -> Any:
+        lengths = batch["text"].cu_seqlens.diff().long()
+        return torch.arange(len(lengths)).repeat_interleave(lengths)[batch["text"].next_labels() >= 0]
+
 
 def test_figures() -> None:
     """Of a uniform model, the vocabulary; a bigram model beats unigrams where the next word follows from the last."""

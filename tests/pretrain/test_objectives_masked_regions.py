@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -102,19 +103,23 @@ class Fixed:
     """A held-out set of given batches."""
 
     def __init__(self, *batches: Batch) -> None:
-        self.given, self.asked = batches, ""
+        self.given, self.asked, self.name = batches, "", "x"
 
     def batches(self, mode: str, objective: str) -> tuple[Batch, ...]:
         assert mode == "loss"
         self.asked = objective
         return self.given
 
+    def once(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
+        return make()
+
 
 @pytest.mark.parametrize("target", ["class", "features"])
 def test_measured_beside_the_best_blind_guess(target: Any) -> None:
     of, batches = model(target=target), (batch(), batch((4, 1)))
     held_out: Any = Fixed(*batches)
-    figures = Predictions("masked").measure(of, held_out)
+    with torch.no_grad():
+        figures = Predictions("masked").measure(of, held_out)
     assert held_out.asked == "masked"
     rows = [(each["regions"].labels >= 0).nonzero().flatten() for each in batches]
     n = sum(map(len, rows))
@@ -123,7 +128,8 @@ def test_measured_beside_the_best_blind_guess(target: Any) -> None:
     if target == "features":
         pixels = torch.cat([b["regions"].tokens[r, CROP] for b, r in zip(batches, rows, strict=True)])
         assert figures[0].chance == pytest.approx((pixels - pixels.mean(0)).square().mean().item(), rel=1e-5)
-    assert Predictions("masked").measure(of, Fixed(batch((0, 0)))) == []  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert Predictions("masked").measure(of, Fixed(batch((0, 0)))) == []  # type: ignore[arg-type]
 
 
 def test_swapped_pairs_need_both_streams() -> None:

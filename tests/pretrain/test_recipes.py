@@ -90,6 +90,36 @@ def test_trains_and_resumes(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", names())
+def test_predictions_know_their_samples(name: str, tmp_path: Path) -> None:
+    """Each sample owns as many of a batch's predictions as it has alone."""
+    trainer = trainer_of(small(name, tmp_path))
+    held_out = next(iter(trainer.held_out.values()))
+    trainer.begin()
+    for key, objective in trainer.model.objectives.items():
+        if not hasattr(objective, "owners"):
+            continue
+        whole = next(held_out.batches("loss", items=range(5), objective=key))
+        with torch.no_grad():
+            chunk = trainer.model.whole(whole, key)
+            found = objective.painted(chunk) if hasattr(objective, "painted") else outputs(objective, chunk)
+            owners = objective.owners(chunk)
+            assert len(owners) == len(found[1])
+            assert len(owners)
+            if hasattr(objective, "part") and getattr(objective.part, "negatives", "") == "sampled":  # alone: none
+                assert owners.bincount(minlength=5).tolist() == [3] * 5
+                continue
+            for item, alone in enumerate(whole.split(1)):
+                part = trainer.model.whole(alone, key)
+                targets = objective.painted(part)[1] if hasattr(objective, "painted") else outputs(objective, part)[1]
+                assert torch.equal(targets, found[1][owners == item])
+
+
+def outputs(objective: Any, chunk: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    found: tuple[torch.Tensor, torch.Tensor] = (getattr(objective, "logits", None) or objective.vectors)(chunk)
+    return found
+
+
+@pytest.mark.parametrize("name", names())
 def test_learns(name: str, tmp_path: Path) -> None:
     """On one batch, the loss falls, and every parameter gets a finite gradient that is not always zero."""
     trainer = trainer_of(small(name, tmp_path, lr=1e-2, steps=10_000))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from mmkernels.pretrain.batch import Batch
@@ -13,7 +14,7 @@ from mmkernels.pretrain.data.base import Source
 from mmkernels.pretrain.data.collate import Collator, Mode
 from mmkernels.pretrain.metrics.figure import Figure
 
-__all__ = ["Figure", "HeldOut", "Metric"]
+__all__ = ["Each", "Figure", "HeldOut", "Metric"]
 
 T = TypeVar("T")
 
@@ -24,6 +25,33 @@ class Metric(Protocol):
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
         """The figures of a model, which is in evaluation mode, without gradients."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Each:
+    """The values that a figure is the mean of. A metric with a method `each` can be split by groups (see `Groups`)."""
+
+    name: str
+    values: np.ndarray  # bool or float64 [n]
+    items: np.ndarray  # int64 [n]: the number of the sample that each is about
+    targets: np.ndarray | None = None  # int64 [n]: what was to be guessed; chance is the share of the most frequent
+    guess: float | None = None  # or chance itself
+    clusters: np.ndarray | None = None  # int64 [n]: those that are not independent share one; None: those of an item
+
+    @property
+    def chance(self) -> float | None:
+        if self.targets is None or not len(self.targets):
+            return self.guess
+        return float(np.unique(self.targets, return_counts=True)[1].max() / len(self.targets))
+
+    def of(self, chosen: np.ndarray) -> Each:
+        """Those of bool [n]."""
+        targets, clusters = (None if x is None else x[chosen] for x in (self.targets, self.clusters))
+        return Each(self.name, self.values[chosen], self.items[chosen], targets, self.guess, clusters)
+
+    def figure(self, **more: Any) -> Figure:
+        clusters = self.items if self.clusters is None else self.clusters
+        return Figure.of_each(self.name, self.values, self.chance, clusters=clusters, **more)
 
 
 @dataclass(frozen=True)

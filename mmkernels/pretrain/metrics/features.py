@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkernels import segment_pool
 from mmkernels.pretrain.data.base import Source
-from mmkernels.pretrain.metrics.base import HeldOut
+from mmkernels.pretrain.metrics.base import Each, HeldOut
 
 __all__ = ["Probed", "probed"]
 
@@ -23,15 +23,16 @@ class Probed(NamedTuple):
     fit_classes: Tensor  # int64 [N]
     score: Tensor  # float32 [M, C]
     score_classes: Tensor  # int64 [M], each among fit_classes
+    items: np.ndarray  # int64 [M], the numbers of the samples to score
 
     @property
     def classes(self) -> int:
         return int(self.fit_classes.max()) + 1
 
-    @property
-    def chance(self) -> float:
-        """Accuracy of the most frequent class, which no guess without the input can beat."""
-        return self.score_classes.bincount().max().item() / len(self.score_classes)
+    def judged(self, name: str, guesses: Tensor) -> Each:
+        """Whether classes int64 [M] are right. Chance is the most frequent class, which no blind guess can beat."""
+        right, targets = (guesses == self.score_classes).cpu().numpy(), self.score_classes.cpu().numpy()
+        return Each(name, right, self.items, targets)
 
 
 def probed(model: Any, held_out: HeldOut, stream: str, label: str, limit: int) -> Probed | None:
@@ -59,10 +60,10 @@ def probed(model: Any, held_out: HeldOut, stream: str, label: str, limit: int) -
         return None  # known before anything is encoded
     n = len(held_out.train)
     items = np.unique(np.linspace(0, n - 1, min(n, limit)).astype(np.int64)).tolist()
-    x, ids = held_out.once(
+    x, ids, _ = held_out.once(
         ("train", stream, label, str(limit)), lambda: _features(model, held_out, stream, label, held_out.train, items)
     )
-    y, wanted = held_out.once(
+    y, wanted, numbers = held_out.once(
         ("held out", held_out.name, stream, label),
         lambda: _features(model, held_out, stream, label, held_out.source, held_out.items()),
     )
@@ -70,21 +71,24 @@ def probed(model: Any, held_out: HeldOut, stream: str, label: str, limit: int) -
     seen = torch.isin(wanted, known)
     if not bool(seen.any()):
         return None
-    return Probed(x, classes, y[seen], torch.searchsorted(known, wanted[seen]))
+    scored = numbers[seen.cpu()].numpy()
+    return Probed(x, classes, y[seen], torch.searchsorted(known, wanted[seen]), scored)
 
 
 def _features(
     model: Any, held_out: HeldOut, stream: str, label: str, source: Source, items: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """(float32 [n, C], class ids int64 [n]) of the samples that have the stream and a class."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(float32 [n, C], class ids, numbers int64 [n]) of the samples that have the stream and a class."""
     encoder = model.encoder(stream)
-    rows, ids = [], []
+    rows, ids, numbers = [], [], []
     for batch in held_out.batches(of=source, items=items):
         packed, classes = batch[stream], batch.labels[label] if label else batch.concepts
         x, cu_seqlens = encoder.encoder(packed), encoder.encoder.layout(packed).cu_seqlens
         have = (cu_seqlens.diff() > 0) & (classes >= 0)
         rows.append(segment_pool(x, cu_seqlens, mode=encoder.pool)[have].float())
         ids.append(classes[have])
+        numbers.append(torch.tensor(batch.numbers, dtype=torch.int64)[have.cpu()])
     if not rows:
-        return torch.zeros((0, 1), device=held_out.device), torch.zeros(0, dtype=torch.int64, device=held_out.device)
-    return torch.cat(rows), torch.cat(ids)
+        none = torch.zeros(0, dtype=torch.int64)
+        return torch.zeros((0, 1), device=held_out.device), none.to(held_out.device), none
+    return torch.cat(rows), torch.cat(ids), torch.cat(numbers)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 
-from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.base import Each, HeldOut
+from mmkernels.pretrain.metrics.figure import Figure
+from mmkernels.pretrain.metrics.judged import judged, numbers_of
 
 __all__ = ["Predictions"]
 
@@ -26,39 +27,39 @@ class Predictions:
         classifies = hasattr(model.objectives[self.objective], "logits")
         return self._classes(model, held_out) if classifies else self._vectors(model, held_out)
 
+    def each(self, model: Any, held_out: HeldOut) -> Each | None:
+        """Whether each prediction is right."""
+        found = judged(model, held_out, self.objective)
+        return None if found is None else Each(f"{self.objective}: accuracy", found.right, found.items, found.targets)
+
     def _classes(self, model: Any, held_out: HeldOut) -> list[Figure]:
-        objective = model.objectives[self.objective]
-        losses, right, count = 0.0, 0, 0
-        seen: dict[int, int] = {}
-        for batch in held_out.batches("loss", objective=self.objective):
-            logits, targets = objective.logits(model.whole(batch, self.objective))
-            losses += F.cross_entropy(logits.double(), targets, reduction="sum").item()
-            right += int((logits.argmax(1) == targets).sum())
-            count += len(targets)
-            for value, times in zip(*(t.tolist() for t in torch.unique(targets, return_counts=True)), strict=True):
-                seen[value] = seen.get(value, 0) + times
-        if not count:
+        found, right = judged(model, held_out, self.objective), self.each(model, held_out)
+        if found is None or right is None:
             return []
-        shares = torch.tensor(list(seen.values()), dtype=torch.float64) / count
-        entropy = -(shares * shares.log()).sum().item()
+        shares = np.unique(found.targets, return_counts=True)[1] / len(found.targets)
+        entropy = float(-(shares * np.log(shares)).sum())
+        more: dict[str, Any] = {"percent": False, "higher_is_better": False, "clusters": found.items}
         return [
-            Figure(f"{self.objective}: accuracy", right / count, shares.max().item(), headline=True),
-            Figure(f"{self.objective}: loss", losses / count, entropy, percent=False, higher_is_better=False),
+            right.figure(headline=True),
+            Figure.of_each(f"{self.objective}: loss", found.losses, entropy, **more),
         ]
 
     def _vectors(self, model: Any, held_out: HeldOut) -> list[Figure]:
         objective = model.objectives[self.objective]
-        errors: Any = 0.0
+        errors: list[np.ndarray] = []
+        items: list[np.ndarray] = []
         total: Any = 0.0
         squares: Any = 0.0
-        count = 0
         for batch in held_out.batches("loss", objective=self.objective):
-            predicted, targets = (t.double() for t in objective.vectors(model.whole(batch, self.objective)))
-            errors += (predicted - targets).square().mean(1).sum()
+            chunk = model.whole(batch, self.objective)
+            vectors, targets = (t.double() for t in objective.vectors(chunk))
+            errors.append((vectors - targets).square().mean(1).cpu().numpy())
+            items.append(numbers_of(batch, objective.owners(chunk)))
             total, squares = total + targets.sum(0), squares + targets.square().sum(0)  # [F]
-            count += len(targets)
+        count = sum(map(len, errors))
         if not count:
             return []
         spread = (squares / count - (total / count).square()).mean().item()
         name = f"{self.objective}: mean square error"
-        return [Figure(name, errors.item() / count, spread, percent=False, higher_is_better=False, headline=True)]
+        more: dict[str, Any] = {"percent": False, "higher_is_better": False, "headline": True}
+        return [Figure.of_each(name, np.concatenate(errors), spread, clusters=np.concatenate(items), **more)]

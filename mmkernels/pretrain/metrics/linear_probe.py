@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.base import Each, Figure, HeldOut
 from mmkernels.pretrain.metrics.features import probed
 
 __all__ = ["LinearProbe", "Ridge"]
@@ -35,13 +35,16 @@ class LinearProbe:
             raise ValueError(f"limit: expected at least 1, got {self.limit}")
 
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
+        found = self.each(model, held_out)
+        return [] if found is None else [found.figure(headline=True)]
+
+    def each(self, model: Any, held_out: HeldOut) -> Each | None:
+        """Whether each sample is recognised."""
         found = probed(model, held_out, self.stream, self.label, self.limit)
         if found is None:
-            return []
+            return None
         probe = Ridge(found.fit, found.fit_classes, chosen_ridge(found.fit, found.fit_classes))
-        right = probe(found.score) == found.score_classes
-        name = f"{self.stream}: {self.label or 'concept'} by a linear probe"
-        return [Figure(name, right.double().mean().item(), found.chance, headline=True)]
+        return found.judged(f"{self.stream}: {self.label or 'concept'} by a linear probe", probe(found.score))
 
 
 class Ridge:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import topk_similar
-from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.base import Each, Figure, HeldOut
 from mmkernels.pretrain.metrics.features import probed
 
 __all__ = ["NearestNeighbours", "vote"]
@@ -43,14 +43,18 @@ class NearestNeighbours:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
 
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
+        found = self.each(model, held_out)
+        return [] if found is None else [found.figure(headline=True)]
+
+    def each(self, model: Any, held_out: HeldOut) -> Each | None:
+        """Whether each sample is recognised."""
         found = probed(model, held_out, self.stream, self.label, self.limit)
         if found is None:
-            return []
+            return None
         keys, queries = F.normalize(found.fit, dim=1), F.normalize(found.score, dim=1)
         cosine, nearest = topk_similar(queries, keys, min(self.k, len(keys)))
-        right = vote(cosine, found.fit_classes[nearest], self.temperature) == found.score_classes
-        name = f"{self.stream}: {self.label or 'concept'} by nearest neighbours"
-        return [Figure(name, right.double().mean().item(), found.chance, headline=True)]
+        guesses = vote(cosine, found.fit_classes[nearest], self.temperature)
+        return found.judged(f"{self.stream}: {self.label or 'concept'} by nearest neighbours", guesses)
 
 
 def vote(cosine: Tensor, classes: Tensor, temperature: float) -> Tensor:

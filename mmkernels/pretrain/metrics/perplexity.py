@@ -13,6 +13,7 @@ import numpy as np
 import torch.nn.functional as F
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.judged import numbers_of
 
 __all__ = ["Bigrams", "Perplexity"]
 
@@ -33,25 +34,32 @@ class Perplexity:
         if not hasattr(objective, "stream"):
             raise ValueError(f"metrics: Perplexity: expected an objective of next tokens, got {self.objective!r}")
         counted = self._counted(held_out, objective.stream, objective.vocabulary)
-        loss, unigram, bigram, count = 0.0, 0.0, 0.0, 0
+        sums: list[np.ndarray] = []
+        items: list[np.ndarray] = []
         for batch in held_out.batches("loss"):
-            logits, targets = objective.logits(model.whole(batch, self.objective))
-            loss += F.cross_entropy(logits.double(), targets, reduction="sum").item()
+            chunk = model.whole(batch, self.objective)
+            logits, targets = objective.logits(chunk)
             packed = batch[objective.stream]
             own, following = packed.tokens.cpu().numpy(), packed.next_labels().cpu().numpy()
             at = following >= 0
             if targets.tolist() != following[at].tolist():
                 raise ValueError(f"metrics: Perplexity: expected an objective of next tokens, got {self.objective!r}")
-            unigram -= counted.unigram(following[at]).sum()
-            bigram -= counted.bigram(own[at], following[at]).sum()
-            count += len(targets)
-        if not count:
+            losses = F.cross_entropy(logits.double(), targets, reduction="none").cpu().numpy()
+            bigrams, unigrams = counted.bigram(own[at], following[at]), counted.unigram(following[at])
+            sums.append(np.stack([losses, -bigrams, -unigrams, np.ones_like(losses)], 1))
+            items.append(numbers_of(batch, objective.owners(chunk)))
+        if not sum(map(len, sums)):
             return []
-        values = [math.exp(total / count) for total in (loss, bigram, unigram)]
-        more: dict[str, Any] = {"percent": False, "higher_is_better": False}
+        every, clusters = np.concatenate(sums), np.concatenate(items)
+        total = every.sum(0)
+        chance = math.exp(total[2] / total[3])
+        more: dict[str, Any] = {"percent": False, "higher_is_better": False, "clusters": clusters}
+        models = (("perplexity", 0, True), ("perplexity of bigrams", 1, False))
         return [
-            Figure(f"{self.objective}: perplexity", values[0], values[2], headline=True, **more),
-            Figure(f"{self.objective}: perplexity of bigrams", values[1], values[2], **more),
+            Figure.of_sums(
+                f"{self.objective}: {name}", every[:, [column, 3]], _perplexity, chance, headline=headline, **more
+            )
+            for name, column, headline in models
         ]
 
     def _counted(self, held_out: HeldOut, stream: str, vocabulary: int) -> Bigrams:
@@ -66,6 +74,12 @@ class Perplexity:
             before.append(ids[at])
             after.append(labels[1:][at])
         return Bigrams(np.concatenate(before), np.concatenate(after), vocabulary)
+
+
+def _perplexity(sums: np.ndarray) -> np.ndarray:
+    """Of [B, 2]: a sum of losses, and their number."""
+    found: np.ndarray = np.exp(sums[:, 0] / sums[:, 1])
+    return found
 
 
 class Bigrams:

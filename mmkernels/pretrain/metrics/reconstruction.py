@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.judged import numbers_of
 
 __all__ = ["Reconstruction"]
 
@@ -25,15 +27,20 @@ class Reconstruction:
             expected = f"expected one of the objectives {', '.join(model.objectives)}"
             raise ValueError(f"metrics.reconstruction.objective: {expected}, got {self.objective!r}")
         objective = model.objectives[self.objective]
-        error, squares, total, count = 0.0, 0.0, torch.zeros((), dtype=torch.float64), 0
+        errors: list[np.ndarray] = []
+        items: list[np.ndarray] = []
+        squares, total = 0.0, torch.zeros((), dtype=torch.float64)
         for batch in held_out.batches("loss"):
-            painted, targets = (each.double().cpu() for each in objective.painted(model.whole(batch, self.objective)))
-            error += (painted - targets).square().mean(1).sum().item()
+            chunk = model.whole(batch, self.objective)
+            painted, targets = (each.double().cpu() for each in objective.painted(chunk))
+            errors.append((painted - targets).square().mean(1).numpy())
+            items.append(numbers_of(batch, objective.owners(chunk)))
             squares += targets.square().mean(1).sum().item()
             total = total + targets.sum(0)
-            count += len(targets)
+        count = sum(map(len, errors))
         if not count:
             return []
         chance = squares / count - (total / count).square().mean().item()
-        name = f"{self.objective}: error"
-        return [Figure(name, error / count, chance, percent=False, higher_is_better=False, headline=True)]
+        more: dict[str, Any] = {"percent": False, "higher_is_better": False, "headline": True}
+        name, clusters = f"{self.objective}: error", np.concatenate(items)
+        return [Figure.of_each(name, np.concatenate(errors), chance, clusters=clusters, **more)]

@@ -50,11 +50,14 @@ class AnswerLoss(Classification):
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         labels = chunk.batch.labels[self.part.label]
-        tokens = chunk.fused[self.part.read]
-        rows = torch.nonzero((labels >= 0) & (tokens.cu_seqlens.diff() > 0)).flatten()
+        tokens, rows = chunk.fused[self.part.read], self.owners(chunk)
         if self.part.level == "logits":
             return self._pooled(self.head(tokens.x), tokens)[rows], labels[rows]
         return self.head(self._pooled(tokens.x, tokens)[rows]), labels[rows]
+
+    def owners(self, chunk: Chunk) -> Tensor:
+        has = chunk.fused[self.part.read].cu_seqlens.diff() > 0
+        return torch.nonzero((chunk.batch.labels[self.part.label] >= 0) & has).flatten()
 
     def _pooled(self, x: Tensor, tokens: Tokens) -> Tensor:
         """[T, K] -> [S, K]"""

@@ -67,6 +67,10 @@ class Classification(TokenObjective):
         """(logits [n, K], targets int64 [n]) of the chunk's n predictions."""
         raise NotImplementedError
 
+    def owners(self, chunk: Chunk) -> Tensor:
+        """int64 [n]: the sample, by its place in the chunk, that each prediction is about."""
+        raise NotImplementedError
+
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
         logits, targets = self.logits(chunk)
         return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
@@ -78,6 +82,10 @@ class Regression(TokenObjective):
 
     def vectors(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(predictions [n, F], targets [n, F]) of the chunk."""
+        raise NotImplementedError
+
+    def owners(self, chunk: Chunk) -> Tensor:
+        """int64 [n]: the sample, by its place in the chunk, that each prediction is about."""
         raise NotImplementedError
 
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:

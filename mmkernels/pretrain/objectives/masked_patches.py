@@ -76,6 +76,15 @@ class MaskedPatchesLoss(TokenObjective):
         x = self.blocks(x + self.position[places], AttentionMask.packed(cu_items))
         return self.project(self.norm_out(x[label >= 0])), self.targets(batch)
 
+    def owners(self, chunk: Chunk) -> Tensor:
+        """int64 [n]: the sample, by its place in the chunk, of each hidden patch."""
+        batch = chunk.batch[self.part.stream]
+        label, lengths = labels_of(batch), patches_of(batch)[1].diff().long()
+        samples = torch.arange(batch.num_samples, device=label.device)
+        if batch.media:  # each sample that has the stream has one item, of which something is seen
+            samples = samples[batch.cu_seqlens.diff() > 0]
+        return samples.repeat_interleave(lengths, output_size=len(label))[label >= 0]
+
     def targets(self, batch: PackedBatch) -> Tensor:
         """float [n, K]: the hidden patches of a batch."""
         hidden = labels_of(batch) >= 0

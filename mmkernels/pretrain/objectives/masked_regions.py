@@ -69,6 +69,9 @@ class MaskedTags(Classification):
         rows, tags = masked(chunk, self.stream)
         return self.head(chunk.fused[self.stream].x[rows]), tags
 
+    def owners(self, chunk: Chunk) -> Tensor:
+        return chunk.fused[self.stream].layout.owners()[masked(chunk, self.stream)[0]]
+
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
         """KL(scores || predictions) = cross entropy - entropy of the scores, which is 0 for "class"."""
         logits, tags = self.logits(chunk)
@@ -93,6 +96,9 @@ class MaskedPixels(Regression):
     def vectors(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         rows, _ = masked(chunk, self.stream)
         return self.head(chunk.fused[self.stream].x[rows]), chunk.batch[self.stream].tokens[rows, CROP]
+
+    def owners(self, chunk: Chunk) -> Tensor:
+        return chunk.fused[self.stream].layout.owners()[masked(chunk, self.stream)[0]]
 
 
 def masked(chunk: Chunk, stream: str) -> tuple[Tensor, Tensor]:

@@ -44,11 +44,19 @@ class MaskedTokensLoss(Classification):
         self.head = Head(facts, facts.vocabulary)
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        rows, targets = self.masked(chunk)
+        return self.head(chunk.fused[self.stream].x[rows]), targets
+
+    def owners(self, chunk: Chunk) -> Tensor:
+        return chunk.fused[self.stream].layout.owners()[self.masked(chunk)[0]]
+
+    def masked(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """(int64 [n] the masked tokens of a chunk, int64 [n] what they are)."""
         labels = chunk.batch[self.stream].labels
         assert labels is not None, "a view has set them"
         masked = labels >= 0 if self.part.unmatched else (labels >= 0) & matched_tokens(chunk, self.stream)
         rows = torch.nonzero(masked).flatten()
-        return self.head(chunk.fused[self.stream].x[rows]), labels[rows]
+        return rows, labels[rows]
 
     def chance_loss(self, batch: Batch) -> float | None:
         return math.log(self.vocabulary)

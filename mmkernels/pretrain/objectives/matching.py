@@ -78,14 +78,10 @@ class MatchingLoss(Classification):
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if self.part.negatives == "swapped":
-            matched = chunk.batch.labels["matched"]
-            present = chunk.whole.present(self.part.a, self.part.b)[chunk.samples.start : chunk.samples.stop]
-            rows = torch.nonzero((matched >= 0) & present).flatten()
-            return self.head(self._pooled(chunk.fused[self.read])[rows]), matched[rows]
-        a, b = self.part.a, self.part.b
-        first, last = chunk.samples.start, chunk.samples.stop
-        own = torch.arange(first, last, device=chunk.batch.concepts.device)
-        own = own[chunk.whole.present(a, b)[first:last]]
+            rows = self._known(chunk)
+            return self.head(self._pooled(chunk.fused[self.read])[rows]), chunk.batch.labels["matched"][rows]
+        a, b, first = self.part.a, self.part.b, chunk.samples.start
+        own = self._whole(chunk)
         wrong_a, wrong_b = self._wrong[a][own], self._wrong[b][own]
         has_a, has_b = wrong_a >= 0, wrong_b >= 0
         pairs = {a: torch.cat([wrong_a[has_a], own[has_b]]), b: torch.cat([own[has_a], wrong_b[has_b]])}
@@ -98,6 +94,23 @@ class MatchingLoss(Classification):
         targets = torch.zeros(len(right) + len(wrong), dtype=torch.int64, device=own.device)
         targets[: len(right)] = 1
         return self.head(torch.cat([right, wrong])), targets
+
+    def owners(self, chunk: Chunk) -> Tensor:
+        if self.part.negatives == "swapped":
+            return self._known(chunk)
+        own = self._whole(chunk)
+        has_a, has_b = (self._wrong[name][own] >= 0 for name in (self.part.a, self.part.b))
+        return torch.cat([own, own[has_a], own[has_b]]) - chunk.samples.start
+
+    def _known(self, chunk: Chunk) -> Tensor:
+        """int64 [n]: the samples of a chunk of which it is known whether they match."""
+        present = chunk.whole.present(self.part.a, self.part.b)[chunk.samples.start : chunk.samples.stop]
+        return torch.nonzero((chunk.batch.labels["matched"] >= 0) & present).flatten()
+
+    def _whole(self, chunk: Chunk) -> Tensor:
+        """int64 [n]: the samples of a chunk, by their place in the batch, that have both streams."""
+        own = torch.arange(chunk.samples.start, chunk.samples.stop, device=chunk.batch.concepts.device)
+        return own[chunk.whole.present(self.part.a, self.part.b)[own]]
 
     def _needed(self, chunk: Chunk, name: str, samples: Tensor) -> tuple[Tokens, Tensor]:
         """(the tokens of some samples of the batch, where these are in them): all of them if the batch is one chunk."""

@@ -42,9 +42,17 @@ class NextTokenLoss(Classification):
         self.head = Head(facts, facts.vocabulary)
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        rows, targets = self.followed(chunk)
+        return self.head(chunk.fused[self.stream].x[rows]), targets
+
+    def owners(self, chunk: Chunk) -> Tensor:
+        return chunk.fused[self.stream].layout.owners()[self.followed(chunk)[0]]
+
+    def followed(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """(int64 [n] the tokens of a chunk that another follows, int64 [n] that one)."""
         labels = chunk.batch[self.stream].next_labels()  # they never cross into the next sample
         rows = torch.nonzero(labels >= 0).flatten()
-        return self.head(chunk.fused[self.stream].x[rows]), labels[rows]
+        return rows, labels[rows]
 
     def chance_loss(self, batch: Batch) -> float | None:
         return math.log(self.vocabulary)
