@@ -98,6 +98,9 @@ class Config:
     """How many of the newest checkpoints to keep."""
     eval_fraction: float = 0.1
     """Fraction of your own captions held out for evaluation."""
+    validate: bool = False
+    """Learn without, and evaluate on, a tenth of the training concepts, and leave the held-out sets alone: to choose
+    settings by."""
     max_broken: float = 0.05
     """Fraction of unreadable images above which the run stops."""
     resolution: int = 48

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.data import Data, Mixed, Source, Text, open_data
+from mmkernels.pretrain.data import Data, Mixed, Source, Subset, Text, open_data
+from mmkernels.pretrain.data.seeds import is_held_out
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.tokenizer import TextTokenizer
@@ -20,6 +21,7 @@ __all__ = ["documents", "expect_fields", "open_source", "read_by", "tokenizer_fo
 log = logging.getLogger("mmkernels.pretrain.data")
 
 _TEXTS = 10_000  # samples that a tokenizer is trained on
+_VALIDATION = 0.1  # share of the concepts
 
 
 def open_source(config: Config) -> Data:
@@ -39,7 +41,30 @@ def open_source(config: Config) -> Data:
         max_broken=config.max_broken,
     )
     expect_fields(config.recipe, recipe, name, data.train)
-    return data
+    return validation(name, data, config.eval_limit) if config.validate else data
+
+
+def validation(name: str, data: Data, most: int) -> Data:
+    """A tenth of the training concepts, by their hashes, in place of the held-out sets. What is chosen by it can still
+    be judged by these.
+
+    Args:
+        name: of the data set, for messages.
+        data: to split.
+        most: samples to evaluate on, evenly spaced.
+
+    Raises:
+        ValueError: a mixture, whose shares would change, or too few concepts.
+    """
+    if data.train.shares is not None:
+        raise ValueError(f"validate: expected a single data set, got the mixture {name}")
+    concepts, places = np.unique(data.train.concepts, return_inverse=True)
+    held = np.array([is_held_out(f"validation/{concept}", _VALIDATION) for concept in concepts.tolist()], bool)[places]
+    learned, rest = np.flatnonzero(~held), np.flatnonzero(held)
+    if not (len(learned) and len(rest)):
+        raise ValueError(f"validate: expected a data set of several concepts, got {name}, which has {len(concepts)}")
+    chosen = rest[np.linspace(0, len(rest) - 1, min(len(rest), most)).astype(np.int64)]
+    return Data(Subset(data.train, learned), {"validation": Subset(data.train, chosen)})
 
 
 def read_by(recipe: Recipe) -> tuple[list[str], list[str]]:

@@ -1,22 +1,33 @@
 """Held-out figures, each beside chance."""
 
 from mmkernels.pretrain.metrics.ablation import Ablation
-from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.alignment import Alignment
+from mmkernels.pretrain.metrics.base import Each, Figure, HeldOut
+from mmkernels.pretrain.metrics.classified import Classified
+from mmkernels.pretrain.metrics.groups import Groups
 from mmkernels.pretrain.metrics.held_out_loss import Predictions
 from mmkernels.pretrain.metrics.linear_probe import LinearProbe
 from mmkernels.pretrain.metrics.nearest_neighbours import NearestNeighbours
 from mmkernels.pretrain.metrics.perplexity import Perplexity
 from mmkernels.pretrain.metrics.reconstruction import Reconstruction
+from mmkernels.pretrain.metrics.reranked import Reranked
 from mmkernels.pretrain.metrics.retrieval import Retrieval
+from mmkernels.pretrain.metrics.zero_shot import ZeroShot
 
 __all__ = [
     "Ablation",
+    "Alignment",
+    "Classified",
+    "Each",
     "Figure",
+    "Groups",
     "HeldOut",
     "LinearProbe",
     "NearestNeighbours",
     "Perplexity",
     "Predictions",
     "Reconstruction",
+    "Reranked",
     "Retrieval",
+    "ZeroShot",
 ]

@@ -95,6 +95,14 @@ class MatchingLoss(Classification):
         targets[: len(right)] = 1
         return self.head(torch.cat([right, wrong])), targets
 
+    def scores(self, chunk: Chunk, a: Tensor, b: Tensor) -> Tensor:
+        """float32 [n]: how well samples `a` int64 [n] match samples `b` int64 [n] of a batch that is one chunk."""
+        assert chunk.fusion is not None, "a recipe with Matching has a fusion"
+        tokens = {name: chunk.whole.tokens(name) for name in (self.part.a, self.part.b)}
+        fused = chunk.fusion(tokens, {self.part.a: a, self.part.b: b})
+        wrong, right = self.head(self._pooled(fused[self.read])).float().unbind(1)
+        return right - wrong
+
     def owners(self, chunk: Chunk) -> Tensor:
         if self.part.negatives == "swapped":
             return self._known(chunk)
