@@ -153,7 +153,7 @@ def test_alignment() -> None:
 
 
 def test_zero_shot_by_concept_and_by_label() -> None:
-    """Against the mean of the phrases' embeddings. A sample without a class and a concept without a text are left out."""
+    """Against the mean of the phrases. A sample without a class and a concept without a text are left out."""
     source = pairs(8)
     source.concepts = np.array([0, 1, 2, 3, 4, 4, 5, 6])
     del source.values[6]["text"]
