@@ -11,6 +11,7 @@ __all__ = ["main"]
 
 USAGE = """usage: mmkernels <command> [options]
 
+  evaluate   measure a trained model on held-out data (needs mmkernels[pretrain])
   info       what is installed, which backend runs, and why
   plan       how well lengths pack, and how evenly ranks share the packs (needs mmkernels[plan])
   fetch      get a larger data set for pretrain (needs mmkernels[pretrain])
@@ -54,6 +55,14 @@ def _fetch(argv: list[str]) -> int:
     return fetch.main(argv)
 
 
+def _evaluate(argv: list[str]) -> int:
+    try:
+        from mmkernels.pretrain import evaluate_cli
+    except ModuleNotFoundError as error:
+        return _missing("evaluate", "pretrain", error, _PRETRAIN_PACKAGES)
+    return evaluate_cli.main(argv)
+
+
 def _recipes(argv: list[str]) -> int:
     try:
         from mmkernels import pretrain
@@ -73,7 +82,14 @@ def _plan(argv: list[str]) -> int:
         )
 
 
-_COMMANDS = {"fetch": _fetch, "info": _info, "plan": _plan, "pretrain": _pretrain, "recipes": _recipes}
+_COMMANDS = {
+    "evaluate": _evaluate,
+    "fetch": _fetch,
+    "info": _info,
+    "plan": _plan,
+    "pretrain": _pretrain,
+    "recipes": _recipes,
+}
 
 
 def _escaped(error: UnicodeError) -> tuple[bytes, int]:

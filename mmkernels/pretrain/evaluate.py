@@ -15,9 +15,21 @@ from mmkernels.pretrain.metrics.base import Figure, HeldOut
 __all__ = ["evaluate", "evaluating"]
 
 
-def evaluate(model: nn.Module, metrics: Sequence[Any], held_out: Mapping[str, HeldOut]) -> dict[str, list[Figure]]:
-    """Figures by split, in evaluation mode and without gradients; random state and mode stay as they were."""
-    memory: dict[tuple[str, ...], Any] = {}
+def evaluate(
+    model: nn.Module,
+    metrics: Sequence[Any],
+    held_out: Mapping[str, HeldOut],
+    memory: dict[tuple[str, ...], Any] | None = None,
+) -> dict[str, list[Figure]]:
+    """Figures by split, in evaluation mode and without gradients; random state and mode stay as they were.
+
+    Args:
+        model: to measure.
+        metrics: parts of recipes.
+        held_out: by split.
+        memory: what metrics share (see `HeldOut.once`), to go on with in a further call for the same model.
+    """
+    memory = {} if memory is None else memory
     with evaluating(model):
         return {
             name: [f for metric in metrics for f in metric.measure(model, replace(one, memory=memory))]

@@ -1,0 +1,145 @@
+"""`mmkernels evaluate`: every measure that fits a trained model, beside chance, with intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.data import Data, TooManyBrokenError
+from mmkernels.pretrain.evaluate import evaluate
+from mmkernels.pretrain.load import load_model
+from mmkernels.pretrain.loop import device_of
+from mmkernels.pretrain.measures import Subject, group_labels, measures
+from mmkernels.pretrain.metrics import Figure, HeldOut
+from mmkernels.pretrain.run_folder import stored_classes, stored_config, write_whole
+from mmkernels.pretrain.setup import open_source, read_by
+
+__all__ = ["Evaluation", "evaluate_run", "main"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measure a trained model on held-out data."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run, or of an exported model."""
+    task: tuple[str, ...] = ()
+    """What to measure: retrieval zero-shot alignment probe neighbours predictions classes groups perplexity
+    reconstruction ablation. Default: all that fit."""
+    data: str | None = None
+    """Another data set than the run's, as for `mmkernels pretrain --data`."""
+    split: tuple[str, ...] = ()
+    """Held-out sets. Default: all."""
+    labels: tuple[str, ...] = ()
+    """Label fields to classify by (probe, neighbours, zero-shot), beside the concept. Default: those of the recipe."""
+    groups: tuple[str, ...] | None = None
+    """Label fields whose classes are compared. Default: those with at most twenty classes."""
+    limit: int = 2000
+    """Most samples of each held-out set, evenly spaced."""
+    json: Path | None = None
+    """File of the figures. Default: evaluation.json in the run's folder."""
+    device: str = "auto"
+    """auto: CUDA if available, else the CPU."""
+    threads: int = 0
+    """CPU threads; 0: PyTorch's default."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"limit: expected at least 1, got {self.limit}")
+        if self.threads < 0:
+            raise ValueError(f"threads: expected at least 0, got {self.threads}")
+
+
+def evaluate_run(options: Evaluation) -> dict[str, list[Figure]]:
+    """The figures by split.
+
+    Raises:
+        RunFolderError: no run there, or no checkpoint yet.
+        ValueError: an option that does not fit the run or its data.
+    """
+    stored = stored_config(options.run)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = device_of(dataclasses.replace(stored, device=options.device))
+    model, collator = load_model(options.run, device)
+    data, labels, groups = _opened(options, stored)
+    collator.label_fields = tuple(data.train.classes)
+    if unknown := [split for split in options.split if split not in data.held_out]:
+        raise ValueError(f"split: expected some of {', '.join(data.held_out) or 'none'}, got {', '.join(unknown)}")
+    held_out = {
+        name: HeldOut(name, source, collator, device, data.train, limit=options.limit)
+        for name, source in data.held_out.items()
+        if not options.split or name in options.split
+    }
+    subject = Subject(stored.wiring(), model, data.train, labels, groups)
+    memory: dict[tuple[str, ...], Any] = {}
+    found: dict[str, list[Figure]] = {name: [] for name in held_out}
+    for metric in tqdm(measures(subject, options.task), unit="measure", leave=False, disable=None):
+        for name, figures in evaluate(model, [metric], held_out, memory).items():
+            have = {figure.name for figure in found[name]}
+            found[name] += [figure for figure in figures if figure.name not in have]
+    return found
+
+
+def _opened(options: Evaluation, stored: Config) -> tuple[Data, tuple[str, ...], tuple[str, ...]]:
+    """(the data with the labels that are asked for, labels to classify by, labels to compare)."""
+    config = dataclasses.replace(stored, data=options.data or stored.data, eval_limit=options.limit, run=options.run)
+    data = open_source(config)
+    has = data.train.classes
+    for what, names in (("labels", options.labels), ("groups", options.groups or ())):
+        if unknown := [name for name in names if name not in has]:
+            raise ValueError(f"{what}: expected labels of the data ({', '.join(has) or 'none'}), got {unknown[0]!r}")
+    own = [name for name in read_by(config.wiring())[1] if name in has]
+    groups = tuple(group_labels(data.train) if options.groups is None else options.groups)
+    wanted = tuple(dict.fromkeys([*config.labels, *own, *options.labels, *groups]))
+    for name, classes in stored_classes(options.run).items():
+        if name in own and tuple(has[name]) != classes:
+            raise ValueError(
+                f"data: expected the classes of {name!r} that the run has learned ({len(classes)}), "
+                f"got {len(has[name])} others"
+            )
+    return open_source(dataclasses.replace(config, labels=wanted)), options.labels or tuple(own), groups
+
+
+def table(found: Mapping[str, Sequence[Figure]]) -> str:
+    """Figures for a terminal."""
+    lines: list[str] = []
+    for split, figures in found.items():
+        lines += ["", split] if lines else [split]
+        rows = [(f.name, f.shown() + ("%" if f.percent else ""), f.shown_interval(), f.shown_chance()) for f in figures]
+        head = ("", "", "95% interval", "chance")
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(4)]
+        for row in [head, *rows]:
+            cells = (f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row))
+            lines.append("  ".join(["", *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `mmkernels evaluate`; returns the exit status."""
+    options = tyro.cli(Evaluation, args=list(argv), prog="mmkernels evaluate")
+    try:
+        found = evaluate_run(options)
+    except (ValueError, TooManyBrokenError) as error:
+        print(f"mmkernels evaluate: {error}", file=sys.stderr)
+        return 1
+    if not any(found.values()):
+        print("mmkernels evaluate: the data holds nothing out that could be measured", file=sys.stderr)
+        return 1
+    print(table(found))
+    path = options.json or options.run / "evaluation.json"
+    figures = {split: [figure.to_dict() for figure in each] for split, each in found.items()}
+    options_used = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    write_whole(path, json.dumps({"options": options_used, "figures": figures}, indent=1, ensure_ascii=False) + "\n")
+    print(f"figures: {path}")
+    return 0

@@ -1,0 +1,142 @@
+"""`mmkernels evaluate`: which measures fit, what they find on a trained run, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pretrain.test_recipes import small, trainer_of
+
+from mmkernels.cli import main
+from mmkernels.pretrain import Config, train
+from mmkernels.pretrain.evaluate import evaluate
+from mmkernels.pretrain.measures import TASKS, Subject, group_labels, measures
+from mmkernels.pretrain.recipes import names
+from mmkernels.pretrain.setup import open_source
+
+FITS = {
+    "albef": "retrieval zero-shot alignment probe neighbours predictions classes groups ablation",
+    "audioclip": "retrieval zero-shot alignment probe neighbours groups",
+    "gpt": "probe neighbours predictions classes perplexity",
+    "mae": "probe neighbours reconstruction",
+    "relation": "predictions classes groups ablation",
+    "uniter": "predictions classes groups ablation",
+    "vqa": "probe neighbours predictions classes groups ablation",
+}
+
+
+def subject(name: str, run: Path) -> tuple[Subject, Any]:
+    trainer = trainer_of(small(name, run))
+    train = next(iter(trainer.held_out.values())).train
+    return Subject(trainer.recipe, trainer.model, train, (), tuple(group_labels(train))), trainer
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_has_measures_that_fit(name: str, tmp_path: Path) -> None:
+    of, _ = subject(name, tmp_path)
+    found = measures(of)
+    assert set(of.recipe.metrics) <= set(found) and len(set(found)) == len(found)
+    fits = [task for task, make in TASKS.items() if list(make(of))]
+    assert fits and (name not in FITS or fits == FITS[name].split())
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_each_gives_figures_beside_chance(name: str, tmp_path: Path) -> None:
+    of, trainer = subject(name, tmp_path)
+    split, held_out = next(iter(trainer.held_out.items()))
+    trainer.begin()
+    memory: dict[tuple[str, ...], Any] = {}
+    for metric in measures(of):
+        for figure in evaluate(trainer.model, [metric], {split: held_out}, memory)[split]:
+            assert figure.chance is not None, figure.name
+            assert figure.low is None or figure.high is None or figure.low <= figure.high
+
+
+def test_pairs_that_no_objective_contrasts_share_the_space(tmp_path: Path) -> None:
+    of, _ = subject("audioclip", tmp_path)
+    assert set(of.pairs()) == {("image", "text", ""), ("image", "audio", ""), ("text", "audio", "")}
+    of, _ = subject("cca", tmp_path)
+    assert list(of.pairs()) == [("image", "text", "correlation")]
+    of, _ = subject("simclr", tmp_path)
+    assert not list(of.pairs()), "two views of one field"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vqa of one step."""
+    path = tmp_path_factory.mktemp("run") / "vqa"
+    train(small("vqa", path, steps=1))
+    return path
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str, str]:
+    status = main(["evaluate", *map(str, args)])
+    found = capsys.readouterr()
+    return status, found.out, found.err
+
+
+def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.json"
+    status, out, _ = evaluated(
+        capsys, run, "--task", "predictions", "groups", "--split", "drawings", "--groups", "kind", "--limit", "60",
+        "--json", path, "--threads", "1",
+    )  # fmt: skip
+    assert status == 0
+    assert out.splitlines()[0] == "drawings" and "combinations" not in out
+    assert "answer: accuracy, kind where" in out and "vendor" not in out
+    stored = json.loads(path.read_text("utf-8"))
+    assert stored["options"]["limit"] == 60
+    figures = {figure["name"]: figure for figure in stored["figures"]["drawings"]}
+    kinds = [f for name, f in figures.items() if name.startswith("answer: accuracy, kind ")]
+    assert len(kinds) == 5 and all(f["low"] <= f["value"] <= f["high"] for f in kinds)
+    assert not (run / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--task", "recall"), "task: expected some of retrieval, zero-shot"),
+        (("--task", "retrieval"), r"task: expected some that fit the recipe and its data \(probe, .*\), got retrieval"),
+        (("--split", "A"), "split: expected some of held_out, combinations, drawings, got A"),
+        (("--groups", "vendor"), r"groups: expected labels of the data \(.*kind.*\), got 'vendor'"),
+        (("--labels", "colour"), "labels: expected labels of the data"),
+        (("--data", "emoji"), "data: expected a data set with the field 'question'"),
+        (("--data", "motion"), "data: expected a data set with the field 'image'"),
+    ],
+)
+def test_refusals(run: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], message: str) -> None:
+    status, _, err = evaluated(capsys, run, *args)
+    assert status == 1
+    assert err.startswith("mmkernels evaluate: ")
+    assert re.search(message, err), err
+
+
+def test_classes_that_were_not_learned(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    classes = json.loads((other / "classes.json").read_text("utf-8"))
+    classes["answer"][0] = "maybe"
+    (other / "classes.json").write_text(json.dumps(classes), "utf-8")
+    _, _, err = evaluated(capsys, other)
+    assert "data: expected the classes of 'answer' that the run has learned" in err
+
+
+def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = evaluated(capsys, tmp_path)
+    assert status == 1 and "holds no run" in err
+
+
+def test_validation_holds_out_training_concepts(tiny: Callable[..., Config]) -> None:
+    """Settings are chosen without a look at what they will be judged by."""
+    whole, tuned = open_source(tiny()), open_source(tiny(validate=True))
+    learned, held = set(tuned.train.concepts.tolist()), set(tuned.held_out["validation"].concepts.tolist())
+    assert list(tuned.held_out) == ["validation"] and held and not held & learned
+    assert held | learned == set(whole.train.concepts.tolist())
+    assert open_source(tiny(validate=True, eval_limit=1)).held_out["validation"].concepts.shape == (1,)
+    with pytest.raises(ValueError, match="validate: expected a single data set, got the mixture"):
+        open_source(Config.of("clip", data="emoji::scenes", validate=True))
