@@ -14,6 +14,7 @@ from mmkernels.pretrain.metrics import (
     Classified,
     Groups,
     LinearProbe,
+    Matched,
     NearestNeighbours,
     Perplexity,
     Predictions,
@@ -80,7 +81,10 @@ def group_labels(source: Source) -> list[str]:
 
 def _retrieval(of: Subject) -> Iterator[Any]:
     yield from (Retrieval(*pair) for pair in of.pairs())
-    yield from (Reranked(name) for name in of.objectives("scores") if of.recipe.objectives[name].negatives == "sampled")
+    for name in of.objectives("scores"):
+        part = of.recipe.objectives[name]
+        if hasattr(part, "negatives"):
+            yield Reranked(name) if part.negatives == "sampled" else Matched(name, part.a, part.b)
 
 
 def _zero_shot(of: Subject) -> Iterator[Any]:
@@ -125,7 +129,7 @@ TASKS: dict[str, Callable[[Subject], Iterator[Any]]] = {
     "predictions": lambda of: map(Predictions, [*of.objectives("logits"), *of.objectives("vectors")]),
     "classes": lambda of: map(Classified, of.objectives("logits")),
     "groups": _groups,
-    "perplexity": lambda of: map(Perplexity, of.objectives("followed")),
+    "perplexity": lambda of: map(Perplexity, [*of.objectives("followed"), *of.objectives("masked")]),
     "reconstruction": lambda of: map(Reconstruction, of.objectives("painted")),
     "ablation": _ablation,
 }

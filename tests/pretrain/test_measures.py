@@ -20,12 +20,12 @@ from mmkernels.pretrain.recipes import names
 from mmkernels.pretrain.setup import open_source
 
 FITS = {
-    "albef": "retrieval zero-shot alignment probe neighbours predictions classes groups ablation",
+    "albef": "retrieval zero-shot alignment probe neighbours predictions classes groups perplexity ablation",
     "audioclip": "retrieval zero-shot alignment probe neighbours groups",
     "gpt": "probe neighbours predictions classes perplexity",
     "mae": "probe neighbours reconstruction",
     "relation": "predictions classes groups ablation",
-    "uniter": "predictions classes groups ablation",
+    "uniter": "retrieval predictions classes groups perplexity ablation",
     "vqa": "probe neighbours predictions classes groups ablation",
 }
 

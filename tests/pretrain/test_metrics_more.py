@@ -14,14 +14,17 @@ from pretrain.small_model import Samples, built, collator, held_out, recipe
 from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 
-from mmkernels.pretrain.data import Text
-from mmkernels.pretrain.encoders import Module, Words
-from mmkernels.pretrain.fusion import Cross
+from mmkernels.pretrain.data import Regions as RegionValues
+from mmkernels.pretrain.data import Sample, Text
+from mmkernels.pretrain.encoders import Module, Regions, Words
+from mmkernels.pretrain.fusion import Cross, Merged
 from mmkernels.pretrain.metrics import (
     Alignment,
     Classified,
+    Grounding,
     Groups,
     HeldOut,
+    Matched,
     Reranked,
     Retrieval,
     ZeroShot,
@@ -29,8 +32,12 @@ from mmkernels.pretrain.metrics import (
 from mmkernels.pretrain.metrics.alignment import uniformity
 from mmkernels.pretrain.metrics.base import Each
 from mmkernels.pretrain.metrics.judged import Judged
-from mmkernels.pretrain.objectives import Contrast, Matching
+from mmkernels.pretrain.metrics.pairs import pairs_of
+from mmkernels.pretrain.metrics.reranked import drawn
+from mmkernels.pretrain.model import Model
+from mmkernels.pretrain.objectives import Contrast, MaskedTokens, Matching
 from mmkernels.pretrain.recipe import Recipe, Stream
+from mmkernels.pretrain.views import MaskWords, Swap
 
 
 class Known:
@@ -211,5 +218,95 @@ def test_candidates_are_judged_one_by_one() -> None:
     assert better.value == pytest.approx(np.mean(right)) and plain.value == pytest.approx(np.mean(first))
     assert better.chance == pytest.approx(1 / 6) and math.isclose(plain.chance or 0, 1 / 6)
     assert better.headline and not plain.headline
-    with pytest.raises(ValueError, match=r"metrics.Reranked.objective: expected a matching objective, got 'contrast'"):
+    with pytest.raises(
+        ValueError, match=r"objective: expected one that scores pairs in a fusion \(matching\), got 'contrast'"
+    ):
         Reranked("contrast").measure(model, sets)
+
+
+TAGS = {"tag": ("cat", "dog", "hat")}
+
+
+def single() -> Recipe:
+    """Words and regions in one stream."""
+    return recipe(
+        streams={"text": Stream(Words(layers=0), views=(Swap(),)), "regions": Stream(Regions(side=2))},
+        fusion=Merged(("text", "regions"), layers=1),
+        objectives={"matching": Matching("regions", "text", read="merged", negatives="swapped")},
+    )
+
+
+def objects(tags: list[list[int]]) -> Samples:
+    random = np.random.default_rng(2)
+    rows = []
+    for i, own in enumerate(tags):
+        boxes, crops = random.random((len(own), 4)), random.integers(0, 255, (len(own), 2, 2, 3), np.uint8)
+        shown = RegionValues(boxes.astype(np.float32), crops, np.array(own, np.int64))
+        rows.append({"regions": shown, "text": Text((f"thing {i}",))})
+    return Samples(rows, classes=TAGS)
+
+
+def matched(model: Model, of: Recipe, row: dict[str, Any]) -> float:
+    """What the objective says of one sample alone."""
+    one = Samples([row], classes=TAGS)
+    chunk = model.whole(collator(of, one)([one[0]], [0], mode="plain"), "matching")
+    wrong, right = model.objectives["matching"].head(chunk.fused["merged"].x.mean(0, keepdim=True))[0].tolist()
+    return float(right - wrong)
+
+
+def test_matched_against_each_pair_alone() -> None:
+    of, source = single(), objects([[0], [1, 2], [2], [0, 0], [1]])
+    source.concepts = np.array([0, 1, 2, 2, 3])
+    model, sets = built(of, source).float().eval(), held_out(of, source, source)
+    others = drawn(source.concepts, 2)
+    assert others is not None and others.shape == (5, 2)
+    assert all(source.concepts[j] != source.concepts[i] for i, row in enumerate(others) for j in row)
+    with torch.no_grad():
+        (figure,) = Matched("matching", candidates=3).measure(model, sets)
+        right = []
+        for i in range(5):
+            texts = [source.values[j]["text"] for j in (i, *others[i])]
+            own, *rest = (matched(model, of, {**source.values[i], "text": text}) for text in texts)
+            right.append(own > max(rest))
+    assert figure.value == pytest.approx(np.mean(right)) and figure.chance == pytest.approx(1 / 3)
+    assert Matched("matching").measure(model, held_out(of, source, objects([[0]]))) == []
+
+
+def test_masked_words_tell_pairs_apart() -> None:
+    """By the mean log probability of a text's masked words beside another's regions."""
+    of = recipe(
+        streams={"text": Stream(Words(layers=0), views=(MaskWords(0.4),)), "regions": Stream(Regions(side=2))},
+        fusion=Merged(("text", "regions"), layers=1),
+        objectives={"words": MaskedTokens("text")},
+    )
+    source = objects([[0], [1, 2], [2]])
+    model = built(of, source).float().eval()
+    with torch.no_grad():
+        found = pairs_of(model, held_out(of, source, source), "words", 10)
+        assert found is not None
+        a, b = torch.tensor([0, 0, 2]), torch.tensor([0, 1, 1])
+        scores = found.scores({"text": a, "regions": b})
+        objective = model.objectives["words"]
+        for score, i, j in zip(scores.tolist(), a.tolist(), b.tolist(), strict=True):
+            samples = [source[k] for k in range(3)]  # each in its place, since masks are drawn by it
+            samples[i] = Sample({**source.values[i], "regions": source.values[j]["regions"]}, i, "")
+            chunk = model.whole(collator(of, source)(samples, range(3), mode="loss", objective="words"), "words")
+            logits, targets = objective.logits(chunk)
+            own = objective.owners(chunk) == i
+            assert score == pytest.approx(-F.cross_entropy(logits[own], targets[own]).item(), rel=1e-4)
+
+
+def test_grounding_against_each_region_alone() -> None:
+    of, source = single(), objects([[0, 1, 0], [2], [1, 2], [2, 2]])
+    model, sets = built(of, source).float().eval(), held_out(of, source, source)
+    with torch.no_grad():
+        (figure,) = Grounding("matching", template="a {}").measure(model, sets)
+        right = []
+        for i, kind in ((0, 0), (0, 1), (2, 1), (2, 2)):
+            shown, phrase = source.values[i]["regions"], Text((f"a {TAGS['tag'][kind]}",))
+            each = [RegionValues(*(part[r : r + 1] for part in shown)) for r in range(len(shown.tags))]
+            scores = [matched(model, of, {"text": phrase, "regions": region}) for region in each]
+            right.append(shown.tags[int(np.argmax(scores))] == kind)
+    assert figure.value == pytest.approx(np.mean(right))
+    assert figure.chance == pytest.approx(np.mean([2 / 3, 1 / 3, 1 / 2, 1 / 2]))
+    assert Grounding("matching").measure(model, held_out(of, source, objects([[1], [2, 2]]))) == []

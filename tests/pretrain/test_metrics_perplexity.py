@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from pretrain.small_model import TOKENIZER, Samples, built, held_out, recipe
 
 from mmkernels.pretrain.data import BrokenLog, Collator, Sample, Source
 from mmkernels.pretrain.encoders import Words
 from mmkernels.pretrain.metrics import HeldOut, Perplexity
 from mmkernels.pretrain.metrics.perplexity import Bigrams
+from mmkernels.pretrain.objectives import MaskedTokens
 from mmkernels.pretrain.recipe import Stream
-from mmkernels.pretrain.tokenizer import TextTokenizer
+from mmkernels.pretrain.tokenizer import BOS, EOS, TextTokenizer
+from mmkernels.pretrain.views import MaskWords
 
 VOCABULARY = 7
 
@@ -74,9 +78,12 @@ class Uniform(torch.nn.Module):
         super().__init__()
         self.vocabulary = vocabulary
 
-    def logits(self, batch: Any) -> Any:
+    def followed(self, batch: Any) -> Any:
         labels = batch["text"].next_labels()
-        targets = labels[labels >= 0]
+        return torch.nonzero(labels >= 0).flatten(), labels[labels >= 0]
+
+    def logits(self, batch: Any) -> Any:
+        _, targets = self.followed(batch)
         return torch.zeros(len(targets), self.vocabulary), targets
 
     def owners(self, batch: Any) -> Any:
@@ -90,21 +97,42 @@ def test_figures() -> None:
     tokenizer = TextTokenizer.train(lines, 310)
     source = Lines(lines)
     collator = Collator({"text": Stream(Words(layers=0, causal=True))}, tokenizer)
-    held_out = HeldOut("x", source, collator, torch.device("cpu"), source)
+    sets = HeldOut("x", source, collator, torch.device("cpu"), source)
     model = SimpleNamespace(objectives={"words": Uniform(len(tokenizer))}, whole=lambda batch, objective: batch)
-    ours, bigrams = Perplexity("words").measure(model, held_out)
+    ours, bigrams = Perplexity("words").measure(model, sets)
     assert ours.value == pytest.approx(len(tokenizer))
     assert 1 < bigrams.value < ours.chance < ours.value
     assert not Perplexity("words").measure(model, HeldOut("x", Lines([""]), collator, torch.device("cpu"), source))
 
 
-def test_an_objective_of_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = TextTokenizer.train(["one two"], 310)
-    source = Lines(["one two"])
-    held_out = HeldOut("x", source, Collator({"text": Stream(Words(layers=0))}, tokenizer), torch.device("cpu"), source)
-    masked = Uniform(len(tokenizer))
-    monkeypatch.setattr(masked, "logits", lambda batch: (torch.zeros(1, len(tokenizer)), torch.tensor([40])))
-    for objective in (masked, torch.nn.Module()):
-        model = SimpleNamespace(objectives={"words": objective}, whole=lambda batch, objective: batch)
-        with pytest.raises(ValueError, match="expected an objective of next tokens, got 'words'"):
-            Perplexity("words").measure(model, held_out)
+def test_masked_words() -> None:
+    """The same words are asked of the n-grams; the one before is the right one, also where it is masked."""
+    stream = Stream(Words(layers=1), views=(MaskWords(0.5),))
+    of = recipe(streams={"text": stream}, objectives={"words": MaskedTokens()})
+    lines = [f"{a} {b} {c}" for a in ("red", "blue") for b in ("cat", "dog", "hat") for c in ("runs", "sits")]
+    source = Samples([{"text": line} for line in lines])
+    model, sets = built(of, source).eval().float(), held_out(of, source, source)
+    with torch.no_grad():
+        ours, bigrams = Perplexity("words").measure(model, sets)
+        ids = [[BOS, *TOKENIZER.encode(line), EOS] for line in lines]
+        before, after = (np.array([t for line in ids for t in line[part]]) for part in (slice(0, -2), slice(1, -1)))
+        counted = Bigrams(before, after, len(TOKENIZER))
+        losses, of_bigrams, of_unigrams = [], [], []
+        for batch in sets.batches("loss"):
+            chunk = model.whole(batch, "words")
+            logits, targets = model.objectives["words"].logits(chunk)
+            losses += F.cross_entropy(logits, targets, reduction="none").tolist()
+            rows = torch.nonzero(batch["text"].labels >= 0).flatten().tolist()
+            whole = [token for item in batch.numbers for token in ids[item]]
+            of_bigrams += [counted.bigram(np.array([whole[r - 1]]), np.array([whole[r]]))[0] for r in rows]
+            of_unigrams += [counted.unigram(np.array([whole[r]]))[0] for r in rows]
+    assert ours.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    assert bigrams.value == pytest.approx(math.exp(-np.mean(of_bigrams)))
+    assert ours.chance == bigrams.chance == pytest.approx(math.exp(-np.mean(of_unigrams)))
+
+
+def test_an_objective_of_other_things() -> None:
+    model = SimpleNamespace(objectives={"words": torch.nn.Module()})
+    for name in ("words", "none"):
+        with pytest.raises(ValueError, match=f"expected an objective of next or masked tokens, got '{name}'"):
+            Perplexity(name).measure(model, None)  # type: ignore[arg-type]

@@ -92,6 +92,11 @@ class Collator:
                 found[i] += length
         return found
 
+    def packed(self, stream: str, values: Sequence[Mapping[str, Any]], items: Sequence[int], mode: Mode) -> PackedBatch:
+        """One stream of some samples' values, as in a batch."""
+        samples = [Sample(each, 0, "") for each in values]
+        return self._packed(stream, samples, np.asarray(items, np.int64), 0, mode, None, {})
+
     def _packed(
         self,
         name: str,

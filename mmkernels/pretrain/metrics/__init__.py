@@ -4,13 +4,14 @@ from mmkernels.pretrain.metrics.ablation import Ablation
 from mmkernels.pretrain.metrics.alignment import Alignment
 from mmkernels.pretrain.metrics.base import Each, Figure, HeldOut
 from mmkernels.pretrain.metrics.classified import Classified
+from mmkernels.pretrain.metrics.grounding import Grounding
 from mmkernels.pretrain.metrics.groups import Groups
 from mmkernels.pretrain.metrics.held_out_loss import Predictions
 from mmkernels.pretrain.metrics.linear_probe import LinearProbe
 from mmkernels.pretrain.metrics.nearest_neighbours import NearestNeighbours
 from mmkernels.pretrain.metrics.perplexity import Perplexity
 from mmkernels.pretrain.metrics.reconstruction import Reconstruction
-from mmkernels.pretrain.metrics.reranked import Reranked
+from mmkernels.pretrain.metrics.reranked import Matched, Reranked
 from mmkernels.pretrain.metrics.retrieval import Retrieval
 from mmkernels.pretrain.metrics.zero_shot import ZeroShot
 
@@ -20,9 +21,11 @@ __all__ = [
     "Classified",
     "Each",
     "Figure",
+    "Grounding",
     "Groups",
     "HeldOut",
     "LinearProbe",
+    "Matched",
     "NearestNeighbours",
     "Perplexity",
     "Predictions",

@@ -5,54 +5,58 @@ Source: the bigram model is interpolated Kneser-Ney: Kneser and Ney 1995; Chen a
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
 from mmkernels.pretrain.metrics.judged import numbers_of
+from mmkernels.pretrain.tokenizer import SPECIAL
 
 __all__ = ["Bigrams", "Perplexity"]
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean loss of a next-token objective. Chance is a unigram model of the training texts, which does not
-    look at what comes before a token; a bigram model, which looks at one token, has a figure of its own. All of them
-    predict the same tokens."""
+    """exp of the mean loss of next or masked tokens. Chance is a unigram model of the training texts, which does not
+    look at what comes before a token; a bigram model, which looks at one token (at the right one, also where that is
+    masked too), has a figure of its own. All of them predict the same tokens."""
 
     objective: str = ""
-    """Name of the objective, a `NextToken`."""
+    """Name of the objective, a `NextToken` or `MaskedTokens`."""
     texts: int = 20_000
     """Most training samples, evenly spaced, that n-grams are counted on."""
 
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
-        objective = model.objectives[self.objective]
-        if not hasattr(objective, "stream"):
-            raise ValueError(f"metrics: Perplexity: expected an objective of next tokens, got {self.objective!r}")
-        counted = self._counted(held_out, objective.stream, objective.vocabulary)
+        objective: Any = dict(model.objectives.items()).get(self.objective)
+        if not (hasattr(objective, "followed") or hasattr(objective, "masked")):
+            raise ValueError(
+                f"metrics: Perplexity: expected an objective of next or masked tokens, got {self.objective!r}"
+            )
+        key = ("n-grams", self.objective, str(self.texts))
+        counted = held_out.once(key, lambda: self._counted(held_out, objective))
         sums: list[np.ndarray] = []
         items: list[np.ndarray] = []
-        for batch in held_out.batches("loss"):
+        for batch in held_out.batches("loss", objective=self.objective):
             chunk = model.whole(batch, self.objective)
             logits, targets = objective.logits(chunk)
-            packed = batch[objective.stream]
-            own, following = packed.tokens.cpu().numpy(), packed.next_labels().cpu().numpy()
-            at = following >= 0
-            if targets.tolist() != following[at].tolist():
-                raise ValueError(f"metrics: Perplexity: expected an objective of next tokens, got {self.objective!r}")
+            packed: Any = batch[objective.stream]
+            if hasattr(objective, "followed"):
+                before = packed.tokens[objective.followed(chunk)[0]]
+            else:
+                before = torch.where(packed.labels >= 0, packed.labels, packed.tokens)[objective.masked(chunk)[0] - 1]
             losses = F.cross_entropy(logits.double(), targets, reduction="none").cpu().numpy()
-            bigrams, unigrams = counted.bigram(own[at], following[at]), counted.unigram(following[at])
+            own, after = before.cpu().numpy(), targets.cpu().numpy()
+            bigrams, unigrams = counted.bigram(own, after), counted.unigram(after)
             sums.append(np.stack([losses, -bigrams, -unigrams, np.ones_like(losses)], 1))
             items.append(numbers_of(batch, objective.owners(chunk)))
         if not sum(map(len, sums)):
             return []
         every, clusters = np.concatenate(sums), np.concatenate(items)
-        total = every.sum(0)
-        chance = math.exp(total[2] / total[3])
+        chance = float(_perplexity(every[:, [2, 3]].sum(0, keepdims=True))[0])
         more: dict[str, Any] = {"percent": False, "higher_is_better": False, "clusters": clusters}
         models = (("perplexity", 0, True), ("perplexity of bigrams", 1, False))
         return [
@@ -62,18 +66,23 @@ class Perplexity:
             for name, column, headline in models
         ]
 
-    def _counted(self, held_out: HeldOut, stream: str, vocabulary: int) -> Bigrams:
-        """Of the training texts, as the stream has them."""
-        source, collator = held_out.train, held_out.collator
-        part = collator.streams[stream]
+    def _counted(self, held_out: HeldOut, objective: Any) -> Bigrams:
+        """Of the training texts: of what follows what where next tokens are asked for, of all words where masked ones
+        are."""
+        source, masked = held_out.train, hasattr(objective, "masked")
         before, after = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for i in np.linspace(0, len(source) - 1, min(len(source), self.texts)).astype(np.int64):
-            (piece,) = part.encoder.prepare([source.peek(int(i)).get(part.field or stream)], collator.tokenizer)
-            ids, labels = np.asarray(piece.tokens), np.asarray(piece.labels)
-            at = np.flatnonzero(labels[1:] >= 0)
-            before.append(ids[at])
-            after.append(labels[1:][at])
-        return Bigrams(np.concatenate(before), np.concatenate(after), vocabulary)
+        items = np.linspace(0, len(source) - 1, min(len(source), self.texts)).astype(np.int64).tolist()
+        for first in range(0, len(items), held_out.samples):
+            some = items[first : first + held_out.samples]
+            packed = held_out.collator.packed(
+                objective.stream, [source.peek(i) for i in some], some, "plain" if masked else "loss"
+            )
+            tokens = packed.tokens.numpy()
+            follows = np.append(tokens[1:], -1) if masked else packed.next_labels().numpy()
+            asked = follows >= len(SPECIAL) if masked else follows >= 0  # a text begins with a special token
+            before.append(tokens[asked])
+            after.append(follows[asked])
+        return Bigrams(np.concatenate(before), np.concatenate(after), objective.vocabulary)
 
 
 def _perplexity(sums: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Retrieval whose nearest answers are put in order again by what the fusion says of each pair.
+"""Retrieval by a fusion, which judges pair by pair.
 
 Source: Li et al. 2021 (ALBEF, arXiv:2107.07651).
 """
@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmkernels import topk_similar
-from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.pairs import pairs_of
 
-__all__ = ["Reranked"]
-
-_PAIRS = 1024  # fused at a time
+__all__ = ["Matched", "Reranked"]
 
 
 @dataclass(frozen=True)
@@ -33,42 +32,89 @@ class Reranked:
     """Most samples, evenly spaced: each is a query and an answer."""
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        _positive(self, "candidates", "limit")
 
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
-        objective = model.objectives[self.objective]
-        if not hasattr(objective, "scores"):
-            raise ValueError(f"metrics.Reranked.objective: expected a matching objective, got {self.objective!r}")
-        items = held_out.items()
-        chosen = [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(len(items), self.limit)).astype(int))]
-        read = held_out.source.read_some(chosen)
-        if not read.samples:
+        found = pairs_of(model, held_out, self.objective, self.limit)
+        if found is None:
             return []
-        batch = held_out.collator(read.samples, read.items, mode="plain").to(held_out.device)
-        return self._measure(model, objective, batch)
-
-    def _measure(self, model: Any, objective: Any, batch: Batch) -> list[Figure]:
-        a, b = objective.part.a, objective.part.b
-        chunk = model.whole(batch, self.objective)
+        a, b, chunk = found.objective.part.a, found.objective.part.b, found.chunk
         rows = torch.nonzero(chunk.whole.present(a, b)).flatten()
-        concepts = batch.concepts[rows]
-        firsts = torch.tensor([i for i, c in enumerate(concepts.tolist()) if c not in concepts[:i].tolist()])
-        answers = rows[firsts.to(rows.device)] if len(rows) else rows
+        concepts = chunk.batch.concepts[rows]
+        answers = rows[_firsts(concepts)]
         if len(answers) < 2:
             return []
         queries, keys = (chunk.whole.embedding(name).float() for name in (a, b))
         k = min(self.candidates, len(answers))
-        _, nearest = topk_similar(queries[rows], keys[answers], k)
-        found = answers[nearest]  # [Q, k]
-        pairs = torch.stack([rows[:, None].expand_as(found), found], -1).reshape(-1, 2)
-        scores = torch.cat([objective.scores(chunk, *some.unbind(1)) for some in pairs.split(_PAIRS)]).view(-1, k)
-        best = found.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
-        chance, clusters = 1 / len(answers), concepts.cpu()
-        right = [(batch.concepts[each] == concepts).cpu() for each in (found[:, 0], best)]
-        name = f"{a} → {b} R@1"
+        near = answers[topk_similar(queries[rows], keys[answers], k)[1]]  # [Q, k]
+        scores = found.scores({a: rows.repeat_interleave(k), b: near.flatten()}).view(-1, k).to(near.device)
+        best = near.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+        plain, better = ((chunk.batch.concepts[each] == concepts).cpu() for each in (near[:, 0], best))
+        name, clusters = f"{a} → {b} R@1 of {len(answers)}", concepts.cpu()
         return [
-            Figure.of_each(f"{name}, of {len(answers)}", right[0], chance, clusters=clusters),
-            Figure.of_each(f"{name}, of {len(answers)}, re-ranked", right[1], chance, clusters=clusters, headline=True),
+            Figure.of_each(name, plain, 1 / len(answers), clusters=clusters),
+            Figure.of_each(f"{name}, re-ranked", better, 1 / len(answers), clusters=clusters, headline=True),
         ]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Share of samples whose own `b` fits their other streams best, among `b`s of other concepts: by a matching
+    objective, or by how likely it makes masked words."""
+
+    objective: str = "matching"
+    """A `Matching` or `MaskedTokens`."""
+    a: str = "regions"
+    """The stream that stays."""
+    b: str = "text"
+    """The stream that is exchanged."""
+    candidates: int = 16
+    """The right one and others."""
+    limit: int = 128
+    """Most samples, evenly spaced."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "candidates", "limit")
+
+    def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
+        found = pairs_of(model, held_out, self.objective, self.limit)
+        if found is None:
+            return []
+        rows = torch.nonzero(found.chunk.whole.present(self.a, self.b)).flatten()
+        others = drawn(found.chunk.batch.concepts[rows].cpu().numpy(), self.candidates - 1)
+        if others is None:
+            return []
+        every = np.concatenate([np.arange(len(rows))[:, None], others], 1)  # [Q, candidates], the right one first
+        table = rows[torch.from_numpy(every).to(rows.device)]
+        streams = found.fused(self.a, self.b)
+        pairing: dict[str, Tensor] = dict.fromkeys(streams, rows.repeat_interleave(table.shape[1]))
+        scores = found.scores({**pairing, self.b: table.flatten()}).view(table.shape)
+        right = (scores[:, :1] > scores[:, 1:]).all(1)  # a tie or NaN is wrong
+        name = f"{self.objective}: {self.a} → {self.b} R@1 of {table.shape[1]}"
+        return [Figure.of_each(name, right, 1 / table.shape[1], headline=True)]
+
+
+def drawn(concepts: np.ndarray, count: int) -> np.ndarray | None:
+    """int64 [n, at most count]: for each of n samples different ones of other concepts, always the same; None if some
+    have none."""
+    random, found = np.random.default_rng(0), []
+    for concept in concepts:
+        others = np.flatnonzero(concepts != concept)
+        found.append(random.permutation(others)[:count])
+    least = min((len(each) for each in found), default=0)
+    return np.stack([each[:least] for each in found]) if least else None
+
+
+def _firsts(concepts: Tensor) -> Tensor:
+    """The first row of each concept."""
+    seen: dict[int, int] = {}
+    for row, concept in enumerate(concepts.tolist()):
+        seen.setdefault(concept, row)
+    return torch.tensor(list(seen.values()), dtype=torch.int64, device=concepts.device)
+
+
+def _positive(part: Any, *names: str) -> None:
+    for name in names:
+        least = 2 if name == "candidates" else 1
+        if getattr(part, name) < least:
+            raise ValueError(f"{name}: expected at least {least}, got {getattr(part, name)}")

@@ -61,7 +61,10 @@ class TokenObjective(Objective):
 
 
 class Classification(TokenObjective):
-    """A token objective that chooses among classes: cross entropy."""
+    """A token objective that chooses among classes: cross entropy.
+
+    One that can say of any pairs how well their streams fit has a method `scores` (see `Matching`).
+    """
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(logits [n, K], targets int64 [n]) of the chunk's n predictions."""

@@ -6,6 +6,7 @@ Source: Devlin et al. 2019 (arXiv:1810.04805).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.objectives.base import Classification, Head, matched_tokens
 from mmkernels.pretrain.recipe import Facts, Ramp
 from mmkernels.pretrain.seen import Chunk
+from mmkernels.pretrain.tokens import Tokens, taken
 
 __all__ = ["MaskedTokens"]
 
@@ -57,6 +59,20 @@ class MaskedTokensLoss(Classification):
         masked = labels >= 0 if self.part.unmatched else (labels >= 0) & matched_tokens(chunk, self.stream)
         rows = torch.nonzero(masked).flatten()
         return rows, labels[rows]
+
+    def scores(self, chunk: Chunk, tokens: Mapping[str, Tokens], pairing: Mapping[str, Tensor]) -> Tensor:
+        """float32 [n]: the mean log probability of the masked tokens of n pairs; 0 without any."""
+        assert chunk.fusion is not None, "nothing else brings streams together"
+        fused = chunk.fusion(tokens, pairing)[self.stream]
+        labels = chunk.batch[self.stream].labels
+        assert labels is not None, "a view has set them"
+        labels = labels[taken(tokens[self.stream].layout, pairing[self.stream])[0]]
+        rows = torch.nonzero(labels >= 0).flatten()
+        log_p = self.head(fused.x[rows]).float().log_softmax(1).gather(1, labels[rows, None]).flatten()
+        sums = log_p.new_zeros(2, fused.samples)
+        owners = fused.layout.owners()[rows]
+        total, count = sums.index_add_(1, owners, torch.stack([log_p, torch.ones_like(log_p)]))
+        return total / count.clamp(min=1)
 
     def chance_loss(self, batch: Batch) -> float | None:
         return math.log(self.vocabulary)

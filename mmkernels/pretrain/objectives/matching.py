@@ -6,6 +6,7 @@ Source: Li et al. 2021 (ALBEF, arXiv:2107.07651); swapped pairs: Chen et al. 202
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,12 +96,10 @@ class MatchingLoss(Classification):
         targets[: len(right)] = 1
         return self.head(torch.cat([right, wrong])), targets
 
-    def scores(self, chunk: Chunk, a: Tensor, b: Tensor) -> Tensor:
-        """float32 [n]: how well samples `a` int64 [n] match samples `b` int64 [n] of a batch that is one chunk."""
+    def scores(self, chunk: Chunk, tokens: Mapping[str, Tokens], pairing: Mapping[str, Tensor]) -> Tensor:
+        """float32 [n]: how well the streams of n pairs match, as a logit."""
         assert chunk.fusion is not None, "a recipe with Matching has a fusion"
-        tokens = {name: chunk.whole.tokens(name) for name in (self.part.a, self.part.b)}
-        fused = chunk.fusion(tokens, {self.part.a: a, self.part.b: b})
-        wrong, right = self.head(self._pooled(fused[self.read])).float().unbind(1)
+        wrong, right = self.head(self._pooled(chunk.fusion(tokens, pairing)[self.read])).float().unbind(1)
         return right - wrong
 
     def owners(self, chunk: Chunk) -> Tensor:

@@ -1,0 +1,68 @@
+"""Pairs of a held-out batch, and what an objective says of how well each fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkernels.pretrain.metrics.base import HeldOut
+from mmkernels.pretrain.tokens import Tokens
+
+__all__ = ["Pairs", "pairs_of"]
+
+_AT_ONCE = 1024  # pairs that are fused together
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A held-out batch, encoded once."""
+
+    model: Any
+    objective: Any  # with a method `scores`
+    chunk: Any  # of the whole batch
+
+    def scores(self, pairing: Mapping[str, Tensor], tokens: Mapping[str, Tokens] | None = None) -> Tensor:
+        """float32 [n] of n pairs: stream -> which sample int64 [n].
+
+        Args:
+            pairing: as above; streams that the fusion does not need may be there too.
+            tokens: to use in place of the batch's own, by stream.
+        """
+        given = {name: self.chunk.whole.tokens(name) for name in pairing} | dict(tokens or {})
+        n = len(next(iter(pairing.values())))
+        parts = [{name: each[i : i + _AT_ONCE] for name, each in pairing.items()} for i in range(0, n, _AT_ONCE)]
+        return torch.cat([torch.zeros(0), *(self.objective.scores(self.chunk, given, part).cpu() for part in parts)])
+
+    def fused(self, *needed: str) -> list[str]:
+        """Streams that the fusion joins in one sequence, and those needed."""
+        joined = getattr(self.model.fusion.part, "streams", ())
+        return [name for name in self.model.encoded if name in joined or name in needed]
+
+
+def pairs_of(model: Any, held_out: HeldOut, name: str, limit: int, samples: list[Any] | None = None) -> Pairs | None:
+    """A batch of at most `limit` samples, evenly spaced, or of those given; None if none can be read.
+
+    Raises:
+        ValueError: the objective cannot score pairs.
+    """
+    objective: Any = dict(model.objectives.items()).get(name)
+    if not hasattr(objective, "scores") or model.fusion is None:
+        can = ", ".join(key for key, each in model.objectives.items() if hasattr(each, "scores")) or "none"
+        raise ValueError(f"objective: expected one that scores pairs in a fusion ({can}), got {name!r}")
+    if samples is None:
+        items = held_out.items()
+        chosen = [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(len(items), limit)).astype(int))]
+        read = held_out.source.read_some(chosen)
+        samples, numbers = read.samples, read.items
+    else:
+        numbers = list(range(len(samples)))
+    if not samples:
+        return None
+    masks = not hasattr(objective.part, "negatives")  # a masked word is asked for; a pair is judged as it is
+    batch = held_out.collator(samples, numbers, mode="loss" if masks else "plain", objective=name)
+    return Pairs(model, objective, model.whole(batch.to(held_out.device), name))
