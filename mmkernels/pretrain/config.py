@@ -98,6 +98,8 @@ class Config:
     """How many of the newest checkpoints to keep."""
     eval_fraction: float = 0.1
     """Fraction of your own captions held out for evaluation."""
+    without: tuple[str, ...] = ()
+    """Streams that every sample lacks, in training and evaluation: an ablation."""
     validate: bool = False
     """Learn without, and evaluate on, a tenth of the training concepts, and leave the held-out sets alone: to choose
     settings by."""

@@ -80,7 +80,8 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> Pretraine
     model.load_state_dict(weights)
     if model.fusion is not None:
         model.fusion.depth = stage_at(recipe, max(step - 1, 0)).fusion_depth
-    return Pretrained(model.eval(), Collator(recipe.streams, tokenizer, tuple(classes), seed=config.seed))
+    collator = Collator(recipe.streams, tokenizer, tuple(classes), seed=config.seed, without=config.without)
+    return Pretrained(model.eval(), collator)
 
 
 def stored_weights(run: Path) -> tuple[int, dict[str, Tensor]]:

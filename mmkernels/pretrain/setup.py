@@ -27,6 +27,10 @@ _VALIDATION = 0.1  # share of the concepts
 def open_source(config: Config) -> Data:
     """The data of a run. Raise ValueError if it lacks what the recipe reads."""
     recipe = config.wiring()
+    if unknown := [stream for stream in config.without if stream not in recipe.streams]:
+        raise ValueError(f"without: expected some of the streams {', '.join(recipe.streams)}, got {unknown[0]!r}")
+    if len(set(config.without)) == len(recipe.streams):
+        raise ValueError(f"without: expected a stream that is left, got all of them ({', '.join(config.without)})")
     name = config.data or recipe.data
     fields, labels = read_by(recipe)
     data = open_data(

@@ -82,6 +82,7 @@ class Trainer:
             tuple(data.train.classes),
             seed=config.seed,
             in_use=partial(in_use, self.recipe, config.seed),  # picklable, for workers
+            without=config.without,
         )
         self.loader = TrainLoader(
             data.train,

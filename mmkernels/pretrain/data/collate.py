@@ -30,6 +30,7 @@ class Collator:
         label_fields: fields whose values are labels.
         seed: of the views.
         in_use: step -> the objectives in use, for views that belong to some of them.
+        without: streams that every sample lacks.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Collator:
         *,
         seed: int = 0,
         in_use: Callable[[int], frozenset[str]] | None = None,
+        without: Sequence[str] = (),
     ) -> None:
         self.streams, self.tokenizer, self.label_fields = dict(streams), tokenizer, tuple(label_fields)
-        self.seed, self.in_use = seed, in_use
+        self.seed, self.in_use, self.without = seed, in_use, frozenset(without)
         for name, stream in self.streams.items():
             for view in stream.views:
                 view.check(name, self.streams)
@@ -86,6 +88,8 @@ class Collator:
         for i in range(len(source)):
             values = source.peek(i)
             for name, stream in self.streams.items():
+                if name in self.without:
+                    continue
                 length = stream.encoder.length(values.get(stream.field or name), self.tokenizer)
                 for view in self.views[name]:
                     length = view.length(length)
@@ -109,7 +113,7 @@ class Collator:
     ) -> PackedBatch:
         stream = self.streams[name]
         field = stream.field or name
-        values: list[Any] = [sample.values.get(field) for sample in samples]
+        values: list[Any] = [None if name in self.without else sample.values.get(field) for sample in samples]
         views = [
             view
             for view in self.views[name]

@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Patches, Words
 from mmkernels.pretrain.fusion import Cross
-from mmkernels.pretrain.metrics import Predictions, Retrieval
+from mmkernels.pretrain.metrics import Predictions, Reranked, Retrieval
 from mmkernels.pretrain.objectives import Contrast, MaskedTokens, Matching
 from mmkernels.pretrain.recipe import Ramp, Recipe, Stream
 from mmkernels.pretrain.state import Ema
@@ -21,6 +21,6 @@ RECIPE = Recipe(
         "matching": Matching("image", "text"),
         "words": MaskedTokens("masked"),
     },
-    metrics=(Retrieval("image", "text"), Predictions("matching"), Predictions("words")),
+    metrics=(Retrieval("image", "text"), Reranked("matching"), Predictions("matching"), Predictions("words")),
     settings={"batch": 64, "chunk": 64, "eval_limit": 256},
 )

@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Words
 from mmkernels.pretrain.fusion import Merged
-from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.metrics import Perplexity, Predictions
 from mmkernels.pretrain.objectives import MaskedTokens, Matching
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import MaskWords, Swap
@@ -19,6 +19,6 @@ RECIPE = Recipe(
         "next_words": MaskedTokens("next", unmatched=True),
         "follows": Matching("text", "next", read="merged", negatives="swapped"),
     },
-    metrics=(Predictions("words"), Predictions("follows")),
+    metrics=(Perplexity("words"), Predictions("words"), Predictions("follows")),
     settings={"tokens": 3072, "batch": 32, "chunk": 32, "steps": 1000},
 )

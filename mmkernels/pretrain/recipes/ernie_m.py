@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Words
 from mmkernels.pretrain.fusion import Merged
-from mmkernels.pretrain.metrics import Ablation, Predictions
+from mmkernels.pretrain.metrics import Ablation, Matched, Predictions
 from mmkernels.pretrain.objectives import MaskedTokens
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import MaskWords
@@ -17,7 +17,7 @@ RECIPE = Recipe(
     },
     fusion=Merged(("text", "text_b"), layers=2, mask="cross_only"),
     objectives={"words": MaskedTokens("text")},
-    metrics=(Predictions("words"), Ablation("words", stream="text_b")),
+    metrics=(Matched("words", "text", "text_b"), Predictions("words"), Ablation("words", stream="text_b")),
     # Whole words as tokens: a token cannot be composed with its neighbours, which it does not see.
     settings={"batch": 128, "chunk": 128, "steps": 500, "eval_every": 0, "vocabulary": 8192, "eval_limit": 256},
 )

@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Regions, Words
 from mmkernels.pretrain.fusion import Merged
-from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.metrics import Matched, Predictions
 from mmkernels.pretrain.objectives import MaskedTokens, Matching
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import Captions, MaskWords, Swap
@@ -20,6 +20,11 @@ RECIPE = Recipe(
         "tags": MaskedTokens("tags"),
         "matching": Matching("regions", "tags", read="merged", negatives="swapped"),
     },
-    metrics=(Predictions("words"), Predictions("tags"), Predictions("matching")),
+    metrics=(
+        Matched("matching", "regions", "tags"),
+        Predictions("words"),
+        Predictions("tags"),
+        Predictions("matching"),
+    ),
     settings={"batch": 64, "chunk": 64, "steps": 1500, "eval_every": 500, "eval_limit": 512},
 )

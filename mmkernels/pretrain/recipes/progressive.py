@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Patches, Words
 from mmkernels.pretrain.fusion import Cross
-from mmkernels.pretrain.metrics import Predictions, Retrieval
+from mmkernels.pretrain.metrics import Predictions, Reranked, Retrieval
 from mmkernels.pretrain.objectives import Contrast, MaskedTokens, Matching
 from mmkernels.pretrain.recipe import Recipe, Stage, Stream
 from mmkernels.pretrain.views import Augment, Captions, MaskWords
@@ -20,7 +20,7 @@ RECIPE = Recipe(
         "matching": Matching("image", "text"),
         "words": MaskedTokens("masked"),
     },
-    metrics=(Retrieval("image", "text"), Predictions("matching"), Predictions("words")),
+    metrics=(Retrieval("image", "text"), Reranked("matching"), Predictions("matching"), Predictions("words")),
     stages=(
         Stage(until=200, trainable=("streams.*", "objectives.contrast.*"), objectives=("contrast",), fusion_depth=0),
         Stage(until=400, trainable=("fusion.layers.0.*", "objectives.*"), fusion_depth=1),

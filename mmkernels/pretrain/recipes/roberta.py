@@ -1,5 +1,5 @@
 from mmkernels.pretrain.encoders import Words
-from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.metrics import Perplexity, Predictions
 from mmkernels.pretrain.objectives import MaskedTokens
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import MaskWords
@@ -10,6 +10,6 @@ RECIPE = Recipe(
     data="text",
     streams={"text": Stream(Words(layers=4, max_tokens=160), views=(MaskWords(share=0.15),))},
     objectives={"words": MaskedTokens("text")},
-    metrics=(Predictions("words"),),
+    metrics=(Perplexity("words"), Predictions("words")),
     settings={"tokens": 2048, "batch": 32, "chunk": 32, "steps": 1000},
 )

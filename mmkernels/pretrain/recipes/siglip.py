@@ -1,5 +1,5 @@
 from mmkernels.pretrain.encoders import HashedWords, Patches
-from mmkernels.pretrain.metrics import Retrieval
+from mmkernels.pretrain.metrics import Retrieval, ZeroShot
 from mmkernels.pretrain.objectives import Sigmoid
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import Augment, Captions
@@ -13,5 +13,5 @@ RECIPE = Recipe(
         "text": Stream(HashedWords(), views=(Captions(),)),
     },
     objectives={"sigmoid": Sigmoid("image", "text")},
-    metrics=(Retrieval("image", "text"),),
+    metrics=(Retrieval("image", "text"), ZeroShot("image", "text")),
 )

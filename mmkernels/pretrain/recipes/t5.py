@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Words
 from mmkernels.pretrain.fusion import Cross
-from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.metrics import Perplexity, Predictions
 from mmkernels.pretrain.objectives import NextToken
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import CorruptSpans
@@ -19,6 +19,6 @@ RECIPE = Recipe(
     },
     fusion=Cross(into=("target",), context="text", layers=2),
     objectives={"spans": NextToken("target")},
-    metrics=(Predictions("spans"),),
+    metrics=(Perplexity("spans"), Predictions("spans")),
     settings={"tokens": 2560, "batch": 32, "chunk": 32, "steps": 1000},
 )

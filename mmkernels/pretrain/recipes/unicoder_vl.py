@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Regions, Words
 from mmkernels.pretrain.fusion import Merged
-from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.metrics import Matched, Predictions
 from mmkernels.pretrain.objectives import MaskedRegions, MaskedTokens, Matching
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import Captions, MaskRegions, MaskWords, Swap
@@ -19,6 +19,11 @@ RECIPE = Recipe(
         "regions": MaskedRegions("regions"),
         "matching": Matching("regions", "text", read="merged", negatives="swapped"),
     },
-    metrics=(Predictions("words"), Predictions("regions"), Predictions("matching")),
+    metrics=(
+        Matched("matching", "regions", "text"),
+        Predictions("words"),
+        Predictions("regions"),
+        Predictions("matching"),
+    ),
     settings={"batch": 64, "chunk": 64, "steps": 1500, "eval_every": 500, "eval_limit": 512},
 )

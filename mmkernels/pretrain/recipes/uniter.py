@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Regions, Words
 from mmkernels.pretrain.fusion import Merged
-from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.metrics import Matched, Predictions
 from mmkernels.pretrain.objectives import MaskedRegions, MaskedTokens, Matching
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import Captions, MaskRegions, MaskWords, Swap
@@ -23,7 +23,13 @@ RECIPE = Recipe(
         "features": MaskedRegions("regions", target="features"),
         "classes": MaskedRegions("regions", target="class"),
     },
-    metrics=(Predictions("words"), Predictions("matching"), Predictions("features"), Predictions("classes")),
+    metrics=(
+        Matched("matching", "regions", "text"),
+        Predictions("words"),
+        Predictions("matching"),
+        Predictions("features"),
+        Predictions("classes"),
+    ),
     draw=True,
     settings={"batch": 64, "chunk": 64, "steps": 2000, "eval_every": 1000, "eval_limit": 512},
 )

@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Regions, Words
 from mmkernels.pretrain.fusion import Co
-from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.metrics import Grounding, Matched, Predictions
 from mmkernels.pretrain.objectives import MaskedRegions, MaskedTokens, Matching
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import Captions, MaskRegions, MaskWords, Swap
@@ -19,6 +19,12 @@ RECIPE = Recipe(
         "regions": MaskedRegions("regions", target="distribution"),
         "matching": Matching("regions", "text", negatives="swapped"),
     },
-    metrics=(Predictions("words"), Predictions("regions"), Predictions("matching")),
+    metrics=(
+        Matched("matching", "regions", "text"),
+        Grounding("matching"),
+        Predictions("words"),
+        Predictions("regions"),
+        Predictions("matching"),
+    ),
     settings={"batch": 64, "chunk": 64, "steps": 1500, "eval_every": 500, "eval_limit": 512},
 )
