@@ -1,0 +1,286 @@
+"""Every recipe beside its ablation: trains both, and writes the figures that each must show.
+
+    python benches/recipes.py                       all of them, one after another; hours
+    python benches/recipes.py clip vqa --jobs 2     some, two at a time
+    python benches/recipes.py --table               the newest figures of all results as a table, without training
+
+A run that has finished is not repeated, and an interrupted one continues: folders are kept under --runs. Each run has
+--threads threads, so that jobs times threads should not exceed the processors; the times are honest only then. Figures
+are those of the last evaluation on the test splits. Settings were chosen on validation splits (`--validate`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+UNTRAINED = ("--steps", "1", "--lr", "1e-12", "--warmup", "0")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe, the figure that it must show, and what must be worse."""
+
+    recipe: str
+    figure: str  # name of the figure
+    splits: tuple[str, ...]  # where it is read
+    ablation: str  # in words
+    changes: tuple[str, ...]  # the options that make it
+    seeds: int = 1
+    ablated: str = ""  # name of the figure of the ablation, if another
+    options: tuple[str, ...] = ()  # of both
+
+
+EMOJI, SCENES = ("A", "B", "C"), ("held_out", "combinations", "drawings")
+
+ROWS = (
+    Row("clip", "image → text R@10", EMOJI, "batch of one chunk", ("--batch", "64"), seeds=3),
+    Row("siglip", "image → text R@10", EMOJI, "batch of one chunk", ("--batch", "64"), seeds=3),
+    Row("simclr", "a: concept by a linear probe", ("A",), "untrained encoder", UNTRAINED),
+    Row("moco", "query: concept by a linear probe", ("A",), "no queue", ("--objectives.views.queue", "0")),
+    Row("mae", "image: concept by a linear probe", ("A",), "untrained encoder", UNTRAINED),
+    Row(
+        "albef", "image → text R@1 of 256, re-ranked", SCENES, "no matching", ("--objectives.matching.weight", "0"),
+        seeds=3, ablated="image → text R@1 of 256",
+    ),
+    Row(
+        "albef", "image → text R@10", SCENES, "no distillation", ("--objectives.contrast.distil.end", "0"), seeds=3,
+    ),
+    Row("vilbert", "text → regions: grounding", SCENES, "no co-attention", ("--fusion.layers", "0")),
+    Row(
+        "uniter", "matching: regions → text R@1 of 16", SCENES, "text-only masks",
+        ("--objectives.features.weight", "0", "--objectives.classes.weight", "0"), seeds=3,
+    ),
+    Row("vlbert", "words: accuracy", SCENES, "no regions", ("--without", "regions")),
+    Row("unicoder_vl", "words: accuracy", SCENES, "no regions", ("--without", "regions")),
+    Row("oscar", "words: accuracy", SCENES, "no tags", ("--without", "tags")),
+    Row("devise", "image → text R@10", EMOJI, "untrained", UNTRAINED),
+    Row("cca", "image → text R@10", EMOJI, "untrained", UNTRAINED),
+    Row("cycle", "image → text R@10", EMOJI, "untrained", UNTRAINED),
+    Row("graph", "regions → text R@10", SCENES, "untrained", UNTRAINED),
+    Row(
+        "ernie_m", "words: text → text_b R@1 of 16", ("de", "ru", "ja"), "no cross-only pass",
+        ("--fusion.mask", "all"),
+    ),
+    Row("bert", "words: perplexity", ("held_out",), "bigram model", ()),
+    Row("roberta", "words: perplexity", ("held_out",), "bigram model", ()),
+    Row("gpt", "words: perplexity", ("held_out",), "bigram model", ()),
+    Row("t5", "spans: perplexity", ("held_out",), "bigram model", ()),
+    Row("vqa", "answer: accuracy", SCENES, "no image", ("--without", "image"), seeds=3),
+    Row("caption", "words: CIDEr", SCENES, "no image", ("--without", "image"), seeds=3),
+    Row("flamingo", "words: CIDEr, 4 shots", SCENES, "gates kept shut", ("--without", "image"), seeds=3),
+    Row(
+        "relation", "relation: accuracy", SCENES, "words only",
+        ("--without", "pair", "--objectives.relation.read", "text"),
+    ),
+    Row(
+        "audioclip", "audio → text R@10", ("voice",), "two-way",
+        ("--objectives.image-text.weight", "0", "--objectives.audio-image.weight", "0"),
+    ),
+    Row(
+        "video", "action: accuracy", SCENES, "one frame",
+        ("--streams.video.encoder.frames", "1", "--streams.video.encoder.tubelet", "1"),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    recipe: str
+    variant: str  # "" for the recipe itself
+    options: tuple[str, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return "-".join(part.replace(" ", "-") for part in (self.recipe, self.variant, str(self.seed)) if part)
+
+
+def jobs(rows: Sequence[Row]) -> list[Job]:
+    """The recipes and their ablations, each once."""
+    found: dict[str, Job] = {}
+    for row in rows:
+        for seed in range(row.seeds):
+            for variant, changes in (("", ()), (row.ablation, row.changes)):
+                if not variant or changes:
+                    job = Job(row.recipe, variant, (*row.options, *changes), seed)
+                    found[job.name] = job
+    return list(found.values())
+
+
+def run(job: Job, runs: Path, threads: int, options: Sequence[str]) -> dict[str, Any]:
+    """Train, unless that is done; the record of the run."""
+    folder = runs / job.name
+    done = folder / "done.json"
+    if not done.exists():
+        command = [sys.executable, "-m", "mmkernels.cli", "pretrain", "--recipe", job.recipe, "--run", str(folder)]
+        command += ["--seed", str(job.seed), "--threads", str(threads), "--eval-every", "0", "--no-tensorboard"]
+        command += [*options, *job.options]
+        if (folder / "checkpoints").exists():
+            command.append("--resume")
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if finished.returncode:
+            raise SystemExit(f"{job.name}: {' '.join(command)}\n{finished.stderr[-2000:]}")
+        done.write_text(json.dumps(record(job, folder, threads, options), ensure_ascii=False, indent=1), "utf-8")
+        print(f"{job.name}: {json.loads(done.read_text('utf-8'))['seconds']:.0f} s", flush=True)
+    return json.loads(done.read_text("utf-8"))  # type: ignore[no-any-return]
+
+
+def record(job: Job, folder: Path, threads: int, options: Sequence[str]) -> dict[str, Any]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    steps = [each for each in records if each["kind"] == "step"]
+    figures = {each["split"]: each["figures"] for each in records if each["kind"] == "eval"}  # the last ones
+    return {
+        "recipe": job.recipe,
+        "variant": job.variant,
+        "seed": job.seed,
+        "options": [*options, *job.options],
+        "threads": threads,
+        "steps": len(steps),
+        "seconds": round(sum(each["seconds"] for each in steps), 1),
+        "evaluation_seconds": round(max(each["seconds"] for each in records if each["kind"] == "eval"), 1),
+        "peak_memory": max(each["peak_memory"] for each in steps),
+        "figures": figures,
+    }
+
+
+def measured(record: dict[str, Any], name: str, split: str) -> dict[str, Any] | None:
+    return next((each for each in record["figures"].get(split, ()) if each["name"] == name), None)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table, of one split."""
+
+    row: Row
+    split: str
+    values: tuple[float, ...]  # of the seeds
+    others: tuple[float, ...]  # of the ablation
+    chance: float
+    percent: bool
+    higher: bool
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Better than chance and than the ablation; with several seeds, by more than they spread."""
+        sign = 1 if self.higher else -1
+        mine, theirs = ([sign * value for value in values] for values in (self.values, self.others))
+        return min(mine) > sign * self.chance and min(mine) > max(theirs)
+
+
+def lines(records: Sequence[dict[str, Any]]) -> Iterator[Line]:
+    """The rows of which every run is there."""
+    for row in ROWS:
+        own = [each for each in records if each["recipe"] == row.recipe]
+        mine = sorted((each for each in own if not each["variant"]), key=lambda each: each["seed"])[: row.seeds]
+        theirs = [each for each in own if each["variant"] == row.ablation] if row.changes else mine
+        for split in row.splits:
+            values = [found for each in mine if (found := measured(each, row.figure, split))]
+            name = f"{row.figure} of bigrams" if not row.changes else row.ablated or row.figure
+            others = [found for each in theirs if (found := measured(each, name, split))]
+            if values and others:
+                first = values[0]
+                yield Line(
+                    row,
+                    split,
+                    tuple(each["value"] for each in values),
+                    tuple(each["value"] for each in others),
+                    math.nan if first["chance"] is None else fmean(each["chance"] for each in values),
+                    first["percent"],
+                    first["higher_is_better"],
+                    fmean(each["seconds"] for each in mine),
+                )
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table."""
+
+    def shown(line: Line, values: Sequence[float]) -> str:
+        factor, digits = (100, 1) if line.percent else (1, 3)
+        mean = f"{factor * fmean(values):.{digits}f}"
+        spread = f" ± {factor * (max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+        return mean + spread
+
+    rows = ["| recipe | figure | split | value | chance | ablation | its value | seconds | |", "|---" * 9 + "|"]
+    for line in lines(records):
+        cells = (
+            line.row.recipe,
+            line.row.figure + (", %" if line.percent else "") + ("" if line.higher else " ↓"),
+            line.split,
+            shown(line, line.values),
+            shown(line, [line.chance]),
+            line.row.ablation,
+            shown(line, line.others),
+            f"{line.seconds:.0f}",
+            "" if line.holds else "**not shown**",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def newest(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The runs of all result files; of the same run the last file's."""
+    found = {}
+    for path in sorted(paths):
+        for each in json.loads(path.read_text("utf-8"))["runs"]:
+            found[each["recipe"], each["variant"], each["seed"]] = each
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(dict.fromkeys(row.recipe for row in ROWS))
+    parser.add_argument("recipes", nargs="*", metavar="recipe", help="default: all")
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipes"), help="where run folders are kept")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=0, help="of each run; 0: the processors divided by --jobs")
+    parser.add_argument("--options", nargs="*", default=[], help="further ones of every run, such as steps=20")
+    parser.add_argument("--out", type=Path, help="file of the results; default: benches/results/recipes-CPU-DATE.json")
+    parser.add_argument("--table", action="store_true", help="print the table of the results there are, and train none")
+    args = parser.parse_args()
+    if unknown := [name for name in args.recipes if name not in names]:
+        parser.error(f"recipe: expected some of {', '.join(names)}, got {', '.join(unknown)}")
+    if args.table:
+        print(table(newest(list(RESULTS.glob("recipes-*.json")))))
+        return
+    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    options = [part for each in args.options for part in (f"--{each.partition('=')[0]}", each.partition("=")[2])]
+    args.runs.mkdir(parents=True, exist_ok=True)
+    chosen = jobs([row for row in ROWS if not args.recipes or row.recipe in args.recipes])
+    with ThreadPoolExecutor(args.jobs) as pool:
+        records = list(pool.map(lambda job: run(job, args.runs, threads, options), chosen))
+    log = json.loads((args.runs / chosen[0].name / "log.jsonl").read_text("utf-8").splitlines()[0])
+    cpu = "-".join(cpu_name().lower().split()[:3])
+    out = args.out or RESULTS / f"recipes-{cpu}-{date.today()}.json"
+    environment = {**log["environment"], "cpu": cpu_name(), "processors": len(os.sched_getaffinity(0))}
+    found = {"date": str(date.today()), "environment": environment, "jobs": args.jobs, "runs": records}
+    out.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    print(table(records))
+    print(f"results: {out}")
+
+
+def cpu_name() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "cpu"
+
+
+if __name__ == "__main__":
+    main()

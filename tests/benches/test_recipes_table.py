@@ -1,0 +1,100 @@
+"""The bench of the recipes: every row can run, and says no more than its figures do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHES = Path(__file__).resolve().parents[2] / "benches"
+sys.path.insert(0, str(BENCHES))
+
+import recipes as bench  # noqa: E402
+
+from mmkernels.pretrain.cli import parse  # noqa: E402
+from mmkernels.pretrain.recipes import load, names  # noqa: E402
+from mmkernels.pretrain.wiring import leaves  # noqa: E402
+
+
+def test_every_recipe_has_a_row() -> None:
+    later = {"adapters", "progressive"}  # measured by what is transferred from them
+    assert {row.recipe for row in bench.ROWS} == set(names()) - later
+
+
+@pytest.mark.parametrize(
+    "job", [job for job in bench.jobs(bench.ROWS) if not job.seed and job.variant], ids=lambda j: j.name
+)
+def test_an_ablation_changes_what_it_says(job: bench.Job) -> None:
+    """Its options are options of the recipe, and differ from it."""
+    ablated = parse(["--recipe", job.recipe, *job.options])
+    plain = load(job.recipe)
+    changed = {name for name, value in leaves(ablated.wiring()).items() if value != leaves(plain)[name]}
+    settings = {"steps", "batch", "without"} & {option.lstrip("-") for option in job.options}
+    assert changed or settings
+    for name in settings:
+        assert getattr(ablated, name) != getattr(parse(["--recipe", job.recipe]), name)
+
+
+def record(recipe: str, variant: str, seed: int, **figures: float) -> dict[str, Any]:
+    rows = [
+        {"name": name, "value": value, "chance": 0.1, "percent": True, "higher_is_better": name != "loss"}
+        for name, value in figures.items()
+    ]
+    return {"recipe": recipe, "variant": variant, "seed": seed, "seconds": 60.0, "figures": {"A": rows}}
+
+
+ROW = bench.Row("clip", "recall", ("A", "B"), "blind", ("--batch", "64"), seeds=2)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "holds"),
+    [((0.5, 0.6), (0.3, 0.4), True), ((0.5, 0.6), (0.3, 0.55), False), ((0.05, 0.06), (0.01, 0.02), False)],
+)
+def test_a_row_holds_outside_the_spread_and_above_chance(
+    monkeypatch: pytest.MonkeyPatch, mine: tuple[float, ...], theirs: tuple[float, ...], holds: bool
+) -> None:
+    monkeypatch.setattr(bench, "ROWS", (ROW,))
+    records = [record("clip", "", seed, recall=value) for seed, value in enumerate(mine)]
+    records += [record("clip", "blind", seed, recall=value) for seed, value in enumerate(theirs)]
+    (line,) = bench.lines(records)  # of split A: B was not measured
+    assert line.values == mine and line.others == theirs and line.holds == holds
+    text = bench.table(records)
+    assert ("**not shown**" in text) != holds
+    assert f"{50 * sum(mine):.1f} ± {50 * (max(mine) - min(mine)):.1f}" in text
+
+
+def test_lower_is_better_and_a_model_of_n_grams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "ROWS", (bench.Row("gpt", "loss", ("A",), "bigram model", ()),))
+    for ours, holds in ((0.04, True), (0.07, False), (0.2, False)):
+        found = [record("gpt", "", 0, **{"loss": ours, "loss of bigrams": 0.06})]
+        (line,) = bench.lines(found)
+        assert line.others == (0.06,) and line.holds == holds
+
+
+def test_the_newest_of_a_run_counts(tmp_path: Path) -> None:
+    for date, value in (("2026-01-02", 0.2), ("2026-01-01", 0.1)):
+        runs = [record("clip", "", 0, recall=value), record("clip", "", int(value * 10), recall=value)]
+        (tmp_path / f"recipes-x-{date}.json").write_text(json.dumps({"runs": runs}), "utf-8")
+    found = bench.newest(list(tmp_path.glob("*.json")))
+    assert sorted((each["seed"], each["figures"]["A"][0]["value"]) for each in found) == [(0, 0.2), (1, 0.1), (2, 0.2)]
+
+
+def test_trains_once(tmp_path: Path) -> None:
+    """A recipe and its ablation, a few steps each; what is done is not done again."""
+    command = [sys.executable, "-P", BENCHES / "recipes.py", "relation", "--runs", tmp_path / "runs", "--threads", "1"]
+    command += ["--out", tmp_path / "out.json", "--options", "steps=2", "eval-limit=32"]
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2))
+    assert "relation-0: " in first.stdout and "relation-words-only-0: " in first.stdout
+    assert "relation-0: " not in second.stdout
+    found = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert [(each["recipe"], each["variant"]) for each in found["runs"]] == [
+        ("relation", ""),
+        ("relation", "words only"),
+    ]
+    assert "| relation | relation: accuracy, % | held_out |" in first.stdout
+    bad = subprocess.run([*command[:3], "clap"], capture_output=True, text=True)
+    assert bad.returncode == 2 and "recipe: expected some of clip, siglip" in bad.stderr
