@@ -11,17 +11,19 @@ __all__ = ["main"]
 
 USAGE = """usage: mmkernels <command> [options]
 
-  evaluate   measure a trained model on held-out data (needs mmkernels[pretrain])
-  info       what is installed, which backend runs, and why
-  plan       how well lengths pack, and how evenly ranks share the packs (needs mmkernels[plan])
-  fetch      get a larger data set for pretrain (needs mmkernels[pretrain])
-  pretrain   train a model by a recipe (needs mmkernels[pretrain])
-  recipes    the recipes of pretrain, or the wiring of one (needs mmkernels[pretrain])
+  info         what is installed, which backend runs, and why
+  plan         how well lengths pack, and how evenly ranks share the packs (needs mmkernels[plan])
+  fetch        get a larger data set for pretrain (needs mmkernels[pretrain])
+  data-report  what is in a data set, and what is wrong with it (needs mmkernels[report])
+  pretrain     train a model by a recipe (needs mmkernels[pretrain])
+  evaluate     measure a trained model on held-out data (needs mmkernels[pretrain])
+  recipes      the recipes of pretrain, or the wiring of one (needs mmkernels[pretrain])
 
 mmkernels <command> --help shows its options; mmkernels --version shows the version"""
 
 # Packages of the extras, by import name.
 _PRETRAIN_PACKAGES = {"tyro", "tqdm", "PIL", "tensorboard", "matplotlib", "safetensors", "jinja2", "tokenizers"}
+_REPORT_PACKAGES = {*_PRETRAIN_PACKAGES, "imagehash", "datasketch", "py3langid", "sklearn", "scipy"}
 _PLAN_PACKAGES = {"tyro", "tabulate", "matplotlib", "pyarrow"}
 
 
@@ -63,6 +65,14 @@ def _evaluate(argv: list[str]) -> int:
     return evaluate_cli.main(argv)
 
 
+def _data_report(argv: list[str]) -> int:
+    try:
+        from mmkernels.pretrain import data_report
+    except ModuleNotFoundError as error:
+        return _missing("data-report", "report", error, _REPORT_PACKAGES)
+    return data_report.main(argv)
+
+
 def _recipes(argv: list[str]) -> int:
     try:
         from mmkernels import pretrain
@@ -83,6 +93,7 @@ def _plan(argv: list[str]) -> int:
 
 
 _COMMANDS = {
+    "data-report": _data_report,
     "evaluate": _evaluate,
     "fetch": _fetch,
     "info": _info,

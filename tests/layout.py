@@ -90,8 +90,14 @@ LAYERS = (
     ),
     Layer(r"mmkernels\.info", below=("mmkernels", _RUNTIME), late=("torch", "numpy", "mmkernels.runtime")),
     Layer(
+        r"mmkernels\.pretrain\.data_report(\..*)?",
+        below=("mmkernels", "mmkernels.pretrain.*"),
+        packages=_PYTORCH | _EXTRAS | {"imagehash", "datasketch", "py3langid", "sklearn", "scipy"},
+    ),
+    Layer(
         r"mmkernels\.pretrain(\..*)?",
         below=("mmkernels", "mmkernels.nn", "mmkernels.pretrain.*"),
+        never=("mmkernels.pretrain.data_report.*",),
         packages=_PYTORCH | _EXTRAS | {"pyarrow", "soundfile", "datasets", "zstandard"},
         late=("pyarrow", "soundfile", "datasets", "zstandard"),
     ),

@@ -43,6 +43,8 @@ class Config:
     """Column of a table (key of a .jsonl) with the images' paths."""
     csv_caption_key: str = "caption"
     """Column of a table (key of a .jsonl) with the captions."""
+    filter: Path | None = None
+    """List of training samples to leave out, which `mmkernels data-report --drop` writes."""
     run: Path | None = None
     """Run folder; default runs/RECIPE."""
     init: Path | None = None

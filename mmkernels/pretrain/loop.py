@@ -50,6 +50,8 @@ def train(config: Config) -> Outcome:
     with data_warnings() as warnings:
         data = open_source(config)
     folder = RunFolder(config)
+    if config.filter is not None:
+        folder.keep_filter(config.filter)
     with Journal(folder, config, device) as journal:
         tokenizer = tokenizer_for(config, data, folder)
         folder.keep_classes(data.train.classes)

@@ -1,6 +1,6 @@
 """The folder of a run: what it stores, and which run may write to it.
 
-config.json  tokenizer.json  classes.json  log.jsonl  checkpoints/  tensorboard/  report.html
+config.json  tokenizer.json  classes.json  filter.jsonl  log.jsonl  checkpoints/  tensorboard/  report.html
 """
 
 from __future__ import annotations
@@ -53,6 +53,15 @@ class RunFolder:
     def keep_classes(self, classes: Mapping[str, Sequence[str]]) -> None:
         """Store the names of the classes of the data's label fields, without which a model cannot be built again."""
         write_whole(self.path / "classes.json", json.dumps({name: list(each) for name, each in classes.items()}) + "\n")
+
+    def keep_filter(self, source: Path) -> None:
+        """Store the filter list. Raise RunFolderError if the run began with another one."""
+        kept, text = self.path / "filter.jsonl", source.read_text(encoding="utf-8")
+        if kept.exists() and kept.read_text(encoding="utf-8") != text:
+            raise RunFolderError(
+                f"filter: expected the list that this run began with, which is kept in {kept}, got another in {source}"
+            )
+        write_whole(kept, text)
 
     def keep_log_until(self, step: int) -> None:
         """Drop records after a checkpoint: those steps will run again."""

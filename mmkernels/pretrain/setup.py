@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.data import Data, Mixed, Source, Subset, Text, open_data
+from mmkernels.pretrain.data import Data, FilterList, Mixed, Source, Subset, Text, open_data
 from mmkernels.pretrain.data.seeds import is_held_out
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
@@ -25,7 +25,7 @@ _VALIDATION = 0.1  # share of the concepts
 
 
 def open_source(config: Config) -> Data:
-    """The data of a run. Raise ValueError if it lacks what the recipe reads."""
+    """The data of a run, without what its filter list names. Raise ValueError if it lacks what the recipe reads."""
     recipe = config.wiring()
     if unknown := [stream for stream in config.without if stream not in recipe.streams]:
         raise ValueError(f"without: expected some of the streams {', '.join(recipe.streams)}, got {unknown[0]!r}")
@@ -42,9 +42,13 @@ def open_source(config: Config) -> Data:
         resolution=config.resolution,
         eval_fraction=config.eval_fraction,
         max_eval=config.eval_limit,
-        max_broken=config.max_broken,
+        max_broken=config.max_broken if config.filter is None else 1.0,
     )
     expect_fields(config.recipe, recipe, name, data.train)
+    if config.filter is not None:
+        data = FilterList.read(config.filter).apply(data)
+        for source in (data.train, *data.held_out.values()):
+            source.broken.limit(config.max_broken)
     return validation(name, data, config.eval_limit) if config.validate else data
 
 

@@ -52,6 +52,10 @@ MAY = {
     "recipe": (),
     "recipes": (*PARTS, "recipe", "recipes", "state"),
     "data": (*BASE, "data", "log_mel"),
+    "data_report": (
+        *(*BASE, "data_report", "data", "encoders", "recipes", "setup", "load"),
+        *("charts", "examples", "journal", "run_folder"),
+    ),
     "views": (*BASE, "views", "data.seeds"),
     "encoders": (*BASE, "encoders", "layers"),
     "fusion": (*BASE, "fusion", "layers"),

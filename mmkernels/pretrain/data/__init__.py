@@ -21,6 +21,7 @@ from mmkernels.pretrain.data.base import (
 )
 from mmkernels.pretrain.data.collate import Collator
 from mmkernels.pretrain.data.emoji import EmojiDataset, EmojiPack, load_emoji, load_pack
+from mmkernels.pretrain.data.filter_list import FilterList
 from mmkernels.pretrain.data.folder import FolderDataset
 from mmkernels.pretrain.data.hub import HubDataset
 from mmkernels.pretrain.data.loader import TrainLoader
@@ -41,6 +42,7 @@ __all__ = [
     "Document",
     "EmojiDataset",
     "EmojiPack",
+    "FilterList",
     "FolderDataset",
     "HubDataset",
     "Mixed",

@@ -95,8 +95,8 @@ class BrokenLog:
 
     Attributes:
         reasons: why each sample could not be read, by name, in the order found.
-        left_out: why other things were not read, by name: files that belong to no sample, truncated shards. These do
-            not count towards `max_broken`.
+        left_out: why other things were not read, by name: files that belong to no sample, truncated shards, what was
+            excused. These do not count towards `max_broken`.
     """
 
     def __init__(self, total: int, max_broken: float) -> None:
@@ -105,6 +105,7 @@ class BrokenLog:
         self.total, self.max_broken = total, max_broken
         self.reasons: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
+        self._excused: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.reasons)
@@ -112,12 +113,27 @@ class BrokenLog:
     def add(self, name: str, reason: str) -> None:
         if name in self.reasons:
             return
+        if name in self._excused:
+            self.left_out[name] = reason
+            return
         self.reasons[name] = reason
         counted = f"{len(self)} of {self.total} samples"
         log.warning("skipped %s: %s (%s skipped so far)", printable(name), printable(reason), counted)
-        if len(self) > self.max_broken * self.total:
-            share = f"more than max_broken={self.max_broken}"
+        self.limit(self.max_broken)
+
+    def limit(self, max_broken: float) -> None:
+        """Set the limit. Raise TooManyBrokenError if it is exceeded already."""
+        self.max_broken = max_broken
+        if len(self) > max_broken * self.total:
+            counted = f"{len(self)} of {self.total} samples"
+            share = f"more than max_broken={max_broken}"
             raise TooManyBrokenError(f"{counted} could not be read, {share}{self.listing(self.reasons)}")
+
+    def excuse(self, names: Iterable[str]) -> None:
+        """Do not count these towards the limit, whether they have been found or will be: they are known."""
+        self._excused.update(names)
+        for name in self._excused & self.reasons.keys():
+            self.left_out[name] = self.reasons.pop(name)
 
     @staticmethod
     def listing(reasons: Mapping[str, str]) -> str:
@@ -186,12 +202,27 @@ class Source(ABC):
                 samples.append(self[index])
                 items.append(index)
             except BrokenImageError as error:
-                broken[self.name(index)] = str(error)
+                broken[self.logged_as(index)] = str(error)
         return Read(samples, items, broken)
 
     def peek(self, index: int) -> Mapping[str, Any]:
         """The values of a sample that are known without decoding; `...` stands for others. For lengths and texts."""
         return self[index].values
+
+    def logged_as(self, index: int) -> str:
+        """What `broken` calls sample `index`."""
+        return self.name(index)
+
+    def stored_size(self, index: int) -> tuple[int, int] | None:
+        """(width, height) in pixels of a sample's image as it is stored, which may be larger than the decoded one; None
+        without an image. Raises `BrokenImageError` if it cannot be read.
+        """
+        image = self[index].values.get("image")
+        return None if image is None else (image.shape[1], image.shape[0])
+
+    def only(self, indices: np.ndarray) -> Source:
+        """Some of the samples, int64 [n] ascending."""
+        return Subset(self, indices)
 
 
 class Read(NamedTuple):
@@ -225,3 +256,9 @@ class Subset(Source):
 
     def peek(self, index: int) -> Mapping[str, Any]:
         return self.whole.peek(int(self.indices[index]))
+
+    def logged_as(self, index: int) -> str:
+        return self.whole.logged_as(int(self.indices[index]))
+
+    def stored_size(self, index: int) -> tuple[int, int] | None:
+        return self.whole.stored_size(int(self.indices[index]))

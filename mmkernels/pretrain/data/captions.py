@@ -8,7 +8,10 @@ from typing import Any
 
 from mmkernels.pretrain.data.unicode import unicode_fault
 
-__all__ = ["LONGEST", "caption_fault", "parse_captions", "short"]
+__all__ = ["EMPTY_FILE", "LONGEST", "caption_fault", "parse_captions", "says_empty", "short"]
+
+EMPTY_FILE = "an empty .txt"
+_EMPTY = "(empty)"  # ends the reason why a blank value has no captions
 
 LONGEST = 131_072  # characters; more means an unclosed quote or the wrong column
 
@@ -36,7 +39,13 @@ def parse_captions(value: Any) -> tuple[list[str], str]:
         if captions:
             fault = next((fault for text in captions if (fault := caption_fault(text))), "")
             return ([], fault) if fault else (captions, "")
-    return [], f"expected text or a list of texts, got {short(value)}"
+    empty = f" {_EMPTY}" if all(isinstance(text, str) for text in texts) else ""
+    return [], f"expected text or a list of texts, got {short(value)}{empty}"
+
+
+def says_empty(reason: str) -> bool:
+    """Whether a sample is broken because its text is blank."""
+    return reason.endswith((_EMPTY, EMPTY_FILE))
 
 
 def short(value: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from mmkernels.pretrain.data.audio import decode_audio, require_soundfile
 from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog, Sample, Source, Text
 from mmkernels.pretrain.data.cells import MEDIA, Cell, Reading
-from mmkernels.pretrain.data.decode import decode_image, decode_regions, decode_video, regions_without_crops
+from mmkernels.pretrain.data.decode import decode_image, decode_regions, decode_video, image_size, regions_without_crops
 
 __all__ = ["ColumnSource", "by_row", "caption_key", "checked", "concepts_of", "with_values"]
 
@@ -124,6 +124,10 @@ class ColumnSource(Source):
 
     def name(self, index: int) -> str:
         return self._names[index]
+
+    def stored_size(self, index: int) -> tuple[int, int] | None:
+        cell = self.cells["image"][index] if "image" in self.cells else None
+        return None if cell is None else image_size(self._file(cell))
 
     def peek(self, index: int) -> Mapping[str, Any]:
         cells = {field: cells[index] for field, cells in self.cells.items() if cells[index] is not None}

@@ -36,6 +36,14 @@ def decode_image(source: Path | bytes, resolution: int) -> np.ndarray:
         return _square(opened, resolution)
 
 
+def image_size(source: Path | bytes) -> tuple[int, int]:
+    """(width, height) of an image file, upright, from its header alone. Raises as `decode_image` does."""
+    with _reading(source) as opened:
+        width, height = opened.size
+        turned = opened.getexif().get(0x0112, 1) >= 5  # the EXIF orientations by a quarter turn
+        return (height, width) if turned else (width, height)
+
+
 def decode_video(source: Path | bytes, resolution: int) -> np.ndarray:
     """Decode some frames of a clip, as `decode_image` does, over white.
 

@@ -13,12 +13,13 @@ the same. Classes of a label are merged by name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog, Data, Read, Regions, Sample, Source
+from mmkernels.pretrain.data.base import BrokenLog, Data, Regions, Sample, Source
 from mmkernels.pretrain.data.shares import Shares
 
 __all__ = ["Mixed", "Part", "mix"]
@@ -52,6 +53,15 @@ class Part(Source):
 
     def peek(self, index: int) -> Mapping[str, Any]:
         return self._merged(self.inner.peek(index))
+
+    def logged_as(self, index: int) -> str:
+        return self.inner.logged_as(index)
+
+    def stored_size(self, index: int) -> tuple[int, int] | None:
+        return self.inner.stored_size(index)
+
+    def only(self, indices: np.ndarray) -> Part:
+        return Part(self.inner.only(indices), self.classes, self.first_concept)
 
     def _merged(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         return _Renumbered(values, self._numbers) if self._numbers else values
@@ -107,6 +117,14 @@ class _Logs(BrokenLog):
     def leave_out(self, where: str, files: Mapping[str, str]) -> None:
         log, own = self._of(where)
         log.leave_out(own, files)
+
+    def limit(self, max_broken: float) -> None:
+        for log in self._different:
+            log.limit(max_broken)
+
+    def excuse(self, names: Iterable[str]) -> None:
+        for log, own in map(self._of, names):
+            log.excuse([own])
 
     def _of(self, name: str) -> tuple[BrokenLog, str]:
         """(the record of the part that a name begins with, the name there)."""
@@ -173,8 +191,12 @@ class Mixed(Source):
                 concepts = [each.concepts for each in (source, *beside.get(name, ())) if len(each)]
                 free += 1 + max(int(each.max()) for each in concepts)
         self.parts = {name: Part(each, self.classes, firsts[id(each)]) for name, each in sources.items()}
-        self.concepts = np.concatenate([part.concepts for part in self.parts.values()])
         self.broken = _Logs({name: source.broken for name, source in sources.items()})
+        self._number()
+
+    def _number(self) -> None:
+        """Number the samples, one part after the other."""
+        self.concepts = np.concatenate([part.concepts for part in self.parts.values()])
         self._members = list(self.parts.items())
         self._starts = np.cumsum([0, *(len(part) for part in self.parts.values())])
 
@@ -197,16 +219,29 @@ class Mixed(Source):
         _, part, number = self.place(index)
         return part.peek(number)
 
-    def read_some(self, indices: Iterable[int]) -> Read:
-        samples, items, broken = [], [], {}
-        for index in map(int, indices):
-            name, part, number = self.place(index)
-            try:
-                samples.append(part[number])
-                items.append(index)
-            except BrokenImageError as error:
-                broken[f"{name}: {part.name(number)}"] = str(error)
-        return Read(samples, items, broken)
+    def logged_as(self, index: int) -> str:
+        name, part, number = self.place(index)
+        return f"{name}: {part.logged_as(number)}"
+
+    def stored_size(self, index: int) -> tuple[int, int] | None:
+        _, part, number = self.place(index)
+        return part.stored_size(number)
+
+    def only(self, indices: np.ndarray) -> Mixed:
+        """Some of the samples, int64 [n] ascending: a mixture of the same parts, with the same numbers of concepts.
+        Raise ValueError if a part would be empty."""
+        few = copy(self)
+        cuts = np.searchsorted(indices, self._starts)
+        few.parts = {
+            name: part.only(indices[first:last] - start)
+            for (name, part), first, last, start in zip(self._members, cuts, cuts[1:], self._starts, strict=False)
+        }
+        for name, part in few.parts.items():
+            if not len(part):
+                raise ValueError(f"data: expected samples in every set, got none in {name}")
+        few.shares = Shares(list(few.parts), [len(part) for part in few.parts.values()], self.shares.weights)
+        few._number()
+        return few
 
     def like(self, name: str, source: Source) -> Part:
         """Another source of a part, such as a held-out set, with the same numbers of concepts and classes."""

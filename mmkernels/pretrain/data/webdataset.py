@@ -24,7 +24,7 @@ from typing import Any
 
 from mmkernels.pretrain.data.audio import AUDIO_SUFFIXES
 from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog
-from mmkernels.pretrain.data.captions import caption_fault, parse_captions
+from mmkernels.pretrain.data.captions import EMPTY_FILE, caption_fault, parse_captions
 from mmkernels.pretrain.data.cells import PAIR, Cell, Reading
 from mmkernels.pretrain.data.columns import ColumnSource, by_row, with_values
 from mmkernels.pretrain.data.decode import IMAGE_SUFFIXES
@@ -260,7 +260,7 @@ def _captions(members: _Files) -> tuple[list[str], str]:
         return [], f"unreadable text: {error}"
     if ".txt" in members:
         text = text.strip()
-        fault = caption_fault(text) if text else "an empty .txt"
+        fault = caption_fault(text) if text else EMPTY_FILE
         return ([], fault) if fault else ([text], "")
     value = table.get("caption", table.get("text")) if isinstance(table, dict) else None
     if value is None:

@@ -1,0 +1,128 @@
+"""Filter lists: training samples to leave out, as JSON lines that `mmkernels data-report --drop` writes.
+
+    {"filter": 1, "data": "folder:photos", "fields": ["image", "text"], "samples": 900, "names": "5d0c...", ...}
+    {"split": "train", "index": 17, "name": "17.jpg", "reasons": ["duplicates"], "why": "as 3.jpg"}
+    {"split": "train", "index": null, "name": "captions.jsonl: line 9", "reasons": ["empty"], "why": "caption: ..."}
+
+A list belongs to one data set, read in one way: its head has a hash of the names of all training samples. Entries
+without an index are rows that are no sample; they and the entries of held-out sets are unreadable, and a list only
+excuses them: they no longer count as broken. No held-out sample is ever left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmkernels.pretrain.data.base import Data, Source
+from mmkernels.pretrain.data.unicode import printable
+
+__all__ = ["TRAIN", "Dropped", "FilterList", "names_digest"]
+
+log = logging.getLogger("mmkernels.pretrain.data")
+
+TRAIN = "train"  # what lists call the training set
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One entry."""
+
+    split: str
+    index: int | None  # in the split; None for a row that is no sample
+    name: str
+    reasons: tuple[str, ...]
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class FilterList:
+    """The samples to leave out of a data set.
+
+    Args:
+        about: the data set: "data", "fields", "eval_fraction", "samples" and "names", the hash of the training names.
+        dropped: the entries.
+    """
+
+    about: Mapping[str, Any]
+    dropped: tuple[Dropped, ...]
+
+    def text(self) -> str:
+        """As a file."""
+        lines = [{"filter": _VERSION, **self.about}, *map(asdict, self.dropped)]
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
+    @classmethod
+    def read(cls, path: Path) -> FilterList:
+        """From a file that `text` was written to. Raise ValueError if it is none."""
+        expected = "filter: expected a list that mmkernels data-report --drop wrote"
+        try:
+            head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            if head.pop("filter") != _VERSION or not {"data", "samples", "names"} <= head.keys():
+                raise ValueError("another kind of file, or of another version")
+            entries = tuple(Dropped(**{**line, "reasons": tuple(line["reasons"])}) for line in lines)
+        except FileNotFoundError as error:
+            raise ValueError(f"{expected}, got {path}, which does not exist") from error
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{expected}, got {path} ({type(error).__name__}: {error})") from error
+        return cls(head, entries)
+
+    def apply(self, data: Data) -> Data:
+        """The data without the samples that the list drops; what it excuses no longer counts as broken.
+
+        Raises:
+            ValueError: the list belongs to other data, names samples that are not there, or drops all.
+        """
+        train = data.train
+        if (len(train), names_digest(train)) != (self.about["samples"], self.about["names"]):
+            raise ValueError(
+                f"filter: expected a list of these {len(train):,} training samples, got one of {self._described()}. "
+                "Write a list with mmkernels data-report, for the same --recipe, --labels and --eval-fraction"
+            )
+        ours = [entry for entry in self.dropped if entry.split == TRAIN]
+        sources = {TRAIN: train, **data.held_out}
+        for entry in self.dropped:
+            if entry.split in sources and (entry.split != TRAIN or entry.index is None):
+                sources[entry.split].broken.excuse([entry.name])
+        indices = np.unique(np.array([entry.index for entry in ours if entry.index is not None], np.int64))
+        for entry in (entry for entry in ours if entry.index is not None):
+            if not (0 <= int(entry.index or 0) < len(train) and train.logged_as(int(entry.index or 0)) == entry.name):
+                raise ValueError(
+                    f"filter: expected names of training samples, got sample {entry.index}, {printable(entry.name)!r}, "
+                    "which is not there"
+                )
+        train.broken.excuse(train.logged_as(int(index)) for index in indices)
+        if len(indices) == len(train):
+            raise ValueError(f"filter: expected samples left to train on, got a list of all {len(train):,}")
+        self._tell(len(train), len(indices))
+        return Data(train.only(np.setdiff1d(np.arange(len(train)), indices)), data.held_out)
+
+    def _described(self) -> str:
+        fields = ", ".join(self.about.get("fields", ()))
+        held_out = self.about.get("eval_fraction")
+        way = f" (fields {fields}; eval_fraction {held_out})" if fields else ""
+        return f"{self.about['samples']:,} of {printable(str(self.about['data']))}{way}"
+
+    def _tell(self, samples: int, left_out: int) -> None:
+        reasons = Counter(r for e in self.dropped if e.split == TRAIN and e.index is not None for r in e.reasons)
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+        log.warning(
+            "filter: left out %s of %s training samples (%s)", f"{left_out:,}", f"{samples:,}", counts or "none"
+        )
+
+
+def names_digest(source: Source) -> str:
+    """A hash of the names of all samples, in order."""
+    found = hashlib.blake2b(digest_size=16)
+    for index in range(len(source)):
+        found.update(source.logged_as(index).encode("utf-8", "surrogatepass") + b"\n")
+    return found.hexdigest()
