@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from mmkernels.pretrain.charts import COLOURS
 
@@ -64,6 +65,8 @@ def histogram(by_split: Mapping[str, np.ndarray], unit: str) -> str:
         axes.set_xlabel(unit)
         if log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         if 1 < len(by_split) <= len(COLOURS):
             axes.legend(loc="best")
         return _svg(figure)

@@ -88,16 +88,15 @@ class _Compare:
             return None
         return next((pictures.thumbnail(value) for value in values.values() if is_picture(value)), None)
 
-    def _text(self, row: int) -> str:
-        """All texts of a row in their normal form."""
+    def _text(self, row: int) -> texts.Texts:
         split, index = self._values(row)
-        parts: list[str] = []
-        for value in self.data.splits[split].peek(index).values():
+        found = {}
+        for name, value in self.data.splits[split].peek(index).items():
             if isinstance(value, str | Text):
-                parts += captions_of(value)
+                found[name] = " ".join(sorted(map(texts.normalised, captions_of(value))))
             elif isinstance(value, Document):
-                parts += [part for part in value.parts if isinstance(part, str)]
-        return " ".join(sorted(filter(None, map(texts.normalised, parts))))
+                found[name] = texts.normalised(" ".join(part for part in value.parts if isinstance(part, str)))
+        return found
 
     def group(self, group: list[int]) -> Iterator[Finding]:
         """The findings of rows with one content, in the order of splits and samples."""

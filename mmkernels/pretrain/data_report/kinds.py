@@ -49,6 +49,7 @@ class Finding:
     name: str
     why: str
     of: tuple[str, int] | None = None  # split and index of the sample that it repeats
+    readable: bool = True
 
 
 def chosen(drop: tuple[str, ...]) -> tuple[str, ...]:

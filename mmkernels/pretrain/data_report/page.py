@@ -47,7 +47,11 @@ def _context(report: Report) -> dict[str, Any]:
         "fields": report.data.fields,
         "partial": report.data.partial,
         "tiles": _tiles(report),
-        "kinds": [{"name": name, "kind": kind, "counts": counts[name]} for name, kind in KINDS.items()],
+        "kinds": [
+            {"name": name, "kind": kind, "train": row[TRAIN], "held_out": sum(row.values()) - row[TRAIN]}
+            for (name, kind), row in zip(KINDS.items(), counts.values(), strict=True)
+        ],
+        "leaks": Counter(each.of[0] for each in report.findings if each.kind == "leaked" and each.of is not None),
         "dropped": sum(each.split == TRAIN and each.index is not None for each in dropped),
         "examples": _examples(report),
         "listed": _listed(report),
@@ -60,10 +64,15 @@ def _context(report: Report) -> dict[str, Any]:
         "packing": report.packing,
         "points": report.points,
         "scatters": _scatters(report),
-        "warnings": list(dict.fromkeys(report.data.warnings))[:20],
+        "warnings": _warnings(report),
         "rules": _rules(report),
         "settings": report.json()["settings"],
     }
+
+
+def _warnings(report: Report) -> list[str]:
+    """What was logged, without what the table of what cannot be read says."""
+    return [message for message in dict.fromkeys(report.data.warnings) if not message.startswith("skipped ")][:20]
 
 
 def _rules(report: Report) -> dict[str, Any]:
@@ -109,8 +118,8 @@ def _examples(report: Report) -> list[dict[str, Any]]:
     """Some findings of every kind, evenly spaced, with what they repeat."""
     shown = []
     for name, kind in KINDS.items():
-        found = [finding for finding in report.findings if finding.kind == name and finding.index is not None]
-        if name == "broken" or not found:
+        found = [finding for finding in report.findings if finding.kind == name and finding.readable]
+        if not found:
             continue
         places = np.linspace(0, len(found) - 1, min(len(found), _EXAMPLES)).astype(int)
         cards = [_card(report, found[place]) for place in np.unique(places)]
@@ -144,7 +153,7 @@ def _item(report: Report, split: str, index: int) -> dict[str, Any]:
 
 def _listed(report: Report) -> dict[str, Any]:
     """What could not be read, and the rows that are no sample."""
-    found = [finding for finding in report.findings if finding.kind == "broken" or finding.index is None]
+    found = [finding for finding in report.findings if not finding.readable]
     return {"rows": found[:_LISTED], "more": max(0, len(found) - _LISTED)}
 
 

@@ -75,8 +75,7 @@ class Report:
         wanted = [finding for finding in self.findings if finding.kind in self.options.drop]
         reasons: dict[tuple[str, int | None, str], list[Finding]] = {}
         for finding in wanted:
-            unreadable = finding.kind == "broken" or finding.index is None
-            if finding.split == TRAIN or unreadable:
+            if finding.split == TRAIN or not finding.readable:
                 reasons.setdefault((finding.split, finding.index, finding.name), []).append(finding)
         entries = []
         for (split, index, name), found in reasons.items():
@@ -135,7 +134,10 @@ def examine(options: DataReport) -> Report:
 
 def _tokenizer(options: DataReport, data: Opened) -> TextTokenizer:
     """As a run on these data trains it."""
-    return TextTokenizer.train(texts(data.train, list(data.train.fields)), options.vocabulary)
+    streams = {} if data.recipe is None else data.recipe.streams
+    read = [stream.field or name for name, stream in streams.items() if stream.encoder.reads_text]
+    fields = [field for field in data.train.fields if field not in data.train.classes]
+    return TextTokenizer.train(texts(data.train, fields if data.recipe is None else read), options.vocabulary)
 
 
 def _other_scripts(data: Opened, found: Scan) -> list[Finding]:

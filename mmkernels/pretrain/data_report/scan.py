@@ -95,7 +95,7 @@ def scan(data: Opened, tokenizer: TextTokenizer, weigh: Weigh, max_tokens: int) 
                 try:
                     values = source[index].values
                 except BrokenImageError as error:
-                    reader.find("broken", index, str(error))
+                    reader.find(_fault(str(error)), index, str(error), readable=False)
                     continue
                 row = reader.row(values, len(flat) // len(Rows._fields), index)
                 flat.extend((number, index, *row, weigh(values)))
@@ -119,7 +119,12 @@ def _lost(data: Opened) -> Iterator[Finding]:
         samples = {each.logged_as(i) for each in log.sources for i in range(len(each))} if reasons else set()
         for name, why in reasons.items():
             if name not in samples:
-                yield Finding("empty" if says_empty(why) else "broken", log.split, None, log.prefix + name, why)
+                yield Finding(_fault(why), log.split, None, log.prefix + name, why, readable=False)
+
+
+def _fault(why: str) -> str:
+    """The kind of what cannot be read."""
+    return "empty" if says_empty(why) else "broken"
 
 
 class _Log(NamedTuple):
@@ -145,8 +150,8 @@ class _Reader:
     def begin(self, split: str, source: Source) -> None:
         self.split, self.source = split, source
 
-    def find(self, kind: str, index: int, why: str) -> None:
-        self.findings.append(Finding(kind, self.split, index, self.source.logged_as(index), why))
+    def find(self, kind: str, index: int, why: str, *, readable: bool = True) -> None:
+        self.findings.append(Finding(kind, self.split, index, self.source.logged_as(index), why, readable=readable))
 
     def row(self, values: Mapping[str, Any], row: int, index: int) -> tuple[int, ...]:
         """All of a sample's row but its place and its length."""

@@ -6,18 +6,20 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-__all__ = ["LEAST", "alike", "boilerplate", "expected_script", "near_texts", "normalised", "script_of"]
+__all__ = ["LEAST", "Texts", "alike", "boilerplate", "expected_script", "near_texts", "normalised", "script_of"]
 
 JACCARD = 0.8  # of near-duplicates' shingles
 SHINGLE = 5  # characters
-LEAST = 30  # characters of a normalised text; in shorter ones a single word makes the difference
+LEAST = 60  # characters of a normalised text; in shorter ones a single word makes the difference
 _PERMUTATIONS = 128
+
+Texts = Mapping[str, str]  # field -> all of its text in a sample, in its normal form
 
 
 def normalised(text: str) -> str:
@@ -32,9 +34,13 @@ def _counts(char: str) -> bool:
     return unicodedata.category(char)[0] in "LMNS"
 
 
-def alike(a: str, b: str) -> bool:
-    """Whether two normalised texts are near-duplicates: equal, or both long enough, with the same numbers, and with a
-    Jaccard similarity of their shingles of at least JACCARD."""
+def alike(a: Texts, b: Texts) -> bool:
+    """Whether two samples' texts are near-duplicates, field by field: equal, or both long enough, with the same
+    numbers, and with a Jaccard similarity of their shingles of at least JACCARD."""
+    return a.keys() == b.keys() and all(_alike(text, b[field]) for field, text in a.items())
+
+
+def _alike(a: str, b: str) -> bool:
     if a == b:
         return True
     if min(len(a), len(b)) < LEAST or _numbers(a) != _numbers(b):
@@ -43,17 +49,18 @@ def alike(a: str, b: str) -> bool:
     return len(first & second) >= JACCARD * len(first | second)
 
 
-def near_texts(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """The pairs i < j of different normalised texts that are `alike`, found by MinHash, then compared."""
+def near_texts(samples: Sequence[Texts]) -> list[tuple[int, int]]:
+    """The pairs i < j of different texts that are `alike`, found by MinHash, then compared."""
     index = MinHashLSH(JACCARD - 0.1, _PERMUTATIONS)  # a lower bar for candidates: the estimate is noisy
     empty = MinHash(_PERMUTATIONS, hashfunc=zlib.crc32)
     pairs = []
-    for j, text in enumerate(texts):
-        if len(text) < LEAST:
+    for j, sample in enumerate(samples):
+        if max(map(len, sample.values()), default=0) < LEAST:
             continue
+        shingles = sorted(f"{field} {each}" for field, text in sample.items() for each in _shingles(text))
         signature = empty.copy()
-        signature.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in sorted(_shingles(text))])
-        pairs += [(i, j) for i in sorted(index.query(signature)) if alike(texts[i], text)]
+        signature.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles])
+        pairs += [(i, j) for i in sorted(index.query(signature)) if alike(samples[i], sample)]
         index.insert(j, signature)
     return pairs
 

@@ -88,6 +88,7 @@ def gain(lengths: np.ndarray, batch: int, capacity: int) -> Gain | None:
     lengths = np.random.Generator(np.random.Philox(_SEED)).permutation(lengths[lengths > 0])
     if not len(lengths):
         return None
+    capacity = min(capacity, int(lengths.sum()))  # a set that fits into one pack fills it
     longest = np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch))
     sizes = np.diff([*range(0, len(lengths), batch), len(lengths)])
     plan = plan_packing(lengths, capacity, oversize="own_pack")
