@@ -79,6 +79,14 @@ def test_pretrain_without_its_extra_says_what_to_install(package: str, tmp_path:
     )
 
 
+@pytest.mark.parametrize("package", ["imagehash", "datasketch", "py3langid", "sklearn", "tyro"])
+def test_data_report_without_its_extra_says_what_to_install(package: str, tmp_path: Path) -> None:
+    done = without(package, tmp_path, "data-report")
+    assert done.returncode == 2
+    message = f"mmkernels data-report needs the package {package}: pip install 'mmkernels[report]'"
+    assert done.stderr.strip().endswith(message)
+
+
 def test_info_needs_no_extra(tmp_path: Path) -> None:
     assert without("tyro", tmp_path, "info").returncode == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ from pretrain.salted import FRACTION, Salted, names, pixels
 from pretrain_data import pairs, shard
 
 from mmkernels.cli import main as command
-from mmkernels.pretrain import Config
+from mmkernels.pretrain import Config, load_model, train
 from mmkernels.pretrain.data import open_data
 from mmkernels.pretrain.data_report import DataReport, data_report
 from mmkernels.pretrain.data_report.kinds import KINDS
+from mmkernels.pretrain.data_report.pictures import near_hashes
 from mmkernels.pretrain.data_report.report import Report, examine
+from mmkernels.pretrain.data_report.texts import boilerplate
+from mmkernels.pretrain.data_report.weighing import gain
 from mmkernels.pretrain.setup import open_source
 
 EVERY = ",".join(KINDS)
@@ -107,7 +111,61 @@ def test_no_false_duplicates_in_what_comes_along(source: str) -> None:
     report = examine(DataReport(source, recipe="clip", limit=400, vocabulary=300))
     kinds = ("duplicates", "near-duplicates", "leaked", "empty", "boilerplate", "long", "script", "broken")
     assert not [finding for finding in report.findings if finding.kind in kinds]
+    assert not found(report, "blank"), "a square on nothing is a drawing"
     assert report.data.partial and report.points is not None
+
+
+def test_near_hashes_are_those_of_all_pairs() -> None:
+    """Against brute force, around the limit of seven bits."""
+    draws = np.random.default_rng(0)
+    hashes = draws.integers(0, 2**64, 400, dtype=np.uint64)
+    hashes[200:] = [_turned(int(each), draws.choice(64, k % 12, replace=False)) for k, each in enumerate(hashes[:200])]
+    expected = [
+        [i, j] for i in range(400) for j in range(i + 1, 400) if bin(int(hashes[i]) ^ int(hashes[j])).count("1") <= 7
+    ]
+    assert near_hashes(hashes).tolist() == expected and len(expected) > 100
+    assert near_hashes(hashes[:0]).shape == (0, 2)
+    assert near_hashes(np.zeros(3, np.uint64)).tolist() == [[0, 1], [0, 2], [1, 2]]
+
+
+def _turned(number: int, bits: np.ndarray) -> int:
+    for bit in bits.tolist():
+        number ^= 1 << bit
+    return number
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("DSC_0042", "a file name"),
+        ("photos/beach.jpeg", "a file name"),
+        ("my picture (3).PNG", ""),
+        ("beach (3).png", "a file name"),
+        ("www.example.org", "a link"),
+        ("a kite&nbsp;", "markup"),
+        ("I <3 kites", ""),
+        ("royalty-free kites", "a phrase of picture agencies"),
+        ("stock of photos", ""),
+        ("Picture of", "nothing said"),
+        ("an image of a kite", ""),
+        ("photo 12", "nothing said"),
+        ("copyright", ""),
+        ("p 7", ""),
+        ("N/A", "nothing said"),
+    ],
+)
+def test_boilerplate(text: str, what: str) -> None:
+    assert boilerplate(text) == what
+
+
+def test_packing_gains_what_padding_wastes() -> None:
+    """Worked by hand: a batch of two is padded to its longest, and packs of ten hold 7 + 3."""
+    gained = gain(np.array([7, 3, 0, 7, 3, 12]), 1, 10)
+    assert gained is not None and (gained.tokens, gained.padded, gained.packed, gained.packs) == (32, 32, 32, 3)
+    assert (gained.own_packs, gained.padding, gained.unused, gained.saved) == (1, 0.0, 0.0, 0.0)
+    whole = gain(np.array([8, 2]), 2, 10)
+    assert whole is not None and (whole.padded, whole.packed) == (16, 10) and whole.saved == pytest.approx(0.375)
+    assert gain(np.zeros(3, np.int64), 2, 10) is None
 
 
 def test_texts_without_pictures(tmp_path: Path) -> None:
@@ -221,6 +279,32 @@ def test_the_same_data_give_the_same_report(tmp_path: Path) -> None:
         data_report(options)
         pages.append((tmp_path / name / "report.html").read_text(encoding="utf-8").replace(str(options.out), ""))
     assert pages[0] == pages[1]
+
+
+def test_embeddings_of_a_run(tiny: Callable[..., Config]) -> None:
+    """Its tokenizer counts, and its embeddings are the points: the components that numpy finds in them."""
+    config = tiny(steps=1, eval_every=0)
+    train(config)
+    report = examine(DataReport(str(config.data), eval_fraction=0.2, run=config.folder))
+    assert report.points is not None and report.points.what == "the run's embeddings of image"
+    model = load_model(config.folder)
+    x = model.embed("image", [sample.values["image"] for sample in report.points.samples]).double().numpy()
+    centred = x - x.mean(0)
+    _, values, axes = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(np.abs(report.points.xy), np.abs(centred @ axes[:2].T), atol=1e-5)
+    assert report.points.share == pytest.approx((values[:2] ** 2).sum() / (values**2).sum(), abs=1e-5)
+    with pytest.raises(ValueError, match="holds no run"):
+        examine(DataReport(str(config.data), run=config.folder / "nowhere"))
+
+
+def test_interrupted_is_nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmkernels.pretrain.data_report.report.scan", interrupt)
+    assert command(["data-report", "emoji", "--limit", "5", "--vocabulary", "300", "--out", str(tmp_path / "r")]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
 
 
 def test_default_folders() -> None:

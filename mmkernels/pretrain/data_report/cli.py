@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import tyro
@@ -29,9 +30,14 @@ def data_report(options: DataReport) -> Report:
         ValueError: the data cannot be opened; the folder holds something else.
     """
     _check_folder(options.folder)
-    report = examine(options)
-    html, figures = page(report), json.dumps(report.json(), indent=1) + "\n"
-    options.folder.mkdir(parents=True, exist_ok=True)
+    options.folder.mkdir(parents=True, exist_ok=True)  # before all the reading, should it be impossible
+    try:
+        report = examine(options)
+        html, figures = page(report), json.dumps(report.json(), indent=1) + "\n"
+    except BaseException:
+        with suppress(OSError):
+            options.folder.rmdir()  # unless there was an earlier report
+        raise
     if options.drop:
         write_whole(options.folder / "drop.jsonl", report.filter_list().text())
     write_whole(options.folder / "report.json", figures)

@@ -57,10 +57,13 @@ def fingerprint(image: np.ndarray) -> Print:
 
 
 def _visible(image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """The pixels [n, 3] without transparent margins, which fill up a picture that is no square."""
-    if image.shape[2] == 4 and (image[..., 3] > 0).any():
-        rows, columns = (np.flatnonzero((image[..., 3] > 0).any(axis)) for axis in (1, 0))
-        pixels = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    """The pixels [n, 3] without the transparent margins that fill up a picture which is no square. A drawing that ends
+    before all four edges keeps its surroundings."""
+    if image.shape[2] == 4:
+        shown = image[..., 3] > 0
+        rows, columns = (np.flatnonzero(shown.any(axis)) for axis in (1, 0))
+        if len(rows) and (np.ptp(rows) + 1 == shown.shape[0] or np.ptp(columns) + 1 == shown.shape[1]):
+            pixels = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return pixels.reshape(-1, 3).astype(np.float32)
 
 

@@ -75,7 +75,7 @@ def _numbers(text: str) -> Counter[str]:
 
 _SUFFIX = r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)"
 _PATTERNS = (
-    ("a file name", rf"[^\s/\\]+(?: ?\(\d+\))?{_SUFFIX}|(?:img|dsc[nf]?|pxl|mvi|p|screenshot)[-_ ]?\d{3}[\d_\-: ]*"),
+    ("a file name", rf"[^\s/\\]+(?: ?\(\d+\))?{_SUFFIX}|(?:img|dsc[nf]?|pxl|mvi|p|screenshot)[-_ ]?\d{{3}}[\d_\-: ]*"),
     ("a file name", rf"\S*[/\\]\S+{_SUFFIX}"),
     ("a link", r".*(?:https?://|\bwww\.)\S.*"),
     ("markup", r".*(?:<[a-z/!][^<>]*>|&(?:amp|nbsp|lt|gt|quot|#\d+);).*"),
