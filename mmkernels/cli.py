@@ -35,9 +35,10 @@ def _info(argv: list[str]) -> int:
 
 def _missing(command: str, extra: str, error: ModuleNotFoundError, packages: set[str]) -> int:
     """Print which package a command lacks and which extra installs it; re-raise for any other package."""
-    if error.name is None or error.name.split(".")[0] not in packages:
+    package = (error.name or "").split(".")[0]
+    if package not in packages:
         raise error
-    print(f"mmkernels {command} needs the package {error.name}: pip install 'mmkernels[{extra}]'", file=sys.stderr)
+    print(f"mmkernels {command} needs the package {package}: pip install 'mmkernels[{extra}]'", file=sys.stderr)
     return 2
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,4 +82,11 @@ class DataReport:
             return self.out
         parts = (part.rstrip("/").rpartition("/")[2] if "/" in part else part for part in self.source.split("::"))
         name = re.sub(r"[^\w.=-]+", "-", "+".join(printable(part) for part in parts).replace("+", "=")).strip("-.")
-        return Path("data-reports") / (name or "data")
+        return Path("data-reports") / os.fsdecode((name or "data").encode())  # whatever the locale's encoding is
+
+    @property
+    def training(self) -> str:
+        """The command that trains without what the list names."""
+        recipe = [] if self.recipe is None else ["--recipe", self.recipe]
+        words = [*recipe, "--data", self.source, "--filter", str(self.folder / "drop.jsonl")]
+        return shlex.join(["mmkernels", "pretrain", *words])
