@@ -94,6 +94,8 @@ def evaluate_run(options: Evaluation) -> dict[str, list[Figure]]:
 def _opened(options: Evaluation, stored: Config) -> tuple[Data, tuple[str, ...], tuple[str, ...]]:
     """(the data with the labels that are asked for, labels to classify by, labels to compare)."""
     config = dataclasses.replace(stored, data=options.data or stored.data, eval_limit=options.limit, run=options.run)
+    if stored.filter is not None:  # its list belongs to the run's data and labels; what it excused is no news
+        config = dataclasses.replace(config, filter=None, max_broken=1.0)
     data = open_source(config)
     has = data.train.classes
     for what, names in (("labels", options.labels), ("groups", options.groups or ())):

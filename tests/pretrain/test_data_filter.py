@@ -14,6 +14,7 @@ from mmkernels.pretrain import Config, train
 from mmkernels.pretrain.data import FilterList, open_data
 from mmkernels.pretrain.data.base import BrokenLog, TooManyBrokenError
 from mmkernels.pretrain.data.filter_list import Dropped, names_digest
+from mmkernels.pretrain.evaluate_cli import Evaluation, evaluate_run
 from mmkernels.pretrain.run_folder import RunFolderError
 from mmkernels.pretrain.setup import open_source
 
@@ -41,6 +42,7 @@ def test_a_run_without_some_samples(tiny: Make, tmp_path: Path) -> None:
     (said,) = [r["message"] for r in folder.records("warning") if r["message"].startswith("filter: ")]
     assert said == f"filter: left out 3 of {len(whole)} training samples (3 duplicates)"
 
+    assert evaluate_run(Evaluation(folder.path, limit=5)), "which reads no list"
     again = dataclasses.replace(config, resume=True)
     train(again)
     path.write_text(path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[0] + "\n", encoding="utf-8")

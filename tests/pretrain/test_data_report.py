@@ -310,6 +310,7 @@ def test_interrupted_is_nothing_written(tmp_path: Path, monkeypatch: pytest.Monk
 def test_default_folders() -> None:
     assert DataReport("emoji").folder == Path("data-reports/emoji")
     assert DataReport("folder:/a/b c/").folder == Path("data-reports/b-c")
+    assert DataReport("folder:写真").folder == DataReport("hf:写真").folder == Path("data-reports/写真")
     assert DataReport("emoji::./mine").folder == Path("data-reports/emoji=mine")
     assert DataReport("webdataset:x/*.tar").folder == Path("data-reports/tar")
 

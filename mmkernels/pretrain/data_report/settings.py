@@ -80,8 +80,9 @@ class DataReport:
         """Of the report."""
         if self.out is not None:
             return self.out
-        parts = (part.rstrip("/").rpartition("/")[2] if "/" in part else part for part in self.source.split("::"))
-        name = re.sub(r"[^\w.=-]+", "-", "+".join(printable(part) for part in parts).replace("+", "=")).strip("-.")
+        parts = (re.sub("^(folder|webdataset|hf):", "", printable(part)) for part in self.source.split("::"))
+        last = "=".join(part.rstrip("/").rpartition("/")[2] for part in parts)
+        name = re.sub(r"[^\w.=-]+", "-", last).strip("-.")
         return Path("data-reports") / os.fsdecode((name or "data").encode())  # whatever the locale's encoding is
 
     @property
