@@ -62,17 +62,15 @@ def validation(name: str, data: Data, most: int) -> Data:
         most: samples to evaluate on, evenly spaced.
 
     Raises:
-        ValueError: a mixture, whose shares would change, or too few concepts.
+        ValueError: too few concepts.
     """
-    if data.train.shares is not None:
-        raise ValueError(f"validate: expected a single data set, got the mixture {name}")
     concepts, places = np.unique(data.train.concepts, return_inverse=True)
     held = np.array([is_held_out(f"validation/{concept}", _VALIDATION) for concept in concepts.tolist()], bool)[places]
     learned, rest = np.flatnonzero(~held), np.flatnonzero(held)
     if not (len(learned) and len(rest)):
         raise ValueError(f"validate: expected a data set of several concepts, got {name}, which has {len(concepts)}")
     chosen = rest[np.linspace(0, len(rest) - 1, min(len(rest), most)).astype(np.int64)]
-    return Data(Subset(data.train, learned), {"validation": Subset(data.train, chosen)})
+    return Data(data.train.only(learned), {"validation": Subset(data.train, chosen)})
 
 
 def read_by(recipe: Recipe) -> tuple[list[str], list[str]]:

@@ -138,5 +138,6 @@ def test_validation_holds_out_training_concepts(tiny: Callable[..., Config]) -> 
     assert list(tuned.held_out) == ["validation"] and held and not held & learned
     assert held | learned == set(whole.train.concepts.tolist())
     assert open_source(tiny(validate=True, eval_limit=1)).held_out["validation"].concepts.shape == (1,)
-    with pytest.raises(ValueError, match="validate: expected a single data set, got the mixture"):
-        open_source(Config.of("clip", data="emoji::scenes", validate=True))
+    mixed = open_source(Config.of("clip", data="emoji::scenes", data_weights=(3.0, 1.0), validate=True))
+    assert mixed.train.shares is not None
+    assert not set(mixed.train.concepts.tolist()) & set(mixed.held_out["validation"].concepts.tolist())
