@@ -1,0 +1,179 @@
+"""`report.html`: one file with what a run's recipe is about, from its log and its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean, median, quantiles
+from typing import Any
+
+from mmkernels.pretrain.data.unicode import printable
+from mmkernels.pretrain.metrics import Figure
+from mmkernels.pretrain.recipe import Recipe
+from mmkernels.pretrain.report.charts import COLOURS, curve_chart, figure_chart, loss_chart
+from mmkernels.pretrain.report.figures import about, headline_figures, newest_by_split, rows_of
+from mmkernels.pretrain.report.render import rendered
+from mmkernels.pretrain.report.section import Run
+from mmkernels.pretrain.report.sections import sections_of
+from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
+from mmkernels.pretrain.wiring import leaves
+
+__all__ = ["headlines", "speed_of", "write_report"]
+
+_MB = 2**20
+# Values of a step: their titles, and how they are written.
+_SPEED = {
+    "tokens_per_s": ("Tokens a second", lambda value: f"{value:,.0f}"),
+    "samples_per_s": ("Samples a second", lambda value: f"{value:,.0f}"),
+    "padding_saved": ("Padding saved by packing", lambda value: f"{100 * value:.0f}%"),
+    "data_wait": ("Time spent on data", lambda value: f"{100 * value:.0f}%"),
+    "peak_memory": ("Peak memory", lambda value: f"{value / _MB:,.0f} MB"),
+    "seconds": ("Seconds a step", lambda value: f"{value:.2g} s"),
+}
+_NO_CURVE = {"kind", "step", "loss", "chance", "tokens", *_SPEED}
+
+
+def write_report(folder: RunFolder, run: Run) -> Path:
+    """Write the report of a run in its current state.
+
+    Args:
+        folder: the run's folder; its log has the figures.
+        run: its recipe, model and held-out sets, for examples: a `Trainer`, for one.
+
+    Returns:
+        the path of the report.
+    """
+    page = rendered("report.html.jinja", **_facts(folder, run.recipe), sections=sections_of(run))
+    write_whole(folder.report, printable(page))
+    return folder.report
+
+
+def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
+    config = stored_config(folder.path)
+    steps, evals, starts = folder.records("step"), folder.records("eval"), folder.records("start")
+    newest = newest_by_split(evals)
+    table: list[dict[str, Any]] = [
+        {"split": split, "about": about(split), "rows": rows_of(record)} for split, record in newest.items()
+    ]
+    cells = [cell for row in table for each in row["rows"].values() for cell in each]
+    return {
+        "config": config,
+        "data": config.data or recipe.data,
+        "recipe": recipe,
+        "settings": flat({**dataclasses.asdict(config), **leaves(recipe)}),
+        "environment": starts[-1]["environment"],
+        "steps": len(steps),
+        "warnings": list(dict.fromkeys(r["message"] for r in folder.records("warning"))),  # a resumed run repeats some
+        "headlines": headlines(newest, steps, starts[-1]),
+        "table": table,
+        "recalls": any(column for column, _ in cells),
+        "intervals": any(figure.low is not None for _, figure in cells),
+        "loss_svgs": _losses(steps, list(recipe.objectives)),
+        "figure_svgs": {name: figure_chart(evals, list(newest), name) for name in headline_figures(newest)},
+        "other_svgs": _others(steps),
+        "speed": speed_of(steps),
+        "colours": dict(zip(newest, cycle(COLOURS), strict=False)),
+    }
+
+
+def _losses(steps: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> dict[str, str]:
+    """The loss, and each objective's own where there are several."""
+    if not steps:
+        return {}
+    own = [name for name in objectives if any(f"{name}/loss" in record for record in steps)]
+    found = {"Training loss": loss_chart(steps)}
+    return found | {f"Loss: {name}": loss_chart(steps, f"{name}/loss", f"{name}/chance") for name in own}
+
+
+def _others(steps: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What else a step logs: the learning rate, the gradient's norm, values of the objectives' own."""
+    names = dict.fromkeys(name for record in steps for name in record if name not in _NO_CURVE)
+    names = {name: None for name in names if not name.endswith(("/loss", "/chance"))}
+    points = {name: [(r["step"], r[name]) for r in steps if isinstance(r.get(name), (int, float))] for name in names}
+    return {name: curve_chart(each) for name, each in points.items() if each}
+
+
+def speed_of(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Each of _SPEED: its curve, its median, and between which values the middle 80% of the steps are."""
+    found = []
+    for key, (name, shown) in _SPEED.items():
+        points = [(record["step"], record[key]) for record in steps if key in record]
+        if not points:
+            continue
+        values = [value for _, value in points]
+        tenths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
+        numbers = {"median": median(values), "low": tenths[0], "high": tenths[-1]}
+        curve = curve_chart(points, shown)
+        found.append({"name": name, "svg": curve, **{what: shown(value) for what, value in numbers.items()}})
+    return found
+
+
+def headlines(
+    newest: Mapping[str, Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], start: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """The tiles at the top of the page."""
+    tiles = []
+    for found in headline_figures(newest).values():
+        for split, figure in found.items() if len(found) <= len(COLOURS) else [("", _mean(list(found.values())))]:
+            values = sorted(found.values(), key=lambda each: each.value)
+            notes = [] if split else [f"{values[0].shown()} to {values[-1].shown()}"]
+            notes += [f"chance {figure.shown_chance()}"] if figure.chance is not None else []
+            notes += [] if figure.higher_is_better else ["lower is better"]
+            tiles.append(
+                {
+                    "value": figure.shown() + ("%" if figure.percent else ""),
+                    "what": f"{figure.name}, " + (f"split {split}" if split else f"mean of {len(found)} splits"),
+                    "note": ", ".join(notes),
+                }
+            )
+    return tiles + (_of_steps(steps, start) if steps else [])
+
+
+def _of_steps(steps: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> list[dict[str, str]]:
+    seconds = sum(r["seconds"] for r in steps)
+    waited = sum(r["data_wait"] * r["seconds"] for r in steps) / seconds
+    losses = [r["loss"] for r in steps[-20:]]
+    chance = steps[-1].get("chance")
+    return [
+        {
+            "value": f"{sum(losses) / len(losses):.2f}",
+            "what": "loss, mean of the last steps",
+            "note": f"{chance:.2f} at chance" if chance is not None else f"{steps[0]['loss']:.2f} at the start",
+        },
+        {
+            "value": f"{median(r['tokens_per_s'] for r in steps):,.0f}/s",
+            "what": "tokens, in the median step",
+            "note": f"{100 * waited:.0f}% of the time on data",
+        },
+        {
+            "value": f"{int(seconds // 60)}:{int(seconds % 60):02d}",
+            "what": "minutes of training",
+            "note": f"{max(r['peak_memory'] for r in steps) / _MB:,.0f} MB at the peak",
+        },
+        {
+            "value": f"{start['parameters'] / 1e6:.2f} M",
+            "what": "parameters",
+            "note": f"{start['samples']:,} training samples",
+        },
+    ]
+
+
+def _mean(figures: Sequence[Figure]) -> Figure:
+    chances = [figure.chance for figure in figures if figure.chance is not None]
+    chance = fmean(chances) if chances else None
+    value = fmean(figure.value for figure in figures)
+    return dataclasses.replace(figures[0], value=value, chance=chance, low=None, high=None)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings, by their command-line names."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = json.dumps(value, default=str, ensure_ascii=False).strip('"')
+    return found
