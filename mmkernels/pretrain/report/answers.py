@@ -42,7 +42,7 @@ def _answered(run: Run, held_out: HeldOut, name: str, objective: AnswerLoss) -> 
     chunk, names = run.trained.whole(batch, name), held_out.train.classes[objective.part.label]
     logits, targets = objective.logits(chunk)
     found = []
-    for n, (row, target) in enumerate(zip(objective.rows(chunk).tolist(), targets.tolist(), strict=True)):
+    for n, (row, target) in enumerate(zip(objective.owners(chunk).tolist(), targets.tolist(), strict=True)):
         sample = held_out.source[batch.numbers[row]]
         question = " ".join(_texts(run, objective.part.read, sample))
         likely = guesses(logits[n], target, names.__getitem__)

@@ -29,8 +29,7 @@ class Look:
 
     word: str
     picture: str | None  # with its heat, for patches
-    shares: list[float]  # of the regions, in %, for regions
-    most: float  # the largest of them
+    shares: list[float]  # in %: of each region, or the largest of a patch
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Attended:
     picture: str | None  # as it is, for patches
     crops: list[str]  # for regions
     looks: list[Look]
+    most: float  # the largest share, in %
 
 
 def attention_maps(run: Run) -> list[Section]:
@@ -58,18 +58,17 @@ def attention_maps(run: Run) -> list[Section]:
         if found := list(_attended(batch, held_out.collator.tokenizer, reader, read, encoder, weights.cpu())):
             kind = "regions" if hasattr(encoder, "side") else "patches"
             title = f"Attention: {reader} to {read}"
-            about = _REGIONS if kind == "regions" else _PATCHES
-            sections.append(Section("attention", title, about.format(reader=reader, read=read), found))
+            sections.append(Section("attention", title, _REGIONS if kind == "regions" else _PATCHES, found))
     return sections
 
 
 _PATCHES = (
-    "Where each word looks, in the last layer of the fusion, mean over the heads. The redder, the more of the word's "
-    "attention to {read}; of each word the largest is full red, and its share of the word's attention stands below."
+    "Where each word looks, in the last layer of the fusion, mean over the heads: the redder a patch, the more of the "
+    "word's attention it has. Below, the share of the patch that has most."
 )
 _REGIONS = (
     "How much of its attention each word gives to each region, in %: last layer of the fusion, mean over the heads. "
-    "What is missing to 100 goes to the other tokens of the sequence."
+    "What is missing to 100 goes to other tokens."
 )
 
 
@@ -107,14 +106,15 @@ def _attended(
         of_words = torch.stack([part[places].mean(0) for _, places in words]).double()  # [words, tokens read]
         chosen = _telling(of_words)
         shown = [(words[n][0], of_words[n]) for n in chosen]
+        top = max(w.max().item() for _, w in shown)
         if hasattr(encoder, "side"):
             crops = [data_url(crop) for crop in regions_in(seen, i).crops]
-            looks = [Look(word, None, (100 * w).tolist(), 100 * w.max().item()) for word, w in shown]
-            yield Attended(None, crops, looks)
+            looks = [Look(word, None, (100 * w).tolist()) for word, w in shown]
+            yield Attended(None, crops, looks, 100 * top)
         else:
             pictures = of_patches(seen.media[Modality.IMAGE].values[begin:last], encoder.grid, encoder.patch)
-            looks = [_heated(pictures, encoder.grid, word, w) for word, w in shown]
-            yield Attended(data_url(_large(pictures[0])) if len(pictures) == 1 else None, [], looks)
+            looks = [_heated(pictures, encoder.grid, word, w, top) for word, w in shown]
+            yield Attended(data_url(_large(pictures[0])) if len(pictures) == 1 else None, [], looks, 100 * top)
 
 
 def _telling(weights: Tensor) -> list[int]:
@@ -123,16 +123,15 @@ def _telling(weights: Tensor) -> list[int]:
     return sorted(order[:_WORDS].tolist())
 
 
-def _heated(pictures: np.ndarray, grid: int, word: str, weights: Tensor) -> Look:
+def _heated(pictures: np.ndarray, grid: int, word: str, weights: Tensor, top: float) -> Look:
     """The picture that a word looks at most, under the word's heat."""
     maps = weights.reshape(len(pictures), grid, grid).numpy()
     n = int(maps.sum((1, 2)).argmax())
-    top = maps[n].max()
     scaled = np.uint8(np.round(255 * maps[n] / top)) if top > 0 else np.zeros((grid, grid), np.uint8)
     heat = np.asarray(Image.fromarray(scaled).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), np.float64)
     alpha = 0.75 * heat[..., None] / 255
     mixed = np.uint8(_large(pictures[n]) * (1 - alpha) + _HEAT * alpha)
-    return Look(word, data_url(mixed), [], 100 * float(top))
+    return Look(word, data_url(mixed), [100 * float(maps[n].max())])
 
 
 def _large(picture: np.ndarray) -> np.ndarray:

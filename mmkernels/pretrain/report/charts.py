@@ -56,7 +56,7 @@ def loss_chart(steps: Sequence[Mapping[str, Any]], loss: str = "loss", chance: s
         axes.plot(at, smoothed(losses), color=COLOURS[0], linewidth=2)
         if expected is not None:
             axes.axhline(expected, color=_INK, linewidth=1, linestyle=_DASHED)
-        top = max(losses[0], expected or 0.0)
+        top = max(*smoothed(losses), expected or 0.0)  # single spikes may leave the picture
         if min(losses) >= 0 < top < math.inf:
             axes.set_ylim(bottom=0, top=1.15 * top)
         axes.set_xlabel("step")
@@ -134,7 +134,7 @@ def _finish(axes: Axes, percent: bool, legend: bool = True) -> None:
     axes.set_xlabel("step")
     if percent:
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
     if legend:
         axes.legend(loc="best")
 

@@ -5,25 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
 from mmkernels.pretrain.data.unicode import printable
-from mmkernels.pretrain.metrics import Figure
+from mmkernels.pretrain.metrics import Figure, Groups
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.report.charts import COLOURS, curve_chart, figure_chart, loss_chart
-from mmkernels.pretrain.report.figures import about, headline_figures, newest_by_split, rows_of
+from mmkernels.pretrain.report.figures import headline_figures, newest_by_split
 from mmkernels.pretrain.report.render import rendered
 from mmkernels.pretrain.report.section import Run
 from mmkernels.pretrain.report.sections import sections_of
+from mmkernels.pretrain.report.tables import groups_of, recalls_of, table_of
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.wiring import leaves
 
 __all__ = ["headlines", "speed_of", "write_report"]
 
 _MB = 2**20
+_TILES = 6  # figures at the top
 # Values of a step: their titles, and how they are written.
 _SPEED = {
     "tokens_per_s": ("Tokens a second", lambda value: f"{value:,.0f}"),
@@ -55,10 +56,7 @@ def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
     config = stored_config(folder.path)
     steps, evals, starts = folder.records("step"), folder.records("eval"), folder.records("start")
     newest = newest_by_split(evals)
-    table: list[dict[str, Any]] = [
-        {"split": split, "about": about(split), "rows": rows_of(record)} for split, record in newest.items()
-    ]
-    cells = [cell for row in table for each in row["rows"].values() for cell in each]
+    labels = [metric.label for metric in recipe.metrics if isinstance(metric, Groups)]
     return {
         "config": config,
         "data": config.data or recipe.data,
@@ -67,24 +65,22 @@ def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "environment": starts[-1]["environment"],
         "steps": len(steps),
         "warnings": list(dict.fromkeys(r["message"] for r in folder.records("warning"))),  # a resumed run repeats some
-        "headlines": headlines(newest, steps, starts[-1]),
-        "table": table,
-        "recalls": any(column for column, _ in cells),
-        "intervals": any(figure.low is not None for _, figure in cells),
-        "loss_svgs": _losses(steps, list(recipe.objectives)),
+        "headlines": headlines(newest, steps, starts[-1], not recipe.draw),
+        "recalls": recalls_of(newest),
+        "table": table_of(newest, labels),
+        "groups": groups_of(newest, labels),
+        "intervals": any(row.get("low") is not None for record in newest.values() for row in record["figures"]),
+        "loss_svgs": _losses(steps, recipe),
         "figure_svgs": {name: figure_chart(evals, list(newest), name) for name in headline_figures(newest)},
         "other_svgs": _others(steps),
         "speed": speed_of(steps),
-        "colours": dict(zip(newest, cycle(COLOURS), strict=False)),
     }
 
 
-def _losses(steps: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> dict[str, str]:
-    """The loss, and each objective's own where there are several."""
-    if not steps:
-        return {}
-    own = [name for name in objectives if any(f"{name}/loss" in record for record in steps)]
-    found = {"Training loss": loss_chart(steps)}
+def _losses(steps: Sequence[Mapping[str, Any]], recipe: Recipe) -> dict[str, str]:
+    """The loss, and each objective's own where there are several; where one is drawn a step, these alone."""
+    own = [name for name in recipe.objectives if any(f"{name}/loss" in record for record in steps)]
+    found = {"Training loss": loss_chart(steps)} if steps and not recipe.draw else {}
     return found | {f"Loss: {name}": loss_chart(steps, f"{name}/loss", f"{name}/chance") for name in own}
 
 
@@ -112,12 +108,17 @@ def speed_of(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def headlines(
-    newest: Mapping[str, Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], start: Mapping[str, Any]
+    newest: Mapping[str, Mapping[str, Any]],
+    steps: Sequence[Mapping[str, Any]],
+    start: Mapping[str, Any],
+    one_loss: bool = True,
 ) -> list[dict[str, str]]:
-    """The tiles at the top of the page."""
-    tiles = []
-    for found in headline_figures(newest).values():
-        for split, figure in found.items() if len(found) <= len(COLOURS) else [("", _mean(list(found.values())))]:
+    """The tiles at the top of the page; one_loss: all steps have the same objectives."""
+    tiles, names = [], headline_figures(newest)
+    first_only = sum(map(len, names.values())) > _TILES and len(names) > 1  # the others are in the tables below
+    for found in names.values():
+        shown = list(found.items())[: 1 if first_only else None]
+        for split, figure in shown if len(shown) <= len(COLOURS) else [("", _mean(list(found.values())))]:
             values = sorted(found.values(), key=lambda each: each.value)
             notes = [] if split else [f"{values[0].shown()} to {values[-1].shown()}"]
             notes += [f"chance {figure.shown_chance()}"] if figure.chance is not None else []
@@ -129,7 +130,7 @@ def headlines(
                     "note": ", ".join(notes),
                 }
             )
-    return tiles + (_of_steps(steps, start) if steps else [])
+    return tiles + (_of_steps(steps, start)[0 if one_loss else 1 :] if steps else [])
 
 
 def _of_steps(steps: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -47,13 +47,7 @@ def _pairs(run: Run, held_out: HeldOut, name: str, objective: MatchingLoss) -> P
         return None
     chunk = run.trained.whole(batch, name)
     of_b, of_a = (each.flatten() for each in torch.meshgrid(*2 * [torch.tensor(chosen)], indexing="ij"))
-    pairing = {a: of_a, b: of_b}
-    if objective.part.negatives == "swapped":  # what is not swapped keeps its other streams
-        swapped = b if any(getattr(view, "swaps", False) for view in run.recipe.streams[b].views) else a
-        kept, other = (of_a, of_b) if swapped == b else (of_b, of_a)
-        pairing = {**dict.fromkeys(chunk.tokens, kept), swapped: other}
-    pairing = {stream: rows.to(batch.concepts.device) for stream, rows in pairing.items()}
-    likely = objective.judged(run.trained.fusion(chunk.tokens, pairing)).float().softmax(1)[:, 1]
+    likely = objective.scores(chunk, of_a.to(batch.concepts.device), of_b.to(batch.concepts.device)).sigmoid()
     fields = [run.recipe.streams[stream].field or stream for stream in (a, b)]
     columns, rows = (
         [item_of(held_out.source[batch.numbers[i]], field) for i in chosen] for field in fields

@@ -16,7 +16,6 @@ from mmkernels.pretrain.report.section import (
     first_set,
     guesses,
     objectives_of,
-    owners,
     some,
     titled,
 )
@@ -54,7 +53,7 @@ def _regions(run: Run, held_out: HeldOut, name: str, objective: MaskedTags | Mas
         return []
     chunk, packed = run.trained.whole(batch, name), batch[objective.stream]
     rows, tags = masked(chunk, objective.stream)
-    of, crops = owners(packed, rows), of_crops(packed.tokens[rows, CROP])
+    of, crops = objective.owners(chunk).tolist(), of_crops(packed.tokens[rows, CROP])
     names = held_out.train.classes.get(run.recipe.objectives[name].tags, ())
     chosen = isinstance(objective, MaskedTags)
     predicted = objective.logits(chunk)[0] if isinstance(objective, MaskedTags) else objective.vectors(chunk)[0]

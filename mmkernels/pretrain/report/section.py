@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from mmkernels.pretrain.batch import Batch
@@ -16,7 +15,7 @@ from mmkernels.pretrain.report.shown import spread
 
 Kind = type[Any] | tuple[type[Any], ...]
 
-__all__ = ["Guess", "Run", "Section", "first_set", "guesses", "objectives_of", "owners", "some", "titled"]
+__all__ = ["Guess", "Run", "Section", "first_set", "guesses", "objectives_of", "some", "titled"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,3 @@ def some(held_out: HeldOut, count: int, mode: Any = "plain", objective: str = ""
     items = held_out.items()
     chosen = [items[i] for i in spread(len(items), count)]
     return next(replace(held_out, samples=count).batches(mode, items=chosen, objective=objective), None)
-
-
-def owners(batch: Any, rows: Tensor) -> list[int]:
-    """The sample of each of some tokens of a stream."""
-    return (torch.searchsorted(batch.cu_seqlens.long(), rows, right=True) - 1).tolist()

@@ -14,7 +14,6 @@ from mmkernels.pretrain.report.section import (
     first_set,
     guesses,
     objectives_of,
-    owners,
     some,
     titled,
 )
@@ -45,7 +44,7 @@ class Place:
 @dataclass(frozen=True)
 class MaskedText:
     picture: str | None
-    pieces: list[tuple[str, Place | None]]  # in the order of the text
+    pieces: list[tuple[str, str, Place | None]]  # in the order of the text: the space before, the piece
     places: list[Place]  # the first of them
     more: int  # further places
 
@@ -71,9 +70,8 @@ def _texts(run: Run, name: str, objective: MaskedTokensLoss) -> list[MaskedText]
     if held_out is None or batch is None:
         return []
     chunk, packed, tokenizer = run.trained.whole(batch, name), batch[objective.stream], held_out.collator.tokenizer
-    rows = objective.rows(chunk)
-    logits, targets = objective.logits(chunk)
-    found, of = [], owners(packed, rows)
+    (rows, targets), (logits, _) = objective.masked(chunk), objective.logits(chunk)
+    found, of = [], objective.owners(chunk).tolist()
     for sample in list(dict.fromkeys(of))[:_TEXTS]:
         mine = [n for n, owner in enumerate(of) if owner == sample]
         places = {}
@@ -86,8 +84,9 @@ def _texts(run: Run, name: str, objective: MaskedTokensLoss) -> list[MaskedText]
         ids = packed.tokens[begin:end].clone()
         at = torch.tensor([row - begin for row in places], device=ids.device)
         ids[at] = targets[mine]  # the text as it was
-        pieces = [(text, places.get(begin + i)) for i, text in enumerate(tokenizer.pieces(ids.tolist()))]
+        texts = list(enumerate(tokenizer.pieces(ids.tolist()), begin))[1:-1]  # it begins and ends with special tokens
+        pieces = [(" " * text[:1].isspace(), text.lstrip(), places.get(row)) for row, text in texts]
         picture = picture_of(held_out.source[batch.numbers[sample]])
         every = list(places.values())
-        found.append(MaskedText(picture, pieces[1:-1], every[:_PLACES], len(every[_PLACES:])))
+        found.append(MaskedText(picture, pieces, every[:_PLACES], len(every[_PLACES:])))
     return found
