@@ -11,6 +11,7 @@ __all__ = ["main"]
 
 USAGE = """usage: mmkernels <command> [options]
 
+  compare    runs side by side (needs mmkernels[pretrain])
   evaluate   measure a trained model on held-out data (needs mmkernels[pretrain])
   info       what is installed, which backend runs, and why
   plan       how well lengths pack, and how evenly ranks share the packs (needs mmkernels[plan])
@@ -71,6 +72,14 @@ def _recipes(argv: list[str]) -> int:
     return pretrain.list_recipes(argv)
 
 
+def _compare(argv: list[str]) -> int:
+    try:
+        from mmkernels.pretrain.report import compare_cli
+    except ModuleNotFoundError as error:
+        return _missing("compare", "pretrain", error, _PRETRAIN_PACKAGES)
+    return compare_cli.main(argv)
+
+
 def _plan(argv: list[str]) -> int:
     try:
         from mmkernels import plan_cli
@@ -83,6 +92,7 @@ def _plan(argv: list[str]) -> int:
 
 
 _COMMANDS = {
+    "compare": _compare,
     "evaluate": _evaluate,
     "fetch": _fetch,
     "info": _info,

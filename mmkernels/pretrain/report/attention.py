@@ -19,8 +19,7 @@ from mmkernels.pretrain.tokenizer import SPECIAL, TextTokenizer
 
 __all__ = ["attention_maps", "words_of"]
 
-_SAMPLES, _WORDS, _SIDE = 6, 12, 96
-_HEAT = np.array([220, 38, 38], np.float64)
+_SAMPLES, _WORDS, _SIDE = 6, 10, 96
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ def attention_maps(run: Run) -> list[Section]:
 
 
 _PATCHES = (
-    "Where each word looks, in the last layer of the fusion, mean over the heads: the redder a patch, the more of the "
-    "word's attention it has. Below, the share of the patch that has most."
+    "Where each word looks, in the last layer of the fusion, mean over the heads: the clearer a patch, the more of "
+    "the word's attention it has. Below, the share of the patch that has most."
 )
 _REGIONS = (
     "How much of its attention each word gives to each region, in %: last layer of the fusion, mean over the heads. "
@@ -124,13 +123,13 @@ def _telling(weights: Tensor) -> list[int]:
 
 
 def _heated(pictures: np.ndarray, grid: int, word: str, weights: Tensor, top: float) -> Look:
-    """The picture that a word looks at most, under the word's heat."""
+    """The picture that a word looks at most: clear where it looks, white where it does not."""
     maps = weights.reshape(len(pictures), grid, grid).numpy()
     n = int(maps.sum((1, 2)).argmax())
     scaled = np.uint8(np.round(255 * maps[n] / top)) if top > 0 else np.zeros((grid, grid), np.uint8)
     heat = np.asarray(Image.fromarray(scaled).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), np.float64)
-    alpha = 0.75 * heat[..., None] / 255
-    mixed = np.uint8(_large(pictures[n]) * (1 - alpha) + _HEAT * alpha)
+    clear = 0.1 + 0.9 * heat[..., None] / 255
+    mixed = np.uint8(255 * (1 - clear) + _large(pictures[n]) * clear)
     return Look(word, data_url(mixed), [100 * float(maps[n].max())])
 
 

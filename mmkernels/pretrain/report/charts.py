@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
-from itertools import cycle
 from statistics import fmean
 from typing import Any
 
@@ -15,9 +14,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "curve_chart", "figure_chart", "loss_chart", "overlaid"]
+__all__ = ["COLOURS", "RUN_COLOURS", "curve_chart", "figure_chart", "loss_chart", "overlaid"]
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
+RUN_COLOURS = (*COLOURS, "#0891b2", "#be185d", "#4d7c0f", "#475569", "#b45309")
 _INK, _GRID = "#475569", "#e2e8f0"
 _DASHED: Any = (0, (4, 3))
 _MOST = 500  # points of a curve; more are averaged in groups
@@ -37,8 +37,6 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
 }
-
-Curve = tuple[Sequence[int], Sequence[float]]  # steps, values
 
 
 def loss_chart(steps: Sequence[Mapping[str, Any]], loss: str = "loss", chance: str = "chance") -> str:
@@ -109,22 +107,24 @@ def figure_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], name
 
 
 def overlaid(
-    curves: Mapping[str, Curve], colours: Mapping[str, str], percent: bool = False, points: bool = False
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    colours: Mapping[str, str],
+    percent: bool = False,
+    points: bool = False,
 ) -> str:
     """The curves of several runs.
 
     Args:
-        curves: by run.
+        curves: (step, value) by run.
         colours: of the runs.
         percent: values are shares.
-        points: mark the points, of which there are few; otherwise the curves are smoothed.
+        points: mark the points, of which there are few; otherwise curves are running means.
     """
     with _drawing() as (figure, axes):
-        for dash, (run, (at, values)) in zip(cycle(["-"]), curves.items(), strict=False):
-            at, values = _thinned(at, [100 * value for value in values] if percent else values)
-            values = values if points else smoothed(values)
-            mark: dict[str, Any] = {"marker": "o", "markersize": 4} if points else {}
-            axes.plot(at, values, color=colours[run], linewidth=2, linestyle=dash, label=run, **mark)
+        mark: dict[str, Any] = {"marker": "o", "markersize": 4} if points else {}
+        for run, each in curves.items():
+            at, values = _thinned([step for step, _ in each], [value * (100 if percent else 1) for _, value in each])
+            axes.plot(at, values if points else smoothed(values), color=colours[run], linewidth=2, alpha=0.85, **mark)
         _finish(axes, percent, legend=False)
         return _svg(figure)
 

@@ -120,14 +120,14 @@ def headlines(
         shown = list(found.items())[: 1 if first_only else None]
         for split, figure in shown if len(shown) <= len(COLOURS) else [("", _mean(list(found.values())))]:
             values = sorted(found.values(), key=lambda each: each.value)
-            notes = [] if split else [f"{values[0].shown()} to {values[-1].shown()}"]
+            notes = [figure.shown_interval()] if split else [f"{values[0].shown()} to {values[-1].shown()}"]
             notes += [f"chance {figure.shown_chance()}"] if figure.chance is not None else []
             notes += [] if figure.higher_is_better else ["lower is better"]
             tiles.append(
                 {
                     "value": figure.shown() + ("%" if figure.percent else ""),
                     "what": f"{figure.name}, " + (f"split {split}" if split else f"mean of {len(found)} splits"),
-                    "note": ", ".join(notes),
+                    "note": ", ".join(filter(None, notes)),
                 }
             )
     return tiles + (_of_steps(steps, start)[0 if one_loss else 1 :] if steps else [])
