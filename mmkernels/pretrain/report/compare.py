@@ -38,7 +38,7 @@ class Comparison:
     """Of at least two runs."""
 
     runs: list[StoredRun]
-    settings: dict[str, list[str]]  # those that differ, by run; "" where a run has none of the name
+    settings: dict[str, list[str | None]]  # those that differ, by run; None where a run has none of the name
     rows: dict[str, list[Row]]  # by data set
     alone: dict[str, list[str]]  # run -> its figures that no other run on the same data has
 
@@ -74,7 +74,7 @@ def compared(folders: Sequence[Path]) -> Comparison:
         raise ValueError(f"RUN: expected at least two runs, got {len(folders)}")
     runs = [stored_run(folder, printable(name)) for name, folder in named(folders).items()]
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    settings = {name: [run.settings.get(name, "") for run in runs] for name in names}
+    settings = {name: [run.settings.get(name) for run in runs] for name in names}
     rows, shared = _rows(runs)
     alone = {
         run.name: [f"{split}: {name}" for split, name in run.figures if (run.data, split, name) not in shared]
@@ -124,6 +124,8 @@ def comparison_page(found: Comparison) -> str:
     values: dict[str, Any] = {
         "found": found,
         "colours": colours,
+        "common": {name: values for name, values in found.settings.items() if None not in values},
+        "partial": {name: values for name, values in found.settings.items() if None in values},
         "summary": {key: [summary.get(key, "") for summary in summaries] for key in summaries[0] | summaries[-1]},
         "losses": _losses(found.runs, colours),
         "figures": _figures(found, colours),
