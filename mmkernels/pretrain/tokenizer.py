@@ -103,14 +103,15 @@ class TextTokenizer:
         return found
 
     def piece(self, i: int) -> str:
-        """One id by itself: a word, "##" and the rest of one, a part of a character as its bytes, a special token."""
+        """One id by itself: a word, "##" and the rest of one, a sign, bytes of a character, a special token."""
         if i < len(SPECIAL):
             return SPECIAL[i]
         text = str(self._tokenizer.decode([i], skip_special_tokens=False))
         if _BROKEN in text:
             letters = {letter: byte for byte, letter in _letters().items()}
             return "".join(f"\\x{letters[letter]:02x}" for letter in str(self._tokenizer.id_to_token(i)))
-        return text[1:] if text[:1] == " " and len(text) > 1 else f"##{text}"
+        begins = text[:1] == " " and len(text) > 1
+        return text[1:] if begins else f"##{text}" if text[:1].isalnum() else text
 
 
 def _letters() -> dict[int, str]:

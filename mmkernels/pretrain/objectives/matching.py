@@ -81,7 +81,8 @@ class MatchingLoss(Classification):
         if self.part.negatives == "swapped":
             rows = self._known(chunk)
             return self.head(self._pooled(chunk.fused[self.read])[rows]), chunk.batch.labels["matched"][rows]
-        a, b, own, first = self.part.a, self.part.b, self._whole(chunk), chunk.samples.start
+        a, b, first = self.part.a, self.part.b, chunk.samples.start
+        own = self._whole(chunk)
         wrong_a, wrong_b = self._wrong[a][own], self._wrong[b][own]
         has_a, has_b = wrong_a >= 0, wrong_b >= 0
         pairs = {a: torch.cat([wrong_a[has_a], own[has_b]]), b: torch.cat([own[has_a], wrong_b[has_b]])}
@@ -91,7 +92,8 @@ class MatchingLoss(Classification):
         assert chunk.fusion is not None, "a recipe with Matching has a fusion"
         right = self._pooled(chunk.fused[self.read])[own - first]
         wrong = self._pooled(chunk.fusion(tokens, pairing)[self.read])
-        targets = (torch.arange(len(right) + len(wrong), device=own.device) < len(right)).long()
+        targets = torch.zeros(len(right) + len(wrong), dtype=torch.int64, device=own.device)
+        targets[: len(right)] = 1
         return self.head(torch.cat([right, wrong])), targets
 
     def scores(self, chunk: Chunk, tokens: Mapping[str, Tokens], pairing: Mapping[str, Tensor]) -> Tensor:

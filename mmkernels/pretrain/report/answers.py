@@ -30,7 +30,7 @@ def answers(run: Run) -> list[Section]:
     for name, objective in objectives_of(run, AnswerLoss) if held_out is not None else ():
         assert held_out is not None
         if found := _answered(run, held_out, name, objective):
-            about = f"Held-out set {held_out.name}: what is asked, and the likeliest answers; the right one is green."
+            about = f"Split {held_out.name}: what is asked, and the likeliest answers; the right one is green."
             sections.append(Section("answers", titled("Answers", name, run, AnswerLoss), about, found))
     return sections
 

@@ -21,11 +21,11 @@ _CHARTS = 12  # curves of figures
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of several runs that were evaluated on the same data."""
+    """A figure of several runs."""
 
     split: str
     name: str
-    figures: list[Figure | None]  # by run
+    figures: list[Figure | None]  # by run of the table
     best: int | None  # the run whose interval is apart from those of all others
 
     @property
@@ -34,12 +34,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Table:
+    """The figures that several runs on the same data have."""
+
+    data: str
+    runs: list[StoredRun]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Of at least two runs."""
 
     runs: list[StoredRun]
     settings: dict[str, list[str | None]]  # those that differ, by run; None where a run has none of the name
-    rows: dict[str, list[Row]]  # by data set
+    tables: list[Table]  # one for each data set
     alone: dict[str, list[str]]  # run -> its figures that no other run on the same data has
 
     @property
@@ -58,7 +67,7 @@ class Comparison:
             )
         if len({run.config.eval_limit for run in self.runs}) > 1:
             found.append("They were evaluated on different numbers of samples (eval_limit).")
-        if not any(self.rows.values()):
+        if not self.tables:
             found.append("They share no figure.")
         return found
 
@@ -75,7 +84,8 @@ def compared(folders: Sequence[Path]) -> Comparison:
     runs = [stored_run(folder, printable(name)) for name, folder in named(folders).items()]
     names = dict.fromkeys(name for run in runs for name in run.settings)
     settings = {name: [run.settings.get(name) for run in runs] for name in names}
-    rows, shared = _rows(runs)
+    tables = _tables(runs)
+    shared = {(table.data, row.split, row.name) for table in tables for row in table.rows}
     alone = {
         run.name: [f"{split}: {name}" for split, name in run.figures if (run.data, split, name) not in shared]
         for run in runs
@@ -83,22 +93,22 @@ def compared(folders: Sequence[Path]) -> Comparison:
     return Comparison(
         runs,
         {name: values for name, values in settings.items() if len(set(values)) > 1},
-        rows,
+        tables,
         {name: figures for name, figures in alone.items() if figures},
     )
 
 
-def _rows(runs: Sequence[StoredRun]) -> tuple[dict[str, list[Row]], set[tuple[str, str, str]]]:
-    rows: dict[str, list[Row]] = {}
-    shared = set()
+def _tables(runs: Sequence[StoredRun]) -> list[Table]:
+    tables = []
     for data in dict.fromkeys(run.data for run in runs):
-        keys = dict.fromkeys(key for run in runs if run.data == data for key in run.figures)
-        for split, name in keys:
-            figures = [run.figures.get((split, name)) if run.data == data else None for run in runs]
+        here = [run for run in runs if run.data == data]
+        rows = []
+        for split, name in dict.fromkeys(key for run in here for key in run.figures):
+            figures = [run.figures.get((split, name)) for run in here]
             if sum(figure is not None for figure in figures) > 1:
-                rows.setdefault(data, []).append(Row(split, name, figures, best_of(figures)))
-                shared.add((data, split, name))
-    return rows, shared
+                rows.append(Row(split, name, figures, best_of(figures)))
+        tables += [Table(data, here, rows)] if rows else []
+    return tables
 
 
 def best_of(figures: Sequence[Figure | None]) -> int | None:
@@ -120,13 +130,13 @@ def comparison_page(found: Comparison) -> str:
     names = [run.name for run in found.runs]
     colours = dict(zip(names, cycle(RUN_COLOURS), strict=False))
     summaries = [run.summary() for run in found.runs]
-    figures = [figure for rows in found.rows.values() for row in rows for figure in row.figures]
+    figures = [figure for table in found.tables for row in table.rows for figure in row.figures]
     values: dict[str, Any] = {
         "found": found,
         "colours": colours,
         "common": {name: values for name, values in found.settings.items() if None not in values},
         "partial": {name: values for name, values in found.settings.items() if None in values},
-        "summary": {key: [summary.get(key, "") for summary in summaries] for key in summaries[0] | summaries[-1]},
+        "summary": {key: [summary.get(key, "") for summary in summaries] for key in _keys(summaries)},
         "losses": _losses(found.runs, colours),
         "figures": _figures(found, colours),
         "intervals": any(figure is not None and figure.low is not None for figure in figures),
@@ -144,15 +154,14 @@ def _losses(runs: Sequence[StoredRun], colours: Mapping[str, str]) -> dict[str, 
 def _figures(found: Comparison, colours: Mapping[str, str]) -> dict[str, str]:
     """Of each shared figure that comes first in a run's own report, over the steps."""
     charts: dict[str, str] = {}
-    for data, rows in found.rows.items():
-        for row in rows:
+    for table in found.tables:
+        for row in table.rows:
             first = next(figure for figure in row.figures if figure is not None)
             if not first.headline or len(charts) == _CHARTS:
                 continue
-            curves = {run.name: _points(run, row) for run in found.runs if run.data == data}
-            of = f"{data}, " if len(found.rows) > 1 else ""
-            drawn = {name: points for name, points in curves.items() if points}
-            charts[f"{row.name}, {of}{row.split}"] = overlaid(drawn, colours, first.percent, points=True)
+            curves = {run.name: points for run in table.runs if (points := _points(run, row))}
+            of = f"{table.data}, " if len(found.tables) > 1 else ""
+            charts[f"{row.name}, {of}{row.split}"] = overlaid(curves, colours, first.percent, points=True)
     return charts
 
 
@@ -165,17 +174,28 @@ def _points(run: StoredRun, row: Row) -> list[tuple[int, float]]:
 def comparison_table(found: Comparison) -> str:
     """For a terminal."""
     summaries = [run.summary() for run in found.runs]
-    table = [["", *(run.name for run in found.runs)]]
-    table += [[key, *(each.get(key, "") for each in summaries)] for key in summaries[0] | summaries[-1]]
-    for data, rows in found.rows.items():
-        table += [[f"figures on {data}", *[""] * len(found.runs)]]
-        table += [[f"  {row.split}: {row.name}" + ("" if row.higher_is_better else " ↓"), *_cells(row)] for row in rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip() for row in table
-    ]
-    legend = "*: better than all others, intervals apart; chance in brackets; ↓: lower is better"
-    return "\n".join([*lines, legend, *found.remarks])
+    lines = _aligned(
+        [
+            ["", *(run.name for run in found.runs)],
+            *([key, *(each.get(key, "") for each in summaries)] for key in _keys(summaries)),
+        ]
+    )
+    for table in found.tables:
+        rows = [[f"{r.split}: {r.name}" + ("" if r.higher_is_better else " ↓"), *_cells(r)] for r in table.rows]
+        lines += ["", *_aligned([[f"figures on {table.data}", *(run.name for run in table.runs)], *rows])]
+    legend = ["*: better than all others, intervals apart; chance in brackets; ↓: lower is better"]
+    return "\n".join([*lines, *(legend if found.tables else []), *found.remarks])
+
+
+def _keys(summaries: Sequence[Mapping[str, str]]) -> list[str]:
+    """Of the longest: a run without steps has fewer."""
+    longest: Mapping[str, str] = max(summaries, key=len)
+    return list(longest)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip() for row in rows]
 
 
 def _cells(row: Row) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mmkernels.pretrain.metrics import HeldOut
+from mmkernels.pretrain.metrics.pairs import Pairs
 from mmkernels.pretrain.objectives.matching import MatchingLoss
 from mmkernels.pretrain.report.section import Run, Section, first_set, objectives_of, some, titled
 from mmkernels.pretrain.report.shown import Item, item_of
@@ -17,7 +18,7 @@ _SAMPLES = 5
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairTable:
     """A table: a column for each value of the one stream, a row for each of the other."""
 
     columns: list[Item]
@@ -30,12 +31,12 @@ def matched_pairs(run: Run) -> list[Section]:
     for name, objective in objectives_of(run, MatchingLoss) if held_out is not None else ():
         assert held_out is not None
         if found := _pairs(run, held_out, name, objective):
-            about = f"Held-out set {held_out.name}: how likely they belong together, in %. Those in the frames do."
+            about = f"Split {held_out.name}: how likely they belong together, in %. Those in the frames do."
             sections.append(Section("pairs", titled("Matching", name, run, MatchingLoss), about, found))
     return sections
 
 
-def _pairs(run: Run, held_out: HeldOut, name: str, objective: MatchingLoss) -> Pairs | None:
+def _pairs(run: Run, held_out: HeldOut, name: str, objective: MatchingLoss) -> PairTable | None:
     a, b = objective.part.a, objective.part.b
     batch = some(held_out, 3 * _SAMPLES)
     if batch is None:
@@ -45,11 +46,14 @@ def _pairs(run: Run, held_out: HeldOut, name: str, objective: MatchingLoss) -> P
     chosen = sorted(concepts.values())[:_SAMPLES]
     if not chosen:
         return None
-    chunk = run.trained.whole(batch, name)
-    of_b, of_a = (each.flatten() for each in torch.meshgrid(*2 * [torch.tensor(chosen)], indexing="ij"))
-    likely = objective.scores(chunk, of_a.to(batch.concepts.device), of_b.to(batch.concepts.device)).sigmoid()
+    of_b, of_a = (
+        each.flatten() for each in torch.meshgrid(*2 * [have.new_tensor(chosen, dtype=torch.int64)], indexing="ij")
+    )
+    pairs = Pairs(run.trained, objective, run.trained.whole(batch, name))
+    streams = [a, b] if objective.part.negatives == "sampled" else pairs.fused(a, b)  # as in training
+    likely = pairs.scores({**dict.fromkeys(streams, of_a), b: of_b}).sigmoid()
     fields = [run.recipe.streams[stream].field or stream for stream in (a, b)]
     columns, rows = (
         [item_of(held_out.source[batch.numbers[i]], field) for i in chosen] for field in fields
     )  # fmt: skip
-    return Pairs(columns, rows, likely.reshape(len(chosen), len(chosen)).tolist())
+    return PairTable(columns, rows, likely.reshape(len(chosen), len(chosen)).tolist())

@@ -35,7 +35,9 @@ def masked_patches(run: Run) -> list[Section]:
             and encoder.values == 3 * encoder.patch**2
             and (found := _images(run, name, encoder))
         ):
-            about = "Held-out images: whole, what the model sees of them, and the hidden patches as it paints them."
+            about = (
+                "Held-out images: whole, what the model sees of them, and with the hidden patches as it paints them."
+            )
             if objective.part.normalize:
                 about += " It paints each patch less its mean, divided by its deviation; both are put back for the eye."
             sections.append(Section("patches", titled("Masked patches", name, run, MaskedPatchesLoss), about, found))

@@ -42,7 +42,7 @@ def masked_regions(run: Run) -> list[Section]:
         assert held_out is not None
         if regions := _regions(run, held_out, name, objective):
             what = "the likeliest classes" if isinstance(objective, MaskedTags) else "what the model paints there"
-            about = f"Held-out set {held_out.name}: the image with hidden regions in grey, one of these, and {what}."
+            about = f"Split {held_out.name}: the image with hidden regions in grey, one of these, and {what}."
             sections.append(Section("regions", titled("Masked regions", name, run, _KINDS), about, regions))
     return sections
 

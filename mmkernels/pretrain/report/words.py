@@ -24,8 +24,8 @@ __all__ = ["masked_words"]
 
 _TEXTS, _PLACES = 6, 6
 _ABOUT = (
-    "Texts of the held-out set {split}, with the masked words in boxes, green where the first guess is right. Below: "
-    "each masked word, and the likeliest guesses."
+    "Split {split}: texts with the masked words in boxes, green where the first guess is right; below, the likeliest "
+    "guesses for each."
 )
 
 
