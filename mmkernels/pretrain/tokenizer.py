@@ -87,7 +87,7 @@ class TextTokenizer:
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """What each id adds to the text, spaces included; special tokens by their names. A character that several ids
-        make comes with the last of them."""
+        make comes with the last of them; of one that is cut off, the replacement character is there."""
         found: list[str] = []
         begun: list[int] = []  # ids whose text is not yet out
         for i in ids:
@@ -97,21 +97,24 @@ class TextTokenizer:
                 continue
             begun.append(i)
             text = str(self._tokenizer.decode(begun, skip_special_tokens=False))
-            whole = not text.endswith(_BROKEN)
-            found.append(text if whole else "")
-            begun = [] if whole else begun
+            if len(begun) > 1:
+                found[-1] = ""  # it goes on
+            found.append(text)
+            begun = begun if text.endswith(_BROKEN) else []
         return found
 
     def piece(self, i: int) -> str:
-        """One id by itself: a word, "##" and the rest of one, a sign, bytes of a character, a special token."""
+        """One id by itself: a word, "##" and the rest of one, a sign, bytes of a character, a special token,
+        "␣" for space."""
         if i < len(SPECIAL):
             return SPECIAL[i]
         text = str(self._tokenizer.decode([i], skip_special_tokens=False))
         if _BROKEN in text:
             letters = {letter: byte for byte, letter in _letters().items()}
             return "".join(f"\\x{letters[letter]:02x}" for letter in str(self._tokenizer.id_to_token(i)))
-        begins = text[:1] == " " and len(text) > 1
-        return text[1:] if begins else f"##{text}" if text[:1].isalnum() else text
+        if not text.strip():
+            return "␣"
+        return f"##{text}" if text[0].isalnum() else text.strip()
 
 
 def _letters() -> dict[int, str]:
