@@ -14,6 +14,7 @@ from mmkernels.pretrain.tokenizer import BOS, EOS, TextTokenizer
 __all__ = ["next_words"]
 
 _TEXTS = 6
+_SURE = 0.1  # the least probability of another token that is shown
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Next:
     piece: str
     probability: float | None  # None: it is not predicted
     likeliest: str  # another token, if one is likelier; else empty
+    sure: bool  # that one has at least _SURE
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def next_words(run: Run) -> list[Section]:
         if found := _predicted(run, held_out, name, objective):
             about = (
                 f"Split {held_out.name}: the greener a word, the likelier the model held it after the true words "
-                "before it; in small print what it held for likelier."
+                f"before it; in small print what it held for likelier, with at least {100 * _SURE:.0f}%."
             )
             sections.append(Section("next_words", titled("Next words", name, run, NextTokenLoss), about, found))
     return sections
@@ -53,28 +55,24 @@ def _predicted(run: Run, held_out: HeldOut, name: str, objective: NextTokenLoss)
         return []
     chunk, packed, tokenizer = run.trained.whole(batch, name), batch[objective.stream], held_out.collator.tokenizer
     (rows, targets), (logits, _) = objective.followed(chunk), objective.logits(chunk)
-    likely, best = logits.float().softmax(1), logits.argmax(1)
-    of_targets = likely.gather(1, targets[:, None]).flatten()
-    # A row predicts the token after it: row -> (probability of that, likelier one or -1).
-    after = {
-        row + 1: (p, -1 if guess == target else guess)
-        for row, p, guess, target in zip(
-            rows.tolist(), of_targets.tolist(), best.tolist(), targets.tolist(), strict=True
-        )
-    }
+    likely = logits.float().softmax(1)
+    most, best = likely.max(1)
+    columns = (rows + 1, likely.gather(1, targets[:, None]).flatten(), best, best == targets, most)
+    # A row predicts the token after it: row -> (its probability, the first guess, whether that is it, how likely).
+    after = {row: tuple(rest) for row, *rest in zip(*(column.tolist() for column in columns), strict=True)}
     found = []
     for sample in range(batch.samples):
         begin, end = packed.cu_seqlens_host[sample : sample + 2]
         texts = enumerate(tokenizer.pieces(packed.tokens[begin:end].tolist()), begin)
         tokens = []
         for row, text in texts:
-            probability, guess = after.get(row, (None, -1))
-            likeliest = "" if guess < 0 else tokenizer.piece(guess)
-            tokens.append(Next(" " * text[:1].isspace(), text.lstrip(), probability, likeliest))
+            probability, guess, right, most = after.get(row, (None, 0, True, 0.0))
+            likeliest = "" if right else tokenizer.piece(guess)
+            tokens.append(Next(" " * text[:1].isspace(), text.lstrip(), probability, likeliest, most >= _SURE))
         if predicted := [token for token in tokens if token.probability is not None]:
             picture = picture_of(held_out.source[batch.numbers[sample]])
-            right = sum(not token.likeliest for token in predicted) / len(predicted)
-            found.append(Predicted(picture, _read(run, batch, sample, objective.stream, tokenizer), tokens[1:], right))
+            share = sum(not token.likeliest for token in predicted) / len(predicted)
+            found.append(Predicted(picture, _read(run, batch, sample, objective.stream, tokenizer), tokens[1:], share))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
@@ -25,14 +25,20 @@ __all__ = ["headlines", "speed_of", "write_report"]
 
 _MB = 2**20
 _TILES = 6  # figures at the top
-# Values of a step: their titles, and how they are written.
-_SPEED = {
-    "tokens_per_s": ("Tokens a second", lambda value: f"{value:,.0f}"),
-    "samples_per_s": ("Samples a second", lambda value: f"{value:,.0f}"),
-    "padding_saved": ("Padding saved by packing", lambda value: f"{100 * value:.0f}%"),
-    "data_wait": ("Time spent on data", lambda value: f"{100 * value:.0f}%"),
-    "peak_memory": ("Peak memory", lambda value: f"{value / _MB:,.0f} MB"),
-    "seconds": ("Seconds a step", lambda value: f"{value:.2g} s"),
+
+
+def _share(percent: float) -> str:
+    return f"{percent:.{0 if percent == 0 or percent >= 9.95 else 1}f}%"
+
+
+# Values of a step: their titles, in which unit, and how they are written.
+_SPEED: dict[str, tuple[str, float, Callable[[float], str]]] = {
+    "tokens_per_s": ("Tokens a second", 1, lambda value: f"{value:,.0f}"),
+    "samples_per_s": ("Samples a second", 1, lambda value: f"{value:,.0f}"),
+    "padding_saved": ("Padding saved", 0.01, _share),
+    "data_wait": ("Time spent on data", 0.01, _share),
+    "peak_memory": ("Peak memory", _MB, lambda value: f"{value:,.0f} MB"),
+    "seconds": ("Seconds a step", 1, lambda value: f"{value:.2g} s"),
 }
 _NO_CURVE = {"kind", "step", "loss", "chance", "tokens", *_SPEED}
 
@@ -95,8 +101,8 @@ def _others(steps: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def speed_of(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Each of _SPEED: its curve, its median, and between which values the middle 80% of the steps are."""
     found = []
-    for key, (name, shown) in _SPEED.items():
-        points = [(record["step"], record[key]) for record in steps if key in record]
+    for key, (name, unit, shown) in _SPEED.items():
+        points = [(record["step"], record[key] / unit) for record in steps if key in record]
         if not points:
             continue
         values = [value for _, value in points]
