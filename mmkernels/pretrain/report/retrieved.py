@@ -42,7 +42,10 @@ def retrieved(run: Run) -> list[Section]:
         for name, held_out in list(run.held_out.items())[:_SETS]:
             if ways := _ways(run, metric, held_out):
                 title = f"Split {name}" + (f": {about(name)}" if about(name) else "")
-                sections.append(Section("retrieved", title, _ABOUT, ways))
+                more = (
+                    f" The first {_SETS} of {len(run.held_out)} splits are shown." if len(run.held_out) > _SETS else ""
+                )
+                sections.append(Section("retrieved", title, _ABOUT + more, ways))
     return sections
 
 
