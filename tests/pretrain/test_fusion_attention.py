@@ -97,6 +97,16 @@ def test_merged() -> None:
     assert set(looks) == {("text", "regions"), ("regions", "text")}
 
 
+def test_compiled_blocks_are_not_compiled_for_a_look() -> None:
+    fusion, found = built(Merged(layers=1)), given()
+    plain, compiled = fusion.attention(found), []
+    for block in fusion.blocks:
+        block.compile(backend=lambda graph, _: compiled.append(graph) or graph)
+    for pair, weights in fusion.attention(found).items():
+        torch.testing.assert_close(weights, plain[pair])
+    assert not compiled
+
+
 def test_merged_sees_its_own_stream_too() -> None:
     looks = built(Merged(layers=1)).attention(given())
     share = looks["text", "regions"].sum(1)

@@ -51,7 +51,8 @@ def attention_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
     handle = module.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        yield found
+        with torch.compiler.set_stance("force_eager"):  # for one look a compiled block is not compiled again
+            yield found
     finally:
         handle.remove()
 
