@@ -37,11 +37,12 @@ class Query:
 
 def retrieved(run: Run) -> list[Section]:
     """Of every metric that retrieves, on the first held-out sets: queries spread evenly, hits and misses alike."""
-    sections = []
-    for metric in (m for m in run.recipe.metrics if isinstance(m, Retrieval)):
+    sections, metrics = [], [metric for metric in run.recipe.metrics if isinstance(metric, Retrieval)]
+    for metric in metrics:
         for name, held_out in list(run.held_out.items())[:_SETS]:
             if ways := _ways(run, metric, held_out):
-                title = f"Split {name}" + (f": {about(name)}" if about(name) else "")
+                which = f"{metric.a} and {metric.b}, split" if len(metrics) > 1 else "Split"
+                title = f"{which[0].upper()}{which[1:]} {name}" + (f": {about(name)}" if about(name) else "")
                 more = (
                     f" The first {_SETS} of {len(run.held_out)} splits are shown." if len(run.held_out) > _SETS else ""
                 )
