@@ -17,6 +17,7 @@ USAGE = """usage: mmkernels <command> [options]
   data-report  what is in a data set, and what is wrong with it (needs mmkernels[report])
   pretrain     train a model by a recipe (needs mmkernels[pretrain])
   evaluate     measure a trained model on held-out data (needs mmkernels[pretrain])
+  compare      runs side by side (needs mmkernels[pretrain])
   recipes      the recipes of pretrain, or the wiring of one (needs mmkernels[pretrain])
 
 mmkernels <command> --help shows its options; mmkernels --version shows the version"""
@@ -82,6 +83,14 @@ def _recipes(argv: list[str]) -> int:
     return pretrain.list_recipes(argv)
 
 
+def _compare(argv: list[str]) -> int:
+    try:
+        from mmkernels.pretrain.report import compare_cli
+    except ModuleNotFoundError as error:
+        return _missing("compare", "pretrain", error, _PRETRAIN_PACKAGES)
+    return compare_cli.main(argv)
+
+
 def _plan(argv: list[str]) -> int:
     try:
         from mmkernels import plan_cli
@@ -94,6 +103,7 @@ def _plan(argv: list[str]) -> int:
 
 
 _COMMANDS = {
+    "compare": _compare,
     "data-report": _data_report,
     "evaluate": _evaluate,
     "fetch": _fetch,

@@ -11,6 +11,7 @@ from mmkernels.nn.attention_base import (
     AttentionBase,
     Positions,
     Rotary,
+    expect_packed,
     expect_tokens,
     multihead_sizes,
     size,
@@ -153,11 +154,37 @@ class CrossModalAttention(AttentionBase):
         expect_tokens("values", values, self.value_dim, x)
         if values.shape[:-1] != context.shape[:-1]:
             wrong_value("values", f"{[*context.shape[:-1], self.value_dim]} like context", values)
-        q = self._prepared("positions", self.q_proj(self._queries(x)), self.num_heads, self.q_norm, positions)
-        k = self._prepared("context_positions", self.k_proj(context), self.num_kv_heads, self.k_norm, context_positions)
+        q, k = self._queries_and_keys(x, context, positions, context_positions)
         v = self.v_proj(values).unflatten(-1, (self.num_kv_heads, self.head_dim))
         out = self.out_proj(self._attend(q, k, v, mask))
         return out if self.gate is None else gated_residual(x, out, self.gate, backend=self.backend)
+
+    def probabilities(
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: AttentionMask | None = None,
+        *,
+        positions: Positions | None = None,
+        context_positions: Positions | None = None,
+    ) -> Tensor:
+        """What `forward` weighs the values with, without dropout: a dense matrix, for a look at small inputs.
+
+        Args:
+            as for `forward`, packed: x [Tq, E], context [Tk, context_dim].
+
+        Returns:
+            [H, Tq, Tk], float32 (float64 for float64 inputs); 0 where a token does not see another.
+        """
+        expect_packed("x", x, self.embed_dim)
+        expect_packed("context", context, self.context_dim)
+        return self._probabilities(*self._queries_and_keys(x, context, positions, context_positions), mask)
+
+    def _queries_and_keys(self, x: Tensor, context: Tensor, positions: Any, others: Any) -> tuple[Tensor, Tensor]:
+        """[..., Tq, H, D] and [..., Tk, Hkv, D]"""
+        q = self._prepared("positions", self.q_proj(self._queries(x)), self.num_heads, self.q_norm, positions)
+        k = self._prepared("context_positions", self.k_proj(context), self.num_kv_heads, self.k_norm, others)
+        return q, k
 
     def _queries(self, x: Tensor) -> Tensor:
         return x
@@ -312,14 +339,26 @@ class FusedSelfAttention(AttentionBase):
     def forward(self, x: Tensor, mask: AttentionMask | None = None, *, positions: Positions | None = None) -> Tensor:
         """[T, E] or [B, T, E] -> the same; mask and positions as for `CrossModalAttention`."""
         expect_tokens("x", x, self.embed_dim)
+        q, k, v = self._projected(x, positions)
+        return self.out_proj(self._attend(q, k, v, mask))
+
+    def probabilities(
+        self, x: Tensor, mask: AttentionMask | None = None, *, positions: Positions | None = None
+    ) -> Tensor:
+        """As `CrossModalAttention.probabilities`: x [T, E] -> [H, T, T]."""
+        expect_packed("x", x, self.embed_dim)
+        q, k, _ = self._projected(x, positions)
+        return self._probabilities(q, k, mask)
+
+    def _projected(self, x: Tensor, positions: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., T, H, D], [..., T, Hkv, D], [..., T, Hkv, D]"""
         q, k, v = self.qkv_proj(x).split(self._widths, dim=-1)
         if self.rotary is not None and isinstance(positions, Tensor):  # one table for both
             wide = compute_dtype(q.dtype)
             positions = self.rotary.cos_sin(positions, self.head_dim, wide)
         q = self._prepared("positions", q, self.num_heads, self.q_norm, positions)
         k = self._prepared("positions", k, self.num_kv_heads, self.k_norm, positions)
-        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
-        return self.out_proj(self._attend(q, k, v, mask))
+        return q, k, v.unflatten(-1, (self.num_kv_heads, self.head_dim))
 
     def _input_weights(self) -> list[Tensor]:
         return list(self.qkv_proj.weight.split(self._widths))

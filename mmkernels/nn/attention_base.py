@@ -13,7 +13,16 @@ from mmkernels.ops.attention import AttentionMask, attention, norm_rope, rotary_
 from mmkernels.ops.checks import expect_tensor, integer, real, wrong_type, wrong_value
 from mmkernels.ops.dtypes import compute_dtype
 
-__all__ = ["AttentionBase", "Positions", "Rotary", "expect_tokens", "multihead_sizes", "size", "with_weights_of"]
+__all__ = [
+    "AttentionBase",
+    "Positions",
+    "Rotary",
+    "expect_packed",
+    "expect_tokens",
+    "multihead_sizes",
+    "size",
+    "with_weights_of",
+]
 
 CosSin = tuple[Tensor, Tensor]
 Positions = Tensor | CosSin
@@ -158,6 +167,17 @@ class AttentionBase(nn.Module):
         assert isinstance(out, Tensor)
         return out.flatten(-2)
 
+    def _probabilities(self, q: Tensor, k: Tensor, mask: AttentionMask | None) -> Tensor:
+        """[Tq, H, D], [Tk, Hkv, D] -> [H, Tq, Tk]"""
+        wide = compute_dtype(q.dtype)
+        k = k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        scores = scale * torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide))
+        if mask is None:
+            return scores.softmax(-1)
+        seen = mask.to_dense(q.shape[0], k.shape[0])
+        return torch.where(seen, scores.masked_fill(~seen, -torch.inf).softmax(-1), 0.0)  # NaN where none is seen
+
 
 def multihead_sizes(module: Any) -> dict[str, Any]:
     if not isinstance(module, nn.MultiheadAttention):
@@ -194,3 +214,10 @@ def expect_tokens(name: str, x: Any, width: int, like: Tensor | None = None) -> 
     expect_tensor(name, x, expected, ndim=(2, 3) if like is None else like.ndim, like=like)
     if x.shape[-1] != width or (like is not None and x.shape[:-2] != like.shape[:-2]):
         wrong_value(name, expected, x)
+
+
+def expect_packed(name: str, x: Any, width: int) -> None:
+    """[T, width]"""
+    expect_tensor(name, x, f"[T, {width}] floating point", ndim=2)
+    if x.shape[-1] != width:
+        wrong_value(name, f"[T, {width}] floating point", x)

@@ -97,6 +97,7 @@ def _loop(
             chance = total(weights_at(trainer.recipe, config.seed, trainer.step), chances)
             trainer.update()
             of_parts = {f"{name}/loss": value for name, value in parts.items()} if several else {}
+            of_parts |= {f"{name}/chance": value for name, value in chances.items() if several and value is not None}
             figures = {"loss": loss, "lr": lr, "grad_norm": norm, **of_parts, **trainer.metrics()}
             figures |= {} if chance is None else {"chance": chance}
             journal.step(trainer.step, batch, **figures)

@@ -15,7 +15,15 @@ from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.config import RESUMABLE, Config, from_dict, to_dict
 from mmkernels.pretrain.wiring import leaves
 
-__all__ = ["RunFolder", "RunFolderError", "stored_classes", "stored_config", "write_whole"]
+__all__ = [
+    "RunFolder",
+    "RunFolderError",
+    "stored_classes",
+    "stored_config",
+    "stored_records",
+    "stored_wiring",
+    "write_whole",
+]
 
 _WIRING = "wiring"  # key of the recipe's settings in config.json
 
@@ -70,16 +78,7 @@ class RunFolder:
 
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The records in the log, without truncated or damaged lines."""
-        records = []
-        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and kind in (None, record.get("kind")):
-                records.append(record)
-        return records
+        return stored_records(self.path, kind)
 
 
 def stored_config(folder: Path) -> Config:
@@ -93,6 +92,26 @@ def stored_config(folder: Path) -> Config:
     except (ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path}: expected the settings of a run, got something else ({error})") from error
     return config
+
+
+def stored_records(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records in the log of the run in a folder, without truncated or damaged lines."""
+    log, records = folder / "log.jsonl", []
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and kind in (None, record.get("kind")):
+            records.append(record)
+    return records
+
+
+def stored_wiring(folder: Path) -> dict[str, Any]:
+    """Every setting of the recipe of the run in a folder, by dotted name; `stored_config` has the others."""
+    wiring: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(_WIRING, {})
+    return wiring
 
 
 def stored_classes(folder: Path) -> dict[str, tuple[str, ...]]:

@@ -16,7 +16,7 @@ from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
-__all__ = ["documents", "expect_fields", "open_source", "read_by", "tokenizer_for"]
+__all__ = ["documents", "expect_fields", "may_lack", "open_source", "read_by", "tokenizer_for"]
 
 log = logging.getLogger("mmkernels.pretrain.data")
 
@@ -36,6 +36,7 @@ def open_source(config: Config) -> Data:
     data = open_data(
         name,
         weights=config.data_weights,
+        partial=may_lack(recipe),  # what must be there is checked below
         fields=[*fields, *labels],
         labels=tuple(dict.fromkeys([*labels, *config.labels])),
         table=config.table,
@@ -80,6 +81,11 @@ def read_by(recipe: Recipe) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(stream.field or name for name, stream in recipe.streams.items())), list(labels)
 
 
+def may_lack(recipe: Recipe) -> bool:
+    """Whether something that a recipe reads may be missing, see `Groups`."""
+    return any(getattr(metric, "optional", False) for metric in recipe.metrics)
+
+
 def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
     """Raise ValueError if a data set lacks what a part of a recipe reads, or a part names what the recipe lacks.
 
@@ -89,6 +95,11 @@ def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
     parts = {f"objectives.{key}": part for key, part in recipe.objectives.items()}
     parts |= {f"metrics.{type(part).__name__}": part for part in recipe.metrics}
     labels = {part.label: key for key, part in reversed(parts.items()) if getattr(part, "label", "")}
+    for metric in (each for each in recipe.metrics if getattr(each, "optional", False)):
+        key = labels.get(metric.label, "")
+        if metric.label not in source.classes and parts[key] is metric:
+            log.warning("%s has no label %r: %s is not measured", data, metric.label, key)
+            del labels[metric.label]
     for field, who in wanted.items():
         if field not in source.fields:
             raise ValueError(

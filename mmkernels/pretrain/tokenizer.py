@@ -12,6 +12,7 @@ __all__ = ["BOS", "EOS", "IMAGE", "MASK", "PAD", "SEPARATOR", "SPECIAL", "TextTo
 
 PAD, MASK, BOS, EOS, SEPARATOR, IMAGE = range(6)
 _SENTINELS = 32
+_BROKEN = "\ufffd"  # what a part of a character is decoded to
 SPECIAL = ["[PAD]", "[MASK]", "[BOS]", "[EOS]", "[SEP]", "[IMAGE]", *(f"[S{i}]" for i in range(_SENTINELS))]
 """Tokens that no text contains; ids 0, 1, ... in this order."""
 
@@ -83,3 +84,41 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens left out."""
         return str(self._tokenizer.decode([i for i in ids if i >= len(SPECIAL)])).strip()
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each id adds to the text, spaces included; special tokens by their names. A character that several ids
+        make comes with the last of them; of one that is cut off, the replacement character is there."""
+        found: list[str] = []
+        begun: list[int] = []  # ids whose text is not yet out
+        for i in ids:
+            if i < len(SPECIAL):
+                found.append(SPECIAL[i])
+                begun = []
+                continue
+            begun.append(i)
+            text = str(self._tokenizer.decode(begun, skip_special_tokens=False))
+            if len(begun) > 1:
+                found[-1] = ""  # it goes on
+            found.append(text)
+            begun = begun if text.endswith(_BROKEN) else []
+        return found
+
+    def piece(self, i: int) -> str:
+        """One id by itself: a word, "##" and the rest of one, a sign, bytes of a character, a special token,
+        "␣" for space."""
+        if i < len(SPECIAL):
+            return SPECIAL[i]
+        text = str(self._tokenizer.decode([i], skip_special_tokens=False))
+        if _BROKEN in text:
+            letters = {letter: byte for byte, letter in _letters().items()}
+            return "".join(f"\\x{letters[letter]:02x}" for letter in str(self._tokenizer.id_to_token(i)))
+        if not text.strip():
+            return "␣"
+        return f"##{text}" if text[0].isalnum() else text.strip()
+
+
+def _letters() -> dict[int, str]:
+    """The letter that stands for each byte in a byte-level token: itself where it can be printed."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(others)}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from mmkernels import AttentionMask, pack
 
-__all__ = ["Layout", "Tokens"]
+__all__ = ["Layout", "Tokens", "joined", "taken"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,3 +91,21 @@ def taken(layout: Layout, samples: Tensor) -> tuple[Tensor, Layout]:
     index = torch.arange(ends[-1], device=shift.device) + shift
     media = None if layout.media is None else layout.media[index]
     return index, replace(layout, cu_seqlens=cu_seqlens, cu_seqlens_host=ends, media=media)
+
+
+def joined(layouts: Sequence[Layout]) -> tuple[Layout, list[Tensor]]:
+    """Several streams of the same S samples, one after the other in each sample.
+
+    Returns:
+        the layout of the whole, and for each stream where its tokens are in it: int64 [T_i].
+    """
+    lengths = [[end - begin for begin, end in pairwise(layout.cu_seqlens_host)] for layout in layouts]
+    host = (0, *accumulate(map(sum, zip(*lengths, strict=True))))
+    cu_seqlens = torch.tensor(host, dtype=torch.int32, device=layouts[0].cu_seqlens.device)
+    begins, places = cu_seqlens[:-1].long(), []
+    for layout in layouts:
+        owners = layout.owners()
+        shift = begins - layout.cu_seqlens[:-1]
+        places.append(torch.arange(len(owners), device=owners.device) + shift[owners])
+        begins = begins + layout.cu_seqlens.diff()
+    return Layout(cu_seqlens, host), places

@@ -291,3 +291,41 @@ def test_from_the_meta_device_as_made(make) -> None:
         torch.manual_seed(3)
         each.reset_parameters()
     assert all(torch.equal(x, module.state_dict()[name]) for name, x in expected.state_dict().items())
+
+
+# What a module attends to
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_probabilities_are_what_the_values_are_weighed_with(kv_heads):
+    """P V through out_proj is what forward gives; packed, with norms and a rotary; a token may see nothing."""
+    options = {"num_kv_heads": kv_heads, "qk_norm": "rms", "rotary": Rotary(), "dtype": torch.float64, "scale": 0.3}
+    cross, own = CrossModalAttention(E, H, context_dim=20, **options), FusedSelfAttention(E, H, **options)
+    x, context = torch.randn(7, E, dtype=torch.float64), torch.randn(6, 20, dtype=torch.float64)
+    places, others = torch.tensor([0, 1, 2, 3, 0, 1, 2]), torch.tensor([0, 1, 0, 1, 2, 3])
+    mask = AttentionMask.packed(cu_seqlens_of((4, 3)), cu_seqlens_of((0, 6)))
+    causal = AttentionMask.packed(cu_seqlens_of((4, 3)), causal=True)
+    of_cross = cross.probabilities(x, context, mask, positions=places, context_positions=others)
+    of_own = own.probabilities(x, causal, positions=places)
+    assert (of_cross.shape, of_own.shape) == ((H, 7, 6), (H, 7, 7))
+    assert not of_cross[:, :4].any() and torch.allclose(of_cross[:, 4:].sum(-1), torch.ones(1, dtype=torch.float64))
+    assert not of_own.triu(1).any()
+    values = cross.v_proj(context), own.qkv_proj(x)[:, -kv_heads * own.head_dim :]
+    for module, p, v, expected in (
+        (cross, of_cross, values[0], cross(x, context, mask, positions=places, context_positions=others)),
+        (own, of_own, values[1], own(x, causal, positions=places)),
+    ):
+        heads = v.unflatten(-1, (kv_heads, -1)).repeat_interleave(H // kv_heads, 1)
+        mixed = torch.einsum("hqk,khd->qhd", p, heads).flatten(1)
+        torch.testing.assert_close(module.out_proj(mixed), expected)
+
+
+def test_probabilities_without_a_mask_and_of_wrong_shapes():
+    gated = GatedCrossAttention(E, H)
+    p = gated.probabilities(torch.randn(3, E), torch.randn(5, E))
+    assert p.dtype == torch.float32
+    torch.testing.assert_close(p.sum(-1), torch.ones(H, 3))
+    with pytest.raises(ValueError, match=r"x: expected \[T, 32\] floating point"):
+        gated.probabilities(torch.randn(2, 3, E), torch.randn(2, 5, E))
+    with pytest.raises(ValueError, match=r"context: expected \[T, 32\]"):
+        gated.probabilities(torch.randn(3, E), torch.randn(5, E + 1))

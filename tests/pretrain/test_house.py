@@ -53,7 +53,7 @@ MAY = {
     "recipes": (*PARTS, "recipe", "recipes", "state"),
     "data": (*BASE, "data", "log_mel"),
     "data_report": (
-        *(*BASE, "data_report", "data", "encoders", "recipes", "setup", "load"),
+        *(*BASE, "pages", "data_report", "data", "encoders", "recipes", "setup", "load"),
         *("charts", "examples", "journal", "run_folder"),
     ),
     "views": (*BASE, "views", "data.seeds"),

@@ -141,3 +141,18 @@ def test_validation_holds_out_training_concepts(tiny: Callable[..., Config]) -> 
     mixed = open_source(Config.of("clip", data="emoji::scenes", data_weights=(3.0, 1.0), validate=True))
     assert mixed.train.shares is not None
     assert not set(mixed.train.concepts.tolist()) & set(mixed.held_out["validation"].concepts.tolist())
+
+
+def test_answers_without_their_kinds(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Your own questions need no column that only a metric would read; one that the model reads is missed."""
+    images = sorted(path.name for path in pictures.glob("*.png"))
+    rows = [{"image": name, "question": f"what is {name}?", "answer": name[:3]} for name in images]
+    table = pictures / "captions.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    config = small("vqa", tmp_path / "run", steps=1, data=f"folder:{pictures}", eval_fraction=0.3)
+    figures = {f["name"] for record in train(config).folder.records("eval") for f in record["figures"]}
+    assert "answer: accuracy" in figures and not any("kind" in name for name in figures)
+    assert "has no label 'kind': metrics.Groups is not measured" in capsys.readouterr().err
+    table.write_text("\n".join(json.dumps({**row, "answer": None}) for row in rows), "utf-8")
+    with pytest.raises(ValueError, match=r"the label 'answer', which objectives\.answer of recipe vqa reads"):
+        open_source(config)

@@ -77,6 +77,7 @@ def test_groups_of_nothing_or_one() -> None:
     assert Groups(Known(None), "kind").measure(None, grouped([])) == []
     one = Groups(Known(Each("a", np.ones(30), np.arange(30), guess=0.1)), "kind").measure(None, grouped([1] * 30))
     assert [f.name for f in one] == ["a, kind y"] and one[0].chance == 0.1
+    assert Groups(Known(Each("a", np.ones(30), np.arange(30))), "colour").measure(None, grouped([1] * 30)) == []
     with pytest.raises(ValueError, match="of: expected a metric that judges samples one by one, got Alignment"):
         Groups(Alignment(), "kind")
     with pytest.raises(ValueError, match="label: expected a label field"):

@@ -14,6 +14,7 @@ import torch
 from mmkernels.pretrain import Config, checkpoint, train
 from mmkernels.pretrain.data import Data, Subset, open_data
 from mmkernels.pretrain.recipes import load, names
+from mmkernels.pretrain.schedule import weights_at
 from mmkernels.pretrain.setup import texts
 from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.trainer import Trainer
@@ -72,6 +73,12 @@ def test_trains_and_resumes(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert all(record["loss"] == record["loss"] and abs(record["loss"]) < 1e4 for record in steps)
     figures = [figure for record in outcome.folder.records("eval") for figure in record["figures"]]
     assert figures, "it is measured"
+    assert "could not be made" not in outcome.folder.report.read_text(encoding="utf-8"), "each section of the report"
+    recipe = load(name)
+    for record in steps if len(recipe.objectives) > 1 else ():
+        used = weights_at(recipe, 0, record["step"] - 1)
+        own = [record.get(f"{each}/chance") for each in used]
+        assert record.get("chance") == (None if None in own else pytest.approx(np.dot(list(used.values()), own)))
 
     (tmp_path / "killed").mkdir()
     for part in ("config.json", "tokenizer.json", "classes.json", "log.jsonl", "checkpoints/step-00000010"):

@@ -11,9 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 from mmkernels.pretrain import Config, train
-from mmkernels.pretrain.charts import figure_chart
 from mmkernels.pretrain.metrics import Figure
-from mmkernels.pretrain.report import _headlines, figure_table
+from mmkernels.pretrain.report import figure_table
+from mmkernels.pretrain.report.charts import figure_chart
+from mmkernels.pretrain.report.page import headlines
 
 Make = Callable[..., Config]
 
@@ -28,7 +29,9 @@ def test_report(tiny: Make, pictures: Path) -> None:
     evaluations = folder.records("eval")
 
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page), "nothing is loaded from elsewhere"
-    assert page.count("<svg") == 2
+    training = page[page.index("<h2>Training") : page.index("Further curves")]
+    first = {figure["name"] for figure in evaluations[-1]["figures"] if figure["headline"]}
+    assert training.count("<svg") == 1 + len(first), "the loss, and the figures that come first"
     pictures_shown = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures_shown) > 20
     for encoded in pictures_shown[:3]:
@@ -36,7 +39,8 @@ def test_report(tiny: Make, pictures: Path) -> None:
 
     table = page[page.index("<h2>Held-out figures") : page.index("Split held_out")]
     for figure in evaluations[-1]["figures"]:
-        assert f"<b>{100 * figure['value']:.1f}</b><small>{100 * figure['chance']:.1f}</small>" in table
+        assert f"<b>{100 * figure['value']:.1f}</b>" in table
+        assert f"chance {100 * figure['chance']:.1f}<" in table
     assert 'class="right"' in page, "with five answers of fifteen some are right"
     assert "a &lt;b&gt;red" in page or "<b>red" not in page, "captions are text"
     assert "model.width" in page
@@ -46,7 +50,7 @@ def test_report(tiny: Make, pictures: Path) -> None:
 def test_figure_table(tiny: Make) -> None:
     folder = train(tiny()).folder
     table, record = figure_table(folder), folder.records("eval")[-1]
-    assert table.count("held_out") == 2, "both ways"
+    assert table.count("→") == 2, "both ways"
     for figure in record["figures"]:
         assert f"{100 * figure['value']:.1f}% ({100 * figure['chance']:.1f})" in table
 
@@ -63,7 +67,7 @@ def test_a_run_that_holds_nothing_out_has_a_report(tiny: Make) -> None:
     folder = train(tiny(eval_fraction=0.0, steps=3)).folder
     page = folder.report.read_text(encoding="utf-8")
     assert "<h2>Held-out figures" not in page
-    assert page.count("<svg") == 1
+    assert page[page.index("<h2>Training") : page.index("Further curves")].count("<svg") == 1
 
 
 def test_many_splits_share_a_tile_and_a_curve(tmp_path: Path) -> None:
@@ -75,9 +79,9 @@ def test_many_splits_share_a_tile_and_a_curve(tmp_path: Path) -> None:
         for i, x in enumerate(shares)
     ]
     newest = {record["split"]: record for record in records}
-    (tile,) = _headlines(newest, [], {})
+    (tile,) = headlines(newest, [], {})
     assert tile == {"value": "35.0%", "what": "words, mean of 16 splits", "note": "20.0 to 50.0, chance 2.0"}
-    assert len(_headlines(dict(list(newest.items())[:3]), [], {})) == 3
+    assert len(headlines(dict(list(newest.items())[:3]), [], {})) == 3
     many, few = figure_chart(records, list(newest), "words"), figure_chart(records, ["s0", "s1"], "words")
     assert "mean of 16, and range" in many and "s1" not in many.replace("s15", "")
     assert ">s0<" in few and ">s1<" in few and "mean of" not in few

@@ -71,6 +71,7 @@ def open_data(
     weights: Sequence[float] | None = None,
     fields: Sequence[str] | None = None,
     labels: Sequence[str] = (),
+    partial: bool = False,
     table: TableFormat | None = None,
     resolution: int = 48,
     eval_fraction: float = 0.1,
@@ -88,6 +89,7 @@ def open_data(
         weights: of several, the share of the training samples that comes from each; None: by size.
         fields: those that are read; None: all that the source is known to have. Of several, each may lack some.
         labels: further fields of your own data, whose values are classes. They are those of the training data.
+        partial: your own data may lack some of the fields and labels, as each set of a mixture may.
         table: its separator and columns, if not the defaults.
         resolution: side in pixels at which your own images are kept.
         eval_fraction: fraction of your own concepts held out, chosen by a hash of the caption (without one: of the
@@ -103,7 +105,7 @@ def open_data(
     if form != TableFormat() and not any(_kind(name) in ("table", "hub") for name in names):
         raise ValueError(f"csv_separator, csv_img_key, csv_caption_key: expected a table to read, got {source}")
     options: dict[str, Any] = {"resolution": resolution, "max_broken": max_broken, "cache_bytes": cache_bytes}
-    options |= {"fields": fields, "labels": labels, "partial": len(names) > 1}
+    options |= {"fields": fields, "labels": labels, "partial": partial or len(names) > 1}
     if len(names) == 1:
         return _open(names[0], form, options, eval_fraction, max_eval)
     opened: dict[str, Data] = {}

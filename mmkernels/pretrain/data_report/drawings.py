@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from mmkernels.pretrain.charts import COLOURS
+from mmkernels.pretrain.pages import COLOURS
 
 __all__ = ["histogram", "scatter"]
 

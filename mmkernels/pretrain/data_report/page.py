@@ -18,7 +18,7 @@ from mmkernels.pretrain.data_report.facts import QUANTILES
 from mmkernels.pretrain.data_report.kinds import KINDS, Finding
 from mmkernels.pretrain.data_report.report import Report
 from mmkernels.pretrain.data_report.scan import captions_of, is_picture
-from mmkernels.pretrain.examples import data_url
+from mmkernels.pretrain.pages import data_url
 
 __all__ = ["page"]
 

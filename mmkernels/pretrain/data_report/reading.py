@@ -12,7 +12,7 @@ from mmkernels.pretrain.data.filter_list import TRAIN
 from mmkernels.pretrain.data_report.settings import DataReport
 from mmkernels.pretrain.journal import data_warnings
 from mmkernels.pretrain.recipe import Recipe
-from mmkernels.pretrain.setup import expect_fields, read_by
+from mmkernels.pretrain.setup import expect_fields, may_lack, read_by
 
 __all__ = ["Opened", "opened"]
 
@@ -64,6 +64,7 @@ def opened(options: DataReport) -> Opened:
             options.source,
             fields=None if fields is None else [*fields, *labels],
             labels=tuple(dict.fromkeys([*labels, *options.labels])),
+            partial=recipe is not None and may_lack(recipe),
             table=options.table,
             resolution=options.resolution,
             eval_fraction=options.eval_fraction,

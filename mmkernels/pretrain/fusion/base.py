@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmkernels.pretrain.tokens import Layout, Tokens
 
-__all__ = ["Fusion", "Pairing"]
+__all__ = ["Fusion", "Pairing", "attention_of"]
 
 # stream -> int64 [n]: the sample of each of n pairs (or triples, ...)
 Pairing = Mapping[str, Tensor]
@@ -32,6 +34,27 @@ class Fusion(nn.Module):
             pairing: which samples meet: those at the same place. None: each sample meets itself.
         """
         raise NotImplementedError
+
+    def attention(self, tokens: Mapping[str, Tokens]) -> dict[tuple[str, str], Tensor]:
+        """Which tokens look at which, in the last layer in use: (a stream, one that it reads) -> float32 [T, Tk], the
+        mean over the heads. Dense: of a few samples. Empty for a fusion whose streams do not attend to each other."""
+        return {}
+
+
+@contextmanager
+def attention_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The probabilities [T, Tk], mean over the heads, of every call of an attention module while this is open."""
+    found: list[Tensor] = []
+
+    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(module.probabilities(*args, **kwargs).mean(0))
+
+    handle = module.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # for one look a compiled block is not compiled again
+            yield found
+    finally:
+        handle.remove()
 
 
 def paired(tokens: Tokens, stream: str, pairing: Pairing | None) -> Tokens:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmkernels import AttentionMask
 from mmkernels.nn import CoAttention, FusedSelfAttention, Rotary
-from mmkernels.pretrain.fusion.base import Fusion, Pairing, paired
+from mmkernels.pretrain.fusion.base import Fusion, Pairing, attention_of, paired
 from mmkernels.pretrain.layers import FeedForward, start_as_identity
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.tokens import Tokens
@@ -66,6 +67,14 @@ class CoFusion(Fusion):
             else:
                 x = layer(*x, masks, positions)
         return {self.part.a: a.with_x(x[0]), self.part.b: b.with_x(x[1])}
+
+    def attention(self, tokens: Mapping[str, Tokens]) -> dict[tuple[str, str], Tensor]:
+        used: list[Any] = list(self.layers)[: self.depth]
+        if not used:
+            return {}
+        with attention_of(used[-1].co.a_from_b) as of_a, attention_of(used[-1].co.b_from_a) as of_b:
+            self(tokens)
+        return {(self.part.a, self.part.b): of_a[0], (self.part.b, self.part.a): of_b[0]}
 
 
 class CoLayer(nn.Module):

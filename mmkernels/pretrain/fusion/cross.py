@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmkernels import AttentionMask
 from mmkernels.nn import CrossModalAttention, FusedSelfAttention, Rotary
-from mmkernels.pretrain.fusion.base import Fusion, Pairing, paired
+from mmkernels.pretrain.fusion.base import Fusion, Pairing, attention_of, paired
 from mmkernels.pretrain.layers import FeedForward, start_as_identity
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.tokens import Tokens
@@ -50,6 +51,14 @@ class CrossFusion(Fusion):
             for name in self.part.into
             if pairing is None or name in pairing
         }
+
+    def attention(self, tokens: Mapping[str, Tokens]) -> dict[tuple[str, str], Tensor]:
+        used: list[Any] = list(self.layers)[: self.depth]
+        if not used:
+            return {}
+        with attention_of(used[-1].cross) as found:
+            read = self(tokens)
+        return {(name, self.part.context): each for name, each in zip(read, found, strict=True)}
 
     def _read(self, tokens: Tokens, context: Tokens, partners: Tensor | None) -> Tokens:
         """Keys and values are projected once, and each sample sees its partner's where they are: nothing is copied."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmkernels import AttentionMask, gated_residual
 from mmkernels.nn import GatedCrossAttention
-from mmkernels.pretrain.fusion.base import Fusion, Pairing, paired
+from mmkernels.pretrain.fusion.base import Fusion, Pairing, attention_of, paired
 from mmkernels.pretrain.layers import Block, FeedForward
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.tokens import Tokens
@@ -71,6 +71,14 @@ class GatedFusion(Fusion):
                 x = self.gates[str(i)](x, context.x, mask)
             x = block(x, own, positions)
         return {self.part.into: read.with_x(x)}
+
+    def attention(self, tokens: Mapping[str, Tokens]) -> dict[tuple[str, str], Tensor]:
+        used: list[Any] = [self.gates[str(i)] for i in range(len(self.layers))[: self.depth] if str(i) in self.gates]
+        if not used:
+            return {}
+        with attention_of(used[-1].attention) as found:
+            self(tokens)
+        return {(self.part.into, self.part.context): found[0]}
 
     def _sees(self, read: Tokens, context: Tokens) -> AttentionMask:
         """Without numbers, a sample has one item, which comes first."""

@@ -6,20 +6,20 @@ Source: Chen et al. 2020 (UNITER, arXiv:1909.11740); mask "cross_only": Ouyang e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate, pairwise
-from typing import Literal
+from itertools import permutations
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmkernels import AttentionMask, pack, segment_pool
-from mmkernels.pretrain.fusion.base import Fusion, Pairing
+from mmkernels.pretrain.fusion.base import Fusion, Pairing, attention_of
 from mmkernels.pretrain.layers import Blocks
 from mmkernels.pretrain.recipe import Facts
-from mmkernels.pretrain.tokens import Layout, Tokens, taken
+from mmkernels.pretrain.tokens import Layout, Tokens, joined, taken
 
 __all__ = ["Merged"]
 
@@ -95,6 +95,17 @@ class MergedFusion(Fusion):
         parts = {name: Tokens(pack(x, place), layouts[name]) for name, place in zip(names, places, strict=True)}
         return {self.part.into: Tokens(x, whole), **parts}
 
+    def attention(self, tokens: Mapping[str, Tokens]) -> dict[tuple[str, str], Tensor]:
+        """Each token attends to its own stream too, so that its row here adds up to less than 1."""
+        used: list[Any] = list(self.blocks)[: self.depth]
+        if not used:
+            return {}
+        with attention_of(used[-1].attention) as found:
+            self(tokens)
+        _, places = joined([tokens[name].layout for name in self.part.streams])
+        pairs = permutations(zip(self.part.streams, places, strict=True), 2)
+        return {(a, b): found[0][rows][:, columns] for (a, rows), (b, columns) in pairs}
+
     def _seen_everywhere(self, tokens: Tokens, whole: Layout, kinds: Tensor, pairing: Pairing | None) -> Tensor:
         """[T, C] what is added to each token: 0 for the stream's own."""
         name, streams = self.part.everywhere, self.part.streams
@@ -111,24 +122,6 @@ class MergedFusion(Fusion):
         if self.part.mask == "prefix" and last is not None:
             return AttentionMask.prefix(whole.cu_seqlens, whole.cu_seqlens.diff() - last.cu_seqlens.diff())
         return AttentionMask.packed(whole.cu_seqlens)
-
-
-def joined(layouts: Sequence[Layout]) -> tuple[Layout, list[Tensor]]:
-    """Several streams of the same S samples, one after the other in each sample.
-
-    Returns:
-        the layout of the whole, and for each stream where its tokens are in it: int64 [T_i].
-    """
-    lengths = [[end - begin for begin, end in pairwise(layout.cu_seqlens_host)] for layout in layouts]
-    host = (0, *accumulate(map(sum, zip(*lengths, strict=True))))
-    cu_seqlens = torch.tensor(host, dtype=torch.int32, device=layouts[0].cu_seqlens.device)
-    begins, places = cu_seqlens[:-1].long(), []
-    for layout in layouts:
-        owners = layout.owners()
-        shift = begins - layout.cu_seqlens[:-1]
-        places.append(torch.arange(len(owners), device=owners.device) + shift[owners])
-        begins = begins + layout.cu_seqlens.diff()
-    return Layout(cu_seqlens, host), places
 
 
 def _paired(layout: Layout, samples: Tensor | None) -> tuple[Tensor, Layout]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Groups:
     least: int = 20
     """A group with fewer values is shown, but takes no part in the gap."""
 
+    optional: ClassVar[bool] = True  # data without the label is welcome
+
     def __post_init__(self) -> None:
         if not hasattr(self.of, "each"):
             raise ValueError(f"of: expected a metric that judges samples one by one, got {self.of!r}")
@@ -35,10 +37,9 @@ class Groups:
             raise ValueError(f"least: expected at least 1, got {self.least}")
 
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
-        each = self.of.each(model, held_out)
-        if each is None or not len(each.values):
+        each, classes = self.of.each(model, held_out), held_out.train.classes.get(self.label)
+        if each is None or classes is None or not len(each.values):
             return []
-        classes = held_out.train.classes[self.label]
         values = {item: held_out.source.peek(item).get(self.label, -1) for item in np.unique(each.items).tolist()}
         groups = np.array([values[item] for item in each.items.tolist()], np.int64)
         present = [group for group in np.unique(groups).tolist() if group >= 0]

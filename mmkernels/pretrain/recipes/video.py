@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import HashedWords, Tubelets, Words
 from mmkernels.pretrain.fusion import Cross
-from mmkernels.pretrain.metrics import Predictions, Retrieval
+from mmkernels.pretrain.metrics import Groups, Predictions, Retrieval
 from mmkernels.pretrain.objectives import Answer, Contrast
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import Captions
@@ -20,6 +20,11 @@ RECIPE = Recipe(
         "action": Answer(read="video", label="action"),
         "answer": Answer(read="question", label="answer"),
     },
-    metrics=(Retrieval("video", "text"), Predictions("action"), Predictions("answer")),
+    metrics=(
+        Retrieval("video", "text"),
+        Predictions("action"),
+        Predictions("answer"),
+        Groups(Predictions("answer"), "kind"),
+    ),
     settings={"batch": 64, "steps": 500, "eval_limit": 256},
 )

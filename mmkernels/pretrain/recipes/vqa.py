@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Patches, Words
 from mmkernels.pretrain.fusion import Cross
-from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.metrics import Groups, Predictions
 from mmkernels.pretrain.objectives import Answer
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import Captions
@@ -15,6 +15,6 @@ RECIPE = Recipe(
     },
     fusion=Cross(into=("question",), context="image", layers=2),
     objectives={"answer": Answer("question", label="answer")},
-    metrics=(Predictions("answer"),),
+    metrics=(Predictions("answer"), Groups(Predictions("answer"), "kind")),
     settings={"batch": 64, "chunk": 64, "steps": 1500, "eval_every": 500, "eval_limit": 512},
 )

@@ -1,0 +1,132 @@
+"""A run as its folder tells of it, without its model or its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from mmkernels.pretrain import recipes
+from mmkernels.pretrain.config import Config, to_dict
+from mmkernels.pretrain.metrics import Figure
+from mmkernels.pretrain.report.figures import figure_of, newest_by_split
+from mmkernels.pretrain.report.page import flat
+from mmkernels.pretrain.run_folder import RunFolderError, stored_config, stored_records, stored_wiring
+
+__all__ = ["StoredRun", "named", "stored_run"]
+
+_NEEDED = {"step": {"step", "loss", "seconds", "tokens_per_s", "peak_memory"}, "eval": {"step", "split", "figures"}}
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run, finished or not."""
+
+    name: str  # by which it is told from the others
+    path: Path
+    config: Config
+    wiring: Mapping[str, Any]  # every setting of its recipe
+    start: Mapping[str, Any]  # the newest record of a start
+    steps: Sequence[Mapping[str, Any]]
+    evals: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def data(self) -> str:
+        """What it learns from."""
+        if self.config.data is not None:
+            return self.config.data
+        try:
+            return recipes.load(self.config.recipe).data
+        except ValueError:  # a recipe's file that is no longer there
+            return f"the data of {self.config.recipe}"
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Every setting, and what it ran on."""
+        own = {k: v for k, v in to_dict(self.config).items() if k not in ("run", "resume", "parts", "data")}
+        environment = {f"environment.{name}": value for name, value in self.start["environment"].items()}
+        return flat({**own, "data": self.data, **self.wiring, **environment})
+
+    @property
+    def done(self) -> int:
+        """Steps."""
+        return max((record["step"] for record in self.steps), default=0)
+
+    @cached_property
+    def figures(self) -> dict[tuple[str, str], Figure]:
+        """(split, name) -> the newest figure."""
+        newest = newest_by_split(self.evals)
+        return {(split, row["name"]): figure_of(row) for split, record in newest.items() for row in record["figures"]}
+
+    @cached_property
+    def losses(self) -> dict[str, list[tuple[int, float]]]:
+        """(step, loss) of each objective; of a single one the log has the loss alone."""
+        names = list(dict.fromkeys(key.split(".")[1] for key in self.wiring if key.startswith("objectives.")))
+        keys = {name: f"{name}/loss" for name in names} if len(names) > 1 else dict.fromkeys(names, "loss")
+        points = {n: [(r["step"], r[key]) for r in self.steps if key in r] for n, key in keys.items()}
+        return {name: each for name, each in points.items() if each}
+
+    def summary(self) -> dict[str, str]:
+        """What it is and what it cost, in words."""
+        config, steps = self.config, self.steps
+        found = {
+            "recipe": config.recipe,
+            "data": self.data,
+            "steps": f"{self.done:,}" + ("" if self.done >= config.steps else f" of {config.steps:,}: unfinished"),
+            "parameters": f"{self.start['parameters'] / 1e6:.2f} M",
+        }
+        if steps:
+            seconds = sum(record["seconds"] for record in steps)
+            found |= {
+                "minutes": f"{seconds / 60:.1f}",
+                "tokens/s, median": f"{median(record['tokens_per_s'] for record in steps):,.0f}",
+                "peak memory": f"{max(record['peak_memory'] for record in steps) / 2**20:,.0f} MB",
+                "loss, last steps": f"{fmean(record['loss'] for record in steps[-20:]):.3f}",
+            }
+        at = max((record["step"] for record in self.evals), default=None)
+        return {**found, "evaluated": "never" if at is None else f"at step {at:,}"}
+
+
+def stored_run(folder: Path, name: str) -> StoredRun:
+    """Read a run.
+
+    Args:
+        folder: of the run.
+        name: by which it is told from the others.
+
+    Raises:
+        RunFolderError: no run, one that has not begun, or one whose settings or log are damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise RunFolderError(f"{folder}: expected the folder of a run, got {_what(folder)}")
+    config, wiring = stored_config(folder), stored_wiring(folder)
+    starts = [r for r in stored_records(folder, "start") if {"environment", "parameters"} <= r.keys()]
+    if not starts:
+        raise RunFolderError(f"{folder}: expected a run that has begun, got one whose log.jsonl has no start record")
+    records = {kind: stored_records(folder, kind) for kind in _NEEDED}
+    for kind, needed in _NEEDED.items():
+        if odd := next((r for r in records[kind] if not needed <= r.keys()), None):
+            lacks = ", ".join(sorted(needed - odd.keys()))
+            raise RunFolderError(f"{folder}/log.jsonl: expected {kind} records with {lacks}, got {odd}")
+    return StoredRun(name, folder, config, wiring, starts[-1], records["step"], records["eval"])
+
+
+def _what(folder: Path) -> str:
+    if not folder.exists():
+        return "nothing there"
+    return "a folder without config.json" if folder.is_dir() else "a file"
+
+
+def named(folders: Sequence[Path]) -> dict[str, Path]:
+    """The folders by the shortest ends of their paths that tell them apart. Raise ValueError if one is there twice."""
+    whole = [folder.resolve() for folder in folders]
+    if twice := next((path for i, path in enumerate(whole) if path in whole[:i]), None):
+        raise ValueError(f"RUN: expected different runs, got {twice} twice")
+    for depth in range(1, max((len(path.parts) for path in whole), default=0) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in whole]
+        if len(set(names)) == len(names):
+            return dict(zip(names, folders, strict=True))
+    return {str(path): folder for path, folder in zip(whole, folders, strict=True)}

@@ -1,0 +1,179 @@
+"""`mmkernels compare`: runs side by side, from their folders alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmkernels import cli
+from mmkernels.pretrain import Config
+from mmkernels.pretrain.config import to_dict
+from mmkernels.pretrain.metrics import Figure
+from mmkernels.pretrain.report.compare import best_of, compared, comparison_page, comparison_table
+from mmkernels.pretrain.report.stored_run import named
+from mmkernels.pretrain.run_folder import RunFolderError
+
+ENVIRONMENT = {"mmkernels": "1", "torch": "2", "device": "cpu", "threads": "1"}
+
+
+def figure(name: str, value: float, width: float | None = 0.02, **more: Any) -> dict[str, Any]:
+    ends = {} if width is None else {"low": value - width, "high": value + width}
+    return Figure(name, value, 0.1, **ends, **more).to_dict()
+
+
+def stored(
+    folder: Path, figures: Any = (), *, steps: int = 4, wiring: dict[str, Any] | None = None, **config: Any
+) -> Path:
+    """A run as it lies on the disk: evaluated after each step, with these figures at the last."""
+    folder.mkdir(parents=True)
+    wiring = {"objectives.contrast.weight": 1.0} if wiring is None else wiring
+    settings = {**to_dict(Config(steps=4, **config)), "wiring": wiring}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    records = [{"kind": "start", "step": 0, "samples": 10, "parameters": 2_500_000, "environment": ENVIRONMENT}]
+    for step in range(1, steps + 1):
+        cost = {"seconds": 30.0, "tokens_per_s": 100.0 * step, "peak_memory": 2**20 * 300}
+        records.append({"kind": "step", "step": step, "loss": 8.0 / step, **cost})
+        if figures:
+            rows = [{**row, "value": row["value"] * step / steps} for row in figures]
+            records.append({"kind": "eval", "step": step, "split": "held_out", "figures": rows})
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return folder
+
+
+def test_settings_figures_and_cost(tmp_path: Path) -> None:
+    r10 = "image → text R@10"
+    a = stored(tmp_path / "a", [figure(r10, 0.5, headline=True), figure("loss", 2.0, percent=False)], lr=1e-3)
+    b = stored(tmp_path / "b", [figure(r10, 0.6, headline=True), figure("own", 0.3)], lr=2e-3, seed=1)
+    found = compared([a, b])
+    assert found.settings == {"lr": ["0.001", "0.002"], "seed": ["0", "1"]}
+    (table,) = found.tables
+    (row,) = table.rows
+    assert (table.data, row.split, row.name, row.best) == ("emoji", "held_out", r10, 1)
+    assert [f.value for f in row.figures if f is not None] == [0.5, 0.6], "the newest"
+    assert found.alone == {"a": ["held_out: loss"], "b": ["held_out: own"]}
+    summary = found.runs[0].summary()
+    assert (summary["minutes"], summary["parameters"], summary["steps"]) == ("2.0", "2.50 M", "4")
+    assert (summary["tokens/s, median"], summary["peak memory"]) == ("250", "300 MB")
+    assert summary["loss, last steps"] == f"{8 * (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4:.3f}"
+
+    text = comparison_table(found)
+    assert re.search(r"held_out: image → text R@10 +50\.0% \[48\.0, 52\.0\] \(10\.0\) +\*60\.0% \[58\.0, 62\.0\]", text)
+    page = comparison_page(found)
+    assert page.count('class="cell best"') == 1 and page.count("<svg") == 2, "the loss, and the figure that comes first"
+    assert not re.search(r"""(src|href)=["'](?!data:|#)|url\((?!#)""", page)
+    assert not found.remarks
+
+
+@pytest.mark.parametrize(
+    ("values", "widths", "higher", "best"),
+    [
+        ((0.5, 0.6), (0.04, 0.04), True, 1),
+        ((0.5, 0.6), (0.06, 0.06), True, None),
+        ((0.5, 0.6), (0.05, 0.05), True, None),  # they touch
+        ((0.5, 0.6), (0.04, 0.04), False, 0),
+        ((0.5, 0.6, 0.9), (0.04, 0.5, 0.01), True, None),  # the widest reaches the best
+        ((0.5, 0.6), (0.04, None), True, None),
+        ((0.5, None, 0.6), (0.04, None, 0.04), True, 2),
+    ],
+)
+def test_the_best_is_apart(values: Any, widths: Any, higher: bool, best: int | None) -> None:
+    figures = []
+    for value, width in zip(values, widths, strict=True):
+        ends = {} if width is None else {"low": value - width, "high": value + width}
+        figures.append(None if value is None else Figure("x", value, higher_is_better=higher, **ends))
+    assert best_of(figures) == best
+
+
+def test_runs_of_different_recipes_and_data(tmp_path: Path) -> None:
+    """Figures of one name are compared on the same data alone; names that are no HTML are."""
+    x = [figure("<b>x</b> & 🙂", 0.5, None, headline=True)]
+    one = stored(tmp_path / "one <i>", x, recipe="clip")
+    two = stored(tmp_path / "two", x, recipe="siglip", wiring={"objectives.sigmoid.weight": 2.0})
+    three = stored(tmp_path / "three", x, data="scenes", eval_limit=5)
+    found = compared([one, two, three])
+    assert [(t.data, [r.name for r in t.runs]) for t in found.tables] == [("emoji", ["one <i>", "two"])]
+    assert list(found.alone) == ["three"]
+    assert found.settings["objectives.sigmoid.weight"] == [None, "2.0", None]
+    assert found.remarks == [
+        "The runs have different recipes: clip, siglip.",
+        "The runs have different data: emoji, scenes.",
+        "Figures are compared where data, split and name agree; losses where objectives have one name.",
+        "They were evaluated on different numbers of samples (eval_limit).",
+    ]
+    page = comparison_page(found)
+    assert "&lt;b&gt;x&lt;/b&gt; &amp; 🙂" in page and "<b>x" not in page and "one <i>" not in page
+    assert "none is marked as the best" in page
+    assert "Loss: contrast" in page and "Loss: sigmoid" not in page, "which one run alone has"
+
+
+def test_a_run_shows_what_it_has(tmp_path: Path) -> None:
+    """Without an evaluation, unfinished, without a step, cut off in the middle of a line."""
+    full = stored(tmp_path / "full", [figure("x", 0.5)])
+    fresh, begun = stored(tmp_path / "fresh", steps=0), stored(tmp_path / "begun", steps=2)
+    with (begun / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"kind": "step", "st')
+    found = compared([fresh, full, begun])
+    text = comparison_table(found)
+    assert "2 of 4: unfinished" in text and "0 of 4: unfinished" in text and text.count("never") == 2
+    assert "They share no figure." in text
+    assert "Loss: contrast" in comparison_page(found)
+
+
+def test_of_several_objectives_each_has_its_curve(tmp_path: Path) -> None:
+    two = {"objectives.a.weight": 1.0, "objectives.b.weight": 1.0}
+    runs = [stored(tmp_path / name, wiring=two) for name in "xy"]
+    for run in runs:
+        lines = (run / "log.jsonl").read_text(encoding="utf-8").replace('"loss"', '"a/loss": 1.5, "loss"')
+        (run / "log.jsonl").write_text(lines, encoding="utf-8")
+    found = compared(runs)
+    assert found.runs[0].losses == {"a": [(step, 1.5) for step in range(1, 5)]}
+
+
+def test_wrong_runs_are_named(tmp_path: Path) -> None:
+    good = stored(tmp_path / "good")
+    with pytest.raises(ValueError, match="RUN: expected at least two runs, got 1"):
+        compared([good])
+    with pytest.raises(ValueError, match=r"RUN: expected different runs, got .*good twice"):
+        compared([good, tmp_path / "good" / ".." / "good"])
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for folder, got in (("absent", "nothing there"), ("", "a folder without config.json"), ("file", "a file")):
+        with pytest.raises(RunFolderError, match=f"expected the folder of a run, got {got}"):
+            compared([good, tmp_path / folder])
+    bad = stored(tmp_path / "bad")
+    (bad / "log.jsonl").write_text('{"kind": "step", "step": 1}\n', encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"bad: expected a run that has begun, .* no start record"):
+        compared([good, bad])
+    with (bad / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps({"kind": "start", "parameters": 1, "environment": {}}) + "\n")
+    with pytest.raises(RunFolderError, match=r"log.jsonl: expected step records with loss, .*, got"):
+        compared([good, bad])
+    (bad / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="expected the settings of a run"):
+        compared([good, bad])
+
+
+def test_names_tell_runs_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "other"]
+    assert list(named(folders)) == ["a/run", "b/run", f"{tmp_path.name}/other"]
+    assert list(named(folders[1:])) == ["run", "other"]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(stored(tmp_path / name, [figure("x", 0.5)])) for name in "ab"]
+    out = tmp_path / "page.html"
+    for _ in range(2):  # a page of its own may be replaced
+        assert cli.main(["compare", *runs, "--out", str(out)]) == 0
+    assert "held_out: x" in capsys.readouterr().out
+    assert "2 runs side by side" in out.read_text(encoding="utf-8")
+    other = tmp_path / "notes.html"
+    other.write_text("mine", encoding="utf-8")
+    for path, said in ((other, "got another file"), (tmp_path, "got a folder"), (tmp_path / "no" / "x", "written: No")):
+        assert cli.main(["compare", *runs, "--out", str(path)]) == 1
+        assert said in capsys.readouterr().err
+    assert other.read_text(encoding="utf-8") == "mine"
+    assert cli.main(["compare", runs[0], "--out", str(out)]) == 1
+    assert "mmkernels compare: RUN: expected at least two runs" in capsys.readouterr().err
