@@ -145,6 +145,8 @@ def test_sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert audio.shape == (26, MELS)
     assert audio.max() == 1
     assert audio.min() == -1
+    (tmp_path / "a.wav").unlink()
+    assert data[0].values["audio"] is audio, "it is decoded once"
     assert "FileNotFoundError" in data.broken.reasons["rows.jsonl: line 3"]
     assert set(data.broken.reasons) == {"rows.jsonl: line 2", "rows.jsonl: line 3"}
     with pytest.raises(BrokenImageError, match="expected at most 120 seconds of sound, got 130"):

@@ -109,18 +109,21 @@ class ColumnSource(Source):
             return Text(cell)
         if kind == "vector":
             return cell
-        if kind == "audio":
-            return decode_audio(self._file(cell))
         if kind == "regions":
             image, regions = cell
             return decode_regions(self._file(image), regions, self._numbers["tag"])
         found = self._cache.get((field, cell))
         if found is None:
-            found = (decode_image if kind == "image" else decode_video)(self._file(cell), self.resolution)
+            found = self._decoded(kind, self._file(cell))
             if found.nbytes <= self._cache_left:
                 self._cache[field, cell] = found
                 self._cache_left -= found.nbytes
         return found
+
+    def _decoded(self, kind: str, file: Path | bytes) -> np.ndarray:
+        if kind == "audio":
+            return decode_audio(file)
+        return (decode_image if kind == "image" else decode_video)(file, self.resolution)
 
     def name(self, index: int) -> str:
         return self._names[index]

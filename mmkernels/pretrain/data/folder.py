@@ -32,7 +32,7 @@ class FolderDataset(ColumnSource):
         labels: further columns, whose values are classes.
         resolution: side in pixels at which images are kept.
         max_broken: fraction of samples, and of table rows, that may be unreadable.
-        cache_bytes: memory for decoded images.
+        cache_bytes: memory for decoded images, clips and recordings.
         partial: leave out fields that no sample has, instead of refusing the data for them.
 
     Raises:

@@ -96,7 +96,7 @@ def open_data(
             file, or of the first text), so that adding data never moves a sample between the sets.
         max_eval: most samples in a held-out set, evenly spaced.
         max_broken: fraction of the samples of a set that may be unreadable.
-        cache_bytes: memory for decoded images, of each set.
+        cache_bytes: memory for decoded images, clips and recordings, of each set.
     """
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction: expected 0 <= eval_fraction < 1, got {eval_fraction}")

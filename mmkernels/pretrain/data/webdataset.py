@@ -52,7 +52,7 @@ class WebDataset(ColumnSource):
         resolution: side in pixels at which images are kept.
         max_broken: fraction of samples that may be unreadable, or lack their image or text. A shard that is not a tar
             counts as one sample, and so does a file without a key.
-        cache_bytes: memory for decoded images.
+        cache_bytes: memory for decoded images, clips and recordings.
         partial: leave out fields that no sample has, instead of refusing the data for them.
 
     Raises:
