@@ -13,6 +13,7 @@ from mmkernels.pretrain.data.tiles import load_tiles
 SPLITS = ("train", "held_out", "combinations", "drawings")
 MOST = 1 << 40  # samples of a split
 _STRIDE = 4 * MOST  # numbers of a split: those from MOST on are for what a sample needs besides
+END = len(SPLITS) * _STRIDE  # numbers from here on are for what those of the splits do not suffice for
 
 
 class Computed(Mapping[str, Any]):

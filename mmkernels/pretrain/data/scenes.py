@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mmkernels.pretrain.data.base import Data, Document, Regions, Sample, Text
-from mmkernels.pretrain.data.generated import MOST, SPLITS, Computed, GeneratedSource
+from mmkernels.pretrain.data.generated import END, MOST, SPLITS, Computed, GeneratedSource
 from mmkernels.pretrain.data.scene_layout import RELATIONS, Group, Scene, concept_ids, draw_groups, lay_out
 from mmkernels.pretrain.data.scene_picture import Look, look_of, picture, regions_of
 from mmkernels.pretrain.data.scene_text import ANSWERS, CAPTION_FORMS, KINDS, Asked, ask, captions, related
@@ -31,7 +31,7 @@ FIELDS = (
     *("image", "text", "regions", "tags", "question", "answer", "kind"),
     *("pair", "relation", "document", "group"),
 )
-_FURTHER = 3  # most scenes of a document besides its first
+_FURTHER = 3  # most scenes of a training document besides its first
 
 _ANSWER = {answer: i for i, answer in enumerate(ANSWERS)}
 _KIND = {kind: i for i, kind in enumerate(KINDS)}
@@ -77,7 +77,7 @@ class SceneSource(GeneratedSource):
     | tags | `Text`: the words of the regions, in their order |
     | question, answer, kind | `Text`, and labels |
     | pair, relation | `Regions` of two objects, and the label of what the first is to the second |
-    | document | `Document`: 2 to 4 scenes, each followed by a caption; all its captions have the same form |
+    | document | `Document`: 2 to 4 scenes, 5 if held out, each with a caption; the captions have the same form |
     | group | label: the vendor who drew the scene |
 
     Args:
@@ -120,9 +120,10 @@ class SceneSource(GeneratedSource):
         return DrawnScene(self, index, self.number(index), self._words[index], self._counts[index])
 
     def further(self, index: int) -> Iterator[DrawnScene]:
-        """The other scenes of the document of scene `index`, which are nowhere else."""
+        """The other scenes of the document of scene `index`, which are nowhere else: 3, and one more if held out."""
         first = self.first + MOST + _FURTHER * index
-        numbers = np.arange(first, first + _FURTHER, dtype=np.int64)
+        last = [] if self.split == "train" else [END + SPLITS.index(self.split) * MOST + index]
+        numbers = np.array([*range(first, first + _FURTHER), *last], np.int64)
         for number, words, counts in zip(numbers.tolist(), *self._draw(numbers), strict=True):
             yield DrawnScene(self, index, number, words, counts)
 
@@ -194,7 +195,9 @@ class DrawnScene:
         """The document, with this in the place of each picture."""
         draws = SampleDraws(self._source.seed, Purpose.DOCUMENT, self._number)
         form, more = draws.below(CAPTION_FORMS), draws.between(1, _FURTHER)
-        scenes = [self, *self._source.further(self._index)][: 1 + more]
+        scenes = [self, *self._source.further(self._index)]
+        if self._source.split == "train":  # held-out documents are as long as it takes to ask after several examples
+            scenes = scenes[: 1 + more]
         return Document(tuple(part for scene in scenes for part in (picture(scene), scene.text.captions[form])))
 
     @property
