@@ -12,6 +12,7 @@ from torch import Tensor
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.data import Collator, Sample
+from mmkernels.pretrain.generate import generate
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.run_folder import RunFolderError, stored_classes, stored_config
@@ -37,6 +38,22 @@ class Pretrained(NamedTuple):
         batch = self.batch({stream: values})
         with torch.no_grad():
             return self.model.encoder(stream).embeddings(batch[stream])
+
+    def write(self, objective: str, values: Mapping[str, Sequence[Any]], most_tokens: int = 64) -> list[str]:
+        """The texts that an objective of next tokens holds for the likeliest, word by word, of n samples.
+
+        Args:
+            objective: of the recipe, a `NextToken`.
+            values: as in `batch`, of the streams that are read. Of a stream of documents: those so far, up to the
+                image or the words that are to be gone on with.
+            most_tokens: the longest text.
+
+        Example:
+            >>> load_model("runs/caption").write("words", {"image": images})
+        """
+        with torch.no_grad():
+            ids = generate(self.model, objective, self.batch(values), most_tokens)
+        return [self.collator.tokenizer.decode(each) for each in ids]
 
     def batch(self, values: Mapping[str, Sequence[Any]]) -> Batch:
         """A batch of n samples, without views: the values of their fields, by stream; other streams are absent."""

@@ -57,6 +57,12 @@ class Tokens:
         """Other features in the same places."""
         return replace(self, x=x)
 
+    def emptied(self) -> Tokens:
+        """As many samples, each without tokens."""
+        media = None if self.layout.media is None else self.layout.media[:0]
+        cu_seqlens, host = torch.zeros_like(self.cu_seqlens), (0,) * (self.samples + 1)
+        return Tokens(self.x[:0], replace(self.layout, cu_seqlens=cu_seqlens, cu_seqlens_host=host, media=media))
+
     def between(self, first: int, last: int) -> Tokens:
         """Samples [first, last): views."""
         ends = self.layout.cu_seqlens_host[first : last + 1]

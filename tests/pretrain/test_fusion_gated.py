@@ -172,3 +172,17 @@ def test_ablation() -> None:
     model.fusion = None
     with pytest.raises(ValueError, match="a recipe with a fusion"):
         Ablation("words", "image").measure(model, held_out)
+
+
+def test_gates_that_are_passed_by_are_as_if_shut() -> None:
+    fusion, found = shaken(built(every=2)), given()
+    open_ = fusion(found)["text"].x
+    fusion.shut = True
+    passed = fusion(found)["text"].x
+    fusion.shut = False
+    with torch.no_grad():
+        for gate in fusion.gates.values():
+            gate.gate.zero_()
+            gate.attention.gate.zero_()
+    torch.testing.assert_close(passed, fusion(found)["text"].x)
+    assert not torch.allclose(passed, open_)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
-from mmkernels.pretrain.tokens import Layout, Tokens
 
 __all__ = ["Ablation"]
 
@@ -34,12 +32,13 @@ class Ablation:
             chunk = model.whole(batch, self.objective)
             rows = torch.arange(batch.samples, device=batch.concepts.device)
             others = dict.fromkeys(chunk.tokens, rows) | {self.stream: rows.roll(-1)}
+            emptied = {**chunk.tokens, self.stream: chunk.tokens[self.stream].emptied()}
             kept = dict(chunk.fused)
             for what in losses:
                 if what == "other":
                     chunk.fused = {**kept, **model.fusion(chunk.tokens, others)}
                 elif what == "none":
-                    chunk.fused = {**kept, **model.fusion(self._emptied(chunk.tokens))}
+                    chunk.fused = {**kept, **model.fusion(emptied)}
                 logits, targets = objective.logits(chunk)
                 losses[what] += F.cross_entropy(logits.double(), targets, reduction="sum").item()
             count += len(targets)
@@ -51,12 +50,3 @@ class Ablation:
             Figure(f"{self.objective}: loss with {self.stream}", right, other, **more),
             Figure(f"{self.objective}: loss without {self.stream}", none, other, **more),
         ]
-
-    def _emptied(self, tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
-        """Every sample lacks the stream."""
-        lost = tokens[self.stream]
-        ends = (0,) * (lost.samples + 1)
-        media = None if lost.layout.media is None else lost.layout.media[:0]
-        layout = replace(lost.layout, cu_seqlens=torch.zeros_like(lost.cu_seqlens), cu_seqlens_host=ends, media=media)
-        assert isinstance(layout, Layout)
-        return {**tokens, self.stream: Tokens(lost.x[:0], layout)}

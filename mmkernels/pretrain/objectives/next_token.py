@@ -15,6 +15,7 @@ from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.objectives.base import Classification, Head
 from mmkernels.pretrain.recipe import Facts, Ramp
 from mmkernels.pretrain.seen import Chunk
+from mmkernels.pretrain.tokens import Tokens
 
 __all__ = ["NextToken"]
 
@@ -53,6 +54,11 @@ class NextTokenLoss(Classification):
         labels = chunk.batch[self.stream].next_labels()  # they never cross into the next sample
         rows = torch.nonzero(labels >= 0).flatten()
         return rows, labels[rows]
+
+    def following(self, tokens: Tokens) -> Tensor:
+        """[S, V]: logits of the token after the last of each sample, which must have one."""
+        logits: Tensor = self.head(tokens.x[tokens.cu_seqlens[1:].long() - 1])
+        return logits
 
     def chance_loss(self, batch: Batch) -> float | None:
         return math.log(self.vocabulary)
