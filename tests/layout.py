@@ -98,8 +98,8 @@ LAYERS = (
         r"mmkernels\.pretrain(\..*)?",
         below=("mmkernels", "mmkernels.nn", "mmkernels.pretrain.*"),
         never=("mmkernels.pretrain.data_report.*",),
-        packages=_PYTORCH | _EXTRAS | {"pyarrow", "soundfile", "datasets", "zstandard"},
-        late=("pyarrow", "soundfile", "datasets", "zstandard"),
+        packages=_PYTORCH | _EXTRAS | {"pyarrow", "soundfile", "datasets", "zstandard", "sacrebleu", "rouge_score"},
+        late=("pyarrow", "soundfile", "datasets", "zstandard", "sacrebleu", "rouge_score"),
     ),
     Layer(
         r"mmkernels\.integrations(\..*)?",

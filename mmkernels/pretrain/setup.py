@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
-__all__ = ["documents", "expect_fields", "may_lack", "open_source", "read_by", "tokenizer_for"]
+__all__ = ["documents", "expect_fields", "expect_packages", "may_lack", "open_source", "read_by", "tokenizer_for"]
 
 log = logging.getLogger("mmkernels.pretrain.data")
 
@@ -31,6 +32,7 @@ def open_source(config: Config) -> Data:
         raise ValueError(f"without: expected some of the streams {', '.join(recipe.streams)}, got {unknown[0]!r}")
     if len(set(config.without)) == len(recipe.streams):
         raise ValueError(f"without: expected a stream that is left, got all of them ({', '.join(config.without)})")
+    expect_packages(recipe.metrics)
     name = config.data or recipe.data
     fields, labels = read_by(recipe)
     data = open_data(
@@ -51,6 +53,15 @@ def open_source(config: Config) -> Data:
         for source in (data.train, *data.held_out.values()):
             source.broken.limit(config.max_broken)
     return validation(name, data, config.eval_limit) if config.validate else data
+
+
+def expect_packages(metrics: Sequence[Any]) -> None:
+    """Raise ValueError if a package is missing that a metric measures with."""
+    for metric in metrics:
+        for package in getattr(metric, "needs", ()):
+            if importlib.util.find_spec(package) is None:
+                who = f"metrics.{type(metric).__name__.lower()}"
+                raise ValueError(f"{who}: needs the package {package}: pip install 'mmkernels[evaluate]'")
 
 
 def validation(name: str, data: Data, most: int) -> Data:

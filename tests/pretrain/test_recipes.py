@@ -30,6 +30,7 @@ def small(name: str, run: Path, **changes: Any) -> Config:
     parts: dict[str, Any] = {"model.width": 32, "model.heads": 2, "model.embed_dim": 32}
     parts |= {leaf: 1 for leaf, value in known.items() if leaf.endswith(".layers") and value > 1}
     parts |= {leaf: 16 for leaf in known if leaf.endswith(".queue") and known[leaf]}
+    parts |= {leaf: 4 for leaf in known if leaf.endswith(".most_tokens")}
     parts |= SMALLER.get(name, {})
     options: dict[str, Any] = {"steps": STEPS, "batch": 8, "chunk": 3, "warmup": 2, "lr": 3e-3, "vocabulary": 400}
     options |= {"eval_every": 0, "eval_limit": 12, "checkpoint_every": 5, "tensorboard": False, "threads": 1}

@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import Patches, Words
 from mmkernels.pretrain.fusion import Merged
-from mmkernels.pretrain.metrics import Predictions
+from mmkernels.pretrain.metrics import Captioning, Predictions
 from mmkernels.pretrain.objectives import NextToken
 from mmkernels.pretrain.recipe import Recipe, Stream
 from mmkernels.pretrain.views import Captions
@@ -15,6 +15,6 @@ RECIPE = Recipe(
     },
     fusion=Merged(("image", "text"), layers=4, mask="prefix"),
     objectives={"words": NextToken("text")},
-    metrics=(Predictions("words"),),
+    metrics=(Predictions("words"), Captioning("words", most_tokens=20)),
     settings={"batch": 64, "chunk": 64, "steps": 1000, "eval_every": 500, "eval_limit": 512},
 )

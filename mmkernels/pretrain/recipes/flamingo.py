@@ -1,6 +1,6 @@
 from mmkernels.pretrain.encoders import DocumentImages, DocumentWords, Patches, Words
 from mmkernels.pretrain.fusion import Gated
-from mmkernels.pretrain.metrics import Ablation, Predictions
+from mmkernels.pretrain.metrics import Ablation, Predictions, Shots
 from mmkernels.pretrain.objectives import NextToken
 from mmkernels.pretrain.recipe import Recipe, Stage, Stream
 
@@ -14,7 +14,7 @@ RECIPE = Recipe(
     },
     fusion=Gated(into="text", context="image", layers=4, every=2),
     objectives={"words": NextToken("text")},
-    metrics=(Predictions("words"), Ablation("words", "image")),
+    metrics=(Predictions("words"), Ablation("words", "image"), Shots("words", most_tokens=20)),
     stages=(
         Stage(until=200, trainable=("streams.text.*", "fusion.layers.*", "objectives.*")),
         Stage(trainable=("streams.image.*", "fusion.gates.*")),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from mmkernels.pretrain.evaluate import evaluating
 from mmkernels.pretrain.report.answers import answers
 from mmkernels.pretrain.report.attention import attention_maps
+from mmkernels.pretrain.report.captions import captions
 from mmkernels.pretrain.report.next_words import next_words
 from mmkernels.pretrain.report.pairs import matched_pairs
 from mmkernels.pretrain.report.patches import masked_patches
@@ -23,6 +24,7 @@ log = logging.getLogger("mmkernels.pretrain.report")
 # In the order of the page. Each looks at the recipe and returns no section if there is nothing to show.
 MAKERS: list[Callable[[Run], list[Section]]] = [
     answers,
+    captions,
     next_words,
     masked_words,
     masked_regions,

@@ -1,0 +1,79 @@
+"""Captions that the model writes, beside the true ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmkernels.pretrain.metrics import Captioning, HeldOut, Shots
+from mmkernels.pretrain.pages import data_url
+from mmkernels.pretrain.report.section import Run, Section, first_set
+
+__all__ = ["WrittenCaption", "captions", "generated"]
+
+_SHOWN = 9
+
+
+@dataclass(frozen=True)
+class WrittenCaption:
+    """One caption, with what it describes."""
+
+    name: str  # of the sample
+    described: Any  # the value of the field: an image is uint8 [H, W, 3 or 4]
+    written: str
+    true: tuple[str, ...]
+    cut: bool  # the limit was reached before the end of the text
+    examples: tuple[tuple[Any, str], ...] = ()  # (image, caption) of the document that the model read before
+
+
+def generated(model: Any, metric: Captioning | Shots, held_out: HeldOut, count: int = 9) -> list[WrittenCaption]:
+    """Captions of evenly spaced held-out samples, greedily written.
+
+    Args:
+        model: in evaluation mode, without gradients.
+        metric: of the recipe; `Shots` writes with as many examples as it has at most.
+        held_out: the samples. Those without a caption, or without what it describes, are left out.
+        count: of samples.
+    """
+    if isinstance(metric, Shots):
+        asked = metric.write(model, held_out, max(metric.shots), count=count)
+        return [
+            WrittenCaption(held_out.source.name(item), image, text, (true,), cut, tuple(examples))
+            for item, (*examples, (image, true)), text, cut in zip(*asked, strict=True)
+        ]
+    field = held_out.collator.streams[metric.stream].field or metric.stream
+    found = metric.write(model, held_out, count, ablations=False)
+    samples = (held_out.source[item] for item in found.items)
+    return [
+        WrittenCaption(sample.name, sample.values[field], text, true, cut)
+        for sample, text, true, cut in zip(samples, found.texts, found.references, found.cut, strict=True)
+    ]
+
+
+def captions(run: Run) -> list[Section]:
+    held_out = first_set(run)
+    metrics = [metric for metric in run.recipe.metrics if isinstance(metric, Captioning | Shots)]
+    sections = []
+    for metric in metrics if held_out is not None else ():
+        assert held_out is not None
+        found = generated(run.trained, metric, held_out, _SHOWN)
+        examples = len(found[0].examples) if found else 0
+        below = f"true caption and the {examples} examples that it read before" if examples else "true captions"
+        about = f"Split {held_out.name}: what the model writes of each picture; below it the {below}."
+        title = "Written captions" if len(metrics) == 1 else f"Written captions: {metric.objective}"
+        sections += [Section("captions", title, about, [_card(one) for one in found])] if found else []
+    return sections
+
+
+def _card(one: WrittenCaption) -> dict[str, Any]:
+    examples = [{"picture": _picture(image), "text": text} for image, text in one.examples]
+    return {"picture": _picture(one.described), "examples": examples, "one": one}
+
+
+def _picture(value: Any) -> str | None:
+    """An image, or the middle of a clip, as a data URL."""
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.shape[-1] not in (3, 4):
+        return None
+    return data_url(value if value.ndim == 3 else value[len(value) // 2])
