@@ -22,7 +22,7 @@ from mmkernels.pretrain.loop import device_of
 from mmkernels.pretrain.measures import Subject, group_labels, measures
 from mmkernels.pretrain.metrics import Figure, HeldOut
 from mmkernels.pretrain.run_folder import stored_classes, stored_config, write_whole
-from mmkernels.pretrain.setup import open_source, read_by
+from mmkernels.pretrain.setup import expect_packages, open_source, read_by
 
 __all__ = ["Evaluation", "evaluate_run", "main"]
 
@@ -35,7 +35,7 @@ class Evaluation:
     """Folder of a run, or of an exported model."""
     task: tuple[str, ...] = ()
     """What to measure: retrieval zero-shot alignment probe neighbours predictions classes groups perplexity
-    reconstruction ablation. Default: all that fit."""
+    reconstruction ablation captions shots. Default: all that fit."""
     data: str | None = None
     """Another data set than the run's, as for `mmkernels pretrain --data`."""
     split: tuple[str, ...] = ()
@@ -84,7 +84,9 @@ def evaluate_run(options: Evaluation) -> dict[str, list[Figure]]:
     subject = Subject(stored.wiring(), model, data.train, labels, groups)
     memory: dict[tuple[str, ...], Any] = {}
     found: dict[str, list[Figure]] = {name: [] for name in held_out}
-    for metric in tqdm(measures(subject, options.task), unit="measure", leave=False, disable=None):
+    fitting = measures(subject, options.task)
+    expect_packages(fitting)
+    for metric in tqdm(fitting, unit="measure", leave=False, disable=None):
         for name, figures in evaluate(model, [metric], held_out, memory).items():
             have = {figure.name for figure in found[name]}
             found[name] += [figure for figure in figures if figure.name not in have]

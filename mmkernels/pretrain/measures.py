@@ -11,6 +11,7 @@ from mmkernels.pretrain.data import Source, Text
 from mmkernels.pretrain.metrics import (
     Ablation,
     Alignment,
+    Captioning,
     Classified,
     Groups,
     LinearProbe,
@@ -21,6 +22,7 @@ from mmkernels.pretrain.metrics import (
     Reconstruction,
     Reranked,
     Retrieval,
+    Shots,
     ZeroShot,
 )
 from mmkernels.pretrain.model import Model
@@ -29,6 +31,7 @@ from mmkernels.pretrain.recipe import Recipe
 __all__ = ["TASKS", "Subject", "group_labels", "measures"]
 
 _SMALL = 20  # most classes of a label that makes groups
+_WRITTEN = 500  # most texts that are written for a figure
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,20 @@ def _ablation(of: Subject) -> Iterator[Any]:
             yield from (Ablation(name, stream) for stream in streams if stream != own)
 
 
+def _captions(of: Subject) -> Iterator[Any]:
+    """Of an objective that writes a text which the data has, from what is no text."""
+    for name in of.objectives("following"):
+        own = of.recipe.objectives[name].stream
+        others = [stream for stream in of.model.encoded if stream != own]
+        if of.reads_text(own) and not any(map(of.reads_text, others)):
+            yield from (Captioning(name, stream, limit=_WRITTEN) for stream in others)
+
+
+def _shots(of: Subject) -> Iterator[Any]:
+    if hasattr(of.model.fusion, "shut"):
+        yield from (Shots(name, limit=_WRITTEN) for name in of.objectives("following"))
+
+
 TASKS: dict[str, Callable[[Subject], Iterator[Any]]] = {
     "retrieval": _retrieval,
     "zero-shot": _zero_shot,
@@ -132,6 +149,8 @@ TASKS: dict[str, Callable[[Subject], Iterator[Any]]] = {
     "perplexity": lambda of: map(Perplexity, [*of.objectives("followed"), *of.objectives("masked")]),
     "reconstruction": lambda of: map(Reconstruction, of.objectives("painted")),
     "ablation": _ablation,
+    "captions": _captions,
+    "shots": _shots,
 }
 """Name -> the metrics that fit. Each has chance, or a trivial predictor, beside it."""
 
