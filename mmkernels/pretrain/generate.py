@@ -17,7 +17,7 @@ from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.tokenizer import BOS, EOS
 from mmkernels.pretrain.tokens import Tokens
 
-__all__ = ["context_of", "generate", "go_on", "writer"]
+__all__ = ["context_of", "generate", "go_on", "prompts_of", "writer"]
 
 
 def generate(model: Any, objective: str, batch: Batch, most_tokens: int) -> list[list[int]]:
@@ -37,9 +37,7 @@ def generate(model: Any, objective: str, batch: Batch, most_tokens: int) -> list
     Raises:
         ValueError: the model has no such objective, or `most_tokens` is not positive.
     """
-    packed = batch[writer(model, objective).stream]
-    ids = packed.tokens.tolist()
-    prompts = [ids[begin:end] for begin, end in pairwise(packed.cu_seqlens_host)]
+    prompts = prompts_of(model, batch, objective)
     return go_on(model, objective, context_of(model, batch, objective), prompts, most_tokens)
 
 
@@ -50,6 +48,13 @@ def writer(model: Any, objective: str) -> Any:
         have = f"one of the objectives of next tokens ({', '.join(able) or 'there are none'})"
         raise ValueError(f"objective: expected {have}, got {objective!r}")
     return model.objectives[objective]
+
+
+def prompts_of(model: Any, batch: Batch, objective: str) -> list[list[int]]:
+    """The ids of each sample in the stream that the objective writes."""
+    packed = batch[writer(model, objective).stream]
+    ids = packed.tokens.tolist()
+    return [ids[begin:end] for begin, end in pairwise(packed.cu_seqlens_host)]
 
 
 def context_of(model: Any, batch: Batch, objective: str) -> dict[str, Tokens]:

@@ -12,12 +12,12 @@ from torch import Tensor
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.data import Collator, Sample
-from mmkernels.pretrain.generate import generate
+from mmkernels.pretrain.generate import context_of, go_on, prompts_of
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.run_folder import RunFolderError, stored_classes, stored_config
 from mmkernels.pretrain.schedule import stage_at
-from mmkernels.pretrain.tokenizer import TextTokenizer
+from mmkernels.pretrain.tokenizer import EOS, TextTokenizer
 
 __all__ = ["Pretrained", "load_model", "stored_weights"]
 
@@ -44,16 +44,21 @@ class Pretrained(NamedTuple):
 
         Args:
             objective: of the recipe, a `NextToken`.
-            values: as in `batch`, of the streams that are read. Of a stream of documents: those so far, up to the
-                image or the words that are to be gone on with.
-            most_tokens: the longest text.
+            values: as in `batch`. Of the stream that is written: what a text begins with, or documents up to the image
+                whose caption is asked for; it may be absent. The other streams are read.
+            most_tokens: the longest that is written.
+
+        Returns:
+            what follows, without the beginnings.
 
         Example:
             >>> load_model("runs/caption").write("words", {"image": images})
         """
         with torch.no_grad():
-            ids = generate(self.model, objective, self.batch(values), most_tokens)
-        return [self.collator.tokenizer.decode(each) for each in ids]
+            batch = self.batch(values)
+            prompts = [ids[:-1] if ids[-1:] == [EOS] else ids for ids in prompts_of(self.model, batch, objective)]
+            found = go_on(self.model, objective, context_of(self.model, batch, objective), prompts, most_tokens)
+        return [self.collator.tokenizer.decode(ids) for ids in found]
 
     def batch(self, values: Mapping[str, Sequence[Any]]) -> Batch:
         """A batch of n samples, without views: the values of their fields, by stream; other streams are absent."""

@@ -15,7 +15,7 @@ from mmkernels import PackedBatch
 from mmkernels.pretrain.data import Document
 from mmkernels.pretrain.encoders import DocumentImages, DocumentWords, Patches, Words
 from mmkernels.pretrain.fusion import Cross, Gated, Merged
-from mmkernels.pretrain.generate import generate
+from mmkernels.pretrain.generate import generate, go_on
 from mmkernels.pretrain.load import Pretrained
 from mmkernels.pretrain.objectives import MaskedTokens, NextToken
 from mmkernels.pretrain.recipe import Recipe, Stream
@@ -119,6 +119,15 @@ def test_a_loaded_model_writes_words() -> None:
     written = loaded.write("words", {"image": images}, most_tokens=4)
     ids = generate(model, "words", loaded.batch({"image": images}), 4)
     assert written == [TOKENIZER.decode(each) for each in ids] and len(written) == 3
+
+
+def test_a_loaded_model_goes_on_with_words() -> None:
+    """Not after their end token."""
+    of = SYSTEMS["alone"]
+    model = built(of, SAMPLES).float()
+    written = Pretrained(model, collator(of, SAMPLES)).write("words", {"text": ["a red", "dog"]}, most_tokens=3)
+    prompts = [[BOS, *TOKENIZER.encode(text)] for text in ("a red", "dog")]
+    assert written == [TOKENIZER.decode(ids) for ids in go_on(model, "words", {}, prompts, 3)]
 
 
 @torch.no_grad()
