@@ -87,7 +87,7 @@ ROWS = (
         ("--without", "pair", "--objectives.relation.read", "text"),
     ),
     Row(
-        "audioclip", "audio → text R@10", ("voice",), "two-way",
+        "audioclip", "audio → text R@10", ("voice", "names"), "two-way",
         ("--objectives.image-text.weight", "0", "--objectives.audio-image.weight", "0"),
     ),
     Row(
