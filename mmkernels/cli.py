@@ -16,6 +16,7 @@ USAGE = """usage: mmkernels <command> [options]
   fetch        get a larger data set for pretrain (needs mmkernels[pretrain])
   data-report  what is in a data set, and what is wrong with it (needs mmkernels[report])
   pretrain     train a model by a recipe (needs mmkernels[pretrain])
+  finetune     go on from a trained model with another task (needs mmkernels[pretrain])
   evaluate     measure a trained model on held-out data (needs mmkernels[pretrain])
   compare      runs side by side (needs mmkernels[pretrain])
   recipes      the recipes of pretrain, or the wiring of one (needs mmkernels[pretrain])
@@ -57,6 +58,14 @@ def _fetch(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         return _missing("fetch", "pretrain", error, _PRETRAIN_PACKAGES)
     return fetch.main(argv)
+
+
+def _finetune(argv: list[str]) -> int:
+    try:
+        from mmkernels.pretrain import finetune
+    except ModuleNotFoundError as error:
+        return _missing("finetune", "pretrain", error, _PRETRAIN_PACKAGES)
+    return finetune.main(argv)
 
 
 def _evaluate(argv: list[str]) -> int:
@@ -107,6 +116,7 @@ _COMMANDS = {
     "data-report": _data_report,
     "evaluate": _evaluate,
     "fetch": _fetch,
+    "finetune": _finetune,
     "info": _info,
     "plan": _plan,
     "pretrain": _pretrain,

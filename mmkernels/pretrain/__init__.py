@@ -7,9 +7,11 @@ mmkernels pretrain --data folder:photos     # your own images and captions
 
 from mmkernels.pretrain.cli import list_recipes, main
 from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.finetune import finetuned
 from mmkernels.pretrain.load import Pretrained, load_model
 from mmkernels.pretrain.loop import Outcome, train
 from mmkernels.pretrain.recipe import Facts, Ramp, Recipe, Shape, Stage, Stream
+from mmkernels.pretrain.transfer import Transfer
 
 __all__ = [
     "Config",
@@ -21,6 +23,8 @@ __all__ = [
     "Shape",
     "Stage",
     "Stream",
+    "Transfer",
+    "finetuned",
     "list_recipes",
     "load_model",
     "main",

@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,10 @@ from mmkernels.pretrain.guards import NotFiniteError
 from mmkernels.pretrain.loop import train
 from mmkernels.pretrain.picture import picture
 from mmkernels.pretrain.report import figure_table
-from mmkernels.pretrain.run_folder import stored_config
+from mmkernels.pretrain.run_folder import RunFolder, stored_config
 from mmkernels.pretrain.wiring import leaves, leaves_of, typed
 
-__all__ = ["list_recipes", "main", "parse"]
+__all__ = ["asked", "list_recipes", "main", "parse", "trained"]
 
 INTERRUPTED = 130  # the exit status by convention after Ctrl-C
 
@@ -43,25 +44,42 @@ def parse(argv: Sequence[str]) -> Config:
     if first.resume:
         folder = first.run or default.folder
         default = dataclasses.replace(stored_config(folder), run=folder, resume=True)
+    return asked(default, argv, "pretrain")
+
+
+def asked(default: Config, argv: Sequence[str], command: str, options: Any = None, hide: Sequence[str] = ()) -> Config:
+    """A config with the changes of a command line, which may name its settings and those of its recipe.
+
+    Args:
+        default: the config without them.
+        argv: the command line.
+        command: of mmkernels, for `--help`.
+        options: a frozen dataclass whose fields are further options; they are not looked at.
+        hide: settings that `--help` leaves out, besides those that only a run folder has.
+
+    Raises:
+        SystemExit: an unknown option, an invalid setting, or --help.
+    """
     recipe = default.wiring()
     branches, _ = typed(recipe)
     hints = typing.get_type_hints(Config)
+    own = {field.name: getattr(default, field.name) for field in dataclasses.fields(Config)}
     hidden: list[Any] = [
-        ("parts", Annotated[hints["parts"], tyro.conf.Suppress], dataclasses.field(default_factory=dict))
+        (name, Annotated[hints[name], tyro.conf.Suppress], dataclasses.field(default_factory=partial(own.get, name)))
+        for name in ("parts", "transfers", *hide)
     ]
     shown = dataclasses.make_dataclass(
-        "Pretrain",
+        command.capitalize(),
         [*hidden, *((name, kind, dataclasses.field(default=value)) for name, kind, value in branches)],
-        bases=(Config,),
+        bases=(Config,) if options is None else (Config, type(options)),
         frozen=True,
     )
     shown.__doc__ = f"{recipe.summary} ({recipe.source})."
-    own = {field.name: getattr(default, field.name) for field in dataclasses.fields(Config)}
     given: Any = tyro.cli(
         shown,
-        default=shown(**own),
+        default=shown(**own, **({} if options is None else vars(options))),
         args=list(argv),
-        prog="mmkernels pretrain",
+        prog=f"mmkernels {command}",
         config=(tyro.conf.AvoidSubcommands,),
     )
     before, parts = leaves(recipe), dict(default.parts)
@@ -73,29 +91,44 @@ def parse(argv: Sequence[str]) -> Config:
     try:
         config.wiring()
     except ValueError as error:  # a part refuses a value
-        print(f"mmkernels pretrain: {error}", file=sys.stderr)
+        print(f"mmkernels {command}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mmkernels pretrain`; returns the exit status."""
+    return trained("pretrain", parse, sys.argv[1:] if argv is None else argv)
+
+
+def trained(command: str, parsed: Callable[[Sequence[str]], Config], argv: Sequence[str]) -> int:
+    """Train what a command line asks for, and show the figures; returns the exit status."""
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
-        outcome = train(config)
+        outcome = train(parsed(argv))
     except (ValueError, NotFiniteError, TooManyBrokenError) as error:
-        print(f"mmkernels pretrain: {error}", file=sys.stderr)
+        print(f"mmkernels {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
-        print("mmkernels pretrain: stopped; --resume continues from the newest checkpoint", file=sys.stderr)
+        print(f"mmkernels {command}: stopped; --resume continues from the newest checkpoint", file=sys.stderr)
         return INTERRUPTED
     if outcome.folder.records("eval"):
         print(figure_table(outcome.folder))
+    if learned := _learned(outcome.folder):
+        print(learned)
     print(f"report: {outcome.folder.report}")
     if outcome.interrupted:
-        print(f"stopped at step {outcome.step}; resume with: mmkernels pretrain --resume --run {outcome.folder.path}")
+        print(f"stopped at step {outcome.step}; resume with: mmkernels {command} --resume --run {outcome.folder.path}")
         return INTERRUPTED
     return 0
+
+
+def _learned(folder: RunFolder) -> str:
+    """How many of the parameters have learned in each stage, if not all of them in every one."""
+    start = folder.records("start")[-1]
+    if all(count == start["parameters"] for count in start["trainable"]):
+        return ""
+    shares = (f"{count:,} ({100 * count / start['parameters']:.1f}%)" for count in start["trainable"])
+    return f"learned: {', then '.join(shares)} of {start['parameters']:,} parameters"
 
 
 def list_recipes(argv: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from mmkernels.pretrain.data import TableFormat, check_weights
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.recipes import DEFAULT, load
+from mmkernels.pretrain.transfer import Transfer, transferred
 from mmkernels.pretrain.wiring import with_leaves
 
 __all__ = ["RESUMABLE", "Config", "from_dict", "to_dict"]
@@ -50,6 +51,11 @@ class Config:
     init: Path | None = None
     """Folder of another run, whose newest weights this one begins with: those whose names this model has. Its tokenizer
     is taken over too, if it read texts."""
+    fresh: tuple[str, ...] = ()
+    """With --init: patterns of the names of parameters that are drawn anew all the same; "*": only the tokenizer is
+    taken over."""
+    transfers: tuple[Transfer, ...] = ()
+    """What `mmkernels finetune` has made of the recipe, one after the other."""
     resume: bool = False
     """Resume from the newest checkpoint in the folder."""
     seed: int = 0
@@ -105,6 +111,8 @@ class Config:
     validate: bool = False
     """Learn without, and evaluate on, a tenth of the training concepts, and leave the held-out sets alone: to choose
     settings by."""
+    train_fraction: float = 1.0
+    """Fraction of the training samples to learn from, the same ones with every seed; held-out sets stay whole."""
     max_broken: float = 0.05
     """Fraction of unreadable images above which the run stops."""
     resolution: int = 48
@@ -139,6 +147,10 @@ class Config:
         object.__setattr__(self, "labels", tuple(label for each in self.labels for label in each.split(",") if label))
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected 0 <= ema < 1, got {self.ema}")
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"train_fraction: expected 0 < train_fraction <= 1, got {self.train_fraction}")
+        if self.fresh and self.init is None:
+            raise ValueError(f"fresh: expected none without init, got {', '.join(self.fresh)}")
         if self.spike != 0 and not self.spike > 1:
             raise ValueError(f"spike: expected 0 or more than 1, got {self.spike}")
 
@@ -149,7 +161,10 @@ class Config:
 
     def wiring(self) -> Recipe:
         """The recipe with this run's changes. Raise ValueError for a setting that it does not have."""
-        return with_leaves(load(self.recipe), self.parts)
+        recipe = load(self.recipe)
+        for transfer in self.transfers:
+            recipe = transferred(with_leaves(recipe, transfer.parts_before), transfer)
+        return with_leaves(recipe, self.parts)
 
     @property
     def folder(self) -> Path:
@@ -190,5 +205,6 @@ def _restore(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(value, typing.cast(type[Any], hint))
     if typing.get_origin(hint) is tuple:
-        return tuple(value)
+        (inner, *_) = typing.get_args(hint)
+        return tuple(_restore(inner, each) if dataclasses.is_dataclass(inner) else each for each in value)
     return Path(value) if hint is Path else value

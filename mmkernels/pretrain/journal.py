@@ -65,8 +65,10 @@ class Journal(logging.Handler):
     def write(self, kind: str, **fields: Any) -> None:
         self._file.write(json.dumps({"kind": kind, "step": self.step_now, **fields}) + "\n")
 
-    def start(self, samples: int, parameters: int) -> None:
-        self.write("start", samples=samples, parameters=parameters, environment=environment(self.device))
+    def start(self, samples: int, parameters: int, trainable: Sequence[int]) -> None:
+        """Log what the run has: training samples, parameters, and how many of these learn in each stage."""
+        counts = {"samples": samples, "parameters": parameters, "trainable": list(trainable)}
+        self.write("start", **counts, environment=environment(self.device))
 
     def warm_start(self, found: WarmStart) -> None:
         names = {"loaded": found.loaded, "fresh": found.fresh, "unused": found.unused}

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels import AttentionMask
-from mmkernels.nn import FusedSelfAttention, Rotary
+from mmkernels.nn import CrossModalAttention, FusedSelfAttention, GatedCrossAttention, Rotary
 from mmkernels.pretrain.recipe import Facts
 
-__all__ = ["Block", "Blocks", "FeedForward", "convolutions", "start_as_identity"]
+__all__ = ["Adapter", "Block", "Blocks", "FeedForward", "add_adapters", "convolutions", "start_as_identity"]
 
 
 def start_as_identity(*layers: nn.Linear) -> None:
@@ -94,6 +94,51 @@ class Blocks(nn.ModuleList):
             else:
                 x = block(x, mask, table)
         return x
+
+
+class Adapter(nn.Module):
+    """x + up(gelu(down(x))), at first the identity.
+
+    Args:
+        width: C.
+        hidden: channels in between.
+
+    Source: Houlsby et al. 2019 (arXiv:1902.00751).
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        start_as_identity(self.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, C] -> [T, C]"""
+        return x + self.up(F.gelu(self.down(x), approximate="tanh"))
+
+
+def add_adapters(module: nn.Module, width: int, reduction: int) -> int:
+    """Give each attention and each feed-forward in a module an adapter of its output, before that is added to what came
+    in; returns their number. (A gated attention adds by itself, so it has none.)
+
+    Args:
+        module: changed in place; its own parameters keep their names.
+        width: C.
+        reduction: C divided by an adapter's hidden channels.
+    """
+    if reduction > width:
+        raise ValueError(f"Adapted: reduction: expected at most the width {width}, got {reduction}")
+    kinds = (FusedSelfAttention, CrossModalAttention, FeedForward)
+    found: list[Any] = [m for m in module.modules() if isinstance(m, kinds) and not isinstance(m, GatedCrossAttention)]
+    for layer in found:
+        layer.adapter = Adapter(width, width // reduction)
+        layer.register_forward_hook(_adapted)
+    return len(found)
+
+
+def _adapted(layer: Any, inputs: Any, output: Tensor) -> Tensor:
+    """The forward hook of an adapted layer."""
+    adapted: Tensor = layer.adapter(output)
+    return adapted
 
 
 def convolutions(width: int) -> nn.Sequential:

@@ -17,7 +17,7 @@ from mmkernels.pretrain.report import write_report
 from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.schedule import total, weights_at
 from mmkernels.pretrain.setup import open_source, tokenizer_for
-from mmkernels.pretrain.trainer import Trainer
+from mmkernels.pretrain.trainer import Trainer, expect_fit
 
 __all__ = ["Outcome", "train"]
 
@@ -49,6 +49,8 @@ def train(config: Config) -> Outcome:
     interrupt = Interrupt()
     with data_warnings() as warnings:
         data = open_source(config)
+    if not config.resume:
+        expect_fit(config, data)
     folder = RunFolder(config)
     if config.filter is not None:
         folder.keep_filter(config.filter)
@@ -60,7 +62,8 @@ def train(config: Config) -> Outcome:
             guard.load_state_dict(trainer.load(saved)["guard"])
         elif config.init is not None:
             journal.warm_start(trainer.warm_start(config.init))
-        journal.start(samples=len(data.train), parameters=sum(p.numel() for p in trainer.parameters))
+        parameters = sum(p.numel() for p in trainer.parameters)
+        journal.start(samples=len(data.train), parameters=parameters, trainable=trainer.trainable)
         for message in warnings:
             journal.warn(message)
         with interrupt.listening():

@@ -130,8 +130,8 @@ def _stored(config: Config) -> dict[str, Any]:
 
 
 def _check_same_run(folder: Path, config: Config) -> None:
-    stored_config(folder)  # raises if it is damaged
-    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = to_dict(stored_config(folder))  # with the defaults of settings that its version did not have
+    before = {**stored, **json.loads((folder / "config.json").read_text(encoding="utf-8"))}
     now = _stored(config)
     before |= before.pop(_WIRING, {})
     now |= now.pop(_WIRING)

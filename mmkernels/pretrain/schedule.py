@@ -11,7 +11,18 @@ from torch import nn
 from mmkernels.pretrain.data.seeds import Stream, generator
 from mmkernels.pretrain.recipe import Ramp, Recipe, Stage
 
-__all__ = ["at", "check_stages", "freeze", "in_use", "learning", "learning_rate", "learns", "stage_at", "weights_at"]
+__all__ = [
+    "at",
+    "check_stages",
+    "freeze",
+    "in_use",
+    "learning",
+    "learning_rate",
+    "learns",
+    "rest",
+    "stage_at",
+    "weights_at",
+]
 
 
 def at(value: float | Ramp, step: int) -> float:
@@ -79,6 +90,18 @@ def freeze(model: nn.Module, stage: Stage) -> int:
         parameter.requires_grad_(name in names)
         count += parameter.numel() if parameter.requires_grad else 0
     return count
+
+
+def rest(model: nn.Module) -> None:
+    """Let every stream, the fusion and every objective in which nothing learns run as in evaluation: without dropout,
+    with the statistics of its norms as they are. The others train."""
+    parts = [*model.children()]
+    for part in parts:
+        if isinstance(part, nn.ModuleDict):
+            parts += part.values()
+            continue
+        own = list(part.parameters())
+        part.train(not own or any(parameter.requires_grad for parameter in own))
 
 
 def check_stages(recipe: Recipe, model: nn.Module) -> None:

@@ -17,7 +17,16 @@ from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
-__all__ = ["documents", "expect_fields", "expect_packages", "may_lack", "open_source", "read_by", "tokenizer_for"]
+__all__ = [
+    "documents",
+    "expect_fields",
+    "expect_packages",
+    "inherited_tokenizer",
+    "may_lack",
+    "open_source",
+    "read_by",
+    "tokenizer_for",
+]
 
 log = logging.getLogger("mmkernels.pretrain.data")
 
@@ -52,7 +61,31 @@ def open_source(config: Config) -> Data:
         data = FilterList.read(config.filter).apply(data)
         for source in (data.train, *data.held_out.values()):
             source.broken.limit(config.max_broken)
-    return validation(name, data, config.eval_limit) if config.validate else data
+    if config.validate:
+        data = validation(name, data, config.eval_limit)
+    return data._replace(train=some_of(name, data.train, config.train_fraction))
+
+
+def some_of(name: str, source: Source, fraction: float) -> Source:
+    """A fraction of the training samples, by a hash of their names: no seed changes it, and a larger fraction has every
+    sample of a smaller one. The classes of labels stay those of all.
+
+    Args:
+        name: of the data set, for messages.
+        source: to choose from.
+        fraction: above 0, at most 1.
+
+    Raises:
+        ValueError: none is left.
+    """
+    if fraction == 1:
+        return source
+    rows = [i for i in range(len(source)) if is_held_out(f"train_fraction/{source.name(i)}", fraction)]
+    if not rows:
+        raise ValueError(
+            f"train_fraction: expected enough for a sample of the {len(source)} in {name}, got {fraction}"
+        )
+    return source.only(np.array(rows, np.int64))
 
 
 def expect_packages(metrics: Sequence[Any]) -> None:
@@ -163,19 +196,22 @@ def tokenizer_for(config: Config, data: Data, folder: RunFolder) -> TextTokenize
     """The run's tokenizer, kept in its folder: that of the run it begins with, or trained on the training texts."""
     if folder.tokenizer.exists():
         return TextTokenizer.load(folder.tokenizer)
-    fields = _text_fields(config)
-    if config.init is not None and _text_fields(stored_config(config.init)):
-        return _kept(TextTokenizer.load(config.init / "tokenizer.json"), folder)
-    return _kept(TextTokenizer.train(texts(data.train, fields), config.vocabulary), folder)
+    tokenizer = inherited_tokenizer(config)
+    if tokenizer is None:
+        tokenizer = TextTokenizer.train(texts(data.train, _text_fields(config)), config.vocabulary)
+    write_whole(folder.tokenizer, tokenizer.text())
+    return tokenizer
+
+
+def inherited_tokenizer(config: Config) -> TextTokenizer | None:
+    """That of the run in `init`, if it read texts."""
+    if config.init is None or not _text_fields(stored_config(config.init)):
+        return None
+    return TextTokenizer.load(config.init / "tokenizer.json")
 
 
 def _text_fields(config: Config) -> list[str]:
     return [s.field or name for name, s in config.wiring().streams.items() if s.encoder.reads_text]
-
-
-def _kept(tokenizer: TextTokenizer, folder: RunFolder) -> TextTokenizer:
-    write_whole(folder.tokenizer, tokenizer.text())
-    return tokenizer
 
 
 def texts(source: Source, fields: list[str]) -> Iterator[str]:

@@ -19,13 +19,22 @@ from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts, Stage
-from mmkernels.pretrain.schedule import check_stages, freeze, in_use, learning_rate, stage_at, weights_at
-from mmkernels.pretrain.setup import documents
+from mmkernels.pretrain.schedule import (
+    check_stages,
+    freeze,
+    in_use,
+    learning,
+    learning_rate,
+    rest,
+    stage_at,
+    weights_at,
+)
+from mmkernels.pretrain.setup import documents, inherited_tokenizer
 from mmkernels.pretrain.state import Twin, Twins
 from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.warm_start import WarmStart, warm_start
 
-__all__ = ["Cursor", "Trainer", "facts_of"]
+__all__ = ["Cursor", "Trainer", "expect_fit", "facts_of"]
 
 
 class Cursor(NamedTuple):
@@ -112,9 +121,15 @@ class Trainer:
         """The model to evaluate: the average, if there is one."""
         return self.model if self.average is None else self.average.module  # type: ignore[return-value]
 
+    @property
+    def trainable(self) -> list[int]:
+        """The number of parameters that learn in each stage."""
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        return [sum(sizes[name] for name in learning(self.model, stage)) for stage in self.recipe.stages]
+
     def warm_start(self, run: Path) -> WarmStart:
         """Begin with the weights of another run; twins and average, too. Raises as `warm_start` does."""
-        found = warm_start(self.model, run)
+        found = warm_start(self.model, run, self.config.fresh)
         for name, twin in self.twins.of.items():
             twin.module.load_state_dict(self.model.streams[name].state_dict())
         if self.average is not None:
@@ -126,6 +141,7 @@ class Trainer:
         config, stage = self.config, stage_at(self.recipe, self.step)
         if stage is not self._stage:
             freeze(self.model, stage)
+            rest(self.model)
             for model in (self.model, self.trained):
                 if model.fusion is not None:
                     model.fusion.depth = stage.fusion_depth
@@ -195,6 +211,18 @@ class Trainer:
         self.step = training["step"]
         self.rewind(Cursor(training["loader"], training["random"]))
         return training
+
+
+def expect_fit(config: Config, data: Data) -> None:
+    """Raise ValueError if the weights of the run in `init` do not fit, or a stage names what the model lacks: before
+    there is a run folder."""
+    if config.init is None:
+        return
+    recipe, tokenizer = config.wiring(), inherited_tokenizer(config) or TextTokenizer.train((), config.vocabulary)
+    with torch.device("meta"):  # shapes alone
+        model = Model(recipe, facts_of(config, data, tokenizer))
+    check_stages(recipe, model)
+    warm_start(model, config.init, config.fresh)
 
 
 def facts_of(config: Config, data: Data, tokenizer: TextTokenizer) -> Facts:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ class WarmStart(NamedTuple):
     run: Path
     step: int  # of the other run
     loaded: list[str]
-    fresh: list[str]  # of this model, which the other run lacks: they stay as they were drawn
-    unused: list[str]  # of the other run, which this model lacks
+    fresh: list[str]  # of this model, which the other run lacks, or which were asked for: they stay as they were drawn
+    unused: list[str]  # of the other run, the rest
 
     def __str__(self) -> str:
         parts = [f"init: {len(self.loaded)} tensors from {self.run} at step {self.step}"]
@@ -33,17 +34,26 @@ class WarmStart(NamedTuple):
 
 
 @torch.no_grad()
-def warm_start(model: nn.Module, run: Path) -> WarmStart:
+def warm_start(model: nn.Module, run: Path, fresh: Sequence[str] = ()) -> WarmStart:
     """Load those of another run's weights that the model has by name.
+
+    Args:
+        model: on any device; on the meta device nothing is loaded, and this only finds out whether all would go well.
+        run: folder of the other run, or of exported weights.
+        fresh: patterns of names that are not loaded.
 
     Raises:
         RunFolderError: no run there, or no checkpoint yet.
-        ValueError: no name fits, or a tensor of the same name has another shape.
+        ValueError: no name fits, or a tensor of the same name has another shape; a pattern of `fresh` fits none.
     """
     step, given = stored_weights(run)
     own: Mapping[str, Tensor] = model.state_dict()
-    loaded = [name for name in own if name in given]
-    if not loaded:
+    for pattern in fresh:
+        if not any(fnmatchcase(name, pattern) for name in own):
+            raise ValueError(f"fresh: expected patterns of parameter names, got {pattern!r}, which fits none")
+    anew = {name for name in own if any(fnmatchcase(name, pattern) for pattern in fresh)}
+    loaded = [name for name in own if name in given and name not in anew]
+    if not loaded and len(anew) < len(own):
         raise ValueError(
             f"init: expected a run whose parameters are called as this model's, such as {_some(list(own))}, "
             f"got {run}, whose are called {_some(list(given))}"
@@ -54,8 +64,8 @@ def warm_start(model: nn.Module, run: Path) -> WarmStart:
         raise ValueError(f"init: expected tensors of this model's shapes, got of {run} {shapes} ({len(other)} in all)")
     for name in loaded:
         own[name].copy_(given[name])
-    fresh, unused = [name for name in own if name not in given], [name for name in given if name not in own]
-    return WarmStart(run, step, loaded, fresh, unused)
+    kept = set(loaded)
+    return WarmStart(run, step, loaded, [n for n in own if n not in kept], [n for n in given if n not in kept])
 
 
 def _some(names: list[str]) -> str:

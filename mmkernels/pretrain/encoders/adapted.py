@@ -9,12 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from mmkernels.pretrain.batch import Piece
 from mmkernels.pretrain.encoders.base import EncoderModule
-from mmkernels.pretrain.layers import Block, start_as_identity
+from mmkernels.pretrain.layers import add_adapters
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
@@ -53,38 +50,7 @@ class Adapted:
         return int(self.encoder.length(value, tokenizer))
 
     def build(self, facts: Facts) -> EncoderModule:
-        width = facts.shape.width
-        if self.reduction > width:
-            raise ValueError(f"Adapted: reduction: expected at most the width {width}, got {self.reduction}")
         module: EncoderModule = self.encoder.build(facts)
-        blocks = [block for block in module.modules() if isinstance(block, Block)]
-        if not blocks:
+        if not add_adapters(module, facts.shape.width, self.reduction):
             raise ValueError(f"Adapted: encoder: expected one with transformer blocks, got {self.encoder}")
-        for layer in (layer for block in blocks for layer in (block.attention, block.feed_forward)):
-            layer.adapter = Adapter(width, width // self.reduction)
-            layer.register_forward_hook(adapt)
         return module
-
-
-class Adapter(nn.Module):
-    """x + up(gelu(down(x))), at first the identity.
-
-    Args:
-        width: C.
-        hidden: channels in between.
-    """
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        start_as_identity(self.up)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, C] -> [T, C]"""
-        return x + self.up(F.gelu(self.down(x), approximate="tanh"))
-
-
-def adapt(layer: Any, inputs: Any, output: Tensor) -> Tensor:
-    """The forward hook of an adapted layer."""
-    adapted: Tensor = layer.adapter(output)
-    return adapted

@@ -34,10 +34,14 @@ class Answer:
     """From tokens to one prediction; weighted: by learned weights, which sum to 1."""
     level: Literal["features", "logits"] = "features"
     """What is pooled: the tokens, or what each of them predicts (see `Late`)."""
+    head: Literal["hidden", "linear"] = "hidden"
+    """From features to classes: a hidden layer, a norm and a projection, or the latter two alone."""
     weight: float | Ramp = 1.0
     """Factor of the loss."""
 
     def build(self, facts: Facts) -> AnswerLoss:
+        if self.head not in ("hidden", "linear"):
+            raise ValueError(f"head: expected 'hidden' or 'linear', got {self.head!r}")
         return AnswerLoss(self, facts)
 
 
@@ -45,7 +49,7 @@ class AnswerLoss(Classification):
     def __init__(self, part: Answer, facts: Facts) -> None:
         super().__init__()
         self.part, self.classes = part, len(facts.classes[part.label])
-        self.head = Head(facts, self.classes)
+        self.head = Head(facts, self.classes, linear=part.head == "linear")
         self.score = nn.Linear(facts.shape.width, 1) if part.pool == "weighted" else None
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:

@@ -107,17 +107,21 @@ class Head(nn.Module):
     Args:
         facts: the sizes.
         classes: K.
+        linear: without the hidden layer: a norm and a projection.
     """
 
-    def __init__(self, facts: Facts, classes: int) -> None:
+    def __init__(self, facts: Facts, classes: int, linear: bool = False) -> None:
         super().__init__()
         width = facts.shape.width
-        self.hidden, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.hidden = None if linear else nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, classes)
         nn.init.normal_(self.project.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.norm(F.gelu(self.hidden(x), approximate="tanh")))
+        if self.hidden is not None:
+            x = F.gelu(self.hidden(x), approximate="tanh")
+        return self.project(self.norm(x))
 
 
 def matched_tokens(chunk: Chunk, stream: str) -> Tensor:

@@ -1,0 +1,124 @@
+"""`mmkernels finetune`: from the folder of a run and a task to the config of another run, which begins with its weights."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from mmkernels.pretrain.cli import asked, trained
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.run_folder import stored_config
+from mmkernels.pretrain.transfer import Transfer, drawn_anew
+
+__all__ = ["finetuned", "main", "parse"]
+
+# Of the base's learning rate. Weights that have learned something are moved less; those that begin anew need it all.
+_LR = {"": 0.3, "probe": 2.0, "adapters": 1.0, "unfreeze": 0.5, "scratch": 1.0}
+_STEPS, _WARMUP, _EVAL_EVERY = 400, 20, 100
+# Settings that say how the base's data are read: another data set has its own.
+_OF_DATA = ("data_weights", "labels", "csv_separator", "csv_img_key", "csv_caption_key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Transfer):
+    """Go on from a trained model with another task. `--from RUN --task TASK --help` also shows every setting of the new
+    run and of its recipe."""
+
+    base: Annotated[Path, tyro.conf.arg(name="from")]
+    """Folder of the run to begin with, or of its exported weights."""
+    scratch: bool = False
+    """Draw all weights anew: the same model and tokenizer without what the run has learned, to compare with."""
+    parts_before: Annotated[dict[str, Any], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+
+    @property
+    def transfer(self) -> Transfer:
+        return Transfer(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Transfer)})
+
+
+def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **changes: Any) -> Config:
+    """The config of a run that goes on with the weights of another.
+
+    Args:
+        base: folder of the other run, or of its exported weights. Its data, seed, batch, precision and device are kept;
+            learning rate and steps are those of a shorter run.
+        transfer: the task, and what learns.
+        scratch: draw all weights anew; the model and the tokenizer are the same.
+        **changes: settings of the new run. Another `data` does not take over how the base's is read.
+
+    Raises:
+        RunFolderError: no run in that folder.
+        ValueError: the task needs what the base does not have.
+
+    Example:
+        >>> probe = finetuned("runs/mae", Transfer("classify", label="group", probe=True), train_fraction=0.1)
+        >>> train(probe)
+    """
+    run = Path(base)
+    config = stored_config(run)
+    recipe, transfer = config.wiring(), dataclasses.replace(transfer, parts_before=config.parts)
+    ways = {"probe": transfer.probe, "adapters": transfer.adapters, "unfreeze": transfer.unfreeze, "scratch": scratch}
+    way = "-".join(name for name, used in ways.items() if used)
+    factor = _LR["scratch" if scratch else way]
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    own: dict[str, Any] = {
+        **({name: defaults[name] for name in _OF_DATA} if "data" in changes else {}),
+        **{name: defaults[name] for name in ("ema", "profile", "resume", "train_fraction", "skip", "spike")},
+        "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *([way] if way else [])]),
+        "init": run,
+        "fresh": ("*",) if scratch else drawn_anew(recipe, transfer),
+        "transfers": (*config.transfers, transfer),
+        "parts": {},
+        "lr": float(f"{factor * config.lr:.3g}"),
+        "steps": _STEPS,
+        "warmup": _WARMUP,
+        "eval_every": _EVAL_EVERY,
+    }
+    made = dataclasses.replace(config, **{**own, **changes})
+    made.wiring()  # raises what cannot work
+    return made
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The config of a command line. Defaults follow from the run in --from, or are a resumed run's own.
+
+    Raises:
+        ValueError: no run in that folder, or the task needs what it does not have.
+        SystemExit: an unknown option, an invalid setting, or --help.
+    """
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--from", dest="base")
+    known.add_argument("--data")
+    known.add_argument("--run", type=Path)
+    known.add_argument("--resume", action="store_true")
+    first, _ = known.parse_known_args(argv)
+    if first.resume and first.base is None and first.run is not None:
+        default = dataclasses.replace(stored_config(first.run), run=first.run, resume=True)
+        return asked(default, argv, "finetune")
+    helpless = [each for each in argv if each not in ("-h", "--help")]
+    show: Any = tyro.cli
+    options, _ = show(
+        Finetune,
+        args=list(argv) if first.base is None else helpless,
+        prog="mmkernels finetune",
+        return_unknown_args=True,
+    )
+    changes = {} if first.data is None else {"data": first.data}
+    default = finetuned(options.base, options.transfer, scratch=options.scratch, **changes)
+    if first.resume:
+        folder = first.run or default.folder
+        own = {name: getattr(default, name) for name in ("init", "fresh", "transfers")}
+        default = dataclasses.replace(stored_config(folder), run=folder, resume=True, **own)
+    return asked(default, argv, "finetune", options, hide=("recipe", "init", "fresh"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `mmkernels finetune`; returns the exit status."""
+    return trained("finetune", parse, sys.argv[1:] if argv is None else argv)
