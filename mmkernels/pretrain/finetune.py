@@ -1,4 +1,4 @@
-"""`mmkernels finetune`: from the folder of a run and a task to the config of another run, which begins with its weights."""
+"""`mmkernels finetune`: from the folder of a run and a task to the config of a run that begins with its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ __all__ = ["finetuned", "main", "parse"]
 _LR = {"": 0.3, "probe": 2.0, "adapters": 1.0, "unfreeze": 0.5, "scratch": 1.0}
 _STEPS, _WARMUP, _EVAL_EVERY = 400, 20, 100
 # Settings that say how the base's data are read: another data set has its own.
-_OF_DATA = ("data_weights", "labels", "csv_separator", "csv_img_key", "csv_caption_key")
+_OF_DATA = ("data_weights", "labels", "csv_separator", "csv_img_key", "csv_caption_key", "filter")
+_OF_RUN = ("ema", "profile", "resume", "train_fraction", "skip", "spike", "validate", "without")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     own: dict[str, Any] = {
         **({name: defaults[name] for name in _OF_DATA} if "data" in changes else {}),
-        **{name: defaults[name] for name in ("ema", "profile", "resume", "train_fraction", "skip", "spike")},
+        **{name: defaults[name] for name in _OF_RUN},
         "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *([way] if way else [])]),
         "init": run,
         "fresh": ("*",) if scratch else drawn_anew(recipe, transfer),

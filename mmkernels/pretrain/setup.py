@@ -82,9 +82,7 @@ def some_of(name: str, source: Source, fraction: float) -> Source:
         return source
     rows = [i for i in range(len(source)) if is_held_out(f"train_fraction/{source.name(i)}", fraction)]
     if not rows:
-        raise ValueError(
-            f"train_fraction: expected enough for a sample of the {len(source)} in {name}, got {fraction}"
-        )
+        raise ValueError(f"train_fraction: expected enough for a sample of the {len(source)} in {name}, got {fraction}")
     return source.only(np.array(rows, np.int64))
 
 

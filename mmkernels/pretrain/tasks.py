@@ -110,7 +110,7 @@ def _classes(name: str, streams: Mapping[str, Stream], fusion: Any, part: Answer
 
 
 def _chosen(task: str, read: Sequence[str], known: Collection[str], count: int, kind: str = "") -> tuple[str, ...]:
-    """The streams that a task reads: those that are asked for, or all there are. Raise ValueError if that is unclear."""
+    """The streams that a task reads: those asked for, or all there are. Raise ValueError if that is unclear."""
     chosen = tuple(read or known)
     if len(chosen) != count or len(set(chosen)) != count or not set(chosen) <= set(known):
         if len(known) < count:

@@ -75,7 +75,8 @@ def transferred(base: Recipe, transfer: Transfer) -> Recipe:
     compared = getattr(part, "compares", ())
     swaps = getattr(part, "negatives", "") == "swapped"
     streams = {key: _plain(key, stream, task, name, compared, swaps) for key, stream in task.streams.items()}
-    fusion, stages = task.fusion, (Stage(),)
+    fusion = task.fusion
+    stages: tuple[Stage, ...] = (Stage(),)
     if transfer.probe:
         stages = (Stage(trainable=task.head),)
     elif transfer.adapters is not None:
