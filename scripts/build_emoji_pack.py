@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "pillow>=10", "resvg-py==0.5.0"]
 # ///
-"""Build the embedded image-text data set: emoji drawn by five vendors, with names and keywords.
+"""Build the embedded image-text data set: emoji drawn by five vendors, with names, keywords and groups.
 
     python scripts/build_emoji_pack.py            # writes mmkernels/pretrain/data/emoji/
     python scripts/build_emoji_pack.py --check    # rebuilds in memory and compares with the committed pack
@@ -37,6 +37,7 @@ def build_arrays(sources: dict[str, Source]) -> dict[str, np.ndarray]:
         "names": [c.name for c in concepts],
         "keywords": [c.keywords for c in concepts],
         "families": [family(c.name) for c in concepts],
+        "groups": [c.group for c in concepts],
         "held_out": held_out(concepts),
         "vendors": [v.name for v in VENDORS],
     }

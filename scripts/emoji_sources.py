@@ -79,7 +79,7 @@ VENDORS = (
 )
 
 WORDS = (
-    ("names, tags", "MIT", "Emojibase, Miles Johnson, https://github.com/milesj/emojibase", "emojibase-data"),
+    ("names, tags, groups", "MIT", "Emojibase, Miles Johnson, https://github.com/milesj/emojibase", "emojibase-data"),
     ("keywords", "Unicode-3.0", "Unicode CLDR, Unicode, Inc., https://cldr.unicode.org", "cldr-annotations-full"),
 )
 
@@ -88,6 +88,7 @@ class Concept(NamedTuple):
     code: str  # code points in lower case, without the variation selector FE0F
     name: str
     keywords: list[str]
+    group: str
 
 
 def strip_fe0f(code: str) -> str:
@@ -95,9 +96,10 @@ def strip_fe0f(code: str) -> str:
 
 
 def read_concepts(emojibase: Source, cldr: Source) -> list[Concept]:
-    """Emojibase gives the list, the names and tags; CLDR adds keywords."""
+    """Emojibase gives the list, the names, tags and groups; CLDR adds keywords."""
     annotations = cldr.json("annotations/en/annotations.json")["annotations"]["annotations"]
     by_code = {strip_fe0f("-".join(f"{ord(c):x}" for c in emoji)): a for emoji, a in annotations.items()}
+    groups = {group["order"]: group["message"] for group in emojibase.json("en/messages.json")["groups"]}
     concepts = []
     for entry in emojibase.json("en/data.json"):
         if entry.get("group") in (None, FLAGS, COMPONENTS):
@@ -105,7 +107,7 @@ def read_concepts(emojibase: Source, cldr: Source) -> list[Concept]:
         code = strip_fe0f(entry["hexcode"])
         keywords = [*entry.get("tags", ()), *by_code.get(code, {}).get("default", ())]
         unique = dict.fromkeys(k.strip() for k in keywords if k.strip().lower() != entry["label"].lower())
-        concepts.append(Concept(code, entry["label"], list(unique)))
+        concepts.append(Concept(code, entry["label"], list(unique), groups[entry["group"]]))
     return sorted(concepts)
 
 

@@ -81,6 +81,28 @@ def test_families_are_held_out_whole() -> None:
     assert len(held_out) == round(0.12 * len(set(pack.families)))
 
 
+@pytest.mark.parametrize("split", ["train", "A", "B", "C"])
+def test_the_group_is_unicodes(split: Literal["train", "A", "B", "C"]) -> None:
+    data = load_emoji(split)
+    known = {
+        "banana": "food & drink",
+        "cat face": "animals & nature",
+        "volcano": "travel & places",
+        "green apple": "food & drink",
+        "water wave": "travel & places",
+        "video game": "activities",
+    }
+    names = data.classes["group"]
+    assert len(names) == 8 and names == load_emoji().classes["group"]
+    found = {}
+    for i in range(len(data)):
+        name = data.name(i).partition("/")[2]
+        if name in known:
+            found[name] = names[data[i].values["group"]]
+    assert found and found == {name: known[name] for name in found}
+    assert {int(data[i].values["group"]) for i in range(len(data))} == set(range(8))
+
+
 @pytest.mark.parametrize("split", ["A", "B", "C"])
 def test_the_caption_is_the_concepts_name(split: Literal["A", "B", "C"]) -> None:
     pack, data = load_pack(), load_emoji(split)

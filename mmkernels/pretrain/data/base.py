@@ -41,10 +41,16 @@ class Sample:
 
     @classmethod
     def of_pair(
-        cls, image: np.ndarray, captions: tuple[str, ...], keywords: tuple[str, ...], concept: int, name: str
+        cls,
+        image: np.ndarray,
+        captions: tuple[str, ...],
+        keywords: tuple[str, ...],
+        concept: int,
+        name: str,
+        **labels: int,
     ) -> Sample:
-        """An image with its text."""
-        return cls({"image": image, "text": Text(captions, keywords)}, concept, name)
+        """An image with its text, and labels."""
+        return cls({"image": image, "text": Text(captions, keywords), **labels}, concept, name)
 
     @property
     def image(self) -> np.ndarray:

@@ -7,7 +7,8 @@
 | C | both | Twemoji's drawings of the held-out concepts -> their names |
 
 A family is a name without man, woman and person, so that `woman judge` in training does not reveal a held-out `man
-judge`. `scripts/build_emoji_pack.py` builds the pack; artists and licences are in `emoji/ATTRIBUTION.md`.
+judge`. The label `group` is Unicode's (food & drink, travel & places, ...), the same for all drawings of a concept.
+`scripts/build_emoji_pack.py` builds the pack; artists and licences are in `emoji/ATTRIBUTION.md`.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ class Drawings(NamedTuple):
 
 
 class EmojiPack(NamedTuple):
-    """The whole pack; concept `i` has `names[i]`, `keywords[i]`, `families[i]`, `codes[i]` (its code points)."""
+    """The whole pack; concept `i` has `names[i]`, `keywords[i]`, `families[i]`, `groups[i]`, `codes[i]` (its code points)."""
 
     names: list[str]
     keywords: list[tuple[str, ...]]
     families: list[str]
+    groups: list[str]
     codes: list[str]
     held_out: np.ndarray  # int64: the concepts of splits B and C
     vendors: dict[str, Drawings]
@@ -58,7 +60,8 @@ def load_pack() -> EmojiPack:
         }
     keywords = [tuple(words) for words in table["keywords"]]
     held_out = np.array(table["held_out"], np.int64)
-    return EmojiPack(table["names"], keywords, table["families"], table["codes"], held_out, vendors)
+    words = (table["names"], keywords, table["families"], table["groups"], table["codes"])
+    return EmojiPack(*words, held_out, vendors)
 
 
 class EmojiDataset(Source):
@@ -81,7 +84,7 @@ class EmojiDataset(Source):
             self._items += [(vendor, row) for row in rows.tolist()]
             found.append(self.pack.vendors[vendor].concepts[rows])
         self.concepts = np.concatenate(found) if found else np.zeros(0, np.int64)
-        self.fields = ("image", "text")
+        self.fields, self.classes = ("image", "text", "group"), {"group": tuple(sorted(set(self.pack.groups)))}
         self.resolution = next(iter(self.pack.vendors.values())).indices.shape[1]
         self.broken = BrokenLog(len(self.concepts), 0.0)
 
@@ -91,9 +94,9 @@ class EmojiDataset(Source):
         concept = int(self.concepts[index])
         words = drawings.palette.view(np.uint32)[:, 0]  # a colour as one word: gathers four times faster
         image = words[drawings.indices[row]].view(np.uint8).reshape(self.resolution, self.resolution, 4)
-        return Sample.of_pair(
-            image, (self.pack.names[concept],), self.pack.keywords[concept], concept, self.name(index)
-        )
+        words = (self.pack.names[concept],), self.pack.keywords[concept]
+        group = self.classes["group"].index(self.pack.groups[concept])
+        return Sample.of_pair(image, *words, concept, self.name(index), group=group)
 
     def name(self, index: int) -> str:
         return f"{self._items[index][0]}/{self.pack.names[int(self.concepts[index])]}"
