@@ -17,6 +17,7 @@ USAGE = """usage: mmkernels <command> [options]
   data-report  what is in a data set, and what is wrong with it (needs mmkernels[report])
   pretrain     train a model by a recipe (needs mmkernels[pretrain])
   finetune     go on from a trained model with another task (needs mmkernels[pretrain])
+  export       a trained model in a folder of its own (needs mmkernels[pretrain])
   evaluate     measure a trained model on held-out data (needs mmkernels[pretrain])
   compare      runs side by side (needs mmkernels[pretrain])
   recipes      the recipes of pretrain, or the wiring of one (needs mmkernels[pretrain])
@@ -50,6 +51,14 @@ def _pretrain(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         return _missing("pretrain", "pretrain", error, _PRETRAIN_PACKAGES)
     return pretrain.main(argv)
+
+
+def _export(argv: list[str]) -> int:
+    try:
+        from mmkernels.pretrain import export
+    except ModuleNotFoundError as error:
+        return _missing("export", "pretrain", error, _PRETRAIN_PACKAGES)
+    return export.main(argv)
 
 
 def _fetch(argv: list[str]) -> int:
@@ -115,6 +124,7 @@ _COMMANDS = {
     "compare": _compare,
     "data-report": _data_report,
     "evaluate": _evaluate,
+    "export": _export,
     "fetch": _fetch,
     "finetune": _finetune,
     "info": _info,

@@ -84,14 +84,14 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
     return {name: weight.to(device) for name, weight in load_weights(path).items()}, training
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Weights alone, on the CPU. Raises DamagedError as `load` does."""
-    with _whole(path / "model.safetensors") as file:
+def load_weights(path: Path, remedy: str = "") -> dict[str, Tensor]:
+    """Weights alone, on the CPU. Raises DamagedError as `load` does; `remedy` says what to do then."""
+    with _whole(path / "model.safetensors", remedy) as file:
         return from_bytes(file.read_bytes())  # safetensors cannot open a path that is not UTF-8
 
 
 @contextmanager
-def _whole(file: Path) -> Iterator[Path]:
+def _whole(file: Path, remedy: str = "") -> Iterator[Path]:
     """Turn any error while reading a checkpoint file into a DamagedError, which names the file."""
     try:
         yield file
@@ -99,7 +99,7 @@ def _whole(file: Path) -> Iterator[Path]:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        remedy = f"Delete {file.parent} to resume from the previous checkpoint, or from the start"
+        remedy = remedy or f"Delete {file.parent} to resume from the previous checkpoint, or from the start"
         raise DamagedError(f"{file} is damaged ({type(error).__name__}: {reason}). {remedy}") from error
 
 

@@ -72,6 +72,7 @@ def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **
     own: dict[str, Any] = {
         **({name: defaults[name] for name in _OF_DATA} if "data" in changes else {}),
         **{name: defaults[name] for name in _OF_RUN},
+        **({"filter": run / "filter.jsonl"} if config.filter is not None and "data" not in changes else {}),
         "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *([way] if way else [])]),
         "init": run,
         "fresh": ("*",) if scratch else drawn_anew(recipe, transfer),

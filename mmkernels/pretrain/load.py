@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> Pretraine
     """The model of a run's newest checkpoint, in evaluation mode: its averaged weights, if the run kept them.
 
     Args:
-        run: the run folder.
+        run: folder of the run, or of a model that `mmkernels export` wrote.
         device: where the model goes.
 
     Raises:
@@ -107,10 +108,14 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> Pretraine
 
 
 def stored_weights(run: Path) -> tuple[int, dict[str, Tensor]]:
-    """(Steps done, the model's weights) of a run's newest checkpoint: the averaged ones, if the run kept them.
+    """(Steps done, the model's weights) of a run's newest checkpoint: the averaged ones, if the run kept them. Of an
+    exported model: its own.
 
     Raises as `load_model` does.
     """
+    if (exported := run / "export.json").exists():
+        step = int(json.loads(exported.read_text(encoding="utf-8"))["step"])
+        return step, checkpoint.load_weights(run, remedy="Export the model again")
     config, newest = stored_config(run), checkpoint.latest(run / "checkpoints")
     if newest is None:
         raise RunFolderError(f"{run} holds a run, but no checkpoint yet")

@@ -16,8 +16,10 @@ from mmkernels.pretrain.config import RESUMABLE, Config, from_dict, to_dict
 from mmkernels.pretrain.wiring import leaves
 
 __all__ = [
+    "OWN_RECIPE",
     "RunFolder",
     "RunFolderError",
+    "as_stored",
     "stored_classes",
     "stored_config",
     "stored_records",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 _WIRING = "wiring"  # key of the recipe's settings in config.json
+OWN_RECIPE = "recipe.py"  # of an exported model: the recipe, if it is none of those that come along
 
 
 class RunFolderError(ValueError):
@@ -56,7 +59,7 @@ class RunFolder:
             holds = f"a run, saved at {newest.name}" if newest else "files already"
             raise RunFolderError(f"{self.path} holds {holds}. Resume it with --resume, or name another with --run")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "config.json", json.dumps(_stored(config), indent=2) + "\n")
+        write_whole(self.path / "config.json", json.dumps(as_stored(config), indent=2) + "\n")
 
     def keep_classes(self, classes: Mapping[str, Sequence[str]]) -> None:
         """Store the names of the classes of the data's label fields, without which a model cannot be built again."""
@@ -88,6 +91,8 @@ def stored_config(folder: Path) -> Config:
         raise RunFolderError(f"{folder} holds no run to resume (no config.json)")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("recipe") == OWN_RECIPE and (folder / OWN_RECIPE).exists():
+            values["recipe"] = str(folder / OWN_RECIPE)
         config: Config = from_dict({name: value for name, value in values.items() if name != _WIRING})
     except (ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path}: expected the settings of a run, got something else ({error})") from error
@@ -123,8 +128,8 @@ def stored_classes(folder: Path) -> dict[str, tuple[str, ...]]:
         raise RunFolderError(f"{path}: expected the classes of a run's labels, got something else ({error})") from error
 
 
-def _stored(config: Config) -> dict[str, Any]:
-    """The settings, and every setting of the recipe: it may change between a run and its resumption."""
+def as_stored(config: Config) -> dict[str, Any]:
+    """What config.json has: the settings, and every setting of the recipe, which may change before a resumption."""
     wiring: dict[str, Any] = json.loads(json.dumps(leaves(config.wiring()), default=str))
     return {**to_dict(config), _WIRING: wiring}
 
@@ -132,7 +137,7 @@ def _stored(config: Config) -> dict[str, Any]:
 def _check_same_run(folder: Path, config: Config) -> None:
     stored = to_dict(stored_config(folder))  # with the defaults of settings that its version did not have
     before = {**stored, **json.loads((folder / "config.json").read_text(encoding="utf-8"))}
-    now = _stored(config)
+    now = as_stored(config)
     before |= before.pop(_WIRING, {})
     now |= now.pop(_WIRING)
     fixed = [name for name in {**before, **now} if name not in RESUMABLE and name != "parts"]

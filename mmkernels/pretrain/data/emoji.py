@@ -35,7 +35,7 @@ class Drawings(NamedTuple):
 
 
 class EmojiPack(NamedTuple):
-    """The whole pack; concept `i` has `names[i]`, `keywords[i]`, `families[i]`, `groups[i]`, `codes[i]` (its code points)."""
+    """The whole pack; concept `i` has `names[i]`, `keywords[i]`, `families[i]`, `groups[i]` and code points `codes[i]`."""
 
     names: list[str]
     keywords: list[tuple[str, ...]]
@@ -94,9 +94,9 @@ class EmojiDataset(Source):
         concept = int(self.concepts[index])
         words = drawings.palette.view(np.uint32)[:, 0]  # a colour as one word: gathers four times faster
         image = words[drawings.indices[row]].view(np.uint8).reshape(self.resolution, self.resolution, 4)
-        words = (self.pack.names[concept],), self.pack.keywords[concept]
+        captions, keywords = (self.pack.names[concept],), self.pack.keywords[concept]
         group = self.classes["group"].index(self.pack.groups[concept])
-        return Sample.of_pair(image, *words, concept, self.name(index), group=group)
+        return Sample.of_pair(image, captions, keywords, concept, self.name(index), group=group)
 
     def name(self, index: int) -> str:
         return f"{self._items[index][0]}/{self.pack.names[int(self.concepts[index])]}"
