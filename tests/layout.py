@@ -102,9 +102,14 @@ LAYERS = (
         late=("pyarrow", "soundfile", "datasets", "zstandard", "sacrebleu", "rouge_score"),
     ),
     Layer(
+        r"mmkernels\.integrations\.open_clip",
+        below=("mmkernels", "mmkernels.pretrain.*"),
+        packages=_PYTORCH | {"open_clip"},
+    ),
+    Layer(
         r"mmkernels\.integrations(\..*)?",
         below=("mmkernels", "mmkernels.nn", "mmkernels.gradcache", "mmkernels.integrations.*"),
-        packages=_PYTORCH | {"transformers", "open_clip"},
+        packages=_PYTORCH | {"transformers"},
     ),
     Layer(r"mmkernels\.nn(\..*)?", below=("mmkernels.nn.*", *_FUNCTIONS)),
     Layer(r"mmkernels\.gradcache(\..*)?", below=("mmkernels.gradcache.*", *_FUNCTIONS)),

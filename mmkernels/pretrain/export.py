@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from mmkernels.pretrain.load import stored_weights
 from mmkernels.pretrain.run_folder import OWN_RECIPE, RunFolderError, as_stored, stored_classes, stored_config
@@ -59,7 +59,7 @@ def export(run: Path | str, path: Path | str) -> Path:
     (partial / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     if (source / "filter.jsonl").exists():
         shutil.copyfile(source / "filter.jsonl", partial / "filter.jsonl")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "model.safetensors")
+    (partial / "model.safetensors").write_bytes(save(weights))  # a path that is not UTF-8 is welcome, too
     os.replace(partial, target)
     return target
 

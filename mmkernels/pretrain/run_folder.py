@@ -88,7 +88,7 @@ def stored_config(folder: Path) -> Config:
     """The config of the run in a folder. Raise RunFolderError if it is missing or unreadable."""
     path = folder / "config.json"
     if not path.exists():
-        raise RunFolderError(f"{folder} holds no run to resume (no config.json)")
+        raise RunFolderError(f"{folder} holds no run (no config.json)")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("recipe") == OWN_RECIPE and (folder / OWN_RECIPE).exists():

@@ -46,8 +46,13 @@ class StreamEncoder(nn.Module):
 
     def embed(self, tokens: Tokens) -> Tensor:
         """Unit vectors [S, E]; zeros for a sample without tokens."""
+        return F.normalize(self.projected(tokens), dim=-1)
+
+    def projected(self, tokens: Tokens) -> Tensor:
+        """[S, E], as long as they come."""
         pooled = segment_pool(self.norm(tokens.x), tokens.cu_seqlens, mode=self.pool, backend=self.backend)  # [S, C]
-        return F.normalize(self.project(pooled), dim=-1)
+        vectors: Tensor = self.project(pooled)
+        return vectors
 
 
 def named_by(objectives: Mapping[str, Any], what: str, of: Collection[str] = ()) -> set[str]:

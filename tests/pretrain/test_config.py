@@ -53,7 +53,7 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--resume", "--run", "/nonexistent"], "no run to resume"),
+        (["--resume", "--run", "/nonexistent"], "holds no run"),
         (["--data", "folder:/nonexistent", "--run", "{tmp}/r"], "/nonexistent"),
         (["--batch", "100000", "--run", "{tmp}/r"], "100000"),
         (["--recipe", "nonsense"], "'nonsense'"),

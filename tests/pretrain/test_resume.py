@@ -187,7 +187,7 @@ def test_the_folder_of_another_run_is_refused(tiny: Make, tmp_path: Path) -> Non
     (tmp_path / "notes" / "x.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(RunFolderError, match="holds files already"):
         train(tiny(run=tmp_path / "notes"))
-    with pytest.raises(RunFolderError, match="no run to resume"):
+    with pytest.raises(RunFolderError, match="holds no run"):
         train(resumed(tiny(run=tmp_path / "nowhere")))
 
 

@@ -35,7 +35,7 @@ class Drawings(NamedTuple):
 
 
 class EmojiPack(NamedTuple):
-    """The whole pack; concept `i` has `names[i]`, `keywords[i]`, `families[i]`, `groups[i]` and code points `codes[i]`."""
+    """The whole pack; concept `i` has `names[i]`, `keywords[i]`, `families[i]`, `groups[i]`, code points `codes[i]`."""
 
     names: list[str]
     keywords: list[tuple[str, ...]]

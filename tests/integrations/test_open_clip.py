@@ -1,0 +1,99 @@
+"""Trained two-tower models in open_clip: the same embeddings as ours, and its own zero-shot classifier on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pretrain.conftest import COLOURS, SHAPES, draw, pictures, tiny  # noqa: F401  fixtures
+
+from mmkernels.pretrain import Config, load_model, train
+from mmkernels.pretrain.export import export
+
+open_clip = pytest.importorskip("open_clip")
+
+from mmkernels.integrations.open_clip import to_open_clip  # noqa: E402  after the skip
+
+ROTARY = """
+from mmkernels.pretrain.encoders import Adapted, Patches, Words
+from mmkernels.pretrain.objectives import Contrast
+from mmkernels.pretrain.recipe import Recipe, Shape, Stream
+
+RECIPE = Recipe(
+    "A test", source="", data="emoji", model=Shape(16, 2, 8),
+    streams={
+        "picture": Stream(Adapted(Patches(layers=1, size=16, patch=4, stem="linear"), reduction=2), field="image"),
+        "words": Stream(Words(layers=1), field="text", project="mlp", pool="max"),
+    },
+    objectives={"contrast": Contrast("words", "picture")},
+)
+"""
+TEXTS = ["a red circle", "a photo of a BLUE frame, and of nothing else", "", "крест 十字 ✚"]
+
+
+def images() -> list[np.ndarray]:
+    """Of several sizes, one with alpha."""
+    random = np.random.default_rng(0)
+    shapes = ((24, 24, 3), (16, 16, 3), (7, 31, 3), (40, 40, 4))
+    return [random.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+
+
+@pytest.fixture(params=["clip", "siglip", "rotary"])
+def run(request, tiny: Callable[..., Config], tmp_path: Path) -> tuple[Path, str, str]:  # noqa: F811
+    """(Folder, stream of images, stream of texts) of a run of a few steps at a high rate, so that nothing is zero."""
+    name, streams, changes = request.param, ("image", "text"), {}
+    if name == "rotary":
+        path = tmp_path / "rotary.py"
+        path.write_text(ROTARY, encoding="utf-8")
+        name, streams, changes = str(path), ("picture", "words"), {"parts": {}}
+    config = tiny(recipe=name, steps=3, warmup=0, lr=0.03, eval_every=0, checkpoint_every=0, **changes)
+    return train(config).folder.path, *streams
+
+
+def test_embeddings_and_logits_are_those_of_load_model(run: tuple[Path, str, str], tmp_path: Path) -> None:
+    folder, image, text = run
+    ours, (model, preprocess, tokenizer) = load_model(folder), to_open_clip(export(folder, tmp_path / "exported"))
+    assert isinstance(model, open_clip.CustomTextCLIP)
+    of_images, of_texts = ours.embed(image, images()), ours.embed(text, TEXTS)
+    pixels = torch.stack([preprocess(Image.fromarray(each)) for each in images()])
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(pixels, normalize=True), of_images, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.encode_text(tokenizer(TEXTS), normalize=True), of_texts, rtol=1e-5, atol=1e-6)
+        logits, _ = model.get_logits(pixels, tokenizer(TEXTS))
+        loss = next(iter(ours.model.objectives.values())).loss
+        expected = loss.scale * of_images @ of_texts.T + getattr(loss, "logit_bias", 0.0)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+        assert not torch.equal(model.encode_image(pixels), model.encode_image(pixels, normalize=True))
+        assert model(pixels, tokenizer(TEXTS))[2].item() == pytest.approx(loss.scale.item(), rel=1e-6)
+
+
+def test_zero_shot_classifier_of_open_clip(tiny: Callable[..., Config]) -> None:  # noqa: F811
+    config = tiny(steps=3, warmup=0, lr=0.03, eval_every=0, checkpoint_every=0)
+    folder = train(config).folder.path
+    names, templates = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES], ["a {}", "one {}"]
+    model, preprocess, tokenizer = to_open_clip(folder)
+    weights = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
+    ours = load_model(folder)
+    mean = torch.stack([ours.embed("text", [t.format(name) for name in names]) for t in templates]).mean(0)
+    torch.testing.assert_close(weights.T, mean / mean.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
+    drawn = [draw(colour, shape) for colour in COLOURS for shape in SHAPES]
+    with torch.no_grad():
+        scores = model.encode_image(torch.stack([preprocess(each) for each in drawn]), normalize=True) @ weights
+    expected = ours.embed("image", [np.asarray(each) for each in drawn]) @ weights
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_errors(tiny: Callable[..., Config]) -> None:  # noqa: F811
+    folder = train(tiny(steps=1, eval_every=0, checkpoint_every=0)).folder.path
+    with pytest.raises(ValueError, match="objective: expected one of contrast, got 'other'"):
+        to_open_clip(folder, objective="other")
+    model, _, tokenizer = to_open_clip(folder)
+    with pytest.raises(ValueError, match=r"images: expected \[B, 3, 16, 16\], got \[2, 3, 24, 24\]"):
+        model.encode_image(torch.zeros(2, 3, 24, 24))
+    with pytest.raises(ValueError, match="context_length: expected 1 to 16, got 77"):
+        tokenizer(["a"], context_length=77)
+    assert tokenizer("a red circle").shape == (1, 16, 17)
