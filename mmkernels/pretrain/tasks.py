@@ -113,9 +113,10 @@ def _chosen(task: str, read: Sequence[str], known: Collection[str], count: int, 
     """The streams that a task reads: those asked for, or all there are. Raise ValueError if that is unclear."""
     chosen = tuple(read or known)
     if len(chosen) != count or len(set(chosen)) != count or not set(chosen) <= set(known):
+        number, plural = {1: ("one", ""), 2: ("two", "s")}[count]
         if len(known) < count:
-            raise ValueError(f"task: {task}: expected a run with {count} {kind}streams, got one with {len(known)}")
-        number = {1: "one", 2: "two"}[count]
+            have = f"one with {', '.join(known)}" if known else "one without"
+            raise ValueError(f"task: {task}: expected a run with {number} {kind}stream{plural}, got {have}")
         got = ", ".join(read) or "no choice"
         raise ValueError(f"read: task {task}: expected {number} of the {kind}streams {', '.join(known)}, got {got}")
     return chosen
