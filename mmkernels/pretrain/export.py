@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from mmkernels.pretrain.load import stored_weights
-from mmkernels.pretrain.run_folder import OWN_RECIPE, RunFolderError, as_stored, stored_classes, stored_config
+from mmkernels.pretrain.run_folder import EXPORTED, OWN_RECIPE, RunFolderError, as_stored, stored_classes, stored_config
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
 __all__ = ["export", "main"]
@@ -53,7 +53,7 @@ def export(run: Path | str, path: Path | str) -> Path:
         shutil.copyfile(config.recipe, partial / OWN_RECIPE)
     stored = as_stored(dataclasses.replace(config, run=None, resume=False))
     stored |= {"recipe": OWN_RECIPE} if config.recipe.endswith(".py") else {}
-    texts = {"config.json": stored, "classes.json": classes, "export.json": {"step": step}}
+    texts = {"config.json": stored, "classes.json": classes, EXPORTED: {"step": step}}
     for name, value in texts.items():
         (partial / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     (partial / "tokenizer.json").write_text(tokenizer, encoding="utf-8")

@@ -16,7 +16,7 @@ from mmkernels.pretrain.data import Collator, Sample
 from mmkernels.pretrain.generate import context_of, go_on, prompts_of
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts
-from mmkernels.pretrain.run_folder import RunFolderError, stored_classes, stored_config
+from mmkernels.pretrain.run_folder import EXPORTED, RunFolderError, stored_classes, stored_config
 from mmkernels.pretrain.schedule import stage_at
 from mmkernels.pretrain.tokenizer import EOS, TextTokenizer
 
@@ -113,7 +113,7 @@ def stored_weights(run: Path) -> tuple[int, dict[str, Tensor]]:
 
     Raises as `load_model` does.
     """
-    if (exported := run / "export.json").exists():
+    if (exported := run / EXPORTED).exists():
         step = int(json.loads(exported.read_text(encoding="utf-8"))["step"])
         return step, checkpoint.load_weights(run, remedy="Export the model again")
     config, newest = stored_config(run), checkpoint.latest(run / "checkpoints")

@@ -16,6 +16,7 @@ from mmkernels.pretrain.config import RESUMABLE, Config, from_dict, to_dict
 from mmkernels.pretrain.wiring import leaves
 
 __all__ = [
+    "EXPORTED",
     "OWN_RECIPE",
     "RunFolder",
     "RunFolderError",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 _WIRING = "wiring"  # key of the recipe's settings in config.json
+EXPORTED = "export.json"  # of an exported model: the steps that were done
 OWN_RECIPE = "recipe.py"  # of an exported model: the recipe, if it is none of those that come along
 
 
@@ -135,6 +137,10 @@ def as_stored(config: Config) -> dict[str, Any]:
 
 
 def _check_same_run(folder: Path, config: Config) -> None:
+    if (folder / EXPORTED).exists():
+        raise RunFolderError(
+            f"{folder} holds an exported model, which cannot be resumed. Begin a new run with --init {folder}"
+        )
     stored = to_dict(stored_config(folder))  # with the defaults of settings that its version did not have
     before = {**stored, **json.loads((folder / "config.json").read_text(encoding="utf-8"))}
     now = as_stored(config)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mmkernels.pretrain.fusion import AdaptedFusion
-from mmkernels.pretrain.metrics import Predictions, Retrieval
+from mmkernels.pretrain.metrics import Predictions, Reranked, Retrieval
 from mmkernels.pretrain.objectives import Answer, Contrast, Matching, NextToken
 from mmkernels.pretrain.recipe import Recipe, Stream
 
@@ -35,7 +35,7 @@ def answer(base: Recipe, label: str, read: Sequence[str]) -> Task:
         streams = {**streams, **{n: dataclasses.replace(s, field="question") for n, s in texts.items()}}
     like = next((o for o in base.objectives.values() if isinstance(o, Answer) and o.read in known), Answer())
     part = dataclasses.replace(like, read=stream, label=label or "answer", weight=1.0)
-    return _classes("answer", streams, fusion, part)
+    return _classes("answer", streams, fusion, part, _measured(base, "answer", part, streams))
 
 
 def classify(base: Recipe, label: str, read: Sequence[str]) -> Task:
@@ -46,7 +46,7 @@ def classify(base: Recipe, label: str, read: Sequence[str]) -> Task:
     (stream,) = _chosen("classify", read, own, 1)
     pool: Any = base.streams[stream].pool
     part = Answer(stream, label=label, pool=pool, head="linear")
-    return _classes("classes", {stream: base.streams[stream]}, None, part)
+    return _classes("classes", {stream: base.streams[stream]}, None, part, (Predictions("classes"),))
 
 
 def retrieve(base: Recipe, label: str, read: Sequence[str]) -> Task:
@@ -76,7 +76,7 @@ def caption(base: Recipe, label: str, read: Sequence[str]) -> Task:
     found = ((n, o) for n, o in base.objectives.items() if isinstance(o, NextToken) and o.stream == stream)
     name, part = next(found, ("words", NextToken(stream)))
     part = dataclasses.replace(part, weight=1.0)
-    return Task(streams, fusion, (name, part), (Predictions(name),), (f"objectives.{name}.*",))
+    return Task(streams, fusion, (name, part), _measured(base, name, part, streams), (f"objectives.{name}.*",))
 
 
 def match(base: Recipe, label: str, read: Sequence[str]) -> Task:
@@ -90,7 +90,7 @@ def match(base: Recipe, label: str, read: Sequence[str]) -> Task:
         written = _written(fusion)
         name, part = "matching", Matching(a, b, read="" if b in written else written[0] if written else "")
     part = dataclasses.replace(part, weight=1.0)
-    return Task(streams, fusion, (name, part), (Predictions(name),), (f"objectives.{name}.*",))
+    return Task(streams, fusion, (name, part), _measured(base, name, part, streams), (f"objectives.{name}.*",))
 
 
 TASKS: Mapping[str, Callable[[Recipe, str, Sequence[str]], Task]] = {
@@ -103,10 +103,24 @@ TASKS: Mapping[str, Callable[[Recipe, str, Sequence[str]], Task]] = {
 """By name: (the base recipe, the label, the streams that are read) -> the task's parts."""
 
 
-def _classes(name: str, streams: Mapping[str, Stream], fusion: Any, part: Answer) -> Task:
+def _measured(base: Recipe, name: str, part: Any, streams: Collection[str]) -> tuple[Any, ...]:
+    """The predictions of an objective, and what the base measures of the same one. (Not what first orders by embeddings,
+    which nothing compares any more.)"""
+    same = type(base.objectives.get(name)) is type(part)
+    own = [
+        metric
+        for metric in (base.metrics if same else ())
+        if getattr(getattr(metric, "of", metric), "objective", "") == name
+        and not isinstance(metric, Reranked)
+        and {getattr(metric, each) for each in ("stream", "a", "b") if hasattr(metric, each)} <= set(streams)
+    ]
+    return tuple(dict.fromkeys([Predictions(name), *own]))
+
+
+def _classes(name: str, streams: Mapping[str, Stream], fusion: Any, part: Answer, metrics: tuple[Any, ...]) -> Task:
     """The classes are those of the task's data: no other run has a head for them."""
     head = (f"objectives.{name}.*",)
-    return Task(streams, fusion, (name, part), (Predictions(name),), head, fresh=head)
+    return Task(streams, fusion, (name, part), metrics, head, fresh=head)
 
 
 def _chosen(task: str, read: Sequence[str], known: Collection[str], count: int, kind: str = "") -> tuple[str, ...]:

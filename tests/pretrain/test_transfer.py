@@ -147,6 +147,18 @@ def test_what_does_not_fit(name: str, transfer: Transfer, message: str) -> None:
         transferred(recipes.load(name), transfer)
 
 
+def test_what_the_run_measures_of_the_same_objective_is_measured_again() -> None:
+    def measured(name: str, task: Any) -> list[str]:
+        return [type(metric).__name__ for metric in transferred(recipes.load(name), Transfer(task)).metrics]
+
+    assert measured("vqa", "answer") == ["Predictions", "Groups"]
+    assert measured("caption", "caption") == ["Predictions", "Captioning"]
+    assert measured("flamingo", "caption") == ["Predictions", "Ablation", "Shots"]
+    assert measured("uniter", "match") == ["Predictions", "Matched"]
+    assert measured("albef", "match") == ["Predictions"]  # no re-ranking without embeddings to compare
+    assert measured("clip", "retrieve") == ["Retrieval"]
+
+
 def test_wrong_transfers() -> None:
     with pytest.raises(ValueError, match="probe, adapters, unfreeze: expected one of them at most, got --probe, --unf"):
         Transfer("answer", probe=True, unfreeze="all")
