@@ -104,8 +104,8 @@ TASKS: Mapping[str, Callable[[Recipe, str, Sequence[str]], Task]] = {
 
 
 def _measured(base: Recipe, name: str, part: Any, streams: Collection[str]) -> tuple[Any, ...]:
-    """The predictions of an objective, and what the base measures of the same one. (Not what first orders by embeddings,
-    which nothing compares any more.)"""
+    """The predictions of an objective, and what the base measures of the same one, except what orders by embeddings
+    first: nothing compares these any more."""
     same = type(base.objectives.get(name)) is type(part)
     own = [
         metric
