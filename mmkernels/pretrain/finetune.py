@@ -66,14 +66,14 @@ def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **
     config = stored_config(run)
     recipe, transfer = config.wiring(), dataclasses.replace(transfer, parts_before=config.parts)
     ways = {"probe": transfer.probe, "adapters": transfer.adapters, "unfreeze": transfer.unfreeze, "scratch": scratch}
-    way = "-".join(name for name, used in ways.items() if used)
-    factor = _LR["scratch" if scratch else way]
+    used = [name for name, given in ways.items() if given]
+    factor = _LR[used[0] if used else ""]  # of a head on random features, that of a head
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     own: dict[str, Any] = {
         **({name: defaults[name] for name in _OF_DATA} if "data" in changes else {}),
         **{name: defaults[name] for name in _OF_RUN},
         **({"filter": run / "filter.jsonl"} if config.filter is not None and "data" not in changes else {}),
-        "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *([way] if way else [])]),
+        "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *used]),
         "init": run,
         "fresh": ("*",) if scratch else drawn_anew(recipe, transfer),
         "transfers": (*config.transfers, transfer),

@@ -1,4 +1,4 @@
-"""A fraction of the training samples: the same with every seed, nested, after filter lists, of each set of a mixture."""
+"""A fraction of the training samples: the same with every seed, nested, after filter lists, of each set of mixtures."""
 
 from __future__ import annotations
 
