@@ -67,7 +67,24 @@ def to_open_clip(run: Path | str, objective: str = "", device: torch.device | st
     return OpenClip(model.to(device).eval(), Preprocess(model.visual.image_size), Tokenize(trained, text))
 
 
-class ImageTower(nn.Module):
+class Tower(nn.Module):
+    """What open_clip asks of a tower besides its features."""
+
+    def locked(self, name: str, unlocked: int) -> None:
+        """Let nothing of it learn."""
+        if unlocked:
+            raise ValueError(f"{name}: expected 0, since a tower is locked as a whole, got {unlocked}")
+        self.requires_grad_(False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute activations of blocks again in the backward instead of keeping them."""
+        module: Any
+        for module in self.modules():
+            if hasattr(module, "recompute"):
+                module.recompute = enable
+
+
+class ImageTower(Tower):
     """Images [B, 3, size, size] in [-1, 1] -> vectors [B, E], as long as they come."""
 
     def __init__(self, trained: Pretrained, stream: str) -> None:
@@ -77,6 +94,13 @@ class ImageTower(nn.Module):
         self.image_size = trained.collator.streams[stream].encoder.size
         self.image_mean = self.image_std = (0.5, 0.5, 0.5)
 
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Let nothing of it learn; towers of mmkernels have no statistics to freeze."""
+        norms = torch.nn.modules.batchnorm._BatchNorm
+        if freeze_bn_stats and any(isinstance(module, norms) for module in self.modules()):
+            raise ValueError("freeze_bn_stats: expected False for a module of your own with batch norms, got True")
+        self.locked("unlocked_groups", unlocked_groups)
+
     def forward(self, images: Tensor) -> Tensor:
         size = self.image_size
         if images.ndim != 4 or list(images.shape[1:]) != [3, size, size]:
@@ -85,7 +109,7 @@ class ImageTower(nn.Module):
         return _projected(self.encoder, pieces, images.device)
 
 
-class TextTower(nn.Module):
+class TextTower(Tower):
     """What `Tokenize` returns -> vectors [B, E], as long as they come."""
 
     def __init__(self, trained: Pretrained, stream: str) -> None:
@@ -93,6 +117,12 @@ class TextTower(nn.Module):
         self.encoder = trained.model.encoder(stream)
         self.context_length = _longest(trained, stream)
         self.vocab_size = len(trained.collator.tokenizer)
+
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Let nothing of it learn, layer norms included."""
+        if not freeze_layer_norm:
+            raise ValueError("freeze_layer_norm: expected True, since a tower is locked as a whole, got False")
+        self.locked("unlocked_layers", unlocked_layers)
 
     def forward(self, tokens: Tensor) -> Tensor:
         lengths = (tokens.flatten(2)[..., 0] if tokens.ndim > 2 else tokens).ne(_NOTHING).sum(1).tolist()

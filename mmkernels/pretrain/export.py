@@ -51,7 +51,8 @@ def export(run: Path | str, path: Path | str) -> Path:
     partial.mkdir(parents=True)
     if config.recipe.endswith(".py"):
         shutil.copyfile(config.recipe, partial / OWN_RECIPE)
-    stored = as_stored(dataclasses.replace(config, run=None, resume=False))
+    kept = Path("filter.jsonl") if config.filter is not None else None
+    stored = as_stored(dataclasses.replace(config, run=None, init=None, fresh=(), filter=kept, resume=False))
     stored |= {"recipe": OWN_RECIPE} if config.recipe.endswith(".py") else {}
     texts = {"config.json": stored, "classes.json": classes, EXPORTED: {"step": step}}
     for name, value in texts.items():

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from mmkernels.pretrain.fusion import AdaptedFusion
 from mmkernels.pretrain.metrics import Predictions, Reranked, Retrieval
 from mmkernels.pretrain.objectives import Answer, Contrast, Matching, NextToken
-from mmkernels.pretrain.recipe import Recipe, Stream
+from mmkernels.pretrain.recipe import Facts, Recipe, Stream
 
 __all__ = ["TASKS", "Task"]
 
@@ -63,8 +65,9 @@ def retrieve(base: Recipe, label: str, read: Sequence[str]) -> Task:
     fitting = (m for m in base.metrics if isinstance(m, Retrieval) and {m.a, m.b} == {a, b} and m.through in ("", name))
     metric = next(fitting, Retrieval(a, b))
     projected = [n for n in sorted(owners) if base.streams[n].project != "none"]
-    head = tuple(f"streams.{n}.{what}.*" for n in projected for what in ("norm", "project"))
-    return Task(streams, None, (name, part), (metric,), (*head, f"objectives.{name}.*"))
+    head = [f"streams.{n}.{what}.*" for n in projected for what in ("norm", "project")]
+    head += [f"objectives.{name}.*"] if _learns(part, base) else []
+    return Task(streams, None, (name, part), (metric,), tuple(head))
 
 
 def caption(base: Recipe, label: str, read: Sequence[str]) -> Task:
@@ -180,6 +183,12 @@ def _asked(streams: Mapping[str, Stream]) -> tuple[str, ...]:
     """Where a fusion changes all streams, the one with the question, or else the first."""
     texts = [n for n, s in streams.items() if _field(n, s) in ("question", "text")]
     return tuple(texts or streams)
+
+
+def _learns(part: Any, base: Recipe) -> bool:
+    """Whether an objective that compares embeddings has parameters, such as a scale."""
+    with torch.device("meta"):
+        return any(True for _ in part.build(Facts(base.model, 0, {}, base.streams)).parameters())
 
 
 def _pair(part: Any) -> tuple[str, ...]:

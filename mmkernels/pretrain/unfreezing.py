@@ -33,7 +33,7 @@ def stages_of(schedule: str, named: Mapping[str, Sequence[str]]) -> tuple[Stage,
     learns: dict[str, None] = {}
     before = 0
     for i, item in enumerate(items):
-        parts, colon, step = item.partition(":")
+        parts, colon, step = (each.strip() for each in item.partition(":"))
         last = i == len(items) - 1
         if last and colon:
             raise ValueError(f"unfreeze: expected the last item without a step, since it lasts, got {item!r}")

@@ -97,3 +97,28 @@ def test_errors(tiny: Callable[..., Config]) -> None:  # noqa: F811
     with pytest.raises(ValueError, match="context_length: expected 1 to 16, got 77"):
         tokenizer(["a"], context_length=77)
     assert tokenizer("a red circle").shape == (1, 16, 17)
+
+
+def test_locking_and_checkpointing(run: tuple[Path, str, str]) -> None:
+    """As open_clip's training asks for them: a locked tower gets no gradients, and recomputed blocks give the same."""
+    model, _, tokenizer = to_open_clip(run[0])
+    pixels, tokens = torch.rand(4, 3, 16, 16) * 2 - 1, tokenizer(TEXTS)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.lock_text_tower()
+    grads = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        sum(each.square().sum() for each in model.get_logits(pixels, tokens)).backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert any(name.startswith("visual.") for name in grads[0]) and not any(n.startswith("text.") for n in grads[0])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="unlocked_groups: expected 0, since a tower is locked as a whole, got 1"):
+        model.lock_image_tower(unlocked_groups=1)
+    with pytest.raises(ValueError, match="freeze_layer_norm: expected True"):
+        model.lock_text_tower(freeze_layer_norm=False)

@@ -94,6 +94,9 @@ FITS = [
     ("siglip", Transfer("classify", "tag", ("text",)), {"text"}),
     ("moco", Transfer("classify", "tag"), {"query"}),
     ("simclr", Transfer("classify", "tag"), {"a"}),
+    ("simclr", Transfer("retrieve", unfreeze="head : 5, all"), {"a", "b"}),  # whose objective has no parameters
+    ("cca", Transfer("retrieve", unfreeze="head:5,all"), {"image", "text"}),
+    ("devise", Transfer("retrieve"), {"image", "text"}),
     ("vqa", Transfer("answer", "colour"), {"image", "question"}),
     ("vqa", Transfer("answer", probe=True), {"image", "question"}),
     ("uniter", Transfer("answer", unfreeze="head:5,fusion:9,regions+text"), {"text", "regions"}),
