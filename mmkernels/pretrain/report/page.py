@@ -145,6 +145,8 @@ def _of_steps(steps: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> l
     waited = sum(r["data_wait"] * r["seconds"] for r in steps) / seconds
     losses = [r["loss"] for r in steps[-20:]]
     chance = steps[-1].get("chance")
+    most = max(start.get("trainable", [start["parameters"]]))  # of its stages
+    share = most / start["parameters"]
     return [
         {
             "value": f"{sum(losses) / len(losses):.2f}",
@@ -163,7 +165,7 @@ def _of_steps(steps: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> l
         },
         {
             "value": f"{start['parameters'] / 1e6:.2f} M",
-            "what": "parameters",
+            "what": "parameters" if most == start["parameters"] else f"parameters; {share:.1%} learn",
             "note": f"{start['samples']:,} training samples",
         },
     ]
