@@ -79,6 +79,14 @@ def test_pretrain_without_its_extra_says_what_to_install(package: str, tmp_path:
     )
 
 
+@pytest.mark.parametrize(("command", "package"), [("finetune", "tyro"), ("export", "safetensors")])
+def test_transfer_without_its_extra_says_what_to_install(command: str, package: str, tmp_path: Path) -> None:
+    done = without(package, tmp_path, command)
+    assert done.returncode == 2
+    message = f"mmkernels {command} needs the package {package}: pip install 'mmkernels[pretrain]'"
+    assert done.stderr.strip().endswith(message)
+
+
 @pytest.mark.parametrize("package", ["imagehash", "datasketch", "py3langid", "sklearn", "tyro"])
 def test_data_report_without_its_extra_says_what_to_install(package: str, tmp_path: Path) -> None:
     done = without(package, tmp_path, "data-report")

@@ -92,16 +92,13 @@ def freeze(model: nn.Module, stage: Stage) -> int:
     return count
 
 
-def rest(model: nn.Module) -> None:
-    """Let every stream, the fusion and every objective in which nothing learns run as in evaluation: without dropout,
-    with the statistics of its norms as they are. The others train."""
-    parts = [*model.children()]
-    for part in parts:
-        if isinstance(part, nn.ModuleDict):
-            parts += part.values()
-            continue
-        own = list(part.parameters())
-        part.train(not own or any(parameter.requires_grad for parameter in own))
+def rest(module: nn.Module, learns: bool = True) -> None:
+    """Let each module in which nothing learns run as in evaluation: without dropout, its norms' statistics as they are.
+    One without parameters does as what it belongs to, which `learns` or not."""
+    own = [parameter.requires_grad for parameter in module.parameters()]
+    module.training = any(own) if own else learns
+    for child in module.children():
+        rest(child, module.training)
 
 
 def check_stages(recipe: Recipe, model: nn.Module) -> None:

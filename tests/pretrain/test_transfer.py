@@ -24,7 +24,7 @@ from mmkernels.pretrain.load import stored_weights
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.run_folder import stored_config, stored_records
-from mmkernels.pretrain.schedule import check_stages, learning
+from mmkernels.pretrain.schedule import check_stages, freeze, learning, rest
 from mmkernels.pretrain.stream import StreamEncoder
 from mmkernels.pretrain.transfer import transferred
 from mmkernels.pretrain.unfreezing import stages_of
@@ -232,6 +232,25 @@ def test_a_probe_leaves_the_run_as_it_is(base: Config, monkeypatch: pytest.Monke
     (start,) = folder.records("start")
     assert start["trainable"] == [sum(after[name].numel() for name in head)]
     assert start["parameters"] == sum(tensor.numel() for tensor in after.values())
+
+
+def test_what_does_not_learn_rests(base: Config) -> None:
+    """Also within a stream whose projection learns, and a block whose neighbour does."""
+    recipe = transferred(base.wiring(), Transfer("retrieve", unfreeze="head:1,streams.text.encoder.blocks.*:2,all"))
+    model = on_meta(recipe)
+    drops = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert any(name.startswith("streams.image.") for name in drops)
+
+    def active(stage: int) -> set[str]:
+        freeze(model, recipe.stages[stage])
+        rest(model)
+        return {name for name, module in model.named_modules() if module.training}
+
+    head, text, everything = active(0), active(1), active(2)
+    assert {"streams.image.project.0", "streams.text.norm", "objectives.contrast"} <= head
+    assert "streams.image.encoder" not in head and not head & drops
+    assert text & drops == {name for name in drops if name.startswith("streams.text.")}
+    assert everything == set(dict(model.named_modules()))
 
 
 def test_adapters_and_norms_learn_and_nothing_else(base: Config) -> None:
