@@ -21,7 +21,7 @@ from mmkernels.pretrain.transfer import Transfer, drawn_anew
 __all__ = ["finetuned", "main", "parse"]
 
 # Of the base's learning rate. Weights that have learned something are moved less; those that begin anew need it all.
-_LR = {"": 0.3, "probe": 5.0, "adapters": 1.0, "unfreeze": 0.5, "scratch": 1.0}
+_LR = {"": 0.5, "probe": 5.0, "adapters": 2.0, "unfreeze": 0.5, "scratch": 1.0}
 _STEPS, _WARMUP, _EVAL_EVERY = 400, 20, 100
 # Settings that say how the base's data are read: another data set has its own.
 _OF_DATA = ("data_weights", "labels", "csv_separator", "csv_img_key", "csv_caption_key", "filter")

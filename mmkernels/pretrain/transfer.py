@@ -38,7 +38,8 @@ class Transfer:
     field: tuple[str, ...] = ()
     """Fields of the data that streams read instead of their own: STREAM=FIELD, such as text=title."""
     probe: bool = False
-    """Only a linear head learns; the run's own parameters stay, and run without gradients."""
+    """Only a linear head learns, from samples as they are, without augmentation; the run's own parameters stay, and run
+    without gradients."""
     adapters: int | None = None
     """Small layers in every block learn, with the norms and the head: adapters whose hidden layer has the width divided
     by this number; 8 is usual."""
@@ -75,6 +76,8 @@ def transferred(base: Recipe, transfer: Transfer) -> Recipe:
     compared = getattr(part, "compares", ())
     swaps = getattr(part, "negatives", "") == "swapped"
     streams = {key: _plain(key, stream, task, name, compared, swaps) for key, stream in task.streams.items()}
+    if transfer.probe:
+        streams = {key: dataclasses.replace(s, views=tuple(filter(_swaps, s.views))) for key, s in streams.items()}
     fusion = task.fusion
     stages: tuple[Stage, ...] = (Stage(),)
     if transfer.probe:
@@ -119,13 +122,17 @@ def _plain(key: str, stream: Stream, task: Task, objective: str, compared: tuple
     views = tuple(
         view
         for view in stream.views
-        if (not view.evaluated or (swaps and getattr(view, "swaps", False)))
-        and (not view.when or objective in view.when)
+        if (not view.evaluated or (swaps and _swaps(view))) and (not view.when or objective in view.when)
     )
     owners = {task.streams[name].tied or name for name in compared}
     used = (stream.tied or key) in owners
     project = stream.project if used or stream.project != "mlp" else "linear"
     return dataclasses.replace(stream, views=views, teacher=None, project=project)
+
+
+def _swaps(view: Any) -> bool:
+    """Whether a view makes the wrong pairs of a task, rather than changing samples."""
+    return bool(getattr(view, "swaps", False))
 
 
 def _adapted(

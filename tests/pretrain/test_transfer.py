@@ -162,6 +162,16 @@ def test_what_the_run_measures_of_the_same_objective_is_measured_again() -> None
     assert measured("clip", "retrieve") == ["Retrieval"]
 
 
+def test_a_probe_sees_samples_as_they_are() -> None:
+    def views(name: str, **way: Any) -> dict[str, list[str]]:
+        made = transferred(recipes.load(name), Transfer(**way))
+        return {key: [type(view).__name__ for view in stream.views] for key, stream in made.streams.items()}
+
+    assert views("mae", task="classify", label="tag") == {"image": ["RandomCrop"]}
+    assert views("mae", task="classify", label="tag", probe=True) == {"image": []}
+    assert views("uniter", task="match", probe=True) == {"text": ["Swap"], "regions": []}  # which makes the wrong pairs
+
+
 def test_wrong_transfers() -> None:
     with pytest.raises(ValueError, match="probe, adapters, unfreeze: expected one of them at most, got --probe, --unf"):
         Transfer("answer", probe=True, unfreeze="all")
