@@ -1,4 +1,4 @@
-"""What all pages share: colours of curves, pictures inside the page."""
+"""Pictures inside a page."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-__all__ = ["COLOURS", "data_url"]
-
-COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
+__all__ = ["data_url"]
 
 _MOST = 160  # pixels a side; larger pictures are shrunk, so that the page stays small
 

@@ -13,6 +13,7 @@ import numpy as np
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import Data, FilterList, Mixed, Source, Subset, Text, open_data
 from mmkernels.pretrain.data.seeds import is_held_out
+from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.tokenizer import TextTokenizer
@@ -112,7 +113,7 @@ def validation(name: str, data: Data, most: int) -> Data:
     learned, rest = np.flatnonzero(~held), np.flatnonzero(held)
     if not (len(learned) and len(rest)):
         raise ValueError(f"validate: expected a data set of several concepts, got {name}, which has {len(concepts)}")
-    chosen = rest[np.linspace(0, len(rest) - 1, min(len(rest), most)).astype(np.int64)]
+    chosen = rest[spaced(len(rest), most)]
     return Data(data.train.only(learned), {"validation": Subset(data.train, chosen)})
 
 
@@ -239,4 +240,4 @@ def _spread(source: Source) -> np.ndarray:
     """Evenly spaced samples; of a mixture, each part by its share."""
     if source.shares is not None:
         return source.shares.spread(_TEXTS)
-    return np.linspace(0, len(source) - 1, min(len(source), _TEXTS)).astype(np.int64)
+    return spaced(len(source), _TEXTS)

@@ -311,8 +311,8 @@ def test_examples_and_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
 def test_shown_captions() -> None:
     part = Captioning("words", most_tokens=3)
     shown = generated(built(CAPTIONER, HELD).float(), part, held_out(CAPTIONER, TRAIN, HELD), 4)
-    assert [one.name for one in shown] == ["sample 1", "sample 3"], "of samples 1, 3, 5 and 7"
-    assert shown[0].true == ("a blue dog", "a red cat") and (shown[0].described == IMAGES[1]).all()
+    assert [one.name for one in shown] == ["sample 0", "sample 2"], "of samples 0, 2, 4 and 7"
+    assert shown[0].true == ("a red cat", "dog dog a") and (shown[0].described == IMAGES[0]).all()
     run = SimpleNamespace(
         recipe=replace(CAPTIONER, metrics=(part,)),
         trained=built(CAPTIONER, HELD).float(),

@@ -37,17 +37,19 @@ def draws(n: int, step: int = 0) -> Draws:
 def test_masked_regions_are_hidden_and_labelled() -> None:
     given = pieces([8] * 500 + [0, 1])
     out = MaskRegions(share=0.25, keep=0.2)(given, draws(502), {})
+    counts: list[int] = []
     chosen = hidden = 0
     for before, after in zip(given, out, strict=True):
-        target, at = after.labels, after.labels >= 0
-        assert (target[at] == before.labels[at]).all()
+        at = after.labels >= 0
+        assert (after.labels[at] == before.labels[at]).all()
         assert (after.tokens[:, HIDDEN] <= at).all(), "none is hidden that is not predicted, for none overlap"
         assert (before.tokens[:, HIDDEN] == 0).all(), "the piece itself is unchanged"
         same = torch.arange(columns(2)) != HIDDEN
         assert torch.equal(after.tokens[:, same], before.tokens[:, same])
-        assert len(target) == 0 or at.any()
         chosen, hidden = chosen + int(at.sum()), hidden + int(after.tokens[:, HIDDEN].sum())
-    assert chosen == pytest.approx(1000, abs=2)
+        counts.append(int(at.sum()))
+    assert chosen == pytest.approx(1001, abs=90), "a quarter; the standard deviation is 27"
+    assert np.var(counts[:500]) == pytest.approx(8 * 0.25 * 0.75, rel=0.25), "each on its own"
     assert hidden / chosen == pytest.approx(0.8, abs=0.04)
 
 
@@ -63,13 +65,13 @@ def test_what_overlaps_a_hidden_region_is_hidden_too() -> None:
     given = pieces([3])
     given[0].tokens[1, :4] = given[0].tokens[0, :4]  # the same box; the third lies elsewhere
     seen = set()
-    for step in range(40):
-        (out,) = MaskRegions(share=0.01, keep=0.0)(given, draws(1, step), {})
-        (chosen,) = (out.labels >= 0).nonzero().flatten().tolist()
+    for step in range(60):
+        (out,) = MaskRegions(share=0.3, keep=0.0)(given, draws(1, step), {})
+        chosen = (out.labels >= 0).nonzero().flatten().tolist()
         hidden = out.tokens[:, HIDDEN].nonzero().flatten().tolist()
-        assert hidden == ([2] if chosen == 2 else [0, 1])
-        seen.add(chosen)
-    assert seen == {0, 1, 2}
+        assert hidden == [*([0, 1] if {0, 1} & set(chosen) else []), *([2] if 2 in chosen else [])]
+        seen.add(tuple(chosen))
+    assert {(), (0,), (1,), (2,)} <= seen
 
 
 def test_overlaps() -> None:

@@ -23,6 +23,7 @@ from mmkernels.pretrain.data.motion import open_motion
 from mmkernels.pretrain.data.scenes import open_scenes
 from mmkernels.pretrain.data.seeds import is_held_out
 from mmkernels.pretrain.data.shares import check_weights
+from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.data.speech import open_speech
 from mmkernels.pretrain.data.tables import TableFormat, find_table
 from mmkernels.pretrain.data.unicode import printable
@@ -212,7 +213,8 @@ def _by_hash(name: str, dataset: ColumnSource, eval_fraction: float, max_eval: i
     train = Subset(dataset, np.flatnonzero(~held_out))
     if not len(train):
         raise ValueError(f"{name}: expected samples left to train on, got all {len(dataset)} held out")
-    rows = _at_most(np.flatnonzero(held_out), max_eval)
+    rows = np.flatnonzero(held_out)
+    rows = rows[spaced(len(rows), max_eval)]
     dataset.learn_classes(train.indices)
     train.classes = dataset.classes
     for phrase in dataset.unknown_classes(rows.tolist()):
@@ -230,17 +232,12 @@ def _by_split(name: str, sets: Mapping[str, ColumnSource], max_eval: int) -> Dat
     for split, dataset in sets.items():
         if split == "train":
             continue
-        rows = _at_most(np.arange(len(dataset)), max_eval)
+        rows = spaced(len(dataset), max_eval)
         dataset.take_classes(train.classes)
         for phrase in dataset.unknown_classes(rows.tolist()):
             log.warning("%s: %s, which the training data lack", split, phrase)
         held_out[split] = Subset(dataset, rows)
     return Data(train, dict(held_out))
-
-
-def _at_most(rows: np.ndarray, most: int) -> np.ndarray:
-    """Evenly spaced rows."""
-    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
 
 
 def held_out_mask(dataset: ColumnSource, fraction: float) -> np.ndarray:

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import StringIO
+from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from mmkernels.pretrain.pages import COLOURS
+from mmkernels.pretrain.plotting import COLOURS, REST, drawing, svg
 
 __all__ = ["histogram", "scatter"]
 
-_INK, _GRID, _REST = "#475569", "#e2e8f0", "#cbd5e1"
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mmkernels",  # the same report has the same ids
-    "text.parse_math": False,  # names of classes may have dollar signs
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "savefig.dpi": 180,
-}
 _BINS = 40
 
 
@@ -53,7 +26,7 @@ def histogram(by_split: Mapping[str, np.ndarray], unit: str) -> str:
     else:
         edges = np.geomspace(low, high, _BINS + 1) if log else np.linspace(low, high, _BINS + 1)
         edges = np.unique(edges)
-    with _drawing() as (figure, axes):
+    with drawing() as (figure, axes):
         for colour, (split, each) in zip(cycle(COLOURS), by_split.items(), strict=False):
             counts, _ = np.histogram(each, edges)
             shares = 100 * counts / max(len(each), 1)
@@ -69,17 +42,17 @@ def histogram(by_split: Mapping[str, np.ndarray], unit: str) -> str:
             axes.xaxis.set_minor_formatter(NullFormatter())
         if 1 < len(by_split) <= len(COLOURS):
             axes.legend(loc="best")
-        return _svg(figure)
+        return svg(figure)
 
 
 def scatter(xy: np.ndarray, groups: Sequence[str], order: Sequence[str]) -> str:
     """Points coloured by group; groups beyond the colours are grey."""
-    with _drawing((4.4, 3.6)) as (figure, axes):
+    with drawing(3.6) as (figure, axes):
         shown = list(order)[: len(COLOURS)]
         of = np.array(groups, str)
         rest = ~np.isin(of, shown)
         if rest.any():
-            axes.scatter(*_xy(xy, rest), 6, _REST, linewidth=0, rasterized=True, label="others")
+            axes.scatter(*_xy(xy, rest), 6, REST, linewidth=0, rasterized=True, label="others")
         for colour, name in zip(COLOURS, shown, strict=False):
             mine = of == name
             axes.scatter(
@@ -93,28 +66,8 @@ def scatter(xy: np.ndarray, groups: Sequence[str], order: Sequence[str]) -> str:
         for handle in legend.legend_handles:
             if handle is not None:
                 handle.set_alpha(1.0)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _xy(points: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return points[kept, 0], points[kept, 1]
-
-
-@contextmanager
-def _drawing(size: tuple[float, float] = (4.4, 2.7)) -> Iterator[tuple[Figure, Axes]]:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.subplots()
-        axes.patch.set_alpha(0)
-        axes.tick_params(length=0)
-        axes.grid(axis="y")
-        yield figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    buffer = StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmkernels.pretrain.data import Text
+from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.data_report.languages import language_of
 from mmkernels.pretrain.data_report.reading import Opened
 from mmkernels.pretrain.data_report.scan import Scan, captions_of
@@ -42,9 +43,8 @@ def languages(data: Opened) -> dict[str, dict[str, dict[str, int]]]:
     table: dict[str, dict[str, dict[str, int]]] = {}
     for split, source in data.splits.items():
         rows = data.read[split]
-        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _TEXTS)).astype(np.int64)]
         counts: dict[str, Counter[str]] = {}
-        for index in rows.tolist():
+        for index in rows[spaced(len(rows), _TEXTS)].tolist():
             for field, value in source.peek(index).items():
                 if isinstance(value, str | Text):
                     counts.setdefault(field, Counter()).update([language_of(captions_of(value)[0])])

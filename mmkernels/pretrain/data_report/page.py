@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from mmkernels.pretrain.data import BrokenImageError, Text
 from mmkernels.pretrain.data.filter_list import TRAIN
+from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.data_report import pictures, texts
 from mmkernels.pretrain.data_report.drawings import histogram, scatter
@@ -121,8 +122,7 @@ def _examples(report: Report) -> list[dict[str, Any]]:
         found = [finding for finding in report.findings if finding.kind == name and finding.readable]
         if not found:
             continue
-        places = np.linspace(0, len(found) - 1, min(len(found), _EXAMPLES)).astype(int)
-        cards = [_card(report, found[place]) for place in np.unique(places)]
+        cards = [_card(report, found[place]) for place in spaced(len(found), _EXAMPLES)]
         shown.append({"name": name, "kind": kind, "count": len(found), "cards": cards})
     return shown
 

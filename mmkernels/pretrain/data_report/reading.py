@@ -9,6 +9,7 @@ import numpy as np
 from mmkernels.pretrain import recipes
 from mmkernels.pretrain.data import Mixed, Source, open_data
 from mmkernels.pretrain.data.filter_list import TRAIN
+from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.data_report.settings import DataReport
 from mmkernels.pretrain.journal import data_warnings
 from mmkernels.pretrain.recipe import Recipe
@@ -81,7 +82,9 @@ def opened(options: DataReport) -> Opened:
     splits = {TRAIN: data.train, **data.held_out}
     own, twins = _own(data.train)
     kept = {name: own if name == TRAIN else np.arange(len(source)) for name, source in splits.items()}
-    return Opened(splits, {name: _spread(rows, options.limit) for name, rows in kept.items()}, twins, recipe, warnings)
+    return Opened(
+        splits, {name: rows[spaced(len(rows), options.limit)] for name, rows in kept.items()}, twins, recipe, warnings
+    )
 
 
 def _own(train: Source) -> tuple[np.ndarray, dict[int, list[int]]]:
@@ -101,10 +104,3 @@ def _own(train: Source) -> tuple[np.ndarray, dict[int, list[int]]]:
                 twins.setdefault(first + i, []).append(start + i)
         start += len(part)
     return np.concatenate(own), twins
-
-
-def _spread(rows: np.ndarray, most: int | None) -> np.ndarray:
-    """Evenly spaced rows."""
-    if most is None or len(rows) <= most:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]

@@ -12,6 +12,7 @@ import torch
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.data.base import Source
 from mmkernels.pretrain.data.collate import Collator, Mode
+from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.metrics.figure import Figure
 
 __all__ = ["Each", "Figure", "HeldOut", "Metric"]
@@ -87,12 +88,10 @@ class HeldOut:
         found: T = self.memory[key]
         return found
 
-    def items(self) -> list[int]:
-        """The numbers of the samples in use."""
-        n = len(self.source)
-        if self.limit is None or n <= self.limit:
-            return list(range(n))
-        return [int((i + 0.5) * n / self.limit) for i in range(self.limit)]
+    def items(self, most: int | None = None) -> list[int]:
+        """The numbers of the samples in use, or of at most so many of them."""
+        chosen = spaced(len(self.source), self.limit)
+        return chosen[spaced(len(chosen), most)].tolist()
 
     def batches(
         self,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
+from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.metrics.base import HeldOut
 from mmkernels.pretrain.metrics.cider import Cider, words
 
@@ -38,7 +37,7 @@ def constant_of(held_out: HeldOut, field: str, of: Callable[[Any], Sequence[str]
 
     def chosen() -> str:
         train = held_out.train
-        items = np.unique(np.linspace(0, len(train) - 1, min(len(train), _TRAINING)).astype(np.int64))
+        items = spaced(len(train), _TRAINING)
         found = [captions for i in items if (captions := of(train.peek(int(i)).get(field)))]
         candidates, others = found[::6], [each for i, each in enumerate(found) if i % 6]
         return best_constant([text for each in candidates for text in each], others or candidates)

@@ -46,10 +46,9 @@ class Grounding:
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
         streams = held_out.collator.streams
         fields = [streams[name].field or name for name in (self.text, self.regions)]
-        names, items = held_out.train.classes[self.label], held_out.items()
-        chosen = [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(len(items), self.limit)).astype(int))]
+        names, read = held_out.train.classes[self.label], held_out.source.read_some(held_out.items(self.limit))
         samples, wanted, images = [], [], []
-        for sample, item in zip(*held_out.source.read_some(chosen)[:2], strict=True):
+        for sample, item in zip(read.samples, read.items, strict=True):
             value: Any = sample.values.get(fields[1])
             kinds = [] if value is None else sorted(set(value.tags.tolist()))
             for kind in kinds if len(kinds) > 1 else ():

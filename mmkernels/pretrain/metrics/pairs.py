@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +37,10 @@ class Pairs:
         parts = [{name: each[i : i + _AT_ONCE] for name, each in pairing.items()} for i in range(0, n, _AT_ONCE)]
         return torch.cat([torch.zeros(0), *(self.objective.scores(self.chunk, given, part).cpu() for part in parts)])
 
+    def having(self, *streams: str) -> Tensor:
+        """int64: the samples of the batch that have all of these streams."""
+        return torch.nonzero(self.chunk.whole.present(*streams)).flatten()
+
     def fused(self, *needed: str) -> list[str]:
         """Streams that the fusion joins in one sequence, and those needed."""
         joined = getattr(self.model.fusion.part, "streams", ())
@@ -55,9 +58,7 @@ def pairs_of(model: Any, held_out: HeldOut, name: str, limit: int, samples: list
         can = ", ".join(key for key, each in model.objectives.items() if hasattr(each, "scores")) or "none"
         raise ValueError(f"objective: expected one that scores pairs in a fusion ({can}), got {name!r}")
     if samples is None:
-        items = held_out.items()
-        chosen = [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(len(items), limit)).astype(int))]
-        read = held_out.source.read_some(chosen)
+        read = held_out.source.read_some(held_out.items(limit))
         samples, numbers = read.samples, read.items
     else:
         numbers = list(range(len(samples)))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
 from mmkernels.pretrain.metrics.judged import numbers_of
 from mmkernels.pretrain.tokenizer import SPECIAL
@@ -71,7 +72,7 @@ class Perplexity:
         are."""
         source, masked = held_out.train, hasattr(objective, "masked")
         before, after = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        items = np.linspace(0, len(source) - 1, min(len(source), self.texts)).astype(np.int64).tolist()
+        items = spaced(len(source), self.texts).tolist()
         for first in range(0, len(items), held_out.samples):
             some = items[first : first + held_out.samples]
             packed = held_out.collator.packed(

@@ -39,7 +39,7 @@ class Reranked:
         if found is None:
             return []
         a, b, chunk = found.objective.part.a, found.objective.part.b, found.chunk
-        rows = torch.nonzero(chunk.whole.present(a, b)).flatten()
+        rows = found.having(a, b)
         concepts = chunk.batch.concepts[rows]
         answers = rows[_firsts(concepts)]
         if len(answers) < 2:
@@ -80,7 +80,7 @@ class Matched:
         found = pairs_of(model, held_out, self.objective, self.limit)
         if found is None:
             return []
-        rows = torch.nonzero(found.chunk.whole.present(self.a, self.b)).flatten()
+        rows = found.having(self.a, self.b)
         others = drawn(found.chunk.batch.concepts[rows].cpu().numpy(), self.candidates - 1)
         if others is None:
             return []

@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import StringIO
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from mmkernels.pretrain.pages import COLOURS
+from mmkernels.pretrain.plotting import COLOURS, INK, drawing, svg
 
 __all__ = ["RUN_COLOURS", "curve_chart", "figure_chart", "loss_chart", "overlaid"]
 
 RUN_COLOURS = (*COLOURS, "#0891b2", "#be185d", "#4d7c0f", "#475569", "#b45309")
-_INK, _GRID = "#475569", "#e2e8f0"
 _DASHED: Any = (0, (4, 3))
 _MOST = 500  # points of a curve; more are averaged in groups
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-}
 
 
 def loss_chart(steps: Sequence[Mapping[str, Any]], loss: str = "loss", chance: str = "chance") -> str:
@@ -50,16 +29,16 @@ def loss_chart(steps: Sequence[Mapping[str, Any]], loss: str = "loss", chance: s
     seen = [record for record in steps if loss in record]
     at, losses = _thinned([record["step"] for record in seen], [record[loss] for record in seen])
     expected = seen[-1].get(chance)
-    with _drawing() as (figure, axes):
+    with drawing() as (figure, axes):
         axes.plot(at, losses, color=COLOURS[0], alpha=0.25, linewidth=1)
         axes.plot(at, smoothed(losses), color=COLOURS[0], linewidth=2)
         if expected is not None:
-            axes.axhline(expected, color=_INK, linewidth=1, linestyle=_DASHED)
+            axes.axhline(expected, color=INK, linewidth=1, linestyle=_DASHED)
         top = max(*smoothed(losses), expected or 0.0)  # single spikes may leave the picture
         if min(losses) >= 0 < top < math.inf:
             axes.set_ylim(bottom=0, top=1.15 * top)
         axes.set_xlabel("step")
-        return _svg(figure)
+        return svg(figure)
 
 
 def curve_chart(points: Sequence[tuple[int, float]], shown: Callable[[float], str] | None = None) -> str:
@@ -70,13 +49,13 @@ def curve_chart(points: Sequence[tuple[int, float]], shown: Callable[[float], st
         shown: how a value is written at the axis; None: as it is. With it, the axis begins at 0.
     """
     at, values = _thinned([step for step, _ in points], [value for _, value in points])
-    with _drawing(1.7) as (figure, axes):
+    with drawing(1.7) as (figure, axes):
         axes.plot(at, values, color=COLOURS[0], linewidth=1.2)
         if shown is not None:
             axes.yaxis.set_major_formatter(lambda value, _: shown(value))
             axes.set_ylim(bottom=0, top=1.1 * max(values) or 1.0)
         axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-        return _svg(figure)
+        return svg(figure)
 
 
 def figure_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], name: str) -> str:
@@ -92,7 +71,7 @@ def figure_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], name
             if found["chance"] is not None:
                 chances[record["split"]] = found["chance"] * (100 if percent else 1)
     lines = {split: line for split, line in lines.items() if line}
-    with _drawing() as (figure, axes):
+    with drawing() as (figure, axes):
         if len(lines) > len(COLOURS):
             steps = sorted({step for line in lines.values() for step in line})
             values = [[line[step] for line in lines.values() if step in line] for step in steps]
@@ -104,7 +83,7 @@ def figure_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], name
             if split in chances:
                 axes.axhline(chances[split], color=colour, linewidth=1, linestyle=_DASHED)
         _finish(axes, percent)
-        return _svg(figure)
+        return svg(figure)
 
 
 def overlaid(
@@ -121,13 +100,13 @@ def overlaid(
         percent: values are shares.
         points: mark the points, of which there are few; otherwise curves are running means.
     """
-    with _drawing() as (figure, axes):
+    with drawing() as (figure, axes):
         mark: dict[str, Any] = {"marker": "o", "markersize": 4} if points else {}
         for run, each in curves.items():
             at, values = _thinned([step for step, _ in each], [value * (100 if percent else 1) for _, value in each])
             axes.plot(at, values if points else smoothed(values), color=colours[run], linewidth=2, alpha=0.85, **mark)
         _finish(axes, percent, legend=False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _finish(axes: Axes, percent: bool, legend: bool = True) -> None:
@@ -138,17 +117,6 @@ def _finish(axes: Axes, percent: bool, legend: bool = True) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
     if legend:
         axes.legend(loc="best")
-
-
-@contextmanager
-def _drawing(height: float = 2.7) -> Iterator[tuple[Figure, Axes]]:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.4, height), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.subplots()
-        axes.patch.set_alpha(0)
-        axes.tick_params(length=0)
-        yield figure, axes
 
 
 def _thinned(at: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -167,11 +135,3 @@ def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
         mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
         smooth.append(mean / total)
     return smooth
-
-
-def _svg(figure: Figure) -> str:
-    buffer = StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.metrics import Figure, Groups
-from mmkernels.pretrain.pages import COLOURS
+from mmkernels.pretrain.plotting import COLOURS
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.report.charts import curve_chart, figure_chart, loss_chart
 from mmkernels.pretrain.report.figures import headline_figures, newest_by_split

@@ -8,7 +8,7 @@ from itertools import cycle
 from typing import Any
 
 from mmkernels.pretrain.metrics import Figure
-from mmkernels.pretrain.pages import COLOURS
+from mmkernels.pretrain.plotting import COLOURS
 from mmkernels.pretrain.report.figures import about, rows_of
 
 __all__ = ["Column", "Recalls", "Table", "groups_of", "recalls_of", "table_of"]

@@ -22,10 +22,11 @@ __all__ = ["MaskRegions"]
 
 @dataclass(frozen=True)
 class MaskRegions(View):
-    """Choose regions at random, at least one of each image that has any, and hide their crops; boxes stay."""
+    """Choose each region with the same probability, and hide the crops of those chosen; boxes stay. Some images keep all
+    of theirs: if one region of each were hidden, their share would tell a model how many there are."""
 
     share: float = 0.15
-    """Of the regions."""
+    """Of the regions, on average."""
     keep: float = 0.1
     """Of the chosen ones, how many stay visible; they are predicted all the same."""
     overlap: float = 0.4
@@ -51,8 +52,7 @@ class MaskRegions(View):
         target = torch.full((n,), -100, dtype=torch.int64)
         if n == 0:
             return replace(piece, labels=target)
-        count = max(1, int(n * self.share + random.random()))
-        chosen = random.choice(n, min(count, n), replace=False)
+        chosen = np.flatnonzero(random.random(n) < self.share)
         hidden = np.zeros(n, bool)
         hidden[chosen[random.random(len(chosen)) >= self.keep]] = True
         boxes = piece.tokens[:, :4].numpy()
