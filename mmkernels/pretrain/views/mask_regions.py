@@ -22,8 +22,8 @@ __all__ = ["MaskRegions"]
 
 @dataclass(frozen=True)
 class MaskRegions(View):
-    """Choose each region with the same probability, and hide the crops of those chosen; boxes stay. Some images keep all
-    of theirs: if one region of each were hidden, their share would tell a model how many there are."""
+    """Choose each region with the same probability, and hide the crops of those chosen; boxes stay. Some images keep
+    all of theirs: if one region of each were hidden, their share would tell a model how many there are."""
 
     share: float = 0.15
     """Of the regions, on average."""
