@@ -1,4 +1,5 @@
-"""Every recipe beside its ablation: trains both, and writes the figures that each must show.
+"""Every recipe beside its ablation, and what is fine-tuned from it: trains all, and writes the figures that each must
+show (`recipe_rows.py`).
 
     python benches/recipes.py                       all of them, one after another; hours
     python benches/recipes.py clip vqa --jobs 2     some, two at a time
@@ -18,83 +19,19 @@ import os
 import platform
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 from typing import Any
 
+from recipe_rows import ROWS, Row
+
 RESULTS = Path(__file__).parent / "results"
-UNTRAINED = ("--steps", "1", "--lr", "1e-12", "--warmup", "0")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A recipe, the figure that it must show, and what must be worse."""
-
-    recipe: str
-    figure: str  # name of the figure
-    splits: tuple[str, ...]  # where it is read
-    ablation: str  # in words
-    changes: tuple[str, ...]  # the options that make it
-    seeds: int = 1
-    ablated: str = ""  # name of the figure of the ablation, if another
-    options: tuple[str, ...] = ()  # of both
-
-
-EMOJI, SCENES = ("A", "B", "C"), ("held_out", "combinations", "drawings")
-
-ROWS = (
-    Row("clip", "image → text R@10", EMOJI, "batch of one chunk", ("--batch", "64"), seeds=3),
-    Row("siglip", "image → text R@10", EMOJI, "batch of one chunk", ("--batch", "64"), seeds=3),
-    Row("simclr", "a: concept by a linear probe", ("A",), "untrained encoder", UNTRAINED),
-    Row("moco", "query: concept by a linear probe", ("A",), "no queue", ("--objectives.views.queue", "0")),
-    Row("mae", "image: concept by a linear probe", ("A",), "untrained encoder", UNTRAINED),
-    Row(
-        "albef", "image → text R@1 of 256, re-ranked", SCENES, "no matching", ("--objectives.matching.weight", "0"),
-        seeds=3, ablated="image → text R@1 of 256",
-    ),
-    Row(
-        "albef", "image → text R@10", SCENES, "no distillation", ("--objectives.contrast.distil.end", "0"), seeds=3,
-    ),
-    Row("vilbert", "text → regions: grounding", SCENES, "no co-attention", ("--fusion.layers", "0")),
-    Row(
-        "uniter", "matching: regions → text R@1 of 16", SCENES, "text-only masks",
-        ("--objectives.features.weight", "0", "--objectives.classes.weight", "0"), seeds=3,
-    ),
-    Row("vlbert", "words: accuracy", SCENES, "no regions", ("--without", "regions")),
-    Row("unicoder_vl", "words: accuracy", SCENES, "no regions", ("--without", "regions")),
-    Row("oscar", "words: accuracy", SCENES, "no tags", ("--without", "tags")),
-    Row("devise", "image → text R@10", EMOJI, "untrained", UNTRAINED),
-    Row("cca", "image → text R@10", EMOJI, "untrained", UNTRAINED),
-    Row("cycle", "image → text R@10", EMOJI, "untrained", UNTRAINED),
-    Row("graph", "regions → text R@10", SCENES, "untrained", UNTRAINED),
-    Row(
-        "ernie_m", "words: text → text_b R@1 of 16", ("de", "ru", "ja"), "no cross-only pass",
-        ("--fusion.mask", "all"),
-    ),
-    Row("bert", "words: perplexity", ("held_out",), "bigram model", ()),
-    Row("roberta", "words: perplexity", ("held_out",), "bigram model", ()),
-    Row("gpt", "words: perplexity", ("held_out",), "bigram model", ()),
-    Row("t5", "spans: perplexity", ("held_out",), "bigram model", ()),
-    Row("vqa", "answer: accuracy", SCENES, "no image", ("--without", "image"), seeds=3),
-    Row("caption", "words: CIDEr", SCENES, "no image", ("--without", "image"), seeds=3),
-    Row("flamingo", "words: CIDEr, 4 shots", SCENES, "gates kept shut", ("--without", "image"), seeds=3),
-    Row(
-        "relation", "relation: accuracy", SCENES, "words only",
-        ("--without", "pair", "--objectives.relation.read", "text"),
-    ),
-    Row(
-        "audioclip", "audio → text R@10", ("voice", "names"), "two-way",
-        ("--objectives.image-text.weight", "0", "--objectives.audio-image.weight", "0"),
-    ),
-    Row(
-        "video", "action: accuracy", SCENES, "one frame",
-        ("--streams.video.encoder.frames", "1", "--streams.video.encoder.tubelet", "1"),
-    ),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,10 +42,17 @@ class Job:
     variant: str  # "" for the recipe itself
     options: tuple[str, ...]
     seed: int
+    task: str = ""
 
     @property
     def name(self) -> str:
-        return "-".join(part.replace(" ", "-") for part in (self.recipe, self.variant, str(self.seed)) if part)
+        parts = (self.recipe, self.task, self.variant, str(self.seed))
+        return "-".join(part.replace(",", "").replace(" ", "-") for part in parts if part)
+
+    @property
+    def base(self) -> Job | None:
+        """The run to begin with."""
+        return Job(self.recipe, "", (), 0) if self.task else None
 
 
 def jobs(rows: Sequence[Row]) -> list[Job]:
@@ -118,28 +62,41 @@ def jobs(rows: Sequence[Row]) -> list[Job]:
         for seed in range(row.seeds):
             for variant, changes in (("", ()), (row.ablation, row.changes)):
                 if not variant or changes:
-                    job = Job(row.recipe, variant, (*row.options, *changes), seed)
-                    found[job.name] = job
+                    job = Job(row.recipe, variant, (*row.options, *changes), seed, row.task)
+                    found |= {each.name: each for each in (job.base, job) if each is not None}
     return list(found.values())
+
+
+_RUNNING: dict[str, Lock] = defaultdict(Lock)  # two jobs at a time may need the same base
 
 
 def run(job: Job, runs: Path, threads: int, options: Sequence[str]) -> dict[str, Any]:
     """Train, unless that is done; the record of the run."""
     folder = runs / job.name
     done = folder / "done.json"
-    if not done.exists():
-        command = [sys.executable, "-m", "mmkernels.cli", "pretrain", "--recipe", job.recipe, "--run", str(folder)]
-        command += ["--seed", str(job.seed), "--threads", str(threads), "--eval-every", "0", "--no-tensorboard"]
-        command += [*options, *job.options]
-        if (folder / "checkpoints").exists():
-            command.append("--resume")
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if finished.returncode:
-            raise SystemExit(f"{job.name}: {' '.join(command)}\n{finished.stderr[-2000:]}")
-        done.write_text(json.dumps(record(job, folder, threads, options), ensure_ascii=False, indent=1), "utf-8")
-        print(f"{job.name}: {json.loads(done.read_text('utf-8'))['seconds']:.0f} s", flush=True)
+    with _RUNNING[job.name]:
+        if not done.exists():
+            train(job, runs, threads, options)
+            done.write_text(json.dumps(record(job, folder, threads, options), ensure_ascii=False, indent=1), "utf-8")
+            print(f"{job.name}: {json.loads(done.read_text('utf-8'))['seconds']:.0f} s", flush=True)
     return json.loads(done.read_text("utf-8"))  # type: ignore[no-any-return]
+
+
+def train(job: Job, runs: Path, threads: int, options: Sequence[str]) -> None:
+    folder, command = runs / job.name, [sys.executable, "-m", "mmkernels.cli"]
+    if job.base is None:
+        command += ["pretrain", "--recipe", job.recipe]
+    else:
+        run(job.base, runs, threads, options)
+        command += ["finetune", "--from", str(runs / job.base.name)]
+    command += ["--run", str(folder), "--seed", str(job.seed), "--threads", str(threads)]
+    command += ["--eval-every", "0", "--no-tensorboard", *options, *job.options]
+    if (folder / "checkpoints").exists():
+        command.append("--resume")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if finished.returncode:
+        raise SystemExit(f"{job.name}: {' '.join(command)}\n{finished.stderr[-2000:]}")
 
 
 def record(job: Job, folder: Path, threads: int, options: Sequence[str]) -> dict[str, Any]:
@@ -148,10 +105,13 @@ def record(job: Job, folder: Path, threads: int, options: Sequence[str]) -> dict
     figures = {each["split"]: each["figures"] for each in records if each["kind"] == "eval"}  # the last ones
     return {
         "recipe": job.recipe,
+        "task": job.task,
         "variant": job.variant,
         "seed": job.seed,
         "options": [*options, *job.options],
         "threads": threads,
+        "parameters": records[0]["parameters"],
+        "trainable": max(records[0]["trainable"]),
         "steps": len(steps),
         "seconds": round(sum(each["seconds"] for each in steps), 1),
         "evaluation_seconds": round(max(each["seconds"] for each in records if each["kind"] == "eval"), 1),
@@ -176,10 +136,13 @@ class Line:
     percent: bool
     higher: bool
     seconds: float
+    learns: float  # share of the parameters
 
     @property
     def holds(self) -> bool:
         """Better than chance and than the ablation; with several seeds, by more than they spread."""
+        if self.row.like:
+            return fmean(self.values) >= 0.95 * fmean(self.others) and self.learns <= 0.1
         sign = 1 if self.higher else -1
         mine, theirs = ([sign * value for value in values] for values in (self.values, self.others))
         return min(mine) > sign * self.chance and min(mine) > max(theirs)
@@ -188,12 +151,16 @@ class Line:
 def lines(records: Sequence[dict[str, Any]]) -> Iterator[Line]:
     """The rows of which every run is there."""
     for row in ROWS:
-        own = [each for each in records if each["recipe"] == row.recipe]
+        own = [each for each in records if (each["recipe"], each["task"]) == (row.recipe, row.task)]
         mine = sorted((each for each in own if not each["variant"]), key=lambda each: each["seed"])[: row.seeds]
         theirs = [each for each in own if each["variant"] == row.ablation] if row.changes else mine
+        if row.like:
+            theirs = [each for each in records if (each["recipe"], each["task"]) == (row.recipe, row.like)]
+            theirs = [each for each in theirs if not each["variant"]]
         for split in row.splits:
             values = [found for each in mine if (found := measured(each, row.figure, split))]
-            name = f"{row.figure} of bigrams" if not row.changes else row.ablated or row.figure
+            blind = not row.changes and not row.like
+            name = f"{row.figure} of bigrams" if blind else row.ablated or row.figure
             others = [found for each in theirs if (found := measured(each, name, split))]
             if values and others:
                 first = values[0]
@@ -206,6 +173,7 @@ def lines(records: Sequence[dict[str, Any]]) -> Iterator[Line]:
                     first["percent"],
                     first["higher_is_better"],
                     fmean(each["seconds"] for each in mine),
+                    max(each["trainable"] / each["parameters"] for each in mine),
                 )
 
 
@@ -221,7 +189,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     rows = ["| recipe | figure | split | value | chance | ablation | its value | seconds | |", "|---" * 9 + "|"]
     for line in lines(records):
         cells = (
-            line.row.recipe,
+            line.row.title + (f" ({line.learns:.1%} of the parameters)" if line.row.like else ""),
             line.row.figure + (", %" if line.percent else "") + ("" if line.higher else " ↓"),
             line.split,
             shown(line, line.values),
@@ -240,7 +208,7 @@ def newest(paths: Sequence[Path]) -> list[dict[str, Any]]:
     found = {}
     for path in sorted(paths):
         for each in json.loads(path.read_text("utf-8"))["runs"]:
-            found[each["recipe"], each["variant"], each["seed"]] = each
+            found[each["recipe"], each["task"], each["variant"], each["seed"]] = each
     return list(found.values())
 
 

@@ -1,0 +1,99 @@
+"""What each recipe must show: a figure above chance and above that of an ablation; and what transfer gains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ROWS", "Row"]
+
+UNTRAINED = ("--steps", "1", "--lr", "1e-12", "--warmup", "0")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe, the figure that it must show, and what must be worse."""
+
+    recipe: str
+    figure: str  # name of the figure
+    splits: tuple[str, ...]  # where it is read
+    ablation: str  # in words
+    changes: tuple[str, ...]  # the options that make it
+    seeds: int = 1
+    ablated: str = ""  # name of the figure of the ablation, if another
+    options: tuple[str, ...] = ()  # of both
+    task: str = ""  # a name for what a trained recipe is fine-tuned to; options are then those of `mmkernels finetune`
+    like: str = ""  # the task whose figure is to be reached: 95% of it, with at most a tenth of the parameters
+
+    @property
+    def title(self) -> str:
+        return f"{self.recipe} → {self.task}" if self.task else self.recipe
+
+
+def transferred(recipe: str, figure: str, splits: tuple[str, ...], task: str, *options: str) -> tuple[Row, ...]:
+    """A head alone, everything, and adapters, which learn from a tenth of the labels."""
+    tenth, scratch = (*options, "--train-fraction", "0.1"), ("from scratch", ("--scratch",))
+    probe, full, adapters = (f"{task}, {way}" for way in ("probe", "fine-tuned", "adapters"))
+    return (
+        Row(recipe, figure, splits, *scratch, seeds=3, task=probe, options=(*tenth, "--probe")),
+        Row(recipe, figure, splits, *scratch, seeds=3, task=full, options=tenth),
+        Row(recipe, figure, splits, "fine-tuned", (), 3, task=adapters, options=(*tenth, "--adapters", "8"), like=full),
+    )
+
+
+EMOJI, SCENES = ("A", "B", "C"), ("held_out", "combinations", "drawings")
+
+ROWS = (
+    Row("clip", "image → text R@10", EMOJI, "batch of one chunk", ("--batch", "64"), seeds=3),
+    Row("siglip", "image → text R@10", EMOJI, "batch of one chunk", ("--batch", "64"), seeds=3),
+    Row("simclr", "a: concept by a linear probe", ("A",), "untrained encoder", UNTRAINED),
+    Row("moco", "query: concept by a linear probe", ("A",), "no queue", ("--objectives.views.queue", "0")),
+    Row("mae", "image: concept by a linear probe", ("A",), "untrained encoder", UNTRAINED),
+    Row(
+        "albef", "image → text R@1 of 256, re-ranked", SCENES, "no matching", ("--objectives.matching.weight", "0"),
+        seeds=3, ablated="image → text R@1 of 256",
+    ),
+    Row(
+        "albef", "image → text R@10", SCENES, "no distillation", ("--objectives.contrast.distil.end", "0"), seeds=3,
+    ),
+    Row("vilbert", "text → regions: grounding", SCENES, "no co-attention", ("--fusion.layers", "0")),
+    Row(
+        "uniter", "matching: regions → text R@1 of 16", SCENES, "text-only masks",
+        ("--objectives.features.weight", "0", "--objectives.classes.weight", "0"), seeds=3,
+    ),
+    Row("vlbert", "words: accuracy", SCENES, "no regions", ("--without", "regions")),
+    Row("unicoder_vl", "words: accuracy", SCENES, "no regions", ("--without", "regions")),
+    Row("oscar", "words: accuracy", SCENES, "no tags", ("--without", "tags")),
+    Row("devise", "image → text R@10", EMOJI, "untrained", UNTRAINED),
+    Row("cca", "image → text R@10", EMOJI, "untrained", UNTRAINED),
+    Row("cycle", "image → text R@10", EMOJI, "untrained", UNTRAINED),
+    Row("graph", "regions → text R@10", SCENES, "untrained", UNTRAINED),
+    Row(
+        "ernie_m", "words: text → text_b R@1 of 16", ("de", "ru", "ja"), "no cross-only pass",
+        ("--fusion.mask", "all"),
+    ),
+    Row("bert", "words: perplexity", ("held_out",), "bigram model", ()),
+    Row("roberta", "words: perplexity", ("held_out",), "bigram model", ()),
+    Row("gpt", "words: perplexity", ("held_out",), "bigram model", ()),
+    Row("t5", "spans: perplexity", ("held_out",), "bigram model", ()),
+    Row("vqa", "answer: accuracy", SCENES, "no image", ("--without", "image"), seeds=3),
+    Row("caption", "words: CIDEr", SCENES, "no image", ("--without", "image"), seeds=3),
+    Row("flamingo", "words: CIDEr, 4 shots", SCENES, "gates kept shut", ("--without", "image"), seeds=3),
+    Row(
+        "relation", "relation: accuracy", SCENES, "words only",
+        ("--without", "pair", "--objectives.relation.read", "text"),
+    ),
+    Row(
+        "audioclip", "audio → text R@10", ("voice", "names"), "two-way",
+        ("--objectives.image-text.weight", "0", "--objectives.audio-image.weight", "0"),
+    ),
+    Row(
+        "video", "action: accuracy", SCENES, "one frame",
+        ("--streams.video.encoder.frames", "1", "--streams.video.encoder.tubelet", "1"),
+    ),
+    Row(
+        "progressive", "image → text R@1 of 256, re-ranked", EMOJI, "all at once",
+        ("--stages.stage-0.until", "1", "--stages.stage-1.until", "2", "--stages.stage-2.lr-scale", "1"),
+    ),
+    *transferred("mae", "classes: accuracy", EMOJI, "groups", "--task", "classify", "--label", "group"),
+    *transferred("albef", "answer: accuracy", SCENES, "answers", "--task", "answer"),
+)  # fmt: skip
