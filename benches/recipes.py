@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
@@ -159,8 +160,8 @@ def lines(records: Sequence[dict[str, Any]]) -> Iterator[Line]:
             theirs = [each for each in theirs if not each["variant"]]
         for split in row.splits:
             values = [found for each in mine if (found := measured(each, row.figure, split))]
-            blind = not row.changes and not row.like
-            name = f"{row.figure} of bigrams" if blind else row.ablated or row.figure
+            same = not row.changes and not row.like
+            name = row.ablated or row.figure + (" of bigrams" if same else "")
             others = [found for each in theirs if (found := measured(each, name, split))]
             if values and others:
                 first = values[0]
@@ -178,29 +179,34 @@ def lines(records: Sequence[dict[str, Any]]) -> Iterator[Line]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table."""
-
-    def shown(line: Line, values: Sequence[float]) -> str:
-        factor, digits = (100, 1) if line.percent else (1, 3)
-        mean = f"{factor * fmean(values):.{digits}f}"
-        spread = f" ± {factor * (max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-        return mean + spread
-
-    rows = ["| recipe | figure | split | value | chance | ablation | its value | seconds | |", "|---" * 9 + "|"]
-    for line in lines(records):
+    """A Markdown table, a row for each recipe; several seeds are a mean ± half of their range."""
+    rows = ["| recipe | figure | of | value | chance | ablation | its value | seconds | |", "|---" * 9 + "|"]
+    for row, found in groupby(lines(records), lambda line: line.row):
+        group = list(found)
+        first, seeds = group[0], min(len(line.values) for line in group)
+        failed = [line.split for line in group if not line.holds]
         cells = (
-            line.row.title + (f" ({line.learns:.1%} of the parameters)" if line.row.like else ""),
-            line.row.figure + (", %" if line.percent else "") + ("" if line.higher else " ↓"),
-            line.split,
-            shown(line, line.values),
-            shown(line, [line.chance]),
-            line.row.ablation,
-            shown(line, line.others),
-            f"{line.seconds:.0f}",
-            "" if line.holds else "**not shown**",
+            row.title + (f" ({first.learns:.1%} of the parameters)" if row.like else ""),
+            row.figure + (", %" if first.percent else "") + ("" if first.higher else " ↓"),
+            " / ".join(line.split for line in group),
+            " / ".join(shown(line, line.values) for line in group),
+            " / ".join(shown(line, [line.chance]) for line in group),
+            row.ablation,
+            " / ".join(shown(line, line.others) for line in group),
+            f"{first.seconds:.0f}",
+            "; ".join(
+                [f"**not shown: {', '.join(failed)}**"] * bool(failed)
+                + [f"{seeds} of {row.seeds} seeds"] * (seeds < row.seeds)
+            ),
         )
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def shown(line: Line, values: Sequence[float]) -> str:
+    factor, digits = (100, 1) if line.percent else (1, 2)
+    spread = f" ± {factor * (max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{factor * fmean(values):.{digits}f}{spread}"
 
 
 def newest(paths: Sequence[Path]) -> list[dict[str, Any]]:
