@@ -10,8 +10,8 @@ RECIPE = Recipe(
     source="Devlin et al. 2019, arXiv:1810.04805",
     data="text",
     streams={
-        "text": Stream(Words(layers=0, max_tokens=160), views=(MaskWords(static=True),)),
-        "next": Stream(Words(layers=0, max_tokens=160), views=(Swap(), MaskWords(static=True)), tied="text"),
+        "text": Stream(Words(layers=0, max_tokens=160), views=(MaskWords(share=0.4, static=True),)),
+        "next": Stream(Words(layers=0, max_tokens=160), views=(Swap(), MaskWords(share=0.4, static=True)), tied="text"),
     },
     fusion=Merged(("text", "next"), layers=4),
     objectives={
@@ -20,5 +20,5 @@ RECIPE = Recipe(
         "follows": Matching("text", "next", read="merged", negatives="swapped"),
     },
     metrics=(Perplexity("words"), Predictions("words"), Predictions("follows")),
-    settings={"tokens": 3072, "batch": 32, "chunk": 32, "steps": 1000},
+    settings={"tokens": 3072, "batch": 32, "chunk": 32, "steps": 2000},
 )

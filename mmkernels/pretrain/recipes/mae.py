@@ -17,5 +17,5 @@ RECIPE = Recipe(
     },
     objectives={"patches": MaskedPatches("image", layers=2)},
     metrics=(Reconstruction("patches"), LinearProbe("image")),
-    settings={"batch": 64},
+    settings={"batch": 64, "steps": 2000, "eval_every": 1000},
 )

@@ -16,5 +16,5 @@ RECIPE = Recipe(
     fusion=Cross(into=("question",), context="image", layers=2),
     objectives={"answer": Answer("question", label="answer")},
     metrics=(Predictions("answer"), Groups(Predictions("answer"), "kind")),
-    settings={"batch": 64, "chunk": 64, "steps": 1500, "eval_every": 500, "eval_limit": 512},
+    settings={"batch": 64, "chunk": 64, "steps": 3000, "eval_every": 1000, "eval_limit": 512},
 )
