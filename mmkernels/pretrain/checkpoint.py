@@ -19,7 +19,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["DamagedError", "latest", "load", "load_weights", "save", "step_of", "steps_in"]
+__all__ = ["DamagedError", "latest", "load", "load_weights", "save", "step_of", "steps_in", "whole"]
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -79,19 +79,20 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
     Raises:
         DamagedError: a file is missing, cut short or otherwise damaged.
     """
-    with _whole(path / "training.pt") as file:
+    with whole(path / "training.pt") as file:
         training = torch.load(file, map_location="cpu", weights_only=True)
     return {name: weight.to(device) for name, weight in load_weights(path).items()}, training
 
 
 def load_weights(path: Path, remedy: str = "") -> dict[str, Tensor]:
     """Weights alone, on the CPU. Raises DamagedError as `load` does; `remedy` says what to do then."""
-    with _whole(path / "model.safetensors", remedy) as file:
-        return from_bytes(file.read_bytes())  # safetensors cannot open a path that is not UTF-8
+    with whole(path / "model.safetensors", remedy) as file:
+        found = from_bytes(file.read_bytes())  # safetensors cannot open a path that is not UTF-8
+    return dict(sorted(found.items()))  # it gives them in any order
 
 
 @contextmanager
-def _whole(file: Path, remedy: str = "") -> Iterator[Path]:
+def whole(file: Path, remedy: str = "") -> Iterator[Path]:
     """Turn any error while reading a checkpoint file into a DamagedError, which names the file."""
     try:
         yield file

@@ -1,6 +1,7 @@
 """`mmkernels export`: a run's model in a folder of its own, without what only training needs.
 
-config.json  tokenizer.json  classes.json  model.safetensors  export.json  (filter.jsonl  recipe.py)
+config.json  tokenizer.json  classes.json  model.safetensors  export.json
+(filter.jsonl  the recipe, if it is your own file)
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from pathlib import Path
 from safetensors.torch import save
 
 from mmkernels.pretrain.load import stored_weights
-from mmkernels.pretrain.run_folder import EXPORTED, OWN_RECIPE, RunFolderError, as_stored, stored_classes, stored_config
+from mmkernels.pretrain.run_folder import (
+    EXPORTED,
+    RunFolderError,
+    as_stored,
+    kept_files,
+    stored_classes,
+    stored_config,
+)
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
 __all__ = ["export", "main"]
@@ -39,9 +47,9 @@ def export(run: Path | str, path: Path | str) -> Path:
         RunFolderError: no run there, or no checkpoint yet; files in the new folder already.
         DamagedError: the checkpoint cannot be read.
     """
-    source, target = Path(run), Path(path)
+    source, target = Path(run), Path(os.path.abspath(path))  # "." has a name, too
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFolderError(f"path: expected a new or an empty folder, got {target}, which holds files already")
+        raise RunFolderError(f"path: expected a new or an empty folder, got {path}, which holds files already")
     config, classes = stored_config(source), stored_classes(source)
     step, weights = stored_weights(source)
     tokenizer = TextTokenizer.load(source / "tokenizer.json").text()  # raises if it is damaged
@@ -49,17 +57,13 @@ def export(run: Path | str, path: Path | str) -> Path:
     if partial.exists():  # left by a kill
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    if config.recipe.endswith(".py"):
-        shutil.copyfile(config.recipe, partial / OWN_RECIPE)
-    kept = Path("filter.jsonl") if config.filter is not None else None
-    stored = as_stored(dataclasses.replace(config, run=None, init=None, fresh=(), filter=kept, resume=False))
-    stored |= {"recipe": OWN_RECIPE} if config.recipe.endswith(".py") else {}
+    for name, file in kept_files(config).values():
+        shutil.copyfile(file, partial / name)
+    stored = as_stored(dataclasses.replace(config, run=None, init=None, fresh=(), resume=False))
     texts = {"config.json": stored, "classes.json": classes, EXPORTED: {"step": step}}
     for name, value in texts.items():
         (partial / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     (partial / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    if (source / "filter.jsonl").exists():
-        shutil.copyfile(source / "filter.jsonl", partial / "filter.jsonl")
     (partial / "model.safetensors").write_bytes(save(weights))  # a path that is not UTF-8 is welcome, too
     os.replace(partial, target)
     return target
@@ -77,5 +81,5 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"mmkernels export: {error}", file=sys.stderr)
         return 1
-    print(f"{made}: {sum(file.stat().st_size for file in made.iterdir()) / 1e6:.1f} MB")
+    print(f"{args.path}: {sum(file.stat().st_size for file in made.iterdir()) / 1e6:.1f} MB")
     return 0

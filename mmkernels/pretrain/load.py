@@ -114,8 +114,10 @@ def stored_weights(run: Path) -> tuple[int, dict[str, Tensor]]:
     Raises as `load_model` does.
     """
     if (exported := run / EXPORTED).exists():
-        step = int(json.loads(exported.read_text(encoding="utf-8"))["step"])
-        return step, checkpoint.load_weights(run, remedy="Export the model again")
+        remedy = "Export the model again"
+        with checkpoint.whole(exported, remedy):
+            step = int(json.loads(exported.read_text(encoding="utf-8"))["step"])
+        return step, checkpoint.load_weights(run, remedy)
     config, newest = stored_config(run), checkpoint.latest(run / "checkpoints")
     if newest is None:
         raise RunFolderError(f"{run} holds a run, but no checkpoint yet")

@@ -15,9 +15,9 @@ from mmkernels.pretrain.journal import Journal, data_warnings
 from mmkernels.pretrain.profiling import ProfileWindow
 from mmkernels.pretrain.report import write_report
 from mmkernels.pretrain.run_folder import RunFolder
-from mmkernels.pretrain.schedule import total, weights_at
+from mmkernels.pretrain.schedule import total, unreached, weights_at
 from mmkernels.pretrain.setup import open_source, tokenizer_for
-from mmkernels.pretrain.trainer import Trainer, expect_fit
+from mmkernels.pretrain.trainer import Trainer
 
 __all__ = ["Outcome", "train"]
 
@@ -46,25 +46,23 @@ def train(config: Config) -> Outcome:
     device = device_of(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    interrupt = Interrupt()
+    interrupt, folder = Interrupt(), RunFolder(config)
     with data_warnings() as warnings:
         data = open_source(config)
-    if not config.resume:
-        expect_fit(config, data)
-    folder = RunFolder(config)
-    if config.filter is not None:
-        folder.keep_filter(config.filter)
-    with Journal(folder, config, device) as journal:
         tokenizer = tokenizer_for(config, data, folder)
-        folder.keep_classes(data.train.classes)
         trainer, guard = Trainer(config, data, tokenizer, device), StepGuard(config.skip, config.spike)
-        if saved := checkpoint.latest(folder.checkpoints):
-            guard.load_state_dict(trainer.load(saved)["guard"])
-        elif config.init is not None:
-            journal.warm_start(trainer.warm_start(config.init))
+    saved, begun = checkpoint.latest(folder.checkpoints), None
+    if saved is not None:
+        guard.load_state_dict(trainer.load(saved)["guard"])
+    elif config.init is not None:
+        begun = trainer.warm_start(config.init)
+    folder.begin(config, tokenizer.text(), data.train.classes)  # from here on, nothing is wrong with the settings
+    with Journal(folder, config, device) as journal:
+        if begun is not None:
+            journal.warm_start(begun)
         parameters = sum(p.numel() for p in trainer.parameters)
         journal.start(samples=len(data.train), parameters=parameters, trainable=trainer.trainable)
-        for message in warnings:
+        for message in [*warnings, *unreached(trainer.recipe, config.steps)]:
             journal.warn(message)
         with interrupt.listening():
             _loop(config, trainer, guard, journal, folder, interrupt)

@@ -1,10 +1,12 @@
 """The folder of a run: what it stores, and which run may write to it.
 
-config.json  tokenizer.json  classes.json  filter.jsonl  log.jsonl  checkpoints/  tensorboard/  report.html
+config.json  tokenizer.json  classes.json  log.jsonl  checkpoints/  tensorboard/  report.html
+(filter.jsonl  the recipe, if it is your own file)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,10 +19,10 @@ from mmkernels.pretrain.wiring import leaves
 
 __all__ = [
     "EXPORTED",
-    "OWN_RECIPE",
     "RunFolder",
     "RunFolderError",
     "as_stored",
+    "kept_files",
     "stored_classes",
     "stored_config",
     "stored_records",
@@ -30,7 +32,6 @@ __all__ = [
 
 _WIRING = "wiring"  # key of the recipe's settings in config.json
 EXPORTED = "export.json"  # of an exported model: the steps that were done
-OWN_RECIPE = "recipe.py"  # of an exported model: the recipe, if it is none of those that come along
 
 
 class RunFolderError(ValueError):
@@ -38,11 +39,11 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """An opened run folder.
+    """The folder of a run, which `begin` makes: until then nothing is written.
 
     Args:
-        config: `config.folder` is created if missing. A non-empty folder is accepted only to resume the same run: its
-            settings must agree with `config` in everything that affects the weights.
+        config: a `config.folder` with something in it is accepted only to resume the same run: its settings must agree
+            with `config` in everything that affects the weights.
 
     Raises:
         RunFolderError: the folder is in use, or holds a run with other settings, or no run to resume.
@@ -60,21 +61,21 @@ class RunFolder:
             newest = checkpoint.latest(self.checkpoints)
             holds = f"a run, saved at {newest.name}" if newest else "files already"
             raise RunFolderError(f"{self.path} holds {holds}. Resume it with --resume, or name another with --run")
+
+    def begin(self, config: Config, tokenizer: str, classes: Mapping[str, Sequence[str]]) -> None:
+        """Make the folder, if it is missing, and store what a model cannot be built again without.
+
+        Args:
+            config: of the run.
+            tokenizer: the whole of it, as JSON.
+            classes: of the data's label fields.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "config.json", json.dumps(as_stored(config), indent=2) + "\n")
-
-    def keep_classes(self, classes: Mapping[str, Sequence[str]]) -> None:
-        """Store the names of the classes of the data's label fields, without which a model cannot be built again."""
+        for name, source in kept_files(config).values():
+            write_whole(self.path / name, source.read_bytes())
+        write_whole(self.tokenizer, tokenizer)
         write_whole(self.path / "classes.json", json.dumps({name: list(each) for name, each in classes.items()}) + "\n")
-
-    def keep_filter(self, source: Path) -> None:
-        """Store the filter list. Raise RunFolderError if the run began with another one."""
-        kept, text = self.path / "filter.jsonl", source.read_text(encoding="utf-8")
-        if kept.exists() and kept.read_text(encoding="utf-8") != text:
-            raise RunFolderError(
-                f"filter: expected the list that this run began with, which is kept in {kept}, got another in {source}"
-            )
-        write_whole(kept, text)
 
     def keep_log_until(self, step: int) -> None:
         """Drop records after a checkpoint: those steps will run again."""
@@ -93,12 +94,22 @@ def stored_config(folder: Path) -> Config:
         raise RunFolderError(f"{folder} holds no run (no config.json)")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("recipe") == OWN_RECIPE and (folder / OWN_RECIPE).exists():
-            values["recipe"] = str(folder / OWN_RECIPE)
         config: Config = from_dict({name: value for name, value in values.items() if name != _WIRING})
+        copies = {setting: folder / name for setting, (name, _) in kept_files(config).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path}: expected the settings of a run, got something else ({error})") from error
-    return config
+    here: dict[str, Any] = {setting: file for setting, file in copies.items() if file.is_file()}
+    return dataclasses.replace(config, **here | {"recipe": str(here.get("recipe", config.recipe))})
+
+
+def kept_files(config: Config) -> dict[str, tuple[str, Path]]:
+    """Of each setting that names a file which a run keeps a copy of: (the copy's name in its folder, the file)."""
+    found = {}
+    if config.recipe.endswith(".py"):
+        found["recipe"] = (Path(config.recipe).name, Path(config.recipe))
+    if config.filter is not None:
+        found["filter"] = ("filter.jsonl", config.filter)
+    return found
 
 
 def stored_records(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -131,19 +142,26 @@ def stored_classes(folder: Path) -> dict[str, tuple[str, ...]]:
 
 
 def as_stored(config: Config) -> dict[str, Any]:
-    """What config.json has: the settings, and every setting of the recipe, which may change before a resumption."""
+    """What config.json has: the settings, with files that are kept beside it by their names there, and every setting of
+    the recipe, which may change before a resumption."""
     wiring: dict[str, Any] = json.loads(json.dumps(leaves(config.wiring()), default=str))
-    return {**to_dict(config), _WIRING: wiring}
+    return {**to_dict(config), **{setting: name for setting, (name, _) in kept_files(config).items()}, _WIRING: wiring}
 
 
 def _check_same_run(folder: Path, config: Config) -> None:
     if (folder / EXPORTED).exists():
         raise RunFolderError(
-            f"{folder} holds an exported model, which cannot be resumed. Begin a new run with --init {folder}"
+            f"{folder} holds an exported model, which cannot be resumed. Begin a new run with "
+            f"pretrain --init {folder}, or with finetune --from {folder}"
         )
     stored = to_dict(stored_config(folder))  # with the defaults of settings that its version did not have
     before = {**stored, **json.loads((folder / "config.json").read_text(encoding="utf-8"))}
     now = as_stored(config)
+    for setting, (name, source) in kept_files(config).items():
+        if (kept := folder / name).is_file() and kept.read_bytes() != source.read_bytes():
+            raise RunFolderError(
+                f"{setting}: expected the file that this run began with, kept as {kept}, got another in {source}"
+            )
     before |= before.pop(_WIRING, {})
     now |= now.pop(_WIRING)
     fixed = [name for name in {**before, **now} if name not in RESUMABLE and name != "parts"]
@@ -154,8 +172,8 @@ def _check_same_run(folder: Path, config: Config) -> None:
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically: a reader never sees, and a kill never leaves, half of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file atomically, text as UTF-8: a reader never sees, and a kill never leaves, half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     os.replace(partial, path)

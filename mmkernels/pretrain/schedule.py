@@ -21,6 +21,7 @@ __all__ = [
     "learns",
     "rest",
     "stage_at",
+    "unreached",
     "weights_at",
 ]
 
@@ -121,6 +122,13 @@ def check_stages(recipe: Recipe, model: nn.Module) -> None:
         if not learning(model, stage):
             raise ValueError(f"{where}: trainable: expected something to learn, got {', '.join(stage.trainable)}")
         before = before if until is None else until
+
+
+def unreached(recipe: Recipe, steps: int) -> list[str]:
+    """What to say of stages that a run of some steps does not get to."""
+    begins = [stage.until for stage in recipe.stages[:-1] if stage.until is not None]
+    late = [step for step in begins if step >= steps]
+    return [f"stages: one begins at step {late[0]}, but the run ends at {steps}: it is not reached"] if late else []
 
 
 def learning_rate(lr: float, warmup: int, steps: int, step: int) -> float:

@@ -15,14 +15,13 @@ from mmkernels.pretrain.data import Data, FilterList, Mixed, Source, Subset, Tex
 from mmkernels.pretrain.data.seeds import is_held_out
 from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.recipe import Recipe
-from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
+from mmkernels.pretrain.run_folder import RunFolder, stored_config
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
 __all__ = [
     "documents",
     "expect_fields",
     "expect_packages",
-    "inherited_tokenizer",
     "may_lack",
     "open_source",
     "read_by",
@@ -192,21 +191,13 @@ def _expect_parts(name: str, source: Mixed, wanted: Mapping[str, str], labels: M
 
 
 def tokenizer_for(config: Config, data: Data, folder: RunFolder) -> TextTokenizer:
-    """The run's tokenizer, kept in its folder: that of the run it begins with, or trained on the training texts."""
+    """The run's tokenizer: the one that its folder has, or that of the run it begins with, if that read texts, or one
+    trained on the training texts."""
     if folder.tokenizer.exists():
         return TextTokenizer.load(folder.tokenizer)
-    tokenizer = inherited_tokenizer(config)
-    if tokenizer is None:
-        tokenizer = TextTokenizer.train(texts(data.train, _text_fields(config)), config.vocabulary)
-    write_whole(folder.tokenizer, tokenizer.text())
-    return tokenizer
-
-
-def inherited_tokenizer(config: Config) -> TextTokenizer | None:
-    """That of the run in `init`, if it read texts."""
-    if config.init is None or not _text_fields(stored_config(config.init)):
-        return None
-    return TextTokenizer.load(config.init / "tokenizer.json")
+    if config.init is not None and _text_fields(stored_config(config.init)):
+        return TextTokenizer.load(config.init / "tokenizer.json")
+    return TextTokenizer.train(texts(data.train, _text_fields(config)), config.vocabulary)
 
 
 def _text_fields(config: Config) -> list[str]:

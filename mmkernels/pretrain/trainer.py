@@ -29,12 +29,12 @@ from mmkernels.pretrain.schedule import (
     stage_at,
     weights_at,
 )
-from mmkernels.pretrain.setup import documents, inherited_tokenizer
+from mmkernels.pretrain.setup import documents
 from mmkernels.pretrain.state import Twin, Twins
 from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.warm_start import WarmStart, warm_start
 
-__all__ = ["Cursor", "Trainer", "expect_fit", "facts_of"]
+__all__ = ["Cursor", "Trainer", "facts_of"]
 
 
 class Cursor(NamedTuple):
@@ -211,18 +211,6 @@ class Trainer:
         self.step = training["step"]
         self.rewind(Cursor(training["loader"], training["random"]))
         return training
-
-
-def expect_fit(config: Config, data: Data) -> None:
-    """Raise ValueError if the weights of the run in `init` do not fit, or a stage names what the model lacks: before
-    there is a run folder."""
-    if config.init is None:
-        return
-    recipe, tokenizer = config.wiring(), inherited_tokenizer(config) or TextTokenizer.train((), config.vocabulary)
-    with torch.device("meta"):  # shapes alone
-        model = Model(recipe, facts_of(config, data, tokenizer))
-    check_stages(recipe, model)
-    warm_start(model, config.init, config.fresh)
 
 
 def facts_of(config: Config, data: Data, tokenizer: TextTokenizer) -> Facts:

@@ -38,7 +38,7 @@ def warm_start(model: nn.Module, run: Path, fresh: Sequence[str] = ()) -> WarmSt
     """Load those of another run's weights that the model has by name.
 
     Args:
-        model: on any device; on the meta device nothing is loaded, and this only finds out whether all would go well.
+        model: on any device.
         run: folder of the other run, or of exported weights.
         fresh: patterns of names that are not loaded.
 

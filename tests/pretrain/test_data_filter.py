@@ -46,7 +46,7 @@ def test_a_run_without_some_samples(tiny: Make, tmp_path: Path) -> None:
     again = dataclasses.replace(config, resume=True)
     train(again)
     path.write_text(path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[0] + "\n", encoding="utf-8")
-    with pytest.raises(RunFolderError, match="expected the list that this run began with"):
+    with pytest.raises(RunFolderError, match="expected the file that this run began with"):
         train(again)
     with pytest.raises(RunFolderError, match="filter: "):
         train(dataclasses.replace(again, filter=None))
@@ -54,7 +54,7 @@ def test_a_run_without_some_samples(tiny: Make, tmp_path: Path) -> None:
 
 def test_a_list_of_other_data(tiny: Make, tmp_path: Path) -> None:
     path = list_of(tiny(), [1], tmp_path / "drop.jsonl")
-    with pytest.raises(ValueError, match=r"filter: expected a list of these 4,874 training samples, got one of"):
+    with pytest.raises(ValueError, match=r"filter: expected a list of these 4,\d+ training samples, got one of"):
         open_source(Config(filter=path))
     with pytest.raises(ValueError, match=r"for the same --recipe, --labels and --eval-fraction"):
         open_source(tiny(filter=path, eval_fraction=0.3))

@@ -64,16 +64,16 @@ def test_a_recipe_of_your_own_comes_along(tiny: Make, tmp_path: Path) -> None:
     mine.write_text(OWN, encoding="utf-8")
     folder = train(tiny(recipe=str(mine), parts={}, steps=2, eval_every=0, checkpoint_every=0)).folder.path
     before = load_model(folder).embed("text", TEXTS)
-    out = export(folder, tmp_path / "out")
     mine.unlink()
+    out = export(folder, tmp_path / "out")
     out.rename(tmp_path / "elsewhere")
     assert torch.equal(load_model(tmp_path / "elsewhere").embed("text", TEXTS), before)
-    assert stored_config(tmp_path / "elsewhere").recipe == str(tmp_path / "elsewhere" / "recipe.py")
+    assert stored_config(tmp_path / "elsewhere").recipe == str(tmp_path / "elsewhere" / "mine.py")
     again = export(tmp_path / "elsewhere", tmp_path / "again")
-    assert json.loads((again / "config.json").read_text(encoding="utf-8"))["recipe"] == "recipe.py"
+    assert json.loads((again / "config.json").read_text(encoding="utf-8"))["recipe"] == "mine.py"
 
 
-def test_what_cannot_be_exported(tiny: Make, tmp_path: Path, capsys) -> None:
+def test_what_cannot_be_exported(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     config = tiny(steps=1, eval_every=0, checkpoint_every=0, parts=TINY)
     with pytest.raises(RunFolderError, match="holds no run"):
         export(config.folder, tmp_path / "out")
@@ -83,6 +83,9 @@ def test_what_cannot_be_exported(tiny: Make, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     assert main([str(folder), str(tmp_path / "file")]) == 1
     assert "expected a new or an empty folder" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main([str(folder), "."]) == 1
+    assert "got ., which holds files already" in capsys.readouterr().err
     (tmp_path / "out.partial").mkdir()  # left by a kill
     (tmp_path / "out.partial" / "half").write_text("", encoding="utf-8")
     (tmp_path / "out").mkdir()
@@ -90,6 +93,7 @@ def test_what_cannot_be_exported(tiny: Make, tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "out.partial").exists() and not (out / "half").exists()
     with pytest.raises(RunFolderError, match="cannot be resumed"):
         train(dataclasses.replace(config, run=out, resume=True))
-    (out / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(DamagedError, match=r"is damaged .* Export the model again"):
-        load_model(out)
+    for name in ("model.safetensors", "export.json"):
+        (out / name).write_bytes(b"half")
+        with pytest.raises(DamagedError, match=rf"{name} is damaged .* Export the model again"):
+            load_model(out)

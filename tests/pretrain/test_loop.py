@@ -148,6 +148,7 @@ def test_learning_rate() -> None:
 
 def test_the_run_folder_forgets_what_comes_after_a_checkpoint(tiny: Make) -> None:
     folder = RunFolder(tiny())
+    folder.begin(tiny(), "{}", {})
     lines = [{"kind": "start", "step": 0}, *({"kind": "step", "step": i} for i in (1, 2, 3))]
     folder.log.write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "st', encoding="utf-8")
     assert len(folder.records()) == 4
