@@ -180,7 +180,9 @@ def _pair(trained: Pretrained, objective: str) -> tuple[str, str, str]:
         if hasattr(getattr(module, "loss", None), "scale") and {kinds.get(a), kinds.get(b)} == {"image", "text"}:
             found[name] = (a, b) if kinds[a] == "image" else (b, a)
     if not found:
-        raise ValueError("run: expected one with an objective that compares images and texts, got one without")
+        raise ValueError(
+            "run: expected one with an objective that compares images and texts by a learned scale, got one without"
+        )
     if (objective or len(found) > 1) and objective not in found:
         raise ValueError(f"objective: expected one of {', '.join(found)}, got {objective!r}")
     name = objective or next(iter(found))

@@ -109,7 +109,7 @@ def trained(command: str, parsed: Callable[[Sequence[str]], Config], argv: Seque
         print(f"mmkernels {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
-        print(f"mmkernels {command}: stopped; --resume continues from the newest checkpoint", file=sys.stderr)
+        print(f"mmkernels {command}: stopped; once it has begun, --resume continues a run", file=sys.stderr)
         return INTERRUPTED
     if outcome.folder.records("eval"):
         print(figure_table(outcome.folder))

@@ -171,6 +171,12 @@ class Config:
         return self.run if self.run is not None else Path("runs") / Path(self.recipe).stem
 
     @property
+    def title(self) -> str:
+        """What is learned: clip; of a fine-tuned run, classify group, from mae."""
+        tasks = (f"{transfer.task} {transfer.label}".rstrip() for transfer in self.transfers)
+        return ", from ".join(reversed([Path(self.recipe).stem, *tasks]))
+
+    @property
     def table(self) -> TableFormat:
         return TableFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)
 

@@ -144,6 +144,7 @@ def main(argv: Sequence[str]) -> int:
     path = options.json or options.run / "evaluation.json"
     figures = {split: [figure.to_dict() for figure in each] for split, each in found.items()}
     options_used = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    write_whole(path, json.dumps({"options": options_used, "figures": figures}, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps({"options": options_used, "figures": figures}, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode("utf-8", "backslashreplace"))  # paths need not be UTF-8
     print(f"figures: {path}")
     return 0

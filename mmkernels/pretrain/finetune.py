@@ -17,11 +17,13 @@ from mmkernels.pretrain.cli import asked, trained
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.run_folder import stored_config
 from mmkernels.pretrain.transfer import Transfer, drawn_anew
+from mmkernels.pretrain.unfreezing import EVERYTHING
 
 __all__ = ["finetuned", "main", "parse"]
 
-# Of the base's learning rate. Weights that have learned something are moved less; those that begin anew need it all.
-_LR = {"": 0.5, "probe": 5.0, "adapters": 2.0, "unfreeze": 0.5, "scratch": 1.0}
+# Of the rate of pretraining. Weights that have learned something are moved less; those that begin anew need it all.
+_LR = {"probe": 5.0, "adapters": 2.0, "unfreeze": 0.5, "scratch": 1.0}
+_LR_OF_ALL = 0.5
 _STEPS, _WARMUP, _EVAL_EVERY = 400, 20, 100
 # Settings that say how the base's data are read: another data set has its own.
 _OF_DATA = ("data_weights", "labels", "csv_separator", "csv_img_key", "csv_caption_key", "filter")
@@ -65,17 +67,17 @@ def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **
     run = Path(base)
     config = stored_config(run)
     recipe, transfer = config.wiring(), dataclasses.replace(transfer, parts_before=config.parts)
-    ways = {"probe": transfer.probe, "adapters": transfer.adapters, "unfreeze": transfer.unfreeze, "scratch": scratch}
-    used = [name for name, given in ways.items() if given]
-    factor = _LR[used[0] if used else ""]  # of a head on random features, that of a head
+    factor = _lr_factor(transfer, scratch)
+    if config.transfers:  # the base's rate is a share, too
+        factor /= _lr_factor(config.transfers[-1], config.fresh == EVERYTHING)
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     own: dict[str, Any] = {
         **({name: defaults[name] for name in _OF_DATA} if "data" in changes else {}),
         **{name: defaults[name] for name in _OF_RUN},
         **({"filter": run / "filter.jsonl"} if config.filter is not None and "data" not in changes else {}),
-        "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *used]),
+        "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *_ways(transfer, scratch)]),
         "init": run,
-        "fresh": ("*",) if scratch else drawn_anew(recipe, transfer),
+        "fresh": EVERYTHING if scratch else drawn_anew(recipe, transfer),
         "transfers": (*config.transfers, transfer),
         "parts": {},
         "lr": float(f"{factor * config.lr:.3g}"),
@@ -88,36 +90,47 @@ def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **
     return made
 
 
+def _ways(transfer: Transfer, scratch: bool) -> list[str]:
+    """How it learns, other than everything from the base's weights."""
+    ways = {"probe": transfer.probe, "adapters": transfer.adapters, "unfreeze": transfer.unfreeze, "scratch": scratch}
+    return [name for name, given in ways.items() if given]
+
+
+def _lr_factor(transfer: Transfer, scratch: bool) -> float:
+    """The first way counts: a head on random features learns at the rate of a head."""
+    return next((_LR[way] for way in _ways(transfer, scratch)), _LR_OF_ALL)
+
+
 def parse(argv: Sequence[str]) -> Config:
     """The config of a command line. Defaults follow from the run in --from, or are a resumed run's own.
 
     Raises:
-        ValueError: no run in that folder, or the task needs what it does not have.
+        ValueError: no run in that folder, or the task needs what it does not have; no run to resume.
         SystemExit: an unknown option, an invalid setting, or --help.
     """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--from", dest="base")
+    known.add_argument("--task")
     known.add_argument("--data")
     known.add_argument("--run", type=Path)
     known.add_argument("--resume", action="store_true")
     first, _ = known.parse_known_args(argv)
-    if first.resume and first.base is None and first.run is not None:
+    if first.resume and first.base is None:
+        if first.run is None:
+            raise ValueError("run: expected the folder of the run to resume, got none")
         default = dataclasses.replace(stored_config(first.run), run=first.run, resume=True)
         return asked(default, argv, "finetune")
-    helpless = [each for each in argv if each not in ("-h", "--help")]
-    show: Any = tyro.cli
-    options, _ = show(
-        Finetune,
-        args=list(argv) if first.base is None else helpless,
-        prog="mmkernels finetune",
-        return_unknown_args=True,
-    )
+    own: Any = tyro.cli
+    args = list(argv)
+    if first.base is not None and first.task is not None:  # then --help shows the settings of the run, too
+        args = [each for each in argv if each not in ("-h", "--help")]
+    options, _ = own(Finetune, args=args, prog="mmkernels finetune", return_unknown_args=True)
     changes = {} if first.data is None else {"data": first.data}
     default = finetuned(options.base, options.transfer, scratch=options.scratch, **changes)
     if first.resume:
         folder = first.run or default.folder
-        own = {name: getattr(default, name) for name in ("init", "fresh", "transfers")}
-        default = dataclasses.replace(stored_config(folder), run=folder, resume=True, **own)
+        asked_for = {name: getattr(default, name) for name in ("init", "fresh", "transfers")}
+        default = dataclasses.replace(stored_config(folder), run=folder, resume=True, **asked_for)
     return asked(default, argv, "finetune", options, hide=("recipe", "init", "fresh"))
 
 

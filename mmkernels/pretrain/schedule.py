@@ -19,6 +19,7 @@ __all__ = [
     "learning",
     "learning_rate",
     "learns",
+    "reached",
     "rest",
     "stage_at",
     "unreached",
@@ -124,11 +125,16 @@ def check_stages(recipe: Recipe, model: nn.Module) -> None:
         before = before if until is None else until
 
 
+def reached(recipe: Recipe, steps: int) -> tuple[Stage, ...]:
+    """The stages that a run of some steps gets to."""
+    begins = [0, *(stage.until or 0 for stage in recipe.stages[:-1])]
+    return tuple(stage for stage, begin in zip(recipe.stages, begins, strict=True) if begin < steps)
+
+
 def unreached(recipe: Recipe, steps: int) -> list[str]:
-    """What to say of stages that a run of some steps does not get to."""
-    begins = [stage.until for stage in recipe.stages[:-1] if stage.until is not None]
-    late = [step for step in begins if step >= steps]
-    return [f"stages: one begins at step {late[0]}, but the run ends at {steps}: it is not reached"] if late else []
+    """What to say of the stages that a run of some steps does not get to."""
+    every, late = len(recipe.stages), len(recipe.stages) - len(reached(recipe, steps))
+    return [f"stages: the run ends at step {steps}, before {late} of its {every} stages begin"] if late else []
 
 
 def learning_rate(lr: float, warmup: int, steps: int, step: int) -> float:

@@ -25,6 +25,7 @@ from mmkernels.pretrain.schedule import (
     in_use,
     learning,
     learning_rate,
+    reached,
     rest,
     stage_at,
     weights_at,
@@ -123,9 +124,12 @@ class Trainer:
 
     @property
     def trainable(self) -> list[int]:
-        """The number of parameters that learn in each stage."""
+        """The number of parameters that learn in each stage that the run gets to."""
         sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
-        return [sum(sizes[name] for name in learning(self.model, stage)) for stage in self.recipe.stages]
+        return [
+            sum(sizes[name] for name in learning(self.model, stage))
+            for stage in reached(self.recipe, self.config.steps)
+        ]
 
     def warm_start(self, run: Path) -> WarmStart:
         """Begin with the weights of another run; twins and average, too. Raises as `warm_start` does."""

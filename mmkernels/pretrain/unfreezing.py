@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from mmkernels.pretrain.recipe import Stage
 
-__all__ = ["stages_of"]
+__all__ = ["EVERYTHING", "stages_of"]
 
 EVERYTHING = ("*",)
 

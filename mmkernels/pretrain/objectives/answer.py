@@ -42,6 +42,8 @@ class Answer:
     def build(self, facts: Facts) -> AnswerLoss:
         if self.head not in ("hidden", "linear"):
             raise ValueError(f"head: expected 'hidden' or 'linear', got {self.head!r}")
+        if (classes := len(facts.classes[self.label])) < 2:
+            raise ValueError(f"label: expected a field with several classes, got {self.label!r}, which has {classes}")
         return AnswerLoss(self, facts)
 
 

@@ -56,7 +56,7 @@ class Comparison:
         """What a reader must know of the runs before comparing."""
         found = []
         for what, values in (
-            ("recipes", [run.config.recipe for run in self.runs]),
+            ("recipes", [run.config.title for run in self.runs]),
             ("data", [run.data for run in self.runs]),
         ):
             if len(set(values)) > 1:

@@ -14,7 +14,14 @@ from mmkernels.pretrain.config import Config, to_dict
 from mmkernels.pretrain.metrics import Figure
 from mmkernels.pretrain.report.figures import figure_of, newest_by_split
 from mmkernels.pretrain.report.page import flat
-from mmkernels.pretrain.run_folder import RunFolderError, stored_config, stored_records, stored_wiring
+from mmkernels.pretrain.run_folder import (
+    EXPORTED,
+    RunFolderError,
+    kept_files,
+    stored_config,
+    stored_records,
+    stored_wiring,
+)
 
 __all__ = ["StoredRun", "named", "stored_run"]
 
@@ -47,6 +54,7 @@ class StoredRun:
     def settings(self) -> dict[str, str]:
         """Every setting, and what it ran on."""
         own = {k: v for k, v in to_dict(self.config).items() if k not in ("run", "resume", "parts", "data")}
+        own |= {setting: name for setting, (name, _) in kept_files(self.config).items()}  # each run has its own copy
         environment = {f"environment.{name}": value for name, value in self.start["environment"].items()}
         return flat({**own, "data": self.data, **self.wiring, **environment})
 
@@ -73,7 +81,7 @@ class StoredRun:
         """What it is and what it cost, in words."""
         config, steps = self.config, self.steps
         found = {
-            "recipe": config.recipe,
+            "recipe": config.title,
             "data": self.data,
             "steps": f"{self.done:,}" + ("" if self.done >= config.steps else f" of {config.steps:,}: unfinished"),
             "parameters": f"{self.start['parameters'] / 1e6:.2f} M",
@@ -104,6 +112,8 @@ def stored_run(folder: Path, name: str) -> StoredRun:
         raise RunFolderError(f"{folder}: expected the folder of a run, got {_what(folder)}")
     config, wiring = stored_config(folder), stored_wiring(folder)
     starts = [r for r in stored_records(folder, "start") if {"environment", "parameters"} <= r.keys()]
+    if not starts and (folder / EXPORTED).is_file():
+        raise RunFolderError(f"{folder}: expected the folder of a run, got an exported model, which has no log")
     if not starts:
         raise RunFolderError(f"{folder}: expected a run that has begun, got one whose log.jsonl has no start record")
     records = {kind: stored_records(folder, kind) for kind in _NEEDED}
