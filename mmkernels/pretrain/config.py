@@ -106,6 +106,9 @@ class Config:
     """How many of the newest checkpoints to keep."""
     eval_fraction: float = 0.1
     """Fraction of your own captions held out for evaluation."""
+    held_out_by: tuple[str, ...] = ()
+    """Fields of your own data by which that is chosen, read or not; none: those that are read. A fine-tune has those of
+    the run before, so that neither learns from what the other is measured on."""
     without: tuple[str, ...] = ()
     """Streams that every sample lacks, in training and evaluation: an ablation."""
     validate: bool = False

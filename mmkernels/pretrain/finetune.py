@@ -16,6 +16,7 @@ import tyro
 from mmkernels.pretrain.cli import asked, trained
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.run_folder import stored_config
+from mmkernels.pretrain.setup import read_by
 from mmkernels.pretrain.transfer import Transfer, drawn_anew
 from mmkernels.pretrain.unfreezing import EVERYTHING
 
@@ -26,7 +27,7 @@ _LR = {"probe": 5.0, "adapters": 2.0, "unfreeze": 0.5, "scratch": 1.0}
 _LR_OF_ALL = 0.5
 _STEPS, _WARMUP, _EVAL_EVERY = 400, 20, 100
 # Settings that say how the base's data are read: another data set has its own.
-_OF_DATA = ("data_weights", "labels", "csv_separator", "csv_img_key", "csv_caption_key", "filter")
+_OF_DATA = ("data_weights", "labels", "csv_separator", "csv_img_key", "csv_caption_key", "filter", "held_out_by")
 _OF_RUN = ("ema", "profile", "resume", "train_fraction", "skip", "spike", "validate", "without")
 
 
@@ -72,9 +73,9 @@ def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **
         factor /= _lr_factor(config.transfers[-1], config.fresh == EVERYTHING)
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     own: dict[str, Any] = {
+        "held_out_by": config.held_out_by or tuple(read_by(recipe)[0]),
         **({name: defaults[name] for name in _OF_DATA} if "data" in changes else {}),
         **{name: defaults[name] for name in _OF_RUN},
-        **({"filter": run / "filter.jsonl"} if config.filter is not None and "data" not in changes else {}),
         "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *_ways(transfer, scratch)]),
         "init": run,
         "fresh": EVERYTHING if scratch else drawn_anew(recipe, transfer),

@@ -134,7 +134,11 @@ def reached(recipe: Recipe, steps: int) -> tuple[Stage, ...]:
 def unreached(recipe: Recipe, steps: int) -> list[str]:
     """What to say of the stages that a run of some steps does not get to."""
     every, late = len(recipe.stages), len(recipe.stages) - len(reached(recipe, steps))
-    return [f"stages: the run ends at step {steps}, before {late} of its {every} stages begin"] if late else []
+    return (
+        [f"stages: the run ends at step {steps}, before {late} of its {every} stages begin{'s' * (late == 1)}"]
+        if late
+        else []
+    )
 
 
 def learning_rate(lr: float, warmup: int, steps: int, step: int) -> float:

@@ -53,6 +53,7 @@ def open_source(config: Config) -> Data:
         table=config.table,
         resolution=config.resolution,
         eval_fraction=config.eval_fraction,
+        held_out_by=config.held_out_by,
         max_eval=config.eval_limit,
         max_broken=config.max_broken if config.filter is None else 1.0,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from pretrain.runs import TINY
 from pretrain.test_resume import assert_same_end
 
+from mmkernels.cli import main as mmkernels
 from mmkernels.pretrain import Config, load_model, train
 from mmkernels.pretrain.checkpoint import DamagedError
 from mmkernels.pretrain.export import export, main
@@ -71,6 +73,15 @@ def test_a_recipe_of_your_own_comes_along(tiny: Make, tmp_path: Path) -> None:
     assert stored_config(tmp_path / "elsewhere").recipe == str(tmp_path / "elsewhere" / "mine.py")
     again = export(tmp_path / "elsewhere", tmp_path / "again")
     assert json.loads((again / "config.json").read_text(encoding="utf-8"))["recipe"] == "mine.py"
+
+
+def test_paths_need_not_be_unicode(tiny: Make, tmp_path: Path, capsysbinary) -> None:
+    folder = train(tiny(steps=1, eval_every=0, checkpoint_every=0)).folder.path
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    assert mmkernels(["export", str(folder), str(out)]) == 0
+    assert mmkernels(["evaluate", str(out), "--task", "retrieval"]) == 0, capsysbinary.readouterr().err
+    stored = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert stored["options"]["run"] == str(out) and stored["figures"]["held_out"]
 
 
 def test_what_cannot_be_exported(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

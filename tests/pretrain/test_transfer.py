@@ -1,4 +1,4 @@
-"""Transfer: what each task makes of each recipe, what learns and what stays, and runs that begin with other runs."""
+"""Transfer: what learns and what stays in runs that begin with other runs, and the command line."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import pytest
 import torch
 from pretrain.conftest import COLOURS, SHAPES, draw
 from pretrain.runs import TINY
+from pretrain.test_data_filter import list_of
+from pretrain.test_export import OWN
 from pretrain.test_resume import assert_same_end, state
+from pretrain.test_tasks import on_meta
 from torch import Tensor
 
-from mmkernels.pretrain import Config, Recipe, Transfer, checkpoint, finetuned, load_model, main, recipes, train
+from mmkernels.pretrain import Config, Transfer, checkpoint, finetuned, load_model, main, train
 from mmkernels.pretrain.config import from_dict, to_dict
+from mmkernels.pretrain.export import export
 from mmkernels.pretrain.finetune import main as finetune
 from mmkernels.pretrain.finetune import parse
 from mmkernels.pretrain.journal import Journal
 from mmkernels.pretrain.load import stored_weights
-from mmkernels.pretrain.model import Model
-from mmkernels.pretrain.recipe import Facts
-from mmkernels.pretrain.run_folder import stored_config, stored_records
-from mmkernels.pretrain.schedule import check_stages, freeze, learning, rest
+from mmkernels.pretrain.report import write_report
+from mmkernels.pretrain.run_folder import RunFolderError, stored_config, stored_records
+from mmkernels.pretrain.schedule import freeze, rest
+from mmkernels.pretrain.setup import open_source, read_by
 from mmkernels.pretrain.stream import StreamEncoder
 from mmkernels.pretrain.transfer import transferred
-from mmkernels.pretrain.unfreezing import stages_of
-
-CLASSES = {name: ("a", "b", "c") for name in ("answer", "colour", "tag", "action", "relation")}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     rate = {"steps": 3, "batch": 8, "chunk": 3, "warmup": 0, "lr": 0.02, "eval_every": 0, "eval_fraction": 0.2}
     config = Config(data=f"folder:{folder}", run=folder / "run", parts=TINY, tensorboard=False, threads=1, **rate)
-    train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmkernels.pretrain.loop.write_report", no_report)
+        train(config)
     return config
+
+
+def no_report(*_: Any) -> None:
+    """The charts take longer than these runs."""
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmkernels.pretrain.loop.write_report", no_report)
 
 
 @pytest.fixture
@@ -73,147 +85,6 @@ def weights(run: Path, step: int | None = None) -> dict[str, Tensor]:
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     """The tensors of both that are not the same bit for bit."""
     return {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
-
-
-def on_meta(recipe: Recipe) -> Model:
-    with torch.device("meta"):
-        return Model(recipe, Facts(recipe.model, 300, CLASSES, recipe.streams))
-
-
-FITS = [
-    ("albef", Transfer("answer"), {"image", "text"}),
-    ("albef", Transfer("answer", adapters=8), {"image", "text"}),
-    ("albef", Transfer("match"), {"image", "text"}),
-    ("albef", Transfer("retrieve"), {"image", "text"}),
-    ("albef", Transfer("classify", "tag", ("image",), probe=True), {"image"}),
-    ("mae", Transfer("classify", "tag"), {"image"}),
-    ("mae", Transfer("classify", "tag", adapters=4), {"image"}),
-    ("mae", Transfer("classify", "tag", unfreeze="head:5,image"), {"image"}),
-    ("clip", Transfer("retrieve", unfreeze="head:5,image:9,all"), {"image", "text"}),
-    ("siglip", Transfer("retrieve", adapters=8), {"image", "text"}),
-    ("siglip", Transfer("classify", "tag", ("text",)), {"text"}),
-    ("moco", Transfer("classify", "tag"), {"query"}),
-    ("simclr", Transfer("classify", "tag"), {"a"}),
-    ("simclr", Transfer("retrieve", unfreeze="head : 5, all"), {"a", "b"}),  # whose objective has no parameters
-    ("cca", Transfer("retrieve", unfreeze="head:5,all"), {"image", "text"}),
-    ("devise", Transfer("retrieve"), {"image", "text"}),
-    ("vqa", Transfer("answer", "colour"), {"image", "question"}),
-    ("vqa", Transfer("answer", probe=True), {"image", "question"}),
-    ("uniter", Transfer("answer", unfreeze="head:5,fusion:9,regions+text"), {"text", "regions"}),
-    ("uniter", Transfer("match"), {"text", "regions"}),
-    ("vilbert", Transfer("answer", adapters=2), {"text", "regions"}),
-    ("caption", Transfer("caption", adapters=8), {"image", "text"}),
-    ("flamingo", Transfer("caption"), {"image", "text"}),
-    ("gpt", Transfer("caption"), {"text"}),
-    ("video", Transfer("answer", "action"), {"video", "question"}),
-    ("adapters", Transfer("retrieve", adapters=8), {"image", "text"}),
-]
-
-
-@pytest.mark.parametrize(("name", "transfer", "streams"), FITS)
-def test_what_a_task_keeps(name: str, transfer: Transfer, streams: set[str]) -> None:
-    """Every parameter but those of the head and of adapters is the base's, by name and shape; every stage fits."""
-    base = recipes.load(name)
-    made = transferred(base, transfer)
-    if name != "moco":
-        assert set(made.streams) == streams
-    before, after = dict(on_meta(base).named_parameters()), dict(on_meta(made).named_parameters())
-    (objective,) = made.objectives
-    new = {each for each in after if each not in before}
-    assert all(each.startswith(f"objectives.{objective}.") or ".adapter." in each for each in new)
-    assert all(after[each].shape == before[each].shape for each in after.keys() & before.keys())
-    assert any(each in before for each in after)
-    check_stages(made, on_meta(made))
-    learned = sum(after[each].numel() for each in learning(on_meta(made), made.stages[0]))
-    full = not (transfer.probe or transfer.adapters or transfer.unfreeze)
-    assert full == (learned == sum(each.numel() for each in after.values()))
-    assert all(stream.teacher is None for stream in made.streams.values())
-
-
-@pytest.mark.parametrize(
-    ("name", "transfer", "message"),
-    [
-        ("mae", Transfer("answer"), "task: answer: expected a run with a fusion, got one without; its streams are ima"),
-        ("mae", Transfer("retrieve"), "task: retrieve: expected a run with two streams, got one with image"),
-        ("clip", Transfer("caption"), "task: caption: expected a run with one causal stream, got one without"),
-        ("clip", Transfer("classify", "tag"), "read: task classify: expected one of the streams image, text, got no c"),
-        ("clip", Transfer("classify", "tag", ("imag",)), "expected one of the streams image, text, got imag"),
-        ("clip", Transfer("classify"), "label: expected the field of the data with the class"),
-        ("clip", Transfer("retrieve", "tag"), "label: expected none for task retrieve"),
-        ("clip", Transfer("retrieve", field=("texts=title",)), "field: expected a stream of the task .image, text., g"),
-        ("adapters", Transfer("retrieve", adapters=4), "adapters: expected 8, as the run has already, got 4"),
-        ("albef", Transfer("answer", unfreeze="masked:2,all"), "expected one of head, fusion, image, text, all"),
-    ],
-)
-def test_what_does_not_fit(name: str, transfer: Transfer, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        transferred(recipes.load(name), transfer)
-
-
-def test_what_the_run_measures_of_the_same_objective_is_measured_again() -> None:
-    def measured(name: str, task: Any) -> list[str]:
-        return [type(metric).__name__ for metric in transferred(recipes.load(name), Transfer(task)).metrics]
-
-    assert measured("vqa", "answer") == ["Predictions", "Groups"]
-    assert measured("caption", "caption") == ["Predictions", "Captioning"]
-    assert measured("flamingo", "caption") == ["Predictions", "Ablation", "Shots"]
-    assert measured("uniter", "match") == ["Predictions", "Matched"]
-    assert measured("albef", "match") == ["Predictions"]  # no re-ranking without embeddings to compare
-    assert measured("clip", "retrieve") == ["Retrieval"]
-
-
-def test_a_probe_sees_samples_as_they_are() -> None:
-    def views(name: str, **way: Any) -> dict[str, list[str]]:
-        made = transferred(recipes.load(name), Transfer(**way))
-        return {key: [type(view).__name__ for view in stream.views] for key, stream in made.streams.items()}
-
-    assert views("mae", task="classify", label="tag") == {"image": ["RandomCrop"]}
-    assert views("mae", task="classify", label="tag", probe=True) == {"image": []}
-    assert views("uniter", task="match", probe=True) == {"text": ["Swap"], "regions": []}  # which makes the wrong pairs
-
-
-def test_wrong_transfers() -> None:
-    with pytest.raises(ValueError, match="probe, adapters, unfreeze: expected one of them at most, got --probe, --unf"):
-        Transfer("answer", probe=True, unfreeze="all")
-    with pytest.raises(ValueError, match="adapters: expected at least 1, got 0"):
-        Transfer("answer", adapters=0)
-    with pytest.raises(ValueError, match="field: expected STREAM=FIELD, such as text=title, got 'text'"):
-        Transfer("answer", field=("text",))
-    with pytest.raises(ValueError, match=r"task: expected one of answer, .*, got 'vqa'"):
-        Transfer("vqa")  # type: ignore[arg-type]
-
-
-NAMED = {"head": ("objectives.x.*",), "fusion": ("fusion.*",), "image": ("streams.image.*",)}
-
-
-def test_a_schedule_of_unfreezing() -> None:
-    head, fusion, image, more = stages_of("head:100, fusion+*norm*:300,image:301,all", NAMED)
-    assert [stage.until for stage in (head, fusion, image, more)] == [100, 300, 301, None]
-    assert head.trainable == ("objectives.x.*",)
-    assert fusion.trainable == ("objectives.x.*", "fusion.*", "*norm*")
-    assert image.trainable == (*fusion.trainable, "streams.image.*")
-    assert more.trainable == (*image.trainable, "*")
-    assert stages_of("head", NAMED) == stages_of("head+head", NAMED)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "message"),
-    [
-        ("head:100", "expected the last item without a step, since it lasts, got 'head:100'"),
-        ("head,all", "expected PARTS:STEP with a step after 0, got 'head' in 'head,all'"),
-        ("head:0,all", "with a step after 0, got 'head:0'"),
-        ("head:5,fusion:5,all", "with a step after 5, got 'fusion:5'"),
-        ("head:five,all", "with a step after 0, got 'head:five'"),
-        ("head:²,all", "with a step after 0"),
-        ("text:5,all", "expected one of head, fusion, image, all, or a pattern with a \"[*]\", got 'text'"),
-        ("", "got ''"),
-        ("head:5,", "got ''"),
-        ("head+:5,all", "got ''"),
-    ],
-)
-def test_wrong_schedules(schedule: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"unfreeze: .*{message}"):
-        stages_of(schedule, NAMED)
 
 
 def test_a_probe_leaves_the_run_as_it_is(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,28 +159,69 @@ def test_parts_begin_to_learn_one_after_the_other(base: Config) -> None:
     assert counts == sorted(counts) and counts[-1] == folder.records("start")[0]["parameters"]
 
 
-@pytest.mark.parametrize("way", [{"unfreeze": "head:2,all"}, {"adapters": 4}])
-def test_a_stopped_run_ends_where_it_would_have_ended(
-    way: dict[str, Any], base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    """Bit for bit, also where a part begins to learn just after the checkpoint."""
-    config = colours(base.folder, **way, steps=6)
-    train(dataclasses.replace(config, run=tmp_path / "whole"))
-    step = Journal.step
+def train_to(step: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that fails just after a step."""
+    whole = Journal.step
 
     def failing(self: Journal, at: int, *rest: Any, **figures: float) -> None:
-        step(self, at, *rest, **figures)
-        if at == 3:
+        whole(self, at, *rest, **figures)
+        if at == step:
             raise OSError("disk full")
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "step", failing)
         with pytest.raises(OSError, match="disk full"):
             train(config)
+
+
+def test_a_stopped_run_ends_where_it_would_have_ended(
+    base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Bit for bit, also where a part begins to learn just after the checkpoint."""
+    config = colours(base.folder, unfreeze="head:2,all", ema=0.5, train_fraction=0.7)
+    train(dataclasses.replace(config, run=tmp_path / "whole"))
+    train_to(3, config, monkeypatch)
     assert state(config.folder)[0] == 2
-    base.folder.rename(tmp_path / "elsewhere")  # it is not needed any more
+    shutil.rmtree(base.folder)  # it is not needed any more
     assert finetune(["--resume", "--run", str(config.folder)]) == 0, capsys.readouterr().err
     assert_same_end(config.folder, tmp_path / "whole")
+
+
+def test_a_run_needs_nothing_outside_its_folder(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """But its data: a fine-tune of an exported model with a recipe and a filter list of its own, all of them gone."""
+    mine, drop = tmp_path / "mine.py", tmp_path / "drop.jsonl"
+    mine.write_text(OWN, encoding="utf-8")
+    config = dataclasses.replace(trained, recipe=str(mine), parts={}, run=tmp_path / "run", ema=0.9, labels=("colour",))
+    config = dataclasses.replace(config, filter=list_of(config, [2], drop))
+    train_to(3, dataclasses.replace(config, checkpoint_every=2), monkeypatch)
+    mine.rename(tmp_path / "moved.py")
+    drop.unlink()
+    assert main(["--resume", "--run", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    base = export(tmp_path / "run", tmp_path / "exported")
+    assert not changed(weights(tmp_path / "run"), weights(base))
+    assert str(tmp_path) not in (base / "config.json").read_text(encoding="utf-8").replace(str(trained.data), "")
+
+    config = colours(base, adapters=4, run=tmp_path / "tuned")
+    train(dataclasses.replace(config, run=tmp_path / "whole"))
+    train_to(3, config, monkeypatch)
+    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(base)
+    tuned = (tmp_path / "tuned").rename(tmp_path / "cafés")
+    argv = ["--resume", "--run", str(tuned)]
+    assert finetune(argv) == 0, capsys.readouterr().err
+    assert_same_end(tuned, tmp_path / "whole")
+    assert load_model(tuned).collator.streams["image"].encoder.reduction == 4
+    (tmp_path / "moved.py").write_text(OWN.replace("heads", "more heads") + "# another\n", encoding="utf-8")
+    again = dataclasses.replace(stored_config(tuned), run=tuned, resume=True, recipe=str(tmp_path / "moved.py"))
+    with pytest.raises(RunFolderError, match=r"recipe: mine\.py -> moved\.py"):
+        train(again)
+    (tmp_path / "moved.py").rename(mine)
+    with pytest.raises(
+        RunFolderError, match=r"recipe: expected the file that this run began with, kept as .*caf.s/mine"
+    ):
+        train(dataclasses.replace(again, recipe=str(mine)))
 
 
 def test_from_scratch_nothing_of_the_run_is_left(base: Config, tmp_path: Path) -> None:
@@ -318,7 +230,7 @@ def test_from_scratch_nothing_of_the_run_is_left(base: Config, tmp_path: Path) -
     assert config.folder != colours(base.folder, run=None).folder
     folder = train(config).folder
     (record,) = folder.records("init")
-    assert record["loaded"] == [] and record["fresh"]
+    assert record["loaded"] == [] and record["fresh"] and record["unused"] == sorted(record["unused"])
     train(dataclasses.replace(config, init=None, fresh=(), run=tmp_path / "alone"))
     assert_same_end(folder.path, tmp_path / "alone")
 
@@ -335,6 +247,22 @@ def test_a_finetuned_run_is_a_base_too(base: Config, tmp_path: Path) -> None:
     assert not any(name.startswith("objectives.") for name in stored_records(second.folder, "init")[0]["loaded"])
     assert {name for name in after if ".adapter." in name} <= changed(before, after)
     assert load_model(second.folder).model.fusion is None
+    assert second.title == "classify colour, from classify colour, from clip"
+
+
+def test_learning_rates_are_shares_of_the_first_run(base: Config) -> None:
+    """However long the chain, and whatever learned before."""
+    rates = {"": 0.01, "probe": 0.1, "adapters": 0.04}
+    ways: dict[str, dict[str, Any]] = {"": {}, "probe": {"probe": True}, "adapters": {"adapters": 2}}
+    for first, options in ways.items():
+        one = finetuned(base.folder, Transfer("classify", label="colour", read=("image",), **options))
+        assert one.lr == rates[first]
+        (base.folder / "config.json").rename(base.folder / "kept")
+        (base.folder / "config.json").write_text(json.dumps(to_dict(one)), encoding="utf-8")
+        for second, others in ways.items():
+            two = finetuned(base.folder, Transfer("classify", label="colour", **others))
+            assert two.lr == rates[second], (first, second)
+        (base.folder / "kept").rename(base.folder / "config.json")
 
 
 def test_averaged_weights_are_taken(base: Config, tmp_path: Path) -> None:
@@ -345,7 +273,39 @@ def test_averaged_weights_are_taken(base: Config, tmp_path: Path) -> None:
     assert not changed(weights(averaged.folder), weights(train(config).folder.path))
 
 
-def test_the_command_line(base: Config, tmp_path: Path, capsys) -> None:
+def test_the_same_samples_are_held_out(base: Config) -> None:
+    """Also where what tells them apart, the captions, is not read any more; or was not read before."""
+
+    def images(config: Config) -> dict[str, list[bytes]]:
+        data = open_source(config)
+        sets = {"train": data.train, **data.held_out}
+        assert {field for source in sets.values() for i in range(len(source)) for field in source[i].values} == {
+            *read_by(config.wiring())[0],
+            *read_by(config.wiring())[1],
+        }
+        return {
+            name: sorted(source[i].values["image"].tobytes() for i in range(len(source)))
+            for name, source in sets.items()
+        }
+
+    assert images(colours(base.folder)) == images(base)
+    first = dataclasses.replace(base, parts={}, recipe="mae")
+    assert images(first) != images(base)
+    (base.folder / "config.json").write_text(json.dumps(to_dict(first)), encoding="utf-8")
+    tuned = colours(base.folder)
+    assert tuned.held_out_by == ("image",) and images(tuned) == images(first)
+    assert images(dataclasses.replace(base, held_out_by=("image",))) == images(first)
+    assert colours(base.folder, data="emoji", labels=("colour",)).held_out_by == ()
+
+
+def test_what_is_not_reached_is_pointed_out(base: Config) -> None:
+    folder = train(colours(base.folder, unfreeze="head:2,image:9,all")).folder
+    (said,) = folder.records("warning")
+    assert said["message"] == "stages: the run ends at step 4, before 1 of its 3 stages begins"
+    assert len(folder.records("start")[0]["trainable"]) == 2
+
+
+def test_the_command_line(base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     argv = ["--from", str(base.folder), "--task", "classify", "--label", "colour", "--read", "image"]
     config = parse([*argv, "--lr", "0.5", "--steps", "7", "--streams.image.views.augment.scale", "0.5", "1.0"])
     assert (config.lr, config.steps, config.init) == (0.5, 7, base.folder)
@@ -362,11 +322,15 @@ def test_the_command_line(base: Config, tmp_path: Path, capsys) -> None:
         (["--adapters", "99"], "reduction: expected at most the width 16, got 99"),
         (["--unfreeze", "*nothing*:1,all"], "'*nothing*', which fits none"),
         (["--model.width", "32"], "expected tensors of this model's shapes"),
+        (["--batch", "99"], "expected 1 to 18 (the distinct concepts to train on), got 99"),
     ):
         assert finetune([*argv, *short, *run, *more]) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
-    assert finetune([*argv, *short, *run, "--probe"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("mmkernels.pretrain.loop.write_report", write_report)
+        assert finetune([*argv, *short, *run, "--probe"]) == 0
+    assert "<h1>classify colour, from clip on folder:" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     out = capsys.readouterr().out
     assert "classes: accuracy" in out and "learned: " in out and "of " in out
     assert finetune([*argv, *short, *run, "--probe"]) == 1
@@ -375,6 +339,19 @@ def test_the_command_line(base: Config, tmp_path: Path, capsys) -> None:
     assert main(["--resume", *run]) == 0
     assert finetune(["--from", str(tmp_path / "nowhere"), "--task", "answer"]) == 1
     assert "holds no run" in capsys.readouterr().err
+    assert finetune(["--resume"]) == 1
+    assert "run: expected the folder of the run to resume, got none" in capsys.readouterr().err
+
+
+def test_help_with_and_without_a_task(base: Config, capsys) -> None:
+    """Of the task alone, or with every setting of the run."""
+    own = ["--from", str(base.folder)]
+    for argv in (["--help"], [*own, "--help"], [*own, "--task", "retrieve", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            parse(argv)
+        assert done.value.code == 0
+        shown = capsys.readouterr().out
+        assert "--adapters" in shown and ("--objectives.contrast" in shown) == ("retrieve" in argv)
 
 
 def test_fresh_needs_a_run() -> None:

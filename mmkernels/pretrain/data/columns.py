@@ -70,6 +70,14 @@ class ColumnSource(Source):
             found["tag"] = sorted({*found.get("tag", ()), *(tag for _, cell in kept for _, tag in cell if tag)})
         self.take_classes({field: tuple(names) for field, names in found.items()})
 
+    def held_out_by(self, fields: Sequence[str], unread: Collection[str]) -> None:
+        """Tell concepts by some fields alone, and then forget those that are not read."""
+        self.keys = [self._key(index, fields) for index in range(len(self._names))]
+        self.concepts = concepts_of(self.keys)
+        self.cells = {field: cells for field, cells in self.cells.items() if field not in unread}
+        self.fields = tuple(self.cells)
+        self.learn_classes(range(len(self._names)))
+
     def take_classes(self, classes: Mapping[str, tuple[str, ...]]) -> None:
         """Number the classes as another data set does."""
         self.classes = classes
@@ -144,11 +152,13 @@ class ColumnSource(Source):
             return regions_without_crops(cell[1], self._numbers["tag"])
         return self._value(field, cell)
 
-    def _key(self, index: int) -> str:
-        """What makes samples the same concept: the first caption, else the first medium, else the first text."""
-        texts = [field for field in self.cells if self.reading.kind(field) == "text"]
-        for field in ["text", *(field for field in self.cells if field in MEDIA), *texts]:
-            cell = self.cells[field][index] if field in self.cells else None
+    def _key(self, index: int, fields: Sequence[str] | None = None) -> str:
+        """What makes samples the same concept: the first caption, else the first medium, else the first text; of some
+        fields, or of all."""
+        known = [field for field in (self.cells if fields is None else fields) if field in self.cells]
+        texts = [field for field in known if self.reading.kind(field) == "text"]
+        for field in ["text", *(field for field in known if field in MEDIA), *texts]:
+            cell = self.cells[field][index] if field in known else None
             if cell and field not in MEDIA:
                 return caption_key(cell) if field == "text" else f"{field} {cell[0]}"
             if isinstance(cell, str):  # a file's name; others have no place of their own

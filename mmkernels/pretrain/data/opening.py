@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -76,6 +76,7 @@ def open_data(
     table: TableFormat | None = None,
     resolution: int = 48,
     eval_fraction: float = 0.1,
+    held_out_by: Sequence[str] = (),
     max_eval: int = 2000,
     max_broken: float = 0.05,
     cache_bytes: int = 1 << 30,
@@ -95,6 +96,8 @@ def open_data(
         resolution: side in pixels at which your own images are kept.
         eval_fraction: fraction of your own concepts held out, chosen by a hash of the caption (without one: of the
             file, or of the first text), so that adding data never moves a sample between the sets.
+        held_out_by: of your own data, the fields that tell concepts, in place of those that are read: with the same,
+            data read in several ways have the same concepts held out.
         max_eval: most samples in a held-out set, evenly spaced.
         max_broken: fraction of the samples of a set that may be unreadable.
         cache_bytes: memory for decoded images, clips and recordings, of each set.
@@ -107,14 +110,15 @@ def open_data(
         raise ValueError(f"csv_separator, csv_img_key, csv_caption_key: expected a table to read, got {source}")
     options: dict[str, Any] = {"resolution": resolution, "max_broken": max_broken, "cache_bytes": cache_bytes}
     options |= {"fields": fields, "labels": labels, "partial": partial or len(names) > 1}
+    held = _HeldOut(eval_fraction, tuple(held_out_by), max_eval)
     if len(names) == 1:
-        return _open(names[0], form, options, eval_fraction, max_eval)
+        return _open(names[0], form, options, held)
     opened: dict[str, Data] = {}
     parts: dict[str, Data] = {}
     for name, shown in zip(names, _shown(names), strict=True):
         same = _place(name)
         if same not in opened:
-            opened[same] = _open(name, form, options, eval_fraction, max_eval)
+            opened[same] = _open(name, form, options, held)
         free = (f"{shown} ({n})" if n > 1 else shown for n in count(1))
         parts[next(each for each in free if each not in parts)] = opened[same]
     known = {label for each in opened.values() for label in each.train.classes}
@@ -186,35 +190,53 @@ def _stripped(name: str) -> str:
     return path if kind in ("folder", "webdataset") and path else name
 
 
-def _open(name: str, form: TableFormat, options: dict[str, Any], eval_fraction: float, max_eval: int) -> Data:
+class _HeldOut(NamedTuple):
+    """What is held out of your own data: see `open_data`."""
+
+    fraction: float
+    by: tuple[str, ...]
+    most: int
+
+
+def _open(name: str, form: TableFormat, options: dict[str, Any], held: _HeldOut) -> Data:
     """One data set."""
-    kind, source = _kind(name), _stripped(name)
+    kind, source, fields = _kind(name), _stripped(name), options["fields"]
     if kind == "embedded":
-        return EMBEDDED[name](options["fields"])
+        return EMBEDDED[name](fields)
+    unread: set[str] = set()
+    if held.by and fields is not None:
+        unread = set(held.by) - set(fields)
+        options = {**options, "fields": list(dict.fromkeys([*fields, *held.by]))}
+
+    def keyed(dataset: ColumnSource) -> ColumnSource:
+        if held.by:
+            dataset.held_out_by(held.by, unread)
+        return dataset
+
     if kind == "hub":
         if form.separator is not None and not options["partial"]:
             raise ValueError(f"csv_separator: expected none for {name}, got {form.separator!r}")
         found = load_splits(name.removeprefix("hf:"))
-        sets = {split: HubDataset(f"{name}: {split}", rows, table=form, **options) for split, rows in found.items()}
+        sets = {s: keyed(HubDataset(f"{name}: {s}", rows, table=form, **options)) for s, rows in found.items()}
         if len(sets) > 1:
-            return _by_split(name, sets, max_eval)
-        return _by_hash(name, next(iter(sets.values())), eval_fraction, max_eval)
+            return _by_split(name, sets, held.most)
+        return _by_hash(name, next(iter(sets.values())), held)
     if kind == "shards":
-        return _by_hash(source, WebDataset(source, **options), eval_fraction, max_eval)
+        return _by_hash(source, keyed(WebDataset(source, **options)), held)
     if not Path(source).exists():
         known = ", ".join(EMBEDDED)
         raise ValueError(f"data: expected a folder, or an existing table, or one of {known}; got {printable(source)}")
-    return _by_hash(source, FolderDataset(source, table=form, **options), eval_fraction, max_eval)
+    return _by_hash(source, keyed(FolderDataset(source, table=form, **options)), held)
 
 
-def _by_hash(name: str, dataset: ColumnSource, eval_fraction: float, max_eval: int) -> Data:
+def _by_hash(name: str, dataset: ColumnSource, held: _HeldOut) -> Data:
     """Some of the concepts of a data set are held out."""
-    held_out = held_out_mask(dataset, eval_fraction)
+    held_out = held_out_mask(dataset, held.fraction)
     train = Subset(dataset, np.flatnonzero(~held_out))
     if not len(train):
         raise ValueError(f"{name}: expected samples left to train on, got all {len(dataset)} held out")
     rows = np.flatnonzero(held_out)
-    rows = rows[spaced(len(rows), max_eval)]
+    rows = rows[spaced(len(rows), held.most)]
     dataset.learn_classes(train.indices)
     train.classes = dataset.classes
     for phrase in dataset.unknown_classes(rows.tolist()):
