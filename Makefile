@@ -2,7 +2,8 @@
 #
 #   make pretrain      train a dual encoder on the embedded pictures and names (about three minutes on two cores)
 #   make test          the tests
-#   make test-torch    the ops' tests only, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0
+#   make test-torch    the ops' tests only, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0. With
+#                      EXTRAS=test,open-clip those of open_clip, too, which brings torchvision, which pins one torch
 #   make aot           compile every Triton kernel for every architecture, inspect the built CUDA kernels; no GPU needed.
 #                      ARGS=--pairs compiles only configurations in which every two options meet
 #   make lint format   bench   wheel   clean
@@ -16,6 +17,7 @@ VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0 triton==3.7.1
 WHEELS ?= $(VENV)/wheels
 WORKERS ?= 2
+EXTRAS ?= test
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -29,7 +31,8 @@ TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py tests/ops/*/test_second.p
 	tests/ops/attention/test_mask_metadata.py \
 	tests/ops/attention/test_calls.py tests/ops/attention/test_rope.py tests/ops/attention/test_gate.py \
 	tests/batch/test_batch.py tests/ops/packing/test_vision.py tests/nn tests/runtime \
-	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/test_import.py
+	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/test_import.py \
+	$(if $(findstring open-clip,$(EXTRAS)),tests/integrations/test_open_clip.py)
 
 .PHONY: pretrain test test-torch aot lint format bench wheel clean
 
@@ -39,7 +42,7 @@ pretrain: $(VENV)/installed-pretrain
 test: $(VENV)/installed-dev
 	$(BIN)/pytest -n $(WORKERS) -m "not aot" $(ARGS)
 
-test-torch: $(VENV)/installed-test
+test-torch: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/pytest -n $(WORKERS) -m "not aot and not gpu and not slow" -k "not triton and not interpreted or test_second" $(TORCH_TESTS) $(ARGS)
 
 aot: $(VENV)/installed-dev

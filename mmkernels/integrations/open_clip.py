@@ -176,7 +176,8 @@ def _pair(trained: Pretrained, objective: str) -> tuple[str, str, str]:
     found: dict[str, tuple[str, str]] = {}
     kinds = {name: _kind(stream.encoder) for name, stream in trained.collator.streams.items()}
     for name, module in trained.model.objectives.items():
-        a, b = getattr(module.part, "a", ""), getattr(module.part, "b", "")
+        part = getattr(module, "part", None)
+        a, b = getattr(part, "a", ""), getattr(part, "b", "")
         if hasattr(getattr(module, "loss", None), "scale") and {kinds.get(a), kinds.get(b)} == {"image", "text"}:
             found[name] = (a, b) if kinds[a] == "image" else (b, a)
     if not found:

@@ -87,8 +87,13 @@ def test_zero_shot_classifier_of_open_clip(tiny: Callable[..., Config]) -> None:
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_errors(tiny: Callable[..., Config]) -> None:  # noqa: F811
+def test_errors(tiny: Callable[..., Config], tmp_path: Path) -> None:  # noqa: F811
     folder = train(tiny(steps=1, eval_every=0, checkpoint_every=0)).folder.path
+    small = {"model.width": 16, "model.heads": 2}
+    for name in ("gpt", "mae"):  # one of texts, one of images
+        other = train(tiny(recipe=name, steps=1, eval_every=0, parts=small, run=tmp_path / name)).folder.path
+        with pytest.raises(ValueError, match="run: expected one with an objective that compares images and texts by a"):
+            to_open_clip(other)
     with pytest.raises(ValueError, match="objective: expected one of contrast, got 'other'"):
         to_open_clip(folder, objective="other")
     model, _, tokenizer = to_open_clip(folder)
