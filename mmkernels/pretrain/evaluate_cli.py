@@ -98,6 +98,8 @@ def _opened(options: Evaluation, stored: Config) -> tuple[Data, tuple[str, ...],
     config = dataclasses.replace(stored, data=options.data or stored.data, eval_limit=options.limit, run=options.run)
     if stored.filter is not None:  # its list belongs to the run's data and labels; what it excused is no news
         config = dataclasses.replace(config, filter=None, max_broken=1.0)
+    if options.data not in (None, stored.data):
+        config = dataclasses.replace(config, held_out_by=())
     data = open_source(config)
     has = data.train.classes
     for what, names in (("labels", options.labels), ("groups", options.groups or ())):

@@ -56,10 +56,9 @@ def retrieve(base: Recipe, label: str, read: Sequence[str]) -> Task:
     _no_label("retrieve", label)
     pairs = dict.fromkeys(pair for part in base.objectives.values() if (pair := _pair(part)))
     a, b = next(iter(pairs)) if len(pairs) == 1 and not read else _chosen("retrieve", read, base.streams, 2)
-    found = ((name, part) for name, part in base.objectives.items() if set(_pair(part)) == {a, b})
-    name, part = next(found, ("contrast", Contrast(a, b)))
-    alone = {"queue": 0, "distil": 0.0} if isinstance(part, Contrast) else {}  # these two need a momentum twin
-    part = dataclasses.replace(part, weight=1.0, **alone)
+    name, part = _of_base(base, lambda part: set(_pair(part)) == {a, b}) or ("contrast", Contrast(a, b))
+    if isinstance(part, Contrast):  # these two need a momentum twin
+        part = dataclasses.replace(part, queue=0, distil=0.0)
     owners = {base.streams[each].tied or each for each in (a, b)}
     streams = {n: s for n, s in base.streams.items() if n in {a, b} | owners}
     fitting = (m for m in base.metrics if isinstance(m, Retrieval) and {m.a, m.b} == {a, b} and m.through in ("", name))
@@ -76,24 +75,25 @@ def caption(base: Recipe, label: str, read: Sequence[str]) -> Task:
     causal = [n for n, s in base.streams.items() if getattr(s.encoder, "causal", False)]
     (stream,) = _chosen("caption", read, causal, 1, "causal ")
     streams, fusion = _fused("caption", base) if base.fusion is not None else ({stream: base.streams[stream]}, None)
-    found = ((n, o) for n, o in base.objectives.items() if isinstance(o, NextToken) and o.stream == stream)
-    name, part = next(found, ("words", NextToken(stream)))
-    part = dataclasses.replace(part, weight=1.0)
-    return Task(streams, fusion, (name, part), _measured(base, name, part, streams), (f"objectives.{name}.*",))
+    found = _of_base(base, lambda part: isinstance(part, NextToken) and part.stream == stream)
+    return _by_token(base, streams, fusion, *(found or ("words", NextToken(stream))))
 
 
 def match(base: Recipe, label: str, read: Sequence[str]) -> Task:
     """Whether two streams belong together, after a fusion."""
     _no_label("match", label)
     streams, fusion = _fused("match", base)
-    found = ((n, o) for n, o in base.objectives.items() if isinstance(o, Matching) and {o.a, o.b} <= set(streams))
-    name, part = next(found, ("matching", None))
-    if part is None or (read and set(read) != {part.a, part.b}):
+
+    def fits(part: Any) -> bool:
+        pair = {part.a, part.b} if isinstance(part, Matching) else set()
+        return bool(pair) and pair <= set(streams) and set(read) in (set(), pair)
+
+    found = _of_base(base, fits)
+    if found is None:
         a, b = _chosen("match", read, list(streams), 2)
         written = _written(fusion)
-        name, part = "matching", Matching(a, b, read="" if b in written else written[0] if written else "")
-    part = dataclasses.replace(part, weight=1.0)
-    return Task(streams, fusion, (name, part), _measured(base, name, part, streams), (f"objectives.{name}.*",))
+        found = "matching", Matching(a, b, read="" if b in written else written[0] if written else "")
+    return _by_token(base, streams, fusion, *found)
 
 
 TASKS: Mapping[str, Callable[[Recipe, str, Sequence[str]], Task]] = {
@@ -104,6 +104,17 @@ TASKS: Mapping[str, Callable[[Recipe, str, Sequence[str]], Task]] = {
     "retrieve": retrieve,
 }
 """By name: (the base recipe, the label, the streams that are read) -> the task's parts."""
+
+
+def _of_base(base: Recipe, fits: Callable[[Any], bool]) -> tuple[str, Any] | None:
+    """(name, part) of the first objective of the base that fits, as the only one."""
+    found = ((name, part) for name, part in base.objectives.items() if fits(part))
+    return next(((name, dataclasses.replace(part, weight=1.0)) for name, part in found), None)
+
+
+def _by_token(base: Recipe, streams: Mapping[str, Stream], fusion: Any, name: str, part: Any) -> Task:
+    """A task whose head goes on, if the base has it."""
+    return Task(streams, fusion, (name, part), _measured(base, name, part, streams), (f"objectives.{name}.*",))
 
 
 def _measured(base: Recipe, name: str, part: Any, streams: Collection[str]) -> tuple[Any, ...]:

@@ -167,6 +167,11 @@ def test_adapters_once() -> None:
         ("mae", Transfer("retrieve"), "task: retrieve: expected a run with two streams, got one with image"),
         ("audioclip", Transfer("retrieve"), "expected two of the streams image, text, audio, got no choice"),
         ("devise", Transfer("retrieve", read=("text", "text")), "two of the streams image, text, got text, text"),
+        (
+            "uniter",
+            Transfer("match", read=("text", "image", "regions")),
+            "expected two of the streams text, regions, go",
+        ),
         ("clip", Transfer("caption"), "task: caption: expected a run with one causal stream, got one without"),
         ("clip", Transfer("classify", "tag"), "read: task classify: expected one of the streams image, text, got no c"),
         ("clip", Transfer("classify", "tag", ("imag",)), "expected one of the streams image, text, got imag"),

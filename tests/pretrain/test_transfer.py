@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmkernels.pretrain import Config, Transfer, checkpoint, finetuned, load_model, main, train
 from mmkernels.pretrain.config import from_dict, to_dict
+from mmkernels.pretrain.evaluate_cli import Evaluation, evaluate_run
 from mmkernels.pretrain.export import export
 from mmkernels.pretrain.finetune import main as finetune
 from mmkernels.pretrain.finetune import parse
@@ -247,6 +248,16 @@ def test_a_finetuned_run_is_a_base_too(base: Config, tmp_path: Path) -> None:
     assert not any(name.startswith("objectives.") for name in stored_records(second.folder, "init")[0]["loaded"])
     assert {name for name in after if ".adapter." in name} <= changed(before, after)
     assert load_model(second.folder).model.fusion is None
+    rows = [
+        json.dumps({"image": f"red-{shape}.png", "colour": colour})
+        for shape, colour in zip(SHAPES, COLOURS[:5], strict=True)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    for shape in SHAPES:
+        draw("red", shape).save(tmp_path / f"red-{shape}.png")
+    data = f"folder:{tmp_path / 'rows.jsonl'}"  # which has no captions
+    with pytest.raises(ValueError, match="expected the classes of 'colour' that the run has learned"):
+        evaluate_run(Evaluation(second.folder, data=data))
     assert second.title == "classify colour, from classify colour, from clip"
 
 
