@@ -147,6 +147,10 @@ def main(argv: Sequence[str]) -> int:
     figures = {split: [figure.to_dict() for figure in each] for split, each in found.items()}
     options_used = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     text = json.dumps({"options": options_used, "figures": figures}, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, text.encode("utf-8", "backslashreplace"))  # paths need not be UTF-8
+    try:
+        write_whole(path, text.encode("utf-8", "backslashreplace"))  # paths need not be UTF-8
+    except OSError as error:
+        print(f"mmkernels evaluate: json: expected a file that can be written, got {path} ({error})", file=sys.stderr)
+        return 1
     print(f"figures: {path}")
     return 0

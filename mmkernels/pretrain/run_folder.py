@@ -57,7 +57,11 @@ class RunFolder:
         self.tokenizer = self.path / "tokenizer.json"
         if config.resume:
             _check_same_run(self.path, config)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        else:
+            self._expect_free()
+
+    def _expect_free(self) -> None:
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             newest = checkpoint.latest(self.checkpoints)
             holds = f"a run, saved at {newest.name}" if newest else "files already"
             raise RunFolderError(f"{self.path} holds {holds}. Resume it with --resume, or name another with --run")
@@ -69,8 +73,16 @@ class RunFolder:
             config: of the run.
             tokenizer: the whole of it, as JSON.
             classes: of the data's label fields.
+
+        Raises:
+            RunFolderError: another run has begun there meanwhile; the folder cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            self._expect_free()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"run: expected a folder that can be made, got {self.path} ({error})") from error
         write_whole(self.path / "config.json", json.dumps(as_stored(config), indent=2) + "\n")
         for name, source in kept_files(config).values():
             write_whole(self.path / name, source.read_bytes())

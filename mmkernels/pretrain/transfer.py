@@ -90,7 +90,7 @@ def transferred(base: Recipe, transfer: Transfer) -> Recipe:
         stages = stages_of(transfer.unfreeze, named)
     return dataclasses.replace(
         base,
-        summary=f"{transfer.task.capitalize()}, from: {base.summary}",
+        summary=f"{base.summary}; then {transfer.task}",
         streams=streams,
         objectives={name: part},
         fusion=fusion,

@@ -81,6 +81,8 @@ def test_paths_need_not_be_unicode(tiny: Make, tmp_path: Path, capsysbinary) -> 
     assert mmkernels(["export", str(folder), str(out)]) == 0
     assert mmkernels(["evaluate", str(out), "--task", "retrieval"]) == 0, capsysbinary.readouterr().err
     stored = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert mmkernels(["evaluate", str(out), "--task", "retrieval", "--json", str(out / "export.json" / "x")]) == 1
+    assert b"json: expected a file that can be written" in capsysbinary.readouterr().err
     assert stored["options"]["run"] == str(out) and stored["figures"]["held_out"]
 
 

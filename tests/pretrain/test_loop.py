@@ -157,6 +157,24 @@ def test_the_run_folder_forgets_what_comes_after_a_checkpoint(tiny: Make) -> Non
     assert folder.log.read_text(encoding="utf-8").endswith("}\n")
 
 
+def test_a_run_folder_that_cannot_be(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken while the data were opened, or below a file."""
+    opened = open_source
+
+    def opening(config: Config) -> Any:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text("{}", encoding="utf-8")
+        return opened(config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmkernels.pretrain.loop.open_source", opening)
+        with pytest.raises(RunFolderError, match="run holds files already"):
+            train(tiny())
+    assert (tmp_path / "run" / "config.json").read_text(encoding="utf-8") == "{}"
+    with pytest.raises(RunFolderError, match=r"run: expected a folder that can be made, got .*config\.json/below"):
+        train(tiny(run=tmp_path / "run" / "config.json" / "below"))
+
+
 def test_a_trained_model_can_be_used(tiny: Make) -> None:
     config = tiny(steps=3)
     with pytest.raises(RunFolderError, match="no run"):
