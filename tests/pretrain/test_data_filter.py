@@ -56,7 +56,7 @@ def test_a_list_of_other_data(tiny: Make, tmp_path: Path) -> None:
     path = list_of(tiny(), [1], tmp_path / "drop.jsonl")
     with pytest.raises(ValueError, match=r"filter: expected a list of these 4,\d+ training samples, got one of"):
         open_source(Config(filter=path))
-    with pytest.raises(ValueError, match=r"for the same --recipe, --labels and --eval-fraction"):
+    with pytest.raises(ValueError, match=r"for the same --recipe, --labels, --eval-fraction and --held-"):
         open_source(tiny(filter=path, eval_fraction=0.3))
 
 

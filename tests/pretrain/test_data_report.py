@@ -321,3 +321,15 @@ def test_a_part_of_the_data(tmp_path: Path) -> None:
     assert report.tables["coverage"]["train"] == {"samples": 20, "read": 5, "fields": {"image": 5, "text": 5}}
     assert "Only a part was read" in (tmp_path / "r/report.html").read_text(encoding="utf-8")
     assert open_data(f"folder:{data}", eval_fraction=0.0).train.name(0) == "0.png"
+
+
+def test_a_list_for_what_is_held_out_by_other_fields(pictures: Path, tmp_path: Path) -> None:
+    source, by = f"folder:{pictures}", {"eval_fraction": 0.2, "held_out_by": ("image",)}
+    data_report(DataReport(source, **by, out=tmp_path / "r", drop=("duplicates",)))  # type: ignore[arg-type]
+    config = Config(data=source, filter=tmp_path / "r" / "drop.jsonl", **by)  # type: ignore[arg-type]
+    kept = open_source(config).train
+    assert {kept.name(i) for i in range(len(kept))} <= {path.name for path in pictures.glob("*.png")}
+    with pytest.raises(
+        ValueError, match=r"got one of 2\d of folder.* \(fields image, text; eval_fraction 0\.2 by image\)"
+    ):
+        open_source(Config(data=source, filter=config.filter, eval_fraction=0.2))

@@ -86,7 +86,8 @@ class FilterList:
         if (len(train), names_digest(train)) != (self.about["samples"], self.about["names"]):
             raise ValueError(
                 f"filter: expected a list of these {len(train):,} training samples, got one of {self._described()}. "
-                "Write a list with mmkernels data-report, for the same --recipe, --labels and --eval-fraction"
+                "Write a list with mmkernels data-report, for the same --recipe, --labels, --eval-fraction and "
+                "--held-out-by"
             )
         ours = [entry for entry in self.dropped if entry.split == TRAIN]
         sources = {TRAIN: train, **data.held_out}
@@ -108,7 +109,8 @@ class FilterList:
 
     def _described(self) -> str:
         fields = ", ".join(self.about.get("fields", ()))
-        held_out = self.about.get("eval_fraction")
+        by = ", ".join(self.about.get("held_out_by", ()))
+        held_out = f"{self.about.get('eval_fraction')}" + (f" by {by}" if by else "")
         way = f" (fields {fields}; eval_fraction {held_out})" if fields else ""
         return f"{self.about['samples']:,} of {printable(str(self.about['data']))}{way}"
 

@@ -69,6 +69,7 @@ def opened(options: DataReport) -> Opened:
             table=options.table,
             resolution=options.resolution,
             eval_fraction=options.eval_fraction,
+            held_out_by=options.held_out_by,
             max_eval=_EVERY,
             max_broken=1.0,
             cache_bytes=0,

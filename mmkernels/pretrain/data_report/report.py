@@ -88,6 +88,7 @@ class Report:
             "data": self.options.source,
             "fields": list(self.data.fields),
             "eval_fraction": self.options.eval_fraction,
+            "held_out_by": list(self.options.held_out_by),
             "samples": len(self.data.train),
             "names": names_digest(self.data.train),
             "all_read": not self.data.partial,

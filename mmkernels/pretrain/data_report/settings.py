@@ -41,6 +41,8 @@ class DataReport:
     """Column of a table (key of a .jsonl) with the captions."""
     eval_fraction: float = 0.1
     """Fraction of your own captions held out, as in training: leaks are looked for between the two."""
+    held_out_by: tuple[str, ...] = ()
+    """Fields of your own data by which that is chosen, as in training; none: those that are read."""
     resolution: int = 48
     """Side at which your own images are compared, in pixels."""
     limit: int | None = None
