@@ -72,9 +72,11 @@ def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **
     if config.transfers:  # the base's rate is a share, too
         factor /= _lr_factor(config.transfers[-1], config.fresh == EVERYTHING)
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    data = config.data or recipe.data
+    same_data = changes.get("data", data) in (data, config.data)
     own: dict[str, Any] = {
         "held_out_by": config.held_out_by or tuple(read_by(recipe)[0]),
-        **({name: defaults[name] for name in _OF_DATA} if "data" in changes else {}),
+        **({} if same_data else {name: defaults[name] for name in _OF_DATA}),
         **{name: defaults[name] for name in _OF_RUN},
         "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *_ways(transfer, scratch)]),
         "init": run,
