@@ -3,7 +3,8 @@ show (`recipe_rows.py`).
 
     python benches/recipes.py                       all of them, one after another; hours
     python benches/recipes.py clip vqa --jobs 2     some, two at a time
-    python benches/recipes.py --table               the newest figures of all results as a table, without training
+    python benches/recipes.py --finished            writes the results of what has finished, and trains nothing
+    python benches/recipes.py --table               the newest figures of all results as a table
 
 A run that has finished is not repeated, and an interrupted one continues: folders are kept under --runs. Each run has
 --threads threads, so that jobs times threads should not exceed the processors; the times are honest only then. Figures
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of each run; 0: the processors divided by --jobs")
     parser.add_argument("--options", nargs="*", default=[], help="further ones of every run, such as steps=20")
     parser.add_argument("--out", type=Path, help="file of the results; default: benches/results/recipes-CPU-DATE.json")
+    parser.add_argument("--finished", action="store_true", help="only those that have finished: train none")
     parser.add_argument("--table", action="store_true", help="print the table of the results there are, and train none")
     args = parser.parse_args()
     if unknown := [name for name in args.recipes if name not in names]:
@@ -238,6 +240,9 @@ def main() -> None:
     options = [part for each in args.options for part in (f"--{each.partition('=')[0]}", each.partition("=")[2])]
     args.runs.mkdir(parents=True, exist_ok=True)
     chosen = jobs([row for row in ROWS if not args.recipes or row.recipe in args.recipes])
+    chosen = [job for job in chosen if not args.finished or (args.runs / job.name / "done.json").exists()]
+    if not chosen:
+        parser.error(f"--finished: expected runs that have finished in {args.runs}, got none")
     with ThreadPoolExecutor(args.jobs) as pool:
         records = list(pool.map(lambda job: run(job, args.runs, threads, options), chosen))
     log = json.loads((args.runs / chosen[0].name / "log.jsonl").read_text("utf-8").splitlines()[0])

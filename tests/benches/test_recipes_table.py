@@ -121,5 +121,11 @@ def test_trains_once(tmp_path: Path) -> None:
         ("relation", "words only"),
     ]
     assert "| relation | relation: accuracy, % | held_out / combinations / drawings |" in first.stdout
+    (tmp_path / "runs/relation-words-only-0/done.json").unlink()
+    finished = [*command[:2], "--finished", "--runs", tmp_path / "runs", "--out", tmp_path / "some.json"]
+    subprocess.run(finished, check=True, capture_output=True)
+    assert json.loads((tmp_path / "some.json").read_text("utf-8"))["runs"] == found["runs"][:1]
+    nothing = subprocess.run([*finished[:4], tmp_path], capture_output=True, text=True)
+    assert nothing.returncode == 2 and "--finished: expected runs that have finished in" in nothing.stderr
     bad = subprocess.run([*command[:2], "clap"], capture_output=True, text=True)
     assert bad.returncode == 2 and "recipe: expected some of clip, siglip" in bad.stderr
