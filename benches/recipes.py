@@ -3,23 +3,27 @@ show (`recipe_rows.py`).
 
     python benches/recipes.py                       all of them, one after another; hours
     python benches/recipes.py clip vqa --jobs 2     some, two at a time
+    python benches/recipes.py --speed               seconds per step of each, one after another
     python benches/recipes.py --finished            writes the results of what has finished, and trains nothing
     python benches/recipes.py --table               the newest figures of all results as a table
 
-A run that has finished is not repeated, and an interrupted one continues: folders are kept under --runs. Each run has
---threads threads, so that jobs times threads should not exceed the processors; the times are honest only then. Figures
-are those of the last evaluation on the test splits. Settings were chosen on validation splits (`--validate`).
+A run that has finished is not repeated, and an interrupted one continues: folders are kept under --runs. Figures are
+those of the last evaluation on the test splits. Settings were chosen on validation splits (`--validate`). Minutes are
+those of a run's steps, data included, at the speed that --speed has found: the median of 20 steps on all processors,
+which should have nothing else to do.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +31,15 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from threading import Lock
 from typing import Any
 
+import torch
 from recipe_rows import ROWS, Row
 
 RESULTS = Path(__file__).parent / "results"
+SHORT = ("--steps", "25", "--eval-limit", "2", "--checkpoint-every", "0")
 
 
 @dataclass(frozen=True)
@@ -78,14 +84,14 @@ def run(job: Job, runs: Path, threads: int, options: Sequence[str]) -> dict[str,
     done = folder / "done.json"
     with _RUNNING[job.name]:
         if not done.exists():
-            train(job, runs, threads, options)
+            train(job, runs, threads, options, folder)
             done.write_text(json.dumps(record(job, folder, threads, options), ensure_ascii=False, indent=1), "utf-8")
             print(f"{job.name}: {json.loads(done.read_text('utf-8'))['seconds']:.0f} s", flush=True)
     return json.loads(done.read_text("utf-8"))  # type: ignore[no-any-return]
 
 
-def train(job: Job, runs: Path, threads: int, options: Sequence[str]) -> None:
-    folder, command = runs / job.name, [sys.executable, "-m", "mmkernels.cli"]
+def train(job: Job, runs: Path, threads: int, options: Sequence[str], folder: Path) -> None:
+    command = [sys.executable, "-m", "mmkernels.cli"]
     if job.base is None:
         command += ["pretrain", "--recipe", job.recipe]
     else:
@@ -126,6 +132,18 @@ def measured(record: dict[str, Any], name: str, split: str) -> dict[str, Any] | 
     return next((each for each in record["figures"].get(split, ()) if each["name"] == name), None)
 
 
+def speed(job: Job, runs: Path) -> dict[str, Any]:
+    """Seconds per step of a recipe, or of what is fine-tuned from one, on all processors."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = dataclasses.replace(job, options=(*job.options, *SHORT))
+        train(short, runs, len(os.sched_getaffinity(0)), [], Path(folder) / "run")
+        log = (Path(folder) / "run/log.jsonl").read_text("utf-8")
+    seconds = [each["seconds"] for each in map(json.loads, log.splitlines()) if each["kind"] == "step"]
+    found = {"recipe": job.recipe, "task": job.task, "seconds_per_step": median(seconds[-20:])}
+    print(f"{job.name}: {found['seconds_per_step']:.3f} s", flush=True)
+    return found
+
+
 @dataclass(frozen=True)
 class Line:
     """A row of the table, of one split."""
@@ -137,7 +155,7 @@ class Line:
     chance: float
     percent: bool
     higher: bool
-    seconds: float
+    minutes: float  # NaN: its speed is not known
     learns: float  # share of the parameters
 
     @property
@@ -150,8 +168,9 @@ class Line:
         return min(mine) > sign * self.chance and min(mine) > max(theirs)
 
 
-def lines(records: Sequence[dict[str, Any]]) -> Iterator[Line]:
+def lines(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = ()) -> Iterator[Line]:
     """The rows of which every run is there."""
+    pace = {(each["recipe"], each["task"]): each["seconds_per_step"] for each in speeds}
     for row in ROWS:
         own = [each for each in records if (each["recipe"], each["task"]) == (row.recipe, row.task)]
         mine = sorted((each for each in own if not each["variant"]), key=lambda each: each["seed"])[: row.seeds]
@@ -174,15 +193,15 @@ def lines(records: Sequence[dict[str, Any]]) -> Iterator[Line]:
                     math.nan if first["chance"] is None else fmean(each["chance"] for each in values),
                     first["percent"],
                     first["higher_is_better"],
-                    fmean(each["seconds"] for each in mine),
+                    mine[0]["steps"] * pace.get((row.recipe, row.task), math.nan) / 60,
                     max(each["trainable"] / each["parameters"] for each in mine),
                 )
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = ()) -> str:
     """A Markdown table, a row for each recipe; several seeds are a mean ± half of their range."""
-    rows = ["| recipe | figure | of | value | chance | ablation | its value | seconds | |", "|---" * 9 + "|"]
-    for row, found in groupby(lines(records), lambda line: line.row):
+    rows = ["| recipe | figure | of | value | chance | ablation | its value | minutes | |", "|---" * 9 + "|"]
+    for row, found in groupby(lines(records, speeds), lambda line: line.row):
         group = list(found)
         first, seeds = group[0], min(len(line.values) for line in group)
         failed = [line.split for line in group if not line.holds]
@@ -194,7 +213,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             " / ".join(shown(line, [line.chance]) for line in group),
             row.ablation,
             " / ".join(shown(line, line.others) for line in group),
-            f"{first.seconds:.0f}",
+            "" if math.isnan(first.minutes) else f"{first.minutes:.1f}",
             "; ".join(
                 [f"**not shown: {', '.join(failed)}**"] * bool(failed)
                 + [f"{seeds} of {row.seeds} seeds"] * (seeds < row.seeds)
@@ -210,13 +229,14 @@ def shown(line: Line, values: Sequence[float]) -> str:
     return f"{factor * fmean(values):.{digits}f}{spread}"
 
 
-def newest(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The runs of all result files; of the same run the last file's."""
-    found = {}
+def newest(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The runs and speeds of all result files; of the same one the last file's."""
+    runs, speeds = {}, {}
     for path in sorted(paths):
-        for each in json.loads(path.read_text("utf-8"))["runs"]:
-            found[each["recipe"], each["task"], each["variant"], each["seed"]] = each
-    return list(found.values())
+        found = json.loads(path.read_text("utf-8"))
+        runs |= {(each["recipe"], each["task"], each["variant"], each["seed"]): each for each in found["runs"]}
+        speeds |= {(each["recipe"], each["task"]): each for each in found["speeds"]}
+    return list(runs.values()), list(speeds.values())
 
 
 def main() -> None:
@@ -228,31 +248,42 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of each run; 0: the processors divided by --jobs")
     parser.add_argument("--options", nargs="*", default=[], help="further ones of every run, such as steps=20")
     parser.add_argument("--out", type=Path, help="file of the results; default: benches/results/recipes-CPU-DATE.json")
+    parser.add_argument(
+        "--speed", action="store_true", help="only how fast each is; fine-tunes need their finished base"
+    )
     parser.add_argument("--finished", action="store_true", help="only those that have finished: train none")
     parser.add_argument("--table", action="store_true", help="print the table of the results there are, and train none")
     args = parser.parse_args()
     if unknown := [name for name in args.recipes if name not in names]:
         parser.error(f"recipe: expected some of {', '.join(names)}, got {', '.join(unknown)}")
     if args.table:
-        print(table(newest(list(RESULTS.glob("recipes-*.json")))))
+        print(table(*newest(list(RESULTS.glob("recipes-*.json")))))
         return
-    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    options = [part for each in args.options for part in (f"--{each.partition('=')[0]}", each.partition("=")[2])]
     args.runs.mkdir(parents=True, exist_ok=True)
     chosen = jobs([row for row in ROWS if not args.recipes or row.recipe in args.recipes])
+    records, speeds = [], []
+    if args.speed:
+        speeds = [speed(job, args.runs) for job in chosen if not (job.variant or job.seed)]
+    else:
+        records = trained(chosen, args, parser)
+    cpu = "-".join(cpu_name().lower().split()[:3])
+    out = args.out or RESULTS / f"recipes-{'speed-' * args.speed}{cpu}-{date.today()}.json"
+    environment = {"cpu": cpu_name(), "processors": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    found = {"date": str(date.today()), "environment": environment, "runs": records, "speeds": speeds}
+    out.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    print(table(records))
+    print(f"results: {out}")
+
+
+def trained(chosen: Sequence[Job], args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
+    """The records of jobs, of which some may be done already."""
+    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    options = [part for each in args.options for part in (f"--{each.partition('=')[0]}", each.partition("=")[2])]
     chosen = [job for job in chosen if not args.finished or (args.runs / job.name / "done.json").exists()]
     if not chosen:
         parser.error(f"--finished: expected runs that have finished in {args.runs}, got none")
     with ThreadPoolExecutor(args.jobs) as pool:
-        records = list(pool.map(lambda job: run(job, args.runs, threads, options), chosen))
-    log = json.loads((args.runs / chosen[0].name / "log.jsonl").read_text("utf-8").splitlines()[0])
-    cpu = "-".join(cpu_name().lower().split()[:3])
-    out = args.out or RESULTS / f"recipes-{cpu}-{date.today()}.json"
-    environment = {**log["environment"], "cpu": cpu_name(), "processors": len(os.sched_getaffinity(0))}
-    found = {"date": str(date.today()), "environment": environment, "jobs": args.jobs, "runs": records}
-    out.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    print(table(records))
-    print(f"results: {out}")
+        return list(pool.map(lambda job: run(job, args.runs, threads, options), chosen))
 
 
 def cpu_name() -> str:

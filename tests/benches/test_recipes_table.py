@@ -45,7 +45,7 @@ def record(recipe: str, variant: str, seed: int, **figures: float) -> dict[str, 
         {"name": name, "value": value, "chance": 0.1, "percent": True, "higher_is_better": name != "loss"}
         for name, value in figures.items()
     ]
-    run = {"recipe": recipe, "task": "", "variant": variant, "seed": seed, "seconds": 60.0}
+    run = {"recipe": recipe, "task": "", "variant": variant, "seed": seed, "steps": 300}
     return {**run, "parameters": 100, "trainable": 100, "figures": {"A": rows}}
 
 
@@ -64,7 +64,8 @@ def test_a_row_holds_outside_the_spread_and_above_chance(
     records += [record("clip", "blind", seed, recall=value) for seed, value in enumerate(theirs)]
     (line,) = bench.lines(records)  # of split A: B was not measured
     assert line.values == mine and line.others == theirs and line.holds == holds
-    text = bench.table(records)
+    text = bench.table(records, [{"recipe": "clip", "task": "", "seconds_per_step": 0.5}])
+    assert "| 2.5 |" in text, "minutes of 300 steps"
     assert ("**not shown: A**" in text) != holds
     assert f"{50 * sum(mine):.1f} ± {50 * (max(mine) - min(mine)):.1f}" in text
 
@@ -103,8 +104,10 @@ def test_a_fine_tune_begins_with_the_recipes_first_run() -> None:
 def test_the_newest_of_a_run_counts(tmp_path: Path) -> None:
     for date, value in (("2026-01-02", 0.2), ("2026-01-01", 0.1)):
         runs = [record("clip", "", 0, recall=value), record("clip", "", int(value * 10), recall=value)]
-        (tmp_path / f"recipes-x-{date}.json").write_text(json.dumps({"runs": runs}), "utf-8")
-    found = bench.newest(list(tmp_path.glob("*.json")))
+        speeds = [{"recipe": "clip", "task": "", "seconds_per_step": value}]
+        (tmp_path / f"recipes-x-{date}.json").write_text(json.dumps({"runs": runs, "speeds": speeds}), "utf-8")
+    found, speeds = bench.newest(list(tmp_path.glob("*.json")))
+    assert [each["seconds_per_step"] for each in speeds] == [0.2]
     assert sorted((each["seed"], each["figures"]["A"][0]["value"]) for each in found) == [(0, 0.2), (1, 0.1), (2, 0.2)]
 
 
@@ -121,6 +124,10 @@ def test_trains_once(tmp_path: Path) -> None:
         ("relation", "words only"),
     ]
     assert "| relation | relation: accuracy, % | held_out / combinations / drawings |" in first.stdout
+    fast = [*command[:2], "relation", "--speed", "--runs", tmp_path / "runs", "--out", tmp_path / "speed.json"]
+    subprocess.run(fast, check=True, capture_output=True)
+    (found_speed,) = json.loads((tmp_path / "speed.json").read_text("utf-8"))["speeds"]
+    assert found_speed["recipe"] == "relation" and 0 < found_speed["seconds_per_step"] < 60
     (tmp_path / "runs/relation-words-only-0/done.json").unlink()
     finished = [*command[:2], "--finished", "--runs", tmp_path / "runs", "--out", tmp_path / "some.json"]
     subprocess.run(finished, check=True, capture_output=True)

@@ -14,4 +14,5 @@ RECIPE = Recipe(
     },
     objectives={"contrast": Contrast("image", "text")},
     metrics=(Retrieval("image", "text"), ZeroShot("image", "text")),
+    settings={"batch": 256, "steps": 600},
 )
