@@ -25,7 +25,7 @@ def test_overrides() -> None:
     of_ramp = parse(["--recipe", "albef", "--objectives.contrast.distil.end", "0.3", "--fusion.layers", "3"])
     assert of_ramp.wiring().objectives["contrast"].distil == Ramp(0.0, 0.3, 200)
     assert of_ramp.wiring().fusion.layers == 3
-    assert parse([]) == Config()
+    assert parse([]) == Config.of("clip")
     assert parse(["--profile", "3", "2", "--no-tensorboard"]).profile == (3, 2)
 
 

@@ -74,7 +74,7 @@ def section(run: Any, template: str) -> Any:
 
 
 NO_FIGURES: dict[str, Any] = {
-    "config": SimpleNamespace(recipe="r", steps=1, tokens=None, batch=1, seed=0),
+    "config": SimpleNamespace(title="r", steps=1, tokens=None, batch=1, seed=0),
     "data": "d",
     "recipe": SimpleNamespace(summary="s", source="s"),
     "environment": {"device": "cpu", "threads": "1", "mmkernels": "0", "torch": "2"},
