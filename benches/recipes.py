@@ -110,6 +110,7 @@ def train(job: Job, runs: Path, threads: int, options: Sequence[str], folder: Pa
 def record(job: Job, folder: Path, threads: int, options: Sequence[str]) -> dict[str, Any]:
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     steps = [each for each in records if each["kind"] == "step"]
+    start = next(each for each in records if each["kind"] == "start")
     figures = {each["split"]: each["figures"] for each in records if each["kind"] == "eval"}  # the last ones
     return {
         "recipe": job.recipe,
@@ -118,8 +119,8 @@ def record(job: Job, folder: Path, threads: int, options: Sequence[str]) -> dict
         "seed": job.seed,
         "options": [*options, *job.options],
         "threads": threads,
-        "parameters": records[0]["parameters"],
-        "trainable": max(records[0]["trainable"]),
+        "parameters": start["parameters"],
+        "trainable": max(start["trainable"]),
         "steps": len(steps),
         "seconds": round(sum(each["seconds"] for each in steps), 1),
         "evaluation_seconds": round(max(each["seconds"] for each in records if each["kind"] == "eval"), 1),

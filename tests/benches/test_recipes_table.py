@@ -101,6 +101,19 @@ def test_a_fine_tune_begins_with_the_recipes_first_run() -> None:
     assert every[2].options[-2:] == ("--probe", "--scratch")
 
 
+def test_the_record_of_a_fine_tune(tmp_path: Path) -> None:
+    """Its log begins with the weights that it was given; the last evaluation counts."""
+    own = [{"name": "accuracy", "value": value} for value in (0.1, 0.2)]
+    log: list[dict[str, Any]] = [{"kind": "init"}, {"kind": "start", "parameters": 100, "trainable": [4, 8]}]
+    log += [{"kind": "step", "seconds": 0.5, "peak_memory": size} for size in (3, 2)]
+    log += [{"kind": "eval", "split": "A", "seconds": 1.0, "figures": [figure]} for figure in own]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)), "utf-8")
+    found = bench.record(bench.Job("mae", "", ("--probe",), 1, "groups"), tmp_path, 2, ["--steps", "2"])
+    assert (found["parameters"], found["trainable"], found["steps"], found["seconds"]) == (100, 8, 2, 1.0)
+    assert (found["task"], found["peak_memory"], found["figures"]) == ("groups", 3, {"A": [own[1]]})
+    assert found["options"] == ["--steps", "2", "--probe"]
+
+
 def test_the_newest_of_a_run_counts(tmp_path: Path) -> None:
     for date, value in (("2026-01-02", 0.2), ("2026-01-01", 0.1)):
         runs = [record("clip", "", 0, recall=value), record("clip", "", int(value * 10), recall=value)]
