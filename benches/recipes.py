@@ -204,7 +204,7 @@ def table(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = 
     rows = ["| recipe | figure | of | value | chance | ablation | its value | minutes | |", "|---" * 9 + "|"]
     for row, found in groupby(lines(records, speeds), lambda line: line.row):
         group = list(found)
-        first, seeds = group[0], min(len(line.values) for line in group)
+        first, seeds = group[0], min(min(len(line.values), len(line.others)) for line in group)
         failed = [line.split for line in group if not line.holds]
         cells = (
             row.title + (f" ({first.learns:.1%} of the parameters)" if row.like else ""),
