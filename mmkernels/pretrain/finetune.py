@@ -18,7 +18,6 @@ from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.run_folder import stored_config
 from mmkernels.pretrain.setup import read_by
 from mmkernels.pretrain.transfer import Transfer, drawn_anew
-from mmkernels.pretrain.unfreezing import EVERYTHING
 
 __all__ = ["finetuned", "main", "parse"]
 
@@ -38,8 +37,6 @@ class Finetune(Transfer):
 
     base: Annotated[Path, tyro.conf.arg(name="from")]
     """Folder of the run to begin with, or of its exported weights."""
-    scratch: bool = False
-    """Draw all weights anew: the same model and tokenizer without what the run has learned, to compare with."""
     parts_before: Annotated[dict[str, Any], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
 
     @property
@@ -47,14 +44,13 @@ class Finetune(Transfer):
         return Transfer(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Transfer)})
 
 
-def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **changes: Any) -> Config:
+def finetuned(base: Path | str, transfer: Transfer, **changes: Any) -> Config:
     """The config of a run that goes on with the weights of another.
 
     Args:
         base: folder of the other run, or of its exported weights. Its data, seed, batch, precision and device are kept;
             learning rate and steps are those of a shorter run.
         transfer: the task, and what learns.
-        scratch: draw all weights anew; the model and the tokenizer are the same.
         **changes: settings of the new run. Another `data` does not take over how the base's is read.
 
     Raises:
@@ -68,9 +64,9 @@ def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **
     run = Path(base)
     config = stored_config(run)
     recipe, transfer = config.wiring(), dataclasses.replace(transfer, parts_before=config.parts)
-    factor = _lr_factor(transfer, scratch)
+    factor = _lr_factor(transfer)
     if config.transfers:  # the base's rate is a share, too
-        factor /= _lr_factor(config.transfers[-1], config.fresh == EVERYTHING)
+        factor /= _lr_factor(config.transfers[-1])
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     data = config.data or recipe.data
     same_data = changes.get("data", data) in (data, config.data)
@@ -78,9 +74,9 @@ def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **
         "held_out_by": config.held_out_by or tuple(read_by(recipe)[0]),
         **({} if same_data else {name: defaults[name] for name in _OF_DATA}),
         **{name: defaults[name] for name in _OF_RUN},
-        "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *_ways(transfer, scratch)]),
+        "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *_ways(transfer)]),
         "init": run,
-        "fresh": EVERYTHING if scratch else drawn_anew(recipe, transfer),
+        "fresh": drawn_anew(recipe, transfer),
         "transfers": (*config.transfers, transfer),
         "parts": {},
         "lr": float(f"{factor * config.lr:.3g}"),
@@ -93,15 +89,14 @@ def finetuned(base: Path | str, transfer: Transfer, *, scratch: bool = False, **
     return made
 
 
-def _ways(transfer: Transfer, scratch: bool) -> list[str]:
+def _ways(transfer: Transfer) -> list[str]:
     """How it learns, other than everything from the base's weights."""
-    ways = {"probe": transfer.probe, "adapters": transfer.adapters, "unfreeze": transfer.unfreeze, "scratch": scratch}
-    return [name for name, given in ways.items() if given]
+    return [name for name in ("probe", "adapters", "unfreeze", "scratch") if getattr(transfer, name)]
 
 
-def _lr_factor(transfer: Transfer, scratch: bool) -> float:
+def _lr_factor(transfer: Transfer) -> float:
     """The first way counts: a head on random features learns at the rate of a head."""
-    return next((_LR[way] for way in _ways(transfer, scratch)), _LR_OF_ALL)
+    return next((_LR[way] for way in _ways(transfer)), _LR_OF_ALL)
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -129,7 +124,7 @@ def parse(argv: Sequence[str]) -> Config:
         args = [each for each in argv if each not in ("-h", "--help")]
     options, _ = own(Finetune, args=args, prog="mmkernels finetune", return_unknown_args=True)
     changes = {} if first.data is None else {"data": first.data}
-    default = finetuned(options.base, options.transfer, scratch=options.scratch, **changes)
+    default = finetuned(options.base, options.transfer, **changes)
     if first.resume:
         folder = first.run or default.folder
         asked_for = {name: getattr(default, name) for name in ("init", "fresh", "transfers")}

@@ -17,7 +17,7 @@ from mmkernels.pretrain.fusion import AdaptedFusion
 from mmkernels.pretrain.objectives import Answer
 from mmkernels.pretrain.recipe import Recipe, Stage, Stream
 from mmkernels.pretrain.tasks import TASKS, Task
-from mmkernels.pretrain.unfreezing import stages_of
+from mmkernels.pretrain.unfreezing import EVERYTHING, stages_of
 
 __all__ = ["Transfer", "drawn_anew", "transferred"]
 
@@ -46,6 +46,8 @@ class Transfer:
     unfreeze: str | None = None
     """Parts begin to learn one after the other: head:100,fusion:300,all. Parts are head, fusion, all, the names of
     streams and patterns of parameter names; + joins several."""
+    scratch: bool = False
+    """Draw all weights anew: the same model and tokenizer without what the run has learned, to compare with."""
     parts_before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Changed settings of the run's recipe, by dotted name."""
 
@@ -102,8 +104,8 @@ def transferred(base: Recipe, transfer: Transfer) -> Recipe:
 
 
 def drawn_anew(base: Recipe, transfer: Transfer) -> tuple[str, ...]:
-    """Patterns of the names of parameters that do not go on with the run's weights: heads for other classes."""
-    return TASKS[transfer.task](base, transfer.label, transfer.read).fresh
+    """Patterns of the names of parameters that do not go on with the run's weights: heads for other classes, or all."""
+    return EVERYTHING if transfer.scratch else TASKS[transfer.task](base, transfer.label, transfer.read).fresh
 
 
 def _with_fields(task: Task, fields: tuple[str, ...]) -> Task:

@@ -83,7 +83,7 @@ def test_no_list_at_all(text: str, tiny: Make, tmp_path: Path) -> None:
 
 def test_what_is_left_is_less_than_a_batch(tiny: Make, tmp_path: Path) -> None:
     path = list_of(tiny(), list(range(15)), tmp_path / "drop.jsonl")
-    with pytest.raises(ValueError, match="batch_size: expected 1 to"):
+    with pytest.raises(ValueError, match="batch: expected 1 to"):
         train(tiny(filter=path, batch=16))
 
 

@@ -70,9 +70,9 @@ def test_sampler_depends_on_its_seed_and_epoch() -> None:
 
 
 def test_sampler_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(ValueError, match=r"batch_size: expected 1 to 40 \(the distinct concepts to train on\), got 41"):
+    with pytest.raises(ValueError, match=r"batch: expected 1 to 40 \(the distinct concepts to train on\), got 41"):
         BatchSampler(CONCEPTS, 41)
-    with pytest.raises(ValueError, match="batch_size"):
+    with pytest.raises(ValueError, match="batch:"):
         BatchSampler(CONCEPTS, 0)
     with pytest.raises(ValueError, match="seed: expected 0 <= seed"):
         BatchSampler(CONCEPTS, 4, seed=-1)

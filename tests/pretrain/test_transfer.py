@@ -70,7 +70,7 @@ def base(trained: Config, tmp_path: Path) -> Config:
 
 def colours(base: Path, **changes: Any) -> Config:
     """The config of a short run that learns the colours of pictures."""
-    ways = {name: changes.pop(name) for name in ("probe", "adapters", "unfreeze") if name in changes}
+    ways = {name: changes.pop(name) for name in ("probe", "adapters", "unfreeze", "scratch") if name in changes}
     transfer = Transfer("classify", label="colour", read=("image",), **ways)
     short = {"steps": 4, "warmup": 0, "lr": 0.02, "weight_decay": 0.5, "eval_every": 0, "checkpoint_every": 2}
     return finetuned(base, transfer, **{"run": base.parent / "run", **short, **changes})
@@ -262,14 +262,15 @@ def test_a_finetuned_run_is_a_base_too(base: Config, tmp_path: Path) -> None:
 
 
 def test_learning_rates_are_shares_of_the_first_run(base: Config) -> None:
-    """However long the chain, and whatever learned before."""
-    rates = {"": 0.01, "probe": 0.1, "adapters": 0.04}
-    ways: dict[str, dict[str, Any]] = {"": {}, "probe": {"probe": True}, "adapters": {"adapters": 2}}
+    """However long the chain, whatever learned before, and exported or not."""
+    rates = {"": 0.01, "probe": 0.1, "adapters": 0.04, "scratch": 0.02}
+    ways: dict[str, dict[str, Any]] = {"": {}, "probe": {"probe": True}, "adapters": {"adapters": 2}, "scratch": {"scratch": True}}
     for first, options in ways.items():
         one = finetuned(base.folder, Transfer("classify", label="colour", read=("image",), **options))
         assert one.lr == rates[first]
         (base.folder / "config.json").rename(base.folder / "kept")
-        (base.folder / "config.json").write_text(json.dumps(to_dict(one)), encoding="utf-8")
+        exported = dataclasses.replace(one, init=None, fresh=())
+        (base.folder / "config.json").write_text(json.dumps(to_dict(exported)), encoding="utf-8")
         for second, others in ways.items():
             two = finetuned(base.folder, Transfer("classify", label="colour", **others))
             assert two.lr == rates[second], (first, second)

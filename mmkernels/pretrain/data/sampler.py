@@ -28,7 +28,7 @@ class _Dealt(ABC):
         self.step = 0  # batches yielded in total
         self._batches = self._deal(0)
         if not self._batches:  # of a mixture alone: it may deal fewer concepts than it has
-            raise ValueError(f"batch_size: expected at most the distinct concepts of an epoch, got {self._size()}")
+            raise ValueError(f"batch: expected at most the distinct concepts of an epoch, got {self._size()}")
 
     @abstractmethod
     def _deal(self, epoch: int) -> Sequence[np.ndarray]:
@@ -58,7 +58,7 @@ class _Dealt(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's position; JSON-serialisable."""
-        fixed: dict[str, Any] = {"seed": self.seed, "batch_size": self._size(), "samples": self.samples}
+        fixed: dict[str, Any] = {"seed": self.seed, "batch": self._size(), "samples": self.samples}
         if self.shares is not None:
             fixed["shares"] = self.shares.described()
         return {**fixed, "epoch": self.epoch, "position": self.position, "step": self.step}
@@ -66,7 +66,7 @@ class _Dealt(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken. Data, seed, batch size and shares must be the same."""
         mine = self.state_dict()
-        for name in ("seed", "batch_size", "samples", "shares"):
+        for name in ("seed", "batch", "samples", "shares"):
             if state.get(name) != mine.get(name):
                 raise ValueError(f"state: expected {name} {mine.get(name)} as in this run, got {state.get(name)}")
         self.epoch, self.position, self.step = int(state["epoch"]), int(state["position"]), int(state["step"])
@@ -80,14 +80,14 @@ class _Dealt(ABC):
 
 
 class BatchSampler(_Dealt):
-    """Endless batches of `batch_size` indices into a data set, no two of the same concept.
+    """Endless batches of `batch` indices into a data set, no two of the same concept.
 
     Each epoch is a fresh permutation, or what the shares deal, split into batches; a sample whose concept is already in
     the batch moves to the next. An incomplete batch at the end of an epoch is dropped.
 
     Args:
         concepts: int64 [n], the concept of each sample.
-        batch_size: samples per batch; at most the number of distinct concepts.
+        batch: samples per batch; at most the number of distinct concepts.
         seed: of the permutations.
         shares: of the parts of a mixture.
 
@@ -95,19 +95,19 @@ class BatchSampler(_Dealt):
         ValueError: too few distinct concepts for a batch, or for a part's share of it.
     """
 
-    def __init__(self, concepts: np.ndarray, batch_size: int, seed: int = 0, shares: Shares | None = None) -> None:
+    def __init__(self, concepts: np.ndarray, batch: int, seed: int = 0, shares: Shares | None = None) -> None:
         distinct = len(np.unique(concepts))
-        if not 1 <= batch_size <= distinct:
+        if not 1 <= batch <= distinct:
             raise ValueError(
-                f"batch_size: expected 1 to {distinct} (the distinct concepts to train on), got {batch_size}"
+                f"batch: expected 1 to {distinct} (the distinct concepts to train on), got {batch}"
             )
         if shares is not None:
-            shares.fit(concepts, batch_size)
-        self.concepts, self.batch_size = np.asarray(concepts, np.int64), batch_size
+            shares.fit(concepts, batch)
+        self.concepts, self.batch = np.asarray(concepts, np.int64), batch
         super().__init__(len(concepts), seed, shares)
 
     def _size(self) -> int:
-        return self.batch_size
+        return self.batch
 
     def _deal(self, epoch: int) -> list[np.ndarray]:
         concepts = self.concepts.tolist()
@@ -117,7 +117,7 @@ class BatchSampler(_Dealt):
             batch: list[int] = []
             seen: set[int] = set()
             deferred = deque[int]()
-            while len(batch) < self.batch_size and (waiting or fresh):
+            while len(batch) < self.batch and (waiting or fresh):
                 index = waiting.popleft() if waiting else fresh.popleft()
                 if concepts[index] in seen:
                     deferred.append(index)
@@ -125,7 +125,7 @@ class BatchSampler(_Dealt):
                     seen.add(concepts[index])
                     batch.append(index)
             waiting = deferred + waiting
-            if len(batch) < self.batch_size:
+            if len(batch) < self.batch:
                 return [np.array(each, np.int64) for each in batches]
             batches.append(batch)
 

@@ -90,25 +90,25 @@ class Shares:
     def _starts(self) -> list[int]:
         return np.concatenate([[0], np.cumsum(self.sizes)]).tolist()
 
-    def fit(self, concepts: np.ndarray, batch_size: int) -> None:
+    def fit(self, concepts: np.ndarray, batch: int) -> None:
         """Raise ValueError if a part cannot have its share of every batch, since each concept is there at most once.
 
         Args:
             concepts: int64 [n], of all samples.
-            batch_size: samples of a batch, all of different concepts.
+            batch: samples of a batch, all of different concepts.
         """
         for part, (name, share) in enumerate(zip(self.names, self.of, strict=True)):
             _, counts = np.unique(concepts[self._starts[part] : self._starts[part + 1]], return_counts=True)
             distinct, most = len(counts), counts.max() / counts.sum()
-            if self.weights is not None and share * batch_size > distinct:
+            if self.weights is not None and share * batch > distinct:
                 raise ValueError(
-                    f"data_weights: expected at most {100 * distinct / batch_size:.3g}% for {name}, with {distinct} "
-                    f"concepts, each at most once in a batch of {batch_size}; got {100 * float(share):.3g}%"
+                    f"data_weights: expected at most {100 * distinct / batch:.3g}% for {name}, with {distinct} "
+                    f"concepts, each at most once in a batch of {batch}; got {100 * float(share):.3g}%"
                 )
-            if self.weights is not None and share * batch_size * most > 1:
+            if self.weights is not None and share * batch * most > 1:
                 raise ValueError(
-                    f"data_weights: expected at most {100 / (batch_size * most):.3g}% for {name}, since "
-                    f"{100 * most:.3g}% of its samples have one concept, which a batch of {batch_size} has at most "
+                    f"data_weights: expected at most {100 / (batch * most):.3g}% for {name}, since "
+                    f"{100 * most:.3g}% of its samples have one concept, which a batch of {batch} has at most "
                     f"once; got {100 * float(share):.3g}%"
                 )
 
