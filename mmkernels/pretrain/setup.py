@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def open_source(config: Config) -> Data:
     data = open_data(
         name,
         weights=config.data_weights,
-        partial=may_lack(recipe),  # what must be there is checked below
+        partial=may_lack(recipe) or bool(config.without),  # what must be there is checked below
         fields=[*fields, *labels],
         labels=tuple(dict.fromkeys([*labels, *config.labels])),
         table=config.table,
@@ -57,7 +57,7 @@ def open_source(config: Config) -> Data:
         max_eval=config.eval_limit,
         max_broken=config.max_broken if config.filter is None else 1.0,
     )
-    expect_fields(config.recipe, recipe, name, data.train)
+    expect_fields(config.recipe, recipe, name, data.train, config.without)
     if config.filter is not None:
         data = FilterList.read(config.filter).apply(data)
         for source in (data.train, *data.held_out.values()):
@@ -129,12 +129,13 @@ def may_lack(recipe: Recipe) -> bool:
     return any(getattr(metric, "optional", False) for metric in recipe.metrics)
 
 
-def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
+def expect_fields(name: str, recipe: Recipe, data: str, source: Source, without: Collection[str] = ()) -> None:
     """Raise ValueError if a data set lacks what a part of a recipe reads, or a part names what the recipe lacks.
 
-    A set of a mixture may lack some fields, which is logged, but not all that the streams read.
+    It may lack what streams read that every sample is without. A set of a mixture may lack some fields, which is
+    logged, but not all that the streams read.
     """
-    wanted = {stream.field or key: f"streams.{key}" for key, stream in recipe.streams.items()}
+    wanted = {stream.field or key: key for key, stream in recipe.streams.items() if key not in without}
     parts = {f"objectives.{key}": part for key, part in recipe.objectives.items()}
     parts |= {f"metrics.{type(part).__name__}": part for part in recipe.metrics}
     labels = {part.label: key for key, part in reversed(parts.items()) if getattr(part, "label", "")}
@@ -143,11 +144,12 @@ def expect_fields(name: str, recipe: Recipe, data: str, source: Source) -> None:
         if metric.label not in source.classes and parts[key] is metric:
             log.warning("%s has no label %r: %s is not measured", data, metric.label, key)
             del labels[metric.label]
-    for field, who in wanted.items():
+    for field, key in wanted.items():
         if field not in source.fields:
+            hint = f" (to learn without that stream: --without {key})" if len(wanted) > 1 else ""
             raise ValueError(
-                f"data: expected a data set with the field {field!r}, which {who} of recipe {name} reads, got {data}, "
-                f"which has {', '.join(source.fields)}"
+                f"data: expected a data set with the field {field!r}, which streams.{key} of recipe {name} reads, got "
+                f"{data}, which has {', '.join(source.fields)}{hint}"
             )
     for field, who in labels.items():
         if field not in source.classes:
@@ -178,9 +180,9 @@ def _expect_names(who: str, part: Any, known: Mapping[str, Mapping[str, Any]], e
 
 
 def _expect_parts(name: str, source: Mixed, wanted: Mapping[str, str], labels: Mapping[str, str]) -> None:
-    """Of each data set of a mixture: field or label -> who reads it."""
+    """Of each data set of a mixture: field -> the stream, label -> the part that reads it."""
     for part, its in source.parts.items():
-        lacking = [f"{field} ({who})" for field, who in wanted.items() if field not in its.fields]
+        lacking = [f"{field} (streams.{key})" for field, key in wanted.items() if field not in its.fields]
         if len(lacking) == len(wanted):
             raise ValueError(
                 f"data: expected data sets with some of the fields {', '.join(wanted)}, which recipe {name} reads, got "

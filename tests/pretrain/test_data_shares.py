@@ -166,9 +166,7 @@ def test_an_epoch_that_deals_too_few_concepts_for_a_batch_is_passed_over(monkeyp
     for seed in range(8):
         shares = Shares("ab", (40, 2), (1, 1))
         if len(set(concepts[shares.order(seed, 0)].tolist())) < 4:
-            with pytest.raises(
-                ValueError, match="batch: expected at most the distinct concepts of an epoch, got 4"
-            ):
+            with pytest.raises(ValueError, match="batch: expected at most the distinct concepts of an epoch, got 4"):
                 BatchSampler(concepts, 4, seed, shares)
             continue
         batches = list(islice(sampler := BatchSampler(concepts, 4, seed, shares), 5))

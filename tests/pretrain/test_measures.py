@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -26,7 +27,7 @@ FITS = {
     "mae": "probe neighbours reconstruction",
     "relation": "predictions classes groups ablation",
     "uniter": "retrieval predictions classes groups perplexity ablation",
-    "vqa": "probe neighbours predictions classes groups ablation",
+    "vqa": "probe neighbours predictions classes groups perplexity ablation",
 }
 
 
@@ -143,13 +144,18 @@ def test_validation_holds_out_training_concepts(tiny: Callable[..., Config]) -> 
     assert not set(mixed.train.concepts.tolist()) & set(mixed.held_out["validation"].concepts.tolist())
 
 
-def test_answers_without_their_kinds(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Your own questions need no column that only a metric would read; one that the model reads is missed."""
+def test_questions_without_captions_or_kinds(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Your own questions need no captions, said so, and no column that only a metric would read."""
     images = sorted(path.name for path in pictures.glob("*.png"))
     rows = [{"image": name, "question": f"what is {name}?", "answer": name[:3]} for name in images]
     table = pictures / "captions.jsonl"
     table.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     config = small("vqa", tmp_path / "run", steps=1, data=f"folder:{pictures}", eval_fraction=0.3)
+    with pytest.raises(ValueError, match=r"the field 'text', which .* has image, question, .*: --without text\)"):
+        open_source(config)
+    config = dataclasses.replace(config, without=("text",))
     figures = {f["name"] for record in train(config).folder.records("eval") for f in record["figures"]}
     assert "answer: accuracy" in figures and not any("kind" in name for name in figures)
     assert "has no label 'kind': metrics.Groups is not measured" in capsys.readouterr().err

@@ -264,7 +264,12 @@ def test_a_finetuned_run_is_a_base_too(base: Config, tmp_path: Path) -> None:
 def test_learning_rates_are_shares_of_the_first_run(base: Config) -> None:
     """However long the chain, whatever learned before, and exported or not."""
     rates = {"": 0.01, "probe": 0.1, "adapters": 0.04, "scratch": 0.02}
-    ways: dict[str, dict[str, Any]] = {"": {}, "probe": {"probe": True}, "adapters": {"adapters": 2}, "scratch": {"scratch": True}}
+    ways: dict[str, dict[str, Any]] = {
+        "": {},
+        "probe": {"probe": True},
+        "adapters": {"adapters": 2},
+        "scratch": {"scratch": True},
+    }
     for first, options in ways.items():
         one = finetuned(base.folder, Transfer("classify", label="colour", read=("image",), **options))
         assert one.lr == rates[first]

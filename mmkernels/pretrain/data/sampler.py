@@ -98,9 +98,7 @@ class BatchSampler(_Dealt):
     def __init__(self, concepts: np.ndarray, batch: int, seed: int = 0, shares: Shares | None = None) -> None:
         distinct = len(np.unique(concepts))
         if not 1 <= batch <= distinct:
-            raise ValueError(
-                f"batch: expected 1 to {distinct} (the distinct concepts to train on), got {batch}"
-            )
+            raise ValueError(f"batch: expected 1 to {distinct} (the distinct concepts to train on), got {batch}")
         if shares is not None:
             shares.fit(concepts, batch)
         self.concepts, self.batch = np.asarray(concepts, np.int64), batch

@@ -62,7 +62,7 @@ class WordsEncoder(EncoderModule):
         super().__init__()
         self.causal = part.causal
         self.table = nn.Embedding(facts.vocabulary, facts.shape.width)
-        nn.init.normal_(self.table.weight, std=0.02 if part.layers == 0 else 0.5)
+        nn.init.normal_(self.table.weight, std=0.02 if part.layers == 0 else 0.05)
         self.blocks = Blocks(part.layers, facts, rotary=True)
 
     def forward(self, batch: PackedBatch) -> Tensor:

@@ -13,7 +13,8 @@ RECIPE = Recipe(
         "query": Stream(Patches(), field="image", views=(RandomCrop(salt=1),), project="mlp", teacher=Ema(0.99)),
         "key": Stream(Patches(), field="image", views=(RandomCrop(salt=2),), project="mlp", tied="query"),
     },
-    objectives={"views": Contrast("query", "key", queue=2048, symmetric=False, positives="sample")},
+    # A queue much smaller than the data: a larger one holds the image itself, in other crops, among its negatives.
+    objectives={"views": Contrast("query", "key", queue=512, symmetric=False, positives="sample")},
     metrics=(NearestNeighbours("query"), LinearProbe("query")),
-    settings={"steps": 600, "chunk": 128},
+    settings={"batch": 64, "steps": 1000},
 )
