@@ -110,7 +110,7 @@ class Config:
     """Fields of your own data by which that is chosen, read or not; none: those that are read. A fine-tune has those of
     the run before, so that neither learns from what the other is measured on."""
     without: tuple[str, ...] = ()
-    """Streams that every sample lacks, in training and evaluation: an ablation."""
+    """Streams that every sample lacks, in training and evaluation: an ablation. The data need not have their fields."""
     validate: bool = False
     """Learn without, and evaluate on, a tenth of the training concepts, and leave the held-out sets alone: to choose
     settings by."""

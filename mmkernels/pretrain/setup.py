@@ -37,10 +37,7 @@ _VALIDATION = 0.1  # share of the concepts
 def open_source(config: Config) -> Data:
     """The data of a run, without what its filter list names. Raise ValueError if it lacks what the recipe reads."""
     recipe = config.wiring()
-    if unknown := [stream for stream in config.without if stream not in recipe.streams]:
-        raise ValueError(f"without: expected some of the streams {', '.join(recipe.streams)}, got {unknown[0]!r}")
-    if len(set(config.without)) == len(recipe.streams):
-        raise ValueError(f"without: expected a stream that is left, got all of them ({', '.join(config.without)})")
+    _expect_some_left(recipe, config.without)
     expect_packages(recipe.metrics)
     name = config.data or recipe.data
     fields, labels = read_by(recipe)
@@ -65,6 +62,22 @@ def open_source(config: Config) -> Data:
     if config.validate:
         data = validation(name, data, config.eval_limit)
     return data._replace(train=some_of(name, data.train, config.train_fraction))
+
+
+def _expect_some_left(recipe: Recipe, without: Sequence[str]) -> None:
+    """Raise ValueError unless an objective can learn without the streams."""
+    if unknown := [stream for stream in without if stream not in recipe.streams]:
+        raise ValueError(f"without: expected some of the streams {', '.join(recipe.streams)}, got {unknown[0]!r}")
+    needs = {
+        name: dict.fromkeys(stream for each in ("stream", "a", "b", "read") if (stream := getattr(part, each, "")))
+        for name, part in recipe.objectives.items()
+        if part.weight != 0
+    }
+    if without and all(streams.keys() & set(without) for streams in needs.values()):
+        read = "; ".join(f"{name} reads {', '.join(streams)}" for name, streams in needs.items())
+        raise ValueError(
+            f"without: expected streams that some objective does not need, got {', '.join(without)} ({read})"
+        )
 
 
 def some_of(name: str, source: Source, fraction: float) -> Source:

@@ -144,6 +144,21 @@ def test_validation_holds_out_training_concepts(tiny: Callable[..., Config]) -> 
     assert not set(mixed.train.concepts.tolist()) & set(mixed.held_out["validation"].concepts.tolist())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "without", "parts", "message"),
+    [
+        ("clip", ("audio",), {}, "expected some of the streams image, text, got 'audio'"),
+        ("clip", ("text",), {}, r"some objective does not need, got text \(contrast reads image, text\)"),
+        ("vqa", ("question", "text"), {}, r"got question, text \(answer reads question; words reads text\)"),
+        ("vqa", ("question",), {"objectives.words.weight": 0.0}, r"got question \(answer reads question\)"),
+    ],
+)
+def test_what_cannot_learn_without(recipe: str, without: tuple[str, ...], parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"without: .*{message}"):
+        open_source(Config.of(recipe, without=without, parts=parts))
+    open_source(Config.of("vqa", without=("image",)))
+
+
 def test_questions_without_captions_or_kinds(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

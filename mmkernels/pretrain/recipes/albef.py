@@ -22,5 +22,5 @@ RECIPE = Recipe(
         "words": MaskedTokens("masked"),
     },
     metrics=(Retrieval("image", "text"), Reranked("matching"), Predictions("matching"), Predictions("words")),
-    settings={"batch": 64, "chunk": 64, "eval_limit": 256},
+    settings={"batch": 64, "chunk": 64, "steps": 1200, "eval_limit": 256},
 )
