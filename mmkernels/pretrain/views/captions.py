@@ -18,9 +18,9 @@ __all__ = ["Captions"]
 class Captions(View):
     """Draw a caption, and keywords beside it. A sample without keywords always uses one of its captions."""
 
-    name_only: float = 0.3
+    name_only: float = 0.6
     """Fraction of captions that are a name alone."""
-    name_and_keywords: float = 0.5
+    name_and_keywords: float = 0.4
     """Fraction of captions that are a name among keywords; the rest are keywords alone."""
     max_keywords: int = 4
     """Most keywords in one caption."""
