@@ -22,6 +22,7 @@ __all__ = [
     "documents",
     "expect_fields",
     "expect_packages",
+    "expect_some_left",
     "may_lack",
     "open_source",
     "read_by",
@@ -37,7 +38,7 @@ _VALIDATION = 0.1  # share of the concepts
 def open_source(config: Config) -> Data:
     """The data of a run, without what its filter list names. Raise ValueError if it lacks what the recipe reads."""
     recipe = config.wiring()
-    _expect_some_left(recipe, config.without)
+    expect_some_left(recipe, config.without)
     expect_packages(recipe.metrics)
     name = config.data or recipe.data
     fields, labels = read_by(recipe)
@@ -64,8 +65,8 @@ def open_source(config: Config) -> Data:
     return data._replace(train=some_of(name, data.train, config.train_fraction))
 
 
-def _expect_some_left(recipe: Recipe, without: Sequence[str]) -> None:
-    """Raise ValueError unless an objective can learn without the streams."""
+def expect_some_left(recipe: Recipe, without: Sequence[str]) -> None:
+    """Raise ValueError unless a recipe has the streams, and an objective can learn without them."""
     if unknown := [stream for stream in without if stream not in recipe.streams]:
         raise ValueError(f"without: expected some of the streams {', '.join(recipe.streams)}, got {unknown[0]!r}")
     needs = {

@@ -32,6 +32,7 @@ def answer(base: Recipe, label: str, read: Sequence[str]) -> Task:
     streams, fusion = _fused("answer", base)
     known = dict.fromkeys([*streams, *_written(fusion)])
     (stream,) = _chosen("answer", read, known, 1) if read else (_written(fusion) or _asked(streams))[:1]
+    streams, fusion = _alone(streams, fusion, stream)
     if "question" not in {_field(n, s) for n, s in streams.items()}:
         texts = {n: s for n, s in streams.items() if _field(n, s) == "text"}
         streams = {**streams, **{n: dataclasses.replace(s, field="question") for n, s in texts.items()}}
@@ -74,7 +75,10 @@ def caption(base: Recipe, label: str, read: Sequence[str]) -> Task:
     _no_label("caption", label)
     causal = [n for n, s in base.streams.items() if getattr(s.encoder, "causal", False)]
     (stream,) = _chosen("caption", read, causal, 1, "causal ")
-    streams, fusion = _fused("caption", base) if base.fusion is not None else ({stream: base.streams[stream]}, None)
+    if base.fusion is None:
+        streams, fusion = {stream: base.streams[stream]}, None
+    else:
+        streams, fusion = _alone(*_fused("caption", base), stream)
     found = _of_base(base, lambda part: isinstance(part, NextToken) and part.stream == stream)
     return _by_token(base, streams, fusion, *(found or ("words", NextToken(stream))))
 
@@ -173,6 +177,19 @@ def _fused(task: str, base: Recipe) -> tuple[dict[str, Stream], Any]:
     owners = {base.streams[n].tied or n for n in named}
     kept = {n: s for n, s in base.streams.items() if n in owners | (set(named) - extra)}
     return kept, dataclasses.replace(base.fusion, **fewer)
+
+
+def _alone(streams: dict[str, Stream], fusion: Any, stream: str) -> tuple[dict[str, Stream], Any]:
+    """Without the others of the streams that a fusion changes each by itself."""
+    into = getattr(fusion, "into", ())
+    if isinstance(into, str) or stream not in into:
+        return streams, fusion
+    if isinstance(fusion, AdaptedFusion):
+        kept, inner = _alone(streams, fusion.fusion, stream)
+        return kept, dataclasses.replace(fusion, fusion=inner)
+    others = set(into) - {stream, streams[stream].tied}
+    kept = {name: each for name, each in streams.items() if name not in others}
+    return kept, dataclasses.replace(fusion, into=(stream,))
 
 
 def _repeats(streams: Mapping[str, Stream], name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -184,10 +185,15 @@ def test_labels_tell_samples_apart(tmp_path: Path) -> None:
     folder = pictured(tmp_path / "data", ["a", "b"])
     rows = [{"image": "0.png", "question": "what?", "answer": answer} for answer in ("cat", "dog", "cat")]
     written(folder, rows)
-    report = examine(DataReport(f"folder:{folder}", recipe="vqa", labels=("answer",), eval_fraction=0.0))
+    options = DataReport(f"folder:{folder}", recipe="vqa", without=("text",), labels=("answer",), eval_fraction=0.0)
+    report = examine(options)
     assert found(report, "duplicates") == {"captions.jsonl: line 3"}
     assert found(report, "same-picture") == {"captions.jsonl: line 2"}
     assert report.tables["classes"]["answer"]["counts"] == {"cat": {"train": 2}, "dog": {"train": 1}}
+    with pytest.raises(ValueError, match="without: expected some of the streams image, question, text, got 'sound'"):
+        examine(dataclasses.replace(options, without=("sound",)))
+    with pytest.raises(ValueError, match="recipe: expected one, whose streams are meant"):
+        dataclasses.replace(options, recipe=None)
 
 
 def test_shards(tmp_path: Path) -> None:

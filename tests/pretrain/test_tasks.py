@@ -45,7 +45,8 @@ FITS = [
     ("simclr", Transfer("classify", "tag"), {"a"}),
     ("simclr", Transfer("retrieve", unfreeze="head : 5, all"), {"a", "b"}),  # whose objective has no parameters
     ("cca", Transfer("retrieve", unfreeze="head:5,all"), {"image", "text"}),
-    ("vqa", Transfer("answer", "colour"), {"image", "question"}),
+    ("vqa", Transfer("answer", "colour"), {"image", "question"}),  # which learns without captions
+    ("vqa", Transfer("caption"), {"image", "text"}),
     ("uniter", Transfer("answer", unfreeze="head:5,fusion:9,regions+text"), {"text", "regions"}),
     ("uniter", Transfer("match"), {"text", "regions"}),
     ("flamingo", Transfer("caption"), {"image", "text"}),

@@ -13,7 +13,7 @@ from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.data_report.settings import DataReport
 from mmkernels.pretrain.journal import data_warnings
 from mmkernels.pretrain.recipe import Recipe
-from mmkernels.pretrain.setup import expect_fields, may_lack, read_by
+from mmkernels.pretrain.setup import expect_fields, expect_some_left, may_lack, read_by
 
 __all__ = ["Opened", "opened"]
 
@@ -60,12 +60,14 @@ def opened(options: DataReport) -> Opened:
     """Open the data. Raise ValueError where training would, but not for broken samples."""
     recipe = None if options.recipe is None else recipes.load(options.recipe)
     fields, labels = (None, []) if recipe is None else read_by(recipe)
+    if recipe is not None:
+        expect_some_left(recipe, options.without)
     with data_warnings() as warnings:
         data = open_data(
             options.source,
             fields=None if fields is None else [*fields, *labels],
             labels=tuple(dict.fromkeys([*labels, *options.labels])),
-            partial=recipe is not None and may_lack(recipe),
+            partial=recipe is not None and (may_lack(recipe) or bool(options.without)),
             table=options.table,
             resolution=options.resolution,
             eval_fraction=options.eval_fraction,
@@ -75,7 +77,7 @@ def opened(options: DataReport) -> Opened:
             cache_bytes=0,
         )
     if recipe is not None:
-        expect_fields(str(options.recipe), recipe, options.source, data.train)
+        expect_fields(str(options.recipe), recipe, options.source, data.train, options.without)
     if TRAIN in data.held_out:
         raise ValueError(
             f"source: expected held-out sets of other names than {TRAIN!r}, got {', '.join(data.held_out)}"

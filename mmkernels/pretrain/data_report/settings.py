@@ -31,6 +31,8 @@ class DataReport:
     spaces in between. Of duplicates the first stays; of a leak the held-out sample does."""
     recipe: str | None = None
     """Read what this recipe reads, as its training does; default: every field that the data are known to have."""
+    without: tuple[str, ...] = ()
+    """Streams of the recipe whose fields the data may lack, as in training."""
     labels: tuple[str, ...] = ()
     """Further columns of your own data whose values are classes, as in training."""
     csv_separator: str | None = None
@@ -67,6 +69,10 @@ class DataReport:
             raise ValueError(f"limit: expected at least 1, got {self.limit}")
         if self.max_tokens < 3:
             raise ValueError(f"max_tokens: expected at least 3, two of which mark the ends, got {self.max_tokens}")
+        if self.without and self.recipe is None:
+            raise ValueError(
+                f"recipe: expected one, whose streams are meant, got none, without {', '.join(self.without)}"
+            )
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction: expected 0 <= eval_fraction < 1, got {self.eval_fraction}")
         object.__setattr__(self, "drop", chosen(self.drop))
