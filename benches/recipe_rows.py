@@ -22,6 +22,7 @@ class Row:
     seeds: int = 1
     ablated: str = ""  # name of the figure of the ablation, if another; of bigrams, if in the same run and not said
     options: tuple[str, ...] = ()  # of both
+    alone: tuple[str, ...] = ()  # of the recipe, not of its ablation
     task: str = ""  # a name for what a trained recipe is fine-tuned to; options are then those of `mmkernels finetune`
     like: str = ""  # the task whose figure is to be reached: 95% of it, with at most a tenth of the parameters
 
@@ -30,13 +31,24 @@ class Row:
         return f"{self.recipe} → {self.task}" if self.task else self.recipe
 
 
-def transferred(recipe: str, figure: str, splits: tuple[str, ...], task: str, *options: str) -> tuple[Row, ...]:
+def transferred(
+    recipe: str, figure: str, splits: tuple[str, ...], task: str, *options: str, unfreeze: str = "all"
+) -> tuple[Row, ...]:
     """A head alone, everything, and adapters, which learn from a tenth of the labels."""
     tenth, scratch = (*options, "--train-fraction", "0.1"), ("from scratch", ("--scratch",))
     probe, full, adapters = (f"{task}, {way}" for way in ("probe", "fine-tuned", "adapters"))
     return (
         Row(recipe, figure, splits, *scratch, seeds=3, task=probe, options=(*tenth, "--probe")),
-        Row(recipe, figure, splits, *scratch, seeds=3, task=full, options=tenth),
+        Row(
+            recipe,
+            figure,
+            splits,
+            *scratch,
+            seeds=3,
+            task=full,
+            options=tenth,
+            alone=() if unfreeze == "all" else ("--unfreeze", unfreeze),
+        ),
         Row(recipe, figure, splits, "fine-tuned", (), 3, task=adapters, options=(*tenth, "--adapters", "8"), like=full),
     )
 
@@ -97,5 +109,5 @@ ROWS = (
         ("--stages.stage-0.until", "1", "--stages.stage-1.until", "2", "--stages.stage-2.lr-scale", "1"),
     ),
     *transferred("mae", "classes: accuracy", EMOJI, "groups", "--task", "classify", "--label", "group"),
-    *transferred("albef", "answer: accuracy", SCENES, "answers", "--task", "answer"),
+    *transferred("albef", "answer: accuracy", SCENES, "answers", "--task", "answer", unfreeze="head:100,all"),
 )  # fmt: skip

@@ -68,7 +68,7 @@ def jobs(rows: Sequence[Row]) -> list[Job]:
     found: dict[str, Job] = {}
     for row in rows:
         for seed in range(row.seeds):
-            for variant, changes in (("", ()), (row.ablation, row.changes)):
+            for variant, changes in (("", row.alone), (row.ablation, row.changes)):
                 if not variant or changes:
                     job = Job(row.recipe, variant, (*row.options, *changes), seed, row.task)
                     found |= {each.name: each for each in (job.base, job) if each is not None}

@@ -99,6 +99,9 @@ def test_a_fine_tune_begins_with_the_recipes_first_run() -> None:
     assert len(every) == 1 + 3 * (2 + 2 + 1)
     assert {job.base and job.base.name for job in every[1:]} == {"mae-0"}
     assert every[2].options[-2:] == ("--probe", "--scratch")
+    by_stages = bench.jobs(recipe_rows.transferred("mae", "accuracy", ("A",), "groups", unfreeze="head:9,all"))
+    changed = [a.name for a, b in zip(every, by_stages, strict=True) if a.options != b.options]
+    assert changed == [f"mae-groups-fine-tuned-{seed}" for seed in range(3)]
 
 
 def test_the_record_of_a_fine_tune(tmp_path: Path) -> None:
