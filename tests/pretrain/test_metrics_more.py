@@ -194,7 +194,7 @@ def test_zero_shot_by_concept_and_by_label() -> None:
 
 
 def test_candidates_are_judged_one_by_one() -> None:
-    """Against a fusion of each pair alone."""
+    """Against a fusion of each pair alone, beside the similarity by which wrong pairs are drawn."""
     of, source = towers(), pairs(7)
     source.concepts = np.array([0, 1, 2, 2, 3, 4, 5])
     model, sets = built(of, source).float().eval(), held_out(of, source, source)
@@ -212,7 +212,7 @@ def test_candidates_are_judged_one_by_one() -> None:
                 chunk = model.whole(collator(of, pair)([pair[0]], [0], mode="plain"), "matching")
                 pooled = chunk.fused["text"].x.mean(0, keepdim=True)
                 wrong, matched = model.objectives["matching"].head(pooled)[0].tolist()
-                scores.append(matched - wrong)
+                scores.append(matched - wrong + of.objectives["matching"].scale * float(a[i] @ b[j]))
             chosen = nearest[int(np.argmax(scores))]
             right.append(source.concepts[chosen] == source.concepts[i])
             first.append(source.concepts[nearest[0]] == source.concepts[i])

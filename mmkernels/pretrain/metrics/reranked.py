@@ -1,6 +1,7 @@
 """Retrieval by a fusion, which judges pair by pair.
 
-Source: Li et al. 2021 (ALBEF, arXiv:2107.07651).
+Source: Li et al. 2021 (ALBEF, arXiv:2107.07651); what is added to a logit: Gutmann and Hyvärinen 2010,
+Noise-contrastive Estimation.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ __all__ = ["Matched", "Reranked"]
 @dataclass(frozen=True)
 class Reranked:
     """Recall at 1 of a matching objective's first stream, `a`, in its second, `b`: by the similarity of embeddings
-    alone, and after the objective has judged the nearest candidates."""
+    alone, and after the objective has judged the nearest candidates.
+
+    Its wrong pairs were drawn by exp(scale x similarity), so that its logit tells the right answer from those that look
+    right, and nothing of how much they do: both are added, as noise-contrastive estimation adds the noise."""
 
     objective: str = "matching"
     """A `Matching` with sampled negatives."""
@@ -38,7 +42,8 @@ class Reranked:
         found = pairs_of(model, held_out, self.objective, self.limit)
         if found is None:
             return []
-        a, b, chunk = found.objective.part.a, found.objective.part.b, found.chunk
+        part, chunk = found.objective.part, found.chunk
+        a, b = part.a, part.b
         rows = found.having(a, b)
         concepts = chunk.batch.concepts[rows]
         answers = rows[_firsts(concepts)]
@@ -46,8 +51,10 @@ class Reranked:
             return []
         queries, keys = (chunk.whole.embedding(name).float() for name in (a, b))
         k = min(self.candidates, len(answers))
-        near = answers[topk_similar(queries[rows], keys[answers], k)[1]]  # [Q, k]
-        scores = found.scores({a: rows.repeat_interleave(k), b: near.flatten()}).view(-1, k).to(near.device)
+        similar, places = topk_similar(queries[rows], keys[answers], k)  # [Q, k]
+        near = answers[places]
+        judged = found.scores({a: rows.repeat_interleave(k), b: near.flatten()}).view(-1, k).to(near.device)
+        scores = judged + (part.scale * similar if part.negatives == "sampled" else 0.0)
         best = near.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
         plain, better = ((chunk.batch.concepts[each] == concepts).cpu() for each in (near[:, 0], best))
         name, clusters = f"{a} → {b} R@1 of {len(answers)}", concepts.cpu()
