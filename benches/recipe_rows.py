@@ -15,7 +15,7 @@ class Row:
     """A recipe, the figure that it must show, and what must be worse."""
 
     recipe: str
-    figure: str  # name of the figure; * stands for a number of samples
+    figure: str  # its name
     splits: tuple[str, ...]  # where it is read
     ablation: str  # in words
     changes: tuple[str, ...]  # the options that make it; none: it is measured in the same run
@@ -63,8 +63,8 @@ ROWS = (
     Row("moco", "query: concept by a linear probe", ("A",), "no queue", ("--objectives.views.queue", "0")),
     Row("mae", "image: concept by a linear probe", ("A",), "untrained encoder", UNTRAINED),
     Row(
-        "albef", "image → text R@1 of *, re-ranked", SCENES, "no matching", ("--objectives.matching.weight", "0"),
-        seeds=3, ablated="image → text R@1",
+        "albef", "image → text, re-ranked R@1", SCENES, "no matching", ("--objectives.matching.weight", "0"),
+        seeds=3, ablated="image → text, nearest R@1",
     ),
     Row(
         "albef", "image → text R@10", SCENES, "no distillation", ("--objectives.contrast.distil.end", "0"), seeds=3,
@@ -105,7 +105,7 @@ ROWS = (
         ("--streams.video.encoder.frames", "1", "--streams.video.encoder.tubelet", "1"),
     ),
     Row(
-        "progressive", "image → text R@1 of *, re-ranked", EMOJI, "all at once",
+        "progressive", "image → text, re-ranked R@1", EMOJI, "all at once",
         ("--stages.stage-0.until", "1", "--stages.stage-1.until", "2", "--stages.stage-2.lr-scale", "1"),
     ),
     *transferred("mae", "classes: accuracy", EMOJI, "groups", "--task", "classify", "--label", "group"),

@@ -29,7 +29,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
@@ -131,8 +130,7 @@ def record(job: Job, folder: Path, threads: int, options: Sequence[str]) -> dict
 
 
 def measured(record: dict[str, Any], name: str, split: str) -> dict[str, Any] | None:
-    """A figure; a * in its name stands for a number of samples."""
-    return next((each for each in record["figures"].get(split, ()) if fnmatchcase(each["name"], name)), None)
+    return next((each for each in record["figures"].get(split, ()) if each["name"] == name), None)
 
 
 def speed(job: Job, runs: Path) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def table(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = 
         failed = [line.split for line in group if not line.holds]
         cells = (
             row.title + (f" ({first.learns:.1%} of the parameters)" if row.like else ""),
-            row.figure.replace(" of *", "") + (", %" if first.percent else "") + ("" if first.higher else " ↓"),
+            row.figure + (", %" if first.percent else "") + ("" if first.higher else " ↓"),
             " / ".join(line.split for line in group),
             " / ".join(shown(line, line.values) for line in group),
             " / ".join(shown(line, [line.chance]) for line in group),

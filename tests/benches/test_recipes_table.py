@@ -152,9 +152,3 @@ def test_trains_once(tmp_path: Path) -> None:
     assert nothing.returncode == 2 and "--finished: expected runs that have finished in" in nothing.stderr
     bad = subprocess.run([*command[:2], "clap"], capture_output=True, text=True)
     assert bad.returncode == 2 and "recipe: expected some of clip, siglip" in bad.stderr
-
-
-def test_a_star_stands_for_a_number_of_samples() -> None:
-    found = {"figures": {"A": [{"name": "R@1 of 253", "value": 1}, {"name": "R@1 of 253, re-ranked", "value": 2}]}}
-    assert bench.measured(found, "R@1 of *, re-ranked", "A") == {"name": "R@1 of 253, re-ranked", "value": 2}
-    assert bench.measured(found, "R@10", "A") is None

@@ -57,10 +57,10 @@ class Reranked:
         scores = judged + (part.scale * similar if part.negatives == "sampled" else 0.0)
         best = near.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
         plain, better = ((chunk.batch.concepts[each] == concepts).cpu() for each in (near[:, 0], best))
-        name, clusters = f"{a} → {b} R@1 of {len(answers)}", concepts.cpu()
+        chance, clusters = 1 / len(answers), concepts.cpu()
         return [
-            Figure.of_each(name, plain, 1 / len(answers), clusters=clusters),
-            Figure.of_each(f"{name}, re-ranked", better, 1 / len(answers), clusters=clusters, headline=True),
+            Figure.of_each(f"{a} → {b}, nearest R@1", plain, chance, clusters=clusters),
+            Figure.of_each(f"{a} → {b}, re-ranked R@1", better, chance, clusters=clusters, headline=True),
         ]
 
 
