@@ -106,15 +106,22 @@ def _loop(
                 journal.warn(warning)
 
         if _due(config.eval_every, trainer.step, config.steps):
-            began = time.perf_counter()
-            found = evaluate(trainer.trained, trainer.recipe.metrics, trainer.held_out)
-            journal.evaluation(found, time.perf_counter() - began)
+            _measure(trainer, journal)
         if _due(config.checkpoint_every, trainer.step, config.steps):
             trainer.save(folder.checkpoints, guard=guard.state_dict())
             saved = trainer.step
     if saved != trainer.step:
         trainer.save(folder.checkpoints, guard=guard.state_dict())
     profiled.close()
+
+
+def _measure(trainer: Trainer, journal: Journal) -> None:
+    began, metrics = time.perf_counter(), trainer.recipe.metrics
+    found = evaluate(trainer.trained, metrics, trainer.held_out)
+    journal.evaluation(found, time.perf_counter() - began)
+    if found and metrics and not any(found.values()):
+        names = ", ".join(dict.fromkeys(type(metric).__name__ for metric in metrics))
+        journal.warn(f"nothing could be measured: {names} give no figure of {', '.join(found)}")
 
 
 def _due(every: int, step: int, last: int) -> bool:

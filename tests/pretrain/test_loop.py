@@ -112,6 +112,15 @@ def test_the_log_has_that_warning(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
     assert "the loss has stayed" in warning["message"]
 
 
+def test_an_evaluation_without_any_figure_is_pointed_out(tiny: Make) -> None:
+    """Concepts that are left out to validate are not those that a probe has learned."""
+    config = Config.of("moco", run=tiny().run, steps=1, batch=8, eval_limit=32, validate=True, tensorboard=False)
+    config = dataclasses.replace(config, parts={"model.width": 32, "model.heads": 2})
+    (warning,) = train(config).folder.records("warning")
+    message = "nothing could be measured: NearestNeighbours, LinearProbe give no figure of validation"
+    assert warning["message"] == message
+
+
 def objective(name: str, part: Any) -> Any:
     return part.build(Facts(Shape(), 300, {}, load(name).streams))
 
