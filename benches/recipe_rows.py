@@ -24,6 +24,7 @@ class Row:
     options: tuple[str, ...] = ()  # of both
     alone: tuple[str, ...] = ()  # of the recipe, not of its ablation
     task: str = ""  # a name for what a trained recipe is fine-tuned to; options are then those of `mmkernels finetune`
+    tried: str = ""  # Markdown: what else was, where the figure is not shown
     like: str = ""  # the task whose figure is to be reached: 95% of it, with at most a tenth of the parameters
 
     @property

@@ -224,6 +224,12 @@ def table(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = 
     return "\n".join(rows)
 
 
+def tried(records: Sequence[dict[str, Any]]) -> str:
+    """A Markdown list: what was tried for the rows that are not shown."""
+    failed = dict.fromkeys(line.row for line in lines(records) if not line.holds)
+    return "\n".join(f"- {row.title}: {row.tried or 'nothing else'}." for row in failed)
+
+
 def shown(line: Line, values: Sequence[float]) -> str:
     factor, digits = (100, 1) if line.percent else (1, 2)
     spread = f" ± {factor * (max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
@@ -258,7 +264,8 @@ def main() -> None:
     if unknown := [name for name in args.recipes if name not in names]:
         parser.error(f"recipe: expected some of {', '.join(names)}, got {', '.join(unknown)}")
     if args.table:
-        print(table(*newest(list(RESULTS.glob("recipes-*.json")))))
+        every, pace = newest(list(RESULTS.glob("recipes-*.json")))
+        print(f"{table(every, pace)}\n\n{tried(every)}")
         return
     args.runs.mkdir(parents=True, exist_ok=True)
     chosen = jobs([row for row in ROWS if not args.recipes or row.recipe in args.recipes])

@@ -41,6 +41,12 @@ Not all rows have been measured yet.
 
 """
 
+TRIED = """
+
+Where a figure is not shown, this was tried, on validation splits unless another is named:
+
+"""
+
 
 def page() -> str:
     """The whole page."""
@@ -48,7 +54,8 @@ def page() -> str:
     rows = ["| recipe | what it does | data | source |", "|---|---|---|---|"]
     rows += [f"| [{name}](#{name}) | {r.summary} | {r.data} | {r.source} |" for name, r in every.items()]
     results = sorted((ROOT / "benches/results").glob("recipes-*.json"))
-    measured = MEASURED + bench.table(*bench.newest(results)) + "\n" if results else ""
+    found, speeds = bench.newest(results)
+    measured = MEASURED + bench.table(found, speeds) + TRIED + bench.tried(found) + "\n" if results else ""
     parts = [HEAD + "\n".join(rows) + "\n" + measured]
     for name, recipe in every.items():
         settings = ", ".join(f"{key} {value}" for key, value in recipe.settings.items())

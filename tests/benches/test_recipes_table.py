@@ -49,7 +49,7 @@ def record(recipe: str, variant: str, seed: int, **figures: float) -> dict[str, 
     return {**run, "parameters": 100, "trainable": 100, "figures": {"A": rows}}
 
 
-ROW = bench.Row("clip", "recall", ("A", "B"), "blind", ("--batch", "64"), seeds=2)
+ROW = bench.Row("clip", "recall", ("A", "B"), "blind", ("--batch", "64"), seeds=2, tried="larger ones")
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,7 @@ def test_a_row_holds_outside_the_spread_and_above_chance(
     text = bench.table(records, [{"recipe": "clip", "task": "", "seconds_per_step": 0.5}])
     assert "| 2.5 |" in text, "minutes of 300 steps"
     assert ("**not shown: A**" in text) != holds
+    assert bench.tried(records) == ("" if holds else "- clip: larger ones.")
     assert f"{50 * sum(mine):.1f} ± {50 * (max(mine) - min(mine)):.1f}" in text
 
 
