@@ -26,5 +26,5 @@ RECIPE = Recipe(
         Predictions("tags"),
         Predictions("matching"),
     ),
-    settings={"batch": 64, "chunk": 64, "steps": 1500, "eval_every": 500, "eval_limit": 512},
+    settings={"batch": 64, "chunk": 64, "steps": 3000, "eval_every": 1000, "eval_limit": 512},
 )

@@ -31,5 +31,5 @@ RECIPE = Recipe(
         Predictions("classes"),
     ),
     draw=True,
-    settings={"batch": 64, "chunk": 64, "steps": 2000, "eval_every": 1000, "eval_limit": 512},
+    settings={"batch": 64, "chunk": 64, "steps": 4000, "eval_every": 2000, "eval_limit": 512},
 )
