@@ -13,7 +13,7 @@ RECIPE = Recipe(
     streams={
         "image": Stream(Patches(size=48), views=(Augment(),), teacher=Ema(0.995)),
         "text": Stream(Words(), views=(Captions(),), teacher=Ema(0.995)),
-        "masked": Stream(Words(), field="text", views=(Captions(), MaskWords(share=0.15)), tied="text"),
+        "masked": Stream(Words(), field="text", views=(Captions(), MaskWords(share=0.4)), tied="text"),
     },
     fusion=Cross(into=("text", "masked"), context="image", layers=2),
     objectives={

@@ -19,5 +19,5 @@ RECIPE = Recipe(
     objectives={"words": MaskedTokens("text")},
     metrics=(Matched("words", "text", "text_b"), Predictions("words"), Ablation("words", stream="text_b")),
     # Whole words as tokens: a token cannot be composed with its neighbours, which it does not see.
-    settings={"batch": 128, "chunk": 128, "steps": 500, "eval_every": 0, "vocabulary": 8192, "eval_limit": 256},
+    settings={"batch": 128, "chunk": 128, "steps": 3000, "eval_every": 0, "vocabulary": 8192, "eval_limit": 256},
 )
