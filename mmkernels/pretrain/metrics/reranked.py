@@ -77,7 +77,7 @@ class Matched:
     """The stream that is exchanged."""
     candidates: int = 16
     """The right one and others."""
-    limit: int = 128
+    limit: int = 512
     """Most samples, evenly spaced."""
 
     def __post_init__(self) -> None:
