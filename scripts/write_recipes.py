@@ -37,7 +37,6 @@ both (C); of the [scenes](data-scenes.md), other scenes, pairs of objects never 
 style of drawing. The ablation is the same recipe without what it is about; the last rows fine-tune a trained one
 [with a tenth of the labels](transfer.md). Minutes are those of the steps on two cores. A figure that is not better than
 chance and than every run of its ablation is marked, and so are adapters that reach less than 95% of a full fine-tune.
-Not all rows have been measured yet.
 
 """
 
