@@ -227,7 +227,7 @@ def table(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = 
 def tried(records: Sequence[dict[str, Any]]) -> str:
     """A Markdown list: what was tried for the rows that are not shown."""
     failed = dict.fromkeys(line.row for line in lines(records) if not line.holds)
-    return "\n".join(f"- {row.title}: {row.tried or 'nothing yet'}." for row in failed)
+    return "\n".join(f"- {row.title}, {row.ablation}: {row.tried or 'nothing yet'}." for row in failed)
 
 
 def shown(line: Line, values: Sequence[float]) -> str:

@@ -67,7 +67,7 @@ def test_a_row_holds_outside_the_spread_and_above_chance(
     text = bench.table(records, [{"recipe": "clip", "task": "", "seconds_per_step": 0.5}])
     assert "| 2.5 |" in text, "minutes of 300 steps"
     assert ("**not shown: A**" in text) != holds
-    assert bench.tried(records) == ("" if holds else "- clip: larger ones.")
+    assert bench.tried(records) == ("" if holds else "- clip, blind: larger ones.")
     assert f"{50 * sum(mine):.1f} ± {50 * (max(mine) - min(mine)):.1f}" in text
 
 
