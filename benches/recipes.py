@@ -9,16 +9,18 @@ show (`recipe_rows.py`).
 
 A run that has finished is not repeated, and an interrupted one continues: folders are kept under --runs. Figures are
 those of the last evaluation on the test splits. Settings were chosen on validation splits (`--validate`). Minutes are
-those of a run's steps, data included, at the speed that --speed has found: the median of 20 steps on all processors,
-which should have nothing else to do.
+those of a run's steps, data included, at the speed that --speed has found: the median of 20 steps of each stage on all
+processors, which should have nothing else to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
+import operator
 import os
 import platform
 import subprocess
@@ -29,7 +31,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
 from threading import Lock
@@ -38,8 +39,11 @@ from typing import Any
 import torch
 from recipe_rows import ROWS, Row
 
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.recipes import load
+
 RESULTS = Path(__file__).parent / "results"
-SHORT = ("--steps", "25", "--eval-limit", "2", "--checkpoint-every", "0")
+SHORT = 25  # steps of each stage that --speed takes
 
 
 @dataclass(frozen=True)
@@ -134,15 +138,28 @@ def measured(record: dict[str, Any], name: str, split: str) -> dict[str, Any] | 
 
 
 def speed(job: Job, runs: Path) -> dict[str, Any]:
-    """Seconds per step of a recipe, or of what is fine-tuned from one, on all processors."""
+    """Seconds per step of a recipe, or of what is fine-tuned from one, on all processors: the mean over its stages, of
+    which each has its own."""
+    ends = [] if job.task else stage_ends(job.recipe)
+    short = [part for i in range(len(ends) - 1) for part in (f"--stages.stage-{i}.until", str((i + 1) * SHORT))]
+    short += ["--steps", str(max(1, len(ends)) * SHORT), "--eval-limit", "2", "--checkpoint-every", "0"]
     with tempfile.TemporaryDirectory() as folder:
-        short = dataclasses.replace(job, options=(*job.options, *SHORT))
-        train(short, runs, len(os.sched_getaffinity(0)), [], Path(folder) / "run")
+        quick = dataclasses.replace(job, options=(*job.options, *short))
+        train(quick, runs, len(os.sched_getaffinity(0)), [], Path(folder) / "run")
         log = (Path(folder) / "run/log.jsonl").read_text("utf-8")
     seconds = [each["seconds"] for each in map(json.loads, log.splitlines()) if each["kind"] == "step"]
-    found = {"recipe": job.recipe, "task": job.task, "seconds_per_step": median(seconds[-20:])}
-    print(f"{job.name}: {found['seconds_per_step']:.3f} s", flush=True)
-    return found
+    paces = [median(seconds[i : i + SHORT][-20:]) for i in range(0, len(seconds), SHORT)]
+    steps = [end - start for start, end in itertools.pairwise([0, *ends])] or [1]
+    pace = sum(map(operator.mul, paces, steps)) / sum(steps)
+    print(f"{job.name}: {pace:.3f} s", flush=True)
+    return {"recipe": job.recipe, "task": job.task, "seconds_per_step": pace}
+
+
+def stage_ends(recipe: str) -> list[int]:
+    """The step at which each stage of a recipe ends; none if it has one stage."""
+    config = Config.of(recipe)
+    ends = [config.steps if stage.until is None else stage.until for stage in load(recipe).stages]
+    return ends if len(ends) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -202,7 +219,7 @@ def lines(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = 
 def table(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = ()) -> str:
     """A Markdown table, a row for each recipe; several seeds are a mean ± half of their range."""
     rows = ["| recipe | figure | of | value | chance | ablation | its value | minutes | |", "|---" * 9 + "|"]
-    for row, found in groupby(lines(records, speeds), lambda line: line.row):
+    for row, found in itertools.groupby(lines(records, speeds), lambda line: line.row):
         group = list(found)
         first, seeds = group[0], min(min(len(line.values), len(line.others)) for line in group)
         failed = [line.split for line in group if not line.holds]

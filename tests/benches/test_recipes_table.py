@@ -128,6 +128,23 @@ def test_the_newest_of_a_run_counts(tmp_path: Path) -> None:
     assert sorted((each["seed"], each["figures"]["A"][0]["value"]) for each in found) == [(0, 0.2), (1, 0.1), (2, 0.2)]
 
 
+def test_the_speed_of_a_recipe_is_that_of_its_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each counts by its steps."""
+    asked: list[tuple[str, ...]] = []
+
+    def train(job: bench.Job, runs: Path, threads: int, options: list[str], folder: Path) -> None:
+        asked.append(job.options)
+        folder.mkdir()
+        steps = [{"kind": "step", "seconds": pace} for pace in [9.0] * 5 + [1.0] * 20 + [9.0] * 5 + [2.0] * 20]
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, steps)), "utf-8")
+
+    monkeypatch.setattr(bench, "train", train)
+    found = bench.speed(bench.Job("flamingo", "", (), 0), tmp_path)
+    assert found["seconds_per_step"] == pytest.approx((200 * 1.0 + 800 * 2.0) / 1000)
+    assert asked[0][:4] == ("--stages.stage-0.until", "25", "--steps", "50")
+    assert bench.stage_ends("flamingo") == [200, 1000] and bench.stage_ends("clip") == []
+
+
 def test_trains_once(tmp_path: Path) -> None:
     """A recipe and its ablation, a few steps each; what is done is not done again."""
     command = [sys.executable, BENCHES / "recipes.py", "relation", "--runs", tmp_path / "runs", "--threads", "1"]
