@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pretrain.packed import WIDTH, facts, shaken
+from pretrain.runs import TINY
 
 from mmkernels import PackedBatch
+from mmkernels.pretrain import Config, cooccurrence, load_model, train
+from mmkernels.pretrain.cooccurrence import together, vectors_of
 from mmkernels.pretrain.data import Regions as Found
 from mmkernels.pretrain.data import Text
-from mmkernels.pretrain.encoders import Frozen, Graph, WordVectors
+from mmkernels.pretrain.encoders import Frozen, Graph, HashedWords, WordVectors
 from mmkernels.pretrain.encoders.graph import neighbours
-from mmkernels.pretrain.encoders.word_vectors import vectors_of
+from mmkernels.pretrain.hashing import word_hashes
 from mmkernels.pretrain.recipe import Stream
 from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.tokens import Layout
@@ -40,10 +44,9 @@ def test_frozen() -> None:
         Frozen(size=0)
 
 
-def test_word_vectors_factor_the_information() -> None:
+def test_word_vectors_factor_the_information(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a dense decomposition of the matrix, entry by entry."""
     texts = [[0, 1, 2], [1, 2, 3], [0, 4], [4, 5], [5, 6, 0], [2, 3], [7]]
-    pairs = torch.tensor([(i, j) for text in texts for i in text for j in text]).T
     counts = torch.zeros(9, 9, dtype=torch.float64)
     for text in texts:
         for i in text:
@@ -53,11 +56,13 @@ def test_word_vectors_factor_the_information() -> None:
     u, values, _ = torch.linalg.svd(information.clamp(min=0))
     assert values[3] > values[4] + 0.01, "four are well defined"
     expected = u[:, :4] * values[:4].sqrt()
-    found = vectors_of(pairs, 9, 4, seed=0)
+    found = vectors_of(together(texts, 9), 4, seed=0)
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-9, rtol=1e-9)
     assert (found[[7, 8]].abs() < 1e-9).all(), "tokens without company"
-    assert vectors_of(pairs, 9, 20, seed=3).shape == (9, 20)
-    assert (vectors_of(pairs[:, :0], 9, 4, seed=0) == 0).all()
+    assert vectors_of(together(texts, 9), 20, seed=3).shape == (9, 20)
+    assert (vectors_of(together([[], [3]], 9), 4, seed=0) == 0).all()
+    monkeypatch.setattr(cooccurrence, "_PAIRS", 10)  # counted in several parts
+    assert torch.equal(together(texts, 9).to_dense(), counts)
 
 
 def test_word_vectors_of_texts() -> None:
@@ -83,6 +88,39 @@ def test_word_vectors_of_texts() -> None:
     assert torch.equal(again.table, module.table)
     with pytest.raises(ValueError, match="texts: expected training texts to make word vectors of, got none"):
         module.learn([], tokenizer)
+
+
+def test_hashed_words_begin_as_word_vectors() -> None:
+    texts = ["cat kitten pet", "dog kitten pet", "cat dog puppy", "car truck road", "bus truck road", "car bus lane"]
+    words = ["cat", "dog", "car", "bus", "zeppelin"]
+    rows = [word_hashes(word, 4096, 2, 1)[0][0] for word in words]
+    module: Any = HashedWords(vectors=True).build(facts({}))
+    module.learn(texts, NONE)
+    x = module.words.weight[rows].detach()
+    torch.testing.assert_close(x.norm(dim=1), torch.tensor([1, 1, 1, 1, 0]) * 0.5 * WIDTH**0.5)
+    x = torch.nn.functional.normalize(x, dim=1)
+    assert x[0] @ x[1] > x[0] @ x[2] + 0.2 and x[2] @ x[3] > x[0] @ x[3] + 0.2
+    again: Any = HashedWords(vectors=True).build(facts({}))
+    again.learn(texts, NONE)
+    assert torch.equal(again.words.weight, module.words.weight)
+    with pytest.raises(ValueError, match="texts: expected training texts to make word vectors of, got none"):
+        module.learn([], NONE)
+    torch.manual_seed(0)
+    random: Any = HashedWords().build(facts({}))
+    before = random.words.weight.clone()
+    random.learn(texts, NONE)
+    assert torch.equal(random.words.weight, before), "without being asked for"
+
+
+def test_a_run_begins_with_word_vectors(tmp_path: Path) -> None:
+    """Those of its training texts; a step that hardly moves leaves them."""
+    parts = {**TINY, "model.width": 32, "streams.text.encoder.words": 4096, "streams.text.encoder.vectors": True}
+    config = Config(steps=1, lr=1e-12, warmup=0, batch=32, eval_limit=8, tensorboard=False, run=tmp_path, parts=parts)
+    train(config)
+    table = load_model(tmp_path).model.encoder("text").encoder.words.weight  # type: ignore[union-attr]
+    rows = [word_hashes(word, 4096, 2, 1)[0][0] for word in ("apple", "bread", "smile")]
+    apple, bread, smile = torch.nn.functional.normalize(table[rows], dim=1)
+    assert apple @ bread > apple @ smile + 0.2
 
 
 # ------------------------------------------------------------------------------------------------ graphs

@@ -47,7 +47,7 @@ def test_a_recipe_is_one_value(name: str) -> None:
 
 
 # What the modules of a place may import of the loop, by prefix; everything else of the loop is not theirs.
-BASE = ("batch", "recipe", "tokens", "tokenizer", "pixels", "hashing", "region_columns")
+BASE = ("batch", "recipe", "tokens", "tokenizer", "pixels", "hashing", "cooccurrence", "region_columns")
 MAY = {
     "recipe": (),
     "recipes": (*PARTS, "recipe", "recipes", "state"),

@@ -1,8 +1,11 @@
-"""Words without a vocabulary: a word is its row of one table plus the mean of its trigrams' rows of another."""
+"""Words without a vocabulary: a word is its row of one table plus the mean of its trigrams' rows of another.
+
+The first may begin as word vectors, see `cooccurrence.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from mmkernels import PackedBatch
 from mmkernels.pretrain.batch import Piece
+from mmkernels.pretrain.cooccurrence import together, vectors_of
 from mmkernels.pretrain.encoders.base import EncoderModule, no_tokens, text_of
 from mmkernels.pretrain.hashing import word_hashes
 from mmkernels.pretrain.layers import Blocks
@@ -21,6 +25,8 @@ from mmkernels.pretrain.tokenizer import TextTokenizer
 __all__ = ["HashedWords"]
 
 _GRAMS = 16  # trigrams of a word that count
+_STD = 0.5  # of both tables
+_LONGEST = 64  # words of a training text whose company counts
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,10 @@ class HashedWords:
     """Rows of the trigram table."""
     max_words: int = 16
     """Most words of a text; longer ones are cut."""
+    vectors: bool = False
+    """The word table begins as vectors made of which words of the training texts occur together, so that words alike
+    are near each other before the first step, those too that are seldom seen; a word without company begins with
+    none. False: at random."""
 
     def __post_init__(self) -> None:
         for name in ("words", "grams"):
@@ -74,12 +84,33 @@ class HashedWordsEncoder(EncoderModule):
     def __init__(self, part: HashedWords, facts: Facts) -> None:
         super().__init__()
         width = facts.shape.width
+        self.part, self.seed = part, facts.seed
         self.words, self.position = nn.Embedding(part.words, width), nn.Embedding(part.max_words, width)
         self.grams = nn.Embedding(part.grams, width)
-        nn.init.normal_(self.words.weight, std=0.5)
-        nn.init.normal_(self.grams.weight, std=0.5)
+        nn.init.normal_(self.words.weight, std=_STD)
+        nn.init.normal_(self.grams.weight, std=_STD)
         nn.init.normal_(self.position.weight, std=0.02)
         self.blocks = Blocks(part.layers, facts)
+
+    def learn(self, texts: Iterable[str], tokenizer: TextTokenizer) -> None:
+        """Make the word vectors that the table begins with, if any. `Trainer` calls it before the first step.
+
+        Args:
+            texts: of the training data; words of one text occur together.
+            tokenizer: of the run; not used.
+        """
+        if not self.part.vectors:
+            return
+        rows, width = self.words.weight.shape
+        ids = (sorted({row for row, _ in word_hashes(text, rows, 2, _LONGEST)}) for text in texts)
+        vectors = vectors_of(together(ids, rows), width, self.seed)
+        # As long as random rows, and turned: their first channels would be the largest. Those without company are zero.
+        length = vectors.norm(dim=1, keepdim=True)
+        vectors = torch.where(length > 1e-6, vectors / length * _STD * width**0.5, 0.0)
+        generator = torch.Generator().manual_seed(self.seed % 2**63)
+        turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+        with torch.no_grad():
+            self.words.weight.copy_(vectors @ turn)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         word, grams = batch.tokens[:, 0], batch.tokens[:, 1:]

@@ -1,16 +1,15 @@
 """Word vectors made once, from which words of the training texts occur together; nothing of them learns by gradients.
 
-    p_ij = max(0, log(n_ij n / (n_i n_j)))    n_ij: texts with both tokens; n_i, n: sums over rows, over all
-    vectors = U sqrt(S) of the largest singular values S of p, times a / (a + share of the token)
+    those of `cooccurrence.py`, times a / (a + share of the token)
 
-Source: Levy and Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization; the weights: Arora et al. 2017,
-A Simple but Tough-to-Beat Baseline for Sentence Embeddings.
+Source: of the weights, Arora et al. 2017, A Simple but Tough-to-Beat Baseline for Sentence Embeddings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from mmkernels import PackedBatch
 from mmkernels.pretrain.batch import Piece
+from mmkernels.pretrain.cooccurrence import together, vectors_of
 from mmkernels.pretrain.encoders.base import EncoderModule, no_tokens, text_of
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.tokenizer import TextTokenizer
@@ -25,8 +25,6 @@ from mmkernels.pretrain.tokenizer import TextTokenizer
 __all__ = ["WordVectors"]
 
 _WEIGHT = 1e-3  # a
-_ROUNDS = 6  # of subspace iteration
-_SPARE = 16  # further columns, which make the wanted ones converge
 
 
 @dataclass(frozen=True)
@@ -74,48 +72,13 @@ class WordVectorsEncoder(EncoderModule):
             texts: of the training data; tokens of one text occur together.
             tokenizer: of the run.
         """
-        rows, columns, shares = [], [], torch.zeros(len(self.table), dtype=torch.float64)
-        for text in texts:
-            ids = torch.tensor(sorted(set(tokenizer.encode(text))), dtype=torch.int64)
-            shares[ids] += 1
-            rows.append(ids.repeat_interleave(len(ids)))
-            columns.append(ids.repeat(len(ids)))
-        if not rows:
-            raise ValueError("texts: expected training texts to make word vectors of, got none")
+        ids = [sorted(set(tokenizer.encode(text))) for text in texts]
         vocabulary, size = self.table.shape
-        vectors = vectors_of(torch.stack([torch.cat(rows), torch.cat(columns)]), vocabulary, size, self.seed)
+        vectors = vectors_of(together(ids, vocabulary), size, self.seed)
+        every = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64)
+        shares = torch.bincount(every, minlength=vocabulary).double()
         weight = _WEIGHT / (_WEIGHT + shares / shares.sum().clamp(min=1))
         self.table.copy_(vectors * weight[:, None])
 
     def forward(self, batch: PackedBatch) -> Tensor:
         return self.table[batch.tokens]
-
-
-def vectors_of(pairs: Tensor, vocabulary: int, size: int, seed: int) -> Tensor:
-    """Factors of the positive pointwise mutual information of tokens.
-
-    Args:
-        pairs: int64 [2, n], pairs of tokens of one text, in both orders; a token with itself does not count.
-        vocabulary, size: of the result.
-        seed: of the first guess.
-
-    Returns:
-        float64 [vocabulary, size], the largest factors first, zeros where there are fewer.
-    """
-    pairs = pairs[:, pairs[0] != pairs[1]]
-    ones = torch.ones(pairs.shape[1], dtype=torch.float64)
-    together = torch.sparse_coo_tensor(pairs, ones, (vocabulary, vocabulary), check_invariants=True).coalesce()
-    place, counts = together.indices(), together.values()
-    alone = torch.zeros(vocabulary, dtype=torch.float64).index_add_(0, place[0], counts)
-    information = (counts * counts.sum() / (alone[place[0]] * alone[place[1]])).log().clamp(min=0)
-    matrix = torch.sparse_coo_tensor(place, information, together.shape, check_invariants=True)
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    basis = torch.randn(vocabulary, min(size + _SPARE, vocabulary), generator=generator, dtype=torch.float64)
-    for _ in range(_ROUNDS):  # towards the largest singular values; the matrix is symmetric
-        basis = torch.linalg.qr(torch.sparse.mm(matrix, basis)).Q
-    values, within = torch.linalg.eigh(basis.T @ torch.sparse.mm(matrix, basis))
-    best = values.abs().argsort(descending=True)[:size]
-    values, vectors = values.abs()[best], (basis @ within)[:, best]
-    found = torch.zeros(vocabulary, size, dtype=torch.float64)
-    found[:, : len(values)] = vectors * values.sqrt()
-    return found

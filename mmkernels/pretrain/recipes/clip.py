@@ -10,7 +10,7 @@ RECIPE = Recipe(
     data="emoji",
     streams={
         "image": Stream(Patches(), views=(Augment(),)),
-        "text": Stream(HashedWords(), views=(Captions(),)),
+        "text": Stream(HashedWords(vectors=True), views=(Captions(),)),
     },
     objectives={"contrast": Contrast("image", "text")},
     metrics=(Retrieval("image", "text"), ZeroShot("image", "text")),
