@@ -26,7 +26,7 @@ __all__ = ["HashedWords"]
 
 _GRAMS = 16  # trigrams of a word that count
 _STD = 0.5  # of both tables
-_LONGEST = 64  # words of a training text whose company counts
+_LONGEST = 32  # words of a training text whose company counts
 
 
 @dataclass(frozen=True)
