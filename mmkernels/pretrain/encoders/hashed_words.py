@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ class HashedWords:
     """Most words of a text; longer ones are cut."""
     vectors: bool = False
     """The word table begins as vectors made of which words of the training texts occur together, so that words alike
-    are near each other before the first step, those too that are seldom seen; a word without company begins with
-    none. False: at random."""
+    are near each other before the first step. A word that is always alone begins at random, as all do with False, and
+    one that does not occur as zeros."""
 
     def __post_init__(self) -> None:
         for name in ("words", "grams"):
@@ -102,15 +103,18 @@ class HashedWordsEncoder(EncoderModule):
         if not self.part.vectors:
             return
         rows, width = self.words.weight.shape
-        ids = (sorted({row for row, _ in word_hashes(text, rows, 2, _LONGEST)}) for text in texts)
+        ids = [sorted({row for row, _ in word_hashes(text, rows, 2, _LONGEST)}) for text in texts]
         vectors = vectors_of(together(ids, rows), width, self.seed)
-        # As long as random rows, and turned: their first channels would be the largest. Those without company are zero.
+        # As long as random rows, and turned: their first channels would be the largest.
         length = vectors.norm(dim=1, keepdim=True)
-        vectors = torch.where(length > 1e-6, vectors / length * _STD * width**0.5, 0.0)
         generator = torch.Generator().manual_seed(self.seed % 2**63)
         turn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+        vectors = vectors / length * _STD * width**0.5 @ turn
+        occurs = torch.zeros((rows, 1), dtype=torch.bool)
+        occurs[list(chain.from_iterable(ids))] = True
         with torch.no_grad():
-            self.words.weight.copy_(vectors @ turn)
+            random = torch.where(occurs, self.words.weight.cpu(), 0.0)
+            self.words.weight.copy_(torch.where(length > 1e-6, vectors, random))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         word, grams = batch.tokens[:, 0], batch.tokens[:, 1:]
