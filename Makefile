@@ -1,6 +1,6 @@
 # One command per task, from a clean clone: creates a virtual environment, builds the package into it, runs the task.
 #
-#   make pretrain      train a dual encoder on the embedded pictures and names (about three minutes on two cores)
+#   make pretrain      train a dual encoder on the embedded pictures and names (three to five minutes on two cores)
 #   make test          the tests
 #   make test-torch    the ops' tests only, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0. With
 #                      EXTRAS=test,open-clip those of open_clip, too, which brings torchvision, which pins one torch

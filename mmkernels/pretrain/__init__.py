@@ -1,7 +1,7 @@
 """The reference loop: every pretraining system of the field as a recipe, through the package's own public ops.
 
 mmkernels recipes                           # what there is
-mmkernels pretrain --recipe clip            # the embedded emoji, about three minutes on two cores
+mmkernels pretrain --recipe clip            # the embedded emoji, three to five minutes on two cores
 mmkernels pretrain --data folder:photos     # your own images and captions
 """
 
