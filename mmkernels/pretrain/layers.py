@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -143,14 +144,12 @@ def _adapted(layer: Any, inputs: Any, output: Tensor) -> Tensor:
 
 def convolutions(width: int) -> nn.Sequential:
     """[B, 3, 8 h, 8 w] -> [B, C, h, w]"""
-    return nn.Sequential(
-        *_halving(3, width // 4),
-        *_halving(width // 4, width // 2),
-        nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
-    )
-
-
-def _halving(channels_in: int, channels: int) -> tuple[nn.Module, ...]:
-    """Half the side, `channels` channels."""
-    convolution = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
-    return convolution, nn.GroupNorm(math.gcd(8, channels), channels), nn.GELU(approximate="tanh")
+    layers: dict[str, nn.Module] = {}
+    channels = 3
+    for i, halved in enumerate((width // 4, width // 2)):
+        layers[f"convolution_{i}"] = nn.Conv2d(channels, halved, 3, stride=2, padding=1, bias=False)
+        layers[f"norm_{i}"] = nn.GroupNorm(math.gcd(8, halved), halved)
+        layers[f"gelu_{i}"] = nn.GELU(approximate="tanh")
+        channels = halved
+    layers["convolution_2"] = nn.Conv2d(channels, width, 3, stride=2, padding=1)
+    return nn.Sequential(OrderedDict(layers))

@@ -159,6 +159,16 @@ def is_frozen(trainer: Trainer, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", names())
+def test_norms_are_named(name: str, tmp_path: Path) -> None:
+    """So that patterns of parameter names find them: with adapters, norms learn, too."""
+    kinds = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm)
+    modules = trainer_of(small(name, tmp_path)).model.named_modules()
+    found = [key for key, module in modules if isinstance(module, kinds)]
+    assert found
+    assert not [key for key in found if "norm" not in key]
+
+
+@pytest.mark.parametrize("name", names())
 def test_chunks_do_not_change_the_gradient(name: str, tmp_path: Path) -> None:
     """Of the second step, when twins and queues are in use."""
 

@@ -6,6 +6,7 @@ Source: Chen et al. 2020 (UNITER, arXiv:1909.11740); mask "cross_only": Ouyang e
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -68,7 +69,8 @@ class MergedFusion(Fusion):
         if part.everywhere:  # without biases: a sample without the stream gets nothing
             norm = nn.LayerNorm(width, bias=False)
             nn.init.zeros_(norm.weight)  # at full size it would drown the words, whose embeddings begin small
-            self.everywhere = nn.Sequential(nn.Linear(width, width, bias=False), norm)
+            project = nn.Linear(width, width, bias=False)
+            self.everywhere = nn.Sequential(OrderedDict(project=project, norm=norm))
         self.blocks = Blocks(part.layers, facts, rotary=True)
 
     def forward(self, tokens: Mapping[str, Tokens], pairing: Pairing | None = None) -> dict[str, Tokens]:
