@@ -17,7 +17,7 @@ RECIPE = Recipe(
     },
     fusion=Cross(into=("text", "masked"), context="image", layers=2),
     objectives={
-        "contrast": Contrast("image", "text", queue=1024, distil=Ramp(0.0, 0.4, steps=200)),
+        "contrast": Contrast("image", "text", queue=1024, distil=Ramp(0.0, 0.4, steps=1200)),
         "matching": Matching("image", "text"),
         "words": MaskedTokens("masked"),
     },
