@@ -23,7 +23,7 @@ def test_overrides() -> None:
     assert config.folder == Path("runs/siglip")
     assert parse(["--objectives.contrast.weight", "0.5"]).wiring().objectives["contrast"].weight == 0.5
     of_ramp = parse(["--recipe", "albef", "--objectives.contrast.distil.end", "0.3", "--fusion.layers", "3"])
-    assert of_ramp.wiring().objectives["contrast"].distil == Ramp(0.0, 0.3, 200)
+    assert of_ramp.wiring().objectives["contrast"].distil == Ramp(0.0, 0.3, 1200)
     assert of_ramp.wiring().fusion.layers == 3
     assert parse([]) == Config.of("clip")
     assert parse(["--profile", "3", "2", "--no-tensorboard"]).profile == (3, 2)
