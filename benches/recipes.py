@@ -7,10 +7,10 @@ show (`recipe_rows.py`).
     python benches/recipes.py --finished            writes the results of what has finished, and trains nothing
     python benches/recipes.py --table               the newest figures of all results as a table
 
-A run that has finished is not repeated, and an interrupted one continues: folders are kept under --runs. Figures are
-those of the last evaluation on the test splits. Settings were chosen on validation splits (`--validate`). Minutes are
-those of a run's steps, data included, at the speed that --speed has found: the median of 20 steps of each stage on all
-processors, which should have nothing else to do.
+A run that has finished is not repeated, and an interrupted one continues: folders are kept under --runs. Results of
+the same day and processor are added to. Figures are those of the last evaluation on the test splits. Settings were
+chosen on validation splits (`--validate`). Minutes are those of a run's steps, data included, at the speed that --speed
+has found: the median of 20 steps of each stage on all processors, which should have nothing else to do.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import torch
 from recipe_rows import ROWS, Row
 
 from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.finetune import STEPS
 from mmkernels.pretrain.recipes import load
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,7 +88,11 @@ def run(job: Job, runs: Path, threads: int, options: Sequence[str]) -> dict[str,
     folder = runs / job.name
     done = folder / "done.json"
     with _RUNNING[job.name]:
-        if not done.exists():
+        if done.exists():
+            have, wanted = json.loads(done.read_text("utf-8"))["options"], [*options, *job.options]
+            if have != wanted:
+                raise SystemExit(f"{folder}: expected a run with the options {wanted}, got one with {have}; remove it")
+        else:
             train(job, runs, threads, options, folder)
             done.write_text(json.dumps(record(job, folder, threads, options), ensure_ascii=False, indent=1), "utf-8")
             print(f"{job.name}: {json.loads(done.read_text('utf-8'))['seconds']:.0f} s", flush=True)
@@ -140,26 +145,35 @@ def measured(record: dict[str, Any], name: str, split: str) -> dict[str, Any] | 
 def speed(job: Job, runs: Path) -> dict[str, Any]:
     """Seconds per step of a recipe, or of what is fine-tuned from one, on all processors: the mean over its stages, of
     which each has its own."""
-    ends = [] if job.task else stage_ends(job.recipe)
-    short = [part for i in range(len(ends) - 1) for part in (f"--stages.stage-{i}.until", str((i + 1) * SHORT))]
-    short += ["--steps", str(max(1, len(ends)) * SHORT), "--eval-limit", "2", "--checkpoint-every", "0"]
+    ends, short = shortened(job)
+    short = (*short, "--steps", str(len(ends) * SHORT), "--eval-limit", "2", "--checkpoint-every", "0")
     with tempfile.TemporaryDirectory() as folder:
-        quick = dataclasses.replace(job, options=(*job.options, *short))
+        quick = dataclasses.replace(job, options=short)
         train(quick, runs, len(os.sched_getaffinity(0)), [], Path(folder) / "run")
         log = (Path(folder) / "run/log.jsonl").read_text("utf-8")
     seconds = [each["seconds"] for each in map(json.loads, log.splitlines()) if each["kind"] == "step"]
     paces = [median(seconds[i : i + SHORT][-20:]) for i in range(0, len(seconds), SHORT)]
-    steps = [end - start for start, end in itertools.pairwise([0, *ends])] or [1]
+    steps = [end - start for start, end in itertools.pairwise([0, *ends])]
     pace = sum(map(operator.mul, paces, steps)) / sum(steps)
     print(f"{job.name}: {pace:.3f} s", flush=True)
     return {"recipe": job.recipe, "task": job.task, "seconds_per_step": pace}
 
 
-def stage_ends(recipe: str) -> list[int]:
-    """The step at which each stage of a recipe ends; none if it has one stage."""
-    config = Config.of(recipe)
-    ends = [config.steps if stage.until is None else stage.until for stage in load(recipe).stages]
-    return ends if len(ends) > 1 else []
+def shortened(job: Job) -> tuple[list[int], tuple[str, ...]]:
+    """(the step at which each stage ends, the options of the job with `SHORT` steps of each)."""
+    if not job.task:
+        config = Config.of(job.recipe)
+        ends = [config.steps if stage.until is None else stage.until for stage in load(job.recipe).stages]
+        untils = ((f"--stages.stage-{i}.until", str((i + 1) * SHORT)) for i in range(len(ends) - 1))
+        return ends, (*job.options, *itertools.chain.from_iterable(untils))
+    options = list(job.options)
+    if "--unfreeze" not in options:
+        return [STEPS], job.options
+    place = options.index("--unfreeze") + 1
+    parts, steps = zip(*(item.split(":") for item in f"{options[place]}:{STEPS}".split(",")), strict=True)
+    quick = [f"{part}:{(i + 1) * SHORT}" for i, part in enumerate(parts[:-1])]
+    options[place] = ",".join([*quick, parts[-1]])
+    return list(map(int, steps)), tuple(options)
 
 
 @dataclass(frozen=True)
@@ -295,9 +309,26 @@ def main() -> None:
     out = args.out or RESULTS / f"recipes-{'speed-' * args.speed}{cpu}-{date.today()}.json"
     environment = {"cpu": cpu_name(), "processors": len(os.sched_getaffinity(0)), "torch": torch.__version__}
     found = {"date": str(date.today()), "environment": environment, "runs": records, "speeds": speeds}
+    if out.exists():
+        found = added(json.loads(out.read_text("utf-8")), found)
     out.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
     print(table(records))
     print(f"results: {out}")
+
+
+def added(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The results of a day with further ones, which replace those of the same run and stand beside those of the same
+    recipe."""
+    found = {**new}
+    for what, names in (("runs", ("recipe", "task", "variant", "seed")), ("speeds", ("recipe", "task"))):
+        rows = list(old[what])
+        for row in new[what]:
+            same = [i for i, each in enumerate(rows) if all(each[name] == row[name] for name in names)]
+            near = [i for i, each in enumerate(rows) if (each["recipe"], each["task"]) == (row["recipe"], row["task"])]
+            place = same[0] if same else near[-1] + 1 if near else len(rows)
+            rows[place : place + len(same)] = [row]
+        found[what] = rows
+    return found
 
 
 def trained(chosen: Sequence[Job], args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
@@ -307,6 +338,8 @@ def trained(chosen: Sequence[Job], args: argparse.Namespace, parser: argparse.Ar
     chosen = [job for job in chosen if not args.finished or (args.runs / job.name / "done.json").exists()]
     if not chosen:
         parser.error(f"--finished: expected runs that have finished in {args.runs}, got none")
+    if args.finished:
+        return [json.loads((args.runs / job.name / "done.json").read_text("utf-8")) for job in chosen]
     with ThreadPoolExecutor(args.jobs) as pool:
         return list(pool.map(lambda job: run(job, args.runs, threads, options), chosen))
 

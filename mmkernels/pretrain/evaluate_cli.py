@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import Data, TooManyBrokenError
+from mmkernels.pretrain.data.opening import NoConceptsError, reads_table
 from mmkernels.pretrain.evaluate import evaluate
 from mmkernels.pretrain.load import load_model
 from mmkernels.pretrain.loop import device_of
@@ -25,6 +26,8 @@ from mmkernels.pretrain.run_folder import stored_classes, stored_config, write_w
 from mmkernels.pretrain.setup import expect_packages, open_source, read_by
 
 __all__ = ["Evaluation", "evaluate_run", "main"]
+
+_OF_DATA = ("data_weights", "labels", "validate", "train_fraction", "csv_separator", "csv_img_key", "csv_caption_key")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Evaluation:
     """CPU threads; 0: PyTorch's default."""
 
     def __post_init__(self) -> None:
+        for name in ("labels", "groups"):
+            if given := getattr(self, name):
+                object.__setattr__(self, name, tuple(label for each in given for label in each.split(",") if label))
         if self.limit < 1:
             raise ValueError(f"limit: expected at least 1, got {self.limit}")
         if self.threads < 0:
@@ -99,8 +105,14 @@ def _opened(options: Evaluation, stored: Config) -> tuple[Data, tuple[str, ...],
     if stored.filter is not None:  # its list belongs to the run's data and labels; what it excused is no news
         config = dataclasses.replace(config, filter=None, max_broken=1.0)
     if options.data not in (None, stored.data):
+        config = dataclasses.replace(config, **_as_new(options.data))
+    asked = (*options.labels, *(options.groups or ()))
+    config = dataclasses.replace(config, labels=tuple(dict.fromkeys([*config.labels, *asked])))
+    try:
+        data = open_source(config)
+    except NoConceptsError:  # other data altogether
         config = dataclasses.replace(config, held_out_by=())
-    data = open_source(config)
+        data = open_source(config)
     has = data.train.classes
     for what, names in (("labels", options.labels), ("groups", options.groups or ())):
         if unknown := [name for name in names if name not in has]:
@@ -115,6 +127,14 @@ def _opened(options: Evaluation, stored: Config) -> tuple[Data, tuple[str, ...],
                 f"got {len(has[name])} others"
             )
     return open_source(dataclasses.replace(config, labels=wanted)), options.labels or tuple(own), groups
+
+
+def _as_new(data: str) -> dict[str, Any]:
+    """The settings of a run that say how its own data are read, for other data. These may be a copy of its own at
+    another place, so the same concepts are held out."""
+    kept = {"csv_img_key", "csv_caption_key"} if reads_table(data) else set()
+    kept |= {"csv_separator"} if reads_table(data, delimited=True) else set()
+    return {name: getattr(Config, name) for name in _OF_DATA if name not in kept}
 
 
 def table(found: Mapping[str, Sequence[Figure]]) -> str:

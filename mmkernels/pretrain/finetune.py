@@ -15,18 +15,19 @@ import tyro
 
 from mmkernels.pretrain.cli import asked, trained
 from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.data.opening import EMBEDDED, part_names
 from mmkernels.pretrain.run_folder import stored_config
 from mmkernels.pretrain.setup import read_by
 from mmkernels.pretrain.transfer import Transfer, drawn_anew
 
-__all__ = ["finetuned", "main", "parse"]
+__all__ = ["STEPS", "finetuned", "main", "parse"]
 
 # Of the rate of pretraining. Weights that have learned something are moved less; those that begin anew need it all.
 _LR = {"probe": 5.0, "adapters": 2.0, "unfreeze": 0.5, "scratch": 1.0}
 _LR_OF_ALL = 0.5
-_STEPS, _WARMUP, _EVAL_EVERY = 400, 20, 100
+STEPS, _WARMUP, _EVAL_EVERY = 400, 20, 100
 # Settings that say how the base's data are read: another data set has its own.
-_OF_DATA = ("data_weights", "labels", "csv_separator", "csv_img_key", "csv_caption_key", "filter", "held_out_by")
+_OF_DATA = ("data_weights", "labels", "csv_separator", "csv_img_key", "csv_caption_key", "filter")
 _OF_RUN = ("ema", "profile", "resume", "train_fraction", "skip", "spike", "validate", "without")
 
 
@@ -70,8 +71,10 @@ def finetuned(base: Path | str, transfer: Transfer, **changes: Any) -> Config:
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     data = config.data or recipe.data
     same_data = changes.get("data", data) in (data, config.data)
+    by = config.held_out_by or tuple(read_by(recipe)[0])
+    both_own = all(set(part_names(each)) - EMBEDDED.keys() for each in (data, changes.get("data", data)))
     own: dict[str, Any] = {
-        "held_out_by": config.held_out_by or tuple(read_by(recipe)[0]),
+        "held_out_by": by if same_data or both_own else (),  # other data may be a copy of the run's own
         **({} if same_data else {name: defaults[name] for name in _OF_DATA}),
         **{name: defaults[name] for name in _OF_RUN},
         "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *_ways(transfer)]),
@@ -80,7 +83,7 @@ def finetuned(base: Path | str, transfer: Transfer, **changes: Any) -> Config:
         "transfers": (*config.transfers, transfer),
         "parts": {},
         "lr": float(f"{factor * config.lr:.3g}"),
-        "steps": _STEPS,
+        "steps": STEPS,
         "warmup": _WARMUP,
         "eval_every": _EVAL_EVERY,
     }

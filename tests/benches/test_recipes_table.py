@@ -128,6 +128,22 @@ def test_the_newest_of_a_run_counts(tmp_path: Path) -> None:
     assert sorted((each["seed"], each["figures"]["A"][0]["value"]) for each in found) == [(0, 0.2), (1, 0.1), (2, 0.2)]
 
 
+def test_results_of_a_day_are_added() -> None:
+    def results(**values: float) -> dict[str, Any]:
+        runs = [record(name[:-1], "", int(name[-1]), recall=value) for name, value in values.items()]
+        return {"runs": runs, "speeds": [{"recipe": name[:-1], "task": "", "pace": v} for name, v in values.items()]}
+
+    found = bench.added(results(clip0=0.1, vqa0=0.2), {"date": "new", **results(moco0=0.5, clip1=0.3, vqa0=0.4)})
+    assert [(each["recipe"], each["seed"]) for each in found["runs"]] == [
+        ("clip", 0),
+        ("clip", 1),
+        ("vqa", 0),
+        ("moco", 0),
+    ]
+    assert [each["pace"] for each in found["speeds"]] == [0.3, 0.4, 0.5] and found["date"] == "new"
+    assert found["runs"][2] == results(vqa0=0.4)["runs"][0]
+
+
 def test_the_speed_of_a_recipe_is_that_of_its_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each counts by its steps."""
     asked: list[tuple[str, ...]] = []
@@ -142,7 +158,17 @@ def test_the_speed_of_a_recipe_is_that_of_its_stages(monkeypatch: pytest.MonkeyP
     found = bench.speed(bench.Job("flamingo", "", (), 0), tmp_path)
     assert found["seconds_per_step"] == pytest.approx((200 * 1.0 + 800 * 2.0) / 1000)
     assert asked[0][:4] == ("--stages.stage-0.until", "25", "--steps", "50")
-    assert bench.stage_ends("flamingo") == [200, 1000] and bench.stage_ends("clip") == []
+    assert bench.shortened(bench.Job("clip", "", (), 0)) == ([600], ())
+
+
+def test_the_speed_of_a_schedule_is_that_of_its_parts() -> None:
+    def of(*options: str) -> tuple[list[int], tuple[str, ...]]:
+        return bench.shortened(bench.Job("albef", "", options, 0, "answers"))
+
+    assert of("--probe") == ([400], ("--probe",))
+    assert of("--unfreeze", "all") == ([400], ("--unfreeze", "all"))
+    assert of("--unfreeze", "head:100,all", "--x") == ([100, 400], ("--unfreeze", "head:25,all", "--x"))
+    assert of("--unfreeze", "a:9,b+c:99,all") == ([9, 99, 400], ("--unfreeze", "a:25,b+c:50,all"))
 
 
 def test_trains_once(tmp_path: Path) -> None:
@@ -157,6 +183,11 @@ def test_trains_once(tmp_path: Path) -> None:
         ("relation", ""),
         ("relation", "words only"),
     ]
+    other = subprocess.run([*command[:-1], "eval-limit=16"], capture_output=True, text=True)
+    assert (
+        other.returncode
+        and "relation-0: expected a run with the options ['--steps', '2', '--eval-limit', '16'" in other.stderr
+    )
     assert "| relation | relation: accuracy, % | held_out / combinations / drawings |" in first.stdout
     fast = [*command[:2], "relation", "--speed", "--runs", tmp_path / "runs", "--out", tmp_path / "speed.json"]
     subprocess.run(fast, check=True, capture_output=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pretrain_data import pairs, shard
 
 from mmkernels.cli import main as command
 from mmkernels.pretrain import Config, load_model, train
+from mmkernels.pretrain.cli import parse
 from mmkernels.pretrain.data import open_data
 from mmkernels.pretrain.data_report import DataReport, data_report
 from mmkernels.pretrain.data_report.kinds import KINDS
@@ -339,3 +341,49 @@ def test_a_list_for_what_is_held_out_by_other_fields(pictures: Path, tmp_path: P
         ValueError, match=r"got one of 2\d of folder.* \(fields image, text; eval_fraction 0\.2 by image\)"
     ):
         open_source(Config(data=source, filter=config.filter, eval_fraction=0.2))
+
+
+def test_the_command_that_trains_is_taken(tmp_path: Path) -> None:
+    """As printed: with all that decides which samples there are."""
+    folder = pictured(tmp_path / "data", [f"thing {i}" for i in range(20)])
+    rows = [{"image": f"{i}.png", "caption": f"thing {i}", "kind": "a"} for i in range(20)]
+    written(folder, rows)
+    options = DataReport(f"folder:{folder}", eval_fraction=0.3, labels=("kind",), drop=("blank",), out=tmp_path / "r")
+    words = shlex.split(data_report(options).training)
+    assert words[:2] == ["mmkernels", "pretrain"] and words[-4:] == ["--labels", "kind", "--eval-fraction", "0.3"]
+    assert len(open_source(parse(words[2:])).train) == len(examine(options).data.train)
+
+    written(folder, [{**row, "question": "what?"} for row in rows])
+    asked = examine(dataclasses.replace(options, labels=()))
+    assert asked.training.startswith("mmkernels pretrain --recipe RECIPE --data ")
+    assert asked.training.endswith("(a recipe that reads image, text, question; for others say so here)")
+    named = examine(dataclasses.replace(options, recipe="clip"))
+    assert named.training.startswith("mmkernels pretrain --recipe clip --data ")
+    assert examine(DataReport("emoji", limit=20)).training.startswith("mmkernels pretrain --data emoji")
+
+
+def test_one_of_those_alike_stays(tmp_path: Path) -> None:
+    """Where the first of them is left out for itself, the next one is the first."""
+    captions = ["a heron by the river", "IMG_0001.jpg", "a kite over the beach", "a kite", "the same kite"]
+    folder = pictured(tmp_path / "data", captions)
+    for i in (3, 4):
+        (folder / f"{i}.png").write_bytes((folder / "1.png").read_bytes())
+    source = f"folder:{folder}"
+    options = DataReport(source, eval_fraction=0.0, drop=("boilerplate,same-picture",), out=tmp_path / "r")
+    report = data_report(options)
+    assert found(report, "same-picture") == {"3.png", "4.png"}
+    assert [entry.name for entry in report.filter_list().dropped] == ["1.png", "4.png"]
+    alone = dataclasses.replace(options, drop=("same-picture",), out=tmp_path / "alone")
+    assert [entry.name for entry in data_report(alone).filter_list().dropped] == ["3.png", "4.png"]
+
+
+def test_what_nearly_repeats_another_text_of_a_picture_has_that_picture_too(tmp_path: Path) -> None:
+    long = "two herons stand by the river in the early morning while the fog lifts slowly"
+    folder = pictured(tmp_path / "data", ["a bird", long, f"{long} again", "something else"])
+    for i in (1, 2):
+        (folder / f"{i}.png").write_bytes((folder / "0.png").read_bytes())
+    options = DataReport(f"folder:{folder}", eval_fraction=0.0, drop=("same-picture",), out=tmp_path / "r")
+    report = data_report(options)
+    assert found(report, "near-duplicates") == {"2.png"}
+    assert found(report, "same-picture") == {"1.png", "2.png"}
+    assert [entry.name for entry in report.filter_list().dropped] == ["1.png", "2.png"]

@@ -219,6 +219,10 @@ class Source(ABC):
         """What `broken` calls sample `index`."""
         return self.name(index)
 
+    def image_file(self, index: int) -> str | None:
+        """The file of a sample's image, as its table names it; None if there is none or it has no name."""
+        return None
+
     def stored_size(self, index: int) -> tuple[int, int] | None:
         """(width, height) in pixels of a sample's image as it is stored, which may be larger than the decoded one; None
         without an image. Raises `BrokenImageError` if it cannot be read.
@@ -265,6 +269,9 @@ class Subset(Source):
 
     def logged_as(self, index: int) -> str:
         return self.whole.logged_as(int(self.indices[index]))
+
+    def image_file(self, index: int) -> str | None:
+        return self.whole.image_file(int(self.indices[index]))
 
     def stored_size(self, index: int) -> tuple[int, int] | None:
         return self.whole.stored_size(int(self.indices[index]))

@@ -33,6 +33,8 @@ KNOWN = (*PAIR, "audio", "video", "regions", "question")
 MEDIA = ("image", "video", "audio")
 _KINDS = {**{field: field for field in (*MEDIA, "regions", "vector")}, "pair": "regions"}
 
+_OURS = ("concept", "matched")  # what batches call labels of their own
+
 Cell = Any
 """Of a medium: where it is. Of regions: their image's cell, and (box, tag) of each. Texts; an array; a class."""
 
@@ -72,7 +74,8 @@ class Reading:
             partial: leave out fields without a column, instead of refusing the table for them.
 
         Raises:
-            ValueError: a field that your own data cannot have; none of the fields has a column, if `partial`.
+            ValueError: a field that your own data cannot have; a label with a name that batches use; none of the fields
+                has a column, if `partial`.
         """
         names = list(names)
         known = set(names)
@@ -83,7 +86,11 @@ class Reading:
             fields = [*pair, *more] if more or labels else PAIR
         if "document" in fields and not partial:
             raise ValueError("fields: expected fields that columns can hold, got 'document'")
-        wanted = [field for field in dict.fromkeys([*fields, *labels]) if field != "tag"]  # regions have the tags
+        if taken := [label for label in labels if label in _OURS]:
+            raise ValueError(f"labels: expected columns of other names than {', '.join(_OURS)}, got {taken[0]!r}")
+        wanted = list(dict.fromkeys([*fields, *labels]))
+        if any(_KINDS.get(field) == "regions" for field in wanted):  # the classes of whose boxes have that name
+            wanted = [field for field in wanted if field != "tag"]
         texts = (caption, "text") if caption == "caption" else (caption,)
         columns = {"image": (image,), "text": texts}
         by_field = {field: columns.get(field, (field,)) for field in wanted}

@@ -13,6 +13,7 @@ from mmkernels.pretrain.data.audio import decode_audio, require_soundfile
 from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog, Sample, Source, Text
 from mmkernels.pretrain.data.cells import MEDIA, Cell, Reading
 from mmkernels.pretrain.data.decode import decode_image, decode_regions, decode_video, image_size, regions_without_crops
+from mmkernels.pretrain.data.unicode import printable
 
 __all__ = ["ColumnSource", "by_row", "caption_key", "checked", "concepts_of", "with_values"]
 
@@ -49,7 +50,7 @@ class ColumnSource(Source):
             require_soundfile()
         self.fields, self.resolution, self.broken, self.reading = tuple(cells), resolution, broken, reading
         self.cells, self._names, self._faults = cells, names, faults
-        self.keys = [self._key(index) for index in range(len(names))]
+        self.keys = self._keys(tuple(cells))
         self.concepts = concepts_of(self.keys)
         self._cache: dict[tuple[str, Any], np.ndarray] = {}
         self._cache_left = cache_bytes
@@ -72,11 +73,17 @@ class ColumnSource(Source):
 
     def held_out_by(self, fields: Sequence[str], unread: Collection[str]) -> None:
         """Tell concepts by some fields alone, and then forget those that are not read."""
-        self.keys = [self._key(index, fields) for index in range(len(self._names))]
+        self.keys = self._keys(fields)
         self.concepts = concepts_of(self.keys)
         self.cells = {field: cells for field, cells in self.cells.items() if field not in unread}
         self.fields = tuple(self.cells)
         self.learn_classes(range(len(self._names)))
+
+    def expect_values(self, where: object, fields: Sequence[str]) -> None:
+        """Raise ValueError if no sample has a value of one of the fields."""
+        if empty := [field for field in fields if field not in self.fields and field not in self.classes]:
+            shown = ", ".join(map(repr, empty))
+            raise ValueError(f"{where}: expected values in every field that is read, got none in {shown}")
 
     def take_classes(self, classes: Mapping[str, tuple[str, ...]]) -> None:
         """Number the classes as another data set does."""
@@ -136,6 +143,10 @@ class ColumnSource(Source):
     def name(self, index: int) -> str:
         return self._names[index]
 
+    def image_file(self, index: int) -> str | None:
+        cell = self.cells["image"][index] if "image" in self.cells else None
+        return printable(cell) if isinstance(cell, str) else None
+
     def stored_size(self, index: int) -> tuple[int, int] | None:
         cell = self.cells["image"][index] if "image" in self.cells else None
         return None if cell is None else image_size(self._file(cell))
@@ -152,18 +163,37 @@ class ColumnSource(Source):
             return regions_without_crops(cell[1], self._numbers["tag"])
         return self._value(field, cell)
 
-    def _key(self, index: int, fields: Sequence[str] | None = None) -> str:
-        """What makes samples the same concept: the first caption, else the first medium, else the first text; of some
-        fields, or of all."""
-        known = [field for field in (self.cells if fields is None else fields) if field in self.cells]
-        texts = [field for field in known if self.reading.kind(field) == "text"]
-        for field in ["text", *(field for field in known if field in MEDIA), *texts]:
-            cell = self.cells[field][index] if field in known else None
-            if cell and field not in MEDIA:
-                return caption_key(cell) if field == "text" else f"{field} {cell[0]}"
-            if isinstance(cell, str):  # a file's name; others have no place of their own
-                return f"{field} {cell}"
-        return self._names[index]
+    def _keys(self, fields: Sequence[str]) -> list[str]:
+        """What makes samples the same concept, of some fields: the first caption of their image, else of their own,
+        else their first file, else the first text. A file is the same image in every row that names it."""
+        known = [field for field in fields if field in self.cells]
+        files = {field: self._files(field) for field in known if self.reading.kind(field) in (*MEDIA, "regions")}
+        pictures = [files[field] for field in files if self.reading.kind(field) in ("image", "regions")]
+        captions = self.cells["text"] if "text" in known else [None] * len(self._names)
+        firsts: dict[str, Any] = {}
+        for column in pictures:
+            for file, caption in zip(column, captions, strict=True):
+                if file and caption:
+                    firsts.setdefault(file, caption)
+        texts = [field for field in known if self.reading.kind(field) == "text" and field != "text"]
+
+        def key(index: int) -> str:
+            shared = (firsts[file] for column in pictures if (file := column[index]) in firsts)
+            if caption := next(shared, captions[index]):
+                return caption_key(caption)
+            if found := next((f"{field} {file}" for field in files if (file := files[field][index])), ""):
+                return found
+            said = (f"{field} {cell[0]}" for field in texts if (cell := self.cells[field][index]))
+            return next(said, self._names[index])
+
+        return [key(index) for index in range(len(self._names))]
+
+    def _files(self, field: str) -> list[str | None]:
+        """The file of each sample's medium, or of the image of its regions; None without one that has a name."""
+        cells = self.cells[field]
+        if self.reading.kind(field) == "regions":
+            cells = [cell and cell[0] for cell in cells]
+        return [cell if isinstance(cell, str) else None for cell in cells]
 
 
 def caption_key(captions: Sequence[str]) -> str:

@@ -15,8 +15,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,12 @@ class FilterList:
         Raises:
             ValueError: the list belongs to other data, names samples that are not there, or drops all.
         """
-        train = data.train
+        train, listed = data.train, self
         if (len(train), names_digest(train)) != (self.about["samples"], self.about["names"]):
-            raise ValueError(
-                f"filter: expected a list of these {len(train):,} training samples, got one of {self._described()}. "
-                "Write a list with mmkernels data-report, for the same --recipe, --labels, --eval-fraction and "
-                "--held-out-by"
-            )
-        ours = [entry for entry in self.dropped if entry.split == TRAIN]
+            listed = self._by_row(train)
+        ours = [entry for entry in listed.dropped if entry.split == TRAIN]
         sources = {TRAIN: train, **data.held_out}
-        for entry in self.dropped:
+        for entry in listed.dropped:
             if entry.split in sources and (entry.split != TRAIN or entry.index is None):
                 sources[entry.split].broken.excuse([entry.name])
         indices = np.unique(np.array([entry.index for entry in ours if entry.index is not None], np.int64))
@@ -104,8 +100,38 @@ class FilterList:
         train.broken.excuse(train.logged_as(int(index)) for index in indices)
         if len(indices) == len(train):
             raise ValueError(f"filter: expected samples left to train on, got a list of all {len(train):,}")
-        self._tell(len(train), len(indices))
+        listed._tell(len(train), len(indices))
         return Data(train.only(np.setdiff1d(np.arange(len(train)), indices)), data.held_out)
+
+    def _by_row(self, train: Source) -> FilterList:
+        """A list of images with their captions, for a table read row by row: every row of a listed image is meant.
+
+        Raises:
+            ValueError: it is of other data.
+        """
+        rows: dict[str, list[int]] = {}
+        for row in range(len(train)):
+            if (file := train.image_file(row)) is not None:
+                rows.setdefault(file, []).append(row)
+        images = list(rows)
+        if (len(images), _digest(images)) != (self.about["samples"], self.about["names"]):
+            raise ValueError(
+                f"filter: expected a list of these {len(train):,} training samples, got one of {self._described()}. "
+                "Write a list with mmkernels data-report, for the same --recipe, --labels, --eval-fraction and "
+                "--held-out-by; or read all of them, with --filter None"
+            )
+        meant = []
+        for entry in self.dropped:
+            if entry.split != TRAIN or entry.index is None:
+                meant.append(entry)
+            elif 0 <= entry.index < len(images) and images[entry.index] == entry.name:
+                meant += [replace(entry, index=row, name=train.logged_as(row)) for row in rows[entry.name]]
+            else:
+                raise ValueError(
+                    f"filter: expected names of training images, got image {entry.index}, {printable(entry.name)!r}, "
+                    "which is not there"
+                )
+        return FilterList(self.about, tuple(meant))
 
     def _described(self) -> str:
         fields = ", ".join(self.about.get("fields", ()))
@@ -124,7 +150,11 @@ class FilterList:
 
 def names_digest(source: Source) -> str:
     """A hash of the names of all samples, in order."""
+    return _digest(map(source.logged_as, range(len(source))))
+
+
+def _digest(names: Iterable[str]) -> str:
     found = hashlib.blake2b(digest_size=16)
-    for index in range(len(source)):
-        found.update(source.logged_as(index).encode("utf-8", "surrogatepass") + b"\n")
+    for name in names:
+        found.update(name.encode("utf-8", "surrogatepass") + b"\n")
     return found.hexdigest()

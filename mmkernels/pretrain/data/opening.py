@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,11 +26,11 @@ from mmkernels.pretrain.data.seeds import is_held_out
 from mmkernels.pretrain.data.shares import check_weights
 from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.data.speech import open_speech
-from mmkernels.pretrain.data.tables import TableFormat, find_table
+from mmkernels.pretrain.data.tables import DELIMITED, TableFormat, find_table
 from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.data.webdataset import WebDataset
 
-__all__ = ["EMBEDDED", "held_out_mask", "open_data", "part_names"]
+__all__ = ["EMBEDDED", "NoConceptsError", "held_out_mask", "open_data", "part_names", "reads_table"]
 
 log = logging.getLogger("mmkernels.pretrain.data")
 
@@ -97,16 +98,20 @@ def open_data(
         eval_fraction: fraction of your own concepts held out, chosen by a hash of the caption (without one: of the
             file, or of the first text), so that adding data never moves a sample between the sets.
         held_out_by: of your own data, the fields that tell concepts, in place of those that are read: with the same,
-            data read in several ways have the same concepts held out.
+            data read in several ways have the same concepts held out. The data may lack some, but not all of them.
         max_eval: most samples in a held-out set, evenly spaced.
         max_broken: fraction of the samples of a set that may be unreadable.
         cache_bytes: memory for decoded images, clips and recordings, of each set.
+
+    Raises:
+        NoConceptsError: one of your own data sets has none of `held_out_by`.
+        ValueError: no such data; data without what is read.
     """
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction: expected 0 <= eval_fraction < 1, got {eval_fraction}")
     form = table or TableFormat()
     names = part_names(source, weights)
-    if form != TableFormat() and not any(_kind(name) in ("table", "hub") for name in names):
+    if form != TableFormat() and not reads_table(source):
         raise ValueError(f"csv_separator, csv_img_key, csv_caption_key: expected a table to read, got {source}")
     options: dict[str, Any] = {"resolution": resolution, "max_broken": max_broken, "cache_bytes": cache_bytes}
     options |= {"fields": fields, "labels": labels, "partial": partial or len(names) > 1}
@@ -125,6 +130,19 @@ def open_data(
     if lost := [label for label in labels if label not in known]:
         raise ValueError(f"labels: expected columns of {source}, got {', '.join(lost)}, which none of them has")
     return mix(parts, weights)
+
+
+def reads_table(source: str | Path, delimited: bool = False) -> bool:
+    """Whether one of the data sets that a source names is a table, whose columns have names that can be chosen; with
+    `delimited`, a .csv or .tsv, whose separator can be."""
+    for name in part_names(source):
+        kind = _kind(name)
+        if kind in ("table", "hub") and not delimited:
+            return True
+        with suppress(ValueError):  # said when it is opened
+            if kind == "table" and find_table(Path(_stripped(name))).suffix.lower() in DELIMITED:
+                return True
+    return False
 
 
 def part_names(source: str | Path, weights: Sequence[float] | None = None) -> list[str]:
@@ -190,6 +208,10 @@ def _stripped(name: str) -> str:
     return path if kind in ("folder", "webdataset") and path else name
 
 
+class NoConceptsError(ValueError):
+    """A data set has none of the fields that tell concepts."""
+
+
 class _HeldOut(NamedTuple):
     """What is held out of your own data: see `open_data`."""
 
@@ -203,18 +225,21 @@ def _open(name: str, form: TableFormat, options: dict[str, Any], held: _HeldOut)
     kind, source, fields = _kind(name), _stripped(name), options["fields"]
     if kind == "embedded":
         return EMBEDDED[name](fields)
-    unread: set[str] = set()
-    if held.by and fields is not None:
-        unread = set(held.by) - set(fields)
-        options = {**options, "fields": list(dict.fromkeys([*fields, *held.by]))}
+    partial: bool = options["partial"]
+    wanted = list(dict.fromkeys([*(fields or ()), *options["labels"]]))
+    unread = set(held.by) - set(wanted) if fields is not None else set()
+    if unread:  # they may lack
+        options = {**options, "fields": list(dict.fromkeys([*wanted, *held.by])), "partial": True}
 
     def keyed(dataset: ColumnSource) -> ColumnSource:
         if held.by:
-            dataset.held_out_by(held.by, unread)
+            _tell_concepts(name, dataset, held.by, unread)
+        if unread and not partial:
+            dataset.expect_values(name, wanted)
         return dataset
 
     if kind == "hub":
-        if form.separator is not None and not options["partial"]:
+        if form.separator is not None and not partial:
             raise ValueError(f"csv_separator: expected none for {name}, got {form.separator!r}")
         found = load_splits(name.removeprefix("hf:"))
         sets = {s: keyed(HubDataset(f"{name}: {s}", rows, table=form, **options)) for s, rows in found.items()}
@@ -227,6 +252,17 @@ def _open(name: str, form: TableFormat, options: dict[str, Any], held: _HeldOut)
         known = ", ".join(EMBEDDED)
         raise ValueError(f"data: expected a folder, or an existing table, or one of {known}; got {printable(source)}")
     return _by_hash(source, keyed(FolderDataset(source, table=form, **options)), held)
+
+
+def _tell_concepts(name: str, dataset: ColumnSource, by: Sequence[str], unread: Collection[str]) -> None:
+    """Let some fields tell concepts, and forget those that are not read. Raises `NoConceptsError`."""
+    lost = [field for field in by if field not in dataset.fields]
+    if len(lost) == len(by):
+        got = f"got {', '.join(by)}, of which it reads none with values"
+        raise NoConceptsError(f"held_out_by: expected fields of {printable(name)}, {got}")
+    if lost:
+        log.warning("held_out_by: %s lacks %s; concepts are told by the rest", printable(name), ", ".join(lost))
+    dataset.held_out_by(by, unread)
 
 
 def _by_hash(name: str, dataset: ColumnSource, held: _HeldOut) -> Data:

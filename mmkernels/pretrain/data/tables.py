@@ -19,9 +19,9 @@ from mmkernels.pretrain.data.cells import MEDIA, PAIR, Cell, Reading
 from mmkernels.pretrain.data.decode import IMAGE_SUFFIXES
 from mmkernels.pretrain.data.unicode import printable
 
-__all__ = ["TABLE_SUFFIXES", "Row", "TableFormat", "find_table", "read_table", "reading_of"]
+__all__ = ["DELIMITED", "TABLE_SUFFIXES", "Row", "TableFormat", "find_table", "read_table", "reading_of"]
 
-_DELIMITED = {".csv": ",", ".tsv": "\t"}
+DELIMITED = {".csv": ",", ".tsv": "\t"}
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _EXPECTED = f"{', '.join(TABLE_SUFFIXES[:-1])} or {TABLE_SUFFIXES[-1]}"
 
@@ -109,7 +109,7 @@ def read_table(table: Path, form: TableFormat, reading: Reading) -> Iterator[Row
         ValueError: the table as a whole cannot be read; the message has the file and the line.
     """
     suffix = table.suffix.lower()
-    if form.separator is not None and suffix not in _DELIMITED:
+    if form.separator is not None and suffix not in DELIMITED:
         raise ValueError(f"csv_separator: expected none for {table.name}, got {form.separator!r}")
     if suffix == ".parquet":
         yield from _parquet_rows(table, reading)
@@ -132,7 +132,7 @@ def _text(table: Path) -> Iterator[TextIO]:
 
 
 def _separator(table: Path, form: TableFormat) -> str:
-    return form.separator or _DELIMITED[table.suffix.lower()]
+    return form.separator or DELIMITED[table.suffix.lower()]
 
 
 def _encoding(table: Path) -> str:

@@ -76,7 +76,7 @@ def summary(report: Report) -> str:
         dropped = [each for each in report.filter_list().dropped if each.split == TRAIN and each.index is not None]
         place = report.options.folder / "drop.jsonl"
         lines.append(f"{place}: {len(dropped):,} of {len(report.data.train):,} training samples to leave out")
-        lines.append(f"train without them: {report.options.training}")
+        lines.append(f"train without them: {report.training}")
     return printable("\n".join([*lines, f"report: {report.options.folder / 'report.html'}"]))
 
 

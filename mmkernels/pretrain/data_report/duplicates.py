@@ -7,8 +7,9 @@ such likeness form a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -21,8 +22,9 @@ from mmkernels.pretrain.data_report.kinds import Finding
 from mmkernels.pretrain.data_report.reading import Opened
 from mmkernels.pretrain.data_report.scan import NONE, Scan, captions_of, is_picture
 
-__all__ = ["duplicates", "repeated_captions"]
+__all__ = ["duplicates", "one_stays", "repeated_captions"]
 
+_ALIKE = ("duplicates", "near-duplicates", "same-picture")
 _LEADERS = 50  # different texts of a group of pictures that further ones are compared with
 PICTURES, SHARE, TIMES = 10, 0.01, 10  # of a caption that is boilerplate: see `KINDS`
 
@@ -128,7 +130,7 @@ class _Compare:
                 leaders.append(row)
             if first in followed:
                 yield self._finding("near-duplicates", row, followed[first])
-            elif first != leaders[0] and self.rows.picture[row] != NONE:
+            if followed.get(first, first) != leaders[0] and self.rows.picture[row] != NONE:
                 yield self._finding("same-picture", row, leaders[0])
 
     def _near(self, a: int, b: int) -> bool:
@@ -161,6 +163,27 @@ def _connected(numbers: np.ndarray, pairs: Iterable[tuple[int, int]]) -> np.ndar
     graph = coo_array((np.ones(len(edges), np.int8), (edges[:, 0], edges[:, 1])), (size, size))
     _, component = connected_components(graph, directed=False)
     return np.where(numbers == NONE, NONE, component[numbers])
+
+
+def one_stays(wanted: Sequence[Finding]) -> list[Finding]:
+    """The findings for which samples are left out: of samples alike, the first that nothing else is found of stays, if
+    the one that they are like goes.
+
+    Args:
+        wanted: the findings of the kinds to leave out.
+    """
+    kept = [each for each in wanted if each.kind not in _ALIKE]
+    alone = {(each.split, each.index) for each in kept}
+    gone, stood_for = set(alone), set()
+    order = sorted((each for each in wanted if each.kind in _ALIKE), key=lambda each: (each.split, each.index or 0))
+    for place, found in groupby(order, key=lambda each: (each.split, each.index)):
+        mine = list(found)
+        if place in alone or any(each.of not in gone or each.of in stood_for for each in mine):
+            kept += mine
+            gone.add(place)
+        else:
+            stood_for |= {each.of for each in mine}
+    return kept
 
 
 def repeated_captions(data: Opened, found: Scan, show: Callable[[str, int], str]) -> list[Finding]:

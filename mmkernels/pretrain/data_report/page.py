@@ -43,6 +43,7 @@ def _context(report: Report) -> dict[str, Any]:
     dropped = report.filter_list().dropped if options.drop else ()
     return {
         "options": options,
+        "training": report.training,
         "splits": splits,
         "coverage": tables["coverage"],
         "fields": report.data.fields,

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmkernels.pretrain.data.cells import PAIR
 from mmkernels.pretrain.data.filter_list import TRAIN, Dropped, FilterList, names_digest
+from mmkernels.pretrain.data.opening import EMBEDDED, part_names
 from mmkernels.pretrain.data_report import facts
-from mmkernels.pretrain.data_report.duplicates import duplicates, repeated_captions
+from mmkernels.pretrain.data_report.duplicates import duplicates, one_stays, repeated_captions
 from mmkernels.pretrain.data_report.kinds import KINDS, Finding
 from mmkernels.pretrain.data_report.projection import Points, points
 from mmkernels.pretrain.data_report.reading import Opened, opened
@@ -54,6 +56,15 @@ class Report:
         counted = Counter((finding.kind, finding.split) for finding in self.findings)
         return {kind: {split: counted[kind, split] for split in self.found.splits} for kind in KINDS}
 
+    @property
+    def training(self) -> str:
+        """How to train without what the list names. It is for one way of reading the data: see `FilterList`."""
+        recipe = self.options.recipe
+        reads = [field for field in self.data.fields if field not in self.data.train.classes]
+        if recipe or set(reads) == set(PAIR) or set(part_names(self.options.source)) <= EMBEDDED.keys():
+            return self.options.training(recipe)
+        return f"{self.options.training('RECIPE')} (a recipe that reads {', '.join(reads)}; for others say so here)"
+
     def json(self) -> dict[str, Any]:
         """Everything but pictures."""
         gained = None if self.packing is None else {**self.packing._asdict(), "saved": round(self.packing.saved, 6)}
@@ -74,7 +85,7 @@ class Report:
         """The list that `--drop` asks for: of each sample, the kinds for which it is left out."""
         wanted = [finding for finding in self.findings if finding.kind in self.options.drop]
         reasons: dict[tuple[str, int | None, str], list[Finding]] = {}
-        for finding in wanted:
+        for finding in one_stays(wanted):
             if finding.split == TRAIN or not finding.readable:
                 reasons.setdefault((finding.split, finding.index, finding.name), []).append(finding)
         entries = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -15,6 +16,10 @@ from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.data_report.kinds import chosen
 
 __all__ = ["DataReport"]
+
+# What decides which training samples there are, and what they are called.
+_AS_IN_TRAINING = ("without", "labels", "csv_separator", "csv_img_key", "csv_caption_key")
+_AS_IN_TRAINING += ("eval_fraction", "held_out_by")
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,12 @@ class DataReport:
         name = re.sub(r"[^\w.=-]+", "-", last).strip("-.")
         return Path("data-reports") / os.fsdecode((name or "data").encode())  # whatever the locale's encoding is
 
-    @property
-    def training(self) -> str:
-        """The command that trains without what the list names."""
-        recipe = [] if self.recipe is None else ["--recipe", self.recipe]
-        words = [*recipe, "--data", self.source, "--filter", str(self.folder / "drop.jsonl")]
+    def training(self, recipe: str | None) -> str:
+        """The command that trains with a recipe, without what the list names. None: the default recipe."""
+        words = [] if recipe is None else ["--recipe", recipe]
+        words += ["--data", self.source, "--filter", str(self.folder / "drop.jsonl")]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in _AS_IN_TRAINING and value != field.default:
+                words += [f"--{field.name.replace('_', '-')}", *(map(str, value if field.default == () else [value]))]
         return shlex.join(["mmkernels", "pretrain", *words])
