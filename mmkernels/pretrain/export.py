@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,19 +54,19 @@ def export(run: Path | str, path: Path | str) -> Path:
     config, classes = stored_config(source), stored_classes(source)
     step, weights = stored_weights(source)
     tokenizer = TextTokenizer.load(source / "tokenizer.json").text()  # raises if it is damaged
-    partial = target.with_name(target.name + ".partial")
-    if partial.exists():  # left by a kill
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    for name, file in kept_files(config).values():
-        shutil.copyfile(file, partial / name)
-    stored = as_stored(dataclasses.replace(config, run=None, init=None, fresh=(), resume=False))
-    texts = {"config.json": stored, "classes.json": classes, EXPORTED: {"step": step}}
-    for name, value in texts.items():
-        (partial / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    (partial / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    (partial / "model.safetensors").write_bytes(save(weights))  # a path that is not UTF-8 is welcome, too
-    os.replace(partial, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as beside:  # nobody else's
+        partial = Path(beside) / "model"
+        partial.mkdir()  # with the rights of any new folder
+        for name, file in kept_files(config).values():
+            shutil.copyfile(file, partial / name)
+        stored = as_stored(dataclasses.replace(config, run=None, init=None, fresh=(), resume=False))
+        texts = {"config.json": stored, "classes.json": classes, EXPORTED: {"step": step}}
+        for name, value in texts.items():
+            (partial / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        (partial / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        (partial / "model.safetensors").write_bytes(save(weights))  # a path that is not UTF-8 is welcome, too
+        os.replace(partial, target)
     return target
 
 

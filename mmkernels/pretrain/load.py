@@ -13,7 +13,7 @@ from torch import Tensor
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.data import Collator, Sample
-from mmkernels.pretrain.generate import context_of, go_on, prompts_of
+from mmkernels.pretrain.generate import context_of, go_on, prompts_of, writer
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.recipe import Facts
 from mmkernels.pretrain.run_folder import EXPORTED, RunFolderError, stored_classes, stored_config
@@ -36,6 +36,9 @@ class Pretrained(NamedTuple):
             stream: of the recipe.
             values: as in a data set: images uint8 [H, W, 3 or 4], texts, ...
         """
+        if not len(values) and stream in self.collator.streams:
+            like = next(self.model.parameters())
+            return torch.empty((0, self.model.encoder(stream).embed_dim), dtype=like.dtype, device=like.device)
         batch = self.batch({stream: values})
         with torch.no_grad():
             return self.model.encoder(stream).embeddings(batch[stream])
@@ -55,6 +58,9 @@ class Pretrained(NamedTuple):
         Example:
             >>> load_model("runs/caption").write("words", {"image": images})
         """
+        if values and values.keys() <= self.collator.streams.keys() and not any(map(len, values.values())):
+            writer(self.model, objective)  # raises for another objective
+            return []
         with torch.no_grad():
             batch = self.batch(values)
             prompts = [ids[:-1] if ids[-1:] == [EOS] else ids for ids in prompts_of(self.model, batch, objective)]

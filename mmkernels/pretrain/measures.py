@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import combinations
 from typing import Any
 
 from mmkernels.pretrain.data import Source, Text
+from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.metrics import (
     Ablation,
     Alignment,
@@ -32,6 +33,9 @@ __all__ = ["TASKS", "Subject", "group_labels", "measures"]
 
 _SMALL = 20  # most classes of a label that makes groups
 _WRITTEN = 500  # most texts that are written for a figure
+_LOOKED_AT = 1000  # samples among which one with a field is sought
+# What a metric is of; its other settings say how it is measured.
+_OF = ("of", "objective", "stream", "a", "b", "text", "regions", "through", "label")
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,10 @@ class Subject:
                     yield a, b, ""
 
     def reads_text(self, stream: str) -> bool:
-        value = self.train.peek(0).get(self.recipe.streams[stream].field or stream) if len(self.train) else None
-        return isinstance(value, Text | str)
+        """Whether the first sample that has its field, of evenly spaced ones, has a text there."""
+        field = self.recipe.streams[stream].field or stream
+        values = (self.train.peek(int(i)).get(field) for i in spaced(len(self.train), _LOOKED_AT))
+        return isinstance(next((value for value in values if value is not None), None), Text | str)
 
     def objectives(self, method: str) -> list[str]:
         """Those that have a method."""
@@ -156,7 +162,7 @@ TASKS: dict[str, Callable[[Subject], Iterator[Any]]] = {
 
 
 def measures(of: Subject, tasks: Sequence[str] = ()) -> list[Any]:
-    """The metrics of some tasks; without any: those of the recipe first, then all that fit.
+    """The metrics of some tasks; without any: those of the recipe first, then all that fit and measure something else.
 
     Raises:
         ValueError: an unknown task, or one that does not fit.
@@ -169,4 +175,13 @@ def measures(of: Subject, tasks: Sequence[str] = ()) -> list[Any]:
         fits = [task for task, make in TASKS.items() if any(True for _ in make(of))]
         raise ValueError(f"task: expected some that fit the recipe and its data ({', '.join(fits)}), got {lacking[0]}")
     own = () if tasks else of.recipe.metrics
-    return list(dict.fromkeys([*own, *(metric for each in found.values() for metric in each)]))
+    known = {_measured(metric) for metric in own}
+    others = (metric for each in found.values() for metric in each if _measured(metric) not in known)
+    return list(dict.fromkeys([*own, *others]))
+
+
+def _measured(metric: Any) -> tuple[Any, ...]:
+    """The same for two metrics that differ in nothing but how they measure; a pair of streams has no order."""
+    values = {name: getattr(metric, name) for name in _OF if hasattr(metric, name)}
+    pair = frozenset(values.pop(name) for name in ("a", "b") if name in values)
+    return type(metric), pair, *(_measured(value) if is_dataclass(value) else value for value in values.values())

@@ -23,6 +23,9 @@ class StreamEncoder(nn.Module):
         facts: what its parts are told.
         pooled: return embeddings; otherwise tokens, which fusions and token objectives need.
         compared: an objective compares its embeddings, so that they are projected to the shared space.
+
+    Attributes:
+        embed_dim: E.
     """
 
     def __init__(self, stream: Stream, facts: Facts, pooled: bool, compared: bool) -> None:
@@ -31,6 +34,7 @@ class StreamEncoder(nn.Module):
         self.pool, self.pooled, self.backend = stream.pool, pooled, facts.backend
         self.encoder = stream.encoder.build(facts)
         projected = compared and stream.project != "none"
+        self.embed_dim = out if projected else width
         self.norm = nn.LayerNorm(width) if projected else nn.Identity()
         hidden = [nn.Linear(width, width), nn.GELU()] if projected and stream.project == "mlp" else []
         last = [nn.Linear(width, out, bias=False)] if projected else []

@@ -16,6 +16,7 @@ from mmkernels.pretrain.metrics import Figure
 from mmkernels.pretrain.report.compare import best_of, compared, comparison_page, comparison_table
 from mmkernels.pretrain.report.stored_run import named
 from mmkernels.pretrain.run_folder import RunFolderError
+from mmkernels.pretrain.transfer import Transfer
 
 ENVIRONMENT = {"mmkernels": "1", "torch": "2", "device": "cpu", "threads": "1"}
 
@@ -78,13 +79,18 @@ def test_settings_figures_and_cost(tmp_path: Path) -> None:
         ((0.5, 0.6, 0.9), (0.04, 0.5, 0.01), True, None),  # the widest reaches the best
         ((0.5, 0.6), (0.04, None), True, None),
         ((0.5, None, 0.6), (0.04, None, 0.04), True, 2),
+        ((0.05, 0.1), (0.01, 0.01), True, None),  # the better one is chance
+        ((0.05, 0.15), (0.01, 0.01), True, 1),
+        ((0.05, 0.15), (0.01, 0.01), False, 0),
+        ((0.2, 0.15), (0.01, 0.01), False, None),
     ],
 )
 def test_the_best_is_apart(values: Any, widths: Any, higher: bool, best: int | None) -> None:
     figures = []
     for value, width in zip(values, widths, strict=True):
         ends = {} if width is None else {"low": value - width, "high": value + width}
-        figures.append(None if value is None else Figure("x", value, higher_is_better=higher, **ends))
+        chance = 0.1 if higher or max(v for v in values if v is not None) < 0.3 else 0.9
+        figures.append(None if value is None else Figure("x", value, chance, higher_is_better=higher, **ends))
     assert best_of(figures) == best
 
 
@@ -101,13 +107,87 @@ def test_runs_of_different_recipes_and_data(tmp_path: Path) -> None:
     assert found.remarks == [
         "The runs have different recipes: clip, siglip.",
         "The runs have different data: emoji, scenes.",
-        "Figures are compared where data, split and name agree; losses where objectives have one name.",
-        "They were evaluated on different numbers of samples (eval_limit).",
+        "Figures are compared where held-out samples, name and task agree; losses where name and task do.",
     ]
     page = comparison_page(found)
     assert "&lt;b&gt;x&lt;/b&gt; &amp; 🙂" in page and "<b>x" not in page and "one <i>" not in page
     assert "none is marked as the best" in page
     assert "Loss: contrast" in page and "Loss: sigmoid" not in page, "which one run alone has"
+
+
+def grouped(found: Any) -> list[tuple[str, list[str]]]:
+    return [(table.data, [run.name for run in table.runs]) for table in found.tables]
+
+
+OWN: dict[str, Any] = {"recipe": "clip", "data": "folder:x"}
+
+
+def test_other_held_out_samples_are_other_data(tmp_path: Path) -> None:
+    """A gallery of 20 is not put beside one of 5; what does not change the held-out samples splits nothing."""
+    x = [figure("image → text R@10", 0.5, headline=True)]
+    fifth = [stored(tmp_path / "a", x, eval_fraction=0.2, **OWN)]
+    fifth += [stored(tmp_path / "b", x, eval_fraction=0.2, seed=1, batch=7, train_fraction=0.1, **OWN)]
+    fifth += [stored(tmp_path / "c", x, eval_fraction=0.2, held_out_by=("text", "image"), without=("image",), **OWN)]
+    half = [stored(tmp_path / name, x, eval_fraction=0.5, **OWN) for name in ("d", "e")]
+    found = compared([*fifth, *half])
+    one, other = "folder:x, eval_fraction 0.2", "folder:x, eval_fraction 0.5"
+    assert grouped(found) == [(one, ["a", "b", "c"]), (other, ["d", "e"])]
+    assert found.remarks[0] == "Runs on the same data hold out different samples, by eval_fraction."
+    assert f"figures on {one}" in comparison_table(found) and f"Figures on {one}" in comparison_page(found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eval_fraction": 0.5},
+        {"held_out_by": ("image",)},
+        {"validate": True},
+        {"eval_limit": 5},
+        {"csv_caption_key": "title"},
+        {"recipe": "mae"},  # which does not read the captions that tell concepts
+    ],
+)
+def test_what_decides_on_held_out_samples(tmp_path: Path, change: dict[str, Any]) -> None:
+    x = [figure("image → text R@10", 0.5)]
+    one, other = stored(tmp_path / "one", x, **OWN), stored(tmp_path / "other", x, **{**OWN, **change})
+    found = compared([one, other])
+    assert not found.tables and set(found.alone) == {"one", "other"}
+
+
+def test_what_is_held_out_of_data_that_come_along_is_fixed(tmp_path: Path) -> None:
+    x = [figure("image → text R@10", 0.5)]
+    a, b = stored(tmp_path / "a", x), stored(tmp_path / "b", x, eval_fraction=0.5, held_out_by=("image", "text"))
+    assert grouped(compared([a, b])) == [("emoji", ["a", "b"])]
+
+
+def test_other_labels_are_other_tasks(tmp_path: Path) -> None:
+    """A head of one name may learn anything."""
+    x = [figure("classes: accuracy", 0.5, headline=True), figure("image: kind by a linear probe", 0.4)]
+    runs = []
+    for label in ("kind", "title"):
+        own = {**OWN, "transfers": (Transfer("classify", label, ("image",)),)}
+        wiring = {"objectives.classes.label": label}
+        runs += [stored(tmp_path / f"{label}{i}", x, wiring=wiring, **own) for i in range(2)]
+    found = compared(runs)
+    (table,) = found.tables
+    assert [(row.title, [f is not None for f in row.figures]) for row in table.rows] == [
+        ("classes: accuracy (Answer of kind)", [True, True, False, False]),
+        ("image: kind by a linear probe", [True] * 4),
+        ("classes: accuracy (Answer of title)", [False, False, True, True]),
+    ]
+    page = comparison_page(found)
+    assert "Loss: classes (Answer of kind)" in page and "Loss: classes<" not in page
+    found = compared(runs[1:3])
+    assert [row.name for row in found.tables[0].rows] == ["image: kind by a linear probe"]
+    assert found.alone == {"kind1": ["held_out: classes: accuracy"], "title0": ["held_out: classes: accuracy"]}
+    assert "Loss: " not in comparison_page(found)
+
+
+def test_masked_and_next_words_are_other_tasks(tmp_path: Path) -> None:
+    x = [figure("words: perplexity", 9.0, percent=False)]
+    names = ("bert", "roberta", "gpt")
+    found = compared([stored(tmp_path / name, x, recipe=name, data="text") for name in names])
+    assert [[f is not None for f in row.figures] for row in found.tables[0].rows] == [[True, True, False]]
 
 
 def test_a_run_shows_what_it_has(tmp_path: Path) -> None:

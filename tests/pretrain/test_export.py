@@ -99,11 +99,18 @@ def test_what_cannot_be_exported(tiny: Make, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     assert main([str(folder), "."]) == 1
     assert "got ., which holds files already" in capsys.readouterr().err
-    (tmp_path / "out.partial").mkdir()  # left by a kill
-    (tmp_path / "out.partial" / "half").write_text("", encoding="utf-8")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("mine", encoding="utf-8")
     (tmp_path / "out").mkdir()
+    there = {path.name for path in tmp_path.iterdir()}
     out = export(folder, tmp_path / "out")
-    assert not (tmp_path / "out.partial").exists() and not (out / "half").exists()
+    assert (tmp_path / "out.partial" / "mine").read_text(encoding="utf-8") == "mine", "somebody else's folder"
+    assert {path.name for path in tmp_path.iterdir()} == there, "nothing is left beside it"
+    assert out.stat().st_mode == (tmp_path / "out.partial").stat().st_mode, "as readable as any folder"
+    monkeypatch.setattr("mmkernels.pretrain.export.save", lambda weights: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(folder, tmp_path / "none")
+    assert {path.name for path in tmp_path.iterdir()} == there
     with pytest.raises(RunFolderError, match="cannot be resumed"):
         train(dataclasses.replace(config, run=out, resume=True))
     for name in ("model.safetensors", "export.json"):

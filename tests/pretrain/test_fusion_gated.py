@@ -149,26 +149,45 @@ class Objective:
         x = chunk.fused["text"].x[:, :2]
         return x, torch.arange(len(x)) % 2
 
+    def owners(self, chunk: Any) -> Tensor:
+        owners: Tensor = chunk.fused["text"].layout.owners()
+        return owners
 
-def test_ablation() -> None:
-    """With another sample's images, and without any, as if the batch had been so."""
+
+@pytest.mark.parametrize(
+    ("concepts", "others"), [((0, 1, 2, 3), [1, 2, 3, 0]), ((0, 0, 1, 1), [2, 2, 0, 0]), ((5, 5, 5, 5), None)]
+)
+def test_ablation(concepts: tuple[int, ...], others: list[int] | None) -> None:
+    """With the images of a sample of another concept, and without any, as if the batch had been so."""
     fusion, found = shaken(built()), given()
-    chunk = SimpleNamespace(tokens=found, fused={**found, **fusion(found)})
-    batch = SimpleNamespace(samples=4, concepts=torch.arange(4))
-    model = SimpleNamespace(fusion=fusion, objectives={"words": Objective()}, whole=lambda batch, objective: chunk)
+    batch = SimpleNamespace(samples=4, concepts=torch.tensor(concepts), numbers=[7, 8, 9, 10])
+
+    def whole(batch: Any, objective: str) -> Any:
+        return SimpleNamespace(tokens=found, fused={**found, **fusion(found)})
+
+    model = SimpleNamespace(fusion=fusion, objectives={"words": Objective()}, whole=whole)
     held_out = SimpleNamespace(batches=lambda mode, objective: [batch])
     with torch.no_grad():
         right, without = Ablation("words", "image").measure(model, held_out)
-        other = fusion({**found, "image": found["image"].take(torch.tensor([1, 2, 3, 0]))})["text"]
+        other = fusion({**found, "image": found["image"].take(torch.tensor(others or [0, 1, 2, 3]))})["text"]
         none = fusion({**found, "image": found["image"].take(torch.tensor([1, 1, 1, 1]))})["text"]  # an empty one
 
     def loss(x: Tensor) -> float:
         return F.cross_entropy(x[:, :2], torch.arange(len(x)) % 2).item()
 
     assert right.value == pytest.approx(loss(fusion(found)["text"].x))
-    assert right.chance == without.chance == pytest.approx(loss(other.x))
+    assert right.chance == without.chance == (None if others is None else pytest.approx(loss(other.x)))
     assert without.value == pytest.approx(loss(none.x))
     assert len({right.value, right.chance, without.value}) == 3
+    for figure in (right, without):
+        assert figure.low is not None and figure.high is not None and figure.low < figure.value < figure.high
+    both = SimpleNamespace(
+        batches=lambda mode, objective: [batch, SimpleNamespace(**{**vars(batch), "concepts": same})]
+    )
+    same = torch.zeros(4, dtype=torch.int64)
+    with torch.no_grad():
+        again, _ = Ablation("words", "image").measure(model, both)
+    assert again.chance == right.chance, "a batch of one concept has no other sample"
     model.fusion = None
     with pytest.raises(ValueError, match="a recipe with a fusion"):
         Ablation("words", "image").measure(model, held_out)

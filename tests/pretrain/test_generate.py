@@ -116,6 +116,7 @@ def test_a_loaded_model_writes_words() -> None:
     of = SYSTEMS["prefix"]
     model = built(of, SAMPLES).float()
     loaded, images = Pretrained(model, collator(of, SAMPLES)), list(IMAGES[:3])
+    assert loaded.write("words", {"image": []}) == []
     written = loaded.write("words", {"image": images}, most_tokens=4)
     ids = generate(model, "words", loaded.batch({"image": images}), 4)
     assert written == [TOKENIZER.decode(each) for each in ids] and len(written) == 3

@@ -204,8 +204,11 @@ def test_a_trained_model_can_be_used(tiny: Make) -> None:
     image, text = pretrained.embed("image", [sample.image] * 2), pretrained.embed("text", ["a red bar", "x"])
     torch.testing.assert_close(image.norm(dim=1), torch.ones(2))
     assert text.shape == (2, 8)
-    with pytest.raises(ValueError, match="values: expected some of the streams image, text, got sound"):
-        pretrained.embed("sound", [None])
+    nothing = pretrained.embed("text", [])
+    assert nothing.shape == (0, 8) and nothing.dtype == text.dtype
+    for values in ([None], []):
+        with pytest.raises(ValueError, match="values: expected some of the streams image, text, got sound"):
+            pretrained.embed("sound", values)
 
 
 def test_averaged_weights_are_evaluated_and_loaded(tiny: Make) -> None:

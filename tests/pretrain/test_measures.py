@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pretrain.small_model import Samples
 from pretrain.test_recipes import small, trainer_of
 
 from mmkernels.cli import main
 from mmkernels.pretrain import Config, train
 from mmkernels.pretrain.evaluate import evaluate
 from mmkernels.pretrain.measures import TASKS, Subject, group_labels, measures
+from mmkernels.pretrain.metrics import Captioning, Groups, LinearProbe, Predictions, Retrieval
 from mmkernels.pretrain.recipes import names
 from mmkernels.pretrain.setup import open_source
 
@@ -65,6 +67,65 @@ def test_pairs_that_no_objective_contrasts_share_the_space(tmp_path: Path) -> No
     assert list(of.pairs()) == [("image", "text", "correlation")]
     of, _ = subject("simclr", tmp_path)
     assert not list(of.pairs()), "two views of one field"
+
+
+BOTH = """
+import dataclasses
+from mmkernels.pretrain.metrics import Groups, Retrieval
+from mmkernels.pretrain.objectives import Correlation
+from mmkernels.pretrain.recipes import load
+clip = load("clip")
+METRICS = (Retrieval(), Retrieval(through="correlation"))
+OBJECTIVES = {**clip.objectives, "correlation": Correlation("image", "text")}
+RECIPE = dataclasses.replace(clip, objectives=OBJECTIVES, metrics=METRICS)
+"""
+
+
+def test_figures_through_several_objectives_have_names_of_their_own(tmp_path: Path) -> None:
+    """Where one compares a pair, its name is not said."""
+    (tmp_path / "both.py").write_text(BOTH, encoding="utf-8")
+    config = small(str(tmp_path / "both.py"), tmp_path / "run")
+    trainer = trainer_of(dataclasses.replace(config, parts={**config.parts, "model.embed_dim": 4}))
+    train = next(iter(trainer.held_out.values())).train
+    of = Subject(trainer.recipe, trainer.model, train, (), ("group",))
+    split, held_out = next(iter(trainer.held_out.items()))
+    metrics = measures(of, ("retrieval", "alignment", "groups"))
+    names_ = [figure.name for figure in evaluate(trainer.model, metrics, {split: held_out})[split]]
+    assert len(set(names_)) == len(names_)
+    for name in ("image → text R@10", "image, text: alignment", "text: uniformity"):
+        assert name in names_ and f"correlation: {name}" in names_
+    of, trainer = subject("cca", tmp_path)
+    held_out = next(iter(trainer.held_out.values()))
+    assert (
+        evaluate(trainer.model, [Retrieval(through="correlation")], {"x": held_out})["x"][0].name == "image → text R@1"
+    )
+
+
+def test_what_the_recipe_measures_is_not_measured_again(tmp_path: Path) -> None:
+    """Though with other settings, or a pair the other way round."""
+    of, _ = subject("caption", tmp_path)
+    assert [metric for metric in measures(of) if isinstance(metric, Captioning)] == [
+        metric for metric in of.recipe.metrics if isinstance(metric, Captioning)
+    ]
+    assert [m.limit for m in measures(of, ("captions",))] == [500]
+    of, _ = subject("audioclip", tmp_path)
+    pairs = [{m.a, m.b} for m in measures(of) if isinstance(m, Retrieval)]
+    assert len(pairs) == 3 and all(pairs.count(pair) == 1 for pair in pairs)
+    of, _ = subject("vqa", tmp_path)
+    own = (Predictions("answer"), Groups(Predictions("answer"), "kind", least=3), LinearProbe("image", limit=9))
+    found = measures(dataclasses.replace(of, recipe=dataclasses.replace(of.recipe, metrics=own), labels=("kind",)))
+    assert found[:3] == list(own) and Groups(Predictions("answer"), "kind") not in found
+    assert [m.label for m in found if isinstance(m, LinearProbe) and m.stream == "image"] == ["", "kind"]
+    assert Predictions("words") in found, "of another objective"
+
+
+def test_texts_are_known_by_the_first_sample_that_has_one(tmp_path: Path) -> None:
+    of, _ = subject("clip", tmp_path)
+    rows: list[dict[str, Any]] = [{"image": ...}] * 30 + [{"image": ..., "text": "a cat"}]
+    assert dataclasses.replace(of, train=Samples(rows)).reads_text("text")
+    assert not dataclasses.replace(of, train=Samples(rows)).reads_text("image")
+    for none in (rows[:30], []):
+        assert not dataclasses.replace(of, train=Samples(none)).reads_text("text")
 
 
 @pytest.fixture(scope="module")

@@ -173,16 +173,34 @@ def test_figures_of_known_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     for way, written in {
         "": texts,
         " without image": ["a"] * 5,
-        " of another image": ["a dog", "cat red dog", "a red cat", "blue a", "dog dog a"],
+        " of another image": ["a dog", "cat red dog", "a red cat"],  # the other two are alone in their batches
     }.items():
+        n = len(written)
         for score, expected in {"CIDEr": cider_by_definition, "ROUGE-L": rouge_of}.items():
             figure = figures[f"words: {score}{way}"]
-            assert figure.value == pytest.approx(np.mean(expected(written, true)))
-            assert figure.chance == pytest.approx(np.mean(expected([constant] * 5, true)))
+            assert figure.value == pytest.approx(np.mean(expected(written, true[:n])))
+            assert figure.chance == pytest.approx(np.mean(expected([constant] * n, true[:n])))
             assert figure.headline == (figure.name == "words: CIDEr")
         assert 0 <= figures[f"words: BLEU-4{way}"].value <= 1
     assert figures["words: captions cut at 9 tokens"].value == pytest.approx(1 / 5)
     assert len(figures) == 10
+
+
+@torch.no_grad()
+def test_another_image_is_of_another_concept() -> None:
+    """Several captions of a picture: the next picture's is written, once for each; alone in a batch, none is."""
+    held = Samples([{"image": IMAGES[i], "text": CAPTIONS[i]} for i in (0, 0, 0, 1, 1)], concepts=[0, 0, 0, 1, 1])
+    model, sets = built(CAPTIONER, held).float(), held_out(CAPTIONER, TRAIN, held)
+    model.fusion.layers[0].cross.out_proj.weight.mul_(100)  # as if trained: captions differ
+    part = Captioning("words", scores=("CIDEr",), most_tokens=6)
+    found = part.write(model, replace(sets, samples=9))
+    a, b = found.texts[0], found.texts[3]
+    assert a != b and found.texts == [a, a, a, b, b] and found.misled == [b, b, b, a, a]
+    apart = part.write(model, sets)  # batches of three: the first has one concept, as has the second
+    assert apart.texts == found.texts and apart.misled == [None] * 5
+    assert [f.name for f in part.measure(model, sets)] == [
+        "words: CIDEr", "words: CIDEr without image", "words: captions cut at 6 tokens"
+    ]  # fmt: skip
 
 
 def rouge_of(texts: list[str], references: list[list[str]]) -> list[float]:

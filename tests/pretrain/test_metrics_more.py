@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -219,6 +220,11 @@ def test_candidates_are_judged_one_by_one() -> None:
     assert better.value == pytest.approx(np.mean(right)) and plain.value == pytest.approx(np.mean(first))
     assert better.chance == pytest.approx(1 / 6) and math.isclose(plain.chance or 0, 1 / 6)
     assert better.headline and not plain.headline
+    assert [plain.name, better.name] == ["vector → text, nearest R@1", "vector → text, re-ranked R@1"]
+    two = dataclasses.replace(of, objectives={**of.objectives, "again": Matching("vector", "text")})
+    with torch.no_grad():
+        figures = Reranked("again").measure(built(two, source).float().eval(), held_out(two, source, source))
+    assert [f.name for f in figures] == [f"again: {name}" for name in (plain.name, better.name)]
     with pytest.raises(
         ValueError, match=r"objective: expected one that scores pairs in a fusion \(matching\), got 'contrast'"
     ):

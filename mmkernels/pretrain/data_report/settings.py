@@ -18,8 +18,8 @@ from mmkernels.pretrain.data_report.kinds import chosen
 __all__ = ["DataReport"]
 
 # What decides which training samples there are, and what they are called.
-_AS_IN_TRAINING = ("without", "labels", "csv_separator", "csv_img_key", "csv_caption_key")
-_AS_IN_TRAINING += ("eval_fraction", "held_out_by")
+_OF_TABLES = ("csv_separator", "csv_img_key", "csv_caption_key")
+_AS_IN_TRAINING = ("without", "labels", *_OF_TABLES, "eval_fraction", "held_out_by")
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.guessing import of_others
+from mmkernels.pretrain.metrics.judged import numbers_of
 
 __all__ = ["Ablation"]
 
@@ -16,7 +19,8 @@ __all__ = ["Ablation"]
 @dataclass(frozen=True)
 class Ablation:
     """Three losses of an objective that chooses among classes. Chance is the loss with the stream of another sample,
-    the next one of the held-out batch: what the model knows without looking."""
+    the next one of another concept in the held-out batch: what the model knows without looking. A batch of one concept
+    takes no part in it."""
 
     objective: str = ""
     """Name of the objective."""
@@ -27,26 +31,29 @@ class Ablation:
         if model.fusion is None:
             raise ValueError("metrics: Ablation: expected a recipe with a fusion, got none")
         objective = model.objectives[self.objective]
-        losses, count = dict.fromkeys(("right", "other", "none"), 0.0), 0
+        losses: dict[str, list[np.ndarray]] = {"right": [], "other": [], "none": []}
+        items: dict[str, list[np.ndarray]] = {name: [] for name in losses}
         for batch in held_out.batches("loss", objective=self.objective):
             chunk = model.whole(batch, self.objective)
-            rows = torch.arange(batch.samples, device=batch.concepts.device)
-            others = dict.fromkeys(chunk.tokens, rows) | {self.stream: rows.roll(-1)}
-            emptied = {**chunk.tokens, self.stream: chunk.tokens[self.stream].emptied()}
-            kept = dict(chunk.fused)
+            kept, others = dict(chunk.fused), of_others(batch.concepts)
             for what in losses:
-                if what == "other":
-                    chunk.fused = {**kept, **model.fusion(chunk.tokens, others)}
+                if what == "other" and others is not None:
+                    rows = torch.arange(batch.samples, device=others.device)
+                    pairing = dict.fromkeys(chunk.tokens, rows) | {self.stream: others}
+                    chunk.fused = {**kept, **model.fusion(chunk.tokens, pairing)}
+                elif what == "other":
+                    continue
                 elif what == "none":
+                    emptied = {**chunk.tokens, self.stream: chunk.tokens[self.stream].emptied()}
                     chunk.fused = {**kept, **model.fusion(emptied)}
                 logits, targets = objective.logits(chunk)
-                losses[what] += F.cross_entropy(logits.double(), targets, reduction="sum").item()
-            count += len(targets)
-        if not count:
-            return []
-        right, other, none = (each / count for each in losses.values())
-        more: dict[str, Any] = {"percent": False, "higher_is_better": False}
-        return [
-            Figure(f"{self.objective}: loss with {self.stream}", right, other, **more),
-            Figure(f"{self.objective}: loss without {self.stream}", none, other, **more),
-        ]
+                losses[what].append(F.cross_entropy(logits.double(), targets, reduction="none").cpu().numpy())
+                items[what].append(numbers_of(batch, objective.owners(chunk)))
+        chance = float(np.concatenate(losses["other"]).mean()) if sum(map(len, losses["other"])) else None
+        figures = []
+        for what, name in (("right", "with"), ("none", "without")):
+            if sum(map(len, losses[what])):
+                values, clusters = np.concatenate(losses[what]), np.concatenate(items[what])
+                more: dict[str, Any] = {"percent": False, "higher_is_better": False, "clusters": clusters}
+                figures.append(Figure.of_each(f"{self.objective}: loss {name} {self.stream}", values, chance, **more))
+        return figures

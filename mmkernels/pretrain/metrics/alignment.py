@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
 from mmkernels.pretrain.metrics.embedded import embed
+from mmkernels.pretrain.metrics.guessing import through_name
 
 __all__ = ["Alignment"]
 
@@ -23,8 +24,8 @@ _BLOCK = 512  # rows compared at a time
 @dataclass(frozen=True)
 class Alignment:
     """Alignment: mean squared distance of an `a` to its own `b`; chance is that to every `b`. Uniformity: the log of
-    the mean of exp(-2 distance squared) over all pairs of a stream; chance is 0, where all are in one place. Lower is
-    better."""
+    the mean of exp(-2 distance squared) over all pairs of a stream; chance is 0, where all are in one place. It has no
+    interval: a resample has pairs of a sample with itself. Lower is better."""
 
     a: str = "image"
     """One stream."""
@@ -41,11 +42,12 @@ class Alignment:
         distances = (a - b[space.targets]).square().sum(1)
         everywhere = a.square().sum(1).mean() + b.square().sum(1).mean() - 2 * a.mean(0) @ b.mean(0)
         more: dict[str, Any] = {"percent": False, "higher_is_better": False}
-        name = f"{self.a}, {self.b}: alignment"
+        through, clusters = through_name(model, self.through, self.a, self.b), space.concepts[0]
+        name = f"{through}{self.a}, {self.b}: alignment"
         return [
-            Figure.of_each(name, distances.cpu(), everywhere.item(), clusters=space.concepts[0], **more),
-            Figure(f"{self.a}: uniformity", uniformity(a), 0.0, **more),
-            Figure(f"{self.b}: uniformity", uniformity(b), 0.0, **more),
+            Figure.of_each(name, distances.cpu(), everywhere.item(), clusters=clusters, **more),
+            Figure(f"{through}{self.a}: uniformity", uniformity(a), 0.0, **more),
+            Figure(f"{through}{self.b}: uniformity", uniformity(b), 0.0, **more),
         ]
 
 
@@ -56,4 +58,4 @@ def uniformity(x: Tensor) -> float:
         rows = slice(first, first + _BLOCK)
         distances = (squares[rows, None] + squares - 2 * x[rows] @ x.T).clamp(min=0)
         total += torch.exp(-2 * distances).triu(first + 1).sum().item()
-    return math.log(total / (len(x) * (len(x) - 1) / 2)) if total > 0 else -math.inf
+    return -math.inf if total == 0 else math.log(total / (len(x) * (len(x) - 1) / 2))  # a NaN stays one

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmkernels.pretrain.generate import context_of, go_on, writer
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
 from mmkernels.pretrain.metrics.caption_scores import NEEDS, SCORES, CaptionScores
 from mmkernels.pretrain.metrics.constant_caption import constant_of, references_of
+from mmkernels.pretrain.metrics.guessing import of_others
 from mmkernels.pretrain.tokenizer import EOS
 
 __all__ = ["Captioning", "Written"]
@@ -26,8 +28,8 @@ class Written(NamedTuple):
     references: list[tuple[str, ...]]  # all captions of each
     texts: list[str]
     cut: list[bool]  # whether a text was cut before its end
-    blind: list[str]  # written without what is described
-    misled: list[str]  # written with that of another sample; empty: not asked for
+    blind: list[str]  # written without what is described; empty, as the next: not asked for
+    misled: list[str | None]  # written with that of another concept's sample; None: the batch has no other concept
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Captioning:
     """Captions of held-out samples, written token by token, against all of their true ones: CIDEr-D, ROUGE-L and
     BLEU-4. Chance is the best constant caption: of training captions, that with the highest CIDEr-D for others. Beside
     each there is a figure of captions written without what is described, and one with that of another sample, the next
-    one of the held-out batch."""
+    one of another concept in the held-out batch; samples of a batch of one concept take no part in the latter."""
 
     objective: str = ""
     """Name of the objective, a `NextToken`."""
@@ -66,13 +68,18 @@ class Captioning:
             return []
         constant = constant_of(held_out, self._field(model, held_out))
         scored = CaptionScores(found.references, constant, found.concepts, self.scores)
-        ways = {"": found.texts, f" without {self.stream}": found.blind, f" of another {self.stream}": found.misled}
-        figures = []
-        for way, texts in ways.items():
-            figures += scored.figures(texts, f"{self.objective}: ", way, headline="" if way else self.scores[0])
-        cut, concepts = np.array(found.cut), np.array(found.concepts)
+        before, figures = f"{self.objective}: ", []
+        for way, texts in {"": found.texts, f" without {self.stream}": found.blind}.items():
+            figures += scored.figures(texts, before, way, headline="" if way else self.scores[0])
+        misled = {i: text for i, text in enumerate(found.misled) if text is not None}
+        if 0 < len(misled) < len(found.texts):
+            references, concepts = [found.references[i] for i in misled], [found.concepts[i] for i in misled]
+            scored = CaptionScores(references, constant, concepts, self.scores)
+        if misled:
+            figures += scored.figures(list(misled.values()), before, f" of another {self.stream}")
+        cut, clusters = np.array(found.cut), np.array(found.concepts)
         name = f"{self.objective}: captions cut at {self.most_tokens} tokens"
-        return [*figures, Figure.of_each(name, cut, clusters=concepts, higher_is_better=False)]
+        return [*figures, Figure.of_each(name, cut, clusters=clusters, higher_is_better=False)]
 
     def write(self, model: Any, held_out: HeldOut, count: int | None = None, ablations: bool = True) -> Written:
         """The captions of held-out samples that have both a caption and what it describes.
@@ -98,27 +105,29 @@ class Captioning:
             context = {name: tokens.take(rows) for name, tokens in context.items()}
             ids = self._written(model, context, len(kept))
             found.items.extend(batch.numbers[i] for i in kept)
-            found.concepts.extend(batch.concepts[rows].tolist())
+            concepts = batch.concepts[rows]
+            found.concepts.extend(concepts.tolist())
             found.references.extend(true[i] for i in kept)
             found.texts.extend(map(decode, ids))
             found.cut.extend(each[-1] != EOS for each in ids)
             if ablations:
-                blind, misled = self._ablated(model, context, ids)
+                blind, misled = self._ablated(model, context, ids, of_others(concepts))
                 found.blind.extend(map(decode, blind))
-                found.misled.extend(map(decode, misled))
+                found.misled.extend(None if each is None else decode(each) for each in misled)
         return found
 
-    def _ablated(self, model: Any, context: dict[str, Any], ids: Sequence[list[int]]) -> tuple[Any, Any]:
-        """Without what is described, and with the next sample's."""
+    def _ablated(
+        self, model: Any, context: dict[str, Any], ids: Sequence[list[int]], others: Tensor | None
+    ) -> tuple[list[list[int]], Sequence[list[int] | None]]:
+        """Without what is described, and with that of others, int64 [n], if there are any."""
         n, lost = len(ids), context[self.stream]
-        if len(context) == 1:  # nothing else is read, so the former are all alike, and the latter are the next one's
-            blind = self._written(model, {self.stream: lost.between(0, min(n, 1)).emptied()}, min(n, 1))
-            return blind * n, [*ids[1:], *ids[:1]]
-        others = torch.arange(n, device=lost.x.device).roll(-1)
-        return (
-            self._written(model, {**context, self.stream: lost.emptied()}, n),
-            self._written(model, {**context, self.stream: lost.take(others)}, n),
-        )
+        if len(context) == 1:  # nothing else is read, so the former are all alike, and the latter are those of others
+            blind = self._written(model, {self.stream: lost.between(0, min(n, 1)).emptied()}, min(n, 1)) * n
+            return blind, [None] * n if others is None else [ids[i] for i in others.tolist()]
+        blind = self._written(model, {**context, self.stream: lost.emptied()}, n)
+        if others is None:
+            return blind, [None] * n
+        return blind, self._written(model, {**context, self.stream: lost.take(others)}, n)
 
     def _written(self, model: Any, context: dict[str, Any], n: int) -> list[list[int]]:
         return go_on(model, self.objective, context, [[]] * n, self.most_tokens)

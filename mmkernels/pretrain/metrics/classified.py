@@ -59,14 +59,15 @@ def _constant(targets: np.ndarray) -> np.ndarray:
 
 
 def _counts(items: np.ndarray, targets: np.ndarray, guesses: np.ndarray) -> np.ndarray:
-    """float64 [samples, 3 K]: hits, guesses and occurrences of each class that occurs or is guessed."""
-    classes, places = np.unique(np.concatenate([targets, guesses]), return_inverse=True)
-    occurs, guessed = np.split(places.reshape(-1), 2)
-    samples, rows = np.unique(items, return_inverse=True)
-    table = np.zeros((3, len(samples), len(classes)))
-    np.add.at(table[0], (rows.reshape(-1), occurs), occurs == guessed)
-    np.add.at(table[1], (rows.reshape(-1), guessed), 1)
-    np.add.at(table[2], (rows.reshape(-1), occurs), 1)
+    """float64 [samples, 3 K]: hits, guesses and occurrences of each class that occurs or is guessed; -1 is none."""
+    any_guess = guesses >= 0
+    classes = np.unique(np.concatenate([targets, guesses[any_guess]]))
+    occurs, guessed = np.searchsorted(classes, targets), np.searchsorted(classes, guesses[any_guess])
+    samples, places = np.unique(items, return_inverse=True)
+    rows, table = places.reshape(-1), np.zeros((3, len(samples), len(classes)))
+    np.add.at(table[0], (rows, occurs), targets == guesses)
+    np.add.at(table[1], (rows[any_guess], guessed), 1)
+    np.add.at(table[2], (rows, occurs), 1)
     return np.concatenate([*table], 1)
 
 

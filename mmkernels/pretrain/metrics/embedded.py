@@ -83,8 +83,7 @@ def ranks(space: Embedded, most: int = KS[-1]) -> tuple[Tensor, Tensor]:
     """Number of wrong answers ranked before the first right one, for each row of a [Q] and of b [G]; at least `most`
     where it is not among the `most` nearest. No Q x G matrix is stored.
 
-    Ties count as wrong answers ranked before the right one, and so does everything beside a NaN: a collapsed model
-    scores zero.
+    Ties count as wrong answers ranked before the right one. Beside a NaN nothing is found, however small the gallery.
     """
     numbers = torch.arange(len(space.b), device=space.targets.device)
     several = int(space.targets.bincount().max()) if len(space.targets) else 1
@@ -97,7 +96,7 @@ def _ranks(queries: Tensor, keys: Tensor, wanted: Tensor, has: Tensor, k: int) -
     if not (len(queries) and len(keys)):
         return torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     if not bool(queries.isfinite().all() & keys.isfinite().all()):
-        return torch.full((len(queries),), len(keys), device=queries.device)
+        return torch.full((len(queries),), max(len(keys), k), device=queries.device)
     scores, nearest = topk_similar(queries, keys, min(k, len(keys)))
     right = has[nearest] == wanted[:, None]
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)

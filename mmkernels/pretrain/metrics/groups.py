@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mmkernels.pretrain.metrics.base import Each, Figure, HeldOut
+from mmkernels.pretrain.metrics.shuffled import Shuffled
 
 __all__ = ["Groups"]
 
@@ -17,7 +18,8 @@ _SHUFFLES = 200
 @dataclass(frozen=True)
 class Groups:
     """The mean of a metric in each group of samples, and the gap between the best and the worst group. Chance of the
-    gap is its mean when the samples' groups are shuffled: even without a difference, some group comes out best."""
+    gap is its mean when groups are shuffled among what is independent, such as concepts: even without a difference,
+    some group comes out best."""
 
     of: Any = None
     """A metric that judges samples one by one: Predictions, Retrieval, LinearProbe, NearestNeighbours."""
@@ -51,19 +53,27 @@ class Groups:
         return replace(each.figure(), name=f"{each.name}, {self.label} {name}")
 
     def _gap(self, each: Each, groups: np.ndarray, compared: list[int]) -> Figure:
+        there = np.isin(groups, compared)
+        each, own = each.of(there), np.searchsorted(compared, groups[there])
         clusters = each.items if each.clusters is None else each.clusters
-        table = _table(each.values, groups, compared)
-        random = np.random.default_rng(0)
-        shuffled = [_table(each.values, random.permutation(groups), compared).sum(0) for _ in range(_SHUFFLES)]
-        chance = float(np.nanmean(_gaps(np.stack(shuffled))))
+        shuffled = Shuffled(own, each.items, clusters)
+        sums = [_sums(each.values, shuffled(), len(compared)) for _ in range(_SHUFFLES)]
+        chance = float(_gaps(np.stack(sums)).mean())
         name = f"{each.name}: gap between the best and the worst {self.label}"
+        table = _table(each.values, own, len(compared))
         return Figure.of_sums(name, table, _gaps, chance, clusters=clusters, higher_is_better=False)
 
 
-def _table(values: np.ndarray, groups: np.ndarray, compared: list[int]) -> np.ndarray:
+def _table(values: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
     """float64 [n, 2 G]: the value of each sample in the column of its group, and its count."""
-    own = groups[:, None] == np.array(compared)
+    own = groups[:, None] == np.arange(count)
     return np.concatenate([own * values[:, None].astype(np.float64), own], 1)
+
+
+def _sums(values: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
+    """float64 [2 G]: of the rows of that table."""
+    weights = (values.astype(np.float64), None)
+    return np.concatenate([np.bincount(groups, each, minlength=count) for each in weights])
 
 
 def _gaps(sums: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.pretrain.metrics.base import HeldOut
+from mmkernels.pretrain.metrics.guessing import best_column
 
 __all__ = ["Judged", "judged", "numbers_of"]
 
@@ -19,8 +20,8 @@ class Judged(NamedTuple):
 
     items: np.ndarray  # int64 [n]: the number of the sample that each is about
     targets: np.ndarray  # int64 [n]
-    guesses: np.ndarray  # int64 [n]: the most likely class
-    confidence: np.ndarray  # float64 [n]: its probability
+    guesses: np.ndarray  # int64 [n]: the most likely class; -1, which is wrong, for a tie, and beside a NaN
+    confidence: np.ndarray  # float64 [n]: its probability; 1 beside a NaN
     losses: np.ndarray  # float64 [n]: cross entropy
     classes: int  # K
 
@@ -49,9 +50,9 @@ def _judge(model: Any, held_out: HeldOut, name: str) -> Judged | None:
         chunk = model.whole(batch, name)
         logits, targets = objective.logits(chunk)
         classes = logits.shape[1]
-        log_p, guesses = logits.double().log_softmax(1).max(1)
+        log_p = logits.double().log_softmax(1)
         losses = F.cross_entropy(logits.double(), targets, reduction="none")
-        found = (targets, guesses, log_p.exp(), losses)
+        found = (targets, best_column(log_p), log_p.amax(1).exp().nan_to_num(nan=1.0), losses)
         rows.append((numbers_of(batch, objective.owners(chunk)), *(each.cpu().numpy() for each in found)))
     if not sum(len(row[0]) for row in rows):
         return None

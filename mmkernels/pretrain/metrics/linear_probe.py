@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmkernels.pretrain.metrics.base import Each, Figure, HeldOut
 from mmkernels.pretrain.metrics.features import probed
+from mmkernels.pretrain.metrics.guessing import best_column
 
 __all__ = ["LinearProbe", "Ridge"]
 
@@ -67,9 +68,8 @@ class Ridge:
         self.weight = torch.linalg.solve(gram, sums.T)  # [C, K]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Classes int64 [M] of features [M, C]."""
-        scores = (x.double() - self.mean) * self.scale @ self.weight + self.shares
-        return scores.argmax(1)
+        """Classes int64 [M] of features [M, C]; -1 for a tie, and beside a NaN."""
+        return best_column((x.double() - self.mean) * self.scale @ self.weight + self.shares)
 
 
 def chosen_ridge(x: Tensor, classes: Tensor) -> float:

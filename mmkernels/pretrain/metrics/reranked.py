@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmkernels import topk_similar
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.guessing import best_column
 from mmkernels.pretrain.metrics.pairs import pairs_of
 
 __all__ = ["Matched", "Reranked"]
@@ -23,7 +24,8 @@ __all__ = ["Matched", "Reranked"]
 @dataclass(frozen=True)
 class Reranked:
     """Recall at 1 of a matching objective's first stream, `a`, in its second, `b`: by the similarity of embeddings
-    alone, and after the objective has judged the nearest candidates.
+    alone, and after the objective has judged the nearest candidates. The figures have its name where several judge the
+    two streams.
 
     Its wrong pairs were drawn by exp(scale x similarity), so that its logit tells the right answer from those that look
     right, and nothing of how much they do: both are added, as noise-contrastive estimation adds the noise."""
@@ -55,12 +57,16 @@ class Reranked:
         near = answers[places]
         judged = found.scores({a: rows.repeat_interleave(k), b: near.flatten()}).view(-1, k).to(near.device)
         scores = judged + (part.scale * similar if part.negatives == "sampled" else 0.0)
-        best = near.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
-        plain, better = ((chunk.batch.concepts[each] == concepts).cpu() for each in (near[:, 0], best))
+        right = chunk.batch.concepts[near] == concepts[:, None]
+        plain, better = (_chosen(each, right).cpu() for each in (similar, scores))
         chance, clusters = 1 / len(answers), concepts.cpu()
+        parts: list[Any] = [getattr(each, "part", None) for each in model.objectives.values()]
+        judges = [each for each in parts if hasattr(each, "negatives")]
+        several = sum({each.a, each.b} == {a, b} for each in judges) > 1
+        name = f"{self.objective}: {a} → {b}" if several else f"{a} → {b}"
         return [
-            Figure.of_each(f"{a} → {b}, nearest R@1", plain, chance, clusters=clusters),
-            Figure.of_each(f"{a} → {b}, re-ranked R@1", better, chance, clusters=clusters, headline=True),
+            Figure.of_each(f"{name}, nearest R@1", plain, chance, clusters=clusters),
+            Figure.of_each(f"{name}, re-ranked R@1", better, chance, clusters=clusters, headline=True),
         ]
 
 
@@ -110,6 +116,12 @@ def drawn(concepts: np.ndarray, count: int) -> np.ndarray | None:
         found.append(random.permutation(others)[:count])
     least = min((len(each) for each in found), default=0)
     return np.stack([each[:least] for each in found]) if least else None
+
+
+def _chosen(scores: Tensor, right: Tensor) -> Tensor:
+    """bool [Q]: whether the candidate with the highest score [Q, k] is right; a tie or NaN is wrong."""
+    best = best_column(scores)
+    return right.gather(1, best.clamp(min=0)[:, None]).squeeze(1) & (best >= 0)
 
 
 def _firsts(concepts: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmkernels.pretrain.metrics.base import Each, Figure, HeldOut
 from mmkernels.pretrain.metrics.embedded import KS, Embedded, embed, ranks
+from mmkernels.pretrain.metrics.guessing import through_name
 
 __all__ = ["KS", "Embedded", "Retrieval", "embed", "ranks"]
 
@@ -16,7 +17,8 @@ __all__ = ["KS", "Embedded", "Retrieval", "embed", "ranks"]
 @dataclass(frozen=True)
 class Retrieval:
     """Several samples may share a concept: a query of `a` finds its `b` if its concept's is among the k nearest; a
-    query of `b` (one per concept) finds its `a` if any sample of its concept is."""
+    query of `b` (one per concept) finds its `a` if any sample of its concept is. The figures have the name of the
+    objective where several compare the two streams."""
 
     a: str = "image"
     """One stream."""
@@ -30,10 +32,15 @@ class Retrieval:
         if not len(space.targets):
             return []
         first, _ = self.ways
+        through = through_name(model, self.through, self.a, self.b)
         ways = zip(self.ways, ranks(space), (space.chance_a, space.chance_b), space.concepts, strict=True)
         return [
             Figure.of_each(
-                f"{way} R@{k}", (rank < k).cpu(), chance(k), clusters=concepts, headline=way == first and k == KS[-1]
+                f"{through}{way} R@{k}",
+                (rank < k).cpu(),
+                chance(k),
+                clusters=concepts,
+                headline=way == first and k == KS[-1],
             )
             for way, rank, chance, concepts in ways
             for k in KS
@@ -46,7 +53,8 @@ class Retrieval:
             return None
         k, (rank, _) = KS[-1], ranks(space)
         hits, concepts = (rank < k).cpu().numpy(), space.concepts[0]
-        return Each(f"{self.ways[0]} R@{k}", hits, np.array(space.items_a), guess=space.chance_a(k), clusters=concepts)
+        name = f"{through_name(model, self.through, self.a, self.b)}{self.ways[0]} R@{k}"
+        return Each(name, hits, np.array(space.items_a), guess=space.chance_a(k), clusters=concepts)
 
     @property
     def ways(self) -> tuple[str, str]:

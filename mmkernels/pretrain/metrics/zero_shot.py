@@ -62,8 +62,7 @@ class ZeroShot:
         if len(kept) < 2:
             return None
         keys = self.classifier(model, held_out, [name for name in names if name is not None])
-        _, nearest = topk_similar(torch.cat(rows), keys, 1)
-        guesses = np.array(kept)[nearest.flatten().cpu().numpy()]
+        guesses = np.array([*kept, -1])[nearest_key(torch.cat(rows), keys).cpu().numpy()]
         named = np.isin(targets, kept)
         what = self.label or "concept"
         of = targets.reshape(-1)[named]
@@ -93,3 +92,10 @@ class ZeroShot:
                 found.append(model.encoder(self.text).embeddings(batch[self.text]).float())
             total = total + torch.cat(found)
         return F.normalize(total, dim=1)
+
+
+def nearest_key(queries: Tensor, keys: Tensor) -> Tensor:
+    """int64 [N]: which of at least two keys [M, E] is nearest to each of [N, E]; -1 for a tie, and beside a NaN."""
+    scores, nearest = topk_similar(queries, keys, 2)
+    known = queries.isfinite().all(1) & keys.isfinite().all()
+    return torch.where(known & (scores[:, 0] > scores[:, 1]), nearest[:, 0], -1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,13 @@ class Row:
 
     split: str
     name: str
+    task: str  # of the objective that the name begins with; empty: no other row has the name
     figures: list[Figure | None]  # by run of the table
     best: int | None  # the run whose interval is apart from those of all others
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.task})" if self.task else self.name
 
     @property
     def higher_is_better(self) -> bool:
@@ -35,9 +41,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The figures that several runs on the same data have."""
+    """The figures that several runs with the same held-out samples have."""
 
-    data: str
+    data: str  # with what tells its held-out samples from those of other runs on it
     runs: list[StoredRun]
     rows: list[Row]
 
@@ -48,8 +54,8 @@ class Comparison:
 
     runs: list[StoredRun]
     settings: dict[str, list[str | None]]  # those that differ, by run; None where a run has none of the name
-    tables: list[Table]  # one for each data set
-    alone: dict[str, list[str]]  # run -> its figures that no other run on the same data has
+    tables: list[Table]  # one for each choice of held-out samples
+    alone: dict[str, list[str]]  # run -> its figures that no other run on the same held-out samples has
 
     @property
     def remarks(self) -> list[str]:
@@ -61,12 +67,15 @@ class Comparison:
         ):
             if len(set(values)) > 1:
                 found.append(f"The runs have different {what}: {', '.join(dict.fromkeys(values))}.")
+        if names := _told_apart(self.runs):
+            found.append(f"Runs on the same data hold out different samples, by {', '.join(names)}.")
         if found:
             found.append(
-                "Figures are compared where data, split and name agree; losses where objectives have one name."
+                "Figures are compared where held-out samples, name and task agree; losses where name and task do."
             )
-        if len({run.config.eval_limit for run in self.runs}) > 1:
-            found.append("They were evaluated on different numbers of samples (eval_limit).")
+        limits = {name for name in self.settings if name.startswith("metrics.") and name.endswith(".limit")}
+        if several := sorted(name for name in limits if None not in self.settings[name]):
+            found.append(f"Their metrics look at different numbers of samples: {', '.join(several)}.")
         if not self.tables:
             found.append("They share no figure.")
         return found
@@ -85,9 +94,15 @@ def compared(folders: Sequence[Path]) -> Comparison:
     names = dict.fromkeys(name for run in runs for name in run.settings)
     settings = {name: [run.settings.get(name) for run in runs] for name in names}
     tables = _tables(runs)
-    shared = {(table.data, row.split, row.name) for table in tables for row in table.rows}
+    shared = {
+        (run.name, row.split, row.name)
+        for table in tables
+        for row in table.rows
+        for run, figure in zip(table.runs, row.figures, strict=True)
+        if figure is not None
+    }
     alone = {
-        run.name: [f"{split}: {name}" for split, name in run.figures if (run.data, split, name) not in shared]
+        run.name: [f"{split}: {name}" for split, name, _ in run.figures if (run.name, split, name) not in shared]
         for run in runs
     }
     return Comparison(
@@ -99,30 +114,50 @@ def compared(folders: Sequence[Path]) -> Comparison:
 
 
 def _tables(runs: Sequence[StoredRun]) -> list[Table]:
-    tables = []
-    for data in dict.fromkeys(run.data for run in runs):
-        here = [run for run in runs if run.data == data]
-        rows = []
-        for split, name in dict.fromkeys(key for run in here for key in run.figures):
-            figures = [run.figures.get((split, name)) for run in here]
+    tables, apart = [], _told_apart(runs)
+    for held_out in _different([run.held_out for run in runs]):
+        here = [run for run in runs if run.held_out == held_out]
+        found = []
+        for key in dict.fromkeys(key for run in here for key in run.figures):
+            figures = [run.figures.get(key) for run in here]
             if sum(figure is not None for figure in figures) > 1:
-                rows.append(Row(split, name, figures, best_of(figures)))
-        tables += [Table(data, here, rows)] if rows else []
+                found.append(Row(*key, figures, best_of(figures)))
+        names = [(row.split, row.name) for row in found]
+        rows = [row if names.count((row.split, row.name)) > 1 else replace(row, task="") for row in found]
+        more = (f"{name} {held_out[name]}" for name in apart if name in held_out)
+        tables += [Table(", ".join([held_out["data"], *more]), here, rows)] if rows else []
     return tables
 
 
+def _told_apart(runs: Sequence[StoredRun]) -> list[str]:
+    """What runs on the same data differ in that decides which samples are held out."""
+    found: dict[str, None] = {}
+    for data in dict.fromkeys(run.data for run in runs):
+        several = _different([run.held_out for run in runs if run.data == data])
+        names = dict.fromkeys(name for each in several for name in each)
+        found |= {name: None for name in names if len({each.get(name) for each in several}) > 1}
+    return list(found)
+
+
+def _different(values: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Each once."""
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
 def best_of(figures: Sequence[Figure | None]) -> int | None:
-    """The run that is better than all others, with no interval that overlaps its own; None if there is none, or one of
-    the intervals is not known."""
-    ends = []  # the higher the better
+    """The run that is better than all others, with no interval that overlaps its own, nor reaches chance; None if there
+    is none, or one of the intervals is not known."""
+    ends: list[tuple[float, float, int, float]] = []  # the higher the better
     for i, figure in enumerate(figures):
         if figure is None:
             continue
         if figure.low is None or figure.high is None:
             return None
-        ends.append((figure.low, figure.high, i) if figure.higher_is_better else (-figure.high, -figure.low, i))
-    low, _, best = max(ends)
-    return best if all(high < low for _, high, i in ends if i != best) else None
+        sign = 1 if figure.higher_is_better else -1
+        low, high = sorted((sign * figure.low, sign * figure.high))
+        ends.append((low, high, i, -math.inf if figure.chance is None else sign * figure.chance))
+    low, _, best, chance = max(ends)
+    return best if low > chance and all(high < low for _, high, i, _ in ends if i != best) else None
 
 
 def comparison_page(found: Comparison) -> str:
@@ -145,10 +180,18 @@ def comparison_page(found: Comparison) -> str:
 
 
 def _losses(runs: Sequence[StoredRun], colours: Mapping[str, str]) -> dict[str, str]:
-    """Of each objective that several runs have."""
-    names = dict.fromkeys(name for run in runs for name in run.losses)
-    curves = {name: {run.name: run.losses[name] for run in runs if name in run.losses} for name in names}
-    return {f"Loss: {name}": overlaid(each, colours) for name, each in curves.items() if len(each) > 1}
+    """Of each objective that several runs have, and whose task is the same."""
+    charts: dict[str, str] = {}
+    for name in dict.fromkeys(name for run in runs for name in run.losses):
+        having = [run for run in runs if name in run.losses]
+        tasks = {
+            task: [r for r in having if r.task(name) == task] for task in dict.fromkeys(r.task(name) for r in having)
+        }
+        shared = {task: those for task, those in tasks.items() if len(those) > 1}
+        for task, those in shared.items():
+            of = f" ({task})" if len(shared) > 1 else ""
+            charts[f"Loss: {name}{of}"] = overlaid({run.name: run.losses[name] for run in those}, colours)
+    return charts
 
 
 def _figures(found: Comparison, colours: Mapping[str, str]) -> dict[str, str]:
@@ -159,9 +202,10 @@ def _figures(found: Comparison, colours: Mapping[str, str]) -> dict[str, str]:
             first = next(figure for figure in row.figures if figure is not None)
             if not first.headline or len(charts) == _CHARTS:
                 continue
-            curves = {run.name: points for run in table.runs if (points := _points(run, row))}
+            having = (run for run, figure in zip(table.runs, row.figures, strict=True) if figure is not None)
+            curves = {run.name: _points(run, row) for run in having}
             of = f"{table.data}, " if len(found.tables) > 1 else ""
-            charts[f"{row.name}, {of}{row.split}"] = overlaid(curves, colours, first.percent, points=True)
+            charts[f"{row.title}, {of}{row.split}"] = overlaid(curves, colours, first.percent, points=True)
     return charts
 
 
@@ -181,9 +225,9 @@ def comparison_table(found: Comparison) -> str:
         ]
     )
     for table in found.tables:
-        rows = [[f"{r.split}: {r.name}" + ("" if r.higher_is_better else " ↓"), *_cells(r)] for r in table.rows]
+        rows = [[f"{r.split}: {r.title}" + ("" if r.higher_is_better else " ↓"), *_cells(r)] for r in table.rows]
         lines += ["", *_aligned([[f"figures on {table.data}", *(run.name for run in table.runs)], *rows])]
-    legend = ["*: better than all others, intervals apart; chance in brackets; ↓: lower is better"]
+    legend = ["*: better than chance and all others, intervals apart; chance in brackets; ↓: lower is better"]
     return "\n".join([*lines, *(legend if found.tables else []), *found.remarks])
 
 

@@ -42,6 +42,8 @@ def retrieved(run: Run) -> list[Section]:
         for name, held_out in list(run.held_out.items())[:_SETS]:
             if ways := _ways(run, metric, held_out):
                 which = f"{metric.a} and {metric.b}, split" if len(metrics) > 1 else "Split"
+                if metric.through and any({m.a, m.b} == {metric.a, metric.b} for m in metrics if m != metric):
+                    which = f"through {metric.through}: {which}"
                 title = f"{which[0].upper()}{which[1:]} {name}" + (f": {about(name)}" if about(name) else "")
                 more = (
                     f" The first {_SETS} of {len(run.held_out)} splits are shown." if len(run.held_out) > _SETS else ""

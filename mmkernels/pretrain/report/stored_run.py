@@ -12,7 +12,9 @@ from typing import Any
 from mmkernels.pretrain import recipes
 from mmkernels.pretrain.config import Config, to_dict
 from mmkernels.pretrain.metrics import Figure
+from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.report.figures import figure_of, newest_by_split
+from mmkernels.pretrain.report.held_out import held_out_of
 from mmkernels.pretrain.report.page import flat
 from mmkernels.pretrain.run_folder import (
     EXPORTED,
@@ -51,6 +53,28 @@ class StoredRun:
             return f"the data of {self.config.recipe}"
 
     @cached_property
+    def recipe(self) -> Recipe | None:
+        """None if its file is no longer there, or this version has no such settings."""
+        try:
+            return self.config.wiring()
+        except (ValueError, TypeError):
+            return None
+
+    @cached_property
+    def held_out(self) -> dict[str, str]:
+        """All that decides which held-out samples there are: figures of runs that differ in it are not compared."""
+        return held_out_of(self.config, self.data, self.recipe, {record["split"] for record in self.evals})
+
+    def task(self, objective: str) -> str:
+        """What an objective learns, in words; empty: there is none of this name, or it is not known."""
+        part = None if self.recipe is None else self.recipe.objectives.get(objective)
+        if part is None or self.recipe is None:
+            return str(self.wiring.get(f"objectives.{objective}.label", ""))
+        stream = getattr(part, "stream", "")
+        read = self.recipe.streams[stream].field or stream if stream in self.recipe.streams else ""
+        return " of ".join(filter(None, (type(part).__name__, getattr(part, "label", "") or read)))
+
+    @cached_property
     def settings(self) -> dict[str, str]:
         """Every setting, and what it ran on."""
         own = {k: v for k, v in to_dict(self.config).items() if k not in ("run", "resume", "parts", "data")}
@@ -64,10 +88,11 @@ class StoredRun:
         return max((record["step"] for record in self.steps), default=0)
 
     @cached_property
-    def figures(self) -> dict[tuple[str, str], Figure]:
-        """(split, name) -> the newest figure."""
+    def figures(self) -> dict[tuple[str, str, str], Figure]:
+        """(split, name, the task of the objective that its name begins with) -> the newest figure."""
         newest = newest_by_split(self.evals)
-        return {(split, row["name"]): figure_of(row) for split, record in newest.items() for row in record["figures"]}
+        rows = [(split, row) for split, record in newest.items() for row in record["figures"]]
+        return {(split, n := row["name"], self.task(n.partition(": ")[0])): figure_of(row) for split, row in rows}
 
     @cached_property
     def losses(self) -> dict[str, list[tuple[int, float]]]:
