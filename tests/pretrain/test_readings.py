@@ -139,6 +139,8 @@ def test_fields_that_tell_concepts_may_be_missing(several: Path, caplog: pytest.
     assert f"held_out_by: {several} lacks title; concepts are told by the rest" in caplog.text
     with pytest.raises(NoConceptsError, match=r"held_out_by: expected fields of .*, got title, subject"):
         open_data(several, fields=("image", "text"), held_out_by=("title", "subject"))
+    with pytest.raises(ValueError, match="held_out_by: expected fields with texts or files, got the label 'colour'"):
+        open_data(several, labels=("colour",), held_out_by=("colour",))
     with pytest.raises(ValueError, match="expected values in every field that is read, got none in 'question'"):
         open_data(several, fields=("image", "question"), held_out_by=("text",))
 

@@ -256,6 +256,8 @@ def _open(name: str, form: TableFormat, options: dict[str, Any], held: _HeldOut)
 
 def _tell_concepts(name: str, dataset: ColumnSource, by: Sequence[str], unread: Collection[str]) -> None:
     """Let some fields tell concepts, and forget those that are not read. Raises `NoConceptsError`."""
+    if labels := [field for field in by if field in dataset.fields and dataset.reading.kind(field) == "label"]:
+        raise ValueError(f"held_out_by: expected fields with texts or files, got the label {labels[0]!r}")
     lost = [field for field in by if field not in dataset.fields]
     if len(lost) == len(by):
         got = f"got {', '.join(by)}, of which it reads none with values"
