@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels import PackedBatch
+from mmkernels.pretrain.data import decode_image
 from mmkernels.pretrain.encoders import HashedWords, Module, Patches, Words, WordVectors
 from mmkernels.pretrain.load import Pretrained, load_model
 from mmkernels.pretrain.pixels import plain_images
+from mmkernels.pretrain.run_folder import stored_config
 from mmkernels.pretrain.tokens import Tokens
 
 __all__ = ["OpenClip", "Preprocess", "Tokenize", "to_open_clip"]
@@ -64,7 +66,8 @@ def to_open_clip(run: Path | str, objective: str = "", device: torch.device | st
     model.logit_scale = nn.Parameter(loss.scale.detach().log())
     bias = getattr(loss, "logit_bias", None)
     model.logit_bias = None if bias is None else nn.Parameter(bias.detach().clone())
-    return OpenClip(model.to(device).eval(), Preprocess(model.visual.image_size), Tokenize(trained, text))
+    preprocess = Preprocess(model.visual.image_size, stored_config(Path(run)).resolution)
+    return OpenClip(model.to(device).eval(), preprocess, Tokenize(trained, text))
 
 
 class Tower(nn.Module):
@@ -131,21 +134,21 @@ class TextTower(Tower):
 
 
 class Preprocess:
-    """An image -> float32 [3, size, size] in [-1, 1]: over white, resized, not cropped.
+    """An image -> float32 [3, size, size] in [-1, 1], as `mmkernels evaluate` reads files: upright, over white, fitted
+    into the square, neither stretched nor cropped.
 
     Args:
-        size: side in pixels.
+        size: side in pixels that the model sees.
+        resolution: side in pixels at which the run kept images.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, resolution: int) -> None:
+        self.size, self.resolution = size, resolution
 
     def __call__(self, image: Any) -> Tensor:
-        """image: of PIL, or uint8 [H, W, 3 or 4]."""
-        if not isinstance(image, np.ndarray):
-            transparent = "A" in image.getbands() or "transparency" in image.info
-            image = np.array(image.convert("RGBA" if transparent else "RGB"))
-        return plain_images([image], self.size)[0]
+        """image: of Pillow, or uint8 [H, W, 3 or 4]."""
+        kept = image if isinstance(image, np.ndarray) else decode_image(image, self.resolution)
+        return plain_images([kept], self.size)[0]
 
 
 class Tokenize:

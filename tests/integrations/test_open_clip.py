@@ -12,6 +12,7 @@ from PIL import Image
 from pretrain.conftest import COLOURS, SHAPES, draw, pictures, tiny  # noqa: F401  fixtures
 
 from mmkernels.pretrain import Config, load_model, train
+from mmkernels.pretrain.data import decode_image
 from mmkernels.pretrain.export import export
 
 open_clip = pytest.importorskip("open_clip")
@@ -59,7 +60,7 @@ def test_embeddings_and_logits_are_those_of_load_model(run: tuple[Path, str, str
     ours, (model, preprocess, tokenizer) = load_model(folder), to_open_clip(export(folder, tmp_path / "exported"))
     assert isinstance(model, open_clip.CustomTextCLIP)
     of_images, of_texts = ours.embed(image, images()), ours.embed(text, TEXTS)
-    pixels = torch.stack([preprocess(Image.fromarray(each)) for each in images()])
+    pixels = torch.stack([preprocess(each) for each in images()])
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(pixels, normalize=True), of_images, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(model.encode_text(tokenizer(TEXTS), normalize=True), of_texts, rtol=1e-5, atol=1e-6)
@@ -83,8 +84,31 @@ def test_zero_shot_classifier_of_open_clip(tiny: Callable[..., Config]) -> None:
     drawn = [draw(colour, shape) for colour in COLOURS for shape in SHAPES]
     with torch.no_grad():
         scores = model.encode_image(torch.stack([preprocess(each) for each in drawn]), normalize=True) @ weights
-    expected = ours.embed("image", [np.asarray(each) for each in drawn]) @ weights
+    expected = ours.embed("image", [decode_image(each, config.resolution) for each in drawn]) @ weights
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_images_of_pillow_are_read_as_training_reads_files(tiny: Callable[..., Config], tmp_path: Path) -> None:  # noqa: F811
+    """Of any shape, turned, with 16 bits of grey, with a palette."""
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    wide = Image.effect_mandelbrot((60, 20), (-2, -1, 1, 1), 20).convert("RGB")
+    turned = wide.getexif()
+    turned[0x0112] = 6  # a quarter turn
+    wide.save(drawn / "0.png")
+    wide.save(drawn / "1.jpg", exif=turned, quality=95)
+    Image.fromarray(np.linspace(0, 65535, 300).astype(np.uint16).reshape(10, 30)).save(drawn / "2.png")
+    wide.quantize(8).save(drawn / "3.gif", transparency=0)
+    files = sorted(drawn.iterdir())
+    config = tiny(steps=1, eval_every=0, checkpoint_every=0)
+    folder = train(config).folder.path
+    model, preprocess, _ = to_open_clip(folder)
+    opened = [Image.open(file) for file in files]
+    with torch.no_grad():
+        found = model.encode_image(torch.stack([preprocess(each) for each in opened]), normalize=True)
+    expected = load_model(folder).embed("image", [decode_image(file, config.resolution) for file in files])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert [each.size for each in opened] == [(60, 20), (60, 20), (30, 10), (60, 20)]
 
 
 def test_errors(tiny: Callable[..., Config], tmp_path: Path) -> None:  # noqa: F811

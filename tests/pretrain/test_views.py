@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmkernels.pretrain.batch import Piece
 from mmkernels.pretrain.data import Text, load_emoji
 from mmkernels.pretrain.data.seeds import Draws
 from mmkernels.pretrain.pixels import plain_images
 from mmkernels.pretrain.tokenizer import EOS, MASK, SPECIAL
-from mmkernels.pretrain.views import Augment, Captions, MaskWords
+from mmkernels.pretrain.views import Augment, Captions, MaskWords, RandomCrop
 
 
 def changed(augment: Augment, images: np.ndarray, seed: int = 0, step: int = 0) -> torch.Tensor:
@@ -41,6 +44,7 @@ def test_each_image_of_a_batch_varies_on_its_own() -> None:
     assert all((out[i] - out[j]).abs().mean() > 0.05 for i in range(4) for j in range(i))
 
 
+COLOURS = ("brightness", "contrast", "saturation", "hue", "grey", "background")
 STILL = Augment(rotate=0, scale=(1, 1), shift=0, brightness=0, tint=0, grey=0, background=1)
 
 
@@ -50,6 +54,25 @@ def test_without_variation_the_picture_is_unchanged() -> None:
     out = changed(STILL, image)
     torch.testing.assert_close(out, torch.from_numpy(image[..., :3]).permute(0, 3, 1, 2) / 127.5 - 1, atol=1e-5, rtol=0)
     torch.testing.assert_close(plain_images(image, 32), out, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(9, 27, 3), (30, 10, 4), (1, 50, 3), (200, 80, 4)])
+def test_a_picture_that_is_not_square_keeps_its_proportions(shape: tuple[int, ...]) -> None:
+    """In training as in evaluation, over white margins."""
+    image = np.full(shape, 255, np.uint8)
+    image[..., 1:3] = 0  # red
+    height, width = (max(1, round(side * 32 / max(shape))) for side in shape[:2])
+    expected = torch.ones(3, 32, 32)
+    top, left = (32 - height) // 2, (32 - width) // 2
+    expected[1:, top : top + height, left : left + width] = -1
+    torch.testing.assert_close(plain_images([image], 32)[0], expected, atol=1e-5, rtol=0)
+    whole = changed(replace(STILL, background=0, size=32), image[None])[0]
+    crop = RandomCrop(size=32, area=(1, 1), aspect=(1, 1), mirror=0, **dict.fromkeys(COLOURS, 0.0))
+    (cropped,) = crop([image], Draws(0, 0, "x", np.arange(1)), {})
+    for found in (whole, cropped):  # both sample without antialiasing
+        assert (found - expected).abs().mean() < 0.06
+    with pytest.raises(ValueError, match=r"images: expected arrays, such as .*decode_image makes, got PIL.Image.Image"):
+        plain_images([Image.fromarray(image)], 32)
 
 
 def test_transparent_parts_show_one_colour_and_half_ones_mix() -> None:

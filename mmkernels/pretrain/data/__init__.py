@@ -20,6 +20,7 @@ from mmkernels.pretrain.data.base import (
     TooManyBrokenError,
 )
 from mmkernels.pretrain.data.collate import Collator
+from mmkernels.pretrain.data.decode import decode_image
 from mmkernels.pretrain.data.emoji import EmojiDataset, EmojiPack, load_emoji, load_pack
 from mmkernels.pretrain.data.filter_list import FilterList
 from mmkernels.pretrain.data.folder import FolderDataset
@@ -58,6 +59,7 @@ __all__ = [
     "TrainLoader",
     "WebDataset",
     "check_weights",
+    "decode_image",
     "load_emoji",
     "load_pack",
     "mix",

@@ -7,22 +7,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmkernels.pretrain.data.base import BrokenImageError, Regions
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 FRAMES = 8  # of a clip
 CROP = 12  # pixels of a region's side
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def decode_image(source: Path | bytes, resolution: int) -> np.ndarray:
+def decode_image(source: Path | bytes | Image, resolution: int) -> np.ndarray:
     """Decode, apply the EXIF orientation, fit into a square without distortion; the margins are transparent.
 
     Args:
-        source: a file, or the bytes of one.
+        source: a file, the bytes of one, or an image that Pillow has opened.
         resolution: side of the square in pixels.
 
     Returns:
@@ -32,7 +35,8 @@ def decode_image(source: Path | bytes, resolution: int) -> np.ndarray:
         BrokenImageError: the file is missing, not an image, truncated, or absurdly large.
     """
     with _reading(source) as opened:
-        opened.draft("RGB", (2 * resolution, 2 * resolution))  # JPEG: decode at a fraction of the size
+        if isinstance(source, Path | bytes):  # not the caller's image, which this changes
+            opened.draft("RGB", (2 * resolution, 2 * resolution))  # JPEG: decode at a fraction of the size
         return _square(opened, resolution)
 
 
@@ -113,11 +117,14 @@ def _evenly(frames: int) -> list[int]:
 
 
 @contextmanager
-def _reading(source: Path | bytes) -> Iterator[Any]:
+def _reading(source: Path | bytes | Image) -> Iterator[Any]:
     """An opened image. What Pillow raises becomes a `BrokenImageError`."""
     from PIL import Image  # lazy: the embedded data does not need it
 
     try:
+        if isinstance(source, Image.Image):
+            yield source
+            return
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as opened:
             yield opened
     except (MemoryError, BrokenImageError):

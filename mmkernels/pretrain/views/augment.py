@@ -47,7 +47,7 @@ class Augment(ImageView):
     def _images(self, images: np.ndarray, u: Tensor) -> Tensor:
         """uint8 [B, R, R, 3 or 4], uniform numbers [B, 13] -> float32 [B, 3, size, size]."""
         spread = 2 * u - 1
-        pixels = _sample(premultiplied(images), self._pose(u, spread), self.size or images.shape[1])
+        pixels = _sample(premultiplied(images), self._pose(u, spread), self.size or max(images.shape[1:3]))
         background = torch.where(u[:, 12:] < self.background, u[:, 4:7], 1.0)[:, :, None, None]
         pixels = pixels[:, :3].addcmul(1 - pixels[:, 3:], background)  # over the background: [B, 3, size, size]
         gain = (1 + self.brightness * spread[:, 7, None]) * (1 + self.tint * spread[:, 8:11])

@@ -30,7 +30,7 @@ class RandomCrop(ImageView):
     area: tuple[float, float] = (0.3, 1.0)
     """Smallest and largest share of the image that is kept."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width of a crop relative to its height, in units of the image's own."""
+    """Smallest and largest width of a crop relative to its height."""
     mirror: float = 0.5
     """Fraction of images mirrored left to right; 0 for data with text or arrows."""
     brightness: float = 0.4
@@ -58,7 +58,7 @@ class RandomCrop(ImageView):
 
     def _images(self, images: np.ndarray, u: Tensor) -> Tensor:
         """uint8 [B, H, W, 3 or 4], uniform numbers [B, 14] -> float32 [B, 3, size, size]."""
-        size = self.size or min(images.shape[1:3])
+        size = self.size or max(images.shape[1:3])
         grid = F.affine_grid(self._boxes(u), [len(images), 4, size, size], align_corners=False)
         pixels = F.grid_sample(premultiplied(images), grid, mode="bilinear", padding_mode="border", align_corners=False)
         behind = torch.where(u[:, 13:] < self.background, u[:, 10:13], 1.0)[:, :, None, None]
