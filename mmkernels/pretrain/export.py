@@ -49,7 +49,7 @@ def export(run: Path | str, path: Path | str) -> Path:
         DamagedError: the checkpoint cannot be read.
     """
     source, target = Path(run), Path(os.path.abspath(path))  # "." has a name, too
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"path: expected a new or an empty folder, got {path}, which holds files already")
     config, classes = stored_config(source), stored_classes(source)
     step, weights = stored_weights(source)

@@ -15,10 +15,10 @@ import tyro
 
 from mmkernels.pretrain.cli import asked, trained
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.data.opening import EMBEDDED, part_names
+from mmkernels.pretrain.data.opening import EMBEDDED, part_names, places
 from mmkernels.pretrain.run_folder import stored_config
 from mmkernels.pretrain.setup import read_by
-from mmkernels.pretrain.transfer import Transfer, drawn_anew
+from mmkernels.pretrain.transfer import Transfer, drawn_anew, transferred
 
 __all__ = ["STEPS", "finetuned", "main", "parse"]
 
@@ -28,7 +28,7 @@ _LR_OF_ALL = 0.5
 STEPS, _WARMUP, _EVAL_EVERY = 400, 20, 100
 # Settings that say how the base's data are read: another data set has its own.
 _OF_DATA = ("data_weights", "labels", "csv_separator", "csv_img_key", "csv_caption_key", "filter")
-_OF_RUN = ("ema", "profile", "resume", "train_fraction", "skip", "spike", "validate", "without")
+_OF_RUN = ("ema", "profile", "resume", "train_fraction", "skip", "spike", "validate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,12 @@ def finetuned(base: Path | str, transfer: Transfer, **changes: Any) -> Config:
         factor /= _lr_factor(config.transfers[-1])
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     data = config.data or recipe.data
-    same_data = changes.get("data", data) in (data, config.data)
-    by = config.held_out_by or tuple(read_by(recipe)[0])
-    both_own = all(set(part_names(each)) - EMBEDDED.keys() for each in (data, changes.get("data", data)))
+    same_data = places(changes.get("data") or data) == places(data)
+    learned_own = set(part_names(data)) - EMBEDDED.keys()
     own: dict[str, Any] = {
-        "held_out_by": by if same_data or both_own else (),  # other data may be a copy of the run's own
+        # Other data may be a copy of the run's own, or these come again after one of those that come along.
+        "held_out_by": config.held_out_by or (tuple(read_by(recipe)[0]) if learned_own else ()),
+        "without": tuple(stream for stream in config.without if stream in transferred(recipe, transfer).streams),
         **({} if same_data else {name: defaults[name] for name in _OF_DATA}),
         **{name: defaults[name] for name in _OF_RUN},
         "run": Path("runs") / "-".join([Path(os.path.abspath(run)).name, transfer.task, *_ways(transfer)]),

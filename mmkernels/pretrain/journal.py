@@ -22,8 +22,9 @@ from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.environment import environment
-from mmkernels.pretrain.metrics import Figure
+from mmkernels.pretrain.metrics import Figure, HeldOut
 from mmkernels.pretrain.run_folder import RunFolder
+from mmkernels.pretrain.sample_digests import digests_of
 from mmkernels.pretrain.warm_start import WarmStart
 
 __all__ = ["Journal", "data_warnings"]
@@ -38,13 +39,15 @@ class Journal(logging.Handler):
         super().__init__(logging.WARNING)
         self.device = device
         self.step_now = checkpoint.step_of(checkpoint.latest(folder.checkpoints))
-        folder.keep_log_until(self.step_now)
+        damaged = folder.keep_log_until(self.step_now)
         self._file = folder.log.open("a", buffering=1, encoding="utf-8")
         self._tensorboard = self._open_tensorboard(folder) if config.tensorboard else None
         self._bar = tqdm(total=config.steps, initial=self.step_now, unit="step", dynamic_ncols=True, disable=None)
         self._bar_note: dict[str, str] = {}
         self._waited = 0.0
         self._step_began = time.perf_counter()
+        if damaged:
+            self.warn(f"{folder.log.name}: left out what was damaged: line {', '.join(map(str, damaged))}")
 
     def __enter__(self) -> Journal:
         _DATA_LOG.addHandler(self)
@@ -65,10 +68,12 @@ class Journal(logging.Handler):
     def write(self, kind: str, **fields: Any) -> None:
         self._file.write(json.dumps({"kind": kind, "step": self.step_now, **fields}) + "\n")
 
-    def start(self, samples: int, parameters: int, trainable: Sequence[int]) -> None:
-        """Log what the run has: training samples, parameters, and how many of these learn in each stage."""
+    def start(self, samples: int, parameters: int, trainable: Sequence[int], held_out: Mapping[str, HeldOut]) -> None:
+        """Log what the run has: training samples, parameters, how many of these learn in each stage, and which samples
+        each split holds out."""
         counts = {"samples": samples, "parameters": parameters, "trainable": list(trainable)}
-        self.write("start", **counts, environment=environment(self.device))
+        splits = {split: digests_of(each) for split, each in held_out.items()}
+        self.write("start", **counts, held_out=splits, environment=environment(self.device))
 
     def warm_start(self, found: WarmStart) -> None:
         names = {"loaded": found.loaded, "fresh": found.fresh, "unused": found.unused}
@@ -82,6 +87,17 @@ class Journal(logging.Handler):
     def warn(self, message: str) -> None:
         self.write("warning", message=message)
         self.say(f"warning: {message}")
+
+    def skipped(self, step: int, message: str) -> None:
+        """Log a step that has updated no weight; `step` counts it as done."""
+        self.step_now = step
+        self.write("warning", message=message, skipped=True)
+        self.say(f"warning: {message}")
+        self._bar.update()
+
+    def stopped(self, reason: str) -> None:
+        """Log why the run stops before its end. It is not printed: the error is."""
+        self.write("warning", message=reason, stopped=True)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ class Pretrained(NamedTuple):
             stream: of the recipe.
             values: as in a data set: images uint8 [H, W, 3 or 4], texts, ...
         """
-        if not len(values) and stream in self.collator.streams:
+        if not len(values) and stream in self.collator.streams and stream not in self.collator.without:
             like = next(self.model.parameters())
             return torch.empty((0, self.model.encoder(stream).embed_dim), dtype=like.dtype, device=like.device)
         batch = self.batch({stream: values})
@@ -70,9 +70,12 @@ class Pretrained(NamedTuple):
     def batch(self, values: Mapping[str, Sequence[Any]]) -> Batch:
         """A batch of n samples, without views: the values of their fields, by stream; other streams are absent."""
         streams = self.collator.streams
-        unknown = [name for name in values if name not in streams]
-        if unknown:
-            raise ValueError(f"values: expected some of the streams {', '.join(streams)}, got {', '.join(unknown)}")
+        read = [name for name in streams if name not in self.collator.without]
+        if unknown := [name for name in values if name not in read]:
+            without = "".join(f"; the run learned without {name}" for name in unknown if name in streams)
+            raise ValueError(
+                f"values: expected some of the streams {', '.join(read)}, got {', '.join(unknown)}{without}"
+            )
         counts = {name: len(each) for name, each in values.items()}
         if len(set(counts.values())) != 1:
             raise ValueError(f"values: expected as many of every stream, got {counts}")

@@ -9,6 +9,7 @@ import torch
 
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.ending import reported
 from mmkernels.pretrain.evaluate import evaluate
 from mmkernels.pretrain.guards import Interrupt, LossWatch, NotFiniteError, StepGuard
 from mmkernels.pretrain.journal import Journal, data_warnings
@@ -18,6 +19,7 @@ from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.schedule import total, unreached, weights_at
 from mmkernels.pretrain.setup import open_source, tokenizer_for
 from mmkernels.pretrain.trainer import Trainer
+from mmkernels.pretrain.warm_start import cautions_of
 
 __all__ = ["Outcome", "train"]
 
@@ -41,7 +43,7 @@ def train(config: Config) -> Outcome:
         ValueError: the recipe, its settings and the data do not go together; before the run folder is made.
         RunFolderError: the run folder is in use.
         NotFiniteError: too many losses or gradients were not finite; the state before that step is saved.
-        TooManyBrokenError: too many samples cannot be read.
+        TooManyBrokenError: too many samples cannot be read. Like the former it leaves a report, once the run has begun.
     """
     device = device_of(config)
     if config.threads:
@@ -50,23 +52,25 @@ def train(config: Config) -> Outcome:
     with data_warnings() as warnings:
         data = open_source(config)
         tokenizer = tokenizer_for(config, data, folder)
+        if config.resume:
+            folder.expect_classes(data.train.classes)
         trainer, guard = Trainer(config, data, tokenizer, device), StepGuard(config.skip, config.spike)
-    saved, begun = checkpoint.latest(folder.checkpoints), None
+    saved, begun, cautions = checkpoint.latest(folder.checkpoints), None, []
     if saved is not None:
         guard.load_state_dict(trainer.load(saved)["guard"])
     elif config.init is not None:
         begun = trainer.warm_start(config.init)
+        cautions = cautions_of(config, begun, data.train.classes)
     folder.begin(config, tokenizer.text(), data.train.classes)  # from here on, nothing is wrong with the settings
     with Journal(folder, config, device) as journal:
         if begun is not None:
             journal.warm_start(begun)
         parameters = sum(p.numel() for p in trainer.parameters)
-        journal.start(samples=len(data.train), parameters=parameters, trainable=trainer.trainable)
-        for message in [*warnings, *unreached(trainer.recipe, config.steps)]:
+        journal.start(len(data.train), parameters, trainer.trainable, trainer.held_out)
+        for message in [*warnings, *cautions, *unreached(trainer.recipe, config.steps)]:
             journal.warn(message)
-        with interrupt.listening():
+        with reported(write_report, folder, trainer, journal), interrupt.listening():
             _loop(config, trainer, guard, journal, folder, interrupt)
-        write_report(folder, trainer)
     return Outcome(folder, trainer.step, bool(interrupt))
 
 
@@ -86,16 +90,18 @@ def _loop(
         loss, parts, norm = trainer.backward(batch)
 
         if fault := guard.fault(loss, norm):
-            where = f"step {trainer.step}: {fault}. The batch begins with {', '.join(batch.names[:5])}"
+            what = f"{fault}. The batch begins with {', '.join(batch.names[:5])}"
             if not guard.may_skip():
                 trainer.rewind(cursor)
                 path = trainer.save(folder.checkpoints, guard=guard.state_dict())
-                raise NotFiniteError(f"{where}. No weight was updated; the run before this step is saved in {path}")
+                saved_in = f"No weight was updated; the run before this step is saved in {path}"
+                raise NotFiniteError(f"after step {trainer.step}: {what}. {saved_in}")
             trainer.skip()
-            journal.warn(f"{where}. Skipped, {guard.skipped} of {config.skip}")
+            journal.skipped(trainer.step, f"step {trainer.step}: {what}. Skipped, {guard.skipped} of {config.skip}")
         else:
             chances = {name: trainer.model.objectives[name].chance_loss(batch) for name in parts}
-            chance = total(weights_at(trainer.recipe, config.seed, trainer.step), chances)
+            weights = weights_at(trainer.recipe, config.seed, trainer.step)
+            chance = total({name: weights[name] for name in parts}, chances) if parts else None
             trainer.update()
             of_parts = {f"{name}/loss": value for name, value in parts.items()} if several else {}
             of_parts |= {f"{name}/chance": value for name, value in chances.items() if several and value is not None}

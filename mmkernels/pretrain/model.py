@@ -58,15 +58,16 @@ class Model(nn.Module):
             teacher: embeddings of the streams' momentum twins, [S, E] each.
 
         Returns:
-            a function: what `encoders` return for the whole batch -> (loss, each objective's own loss).
+            a function: what `encoders` return for the batch -> (loss, that of each objective which it tells anything).
         """
 
         def of_rows(*rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             seen = self.seen(batch, rows, teacher)
-            parts = {n: self.objectives[n].over_batch(seen) for n in weights if n not in self.by_token}
+            whole = {name: self.objectives[name] for name in weights if name not in self.by_token}
+            parts = {name: (objective.over_batch(seen), objective.told(seen)) for name, objective in whole.items()}
             parts |= self._over_tokens(seen, [name for name in weights if name in self.by_token], chunk)
-            total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-            return total, {name: part.detach() for name, part in parts.items()}
+            total = torch.stack([weights[name] * part for name, (part, _) in parts.items()]).sum()
+            return total, {name: part.detach() for name, (part, told) in parts.items() if told}
 
         return of_rows
 
@@ -81,10 +82,9 @@ class Model(nn.Module):
         chunk.fuse(self.fusion)
         return chunk
 
-    def _over_tokens(self, seen: Seen, names: list[str], chunk: int) -> dict[str, Tensor]:
-        """Each token objective: its sum over all chunks, divided by its count over all chunks."""
-        sums: dict[str, Any] = dict.fromkeys(names, 0.0)
-        counts: dict[str, Any] = dict.fromkeys(names, 0.0)
+    def _over_tokens(self, seen: Seen, names: list[str], chunk: int) -> dict[str, tuple[Tensor, bool]]:
+        """Each token objective: (its sum over all chunks, divided by its count over all chunks; if it counts any)."""
+        totals: dict[str, tuple[Any, float]] = dict.fromkeys(names, (0.0, 0))
         for name in names:
             self.objectives[name].begin(seen)
         chunks = seen.chunks(chunk) if names else []
@@ -92,8 +92,8 @@ class Model(nn.Module):
         for part in chunks:
             found = checkpoint(self._sums, part, names, use_reentrant=False) if again else self._sums(part, names)
             for name, (total, count) in found.items():
-                sums[name], counts[name] = sums[name] + total.float(), counts[name] + count
-        return {name: sums[name] / max(counts[name], 1) for name in names}
+                totals[name] = totals[name][0] + total.float(), totals[name][1] + count
+        return {name: (total / max(count, 1), count > 0) for name, (total, count) in totals.items()}
 
     def _sums(self, part: Chunk, names: list[str]) -> dict[str, tuple[Tensor, float]]:
         part.fuse(self.fusion)

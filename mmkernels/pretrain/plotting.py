@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "INK", "REST", "drawing", "svg"]
+__all__ = ["COLOURS", "INK", "REST", "drawing", "in_legend", "svg"]
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
 INK, REST = "#475569", "#cbd5e1"
@@ -49,6 +49,11 @@ def drawing(height: float = 2.7) -> Iterator[tuple[Figure, Axes]]:
         axes.tick_params(length=0)
         axes.grid(axis="y")
         yield figure, axes
+
+
+def in_legend(name: str) -> str:
+    """A label that a legend shows: matplotlib hides those that begin with an underscore, and empty ones."""
+    return name if name and not name.startswith("_") else f"\u200b{name}"
 
 
 def svg(figure: Figure) -> str:

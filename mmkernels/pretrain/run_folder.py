@@ -23,6 +23,7 @@ __all__ = [
     "RunFolderError",
     "as_stored",
     "kept_files",
+    "other_classes",
     "stored_classes",
     "stored_config",
     "stored_records",
@@ -89,13 +90,29 @@ class RunFolder:
         write_whole(self.tokenizer, tokenizer)
         write_whole(self.path / "classes.json", json.dumps({name: list(each) for name, each in classes.items()}) + "\n")
 
-    def keep_log_until(self, step: int) -> None:
-        """Drop records after a checkpoint: those steps will run again."""
-        kept = [record for record in self.records() if record.get("step", 0) <= step]
+    def expect_classes(self, classes: Mapping[str, Sequence[str]]) -> None:
+        """Raise RunFolderError unless the data's label fields have the classes that the run began with: its heads know
+        them by their places."""
+        for name, before in stored_classes(self.path).items():
+            if (now := tuple(classes.get(name, ()))) != before:
+                raise RunFolderError(
+                    f"{self.path}: a resumed run keeps its classes, but {name} {other_classes(before, now)}. Start a "
+                    "new run with --run"
+                )
+
+    def keep_log_until(self, step: int) -> list[int]:
+        """Drop records after a checkpoint: those steps will run again. Damaged lines are dropped too.
+
+        Returns:
+            the numbers of the damaged lines.
+        """
+        records, damaged = _lines_of(self.log)
+        kept = [record for record in records if record.get("step", 0) <= step]
         write_whole(self.log, "".join(json.dumps(record) + "\n" for record in kept))
+        return damaged
 
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The records in the log, without truncated or damaged lines."""
+        """The records in the log, see `stored_records`."""
         return stored_records(self.path, kind)
 
 
@@ -125,17 +142,40 @@ def kept_files(config: Config) -> dict[str, tuple[str, Path]]:
 
 
 def stored_records(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records in the log of the run in a folder, without truncated or damaged lines."""
-    log, records = folder / "log.jsonl", []
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    for line in text.splitlines():
+    """The records in the log of the run in a folder, without a last line that is unfinished: a run that writes it, or
+    was killed then, leaves it so.
+
+    Args:
+        folder: of the run. Without a log there are no records.
+        kind: of the records; None: of all kinds.
+
+    Raises:
+        RunFolderError: another line is damaged.
+    """
+    log = folder / "log.jsonl"
+    records, damaged = _lines_of(log)
+    if damaged:
+        raise RunFolderError(
+            f"{log}: expected a record in each line, got something else in line {', '.join(map(str, damaged[:5]))}"
+            f"{' and others' if len(damaged) > 5 else ''}. Mend or delete what is damaged; --resume leaves it out, too"
+        )
+    return [record for record in records if kind in (None, record.get("kind"))]
+
+
+def _lines_of(log: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """(the records, the numbers of the damaged lines) of a log; blank lines and an unfinished last one are neither."""
+    *lines, last = (log.read_bytes() if log.exists() else b"").split(b"\n")
+    records, damaged = [], []
+    for number, line in enumerate([*lines, last], 1):
         try:
             record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and kind in (None, record.get("kind")):
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
             records.append(record)
-    return records
+        elif line.strip() and number <= len(lines):
+            damaged.append(number)
+    return records, damaged
 
 
 def stored_wiring(folder: Path) -> dict[str, Any]:
@@ -182,6 +222,13 @@ def _check_same_run(folder: Path, config: Config) -> None:
         raise RunFolderError(
             f"{config.folder}: a resumed run keeps its settings, but {'; '.join(changed)}. Start a new run with --run"
         )
+
+
+def other_classes(before: Sequence[str], now: Sequence[str]) -> str:
+    """How the classes of a label have changed, in words."""
+    lost, new = ([each for each in some if each not in rest] for some, rest in ((before, now), (now, before)))
+    changes = [f"{word} {', '.join(names[:5])}" for word, names in (("has lost", lost), ("has gained", new)) if names]
+    return " and ".join(changes) or "has them in another order"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

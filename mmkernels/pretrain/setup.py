@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.data import Data, FilterList, Mixed, Source, Subset, Text, open_data
+from mmkernels.pretrain.data import EMBEDDED, Data, FilterList, Mixed, Source, Subset, Text, open_data
+from mmkernels.pretrain.data.opening import part_names
 from mmkernels.pretrain.data.seeds import is_held_out
 from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.recipe import Recipe
@@ -62,6 +63,7 @@ def open_source(config: Config) -> Data:
             source.broken.limit(config.max_broken)
     if config.validate:
         data = validation(name, data, config.eval_limit)
+    data = data._replace(train=labelled(name, data.train, recipe))
     return data._replace(train=some_of(name, data.train, config.train_fraction))
 
 
@@ -98,6 +100,31 @@ def some_of(name: str, source: Source, fraction: float) -> Source:
     rows = [i for i in range(len(source)) if is_held_out(f"train_fraction/{source.name(i)}", fraction)]
     if not rows:
         raise ValueError(f"train_fraction: expected enough for a sample of the {len(source)} in {name}, got {fraction}")
+    return source.only(np.array(rows, np.int64))
+
+
+def labelled(name: str, source: Source, recipe: Recipe) -> Source:
+    """The training samples with a class, where nothing else is learned: the others would teach nothing.
+
+    Args:
+        name: of the data set, for messages.
+        source: to choose from.
+        recipe: whose objectives read labels.
+
+    Raises:
+        ValueError: none has one.
+    """
+    labels = {getattr(part, "label", "") for part in recipe.objectives.values() if part.weight != 0}
+    if "" in labels or all(each in EMBEDDED for each in part_names(name)):
+        return source
+    rows = [i for i in range(len(source)) if any(source.peek(i).get(label, -100) >= 0 for label in labels)]
+    if len(rows) == len(source):
+        return source
+    shown = " or ".join(sorted(labels))
+    if not rows:
+        raise ValueError(f"data: expected training samples of {name} with the label {shown}, got none")
+    message = "%s: %d of %d training samples have no %s: they are not drawn, since nothing else is learned"
+    log.warning(message, name, len(source) - len(rows), len(source), shown)
     return source.only(np.array(rows, np.int64))
 
 
@@ -213,7 +240,11 @@ def tokenizer_for(config: Config, data: Data, folder: RunFolder) -> TextTokenize
     if folder.tokenizer.exists():
         return TextTokenizer.load(folder.tokenizer)
     if config.init is not None and _text_fields(stored_config(config.init)):
-        return TextTokenizer.load(config.init / "tokenizer.json")
+        tokenizer = TextTokenizer.load(config.init / "tokenizer.json")
+        if config.vocabulary != stored_config(config.init).vocabulary:
+            message = "vocabulary: %s has a tokenizer of %d tokens, which is taken over; %d are of no effect"
+            log.warning(message, config.init, len(tokenizer), config.vocabulary)
+        return tokenizer
     return TextTokenizer.train(texts(data.train, _text_fields(config)), config.vocabulary)
 
 

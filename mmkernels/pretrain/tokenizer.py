@@ -59,7 +59,9 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:
-        """From a file that `text` was written to. Raises ValueError if it is damaged."""
+        """From a file that `text` was written to. Raises ValueError if it is missing or damaged."""
+        if not path.is_file():
+            raise ValueError(f"{path}: expected the tokenizer of a run, which is missing: copy the whole folder again")
         try:
             return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")))
         except Exception as error:

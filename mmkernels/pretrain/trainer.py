@@ -156,7 +156,8 @@ class Trainer:
         return lr
 
     def backward(self, batch: Batch) -> tuple[float, dict[str, float], float]:
-        """Gradients of a batch, clipped: (loss, each objective's own loss, norm before clipping)."""
+        """Gradients of a batch, clipped: (loss, that of each objective to which the batch has something to say, norm
+        before clipping)."""
         config = self.config
         weights = weights_at(self.recipe, config.seed, self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):

@@ -145,14 +145,24 @@ def _adapted(
         key: dataclasses.replace(stream, encoder=_with_adapters(stream.encoder, Adapted, "encoder", reduction))
         for key, stream in streams.items()
     }
-    learns = [*head, "*.adapter.*", "*norm*.*"]
+    learns = [*head, "*.adapter.*"]
     if fusion is not None:
         fusion = _with_adapters(fusion, AdaptedFusion, "fusion", reduction)
         learns += [] if isinstance(fusion, AdaptedFusion) else ["fusion.*"]
     parts = [*(stream.encoder for stream in adapted.values()), fusion]
     if not any(isinstance(part, (Adapted, AdaptedFusion)) for part in parts):
         raise ValueError("adapters: expected a run with transformer blocks, got one without")
-    return adapted, fusion, (Stage(trainable=tuple(learns)),)
+    return adapted, fusion, (Stage(trainable=(*learns, *_norms(adapted, fusion))),)
+
+
+def _norms(streams: Mapping[str, Stream], fusion: Any) -> list[str]:
+    """Patterns of the names of the norms' parameters. A stream, such as one of surface normals, may be called as if it
+    were a norm; then the norms are those of what has adapters."""
+    if not any("norm" in key for key in streams):
+        return ["*norm*.*"]
+    adapted = (key for key, stream in streams.items() if isinstance(stream.encoder, Adapted) and not stream.tied)
+    within = [f"streams.{key}" for key in adapted] + (["fusion"] if isinstance(fusion, AdaptedFusion) else [])
+    return [f"{each}.*norm*.*" for each in within]
 
 
 def _with_adapters(part: Any, kind: type, inner: str, reduction: int) -> Any:

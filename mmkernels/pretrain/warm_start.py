@@ -10,9 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.data.opening import EMBEDDED, places
 from mmkernels.pretrain.load import stored_weights
+from mmkernels.pretrain.recipe import Recipe
+from mmkernels.pretrain.run_folder import other_classes, stored_classes, stored_config
+from mmkernels.pretrain.schedule import stage_at
+from mmkernels.pretrain.setup import read_by
 
-__all__ = ["WarmStart", "warm_start"]
+__all__ = ["WarmStart", "cautions_of", "warm_start"]
 
 _SHOWN = 5  # names in a message
 
@@ -66,6 +72,66 @@ def warm_start(model: nn.Module, run: Path, fresh: Sequence[str] = ()) -> WarmSt
         own[name].copy_(given[name])
     kept = set(loaded)
     return WarmStart(run, step, loaded, [n for n in own if n not in kept], [n for n in given if n not in kept])
+
+
+def cautions_of(config: Config, begun: WarmStart, classes: Mapping[str, Sequence[str]]) -> list[str]:
+    """What a user must know of a run that begins with the weights of another.
+
+    Args:
+        config: of the new run.
+        begun: what became of the weights.
+        classes: of the label fields of its data.
+
+    Raises:
+        ValueError: a head of the other run goes on for other classes than it has learned.
+    """
+    base, recipe = stored_config(begun.run), config.wiring()
+    known = stored_classes(begun.run)
+    for name, part in recipe.objectives.items():
+        label = getattr(part, "label", "") or ("tag" if getattr(part, "target", "") == "class" else "")
+        goes_on = any(each.startswith(f"objectives.{name}.") for each in begun.loaded)
+        if goes_on and label in known and label in classes and known[label] != tuple(classes[label]):
+            raise ValueError(
+                f"init: expected the classes of {label!r} that objectives.{name} has learned in {begun.run}, but it "
+                f"{other_classes(known[label], classes[label])}. To draw its head anew: --fresh 'objectives.{name}.*'"
+            )
+    return [*_unlearned_layers(begun, base, recipe), *_learned_before(begun, config, base, recipe)]
+
+
+def _unlearned_layers(begun: WarmStart, base: Config, recipe: Recipe) -> list[str]:
+    """The other run may have ended before all layers of its fusion were in use."""
+    if not any(name.startswith("fusion.") for name in begun.loaded):
+        return []
+    depth = stage_at(base.wiring(), max(begun.step - 1, 0)).fusion_depth
+    later = [stage.fusion_depth for stage in recipe.stages]
+    if depth is None or all(each is not None and each <= depth for each in later):
+        return []
+    return [
+        f"init: {begun.run} ended at step {begun.step}, when its fusion had {depth} layers in use; the layers after "
+        "them have learned nothing"
+    ]
+
+
+def _learned_before(begun: WarmStart, config: Config, base: Config, recipe: Recipe) -> list[str]:
+    """Samples that are held out now, the other run may have learned."""
+    before, now = (places(each.data or of.data) for each, of in ((base, base.wiring()), (config, recipe)))
+    if not begun.loaded or not {place for place in before if place not in EMBEDDED} & set(now):
+        return []
+    changed = []
+    if config.eval_fraction > base.eval_fraction:
+        changed.append(f"eval_fraction is {config.eval_fraction}, there {base.eval_fraction}")
+    by, by_then = (set(each.held_out_by or read_by(of)[0]) for each, of in ((config, recipe), (base, base.wiring())))
+    if by != by_then:
+        told = f"concepts are told by {', '.join(sorted(by))}, there by {', '.join(sorted(by_then))}"
+        changed.append(f"{told}; as there: --held-out-by {' '.join(sorted(by_then))}")
+    if config.validate and not base.validate:
+        changed.append("validate holds out a tenth of what it learned from")
+    if not changed:
+        return []
+    return [
+        f"held_out: not the samples that {begun.run} held out, so that some of them it has learned "
+        f"({'; '.join(changed)})"
+    ]
 
 
 def _some(names: list[str]) -> str:

@@ -207,6 +207,10 @@ def test_too_many_broken_images_stop_the_run_with_their_names(folder: Path) -> N
     with pytest.raises(TooManyBrokenError, match=r"3 of 40 .* max_broken=0.05:\n  5.png: .*\n  6.png: .*\n  7.png: "):
         data.read(range(40))
     assert len(FolderDataset(folder, max_broken=0.075).read(range(40))) == 37
+    break_some(folder, *(f"{i}.png" for i in range(5, 35)))
+    several = FolderDataset(folder, max_broken=0.5)
+    with pytest.raises(TooManyBrokenError, match=r"21 of 40 (.*\n){20}  24.png: .*\n  and 1 more$"):
+        several.read(range(40))
     with pytest.raises(ValueError, match="max_broken: expected a share between 0 and 1, got 5"):
         FolderDataset(folder, max_broken=5)
 

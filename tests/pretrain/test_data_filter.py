@@ -25,7 +25,7 @@ def list_of(config: Config, indices: list[int], path: Path, **changes: object) -
     """A list that drops some training samples of a run."""
     source = open_source(config).train
     about = {"data": config.data, "samples": len(source), "names": names_digest(source), **changes}
-    entries = (Dropped("train", i, source.logged_as(i), ("duplicates",)) for i in indices)
+    entries = (Dropped("train", i, source.logged_as(i), ("duplicates",), "", source.contents(i)) for i in indices)
     path.write_text(FilterList(about, tuple(entries)).text(), encoding="utf-8")
     return path
 
@@ -71,7 +71,16 @@ def test_names_that_are_not_there(index: int, name: str, tiny: Make, tmp_path: P
         open_source(tiny(filter=path))
 
 
-@pytest.mark.parametrize("text", ["", "no JSON", "{}", '{"filter": 2}', '{"filter": 1}', "[1]", "\x00"])
+_HEAD = '{"filter": 1, "data": "", "samples": 1, "names": ""}\n{"split": "train", "index": 0, "name": "", "reasons": []'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "no JSON", "{}", '{"filter": 2}', '{"filter": 1}', "[1]", "\x00"),
+        *(f'{_HEAD}, "contents": {contents}}}' for contents in ("1", "null", '"image"', "[1]")),
+    ],
+)
 def test_no_list_at_all(text: str, tiny: Make, tmp_path: Path) -> None:
     path = tmp_path / "drop.jsonl"
     path.write_text(text, encoding="utf-8")

@@ -142,7 +142,7 @@ def _turned(number: int, bits: np.ndarray) -> int:
     [
         ("DSC_0042", "a file name"),
         ("photos/beach.jpeg", "a file name"),
-        ("my picture (3).PNG", ""),
+        ("my picture (3).PNG", "a file name"),
         ("beach (3).png", "a file name"),
         ("www.example.org", "a link"),
         ("a kite&nbsp;", "markup"),

@@ -96,6 +96,9 @@ def test_what_cannot_be_exported(tiny: Make, tmp_path: Path, monkeypatch: pytest
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     assert main([str(folder), str(tmp_path / "file")]) == 1
     assert "expected a new or an empty folder" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunFolderError, match=r"path: expected a new or an empty folder, got .*link"):
+        export(folder, tmp_path / "link")
     monkeypatch.chdir(tmp_path)
     assert main([str(folder), "."]) == 1
     assert "got ., which holds files already" in capsys.readouterr().err
@@ -113,6 +116,10 @@ def test_what_cannot_be_exported(tiny: Make, tmp_path: Path, monkeypatch: pytest
     assert {path.name for path in tmp_path.iterdir()} == there
     with pytest.raises(RunFolderError, match="cannot be resumed"):
         train(dataclasses.replace(config, run=out, resume=True))
+    kept = (out / "tokenizer.json").rename(tmp_path / "kept.json")
+    with pytest.raises(ValueError, match=r"tokenizer.json: expected .*, which is missing: copy the whole folder again"):
+        load_model(out)
+    kept.rename(out / "tokenizer.json")
     for name in ("model.safetensors", "export.json"):
         (out / name).write_bytes(b"half")
         with pytest.raises(DamagedError, match=rf"{name} is damaged .* Export the model again"):

@@ -106,6 +106,20 @@ def test_cider_at_the_edges() -> None:
         Cider([["a"]]).each(["a", "b"])
     assert words("“A  Cat’s hat,” (Größe) — नमस्ते।") == ["a", "cat’s", "hat", "grösse", "नमस्ते"]
     assert words(" ?! ") == []
+    assert words("犬が庭を走っている。") == list("犬が庭を走っている")
+    assert words("「ﾈｺ」は 3匹の cats、です!") == [*"ネコは", "3", *"匹の", "cats", *"です"]
+    assert words("แมวสี") == ["แ", "ม", "ว", "สี"]  # the last has a vowel above it
+    assert words("강아지가 뛴다") == ["강아지가", "뛴다"]
+
+
+def test_texts_without_spaces_share_characters() -> None:
+    """They would be one word each, which agrees with another or not."""
+    truth = ["犬が庭を走っている", "猫が窓の外を見ている", "赤い車が道に止まっている"]
+    near = ["犬が庭で走っている", "猫が窓から外を見ている", "赤い車が道に止まっていた"]
+    scores = CaptionScores([[text] for text in truth], "", range(3))
+    for found, moved in zip(scores.figures(near, ""), scores.figures([*near[1:], near[0]], ""), strict=True):
+        assert found.value > 0.3
+        assert found.value > 1.5 * moved.value
 
 
 def test_bleu_and_rouge_are_those_of_the_libraries() -> None:

@@ -111,7 +111,7 @@ def test_of_a_copy_the_same_is_held_out(several: Path, tmp_path: Path) -> None:
     held_out = pictures(open_source(config).held_out["held_out"])
     assert pictures(_opened(Evaluation(tuned.folder, data=copy), tuned)[0].held_out["held_out"]) == held_out
     assert pictures(open_source(colours(config.folder, data=copy)).held_out["held_out"]) == held_out
-    assert colours(config.folder, data="emoji").held_out_by == ()
+    assert colours(config.folder, data="emoji").held_out_by == ("image", "text"), "for what comes after"
 
 
 def test_a_list_of_images_is_one_of_their_rows(several: Path, tmp_path: Path) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
+import html
 import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from mmkernels.pretrain import Config, train
 from mmkernels.pretrain.metrics import Figure
 from mmkernels.pretrain.report import figure_table
-from mmkernels.pretrain.report.charts import figure_chart
+from mmkernels.pretrain.report.charts import curve_chart, figure_chart, loss_chart, overlaid
 from mmkernels.pretrain.report.page import headlines
 
 Make = Callable[..., Config]
@@ -85,3 +87,32 @@ def test_many_splits_share_a_tile_and_a_curve(tmp_path: Path) -> None:
     many, few = figure_chart(records, list(newest), "words"), figure_chart(records, ["s0", "s1"], "words")
     assert "mean of 16, and range" in many and "s1" not in many.replace("s15", "")
     assert ">s0<" in few and ">s1<" in few and "mean of" not in few
+
+
+@pytest.mark.parametrize("name", ["_mine: held_out", "_", "__x", "$a$ and $b$", "<b> & c"])
+def test_a_legend_has_every_name(name: str) -> None:
+    """Those too that matplotlib would hide."""
+    splits = ("plain", name)
+    records = [{"split": s, "step": 1, "figures": [Figure("words", 0.5, 0.1).to_dict()]} for s in splits]
+    drawn = [
+        html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", figure_chart(records, splits, "words"))
+    ]
+    assert [text for text in drawn if text in splits] == list(splits)
+
+
+def test_a_single_point_is_seen() -> None:
+    """There is no line to see."""
+    colours = {"a": "#112233", "b": "#445566"}
+    one, two = [(1, 2.0)], [(1, 2.0), (2, 3.0)]
+    for drawn, seen in (
+        (overlaid({"a": one, "b": two}, colours), 1),
+        (overlaid({"a": one, "b": one}, colours), 2),
+        (overlaid({"a": two, "b": two}, colours), 0),
+        (overlaid({"a": one, "b": two}, colours, points=True), 3),
+        (loss_chart([{"step": 1, "loss": 2.0}]), 1),
+        (loss_chart([{"step": step, "loss": 2.0} for step in (1, 2)]), 0),
+        (curve_chart(one), 1),
+        (curve_chart(two), 0),
+    ):
+        marks = [mark for mark in re.findall(r"<use [^>]*>", drawn) if re.search("fill: #(112233|445566|2563eb)", mark)]
+        assert len(marks) == seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import logging
 import re
 from dataclasses import replace
@@ -35,8 +36,9 @@ from mmkernels.pretrain.recipe import Stream
 from mmkernels.pretrain.report import sections
 from mmkernels.pretrain.report.attention import words_of
 from mmkernels.pretrain.report.render import rendered
+from mmkernels.pretrain.report.retrieved import _query
 from mmkernels.pretrain.report.sections import sections_of
-from mmkernels.pretrain.report.shown import laid_out
+from mmkernels.pretrain.report.shown import Item, laid_out
 from mmkernels.pretrain.tokenizer import BOS, EOS, SPECIAL, TextTokenizer
 from mmkernels.pretrain.views import CorruptSpans, MaskPatches, MaskRegions, MaskWords, Swap
 
@@ -265,6 +267,39 @@ def test_attention_to_patches() -> None:
 def test_a_fusion_without_attention_has_no_maps() -> None:
     run = run_of(**{**CROSSED, "fusion": Cross(("text",), "image", layers=0)}, objectives={"answer": Answer("text")})
     assert [each.template for each in sections_of(run)] == ["answers"]
+
+
+def test_what_was_retrieved_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long text some lines are shown, not the beginning of one; the whole is its title."""
+    monkeypatch.setitem(globals(), "CAPTIONS", tuple(f"{caption}, {'and so on ' * 20}" for caption in CAPTIONS))
+    run = run_of(**CROSSED, objectives={"contrast": Contrast()}, metrics=(Retrieval(),))
+    (found,) = (each for each in sections_of(run) if each.template == "retrieved")
+    page = rendered("report.html.jinja", **NO_FIGURES, sections=[found])
+    assert [way for way, _ in found.content] == ["image → text", "text → image"]
+    queries = [query for _, each in found.content for query in each]
+    shown = [query.item for query in queries if query.item.picture] + [a.item for q in queries for a in q.found]
+    titles = [html.unescape(title) for title in re.findall(r'title="([^"]*)"', page)]
+    assert sorted(titles) == sorted(item.label for item in shown) and min(map(len, titles)) > 200
+    css = page[page.index("<style>") : page.index("</style>")]
+    for part in ("ol li span", ".strip small", ".query > figure figcaption"):
+        rules = "".join(rule for names, rule in re.findall(r"([^{}]+){([^{}]*)}", css) if part in names)
+        assert "nowrap" not in rules and int(re.findall(r"-webkit-line-clamp: (\d+)", rules)[-1]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("scores", "rank"),
+    [
+        ((0.1, 0.9, 0.3), 3),
+        ((0.9, 0.1, 0.3), 1),
+        ((0.3, 0.3, 0.3), 3),
+        ((float("nan"),) * 3, 3),
+        ((0.3, float("nan"), 0.1), 2),
+    ],
+)
+def test_the_rank_of_an_answer(scores: tuple[float, ...], rank: int) -> None:
+    """The first of three is right. A model that says the same of all, or NaN, has found nothing."""
+    right = torch.tensor([True, False, False])
+    assert _query(Item("q"), torch.tensor(scores), right, lambda i: Item(str(i))).rank == rank
 
 
 def test_a_section_that_fails_says_why_and_the_others_are_there(

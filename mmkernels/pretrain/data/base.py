@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from mmkernels.pretrain.data.unicode import printable
 log = logging.getLogger("mmkernels.pretrain.data")
 
 _SHOWN = 10  # unused files that a log line names
+_LISTED = 20  # broken samples that an error names
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,10 @@ class BrokenLog:
 
     @staticmethod
     def listing(reasons: Mapping[str, str]) -> str:
-        """Every name with its reason, one per line, to append to a sentence."""
-        lines = (f"\n  {printable(name)}: {printable(reason)}" for name, reason in reasons.items())
-        return ":" + "".join(lines) if reasons else ""
+        """Names with their reasons, one per line, to append to a sentence."""
+        lines = [f"\n  {printable(name)}: {printable(reason)}" for name, reason in islice(reasons.items(), _LISTED)]
+        more = f"\n  and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
+        return ":" + "".join(lines) + more if reasons else ""
 
     def cut(self, name: str, what: str) -> None:
         """Record that a file was read only in part."""
@@ -223,6 +226,12 @@ class Source(ABC):
         """The file of a sample's image, as its table names it; None if there is none or it has no name."""
         return None
 
+    def contents(self, index: int) -> Mapping[str, str]:
+        """A hash of each field of a sample that may change while its name does not, known without decoding; empty for a
+        field that the sample lacks. The same whichever other fields are read. What comes along has none: names tell it.
+        """
+        return {}
+
     def stored_size(self, index: int) -> tuple[int, int] | None:
         """(width, height) in pixels of a sample's image as it is stored, which may be larger than the decoded one; None
         without an image. Raises `BrokenImageError` if it cannot be read.
@@ -272,6 +281,9 @@ class Subset(Source):
 
     def image_file(self, index: int) -> str | None:
         return self.whole.image_file(int(self.indices[index]))
+
+    def contents(self, index: int) -> Mapping[str, str]:
+        return self.whole.contents(int(self.indices[index]))
 
     def stored_size(self, index: int) -> tuple[int, int] | None:
         return self.whole.stored_size(int(self.indices[index]))

@@ -12,6 +12,7 @@ import numpy as np
 from mmkernels.pretrain.data.audio import decode_audio, require_soundfile
 from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog, Sample, Source, Text
 from mmkernels.pretrain.data.cells import MEDIA, Cell, Reading
+from mmkernels.pretrain.data.contents import brief, stored
 from mmkernels.pretrain.data.decode import decode_image, decode_regions, decode_video, image_size, regions_without_crops
 from mmkernels.pretrain.data.unicode import printable
 
@@ -146,6 +147,31 @@ class ColumnSource(Source):
     def image_file(self, index: int) -> str | None:
         cell = self.cells["image"][index] if "image" in self.cells else None
         return printable(cell) if isinstance(cell, str) else None
+
+    def contents(self, index: int) -> Mapping[str, str]:
+        cells = {field: cells[index] for field, cells in self.cells.items()}
+        return {field: "" if cell is None else brief(self._content(field, cell)) for field, cell in cells.items()}
+
+    def _content(self, field: str, cell: Any) -> Any:
+        """A text and a class of the same words are the same: a column may be read as either."""
+        kind = self.reading.kind(field)
+        if kind in MEDIA:
+            return self._stored(cell)
+        if kind == "regions":
+            return self._stored(cell[0]), cell[1]
+        if kind == "vector":
+            return cell.shape, cell.tobytes()
+        return tuple(" ".join(text.split()) for text in (cell if kind == "text" else (cell,)))
+
+    def _stored(self, cell: Any) -> Any:
+        """What tells a medium from others without decoding it: its name and how it begins, or its bytes."""
+        try:
+            file = self._file(cell)
+        except (BrokenImageError, ValueError) as error:
+            return str(error)
+        if isinstance(file, bytes):
+            return brief(file)
+        return cell if isinstance(cell, str) else file.name, stored(file)
 
     def stored_size(self, index: int) -> tuple[int, int] | None:
         cell = self.cells["image"][index] if "image" in self.cells else None

@@ -1,12 +1,13 @@
 """Filter lists: training samples to leave out, as JSON lines that `mmkernels data-report --drop` writes.
 
     {"filter": 1, "data": "folder:photos", "fields": ["image", "text"], "samples": 900, "names": "5d0c...", ...}
-    {"split": "train", "index": 17, "name": "17.jpg", "reasons": ["duplicates"], "why": "as 3.jpg"}
+    {"split": "train", "index": 17, "name": "17.jpg", "reasons": ["duplicates"], "why": "as 3.jpg", "contents": {...}}
     {"split": "train", "index": null, "name": "captions.jsonl: line 9", "reasons": ["empty"], "why": "caption: ..."}
 
-A list belongs to one data set, read in one way: its head has a hash of the names of all training samples. Entries
-without an index are rows that are no sample; they and the entries of held-out sets are unreadable, and a list only
-excuses them: they no longer count as broken. No held-out sample is ever left out.
+A list belongs to one data set, read in one way: its head has a hash of the names of all training samples, and each
+entry one of each field of its sample (`Source.contents`), as another set may have the same names, and the same set
+other samples by now. Entries without an index are rows that are no sample; they and the entries of held-out sets are
+unreadable, and a list only excuses them: they no longer count as broken. No held-out sample is ever left out.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Dropped:
     name: str
     reasons: tuple[str, ...]
     why: str = ""
+    contents: Mapping[str, str] = field(default_factory=dict)  # when the list was written; empty if it was not said
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class FilterList:
             head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
             if head.pop("filter") != _VERSION or not {"data", "samples", "names"} <= head.keys():
                 raise ValueError("another kind of file, or of another version")
-            entries = tuple(Dropped(**{**line, "reasons": tuple(line["reasons"])}) for line in lines)
+            entries = tuple(map(_entry, lines))
         except FileNotFoundError as error:
             raise ValueError(f"{expected}, got {path}, which does not exist") from error
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -80,7 +82,7 @@ class FilterList:
         """The data without the samples that the list drops; what it excuses no longer counts as broken.
 
         Raises:
-            ValueError: the list belongs to other data, names samples that are not there, or drops all.
+            ValueError: the list belongs to other data, names samples that are not there or have changed, or drops all.
         """
         train, listed = data.train, self
         if (len(train), names_digest(train)) != (self.about["samples"], self.about["names"]):
@@ -97,6 +99,7 @@ class FilterList:
                     f"filter: expected names of training samples, got sample {entry.index}, {printable(entry.name)!r}, "
                     "which is not there"
                 )
+        _expect_unchanged([entry for entry in ours if entry.index is not None], train)
         train.broken.excuse(train.logged_as(int(index)) for index in indices)
         if len(indices) == len(train):
             raise ValueError(f"filter: expected samples left to train on, got a list of all {len(train):,}")
@@ -125,7 +128,8 @@ class FilterList:
             if entry.split != TRAIN or entry.index is None:
                 meant.append(entry)
             elif 0 <= entry.index < len(images) and images[entry.index] == entry.name:
-                meant += [replace(entry, index=row, name=train.logged_as(row)) for row in rows[entry.name]]
+                image = {name: held for name, held in entry.contents.items() if name == "image"}  # a row has few texts
+                meant += [replace(entry, index=i, name=train.logged_as(i), contents=image) for i in rows[entry.name]]
             else:
                 raise ValueError(
                     f"filter: expected names of training images, got image {entry.index}, {printable(entry.name)!r}, "
@@ -145,6 +149,39 @@ class FilterList:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         log.warning(
             "filter: left out %s of %s training samples (%s)", f"{left_out:,}", f"{samples:,}", counts or "none"
+        )
+
+
+def _entry(line: Any) -> Dropped:
+    """From a line of a file."""
+    return Dropped(**{**line, "reasons": tuple(line["reasons"]), "contents": dict(line.get("contents", {}))})
+
+
+def _expect_unchanged(entries: Sequence[Dropped], train: Source) -> None:
+    """Compare what samples hold with what they held, in the fields that were read then and are now.
+
+    Raises:
+        ValueError: some have changed.
+    """
+    changed, unknown = [], 0
+    for entry in entries:
+        now = train.contents(int(entry.index or 0))
+        both = [name for name in now if name in entry.contents]
+        unknown += bool(now) and not both
+        if other := [name for name in both if now[name] != entry.contents[name]]:
+            changed.append(f"{printable(entry.name)} (its {', '.join(other)})")
+    if changed:
+        raise ValueError(
+            f"filter: expected samples as they were when the list was written, got {len(changed):,} of the "
+            f"{len(entries):,} listed ones changed, the first of them {changed[0]}: the data have been edited since, "
+            "or the list is one of other data. Write a list with mmkernels data-report; or read all, with --filter None"
+        )
+    if unknown:
+        log.warning(
+            "filter: whether %s of the %s listed samples have changed since is unknown: the list does not say what "
+            "they held in the fields that are read; mmkernels data-report writes one that does",
+            f"{unknown:,}",
+            f"{len(entries):,}",
         )
 
 

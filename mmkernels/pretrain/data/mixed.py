@@ -57,6 +57,9 @@ class Part(Source):
     def logged_as(self, index: int) -> str:
         return self.inner.logged_as(index)
 
+    def contents(self, index: int) -> Mapping[str, str]:
+        return self.inner.contents(index)
+
     def stored_size(self, index: int) -> tuple[int, int] | None:
         return self.inner.stored_size(index)
 
@@ -222,6 +225,10 @@ class Mixed(Source):
     def logged_as(self, index: int) -> str:
         name, part, number = self.place(index)
         return f"{name}: {part.logged_as(number)}"
+
+    def contents(self, index: int) -> Mapping[str, str]:
+        _, part, number = self.place(index)
+        return part.contents(number)
 
     def stored_size(self, index: int) -> tuple[int, int] | None:
         _, part, number = self.place(index)

@@ -163,6 +163,11 @@ def part_names(source: str | Path, weights: Sequence[float] | None = None) -> li
     return names
 
 
+def places(source: str | Path) -> list[str]:
+    """Where the data sets are that a source names: the same, however it spells them."""
+    return [_place(name) for name in part_names(source)]
+
+
 def _place(name: str) -> str:
     """The same for names of the same data set."""
     kind = _kind(name)
@@ -263,7 +268,11 @@ def _tell_concepts(name: str, dataset: ColumnSource, by: Sequence[str], unread: 
         got = f"got {', '.join(by)}, of which it reads none with values"
         raise NoConceptsError(f"held_out_by: expected fields of {printable(name)}, {got}")
     if lost:
-        log.warning("held_out_by: %s lacks %s; concepts are told by the rest", printable(name), ", ".join(lost))
+        log.warning(
+            "held_out_by: %s lacks %s; concepts are told by the rest: other samples are held out than where it has all",
+            printable(name),
+            ", ".join(lost),
+        )
     dataset.held_out_by(by, unread)
 
 

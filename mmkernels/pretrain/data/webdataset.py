@@ -27,6 +27,7 @@ from mmkernels.pretrain.data.base import BrokenImageError, BrokenLog
 from mmkernels.pretrain.data.captions import EMPTY_FILE, caption_fault, parse_captions
 from mmkernels.pretrain.data.cells import PAIR, Cell, Reading
 from mmkernels.pretrain.data.columns import ColumnSource, by_row, with_values
+from mmkernels.pretrain.data.contents import HEAD, brief
 from mmkernels.pretrain.data.decode import IMAGE_SUFFIXES
 from mmkernels.pretrain.data.shards import Span, index_shard
 from mmkernels.pretrain.data.unicode import printable
@@ -99,6 +100,13 @@ class WebDataset(ColumnSource):
     def _file(self, cell: Cell) -> bytes:
         span: Span = cell
         return span.read()
+
+    def _stored(self, cell: Cell) -> tuple[int, str]:
+        span: Span = cell
+        try:
+            return span.size, brief(span._replace(size=min(span.size, HEAD)).read())
+        except BrokenImageError as error:
+            return span.size, str(error)
 
 
 def _pairs(samples: dict[str, _Files], faults: dict[int, str]) -> _Named:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import tyro
 
-from mmkernels.pretrain.data.filter_list import TRAIN
+from mmkernels.pretrain.data.filter_list import TRAIN, FilterList
+from mmkernels.pretrain.data.opening import places
 from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.data_report.kinds import KINDS
 from mmkernels.pretrain.data_report.page import page
@@ -27,9 +28,10 @@ def data_report(options: DataReport) -> Report:
     """Examine a data set and write report.html, report.json and, if asked, drop.jsonl.
 
     Raises:
-        ValueError: the data cannot be opened; the folder holds something else.
+        ValueError: the data cannot be opened; the folder holds something else, the report of other data, or a list that
+            would no longer belong to its report.
     """
-    _check_folder(options.folder)
+    _check_folder(options)
     options.folder.mkdir(parents=True, exist_ok=True)  # before all the reading, should it be impossible
     try:
         report = examine(options)
@@ -45,19 +47,43 @@ def data_report(options: DataReport) -> Report:
     return report
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(options: DataReport) -> None:
     """Raise ValueError if a report must not be written there."""
+    folder = options.folder
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ValueError(f"out: expected a folder, got {folder}, which is a file")
-    if any(folder.iterdir()):
-        try:
-            kind = json.loads((folder / "report.json").read_text(encoding="utf-8"))["kind"]
-        except (OSError, ValueError, TypeError, KeyError):
-            kind = None
-        if kind != IDENTITY:
-            raise ValueError(f"out: expected a new folder, or that of an earlier report, got {folder} with other files")
+    if not any(folder.iterdir()):
+        return
+    try:
+        earlier = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        kind, source = earlier["kind"], str(earlier["source"])
+    except (OSError, ValueError, TypeError, KeyError):
+        kind, source = None, ""
+    if kind != IDENTITY:
+        raise ValueError(f"out: expected a new folder, or that of an earlier report, got {folder} with other files")
+    if options.out is None and places(source) != places(options.source):
+        raise ValueError(
+            f"out: expected a folder of its own for the report of {options.source}, got {folder}, its default, with "
+            f"that of {source}. Name another with --out, or the same one, to replace the report in it"
+        )
+    _check_list(folder / "drop.jsonl", options.drop)
+
+
+def _check_list(path: Path, drop: Sequence[str]) -> None:
+    """Raise ValueError if a filter list must not be replaced, or would stay beside a report that is not its own."""
+    if not path.exists():
+        return
+    if not drop:
+        raise ValueError(
+            f"drop: expected what to leave out, as {path} is a list of the earlier report there, got nothing. Write a "
+            "new list with --drop, name another folder with --out, or delete the list"
+        )
+    try:
+        FilterList.read(path)
+    except ValueError as error:
+        raise ValueError(f"out: expected a folder without files of yours, got {path}, which is no list") from error
 
 
 def summary(report: Report) -> str:

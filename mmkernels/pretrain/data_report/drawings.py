@@ -8,7 +8,7 @@ from itertools import cycle
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from mmkernels.pretrain.plotting import COLOURS, REST, drawing, svg
+from mmkernels.pretrain.plotting import COLOURS, REST, drawing, in_legend, svg
 
 __all__ = ["histogram", "scatter"]
 
@@ -33,7 +33,7 @@ def histogram(by_split: Mapping[str, np.ndarray], unit: str) -> str:
             first = split == next(iter(by_split))
             if first:
                 axes.stairs(shares, edges, color=colour, fill=True, alpha=0.25, linewidth=0)
-            axes.stairs(shares, edges, color=colour, linewidth=1.6, label=split)
+            axes.stairs(shares, edges, color=colour, linewidth=1.6, label=in_legend(split))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
         axes.set_xlabel(unit)
         if log:
@@ -54,10 +54,8 @@ def scatter(xy: np.ndarray, groups: Sequence[str], order: Sequence[str]) -> str:
         if rest.any():
             axes.scatter(*_xy(xy, rest), 6, REST, linewidth=0, rasterized=True, label="others")
         for colour, name in zip(COLOURS, shown, strict=False):
-            mine = of == name
-            axes.scatter(
-                xy[mine, 0], xy[mine, 1], s=7, color=colour, alpha=0.55, linewidth=0, rasterized=True, label=name
-            )
+            mine, label = of == name, in_legend(name)
+            axes.scatter(*_xy(xy, mine), 7, colour, alpha=0.55, linewidth=0, rasterized=True, label=label)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_xlabel("first component")

@@ -17,14 +17,16 @@ class Kind:
 
 KINDS = {
     "broken": Kind("Broken", "cannot be read: training skips it, too, and counts it"),
-    "empty": Kind("Empty caption", "no letter, digit or symbol in any caption"),
+    "empty": Kind("Empty caption", "no letter, digit or symbol that can be seen in any caption"),
     "boilerplate": Kind(
         "Boilerplate caption",
         "a file name, a link, markup, a phrase of picture agencies, or a caption that at least 10 different pictures "
         "share, 1% of the set, and ten times as many as share the median caption",
     ),
     "long": Kind("Caption too long", "every caption has more tokens than the text encoder reads"),
-    "script": Kind("Other script", "most letters are of another script than those of 95% of the field's texts"),
+    "script": Kind(
+        "Other script", "most letters are of another script than those of 95% of the field's texts (Han suits Kana)"
+    ),
     "blank": Kind("Blank picture", "one colour"),
     "duplicates": Kind("Duplicate", "the same pixels, texts and labels as an earlier sample of its split"),
     "near-duplicates": Kind(

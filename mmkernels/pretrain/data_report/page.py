@@ -117,14 +117,16 @@ def _many(report: Report, noun: str) -> str:
 
 
 def _examples(report: Report) -> list[dict[str, Any]]:
-    """Some findings of every kind, evenly spaced, with what they repeat."""
+    """Some findings of every kind, evenly spaced, with what they repeat, and how many there are in all."""
     shown = []
     for name, kind in KINDS.items():
-        found = [finding for finding in report.findings if finding.kind == name and finding.readable]
+        every = [finding for finding in report.findings if finding.kind == name]
+        found = [finding for finding in every if finding.readable]
         if not found:
             continue
         cards = [_card(report, found[place]) for place in spaced(len(found), _EXAMPLES)]
-        shown.append({"name": name, "kind": kind, "count": len(found), "cards": cards})
+        rest = {"count": len(every), "unreadable": len(every) - len(found)}
+        shown.append({"name": name, "kind": kind, "cards": cards, **rest})
     return shown
 
 

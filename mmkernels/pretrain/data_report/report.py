@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mmkernels.pretrain.data_report.projection import Points, points
 from mmkernels.pretrain.data_report.reading import Opened, opened
 from mmkernels.pretrain.data_report.scan import Scan, captions_of, scan
 from mmkernels.pretrain.data_report.settings import DataReport
-from mmkernels.pretrain.data_report.texts import expected_script
+from mmkernels.pretrain.data_report.texts import expected_script, fits
 from mmkernels.pretrain.data_report.weighing import Gain, gain, weigher
 from mmkernels.pretrain.load import load_model
 from mmkernels.pretrain.setup import texts
@@ -83,6 +84,10 @@ class Report:
 
     def filter_list(self) -> FilterList:
         """The list that `--drop` asks for: of each sample, the kinds for which it is left out."""
+        return self._listed
+
+    @cached_property
+    def _listed(self) -> FilterList:
         wanted = [finding for finding in self.findings if finding.kind in self.options.drop]
         reasons: dict[tuple[str, int | None, str], list[Finding]] = {}
         for finding in one_stays(wanted):
@@ -91,9 +96,10 @@ class Report:
         entries = []
         for (split, index, name), found in reasons.items():
             kinds, why = tuple(dict.fromkeys(each.kind for each in found)), "; ".join(each.why for each in found)
-            entries.append(Dropped(split, index, name, kinds, why))
+            held = {} if index is None or split != TRAIN else self.data.train.contents(index)
+            entries.append(Dropped(split, index, name, kinds, why, held))
             twins = self.data.twins.get(index, []) if split == TRAIN and index is not None else []
-            entries += [Dropped(split, twin, self.data.train.logged_as(twin), kinds, why) for twin in twins]
+            entries += [Dropped(split, twin, self.data.train.logged_as(twin), kinds, why, held) for twin in twins]
         entries.sort(key=lambda e: (self.found.splits.index(e.split), e.index is not None, e.index or 0, e.name))
         about = {
             "data": self.options.source,
@@ -157,7 +163,7 @@ def _other_scripts(data: Opened, found: Scan) -> list[Finding]:
     for field, by_script in found.scripts.items():
         expected = expected_script(Counter({script: len(rows) for script, rows in by_script.items()}))
         for script, rows in by_script.items() if expected else ():
-            for row in rows if script != expected else ():
+            for row in () if fits(script, expected) else rows:
                 split, index = found.splits[int(found.rows.split[row])], int(found.rows.index[row])
                 where = "" if field == "text" else f"{field}: "
                 text = captions_of(data.splits[split].peek(index)[field])[0]

@@ -29,7 +29,8 @@ class DataReport:
     source: tyro.conf.Positional[str]
     """As --data of mmkernels pretrain: emoji, scenes, folder:PATH, webdataset:PATTERN, hf:NAME, several with :: ..."""
     out: Path | None = None
-    """Folder of the report; default data-reports/ and the source's name."""
+    """Folder of the report; default data-reports/ and the source's name. A report of other data there is replaced only
+    if the folder is named here."""
     drop: tuple[str, ...] = ()
     """Write a list of training samples to leave out, drop.jsonl, which mmkernels pretrain --filter reads. Some of
     broken, empty, boilerplate, long, script, blank, duplicates, near-duplicates, same-picture, leaked, with commas or

@@ -8,11 +8,12 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from html.entities import name2codepoint
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-__all__ = ["LEAST", "Texts", "alike", "boilerplate", "expected_script", "near_texts", "normalised", "script_of"]
+__all__ = ["LEAST", "Texts", "alike", "boilerplate", "expected_script", "fits", "near_texts", "normalised", "script_of"]
 
 JACCARD = 0.8  # of near-duplicates' shingles
 SHINGLE = 5  # characters
@@ -22,16 +23,37 @@ _PERMUTATIONS = 128
 Texts = Mapping[str, str]  # field -> all of its text in a sample, in its normal form
 
 
+# Unicode's Default_Ignorable_Code_Point, and the marks of ruby; the tags of a flag say whose it is.
+_INVISIBLE = re.compile(
+    "(\U0001f3f4[\U000e0020-\U000e007f]+)|[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
+_BLANK = "\u2800\ufffc"  # symbols by their category: no dots of Braille, and the place of an object
+
+
 def normalised(text: str) -> str:
-    """NFKC, case-folded, punctuation as spaces, single spaces: texts that differ only there are the same."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(char if _counts(char) else " " for char in folded).split())
+    """NFKC, case-folded, without invisible characters, punctuation as spaces, single spaces: texts that differ only
+    there are the same."""
+    folded = unicodedata.normalize("NFKC", _visible(text)).casefold()
+    words = "".join(char if _counts(char) else " " for char in folded).split()
+    return " ".join(word for word in words if not all(map(_joins, word)))
+
+
+def _visible(text: str) -> str:
+    return text if text.isascii() else _INVISIBLE.sub(lambda found: found[1] or "", text)
 
 
 @cache
 def _counts(char: str) -> bool:
-    """Letters, marks, digits and symbols, among them emoji."""
-    return unicodedata.category(char)[0] in "LMNS"
+    """Letters, marks, digits and symbols, among them emoji, and the tags of a flag."""
+    return (unicodedata.category(char)[0] in "LMNS" and char not in _BLANK) or "\U000e0020" <= char <= "\U000e007f"
+
+
+@cache
+def _joins(char: str) -> bool:
+    """A mark that says nothing without the letter that it belongs to."""
+    return unicodedata.category(char) in ("Mn", "Mc")
 
 
 def alike(a: Texts, b: Texts) -> bool:
@@ -73,12 +95,27 @@ def _numbers(text: str) -> Counter[str]:
     return Counter(re.findall(r"\d+", text))
 
 
-_SUFFIX = r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg)"
+_SUFFIX = (
+    r"\.(?:jpe?g|jpe|jfif|jxl|png|gif|webp|avif|bmp|tiff?|hei[cf]|svg|ico|dng|cr2|nef|psd"
+    r"|mp4|mov|avi|mkv|webm|wav|mp3|flac)"
+)
+# Words of sentences, and words after which a sentence may name a file: `a screenshot of image.png`.
+_SENTENCE = r"is|are|was|were|has|have|shows?|see|seen|open|opens|click|view|please|this|that|it|i|you|we|they"
+_BEFORE = (
+    r"the|an?|of|in|on|from|to|as|by|with|for|and|or|file|named|called|titled|into|onto|using"
+    r"|de|des|du|le|la|les|el|del|di|da|von|der|die|das|dem"
+)
+_SPACED = (
+    rf"(?=[^\n]{{1,120}}$)(?!.*(?:\b(?:{_SENTENCE})\b|[.!?:;,]\s|://))(?!(?:.*\s)?(?:{_BEFORE})\s+\S+$)\S.*{_SUFFIX}"
+)
+_TIME = r"\d{4}-\d\d-\d\d(?:\s+at)?\s+[\d.:]+(?:\s*[ap]m)?"
 _PATTERNS = (
-    ("a file name", rf"[^\s/\\]+(?: ?\(\d+\))?{_SUFFIX}|(?:img|dsc[nf]?|pxl|mvi|p|screenshot)[-_ ]?\d{{3}}[\d_\-: ]*"),
-    ("a file name", rf"\S*[/\\]\S+{_SUFFIX}"),
+    ("a file name", rf"\S+(?: ?\(\d+\))?{_SUFFIX}"),
+    ("a file name", r"(?:img|dsc[nf]?|pxl|mvi|p|screenshot)[-_ ]?\d{3}[\d_\-: ]*(?:wa\d+)?|(?:19|20)\d{6}[-_]\d{4,9}"),
+    ("a file name", rf"(?:whatsapp (?:image|video)|screen ?shot) {_TIME}"),
     ("a link", r".*(?:https?://|\bwww\.)\S.*"),
-    ("markup", r".*(?:<[a-z/!][^<>]*>|&(?:amp|nbsp|lt|gt|quot|#\d+);).*"),
+    ("a file name", _SPACED),
+    ("markup", rf".*(?:<[a-z/!][^<>]*>|&(?:{'|'.join(name2codepoint)}|apos|#\d+|#x[\da-f]+);).*"),
     (
         "a phrase of picture agencies",
         r".*\b(?:stock (?:photo|image|picture|illustration|vector)s?|royalty[- ]free)\b.*",
@@ -86,14 +123,23 @@ _PATTERNS = (
     ("a phrase of picture agencies", r".*\b(?:shutterstock|getty ?images|istock|alamy|dreamstime|depositphotos)\b.*"),
     ("a phrase of web pages", r".*(?:click (?:here|to enlarge)|all rights reserved|©|\bcopyright \d{4}\b).*"),
     ("nothing said", r"(?:an? |the )?(?:image|picture|photo|photograph|figure|video|audio)(?: of| \d+)?\W*"),
-    ("nothing said", r"(?:untitled|no caption|caption|n/a|null|none|nan|undefined|placeholder|lorem ipsum.*)\W*"),
+    (
+        "nothing said",
+        r"(?:untitled(?:[-_ ]?\d+)?|unnamed|thumbnail|alt text|(?:no|image) description(?: available)?)\W*",
+    ),
+    ("nothing said", r"(?:no caption|caption|n/a|null|none|nan|undefined|placeholder|lorem ipsum.*)\W*"),
 )
 _BOILERPLATE = tuple((what, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for what, pattern in _PATTERNS)
+_OPENING, _CLOSING = "\"'`*“”„‘’‚«»‹›「『([{", "\"'`*“”‘’«»‹›」』)]}"
 
 
 def boilerplate(text: str) -> str:
-    """What a caption is instead of a caption; empty if it may be one."""
-    return next((what for what, pattern in _BOILERPLATE if pattern.fullmatch(text.strip())), "")
+    """What a caption is instead of a caption, in quotes or brackets or not; empty if it may be one."""
+    text = _visible(text).strip()
+    said = [text]
+    if text and text[0] in _OPENING and text[-1] in _CLOSING:
+        said.append(text.lstrip(_OPENING).rstrip(_CLOSING).strip())
+    return next((what for what, pattern in _BOILERPLATE if any(map(pattern.fullmatch, said))), "")
 
 
 _SCRIPTS = {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}
@@ -114,6 +160,15 @@ def _script(char: str) -> str:
 
 
 def expected_script(scripts: Counter[str]) -> str:
-    """The script that 95% of a field's texts are in; empty if there is none."""
-    total = sum(scripts.values())
-    return next((script for script, count in scripts.most_common(1) if count >= np.ceil(0.95 * total) and script), "")
+    """The script that 95% of a field's texts are in; empty if there is none. Kana, where they are in Kana and in Han,
+    as Japanese is."""
+    found = Counter({script: count for script, count in scripts.items() if script})
+    if found["Kana"] > 0.05 * scripts.total():
+        found["Kana"] += found["Han"]
+    least = np.ceil(0.95 * scripts.total())
+    return next((script for script, count in found.most_common(1) if count >= least), "")
+
+
+def fits(script: str, expected: str) -> bool:
+    """Whether a text of a script is in order where another one is expected: names in Han among Kana are."""
+    return script == expected or (script, expected) == ("Han", "Kana")

@@ -3,7 +3,7 @@
     CIDEr-D(c, S) = 10 / (4 |S|) sum_n sum_{r in S} exp(-(l_c - l_r)^2 / (2 6^2)) <min(c_n, r_n), r_n> / (|c_n| |r_n|)
 
 c_n, r_n: the n-grams of a text, n = 1 ... 4, each with its count times idf, log(samples / samples in one of whose
-references it occurs); l: words of a text.
+references it occurs); l: words of a text, or characters where words are not told apart by spaces.
 
 Source: Vedantam et al. 2015 (arXiv:1411.5726), as in the evaluation of COCO captions.
 """
@@ -11,6 +11,7 @@ Source: Vedantam et al. 2015 (arXiv:1411.5726), as in the evaluation of COCO cap
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,25 @@ _LONGEST = 4  # words of an n-gram
 _SIGMA = 6.0  # words by which lengths may differ
 
 
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Kana and Han.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
+_UNSPACED += "\U00020000-\U0003ffff"
+_PIECES = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
+
+
 def words(text: str) -> list[str]:
-    """Those between spaces, case-folded, without punctuation at their ends."""
-    found = (_bare(each) for each in unicodedata.normalize("NFKC", text).casefold().split())
-    return [each for each in found if each]
+    """Those between spaces, case-folded, without punctuation at their ends. Of scripts that have no spaces between
+    words, each character, with the marks above and below it."""
+    found: list[str] = []
+    for each in unicodedata.normalize("NFKC", text).casefold().split():
+        begins = True
+        for piece in _PIECES.findall(each):
+            if not begins and unicodedata.category(piece[0]).startswith("M"):
+                found[-1] += piece
+            elif bare := _bare(piece):
+                found.append(bare)
+                begins = False
+    return found
 
 
 def _bare(word: str) -> str:

@@ -48,6 +48,10 @@ class BatchObjective(Objective):
         """The loss, a scalar."""
         raise NotImplementedError
 
+    def told(self, seen: Seen) -> bool:
+        """Whether the batch has something to say to it; else its loss is a 0 that means nothing."""
+        return bool(seen.present(*self.part.compares).any())  # type: ignore[union-attr,misc]
+
 
 class TokenObjective(Objective):
     """A sum over tokens or samples, chunk by chunk; its loss is the sum over the batch divided by the count."""

@@ -64,6 +64,9 @@ class CycleLoss(BatchObjective):
         cycles = unexplained(self.back(there), a, has_a) + unexplained(self.there(back), b, has_b)
         return self.part.paired * pairs / 2 + (1 - self.part.paired) * cycles / 2
 
+    def told(self, seen: Seen) -> bool:
+        return any(bool(seen.present(stream).any()) for stream in self.part.compares)
+
     def shared(self, stream: str, x: Tensor) -> Tensor:
         """Embeddings [n, E] of a stream in the space of b."""
         return self.there(x) if stream == self.part.a else x

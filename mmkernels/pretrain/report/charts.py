@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from mmkernels.pretrain.plotting import COLOURS, INK, drawing, svg
 
@@ -16,6 +17,7 @@ __all__ = ["RUN_COLOURS", "curve_chart", "figure_chart", "loss_chart", "overlaid
 
 RUN_COLOURS = (*COLOURS, "#0891b2", "#be185d", "#4d7c0f", "#475569", "#b45309")
 _DASHED: Any = (0, (4, 3))
+_MARKED: dict[str, Any] = {"marker": "o", "markersize": 4}
 _MOST = 500  # points of a curve; more are averaged in groups
 
 
@@ -31,7 +33,7 @@ def loss_chart(steps: Sequence[Mapping[str, Any]], loss: str = "loss", chance: s
     expected = seen[-1].get(chance)
     with drawing() as (figure, axes):
         axes.plot(at, losses, color=COLOURS[0], alpha=0.25, linewidth=1)
-        axes.plot(at, smoothed(losses), color=COLOURS[0], linewidth=2)
+        axes.plot(at, smoothed(losses), color=COLOURS[0], linewidth=2, **_marks(losses))
         if expected is not None:
             axes.axhline(expected, color=INK, linewidth=1, linestyle=_DASHED)
         top = max(*smoothed(losses), expected or 0.0)  # single spikes may leave the picture
@@ -50,7 +52,7 @@ def curve_chart(points: Sequence[tuple[int, float]], shown: Callable[[float], st
     """
     at, values = _thinned([step for step, _ in points], [value for _, value in points])
     with drawing(1.7) as (figure, axes):
-        axes.plot(at, values, color=COLOURS[0], linewidth=1.2)
+        axes.plot(at, values, color=COLOURS[0], linewidth=1.2, **_marks(values))
         if shown is not None:
             axes.yaxis.set_major_formatter(lambda value, _: shown(value))
             axes.set_ylim(bottom=0, top=1.1 * max(values) or 1.0)
@@ -79,10 +81,11 @@ def figure_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], name
             lines = {f"mean of {len(lines)}, and range": dict(zip(steps, map(fmean, values), strict=True))}
             chances = dict.fromkeys(lines, fmean(chances.values())) if chances else {}
         for colour, (split, line) in zip(COLOURS, lines.items(), strict=False):
-            axes.plot([*line], [*line.values()], color=colour, linewidth=2, marker="o", markersize=4, label=split)
+            axes.plot([*line], [*line.values()], color=colour, linewidth=2, **_MARKED)
             if split in chances:
                 axes.axhline(chances[split], color=colour, linewidth=1, linestyle=_DASHED)
         _finish(axes, percent)
+        _legend(axes, dict(zip(lines, COLOURS, strict=False)))
         return svg(figure)
 
 
@@ -101,22 +104,33 @@ def overlaid(
         points: mark the points, of which there are few; otherwise curves are running means.
     """
     with drawing() as (figure, axes):
-        mark: dict[str, Any] = {"marker": "o", "markersize": 4} if points else {}
         for run, each in curves.items():
             at, values = _thinned([step for step, _ in each], [value * (100 if percent else 1) for _, value in each])
-            axes.plot(at, values if points else smoothed(values), color=colours[run], linewidth=2, alpha=0.85, **mark)
-        _finish(axes, percent, legend=False)
+            line: dict[str, Any] = {"color": colours[run], "linewidth": 2, "alpha": 0.85}
+            axes.plot(at, values if points else smoothed(values), **line, **(_MARKED if points else _marks(values)))
+        _finish(axes, percent)
         return svg(figure)
 
 
-def _finish(axes: Axes, percent: bool, legend: bool = True) -> None:
+def _marks(values: Sequence[float]) -> dict[str, Any]:
+    """How the points of a curve are marked: a single one, of which no line tells."""
+    return _MARKED if len(values) == 1 else {}
+
+
+def _finish(axes: Axes, percent: bool) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
     if percent:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-    if legend:
-        axes.legend(loc="best")
+
+
+def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
+    """Of lines by name. The names are set afterwards: matplotlib leaves out what begins with an underscore."""
+    shown = [Line2D([], [], color=colour, linewidth=2, **_MARKED) for colour in colours.values()]
+    legend = axes.legend(shown, [str(n) for n in range(len(shown))], loc="best")
+    for text, name in zip(legend.get_texts(), colours, strict=True):
+        text.set_text(name)
 
 
 def _thinned(at: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:

@@ -12,6 +12,7 @@ from typing import Any
 from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.metrics import Figure
 from mmkernels.pretrain.report.charts import RUN_COLOURS, overlaid
+from mmkernels.pretrain.report.held_out import agree, may_change
 from mmkernels.pretrain.report.render import rendered
 from mmkernels.pretrain.report.stored_run import StoredRun, named, stored_run
 
@@ -62,20 +63,29 @@ class Comparison:
         """What a reader must know of the runs before comparing."""
         found = []
         for what, values in (
-            ("recipes", [run.config.title for run in self.runs]),
+            ("recipes", _titles(self.runs)),
             ("data", [run.data for run in self.runs]),
         ):
             if len(set(values)) > 1:
                 found.append(f"The runs have different {what}: {', '.join(dict.fromkeys(values))}.")
         if names := _told_apart(self.runs):
             found.append(f"Runs on the same data hold out different samples, by {', '.join(names)}.")
-        if found:
+        for data, groups in _changed(self.runs).items():
+            shown = "; ".join(f"{_count(group)}{', '.join(run.name for run in group)}" for group in groups)
+            found.append(f"Runs hold out different samples of {data}, though by the same settings: {shown}.")
+        if found:  # of what may not be compared
             found.append(
                 "Figures are compared where held-out samples, name and task agree; losses where name and task do."
             )
         limits = {name for name in self.settings if name.startswith("metrics.") and name.endswith(".limit")}
         if several := sorted(name for name in limits if None not in self.settings[name]):
             found.append(f"Their metrics look at different numbers of samples: {', '.join(several)}.")
+        if silent := [run.name for run in self.runs if run.samples is None and run.figures and may_change(run.data)]:
+            of = ", ".join(silent)
+            found.append(
+                f"The log of {of} does not say which samples were held out: told by settings and chance alone."
+            )
+        found += [f"{run.name} has stopped: {run.stopped.partition('. ')[0]}." for run in self.runs if run.stopped]
         if not self.tables:
             found.append("They share no figure.")
         return found
@@ -114,19 +124,78 @@ def compared(folders: Sequence[Path]) -> Comparison:
 
 
 def _tables(runs: Sequence[StoredRun]) -> list[Table]:
-    tables, apart = [], _told_apart(runs)
-    for held_out in _different([run.held_out for run in runs]):
-        here = [run for run in runs if run.held_out == held_out]
-        found = []
+    tables, apart, changed = [], _told_apart(runs), _changed(runs)
+    for here in _groups(runs):
+        held_out, found = here[0].held_out, []
         for key in dict.fromkeys(key for run in here for key in run.figures):
-            figures = [run.figures.get(key) for run in here]
+            figures = _comparable([run.figures.get(key) for run in here], here)
             if sum(figure is not None for figure in figures) > 1:
                 found.append(Row(*key, figures, best_of(figures)))
         names = [(row.split, row.name) for row in found]
         rows = [row if names.count((row.split, row.name)) > 1 else replace(row, task="") for row in found]
-        more = (f"{name} {held_out[name]}" for name in apart if name in held_out)
+        more = [f"{name} {held_out[name]}" for name in apart if name in held_out]
+        if here in changed.get(held_out["data"], ()):
+            more.append(f"{_count(here)}held out as in {here[0].name}")
         tables += [Table(", ".join([held_out["data"], *more]), here, rows)] if rows else []
     return tables
+
+
+def _groups(runs: Sequence[StoredRun]) -> list[list[StoredRun]]:
+    """Runs with the same held-out samples."""
+    groups: list[list[StoredRun]] = []
+    for run in runs:
+        for group in groups:
+            if all(_same_samples(run, other) for other in group):
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    return groups
+
+
+def _same_samples(one: StoredRun, other: StoredRun) -> bool:
+    """Where a log does not say, some figure must have the same chance, if any has one."""
+    if one.held_out != other.held_out:
+        return False
+    if one.samples is not None and other.samples is not None:
+        return agree(one.samples, other.samples)
+    both = [(one.figures[key].chance, other.figures[key].chance) for key in one.figures.keys() & other.figures.keys()]
+    known = [(a, b) for a, b in both if a is not None and b is not None]
+    return not known or any(math.isclose(a, b) for a, b in known)
+
+
+def _comparable(figures: Sequence[Figure | None], runs: Sequence[StoredRun]) -> list[Figure | None]:
+    """Without those whose chance is not that of the most, if the log of a run that has one does not say of which
+    samples it is."""
+    if all(run.samples is not None for run, figure in zip(runs, figures, strict=True) if figure is not None):
+        return list(figures)
+    chances = [None if figure is None or figure.chance is None else f"{figure.chance:.9g}" for figure in figures]
+    most = max(chances, key=lambda chance: sum(c == chance for c, f in zip(chances, figures, strict=True) if f))
+    return [figure if chance == most else None for figure, chance in zip(figures, chances, strict=True)]
+
+
+def _changed(runs: Sequence[StoredRun]) -> dict[str, list[list[StoredRun]]]:
+    """Data -> groups of runs that hold out different samples of them, although their settings agree."""
+    found: dict[str, list[list[StoredRun]]] = {}
+    groups = _groups(runs)
+    for held_out in _different([group[0].held_out for group in groups]):
+        if len(alike := [group for group in groups if group[0].held_out == held_out]) > 1:
+            found.setdefault(held_out["data"], []).extend(alike)
+    return found
+
+
+def _count(group: Sequence[StoredRun]) -> str:
+    """How many samples are held out, and a comma; empty if it is not known."""
+    samples = next((run.samples for run in group if run.samples), {})
+    return f"{sum(split['samples'] for split in samples.values()):,} samples, " if samples else ""
+
+
+def _titles(runs: Sequence[StoredRun]) -> list[str]:
+    """Of their recipes, with the files where different ones have one name."""
+    titles = [run.config.title for run in runs]
+    own = [run.settings["recipe"] for run in runs]
+    files = [t if r.config.recipe == file else f"{t} of {file}" for t, r, file in zip(titles, runs, own, strict=True)]
+    return files if len(set(files)) > len(set(titles)) else titles
 
 
 def _told_apart(runs: Sequence[StoredRun]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
@@ -22,9 +22,10 @@ from mmkernels.pretrain.report.tables import groups_of, recalls_of, table_of
 from mmkernels.pretrain.run_folder import RunFolder, stored_config, write_whole
 from mmkernels.pretrain.wiring import leaves
 
-__all__ = ["headlines", "speed_of", "write_report"]
+__all__ = ["headlines", "speed_of", "steps_done", "write_report"]
 
 _MB = 2**20
+_KINDS = ("step", "eval", "start", "warning")
 _TILES = 6  # figures at the top
 
 
@@ -61,7 +62,10 @@ def write_report(folder: RunFolder, run: Run) -> Path:
 
 def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
     config = stored_config(folder.path)
-    steps, evals, starts = folder.records("step"), folder.records("eval"), folder.records("start")
+    records = folder.records()
+    steps, evals, starts, warnings = ([r for r in records if r.get("kind") == kind] for kind in _KINDS)
+    skipped = sum(1 for record in warnings if record.get("skipped"))
+    stopped = [record for record in records[-1:] if record.get("stopped")]
     newest = newest_by_split(evals)
     labels = [metric.label for metric in recipe.metrics if isinstance(metric, Groups)]
     return {
@@ -70,8 +74,8 @@ def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe,
         "settings": flat({**dataclasses.asdict(config), **leaves(recipe)}),
         "environment": starts[-1]["environment"],
-        "steps": len(steps),
-        "warnings": list(dict.fromkeys(r["message"] for r in folder.records("warning"))),  # a resumed run repeats some
+        "steps": f"{steps_done(records)}" + (f" ({skipped} skipped)" if skipped else ""),
+        "warnings": list(dict.fromkeys(r["message"] for r in (*stopped, *warnings))),  # a resumed run repeats some
         "headlines": headlines(newest, steps, starts[-1], not recipe.draw),
         "recalls": recalls_of(newest),
         "table": table_of(newest, labels),
@@ -82,6 +86,11 @@ def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "other_svgs": _others(steps),
         "speed": speed_of(steps),
     }
+
+
+def steps_done(records: Iterable[Mapping[str, Any]]) -> int:
+    """How many steps the records of a log tell of, skipped ones included."""
+    return max((record.get("step", 0) for record in records), default=0)
 
 
 def _losses(steps: Sequence[Mapping[str, Any]], recipe: Recipe) -> dict[str, str]:

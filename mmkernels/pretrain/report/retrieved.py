@@ -87,4 +87,5 @@ def _query(item: Item, scores: Tensor, right: Tensor, show: Callable[[int], Item
     best = scores.masked_fill(~right, -torch.inf).max()
     nearest = scores.topk(min(_K, len(scores))).indices.tolist()
     found = [Answer(show(j), scores[j].item(), bool(right[j])) for j in nearest]
-    return Query(item, 1 + int((scores > best).sum()), found)
+    before = ~right & ~(scores < best)  # as in the figures, a tie counts as wrong, and so does what is beside a NaN
+    return Query(item, 1 + int(before.sum()), found)

@@ -14,8 +14,8 @@ from mmkernels.pretrain.config import Config, to_dict
 from mmkernels.pretrain.metrics import Figure
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.report.figures import figure_of, newest_by_split
-from mmkernels.pretrain.report.held_out import held_out_of
-from mmkernels.pretrain.report.page import flat
+from mmkernels.pretrain.report.held_out import digest, held_out_of
+from mmkernels.pretrain.report.page import flat, steps_done
 from mmkernels.pretrain.run_folder import (
     EXPORTED,
     RunFolderError,
@@ -41,6 +41,10 @@ class StoredRun:
     start: Mapping[str, Any]  # the newest record of a start
     steps: Sequence[Mapping[str, Any]]
     evals: Sequence[Mapping[str, Any]]
+    samples: Mapping[str, Any] | None  # split -> those of the newest figures; None: a log of before does not say it
+    done: int  # steps, skipped ones included
+    skipped: int
+    stopped: str  # why, before its end; empty: it has not, or has gone on since, or that was by Ctrl-C
 
     @cached_property
     def data(self) -> str:
@@ -78,14 +82,12 @@ class StoredRun:
     def settings(self) -> dict[str, str]:
         """Every setting, and what it ran on."""
         own = {k: v for k, v in to_dict(self.config).items() if k not in ("run", "resume", "parts", "data")}
-        own |= {setting: name for setting, (name, _) in kept_files(self.config).items()}  # each run has its own copy
+        own |= {  # each run has its own copy
+            setting: f"{name} ({digest(file)})" if file.is_file() else name
+            for setting, (name, file) in kept_files(self.config).items()
+        }
         environment = {f"environment.{name}": value for name, value in self.start["environment"].items()}
         return flat({**own, "data": self.data, **self.wiring, **environment})
-
-    @property
-    def done(self) -> int:
-        """Steps."""
-        return max((record["step"] for record in self.steps), default=0)
 
     @cached_property
     def figures(self) -> dict[tuple[str, str, str], Figure]:
@@ -105,10 +107,14 @@ class StoredRun:
     def summary(self) -> dict[str, str]:
         """What it is and what it cost, in words."""
         config, steps = self.config, self.steps
+        left = (
+            "" if self.done >= config.steps else f" of {config.steps:,}: {'stopped' if self.stopped else 'unfinished'}"
+        )
         found = {
             "recipe": config.title,
             "data": self.data,
-            "steps": f"{self.done:,}" + ("" if self.done >= config.steps else f" of {config.steps:,}: unfinished"),
+            "training samples": f"{self.start['samples']:,}" if "samples" in self.start else "",
+            "steps": f"{self.done:,}" + (f" ({self.skipped:,} skipped)" if self.skipped else "") + left,
             "parameters": f"{self.start['parameters'] / 1e6:.2f} M",
         }
         if steps:
@@ -136,17 +142,31 @@ def stored_run(folder: Path, name: str) -> StoredRun:
     if not (folder / "config.json").is_file():
         raise RunFolderError(f"{folder}: expected the folder of a run, got {_what(folder)}")
     config, wiring = stored_config(folder), stored_wiring(folder)
-    starts = [r for r in stored_records(folder, "start") if {"environment", "parameters"} <= r.keys()]
+    log = stored_records(folder)
+    starts = [r for r in log if r.get("kind") == "start" and {"environment", "parameters"} <= r.keys()]
     if not starts and (folder / EXPORTED).is_file():
         raise RunFolderError(f"{folder}: expected the folder of a run, got an exported model, which has no log")
     if not starts:
         raise RunFolderError(f"{folder}: expected a run that has begun, got one whose log.jsonl has no start record")
-    records = {kind: stored_records(folder, kind) for kind in _NEEDED}
+    records = {kind: [r for r in log if r.get("kind") == kind] for kind in _NEEDED}
     for kind, needed in _NEEDED.items():
         if odd := next((r for r in records[kind] if not needed <= r.keys()), None):
             lacks = ", ".join(sorted(needed - odd.keys()))
             raise RunFolderError(f"{folder}/log.jsonl: expected {kind} records with {lacks}, got {odd}")
-    return StoredRun(name, folder, config, wiring, starts[-1], records["step"], records["eval"])
+    since = log[max(i for i, record in enumerate(log) if record is starts[-1]) :]
+    stopped = next((r["message"] for r in since if r.get("stopped")), "")
+    skipped = sum(1 for record in log if record.get("skipped"))
+    ends = (steps_done(log), skipped, stopped)
+    return StoredRun(
+        name, folder, config, wiring, starts[-1], records["step"], records["eval"], _measured_on(log), *ends
+    )
+
+
+def _measured_on(log: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The held-out samples as they were when the newest figures were measured: a resumed run may find others."""
+    last = max((i for i, record in enumerate(log) if record.get("kind") == "eval"), default=len(log))
+    starts = [record for record in log[:last] if record.get("kind") == "start"]
+    return starts[-1].get("held_out") if starts else None
 
 
 def _what(folder: Path) -> str:

@@ -1,0 +1,37 @@
+"""How a run ends: with its report, whether it has done its steps or had to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mmkernels.pretrain.data import TooManyBrokenError
+from mmkernels.pretrain.guards import NotFiniteError
+from mmkernels.pretrain.journal import Journal
+from mmkernels.pretrain.run_folder import RunFolder
+from mmkernels.pretrain.trainer import Trainer
+
+__all__ = ["reported"]
+
+
+@contextmanager
+def reported(
+    write: Callable[[RunFolder, Trainer], Any], folder: RunFolder, trainer: Trainer, journal: Journal
+) -> Iterator[None]:
+    """Write the report when the steps within are done, or when the run stops itself. Then the log says why.
+
+    Args:
+        write: the report.
+        folder, trainer, journal: of the run.
+    """
+    try:
+        yield
+    except (NotFiniteError, TooManyBrokenError) as error:
+        journal.stopped(str(error).partition(":\n")[0])  # the warnings before it have the names
+        for held_out in trainer.held_out.values():
+            for source in (held_out.source, held_out.train):
+                source.broken.limit(1.0)  # those that can be read are examples still
+        write(folder, trainer)
+        raise
+    write(folder, trainer)
