@@ -54,7 +54,7 @@ class Reconstruct:
 class ReconstructLoss(BatchObjective):
     def __init__(self, part: Reconstruct, facts: Facts, out: int, kind: str) -> None:
         super().__init__()
-        self.stream, self.kind, self.vocabulary = part.stream, kind, facts.vocabulary
+        self.part, self.stream, self.kind, self.vocabulary = part, part.stream, kind, facts.vocabulary
         self.decoder = nn.Sequential(
             nn.Linear(facts.shape.embed_dim, part.hidden), nn.GELU(approximate="tanh"), nn.Linear(part.hidden, out)
         )

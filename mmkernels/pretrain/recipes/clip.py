@@ -10,7 +10,7 @@ RECIPE = Recipe(
     data="emoji",
     streams={
         "image": Stream(Patches(), views=(Augment(),)),
-        "text": Stream(HashedWords(vectors=True), views=(Captions(name_only=0.3, name_and_keywords=0.5),)),
+        "text": Stream(HashedWords(vectors=True), views=(Captions(),)),
     },
     objectives={"contrast": Contrast("image", "text")},
     metrics=(Retrieval("image", "text"), ZeroShot("image", "text")),
