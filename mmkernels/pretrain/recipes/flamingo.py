@@ -19,5 +19,5 @@ RECIPE = Recipe(
         Stage(until=200, trainable=("streams.text.*", "fusion.layers.*", "objectives.*")),
         Stage(trainable=("streams.image.*", "fusion.gates.*")),
     ),
-    settings={"batch": 32, "chunk": 32, "steps": 1000, "eval_every": 500, "eval_limit": 256},
+    settings={"batch": 32, "chunk": 32, "steps": 2000, "eval_every": 1000, "eval_limit": 256},
 )
