@@ -156,7 +156,7 @@ def test_the_speed_of_a_recipe_is_that_of_its_stages(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(bench, "train", train)
     found = bench.speed(bench.Job("flamingo", "", (), 0), tmp_path)
-    assert found["seconds_per_step"] == pytest.approx((200 * 1.0 + 800 * 2.0) / 1000)
+    assert found["seconds_per_step"] == pytest.approx((200 * 1.0 + 1800 * 2.0) / 2000)
     assert asked[0][:4] == ("--stages.stage-0.until", "25", "--steps", "50")
     assert bench.shortened(bench.Job("clip", "", (), 0)) == ([600], ())
 
