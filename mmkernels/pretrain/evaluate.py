@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.metrics.figure import distinct
 
 __all__ = ["evaluate", "evaluating"]
 
@@ -21,7 +22,8 @@ def evaluate(
     held_out: Mapping[str, HeldOut],
     memory: dict[tuple[str, ...], Any] | None = None,
 ) -> dict[str, list[Figure]]:
-    """Figures by split, in evaluation mode and without gradients; random state and mode stay as they were.
+    """Figures by split, in evaluation mode and without gradients; random state and mode stay as they were. No two of a
+    split have one name.
 
     Args:
         model: to measure.
@@ -32,7 +34,7 @@ def evaluate(
     memory = {} if memory is None else memory
     with evaluating(model):
         return {
-            name: [f for metric in metrics for f in metric.measure(model, replace(one, memory=memory))]
+            name: distinct(f for metric in metrics for f in metric.measure(model, replace(one, memory=memory)))
             for name, one in held_out.items()
         }
 

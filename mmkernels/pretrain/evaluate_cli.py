@@ -22,6 +22,7 @@ from mmkernels.pretrain.load import load_model
 from mmkernels.pretrain.loop import device_of
 from mmkernels.pretrain.measures import Subject, group_labels, measures
 from mmkernels.pretrain.metrics import Figure, HeldOut
+from mmkernels.pretrain.metrics.figure import distinct
 from mmkernels.pretrain.run_folder import stored_classes, stored_config, write_whole
 from mmkernels.pretrain.setup import expect_packages, open_source, read_by
 
@@ -94,9 +95,8 @@ def evaluate_run(options: Evaluation) -> dict[str, list[Figure]]:
     expect_packages(fitting)
     for metric in tqdm(fitting, unit="measure", leave=False, disable=None):
         for name, figures in evaluate(model, [metric], held_out, memory).items():
-            have = {figure.name for figure in found[name]}
-            found[name] += [figure for figure in figures if figure.name not in have]
-    return found
+            found[name] += figures
+    return {name: distinct(figures) for name, figures in found.items()}
 
 
 def _opened(options: Evaluation, stored: Config) -> tuple[Data, tuple[str, ...], tuple[str, ...]]:

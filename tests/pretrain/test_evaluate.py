@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from math import comb
 
@@ -13,7 +14,7 @@ from pretrain.runs import TINY
 from mmkernels.pretrain import Config, Facts
 from mmkernels.pretrain.data import BrokenLog, Collator, Sample, Source
 from mmkernels.pretrain.evaluate import evaluate
-from mmkernels.pretrain.metrics import HeldOut, Retrieval
+from mmkernels.pretrain.metrics import HeldOut, NearestNeighbours, Retrieval
 from mmkernels.pretrain.metrics.retrieval import KS, Embedded, embed, ranks
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.tokenizer import TextTokenizer
@@ -123,6 +124,15 @@ def test_evaluate_leaves_no_trace_and_shows_chance() -> None:
             assert all(a <= b for a, b in pairwise(values))
     missed = comb(60 - 3, 5) / comb(60, 5)  # three pictures of each concept
     assert next(f.chance for f in found["A"] if f.name == "text → image R@5") == pytest.approx(1 - missed)
+
+
+def test_figures_of_one_name_are_told_apart() -> None:
+    model, sets = model_and_sets()
+    near, far = NearestNeighbours(k=1), NearestNeighbours(k=15)
+    alone = [evaluate(model, [metric], sets)["A"][0] for metric in (near, far)]
+    assert alone[0].name == alone[1].name and alone[0].value != alone[1].value
+    name = alone[0].name
+    assert evaluate(model, [near, far], sets)["A"] == [alone[0], replace(alone[1], name=f"{name} (2)")]
 
 
 def test_the_gallery_has_each_concept_once_and_only_samples_with_both() -> None:

@@ -12,9 +12,9 @@ RECIPE = Recipe(
     streams={
         "text": Stream(
             Words(layers=0),
-            views=(Captions(), Swap(when=("matching",)), MaskWords(when=("words",))),
+            views=(Captions(), Swap(when=("matching",)), MaskWords(share=0.4, when=("words",))),
         ),
-        "regions": Stream(Regions(), views=(MaskRegions(keep=0.0, when=("features", "classes")),)),
+        "regions": Stream(Regions(), views=(MaskRegions(share=0.5, keep=0.0, when=("features", "classes")),)),
     },
     fusion=Merged(("text", "regions"), layers=4),
     objectives={
