@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,8 @@ import torch
 from torch import nn
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
-from mmkernels.pretrain.metrics.figure import distinct
 
-__all__ = ["evaluate", "evaluating"]
+__all__ = ["distinct", "evaluate", "evaluating"]
 
 
 def evaluate(
@@ -37,6 +37,18 @@ def evaluate(
             name: distinct(f for metric in metrics for f in metric.measure(model, replace(one, memory=memory)))
             for name, one in held_out.items()
         }
+
+
+def distinct(figures: Iterable[Figure]) -> list[Figure]:
+    """The same figures in the same order; the second of a name is "NAME (2)", as of two metrics that differ in how they
+    measure."""
+    met: Counter[str] = Counter()
+    found = []
+    for figure in figures:
+        met[figure.name] += 1
+        number = met[figure.name]
+        found.append(figure if number == 1 else replace(figure, name=f"{figure.name} ({number})"))
+    return found
 
 
 @contextmanager

@@ -17,12 +17,11 @@ from tqdm import tqdm
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import Data, TooManyBrokenError
 from mmkernels.pretrain.data.opening import NoConceptsError, reads_table
-from mmkernels.pretrain.evaluate import evaluate
+from mmkernels.pretrain.evaluate import distinct, evaluate
 from mmkernels.pretrain.load import load_model
 from mmkernels.pretrain.loop import device_of
 from mmkernels.pretrain.measures import Subject, group_labels, measures
 from mmkernels.pretrain.metrics import Figure, HeldOut
-from mmkernels.pretrain.metrics.figure import distinct
 from mmkernels.pretrain.run_folder import stored_classes, stored_config, write_whole
 from mmkernels.pretrain.setup import expect_packages, open_source, read_by
 

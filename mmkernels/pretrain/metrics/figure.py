@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Figure", "distinct", "interval"]
+__all__ = ["Figure", "interval"]
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -91,18 +90,6 @@ class Figure:
 
     def _shown(self, value: float) -> str:
         return f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
-
-
-def distinct(figures: Iterable[Figure]) -> list[Figure]:
-    """The same figures in the same order; the second of a name is "NAME (2)", as of two metrics that differ in how they
-    measure."""
-    met: Counter[str] = Counter()
-    found = []
-    for figure in figures:
-        met[figure.name] += 1
-        number = met[figure.name]
-        found.append(figure if number == 1 else replace(figure, name=f"{figure.name} ({number})"))
-    return found
 
 
 def interval(
