@@ -42,6 +42,7 @@ from recipe_rows import ROWS, Row
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.finetune import STEPS
 from mmkernels.pretrain.recipes import load
+from mmkernels.runtime import native
 
 RESULTS = Path(__file__).parent / "results"
 SHORT = 25  # steps of each stage that --speed takes
@@ -156,7 +157,8 @@ def speed(job: Job, runs: Path) -> dict[str, Any]:
     steps = [end - start for start, end in itertools.pairwise([0, *ends])]
     pace = sum(map(operator.mul, paces, steps)) / sum(steps)
     print(f"{job.name}: {pace:.3f} s", flush=True)
-    return {"recipe": job.recipe, "task": job.task, "seconds_per_step": pace}
+    isa = native.core.build_info()["cpu_isa"]
+    return {"recipe": job.recipe, "task": job.task, "seconds_per_step": pace, "cpu_isa": isa}
 
 
 def shortened(job: Job) -> tuple[list[int], tuple[str, ...]]:
@@ -188,6 +190,7 @@ class Line:
     percent: bool
     higher: bool
     minutes: float  # NaN: its speed is not known
+    isa: str  # with which these were measured; empty: not noted
     learns: float  # share of the parameters
 
     @property
@@ -202,7 +205,7 @@ class Line:
 
 def lines(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = ()) -> Iterator[Line]:
     """The rows of which every run is there."""
-    pace = {(each["recipe"], each["task"]): each["seconds_per_step"] for each in speeds}
+    pace = {(each["recipe"], each["task"]): each for each in speeds}
     for row in ROWS:
         own = [each for each in records if (each["recipe"], each["task"]) == (row.recipe, row.task)]
         mine = sorted((each for each in own if not each["variant"]), key=lambda each: each["seed"])[: row.seeds]
@@ -216,7 +219,7 @@ def lines(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = 
             name = row.ablated or row.figure + (" of bigrams" if same else "")
             others = [found for each in theirs if (found := measured(each, name, split))]
             if values and others:
-                first = values[0]
+                first, fast = values[0], pace.get((row.recipe, row.task), {})
                 yield Line(
                     row,
                     split,
@@ -225,7 +228,8 @@ def lines(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = 
                     math.nan if first["chance"] is None else fmean(each["chance"] for each in values),
                     first["percent"],
                     first["higher_is_better"],
-                    mine[0]["steps"] * pace.get((row.recipe, row.task), math.nan) / 60,
+                    mine[0]["steps"] * fast.get("seconds_per_step", math.nan) / 60,
+                    fast.get("cpu_isa", ""),
                     max(each["trainable"] / each["parameters"] for each in mine),
                 )
 
@@ -245,7 +249,7 @@ def table(records: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]] = 
             " / ".join(shown(line, [line.chance]) for line in group),
             row.ablation,
             " / ".join(shown(line, line.others) for line in group),
-            "" if math.isnan(first.minutes) else f"{first.minutes:.1f}",
+            "" if math.isnan(first.minutes) else f"{first.minutes:.1f}" + " (AVX2)" * (first.isa == "avx2"),
             "; ".join(
                 [f"**not shown: {', '.join(failed)}**"] * bool(failed)
                 + [f"{seeds} of {row.seeds} seeds"] * (seeds < row.seeds)

@@ -19,6 +19,7 @@ import recipes as bench  # noqa: E402
 from mmkernels.pretrain.cli import parse  # noqa: E402
 from mmkernels.pretrain.recipes import load, names  # noqa: E402
 from mmkernels.pretrain.wiring import leaves  # noqa: E402
+from mmkernels.runtime import native  # noqa: E402
 
 
 def test_every_recipe_has_a_row() -> None:
@@ -66,6 +67,8 @@ def test_a_row_holds_outside_the_spread_and_above_chance(
     assert line.values == mine and line.others == theirs and line.holds == holds
     text = bench.table(records, [{"recipe": "clip", "task": "", "seconds_per_step": 0.5}])
     assert "| 2.5 |" in text, "minutes of 300 steps"
+    slow = [{"recipe": "clip", "task": "", "seconds_per_step": 0.6, "cpu_isa": "avx2"}]
+    assert "| 3.0 (AVX2) |" in bench.table(records, slow)
     assert ("**not shown: A**" in text) != holds
     assert bench.tried(records) == ("" if holds else "- clip, blind: larger ones.")
     assert f"{50 * sum(mine):.1f} ± {50 * (max(mine) - min(mine)):.1f}" in text
@@ -193,6 +196,7 @@ def test_trains_once(tmp_path: Path) -> None:
     subprocess.run(fast, check=True, capture_output=True)
     (found_speed,) = json.loads((tmp_path / "speed.json").read_text("utf-8"))["speeds"]
     assert found_speed["recipe"] == "relation" and 0 < found_speed["seconds_per_step"] < 60
+    assert found_speed["cpu_isa"] == native.core.build_info()["cpu_isa"]
     (tmp_path / "runs/relation-words-only-0/done.json").unlink()
     finished = [*command[:2], "--finished", "--runs", tmp_path / "runs", "--out", tmp_path / "some.json"]
     subprocess.run(finished, check=True, capture_output=True)
