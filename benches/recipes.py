@@ -57,16 +57,12 @@ class Job:
     options: tuple[str, ...]
     seed: int
     task: str = ""
+    base: Job | None = None  # the run to begin with
 
     @property
     def name(self) -> str:
         parts = (self.recipe, self.task, self.variant, str(self.seed))
         return "-".join(part.replace(",", "").replace(" ", "-") for part in parts if part)
-
-    @property
-    def base(self) -> Job | None:
-        """The run to begin with."""
-        return Job(self.recipe, "", (), 0) if self.task else None
 
 
 def jobs(rows: Sequence[Row]) -> list[Job]:
@@ -76,9 +72,19 @@ def jobs(rows: Sequence[Row]) -> list[Job]:
         for seed in range(row.seeds):
             for variant, changes in (("", row.alone), (row.ablation, row.changes)):
                 if not variant or changes:
-                    job = Job(row.recipe, variant, (*row.options, *changes), seed, row.task)
+                    job = job_of(row, variant, changes, seed)
                     found |= {each.name: each for each in (job.base, job) if each is not None}
     return list(found.values())
+
+
+def job_of(row: Row, variant: str, changes: tuple[str, ...], seed: int) -> Job:
+    """Fine-tunes begin with the recipe's first run, those that compare what was learned before with one of their own
+    seed and variant."""
+    if not row.task:
+        return Job(row.recipe, variant, (*row.options, *changes), seed)
+    if row.before:
+        return Job(row.recipe, variant, row.options, seed, row.task, Job(row.recipe, variant, changes, seed))
+    return Job(row.recipe, variant, (*row.options, *changes), seed, row.task, Job(row.recipe, "", (), 0))
 
 
 _RUNNING: dict[str, Lock] = defaultdict(Lock)  # two jobs at a time may need the same base

@@ -34,7 +34,7 @@ MEASURED = """
 Held-out figures of the settings below on the data that comes along, as `python benches/recipes.py` measures them; a ±
 is half the range of the seeds. Held out are, of the [emoji](data-emoji.md), a style of drawing (A), concepts (B) and
 both (C); of the [scenes](data-scenes.md), other scenes, pairs of objects never seen together (combinations), and a
-style of drawing. The ablation is the same recipe without what it is about; the last rows fine-tune a trained one
+style of drawing. The ablation is the same recipe without what it is about; rows with an arrow fine-tune a trained one
 [with a tenth of the labels](transfer.md). Minutes are those of the steps on two cores with AVX-512, or with AVX2 alone
 where it says so. A figure that is not better than chance and than every run of its ablation is marked, and so are
 adapters that reach less than 95% of a full fine-tune.

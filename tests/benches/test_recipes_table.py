@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -106,6 +107,16 @@ def test_a_fine_tune_begins_with_the_recipes_first_run() -> None:
     by_stages = bench.jobs(recipe_rows.transferred("mae", "accuracy", ("A",), "groups", unfreeze="head:9,all"))
     changed = [a.name for a, b in zip(every, by_stages, strict=True) if a.options != b.options]
     assert changed == [f"mae-groups-fine-tuned-{seed}" for seed in range(3)]
+
+
+def test_what_was_learned_before_has_bases_of_its_own() -> None:
+    row = bench.Row("uniter", "accuracy", ("A",), "less", ("--steps", "9"), 2, options=("--probe",), task="answers")
+    (base, job, less_base, less), again = bench.jobs([dataclasses.replace(row, before=True)])[:4], bench.jobs([row])
+    assert job.base == base and less.base == less_base and less_base.name == "uniter-less-0"
+    assert (base.options, job.options) == ((), ("--probe",))
+    assert (less_base.options, less.options) == (("--steps", "9"), ("--probe",))
+    assert [job.base and job.base.name for job in again if job.task] == ["uniter-0"] * 4
+    assert {job.base and job.base.seed for job in bench.jobs([dataclasses.replace(row, before=True)])} == {None, 0, 1}
 
 
 def test_the_record_of_a_fine_tune(tmp_path: Path) -> None:
