@@ -278,10 +278,10 @@ def shown(line: Line, values: Sequence[float]) -> str:
 
 
 def newest(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The runs and speeds of all result files; of the same one the last file's."""
+    """The runs and speeds of all result files; of the same one the latest day's."""
     runs, speeds = {}, {}
-    for path in sorted(paths):
-        found = json.loads(path.read_text("utf-8"))
+    files = [json.loads(path.read_text("utf-8")) for path in sorted(paths)]
+    for found in sorted(files, key=lambda each: each["date"]):
         runs |= {(each["recipe"], each["task"], each["variant"], each["seed"]): each for each in found["runs"]}
         speeds |= {(each["recipe"], each["task"]): each for each in found["speeds"]}
     return list(runs.values()), list(speeds.values())

@@ -181,11 +181,14 @@ def _pair(trained: Pretrained, objective: str) -> tuple[str, str, str]:
     for name, module in trained.model.objectives.items():
         part = getattr(module, "part", None)
         a, b = getattr(part, "a", ""), getattr(part, "b", "")
+        if getattr(part, "weight", 0) == 0 or not {a, b}.isdisjoint(trained.collator.without):
+            continue  # it has not learned
         if hasattr(getattr(module, "loss", None), "scale") and {kinds.get(a), kinds.get(b)} == {"image", "text"}:
             found[name] = (a, b) if kinds[a] == "image" else (b, a)
     if not found:
         raise ValueError(
-            "run: expected one with an objective that compares images and texts by a learned scale, got one without"
+            "run: expected one with an objective that compares images and texts by a learned scale, and that both have "
+            "taught, got one without"
         )
     if (objective or len(found) > 1) and objective not in found:
         raise ValueError(f"objective: expected one of {', '.join(found)}, got {objective!r}")

@@ -36,6 +36,8 @@ class Pretrained(NamedTuple):
             stream: of the recipe.
             values: as in a data set: images uint8 [H, W, 3 or 4], texts, ...
         """
+        if missing := [i for i, value in enumerate(values) if value is None]:
+            raise ValueError(f"values: expected one of {stream} each, got None at {missing[0]}")
         if not len(values) and stream in self.collator.streams and stream not in self.collator.without:
             like = next(self.model.parameters())
             return torch.empty((0, self.model.encoder(stream).embed_dim), dtype=like.dtype, device=like.device)
@@ -55,6 +57,9 @@ class Pretrained(NamedTuple):
         Returns:
             what follows, without the beginnings.
 
+        Raises:
+            ValueError: no such objective, or a beginning as long as the stream allows, whose end would be cut off.
+
         Example:
             >>> load_model("runs/caption").write("words", {"image": images})
         """
@@ -63,7 +68,15 @@ class Pretrained(NamedTuple):
             return []
         with torch.no_grad():
             batch = self.batch(values)
-            prompts = [ids[:-1] if ids[-1:] == [EOS] else ids for ids in prompts_of(self.model, batch, objective)]
+            begun = prompts_of(self.model, batch, objective)
+            written = writer(self.model, objective).stream
+            longest = getattr(self.collator.streams[written].encoder, "max_tokens", None)
+            if longest and (cut := [i for i, ids in enumerate(begun) if len(ids) >= longest]):
+                raise ValueError(
+                    f"values: expected beginnings of {written} of fewer than {longest} tokens, got a longer one at "
+                    f"{cut[0]}, whose end would be cut off"
+                )
+            prompts = [ids[:-1] if ids[-1:] == [EOS] else ids for ids in begun]
             found = go_on(self.model, objective, context_of(self.model, batch, objective), prompts, most_tokens)
         return [self.collator.tokenizer.decode(ids) for ids in found]
 

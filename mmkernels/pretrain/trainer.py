@@ -146,14 +146,17 @@ class Trainer:
         if stage is not self._stage:
             freeze(self.model, stage)
             rest(self.model)
-            for model in (self.model, self.trained):
-                if model.fusion is not None:
-                    model.fusion.depth = stage.fusion_depth
+            self._deepen(stage)
             self._stage = stage
         lr = stage.lr_scale * learning_rate(config.lr, config.warmup, config.steps, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
+
+    def _deepen(self, stage: Stage) -> None:
+        for model in (self.model, self.trained):
+            if model.fusion is not None:
+                model.fusion.depth = stage.fusion_depth
 
     def backward(self, batch: Batch) -> tuple[float, dict[str, float], float]:
         """Gradients of a batch, clipped: (loss, that of each objective to which the batch has something to say, norm
@@ -214,6 +217,7 @@ class Trainer:
         self.carried.load_state_dict(weights)
         self.optimizer.load_state_dict(training["optimizer"])
         self.step = training["step"]
+        self._deepen(stage_at(self.recipe, max(self.step - 1, 0)))  # of the last step, should there be no other
         self.rewind(Cursor(training["loader"], training["random"]))
         return training
 

@@ -136,7 +136,8 @@ def test_the_newest_of_a_run_counts(tmp_path: Path) -> None:
     for date, value in (("2026-01-02", 0.2), ("2026-01-01", 0.1)):
         runs = [record("clip", "", 0, recall=value), record("clip", "", int(value * 10), recall=value)]
         speeds = [{"recipe": "clip", "task": "", "seconds_per_step": value}]
-        (tmp_path / f"recipes-x-{date}.json").write_text(json.dumps({"runs": runs, "speeds": speeds}), "utf-8")
+        name = f"recipes-{'abc'[date != '2026-01-02']}-{date}.json"  # by processor, the older one comes last
+        (tmp_path / name).write_text(json.dumps({"date": date, "runs": runs, "speeds": speeds}), "utf-8")
     found, speeds = bench.newest(list(tmp_path.glob("*.json")))
     assert [each["seconds_per_step"] for each in speeds] == [0.2]
     assert sorted((each["seed"], each["figures"]["A"][0]["value"]) for each in found) == [(0, 0.2), (1, 0.1), (2, 0.2)]

@@ -118,6 +118,10 @@ def test_errors(tiny: Callable[..., Config], tmp_path: Path) -> None:  # noqa: F
         other = train(tiny(recipe=name, steps=1, eval_every=0, parts=small, run=tmp_path / name)).folder.path
         with pytest.raises(ValueError, match="run: expected one with an objective that compares images and texts by a"):
             to_open_clip(other)
+    words = {"recipe": "albef", "without": ("image",), "parts": small, "run": tmp_path / "words"}
+    half = train(tiny(steps=1, eval_every=0, **words)).folder.path
+    with pytest.raises(ValueError, match="and that both have taught, got one without"):
+        to_open_clip(half)  # a tower that has learned nothing
     with pytest.raises(ValueError, match="objective: expected one of contrast, got 'other'"):
         to_open_clip(folder, objective="other")
     model, _, tokenizer = to_open_clip(folder)

@@ -131,6 +131,23 @@ def test_a_loaded_model_goes_on_with_words() -> None:
     assert written == [TOKENIZER.decode(ids) for ids in go_on(model, "words", {}, prompts, 3)]
 
 
+@pytest.mark.parametrize("name", ["alone", "documents"])
+def test_a_beginning_that_would_be_cut_is_refused(name: str) -> None:
+    """The end of a document is the image whose caption is asked for."""
+    of = SYSTEMS[name]
+    loaded = Pretrained(built(of, SAMPLES).float(), collator(of, SAMPLES))
+    long = [(IMAGES[0], "dog a red cat") * 40 + (IMAGES[1],), ("a red dog " * 80,)]
+    values = [Document(each) for each in long] if name == "documents" else [" ".join(["a red dog"] * 80)] * 2
+    short = Document((IMAGES[0],)) if name == "documents" else "a red"
+    fields = [each for each in of.streams if each == "text" or name == "documents"]
+    assert len(loaded.write("words", dict.fromkeys(fields, [short]), most_tokens=2)) == 1
+    for value in values:
+        with pytest.raises(ValueError, match="values: expected beginnings of text of fewer than 128 tokens, .* at 1,"):
+            loaded.write("words", dict.fromkeys(fields, [short, value]), most_tokens=2)
+    with pytest.raises(ValueError, match="values: expected one of text each, got None at 1"):
+        loaded.embed("text", [short, None])
+
+
 @torch.no_grad()
 def test_no_samples_and_wrong_arguments() -> None:
     model, batch = begun("prefix")

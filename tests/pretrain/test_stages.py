@@ -11,7 +11,7 @@ import pytest
 import torch
 from pretrain.packed import facts, shaken, tokens
 
-from mmkernels.pretrain import Config, Recipe, Stage, Stream, checkpoint, load_model, train
+from mmkernels.pretrain import Config, Recipe, Stage, Stream, checkpoint, load_model, loop, train
 from mmkernels.pretrain.encoders import Words
 from mmkernels.pretrain.fusion import Cross
 from mmkernels.pretrain.model import Model
@@ -180,7 +180,7 @@ def test_a_run_in_stages(run: Callable[..., RunFolder]) -> None:
     assert [r["lr"] for r in steps] == pytest.approx([lr * (0.5 if 3 <= i < 6 else 1) for i, lr in enumerate(whole)])
 
 
-def test_a_loaded_model_is_as_deep_as_it_was(run: Callable[..., RunFolder]) -> None:
+def test_a_model_is_as_deep_as_it_was(run: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = (
         WORDS,
         '"matching": Matching("image", "text")',
@@ -190,6 +190,10 @@ def test_a_loaded_model_is_as_deep_as_it_was(run: Callable[..., RunFolder]) -> N
     folder = run("short", *parts, steps=4)
     model = load_model(folder.path).model
     assert model.fusion is not None and model.fusion.depth == 1
+    depths: list[int | None] = []
+    monkeypatch.setattr(loop, "write_report", lambda _, trainer: depths.append(trainer.trained.fusion.depth))
+    run("short", *parts, steps=4, resume=True, ema=0.0)  # which has nothing left to do but its report
+    assert depths == [1]
 
 
 def test_warm_start(run: Callable[..., RunFolder]) -> None:

@@ -43,6 +43,10 @@ class DocumentWords:
     def causal(self) -> bool:
         return self.words.causal
 
+    @property
+    def max_tokens(self) -> int:
+        return self.words.max_tokens
+
     def prepare(self, values: Sequence[Any], tokenizer: TextTokenizer) -> list[Piece]:
         """Tokens [L] int64, cut at the words' `max_tokens`; labels [L], -100 at images."""
         pieces = []
