@@ -140,10 +140,10 @@ def test_a_beginning_that_would_be_cut_is_refused(name: str) -> None:
     values = [Document(each) for each in long] if name == "documents" else [" ".join(["a red dog"] * 80)] * 2
     short = Document((IMAGES[0],)) if name == "documents" else "a red"
     fields = [each for each in of.streams if each == "text" or name == "documents"]
-    assert len(loaded.write("words", dict.fromkeys(fields, [short]), most_tokens=2)) == 1
+    assert len(loaded.write("words", {key: [short] for key in fields}, most_tokens=2)) == 1
     for value in values:
-        with pytest.raises(ValueError, match="values: expected beginnings of text of fewer than 128 tokens, .* at 1,"):
-            loaded.write("words", dict.fromkeys(fields, [short, value]), most_tokens=2)
+        with pytest.raises(ValueError, match=r"values: expected beginnings of text of fewer than 128 tokens, .* at 1,"):
+            loaded.write("words", {key: [short, value] for key in fields}, most_tokens=2)
     with pytest.raises(ValueError, match="values: expected one of text each, got None at 1"):
         loaded.embed("text", [short, None])
 
