@@ -135,6 +135,13 @@ def _due(every: int, step: int, last: int) -> bool:
 
 
 def device_of(config: Config) -> torch.device:
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Raise ValueError if there is none of that name."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # the former: PyTorch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: expected auto, or one that is here, got {config.device} ({reason})") from error
+    return device

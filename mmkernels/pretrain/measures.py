@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -161,8 +161,13 @@ TASKS: dict[str, Callable[[Subject], Iterator[Any]]] = {
 """Name -> the metrics that fit. Each has chance, or a trivial predictor, beside it."""
 
 
-def measures(of: Subject, tasks: Sequence[str] = ()) -> list[Any]:
+def measures(of: Subject, tasks: Sequence[str] = (), limit: int | None = None) -> list[Any]:
     """The metrics of some tasks; without any: those of the recipe first, then all that fit and measure something else.
+
+    Args:
+        of: what is measured.
+        tasks: names of `TASKS`.
+        limit: most samples that a fusion judges pair by pair; None: as many as each metric says.
 
     Raises:
         ValueError: an unknown task, or one that does not fit.
@@ -177,7 +182,12 @@ def measures(of: Subject, tasks: Sequence[str] = ()) -> list[Any]:
     own = () if tasks else of.recipe.metrics
     known = {_measured(metric) for metric in own}
     others = (metric for each in found.values() for metric in each if _measured(metric) not in known)
-    return list(dict.fromkeys([*own, *others]))
+    chosen = [*own, *others]
+    if limit is not None:
+        chosen = [
+            replace(metric, limit=limit) if isinstance(metric, Reranked | Matched) else metric for metric in chosen
+        ]
+    return list(dict.fromkeys(chosen))
 
 
 def _measured(metric: Any) -> tuple[Any, ...]:

@@ -156,6 +156,74 @@ def test_masked_and_next_words_are_other_tasks(tmp_path: Path) -> None:
     assert [[f is not None for f in row.figures] for row in found.tables[0].rows] == [[True, True, False]]
 
 
+def told_apart(tmp_path: Path, name: str, recipe: str, *changes: dict[str, Any]) -> list[tuple[str, list[bool]]]:
+    """(title of a row, who has the figure) of two runs with each change; "tokenizer" is what that file has."""
+    runs = []
+    for i, change in enumerate(change for change in changes for _ in range(2)):
+        more = dict(change)
+        tokenizer = more.pop("tokenizer", "{}")
+        runs.append(stored(tmp_path / str(i), [figure(name, 2.0, percent=False)], recipe=recipe, data="text", **more))
+        (runs[-1] / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    found = compared(runs)
+    return [(row.title, [f is not None for f in row.figures]) for table in found.tables for row in table.rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "change", "said"),
+    [
+        ("words: perplexity", "gpt", {"tokenizer": "[]"}, "NextToken of text, tokenizer "),
+        ("words: accuracy", "roberta", {"tokenizer": "[]"}, "MaskedTokens of text, MaskWords share 0.4, tokenizer "),
+        ("words: loss", "roberta", {"parts": {"streams.text.views.maskwords.share": 0.9}}, "MaskWords share 0.9"),
+        ("patches: error", "mae", {"parts": {"objectives.patches.normalize": False}}, "normalize False"),
+        ("patches: error", "mae", {"parts": {"streams.image.views.maskpatches.share": 0.5}}, "MaskPatches share 0.5"),
+    ],
+)
+def test_other_units_are_other_tasks(tmp_path: Path, name: str, recipe: str, change: dict[str, Any], said: str) -> None:
+    """An error in other numbers, a likelihood of other tokens or with more of them hidden."""
+    rows = told_apart(tmp_path, name, recipe, {}, change)
+    assert [who for _, who in rows] == [[True, True, False, False], [False, False, True, True]]
+    assert said in rows[1][0] and rows[0][0] != rows[1][0]
+    objective = name.partition(":")[0]
+    (remark, _) = compared([tmp_path / "1", tmp_path / "2"]).remarks[:2]
+    assert remark.startswith(f"Runs are asked different things by the name {objective}: ") and said in remark
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "changes"),
+    [
+        ("words: perplexity", "gpt", [{}, {"seed": 1, "batch": 7, "lr": 1.0, "parts": {"model.width": 64}}]),
+        ("words: perplexity", "roberta", [{}, {"parts": {"objectives.words.weight": 0.5}}]),
+        ("words: perplexity", "roberta", [{}, {"parts": {"streams.text.views.maskwords.static": True}}]),
+        ("patches: error", "mae", [{"tokenizer": "{}"}, {"tokenizer": "[]"}]),
+        ("words: CIDEr without image", "caption", [{"tokenizer": "{}"}, {"tokenizer": "[]"}]),
+    ],
+)
+def test_what_changes_no_unit(tmp_path: Path, name: str, recipe: str, changes: list[dict[str, Any]]) -> None:
+    assert told_apart(tmp_path, name, recipe, *changes) == [(name, [True] * 4)]
+    assert not compared([tmp_path / "1", tmp_path / "2"]).remarks
+
+
+def test_no_baseline_is_the_best(tmp_path: Path) -> None:
+    names = ("words: perplexity", "words: perplexity of bigrams")
+    more: dict[str, Any] = {"percent": False, "higher_is_better": False}
+    runs = []
+    for run, value in (("a", -4.0), ("b", -9.0)):  # all are better than chance
+        figures = [figure(name, value, **more) for name in names]
+        runs.append(stored(tmp_path / run, figures, recipe="gpt", data="text"))
+    found = compared(runs)
+    assert [(row.name, row.best) for row in found.tables[0].rows] == [(names[0], 1), (names[1], None)]
+
+
+def test_figures_that_are_no_numbers(tmp_path: Path) -> None:
+    """A log has NaN as Python writes it."""
+    nan = float("nan")
+    bad = [figure("x", nan, None, headline=True), {**figure("y", nan, None), "chance": nan}]
+    runs = [stored(tmp_path / "a", [figure("x", 0.5, headline=True), figure("y", 0.4)]), stored(tmp_path / "b", bad)]
+    found = compared([*runs, stored(tmp_path / "c", bad)])
+    assert [row.best for row in found.tables[0].rows] == [None, None]
+    assert "nan%" in comparison_table(found) and "<b>nan</b>" in comparison_page(found)
+
+
 def test_a_run_shows_what_it_has(tmp_path: Path) -> None:
     """Without an evaluation, unfinished, without a step, cut off in the middle of a line."""
     full = stored(tmp_path / "full", [figure("x", 0.5)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -11,14 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pretrain.small_model import Samples
 from pretrain.test_recipes import small, trainer_of
 
 from mmkernels.cli import main
 from mmkernels.pretrain import Config, train
 from mmkernels.pretrain.evaluate import evaluate
+from mmkernels.pretrain.evaluate_cli import Evaluation, evaluate_run
 from mmkernels.pretrain.measures import TASKS, Subject, group_labels, measures
-from mmkernels.pretrain.metrics import Captioning, Groups, LinearProbe, Predictions, Retrieval
+from mmkernels.pretrain.metrics import (
+    Captioning,
+    Figure,
+    Groups,
+    LinearProbe,
+    Matched,
+    Predictions,
+    Reranked,
+    Retrieval,
+)
 from mmkernels.pretrain.recipes import names
 from mmkernels.pretrain.setup import open_source
 
@@ -119,6 +131,25 @@ def test_what_the_recipe_measures_is_not_measured_again(tmp_path: Path) -> None:
     assert Predictions("words") in found, "of another objective"
 
 
+def test_a_limit_reaches_what_judges_pair_by_pair(tmp_path: Path) -> None:
+    """Recalls of one table are among as many answers."""
+    of, trainer = subject("albef", tmp_path)
+    assert [m.limit for m in measures(of) if isinstance(m, Reranked)] == [Reranked().limit], "of the recipe's own"
+    assert [m.limit for m in measures(of, (), 300) if isinstance(m, Reranked)] == [300]
+    assert [m.limit for m in measures(of, ("retrieval",), 9) if isinstance(m, Reranked)] == [9]
+    split, held_out = next(iter(trainer.held_out.items()))
+    trainer.begin()
+    few = {split: dataclasses.replace(held_out, limit=300, source=held_out.train)}
+    chances = {
+        f.name: f.chance
+        for metric in measures(of, ("retrieval",), 300)
+        for f in evaluate(trainer.model, [metric], few)[split]
+    }
+    assert chances["image → text, re-ranked R@1"] == chances["image → text R@1"]
+    of, _ = subject("uniter", tmp_path)
+    assert {m.limit for m in measures(of, (), 600) if isinstance(m, Matched)} == {600}
+
+
 def test_texts_are_known_by_the_first_sample_that_has_one(tmp_path: Path) -> None:
     of, _ = subject("clip", tmp_path)
     rows: list[dict[str, Any]] = [{"image": ...}] * 30 + [{"image": ..., "text": "a cat"}]
@@ -186,6 +217,89 @@ def test_classes_that_were_not_learned(run: Path, tmp_path: Path, capsys: pytest
     (other / "classes.json").write_text(json.dumps(classes), "utf-8")
     _, _, err = evaluated(capsys, other)
     assert "data: expected the classes of 'answer' that the run has learned" in err
+
+
+def test_a_device_that_is_not_here(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("abacus", *([] if torch.cuda.is_available() else ["cuda"])):
+        status, _, err = evaluated(capsys, run, "--device", device)
+        assert status == 1
+        assert err.startswith(f"mmkernels evaluate: device: expected auto, or one that is here, got {device} (")
+        assert main(["pretrain", "--recipe", "clip", "--device", device, "--run", str(tmp_path / "run")]) == 1
+        assert (
+            f"mmkernels pretrain: device: expected auto, or one that is here, got {device} (" in capsys.readouterr().err
+        )
+        assert not (tmp_path / "run").exists()
+
+
+def test_figures_that_are_no_numbers_are_null(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [Figure("loss", math.nan, math.inf, low=0.5, high=1.0)]
+    monkeypatch.setattr("mmkernels.pretrain.evaluate_cli.evaluate_run", lambda options: {"held_out": found})
+    path = tmp_path / "figures.json"
+    assert evaluated(capsys, run, "--json", path)[0] == 0
+
+    def refused(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    (figure,) = json.loads(path.read_text("utf-8"), parse_constant=refused)["figures"]["held_out"]
+    assert (figure["value"], figure["chance"], figure["low"], figure["high"]) == (None, None, 0.5, 1.0)
+
+
+@pytest.fixture
+def captioned(pictures: Path) -> Path:
+    """Each picture in three rows, with a caption and two labels each."""
+    rows = [json.loads(line) for line in (pictures / "captions.jsonl").read_text("utf-8").splitlines()]
+    for row in rows:
+        row["colour"] = row["caption"].split()[1]
+    views = [
+        {**row, "caption": f"{row['caption']}, view {i}", "view": i, "sure": row["colour"] if i else None}
+        for row in rows
+        for i in range(3)
+    ]
+    (pictures / "captions.jsonl").write_text("\n".join(map(json.dumps, views)), "utf-8")
+    return pictures
+
+
+def figures_of(run: Path, **options: Any) -> dict[str, Figure]:
+    return {figure.name: figure for figure in evaluate_run(Evaluation(run, **options))["held_out"]}
+
+
+def test_labels_leave_the_samples_as_they_are(captioned: Path, tiny: Callable[..., Config]) -> None:
+    """An image with all of its captions stays one, with the label that its rows agree in."""
+    train(tiny(steps=1, eval_fraction=0.5))
+    run = tiny().folder
+    plain = figures_of(run)
+    for options in ({"labels": ("colour",)}, {"labels": ("sure",)}, {"groups": ("colour",)}):
+        found = figures_of(run, **options)
+        assert plain.items() <= found.items()
+    found = figures_of(run, labels=("colour",), groups=("colour",))
+    assert found["image: colour by a linear probe"].chance is not None
+    assert "image → text R@10, colour red" in found
+    with pytest.raises(
+        ValueError, match=r"labels: expected one view of each image, .* got '0' and '1' in rows of red-"
+    ):
+        figures_of(run, labels=("view",))
+    with pytest.raises(ValueError, match=r"captions.jsonl: expected values .* got none in 'weight'"):
+        figures_of(run, labels=("weight",))
+
+
+def test_rows_that_a_run_has_learned_from_stay_rows(captioned: Path, tiny: Callable[..., Config]) -> None:
+    """It has read a label itself: each row is a sample, and may differ in others."""
+    train(tiny(steps=1, eval_fraction=0.5, labels=("colour",)))
+    run = tiny().folder
+    plain, found = figures_of(run, labels=("colour",)), figures_of(run, labels=("view",))
+    assert found["image → text R@10"] == plain["image → text R@10"]
+    assert "image: view by a linear probe" in found
+
+
+def test_a_mixture_whose_samples_would_change(captioned: Path, tiny: Callable[..., Config]) -> None:
+    run = tiny().folder
+    train(tiny(steps=1, data=f"emoji::folder:{captioned}", eval_limit=12))
+    with pytest.raises(ValueError, match=r"labels: expected none .* samples of emoji::.* got colour; --data"):
+        evaluate_run(Evaluation(run, labels=("colour",), limit=12))
+    found = evaluate_run(Evaluation(run, labels=("group",), task=("zero-shot",), split=("emoji: A",), limit=12))
+    assert "image: group by its name" in [figure.name for figure in found["emoji: A"]]
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from pretrain.test_metrics_more import Known, grouped
 
+from mmkernels.pretrain.data import Data, FolderDataset, mix
 from mmkernels.pretrain.metrics import Figure, Groups
 from mmkernels.pretrain.metrics.base import Each
 from mmkernels.pretrain.metrics.shuffled import Shuffled
@@ -44,7 +48,7 @@ def nearly_whole(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gap_of(values: np.ndarray, clusters: np.ndarray, groups: np.ndarray) -> Figure:
-    each = Each("a", values, np.arange(len(values)), guess=0.5, clusters=clusters)
+    each = Each("a", values, np.arange(len(values)), clusters, guess=0.5)
     return Groups(Known(each), "kind").measure(None, grouped(groups.tolist()))[-1]
 
 
@@ -106,3 +110,18 @@ def test_samples_without_a_group_to_compare_take_no_part() -> None:
     more = np.concatenate([groups, np.full(60, -1), np.full(9, 2)])
     extra = np.ones(69, bool)
     assert gap_of(np.concatenate([values, extra]), np.concatenate([clusters, 200 + np.arange(69)]), more) == alone
+
+
+def test_a_class_that_no_training_sample_has_is_no_group(tmp_path: Path) -> None:
+    cities = ["rome", "paris"] * 30 + ["oslo", None]
+    rows = [{"question": f"number {i}", "city": city} for i, city in enumerate(cities)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source = FolderDataset(tmp_path, fields=("question",), labels=("city",))
+    source.learn_classes(range(60))
+    each = Each("a", np.arange(62) % 2 == 0, np.arange(62), np.arange(62), guess=0.5)
+    for held in (source, mix({"x": Data(source, {}), "y": Data(source, {})}).train):
+        figures = Groups(Known(each), "city").measure(None, SimpleNamespace(source=held, train=source))
+        assert [f.name.removeprefix("a, ") for f in figures[:2]] == ["city paris", "city rome"]
+        assert [f.value for f in figures] == [0.0, 1.0, 1.0]
+    for i in (60, 61):
+        assert "city" not in source.peek(i) and "city" not in source[i].values

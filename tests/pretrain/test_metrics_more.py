@@ -61,7 +61,7 @@ def test_groups_and_the_gap_between_them() -> None:
     kinds = [0] * 40 + [1] * 40 + [2] * 3 + [-1] * 5
     items = np.repeat(np.arange(88), 2)
     right = np.where(np.repeat(kinds, 2) == 0, np.arange(176) % 4 != 0, np.arange(176) % 4 == 0)
-    each = Each("answer: accuracy", right, items, targets=np.arange(176) % 2)
+    each = Each("answer: accuracy", right, items, items, targets=np.arange(176) % 2)
     figures = {f.name: f for f in Groups(Known(each), "kind").measure(None, grouped(kinds))}
     names = [f"answer: accuracy, kind {name}" for name in "xyz"]
     gap = figures.pop("answer: accuracy: gap between the best and the worst kind")
@@ -76,9 +76,10 @@ def test_groups_and_the_gap_between_them() -> None:
 
 def test_groups_of_nothing_or_one() -> None:
     assert Groups(Known(None), "kind").measure(None, grouped([])) == []
-    one = Groups(Known(Each("a", np.ones(30), np.arange(30), guess=0.1)), "kind").measure(None, grouped([1] * 30))
+    each = Each("a", np.ones(30), np.arange(30), np.arange(30), guess=0.1)
+    one = Groups(Known(each), "kind").measure(None, grouped([1] * 30))
     assert [f.name for f in one] == ["a, kind y"] and one[0].chance == 0.1
-    assert Groups(Known(Each("a", np.ones(30), np.arange(30))), "colour").measure(None, grouped([1] * 30)) == []
+    assert Groups(Known(each), "colour").measure(None, grouped([1] * 30)) == []
     with pytest.raises(ValueError, match="of: expected a metric that judges samples one by one, got Alignment"):
         Groups(Alignment(), "kind")
     with pytest.raises(ValueError, match="label: expected a label field"):
@@ -89,7 +90,7 @@ def guessed(n: int, classes: int) -> Judged:
     random = np.random.default_rng(0)
     targets = random.integers(classes - 1, size=n)  # the last class never occurs
     guesses = np.where(random.random(n) < 0.6, targets, random.integers(classes, size=n))
-    return Judged(np.arange(n) // 2, targets, guesses, random.random(n), np.zeros(n), classes)
+    return Judged(np.arange(n) // 2, np.arange(n) // 2, targets, guesses, random.random(n), np.zeros(n), classes)
 
 
 def test_precision_recall_f1_as_scikit_learn_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +112,7 @@ def test_calibration_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sure by 0.9 and right in half of the cases, by 0.2 and right in a tenth: .5 * .4 + .5 * .1."""
     right = np.array([1, 0] * 10 + [1, 0, 0, 0, 0, 0, 0, 0, 0, 0] * 2)
     confidence = np.array([0.9] * 20 + [0.2] * 20)
-    found = Judged(np.arange(40), np.ones(40, np.int64), right, confidence, np.zeros(40), 4)
+    found = Judged(np.arange(40), np.arange(40), np.ones(40, np.int64), right, confidence, np.zeros(40), 4)
     monkeypatch.setattr("mmkernels.pretrain.metrics.classified.judged", lambda *_: found)
     error = Classified("kind").measure(None, None)[-1]  # type: ignore[arg-type]
     assert error.value == pytest.approx(0.5 * 0.4 + 0.5 * 0.1)
@@ -317,3 +318,23 @@ def test_grounding_against_each_region_alone() -> None:
     assert figure.value == pytest.approx(np.mean(right))
     assert figure.chance == pytest.approx(np.mean([2 / 3, 1 / 3, 1 / 2, 1 / 2]))
     assert Grounding("matching").measure(model, held_out(of, source, objects([[1], [2, 2]]))) == []
+
+
+def test_a_region_with_an_unknown_tag_is_not_asked_about() -> None:
+    """It is no object of any class: neither the last one nor one that names lack; preferring it is wrong."""
+    of, known = single(), objects([[0, 1, 0], [1, 2]])
+    source = objects([[0, 1, 0], [1, 2], [-100, 2], [-100, -100]])
+    for have, row in zip(known.values, source.values, strict=False):
+        row |= have
+    boxes, crops, tags = source.values[0]["regions"]
+    model, part = built(of, source).float().eval(), Grounding("matching", template="a {}")
+    with torch.no_grad():
+        before = part.measure(model, held_out(of, known, known))
+        assert part.measure(model, held_out(of, known, source)) == before
+        source.values[0]["regions"] = RegionValues(boxes, crops, np.where(tags == 0, -100, tags))
+        source.values[1]["regions"] = RegionValues(*(part[:1] for part in source.values[1]["regions"]))
+        assert part.measure(model, held_out(of, known, source)) == []
+        tags[2] = -100
+        source.values[0]["regions"] = RegionValues(boxes, crops, tags)
+        (figure,) = part.measure(model, held_out(of, known, source))
+    assert figure.chance == pytest.approx(1 / 3), "each of two kinds is one region of three"

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from pretrain.small_model import TOKENIZER, Samples, built, held_out, recipe
 
-from mmkernels.pretrain.data import BrokenLog, Collator, Sample, Source
+from mmkernels.pretrain.data import BrokenLog, Collator, Sample, Source, Text
 from mmkernels.pretrain.encoders import Words
 from mmkernels.pretrain.metrics import HeldOut, Perplexity
 from mmkernels.pretrain.metrics.perplexity import Bigrams
-from mmkernels.pretrain.objectives import MaskedTokens
+from mmkernels.pretrain.objectives import MaskedTokens, NextToken
 from mmkernels.pretrain.recipe import Stream
 from mmkernels.pretrain.tokenizer import BOS, EOS, TextTokenizer
 from mmkernels.pretrain.views import MaskWords
@@ -129,6 +129,27 @@ def test_masked_words() -> None:
     assert ours.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
     assert bigrams.value == pytest.approx(math.exp(-np.mean(of_bigrams)))
     assert ours.chance == bigrams.chance == pytest.approx(math.exp(-np.mean(of_unigrams)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_text_of_a_training_sample_is_counted(masked: bool) -> None:
+    """As if each were a sample of its own; of a held-out sample the first is asked for."""
+    each = ["a red cat", "a blue dog", "red cat a", "blue dog a blue cat"]
+    train = Samples([{"text": Text((each[0], *each[2:]), ("dog",))}, {}, {"text": each[1]}])
+    alone = Samples([{"text": text} for text in each])
+    held = Samples([{"text": Text(("a blue cat", "dog dog dog"))}, {"text": "a red dog"}])
+    stream = Stream(Words(layers=1, causal=not masked), views=(MaskWords(0.5),) if masked else ())
+    of = recipe(streams={"text": stream}, objectives={"words": MaskedTokens() if masked else NextToken("text")})
+    model = built(of, held).eval().float()
+    with torch.no_grad():
+        found = Perplexity("words").measure(model, held_out(of, train, held))
+        assert found == Perplexity("words").measure(model, held_out(of, alone, held))
+        first = Samples([{"text": text} for text in each[:2]])
+        assert found != Perplexity("words").measure(model, held_out(of, first, held))
+        assert found[0].value == Perplexity("words").measure(model, held_out(of, first, held))[0].value
+        limited = Perplexity("words", texts=1).measure(model, held_out(of, train, held))
+        rest = Samples([{"text": text} for text in (each[0], *each[2:])])
+        assert limited == Perplexity("words").measure(model, held_out(of, rest, held)), "the limit is one of samples"
 
 
 def test_an_objective_of_other_things() -> None:

@@ -179,7 +179,8 @@ class ColumnSource(Source):
 
     def peek(self, index: int) -> Mapping[str, Any]:
         cells = {field: cells[index] for field, cells in self.cells.items() if cells[index] is not None}
-        return {field: self._known(field, cell) for field, cell in cells.items()}
+        values = {field: self._known(field, cell) for field, cell in cells.items()}
+        return {field: value for field, value in values.items() if value is not None}  # a class may have no number
 
     def _known(self, field: str, cell: Any) -> Any:
         """A value without decoding: `...` for a medium, boxes and tags without crops."""

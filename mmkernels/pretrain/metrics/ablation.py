@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
 from mmkernels.pretrain.metrics.guessing import of_others
-from mmkernels.pretrain.metrics.judged import numbers_of
+from mmkernels.pretrain.metrics.judged import concepts_of
 
 __all__ = ["Ablation"]
 
@@ -32,7 +32,7 @@ class Ablation:
             raise ValueError("metrics: Ablation: expected a recipe with a fusion, got none")
         objective = model.objectives[self.objective]
         losses: dict[str, list[np.ndarray]] = {"right": [], "other": [], "none": []}
-        items: dict[str, list[np.ndarray]] = {name: [] for name in losses}
+        concepts: dict[str, list[np.ndarray]] = {name: [] for name in losses}
         for batch in held_out.batches("loss", objective=self.objective):
             chunk = model.whole(batch, self.objective)
             kept, others = dict(chunk.fused), of_others(batch.concepts)
@@ -48,12 +48,12 @@ class Ablation:
                     chunk.fused = {**kept, **model.fusion(emptied)}
                 logits, targets = objective.logits(chunk)
                 losses[what].append(F.cross_entropy(logits.double(), targets, reduction="none").cpu().numpy())
-                items[what].append(numbers_of(batch, objective.owners(chunk)))
+                concepts[what].append(concepts_of(batch, objective.owners(chunk)))
         chance = float(np.concatenate(losses["other"]).mean()) if sum(map(len, losses["other"])) else None
         figures = []
         for what, name in (("right", "with"), ("none", "without")):
             if sum(map(len, losses[what])):
-                values, clusters = np.concatenate(losses[what]), np.concatenate(items[what])
+                values, clusters = np.concatenate(losses[what]), np.concatenate(concepts[what])
                 more: dict[str, Any] = {"percent": False, "higher_is_better": False, "clusters": clusters}
                 figures.append(Figure.of_each(f"{self.objective}: loss {name} {self.stream}", values, chance, **more))
         return figures

@@ -35,9 +35,9 @@ class Each:
     name: str
     values: np.ndarray  # bool or float64 [n]
     items: np.ndarray  # int64 [n]: the number of the sample that each is about
+    clusters: np.ndarray  # int64 [n]: those that are not independent share one: the concept of the sample
     targets: np.ndarray | None = None  # int64 [n]: what was to be guessed; chance is the share of the most frequent
     guess: float | None = None  # or chance itself
-    clusters: np.ndarray | None = None  # int64 [n]: those that are not independent share one; None: those of an item
 
     @property
     def chance(self) -> float | None:
@@ -47,12 +47,12 @@ class Each:
 
     def of(self, chosen: np.ndarray) -> Each:
         """Those of bool [n]."""
-        targets, clusters = (None if x is None else x[chosen] for x in (self.targets, self.clusters))
-        return Each(self.name, self.values[chosen], self.items[chosen], targets, self.guess, clusters)
+        targets = None if self.targets is None else self.targets[chosen]
+        values, items, clusters = (x[chosen] for x in (self.values, self.items, self.clusters))
+        return Each(self.name, values, items, clusters, targets, self.guess)
 
     def figure(self, **more: Any) -> Figure:
-        clusters = self.items if self.clusters is None else self.clusters
-        return Figure.of_each(self.name, self.values, self.chance, clusters=clusters, **more)
+        return Figure.of_each(self.name, self.values, self.chance, clusters=self.clusters, **more)
 
 
 @dataclass(frozen=True)

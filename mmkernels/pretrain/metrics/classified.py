@@ -34,8 +34,8 @@ class Classified:
         found = judged(model, held_out, self.objective)
         if found is None:
             return []
-        table = _counts(found.items, found.targets, found.guesses)
-        constant = _counts(found.items, found.targets, _constant(found.targets)).sum(0, keepdims=True)
+        table = _counts(found.concepts, found.targets, found.guesses)
+        constant = _counts(found.concepts, found.targets, _constant(found.targets)).sum(0, keepdims=True)
         figures = [
             Figure.of_sums(f"{self.objective}: macro {name}", table, of, float(of(constant)[0]))
             for name, of in (("precision", _precision), ("recall", _recall), ("F1", _f1))
@@ -49,7 +49,7 @@ class Classified:
         sums = np.concatenate([own, own * (found.right - found.confidence)[:, None]], 1)  # [n, 2 bins]
         chance = abs(float(found.right.mean()) - 1 / found.classes)
         name = f"{self.objective}: expected calibration error"
-        return Figure.of_sums(name, sums, _error, chance, clusters=found.items, higher_is_better=False)
+        return Figure.of_sums(name, sums, _error, chance, clusters=found.concepts, higher_is_better=False)
 
 
 def _constant(targets: np.ndarray) -> np.ndarray:
@@ -58,13 +58,13 @@ def _constant(targets: np.ndarray) -> np.ndarray:
     return np.full_like(targets, classes[counts.argmax()])
 
 
-def _counts(items: np.ndarray, targets: np.ndarray, guesses: np.ndarray) -> np.ndarray:
-    """float64 [samples, 3 K]: hits, guesses and occurrences of each class that occurs or is guessed; -1 is none."""
+def _counts(concepts: np.ndarray, targets: np.ndarray, guesses: np.ndarray) -> np.ndarray:
+    """float64 [concepts, 3 K]: hits, guesses and occurrences of each class that occurs or is guessed; -1 is none."""
     any_guess = guesses >= 0
     classes = np.unique(np.concatenate([targets, guesses[any_guess]]))
     occurs, guessed = np.searchsorted(classes, targets), np.searchsorted(classes, guesses[any_guess])
-    samples, places = np.unique(items, return_inverse=True)
-    rows, table = places.reshape(-1), np.zeros((3, len(samples), len(classes)))
+    several, places = np.unique(concepts, return_inverse=True)
+    rows, table = places.reshape(-1), np.zeros((3, len(several), len(classes)))
     np.add.at(table[0], (rows, occurs), targets == guesses)
     np.add.at(table[1], (rows[any_guess], guessed), 1)
     np.add.at(table[2], (rows, occurs), 1)

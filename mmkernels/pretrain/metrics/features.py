@@ -24,6 +24,7 @@ class Probed(NamedTuple):
     score: Tensor  # float32 [M, C]
     score_classes: Tensor  # int64 [M], each among fit_classes
     items: np.ndarray  # int64 [M], the numbers of the samples to score
+    concepts: np.ndarray  # int64 [M], theirs
 
     @property
     def classes(self) -> int:
@@ -32,7 +33,7 @@ class Probed(NamedTuple):
     def judged(self, name: str, guesses: Tensor) -> Each:
         """Whether classes int64 [M] are right. Chance is the most frequent class, which no blind guess can beat."""
         right, targets = (guesses == self.score_classes).cpu().numpy(), self.score_classes.cpu().numpy()
-        return Each(name, right, self.items, targets)
+        return Each(name, right, self.items, self.concepts, targets)
 
 
 def probed(model: Any, held_out: HeldOut, stream: str, label: str, limit: int) -> Probed | None:
@@ -72,7 +73,8 @@ def probed(model: Any, held_out: HeldOut, stream: str, label: str, limit: int) -
     if not bool(seen.any()):
         return None
     scored = numbers[seen.cpu()].numpy()
-    return Probed(x, classes, y[seen], torch.searchsorted(known, wanted[seen]), scored)
+    targets = torch.searchsorted(known, wanted[seen])
+    return Probed(x, classes, y[seen], targets, scored, held_out.source.concepts[scored])
 
 
 def _features(

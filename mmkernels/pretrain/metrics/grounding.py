@@ -22,7 +22,8 @@ __all__ = ["Grounding"]
 @dataclass(frozen=True)
 class Grounding:
     """Share of phrases, one for each kind of object in an image, for which a matching objective prefers a region that
-    shows it, when each region is seen alone. Chance is a region drawn blindly. Images of one kind are left out."""
+    shows it, when each region is seen alone. Chance is a region drawn blindly. Images of one kind are left out. A
+    region whose kind the training data lacks is not asked about, and never right."""
 
     objective: str = "matching"
     """A `Matching`."""
@@ -50,7 +51,7 @@ class Grounding:
         samples, wanted, images = [], [], []
         for sample, item in zip(read.samples, read.items, strict=True):
             value: Any = sample.values.get(fields[1])
-            kinds = [] if value is None else sorted(set(value.tags.tolist()))
+            kinds = [] if value is None else sorted({tag for tag in value.tags.tolist() if tag >= 0})  # -100: unknown
             for kind in kinds if len(kinds) > 1 else ():
                 phrase = Text((self.template.replace("{}", names[kind]),))
                 samples.append(replace(sample, values={fields[0]: phrase, fields[1]: value}))
@@ -70,5 +71,5 @@ class Grounding:
             best = these == these.max()
             right.append(float(best.any() and own[best].all()))  # a tie with a wrong region, or NaN, is wrong
             chance.append(own.mean())
-        name = f"{self.text} → {self.regions}: grounding"
-        return [Figure.of_each(name, np.array(right), float(np.mean(chance)), clusters=np.array(images), headline=True)]
+        name, concepts = f"{self.text} → {self.regions}: grounding", held_out.source.concepts[images]
+        return [Figure.of_each(name, np.array(right), float(np.mean(chance)), clusters=concepts, headline=True)]

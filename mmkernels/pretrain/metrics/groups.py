@@ -19,7 +19,7 @@ _SHUFFLES = 200
 class Groups:
     """The mean of a metric in each group of samples, and the gap between the best and the worst group. Chance of the
     gap is its mean when groups are shuffled among what is independent, such as concepts: even without a difference,
-    some group comes out best."""
+    some group comes out best. A sample whose class the training data lacks is in none."""
 
     of: Any = None
     """A metric that judges samples one by one: Predictions, Retrieval, LinearProbe, NearestNeighbours."""
@@ -55,13 +55,12 @@ class Groups:
     def _gap(self, each: Each, groups: np.ndarray, compared: list[int]) -> Figure:
         there = np.isin(groups, compared)
         each, own = each.of(there), np.searchsorted(compared, groups[there])
-        clusters = each.items if each.clusters is None else each.clusters
-        shuffled = Shuffled(own, each.items, clusters)
+        shuffled = Shuffled(own, each.items, each.clusters)
         sums = [_sums(each.values, shuffled(), len(compared)) for _ in range(_SHUFFLES)]
         chance = float(_gaps(np.stack(sums)).mean())
         name = f"{each.name}: gap between the best and the worst {self.label}"
         table = _table(each.values, own, len(compared))
-        return Figure.of_sums(name, table, _gaps, chance, clusters=clusters, higher_is_better=False)
+        return Figure.of_sums(name, table, _gaps, chance, clusters=each.clusters, higher_is_better=False)
 
 
 def _table(values: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmkernels.pretrain.metrics.base import Each, HeldOut
 from mmkernels.pretrain.metrics.figure import Figure
-from mmkernels.pretrain.metrics.judged import judged, numbers_of
+from mmkernels.pretrain.metrics.judged import concepts_of, judged
 
 __all__ = ["Predictions"]
 
@@ -30,7 +30,9 @@ class Predictions:
     def each(self, model: Any, held_out: HeldOut) -> Each | None:
         """Whether each prediction is right."""
         found = judged(model, held_out, self.objective)
-        return None if found is None else Each(f"{self.objective}: accuracy", found.right, found.items, found.targets)
+        if found is None:
+            return None
+        return Each(f"{self.objective}: accuracy", found.right, found.items, found.concepts, found.targets)
 
     def _classes(self, model: Any, held_out: HeldOut) -> list[Figure]:
         found, right = judged(model, held_out, self.objective), self.each(model, held_out)
@@ -38,7 +40,7 @@ class Predictions:
             return []
         shares = np.unique(found.targets, return_counts=True)[1] / len(found.targets)
         entropy = float(-(shares * np.log(shares)).sum())
-        more: dict[str, Any] = {"percent": False, "higher_is_better": False, "clusters": found.items}
+        more: dict[str, Any] = {"percent": False, "higher_is_better": False, "clusters": found.concepts}
         return [
             right.figure(headline=True),
             Figure.of_each(f"{self.objective}: loss", found.losses, entropy, **more),
@@ -47,14 +49,14 @@ class Predictions:
     def _vectors(self, model: Any, held_out: HeldOut) -> list[Figure]:
         objective = model.objectives[self.objective]
         errors: list[np.ndarray] = []
-        items: list[np.ndarray] = []
+        concepts: list[np.ndarray] = []
         total: Any = 0.0
         squares: Any = 0.0
         for batch in held_out.batches("loss", objective=self.objective):
             chunk = model.whole(batch, self.objective)
             vectors, targets = (t.double() for t in objective.vectors(chunk))
             errors.append((vectors - targets).square().mean(1).cpu().numpy())
-            items.append(numbers_of(batch, objective.owners(chunk)))
+            concepts.append(concepts_of(batch, objective.owners(chunk)))
             total, squares = total + targets.sum(0), squares + targets.square().sum(0)  # [F]
         count = sum(map(len, errors))
         if not count:
@@ -62,4 +64,4 @@ class Predictions:
         spread = (squares / count - (total / count).square()).mean().item()
         name = f"{self.objective}: mean square error"
         more: dict[str, Any] = {"percent": False, "higher_is_better": False, "headline": True}
-        return [Figure.of_each(name, np.concatenate(errors), spread, clusters=np.concatenate(items), **more)]
+        return [Figure.of_each(name, np.concatenate(errors), spread, clusters=np.concatenate(concepts), **more)]

@@ -12,13 +12,14 @@ from torch import Tensor
 from mmkernels.pretrain.metrics.base import HeldOut
 from mmkernels.pretrain.metrics.guessing import best_column
 
-__all__ = ["Judged", "judged", "numbers_of"]
+__all__ = ["Judged", "concepts_of", "judged"]
 
 
 class Judged(NamedTuple):
     """n predictions among K classes."""
 
     items: np.ndarray  # int64 [n]: the number of the sample that each is about
+    concepts: np.ndarray  # int64 [n]: that sample's
     targets: np.ndarray  # int64 [n]
     guesses: np.ndarray  # int64 [n]: the most likely class; -1, which is wrong, for a tie, and beside a NaN
     confidence: np.ndarray  # float64 [n]: its probability; 1 beside a NaN
@@ -53,12 +54,15 @@ def _judge(model: Any, held_out: HeldOut, name: str) -> Judged | None:
         log_p = logits.double().log_softmax(1)
         losses = F.cross_entropy(logits.double(), targets, reduction="none")
         found = (targets, best_column(log_p), log_p.amax(1).exp().nan_to_num(nan=1.0), losses)
-        rows.append((numbers_of(batch, objective.owners(chunk)), *(each.cpu().numpy() for each in found)))
+        owners = objective.owners(chunk).cpu()
+        items = torch.tensor(batch.numbers, dtype=torch.int64)[owners].numpy()
+        rows.append((items, concepts_of(batch, owners), *(each.cpu().numpy() for each in found)))
     if not sum(len(row[0]) for row in rows):
         return None
     return Judged(*(np.concatenate(each) for each in zip(*rows, strict=True)), classes)  # type: ignore[call-arg, arg-type]
 
 
-def numbers_of(batch: Any, samples: Tensor) -> np.ndarray:
-    """int64 [n]: the numbers in the data set of samples int64 [n] of a batch."""
-    return torch.tensor(batch.numbers, dtype=torch.int64)[samples.cpu()].numpy()
+def concepts_of(batch: Any, samples: Tensor) -> np.ndarray:
+    """int64 [n]: the concepts of samples int64 [n] of a batch, by which values are drawn together for an interval."""
+    concepts: np.ndarray = batch.concepts.cpu()[samples.cpu()].numpy()
+    return concepts

@@ -6,15 +6,17 @@ Source: the bigram model is interpolated Kneser-Ney: Kneser and Ney 1995; Chen a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mmkernels.pretrain.data.base import Text
 from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
-from mmkernels.pretrain.metrics.judged import numbers_of
+from mmkernels.pretrain.metrics.judged import concepts_of
 from mmkernels.pretrain.tokenizer import SPECIAL
 
 __all__ = ["Bigrams", "Perplexity"]
@@ -29,7 +31,7 @@ class Perplexity:
     objective: str = ""
     """Name of the objective, a `NextToken` or `MaskedTokens`."""
     texts: int = 20_000
-    """Most training samples, evenly spaced, that n-grams are counted on."""
+    """Most training samples, evenly spaced, whose texts n-grams are counted on: all of each."""
 
     def measure(self, model: Any, held_out: HeldOut) -> list[Figure]:
         objective: Any = dict(model.objectives.items()).get(self.objective)
@@ -40,7 +42,7 @@ class Perplexity:
         key = ("n-grams", self.objective, str(self.texts))
         counted = held_out.once(key, lambda: self._counted(held_out, objective))
         sums: list[np.ndarray] = []
-        items: list[np.ndarray] = []
+        concepts: list[np.ndarray] = []
         for batch in held_out.batches("loss", objective=self.objective):
             chunk = model.whole(batch, self.objective)
             logits, targets = objective.logits(chunk)
@@ -53,37 +55,41 @@ class Perplexity:
             own, after = before.cpu().numpy(), targets.cpu().numpy()
             bigrams, unigrams = counted.bigram(own, after), counted.unigram(after)
             sums.append(np.stack([losses, -bigrams, -unigrams, np.ones_like(losses)], 1))
-            items.append(numbers_of(batch, objective.owners(chunk)))
+            concepts.append(concepts_of(batch, objective.owners(chunk)))
         if not sum(map(len, sums)):
             return []
-        every, clusters = np.concatenate(sums), np.concatenate(items)
+        every, clusters = np.concatenate(sums), np.concatenate(concepts)
         chance = float(_perplexity(every[:, [2, 3]].sum(0, keepdims=True))[0])
         more: dict[str, Any] = {"percent": False, "higher_is_better": False, "clusters": clusters}
-        models = (("perplexity", 0, True), ("perplexity of bigrams", 1, False))
         return [
             Figure.of_sums(
-                f"{self.objective}: {name}", every[:, [column, 3]], _perplexity, chance, headline=headline, **more
+                f"{self.objective}: {name}", every[:, [column, 3]], _perplexity, chance, headline=column == 0, **more
             )
-            for name, column, headline in models
+            for column, name in enumerate(("perplexity", "perplexity of bigrams"))
         ]
 
     def _counted(self, held_out: HeldOut, objective: Any) -> Bigrams:
         """Of the training texts: of what follows what where next tokens are asked for, of all words where masked ones
         are."""
-        source, masked = held_out.train, hasattr(objective, "masked")
+        source, masked, stream = held_out.train, hasattr(objective, "masked"), objective.stream
+        field = held_out.collator.streams[stream].field or stream
         before, after = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         items = spaced(len(source), self.texts).tolist()
-        for first in range(0, len(items), held_out.samples):
-            some = items[first : first + held_out.samples]
-            packed = held_out.collator.packed(
-                objective.stream, [source.peek(i) for i in some], some, "plain" if masked else "loss"
-            )
+        texts = ((item, {field: text}) for item in items for text in _texts(source.peek(item).get(field)))
+        while some := list(islice(texts, held_out.samples)):
+            numbers, values = zip(*some, strict=True)
+            packed = held_out.collator.packed(stream, values, numbers, "plain" if masked else "loss")
             tokens = packed.tokens.numpy()
             follows = np.append(tokens[1:], -1) if masked else packed.next_labels().numpy()
             asked = follows >= len(SPECIAL) if masked else follows >= 0  # a text begins with a special token
             before.append(tokens[asked])
             after.append(follows[asked])
         return Bigrams(np.concatenate(before), np.concatenate(after), objective.vocabulary)
+
+
+def _texts(value: Any) -> list[Any]:
+    """Each of a value's texts alone, since the model learns from all of them."""
+    return [value._replace(captions=(each,)) for each in value.captions] if isinstance(value, Text) else [value]
 
 
 def _perplexity(sums: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
-from mmkernels.pretrain.metrics.judged import numbers_of
+from mmkernels.pretrain.metrics.judged import concepts_of
 
 __all__ = ["Reconstruction"]
 
@@ -28,13 +28,13 @@ class Reconstruction:
             raise ValueError(f"metrics.reconstruction.objective: {expected}, got {self.objective!r}")
         objective = model.objectives[self.objective]
         errors: list[np.ndarray] = []
-        items: list[np.ndarray] = []
+        concepts: list[np.ndarray] = []
         squares, total = 0.0, torch.zeros((), dtype=torch.float64)
         for batch in held_out.batches("loss"):
             chunk = model.whole(batch, self.objective)
             painted, targets = (each.double().cpu() for each in objective.painted(chunk))
             errors.append((painted - targets).square().mean(1).numpy())
-            items.append(numbers_of(batch, objective.owners(chunk)))
+            concepts.append(concepts_of(batch, objective.owners(chunk)))
             squares += targets.square().mean(1).sum().item()
             total = total + targets.sum(0)
         count = sum(map(len, errors))
@@ -42,5 +42,5 @@ class Reconstruction:
             return []
         chance = squares / count - (total / count).square().mean().item()
         more: dict[str, Any] = {"percent": False, "higher_is_better": False, "headline": True}
-        name, clusters = f"{self.objective}: error", np.concatenate(items)
+        name, clusters = f"{self.objective}: error", np.concatenate(concepts)
         return [Figure.of_each(name, np.concatenate(errors), chance, clusters=clusters, **more)]

@@ -104,7 +104,8 @@ class Matched:
         scores = found.scores({**pairing, self.b: table.flatten()}).view(table.shape)
         right = (scores[:, :1] > scores[:, 1:]).all(1)  # a tie or NaN is wrong
         name = f"{self.objective}: {self.a} → {self.b} R@1 of {table.shape[1]}"
-        return [Figure.of_each(name, right, 1 / table.shape[1], headline=True)]
+        clusters = found.chunk.batch.concepts[rows].cpu()
+        return [Figure.of_each(name, right, 1 / table.shape[1], clusters=clusters, headline=True)]
 
 
 def drawn(concepts: np.ndarray, count: int) -> np.ndarray | None:

@@ -54,7 +54,7 @@ class Retrieval:
         k, (rank, _) = KS[-1], ranks(space)
         hits, concepts = (rank < k).cpu().numpy(), space.concepts[0]
         name = f"{through_name(model, self.through, self.a, self.b)}{self.ways[0]} R@{k}"
-        return Each(name, hits, np.array(space.items_a), guess=space.chance_a(k), clusters=concepts)
+        return Each(name, hits, np.array(space.items_a), concepts, guess=space.chance_a(k))
 
     @property
     def ways(self) -> tuple[str, str]:

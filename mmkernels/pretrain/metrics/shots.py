@@ -63,6 +63,7 @@ class Shots:
                     f"{self.objective}: CIDEr, {shots} shots{way}",
                     cider.each(found.texts),
                     float(cider.everywhere(constant).mean()),
+                    clusters=held_out.source.concepts[found.items],
                     percent=False,
                     headline=shots == max(self.shots) and not shut,
                 )

@@ -65,8 +65,9 @@ class ZeroShot:
         guesses = np.array([*kept, -1])[nearest_key(torch.cat(rows), keys).cpu().numpy()]
         named = np.isin(targets, kept)
         what = self.label or "concept"
-        of = targets.reshape(-1)[named]
-        return Each(f"{self.stream}: {what} by its name", guesses[named] == of, np.array(items)[named], of)
+        of, numbers = targets.reshape(-1)[named], np.array(items)[named]
+        concepts = held_out.source.concepts[numbers]
+        return Each(f"{self.stream}: {what} by its name", guesses[named] == of, numbers, concepts, of)
 
     def _names(
         self, held_out: HeldOut, known: Sequence[int], classes: Sequence[int], items: Sequence[int]

@@ -19,6 +19,7 @@ from mmkernels.pretrain.report.stored_run import StoredRun, named, stored_run
 __all__ = ["Comparison", "compared", "comparison_page", "comparison_table"]
 
 _CHARTS = 12  # curves of figures
+_BASELINE = ": perplexity of bigrams"  # in the name of a figure that is no model's
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Row:
     name: str
     task: str  # of the objective that the name begins with; empty: no other row has the name
     figures: list[Figure | None]  # by run of the table
-    best: int | None  # the run whose interval is apart from those of all others
+    best: int | None  # the run whose interval is apart from those of all others; None of figures that are no model's
 
     @property
     def title(self) -> str:
@@ -73,6 +74,10 @@ class Comparison:
         for data, groups in _changed(self.runs).items():
             shown = "; ".join(f"{_count(group)}{', '.join(run.name for run in group)}" for group in groups)
             found.append(f"Runs hold out different samples of {data}, though by the same settings: {shown}.")
+        found += [
+            f"Runs are asked different things by the name {name}: {'; '.join(tasks)}."
+            for name, tasks in _asked(self.runs).items()
+        ]
         if found:  # of what may not be compared
             found.append(
                 "Figures are compared where held-out samples, name and task agree; losses where name and task do."
@@ -130,7 +135,7 @@ def _tables(runs: Sequence[StoredRun]) -> list[Table]:
         for key in dict.fromkeys(key for run in here for key in run.figures):
             figures = _comparable([run.figures.get(key) for run in here], here)
             if sum(figure is not None for figure in figures) > 1:
-                found.append(Row(*key, figures, best_of(figures)))
+                found.append(Row(*key, figures, None if _BASELINE in key[1] else best_of(figures)))
         names = [(row.split, row.name) for row in found]
         rows = [row if names.count((row.split, row.name)) > 1 else replace(row, task="") for row in found]
         more = [f"{name} {held_out[name]}" for name in apart if name in held_out]
@@ -182,6 +187,19 @@ def _changed(runs: Sequence[StoredRun]) -> dict[str, list[list[StoredRun]]]:
         if len(alike := [group for group in groups if group[0].held_out == held_out]) > 1:
             found.setdefault(held_out["data"], []).extend(alike)
     return found
+
+
+def _asked(runs: Sequence[StoredRun]) -> dict[str, list[str]]:
+    """Objective -> its tasks, where runs with the same held-out samples have figures of one name and several tasks."""
+    found: dict[str, dict[str, None]] = {}
+    for here in _groups(runs):
+        tasks: dict[tuple[str, str], dict[str, None]] = {}
+        for split, name, task in (key for run in here for key in run.figures):
+            tasks.setdefault((split, name), {})[task] = None
+        for (_, name), several in tasks.items():
+            if len(several) > 1:
+                found.setdefault(name.partition(": ")[0], {}).update(several)
+    return {name: [task for task in tasks if task] for name, tasks in found.items()}
 
 
 def _count(group: Sequence[StoredRun]) -> str:

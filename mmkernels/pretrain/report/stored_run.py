@@ -12,6 +12,7 @@ from typing import Any
 from mmkernels.pretrain import recipes
 from mmkernels.pretrain.config import Config, to_dict
 from mmkernels.pretrain.metrics import Figure
+from mmkernels.pretrain.metrics.caption_scores import SCORES
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.report.figures import figure_of, newest_by_split
 from mmkernels.pretrain.report.held_out import digest, held_out_of
@@ -28,6 +29,8 @@ from mmkernels.pretrain.run_folder import (
 __all__ = ["StoredRun", "named", "stored_run"]
 
 _NEEDED = {"step": {"step", "loss", "seconds", "tokens_per_s", "peak_memory"}, "eval": {"step", "split", "figures"}}
+_ASKED = ("normalize", "negatives")  # settings of an objective that say what it must answer
+_DRAWN = ("salt", "when", "static", "vocabulary")  # those of a view that say nothing of how much it hides
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,42 @@ class StoredRun:
         """All that decides which held-out samples there are: figures of runs that differ in it are not compared."""
         return held_out_of(self.config, self.data, self.recipe, {record["split"] for record in self.evals})
 
-    def task(self, objective: str) -> str:
-        """What an objective learns, in words; empty: there is none of this name, or it is not known."""
+    def task(self, objective: str, figure: str = "loss") -> str:
+        """What an objective learns, in words, with all that the unit of a figure depends on; empty: there is none of
+        this name, or it is not known.
+
+        Args:
+            objective: its name.
+            figure: of the objective, without that name.
+        """
         part = None if self.recipe is None else self.recipe.objectives.get(objective)
         if part is None or self.recipe is None:
             return str(self.wiring.get(f"objectives.{objective}.label", ""))
-        stream = getattr(part, "stream", "")
-        read = self.recipe.streams[stream].field or stream if stream in self.recipe.streams else ""
-        return " of ".join(filter(None, (type(part).__name__, getattr(part, "label", "") or read)))
+        stream = self.recipe.streams.get(getattr(part, "stream", ""))
+        read = "" if stream is None else stream.field or part.stream
+        what = " of ".join(filter(None, (type(part).__name__, getattr(part, "label", "") or read)))
+        if "R@" in figure:  # among candidates of the metric's own
+            return what
+        tokens = stream is not None and stream.encoder.reads_text and not figure.startswith(SCORES)
+        return ", ".join(filter(None, (what, *self._asked(objective, part), self.tokenizer if tokens else "")))
+
+    def _asked(self, objective: str, part: Any) -> list[str]:
+        """How a question to an objective is put: its settings, and the views that also make held-out questions."""
+        assert self.recipe is not None, "the part is of it"
+        names = ("a", "b") if getattr(part, "negatives", "") == "swapped" else ("stream",)
+        streams = [self.recipe.streams.get(getattr(part, name, "")) for name in names]
+        own = [f"{name} {getattr(part, name)}" for name in _ASKED if hasattr(part, name)]
+        for view in (view for stream in streams if stream is not None for view in stream.views):
+            if view.evaluated and (not view.when or objective in view.when):
+                values = [f"{name} {value}" for name, value in vars(view).items() if name not in _DRAWN]
+                own.append(" ".join([type(view).__name__, *values]))
+        return own
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """By which it is told from others; empty if it is not there."""
+        file = self.path / "tokenizer.json"
+        return f"tokenizer {digest(file)}" if file.is_file() else ""
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -94,7 +125,7 @@ class StoredRun:
         """(split, name, the task of the objective that its name begins with) -> the newest figure."""
         newest = newest_by_split(self.evals)
         rows = [(split, row) for split, record in newest.items() for row in record["figures"]]
-        return {(split, n := row["name"], self.task(n.partition(": ")[0])): figure_of(row) for split, row in rows}
+        return {(split, row["name"], self.task(*row["name"].split(": ", 1))): figure_of(row) for split, row in rows}
 
     @cached_property
     def losses(self) -> dict[str, list[tuple[int, float]]]:
