@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmkernels.pretrain.batch import Piece
-from mmkernels.pretrain.data import Collator, Sample, Text
+from mmkernels.pretrain.data import Collator, Sample
 from mmkernels.pretrain.data.seeds import Draws
 from mmkernels.pretrain.encoders import Words
 from mmkernels.pretrain.recipe import Stream
@@ -113,28 +113,6 @@ def test_absent_values_and_lonely_concepts_are_never_swapped() -> None:
     assert swapped(["a", "b"], [5, 5], share=1.0) == (["a", "b"], [1, 1])
     assert swapped(["a"], [5], share=1.0) == (["a"], [1])
     assert swapped([], []) == ([], [])
-
-
-def test_the_nearest_of_several_is_swapped_in() -> None:
-    texts = ["a dog left of two cats", "a dog left of two cows", "three red trees", "trees", None, "three trees"]
-    values: list[Any] = [None if text is None else Text((text,), ()) for text in texts]
-    concepts = np.arange(6)
-    for step in range(20):
-        labels = {"concept": concepts}
-        out = Swap(1.0, nearest_of=200)(values, draws(6, step), labels)
-        assert [value and value.captions[0] for value in out] == [texts[i or 0] for i in (1, 0, 5, 5)] + [
-            None,
-            texts[2],
-        ]
-        assert labels["matched"].tolist() == [0, 0, 0, 0, -100, 0]
-    one, first = ({"concept": concepts} for _ in range(2))
-    assert Swap(0.5)(values, draws(6, 3), one) == Swap(0.5, nearest_of=1)(values, draws(6, 3), first)
-    several = [Swap(1.0, nearest_of=2)(values, draws(6, step), {"concept": concepts})[0] for step in range(60)]
-    assert len(set(several)) == 4, "of two, the nearer one, whichever they are"
-    with pytest.raises(TypeError, match=r"nearest_of: expected texts, .* got ndarray"):
-        Swap(nearest_of=2)([np.zeros(3)], draws(1, 0), {"concept": concepts[:1]})
-    with pytest.raises(ValueError, match="nearest_of: expected at least 1, got 0"):
-        Swap(nearest_of=0)
 
 
 def test_two_swapped_fields_match_if_neither_was_swapped() -> None:

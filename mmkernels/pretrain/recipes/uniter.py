@@ -12,7 +12,7 @@ RECIPE = Recipe(
     streams={
         "text": Stream(
             Words(layers=0),
-            views=(Captions(), Swap(nearest_of=8, when=("matching",)), MaskWords(share=0.4, when=("words",))),
+            views=(Captions(), Swap(when=("matching",)), MaskWords(share=0.4, when=("words",))),
         ),
         "regions": Stream(Regions(), views=(MaskRegions(share=0.5, keep=0.0, when=("features", "classes")),)),
     },
