@@ -36,12 +36,12 @@ class Pretrained(NamedTuple):
             stream: of the recipe.
             values: as in a data set: images uint8 [H, W, 3 or 4], texts, ...
         """
-        if missing := [i for i, value in enumerate(values) if value is None]:
-            raise ValueError(f"values: expected one of {stream} each, got None at {missing[0]}")
         if not len(values) and stream in self.collator.streams and stream not in self.collator.without:
             like = next(self.model.parameters())
             return torch.empty((0, self.model.encoder(stream).embed_dim), dtype=like.dtype, device=like.device)
         batch = self.batch({stream: values})
+        if missing := [i for i, value in enumerate(values) if value is None]:
+            raise ValueError(f"values: expected one of {stream} each, got None at {missing[0]}")
         with torch.no_grad():
             return self.model.encoder(stream).embeddings(batch[stream])
 
