@@ -157,8 +157,8 @@ ROWS = (
     Row(
         "audioclip", "audio → text R@10", ("voice", "names"), "two-way",
         ("--objectives.image-text.weight", "0", "--objectives.audio-image.weight", "0"),
-        tried="1,200 steps instead of 400: 63.2% against 64.0% on a validation tenth, with one seed; what the third way "
-        "adds there is audio → image R@10, 48.2% against 23.7%",
+        tried="1,200 steps instead of 400: 63.2% against 64.0% on a validation tenth, with one seed; what the third "
+        "way adds there is audio → image R@10, 48.2% against 23.7%",
     ),
     Row(
         "video", "action: accuracy", SCENES, "one frame",
