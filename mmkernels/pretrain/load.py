@@ -73,7 +73,7 @@ class Pretrained(NamedTuple):
             longest = getattr(self.collator.streams[written].encoder, "max_tokens", None)
             if longest and (cut := [i for i, ids in enumerate(begun) if len(ids) >= longest]):
                 raise ValueError(
-                    f"values: expected beginnings of {written} of fewer than {longest} tokens, got a longer one at "
+                    f"values: expected beginnings of {written} of fewer than {longest} tokens, got as many or more at "
                     f"{cut[0]}, whose end would be cut off"
                 )
             prompts = [ids[:-1] if ids[-1:] == [EOS] else ids for ids in begun]
