@@ -176,6 +176,8 @@ def told_apart(tmp_path: Path, name: str, recipe: str, *changes: dict[str, Any])
         ("words: loss", "roberta", {"parts": {"streams.text.views.maskwords.share": 0.9}}, "MaskWords share 0.9"),
         ("patches: error", "mae", {"parts": {"objectives.patches.normalize": False}}, "normalize False"),
         ("patches: error", "mae", {"parts": {"streams.image.views.maskpatches.share": 0.5}}, "MaskPatches share 0.5"),
+        ("patches: error", "mae", {"parts": {"streams.image.encoder.patch": 8}}, "patch 8"),
+        ("features: mean square error", "uniter", {"parts": {"streams.regions.encoder.side": 8}}, "Regions side 8"),
     ],
 )
 def test_other_units_are_other_tasks(tmp_path: Path, name: str, recipe: str, change: dict[str, Any], said: str) -> None:
@@ -195,6 +197,7 @@ def test_other_units_are_other_tasks(tmp_path: Path, name: str, recipe: str, cha
         ("words: perplexity", "roberta", [{}, {"parts": {"objectives.words.weight": 0.5}}]),
         ("words: perplexity", "roberta", [{}, {"parts": {"streams.text.views.maskwords.static": True}}]),
         ("patches: error", "mae", [{"tokenizer": "{}"}, {"tokenizer": "[]"}]),
+        ("patches: error", "mae", [{}, {"parts": {"streams.image.encoder.layers": 2}}]),
         ("words: CIDEr without image", "caption", [{"tokenizer": "{}"}, {"tokenizer": "[]"}]),
     ],
 )

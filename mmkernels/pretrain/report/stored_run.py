@@ -31,6 +31,7 @@ __all__ = ["StoredRun", "named", "stored_run"]
 _NEEDED = {"step": {"step", "loss", "seconds", "tokens_per_s", "peak_memory"}, "eval": {"step", "split", "figures"}}
 _ASKED = ("normalize", "negatives")  # settings of an objective that say what it must answer
 _DRAWN = ("salt", "when", "static", "vocabulary")  # those of a view that say nothing of how much it hides
+_DEEP = ("layers", "stem")  # those of an encoder that say nothing of what it cuts an image or a recording into
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class StoredRun:
             if view.evaluated and (not view.when or objective in view.when):
                 values = [f"{name} {value}" for name, value in vars(view).items() if name not in _DRAWN]
                 own.append(" ".join([type(view).__name__, *values]))
+        if hasattr(part, "normalize") or getattr(part, "target", "") == "features":  # in numbers that an encoder reads
+            encoder = self.recipe.streams[part.stream].encoder
+            values = [f"{name} {value}" for name, value in vars(encoder).items() if name not in _DEEP]
+            own.append(" ".join([type(encoder).__name__, *values]))
         return own
 
     @cached_property
