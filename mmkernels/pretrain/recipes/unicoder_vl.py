@@ -11,7 +11,7 @@ RECIPE = Recipe(
     data="scenes",
     streams={
         "text": Stream(Words(layers=0), views=(Captions(), Swap(), MaskWords())),
-        "regions": Stream(Regions(), views=(MaskRegions(),)),
+        "regions": Stream(Regions(), views=(MaskRegions(share=0.5, keep=0.5),)),
     },
     fusion=Merged(("text", "regions"), layers=4),
     objectives={

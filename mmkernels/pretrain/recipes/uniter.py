@@ -14,7 +14,13 @@ RECIPE = Recipe(
             Words(layers=0),
             views=(Captions(), Swap(when=("matching",)), MaskWords(share=0.4, when=("words",))),
         ),
-        "regions": Stream(Regions(), views=(MaskRegions(share=0.5, keep=0.0, when=("features", "classes")),)),
+        "regions": Stream(
+            Regions(),
+            views=(
+                MaskRegions(share=0.5, keep=0.0, when=("features",)),
+                MaskRegions(share=0.5, keep=0.5, when=("classes",)),
+            ),
+        ),
     },
     fusion=Merged(("text", "regions"), layers=4),
     objectives={

@@ -11,7 +11,7 @@ RECIPE = Recipe(
     data="scenes",
     streams={
         "text": Stream(Words(), views=(Captions(), Swap(), MaskWords())),
-        "regions": Stream(Regions(), views=(MaskRegions(),)),
+        "regions": Stream(Regions(), views=(MaskRegions(share=0.5, keep=0.5),)),
     },
     fusion=Co("text", "regions", layers=2),
     objectives={

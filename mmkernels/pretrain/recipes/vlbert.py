@@ -11,7 +11,7 @@ RECIPE = Recipe(
     data="scenes",
     streams={
         "text": Stream(Words(layers=0), views=(Captions(), MaskWords())),
-        "regions": Stream(Regions(), views=(MaskRegions(keep=0.0),)),
+        "regions": Stream(Regions(), views=(MaskRegions(share=0.5, keep=0.5),)),
     },
     fusion=Merged(("text", "regions"), layers=4, everywhere="regions"),
     objectives={"words": MaskedTokens("text"), "regions": MaskedRegions("regions")},

@@ -28,7 +28,9 @@ class MaskRegions(View):
     share: float = 0.15
     """Of the regions, on average."""
     keep: float = 0.1
-    """Of the chosen ones, how many stay visible; they are predicted all the same."""
+    """Of the chosen ones, how many stay visible; they are predicted all the same. A detector's features say what a
+    region shows; where regions are pixels, naming visible ones teaches to see it, without which images are matched with
+    texts by how many things there are, and by little else."""
     overlap: float = 0.4
     """Regions that a hidden one overlaps by more than this intersection over union are hidden too, unpredicted."""
 
