@@ -104,6 +104,7 @@ class StoredRun:
                 own.append(" ".join([type(view).__name__, *values]))
         if hasattr(part, "normalize") or getattr(part, "target", "") == "features":  # in numbers that an encoder reads
             encoder = self.recipe.streams[part.stream].encoder
+            encoder = getattr(encoder, "encoder", encoder)  # within its adapters
             values = [f"{name} {value}" for name, value in vars(encoder).items() if name not in _DEEP]
             own.append(" ".join([type(encoder).__name__, *values]))
         return own
