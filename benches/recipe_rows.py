@@ -115,19 +115,10 @@ ROWS = (
     Row(
         "uniter", "matching: regions → text R@1 of 16", SCENES, "text-only masks, as many steps of each task",
         TEXT_ONLY, seeds=3,
-        tried="matching is learned by counting, with these masks and without: of the pairs that the figure is about, "
-        "exactly those are judged to fit in which a caption names as many things as the image has regions, so that "
-        "chance decides among these. The nearest of eight captions swapped in: the same, and 21.5, 25.2 and 25.4% "
-        "against 22.9, 25.0 and 25.8% on the test splits with one seed. Captions of as many things swapped in: the "
-        "loss is that of a guess still after 1,200 steps. 15% of words and of regions hidden instead of 40% and half, "
-        "as in Chen et al.: 25.6, 23.4 and 25.8% against 26.0, 25.2 and 25.4% with one seed, and 18.4% of the classes "
-        "of regions (2.3% after 2,000 steps) instead of 40.6%",
     ),
     Row(
         "uniter", "answer: accuracy", SCENES, "text-only masks, as many steps of each task", TEXT_ONLY, seeds=3,
         options=(*ANSWERS, "--probe"), task="answers, probe", before=True,
-        tried="on a validation tenth, with one seed, 30.5% against 28.0%, and 33.1% against 33.2% with everything "
-        "fine-tuned",
     ),
     Row("vlbert", "words: accuracy", SCENES, "no regions", ("--without", "regions")),
     Row("unicoder_vl", "words: accuracy", SCENES, "no regions", ("--without", "regions")),

@@ -15,6 +15,7 @@ __all__ = [
     "at",
     "check_stages",
     "freeze",
+    "had_steps",
     "in_use",
     "learning",
     "learning_rate",
@@ -125,15 +126,31 @@ def check_stages(recipe: Recipe, model: nn.Module) -> None:
         before = before if until is None else until
 
 
+def _spans(recipe: Recipe, steps: int) -> list[tuple[Stage, int, int]]:
+    """Each stage with the step it begins at and the one it ends before; the last one lasts."""
+    ends = [stage.until or 0 for stage in recipe.stages[:-1]]
+    return list(zip(recipe.stages, [0, *ends], [*ends, steps], strict=True))
+
+
 def reached(recipe: Recipe, steps: int) -> tuple[Stage, ...]:
-    """The stages that a run of some steps gets to."""
-    begins = [0, *(stage.until or 0 for stage in recipe.stages[:-1])]
-    return tuple(stage for stage, begin in zip(recipe.stages, begins, strict=True) if begin < steps)
+    """The stages that have some of a run's steps."""
+    return tuple(stage for stage, begin, end in _spans(recipe, steps) if begin < min(end, steps))
+
+
+def had_steps(recipe: Recipe, steps: int) -> set[str]:
+    """The objectives whose weight is above 0 in some of the first steps."""
+    return {
+        name
+        for stage, begin, end in _spans(recipe, steps)
+        for name, part in recipe.objectives.items()
+        if begin < (last := min(end, steps)) and (stage.objectives is None or name in stage.objectives)
+        if max(at(part.weight, begin), at(part.weight, last - 1)) > 0
+    }
 
 
 def unreached(recipe: Recipe, steps: int) -> list[str]:
     """What to say of the stages that a run of some steps does not get to."""
-    every, late = len(recipe.stages), len(recipe.stages) - len(reached(recipe, steps))
+    every, late = len(recipe.stages), sum(begin >= steps for _, begin, _ in _spans(recipe, steps))
     return (
         [f"stages: the run ends at step {steps}, before {late} of its {every} stages begin{'s' * (late == 1)}"]
         if late

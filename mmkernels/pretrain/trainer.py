@@ -22,6 +22,7 @@ from mmkernels.pretrain.recipe import Facts, Stage
 from mmkernels.pretrain.schedule import (
     check_stages,
     freeze,
+    had_steps,
     in_use,
     learning,
     learning_rate,
@@ -121,6 +122,11 @@ class Trainer:
     def trained(self) -> Model:
         """The model to evaluate: the average, if there is one."""
         return self.model if self.average is None else self.average.module  # type: ignore[return-value]
+
+    @property
+    def learned(self) -> set[str]:
+        """The objectives that have learned: in this run so far, or perhaps in the one whose weights it began with."""
+        return set(self.recipe.objectives) if self.config.init else had_steps(self.recipe, self.step)
 
     @property
     def trainable(self) -> list[int]:

@@ -349,10 +349,11 @@ def test_shown_captions() -> None:
         recipe=replace(CAPTIONER, metrics=(part,)),
         trained=built(CAPTIONER, HELD).float(),
         held_out={"held_out": held_out(CAPTIONER, TRAIN, HELD)},
+        learned={"words"},
     )
     (section,) = captions(run)
     assert len(section.content) == 5 and section.content[0]["picture"].startswith("data:image/png")
-    assert captions(SimpleNamespace(recipe=CAPTIONER, trained=run.trained, held_out=run.held_out)) == []
+    assert captions(SimpleNamespace(**{**vars(run), "recipe": CAPTIONER})) == []
     assert not shown[0].examples and isinstance(shown[0].written, str)
     held = Samples([document("red", "a dog", "a cat")])
     (one,) = generated(

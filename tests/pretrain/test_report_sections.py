@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretrain.small_model import TOKENIZER, Samples, built, held_out, recipe
+from pretrain import small_report
+from pretrain.small_model import TOKENIZER, Samples
+from pretrain.small_report import CAPTIONS, NAMES, NO_FIGURES, run_of, section
 
-from mmkernels.pretrain.data import Regions as RegionsValue
-from mmkernels.pretrain.data import Text
 from mmkernels.pretrain.encoders import Patches, Regions, Words
 from mmkernels.pretrain.fusion import Cross, Merged
 from mmkernels.pretrain.metrics import Retrieval
@@ -34,58 +34,13 @@ from mmkernels.pretrain.objectives import (
 from mmkernels.pretrain.pages import data_url
 from mmkernels.pretrain.recipe import Stream
 from mmkernels.pretrain.report import sections
-from mmkernels.pretrain.report.attention import words_of
+from mmkernels.pretrain.report.pieces import pieces_of, words_of
 from mmkernels.pretrain.report.render import rendered
 from mmkernels.pretrain.report.retrieved import _query
 from mmkernels.pretrain.report.sections import sections_of
 from mmkernels.pretrain.report.shown import Item, laid_out
 from mmkernels.pretrain.tokenizer import BOS, EOS, SPECIAL, TextTokenizer
 from mmkernels.pretrain.views import CorruptSpans, MaskPatches, MaskRegions, MaskWords, Swap
-
-NAMES = ("no", "yes", "three <b>")
-CAPTIONS = ("a red cat", "a blue dog & <i>a cat</i>", "a red dog", "a blue cat 🙂", "a cat", "a dog")
-
-
-def samples(count: int = 6) -> Samples:
-    """With a picture, a caption, regions and an answer each."""
-    random = np.random.default_rng(0)
-    values = []
-    for i in range(count):
-        boxes = np.array([[0, 0, 0.5, 0.5], [0.5, 0.25, 1, 1], [0, 0.5, 0.25, 1]], np.float32)[: 2 + i % 2]
-        crops = random.integers(0, 256, (len(boxes), 4, 4, 3), dtype=np.uint8)
-        image = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        regions = RegionsValue(boxes, crops, np.arange(len(boxes), dtype=np.int64))
-        values.append({"image": image, "text": Text((CAPTIONS[i],)), "regions": regions, "answer": i % 3})
-    return Samples(values, classes={"answer": NAMES, "tag": ("cat", "dog", "sun")})
-
-
-def run_of(**parts: Any) -> Any:
-    """An untrained model of a recipe, and six samples held out."""
-    of, source = recipe(**parts), samples()
-    of = replace(of, metrics=parts.get("metrics", ()))
-    model = built(of, source).float().eval()
-    sets = {"held_out": replace(held_out(of, source, source), name="held_out")}
-    return SimpleNamespace(recipe=of, trained=model, held_out=sets)
-
-
-def section(run: Any, template: str) -> Any:
-    (found,) = [each for each in sections_of(run) if each.template == template]
-    page = rendered("report.html.jinja", **NO_FIGURES, sections=[found])
-    assert "<i>a cat" not in page and "three <b>" not in page, "everything is escaped"
-    return found
-
-
-NO_FIGURES: dict[str, Any] = {
-    "config": SimpleNamespace(title="r", steps=1, tokens=None, batch=1, seed=0),
-    "data": "d",
-    "recipe": SimpleNamespace(summary="s", source="s"),
-    "environment": {"device": "cpu", "threads": "1", "mmkernels": "0", "torch": "2"},
-    "table": SimpleNamespace(rows=[]),
-    "steps": 0,
-    "intervals": False,
-    **dict.fromkeys(("headlines", "warnings", "recalls", "groups", "speed"), ()),
-    **{name: {} for name in ("loss_svgs", "figure_svgs", "other_svgs", "settings")},
-}
 
 
 def pixels(url: str) -> np.ndarray:
@@ -101,7 +56,7 @@ def test_masked_words() -> None:
     assert [("".join(s + p for s, p, _ in text.pieces)).strip() for text in texts] == list(CAPTIONS)
     (batch,) = replace(one, samples=6).batches("loss")
     logits, targets = run.trained.objectives["words"].logits(run.trained.whole(batch, "words"))
-    every = [[place for _, _, place in text.pieces if place] for text in texts]
+    every = [[place for _, _, places in text.pieces for place in places] for text in texts]
     assert [text.places for text in texts] == [each[:6] for each in every]
     assert [text.more for text in texts] == [max(0, len(each) - 6) for each in every]
     places = [place for each in every for place in each]
@@ -123,12 +78,11 @@ def test_next_words() -> None:
         assert "".join(t.space + t.piece for t in tokens).strip() == caption and last.piece == "[EOS]"
         logits = run.trained.objectives["words"].logits(run.trained.whole(batch, "words"))[0]
         ids = batch["text"].tokens[1:]
-        likely = logits.softmax(1)[torch.arange(len(ids)), ids]
-        assert [t.probability for t in text.tokens] == pytest.approx(likely.tolist(), abs=1e-5)
-        best = logits.argmax(1)
-        assert [t.likeliest for t in text.tokens] == [
-            "" if b == i else TOKENIZER.piece(int(b)) for b, i in zip(best, ids, strict=True)
-        ]
+        likely, best = logits.softmax(1)[torch.arange(len(ids)), ids], logits.argmax(1)
+        places = [places for _, places in pieces_of(TOKENIZER, ids.tolist())]
+        assert [t.probability for t in text.tokens] == pytest.approx([likely[p].prod().item() for p in places])
+        wrong = [[n for n in each if best[n] != ids[n]] for each in places]  # of a character's tokens the first
+        assert [t.likeliest for t in text.tokens] == [TOKENIZER.piece(int(best[n[0]])) if n else "" for n in wrong]
         assert text.right == pytest.approx((best == ids).double().mean().item())
         assert text.picture and not text.read
 
@@ -218,9 +172,10 @@ def test_matched_pairs(negatives: Any) -> None:
     streams = {**CROSSED["streams"], "text": words}
     run = run_of(streams=streams, fusion=CROSSED["fusion"], objectives={"matching": Matching(negatives=negatives)})
     table, one = section(run, "pairs").content, run.held_out["held_out"]
-    assert [item.label for item in table.rows] == list(CAPTIONS[:5]) == [item.label for item in table.columns]
-    for row, likely in enumerate(table.likely):
-        for column, probability in enumerate(likely):
+    shown = [0, 1, 3, 4, 5]
+    assert [item.label for item in table.rows] == [CAPTIONS[i] for i in shown] == [i.label for i in table.columns]
+    for row, likely in zip(shown, table.likely, strict=True):
+        for column, probability in zip(shown, likely, strict=True):
             values = {"image": one.source.values[column]["image"], "text": one.source.values[row]["text"]}
             batch = one.collator([replace(one.source[0], values=values)], [0], mode="plain")
             fused = run.trained.whole(batch, "matching").fused["text"].x
@@ -271,7 +226,7 @@ def test_a_fusion_without_attention_has_no_maps() -> None:
 
 def test_what_was_retrieved_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a long text some lines are shown, not the beginning of one; the whole is its title."""
-    monkeypatch.setitem(globals(), "CAPTIONS", tuple(f"{caption}, {'and so on ' * 20}" for caption in CAPTIONS))
+    monkeypatch.setattr(small_report, "CAPTIONS", tuple(f"{caption}, {'and so on ' * 20}" for caption in CAPTIONS))
     run = run_of(**CROSSED, objectives={"contrast": Contrast()}, metrics=(Retrieval(),))
     (found,) = (each for each in sections_of(run) if each.template == "retrieved")
     page = rendered("report.html.jinja", **NO_FIGURES, sections=[found])
@@ -322,8 +277,8 @@ def test_a_section_that_fails_says_why_and_the_others_are_there(
 def test_an_empty_held_out_set_shows_nothing() -> None:
     run = run_of(**CROSSED, objectives={"answer": Answer("text"), "matching": Matching()})
     empty = replace(run.held_out["held_out"], source=Samples([]))
-    assert sections_of(SimpleNamespace(recipe=run.recipe, trained=run.trained, held_out={"x": empty})) == []
-    assert sections_of(SimpleNamespace(recipe=run.recipe, trained=run.trained, held_out={})) == []
+    assert sections_of(SimpleNamespace(**{**vars(run), "held_out": {"x": empty}})) == []
+    assert sections_of(SimpleNamespace(**{**vars(run), "held_out": {}})) == []
 
 
 @pytest.mark.parametrize("text", ["a red cat, a dog", "naïve café", "日本語と🙂🏽 dog", "  ", ""])

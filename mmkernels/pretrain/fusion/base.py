@@ -22,9 +22,11 @@ class Fusion(nn.Module):
 
     Attributes:
         depth: layers in use; None: all. Stages set it.
+        joins: a stream that it changes or makes -> the streams that its tokens tell of.
     """
 
     depth: int | None = None
+    joins: Mapping[str, tuple[str, ...]]
 
     def forward(self, tokens: Mapping[str, Tokens], pairing: Pairing | None = None) -> dict[str, Tokens]:
         """Tokens after fusion, of the streams that it changes or makes.
@@ -34,6 +36,11 @@ class Fusion(nn.Module):
             pairing: which samples meet: those at the same place. None: each sample meets itself.
         """
         raise NotImplementedError
+
+    def told_by(self, stream: str) -> tuple[str, ...]:
+        """The streams that a stream's tokens tell of after as many layers as are in use."""
+        found = self.joins.get(stream, (stream,))
+        return (stream,) if self.depth == 0 and stream in found else found
 
     def attention(self, tokens: Mapping[str, Tokens]) -> dict[tuple[str, str], Tensor]:
         """Which tokens look at which, in the last layer in use: (a stream, one that it reads) -> float32 [T, Tk], the

@@ -49,6 +49,7 @@ class CoFusion(Fusion):
     def __init__(self, part: Co, facts: Facts) -> None:
         super().__init__()
         self.part, self.recompute = part, facts.recompute
+        self.joins = {part.a: (part.a, part.b), part.b: (part.b, part.a)}
         self.layers = nn.ModuleList(CoLayer(facts) for _ in range(part.layers))
 
     def forward(self, tokens: Mapping[str, Tokens], pairing: Pairing | None = None) -> dict[str, Tokens]:

@@ -40,7 +40,7 @@ class Cross:
 class CrossFusion(Fusion):
     def __init__(self, part: Cross, facts: Facts) -> None:
         super().__init__()
-        self.part = part
+        self.part, self.joins = part, {name: (name, part.context) for name in part.into}
         self.layers = nn.ModuleList(CrossLayer(facts) for _ in range(part.layers))
 
     def forward(self, tokens: Mapping[str, Tokens], pairing: Pairing | None = None) -> dict[str, Tokens]:

@@ -62,7 +62,7 @@ class GatedFusion(Fusion):
 
     def __init__(self, part: Gated, facts: Facts) -> None:
         super().__init__()
-        self.part = part
+        self.part, self.joins = part, {} if part.shut else {part.into: (part.into, part.context)}
         self.layers = nn.ModuleList(Block(facts, rotary=True) for _ in range(part.layers))
         places = () if part.shut else range(0, part.layers, part.every)
         self.gates = nn.ModuleDict({str(i): Gate(facts) for i in places})  # by the block that one precedes

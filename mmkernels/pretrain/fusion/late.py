@@ -45,7 +45,7 @@ class Late:
 class LateFusion(Fusion):
     def __init__(self, part: Late, facts: Facts) -> None:
         super().__init__()
-        self.part, width = part, facts.shape.width
+        self.part, self.joins, width = part, {part.into: part.streams}, facts.shape.width
         self.own = nn.ModuleDict({name: FeedForward(facts) for name in part.streams})
         self.out = nn.ModuleDict({name: nn.Linear(width, width) for name in part.streams})
 

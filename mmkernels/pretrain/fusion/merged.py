@@ -63,6 +63,8 @@ class MergedFusion(Fusion):
     def __init__(self, part: Merged, facts: Facts) -> None:
         super().__init__()
         self.part, width = part, facts.shape.width
+        every = tuple(dict.fromkeys((*part.streams, *filter(None, [part.everywhere]))))
+        self.joins = {name: tuple(dict.fromkeys((name, *every))) for name in part.streams} | {part.into: every}
         self.kinds = nn.Embedding(len(part.streams), width)
         nn.init.normal_(self.kinds.weight, std=0.02)
         self.everywhere: nn.Sequential | None = None

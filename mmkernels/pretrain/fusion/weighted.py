@@ -48,7 +48,7 @@ class Weighted:
 class WeightedFusion(Fusion):
     def __init__(self, part: Weighted, facts: Facts) -> None:
         super().__init__()
-        self.part, width = part, facts.shape.width
+        self.part, self.joins, width = part, {part.into: part.streams}, facts.shape.width
         self.norms = nn.ModuleDict({name: nn.LayerNorm(width) for name in part.streams})
         self.gates = nn.ModuleDict({name: nn.Linear(width, 1) for name in part.streams})
         self.values = nn.ModuleDict({name: nn.Linear(width, width) for name in part.streams})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from mmkernels import Modality
 from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.pages import data_url
-from mmkernels.pretrain.report.section import Run, Section, first_set, some
+from mmkernels.pretrain.report.pieces import words_of
+from mmkernels.pretrain.report.section import Run, Section, first_found, some
 from mmkernels.pretrain.report.shown import of_patches, regions_in
-from mmkernels.pretrain.tokenizer import SPECIAL, TextTokenizer
+from mmkernels.pretrain.tokenizer import TextTokenizer
 
-__all__ = ["attention_maps", "words_of"]
+__all__ = ["attention_maps"]
 
 _SAMPLES, _WORDS, _SIDE = 6, 10, 96
 
@@ -41,24 +44,27 @@ class Attended:
 
 
 def attention_maps(run: Run) -> list[Section]:
-    """Of every stream of words that reads a stream of patches or of regions."""
-    held_out, fusion = first_set(run), run.trained.fusion
-    batch = None if held_out is None or fusion is None else some(held_out, _SAMPLES)
-    if held_out is None or batch is None:
+    """Of every stream of words that reads a stream of patches or of regions, of the first set that has some."""
+    shown = None if run.trained.fusion is None else first_found(run, partial(_maps, run))
+    return [] if shown is None else shown[1]
+
+
+def _maps(run: Run, held_out: HeldOut) -> list[Section]:
+    batch = some(held_out, _SAMPLES)
+    if batch is None:
         return []
-    model, sections, seen = run.trained, [], set()
+    model, streams, sections, seen = run.trained, run.recipe.streams, [], set()
     tokens = model.seen(batch, tuple(model.encoder(name)(batch[name]) for name in model.encoded)).chunks(_SAMPLES)
-    for (reader, read), weights in fusion.attention(tokens[0].tokens).items():
-        streams = run.recipe.streams
+    for (reader, read), weights in model.fusion.attention(tokens[0].tokens).items():
         encoder = _images_of(streams[read].encoder)
-        own = (streams[reader].field or reader, read)
+        own = (model.owner[reader], streams[reader].field or reader, read)
         if not streams[reader].encoder.reads_text or encoder is None or own in seen:  # a tied stream reads alike
             continue
         seen.add(own)
         if found := list(_attended(batch, held_out.collator.tokenizer, reader, read, encoder, weights.cpu())):
             kind = "regions" if hasattr(encoder, "side") else "patches"
-            title = f"Attention: {reader} to {read}"
-            sections.append(Section("attention", title, _REGIONS if kind == "regions" else _PATCHES, found))
+            title, about = f"Attention: {reader} to {read}", _REGIONS if kind == "regions" else _PATCHES
+            sections.append(Section("attention", title, f"Split {held_out.name}. {about}", found))
     return sections
 
 
@@ -77,19 +83,6 @@ def _images_of(encoder: Any) -> Any:
     inner = getattr(encoder, "images", encoder)  # of documents
     is_image = hasattr(inner, "grid") and getattr(inner, "values", 0) == 3 * getattr(inner, "patch", 0) ** 2
     return inner if is_image or hasattr(inner, "side") else None
-
-
-def words_of(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """(A word, the places of its tokens): a token that begins with a space begins a word; special tokens are none."""
-    words: list[tuple[str, list[int]]] = []
-    for place, (i, text) in enumerate(zip(ids, tokenizer.pieces(ids), strict=True)):
-        if i < len(SPECIAL):
-            words.append(("", []))  # the next token begins a word
-        elif not words or text[:1].isspace():
-            words.append((text.strip(), [place]))
-        else:
-            words[-1] = (words[-1][0] + text, [*words[-1][1], place])
-    return [(word, places) for word, places in words if word]
 
 
 def _attended(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
-
 from mmkernels.pretrain.metrics import Captioning, HeldOut, Shots
-from mmkernels.pretrain.pages import data_url
-from mmkernels.pretrain.report.section import Run, Section, first_set
+from mmkernels.pretrain.report.section import Run, Section, first_found
+from mmkernels.pretrain.report.shown import drawn
 
 __all__ = ["WrittenCaption", "captions", "generated"]
 
@@ -21,7 +20,7 @@ class WrittenCaption:
     """One caption, with what it describes."""
 
     name: str  # of the sample
-    described: Any  # the value of the field: an image is uint8 [H, W, 3 or 4]
+    described: Any  # the value of the field: an image is uint8 [H, W, 3 or 4]; None if the model does not read it
     written: str
     true: tuple[str, ...]
     cut: bool  # the limit was reached before the end of the text
@@ -46,34 +45,36 @@ def generated(model: Any, metric: Captioning | Shots, held_out: HeldOut, count: 
     field = held_out.collator.streams[metric.stream].field or metric.stream
     found = metric.write(model, held_out, count, ablations=False)
     samples = (held_out.source[item] for item in found.items)
+    seen = metric.stream not in held_out.collator.without
     return [
-        WrittenCaption(sample.name, sample.values[field], text, true, cut)
+        WrittenCaption(sample.name, sample.values.get(field) if seen else None, text, true, cut)
         for sample, text, true, cut in zip(samples, found.texts, found.references, found.cut, strict=True)
     ]
 
 
 def captions(run: Run) -> list[Section]:
-    held_out = first_set(run)
     metrics = [metric for metric in run.recipe.metrics if isinstance(metric, Captioning | Shots)]
     sections = []
-    for metric in metrics if held_out is not None else ():
-        assert held_out is not None
-        found = generated(run.trained, metric, held_out, _SHOWN)
-        examples = len(found[0].examples) if found else 0
+    for metric in metrics:
+        shown = first_found(run, partial(_written, run, metric)) if metric.objective in run.learned else None
+        if shown is None:
+            continue
+        held_out, found = shown
+        what = "picture"
+        if isinstance(metric, Captioning) and metric.stream in held_out.collator.without:
+            what = f"sample without its {metric.stream}"
+        examples = len(found[0].examples)
         below = f"true caption and the {examples} examples that it read before" if examples else "true captions"
-        about = f"Split {held_out.name}: what the model writes of each picture; below it the {below}."
+        about = f"Split {held_out.name}: what the model writes of each {what}; below it the {below}."
         title = "Written captions" if len(metrics) == 1 else f"Written captions: {metric.objective}"
-        sections += [Section("captions", title, about, [_card(one) for one in found])] if found else []
+        sections.append(Section("captions", title, about, [_card(one) for one in found]))
     return sections
 
 
+def _written(run: Run, metric: Captioning | Shots, held_out: HeldOut) -> list[WrittenCaption]:
+    return generated(run.trained, metric, held_out, _SHOWN)
+
+
 def _card(one: WrittenCaption) -> dict[str, Any]:
-    examples = [{"picture": _picture(image), "text": text} for image, text in one.examples]
-    return {"picture": _picture(one.described), "examples": examples, "one": one}
-
-
-def _picture(value: Any) -> str | None:
-    """An image, or the middle of a clip, as a data URL."""
-    if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.shape[-1] not in (3, 4):
-        return None
-    return data_url(value if value.ndim == 3 else value[len(value) // 2])
+    examples = [{"picture": drawn(image), "text": text} for image, text in one.examples]
+    return {"picture": drawn(one.described), "examples": examples, "one": one}

@@ -30,13 +30,16 @@ def loss_chart(steps: Sequence[Mapping[str, Any]], loss: str = "loss", chance: s
     """
     seen = [record for record in steps if loss in record]
     at, losses = _thinned([record["step"] for record in seen], [record[loss] for record in seen])
-    expected = seen[-1].get(chance)
+    known = [(record["step"], record[chance]) for record in seen if record.get(chance) is not None]
+    at_chance, expected = _thinned([step for step, _ in known], [value for _, value in known])
     with drawing() as (figure, axes):
         axes.plot(at, losses, color=COLOURS[0], alpha=0.25, linewidth=1)
         axes.plot(at, smoothed(losses), color=COLOURS[0], linewidth=2, **_marks(losses))
-        if expected is not None:
-            axes.axhline(expected, color=INK, linewidth=1, linestyle=_DASHED)
-        top = max(*smoothed(losses), expected or 0.0)  # single spikes may leave the picture
+        if len({value for _, value in known}) == 1:
+            axes.axhline(expected[0], color=INK, linewidth=1, linestyle=_DASHED)
+        else:  # other objectives in another stage, weights that change, batches that differ
+            axes.plot(at_chance, smoothed(expected), color=INK, linewidth=1, linestyle=_DASHED)
+        top = max(*smoothed(losses), *smoothed(expected), 0.0)  # single spikes may leave the picture
         if min(losses) >= 0 < top < math.inf:
             axes.set_ylim(bottom=0, top=1.15 * top)
         axes.set_xlabel("step")
@@ -72,6 +75,7 @@ def figure_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], name
             lines[record["split"]][record["step"]] = found["value"] * (100 if percent else 1)
             if found["chance"] is not None:
                 chances[record["split"]] = found["chance"] * (100 if percent else 1)
+    colours = dict(zip(splits, COLOURS, strict=False))  # as in the tables, also where a split lacks the figure
     lines = {split: line for split, line in lines.items() if line}
     with drawing() as (figure, axes):
         if len(lines) > len(COLOURS):
@@ -80,12 +84,14 @@ def figure_chart(evals: Sequence[Mapping[str, Any]], splits: Sequence[str], name
             axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=COLOURS[0], alpha=0.2, linewidth=0)
             lines = {f"mean of {len(lines)}, and range": dict(zip(steps, map(fmean, values), strict=True))}
             chances = dict.fromkeys(lines, fmean(chances.values())) if chances else {}
-        for colour, (split, line) in zip(COLOURS, lines.items(), strict=False):
-            axes.plot([*line], [*line.values()], color=colour, linewidth=2, **_MARKED)
+        if not lines.keys() <= colours.keys():
+            colours = dict(zip(lines, COLOURS, strict=False))
+        for split, line in lines.items():
+            axes.plot([*line], [*line.values()], color=colours[split], linewidth=2, **_MARKED)
             if split in chances:
-                axes.axhline(chances[split], color=colour, linewidth=1, linestyle=_DASHED)
+                axes.axhline(chances[split], color=colours[split], linewidth=1, linestyle=_DASHED)
         _finish(axes, percent)
-        _legend(axes, dict(zip(lines, COLOURS, strict=False)))
+        _legend(axes, {split: colours[split] for split in lines})
         return svg(figure)
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
-from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.objectives.next_token import NextTokenLoss
-from mmkernels.pretrain.report.section import Run, Section, first_set, objectives_of, some, titled
-from mmkernels.pretrain.report.shown import picture_of
-from mmkernels.pretrain.tokenizer import BOS, EOS, TextTokenizer
+from mmkernels.pretrain.report.pieces import pieces_of
+from mmkernels.pretrain.report.section import (
+    Run,
+    Section,
+    first_found,
+    objectives_of,
+    picture_beside,
+    some,
+    texts_beside,
+    titled,
+    told_by,
+)
 
 __all__ = ["next_words"]
 
@@ -19,7 +29,7 @@ _SURE = 0.1  # the least probability of another token that is shown
 
 @dataclass(frozen=True)
 class Next:
-    """A token of a text."""
+    """A token of a text, or the tokens that one character needs."""
 
     space: str  # before it
     piece: str
@@ -37,10 +47,10 @@ class Predicted:
 
 
 def next_words(run: Run) -> list[Section]:
-    held_out, sections = first_set(run), []
-    for name, objective in objectives_of(run, NextTokenLoss) if held_out is not None else ():
-        assert held_out is not None
-        if found := _predicted(run, held_out, name, objective):
+    sections = []
+    for name, objective in objectives_of(run, NextTokenLoss):
+        if shown := first_found(run, partial(_predicted, run, name, objective)):
+            held_out, found = shown
             about = (
                 f"Split {held_out.name}: the greener a word, the likelier the model held it after the true words "
                 f"before it; in small print what it held for likelier, with at least {100 * _SURE:.0f}%."
@@ -49,7 +59,7 @@ def next_words(run: Run) -> list[Section]:
     return sections
 
 
-def _predicted(run: Run, held_out: HeldOut, name: str, objective: NextTokenLoss) -> list[Predicted]:
+def _predicted(run: Run, name: str, objective: NextTokenLoss, held_out: HeldOut) -> list[Predicted]:
     batch = some(held_out, _TEXTS, "loss", name)
     if batch is None:
         return []
@@ -60,28 +70,20 @@ def _predicted(run: Run, held_out: HeldOut, name: str, objective: NextTokenLoss)
     columns = (rows + 1, likely.gather(1, targets[:, None]).flatten(), best, best == targets, most)
     # A row predicts the token after it: row -> (its probability, the first guess, whether that is it, how likely).
     after = {row: tuple(rest) for row, *rest in zip(*(column.tolist() for column in columns), strict=True)}
+    others = [each for each in told_by(run, held_out, objective.stream) if each != objective.stream]
     found = []
     for sample in range(batch.samples):
         begin, end = packed.cu_seqlens_host[sample : sample + 2]
-        texts = enumerate(tokenizer.pieces(packed.tokens[begin:end].tolist()), begin)
-        tokens = []
-        for row, text in texts:
-            probability, guess, right, most = after.get(row, (None, 0, True, 0.0))
-            likeliest = "" if right else tokenizer.piece(guess)
-            tokens.append(Next(" " * text[:1].isspace(), text.lstrip(), probability, likeliest, most >= _SURE))
-        if predicted := [token for token in tokens if token.probability is not None]:
-            picture = picture_of(held_out.source[batch.numbers[sample]])
-            share = sum(not token.likeliest for token in predicted) / len(predicted)
-            found.append(Predicted(picture, _read(run, batch, sample, objective.stream, tokenizer), tokens[1:], share))
+        tokens, right = [], []
+        for text, places in pieces_of(tokenizer, packed.tokens[begin:end].tolist()):
+            told = [after[begin + place] for place in places if begin + place in after]
+            probability = math.prod(each for each, *_ in told) if told else None
+            right += [is_it for _, _, is_it, _ in told]
+            _, guess, is_it, sure = next((each for each in told if not each[2]), (None, 0, True, 0.0))
+            likeliest = "" if is_it else tokenizer.piece(guess)
+            tokens.append(Next(" " * text[:1].isspace(), text.lstrip(), probability, likeliest, sure >= _SURE))
+        if right:
+            picture = picture_beside(run, held_out, batch, sample, objective.stream)
+            read = texts_beside(run, held_out, batch, sample, others)
+            found.append(Predicted(picture, read, tokens[1:], sum(right) / len(right)))
     return found
-
-
-def _read(run: Run, batch: Batch, sample: int, written: str, tokenizer: TextTokenizer) -> list[str]:
-    """The texts of the other streams, as the model has them."""
-    texts = []
-    for name, stream in run.recipe.streams.items():
-        if name != written and stream.encoder.reads_text:
-            begin, end = batch[name].cu_seqlens_host[sample : sample + 2]
-            ids = [i for i in batch[name].tokens[begin:end].tolist() if i not in (BOS, EOS)]
-            texts.append("".join(tokenizer.pieces(ids)).strip())
-    return [text for text in texts if text]

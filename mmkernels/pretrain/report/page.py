@@ -55,17 +55,20 @@ def write_report(folder: RunFolder, run: Run) -> Path:
     Returns:
         the path of the report.
     """
-    page = rendered("report.html.jinja", **_facts(folder, run.recipe), sections=sections_of(run))
+    page = rendered("report.html.jinja", **_facts(folder, run), sections=sections_of(run))
     write_whole(folder.report, printable(page))
     return folder.report
 
 
-def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
-    config = stored_config(folder.path)
+def _facts(folder: RunFolder, run: Run) -> dict[str, Any]:
+    config, recipe = stored_config(folder.path), run.recipe
     records = folder.records()
     steps, evals, starts, warnings = ([r for r in records if r.get("kind") == kind] for kind in _KINDS)
     skipped = sum(1 for record in warnings if record.get("skipped"))
-    stopped = [record for record in records[-1:] if record.get("stopped")]
+    told = [record for record in warnings if not record.get("stopped")]
+    told = [record for record in records[-1:] if record.get("stopped")] + told  # why, unless it has gone on since
+    done, idle = steps_done(records), [name for name in recipe.objectives if name not in run.learned]
+    untaught = f"{', '.join(idle)}: no step has taught this: its figures are those of random weights"
     newest = newest_by_split(evals)
     labels = [metric.label for metric in recipe.metrics if isinstance(metric, Groups)]
     return {
@@ -74,9 +77,10 @@ def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe,
         "settings": flat({**dataclasses.asdict(config), **leaves(recipe)}),
         "environment": starts[-1]["environment"],
-        "steps": f"{steps_done(records)}" + (f" ({skipped} skipped)" if skipped else ""),
-        "warnings": list(dict.fromkeys(r["message"] for r in (*stopped, *warnings))),  # a resumed run repeats some
+        "steps": f"{done}" + (f" ({skipped} skipped)" if skipped else ""),
+        "warnings": list(dict.fromkeys(r["message"] for r in told)) + [untaught] * bool(idle and done),  # once each
         "headlines": headlines(newest, steps, starts[-1], not recipe.draw),
+        "older": _older(newest, done),
         "recalls": recalls_of(newest),
         "table": table_of(newest, labels),
         "groups": groups_of(newest, labels),
@@ -91,6 +95,12 @@ def _facts(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
 def steps_done(records: Iterable[Mapping[str, Any]]) -> int:
     """How many steps the records of a log tell of, skipped ones included."""
     return max((record.get("step", 0) for record in records), default=0)
+
+
+def _older(newest: Mapping[str, Mapping[str, Any]], done: int) -> str:
+    """What to say of figures that were measured before the last step, of which everything else is."""
+    at = sorted({record["step"] for record in newest.values() if record["step"] != done})
+    return f"Measured after step {', '.join(map(str, at))}, before the last of the {done}." if at else ""
 
 
 def _losses(steps: Sequence[Mapping[str, Any]], recipe: Recipe) -> dict[str, str]:
@@ -139,6 +149,8 @@ def headlines(
             notes = [figure.shown_interval()] if split else [f"{values[0].shown()} to {values[-1].shown()}"]
             notes += [f"chance {figure.shown_chance()}"] if figure.chance is not None else []
             notes += [] if figure.higher_is_better else ["lower is better"]
+            at = {newest[name]["step"] for name in ([split] if split else found)}
+            notes += [f"after step {min(at)}"] if steps and min(at) < steps[-1]["step"] else []
             tiles.append(
                 {
                     "value": figure.shown() + ("%" if figure.percent else ""),
@@ -152,8 +164,10 @@ def headlines(
 def _of_steps(steps: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> list[dict[str, str]]:
     seconds = sum(r["seconds"] for r in steps)
     waited = sum(r["data_wait"] * r["seconds"] for r in steps) / seconds
-    losses = [r["loss"] for r in steps[-20:]]
-    chance = steps[-1].get("chance")
+    kinds = [{key for key in record if key.endswith("/loss")} for record in steps[-20:]]
+    last = [r for r, kind in zip(steps[-20:], kinds, strict=True) if kind == kinds[-1]]  # of the same objectives
+    losses, chances = [r["loss"] for r in last], [r["chance"] for r in last if r.get("chance") is not None]
+    chance = fmean(chances) if chances else None
     most = max(start.get("trainable", [start["parameters"]]))  # of its stages
     share = most / start["parameters"]
     return [

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.objectives.masked_patches import MaskedPatchesLoss, labels_of, patches_of
 from mmkernels.pretrain.pages import data_url
-from mmkernels.pretrain.report.section import Run, Section, first_set, objectives_of, some, titled
+from mmkernels.pretrain.report.section import Run, Section, first_found, objectives_of, some, titled
 from mmkernels.pretrain.report.shown import of_patches
 
 __all__ = ["masked_patches"]
@@ -34,10 +36,12 @@ def masked_patches(run: Run) -> list[Section]:
         if (
             hasattr(encoder, "grid")
             and encoder.values == 3 * encoder.patch**2
-            and (found := _images(run, name, encoder))
+            and (shown := first_found(run, partial(_images, run, name, encoder)))
         ):
+            held_out, found = shown
             about = (
-                "Held-out images: whole, what the model sees of them, and with the hidden patches as it paints them."
+                f"Images of split {held_out.name}: whole, what the model sees of them, and with the hidden patches as "
+                "it paints them."
             )
             if objective.part.normalize:
                 about += " It paints each patch less its mean, divided by its deviation; both are put back for the eye."
@@ -45,13 +49,10 @@ def masked_patches(run: Run) -> list[Section]:
     return sections
 
 
-def _images(run: Run, name: str, encoder: Any) -> list[Painted]:
-    held_out = first_set(run)
-    batch = None if held_out is None else some(held_out, _IMAGES, "loss", name)
-    if batch is None:
+def _images(run: Run, name: str, encoder: Any, held_out: HeldOut) -> list[Painted]:
+    batch, objective = some(held_out, _IMAGES, "loss", name), run.trained.objectives[name]
+    if batch is None or not len((packed := batch[objective.part.stream]).tokens):
         return []
-    objective = run.trained.objectives[name]
-    packed = batch[objective.part.stream]
     guessed, _ = objective.painted(run.trained.whole(batch, name))
     (patches, _), hidden = patches_of(packed), labels_of(packed) >= 0
     there = patches[hidden].float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,10 +15,11 @@ from mmkernels.pretrain.report.section import (
     Guess,
     Run,
     Section,
-    first_set,
+    first_found,
     guesses,
     objectives_of,
     some,
+    spread_over,
     titled,
 )
 from mmkernels.pretrain.report.shown import laid_out, of_crops, regions_in
@@ -38,17 +40,17 @@ class MaskedRegion:
 
 
 def masked_regions(run: Run) -> list[Section]:
-    held_out, sections = first_set(run), []
-    for name, objective in objectives_of(run, _KINDS) if held_out is not None else ():
-        assert held_out is not None
-        if regions := _regions(run, held_out, name, objective):
+    sections = []
+    for name, objective in objectives_of(run, _KINDS):
+        if shown := first_found(run, partial(_regions, run, name, objective)):
+            held_out, regions = shown
             what = "the likeliest classes" if isinstance(objective, MaskedTags) else "what the model paints there"
             about = f"Split {held_out.name}: the image with hidden regions in grey, one of these, and {what}."
             sections.append(Section("regions", titled("Masked regions", name, run, _KINDS), about, regions))
     return sections
 
 
-def _regions(run: Run, held_out: HeldOut, name: str, objective: MaskedTags | MaskedPixels) -> list[MaskedRegion]:
+def _regions(run: Run, name: str, objective: MaskedTags | MaskedPixels, held_out: HeldOut) -> list[MaskedRegion]:
     batch = some(held_out, 2 * _REGIONS, "loss", name)
     if batch is None:
         return []
@@ -69,5 +71,5 @@ def _regions(run: Run, held_out: HeldOut, name: str, objective: MaskedTags | Mas
             guesses(predicted[n], int(tags[n]), names.__getitem__) if chosen else [],
             None if painted is None else data_url(painted[n]),
         )
-        for sample, n in sorted(first.items())[:_REGIONS]
+        for sample, n in spread_over(sorted(first.items()), _REGIONS)
     ]

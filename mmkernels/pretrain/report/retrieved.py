@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -39,16 +40,15 @@ def retrieved(run: Run) -> list[Section]:
     """Of every metric that retrieves, on the first held-out sets: queries spread evenly, hits and misses alike."""
     sections, metrics = [], [metric for metric in run.recipe.metrics if isinstance(metric, Retrieval)]
     for metric in metrics:
-        for name, held_out in list(run.held_out.items())[:_SETS]:
-            if ways := _ways(run, metric, held_out):
-                which = f"{metric.a} and {metric.b}, split" if len(metrics) > 1 else "Split"
-                if metric.through and any({m.a, m.b} == {metric.a, metric.b} for m in metrics if m != metric):
-                    which = f"through {metric.through}: {which}"
-                title = f"{which[0].upper()}{which[1:]} {name}" + (f": {about(name)}" if about(name) else "")
-                more = (
-                    f" The first {_SETS} of {len(run.held_out)} splits are shown." if len(run.held_out) > _SETS else ""
-                )
-                sections.append(Section("retrieved", title, _ABOUT + more, ways))
+        every = ((name, ways) for name, held_out in run.held_out.items() if (ways := _ways(run, metric, held_out)))
+        shown = list(islice(every, _SETS + 1))
+        more = f" The first {_SETS} of the splits are shown." if len(shown) > _SETS else ""
+        for name, ways in shown[:_SETS]:
+            which = f"{metric.a} and {metric.b}, split" if len(metrics) > 1 else "Split"
+            if metric.through and any({m.a, m.b} == {metric.a, metric.b} for m in metrics if m != metric):
+                which = f"through {metric.through}: {which}"
+            title = f"{which[0].upper()}{which[1:]} {name}" + (f": {about(name)}" if about(name) else "")
+            sections.append(Section("retrieved", title, _ABOUT + more, ways))
     return sections
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,18 @@ from mmkernels.pretrain.data import Regions, Sample, Text
 from mmkernels.pretrain.pages import data_url
 from mmkernels.pretrain.region_columns import BOX, CROP, HIDDEN
 
-__all__ = ["Item", "item_of", "laid_out", "of_crops", "of_patches", "picture_of", "regions_in", "spread"]
+__all__ = [
+    "Item",
+    "drawn",
+    "item_of",
+    "laid_out",
+    "of_crops",
+    "of_patches",
+    "picture_of",
+    "regions_in",
+    "spread",
+    "text_of",
+]
 
 _SIDE = 96  # of the canvas that regions are laid out on
 
@@ -31,19 +43,26 @@ def item_of(sample: Sample, field: str) -> Item:
     """How a sample shows its value of a field."""
     value, text = sample.values[field], sample.values.get("text")
     label = text.captions[0] if isinstance(text, Text) else text if isinstance(text, str) else sample.name
-    if (picture := _drawn(value)) is not None:
+    if (picture := drawn(value)) is not None:
         return Item(label, picture)
     if isinstance(value, Text):
         return Item(value.captions[0])
     return Item(value if isinstance(value, str) else label)
 
 
-def picture_of(sample: Sample) -> str | None:
-    """The first of its values that can be drawn, as a data URL."""
-    return next((drawn for value in sample.values.values() if (drawn := _drawn(value)) is not None), None)
+def picture_of(sample: Sample, fields: Iterable[str]) -> str | None:
+    """The first of its values of some fields that can be drawn, as a data URL."""
+    return next((url for field in fields if (url := drawn(sample.values.get(field))) is not None), None)
 
 
-def _drawn(value: Any) -> str | None:
+def text_of(sample: Sample, field: str) -> str:
+    """Its text of a field, the first of several; empty if it has none."""
+    value = sample.values.get(field)
+    return value.captions[0] if isinstance(value, Text) else value if isinstance(value, str) else ""
+
+
+def drawn(value: Any) -> str | None:
+    """A picture, the middle of a clip, or regions where they lie, as a data URL; None for another kind of value."""
     if isinstance(value, Regions):
         return data_url(laid_out(value))
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.shape[-1] not in (3, 4):
