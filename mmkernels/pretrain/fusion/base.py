@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Fusion(nn.Module):
     """
 
     depth: int | None = None
-    joins: Mapping[str, tuple[str, ...]]
+    joins: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def forward(self, tokens: Mapping[str, Tokens], pairing: Pairing | None = None) -> dict[str, Tokens]:
         """Tokens after fusion, of the streams that it changes or makes.
