@@ -37,8 +37,8 @@ both (C); of the [scenes](data-scenes.md), other scenes, pairs of objects never 
 style of drawing. The ablation is the same recipe without what it is about; rows with an arrow fine-tune a trained one
 [with a tenth of the labels](transfer.md). Minutes are those of the steps on two cores with AVX-512, or with AVX2 alone
 where it says so. A figure that is not better than chance and than every run of its ablation is marked, and so are
-adapters that reach less than 95% of a full fine-tune. Regions of the scenes are pixels: recipes that mask them also name
-some that stay visible (`keep`), which a detector's features would tell them. What lacks these tasks lacks that, too.
+adapters that reach less than 95% of a full fine-tune. Regions of the scenes are pixels: recipes that mask some name
+visible ones as well (`keep`), which a detector's features would tell them. What lacks these tasks lacks that, too.
 
 """
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.fusion.base import Fusion
 from mmkernels.pretrain.tokens import Tokens
 
 __all__ = ["Chunk", "Seen"]
@@ -80,9 +81,9 @@ class Chunk:
     whole: Seen
     samples: range  # their places in the whole batch
     fused: Mapping[str, Tokens] = field(default_factory=dict)  # by stream, after fusion
-    fusion: Callable[..., Mapping[str, Tokens]] | None = None
+    fusion: Fusion | None = None
 
-    def fuse(self, fusion: Callable[..., Mapping[str, Tokens]] | None) -> None:
+    def fuse(self, fusion: Fusion | None) -> None:
         """Run the fusion; without one, tokens stay as they are."""
         self.fusion = fusion
         self.fused = {**self.tokens, **(fusion(self.tokens) if fusion is not None else {})}

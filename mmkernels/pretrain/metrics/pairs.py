@@ -42,8 +42,9 @@ class Pairs:
         return torch.nonzero(self.chunk.whole.present(*streams)).flatten()
 
     def fused(self, *needed: str) -> list[str]:
-        """Streams that the fusion joins in one sequence, and those needed."""
-        joined = getattr(self.model.fusion.part, "streams", ())
+        """Streams that the tokens which the objective reads tell of, and those needed."""
+        read = getattr(self.objective, "read", "") or self.objective.stream
+        joined = self.model.fusion.told_by(read)
         return [name for name in self.model.encoded if name in joined or name in needed]
 
 

@@ -55,7 +55,8 @@ class Reranked:
         k = min(self.candidates, len(answers))
         similar, places = topk_similar(queries[rows], keys[answers], k)  # [Q, k]
         near = answers[places]
-        judged = found.scores({a: rows.repeat_interleave(k), b: near.flatten()}).view(-1, k).to(near.device)
+        asking: dict[str, Tensor] = dict.fromkeys(found.fused(a, b), rows.repeat_interleave(k))
+        judged = found.scores({**asking, b: near.flatten()}).view(-1, k).to(near.device)
         scores = judged + (part.scale * similar if part.negatives == "sampled" else 0.0)
         right = chunk.batch.concepts[near] == concepts[:, None]
         plain, better = (_chosen(each, right).cpu() for each in (similar, scores))

@@ -34,8 +34,8 @@ class Matching:
     read: str = ""
     """The stream whose tokens are pooled after fusion; empty: b."""
     negatives: Literal["sampled", "swapped"] = "sampled"
-    """sampled: for each sample one wrong `a` and one wrong `b` of the whole batch, drawn by similarity. swapped: those
-    samples in which a view (`Swap`) has replaced a stream."""
+    """sampled: for each sample one wrong `a` and one wrong `b` of the whole batch, drawn by similarity; what the fusion
+    joins with them stays its own. swapped: those samples in which a view (`Swap`) has replaced a stream."""
     scale: float = 10.0
     """Factor of the similarities that negatives are drawn by; 0: evenly."""
     weight: float | Ramp = 1.0
@@ -85,11 +85,12 @@ class MatchingLoss(Classification):
         own = self._whole(chunk)
         wrong_a, wrong_b = self._wrong[a][own], self._wrong[b][own]
         has_a, has_b = wrong_a >= 0, wrong_b >= 0
-        pairs = {a: torch.cat([wrong_a[has_a], own[has_b]]), b: torch.cat([own[has_a], wrong_b[has_b]])}
-        tokens, pairing = {}, {}
-        for name, samples in pairs.items():
-            tokens[name], pairing[name] = self._needed(chunk, name, samples)
         assert chunk.fusion is not None, "a recipe with Matching has a fusion"
+        joined = dict.fromkeys(chunk.fusion.told_by(self.read), torch.cat([own[has_a], own[has_b]]))
+        exchanged = {a: torch.cat([wrong_a[has_a], own[has_b]]), b: torch.cat([own[has_a], wrong_b[has_b]])}
+        tokens, pairing = {}, {}
+        for name, samples in {**joined, **exchanged}.items():
+            tokens[name], pairing[name] = self._needed(chunk, name, samples)
         right = self._pooled(chunk.fused[self.read])[own - first]
         wrong = self._pooled(chunk.fusion(tokens, pairing)[self.read])
         targets = torch.zeros(len(right) + len(wrong), dtype=torch.int64, device=own.device)

@@ -51,9 +51,9 @@ def _pairs(run: Run, name: str, objective: MatchingLoss, held_out: HeldOut) -> P
         each.flatten() for each in torch.meshgrid(*2 * [have.new_tensor(chosen, dtype=torch.int64)], indexing="ij")
     )
     pairs = Pairs(run.trained, objective, run.trained.whole(batch, name))
-    # As in training: further streams stay with the one of the two that no view swaps.
+    # As in training: what else is fused stays with the one of the two that no view swaps.
     swapped = any(getattr(view, "swaps", False) for view in run.recipe.streams[a].views)
-    streams = [a, b] if objective.part.negatives == "sampled" else pairs.fused(a, b)
+    streams = pairs.fused(a, b)
     likely = pairs.scores({**dict.fromkeys(streams, of_b if swapped else of_a), a: of_a, b: of_b}).sigmoid()
     fields = [run.recipe.streams[stream].field or stream for stream in (a, b)]
     columns, rows = (
