@@ -39,7 +39,7 @@ from mmkernels.pretrain.report.render import rendered
 from mmkernels.pretrain.report.retrieved import _query
 from mmkernels.pretrain.report.sections import sections_of
 from mmkernels.pretrain.report.shown import Item, laid_out
-from mmkernels.pretrain.tokenizer import BOS, EOS, SPECIAL, TextTokenizer
+from mmkernels.pretrain.tokenizer import BOS, EOS, MASK, SPECIAL, TextTokenizer
 from mmkernels.pretrain.views import CorruptSpans, MaskPatches, MaskRegions, MaskWords, Swap
 
 
@@ -61,6 +61,12 @@ def test_masked_words() -> None:
     assert [text.more for text in texts] == [max(0, len(each) - 6) for each in every]
     places = [place for each in every for place in each]
     assert [place.number for place in every[1]] == list(range(1, len(every[1]) + 1))
+    packed, rows = batch["text"].tokens, run.trained.objectives["words"].masked(run.trained.whole(batch, "words"))[0]
+    seen = packed[rows].tolist()
+    assert [place.left for place in places] == [i == target for i, target in zip(seen, targets.tolist(), strict=True)]
+    assert [place.saw != "" for place in places] == [
+        i not in (MASK, target) for i, target in zip(seen, targets.tolist(), strict=True)
+    ]
     for place, row, target in zip(places, logits.softmax(1), targets.tolist(), strict=True):
         best = row.argsort(descending=True)[:3]
         assert [guess.name for guess in place.guesses] == [TOKENIZER.piece(int(i)) for i in best]

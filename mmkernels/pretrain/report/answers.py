@@ -40,7 +40,7 @@ def answers(run: Run) -> list[Section]:
     for name, objective in objectives_of(run, AnswerLoss):
         if shown := first_found(run, partial(_answered, run, name, objective)):
             held_out, found = shown
-            about = f"Split {held_out.name}: what is asked, and the likeliest answers; the right one is green."
+            about = f"Split {held_out.name}: what is read, and the likeliest answers; the right one is green."
             sections.append(Section("answers", titled("Answers", name, run, AnswerLoss), about, found))
     return sections
 

@@ -67,6 +67,7 @@ def captions(run: Run) -> list[Section]:
         below = f"true caption and the {examples} examples that it read before" if examples else "true captions"
         about = f"Split {held_out.name}: what the model writes of each {what}; below it the {below}."
         title = "Written captions" if len(metrics) == 1 else f"Written captions: {metric.objective}"
+        title += ", after examples" if examples and len(metrics) > 1 else ""
         sections.append(Section("captions", title, about, [_card(one) for one in found]))
     return sections
 

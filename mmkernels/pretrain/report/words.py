@@ -37,7 +37,8 @@ _ABOUT = (
 class Place:
     number: int  # from 1
     word: str  # that was there
-    saw: str  # what the model saw there, if it was not a mask
+    saw: str  # what the model saw there, if it was neither a mask nor the word
+    left: bool  # it saw the word
     guesses: list[Guess]
 
     @property
@@ -77,8 +78,9 @@ def _texts(run: Run, name: str, objective: MaskedTokensLoss, held_out: HeldOut) 
         for number, n in enumerate(mine, 1):
             row, target = int(rows[n]), int(targets[n])
             seen = int(packed.tokens[row])
-            saw = "" if seen == MASK else tokenizer.piece(seen)
-            place = Place(number, tokenizer.piece(target), saw, guesses(logits[n], target, tokenizer.piece))
+            saw = "" if seen in (MASK, target) else tokenizer.piece(seen)
+            likely = guesses(logits[n], target, tokenizer.piece)
+            place = Place(number, tokenizer.piece(target), saw, seen == target, likely)
             places[row - begin] = place
         ids = packed.tokens[begin:end].clone()
         ids[torch.tensor([*places], device=ids.device)] = targets[mine]  # the text as it was
