@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from mmkernels.pretrain.batch import Batch
-from mmkernels.pretrain.fusion.base import Fusion
 from mmkernels.pretrain.tokens import Tokens
 
 __all__ = ["Chunk", "Seen"]
@@ -72,6 +71,16 @@ class Seen:
         ]
 
 
+class Fuses(Protocol):
+    """What a chunk knows of a fusion."""
+
+    def __call__(
+        self, tokens: Mapping[str, Tokens], pairing: Mapping[str, Tensor] | None = None
+    ) -> Mapping[str, Tokens]: ...
+
+    def told_by(self, stream: str) -> tuple[str, ...]: ...
+
+
 @dataclass(eq=False)
 class Chunk:
     """Some samples of a batch, with all their tokens."""
@@ -81,9 +90,9 @@ class Chunk:
     whole: Seen
     samples: range  # their places in the whole batch
     fused: Mapping[str, Tokens] = field(default_factory=dict)  # by stream, after fusion
-    fusion: Fusion | None = None
+    fusion: Fuses | None = None
 
-    def fuse(self, fusion: Fusion | None) -> None:
+    def fuse(self, fusion: Fuses | None) -> None:
         """Run the fusion; without one, tokens stay as they are."""
         self.fusion = fusion
         self.fused = {**self.tokens, **(fusion(self.tokens) if fusion is not None else {})}

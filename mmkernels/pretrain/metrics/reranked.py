@@ -51,12 +51,11 @@ class Reranked:
         answers = rows[_firsts(concepts)]
         if len(answers) < 2:
             return []
-        queries, keys = (chunk.whole.embedding(name).float() for name in (a, b))
-        k = min(self.candidates, len(answers))
+        (queries, keys), k = (chunk.whole.embedding(x).float() for x in (a, b)), min(self.candidates, len(answers))
         similar, places = topk_similar(queries[rows], keys[answers], k)  # [Q, k]
         near = answers[places]
-        asking: dict[str, Tensor] = dict.fromkeys(found.fused(a, b), rows.repeat_interleave(k))
-        judged = found.scores({**asking, b: near.flatten()}).view(-1, k).to(near.device)
+        asking: Any = dict.fromkeys(found.fused(a, b), rows.repeat_interleave(k)) | {b: near.flatten()}
+        judged = found.scores(asking).view(-1, k).to(near.device)
         scores = judged + (part.scale * similar if part.negatives == "sampled" else 0.0)
         right = chunk.batch.concepts[near] == concepts[:, None]
         plain, better = (_chosen(each, right).cpu() for each in (similar, scores))
