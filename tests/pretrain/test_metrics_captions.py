@@ -356,8 +356,13 @@ def test_shown_captions() -> None:
     assert captions(SimpleNamespace(**{**vars(run), "recipe": CAPTIONER})) == []
     assert not shown[0].examples and isinstance(shown[0].written, str)
     held = Samples([document("red", "a dog", "a cat")])
-    (one,) = generated(
-        built(DOCUMENTS, held).float(), Shots("words", shots=(0, 1), most_tokens=3), held_out(DOCUMENTS, held, held)
-    )
+    model, shots = built(DOCUMENTS, held).float(), Shots("words", shots=(0, 1), most_tokens=3)
+    documents = held_out(DOCUMENTS, held, held)
+    documents.collator.without = frozenset({"image"})
+    (blind,) = generated(model, shots, documents)
+    assert blind.described is None and [image for image, _ in blind.examples] == [None] and blind.true
+    documents.collator.without = frozenset()
+    (one,) = generated(model, shots, documents)
+    assert one.described is not None
     assert one.true == ("a cat",) and (one.described == IMAGES[2]).all()
     assert [text for _, text in one.examples] == ["a dog"] and (one.examples[0][0] == IMAGES[1]).all()

@@ -37,19 +37,35 @@ def generated(model: Any, metric: Captioning | Shots, held_out: HeldOut, count: 
         count: of samples.
     """
     if isinstance(metric, Shots):
-        asked = metric.write(model, held_out, max(metric.shots), count=count)
+        asked, seen = metric.write(model, held_out, max(metric.shots), count=count), _sees(model, metric, held_out)
         return [
-            WrittenCaption(held_out.source.name(item), image, text, (true,), cut, tuple(examples))
+            WrittenCaption(
+                held_out.source.name(item),
+                image if seen else None,
+                text,
+                (true,),
+                cut,
+                tuple((each if seen else None, said) for each, said in examples),
+            )
             for item, (*examples, (image, true)), text, cut in zip(*asked, strict=True)
         ]
     field = held_out.collator.streams[metric.stream].field or metric.stream
     found = metric.write(model, held_out, count, ablations=False)
     samples = (held_out.source[item] for item in found.items)
-    seen = metric.stream not in held_out.collator.without
+    seen = _sees(model, metric, held_out)
     return [
         WrittenCaption(sample.name, sample.values.get(field) if seen else None, text, true, cut)
         for sample, text, true, cut in zip(samples, found.texts, found.references, found.cut, strict=True)
     ]
+
+
+def _sees(model: Any, metric: Captioning | Shots, held_out: HeldOut) -> bool:
+    """Whether the model reads what it describes: the pictures of documents by a stream that is fused with the text."""
+    if isinstance(metric, Captioning):
+        return metric.stream not in held_out.collator.without
+    written = model.objectives[metric.objective].stream
+    others = () if model.fusion is None else model.fusion.told_by(written)
+    return bool({*others} - {written} - held_out.collator.without)
 
 
 def captions(run: Run) -> list[Section]:
@@ -61,8 +77,8 @@ def captions(run: Run) -> list[Section]:
             continue
         held_out, found = shown
         what = "picture"
-        if isinstance(metric, Captioning) and metric.stream in held_out.collator.without:
-            what = f"sample without its {metric.stream}"
+        if not _sees(run.trained, metric, held_out):
+            what = f"sample without its {metric.stream if isinstance(metric, Captioning) else 'pictures'}"
         examples = len(found[0].examples)
         below = f"true caption and the {examples} examples that it read before" if examples else "true captions"
         about = f"Split {held_out.name}: what the model writes of each {what}; below it the {below}."
