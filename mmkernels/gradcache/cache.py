@@ -78,8 +78,12 @@ class GradCache:
     them, and so do `fully_shard` modules, which hold unsharded gradients until then. Encoders that share a wrapper run
     their last chunks in one backward. Parameters of the loss that belong to a wrapper are reduced with it. Wrappers are
     found in modules, compiled modules, bound methods, partials, and functions that close over them. A wrapper with
-    `static_graph=True` raises: it allows one forward per step. Token counts are summed over `group`, if given: the
-    objective is then the mean over the tokens of all ranks, under DDP's averaging.
+    `static_graph=True` raises: it allows one forward per step. Parameters that a rank does not use do not stop the
+    others: their gradient counts as zeros. `fully_shard` modules whose gradient sync is off stay so.
+
+    With `group`, token counts are summed over it: an objective is then the mean over the tokens of all ranks, under
+    DDP's averaging. A wrapped parameter that no rank used keeps no gradient. And when every encoder has a single chunk
+    on every rank, a step of DistributedDataParallel encoders is a plain one.
 
     **Automatic sizes.** With `chunk_size="auto"` the first call measures a forward and backward of two small chunks,
     fits `peak = a + b·amount` (tokens of packed batches, elements of tensors), and takes the largest chunks that fit
@@ -101,8 +105,8 @@ class GradCache:
         memory_budget: for "auto": bytes that the forward and backward of one chunk may take. On a CUDA device this is
             the peak, elsewhere what autograd saves. None for the memory that is free at the first call.
         token_loss_fn: `(outputs, inputs) -> (sum, count) or {objective: (sum, count)}` of one chunk; see above.
-        group: process group of the ranks that train together: token counts are summed over it. With "auto" also needed
-            when `loss_fn` communicates with other ranks and no encoder is wrapped.
+        group: process group of the ranks that train together, see above. With "auto" also needed when `loss_fn`
+            communicates with other ranks and no encoder is wrapped.
         check_passes: compare the embeddings (and the counts of token losses) of both passes, which reads a number from
             the device at the end of a step. A relative difference above 1% (10% where anything is narrower than
             float32) raises on the rank that sees it, whose gradients are then wrong.
@@ -235,7 +239,7 @@ class GradCache:
         self._warn_of_batch_norm(towers)
         passes = Passes("token_loss_fn", modules) if self.check_passes else None
         token = None if self.token_loss_fn is None else TokenLoss(self.token_loss_fn, self.group, passes)
-        return Step(towers, self.loss_fn, token, scale_loss, modules)
+        return Step(towers, self.loss_fn, token, scale_loss, modules, group=self.group)
 
     def _warn_of_batch_norm(self, towers: list[Tower]) -> None:
         for tower in towers:

@@ -41,6 +41,15 @@ class Shards:
         if any(isinstance(p, DTensor) for module in self._modules for p in module.parameters()):
             not_yet("chunk_size", "auto, with fully_shard over tensor parallelism")
 
+    def stay_gathered(self) -> bool:
+        """Whether no forward communicates: everything is gathered, and is not sharded again after a forward."""
+        return all(group.is_unsharded and group.post_forward_mesh_info is None for _, group in self._groups())
+
+    def syncing(self) -> list[tuple[bool, bool]]:
+        """Of each module: (whether its backward reduces gradients, whether it shards again after that)."""
+        of = {id(state): (group.reduce_grads, group.reshard_after_backward) for state, group in self._groups()}
+        return [of.get(id(module._get_fsdp_state()), (True, True)) for module in self._modules]
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Inside, a forward does not reshard; afterwards everything is sharded again."""

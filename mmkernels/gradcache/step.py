@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmkernels.gradcache.backward import Undo, backward, leaves, out_of_memory
 from mmkernels.gradcache.replay import kept
-from mmkernels.gradcache.sync import Sync, anywhere
+from mmkernels.gradcache.sync import Sync, anywhere, reduced
 from mmkernels.gradcache.tokens import TokenLoss
 from mmkernels.gradcache.tower import Tower, embedding
 from mmkernels.ops.checks import wrong_type, wrong_value
@@ -51,6 +51,7 @@ class Step:
         modules: all that may run: those of the encoders and of the token loss.
         undo: under automatic sizes, when shards are gathered: raise `RanOut` instead of the allocator's error.
         peers: under automatic sizes: process groups whose ranks must restart together.
+        group: the ranks that train together, if known: they agree on what no rank uses and on plain steps.
     """
 
     towers: list[Tower]
@@ -60,16 +61,19 @@ class Step:
     modules: list[nn.Module]
     undo: Undo | None = None
     peers: Sequence[Any] = ()
+    group: Any = None
 
     def run(self) -> Any:
         """What `loss_fn` returned, the loss detached; with a token loss, the whole loss first and its parts last.
 
-        When every encoder has one chunk there is nothing to cache: pass 3 reuses the graph of pass 1. Several ranks
-        cannot do this: they may differ in chunks, and all must communicate in the same order, wrapper by wrapper.
+        When every encoder has one chunk there is nothing to cache: pass 3 reuses the graph of pass 1. Several ranks can
+        do this if they know that none has more chunks, since all must communicate in the same order.
         """
         sync, bundles = Sync(self.modules), self._bundles()
         sync.expect_equal([len(tower.chunks) for tower in self.towers], gathered=self.undo is not None)
-        at_once = all(len(tower.chunks) == 1 for tower in self.towers) and not (sync.ddp_over_ranks() or self.peers)
+        at_once = not self.peers and self._single(sync)
+        if at_once and sync.ddp:
+            return self._plain(bundles)
         if not at_once:
             sync.expect_no_static_graph()
         with nullcontext() if at_once else sync.held():
@@ -103,6 +107,49 @@ class Step:
                 passes.settle()
         return self._result(output)
 
+    def _single(self, sync: Sync) -> bool:
+        """Whether every encoder has one chunk; with gradients to reduce, on every rank."""
+        single = all(len(tower.chunks) == 1 for tower in self.towers)
+        if not sync.ddp_over_ranks():
+            return single
+        return self.group is not None and not anywhere(not single, [self.group])
+
+    def _plain(self, bundles: list[Bundle]) -> Any:
+        """One graph from the inputs to the loss, one backward: a wrapper reduces in the one that reaches all of it."""
+        made = [self._embed(bundle, keep=True) for bundle in bundles]
+        outputs = [out for each in made for out in each.outputs]
+        output = self.loss_fn(*map(embedding, outputs))
+        parts = [self.scale_loss(_loss_of(output))]
+        if self.token is not None:
+            self.token.settle()
+            parts.append(self.scale_loss(self.token.part(made[-1].sums)))
+        self._reduce(self.modules, parts, [None] * len(parts))
+        return self._result(output)
+
+    def _reduce(
+        self,
+        modules: list[nn.Module],
+        outputs: list[Tensor],
+        gradients: list[Tensor | None],
+        from_loss: Sequence[Tensor] = (),
+    ) -> bool:
+        """The backward in which the wrappers among some modules reduce; False if nothing in it needs gradients.
+
+        A reducer waits for every parameter of its wrapper, so those that the outputs do not depend on get zeros. What
+        no rank has used is left without a gradient, as on one rank, if the ranks are known.
+        """
+        sync = Sync(modules)
+        wrapped, known = sync.awaited(from_loss), {id(leaf) for leaf in from_loss}
+        reached = {id(leaf) for out in outputs for leaf in leaves(out)} if wrapped else set()
+        missing = [p for p in wrapped if id(p) not in reached]
+        used = [id(p) in reached or id(p) in known or p.grad is not None for p in wrapped]
+        live = backward([*outputs, *missing], [*gradients, *map(torch.zeros_like, missing)], self.undo)
+        if wrapped and self.group is not None:
+            anyone = reduced(used, self.group, "max").tolist()
+            for parameter in (p for p, so in zip(wrapped, anyone, strict=True) if not so):
+                parameter.grad = None
+        return live
+
     def _bundles(self) -> list[Bundle]:
         """The order of pass 1: encoder by encoder; with a token loss, all encoders chunk by chunk."""
         if self.token is not None:
@@ -127,14 +174,15 @@ class Step:
         """The bundles of pass 3, wrapper by wrapper, and the one in which each wrapper reduces.
 
         A DDP reducer finishes in the one backward that reaches every parameter of its wrapper, so encoders that share
-        a wrapper run their last chunks in one backward.
+        a wrapper run their last chunks in one backward. On a rank whose loss needs none of them, the first runs its
+        last chunk all the same, since the others wait.
         """
         if self.token is not None:
             bundles = self._bundles()
             return [(bundles[:-1], bundles[-1])]
         return [
             (
-                [[(tower, i)] for tower in group for i in range(len(tower.chunks) - 1)],
+                [[(tower, i)] for tower in group if tower.cache for i in range(len(tower.chunks) - 1)],
                 [(tower, len(tower.chunks) - 1) for tower in group],
             )
             for group in _sharing(self.towers)
@@ -153,8 +201,9 @@ class Step:
             sums = {} if self.token is None else self.token.again(bundle[0][1], outputs, _inputs(bundle))
         return _Made(outputs, sums)
 
-    def _backward(self, bundle: Bundle, made: _Made, from_loss: Sequence[Tensor] = ()) -> bool:
-        """Backward of a bundle from the cache; False if nothing in it needs gradients."""
+    def _backward(self, bundle: Bundle, made: _Made, from_loss: Sequence[Tensor] | None = None) -> bool:
+        """Backward of a bundle from the cache; False if nothing in it needs gradients. Wrappers reduce in one with the
+        leaves `from_loss`, which have their gradients from the loss already."""
         outputs: list[Tensor] = []
         gradients: list[Tensor | None] = []
         for (tower, i), out in zip(bundle, made.outputs, strict=True):
@@ -164,12 +213,11 @@ class Step:
         if self.token is not None:
             outputs.append(self.scale_loss(self.token.part(made.sums)))
             gradients.append(None)
-        # Zeros for wrapped parameters whose gradient already came from the loss: the reducer waits for them.
-        modules = self.modules if self.token is not None else [m for tower, _ in bundle for m in tower.modules]
-        wrapped = Sync(modules).ddp_parameters() if from_loss else set()
-        zeros = [leaf for leaf in from_loss if id(leaf) in wrapped]
         with self._may_run_out([tower for tower, _ in bundle]):
-            return backward([*outputs, *zeros], [*gradients, *map(torch.zeros_like, zeros)], self.undo)
+            if from_loss is None:
+                return backward(outputs, gradients, self.undo)
+            modules = self.modules if self.token is not None else [m for tower, _ in bundle for m in tower.modules]
+            return self._reduce(modules, outputs, gradients, from_loss)
 
     def _result(self, output: Any) -> Any:
         loss, rest = _loss_of(output).detach(), []
@@ -215,16 +263,18 @@ def _inputs(bundle: Bundle) -> list[Any]:
 
 
 def _sharing(towers: list[Tower]) -> list[list[Tower]]:
-    """The towers that need gradients, grouped by shared wrapper."""
+    """The towers to run again, grouped by shared wrapper, in an order that is the same on every rank."""
     groups: list[tuple[set[int], list[Tower]]] = []
     for tower in towers:
-        if tower.cache:
-            wrappers, members = tower.sync.ids(), [tower]
-            for other in [group for group in groups if group[0] & wrappers]:
-                groups.remove(other)
-                wrappers, members = wrappers | other[0], other[1] + members
-            groups.append((wrappers, members))
-    return [members for _, members in groups]
+        wrappers, members = tower.sync.ids(), [tower]
+        for other in [group for group in groups if group[0] & wrappers]:
+            groups.remove(other)
+            wrappers, members = wrappers | other[0], other[1] + members
+        groups.append((wrappers, members))
+    needed = [
+        [t for t in members if t.cache] or [t for t in members[:1] if t.sync.ddp_over_ranks()] for _, members in groups
+    ]
+    return [members for members in needed if members]
 
 
 def _loss_of(output: Any) -> Tensor:

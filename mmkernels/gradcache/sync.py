@@ -50,8 +50,12 @@ class Sync:
                 "times per step, got one with it"
             )
 
-    def ddp_parameters(self) -> set[int]:
-        return {id(p) for m in self.ddp for p in m.parameters()}
+    def awaited(self, from_loss: Iterable[Tensor]) -> list[Tensor]:
+        """The parameters that a reducer waits for. One that finds unused parameters itself looks for them in what its
+        wrapper's last forward returned, and knows nothing of those with gradients `from_loss`."""
+        known = {id(leaf) for leaf in from_loss}
+        every = [(p, m.find_unused_parameters) for m in self.ddp for p in m.parameters() if p.requires_grad]
+        return [p for p, looked_for in every if not looked_for or id(p) in known]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -59,16 +63,17 @@ class Sync:
         with ExitStack() as stack:
             for wrapper in self.ddp:
                 stack.enter_context(wrapper.no_sync())
-            self._set_fsdp(False)
+            before = Shards(self.fsdp).syncing()
+            self._set_fsdp([(False, False)] * len(before))
             try:
                 yield
             finally:
-                self._set_fsdp(True)
+                self._set_fsdp(before)
 
-    def _set_fsdp(self, on: bool) -> None:
-        for module in self.fsdp:
-            module.set_requires_gradient_sync(on, recurse=False)
-            module.set_reshard_after_backward(on, recurse=False)
+    def _set_fsdp(self, each: Sequence[tuple[bool, bool]]) -> None:
+        for module, (reduces, reshards) in zip(self.fsdp, each, strict=True):
+            module.set_requires_gradient_sync(reduces, recurse=False)
+            module.set_reshard_after_backward(reshards, recurse=False)
 
     def groups(self) -> list[Any]:
         """The process groups that gradients are reduced over."""
@@ -84,7 +89,7 @@ class Sync:
         Raises:
             ValueError: on every rank, if the counts differ.
         """
-        sharded = [] if gathered else self._sharded_over()
+        sharded = [] if gathered or Shards(self.fsdp).stay_gathered() else self._sharded_over()
         for group in _distinct([*(m.process_group or dist.group.WORLD for m in self.norms), *sharded]):
             most = reduced([*counts, *(-n for n in counts)], group, "max").tolist()
             if most[: len(counts)] != [-n for n in most[len(counts) :]]:

@@ -260,3 +260,85 @@ def _one_rank_runs_out(rank: int, world: int) -> list[int]:
 
 def test_ranks_begin_anew_together() -> None:
     ranks.run(2, _one_rank_runs_out)
+
+
+class Parts(nn.Module):
+    """Encoders and heads, of which a step may leave out some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = Encoder(), Encoder(20)
+        self.heads = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.never = nn.Linear(3, 3)
+
+    def forward(self, encoder: nn.Module, x: Tensor) -> Tensor:
+        return encoder(x)
+
+    def loss(self, used: dict[str, Any], a: Tensor, b: Tensor) -> Tensor:
+        rows = [self.heads[used["head"]](a)] if used["image"] else []
+        rows += [b] if used["text"] else []
+        return sum((x.square().mean() for x in rows), 0.0 * self.heads[used["head"]].bias.sum())
+
+
+# Of each rank: does its loss depend on the images, on the texts, which head does it use.
+USES = {
+    "all": [(True, True, 0), (True, True, 0)],
+    "one lacks the texts": [(True, True, 0), (True, False, 0)],
+    "no one has texts": [(True, False, 0), (True, False, 0)],
+    "one has nothing": [(True, True, 0), (False, False, 0)],
+    "other heads": [(True, True, 0), (True, True, 1)],
+}
+
+
+def _unused(rank: int, world: int, uses: str, size: int, frozen: bool, grouped: bool) -> None:
+    model, inputs = Parts(), _inputs(world)
+    model.image.requires_grad_(not frozen)
+    model.text.requires_grad_(not frozen)
+    losses = [dict(zip(("image", "text", "head"), use, strict=True)) for use in USES[uses]]
+    for each, (x, y) in zip(losses, inputs, strict=True):
+        (model.loss(each, model.image(x), model.text(y)) / world).backward()
+    expected = [p.grad for p in model.parameters()]
+    clear(model)
+    wrapper = DistributedDataParallel(model)
+    _alive.append(wrapper)
+    encoders = [functools.partial(wrapper, model.image), functools.partial(wrapper, model.text)]
+    group = dist.group.WORLD if grouped else None
+    step = GradCache(encoders, functools.partial(model.loss, losses[rank]), chunk_size=size, group=group)
+    for _ in range(2):  # a second step fails if the first left a reducer waiting
+        clear(model)
+        step(*inputs[rank])
+        for parameter, wanted in zip(model.parameters(), expected, strict=True):
+            if wanted is None and not grouped:
+                assert parameter.grad is None or not parameter.grad.any()
+            elif wanted is None:
+                assert parameter.grad is None, "as on one rank, so that an optimizer leaves it alone"
+            else:
+                torch.testing.assert_close(parameter.grad, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pairwise.cases(uses=tuple(USES), size=(2, 7), frozen=(False, True), grouped=(True, False))
+def test_ranks_may_use_other_parameters(uses: str, size: int, frozen: bool, grouped: bool) -> None:
+    ranks.run(2, _unused, uses, size, frozen, grouped)
+
+
+def _plain(rank: int, world: int, first: int) -> int:
+    model = Parts()
+    wrapper = DistributedDataParallel(model)
+    _alive.append(wrapper)
+    forwards = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    model.image.register_forward_hook(counted)
+    encoders = [functools.partial(wrapper, model.image), functools.partial(wrapper, model.text)]
+    loss = functools.partial(model.loss, {"image": True, "text": True, "head": 0})
+    sizes = [first if rank else 7, 7]
+    GradCache(encoders, loss, chunk_size=sizes, group=dist.group.WORLD)(*_inputs(world)[rank])
+    return forwards
+
+
+def test_a_step_is_plain_if_no_rank_has_several_chunks() -> None:
+    assert ranks.run(2, _plain, 7) == [1, 1]
+    assert ranks.run(2, _plain, 4) == [2, 4], "rank 0 embeds twice, because rank 1 does"
