@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mmkernels import PackedBatch
+from mmkernels.pretrain.ranks import ALONE, Ranks
+from mmkernels.pretrain.roster import Roster
 
 __all__ = ["Batch", "Piece"]
 
@@ -34,6 +36,8 @@ class Batch:
     step: int  # which batch of the run this is, from 0
     state: Mapping[str, Any] = field(default_factory=dict)  # of the sampler after this batch
     broken: Mapping[str, str] = field(default_factory=dict)  # why samples could not be read, by name
+    places: tuple[int, ...] | None = None  # of the samples in the batch of all ranks; -1 for one that only fills it
+    among: Roster | None = None  # the samples of all ranks, once these have said what they have
 
     def __getitem__(self, stream: str) -> PackedBatch:
         return self.streams[stream]
@@ -52,6 +56,19 @@ class Batch:
         """The share of tokens that padding every stream to its longest sample would have added."""
         padded = sum(packed.num_samples * packed.max_seqlen for packed in self.streams.values())
         return 1 - self.tokens / padded if padded else 0.0
+
+    @property
+    def roster(self) -> Roster:
+        """The samples of all ranks; those of this batch alone as long as no other rank is known."""
+        return self.among or self._called(ALONE)
+
+    def called(self, ranks: Ranks) -> Batch:
+        """With the samples of all ranks known."""
+        return replace(self, among=self._called(ranks))
+
+    def _called(self, ranks: Ranks) -> Roster:
+        lengths = {name: torch.tensor(packed.cu_seqlens_host).diff() for name, packed in self.streams.items()}
+        return Roster.of(self.concepts, lengths, self.places, ranks)
 
     def _map(self, packed: Callable[[PackedBatch], PackedBatch], tensor: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
@@ -78,6 +95,7 @@ class Batch:
                 labels={name: each[first : first + size] for name, each in self.labels.items()},
                 concepts=self.concepts[first : first + size],
                 names=self.names[first : first + size],
+                places=None if self.places is None else self.places[first : first + size],
                 numbers=self.numbers[first : first + size],
             )
             for i, first in enumerate(firsts)

@@ -17,8 +17,10 @@ from mmkernels.pretrain import recipes
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import TooManyBrokenError
 from mmkernels.pretrain.guards import NotFiniteError
+from mmkernels.pretrain.launch import leads
 from mmkernels.pretrain.loop import train
 from mmkernels.pretrain.picture import picture
+from mmkernels.pretrain.ranks import PeerError
 from mmkernels.pretrain.report import figure_table
 from mmkernels.pretrain.run_folder import RunFolder, stored_config
 from mmkernels.pretrain.wiring import leaves, leaves_of, typed
@@ -37,7 +39,7 @@ def parse(argv: Sequence[str]) -> Config:
     """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--recipe", default=recipes.DEFAULT)
-    known.add_argument("--run", type=Path)
+    known.add_argument("--run", "--run-folder", type=Path)
     known.add_argument("--resume", action="store_true")
     first, _ = known.parse_known_args(argv)
     default = Config.of(first.recipe)
@@ -68,6 +70,9 @@ def asked(default: Config, argv: Sequence[str], command: str, options: Any = Non
         (name, Annotated[hints[name], tyro.conf.Suppress], dataclasses.field(default_factory=partial(own.get, name)))
         for name in ("parts", "transfers", *hide)
     ]
+    # torchrun takes --run for one of its own options.
+    folder = Annotated[hints["run"], tyro.conf.arg(name="run-folder", aliases=["--run"])]
+    hidden.append(("run", folder, dataclasses.field(default=default.run)))
     shown = dataclasses.make_dataclass(
         command.capitalize(),
         [*hidden, *((name, kind, dataclasses.field(default=value)) for name, kind, value in branches)],
@@ -105,12 +110,15 @@ def trained(command: str, parsed: Callable[[Sequence[str]], Config], argv: Seque
     """Train what a command line asks for, and show the figures; returns the exit status."""
     try:
         outcome = train(parsed(argv))
-    except (ValueError, NotFiniteError, TooManyBrokenError) as error:
-        print(f"mmkernels {command}: {error}", file=sys.stderr)
+    except (ValueError, NotFiniteError, TooManyBrokenError, PeerError) as error:
+        if leads():  # the others say the same
+            print(f"mmkernels {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         print(f"mmkernels {command}: stopped; once it has begun, --resume continues a run", file=sys.stderr)
         return INTERRUPTED
+    if not leads():
+        return INTERRUPTED if outcome.interrupted else 0
     if outcome.folder.records("eval"):
         print(figure_table(outcome.folder))
     if learned := _learned(outcome.folder):

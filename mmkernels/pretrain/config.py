@@ -131,15 +131,22 @@ class Config:
     """CPU threads; 0: PyTorch's default."""
     backend: Literal["native", "triton", "reference"] | None = None
     """Backend of every mmkernels op; None: the fastest available."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """On several ranks, which `torchrun` starts: the model whole on each, in shards over all of them, or in shards over
+    some and replicated over these."""
+    shard_ranks: int = 0
+    """With hsdp: ranks that hold one replica; 0: those of a node."""
+    timeout: float = 600.0
+    """Seconds after which a rank gives up waiting for others."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "chunk", "keep_checkpoints", "eval_limit", "resolution"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "eval_every", "checkpoint_every", "threads", "seed", "workers", "skip"):
+        for name in ("warmup", "eval_every", "checkpoint_every", "threads", "seed", "workers", "skip", "shard_ranks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        for name in ("lr", "clip_grad"):
+        for name in ("lr", "clip_grad", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         TableFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)  # validates them
@@ -188,6 +195,7 @@ class Config:
 RESUMABLE = frozenset(
     {"run", "resume", "eval_every", "eval_limit", "checkpoint_every", "keep_checkpoints", "tensorboard", "profile"}
     | {"device", "threads", "backend", "max_broken", "workers", "recompute", "skip"}
+    | {"parallel", "shard_ranks", "timeout"}
 )
 
 

@@ -32,6 +32,13 @@ def reported(
         for held_out in trainer.held_out.values():
             for source in (held_out.source, held_out.train):
                 source.broken.limit(1.0)  # those that can be read are examples still
-        write(folder, trainer)
+        _write(write, folder, trainer)
         raise
-    write(folder, trainer)
+    _write(write, folder, trainer)
+
+
+def _write(write: Callable[[RunFolder, Trainer], Any], folder: RunFolder, trainer: Trainer) -> None:
+    """On the leading rank, with all of the model."""
+    with trainer.placed.whole():
+        if trainer.ranks.leads:
+            write(folder, trainer)

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmkernels.pretrain.metrics.base import Figure, HeldOut
+from mmkernels.pretrain.ranks import ALONE, Ranks
 
 __all__ = ["distinct", "evaluate", "evaluating"]
 
@@ -21,6 +23,7 @@ def evaluate(
     metrics: Sequence[Any],
     held_out: Mapping[str, HeldOut],
     memory: dict[tuple[str, ...], Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, list[Figure]]:
     """Figures by split, in evaluation mode and without gradients; random state and mode stay as they were. No two of a
     split have one name.
@@ -30,13 +33,19 @@ def evaluate(
         metrics: parts of recipes.
         held_out: by split.
         memory: what metrics share (see `HeldOut.once`), to go on with in a further call for the same model.
+        ranks: who share the work; each measures some of the metrics, those of a split next to each other.
     """
     memory = {} if memory is None else memory
+    every = [(split, metric) for split in held_out for metric in metrics]
+    mine = range(ranks.rank * len(every) // ranks.size, (ranks.rank + 1) * len(every) // ranks.size)
     with evaluating(model):
-        return {
-            name: distinct(f for metric in metrics for f in metric.measure(model, replace(one, memory=memory)))
-            for name, one in held_out.items()
-        }
+        measured = [
+            each[1].measure(model, replace(held_out[each[0]], memory=memory)) for each in every[mine.start : mine.stop]
+        ]
+    found: dict[str, list[Figure]] = {split: [] for split in held_out}
+    for (split, _), figures in zip(every, chain(*ranks.objects(measured)), strict=True):
+        found[split] += figures
+    return {split: distinct(figures) for split, figures in found.items()}
 
 
 def distinct(figures: Iterable[Figure]) -> list[Figure]:

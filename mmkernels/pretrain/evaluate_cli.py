@@ -20,8 +20,8 @@ from mmkernels.pretrain.data import Data, Mixed, TooManyBrokenError
 from mmkernels.pretrain.data.folder import with_labels
 from mmkernels.pretrain.data.opening import NoConceptsError, reads_table
 from mmkernels.pretrain.evaluate import distinct, evaluate
+from mmkernels.pretrain.launch import device_of
 from mmkernels.pretrain.load import load_model
-from mmkernels.pretrain.loop import device_of
 from mmkernels.pretrain.measures import Subject, group_labels, measures
 from mmkernels.pretrain.metrics import Figure, HeldOut
 from mmkernels.pretrain.run_folder import stored_classes, stored_config, write_whole

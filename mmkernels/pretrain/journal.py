@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.environment import environment
 from mmkernels.pretrain.metrics import Figure, HeldOut
+from mmkernels.pretrain.ranks import ALONE, Ranks
 from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.sample_digests import digests_of
 from mmkernels.pretrain.warm_start import WarmStart
@@ -33,16 +36,19 @@ _DATA_LOG = logging.getLogger("mmkernels.pretrain.data")
 
 
 class Journal(logging.Handler):
-    """Open for the whole run; also records the data loader's warnings about broken images."""
+    """Open for the whole run; also records the data loader's warnings about broken images. Of several ranks the leading
+    one writes and prints."""
 
-    def __init__(self, folder: RunFolder, config: Config, device: torch.device) -> None:
+    def __init__(self, folder: RunFolder, config: Config, device: torch.device, ranks: Ranks = ALONE) -> None:
         super().__init__(logging.WARNING)
-        self.device = device
+        self.device, self.leads = device, ranks.leads
         self.step_now = checkpoint.step_of(checkpoint.latest(folder.checkpoints))
-        damaged = folder.keep_log_until(self.step_now)
-        self._file = folder.log.open("a", buffering=1, encoding="utf-8")
-        self._tensorboard = self._open_tensorboard(folder) if config.tensorboard else None
-        self._bar = tqdm(total=config.steps, initial=self.step_now, unit="step", dynamic_ncols=True, disable=None)
+        damaged = folder.keep_log_until(self.step_now) if ranks.leads else []
+        log = folder.log if ranks.leads else Path(os.devnull)
+        self._file = log.open("a", buffering=1, encoding="utf-8")
+        self._tensorboard = self._open_tensorboard(folder) if config.tensorboard and ranks.leads else None
+        silent = None if ranks.leads else True
+        self._bar = tqdm(total=config.steps, initial=self.step_now, unit="step", dynamic_ncols=True, disable=silent)
         self._bar_note: dict[str, str] = {}
         self._waited = 0.0
         self._step_began = time.perf_counter()
@@ -82,7 +88,8 @@ class Journal(logging.Handler):
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        tqdm.write(text, file=sys.stderr)
+        if self.leads:
+            tqdm.write(text, file=sys.stderr)
 
     def warn(self, message: str) -> None:
         self.write("warning", message=message)
@@ -116,9 +123,9 @@ class Journal(logging.Handler):
         self.step_now = step
         seconds = time.perf_counter() - self._step_began
         rates = {
-            "samples_per_s": batch.samples / seconds,
-            "tokens_per_s": batch.tokens / seconds,
-            "tokens": batch.tokens,
+            "samples_per_s": batch.roster.samples / seconds,
+            "tokens_per_s": batch.roster.tokens / seconds,
+            "tokens": batch.roster.tokens,
             "padding_saved": batch.padding_saved,
             "data_wait": self._waited / seconds,
             "peak_memory": _peak_memory(self.device),

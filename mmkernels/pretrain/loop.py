@@ -13,7 +13,9 @@ from mmkernels.pretrain.ending import reported
 from mmkernels.pretrain.evaluate import evaluate
 from mmkernels.pretrain.guards import Interrupt, LossWatch, NotFiniteError, StepGuard
 from mmkernels.pretrain.journal import Journal, data_warnings
+from mmkernels.pretrain.launch import launched
 from mmkernels.pretrain.profiling import ProfileWindow
+from mmkernels.pretrain.ranks import Ranks
 from mmkernels.pretrain.report import write_report
 from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.schedule import total, unreached, weights_at
@@ -45,24 +47,27 @@ def train(config: Config) -> Outcome:
         NotFiniteError: too many losses or gradients were not finite; the state before that step is saved.
         TooManyBrokenError: too many samples cannot be read. Like the former it leaves a report, once the run has begun.
     """
-    device = device_of(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    interrupt, folder = Interrupt(), RunFolder(config)
+    with launched(config) as (ranks, device):
+        return _train(config, ranks, device)
+
+
+def _train(config: Config, ranks: Ranks, device: torch.device) -> Outcome:
+    interrupt, folder = Interrupt(), ranks.of_leader(lambda: RunFolder(config))
     with data_warnings() as warnings:
         data = open_source(config)
-        tokenizer = tokenizer_for(config, data, folder)
+        tokenizer = ranks.of_leader(lambda: tokenizer_for(config, data, folder))
         if config.resume:
             folder.expect_classes(data.train.classes)
-        trainer, guard = Trainer(config, data, tokenizer, device), StepGuard(config.skip, config.spike)
-    saved, begun, cautions = checkpoint.latest(folder.checkpoints), None, []
+        trainer, guard = Trainer(config, data, tokenizer, device, ranks), StepGuard(config.skip, config.spike)
+    saved, begun, cautions = ranks.of_leader(lambda: checkpoint.latest(folder.checkpoints)), None, []
     if saved is not None:
         guard.load_state_dict(trainer.load(saved)["guard"])
     elif config.init is not None:
         begun = trainer.warm_start(config.init)
         cautions = cautions_of(config, begun, data.train.classes)
-    folder.begin(config, tokenizer.text(), data.train.classes)  # from here on, nothing is wrong with the settings
-    with Journal(folder, config, device) as journal:
+    # From here on, nothing is wrong with the settings.
+    ranks.of_leader(lambda: folder.begin(config, tokenizer.text(), data.train.classes))
+    with Journal(folder, config, device, ranks) as journal:
         if begun is not None:
             journal.warm_start(begun)
         parameters = sum(p.numel() for p in trainer.parameters)
@@ -70,47 +75,48 @@ def train(config: Config) -> Outcome:
         for message in [*warnings, *cautions, *unreached(trainer.recipe, config.steps)]:
             journal.warn(message)
         with reported(write_report, folder, trainer, journal), interrupt.listening():
-            _loop(config, trainer, guard, journal, folder, interrupt)
-    return Outcome(folder, trainer.step, bool(interrupt))
+            stopped = _loop(config, trainer, guard, journal, folder, interrupt)
+    return Outcome(folder, trainer.step, stopped)
 
 
 def _loop(
     config: Config, trainer: Trainer, guard: StepGuard, journal: Journal, folder: RunFolder, interrupt: Interrupt
-) -> None:
+) -> bool:
+    """Whether the run was interrupted: on any rank, which all learn of after the same step."""
     watch, profiled = LossWatch(), ProfileWindow(config.profile, folder.path)
-    saved, several = trainer.step, len(trainer.recipe.objectives) > 1
-    while trainer.step < config.steps and not interrupt:
+    saved, several, stop = trainer.step, len(trainer.recipe.objectives) > 1, bool(interrupt)
+    while trainer.step < config.steps and not stop:
         profiled.before(trainer.step)
-        cursor = trainer.cursor()
+        before = trainer.loader.state_dict()
         lr = trainer.begin()
 
         with journal.waiting_for_data():
             batch = next(trainer.loader)
         batch = batch.to(trainer.device)
-        loss, parts, norm = trainer.backward(batch)
+        found = trainer.backward(batch)
 
-        if fault := guard.fault(loss, norm):
+        if fault := guard.fault(found.loss, found.norm):
             what = f"{fault}. The batch begins with {', '.join(batch.names[:5])}"
             if not guard.may_skip():
-                trainer.rewind(cursor)
+                trainer.loader.load_state_dict(before)
                 path = trainer.save(folder.checkpoints, guard=guard.state_dict())
                 saved_in = f"No weight was updated; the run before this step is saved in {path}"
                 raise NotFiniteError(f"after step {trainer.step}: {what}. {saved_in}")
             trainer.skip()
             journal.skipped(trainer.step, f"step {trainer.step}: {what}. Skipped, {guard.skipped} of {config.skip}")
         else:
-            chances = {name: trainer.model.objectives[name].chance_loss(batch) for name in parts}
             weights = weights_at(trainer.recipe, config.seed, trainer.step)
-            chance = total({name: weights[name] for name in parts}, chances) if parts else None
+            chance = total({name: weights[name] for name in found.parts}, found.chances) if found.parts else None
             trainer.update()
-            of_parts = {f"{name}/loss": value for name, value in parts.items()} if several else {}
-            of_parts |= {f"{name}/chance": value for name, value in chances.items() if several and value is not None}
-            figures = {"loss": loss, "lr": lr, "grad_norm": norm, **of_parts, **trainer.metrics()}
+            of_parts = {f"{name}/loss": value for name, value in found.parts.items()} if several else {}
+            of_parts |= {f"{name}/chance": x for name, x in found.chances.items() if several and x is not None}
+            figures = {"loss": found.loss, "lr": lr, "grad_norm": found.norm, **of_parts, **trainer.metrics()}
             figures |= {} if chance is None else {"chance": chance}
             journal.step(trainer.step, batch, **figures)
-            if chance and (warning := watch.see(loss, chance)):
+            if chance and (warning := watch.see(found.loss, chance)):
                 journal.warn(warning)
 
+        stop = bool(trainer.ranks.table([bool(interrupt)]).any())
         if _due(config.eval_every, trainer.step, config.steps):
             _measure(trainer, journal)
         if _due(config.checkpoint_every, trainer.step, config.steps):
@@ -119,11 +125,13 @@ def _loop(
     if saved != trainer.step:
         trainer.save(folder.checkpoints, guard=guard.state_dict())
     profiled.close()
+    return stop
 
 
 def _measure(trainer: Trainer, journal: Journal) -> None:
     began, metrics = time.perf_counter(), trainer.recipe.metrics
-    found = evaluate(trainer.trained, metrics, trainer.held_out)
+    with trainer.placed.whole():
+        found = evaluate(trainer.trained, metrics, trainer.held_out, ranks=trainer.ranks)
     journal.evaluation(found, time.perf_counter() - began)
     if found and metrics and not any(found.values()):
         names = ", ".join(dict.fromkeys(type(metric).__name__ for metric in metrics))
@@ -132,16 +140,3 @@ def _measure(trainer: Trainer, journal: Journal) -> None:
 
 def _due(every: int, step: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def device_of(config: Config) -> torch.device:
-    """Raise ValueError if there is none of that name."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # the former: PyTorch without CUDA
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device: expected auto, or one that is here, got {config.device} ({reason})") from error
-    return device

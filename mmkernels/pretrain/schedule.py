@@ -23,6 +23,7 @@ __all__ = [
     "reached",
     "rest",
     "stage_at",
+    "step_seed",
     "unreached",
     "weights_at",
 ]
@@ -57,6 +58,11 @@ def weights_at(recipe: Recipe, seed: int, step: int) -> dict[str, float]:
                 return {name: 1.0}
         return {name: 1.0}
     return weights
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of what encoders draw in a step, such as dropout: nothing to store, and other numbers on each rank."""
+    return int(generator(seed, step, Stream.ENCODERS, rank).integers(2**63))
 
 
 def in_use(recipe: Recipe, seed: int, step: int) -> frozenset[str]:

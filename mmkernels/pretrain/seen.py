@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.roster import Roster
 from mmkernels.pretrain.tokens import Tokens
 
 __all__ = ["Chunk", "Seen"]
@@ -35,6 +37,11 @@ class Seen:
     def step(self) -> int:
         return self.batch.step
 
+    @cached_property
+    def roster(self) -> Roster:
+        """The samples of all ranks."""
+        return self.batch.roster
+
     def embedding(self, stream: str) -> Tensor:
         """Unit vectors [S, E]; zeros for samples without this stream."""
         if stream not in self._embeddings:
@@ -50,12 +57,18 @@ class Seen:
         return self._tokens[stream]
 
     def present(self, *streams: str) -> Tensor:
-        """bool [S]: the samples that have all of these streams."""
+        """bool [S]: the samples of this rank that have all of these streams."""
         lengths = [self.batch[stream].cu_seqlens.diff() > 0 for stream in streams]
         have = lengths[0]
         for each in lengths[1:]:
             have = have & each
         return have
+
+    def everyone(self, *streams: str) -> tuple[list[Tensor], Tensor]:
+        """(the embeddings [B, E] of some streams on all ranks, bool [B]: the samples that have all of these), for a
+        loss that every rank computes."""
+        found = [self.roster.rows(self.embedding(stream)) for stream in streams]
+        return found, self.roster.present(*streams).to(found[0].device)
 
     def chunks(self, size: int) -> list[Chunk]:
         """The samples in groups of `size`."""

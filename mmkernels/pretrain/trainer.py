@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmkernels import GradCache
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.data import BatchSampler, Collator, Data, TokenSampler, TrainLoader
+from mmkernels.pretrain.data import BatchSampler, Collator, Data, Dealer, TokenSampler, TrainLoader
 from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.model import Model
+from mmkernels.pretrain.placement import placed
+from mmkernels.pretrain.ranks import ALONE, Ranks
 from mmkernels.pretrain.recipe import Facts, Stage
 from mmkernels.pretrain.schedule import (
     check_stages,
@@ -29,21 +31,25 @@ from mmkernels.pretrain.schedule import (
     reached,
     rest,
     stage_at,
+    step_seed,
     weights_at,
 )
 from mmkernels.pretrain.setup import documents
 from mmkernels.pretrain.state import Twin, Twins
 from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.warm_start import WarmStart, warm_start
+from mmkernels.pretrain.workload import workload
 
-__all__ = ["Cursor", "Trainer", "facts_of"]
+__all__ = ["Outcome", "Trainer", "facts_of"]
 
 
-class Cursor(NamedTuple):
-    """The state that a step advances before it updates weights and optimizer."""
+class Outcome(NamedTuple):
+    """What a step has come to on all ranks, before the weights are updated."""
 
-    loader: dict[str, Any]
-    random: dict[str, Any]
+    loss: float
+    parts: dict[str, float]  # the loss of each objective to which the batch had something to say
+    chances: dict[str, float | None]  # of each of these, that of a guess
+    norm: float  # of the gradient, before it was clipped
 
 
 class Trainer:
@@ -54,11 +60,14 @@ class Trainer:
         data: of the run.
         tokenizer: of the run.
         device: of the model.
+        ranks: who train it together.
     """
 
-    def __init__(self, config: Config, data: Data, tokenizer: TextTokenizer, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, data: Data, tokenizer: TextTokenizer, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.device, self.step = config, device, 0
+        self.config, self.device, self.ranks, self.step = config, device, ranks, 0
         self._stage: Stage | None = None
         self.recipe = config.wiring()
         self.model = Model(self.recipe, facts_of(config, data, tokenizer)).to(device)
@@ -74,11 +83,14 @@ class Trainer:
         self.carried = nn.ModuleDict({"model": self.model, "twins": self.twins})
         if self.average is not None:
             self.carried["average"] = self.average
+        followers = [twin.module for twin in (*self.twins.of.values(), *([self.average] if self.average else []))]
+        self.placed = placed(self.model, ranks, config, device, followers)
         self.parameters = list(self.model.parameters())
         decayed = [p for p in self.parameters if p.ndim > 1]
         others = [p for p in self.parameters if p.ndim <= 1]
+        groups = [(config.weight_decay, decayed), *((0.0, group) for group in self.placed.groups(others))]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [{"params": group, "weight_decay": decay} for decay, group in groups],
             lr=config.lr,
             betas=(0.9, config.beta2),
             fused=True,
@@ -86,7 +98,6 @@ class Trainer:
         if config.compile:
             for block in (module for module in self.model.modules() if isinstance(module, Block)):
                 block.compile(dynamic=True)
-        self.cache = GradCache(self.model.encoders(), self.model.loss, chunk_size=config.chunk)
         self.collator = Collator(
             self.recipe.streams,
             tokenizer,
@@ -99,6 +110,9 @@ class Trainer:
             data.train,
             self._sampler(data),
             self.collator,
+            dealer=None
+            if ranks.group is None
+            else Dealer(data.train, self.collator, ranks, partial(workload, self.recipe)),
             workers=config.workers,
             pin=device.type == "cuda",
         )
@@ -153,6 +167,9 @@ class Trainer:
             freeze(self.model, stage)
             rest(self.model)
             self._deepen(stage)
+            self.placed.learn_others()
+            encoders = self.placed.encoders(self.model.encoders())
+            self._cache = GradCache(encoders, self.model.loss, chunk_size=config.chunk, group=self.ranks.group)
             self._stage = stage
         lr = stage.lr_scale * learning_rate(config.lr, config.warmup, config.steps, self.step)
         for group in self.optimizer.param_groups:
@@ -164,18 +181,38 @@ class Trainer:
             if model.fusion is not None:
                 model.fusion.depth = stage.fusion_depth
 
-    def backward(self, batch: Batch) -> tuple[float, dict[str, float], float]:
-        """Gradients of a batch, clipped: (loss, that of each objective to which the batch has something to say, norm
-        before clipping)."""
+    def backward(self, batch: Batch) -> Outcome:
+        """Gradients of a batch, clipped."""
         config = self.config
         weights = weights_at(self.recipe, config.seed, self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        torch.manual_seed(step_seed(config.seed, self.step, self.ranks.rank))
+        with (
+            self.placed.step(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
+        ):
             taught = {name: self.model.owner[name] for name in self.model.taught}
             teacher = self.twins.embeddings(batch.streams, taught, config.chunk)
-            self.cache.loss_fn = self.model.loss(batch, weights, config.chunk, teacher)
-            loss, parts = self.cache(*(batch[name] for name in self.model.encoded))
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip_grad)
-        return loss.item(), {name: part.item() for name, part in parts.items()}, norm.item()
+            self._cache.loss_fn = self.model.loss(batch, weights, config.chunk, teacher)
+            loss, parts = self._cache(*(batch[name] for name in self.model.encoded))
+        norm = self.placed.clip(self.parameters, config.clip_grad)
+        return self._of_all(batch, list(weights), loss.item(), parts, norm.item())
+
+    def _of_all(self, batch: Batch, names: list[str], loss: float, parts: dict[str, Tensor], norm: float) -> Outcome:
+        """The means over the ranks, whose losses and chances are parts of those of the batch."""
+        chances = {name: self.model.objectives[name].chance_loss(batch) for name in parts}
+        mine = [loss, norm]
+        for name in names:
+            chance = chances.get(name)
+            mine += [float(parts[name]) if name in parts else 0.0, name in parts, chance or 0.0, chance is not None]
+        table = self.ranks.table(mine)
+        (loss, norm), rest = table[:, :2].mean(0).tolist(), table[:, 2:].reshape(len(table), -1, 4)
+        told = {name: rest[:, i] for i, name in enumerate(names) if rest[:, i, 1].any()}
+        return Outcome(
+            loss,
+            {name: float(each[:, 0].sum() / each[:, 1].sum()) for name, each in told.items()},
+            {name: float(e[:, 2].sum() / e[:, 3].sum()) if e[:, 3].any() else None for name, e in told.items()},
+            norm,
+        )
 
     def update(self) -> None:
         """Step the optimizer, and what follows the weights."""
@@ -198,24 +235,18 @@ class Trainer:
         every = self.model.objectives.items()
         return {f"{name}/{key}": value for name, objective in every for key, value in objective.metrics().items()}
 
-    def cursor(self) -> Cursor:
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        return Cursor(self.loader.state_dict(), random)
-
-    def rewind(self, cursor: Cursor) -> None:
-        """Return to a cursor; weights and optimizer stay."""
-        self.loader.load_state_dict(cursor.loader)
-        torch.set_rng_state(cursor.random["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(cursor.random["cuda"], self.device)
-
     def save(self, folder: Path, **more: Any) -> Path:
         """Write a checkpoint; `more` are further values to keep."""
         weights = {name: tensor.contiguous() for name, tensor in self.carried.state_dict().items()}
-        training = {"step": self.step, "optimizer": self.optimizer.state_dict(), **self.cursor()._asdict(), **more}
-        return checkpoint.save(folder, self.step, weights, training, keep=self.config.keep_checkpoints)
+        training = {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "loader": self.loader.state_dict(),
+            **more,
+        }
+        return self.ranks.of_leader(
+            lambda: checkpoint.save(folder, self.step, weights, training, keep=self.config.keep_checkpoints)
+        )
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restore the state that `save` wrote; returns everything that it kept beside the weights."""
@@ -224,7 +255,7 @@ class Trainer:
         self.optimizer.load_state_dict(training["optimizer"])
         self.step = training["step"]
         self._deepen(stage_at(self.recipe, max(self.step - 1, 0)))  # of the last step, should there be no other
-        self.rewind(Cursor(training["loader"], training["random"]))
+        self.loader.load_state_dict(training["loader"])
         return training
 
 

@@ -16,6 +16,7 @@ from mmkernels import Media, Modality, PackedBatch
 from mmkernels.pretrain.encoders import Frozen, HashedWords, Patches, Words
 from mmkernels.pretrain.objectives import Correlation, Cycle, HingeRank, Reconstruct, hinge_rank
 from mmkernels.pretrain.recipe import Stream
+from mmkernels.pretrain.roster import Roster
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -31,8 +32,12 @@ def seen(have: list[tuple[bool, bool]], concepts: list[int] | None = None, size:
         for i, name in enumerate(("image", "text"))
     }
     column = {"image": present[:, 0], "text": present[:, 1]}
+    ids = torch.tensor(concepts or list(range(n)))
+    roster = Roster.of(ids, {name: each.long() for name, each in column.items()})
     return SimpleNamespace(
-        batch=FakeBatch(streams, n, torch.tensor(concepts or list(range(n)))),
+        batch=FakeBatch(streams, n, ids),
+        roster=roster,
+        everyone=lambda *names: ([x[name] for name in names], roster.present(*names)),
         embedding=x.__getitem__,
         present=lambda *names: torch.stack([column[name] for name in names]).all(0),
         x=x,

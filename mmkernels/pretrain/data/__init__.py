@@ -20,6 +20,7 @@ from mmkernels.pretrain.data.base import (
     TooManyBrokenError,
 )
 from mmkernels.pretrain.data.collate import Collator
+from mmkernels.pretrain.data.dealing import Dealer
 from mmkernels.pretrain.data.decode import decode_image
 from mmkernels.pretrain.data.emoji import EmojiDataset, EmojiPack, load_emoji, load_pack
 from mmkernels.pretrain.data.filter_list import FilterList
@@ -40,6 +41,7 @@ __all__ = [
     "BrokenLog",
     "Collator",
     "Data",
+    "Dealer",
     "Document",
     "EmojiDataset",
     "EmojiPack",

@@ -10,12 +10,43 @@ import torch
 
 from mmkernels import PackedBatch
 from mmkernels.pretrain.batch import Batch, Piece
+from mmkernels.pretrain.candidates import Candidates
 from mmkernels.pretrain.data.base import Sample, Source
 from mmkernels.pretrain.data.seeds import Draws
 from mmkernels.pretrain.recipe import Stream
 from mmkernels.pretrain.tokenizer import TextTokenizer
 
-__all__ = ["Collator", "Mode"]
+__all__ = ["Collator", "Mode", "Others"]
+
+
+class Others:
+    """The whole batch of which other ranks have the rest: what a view that swaps may take.
+
+    Args:
+        source: the training data.
+        items: int64 [B]: the numbers of the batch's samples.
+        present: stream -> bool [B]: the samples that have it.
+    """
+
+    def __init__(self, source: Source, items: np.ndarray, present: Mapping[str, np.ndarray]) -> None:
+        self.source, self.items, self.present = source, items, present
+
+    def candidates(self, stream: str, field: str, taken: Callable[[Any, int], Any]) -> Candidates:
+        """The values of a stream.
+
+        Args:
+            stream: its name.
+            field: that it reads.
+            taken: (a value, the number of its sample) -> the value as a view finds it.
+        """
+
+        def value(place: int) -> Any:
+            read = self.source.read_some([int(self.items[place])])
+            found = read.samples[0].values.get(field) if read.samples else None
+            return None if found is None else taken(found, int(self.items[place]))
+
+        return Candidates(self.source.concepts[self.items], self.present[stream], value)
+
 
 # train: all views; loss: those that make the task (masks), drawn once and for all; plain: none.
 Mode = Literal["train", "loss", "plain"]
@@ -51,7 +82,13 @@ class Collator:
         self.views = {name: [v.fitted(s.encoder, tokenizer) for v in s.views] for name, s in self.streams.items()}
 
     def __call__(
-        self, samples: Sequence[Sample], items: Sequence[int], step: int = 0, mode: Mode = "train", objective: str = ""
+        self,
+        samples: Sequence[Sample],
+        items: Sequence[int],
+        step: int = 0,
+        mode: Mode = "train",
+        objective: str = "",
+        others: Others | None = None,
     ) -> Batch:
         """A batch; every draw depends on the seed, the step, and the number of its sample in the data set alone.
 
@@ -61,6 +98,7 @@ class Collator:
             step: of the run.
             mode: which views apply.
             objective: the only one in use, for mode loss; empty: all are.
+            others: the rest of the batch, if other ranks have it.
         """
         labels = {
             name: np.array([sample.values.get(name, -100) for sample in samples], np.int64)
@@ -71,7 +109,9 @@ class Collator:
         used = frozenset({objective}) if objective else None
         if self.in_use is not None and mode == "train":
             used = self.in_use(step)
-        streams = {name: self._packed(name, samples, numbers, step, mode, used, labels) for name in self.streams}
+        streams = {
+            name: self._packed(name, samples, numbers, step, mode, used, labels, others) for name in self.streams
+        }
         concepts = torch.from_numpy(labels.pop("concept"))
         return Batch(
             streams,
@@ -84,16 +124,20 @@ class Collator:
 
     def lengths(self, source: Source) -> np.ndarray:
         """int64 [n]: at most how many tokens each sample of a data set has, over all streams."""
-        found = np.zeros(len(source), np.int64)
-        for i in range(len(source)):
-            values = source.peek(i)
-            for name, stream in self.streams.items():
+        found: np.ndarray = self.stream_lengths(source, range(len(source))).sum(1)
+        return found
+
+    def stream_lengths(self, source: Source, items: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int64 [n, streams]: at most how many tokens some samples of a data set have in each stream."""
+        found = np.zeros((len(items), len(self.streams)), np.int64)
+        for row, item in zip(found, items, strict=True):
+            values = source.peek(int(item))
+            for i, (name, stream) in enumerate(self.streams.items()):
                 if name in self.without:
                     continue
-                length = stream.encoder.length(values.get(stream.field or name), self.tokenizer)
+                row[i] = stream.encoder.length(values.get(stream.field or name), self.tokenizer)
                 for view in self.views[name]:
-                    length = view.length(length)
-                found[i] += length
+                    row[i] = view.length(int(row[i]))
         return found
 
     def packed(self, stream: str, values: Sequence[Mapping[str, Any]], items: Sequence[int], mode: Mode) -> PackedBatch:
@@ -110,6 +154,7 @@ class Collator:
         mode: Mode,
         used: frozenset[str] | None,
         labels: dict[str, np.ndarray],
+        others: Others | None = None,
     ) -> PackedBatch:
         stream = self.streams[name]
         field = stream.field or name
@@ -121,15 +166,25 @@ class Collator:
             and (used is None or not view.when or not used.isdisjoint(view.when))
         ]
 
-        def changed(view: Any, what: list[Any]) -> list[Any]:
+        def changed(view: Any, what: list[Any], of: np.ndarray, *more: Any) -> list[Any]:
             purpose = f"{field}/{type(view).__name__}/{view.salt}"
-            return list(view(what, Draws(self.seed, step if mode == "train" else 0, purpose, numbers), labels))
+            return list(view(what, Draws(self.seed, step if mode == "train" else 0, purpose, of), labels, *more))
 
-        for view in (view for view in views if not view.of_tokens):
-            values = changed(view, values)
+        of_values = [view for view in views if not view.of_tokens]
+        for i, view in enumerate(of_values):
+            more: list[Any] = []
+            if view.swaps and others is not None:
+
+                def taken(value: Any, number: int, before: Sequence[Any] = of_values[:i]) -> Any:
+                    for each in before:
+                        (value,) = changed(each, [value], np.array([number], np.int64))
+                    return value
+
+                more = [others.candidates(name, field, taken)]
+            values = changed(view, values, numbers, *more)
         pieces: list[Piece] = stream.encoder.prepare(values, self.tokenizer)
         for view in (view for view in views if view.of_tokens):
-            pieces = changed(view, pieces)
+            pieces = changed(view, pieces, numbers)
         labelled = any(piece.labels is not None for piece in pieces)
         empty = torch.zeros(0, dtype=torch.int64)
         return PackedBatch.from_samples(

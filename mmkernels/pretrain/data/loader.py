@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -12,8 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmkernels.pretrain.batch import Batch
-from mmkernels.pretrain.data.base import Source, TooManyBrokenError
-from mmkernels.pretrain.data.collate import Collator
+from mmkernels.pretrain.data.base import Sample, Source, TooManyBrokenError
+from mmkernels.pretrain.data.collate import Collator, Others
+from mmkernels.pretrain.data.dealing import Dealer, Hand
+from mmkernels.pretrain.ranks import ALONE, PeerError
 
 __all__ = ["Sampler", "TrainLoader"]
 
@@ -30,11 +33,15 @@ class Sampler(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+_AHEAD = 4  # batches that are dealt at a time
+
+
 class _Turn(NamedTuple):
     """What a worker is told: which batch to build."""
 
     step: int
-    items: np.ndarray
+    items: np.ndarray  # of the whole batch
+    hand: Hand  # this rank's part
     state: dict[str, Any]  # of the sampler after it
 
 
@@ -45,14 +52,27 @@ class TrainLoader:
         source: the training data.
         sampler: which samples make a batch.
         collator: samples to batches.
+        dealer: which samples of a batch this rank reads; None: all.
         workers: processes that read ahead; 0 reads in this one.
         pin: keep batches in page-locked memory, for a GPU.
+
+    Attributes:
+        waited, waited_for_peers: seconds that the last batch took to come, and other ranks' parts of it after that.
     """
 
     def __init__(
-        self, source: Source, sampler: Sampler, collator: Collator, *, workers: int = 0, pin: bool = False
+        self,
+        source: Source,
+        sampler: Sampler,
+        collator: Collator,
+        *,
+        dealer: Dealer | None = None,
+        workers: int = 0,
+        pin: bool = False,
     ) -> None:
         self.source, self.sampler, self.workers, self.pin = source, sampler, workers, pin
+        self.dealer, self.ranks = dealer, ALONE if dealer is None else dealer.ranks
+        self.waited = self.waited_for_peers = 0.0
         self._builder = _Builder(source, collator)
         self._state = sampler.state_dict()
         self._batches: Iterator[Batch] | None = None
@@ -62,21 +82,41 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            turns: Any = _Turns(self.sampler)
+            turns: Any = _Turns(self.sampler, self.dealer)
             options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.pin, "collate_fn": _itself}
             if self.workers:  # forked unless you chose otherwise: such workers have what your own recipe's file defines
                 options["multiprocessing_context"] = multiprocessing.get_start_method(allow_none=True) or "fork"
             # A generator of its own: DataLoader draws a seed from it, which must not come from the run's.
             loader: Any = DataLoader(self._builder, None, sampler=turns, generator=torch.Generator(), **options)
             self._batches = iter(loader)
-        batch = next(self._batches)
+        began, batch, failed = time.perf_counter(), None, None
+        try:
+            batch = next(self._batches)
+        except Exception as error:
+            failed = error
+        read = time.perf_counter()
+        batch = self._met(batch, failed)
+        self.waited, self.waited_for_peers = read - began, time.perf_counter() - read
         self._state = dict(batch.state)
-        for name, reason in batch.broken.items():
-            self.source.broken.add(name, reason)
-        if not batch.samples:
+        if not batch.roster.samples:
             broken = len(self.source.broken)
             raise TooManyBrokenError(f"no sample of batch {batch.step} could be read; {broken} are broken")
         return batch
+
+    def _met(self, batch: Batch | None, failed: Exception | None) -> Batch:
+        """The batch, once all ranks have theirs and have said what they could not read."""
+        found = self.ranks.table([failed is not None, bool(batch and batch.broken)]).sum(0).tolist()
+        if found[0]:
+            errors = self.ranks.objects(None if failed is None else f"{type(failed).__name__}: {failed}")
+            if failed is not None:
+                raise failed
+            rank, error = next((rank, error) for rank, error in enumerate(errors) if error)
+            raise PeerError(f"rank {rank} could not read its part of a batch: {error}")
+        assert batch is not None
+        for broken in self.ranks.objects(dict(batch.broken)) if found[1] else ():
+            for name, reason in broken.items():
+                self.source.broken.add(name, reason)
+        return batch.called(self.ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last yielded batch, however far workers have read ahead; JSON-serialisable."""
@@ -95,12 +135,17 @@ class _Builder(Dataset[Batch]):
         self.source, self.collator = source, collator
 
     def __getitem__(self, turn: _Turn) -> Batch:
-        read = self.source.read_some(turn.items)
-        if not read.samples:
-            nothing = torch.zeros(0, dtype=torch.int64)
-            return Batch({}, {}, nothing, [], [], turn.step, turn.state, read.broken)
-        batch = self.collator(read.samples, read.items, turn.step)
-        return replace(batch, state=turn.state, broken=read.broken)
+        items, places = turn.items[turn.hand.places], turn.hand.places.tolist()
+        read = self.source.read_some(items)
+        if read.samples:
+            others = Others(self.source, turn.items, turn.hand.present) if turn.hand.present else None
+            batch = self.collator(read.samples, read.items, turn.step, others=others)
+            at = dict(zip(items.tolist(), places, strict=True))
+            places = [at[number] for number in batch.numbers]
+        else:  # a rank without samples takes part all the same
+            batch = self.collator([Sample({}, -1, "")], [0], turn.step)
+            places = [-1]
+        return replace(batch, state=turn.state, broken=read.broken, places=tuple(places))
 
 
 def _itself(batch: Batch) -> Batch:
@@ -110,10 +155,17 @@ def _itself(batch: Batch) -> Batch:
 class _Turns:
     """The sampler inside the DataLoader, which runs ahead of the batches that the loader yields."""
 
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: Sampler, dealer: Dealer | None) -> None:
+        self.sampler, self.dealer = sampler, dealer
 
     def __iter__(self) -> Iterator[_Turn]:
         while True:
-            step, items = self.sampler.step, next(self.sampler)
-            yield _Turn(step, items, self.sampler.state_dict())
+            ahead = []
+            for _ in range(1 if self.dealer is None else _AHEAD):
+                step, items = self.sampler.step, next(self.sampler)
+                ahead.append((step, items, self.sampler.state_dict()))
+            batches = [items for _, items, _ in ahead]
+            every = [Hand(np.arange(len(batch)), {}) for batch in batches]
+            hands = every if self.dealer is None else self.dealer.hands(batches)
+            for (step, items, state), hand in zip(ahead, hands, strict=True):
+                yield _Turn(step, items, hand, state)

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     ORDER = 0
     OBJECTIVE = 1
     PASS = 2
+    ENCODERS = 3
 
 
 def generator(seed: int, step: int, stream: Stream, part: int = 0) -> np.random.Generator:

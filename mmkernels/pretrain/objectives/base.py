@@ -38,7 +38,8 @@ class Objective(nn.Module):
 
 
 class BatchObjective(Objective):
-    """Compares embeddings of the whole batch.
+    """Compares embeddings of the whole batch, which may lie on several ranks: the mean of the ranks' losses is that of
+    the batch, and the mean of their gradients its gradient. (All may compute the same from `seen.everyone`.)
 
     Its part names their streams, in a property `compares`; in `taught` those whose momentum twin's embeddings it reads.
     With a true `by_concept` it takes samples of the same concept for positives, and a batch has no two of them.
@@ -51,7 +52,7 @@ class BatchObjective(Objective):
     def told(self, seen: Seen) -> bool:
         """Whether the batch has something to say to it; else its loss is a 0 that means nothing."""
         part = getattr(self, "part", None)  # of one that keeps it
-        return part is None or bool(seen.present(*part.compares).any())
+        return part is None or bool(seen.roster.present(*part.compares).any())
 
 
 class TokenObjective(Objective):
@@ -102,8 +103,8 @@ class Regression(TokenObjective):
 
 
 def paired(batch: Batch, a: str, b: str) -> int:
-    """How many samples have both streams."""
-    return int(((batch[a].cu_seqlens.diff() > 0) & (batch[b].cu_seqlens.diff() > 0)).sum())
+    """How many samples of all ranks have both streams."""
+    return int(batch.roster.present(a, b).sum())
 
 
 class Head(nn.Module):

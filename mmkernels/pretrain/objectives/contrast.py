@@ -96,30 +96,31 @@ class ContrastLoss(BatchObjective):
     def over_batch(self, seen: Seen) -> Tensor:
         a, b = self.part.a, self.part.b
         rows = torch.nonzero(seen.present(a, b)).flatten()
-        if not len(rows):
+        if not seen.roster.present(a, b).any():
             return 0.0 * torch.stack([seen.embedding(name).sum() for name in self.part.compares]).sum()
-        concepts = seen.batch.concepts[rows] if self.part.by_concept else rows
         own = {name: seen.embedding(name)[rows] for name in self.part.compares}
         twins = {name: seen.teacher[name][rows] for name in (a, b) if name in seen.teacher}
-        self._latest = {name: twins[name].detach() for name in self.queues}
+        everywhere = seen.roster.present(a, b)
+        self._latest = {name: seen.roster.rows(seen.teacher[name].detach())[everywhere] for name in self.queues}
         ways = [(a, b), (b, a)] if self.one_way and self.part.symmetric else [(a, b)]
-        return torch.stack([self._one(own, twins, concepts, *way, seen.step) for way in ways]).mean()
+        options: dict[str, Any] = {"group": seen.roster.ranks.group}
+        if self.part.by_concept and not seen.roster.distinct(a, b):
+            options |= {"query_ids": seen.batch.concepts[rows], "key_ids": seen.batch.concepts[rows]}
+        return torch.stack([self._one(own, twins, *way, seen, options) for way in ways]).mean()
 
     def _one(
-        self, own: dict[str, Tensor], twins: dict[str, Tensor], concepts: Tensor, x: str, y: str, step: int
+        self, own: dict[str, Tensor], twins: dict[str, Tensor], x: str, y: str, seen: Seen, options: dict[str, Any]
     ) -> Tensor:
-        options: dict[str, Any] = {}
         queue = self.queues[y] if y in self.queues else None  # noqa: SIM401  a ModuleDict has no get
         # Against a queue, keys and negatives must come from the same encoder: the twin.
         keys = twins[y] if queue is not None else own[y]
-        if len(concepts.unique()) < len(concepts):
-            options |= {"query_ids": concepts, "key_ids": concepts}
-        alpha = at(self.part.distil, step)
+        more: dict[str, Any] = {}
+        alpha = at(self.part.distil, seen.step)
         if alpha > 0:
-            options["teacher"] = (twins[x], twins[y], alpha)
-        if queue is not None and len(queue):
-            options["negatives"] = queue.keys()
-        loss: Tensor = self.loss(own[x], keys, **options)
+            more["teacher"] = (twins[x], twins[y], alpha)
+        if queue is not None and len(queue):  # all ranks have the same queue: each brings its share
+            more["negatives"] = queue.keys().tensor_split(seen.roster.ranks.size)[seen.roster.ranks.rank]
+        loss: Tensor = self.loss(own[x], keys, **options, **more)
         return loss
 
     def after_step(self) -> None:

@@ -68,11 +68,12 @@ class CorrelationLoss(BatchObjective):
         self._latest: tuple[Tensor, Tensor] | None = None
 
     def over_batch(self, seen: Seen) -> Tensor:
-        if 1 < seen.batch.samples <= self.size:
+        if 1 < seen.roster.samples <= self.size:
             expected = f"expected more samples than the {self.size} numbers of an embedding (model.embed_dim)"
-            raise ValueError(f"batch: {expected}, which Correlation needs, got {seen.batch.samples}")
-        rows = torch.nonzero(seen.present(self.part.a, self.part.b)).flatten()
-        both = torch.cat([seen.embedding(name)[rows] for name in (self.part.a, self.part.b)], 1).double()
+            raise ValueError(f"batch: {expected}, which Correlation needs, got {seen.roster.samples}")
+        embedded, have = seen.everyone(self.part.a, self.part.b)
+        rows = torch.nonzero(have).flatten()
+        both = torch.cat([x[rows] for x in embedded], 1).double()
         if len(rows) <= self.size:  # too few to say anything
             return 0.0 * both.sum().float()
         both = both * self.size**0.5

@@ -57,15 +57,15 @@ class CycleLoss(BatchObjective):
         self.there, self.back = (Translator(facts.shape.embed_dim) for _ in range(2))
 
     def over_batch(self, seen: Seen) -> Tensor:
-        a, b = seen.embedding(self.part.a), seen.embedding(self.part.b)
-        has_a, has_b = seen.present(self.part.a), seen.present(self.part.b)
+        (a,), has_a = seen.everyone(self.part.a)
+        (b,), has_b = seen.everyone(self.part.b)
         there, back = self.there(a), self.back(b)
         pairs = unexplained(there, b, has_a & has_b) + unexplained(back, a, has_a & has_b)
         cycles = unexplained(self.back(there), a, has_a) + unexplained(self.there(back), b, has_b)
         return self.part.paired * pairs / 2 + (1 - self.part.paired) * cycles / 2
 
     def told(self, seen: Seen) -> bool:
-        return any(bool(seen.present(stream).any()) for stream in self.part.compares)
+        return any(bool(seen.roster.present(stream).any()) for stream in self.part.compares)
 
     def shared(self, stream: str, x: Tensor) -> Tensor:
         """Embeddings [n, E] of a stream in the space of b."""

@@ -59,9 +59,10 @@ class HingeRankLoss(BatchObjective):
         self.part = part
 
     def over_batch(self, seen: Seen) -> Tensor:
-        rows = torch.nonzero(seen.present(self.part.a, self.part.b)).flatten()
-        a, b = seen.embedding(self.part.a)[rows], seen.embedding(self.part.b)[rows]
-        concepts = seen.batch.concepts[rows]
+        embedded, have = seen.everyone(self.part.a, self.part.b)
+        rows = torch.nonzero(have).flatten()
+        a, b = (x[rows] for x in embedded)
+        concepts = seen.roster.concepts.to(rows.device)[rows]
         ways = [(a, b), (b, a)] if self.part.symmetric else [(a, b)]
         return torch.stack([hinge_rank(*way, concepts, self.part.margin) for way in ways]).mean()
 

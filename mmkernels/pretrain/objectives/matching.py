@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmkernels import sample_negatives, segment_pool
+from mmkernels import segment_pool
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.objectives.base import Classification, Head
+from mmkernels.pretrain.pool import hard_negatives, pooled
 from mmkernels.pretrain.recipe import Facts, Ramp
 from mmkernels.pretrain.seen import Chunk, Seen
 from mmkernels.pretrain.tokens import Tokens
@@ -54,28 +55,28 @@ class MatchingLoss(Classification):
         self.part, self.read, self.seed = part, part.read or part.b, facts.seed
         self.head = Head(facts, 2)
         self._wrong: dict[str, Tensor] = {}
+        self._pool: dict[str, Tokens] = {}
 
     def begin(self, seen: Seen) -> None:
-        """Draw the whole batch's negatives, so that they do not depend on its chunks."""
+        """Draw the whole batch's negatives, so that they depend neither on its chunks nor on the ranks that hold it."""
         if self.part.negatives == "swapped":
             return
-        a, b = self.part.a, self.part.b
-        device = seen.batch.concepts.device
-        generator = torch.Generator(device).manual_seed((self.seed * 1_000_003 + seen.step) % 2**63)
-        both = torch.nonzero(seen.present(a, b)).flatten()
-        ids = seen.batch.concepts[both]
-        several = ids[:1].numel() > 0 and bool((ids != ids[0]).any())
-        self._wrong = {}
+        a, b, roster = self.part.a, self.part.b, seen.roster
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + seen.step) % 2**63)
+        rows = {name: roster.rows(seen.embedding(name).detach()) for name in (a, b)}
         for name, other in ((a, b), (b, a)):
-            wrong = torch.full((seen.batch.samples,), -1, device=device)
-            if several:
-                with torch.no_grad():
-                    queries, keys = seen.embedding(other)[both].detach(), seen.embedding(name)[both].detach()
-                    chosen = sample_negatives(
-                        queries, keys, self.part.scale, query_ids=ids, key_ids=ids, generator=generator
-                    )
-                wrong[both] = torch.where(chosen >= 0, both[chosen.clamp(min=0)], -1)
-            self._wrong[name] = wrong
+            wrong = hard_negatives(rows[other], rows[name], roster, roster.present(a, b), self.part.scale, generator)
+            self._pool[name], places = pooled(seen.tokens(name), roster, wrong)
+            mine = torch.where(roster.mine >= 0, wrong[roster.mine], -1)
+            self._wrong[name] = torch.where(mine >= 0, places[mine], -1).to(rows[name].device)
+
+    def after_step(self) -> None:
+        self._pool = {}
+
+    def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
+        total, count = super().over_tokens(chunk)
+        # Every rank sends back the gradients of what it got, be they none.
+        return total + sum(pool.x[:0].sum() for pool in self._pool.values()), count
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if self.part.negatives == "swapped":
@@ -121,9 +122,9 @@ class MatchingLoss(Classification):
         return own[chunk.whole.present(self.part.a, self.part.b)[own]]
 
     def _needed(self, chunk: Chunk, name: str, samples: Tensor) -> tuple[Tokens, Tensor]:
-        """(the tokens of some samples of the batch, where these are in them): all of them if the batch is one chunk."""
-        whole = chunk.whole.tokens(name)
-        if len(chunk.samples) == whole.samples:
+        """(the tokens of some samples of the pool, where these are in them): all of them if the batch is one chunk."""
+        whole = self._pool.get(name) or chunk.whole.tokens(name)
+        if len(chunk.samples) == chunk.whole.batch.samples:
             return whole, samples
         needed, place = torch.unique(samples, return_inverse=True)
         return whole.take(needed), place

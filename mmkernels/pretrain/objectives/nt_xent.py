@@ -56,19 +56,22 @@ class NtXentLoss(BatchObjective):
         a, b = seen.embedding(self.part.a), seen.embedding(self.part.b)
         rows = torch.nonzero(seen.present(self.part.a, self.part.b)).flatten()
         n = len(rows)
-        if not n:
+        if not seen.roster.present(self.part.a, self.part.b).any():
             return 0.0 * (a.sum() + b.sum())
         views = torch.cat([a[rows], b[rows]])  # [2N, E]
         own = torch.arange(2 * n, device=views.device)
+        ids = seen.roster.mine.to(rows.device)[rows]  # over all ranks
+        ids = torch.cat([2 * ids, 2 * ids + 1])
         loss: Tensor = infonce(
             views,
             views,
             1 / self.part.temperature,
             targets=own.roll(n),
-            query_ids=own,
-            key_ids=own,
+            query_ids=ids,
+            key_ids=ids,
             same_id="ignore",  # a view is no negative of itself
             symmetric=False,
+            group=seen.roster.ranks.group,
             backend=self.backend,
         )
         return loss

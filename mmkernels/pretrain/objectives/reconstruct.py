@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels import segment_pool
@@ -64,6 +63,7 @@ class ReconstructLoss(BatchObjective):
         # A unit vector's numbers are small: scaled to a mean square of 1, as the decoder expects.
         embedded = seen.embedding(self.stream)[rows] * seen.embedding(self.stream).shape[1] ** 0.5
         found = self.decoder(embedded).float()
+        everyone = int(seen.roster.present(self.stream).sum())
         if not len(rows):
             return found.sum()
         if self.kind == "words":
@@ -73,11 +73,13 @@ class ReconstructLoss(BatchObjective):
             place[rows] = torch.arange(len(rows), device=rows.device)
             logits = found.log_softmax(1)
             own = -logits[place[owner], packed.tokens]  # [T]
-            return segment_pool(own[:, None], packed.cu_seqlens, mode="mean")[rows].mean()
+            return seen.roster.mean(segment_pool(own[:, None], packed.cu_seqlens, mode="mean")[rows], everyone)
         if self.kind == "pixels":
             (media,) = packed.media.values()
-            return F.mse_loss(found, media.values.reshape(len(rows), -1).float())
-        return F.mse_loss(found, segment_pool(packed.tokens.float(), packed.cu_seqlens, mode="mean")[rows])
+            targets = media.values.reshape(len(rows), -1).float()
+        else:
+            targets = segment_pool(packed.tokens.float(), packed.cu_seqlens, mode="mean")[rows]
+        return seen.roster.mean((found - targets).square().mean(1), everyone)
 
     def chance_loss(self, batch: Batch) -> float | None:
         return math.log(self.vocabulary) if self.kind == "words" else None

@@ -63,13 +63,12 @@ class SigmoidLoss(BatchObjective):
     def over_batch(self, seen: Seen) -> Tensor:
         a, b = self.part.a, self.part.b
         rows = torch.nonzero(seen.present(a, b)).flatten()
-        if not len(rows):
+        if not seen.roster.present(a, b).any():
             return 0.0 * (seen.embedding(a).sum() + seen.embedding(b).sum())
-        concepts = seen.batch.concepts[rows]
-        ids: dict[str, Any] = {}
-        if len(concepts.unique()) < len(concepts):
-            ids = {"query_ids": concepts, "key_ids": concepts}
-        loss: Tensor = self.loss(seen.embedding(a)[rows], seen.embedding(b)[rows], **ids)
+        options: dict[str, Any] = {"group": seen.roster.ranks.group}
+        if not seen.roster.distinct(a, b):
+            options |= {"query_ids": seen.batch.concepts[rows], "key_ids": seen.batch.concepts[rows]}
+        loss: Tensor = self.loss(seen.embedding(a)[rows], seen.embedding(b)[rows], **options)
         return loss
 
     def after_step(self) -> None:

@@ -21,6 +21,7 @@ class View:
 
     of_tokens: ClassVar[bool] = False  # changes prepared `Piece`s, rather than values
     evaluated: ClassVar[bool] = False  # also applied where a held-out loss is measured
+    swaps: ClassVar[bool] = False  # takes values of other samples: of `Candidates`, a fourth argument, if given
 
     salt: int = field(default=0, kw_only=True)
     """Views of the same kind and field with another salt are drawn independently."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mmkernels.pretrain.candidates import Candidates
 from mmkernels.pretrain.data.seeds import Draws
 from mmkernels.pretrain.views.base import View
 
@@ -34,17 +35,25 @@ class Swap(View):
         if not 0 <= self.share <= 1:
             raise ValueError(f"share: expected a share between 0 and 1, got {self.share}")
 
-    def __call__(self, values: Sequence[Any], draws: Draws, labels: MutableMapping[str, np.ndarray]) -> list[Any]:
-        """Values of any kind."""
+    def __call__(
+        self,
+        values: Sequence[Any],
+        draws: Draws,
+        labels: MutableMapping[str, np.ndarray],
+        among: Candidates | None = None,
+    ) -> list[Any]:
+        """Values of any kind; `among` has those of the whole batch, if this is only a part of it."""
         concepts = labels["concept"]
         present = np.array([value is not None for value in values], bool)
+        among = among or Candidates(concepts, present, values.__getitem__)
         matched = np.where(present, 1, -100).astype(np.int64)
         out = list(values)
         for i, (swapped, which) in enumerate(draws.uniform(2).tolist()):
             if not present[i] or swapped >= self.share:
                 continue
-            others = np.flatnonzero(present & (concepts != concepts[i]))
-            if len(others):
-                out[i], matched[i] = values[others[int(which * len(others))]], 0
+            others = np.flatnonzero(among.present & (among.concepts != concepts[i]))
+            other = among.value(int(others[int(which * len(others))])) if len(others) else None
+            if other is not None:
+                out[i], matched[i] = other, 0
         labels["matched"] = np.minimum(matched, labels.get("matched", matched))  # a second view may swap another field
         return out

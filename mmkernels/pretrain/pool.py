@@ -1,0 +1,91 @@
+"""Pairing across a batch that lies on several ranks: who is paired, and the tokens of samples that others hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmkernels import sample_negatives
+from mmkernels.pretrain.roster import Roster
+from mmkernels.pretrain.tokens import Layout, Tokens
+
+__all__ = ["hard_negatives", "pooled"]
+
+
+@torch.no_grad()
+def hard_negatives(
+    queries: Tensor, keys: Tensor, roster: Roster, present: Tensor, scale: float, generator: torch.Generator
+) -> Tensor:
+    """Draw for each sample another one by similarity, the same on all ranks.
+
+    Args:
+        queries, keys: [B, E] of the whole batch.
+        roster: its samples; those of the same concept are never drawn.
+        present: bool [B] on the host: the samples that take part.
+        scale: factor of the similarities.
+        generator: on the host, in the same state on all ranks.
+
+    Returns:
+        int64 [B] on the host, -1 for a sample without any.
+    """
+    wrong, both = torch.full((roster.samples,), -1), torch.nonzero(present).flatten()
+    concepts = roster.concepts[both]
+    if bool((concepts != concepts[:1]).any()):
+        at, ids = both.to(keys.device), concepts.to(keys.device)
+        chosen = sample_negatives(queries[at], keys[at], scale, query_ids=ids, key_ids=ids, generator=generator).cpu()
+        wrong[both] = torch.where(chosen >= 0, both[chosen.clamp(min=0)], -1)
+    return wrong
+
+
+def pooled(tokens: Tokens, roster: Roster, wanted: Tensor) -> tuple[Tokens, Tensor]:
+    """This rank's samples of a stream, and after them those of others that it wants. Gradients go back to their ranks.
+
+    Args:
+        tokens: of this rank's S samples.
+        roster: the B samples of the batch.
+        wanted: int64 [B] on the host: for every sample of the batch the one that its rank wants, -1 for none; the same
+            on all ranks, so that nobody has to ask.
+
+    Returns:
+        the tokens, and int64 [B]: where each sample of the batch is among them, -1 for those that are not there.
+    """
+    ranks, places = roster.ranks, torch.full((roster.samples,), -1)
+    own = roster.mine >= 0
+    places[roster.mine[own]] = torch.nonzero(own).flatten()
+    if ranks.group is None:
+        return tokens, places
+    asking = torch.nonzero(wanted >= 0).flatten()
+    pairs = torch.stack([roster.owners[asking], wanted[asking]], 1).unique(dim=0)  # (who wants, which), sorted
+    wants, which = pairs.unbind(1)
+    holds = roster.owners[which]
+    lengths = roster.rows(tokens.cu_seqlens.diff().cpu().long())  # of what the encoder returned
+
+    leaving = (holds == ranks.rank) & (wants != ranks.rank)
+    arriving = (wants == ranks.rank) & (holds != ranks.rank)
+    sent = tokens.take(places[which[leaving]].to(tokens.cu_seqlens.device))
+    order = holds[arriving].argsort(stable=True)  # rows come rank by rank
+    here = which[arriving][order]
+
+    def dealt(rows: Tensor) -> Tensor:
+        to = _totals(wants[leaving], lengths[which[leaving]], ranks.size)
+        return ranks.dealt(rows, to, _totals(holds[arriving], lengths[which[arriving]], ranks.size))
+
+    ends = lengths[here].cumsum(0) + tokens.layout.cu_seqlens_host[-1]
+    host = (*tokens.layout.cu_seqlens_host, *ends.tolist())
+    media = tokens.layout.media
+    layout: Layout = replace(
+        tokens.layout,
+        cu_seqlens=torch.tensor(host, dtype=torch.int32, device=tokens.cu_seqlens.device),
+        cu_seqlens_host=host,
+        media=None if media is None else torch.cat([media, dealt(sent.layout.media)]),  # type: ignore[arg-type]
+    )
+    places[here] = tokens.samples + torch.arange(len(here))
+    return Tokens(torch.cat([tokens.x, dealt(sent.x)]), layout), places
+
+
+def _totals(ranks: Tensor, numbers: Tensor, size: int) -> list[int]:
+    """The sum of the numbers that belong to each of so many ranks."""
+    found: list[int] = torch.zeros(size, dtype=torch.int64).index_add_(0, ranks, numbers).tolist()
+    return found

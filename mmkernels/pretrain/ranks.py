@@ -1,0 +1,138 @@
+"""The processes that train one model together: which of them this is, and what they exchange.
+
+All call the same functions in the same order. One process alone has no group and exchanges nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["ALONE", "PeerError", "Ranks"]
+
+T = TypeVar("T")
+
+
+class PeerError(RuntimeError):
+    """Another rank has failed; the message says which, and why."""
+
+
+class Ranks:
+    """The ranks of a process group.
+
+    Args:
+        group: of torch.distributed, which takes tensors on the host and on the devices in use; None: one process.
+
+    Attributes:
+        rank: this one's number.
+        size: W, how many there are.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def of_leader(self, make: Callable[[], T]) -> T:
+        """What the leading rank makes, on all of them; what it raises is raised on all."""
+        if self.group is None:
+            return make()
+        box: list[Any] = [None, None]
+        if self.leads:
+            try:
+                box[0] = make()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
+        if box[1] is not None:
+            raise box[1]
+        made: T = box[0]
+        return made
+
+    def objects(self, value: T) -> list[T]:
+        """A value of every rank, anything that can be pickled; for what is rare or small."""
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def table(self, numbers: Sequence[float]) -> Tensor:
+        """float64 [W, n] on the host: n numbers of every rank."""
+        mine = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+        if self.group is None:
+            return mine[None]
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine, group=self.group)
+        return torch.stack(rows)
+
+    def rows(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
+        """[sum(counts), ...]: the rows of every rank, one after the other, for a loss of them that all ranks compute:
+        the gradient is W times its own, which the mean over the ranks undoes.
+
+        Args:
+            mine: [n, ...] of this rank.
+            counts: rows of each rank.
+        """
+        if self.group is None:
+            return mine
+        found: Tensor = _Rows.apply(self, mine, tuple(counts))
+        return found
+
+    def dealt(self, rows: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
+        """Send each rank some rows, and get some of each; the gradient goes back to where the rows came from.
+
+        Args:
+            rows: [sum(to), ...], those for rank 0 first.
+            to: rows for each rank.
+            of: rows that come from each rank.
+        """
+        if self.group is None:
+            return rows
+        found: Tensor = _Dealt.apply(self, rows, tuple(to), tuple(of))
+        return found
+
+
+ALONE = Ranks()
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, mine: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.ranks, ctx.counts = ranks, counts
+        longest = max(counts)
+        padded = mine.new_zeros((longest, *mine.shape[1:]))
+        padded[: len(mine)] = mine
+        rows = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(rows, padded, group=ranks.group)
+        return torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, grad.split(ctx.counts)[ctx.ranks.rank] * ctx.ranks.size, None
+
+
+class _Dealt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, rows: Tensor, to: tuple[int, ...], of: tuple[int, ...]) -> Tensor:
+        ctx.ranks, ctx.to, ctx.of = ranks, to, of
+        return _exchanged(ranks, rows, to, of)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, _exchanged(ctx.ranks, grad, ctx.of, ctx.to), None, None
+
+
+def _exchanged(ranks: Ranks, rows: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
+    arrived = rows.new_empty((sum(of), *rows.shape[1:]))
+    dist.all_to_all_single(arrived, rows.contiguous(), list(of), list(to), group=ranks.group)
+    return arrived
