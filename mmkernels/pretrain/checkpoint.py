@@ -1,7 +1,7 @@
 """Checkpoints, written to a temporary folder and renamed, so that a kill at any moment leaves a complete one.
 
 checkpoints/step-00000450/model.safetensors     weights, for use elsewhere
-                          training.pt           optimizer, data cursor, random state, for resuming
+                          training.pt           optimizer, data cursor, for resuming
 """
 
 from __future__ import annotations

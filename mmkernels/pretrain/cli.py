@@ -71,8 +71,9 @@ def asked(default: Config, argv: Sequence[str], command: str, options: Any = Non
         for name in ("parts", "transfers", *hide)
     ]
     # torchrun takes --run for one of its own options.
-    folder = Annotated[hints["run"], tyro.conf.arg(name="run-folder", aliases=["--run"])]
-    hidden.append(("run", folder, dataclasses.field(default=default.run)))
+    kind: Any = hints["run"]
+    named = Annotated[kind, tyro.conf.arg(name="run-folder", aliases=["--run"])]
+    hidden.append(("run", named, dataclasses.field(default=default.run)))
     shown = dataclasses.make_dataclass(
         command.capitalize(),
         [*hidden, *((name, kind, dataclasses.field(default=value)) for name, kind, value in branches)],

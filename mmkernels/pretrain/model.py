@@ -83,8 +83,7 @@ class Model(nn.Module):
         return chunk
 
     def _over_tokens(self, seen: Seen, names: list[str], chunk: int) -> dict[str, tuple[Tensor, bool]]:
-        """Each token objective: (its sum over all chunks, divided by its count over all chunks and ranks, times the
-        number of ranks, since their mean is the loss; if it counts any)."""
+        """Each token objective: (its sum over all chunks, divided by its count over all chunks; if it counts any)."""
         totals: dict[str, tuple[Any, float]] = dict.fromkeys(names, (0.0, 0))
         for name in names:
             self.objectives[name].begin(seen)
@@ -94,12 +93,7 @@ class Model(nn.Module):
             found = checkpoint(self._sums, part, names, use_reentrant=False) if again else self._sums(part, names)
             for name, (total, count) in found.items():
                 totals[name] = totals[name][0] + total.float(), totals[name][1] + count
-        ranks = seen.roster.ranks
-        counts = ranks.table([count for _, count in totals.values()]).sum(0).tolist()
-        return {
-            name: (ranks.size * total / max(count, 1), count > 0)
-            for (name, (total, _)), count in zip(totals.items(), counts, strict=True)
-        }
+        return seen.roster.means(totals)
 
     def _sums(self, part: Chunk, names: list[str]) -> dict[str, tuple[Tensor, float]]:
         part.fuse(self.fusion)

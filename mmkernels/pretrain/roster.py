@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,3 +102,11 @@ class Roster:
             of: how many there are on all ranks.
         """
         return values.sum() * (self.ranks.size / max(of, 1))
+
+    def means(self, totals: Mapping[str, tuple[Any, float]]) -> dict[str, tuple[Any, bool]]:
+        """Of sums with their counts on this rank: (its part of the mean over all, as in `mean`; if any counted)."""
+        counts = self.ranks.table([count for _, count in totals.values()]).sum(0).tolist() if totals else []
+        return {
+            name: (total * (self.ranks.size / max(count, 1)), count > 0)
+            for (name, (total, _)), count in zip(totals.items(), counts, strict=True)
+        }

@@ -1,4 +1,4 @@
-"""The state of a run, as in a checkpoint: weights, twins, optimizer, data cursor, random state."""
+"""The state of a run, as in a checkpoint: weights, twins, optimizer, data cursor."""
 
 from __future__ import annotations
 

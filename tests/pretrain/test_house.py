@@ -47,7 +47,10 @@ def test_a_recipe_is_one_value(name: str) -> None:
 
 
 # What the modules of a place may import of the loop, by prefix; everything else of the loop is not theirs.
-BASE = ("batch", "recipe", "tokens", "tokenizer", "pixels", "hashing", "cooccurrence", "region_columns")
+BASE = (
+    *("batch", "candidates", "cooccurrence", "hashing", "pixels", "ranks", "recipe", "region_columns", "roster"),
+    *("tokenizer", "tokens"),
+)
 MAY = {
     "recipe": (),
     "recipes": (*PARTS, "recipe", "recipes", "state"),
@@ -59,10 +62,13 @@ MAY = {
     "views": (*BASE, "views", "data.seeds"),
     "encoders": (*BASE, "encoders", "layers"),
     "fusion": (*BASE, "fusion", "layers"),
-    "objectives": (*BASE, "objectives", "layers", "seen", "state", "schedule"),
+    "objectives": (*BASE, "objectives", "layers", "pool", "seen", "state", "schedule"),
     "metrics": (*BASE, "metrics", "data.base", "data.collate", "data.spaced", "generate"),
     "generate": (*BASE,),
     "model": (*BASE, "seen", "stream"),
+    "pool": (*BASE,),
+    "ranks": (),
+    "roster": ("ranks",),
     "seen": (*BASE,),
     "stream": (*BASE,),
     "state": (*BASE,),

@@ -129,7 +129,7 @@ def test_chance_loss() -> None:
     """The loss of the best constant logit."""
     for n in (2, 16, 300):
         ends = torch.arange(n + 4).clamp(max=n)  # the last three samples lack both
-            held = SimpleNamespace(cu_seqlens=ends, cu_seqlens_host=ends.tolist())
+        held = SimpleNamespace(cu_seqlens=ends, cu_seqlens_host=ends.tolist())
         streams: Any = {"image": held, "text": held}
         batch = Batch(streams, {}, torch.arange(n + 3), ["x"] * (n + 3), list(range(n + 3)), 0)
         assert objective("clip", Contrast()).chance_loss(batch) == pytest.approx(math.log(n))

@@ -46,7 +46,7 @@ def state(run: Path) -> tuple[int, dict[str, Tensor]]:
         for i, entries in training["optimizer"]["state"].items()
         for name, tensor in entries.items()
     }
-    return training["step"], {**weights, **moments, "random": training["random"]["cpu"]}
+    return training["step"], {**weights, **moments}
 
 
 def assert_same_end(run: Path, other: Path) -> None:

@@ -74,9 +74,8 @@ class MatchingLoss(Classification):
         self._pool = {}
 
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
-        total, count = super().over_tokens(chunk)
-        # Every rank sends back the gradients of what it got, be they none.
-        return total + sum(pool.x[:0].sum() for pool in self._pool.values()), count
+        total, count = super().over_tokens(chunk)  # every rank sends back the gradients of what it got, be they none
+        return sum((pool.x[:0].sum() for pool in self._pool.values()), total), count
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if self.part.negatives == "swapped":
