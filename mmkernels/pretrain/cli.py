@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from mmkernels.pretrain.wiring import leaves, leaves_of, typed
 
 __all__ = ["asked", "list_recipes", "main", "parse", "trained"]
 
-INTERRUPTED = 130  # the exit status by convention after Ctrl-C
+SIGNALLED = 128  # plus the number of a signal: the exit status by convention after it
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -117,9 +118,10 @@ def trained(command: str, parsed: Callable[[Sequence[str]], Config], argv: Seque
         return 1
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         print(f"mmkernels {command}: stopped; once it has begun, --resume continues a run", file=sys.stderr)
-        return INTERRUPTED
+        return SIGNALLED + signal.SIGINT
+    status = SIGNALLED + outcome.signal if outcome.interrupted else 0
     if not leads():
-        return INTERRUPTED if outcome.interrupted else 0
+        return status
     if outcome.folder.records("eval"):
         print(figure_table(outcome.folder))
     if learned := _learned(outcome.folder):
@@ -127,8 +129,7 @@ def trained(command: str, parsed: Callable[[Sequence[str]], Config], argv: Seque
     print(f"report: {outcome.folder.report}")
     if outcome.interrupted:
         print(f"stopped at step {outcome.step}; resume with: mmkernels {command} --resume --run {outcome.folder.path}")
-        return INTERRUPTED
-    return 0
+    return status
 
 
 def _learned(folder: RunFolder) -> str:

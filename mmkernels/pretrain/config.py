@@ -58,6 +58,8 @@ class Config:
     """What `mmkernels finetune` has made of the recipe, one after the other."""
     resume: bool = False
     """Resume from the newest checkpoint in the folder."""
+    again: bool = False
+    """Resume if the run has begun, else begin it: for launchers that start the same command again."""
     seed: int = 0
     """Seed of the weights, the data order and the views."""
 
@@ -193,9 +195,19 @@ class Config:
 
 # Settings that a resumed run may change.
 RESUMABLE = frozenset(
-    {"run", "resume", "eval_every", "eval_limit", "checkpoint_every", "keep_checkpoints", "tensorboard", "profile"}
+    {
+        "run",
+        "resume",
+        "again",
+        "eval_every",
+        "eval_limit",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "tensorboard",
+        "profile",
+    }
     | {"device", "threads", "backend", "max_broken", "workers", "recompute", "skip"}
-    | {"parallel", "shard_ranks", "timeout"}
+    | {"profile", "parallel", "shard_ranks", "timeout"}
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from mmkernels.pretrain.data import TooManyBrokenError
@@ -12,7 +13,20 @@ from mmkernels.pretrain.journal import Journal
 from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.trainer import Trainer
 
-__all__ = ["reported"]
+__all__ = ["Outcome", "reported"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. Its figures are in `folder.records()`."""
+
+    folder: RunFolder
+    step: int
+    signal: int  # that interrupted it; 0: none
+
+    @property
+    def interrupted(self) -> bool:
+        return self.signal != 0
 
 
 @contextmanager

@@ -42,6 +42,7 @@ def evaluate(
         measured = [
             each[1].measure(model, replace(held_out[each[0]], memory=memory)) for each in every[mine.start : mine.stop]
         ]
+    ranks.meet()  # some measure for longer than a collective waits
     found: dict[str, list[Figure]] = {split: [] for split in held_out}
     for (split, _), figures in zip(every, chain(*ranks.objects(measured)), strict=True):
         found[split] += figures

@@ -26,10 +26,10 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.number = 0  # of the signal
 
     def __bool__(self) -> bool:
-        return self.requested
+        return self.number != 0
 
     @contextmanager
     def listening(self) -> Iterator[Interrupt]:
@@ -37,7 +37,7 @@ class Interrupt:
         previous = {number: signal.getsignal(number) for number in numbers}
 
         def request(number: int, frame: FrameType | None) -> None:
-            self.requested = True
+            self.number = number
             for each, handler in previous.items():
                 signal.signal(each, handler)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.ending import reported
+from mmkernels.pretrain.ending import Outcome, reported
 from mmkernels.pretrain.evaluate import evaluate
 from mmkernels.pretrain.guards import Interrupt, LossWatch, NotFiniteError, StepGuard
 from mmkernels.pretrain.journal import Journal, data_warnings
@@ -17,29 +16,21 @@ from mmkernels.pretrain.launch import launched
 from mmkernels.pretrain.profiling import ProfileWindow
 from mmkernels.pretrain.ranks import Ranks
 from mmkernels.pretrain.report import write_report
-from mmkernels.pretrain.run_folder import RunFolder
+from mmkernels.pretrain.run_folder import RunFolder, begun_before
 from mmkernels.pretrain.schedule import total, unreached, weights_at
 from mmkernels.pretrain.setup import open_source, tokenizer_for
 from mmkernels.pretrain.trainer import Trainer
 from mmkernels.pretrain.warm_start import cautions_of
+from mmkernels.pretrain.watch import watching
 
 __all__ = ["Outcome", "train"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. Its figures are in `folder.records()`."""
-
-    folder: RunFolder
-    step: int
-    interrupted: bool
 
 
 def train(config: Config) -> Outcome:
     """Run one pretraining, or resume it.
 
     Returns:
-        how it ended. After Ctrl-C the run is saved and can be resumed.
+        how it ended. After Ctrl-C or SIGTERM, on any rank, the run is saved and can be resumed.
 
     Raises:
         ValueError: the recipe, its settings and the data do not go together; before the run folder is made.
@@ -47,11 +38,12 @@ def train(config: Config) -> Outcome:
         NotFiniteError: too many losses or gradients were not finite; the state before that step is saved.
         TooManyBrokenError: too many samples cannot be read. Like the former it leaves a report, once the run has begun.
     """
-    with launched(config) as (ranks, device):
+    with launched(config) as (ranks, device), watching(ranks, config.timeout):
         return _train(config, ranks, device)
 
 
 def _train(config: Config, ranks: Ranks, device: torch.device) -> Outcome:
+    config = ranks.of_leader(lambda: begun_before(config))
     interrupt, folder = Interrupt(), ranks.of_leader(lambda: RunFolder(config))
     with data_warnings() as warnings:
         data = open_source(config)
@@ -81,18 +73,20 @@ def _train(config: Config, ranks: Ranks, device: torch.device) -> Outcome:
 
 def _loop(
     config: Config, trainer: Trainer, guard: StepGuard, journal: Journal, folder: RunFolder, interrupt: Interrupt
-) -> bool:
-    """Whether the run was interrupted: on any rank, which all learn of after the same step."""
+) -> int:
+    """The signal that interrupted the run, on any rank: all learn of it after the same step."""
     watch, profiled = LossWatch(), ProfileWindow(config.profile, folder.path)
-    saved, several, stop = trainer.step, len(trainer.recipe.objectives) > 1, bool(interrupt)
+    saved, several, stop = trainer.step, len(trainer.recipe.objectives) > 1, interrupt.number
     while trainer.step < config.steps and not stop:
         profiled.before(trainer.step)
-        before = trainer.loader.state_dict()
+        before, at = trainer.loader.state_dict(), trainer.ranks.at
+        at("beginning", trainer.step)
         lr = trainer.begin()
 
         with journal.waiting_for_data():
             batch = next(trainer.loader)
         batch = batch.to(trainer.device)
+        at("computing gradients")
         found = trainer.backward(batch)
 
         if fault := guard.fault(found.loss, found.norm):
@@ -107,6 +101,7 @@ def _loop(
         else:
             weights = weights_at(trainer.recipe, config.seed, trainer.step)
             chance = total({name: weights[name] for name in found.parts}, found.chances) if found.parts else None
+            at("updating weights")
             trainer.update()
             of_parts = {f"{name}/loss": value for name, value in found.parts.items()} if several else {}
             of_parts |= {f"{name}/chance": x for name, x in found.chances.items() if several and x is not None}
@@ -116,7 +111,7 @@ def _loop(
             if chance and (warning := watch.see(found.loss, chance)):
                 journal.warn(warning)
 
-        stop = bool(trainer.ranks.table([bool(interrupt)]).any())
+        stop = int(trainer.ranks.table([interrupt.number]).max())
         if _due(config.eval_every, trainer.step, config.steps):
             _measure(trainer, journal)
         if _due(config.checkpoint_every, trainer.step, config.steps):
@@ -130,6 +125,7 @@ def _loop(
 
 def _measure(trainer: Trainer, journal: Journal) -> None:
     began, metrics = time.perf_counter(), trainer.recipe.metrics
+    trainer.ranks.at("evaluating", patient=True)
     with trainer.placed.whole():
         found = evaluate(trainer.trained, metrics, trainer.held_out, ranks=trainer.ranks)
     journal.evaluation(found, time.perf_counter() - began)

@@ -71,11 +71,16 @@ class Replicated(Placed):
         self.learn_others()
 
     def learn_others(self) -> None:
-        """A reducer knows the parameters that learnt when it was made."""
+        """A reducer knows the parameters that learnt when it was made. After its first backward it arranges them anew,
+        by the order in which they came, and how sums over ranks are rounded depends on that. So the first backward is
+        always this one: a run that is resumed has the same sums."""
         known = inspect.signature(DistributedDataParallel).parameters
         synced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # up to torch 2.12
         options: dict[str, Any] = {synced: False, "gradient_as_bucket_view": True}
         self._wrapper = DistributedDataParallel(_Through(self.model), process_group=self.ranks.group, **options)
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._wrapper(partial(_nothing_of, learning)).backward()
+        self.model.zero_grad(set_to_none=True)
 
     def encoders(self, modules: Sequence[nn.Module]) -> list[Callable[..., Any]]:
         return [partial(self._wrapper, module) for module in modules]
@@ -142,15 +147,12 @@ class Sharded(Placed):
 
     def _close(self) -> None:
         parameters = [p for p in self._through.parameters() if p.requires_grad]
-        used = [p.grad is not None or id(p) in self._accumulated() for p in parameters]
-        anyone = (self.ranks.table(used).sum(0) > 0).tolist()
-        idle = [p for p, here, so in zip(parameters, used, anyone, strict=True) if so and not here]
-        for parameter in idle:
-            if parameter.ndim == 0:
-                parameter.grad = torch.zeros_like(parameter)
-        touched = [p for p in idle if p.ndim] or [p for p in parameters if p.ndim][:1]
-        if any(p.ndim and so for p, so in zip(parameters, anyone, strict=True)):
-            self._through(partial(_nothing_of, touched)).backward()
+        waiting = self._accumulated()
+        used = [p.grad is not None or id(p) in waiting for p in parameters]
+        anyone = self.ranks.table(used).any(0).tolist()
+        if any(anyone):  # what another rank has used gets zeros; what none has, nothing
+            wanted = [p for p, so in zip(parameters, anyone, strict=True) if so]
+            self._through(partial(_nothing_of, wanted)).backward()
         for parameter in parameters:
             if parameter.ndim == 0 and parameter.grad is not None:
                 dist.all_reduce(parameter.grad, group=self.ranks.group)
@@ -191,7 +193,7 @@ class _Through(nn.Module):
 
 def _nothing_of(parameters: Sequence[Tensor]) -> Tensor:
     """A 0 that gives each a gradient of zeros."""
-    return torch.stack([parameter[:0].sum().float() for parameter in parameters]).sum()
+    return torch.stack([parameter.reshape(-1)[:0].sum().float() for parameter in parameters]).sum()
 
 
 def _scalars(module: nn.Module) -> set[nn.Parameter]:

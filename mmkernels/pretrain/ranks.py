@@ -5,20 +5,30 @@ All call the same functions in the same order. One process alone has no group an
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "PeerError", "Ranks"]
+__all__ = ["ALONE", "PeerError", "Place", "Ranks"]
 
 T = TypeVar("T")
 
 
 class PeerError(RuntimeError):
     """Another rank has failed; the message says which, and why."""
+
+
+class Place(NamedTuple):
+    """Where a rank is in a run."""
+
+    step: int
+    what: str  # it does or waits for
+    since: float  # seconds since 1970
+    patient: bool = False  # it may take as long as it does
 
 
 class Ranks:
@@ -30,17 +40,31 @@ class Ranks:
     Attributes:
         rank: this one's number.
         size: W, how many there are.
+        place: where this one is, see `at`.
+        watch: knows where the others are, once there is one.
     """
+
+    watch: Any = None
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self.place = Place(0, "starting", time.time(), patient=True)
 
     @property
     def leads(self) -> bool:
         """Whether this is the one that writes and prints."""
         return self.rank == 0
+
+    def at(self, what: str, step: int | None = None, patient: bool = False) -> None:
+        """Say what this rank does or waits for from now on, for others that wait for it."""
+        self.place = Place(self.place.step if step is None else step, what, time.time(), patient)
+
+    def meet(self) -> None:
+        """Wait for all, however long they take."""
+        if self.watch is not None:
+            self.watch.meet()
 
     def of_leader(self, make: Callable[[], T]) -> T:
         """What the leading rank makes, on all of them; what it raises is raised on all."""

@@ -22,6 +22,7 @@ __all__ = [
     "RunFolder",
     "RunFolderError",
     "as_stored",
+    "begun_before",
     "kept_files",
     "other_classes",
     "stored_classes",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 _WIRING = "wiring"  # key of the recipe's settings in config.json
+_LAST = "classes.json"  # of the files that a run begins with
+_PARTIAL = ".partial"
 EXPORTED = "export.json"  # of an exported model: the steps that were done
 
 
@@ -88,7 +91,7 @@ class RunFolder:
         for name, source in kept_files(config).values():
             write_whole(self.path / name, source.read_bytes())
         write_whole(self.tokenizer, tokenizer)
-        write_whole(self.path / "classes.json", json.dumps({name: list(each) for name, each in classes.items()}) + "\n")
+        write_whole(self.path / _LAST, json.dumps({name: list(each) for name, each in classes.items()}) + "\n")
 
     def expect_classes(self, classes: Mapping[str, Sequence[str]]) -> None:
         """Raise RunFolderError unless the data's label fields have the classes that the run began with: its heads know
@@ -114,6 +117,23 @@ class RunFolder:
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The records in the log, see `stored_records`."""
         return stored_records(self.path, kind)
+
+
+def begun_before(config: Config) -> Config:
+    """The config, to resume if a launcher starts the same command again and the run has begun: with --again, or in the
+    restarts of torchrun (TORCHELASTIC_RESTART_COUNT) and of SLURM (SLURM_RESTART_COUNT). What a start has left that was
+    killed before it had stored everything is removed."""
+    restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if config.resume or not (config.again or any(each not in ("", "0") for each in restarts)):
+        return config
+    folder = config.folder
+    if (folder / _LAST).exists():
+        return dataclasses.replace(config, resume=True)
+    first = {"config.json", "tokenizer.json", *(name for name, _ in kept_files(config).values())}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.removesuffix(_PARTIAL) in first | {_LAST}:
+            path.unlink()
+    return config
 
 
 def stored_config(folder: Path) -> Config:
@@ -186,7 +206,7 @@ def stored_wiring(folder: Path) -> dict[str, Any]:
 
 def stored_classes(folder: Path) -> dict[str, tuple[str, ...]]:
     """The label fields of a run's data, and the names of their classes. Raise RunFolderError if they are unreadable."""
-    path = folder / "classes.json"
+    path = folder / _LAST
     try:
         return {name: tuple(names) for name, names in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -233,6 +253,6 @@ def other_classes(before: Sequence[str], now: Sequence[str]) -> str:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically, text as UTF-8: a reader never sees, and a kill never leaves, half of it."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + _PARTIAL)
     partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     os.replace(partial, path)

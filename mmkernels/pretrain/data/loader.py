@@ -89,12 +89,14 @@ class TrainLoader:
             # A generator of its own: DataLoader draws a seed from it, which must not come from the run's.
             loader: Any = DataLoader(self._builder, None, sampler=turns, generator=torch.Generator(), **options)
             self._batches = iter(loader)
+        self.ranks.at("reading data")
         began, batch, failed = time.perf_counter(), None, None
         try:
             batch = next(self._batches)
         except Exception as error:
             failed = error
         read = time.perf_counter()
+        self.ranks.at("waiting for the data of other ranks")
         batch = self._met(batch, failed)
         self.waited, self.waited_for_peers = read - began, time.perf_counter() - read
         self._state = dict(batch.state)
