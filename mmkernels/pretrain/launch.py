@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.ranks import ALONE, Ranks
+from mmkernels.pretrain.ranks import ALONE, PeerError, Ranks
 
 __all__ = ["device_of", "launched", "leads", "shards_of"]
 
@@ -39,16 +41,42 @@ def launched(config: Config) -> Iterator[tuple[Ranks, torch.device]]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    rank, patience = _number("RANK", "SLURM_PROCID", 0), timedelta(seconds=config.timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        rank=_number("RANK", "SLURM_PROCID", 0),
+        store=_store_of_this_start(rank, world, patience),
+        rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=config.timeout),
+        timeout=patience,
     )
     try:
         yield _ranks(dist.group.WORLD, config), device
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_start(rank: int, world: int, patience: timedelta) -> dist.Store:
+    """Where the ranks find each other. torchrun lets those that it starts again share a store with those before them,
+    whose addresses are still in it; so each says that it is here, and rank 0 answers with a name that is new."""
+    shared, _, _ = next(dist.rendezvous("env://", rank, world, timeout=patience))
+    me, deadline = uuid.uuid4().hex, time.monotonic() + patience.total_seconds()
+    if rank:
+        shared.set(f"mmkernels/here/{rank}", me)
+        shared.wait([f"mmkernels/welcome/{me}"], patience)
+        name = shared.get(f"mmkernels/welcome/{me}").decode()
+        shared.add(f"mmkernels/joined/{name}", 1)
+        return dist.PrefixStore(name, shared)
+    welcomed: dict[int, bytes] = {}
+    while shared.add(f"mmkernels/joined/{me}", 0) < world - 1:
+        for other in range(1, world):
+            if shared.check([key := f"mmkernels/here/{other}"]) and (they := shared.get(key)) != welcomed.get(other):
+                shared.set(f"mmkernels/welcome/{they.decode()}", me)
+                welcomed[other] = they
+        if time.monotonic() > deadline:
+            missing = ", ".join(str(other) for other in range(1, world) if other not in welcomed) or "some"
+            raise PeerError(f"ranks {missing} of {world} have not come within {patience.total_seconds():.0f} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(me, shared)
 
 
 def _ranks(group: object, config: Config) -> Ranks:

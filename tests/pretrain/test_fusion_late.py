@@ -137,7 +137,7 @@ RECIPE = replace(
         losses.append(list[float]())
         for batch in islice(trainer.loader, 4):
             trainer.begin()
-            losses[-1].append(trainer.backward(batch)[0])
+            losses[-1].append(trainer.backward(batch).loss)
             trainer.update()
     assert losses[0][-1] < losses[0][0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -237,18 +237,32 @@ def test_a_checkpoint_holds_every_moving_part(tiny: Make) -> None:
             p.grad = torch.randn_like(p)
         first.update()
     path = first.save(config.folder / "checkpoints")
-    torch.manual_seed(99)
     second = Trainer(dataclasses.replace(config), data, tokenizer, torch.device("cpu"))
-    torch.randn(5)
     second.load(path)
     assert second.step == 3
-    drawn = torch.randn(4)
-    second.load(path)
-    assert torch.equal(torch.randn(4), drawn)
+    for trainer in (first, second):
+        trainer.begin()
     one, other = (next(trainer.loader)["image"].media[Modality.IMAGE].values for trainer in (first, second))
     assert torch.equal(one, other)
     for a, b in zip(first.parameters, second.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_what_a_step_draws_depends_on_its_number_alone(tiny: Make) -> None:
+    """Dropout, say: of the seed, the step and the rank, not of what was drawn before."""
+    config = tiny()
+    data = open_source(config)
+    trainer = Trainer(config, data, TextTokenizer.train([], 400), torch.device("cpu"))
+    batch = next(trainer.loader)
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        trainer.begin()
+        losses.append(trainer.backward(batch).loss)
+    assert losses[0] == losses[1]
+    trainer.step = 1
+    trainer.begin()
+    assert trainer.backward(batch).loss != losses[0], "there is dropout, which another step draws anew"
 
 
 @pytest.mark.parametrize("name", ["training.pt", "model.safetensors"])

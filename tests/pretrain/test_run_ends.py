@@ -30,8 +30,8 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def fail(*steps: int) -> None:
         def failed(self: Trainer, batch: Batch) -> Any:
-            loss, parts, norm = backward(self, batch)
-            return (float("nan") if self.step + 1 in steps else loss), parts, norm
+            found = backward(self, batch)
+            return found._replace(loss=float("nan")) if self.step + 1 in steps else found
 
         monkeypatch.setattr(Trainer, "backward", failed)
 
