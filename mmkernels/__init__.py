@@ -9,6 +9,8 @@ __all__ = [
     "ContrastiveStats",
     "EncoderCost",
     "GradCache",
+    "Link",
+    "Machine",
     "Media",
     "Modality",
     "PackedBatch",
@@ -91,3 +93,4 @@ else:
         plan_packing,
     )
     from mmkernels.runtime.backends import BackendError
+    from mmkernels.runtime.machine import Link, Machine

@@ -73,6 +73,7 @@ LAYERS = (
             "mmkernels.nn",
             "mmkernels.planning",
             "mmkernels.runtime.backends",
+            "mmkernels.runtime.machine",
         ),
         packages=frozenset({"torch"}),
     ),
