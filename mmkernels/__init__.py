@@ -17,7 +17,9 @@ __all__ = [
     "PackedMedia",
     "PackingPlan",
     "RankSchedule",
+    "StepPlan",
     "StreamPlanner",
+    "TrainingStep",
     "__version__",
     "additive_attention",
     "attention",
@@ -31,6 +33,7 @@ __all__ = [
     "pad",
     "patchify",
     "plan_packing",
+    "plan_scale",
     "qk_norm_rope",
     "rotary_cos_sin",
     "sample_negatives",
@@ -88,9 +91,12 @@ else:
         EncoderCost,
         PackingPlan,
         RankSchedule,
+        StepPlan,
         StreamPlanner,
+        TrainingStep,
         balance_ranks,
         plan_packing,
+        plan_scale,
     )
     from mmkernels.runtime.backends import BackendError
     from mmkernels.runtime.machine import Link, Machine

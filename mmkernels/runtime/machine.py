@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,6 +96,35 @@ class Machine:
         if rate is None:
             raise ValueError(f"machine: expected one with a rate for {name}, got {', '.join(self.flops)} ({self.name})")
         return rate
+
+    @staticmethod
+    def named(name: str) -> Machine:
+        """A preset: "A100-80GB", "H100" or "H200" by data sheet, or "CPU".
+
+        Raises:
+            ValueError: another name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")
+        return PRESETS[name]
+
+    def save(self, path: str | Path) -> None:
+        """Write the figures as JSON, for `load`."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Machine:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a file with other content.
+            OSError: no file.
+        """
+        try:
+            values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**{**values, **{name: Link(**values[name]) for name in _LINKS}})
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise ValueError(f"path: expected a file that Machine.save wrote, got {str(path)!r}: {error}") from None
 
     def figures(self, dtype: torch.dtype) -> list[float]:
         """[FIGURES] numbers that say all about it for one dtype; `slowest` makes a machine of them."""
