@@ -22,13 +22,15 @@ SIZES = (2**8, 2**12, 2**16, 2**20, 2**22)  # bytes of a rank's part
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """Flop per second of torch's matmul: the best of a few square products."""
+    """Flop per second of torch's matmul, at the best of a few sizes."""
     best = 0.0
     for size in (256, 512, 1024) if device.type == "cpu" else (4096, 8192):
         if best and 10 * size**3 / best > seconds:
             break
         a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-        best = max(best, 2 * size**3 / min(_times(functools.partial(torch.matmul, a, b), device, seconds)))
+        best = max(
+            best, 2 * size**3 / statistics.median(_times(functools.partial(torch.matmul, a, b), device, seconds))
+        )
     return best
 
 
@@ -36,7 +38,7 @@ def copy_rate(device: torch.device, seconds: float) -> float:
     """Bytes read and written per second by a large copy."""
     source = torch.zeros(2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / min(_times(lambda: target.copy_(source), device, seconds))
+    return 2 * source.numel() / statistics.median(_times(lambda: target.copy_(source), device, seconds))
 
 
 def launch_seconds(device: torch.device, seconds: float, calls: int = 100) -> float:

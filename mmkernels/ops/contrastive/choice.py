@@ -17,8 +17,11 @@ from mmkernels.runtime.machine import Machine
 __all__ = ["MEMORY_SHARE", "bytes_held", "choose", "products_seconds", "seconds"]
 
 MEMORY_SHARE = 0.25  # of a rank's memory that gathered keys and their gradients may take
-# Torch ops of each visit, forward (most of them merge statistics) and backward, as a dispatch mode counts them.
-LAUNCHES, LAUNCHES_OF_SIGMOID = (112, 35), (13, 21)
+PRODUCTS = 0.7  # of a matmul's rate that the losses' kernels attain: 0.55 to 0.83 in benches/results
+# Torch ops of a visit in the ring, as a dispatch mode counts them: forward (most merge statistics) and backward.
+VISIT, VISIT_OF_SIGMOID = (112, 35), (13, 21)
+# What a pass over all gathered keys takes in small ops, Python included, from the time of calls with one rank.
+GATHERED, GATHERED_OF_SIGMOID = (200, 140), (100, 100)
 
 
 def choose(call: Call, machine: Machine) -> tuple[str, str]:
@@ -46,21 +49,22 @@ def seconds(call: Call, round_: Round, exchange: str, machine: Machine) -> float
 def products_seconds(call: Call, round_: Round, machine: Machine) -> float:
     """Of a round's products alone, on the rank with most queries."""
     flop = (round_.forward + round_.backward) * max(call.queries) * sum(round_.keys)
-    return flop / machine.rate(call.dtype)
+    return flop / (PRODUCTS * machine.rate(call.dtype))
 
 
-def _compute(call: Call, round_: Round, which: int, keys: int, machine: Machine) -> float:
+def _compute(call: Call, round_: Round, which: int, keys: int, launches: int, machine: Machine) -> float:
     """Of one visit to some keys."""
-    products = (round_.forward, round_.backward)[which] * max(call.queries) * keys / machine.rate(call.dtype)
-    launches = (LAUNCHES_OF_SIGMOID if call.sigmoid else LAUNCHES)[which] * machine.launch
-    return max(products, launches) if machine.asynchronous else products + launches
+    flop = (round_.forward, round_.backward)[which] * max(call.queries) * keys
+    products, launching = flop / (PRODUCTS * machine.rate(call.dtype)), launches * machine.launch
+    return max(products, launching) if machine.asynchronous else products + launching
 
 
 def _gathered_seconds(call: Call, round_: Round, which: int, machine: Machine) -> float:
     world, longest, network = call.world, max(round_.keys), machine.network
-    gathered = round_.tensors if which == 0 else (round_.coefficients,)
-    returned = round_.statistics if which == 0 else round_.gradient
-    total = _compute(call, round_, which, sum(round_.keys), machine)
+    gathered = (round_.coefficients,) if which else round_.tensors
+    returned = round_.gradient if which else round_.statistics
+    launches = (GATHERED_OF_SIGMOID if call.sigmoid else GATHERED)[which] + (world if which else 0)
+    total = _compute(call, round_, which, sum(round_.keys), launches, machine)
     total += sum(all_gather(network, world, size * longest).seconds for size in gathered)
     return total + (all_to_all(network, world, returned * longest).seconds if returned else 0.0)
 
@@ -69,7 +73,7 @@ def _ring_seconds(call: Call, round_: Round, which: int, machine: Machine) -> fl
     world, longest, network = call.world, max(round_.keys), machine.network
     block = [*round_.tensors, *([round_.coefficients] if which and round_.coefficients else [])]
     result = round_.wide_gradient if which else round_.statistics
-    visit = _compute(call, round_, which, longest, machine)
+    visit = _compute(call, round_, which, longest, (VISIT_OF_SIGMOID if call.sigmoid else VISIT)[which], machine)
     last = ring_pass(network, world, longest * result, int(result > 0)).seconds
     step = max(visit, ring_pass(network, world, longest * sum(block), len(block)).seconds + last)
     return visit + (world - 1) * step + last
@@ -87,6 +91,6 @@ def bytes_held(call: Call, round_: Round, exchange: str) -> int:
     padded = call.world * longest
     copied = travelling * (keys + (padded if padded != keys else 0))
     kept = travelling * keys if round_.visited_again else 0
-    forward = max(copied, travelling * keys + results * (keys + padded))
+    forward = max(copied, travelling * keys + results * (keys + 2 * padded))
     backward = kept + round_.coefficients * keys + round_.gradient * (keys + padded)
     return max(forward, backward + (longest * wide if round_.gradient else 0))

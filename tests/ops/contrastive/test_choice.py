@@ -82,7 +82,7 @@ def test_negatives_are_chosen_for_separately() -> None:
 # What ranks do
 
 
-SLOW_START = replace(PRESETS["CPU"], launch=1.0)
+SLOW_LINKS = replace(PRESETS["CPU"], inside=Link(1.0, 1e9), between=Link(1.0, 1e9))
 SMALL = replace(PRESETS["CPU"], memory=1e3)
 
 
@@ -106,8 +106,8 @@ def test_every_rank_chooses_alike() -> None:
     gathered, ring = (ranks.run(4, _ways, how, [None] * 4) for how in EXCHANGES)
     assert gathered != ring
     assert ranks.run(4, _ways, "auto", [None] * 4) == gathered
-    assert ranks.run(4, _ways, "auto", [SLOW_START] * 4) == gathered
-    assert ranks.run(4, _ways, "auto", [None, None, SMALL, SLOW_START]) == ring
+    assert ranks.run(4, _ways, "auto", [SLOW_LINKS] * 4) == gathered
+    assert ranks.run(4, _ways, "auto", [None, None, SMALL, SLOW_LINKS]) == ring
 
 
 def _wrong_machines(rank: int, world: int) -> list[str]:
