@@ -47,16 +47,16 @@ class Options:
     """Small sizes."""
     worlds: tuple[int, ...] = (2, 4)
     """Ranks."""
-    repeats: int = 21
+    repeats: int = 11
     """Timed calls of each."""
     save: bool = True
     """Write the figures to benches/results/."""
 
 
 def points(quick: bool) -> list[dict[str, Any]]:
-    rows = (64,) if quick else (64, 512, 2048)
+    rows = (64,) if quick else (64, 256, 1024)
     points = [{"loss": loss, "rows": n, "E": 512, "dtype": "float32"} for loss in LOSSES for n in rows]
-    return points if quick else [*points, {"loss": "infonce", "rows": 512, "E": 512, "dtype": "bfloat16"}]
+    return points if quick else [*points, {"loss": "infonce", "rows": 256, "E": 512, "dtype": "bfloat16"}]
 
 
 def slowest(call: Callable[[], Any], repeats: int) -> Timing:
@@ -80,7 +80,7 @@ def loopback() -> int:
     return next((int(line.split()[1]) for line in lines if line.strip().startswith("lo:")), 0)
 
 
-def on_the_wire(call: Callable[[], Any], calls: int = 5) -> float:
+def on_the_wire(call: Callable[[], Any], calls: int = 3) -> float:
     """Bytes of one call, of all ranks."""
     dist.barrier()
     time.sleep(0.2)
