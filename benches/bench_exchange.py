@@ -175,6 +175,9 @@ def work(rank: int, world: int, folder: str, options: Options, answers: Any) -> 
 def main() -> None:
     options = tyro.cli(Options, prog="bench_exchange.py")
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"the machine is not idle: a load of {load:.1f}; times are then those of its other programs too")
     context, rows, models = mp.get_context("spawn"), [], {}
     for world in options.worlds:
         answers = context.Queue()
@@ -197,6 +200,7 @@ def main() -> None:
     print(f"\nlosses: median error {statistics.median(errors):.0f}%, largest {max(errors):.0f}%")
     if options.save:
         about = machine(torch.device("cpu")) | {"ceilings": models, "quick": options.quick, "bench": "exchange"}
+        about["load average"] = load
         print(save(about, rows))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -41,8 +40,8 @@ class Machine:
         inside, between: `Link(latency, bandwidth)` of two ranks in a node and of two in different nodes, seconds and
             bytes per second into one rank.
         launch: seconds of a small op.
-        asynchronous: whether ops are launched while earlier ones still run, as on a GPU: launches and products then
-            take the longer of their times rather than the sum.
+        asynchronous: whether launches, products and transfers run side by side, as on a GPU: together they take the
+            longest of their times, otherwise the sum.
         source: where the figures come from.
 
     Raises:
@@ -280,5 +279,5 @@ def machine_of(device: torch.device) -> Machine:
     if device.type != "cuda":
         return PRESETS["CPU"]
     about = torch.cuda.get_device_properties(device)
-    known = (PRESETS[name] for name in ("H200", "H100") if re.search(rf"\b{name}\b", about.name))
+    known = (PRESETS[name] for name in ("H200", "H100") if name in about.name)
     return replace(next(known, PRESETS["A100-80GB"]), memory=float(about.total_memory))

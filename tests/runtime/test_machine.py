@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import named
 import ranks
@@ -58,6 +59,15 @@ def test_presets_are_parts_of_data_sheets() -> None:
     assert machine_of(torch.device("cpu")) is PRESETS["CPU"]
     for machine in PRESETS.values():
         assert len(machine.figures(torch.float32)) == FIGURES
+
+
+def test_gpus_are_known_by_name(monkeypatch) -> None:
+    names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200", "NVIDIA L4": "A100-80GB"}
+    for index, (name, expected) in enumerate(names.items()):
+        about = SimpleNamespace(name=name, total_memory=10**10)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, about=about: about)
+        with named.case(name):
+            assert machine_of(torch.device("cuda", 90 + index)) == replace(PRESETS[expected], memory=1e10)
 
 
 def test_slowest_takes_the_worst_of_each() -> None:

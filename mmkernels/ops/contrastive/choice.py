@@ -1,8 +1,8 @@
 """Whether keys are gathered or go round a ring: predicted seconds and bytes of both, from numbers that ranks agree on.
 
 A gather sends over all links of a node at once, but nothing is computed meanwhile, and its memory grows with N. The
-ring sends the keys twice and their gradients in float32, over one link between nodes, but behind the computation of the
-next block; it starts that computation W times.
+ring sends the keys twice and their gradients in float32, over one link between nodes, and starts the computation W
+times; but on a GPU each block's computation hides a transfer. A CPU moves bytes by itself: there only memory is gained.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MEMORY_SHARE = 0.25  # of a rank's memory that gathered keys and their gradients
 PRODUCTS = 0.7  # of a matmul's rate that the losses' kernels attain: 0.55 to 0.83 in benches/results
 # Torch ops of a visit in the ring, as a dispatch mode counts them: forward (most merge statistics) and backward.
 VISIT, VISIT_OF_SIGMOID = (112, 35), (13, 21)
-# What a pass over all gathered keys takes in small ops, Python included, from the time of calls with one rank.
-GATHERED, GATHERED_OF_SIGMOID = (200, 140), (100, 100)
+# What a pass takes besides its visits, in small ops: torch ops and Python, from the time of calls with one rank.
+ONCE, ONCE_OF_SIGMOID = (88, 105), (87, 79)
 
 
 def choose(call: Call, machine: Machine) -> tuple[str, str]:
@@ -52,8 +52,10 @@ def products_seconds(call: Call, round_: Round, machine: Machine) -> float:
     return flop / (PRODUCTS * machine.rate(call.dtype))
 
 
-def _compute(call: Call, round_: Round, which: int, keys: int, launches: int, machine: Machine) -> float:
-    """Of one visit to some keys."""
+def _visit(call: Call, round_: Round, which: int, keys: int, machine: Machine, *, first: bool) -> float:
+    """Seconds of a visit to some keys; the first has what a pass takes once."""
+    launches = (VISIT_OF_SIGMOID if call.sigmoid else VISIT)[which]
+    launches += (ONCE_OF_SIGMOID if call.sigmoid else ONCE)[which] if first else 0
     flop = (round_.forward, round_.backward)[which] * max(call.queries) * keys
     products, launching = flop / (PRODUCTS * machine.rate(call.dtype)), launches * machine.launch
     return max(products, launching) if machine.asynchronous else products + launching
@@ -63,8 +65,7 @@ def _gathered_seconds(call: Call, round_: Round, which: int, machine: Machine) -
     world, longest, network = call.world, max(round_.keys), machine.network
     gathered = (round_.coefficients,) if which else round_.tensors
     returned = round_.gradient if which else round_.statistics
-    launches = (GATHERED_OF_SIGMOID if call.sigmoid else GATHERED)[which] + (world if which else 0)
-    total = _compute(call, round_, which, sum(round_.keys), launches, machine)
+    total = _visit(call, round_, which, sum(round_.keys), machine, first=True)
     total += sum(all_gather(network, world, size * longest).seconds for size in gathered)
     return total + (all_to_all(network, world, returned * longest).seconds if returned else 0.0)
 
@@ -73,10 +74,11 @@ def _ring_seconds(call: Call, round_: Round, which: int, machine: Machine) -> fl
     world, longest, network = call.world, max(round_.keys), machine.network
     block = [*round_.tensors, *([round_.coefficients] if which and round_.coefficients else [])]
     result = round_.wide_gradient if which else round_.statistics
-    visit = _compute(call, round_, which, longest, (VISIT_OF_SIGMOID if call.sigmoid else VISIT)[which], machine)
+    first, visit = (_visit(call, round_, which, longest, machine, first=is_first) for is_first in (True, False))
     last = ring_pass(network, world, longest * result, int(result > 0)).seconds
-    step = max(visit, ring_pass(network, world, longest * sum(block), len(block)).seconds + last)
-    return visit + (world - 1) * step + last
+    passing = ring_pass(network, world, longest * sum(block), len(block)).seconds + last
+    step = max(visit, passing) if machine.asynchronous else visit + passing
+    return first + (world - 1) * step + last
 
 
 def bytes_held(call: Call, round_: Round, exchange: str) -> int:

@@ -32,6 +32,7 @@ def test_small_batches_are_gathered_and_large_ones_go_round() -> None:
     for name in ("A100-80GB", "H100", "H200"):
         for world, rows, expected in (
             (1, 65536, "all_gather"),
+            (2, 64, "all_gather"),
             (8, 256, "all_gather"),
             (8, 4096, "all_gather"),
             (64, 1024, "all_gather"),
