@@ -3,8 +3,9 @@ backward, by all_gather and in a ring, beside what `Machine.measured` predicts f
 
     python benches/bench_exchange.py [--quick]
 
-Times are medians of the slowest rank. "error %" is (predicted - measured) / measured; "wire" is what the loopback
-device carried over what all ranks should receive: a little more, for headers and other programs.
+Times are medians of the slowest rank, and "busy" its processor time: where that is far less, ranks waited for each
+other, or for other programs. "error %" is (predicted - measured) / measured; "wire" is what the loopback device carried
+over what all ranks should receive: a little more, for headers and other programs.
 """
 
 from __future__ import annotations
@@ -59,19 +60,20 @@ def points(quick: bool) -> list[dict[str, Any]]:
     return points if quick else [*points, {"loss": "infonce", "rows": 256, "E": 512, "dtype": "bfloat16"}]
 
 
-def slowest(call: Callable[[], Any], repeats: int) -> Timing:
-    """Seconds of the slowest rank."""
+def slowest(call: Callable[[], Any], repeats: int) -> tuple[Timing, float]:
+    """Seconds of the slowest rank, and its median processor time."""
     call()
-    taken = []
+    taken, busy = [], []
     for _ in range(repeats):
         dist.barrier()
-        begin = time.perf_counter()
+        begin, worked = time.perf_counter(), time.process_time()
         call()
         taken.append(time.perf_counter() - begin)
-    of_all = torch.tensor(taken, dtype=torch.float64)
+        busy.append(time.process_time() - worked)
+    of_all = torch.tensor([taken, busy], dtype=torch.float64)
     dist.all_reduce(of_all, dist.ReduceOp.MAX)
-    low, median, high = statistics.quantiles(of_all.tolist(), n=4)
-    return Timing(median, low, high, repeats)
+    low, median, high = statistics.quantiles(of_all[0].tolist(), n=4)
+    return Timing(median, low, high, repeats), statistics.median(of_all[1].tolist())
 
 
 def loopback() -> int:
@@ -114,16 +116,17 @@ def collectives(world: int, model: Machine, repeats: int) -> list[Row]:
             "ring pass": (passed, ring_pass),
         }
         for name, (call, cost) in runs.items():
-            predicted, timing = cost(network, world, size), slowest(call, repeats)
-            row = Row("collective", {"W": world, "bytes": size}, name, timing)
+            predicted, (timing, busy) = cost(network, world, size), slowest(call, repeats)
+            row = Row("collective", {"W": world, "bytes": size}, name, timing, figures={"busy ms": busy * 1e3})
             found.append(judged(row, predicted.seconds, predicted.received * world, on_the_wire(call)))
     return found
 
 
 def judged(row: Row, predicted: float, received: int, wire: float) -> Row:
     assert row.timing is not None
-    figures = {"predicted ms": predicted * 1e3, "error %": 100 * (predicted / row.timing.median - 1)}
-    row.figures = {**figures, "MB received": received / 1e6, "wire": wire / max(received, 1)}
+    row.figures["predicted ms"] = predicted * 1e3
+    row.figures["error %"] = 100 * (predicted / row.timing.median - 1)
+    row.figures |= {"MB received": received / 1e6, "wire": wire / max(received, 1)}
     return row
 
 
@@ -151,7 +154,8 @@ def losses(rank: int, world: int, model: Machine, repeats: int, quick: bool) -> 
             received = sum(call_.cost(model.network, each, exchange).received for each in range(world))
             predicted = call_.rest(model.network).seconds
             predicted += sum(seconds(call_, each, exchange, model) for each in call_.rounds())
-            row = Row("loss", {"W": world, **point}, exchange, slowest(call, repeats))
+            timing, busy = slowest(call, repeats)
+            row = Row("loss", {"W": world, **point}, exchange, timing, figures={"busy ms": busy * 1e3})
             took[exchange] = judged(row, predicted, received, on_the_wire(call))
         best = min(took, key=lambda name: took[name].timing.median)
         chosen = choose(call_, model)[0]
