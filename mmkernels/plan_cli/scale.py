@@ -17,6 +17,9 @@ from mmkernels import EncoderCost, Machine, StepPlan, TrainingStep, plan_scale
 
 __all__ = ["main", "render"]
 
+OF_EXCHANGE = ("ranks", "exchange", "MB received", "messages", "GB held", "loss ms")
+OF_STEP = ("ranks", "batch", "encoders ms", "loss ms", "reduction MB", "ms", "update ms", "step ms", "products", "GB")
+
 _Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -86,7 +89,7 @@ def _step(options: Options, world: int) -> TrainingStep:
         rows=options.rows if options.batch is None else -(-options.batch // world),
         width=options.width,
         parameters=parameters,
-        # A step without a teacher runs the forward three or four times over; a teacher's adds a third or a quarter.
+        # A backward counts as two forwards, and a cached forward runs twice; a teacher's runs once.
         flops=flops * (1 + 1 / (4 if options.cached else 3) if options.teacher else 1),
         loss=options.loss,
         dtype=options.dtype,
@@ -117,28 +120,15 @@ def render(plans: Sequence[StepPlan], machine: Machine) -> str:
         row += (f"{plan.reduction.seconds * 1e3:,.1f}", f"{plan.update * 1e3:,.1f}")
         row += (f"{hidden * 1e3:,.1f} .. {exposed * 1e3:,.1f}", f"{worst:.0%} .. {best:.0%}")
         step.append((f"{plan.ranks:,}", f"{plan.rows:,}", *row, f"{plan.memory / 1e9:,.1f}"))
-    of_exchange = ("ranks", "exchange", "MB received", "messages", "GB held", "loss ms")
-    of_step: tuple[str, ...] = (
-        "ranks",
-        "batch",
-        "encoders ms",
-        "loss ms",
-        "gradients MB",
-        "ms",
-        "update ms",
-        "step ms",
-        "products",
-    )
-    of_step += ("GB",)
     return "\n".join(
         [
             f"{machine.name}: {machine.source}",
             "",
             "The loss and its exchange, per rank and step (* is what exchange='auto' chooses):",
-            tabulate(exchange, of_exchange, disable_numparse=True, colalign=("right", "left", *["right"] * 4)),
+            tabulate(exchange, OF_EXCHANGE, disable_numparse=True, colalign=("right", "left", *["right"] * 4)),
             "",
             "The step, per rank: from gradients' reduction hidden behind the encoders to not hidden:",
-            tabulate(step, of_step, disable_numparse=True, colalign=["right"] * len(of_step)),
+            tabulate(step, OF_STEP, disable_numparse=True, colalign=["right"] * len(OF_STEP)),
             "GB: weights, gradients, Adam's moments and the exchange, without activations",
         ]
     )

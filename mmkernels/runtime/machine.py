@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -72,9 +73,9 @@ class Machine:
         figures |= {name: getattr(self, name) for name in ("memory_bandwidth", "memory", "ranks_per_node", "launch")}
         figures |= {f"{name}.{what}": getattr(getattr(self, name), what) for name in _LINKS for what in _OF_A_LINK}
         for name, value in figures.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name}: expected a number > 0, got {value!r} ({type(value).__name__})")
-            if not (math.isfinite(value) and value > 0):
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a number > 0, got {value!r}")
         if self.ranks_per_node != int(self.ranks_per_node):
             raise ValueError(f"ranks_per_node: expected an integer, got {self.ranks_per_node!r}")
@@ -109,7 +110,7 @@ class Machine:
 
     def save(self, path: str | Path) -> None:
         """Write the figures as JSON, for `load`."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(asdict(self), indent=1, default=float) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Machine:

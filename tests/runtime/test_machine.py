@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import named
+import numpy as np
 import ranks
 import torch
 import torch.distributed as dist
@@ -75,6 +77,12 @@ def test_slowest_takes_the_worst_of_each() -> None:
     late = replace(fast, launch=1e-3, asynchronous=False)
     found = Machine.slowest(torch.bfloat16, [each.figures(torch.bfloat16) for each in (fast, slow, late)])
     assert found.figures(torch.bfloat16) == [*slow.figures(torch.bfloat16)[:-2], 1e-3, 0.0]
+
+
+def test_numbers_of_numpy(tmp_path: Path) -> None:
+    machine = replace(PRESETS["CPU"], ranks_per_node=np.int64(8), memory=np.float32(1e9))
+    machine.save(tmp_path / "machine.json")
+    assert Machine.load(tmp_path / "machine.json") == machine
 
 
 def test_mistakes() -> None:
