@@ -22,7 +22,8 @@ SIZES = (2**8, 2**12, 2**16, 2**20, 2**22)  # bytes of a rank's part
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """Flop per second of torch's matmul, at the best of a few sizes."""
+    """Flop per second of torch's matmul, at the best of a few sizes: means, as a median hides that ranks take turns on
+    too few cores."""
     best = 0.0
     for size in (256, 512, 1024) if device.type == "cpu" else (4096, 8192):
         if best and 10 * size**3 / best > seconds:
@@ -38,7 +39,7 @@ def copy_rate(device: torch.device, seconds: float) -> float:
     """Bytes read and written per second by a large copy."""
     source = torch.zeros(2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / statistics.median(_times(lambda: target.copy_(source), device, seconds))
+    return 2 * source.numel() / statistics.fmean(_times(lambda: target.copy_(source), device, seconds))
 
 
 def launch_seconds(device: torch.device, seconds: float, calls: int = 100) -> float:
