@@ -13,6 +13,7 @@ USAGE = """usage: mmkernels <command> [options]
 
   info         what is installed, which backend runs, and why
   plan         how well lengths pack, and how evenly ranks share the packs (needs mmkernels[plan])
+  scale        what a training step takes on many ranks (needs mmkernels[plan])
   fetch        get a larger data set for pretrain (needs mmkernels[pretrain])
   data-report  what is in a data set, and what is wrong with it (needs mmkernels[report])
   pretrain     train a model by a recipe (needs mmkernels[pretrain])
@@ -120,6 +121,15 @@ def _plan(argv: list[str]) -> int:
         )
 
 
+def _scale(argv: list[str]) -> int:
+    try:
+        from mmkernels import plan_cli
+
+        return plan_cli.scale(argv)
+    except ModuleNotFoundError as error:
+        return _missing("scale", "plan", error, _PLAN_PACKAGES)
+
+
 _COMMANDS = {
     "compare": _compare,
     "data-report": _data_report,
@@ -131,6 +141,7 @@ _COMMANDS = {
     "plan": _plan,
     "pretrain": _pretrain,
     "recipes": _recipes,
+    "scale": _scale,
 }
 
 

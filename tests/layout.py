@@ -73,6 +73,7 @@ LAYERS = (
             "mmkernels.nn",
             "mmkernels.planning",
             "mmkernels.runtime.backends",
+            "mmkernels.runtime.machine",
         ),
         packages=frozenset({"torch"}),
     ),
@@ -116,7 +117,15 @@ LAYERS = (
     Layer(r"mmkernels\.batch(\..*)?", below=("mmkernels.batch.*", *_FUNCTIONS)),
     Layer(
         r"mmkernels\.planning(\..*)?",
-        below=("mmkernels.planning.*", "mmkernels.ops.checks", "mmkernels.runtime.native"),
+        below=(
+            "mmkernels.planning.*",
+            "mmkernels.ops.checks",
+            "mmkernels.ops.contrastive.choice",  # what the loss exchanges: the same code plans it
+            "mmkernels.ops.contrastive.traffic",
+            "mmkernels.runtime.collectives",
+            "mmkernels.runtime.machine",
+            "mmkernels.runtime.native",
+        ),
     ),
     Layer(
         r"mmkernels\.testing\.aot",

@@ -22,11 +22,13 @@ from mmkernels.ops.contrastive.checks import (
     teacher_of,
     weights_of,
 )
+from mmkernels.ops.contrastive.exchange import checked_machine
 from mmkernels.ops.contrastive.losses import Over, infonce_loss, siglip_loss
 from mmkernels.ops.contrastive.over import Local
 from mmkernels.ops.contrastive.over_ranks import infonce_over_ranks, refusing, siglip_over_ranks
 from mmkernels.ops.contrastive.types import ContrastiveStats, Targets
 from mmkernels.runtime.backends import resolve
+from mmkernels.runtime.machine import Machine
 
 __all__ = ["ContrastiveStats", "infonce", "sample_negatives", "siglip", "topk_similar"]
 
@@ -47,6 +49,7 @@ def infonce(
     teacher: tuple[Tensor, Tensor, float] | None = None,
     group: Any = None,
     exchange: str = "auto",
+    machine: Machine | None = None,
     return_stats: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -87,8 +90,13 @@ def infonce(
             keys of every rank's queries, so a queue replicated on all ranks would count W times: give each rank its
             shard. The statistics lse_q and lse_k cover this rank's rows, the others all ranks. Everything else must be
             the same on all ranks.
-        exchange: how keys are exchanged: "all_gather" (all at once, O(N·E) memory), "ring" (block by block, O(N/W·E),
-            overlapped with computation) or "auto": the ring from 12,288 keys per rank. Only used with a group.
+        exchange: how keys and negatives are exchanged: "all_gather" (all at once, O(N·E) memory), "ring" (block by
+            block, O(N/W·E), overlapped with computation) or "auto", for keys and negatives separately: the ring if all
+            ranks' keys with their gradients would take more than a quarter of a rank's memory, or if the step is
+            predicted to be faster with it; otherwise all_gather. Only used with a group.
+        machine: the `Machine` by which "auto" predicts; by default a GPU's from its data sheet, or a CPU's over gloo.
+            Nothing is measured in a call (`Machine.measured` measures beforehand). Ranks may have different ones: all
+            choose by the slowest of each figure, so they choose alike. Only used with a group.
         return_stats: also return `ContrastiveStats`, from the same pass.
         deterministic: deprecated, without effect: every backend gives the same bits for the same input and machine, on
             a CPU for any number of threads.
@@ -109,7 +117,7 @@ def infonce(
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
     (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher).
     """
-    with _checking(group, exchange, queries):
+    with _checking(group, exchange, machine, queries):
         deprecated_deterministic(deterministic)
         check_flag("symmetric", symmetric)
         check_flag("return_stats", return_stats)
@@ -133,10 +141,11 @@ def infonce(
         row_weights = weights_of(weights, queries, keys, symmetric, some=one_has)
         plain = all(option is None for option in options.values())
         chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+        here = None if group is None else checked_machine(machine, queries)
     if plain:
         return op_plain.infonce_fwd(queries, keys, scale, chosen)[0]
     call = queries, keys, scale, pairs, soft, extra, row_weights, symmetric, return_stats
-    over: Over = Local(queries, keys) if group is None else infonce_over_ranks(group, exchange, *call)
+    over: Over = Local(queries, keys) if here is None else infonce_over_ranks(group, exchange, here, *call)
     loss, stats = infonce_loss(*call, over, chosen)
     return (loss, stats) if return_stats else loss
 
@@ -151,6 +160,7 @@ def siglip(
     key_ids: Tensor | None = None,
     group: Any = None,
     exchange: str = "auto",
+    machine: Machine | None = None,
     return_stats: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -172,7 +182,7 @@ def siglip(
         logit_bias: added to the logits; like logit_scale.
         query_ids, key_ids: [N], [M] int64 or int32: pairs with the same id are positive; key_ids default to query_ids.
             Without ids the positive of query i is key i.
-        group, exchange: as in `infonce`; scale and bias get their full gradient on every rank.
+        group, exchange, machine: as in `infonce`; scale and bias get their full gradient on every rank.
         return_stats: also return `ContrastiveStats` of the same logits, from a separate forward pass.
         deterministic: deprecated, without effect: every backend gives the same bits for the same input and machine, on
             a CPU for any number of threads.
@@ -190,7 +200,7 @@ def siglip(
 
     Source: Zhai et al. 2023 (arXiv:2303.15343).
     """
-    with _checking(group, exchange, queries):
+    with _checking(group, exchange, machine, queries):
         deprecated_deterministic(deterministic)
         check_flag("return_stats", return_stats)
         check_features(queries, keys)
@@ -199,10 +209,11 @@ def siglip(
         plain = query_ids is None and not return_stats and group is None
         options = {"query_ids": query_ids, "return_stats": return_stats or None, "group": group}
         chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+        here = None if group is None else checked_machine(machine, queries)
     if plain:
         return op_plain.siglip_fwd(queries, keys, scale, bias, chosen)[0]
     call = queries, keys, scale, bias, pairs, return_stats
-    over: Over = Local(queries, keys) if group is None else siglip_over_ranks(group, exchange, *call)
+    over: Over = Local(queries, keys) if here is None else siglip_over_ranks(group, exchange, here, *call)
     loss, stats = siglip_loss(*call, over, chosen)
     return (loss, stats) if return_stats else loss
 
@@ -281,12 +292,14 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
     return op_search.topk_similar(queries.detach(), keys.detach(), k, chosen)
 
 
-def _checking(group: Any, exchange: Any, features: Any) -> AbstractContextManager[None]:
+def _checking(group: Any, exchange: Any, machine: Any, features: Any) -> AbstractContextManager[None]:
     """Context for argument checks; with a group it tells the other ranks of an error."""
     if group is not None:
         return refusing(group, exchange, features)
     if exchange != "auto":
         wrong_value("exchange", "'auto' without a group", exchange)
+    if machine is not None:
+        wrong_value("machine", "None without a group", machine)
     return nullcontext()  # torch.compile can trace this; in torch 2.6 it cannot trace generator-based context managers
 
 

@@ -38,6 +38,7 @@ from mmkernels.ops.contrastive.types import (
     Pairs,
     Teacher,
     merged,
+    merged_parts,
     nothing_seen,
 )
 from mmkernels.ops.dtypes import compute_dtype
@@ -268,7 +269,8 @@ class _Softmax(torch.autograd.Function):
         else:
             everything = side.gathered()
             of_keys = statistics(side.all_at_once(everything))
-            of_keys = functools.reduce(_merged_lines, ranks.scattered(of_keys)) if columns else of_keys
+            if columns:
+                of_keys = merged_parts(torch.stack(ranks.scattered(of_keys)).mT).T
         of_columns = of_keys.T.contiguous() if columns else of_rows.new_empty(STATISTICS, 0)
         ctx.ranks, ctx.columns, ctx.backend = ranks, columns, backend
         _save(ctx, queries, keys, logit_scale, pairs, teacher, of_rows, of_columns, everything)

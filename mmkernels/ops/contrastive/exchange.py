@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmkernels.ops.checks import wrong_type, wrong_value
+from mmkernels.ops.contrastive.choice import choose
+from mmkernels.ops.contrastive.traffic import TABLE, Call
+from mmkernels.runtime.gather import gather_into
+from mmkernels.runtime.machine import FIGURES, Machine, machine_of
 
-__all__ = ["Ranks", "agree", "check_group", "refused"]
-
-# With this many local keys or more, computing on a block takes longer than sending it at 50 GB/s.
-RING_FROM = 12288
+__all__ = ["Ranks", "agree", "check_group", "checked_machine", "refused"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Ranks:
         group: the process group.
         rank: this rank.
         queries, keys, negatives: row counts of every rank.
-        exchange: "auto", "all_gather" or "ring".
+        ring, ring_of_negatives: whether keys, and negatives, move block by block rather than all at once.
     """
 
     group: Any
@@ -38,16 +39,12 @@ class Ranks:
     queries: list[int]
     keys: list[int]
     negatives: list[int]
-    exchange: str
-
-    @property
-    def ring(self) -> bool:
-        """Whether keys move block by block rather than all at once."""
-        return self.exchange == "ring" or (self.exchange == "auto" and max(self.keys) >= RING_FROM)
+    ring: bool
+    ring_of_negatives: bool
 
     def with_negatives(self) -> Ranks:
         """The same ranks with the negatives as keys."""
-        return replace(self, keys=self.negatives)
+        return replace(self, keys=self.negatives, ring=self.ring_of_negatives)
 
     @property
     def world(self) -> int:
@@ -67,7 +64,7 @@ class Ranks:
         if padded is not rows:
             padded[: len(rows)] = rows
         everything = rows.new_empty(self.world * longest, *rows.shape[1:])
-        _all_gather(_bytes(everything), _bytes(padded.contiguous()), self.group)
+        gather_into(_bytes(everything), _bytes(padded.contiguous()), self.group)
         if min(counts) == longest:
             return everything
         return torch.cat([part[:n] for part, n in zip(everything.split(longest), counts, strict=True)])
@@ -168,15 +165,24 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def agree(
-    group: Any, queries: Tensor, keys: Tensor, negatives: Tensor | None, exchange: str, same: Mapping[str, Any]
+    group: Any,
+    queries: Tensor,
+    keys: Tensor,
+    negatives: Tensor | None,
+    exchange: str,
+    machine: Machine,
+    same: Mapping[str, Any],
+    call: Callable[[list[int], list[int], list[int]], Call],
 ) -> Ranks:
-    """Exchange row counts and check that all ranks make the same call.
+    """Exchange row counts, check that all ranks make the same call, and choose the exchange.
 
     Args:
         group: the process group.
         queries, keys, negatives: [N, E], [M, E], [K, E] of this rank.
         exchange: "auto", "all_gather" or "ring".
+        machine: this rank's; "auto" chooses by the slowest rank's figures.
         same: values that must be equal on every rank, by name: bools, numbers, strings.
+        call: the call, from the queries, keys and negatives of every rank.
 
     Raises:
         ValueError: on every rank, naming what differs.
@@ -184,8 +190,9 @@ def agree(
     width, dtype = queries.shape[1], str(queries.dtype).removeprefix("torch.")
     common = {"queries: width": width, "queries: dtype": dtype, "exchange": exchange, **same}
     rows = [0 if x is None else x.shape[0] for x in (queries, keys, negatives)]
-    table = _table(group, [0, *rows, *map(_code, common.values())], queries.device)
-    rank = dist.get_rank(group)
+    values, figures = [_code(value) for value in common.values()], map(_code, machine.figures(queries.dtype))
+    table = _table(group, [0, *rows, *values, *figures], queries.device)
+    rank, after = dist.get_rank(group), 1 + len(rows) + len(values)
     for other, line in enumerate(table):
         if line[0]:
             raise ValueError(f"group: expected every rank to call with valid arguments, rank {other} raised an error")
@@ -194,7 +201,11 @@ def agree(
                 difference = f"rank {other} differs from rank 0; here, on rank {rank}, it is {common[name]!r}"
                 raise ValueError(f"{name}: expected the same on every rank of the group, but {difference}")
     queries_of, keys_of, negatives_of = ([line[i] for line in table] for i in (1, 2, 3))
-    return Ranks(group, rank, queries_of, keys_of, negatives_of, exchange)
+    chosen = exchange, exchange
+    if exchange == "auto":
+        machines = [[_float(code) for code in line[after : after + FIGURES]] for line in table]
+        chosen = choose(call(queries_of, keys_of, negatives_of), Machine.slowest(queries.dtype, machines))
+    return Ranks(group, rank, queries_of, keys_of, negatives_of, *(how == "ring" for how in chosen))
 
 
 def refused(group: Any, device: torch.device | None) -> None:
@@ -202,6 +213,19 @@ def refused(group: Any, device: torch.device | None) -> None:
     if device is None or (device.type != "cuda" and dist.get_backend(group) == "nccl"):
         device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     _table(group, [1], device)
+
+
+def checked_machine(machine: Any, features: Tensor) -> Machine:
+    """The machine to choose the exchange by: the given one, or that of the features' device.
+
+    Raises:
+        TypeError, ValueError: not a machine, or one without a rate for the features' dtype.
+    """
+    if machine is not None and not isinstance(machine, Machine):
+        wrong_type("machine", "None, or an mmkernels.Machine", machine)
+    found: Machine = machine_of(features.device) if machine is None else machine
+    found.rate(features.dtype)
+    return found
 
 
 def check_group(group: Any, exchange: Any) -> None:
@@ -214,21 +238,18 @@ def check_group(group: Any, exchange: Any) -> None:
         wrong_value("exchange", "'auto', 'all_gather' or 'ring'", exchange)
 
 
-_FIELDS = 24
-
-
 def _table(group: Any, numbers: list[int], device: torch.device) -> list[list[int]]:
     """All ranks' numbers, one row per rank."""
-    assert len(numbers) <= _FIELDS
-    mine = torch.tensor(numbers + [0] * (_FIELDS - len(numbers)), dtype=torch.int64, device=device)
-    everybody = mine.new_empty(group.size() * _FIELDS)
-    _all_gather(everybody, mine, group)
-    return everybody.view(-1, _FIELDS).tolist()
+    assert len(numbers) <= TABLE
+    mine = torch.tensor(numbers + [0] * (TABLE - len(numbers)), dtype=torch.int64, device=device)
+    everybody = mine.new_empty(group.size() * TABLE)
+    gather_into(everybody, mine, group)
+    return everybody.view(-1, TABLE).tolist()
 
 
-def _all_gather(out: Tensor, mine: Tensor, group: Any) -> None:
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
-    gather(out, mine, group=group)
+def _float(code: int) -> float:
+    """The float that `_code` made a number of."""
+    return float(struct.unpack("<d", struct.pack("<q", code))[0])
 
 
 def _code(value: Any) -> int:

@@ -7,6 +7,7 @@ gradients is exact. Scale and bias get the exact gradient on every rank, whether
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,9 @@ from torch.autograd import forward_ad
 
 from mmkernels.ops.contrastive import distributed
 from mmkernels.ops.contrastive.exchange import Ranks, agree, check_group, refused
+from mmkernels.ops.contrastive.traffic import Call
 from mmkernels.ops.contrastive.types import Pairs, Targets, Teacher
+from mmkernels.runtime.machine import Machine
 
 __all__ = ["OverRanks", "infonce_over_ranks", "refusing", "siglip_over_ranks"]
 
@@ -109,6 +112,7 @@ class OverRanks:
 def infonce_over_ranks(
     group: Any,
     exchange: str,
+    machine: Machine,
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
@@ -119,32 +123,46 @@ def infonce_over_ranks(
     symmetric: bool,
     return_stats: bool,
 ) -> OverRanks:
-    """Agree on an infonce call with the other ranks; arguments are already checked.
+    """Agree on an infonce call with the other ranks; arguments are already checked, `machine` is this rank's.
 
     Raises:
         ValueError: on every rank, if ranks differ in a value that must be the same.
     """
     width, alpha = (None, None) if targets.teacher is None else (targets.teacher[0].shape[1], targets.teacher[2])
     same = {
-        "logit_scale: gradient": _needs(logit_scale),
+        "logit_scale: gradient": _gradient(logit_scale),
         "label_smoothing": targets.label_smoothing,
         "symmetric": symmetric,
         "same_id": pairs.same_id,
         "query_ids": _given(pairs.query_ids),
-        "negatives": "None" if negatives is None else f"given, {_needs(negatives)}",
+        "negatives": "None" if negatives is None else f"given, {_gradient(negatives)}",
         "weights": _given(weights),
         "teacher: width": width,
         "teacher[2]": alpha,
         "return_stats": return_stats,
-        "queries: gradient": _needs(queries),
-        "keys: gradient": _needs(keys),
+        "queries: gradient": _gradient(queries),
+        "keys: gradient": _gradient(keys),
     }
-    return OverRanks(agree(group, queries, keys, negatives, exchange, same))
+    call = functools.partial(
+        Call,
+        width=queries.shape[1],
+        dtype=queries.dtype,
+        symmetric=symmetric,
+        ids=pairs.query_ids is not None,
+        same_id=pairs.same_id,
+        weights=weights is not None,
+        return_stats=return_stats,
+        teacher=width or 0,
+        gradients=(_needs(queries), _needs(keys), negatives is not None and _needs(negatives)),
+        scalars=_scalars(logit_scale),
+    )
+    return OverRanks(agree(group, queries, keys, negatives, exchange, machine, same, call))
 
 
 def siglip_over_ranks(
     group: Any,
     exchange: str,
+    machine: Machine,
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
@@ -154,19 +172,38 @@ def siglip_over_ranks(
 ) -> OverRanks:
     """The same for siglip."""
     same = {
-        "logit_scale: gradient": _needs(logit_scale),
-        "logit_bias: gradient": _needs(logit_bias),
+        "logit_scale: gradient": _gradient(logit_scale),
+        "logit_bias: gradient": _gradient(logit_bias),
         "query_ids": _given(pairs.query_ids),
         "return_stats": return_stats,
-        "queries: gradient": _needs(queries),
-        "keys: gradient": _needs(keys),
+        "queries: gradient": _gradient(queries),
+        "keys: gradient": _gradient(keys),
     }
-    return OverRanks(agree(group, queries, keys, None, exchange, same))
+    call = functools.partial(
+        Call,
+        width=queries.shape[1],
+        dtype=queries.dtype,
+        sigmoid=True,
+        ids=pairs.query_ids is not None,
+        return_stats=return_stats,
+        gradients=(_needs(queries), _needs(keys), False),
+        scalars=_scalars(logit_scale, logit_bias),
+    )
+    return OverRanks(agree(group, queries, keys, None, exchange, machine, same, call))
 
 
 def _given(x: Tensor | None) -> str:
     return "None" if x is None else "given"
 
 
-def _needs(x: Tensor) -> str:
-    return "requires a gradient" if x.requires_grad and torch.is_grad_enabled() else "requires no gradient"
+def _needs(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _gradient(x: Tensor) -> str:
+    return "requires a gradient" if _needs(x) else "requires no gradient"
+
+
+def _scalars(*scalars: Tensor) -> tuple[int, ...]:
+    """The bytes of those that need a gradient."""
+    return tuple(x.dtype.itemsize for x in scalars if _needs(x))

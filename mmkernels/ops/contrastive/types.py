@@ -25,6 +25,7 @@ __all__ = [
     "Targets",
     "Teacher",
     "merged",
+    "merged_parts",
     "nothing_seen",
 ]
 
@@ -132,3 +133,14 @@ def merged(a: Tensor, b: Tensor) -> Tensor:
     for line in (TOP, BEST):
         both[line] = torch.maximum(a[line], b[line])
     return both
+
+
+def merged_parts(parts: Tensor) -> Tensor:
+    """The statistics [7, count] of the union of W parts [W, 7, count], in as many ops for any W."""
+    union, lse = parts.sum(0), parts[:, LSE].logsumexp(0)
+    union[LSE] = lse
+    shares = torch.where(lse == -torch.inf, 0.0, (parts[:, LSE] - lse).exp())
+    union[MEAN] = (shares * parts[:, MEAN]).sum(0)
+    for line in (TOP, BEST):
+        union[line] = parts[:, line].amax(0)
+    return union

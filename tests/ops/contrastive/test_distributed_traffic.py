@@ -9,6 +9,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from ops.contrastive.counting import counting
 from ops.contrastive.shared import EXCHANGES, batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,39 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmkernels import infonce, siglip
 
 
-def _bytes_received(rank: int, world: int, loss: str, exchange: str) -> list[int]:
-    """[bytes of features and their gradients, of all] in a forward and backward, counted on receipt."""
-    received = [0, 0]
-    names = {name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)}
-    plain = {name: getattr(dist, name) for name in (*names, "all_to_all_single", "batch_isend_irecv", "all_reduce")}
-
-    def count(size: int) -> None:
-        received[1] += size
-        received[0] += size if size >= 1000 else 0  # a rank's statistics are smaller here, its features larger
-
-    def gather(out: Tensor, mine: Tensor, **rest: Any) -> Any:
-        for _ in range(world - 1):
-            count(mine.nbytes)
-        return plain[next(iter(names))](out, mine, **rest)
-
-    def all_to_all(out: Tensor, mine: Tensor, splits: list[int], *rest: Any) -> Any:
-        for other, size in enumerate(splits):
-            if other != rank:
-                count(size)
-        return plain["all_to_all_single"](out, mine, splits, *rest)
-
-    def passing(operations: list[Any]) -> Any:
-        for operation in operations:
-            if operation.op is dist.irecv:
-                count(operation.tensor.nbytes)
-        return plain["batch_isend_irecv"](operations)
-
-    def reduce(tensor: Tensor, *rest: Any, **more: Any) -> Any:
-        count(2 * tensor.nbytes)
-        return plain["all_reduce"](tensor, *rest, **more)
-
-    changed = {"all_to_all_single": all_to_all, "batch_isend_irecv": passing, "all_reduce": reduce}
-    changed.update(dict.fromkeys(names, gather))
+def _bytes_received(rank: int, world: int, loss: str, exchange: str) -> tuple[int, int]:
+    """Bytes of features and their gradients, and of all, in a forward and backward: a rank's statistics are smaller
+    than 1000 bytes here, its features larger."""
     x, y = (t[:8].clone().requires_grad_() for t in batch(8, 256, torch.bfloat16))
     scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
     over = {"group": dist.group.WORLD, "exchange": exchange}
@@ -60,14 +31,9 @@ def _bytes_received(rank: int, world: int, loss: str, exchange: str) -> list[int
         "teacher": lambda: infonce(x, y, scale, teacher=(x, y, 0.5), **over),
         "return_stats": lambda: infonce(x, y, scale, return_stats=True, **over)[0],
     }
-    try:
-        for name, function in changed.items():
-            setattr(dist, name, function)
+    with counting(rank, world) as counted:
         losses[loss]().backward()
-    finally:
-        for name, function in plain.items():
-            setattr(dist, name, function)
-    return received
+    return counted.features, counted.bytes
 
 
 # Beyond the keys: [all_gather, ring] in units of N·E bytes, in bfloat16.

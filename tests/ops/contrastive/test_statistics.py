@@ -9,7 +9,18 @@ from ops.contrastive.shared import IDS, E, N, inputs_of, rows
 
 from mmkernels import ContrastiveStats, infonce, siglip
 from mmkernels.ops.contrastive import op
-from mmkernels.ops.contrastive.types import LSE, MEAN, POSITIVE, TOTAL, Need, Pairs
+from mmkernels.ops.contrastive.types import (
+    LSE,
+    MEAN,
+    POSITIVE,
+    STATISTICS,
+    TOTAL,
+    Need,
+    Pairs,
+    merged,
+    merged_parts,
+    nothing_seen,
+)
 
 backend = backends.fixture("contrastive")
 
@@ -64,6 +75,18 @@ def tolerance(dtype):
 
 def statistics(x, y, scale, targets, backend="native", columns=True):
     return op.softmax_fwd(x, y, scale, Pairs(targets), None, True, columns, backend)
+
+
+def test_all_parts_merge_as_two_by_two() -> None:
+    """In the ring parts meet one by one, after a gather all at once; a column may be unseen by some or by all."""
+    generator = torch.Generator().manual_seed(0)
+    parts = 10 * torch.randn(5, STATISTICS, 8, dtype=torch.float64, generator=generator)
+    unseen = nothing_seen(parts.new_empty(1, 1))[:, 0]
+    parts[:3, :, 0] = parts[:, :, 1] = unseen
+    parts[4, LSE, 2] = torch.inf
+    torch.testing.assert_close(merged_parts(parts), functools.reduce(merged, parts), equal_nan=True)
+    torch.testing.assert_close(merged_parts(parts[:1]), parts[0])
+    assert merged_parts(parts[:, :, :0]).shape == (STATISTICS, 0)
 
 
 def test_parts_merge_into_the_whole(backend, widest):

@@ -1,0 +1,16 @@
+"""all_gather into one tensor, under the name that this torch has for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["gather_into"]
+
+
+def gather_into(out: Tensor, mine: Tensor, group: Any) -> None:
+    """Fill `out` with `mine` of every rank, in rank order."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
+    gather(out, mine, group=group)
