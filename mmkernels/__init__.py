@@ -35,6 +35,7 @@ __all__ = [
     "plan_packing",
     "plan_scale",
     "qk_norm_rope",
+    "received_bytes",
     "rotary_cos_sin",
     "sample_negatives",
     "segment_pool",
@@ -100,3 +101,4 @@ else:
     )
     from mmkernels.runtime.backends import BackendError
     from mmkernels.runtime.machine import Link, Machine
+    from mmkernels.runtime.received import received_bytes

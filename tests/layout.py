@@ -74,6 +74,7 @@ LAYERS = (
             "mmkernels.planning",
             "mmkernels.runtime.backends",
             "mmkernels.runtime.machine",
+            "mmkernels.runtime.received",
         ),
         packages=frozenset({"torch"}),
     ),

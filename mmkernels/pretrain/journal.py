@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.environment import environment
 from mmkernels.pretrain.metrics import Figure, HeldOut
+from mmkernels.pretrain.pace import peak_memory
 from mmkernels.pretrain.ranks import ALONE, Ranks
 from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.sample_digests import digests_of
@@ -128,7 +128,7 @@ class Journal(logging.Handler):
             "tokens": batch.roster.tokens,
             "padding_saved": batch.padding_saved,
             "data_wait": self._waited / seconds,
-            "peak_memory": _peak_memory(self.device),
+            "peak_memory": peak_memory(self.device),
             "seconds": seconds,
         }
         self.write("step", **figures, **{name: float(f"{value:.5g}") for name, value in rates.items()})
@@ -182,10 +182,3 @@ def data_warnings() -> Iterator[list[str]]:
     finally:
         _DATA_LOG.removeHandler(handler)
         _DATA_LOG.propagate = propagated
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes allocated on the device, or resident in the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -106,10 +106,12 @@ def _loop(
             of_parts = {f"{name}/loss": value for name, value in found.parts.items()} if several else {}
             of_parts |= {f"{name}/chance": x for name, x in found.chances.items() if several and x is not None}
             figures = {"loss": found.loss, "lr": lr, "grad_norm": found.norm, **of_parts, **trainer.metrics()}
+            figures |= found.pace
             figures |= {} if chance is None else {"chance": chance}
             journal.step(trainer.step, batch, **figures)
-            if chance and (warning := watch.see(found.loss, chance)):
-                journal.warn(warning)
+            for warning in (watch.see(found.loss, chance) if chance else "", trainer.pace.straggler()):
+                if warning:
+                    journal.warn(warning)
 
         stop = int(trainer.ranks.table([interrupt.number]).max())
         if _due(config.eval_every, trainer.step, config.steps):

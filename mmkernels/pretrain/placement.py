@@ -54,6 +54,10 @@ class Placed:
         """Around the forward and backward of a step; afterwards gradients are those of the whole batch."""
         yield
 
+    def traffic(self) -> float:
+        """Bytes that a rank receives of others' gradients and weights in a step."""
+        return 0.0
+
     def groups(self, parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
         """Parameters that one call of an optimizer can take together."""
         return [list(parameters)]
@@ -85,6 +89,9 @@ class Replicated(Placed):
     def encoders(self, modules: Sequence[nn.Module]) -> list[Callable[..., Any]]:
         return [partial(self._wrapper, module) for module in modules]
 
+    def traffic(self) -> float:
+        return 2 * (self.ranks.size - 1) / self.ranks.size * _bytes(self.model)
+
 
 class Sharded(Placed):
     """In shards over the ranks of a mesh, with `fully_shard`.
@@ -102,6 +109,11 @@ class Sharded(Placed):
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # takes a second
 
         super().__init__(model, ranks)
+        weight = 1.0 if low is None else low.itemsize / 4
+        across, within = ([1, *mesh.shape])[-2:]
+        gathered = sum(_bytes(module) for module in (model, *followers)) * weight * (within - 1) / within
+        reduced = _bytes(model) * ((within - 1) / within + 2 * (across - 1) / across / within)
+        self._traffic = gathered + reduced
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32)
         options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": False, "mp_policy": policy}
         self._through = _Through(model)
@@ -139,6 +151,9 @@ class Sharded(Placed):
             finally:
                 self._reduce(True)
             self._close()
+
+    def traffic(self) -> float:
+        return self._traffic
 
     def _reduce(self, on: bool) -> None:
         for module in self._learning:
@@ -194,6 +209,10 @@ class _Through(nn.Module):
 def _nothing_of(parameters: Sequence[Tensor]) -> Tensor:
     """A 0 that gives each a gradient of zeros."""
     return torch.stack([parameter.reshape(-1)[:0].sum().float() for parameter in parameters]).sum()
+
+
+def _bytes(module: nn.Module) -> float:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _scalars(module: nn.Module) -> set[nn.Parameter]:

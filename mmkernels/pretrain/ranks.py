@@ -40,6 +40,7 @@ class Ranks:
     Attributes:
         rank: this one's number.
         size: W, how many there are.
+        received: bytes that have come from other ranks in the calls below.
         place: where this one is, see `at`.
         watch: knows where the others are, once there is one.
     """
@@ -50,6 +51,7 @@ class Ranks:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self.received = 0
         self.place = Place(0, "starting", time.time(), patient=True)
 
     @property
@@ -96,6 +98,7 @@ class Ranks:
         if self.group is None:
             return mine[None]
         rows = [torch.empty_like(mine) for _ in range(self.size)]
+        self.received += (self.size - 1) * mine.nbytes
         dist.all_gather(rows, mine, group=self.group)
         return torch.stack(rows)
 
@@ -137,6 +140,7 @@ class _Rows(torch.autograd.Function):
         padded = mine.new_zeros((longest, *mine.shape[1:]))
         padded[: len(mine)] = mine
         rows = [torch.empty_like(padded) for _ in counts]
+        ranks.received += (len(counts) - 1) * padded.nbytes
         dist.all_gather(rows, padded, group=ranks.group)
         return torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)])
 
@@ -158,5 +162,6 @@ class _Dealt(torch.autograd.Function):
 
 def _exchanged(ranks: Ranks, rows: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
     arrived = rows.new_empty((sum(of), *rows.shape[1:]))
+    ranks.received += arrived.nbytes
     dist.all_to_all_single(arrived, rows.contiguous(), list(of), list(to), group=ranks.group)
     return arrived

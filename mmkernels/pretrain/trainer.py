@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmkernels import GradCache
+from mmkernels import GradCache, received_bytes
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
@@ -18,6 +19,7 @@ from mmkernels.pretrain.data import BatchSampler, Collator, Data, Dealer, TokenS
 from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.model import Model
+from mmkernels.pretrain.pace import Pace
 from mmkernels.pretrain.placement import placed
 from mmkernels.pretrain.ranks import ALONE, Ranks
 from mmkernels.pretrain.recipe import Facts, Stage
@@ -50,6 +52,7 @@ class Outcome(NamedTuple):
     parts: dict[str, float]  # the loss of each objective to which the batch had something to say
     chances: dict[str, float | None]  # of each of these, that of a guess
     norm: float  # of the gradient, before it was clipped
+    pace: dict[str, float]  # of several ranks
 
 
 class Trainer:
@@ -68,6 +71,7 @@ class Trainer:
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.device, self.ranks, self.step = config, device, ranks, 0
+        self.pace = Pace(device)
         self._stage: Stage | None = None
         self.recipe = config.wiring()
         self.model = Model(self.recipe, facts_of(config, data, tokenizer)).to(device)
@@ -186,32 +190,46 @@ class Trainer:
         config = self.config
         weights = weights_at(self.recipe, config.seed, self.step)
         torch.manual_seed(step_seed(config.seed, self.step, self.ranks.rank))
+        before = received_bytes() + self.ranks.received
+        self.pace.mark()
         with (
             self.placed.step(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
         ):
             taught = {name: self.model.owner[name] for name in self.model.taught}
             teacher = self.twins.embeddings(batch.streams, taught, config.chunk)
-            self._cache.loss_fn = self.model.loss(batch, weights, config.chunk, teacher)
+            self._cache.loss_fn = self._marked(self.model.loss(batch, weights, config.chunk, teacher))
             loss, parts = self._cache(*(batch[name] for name in self.model.encoded))
         norm = self.placed.clip(self.parameters, config.clip_grad)
-        return self._of_all(batch, list(weights), loss.item(), parts, norm.item())
+        received = received_bytes() + self.ranks.received - before + self.placed.traffic()
+        pace = self.pace.numbers(self.loader.waited, self.loader.waited_for_peers, received)
+        return self._of_all(batch, list(weights), [loss.item(), norm.item(), *pace], parts)
 
-    def _of_all(self, batch: Batch, names: list[str], loss: float, parts: dict[str, Tensor], norm: float) -> Outcome:
-        """The means over the ranks, whose losses and chances are parts of those of the batch."""
+    def _marked(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        """Its first exchange with other ranks is in the loss."""
+
+        def of_rows(*rows: Tensor) -> Any:
+            self.pace.mark()
+            return loss(*rows)
+
+        return of_rows
+
+    def _of_all(self, batch: Batch, names: list[str], mine: list[float], parts: dict[str, Tensor]) -> Outcome:
+        """The means over the ranks, whose losses and chances are parts of those of the batch; and their pace."""
         chances = {name: self.model.objectives[name].chance_loss(batch) for name in parts}
-        mine = [loss, norm]
+        first = len(mine)
         for name in names:
             chance = chances.get(name)
             mine += [float(parts[name]) if name in parts else 0.0, name in parts, chance or 0.0, chance is not None]
         table = self.ranks.table(mine)
-        (loss, norm), rest = table[:, :2].mean(0).tolist(), table[:, 2:].reshape(len(table), -1, 4)
+        (loss, norm), rest = table[:, :2].mean(0).tolist(), table[:, first:].reshape(len(table), -1, 4)
         told = {name: rest[:, i] for i, name in enumerate(names) if rest[:, i, 1].any()}
         return Outcome(
             loss,
             {name: float(each[:, 0].sum() / each[:, 1].sum()) for name, each in told.items()},
             {name: float(e[:, 2].sum() / e[:, 3].sum()) if e[:, 3].any() else None for name, e in told.items()},
             norm,
+            self.pace.figures(table[:, 2:first]),
         )
 
     def update(self) -> None:

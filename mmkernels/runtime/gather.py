@@ -7,10 +7,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from mmkernels.runtime.received import count
+
 __all__ = ["gather_into"]
 
 
 def gather_into(out: Tensor, mine: Tensor, group: Any) -> None:
     """Fill `out` with `mine` of every rank, in rank order."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
+    count(out.nbytes - mine.nbytes)
     gather(out, mine, group=group)

@@ -19,6 +19,7 @@ from mmkernels.ops.contrastive.choice import choose
 from mmkernels.ops.contrastive.traffic import TABLE, Call
 from mmkernels.runtime.gather import gather_into
 from mmkernels.runtime.machine import FIGURES, Machine, machine_of
+from mmkernels.runtime.received import count
 
 __all__ = ["Ranks", "agree", "check_group", "checked_machine", "refused"]
 
@@ -76,6 +77,7 @@ class Ranks:
         mine = self.keys[self.rank]
         each = rows.element_size() * rows[0].numel()
         out = rows.new_empty(self.world * mine, *rows.shape[1:])
+        count((self.world - 1) * mine * each)
         dist.all_to_all_single(
             _bytes(out),
             _bytes(rows.contiguous()),
@@ -133,6 +135,7 @@ class Ranks:
             if arriving.numel():
                 operations.append(dist.P2POp(dist.irecv, _bytes(arriving), peers[1], self.group, tag + i))
             received.append(arriving)
+        count(sum(arriving.nbytes for arriving in received))
         works = dist.batch_isend_irecv(operations) if operations else []
         return _Passing(works, received, list(tensors))
 
@@ -141,6 +144,7 @@ class Ranks:
         if self.world == 1:
             return value
         total = value.clone()
+        count(-(-2 * (self.world - 1) * total.nbytes // self.world))
         dist.all_reduce(total, group=self.group)
         return total
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ops.contrastive.counting import counting
 from ops.contrastive.shared import EXCHANGES, batch
 
-from mmkernels import Link, infonce, siglip
+from mmkernels import Link, infonce, received_bytes, siglip
 from mmkernels.ops.contrastive.traffic import Call
 from mmkernels.runtime.collectives import Network
 
@@ -49,6 +49,7 @@ def _call(world: int, rows: str, changes: dict[str, Any]) -> Call:
 
 def _counted(rank: int, world: int, rows: str, exchange: str, option: str) -> tuple[int, int]:
     """Bytes and messages that arrive in a forward and a backward."""
+    before = received_bytes()
     call = _call(world, rows, OPTIONS[option])
     mine = call.queries[rank]
     x, y = (
@@ -74,6 +75,7 @@ def _counted(rank: int, world: int, rows: str, exchange: str, option: str) -> tu
         loss = loss[0] if call.return_stats else loss
         if loss.requires_grad:
             loss.backward()
+    assert received_bytes() - before == counted.bytes
     return counted.bytes, counted.messages
 
 
