@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from mmkernels.pretrain import recipes
+from mmkernels.pretrain.checkpoint import SaveError
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import TooManyBrokenError
 from mmkernels.pretrain.guards import NotFiniteError
@@ -105,7 +106,7 @@ def trained(command: str, parsed: Callable[[Sequence[str]], Config], argv: Seque
     """Train what a command line asks for, and show the figures; returns the exit status."""
     try:
         outcome = train(parsed(argv))
-    except (ValueError, NotFiniteError, TooManyBrokenError) as error:
+    except (ValueError, NotFiniteError, TooManyBrokenError, SaveError) as error:
         print(f"mmkernels {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C

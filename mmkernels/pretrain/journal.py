@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data.unicode import printable
@@ -33,12 +32,17 @@ _DATA_LOG = logging.getLogger("mmkernels.pretrain.data")
 
 
 class Journal(logging.Handler):
-    """Open for the whole run; also records the data loader's warnings about broken images."""
+    """Open for the whole run; also records the data loader's warnings about broken images.
 
-    def __init__(self, folder: RunFolder, config: Config, device: torch.device) -> None:
+    Args:
+        folder, config, device: of the run.
+        step: optimizer steps done. What the log has of later ones is dropped: they run again.
+    """
+
+    def __init__(self, folder: RunFolder, config: Config, device: torch.device, step: int = 0) -> None:
         super().__init__(logging.WARNING)
         self.device = device
-        self.step_now = checkpoint.step_of(checkpoint.latest(folder.checkpoints))
+        self.step_now = step
         damaged = folder.keep_log_until(self.step_now)
         self._file = folder.log.open("a", buffering=1, encoding="utf-8")
         self._tensorboard = self._open_tensorboard(folder) if config.tensorboard else None

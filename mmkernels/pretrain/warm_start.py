@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmkernels.pretrain.checkpoint import fill
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data.opening import EMBEDDED, places
 from mmkernels.pretrain.load import stored_weights
@@ -69,7 +70,7 @@ def warm_start(model: nn.Module, run: Path, fresh: Sequence[str] = ()) -> WarmSt
         shapes = "; ".join(f"{n}: {list(given[n].shape)} for {list(own[n].shape)}" for n in other[:_SHOWN])
         raise ValueError(f"init: expected tensors of this model's shapes, got of {run} {shapes} ({len(other)} in all)")
     for name in loaded:
-        own[name].copy_(given[name])
+        fill(own[name], given[name])
     kept = set(loaded)
     return WarmStart(run, step, loaded, [n for n in own if n not in kept], [n for n in given if n not in kept])
 
