@@ -101,6 +101,8 @@ def test_a_kill_between_any_two_changes_of_names(at: int, tmp_path: Path, monkey
             checkpoint.save(tmp_path, 5, one(2.0), keep=1)
     found = checkpoint.newest_whole(tmp_path, checkpoint.load_weights)[0]
     assert found is not None and float(found["w"][0]) in (1.0, 2.0)
+    checkpoint.save(tmp_path, 6, one(1.0), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"], "what the kill left is gone"
 
 
 def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def steps_in(folder: Path) -> dict[int, Path]:
     """Checkpoints by step, oldest first."""
     found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("*-*"))
     named = sorted((match[1], int(match[2]), path) for match, path in found if match)
-    return dict(sorted({step: path for _, step, path in named}.items()))  # "step" comes after "replaced"
+    return dict(sorted({step: path for _, step, path in named}.items()))  # a "step" hides one that it has replaced
 
 
 def latest(folder: Path) -> Path | None:
@@ -129,12 +129,11 @@ def install(partial: Path, step: int, keep: int) -> Path:
         os.replace(final, aside)
     os.replace(partial, final)
     flush(folder)
-    discard(aside)
-    known = steps_in(folder)
-    older = [path for at, path in known.items() if at < step]
-    later = [path for at, path in known.items() if at > step]  # damaged, or this step would not have run again
-    for path in [*older[: len(older) - keep + 1], *later]:
-        discard(path)
+    # Later ones were damaged, or this step would not have run again.
+    kept = [path for at, path in steps_in(folder).items() if at <= step][-keep:]
+    for path in folder.glob("*-*"):
+        if _NAME.fullmatch(path.name) and path not in kept:
+            discard(path)
     return final
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import zipfile
 from collections.abc import Mapping
 from io import RawIOBase
@@ -26,6 +27,9 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from mmkernels.pretrain.checkpoint.agreement import Group, place
+
+# DCP of torch 2.6 asks for what torch deprecates.
+warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning, r"torch\.distributed\.checkpoint")
 
 __all__ = ["KINDS", "Piece", "Stored", "mine", "part_of", "write_shards"]
 
