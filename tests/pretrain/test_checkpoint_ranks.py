@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.checkpoint import DamagedError, SaveError, manifest, saver, shards
+from mmkernels.pretrain.warm_start import warm_start
 
 
 class Net(nn.Module):
@@ -233,3 +235,24 @@ def test_ranks_go_on_from_an_earlier_version(tmp_path: Path) -> None:
     torch.save(whole_state(module, optimizer), tmp_path / "expected.pt")
     for kind in ("fully_shard", "ddp"):
         ranks.run(2, reads_old, kind, str(path))
+
+
+def begins(rank: int, world: int, kind: str, run: str, expected: str) -> None:
+    module, _ = built(kind, 7)
+    found = warm_start(module["model"], Path(run), ["place"])
+    assert found.step == 3 and found.fresh == ["place"] and found.unused == ["place"]
+    state = {
+        name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in checkpoint.weights_of(module).items()
+    }
+    for name, tensor in torch.load(expected).items():
+        assert name == "place" or torch.equal(state[f"model.{name}"], tensor), name
+
+
+def test_ranks_begin_with_an_exported_model(tmp_path: Path) -> None:
+    module, _ = built("plain", 0)
+    state = {name.removeprefix("model."): t for name, t in module.state_dict().items() if name.startswith("model.")}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "export.json").write_text(json.dumps({"step": 3}), encoding="utf-8")
+    torch.save(state, tmp_path / "expected.pt")
+    for kind in ("fully_shard", "ddp"):
+        ranks.run(2, begins, kind, str(tmp_path), str(tmp_path / "expected.pt"))

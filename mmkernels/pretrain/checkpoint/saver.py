@@ -14,7 +14,7 @@ from torch import nn
 from mmkernels.pretrain.checkpoint.agreement import Group, everyones, of_first, own_group
 from mmkernels.pretrain.checkpoint.folders import SaveError, flush, install, partial_of
 from mmkernels.pretrain.checkpoint.manifest import INDEX, OTHERS, Entry, Sum, sums_of, write_index, write_manifest
-from mmkernels.pretrain.checkpoint.naming import moments_of, weights_of
+from mmkernels.pretrain.checkpoint.naming import moments_of, named, weights_of
 from mmkernels.pretrain.checkpoint.shards import KINDS, Piece, mine, write_shards
 
 __all__ = ["Saver", "save"]
@@ -77,8 +77,8 @@ class Saver:
         Args:
             folder: the run's checkpoints; created if missing. All ranks see it.
             step: optimizer steps done.
-            module: plain, DDP, or sharded by `fully_shard`. A parameter or buffer that is not a DTensor is taken to be
-                the same on every rank.
+            module: plain, DDP, or sharded by `fully_shard`. What is not a DTensor is taken to be the same on all ranks;
+                buffers are those of the first.
             optimizer: of parameters of the module.
             values: further numbers, strings, tensors, lists and dicts of them; those of the first rank are kept. Any
                 name but "optimizer".
@@ -92,10 +92,11 @@ class Saver:
         self.wait()
         values = dict(values or {})
         tensors = {f"{KINDS[0]}.{name}": weight for name, weight in weights_of(module).items()}
+        buffers = tensors.keys() - {f"{KINDS[0]}.{name}" for name in named(module)}
         if optimizer is not None:
             moments, values["optimizer"] = moments_of(module, optimizer)
             tensors |= {f"{KINDS[1]}.{name}": moment for name, moment in moments.items()}
-        pieces, copied = _on_host(mine(tensors, self.group))
+        pieces, copied = _on_host(mine(tensors, buffers, self.group))
         job = _Job(folder, step, pieces, _as_bytes(values), copied)
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint {step}")
         self._thread.start()
@@ -127,10 +128,12 @@ def save(
     values: Mapping[str, Any] | None = None,
     *,
     keep: int,
-    group: Group = None,
 ) -> Path:
-    """Write one checkpoint, and return when it is on disk. Arguments, result and errors are those of `Saver`."""
-    with Saver(keep, group) as saver:
+    """Write a checkpoint of this process alone, and return when it is on disk.
+
+    Arguments, result and errors are those of `Saver` and `Saver.save`.
+    """
+    with Saver(keep) as saver:
         return saver.save(folder, step, module, optimizer, values)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from io import RawIOBase
 from itertools import groupby
 from pathlib import Path
@@ -67,11 +67,13 @@ def part_of(tensor: Tensor) -> Piece | None:
     return Piece(tuple(tensor.shape), tuple(chunk.offsets), local)
 
 
-def mine(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Piece]:
+def mine(tensors: Mapping[str, Tensor], buffers: Container[str], group: Group) -> dict[str, Piece]:
     """The parts that this rank has to write. Of copies on several ranks, one is written, by the rank with least to do.
 
     Args:
         tensors: of the same names and shapes on every rank. One that is not a DTensor is the same on each.
+        buffers: names of tensors of which the first rank's copy is written, lest those of one module, should they
+            differ after all, come from several ranks.
         group: the ranks; None: this process alone.
     """
     loads: dict[int, list[int]] = {}  # by the number of ranks that share a tensor's copies
@@ -80,7 +82,7 @@ def mine(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Piece]:
         tensor = tensors[name]
         turn, copies = _copy(tensor, group)
         load = loads.setdefault(copies, [0] * copies)
-        writer = load.index(min(load))
+        writer = 0 if name in buffers else load.index(min(load))
         load[writer] += tensor.numel() * tensor.element_size()
         if writer == turn and (part := part_of(tensor)) is not None:
             found[name] = part
