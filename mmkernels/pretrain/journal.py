@@ -39,7 +39,7 @@ class Journal(logging.Handler):
         step: optimizer steps done. What the log has of later ones is dropped: they run again.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, device: torch.device, step: int = 0) -> None:
+    def __init__(self, folder: RunFolder, config: Config, device: torch.device, step: int) -> None:
         super().__init__(logging.WARNING)
         self.device = device
         self.step_now = step

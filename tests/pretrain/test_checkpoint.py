@@ -97,6 +97,11 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert list(weights) == sorted(kept[0].state_dict())
     assert all(torch.equal(weights[name], tensor) for name, tensor in kept[0].state_dict().items())
     assert list(checkpoint.load_weights(path, prefix="first.")) == ["bias", "weight"]
+    for group in other[1].param_groups:
+        group.update(fused=False, foreach=True)
+    checkpoint.load_into(path, *other)
+    assert all(group["foreach"] and not group["fused"] for group in other[1].param_groups), "a matter of the device"
+    checkpoint.load_into(path, *(other := learned(1)))
     assert_same(kept, other)
 
 
@@ -168,6 +173,8 @@ def test_another_module_is_refused(tmp_path: Path) -> None:
         checkpoint.load_into(path, module, joined)
     with pytest.raises(ValueError, match=r"optimizer: expected parameters of the module, got 1 others, of shape \[2\]"):
         checkpoint.save(tmp_path, 4, module, torch.optim.SGD([nn.Parameter(torch.zeros(2))]), keep=1)
+    with pytest.raises(ValueError, match="values: expected any name but 'optimizer'"):
+        checkpoint.save(tmp_path, 4, module, None, {"optimizer": 1}, keep=1)
     with pytest.raises(ValueError, match="keep: expected at least 1, got 0"):
         Saver(0)
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmkernels.pretrain import checkpoint
-from mmkernels.pretrain.checkpoint import DamagedError, SaveError, manifest, saver, shards
+from mmkernels.pretrain.checkpoint import DamagedError, SaveError, manifest, reading, saver, shards
 from mmkernels.pretrain.warm_start import warm_start
 
 
@@ -179,6 +179,24 @@ def test_damage_that_one_rank_sees_is_known_to_all(tmp_path: Path) -> None:
     shard.write_bytes(content)
     for world in (2, 4):
         ranks.run(world, goes_back, str(tmp_path / "checkpoints"))
+
+
+def cannot_read(rank: int, world: int, folder: str) -> None:
+    def broken(*args: Any) -> None:
+        raise DamagedError("the disk", "Replace it")
+
+    kept = reading._read
+    reading._read = broken if rank == 1 else kept
+    try:
+        with pytest.raises(DamagedError, match="the disk"):
+            checkpoint.load_into(Path(folder), *built("fully_shard", 0), group=dist.group.WORLD)
+    finally:
+        reading._read = kept
+
+
+def test_what_one_rank_cannot_read_none_has_loaded(tmp_path: Path) -> None:
+    ranks.run(2, go_on, "fully_shard", str(tmp_path), 0)
+    ranks.run(2, cannot_read, str(tmp_path / "checkpoints/step-00000001"))
 
 
 def fails(rank: int, world: int, folder: str, where: str, on: int) -> str:

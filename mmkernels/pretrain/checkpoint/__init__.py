@@ -21,8 +21,8 @@ from mmkernels.pretrain.checkpoint.folders import (
     steps_in,
     whole,
 )
-from mmkernels.pretrain.checkpoint.load import fill, load, load_into, load_weights
 from mmkernels.pretrain.checkpoint.naming import weights_of
+from mmkernels.pretrain.checkpoint.reading import fill, load, load_into, load_weights
 from mmkernels.pretrain.checkpoint.saver import Saver, save
 
 __all__ = [

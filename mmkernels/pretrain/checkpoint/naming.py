@@ -11,6 +11,7 @@ from torch import Tensor, nn
 __all__ = ["moments_of", "named", "put_moments", "room_for_moments", "weights_of"]
 
 _WRAPPED = {"DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+_HOW = ("foreach", "fused", "capturable", "differentiable")  # of how to compute, not what: an optimizer keeps its own
 _SHOWN = 5  # names in a message
 
 
@@ -62,7 +63,8 @@ def moments_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dic
 def room_for_moments(
     module: nn.Module, optimizer: torch.optim.Optimizer, shapes: Mapping[str, tuple[torch.Size, torch.dtype]]
 ) -> dict[str, Tensor]:
-    """Tensors of undefined values for a stored state: sharded as the parameter if they have its shape, else whole.
+    """Tensors of undefined values for a stored state: on the device of the parameter and sharded as it is if they have
+    its shape, else whole, on the CPU; and so is a number, which may count steps.
 
     Args:
         module, optimizer: as in `moments_of`.
@@ -77,7 +79,7 @@ def room_for_moments(
     found = {}
     for name, (shape, dtype) in shapes.items():
         parameter = parameters[name.rpartition(".")[0]].detach()
-        alike = parameter.shape == shape
+        alike = parameter.shape == shape and parameter.ndim > 0
         found[name] = torch.empty_like(parameter, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)
     return found
 
@@ -103,7 +105,8 @@ def put_moments(
     groups = []
     for group in optimizer.param_groups:
         settings = _stored_settings([names[p] for p in group["params"]], others["groups"]) or _settings(group)
-        groups.append({**settings, "params": [number[names[p]] for p in group["params"]]})
+        how = {key: group[key] for key in _HOW if key in group}
+        groups.append({**settings, **how, "params": [number[names[p]] for p in group["params"]]})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -80,17 +80,20 @@ class Saver:
             module: plain, DDP, or sharded by `fully_shard`. What is not a DTensor is taken to be the same on all ranks;
                 buffers are those of the first.
             optimizer: of parameters of the module.
-            values: further numbers, strings, tensors, lists and dicts of them; those of the first rank are kept. Any
-                name but "optimizer".
+            values: further numbers, strings, tensors, lists and dicts of them; those of the first rank are kept. None
+                may be called "optimizer".
 
         Returns:
             the folder that the checkpoint will have, once `wait` has returned.
 
         Raises:
             SaveError: the checkpoint before it could not be written. This one is not, either.
+            ValueError: the module lacks a parameter of the optimizer. TypeError: it has state that is not a tensor.
         """
         self.wait()
         values = dict(values or {})
+        if "optimizer" in values:
+            raise ValueError("values: expected any name but 'optimizer', which has the optimizer's settings")
         tensors = {f"{KINDS[0]}.{name}": weight for name, weight in weights_of(module).items()}
         buffers = tensors.keys() - {f"{KINDS[0]}.{name}" for name in named(module)}
         if optimizer is not None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load as from_bytes
 from torch import Tensor, nn
 
-from mmkernels.pretrain.checkpoint.agreement import Group
+from mmkernels.pretrain.checkpoint.agreement import Group, everyones
 from mmkernels.pretrain.checkpoint.folders import whole
 from mmkernels.pretrain.checkpoint.manifest import INDEX, MANIFEST, OTHERS, Entry, check, read_index
 from mmkernels.pretrain.checkpoint.naming import moments_of, put_moments, room_for_moments, weights_of
@@ -42,7 +42,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
     if _is_old(path):
         values = _load_values(path)
         return {name: weight.to(device) for name, weight in load_weights(path).items()}, values
-    found = _read_whole(path, _checked(path), "")
+    found = _read_whole(path, _index(path, check(path)), "")
     values = _load_values(path)
     if "optimizer" in values:
         values["optimizer"]["tensors"] = _below(_MOMENTS, found)
@@ -64,7 +64,8 @@ def load_weights(path: Path, remedy: str = "", prefix: str = "") -> dict[str, Te
         with whole(path / _OLD, remedy) as file:
             found = from_bytes(file.read_bytes())  # safetensors cannot open a path that is not UTF-8
         return _below(prefix, dict(sorted(found.items())))
-    entries = _checked(path, (KINDS[0], INDEX), remedy=remedy)
+    kind = KINDS[:1]
+    entries = _index(path, check(path, (*kind, INDEX), remedy=remedy), kind, remedy)
     wanted = {name: entry for name, entry in entries.items() if name.startswith(_WEIGHTS + prefix)}
     return _below(_WEIGHTS + prefix, _read_whole(path, wanted, remedy))
 
@@ -88,9 +89,31 @@ def load_into(
         DamagedError: as `load` does; on every rank.
         ValueError: the names or shapes of module or optimizer are others.
     """
+    found: list[dict[str, Any]] = []
     if _is_old(path):
-        return _load_old_into(path, module, optimizer)
-    entries, values = _checked(path, group=group), _load_values(path)
+        everyones(lambda: found.append(_load_old_into(path, module, optimizer)), group)
+    else:
+        files = check(path, group=group)
+        everyones(lambda: found.append(_load_shards_into(path, files, module, optimizer)), group)
+    return found[0]
+
+
+@torch.no_grad()
+def fill(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor into another of its shape; of a DTensor, into this rank's part, without any message.
+
+    Args:
+        target: plain or sharded, on any device.
+        source: plain, on any device.
+    """
+    if (part := part_of(target)) is not None:
+        part.local.copy_(source[_within(part.offset, part.local.shape)])
+
+
+def _load_shards_into(
+    path: Path, files: list[str], module: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> dict[str, Any]:
+    entries, values = _index(path, files), _load_values(path)
     weights, room = weights_of(module), {}
     shapes = {name: entry.size for name, entry in _below(_WEIGHTS, entries).items()}
     _expect_same(shapes, {name: weight.shape for name, weight in weights.items()})
@@ -105,18 +128,6 @@ def load_into(
     if optimizer is not None and others is not None:
         put_moments(module, optimizer, room, others)
     return values
-
-
-@torch.no_grad()
-def fill(target: Tensor, source: Tensor) -> None:
-    """Copy a whole tensor into another of its shape; of a DTensor, into this rank's part, without any message.
-
-    Args:
-        target: plain or sharded, on any device.
-        source: plain, on any device.
-    """
-    if (part := part_of(target)) is not None:
-        part.local.copy_(source[_within(part.offset, part.local.shape)])
 
 
 def _load_old_into(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -153,13 +164,12 @@ def _load_values(path: Path) -> dict[str, Any]:
     return found
 
 
-def _checked(path: Path, begins: tuple[str, ...] = ("",), *, group: Group = None, remedy: str = "") -> dict[str, Entry]:
-    """The index of a checkpoint whose files have been found whole."""
-    files = check(path, begins, group, remedy)
-    entries = read_index(path, remedy)
+def _index(path: Path, files: list[str], kinds: tuple[str, ...] = KINDS, remedy: str = "") -> dict[str, Entry]:
+    """The tensors of some kinds, by name, in files that have been found whole."""
+    entries = {name: entry for name, entry in read_index(path, remedy).items() if name.startswith(kinds)}
     with whole(path / MANIFEST, remedy):
-        named = {part.file for entry in entries.values() for part in entry.parts}
-        if missing := {file for file in named if file.startswith(begins)}.union((INDEX,)).difference(files):
+        needed = {part.file for entry in entries.values() for part in entry.parts} | {INDEX}
+        if missing := needed.difference(files):
             raise ValueError(f"expected the checksum of {', '.join(sorted(missing))}, got none")
     return entries
 
