@@ -21,14 +21,14 @@ from pretrain.test_resume import Make, assert_same_end, one, resumed
 from torch import Tensor
 
 from mmkernels.pretrain import checkpoint, load_model, main, train
-from mmkernels.pretrain.checkpoint import DamagedError, SaveError, Saver, saver
+from mmkernels.pretrain.checkpoint import DamagedError, SaveError, Saver, saver, writing
 
 # For each folder that it is told, a child that saves in a loop, the same step twice now and then, and says what is on
 # disk; a kill comes at any moment.
 CHILDREN = """
 import os, sys, torch
 from pathlib import Path
-from mmkernels.pretrain.checkpoint import Saver
+from mmkernels.pretrain.checkpoint import Saver, writing
 
 def save(folder):
     module, saver, step = torch.nn.Linear(64, 64), Saver(keep=1), 0
@@ -55,22 +55,25 @@ def test_a_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path) -> None:
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     with subprocess.Popen([sys.executable, "-c", CHILDREN], **pipes) as parent:
         assert parent.stdin is not None and parent.stdout is not None
-        for turn in range(20):
-            folder = tmp_path / str(turn)
-            parent.stdin.write(f"{folder}\n")
-            said = [parent.stdout.readline().split() for _ in range(moments.randrange(2, 7))]
-            time.sleep(moments.random() * 0.03)
-            os.kill(next(int(line[1]) for line in said if line[0] == "child"), signal.SIGKILL)
-            said += iter(lambda: parent.stdout.readline().split(), ["dead"])
-            at_least = max(int(line[0]) for line in said if line[0] != "child")
-            found, warnings = checkpoint.newest_whole(folder, checkpoint.load)
-            assert found is not None and not warnings
-            weights, values = found
-            assert values["step"] >= at_least
-            assert torch.equal(weights["weight"], torch.full((64, 64), float(values["step"])))
-            step = values["step"] + 1
-            checkpoint.save(folder, step, one(1.0), keep=1)
-            assert [path.name for path in folder.iterdir()] == [f"step-{step:08d}"], "what the kill left is gone"
+        try:
+            for turn in range(20):
+                folder = tmp_path / str(turn)
+                parent.stdin.write(f"{folder}\n")
+                said = [parent.stdout.readline().split() for _ in range(moments.randrange(2, 7))]
+                time.sleep(moments.random() * 0.03)
+                os.kill(next(int(line[1]) for line in said if line[0] == "child"), signal.SIGKILL)
+                said += iter(lambda: parent.stdout.readline().split(), ["dead"])
+                at_least = max(int(line[0]) for line in said if line[0] != "child")
+                found, warnings = checkpoint.newest_whole(folder, checkpoint.load)
+                assert found is not None and not warnings
+                weights, values = found
+                assert values["step"] >= at_least
+                assert torch.equal(weights["weight"], torch.full((64, 64), float(values["step"])))
+                step = values["step"] + 1
+                checkpoint.save(folder, step, one(1.0), keep=1)
+                assert [path.name for path in folder.iterdir()] == [f"step-{step:08d}"], "what the kill left is gone"
+        finally:
+            parent.kill()
 
 
 @pytest.mark.parametrize("at", range(1, 12))
@@ -108,14 +111,14 @@ def test_a_kill_between_any_two_changes_of_names(at: int, tmp_path: Path, monkey
 def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is the state at `save`, although the module has changed since."""
     go_on, begun = threading.Event(), threading.Event()
-    write = saver.write_shards
+    write = writing.write_shards
 
     def slow(*args: Any) -> Any:
         begun.set()
         assert go_on.wait(60)
         return write(*args)
 
-    monkeypatch.setattr(saver, "write_shards", slow)
+    monkeypatch.setattr(writing, "write_shards", slow)
     module = one(1.0)
     with Saver(keep=2) as writer:
         path = writer.save(tmp_path, 1, module, None, {"at": [1]})

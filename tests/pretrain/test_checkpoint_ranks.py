@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmkernels.pretrain import checkpoint
-from mmkernels.pretrain.checkpoint import DamagedError, SaveError, manifest, reading, saver, shards
+from mmkernels.pretrain.checkpoint import DamagedError, SaveError, manifest, reading, saver, writing
 from mmkernels.pretrain.warm_start import warm_start
 
 
@@ -207,7 +207,7 @@ def fails(rank: int, world: int, folder: str, where: str, on: int) -> str:
     writer = checkpoint.Saver(keep=1, group=dist.group.WORLD)
     writer.save(Path(folder), 1, module, optimizer)
     writer.wait()
-    owner, name = {"shards": (shards, "_bytes_in"), "sums": (saver, "sums_of"), "last": (saver, "write_manifest")}[
+    owner, name = {"shards": (writing, "_bytes_in"), "sums": (saver, "sums_of"), "last": (saver, "write_manifest")}[
         where
     ]
     kept = getattr(owner, name)

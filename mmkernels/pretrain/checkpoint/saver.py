@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from mmkernels.pretrain.checkpoint.agreement import Group, everyones, of_first, 
 from mmkernels.pretrain.checkpoint.folders import SaveError, flush, install, partial_of
 from mmkernels.pretrain.checkpoint.manifest import INDEX, OTHERS, Entry, Sum, sums_of, write_index, write_manifest
 from mmkernels.pretrain.checkpoint.naming import moments_of, named, weights_of
-from mmkernels.pretrain.checkpoint.shards import KINDS, Piece, mine, write_shards
+from mmkernels.pretrain.checkpoint.shards import KINDS, Piece, mine
 
 __all__ = ["Saver", "save"]
 
@@ -51,6 +53,7 @@ class Saver:
         if keep < 1:
             raise ValueError(f"keep: expected at least 1, got {keep}")
         self.keep, self.group = keep, own_group(group)
+        writing()
         self._thread: threading.Thread | None = None
         self._error: SaveError | None = None
 
@@ -145,13 +148,18 @@ def _write(job: _Job, keep: int, group: Group) -> None:
     if job.copied is not None:
         job.copied.synchronize()
     partial = of_first(lambda: partial_of(job.folder, job.step), group)
-    stored = write_shards(partial, job.pieces, group)
+    stored = writing().write_shards(partial, job.pieces, group)
     entries = {
         name: Entry(piece.local.dtype, torch.Size(piece.size), [stored[name]]) for name, piece in job.pieces.items()
     }
     files = {partial / part.file for part in stored.values()}
     everything = everyones(lambda: (entries, sums_of(files)), group)
     of_first(lambda: _finish(job, partial, everything, keep), group)
+
+
+def writing() -> ModuleType:
+    """What writes shards; imported late, because that takes a second, but not by the thread that writes."""
+    return import_module("mmkernels.pretrain.checkpoint.writing")
 
 
 def _finish(job: _Job, partial: Path, everything: list[tuple[dict[str, Entry], dict[str, Sum]]], keep: int) -> None:
