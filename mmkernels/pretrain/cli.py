@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from mmkernels.pretrain import recipes
+from mmkernels.pretrain.checkpoint import SaveError
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import TooManyBrokenError
 from mmkernels.pretrain.guards import NotFiniteError
@@ -112,7 +113,7 @@ def trained(command: str, parsed: Callable[[Sequence[str]], Config], argv: Seque
     """Train what a command line asks for, and show the figures; returns the exit status."""
     try:
         outcome = train(parsed(argv))
-    except (ValueError, NotFiniteError, TooManyBrokenError, PeerError) as error:
+    except (ValueError, NotFiniteError, TooManyBrokenError, PeerError, SaveError) as error:
         if leads():  # the others say the same
             print(f"mmkernels {command}: {error}", file=sys.stderr)
         return 1

@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data.unicode import printable
 from mmkernels.pretrain.environment import environment
 from mmkernels.pretrain.metrics import Figure, HeldOut
 from mmkernels.pretrain.pace import peak_memory
-from mmkernels.pretrain.ranks import ALONE, Ranks
 from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.sample_digests import digests_of
 from mmkernels.pretrain.warm_start import WarmStart
@@ -37,18 +35,23 @@ _DATA_LOG = logging.getLogger("mmkernels.pretrain.data")
 
 class Journal(logging.Handler):
     """Open for the whole run; also records the data loader's warnings about broken images. Of several ranks the leading
-    one writes and prints."""
+    one writes and prints.
 
-    def __init__(self, folder: RunFolder, config: Config, device: torch.device, ranks: Ranks = ALONE) -> None:
+    Args:
+        folder, config, device: of the run.
+        step: optimizer steps done. What the log has of later ones is dropped: they run again.
+        leads: whether this is the leading rank.
+    """
+
+    def __init__(self, folder: RunFolder, config: Config, device: torch.device, step: int, leads: bool = True) -> None:
         super().__init__(logging.WARNING)
-        self.device, self.leads = device, ranks.leads
-        self.step_now = checkpoint.step_of(checkpoint.latest(folder.checkpoints))
-        damaged = folder.keep_log_until(self.step_now) if ranks.leads else []
-        log = folder.log if ranks.leads else Path(os.devnull)
+        self.device, self.step_now, self.leads = device, step, leads
+        damaged = folder.keep_log_until(self.step_now) if leads else []
+        log = folder.log if leads else Path(os.devnull)
         self._file = log.open("a", buffering=1, encoding="utf-8")
-        self._tensorboard = self._open_tensorboard(folder) if config.tensorboard and ranks.leads else None
-        silent = None if ranks.leads else True
-        self._bar = tqdm(total=config.steps, initial=self.step_now, unit="step", dynamic_ncols=True, disable=silent)
+        self._tensorboard = self._open_tensorboard(folder) if config.tensorboard and leads else None
+        shown = {"initial": step, "unit": "step", "dynamic_ncols": True, "disable": None if leads else True}
+        self._bar = tqdm(total=config.steps, **shown)
         self._bar_note: dict[str, str] = {}
         self._waited = 0.0
         self._step_began = time.perf_counter()

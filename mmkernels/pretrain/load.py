@@ -144,5 +144,4 @@ def stored_weights(run: Path) -> tuple[int, dict[str, Tensor]]:
     if newest is None:
         raise RunFolderError(f"{run} holds a run, but no checkpoint yet")
     prefix = "average.module." if config.ema else "model."
-    weights = checkpoint.load_weights(newest)
-    return checkpoint.step_of(newest), {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+    return checkpoint.step_of(newest), checkpoint.load_weights(newest, prefix=prefix)

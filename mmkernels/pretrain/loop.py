@@ -34,7 +34,7 @@ def train(config: Config) -> Outcome:
 
     Raises:
         ValueError: the recipe, its settings and the data do not go together; before the run folder is made.
-        RunFolderError: the run folder is in use.
+        RunFolderError: the run folder is in use. DamagedError: it has no whole checkpoint. SaveError: none can be made.
         NotFiniteError: too many losses or gradients were not finite; the state before that step is saved.
         TooManyBrokenError: too many samples cannot be read. Like the former it leaves a report, once the run has begun.
     """
@@ -51,22 +51,22 @@ def _train(config: Config, ranks: Ranks, device: torch.device) -> Outcome:
         if config.resume:
             folder.expect_classes(data.train.classes)
         trainer, guard = Trainer(config, data, tokenizer, device, ranks), StepGuard(config.skip, config.spike)
-    saved, begun, cautions = ranks.of_leader(lambda: checkpoint.latest(folder.checkpoints)), None, []
+    saved, cautions = checkpoint.newest_whole(folder.checkpoints, trainer.load, group=trainer.saver.group)
+    begun = trainer.warm_start(config.init) if saved is None and config.init is not None else None
     if saved is not None:
-        guard.load_state_dict(trainer.load(saved)["guard"])
-    elif config.init is not None:
-        begun = trainer.warm_start(config.init)
+        guard.load_state_dict(saved["guard"])
+    elif begun is not None:
         cautions = cautions_of(config, begun, data.train.classes)
     # From here on, nothing is wrong with the settings.
     ranks.of_leader(lambda: folder.begin(config, tokenizer.text(), data.train.classes))
-    with Journal(folder, config, device, ranks) as journal:
+    with Journal(folder, config, device, trainer.step, ranks.leads) as journal:
         if begun is not None:
             journal.warm_start(begun)
         parameters = sum(p.numel() for p in trainer.parameters)
         journal.start(len(data.train), parameters, trainer.trainable, trainer.held_out)
         for message in [*warnings, *cautions, *unreached(trainer.recipe, config.steps)]:
             journal.warn(message)
-        with reported(write_report, folder, trainer, journal), interrupt.listening():
+        with reported(write_report, folder, trainer, journal), interrupt.listening(), trainer.saver:
             stopped = _loop(config, trainer, guard, journal, folder, interrupt)
     return Outcome(folder, trainer.step, stopped)
 
@@ -93,7 +93,7 @@ def _loop(
             what = f"{fault}. The batch begins with {', '.join(batch.names[:5])}"
             if not guard.may_skip():
                 trainer.loader.load_state_dict(before)
-                path = trainer.save(folder.checkpoints, guard=guard.state_dict())
+                path = trainer.save(folder.checkpoints, wait=True, guard=guard.state_dict())
                 saved_in = f"No weight was updated; the run before this step is saved in {path}"
                 raise NotFiniteError(f"after step {trainer.step}: {what}. {saved_in}")
             trainer.skip()

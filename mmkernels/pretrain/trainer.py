@@ -99,6 +99,7 @@ class Trainer:
             betas=(0.9, config.beta2),
             fused=True,
         )
+        self.saver = checkpoint.Saver(config.keep_checkpoints, ranks.group)
         if config.compile:
             for block in (module for module in self.model.modules() if isinstance(module, Block)):
                 block.compile(dynamic=True)
@@ -253,28 +254,21 @@ class Trainer:
         every = self.model.objectives.items()
         return {f"{name}/{key}": value for name, objective in every for key, value in objective.metrics().items()}
 
-    def save(self, folder: Path, **more: Any) -> Path:
-        """Write a checkpoint; `more` are further values to keep."""
-        weights = {name: tensor.contiguous() for name, tensor in self.carried.state_dict().items()}
-        training = {
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "loader": self.loader.state_dict(),
-            **more,
-        }
-        return self.ranks.of_leader(
-            lambda: checkpoint.save(folder, self.step, weights, training, keep=self.config.keep_checkpoints)
-        )
+    def save(self, folder: Path, *, wait: bool = False, **more: Any) -> Path:
+        """Begin to write a checkpoint; with `wait`, or after `saver.wait`, it is on disk. `more` are further values."""
+        values = {"step": self.step, "loader": self.loader.state_dict(), **more}
+        path = self.saver.save(folder, self.step, self.carried, self.optimizer, values)
+        if wait:
+            self.saver.wait()
+        return path
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Restore the state that `save` wrote; returns everything that it kept beside the weights."""
-        weights, training = checkpoint.load(path, self.device)
-        self.carried.load_state_dict(weights)
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.step = training["step"]
+        """Restore the state that `save` wrote; returns what it kept beside weights and optimizer."""
+        values = checkpoint.load_into(path, self.carried, self.optimizer, group=self.saver.group)
+        self.step = values["step"]
         self._deepen(stage_at(self.recipe, max(self.step - 1, 0)))  # of the last step, should there be no other
-        self.loader.load_state_dict(training["loader"])
-        return training
+        self.loader.load_state_dict(values["loader"])
+        return values
 
 
 def facts_of(config: Config, data: Data, tokenizer: TextTokenizer) -> Facts:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mmkernels.pretrain.checkpoint import fill, weights_of
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data.opening import EMBEDDED, places
 from mmkernels.pretrain.load import stored_weights
@@ -44,7 +45,7 @@ def warm_start(model: nn.Module, run: Path, fresh: Sequence[str] = ()) -> WarmSt
     """Load those of another run's weights that the model has by name.
 
     Args:
-        model: on any device.
+        model: on any device; wrapped or sharded as in `Saver.save`.
         run: folder of the other run, or of exported weights.
         fresh: patterns of names that are not loaded.
 
@@ -53,7 +54,7 @@ def warm_start(model: nn.Module, run: Path, fresh: Sequence[str] = ()) -> WarmSt
         ValueError: no name fits, or a tensor of the same name has another shape; a pattern of `fresh` fits none.
     """
     step, given = stored_weights(run)
-    own: Mapping[str, Tensor] = model.state_dict()
+    own = weights_of(model)
     for pattern in fresh:
         if not any(fnmatchcase(name, pattern) for name in own):
             raise ValueError(f"fresh: expected patterns of parameter names, got {pattern!r}, which fits none")
@@ -69,7 +70,7 @@ def warm_start(model: nn.Module, run: Path, fresh: Sequence[str] = ()) -> WarmSt
         shapes = "; ".join(f"{n}: {list(given[n].shape)} for {list(own[n].shape)}" for n in other[:_SHOWN])
         raise ValueError(f"init: expected tensors of this model's shapes, got of {run} {shapes} ({len(other)} in all)")
     for name in loaded:
-        own[name].copy_(given[name])
+        fill(own[name], given[name])
     kept = set(loaded)
     return WarmStart(run, step, loaded, [n for n in own if n not in kept], [n for n in given if n not in kept])
 

@@ -41,11 +41,7 @@ def state(run: Path) -> tuple[int, dict[str, Tensor]]:
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None
     weights, training = checkpoint.load(newest)
-    moments = {
-        f"optimizer.{i}.{name}": tensor
-        for i, entries in training["optimizer"]["state"].items()
-        for name, tensor in entries.items()
-    }
+    moments = {f"optimizer.{name}": tensor for name, tensor in training["optimizer"]["tensors"].items()}
     return training["step"], {**weights, **moments}
 
 
@@ -61,8 +57,8 @@ def resumed(config: Config) -> Config:
     return dataclasses.replace(config, resume=True)
 
 
-# The child kills itself: after the log of step 8 (the newest checkpoint is 6), or between writing checkpoint 9 and
-# renaming it.
+# The child kills itself: after the log of step 8, when checkpoint 6 may still be being written, or between writing
+# checkpoint 9 and renaming it.
 KILLS = {
     "in a step": """
 from mmkernels.pretrain.journal import Journal
@@ -73,12 +69,11 @@ def patched(self, number, batch, **rest):
 Journal.step = patched
 """,
     "in a checkpoint": """
-from mmkernels.pretrain import checkpoint
 replace = os.replace
 def patched(source, target):
     if str(target).endswith("step-00000009"): os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
-checkpoint.os.replace = patched
+os.replace = patched
 """,
 }
 CHILD = """
@@ -94,7 +89,7 @@ def test_killed(kill: str, tiny: Make, tmp_path: Path) -> None:
     train(tiny(run=tmp_path / "whole"))
     child = subprocess.run([sys.executable, "-c", CHILD.format(kill=KILLS[kill])], input=pickle.dumps(tiny()))
     assert child.returncode == -signal.SIGKILL
-    assert state(tmp_path / "run")[0] == 6
+    assert state(tmp_path / "run")[0] in ((3, 6) if kill == "in a step" else (6,))
     train(resumed(tiny()))
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
@@ -210,19 +205,29 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny: Make, tmp_path: P
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
+def one(value: float) -> torch.nn.Module:
+    """A module with one tensor, "w" [300]."""
+    module = torch.nn.Module()
+    module.register_buffer("w", torch.full((300,), value))
+    return module
+
+
 def test_checkpoints_are_whole_and_few(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     (folder / "partial-00000001").mkdir(parents=True)
     for step in (1, 2, 30):
-        checkpoint.save(folder, step, {"w": torch.full((3,), float(step))}, {"step": step, "seen": [1, "a"]}, keep=2)
+        checkpoint.save(folder, step, one(float(step)), None, {"step": step, "seen": [1, "a"]}, keep=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000030"]
     newest = checkpoint.latest(folder)
     weights, training = checkpoint.load(newest)
     assert checkpoint.step_of(newest) == 30
-    assert torch.equal(weights["w"], torch.full((3,), 30.0))
+    assert torch.equal(weights["w"], torch.full((300,), 30.0))
     assert training == {"step": 30, "seen": [1, "a"]}
-    checkpoint.save(folder, 30, {"w": torch.zeros(3)}, {}, keep=2)
-    assert torch.equal(checkpoint.load(newest)[0]["w"], torch.zeros(3))
+    checkpoint.save(folder, 30, one(0.0), keep=2)
+    assert torch.equal(checkpoint.load(newest)[0]["w"], torch.zeros(300))
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000030"]
+    checkpoint.save(folder, 4, one(4.0), keep=2)
+    assert list(checkpoint.steps_in(folder)) == [2, 4], "a run that goes on from step 2 gets to 30 again"
 
 
 def test_a_checkpoint_holds_every_moving_part(tiny: Make) -> None:
@@ -236,7 +241,7 @@ def test_a_checkpoint_holds_every_moving_part(tiny: Make) -> None:
         for p in first.parameters:
             p.grad = torch.randn_like(p)
         first.update()
-    path = first.save(config.folder / "checkpoints")
+    path = first.save(config.folder / "checkpoints", wait=True)
     second = Trainer(dataclasses.replace(config), data, tokenizer, torch.device("cpu"))
     second.load(path)
     assert second.step == 3
@@ -265,21 +270,6 @@ def test_what_a_step_draws_depends_on_its_number_alone(tiny: Make) -> None:
     assert trainer.backward(batch).loss != losses[0], "there is dropout, which another step draws anew"
 
 
-@pytest.mark.parametrize("name", ["training.pt", "model.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "junk"])
-def test_a_damaged_checkpoint_is_named(name: str, damage: str, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    path = checkpoint.save(folder, 3, {"w": torch.zeros(300)}, {"step": 3}, keep=2) / name
-    content = path.read_bytes()
-    if damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes({"cut": content[:-200], "empty": b"", "junk": b"\xff" * len(content)}[damage])
-    with pytest.raises(checkpoint.DamagedError, match=f"step-00000003/{name} is damaged .* Delete ") as error:
-        checkpoint.load(checkpoint.latest(folder))
-    assert len(str(error.value).splitlines()) == 1
-
-
 def test_a_damaged_run_folder(tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny(steps=3))
     run = tmp_path / "run"
@@ -288,7 +278,8 @@ def test_a_damaged_run_folder(tiny: Make, tmp_path: Path, capsys: pytest.Capture
     assert train(resumed(tiny(steps=3))).step == 3
     (run / "checkpoints/step-00000003/training.pt").write_bytes(b"")
     assert main(["--resume", "--run", str(run)]) == 1
-    assert "step-00000003/training.pt is damaged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step-00000003/training.pt is damaged (ValueError: expected " in said and "to begin the run anew" in said
     for content in (b"", b"[]", b'{"model": 3}', b"\xff"):
         (run / "config.json").write_bytes(content)
         with pytest.raises(RunFolderError, match=r"config\.json: expected the settings of a run"):
