@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import signal
 import sys
+import time
 import typing
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +30,7 @@ from mmkernels.pretrain.wiring import leaves, leaves_of, typed
 
 __all__ = ["asked", "list_recipes", "main", "parse", "trained"]
 
+_LINGER = 1.0  # seconds that the leading rank has to print
 SIGNALLED = 128  # plus the number of a signal: the exit status by convention after it
 
 
@@ -122,6 +124,7 @@ def trained(command: str, parsed: Callable[[Sequence[str]], Config], argv: Seque
         return SIGNALLED + signal.SIGINT
     status = SIGNALLED + outcome.signal if outcome.interrupted else 0
     if not leads():
+        time.sleep(_LINGER if status else 0)  # a launcher stops the others once one ends with an error
         return status
     if outcome.folder.records("eval"):
         print(figure_table(outcome.folder))

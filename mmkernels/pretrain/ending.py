@@ -53,6 +53,8 @@ def reported(
 
 def _write(write: Callable[[RunFolder, Trainer], Any], folder: RunFolder, trainer: Trainer) -> None:
     """On the leading rank, with all of the model."""
+    trainer.ranks.at("writing the report", patient=True)
     with trainer.placed.whole():
         if trainer.ranks.leads:
             write(folder, trainer)
+    trainer.ranks.meet()  # a launcher stops all others when one ends with an error

@@ -239,7 +239,7 @@ def as_before(trainer: Trainer, folder: Path) -> None:
         {name: tensor.contiguous() for name, tensor in trainer.carried.state_dict().items()},
         folder / "model.safetensors",
     )
-    values = {"step": trainer.step, "optimizer": trainer.optimizer.state_dict(), **trainer.cursor()._asdict()}
+    values = {"step": trainer.step, "optimizer": trainer.optimizer.state_dict(), "loader": trainer.loader.state_dict()}
     guard = {"skipped": 0, "seen": 3, "mean": 1.0}
     torch.save({**values, "guard": guard}, folder / "training.pt")
 
