@@ -19,8 +19,8 @@ _MOSTLY = 0.8  # of these steps
 class Pace:
     """The pace of the ranks of a run, step by step.
 
-    Encoding comes before a step's first exchange, so its seconds are each rank's own; the whole step takes all ranks as
-    long as the slowest.
+    Encoding comes before a step's first exchange, so its seconds are each rank's own: those of its GPU, or of processor
+    time, which other processes of the machine do not change. The whole step takes all ranks as long as the slowest.
 
     Args:
         device: of this rank.
@@ -42,7 +42,7 @@ class Pace:
             event.record()
             self._marks.append(event)
         else:
-            self._marks.append(time.perf_counter())
+            self._marks.append(time.process_time())
 
     def numbers(self, data: float, peers: float, received: float) -> list[float]:
         """This rank's columns of a step that is done on its device.
