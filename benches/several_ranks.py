@@ -1,9 +1,9 @@
 """The loop over several ranks of this machine, by torchrun and gloo: what it must show, as runs of the command.
 
-    python benches/several_ranks.py parity            losses of 1, 2 and 4 ranks (8 for clip), in ddp and fsdp, step by step
-    python benches/several_ranks.py kills --count 100 ranks killed at random, and the weights of a run that nobody disturbed
-    python benches/several_ranks.py balance           how long ranks encode, dealt by work and in turn
-    python benches/several_ranks.py overhead          seconds of a step under torchrun with one rank, and without it
+    python benches/several_ranks.py parity     losses of 1, 2 and 4 ranks (clip: 8), in ddp and fsdp, step by step
+    python benches/several_ranks.py kills      ranks killed at random, beside a run that nobody disturbed
+    python benches/several_ranks.py balance    how long ranks encode, dealt by work and in turn
+    python benches/several_ranks.py overhead   seconds of a step under torchrun with one rank, and without it
 
 Models are small (width 32): processes share this machine's processors, so seconds are no measure of speed. Results of
 the same day and processor are added to.

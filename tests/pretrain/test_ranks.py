@@ -11,7 +11,7 @@ import pytest
 import ranks
 import torch
 
-from mmkernels.pretrain import Config
+from mmkernels.pretrain import Config, checkpoint
 from mmkernels.pretrain.launch import launched
 from mmkernels.pretrain.recipes import names
 from mmkernels.pretrain.run_folder import RunFolder
@@ -22,8 +22,11 @@ SMALL = {"model.width": 32, "model.heads": 2, "model.embed_dim": 32}
 CLOSE = 3e-6  # of losses: float32, summed in another order
 
 
-def steps(rank: int, world: int, recipe: str, count: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """What some steps come to, and the weights after them."""
+def steps(
+    rank: int, world: int, recipe: str, count: int, changes: dict[str, Any], kept: Path | None = None
+) -> dict[str, Any]:
+    """What some steps come to, and the weights after them; with `kept`, going on from the newest checkpoint there, and
+    leaving one."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = {"steps": 50, "chunk": 4, "warmup": 0, **changes, "parts": SMALL | changes.get("parts", {})}
@@ -32,6 +35,8 @@ def steps(rank: int, world: int, recipe: str, count: int, changes: dict[str, Any
         with launched(config) as (peers, device):
             tokenizer = peers.of_leader(lambda: tokenizer_for(config, data, RunFolder(config)))
             trainer = Trainer(config, data, tokenizer, device, peers)
+            if kept is not None:
+                checkpoint.newest_whole(kept, trainer.load, group=trainer.saver.group)
             found, samples = [], []
             for _ in range(count):
                 trainer.begin()
@@ -39,6 +44,8 @@ def steps(rank: int, world: int, recipe: str, count: int, changes: dict[str, Any
                 samples.append([name for name in batch.names if name])
                 found.append(trainer.backward(batch))
                 trainer.update()
+            if kept is not None:
+                trainer.save(kept, wait=True)
             weights = {name: whole(value) for name, value in trainer.carried.state_dict().items()}
     return {"steps": found, "samples": samples, "weights": weights, "broken": dict(data.train.broken.reasons)}
 
@@ -113,3 +120,21 @@ def test_what_cannot_be_read_is_known_to_all(pictures: Path) -> None:
     assert one["broken"] and both[0]["broken"] == both[1]["broken"] == one["broken"]
     for mine, theirs in zip(both[0]["steps"], one["steps"], strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=CLOSE)
+
+
+@pytest.mark.parametrize("recipe", ["moco", "albef", "uniter"])
+def test_resumed_on_other_ranks(recipe: str, tmp_path: Path) -> None:
+    """Two ranks, then four in shards, then one: the samples, losses and weights of a run that never stopped."""
+    changes: dict[str, Any] = {"batch": 8, "chunk": 3, "workers": 0}
+    (one,) = ranks.run(1, steps, recipe, 6, changes)
+    parts = [
+        ranks.run(world, steps, recipe, 2, changes | {"parallel": parallel}, tmp_path, timeout=300)
+        for world, parallel in ((2, "ddp"), (4, "fsdp"), (1, "ddp"))
+    ]
+    found = [step for every in parts for step in every[0]["steps"]]
+    assert [step.loss for step in found] == pytest.approx([step.loss for step in one["steps"]], rel=10 * CLOSE)
+    samples = [sorted(name for each in every for name in each["samples"][i]) for every in parts for i in range(2)]
+    assert samples == [sorted(each) for each in one["samples"]]
+    for name, value in one["weights"].items():
+        different = (value - parts[-1][0]["weights"][name]).abs() > 100 * CLOSE
+        assert different.sum() <= 2e-3 * value.numel() + 2, name
