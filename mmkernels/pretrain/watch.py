@@ -59,6 +59,7 @@ class Watch:
         """Wait for all ranks, however long they take, as long as they are heard of. Raise PeerError if one is not."""
         self._meetings += 1
         keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.ranks.size)]
+        gone = f"meeting/{self._meetings}/gone"
         self._reading.set(keys[self.ranks.rank], "here")
         pause = 0.002
         while not self._reading.check(keys):
@@ -67,6 +68,9 @@ class Watch:
             silent = [rank for rank, (_, seen) in self.places().items() if time.time() - seen > self.timeout]
             if silent:
                 raise PeerError(f"{self.here()}: rank {silent[0]} has not been heard of for {self.timeout:.0f} s")
+        self._reading.add(gone, 1)
+        while self.ranks.leads and self._reading.add(gone, 0) < self.ranks.size:
+            time.sleep(0.002)  # the store ends with this process: the others must have looked
 
     def places(self) -> dict[int, tuple[Place, float]]:
         """Of each rank that has posted one: (its place, when it did so last)."""
