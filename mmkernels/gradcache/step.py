@@ -143,7 +143,10 @@ class Step:
         reached = {id(leaf) for out in outputs for leaf in leaves(out)} if wrapped else set()
         missing = [p for p in wrapped if id(p) not in reached]
         used = [id(p) in reached or id(p) in known or p.grad is not None for p in wrapped]
-        live = backward([*outputs, *missing], [*gradients, *map(torch.zeros_like, missing)], self.undo)
+        live = backward(outputs, gradients, self.undo)
+        # After it: buckets are reduced once they are complete, and what the loss sends backward must come in the same
+        # order on every rank.
+        backward(missing, [*map(torch.zeros_like, missing)], self.undo)
         if wrapped and self.group is not None:
             anyone = reduced(used, self.group, "max").tolist()
             for parameter in (p for p, so in zip(wrapped, anyone, strict=True) if not so):

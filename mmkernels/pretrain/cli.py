@@ -116,7 +116,7 @@ def trained(command: str, parsed: Callable[[Sequence[str]], Config], argv: Seque
     try:
         outcome = train(parsed(argv))
     except (ValueError, NotFiniteError, TooManyBrokenError, PeerError, SaveError) as error:
-        if leads():  # the others say the same
+        if leads() or not isinstance(error, (PeerError, NotFiniteError)):  # of these rank 0 says enough
             print(f"mmkernels {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C

@@ -204,7 +204,6 @@ RESUMABLE = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "tensorboard",
-        "profile",
     }
     | {"device", "threads", "backend", "max_broken", "workers", "recompute", "skip"}
     | {"profile", "parallel", "shard_ranks", "timeout"}

@@ -37,15 +37,24 @@ def evaluate(
     """
     memory = {} if memory is None else memory
     every = [(split, metric) for split in held_out for metric in metrics]
-    mine = range(ranks.rank * len(every) // ranks.size, (ranks.rank + 1) * len(every) // ranks.size)
-    with evaluating(model):
-        measured = [
-            each[1].measure(model, replace(held_out[each[0]], memory=memory)) for each in every[mine.start : mine.stop]
-        ]
-    ranks.meet()  # some measure for longer than a collective waits
+    first, last = (part * len(every) // ranks.size for part in (ranks.rank, ranks.rank + 1))
+
+    def measured() -> list[list[Figure]]:
+        with evaluating(model):
+            return [
+                metric.measure(model, replace(held_out[split], memory=memory)) for split, metric in every[first:last]
+            ]
+
+    mine = ranks.together(measured)
     found: dict[str, list[Figure]] = {split: [] for split in held_out}
-    for (split, _), figures in zip(every, chain(*ranks.objects(measured)), strict=True):
+    for (split, _), figures in zip(every, chain(*ranks.objects(mine)), strict=True):
         found[split] += figures
+    for one in held_out.values() if ranks.group is not None else ():
+        for source in (one.source, one.train):  # what one rank could not read, all know of
+            for name, reason in {
+                k: v for reasons in ranks.objects(dict(source.broken.reasons)) for k, v in reasons.items()
+            }.items():
+                source.broken.add(name, reason)
     return {split: distinct(figures) for split, figures in found.items()}
 
 

@@ -86,7 +86,7 @@ def _ranks(group: object, config: Config) -> Ranks:
     if config.parallel == "hsdp" and ranks.size % shards_of(config, ranks):
         got = f"{shards_of(config, ranks)} of {ranks.size} ranks"
         raise ValueError(f"shard_ranks: expected a number that divides that of the ranks, got {got}")
-    if config.batch < ranks.size:
+    if config.tokens is None and config.batch < ranks.size:
         raise ValueError(f"batch: expected at least a sample for each of {ranks.size} ranks, got {config.batch}")
     return ranks
 
@@ -108,7 +108,7 @@ def _number(name: str, other: str, default: int) -> int:
     for each in (name, other):
         if each in os.environ:
             try:
-                return int(os.environ[each])
+                return int(os.environ[each].partition("(")[0])  # SLURM: 8(x4), 8 on each of 4 nodes
             except ValueError:
                 raise ValueError(f"{each}: expected a number, got {os.environ[each]!r}") from None
     return default
@@ -120,11 +120,13 @@ def device_of(config: Config) -> torch.device:
     local = _number("LOCAL_RANK", "SLURM_LOCALID", -1)
     if config.device == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(kind, local) if kind == "cuda" and local >= 0 else torch.device(kind)
+        if kind == "cuda" and local >= 0:  # a launcher may show each process its own GPU alone
+            return torch.device(kind, local % torch.cuda.device_count())
+        return torch.device(kind)
     try:
         device = torch.device(config.device)
         if device.type == "cuda" and device.index is None and local >= 0:
-            device = torch.device("cuda", local)
+            device = torch.device("cuda", local % max(torch.cuda.device_count(), 1))
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # the former: PyTorch without CUDA
         reason = str(error).partition("\n")[0]

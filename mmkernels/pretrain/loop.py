@@ -46,7 +46,7 @@ def _train(config: Config, ranks: Ranks, device: torch.device) -> Outcome:
     config = ranks.of_leader(lambda: begun_before(config))
     interrupt, folder = Interrupt(), ranks.of_leader(lambda: RunFolder(config))
     with data_warnings() as warnings:
-        data = open_source(config)
+        data = ranks.together(lambda: open_source(config))
         tokenizer = ranks.of_leader(lambda: tokenizer_for(config, data, folder))
         if config.resume:
             folder.expect_classes(data.train.classes)
@@ -75,8 +75,8 @@ def _loop(
     config: Config, trainer: Trainer, guard: StepGuard, journal: Journal, folder: RunFolder, interrupt: Interrupt
 ) -> int:
     """The signal that interrupted the run, on any rank: all learn of it after the same step."""
-    watch, profiled = LossWatch(), ProfileWindow(config.profile, folder.path)
-    saved, several, stop = trainer.step, len(trainer.recipe.objectives) > 1, interrupt.number
+    watch, profiled = LossWatch(), ProfileWindow(config.profile if trainer.ranks.leads else None, folder.path)
+    saved, several, stop = trainer.step, len(trainer.recipe.objectives) > 1, 0
     while trainer.step < config.steps and not stop:
         profiled.before(trainer.step)
         before, at = trainer.loader.state_dict(), trainer.ranks.at

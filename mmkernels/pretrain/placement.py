@@ -46,7 +46,7 @@ class Placed:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, every parameter of the model and of what follows it can be read."""
+        """Inside, every parameter of the model and of what follows it can be read, in the precision of the run."""
         yield
 
     @contextmanager
@@ -90,7 +90,9 @@ class Replicated(Placed):
         return [partial(self._wrapper, module) for module in modules]
 
     def traffic(self) -> float:
-        return 2 * (self.ranks.size - 1) / self.ranks.size * _bytes(self.model)
+        return (
+            2 * (self.ranks.size - 1) / self.ranks.size * _bytes(p for p in self.model.parameters() if p.requires_grad)
+        )
 
 
 class Sharded(Placed):
@@ -109,11 +111,9 @@ class Sharded(Placed):
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # takes a second
 
         super().__init__(model, ranks)
-        weight = 1.0 if low is None else low.itemsize / 4
-        across, within = ([1, *mesh.shape])[-2:]
-        gathered = sum(_bytes(module) for module in (model, *followers)) * weight * (within - 1) / within
-        reduced = _bytes(model) * ((within - 1) / within + 2 * (across - 1) / across / within)
-        self._traffic = gathered + reduced
+        self._across, self._within = [1, *mesh.shape][-2:]
+        self._narrowed = 1.0 if low is None else low.itemsize / torch.float32.itemsize
+        self._followers, self._low, self._device = followers, low, next(model.parameters()).device.type
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32)
         options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": False, "mp_policy": policy}
         self._through = _Through(model)
@@ -136,7 +136,8 @@ class Sharded(Placed):
         for module in self._shards:
             module.unshard()
         try:
-            yield
+            with torch.autocast(self._device, self._low, enabled=self._low is not None):
+                yield
         finally:
             for module in self._shards:
                 module.reshard()
@@ -153,7 +154,11 @@ class Sharded(Placed):
             self._close()
 
     def traffic(self) -> float:
-        return self._traffic
+        across, within = self._across, self._within
+        every = (p for module in (self.model, *self._followers) for p in module.parameters())
+        gathered = _bytes(every) * self._narrowed * (within - 1) / within
+        learning = _bytes(p for p in self.model.parameters() if p.requires_grad)
+        return gathered + learning * ((within - 1) / within + 2 * (across - 1) / across / within)
 
     def _reduce(self, on: bool) -> None:
         for module in self._learning:
@@ -211,8 +216,8 @@ def _nothing_of(parameters: Sequence[Tensor]) -> Tensor:
     return torch.stack([parameter.reshape(-1)[:0].sum().float() for parameter in parameters]).sum()
 
 
-def _bytes(module: nn.Module) -> float:
-    return sum(parameter.nbytes for parameter in module.parameters())
+def _bytes(parameters: Iterable[Tensor]) -> float:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def _scalars(module: nn.Module) -> set[nn.Parameter]:

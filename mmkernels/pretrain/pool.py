@@ -36,7 +36,7 @@ def hard_negatives(
         at, ids = both.to(keys.device), concepts.to(keys.device)
         chosen = sample_negatives(queries[at], keys[at], scale, query_ids=ids, key_ids=ids, generator=generator).cpu()
         wrong[both] = torch.where(chosen >= 0, both[chosen.clamp(min=0)], -1)
-    return wrong
+    return roster.ranks.of_rank_0(wrong)  # where similarities are rounded otherwise, ranks could draw others
 
 
 def pooled(tokens: Tokens, roster: Roster, wanted: Tensor) -> tuple[Tokens, Tensor]:

@@ -73,16 +73,44 @@ class Ranks:
         if self.group is None:
             return make()
         box: list[Any] = [None, None]
+        self.at("waiting for rank 0", patient=True)
         if self.leads:
             try:
                 box[0] = make()
             except Exception as error:
                 box[1] = error
+        self.meet()
         dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
         if box[1] is not None:
             raise box[1]
         made: T = box[0]
         return made
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What each rank makes for itself. If one fails, all raise: its own error there, on the others PeerError, which
+        tells of it."""
+        if self.group is None:
+            return make()
+        made: Any = None
+        failed: Exception | None = None
+        try:
+            made = make()
+        except Exception as error:
+            failed = error
+        self.meet()
+        if self.table([failed is not None]).any():
+            said = self.objects("" if failed is None else f"{type(failed).__name__}: {failed}")
+            rank = next(rank for rank, text in enumerate(said) if text)
+            raise failed or PeerError(f"rank {rank}: {said[rank]}")
+        found: T = made
+        return found
+
+    def of_rank_0(self, x: Tensor) -> Tensor:
+        """A tensor on the host as rank 0 has it."""
+        if self.group is not None:
+            self.received += 0 if self.leads else x.nbytes
+            dist.broadcast(x, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return x
 
     def objects(self, value: T) -> list[T]:
         """A value of every rank, anything that can be pickled; for what is rare or small."""

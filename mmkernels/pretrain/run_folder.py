@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ __all__ = [
 
 _WIRING = "wiring"  # key of the recipe's settings in config.json
 _LAST = "classes.json"  # of the files that a run begins with
+_BEGINNING = "beginning.json"  # there while these are written: their names
+_LAUNCHER = "launcher"  # key of config.json
 _PARTIAL = ".partial"
 EXPORTED = "export.json"  # of an exported model: the steps that were done
 
@@ -87,11 +90,16 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"run: expected a folder that can be made, got {self.path} ({error})") from error
-        write_whole(self.path / "config.json", json.dumps(as_stored(config), indent=2) + "\n")
-        for name, source in kept_files(config).values():
+        kept = {name: source for name, source in kept_files(config).values() if not _same(self.path / name, source)}
+        if not config.resume:
+            write_whole(self.path / _BEGINNING, json.dumps(["config.json", self.tokenizer.name, *kept, _LAST]))
+        stored = {**as_stored(config), _LAUNCHER: launcher()}
+        write_whole(self.path / "config.json", json.dumps(stored, indent=2) + "\n")
+        for name, source in kept.items():
             write_whole(self.path / name, source.read_bytes())
         write_whole(self.tokenizer, tokenizer)
         write_whole(self.path / _LAST, json.dumps({name: list(each) for name, each in classes.items()}) + "\n")
+        (self.path / _BEGINNING).unlink(missing_ok=True)
 
     def expect_classes(self, classes: Mapping[str, Sequence[str]]) -> None:
         """Raise RunFolderError unless the data's label fields have the classes that the run began with: its heads know
@@ -121,19 +129,33 @@ class RunFolder:
 
 def begun_before(config: Config) -> Config:
     """The config, to resume if a launcher starts the same command again and the run has begun: with --again, or in the
-    restarts of torchrun (TORCHELASTIC_RESTART_COUNT) and of SLURM (SLURM_RESTART_COUNT). What a start has left that was
-    killed before it had stored everything is removed."""
+    restarts of torchrun (TORCHELASTIC_RESTART_COUNT) and of SLURM (SLURM_RESTART_COUNT), if it was begun by the same
+    launcher. What a start has left that was killed before it had stored everything is removed."""
     restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    if config.resume or not (config.again or any(each not in ("", "0") for each in restarts)):
+    restarted, folder = any(each not in ("", "0") for each in restarts), config.folder
+    if config.resume or not (config.again or restarted):
         return config
-    folder = config.folder
     if (folder / _LAST).exists():
-        return dataclasses.replace(config, resume=True)
-    first = {"config.json", "tokenizer.json", *(name for name, _ in kept_files(config).values())}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.removesuffix(_PARTIAL) in first | {_LAST}:
-            path.unlink()
+        ours = config.again or _launcher_of(folder) == launcher()
+        return dataclasses.replace(config, resume=True) if ours else config
+    if (folder / _BEGINNING).exists():
+        for name in json.loads((folder / _BEGINNING).read_text(encoding="utf-8")):
+            for path in (folder / name, folder / (name + _PARTIAL)):
+                path.unlink(missing_ok=True)
+        (folder / _BEGINNING).unlink()
     return config
+
+
+def launcher() -> str:
+    """What started this process: the same in restarts."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"SLURM job {job}" if job else f"process {os.getppid()} of {socket.gethostname()}"
+
+
+def _launcher_of(folder: Path) -> str:
+    """What began the run in a folder, as its last file says."""
+    stored: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(stored.get(_LAUNCHER, ""))
 
 
 def stored_config(folder: Path) -> Config:
@@ -143,7 +165,7 @@ def stored_config(folder: Path) -> Config:
         raise RunFolderError(f"{folder} holds no run (no config.json)")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        config: Config = from_dict({name: value for name, value in values.items() if name != _WIRING})
+        config: Config = from_dict({name: value for name, value in values.items() if name not in (_WIRING, _LAUNCHER)})
         copies = {setting: folder / name for setting, (name, _) in kept_files(config).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path}: expected the settings of a run, got something else ({error})") from error
@@ -234,6 +256,7 @@ def _check_same_run(folder: Path, config: Config) -> None:
             raise RunFolderError(
                 f"{setting}: expected the file that this run began with, kept as {kept}, got another in {source}"
             )
+    before.pop(_LAUNCHER, None)
     before |= before.pop(_WIRING, {})
     now |= now.pop(_WIRING)
     fixed = [name for name in {**before, **now} if name not in RESUMABLE and name != "parts"]
@@ -249,6 +272,10 @@ def other_classes(before: Sequence[str], now: Sequence[str]) -> str:
     lost, new = ([each for each in some if each not in rest] for some, rest in ((before, now), (now, before)))
     changes = [f"{word} {', '.join(names[:5])}" for word, names in (("has lost", lost), ("has gained", new)) if names]
     return " and ".join(changes) or "has them in another order"
+
+
+def _same(path: Path, other: Path) -> bool:
+    return path.exists() and path.samefile(other)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

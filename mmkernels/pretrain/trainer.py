@@ -203,8 +203,9 @@ class Trainer:
             loss, parts = self._cache(*(batch[name] for name in self.model.encoded))
         norm = self.placed.clip(self.parameters, config.clip_grad)
         received = received_bytes() + self.ranks.received - before + self.placed.traffic()
+        values = [loss.item(), norm.item()]  # from here on the device is done
         pace = self.pace.numbers(self.loader.waited, self.loader.waited_for_peers, received)
-        return self._of_all(batch, list(weights), [loss.item(), norm.item(), *pace], parts)
+        return self._of_all(batch, list(weights), [*values, *pace], parts)
 
     def _marked(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """Its first exchange with other ranks is in the loss."""

@@ -58,18 +58,18 @@ class Watch:
     def meet(self) -> None:
         """Wait for all ranks, however long they take, as long as they are heard of. Raise PeerError if one is not."""
         self._meetings += 1
-        keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.ranks.size)]
-        gone = f"meeting/{self._meetings}/gone"
-        self._reading.set(keys[self.ranks.rank], "here")
-        pause = 0.002
-        while not self._reading.check(keys):
+        here, left, pause = f"meeting/{self._meetings}/here", f"meeting/{self._meetings}/left", 0.002
+        self._reading.add(here, 1)
+        while self._reading.add(here, 0) < self.ranks.size:
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
-            silent = [rank for rank, (_, seen) in self.places().items() if time.time() - seen > self.timeout]
-            if silent:
-                raise PeerError(f"{self.here()}: rank {silent[0]} has not been heard of for {self.timeout:.0f} s")
-        self._reading.add(gone, 1)
-        while self.ranks.leads and self._reading.add(gone, 0) < self.ranks.size:
+            if self.ranks.leads and pause == 0.5:  # one looks after all
+                silent = [rank for rank, (_, seen) in self.places().items() if time.time() - seen > self.timeout]
+                if silent:
+                    raise PeerError(f"{self.here()}: rank {silent[0]} has not been heard of for {self.timeout:.0f} s")
+        self._reading.add(left, 1)
+        deadline = time.monotonic() + self.timeout
+        while self.ranks.leads and self._reading.add(left, 0) < self.ranks.size and time.monotonic() < deadline:
             time.sleep(0.002)  # the store ends with this process: the others must have looked
 
     def places(self) -> dict[int, tuple[Place, float]]:
@@ -123,8 +123,7 @@ def watching(ranks: Ranks, timeout: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        general = type(error) is RuntimeError or isinstance(error, dist.DistError)
-        if not general or not _IN_VAIN.search(str(error)):
+        if not (isinstance(error, dist.DistError) or (type(error) is RuntimeError and _IN_VAIN.search(str(error)))):
             raise
         reason = str(error).partition("\n")[0]
         raise PeerError(f"{watch.here()}, in vain ({reason}). {watch.others()}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -15,9 +16,9 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from mmkernels.pretrain import checkpoint
+from mmkernels.pretrain import checkpoint, load_model
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.run_folder import begun_before, stored_records
+from mmkernels.pretrain.run_folder import RunFolder, begun_before, stored_records
 
 SMALL = "--recipe clip --batch 8 --chunk 3 --model.width 32 --model.heads 2 --model.embed-dim 16 --eval-every 0"
 QUIET = "--no-tensorboard --eval-limit 8 --threads 1"
@@ -150,13 +151,49 @@ def test_options_survive_torchrun() -> None:
 
 def test_a_start_that_was_killed_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(run=tmp_path)
+    (tmp_path / "beginning.json").write_text('["config.json", "tokenizer.json", "classes.json"]', encoding="utf-8")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "tokenizer.json.partial").write_text("{", encoding="utf-8")
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     assert begun_before(config) == config, "without a restart nothing is touched"
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert begun_before(config) == config
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    (tmp_path / "classes.json").write_text("{}", encoding="utf-8")
+
+
+def test_a_restart_leaves_others_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of a model that somebody has put there."""
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config = Config(run=tmp_path, again=True)
+    assert begun_before(config) == config
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_restart_resumes_what_its_launcher_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(run=tmp_path / "run", steps=3)
+    RunFolder(config).begin(config, "{}", {})
+    assert not (tmp_path / "run/beginning.json").exists()
+    assert not begun_before(config).resume
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert begun_before(config).resume
+    monkeypatch.setattr("mmkernels.pretrain.run_folder.launcher", lambda: "process 1 of elsewhere")
+    assert not begun_before(config).resume, "an older run's folder is refused, as without a restart"
+    assert begun_before(dataclasses.replace(config, again=True)).resume
+    assert RunFolder(dataclasses.replace(config, resume=True)), "who began it is no setting"
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
+def test_a_whole_run_in_shards(parallel: str, pictures: Path, tmp_path: Path) -> None:
+    """In low precision, with evaluations, an average, a report, and a resumption in one process."""
+    run = tmp_path / "run"
+    more = f"--parallel {parallel} --precision bfloat16 --ema 0.9 --checkpoint-every 2"
+    command = torchrun(pictures, str(run), f"{more} --steps 6")
+    command[command.index("--eval-every") + 1] = "3"
+    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    assert [record["step"] for record in stored_records(run, "eval")] == [3, 6]
+    assert (run / "report.html").stat().st_size > 10_000
+    vectors = load_model(run).embed("text", ["a red circle", "a blue square"])
+    assert vectors.isfinite().all() and vectors.dtype == torch.float32

@@ -43,8 +43,8 @@ class Dealer:
         the others how long they are."""
         items = np.concatenate(batches)
         share = np.array_split(items, self.ranks.size)
-        mine = torch.from_numpy(self.collator.stream_lengths(self.source, share[self.ranks.rank]))
-        lengths = self.ranks.rows(mine, [len(each) for each in share]).numpy()
+        looked = self.ranks.together(lambda: self.collator.stream_lengths(self.source, share[self.ranks.rank]))
+        lengths = self.ranks.rows(torch.from_numpy(looked), [len(each) for each in share]).numpy()
         ends = np.cumsum([len(batch) for batch in batches])[:-1]
         return [self._hand(each) for each in np.split(lengths, ends)]
 

@@ -107,13 +107,11 @@ class TrainLoader:
 
     def _met(self, batch: Batch | None, failed: Exception | None) -> Batch:
         """The batch, once all ranks have theirs and have said what they could not read."""
-        found = self.ranks.table([failed is not None, bool(batch and batch.broken)]).sum(0).tolist()
+        found = self.ranks.table([failed is not None, bool(batch and batch.broken)]).any(0).tolist()
         if found[0]:
-            errors = self.ranks.objects(None if failed is None else f"{type(failed).__name__}: {failed}")
-            if failed is not None:
-                raise failed
+            errors = self.ranks.objects("" if failed is None else f"{type(failed).__name__}: {failed}")
             rank, error = next((rank, error) for rank, error in enumerate(errors) if error)
-            raise PeerError(f"rank {rank} could not read its part of a batch: {error}")
+            raise failed or PeerError(f"rank {rank} could not read its part of a batch: {error}")
         assert batch is not None
         for broken in self.ranks.objects(dict(batch.broken)) if found[1] else ():
             for name, reason in broken.items():
