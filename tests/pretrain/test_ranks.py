@@ -56,8 +56,8 @@ def whole(value: Any) -> torch.Tensor:
 
 
 def assert_same_run(recipe: str, world: int, count: int, **changes: Any) -> None:
-    (one,) = ranks.run(1, steps, recipe, count, changes | {"parallel": "ddp"})
-    every = ranks.run(world, steps, recipe, count, changes, timeout=300)
+    (one,) = ranks.run(1, steps, recipe, count, changes | {"parallel": "ddp"}, timeout=600)
+    every = ranks.run(world, steps, recipe, count, changes, timeout=600)
     for each in every:
         for step, (mine, theirs) in enumerate(zip(each["steps"], one["steps"], strict=True)):
             where = f"{recipe}, step {step}"
