@@ -2,16 +2,18 @@
 
     results = ranks.run(4, case, argument)        # case(rank, world, argument) in each of four processes
 
-A failing rank shows its traceback; a hanging one is killed after `timeout` seconds. Either way the next call starts new
-processes, because the others wait for messages that will not come.
+A failing rank shows its traceback; a hanging one shows where it is after `timeout` seconds, and is killed. Either way
+the next call starts new processes, because the others wait for messages that will not come.
 """
 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -83,9 +85,20 @@ class _Pool:
             if not all(fine for fine, _ in answers.values()):
                 deadline = min(deadline, time.monotonic() + 5)  # the others wait for this rank, or fail like it
         failed = [f"rank {rank}: {text}" for rank, (fine, text) in sorted(answers.items()) if not fine]
-        silent = [f"rank {rank}: no answer" for rank in range(len(self._pipes)) if rank not in answers]
+        silent = [
+            f"rank {rank}: no answer; it is at\n{self._at(rank)}"
+            for rank in range(len(self._pipes))
+            if rank not in answers
+        ]
         assert not failed + silent, "\n".join([function.__name__, *failed, *silent])
         return [answers[rank][1] for rank in range(len(self._pipes))]
+
+    def _at(self, rank: int) -> str:
+        """The stacks of a rank's threads."""
+        if (pid := self._processes[rank].pid) is not None and self._processes[rank].is_alive():
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(1)
+        return _stacks(self._folder.name, rank).read_text(encoding="utf-8")
 
     def close(self) -> None:
         for process in self._processes:
@@ -94,7 +107,14 @@ class _Pool:
         self._folder.cleanup()
 
 
+def _stacks(folder: str, rank: int) -> Path:
+    return Path(folder) / f"stacks-{rank}"
+
+
 def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
+    stacks = _stacks(folder, rank).open("w", encoding="utf-8")
+    faulthandler.register(signal.SIGUSR1, stacks)
+
     import torch
     import torch.distributed as dist
 

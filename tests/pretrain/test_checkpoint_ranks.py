@@ -235,6 +235,20 @@ def test_an_error_on_one_rank_is_told_on_all(where: str, on: int, tmp_path: Path
         assert where != "shards" or "rank 1: " in said
 
 
+def of_unequal_groups(rank: int, world: int, folder: str) -> None:
+    """Rank 0 belongs to a group more, as it does of a model of which a part is on one rank."""
+    dist.new_group([0])
+    go_on(rank, world, "plain", folder, 0)
+    first_two = dist.new_group([0, 1])
+    if rank < 2:
+        with pytest.raises(ValueError, match=r"group: expected ranks that belong to equally many .* got \[4, 3\]"):
+            checkpoint.Saver(1, first_two)
+
+
+def test_ranks_of_unequal_groups(tmp_path: Path) -> None:
+    ranks.run(3, of_unequal_groups, str(tmp_path), timeout=60)
+
+
 def reads_old(rank: int, world: int, kind: str, path: str) -> None:
     module, optimizer = built(kind, 0)
     values = checkpoint.load_into(Path(path), module, optimizer, group=dist.group.WORLD)

@@ -19,11 +19,22 @@ def place(group: Group) -> tuple[int, int]:
 
 
 def own_group(group: Group) -> Group:
-    """A gloo group of the same ranks, whose messages are apart from those of training."""
+    """A gloo group of the same ranks, whose messages are apart from those of training.
+
+    Raises:
+        ValueError: the ranks of a part of the world belong to different numbers of groups. PyTorch names the new one
+            after that number, so that they would wait for each other under different names.
+    """
     if group is None:
         return None
-    ranks = dist.get_process_group_ranks(group)
-    made: dist.ProcessGroup = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    members = dist.get_process_group_ranks(group)
+    part = len(members) < dist.get_world_size()  # of all ranks, each counts the groups that were ever made
+    if part:
+        groups: list[Any] = [None] * len(members)
+        dist.all_gather_object(groups, len(dist.distributed_c10d._world.pg_names), group=group)
+        if len(set(groups)) > 1:
+            raise ValueError(f"group: expected ranks that belong to equally many process groups, got {groups}")
+    made: dist.ProcessGroup = dist.new_group(members, backend="gloo", use_local_synchronization=part)
     return made
 
 
