@@ -8,6 +8,7 @@ __all__ = [
     "BackendError",
     "ContrastiveStats",
     "EncoderCost",
+    "GatheredKeys",
     "GradCache",
     "Link",
     "Machine",
@@ -26,6 +27,7 @@ __all__ = [
     "balance_ranks",
     "embed_splice",
     "gated_residual",
+    "gather_keys",
     "infonce",
     "mrope_position_ids",
     "norm_rope",
@@ -74,7 +76,15 @@ else:
         qk_norm_rope,
         rotary_cos_sin,
     )
-    from mmkernels.ops.contrastive import ContrastiveStats, infonce, sample_negatives, siglip, topk_similar
+    from mmkernels.ops.contrastive import (
+        ContrastiveStats,
+        GatheredKeys,
+        gather_keys,
+        infonce,
+        sample_negatives,
+        siglip,
+        topk_similar,
+    )
     from mmkernels.ops.modality import Modality
     from mmkernels.ops.packing import (
         embed_splice,

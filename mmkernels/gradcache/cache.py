@@ -107,6 +107,9 @@ class GradCache:
         token_loss_fn: `(outputs, inputs) -> (sum, count) or {objective: (sum, count)}` of one chunk; see above.
         group: process group of the ranks that train together, see above. With "auto" also needed when `loss_fn`
             communicates with other ranks and no encoder is wrapped.
+        on_embedded: called in the first pass with each encoder's number and all its embeddings, without gradient,
+            before the next encoder runs: to begin an exchange with other ranks (`gather_keys`) that goes on meanwhile.
+            With automatic sizes or token losses it is called after all encoders have run.
         check_passes: compare the embeddings (and the counts of token losses) of both passes, which reads a number from
             the device at the end of a step. A relative difference above 1% (10% where anything is narrower than
             float32) raises on the rank that sees it, whose gradients are then wrong.
@@ -135,6 +138,7 @@ class GradCache:
         memory_budget: int | None = None,
         token_loss_fn: Callable[[list[Any], list[Any]], Any] | None = None,
         group: Any = None,
+        on_embedded: Callable[[int, Tensor], None] | None = None,
         check_passes: bool = True,
     ) -> None:
         if not isinstance(encoders, (Sequence, nn.ModuleList)) or not len(encoders):
@@ -148,11 +152,14 @@ class GradCache:
             wrong_type("token_loss_fn", "a callable", token_loss_fn)
         if group is not None and not callable(getattr(group, "size", None)):
             wrong_type("group", "a process group of torch.distributed", group)
+        if on_embedded is not None and not callable(on_embedded):
+            wrong_type("on_embedded", "None or a callable", on_embedded)
         if not isinstance(check_passes, bool):
             wrong_type("check_passes", "True or False", check_passes)
         self.encoders: list[Encoder] = list(encoders)
         self.loss_fn = loss_fn
         self.token_loss_fn = token_loss_fn
+        self.on_embedded = on_embedded
         self.group, self.check_passes = group, check_passes
         asked = _chunk_sizes(chunk_size, len(self.encoders))
         if token_loss_fn is not None and len(set(asked)) > 1:
@@ -239,7 +246,7 @@ class GradCache:
         self._warn_of_batch_norm(towers)
         passes = Passes("token_loss_fn", modules) if self.check_passes else None
         token = None if self.token_loss_fn is None else TokenLoss(self.token_loss_fn, self.group, passes)
-        return Step(towers, self.loss_fn, token, scale_loss, modules, group=self.group)
+        return Step(towers, self.loss_fn, token, scale_loss, modules, group=self.group, on_embedded=self.on_embedded)
 
     def _warn_of_batch_norm(self, towers: list[Tower]) -> None:
         for tower in towers:

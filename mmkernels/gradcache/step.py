@@ -52,6 +52,7 @@ class Step:
         undo: under automatic sizes, when shards are gathered: raise `RanOut` instead of the allocator's error.
         peers: under automatic sizes: process groups whose ranks must restart together.
         group: the ranks that train together, if known: they agree on what no rank uses and on plain steps.
+        on_embedded: told each encoder's number and embeddings.
     """
 
     towers: list[Tower]
@@ -62,6 +63,7 @@ class Step:
     undo: Undo | None = None
     peers: Sequence[Any] = ()
     group: Any = None
+    on_embedded: Callable[[int, Tensor], None] | None = None
 
     def run(self) -> Any:
         """What `loss_fn` returned, the loss detached; with a token loss, the whole loss first and its parts last.
@@ -78,14 +80,12 @@ class Step:
             sync.expect_no_static_graph()
         with nullcontext() if at_once else sync.held():
             # 1. Embed without gradients. Clear autocast's weight cache: filled under no_grad, it would cut off pass 3.
-            with torch.set_grad_enabled(at_once and torch.is_grad_enabled()), self._all_or_none():
-                made = [self._embed(bundle, at_once) for bundle in bundles]
+            with torch.set_grad_enabled(at_once and torch.is_grad_enabled()):
+                made = self._embed_all(bundles, at_once)
             if not at_once:
                 torch.clear_autocast_cache()
 
             # 2. Loss on the detached embeddings of the whole batch; `.grad` of these is the cache.
-            for tower in self.towers:
-                tower.join()
             output = self.loss_fn(*(tower.embeddings for tower in self.towers))
             from_loss = leaves(_loss_of(output))
             self._backward_loss(output)
@@ -116,7 +116,7 @@ class Step:
 
     def _plain(self, bundles: list[Bundle]) -> Any:
         """One graph from the inputs to the loss, one backward: a wrapper reduces in the one that reaches all of it."""
-        made = [self._embed(bundle, keep=True) for bundle in bundles]
+        made = self._embed_all(bundles, keep=True)
         outputs = [out for each in made for out in each.outputs]
         output = self.loss_fn(*map(embedding, outputs))
         parts = [self.scale_loss(_loss_of(output))]
@@ -158,6 +158,29 @@ class Step:
         if self.token is not None:
             return [[(tower, i) for tower in self.towers] for i in range(len(self.towers[0].chunks))]
         return [[(tower, i)] for tower in self.towers for i in range(len(tower.chunks))]
+
+    def _embed_all(self, bundles: list[Bundle], keep: bool) -> list[_Made]:
+        """Pass 1. What is told of an encoder may be sent to other ranks, so that under automatic sizes nothing is until
+        all ranks have had enough memory."""
+        made, told = [], 0
+        with self._all_or_none():
+            for bundle in bundles:
+                made.append(self._embed(bundle, keep))
+                for tower, i in bundle:
+                    if i == len(tower.chunks) - 1:
+                        tower.join()
+                if not self.peers:
+                    told = self._tell(told)
+        self._tell(told)
+        return made
+
+    def _tell(self, told: int) -> int:
+        """Tell of the encoders that are through, in their order, from one on; returns how many have been told of."""
+        while told < len(self.towers) and self.towers[told].through:
+            if self.on_embedded is not None:
+                self.on_embedded(told, self.towers[told].embeddings.detach())
+            told += 1
+        return told
 
     def _embed(self, bundle: Bundle, keep: bool) -> _Made:
         """Pass 1 of a bundle. Its results are kept only if they have a graph."""

@@ -82,6 +82,11 @@ class Tower:
         self.embeddings = torch.cat(self.parts).requires_grad_(not self.frozen())
 
     @property
+    def through(self) -> bool:
+        """Whether all chunks have been embedded."""
+        return len(self.parts) == len(self.chunks)
+
+    @property
     def cache(self) -> list[Tensor]:
         """The gradient of each chunk's embeddings; empty if frozen, or if the loss does not use them."""
         grad = self.embeddings.grad

@@ -57,6 +57,10 @@ class Batch:
         padded = sum(packed.num_samples * packed.max_seqlen for packed in self.streams.values())
         return 1 - self.tokens / padded if padded else 0.0
 
+    def present(self, *streams: str) -> Tensor:
+        """bool [S]: the samples of this rank that have all of these streams."""
+        return torch.stack([self.streams[stream].cu_seqlens.diff() > 0 for stream in streams]).all(0)
+
     @property
     def roster(self) -> Roster:
         """The samples of all ranks; those of this batch alone as long as no other rank is known."""

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.recipe import Facts, Recipe
 from mmkernels.pretrain.seen import Chunk, Seen
-from mmkernels.pretrain.stream import StreamEncoder, named_by, stream_encoders
+from mmkernels.pretrain.stream import StreamEncoder, encoded, named_by, stream_encoders
 
 __all__ = ["Model"]
 
@@ -36,7 +36,7 @@ class Model(nn.Module):
         compared = named_by(recipe.objectives, "compares", of=recipe.objectives.keys() - self.by_token)
         self.taught = named_by(recipe.objectives, "taught")
         pooled = self.fusion is None and not self.by_token
-        self.encoded = tuple(name for name in recipe.streams if not pooled or name in compared)
+        self.encoded = encoded(recipe, compared) if pooled else tuple(recipe.streams)
         self.streams = stream_encoders(recipe.streams, facts, pooled, compared | self.taught)
 
     def encoder(self, stream: str) -> StreamEncoder:

@@ -6,12 +6,13 @@ The samples are in the order of the batch, which does not depend on the number o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkernels import GatheredKeys
 from mmkernels.pretrain.ranks import ALONE, Ranks
 
 __all__ = ["Roster"]
@@ -29,6 +30,7 @@ class Roster:
         mine: int64 [S]: which of them are this rank's, in its own order; -1 for one that only fills an empty rank.
         order: int64 [B]: where each is among the rows of all ranks, one rank after the other.
         counts: rows of each rank.
+        sent: embeddings of all ranks that are on their way, by their stream and the streams that their samples have.
     """
 
     ranks: Ranks
@@ -38,6 +40,7 @@ class Roster:
     mine: Tensor
     order: Tensor
     counts: tuple[int, ...]
+    sent: dict[tuple[str, ...], GatheredKeys] = field(default_factory=dict)
 
     @classmethod
     def of(

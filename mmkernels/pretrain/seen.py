@@ -58,11 +58,7 @@ class Seen:
 
     def present(self, *streams: str) -> Tensor:
         """bool [S]: the samples of this rank that have all of these streams."""
-        lengths = [self.batch[stream].cu_seqlens.diff() > 0 for stream in streams]
-        have = lengths[0]
-        for each in lengths[1:]:
-            have = have & each
-        return have
+        return self.batch.present(*streams)
 
     def everyone(self, *streams: str) -> tuple[list[Tensor], Tensor]:
         """(the embeddings [B, E] of some streams on all ranks, bool [B]: the samples that have all of these), for a

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels import PackedBatch, segment_pool
-from mmkernels.pretrain.recipe import Facts, Stream
+from mmkernels.pretrain.recipe import Facts, Recipe, Stream
 from mmkernels.pretrain.tokens import Tokens
 
-__all__ = ["StreamEncoder", "named_by", "stream_encoders"]
+__all__ = ["StreamEncoder", "encoded", "named_by", "stream_encoders"]
 
 
 class StreamEncoder(nn.Module):
@@ -65,6 +65,13 @@ def named_by(objectives: Mapping[str, Any], what: str, of: Collection[str] = ())
         if not getattr(objectives[name], what, ()):
             raise ValueError(f"objectives.{name}: expected a part with a property {what}, got {objectives[name]}")
     return {name for part in objectives.values() for name in getattr(part, what, ())}
+
+
+def encoded(recipe: Recipe, compared: Collection[str]) -> tuple[str, ...]:
+    """The streams that objectives compare, in the order in which they are encoded: those first that go to other ranks
+    meanwhile."""
+    first = named_by(recipe.objectives, "keys")
+    return tuple(sorted((name for name in recipe.streams if name in compared), key=lambda name: name not in first))
 
 
 def stream_encoders(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmkernels import GradCache, received_bytes
 from mmkernels.pretrain import checkpoint
+from mmkernels.pretrain.ahead import Ahead
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import BatchSampler, Collator, Data, Dealer, TokenSampler, TrainLoader
@@ -89,6 +90,7 @@ class Trainer:
             self.carried["average"] = self.average
         followers = [twin.module for twin in (*self.twins.of.values(), *([self.average] if self.average else []))]
         self.placed = placed(self.model, ranks, config, device, followers)
+        self.ahead = Ahead(self.model, ranks, device)
         self.parameters = list(self.model.parameters())
         decayed = [p for p in self.parameters if p.ndim > 1]
         others = [p for p in self.parameters if p.ndim <= 1]
@@ -199,6 +201,7 @@ class Trainer:
         ):
             taught = {name: self.model.owner[name] for name in self.model.taught}
             teacher = self.twins.embeddings(batch.streams, taught, config.chunk)
+            self._cache.on_embedded = self.ahead.of(batch, weights)
             self._cache.loss_fn = self._marked(self.model.loss(batch, weights, config.chunk, teacher))
             loss, parts = self._cache(*(batch[name] for name in self.model.encoded))
         norm = self.placed.clip(self.parameters, config.clip_grad)

@@ -98,6 +98,12 @@ class Machine:
         return rate
 
     @staticmethod
+    def of(device: torch.device | str) -> Machine:
+        """What a device is taken for where no machine is given: a GPU by its name, with its own memory, other devices
+        for "CPU". Nothing is measured."""
+        return machine_of(torch.device(device))
+
+    @staticmethod
     def named(name: str) -> Machine:
         """A preset: "A100-80GB", "H100" or "H200" by data sheet, or "CPU".
 

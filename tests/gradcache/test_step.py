@@ -353,3 +353,32 @@ def test_cuda_generators_are_replayed() -> None:
     torch.manual_seed(5)
     GradCache(encoders, loss_fn, chunk_size=4)(*inputs)
     assert_same(gradients(*encoders), expected)
+
+
+@pytest.mark.parametrize(("size", "told"), [(2, [0, 1]), (5, [0, 1]), ("auto", [0, 1])])
+def test_tells_of_embeddings_before_the_next_encoder_runs(size: Any, told: list[int]) -> None:
+    first, second = Encoder(), Encoder(20)
+    x, y = torch.randn(5, 6), torch.randn(5, 6)
+    seen: list[Any] = []
+
+    def runs(chunk: Tensor) -> Tensor:
+        seen.append("runs")
+        return second(chunk)
+
+    def heard(number: int, rows: Tensor) -> None:
+        assert not rows.requires_grad
+        torch.testing.assert_close(rows, (first, second)[number]((x, y)[number]).detach())
+        seen.append(number)
+
+    budget = {"memory_budget": 10**9} if size == "auto" else {}
+    step = GradCache([first, runs], plain_infonce, chunk_size=size, on_embedded=heard, **budget)
+    for _ in range(2):  # automatic sizes are measured in the first
+        seen.clear()
+        step(x, y)
+    assert [each for each in seen if each != "runs"] == told
+    assert size == "auto" or seen[0] == 0, "before the second runs"
+
+
+def test_on_embedded_is_checked() -> None:
+    with pytest.raises(TypeError, match="on_embedded: expected None or a callable, got 3"):
+        GradCache([Encoder()], plain_infonce, chunk_size=2, on_embedded=3)  # type: ignore[arg-type]

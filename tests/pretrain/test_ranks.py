@@ -138,3 +138,27 @@ def test_resumed_on_other_ranks(recipe: str, tmp_path: Path) -> None:
     for name, value in one["weights"].items():
         different = (value - parts[-1][0]["weights"][name]).abs() > 100 * CLOSE
         assert different.sum() <= 2e-3 * value.numel() + 2, name
+
+
+def keys_sent(rank: int, world: int, recipe: str) -> tuple[list[tuple[str, ...]], list[str]]:
+    """(what was on its way before the loss, the streams in the order in which they were encoded)"""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Config.of(recipe, run=Path(folder) / "run", steps=2, batch=12, chunk=2, parts=SMALL)
+        data = open_source(config)
+        with launched(config) as (peers, device):
+            tokenizer = peers.of_leader(lambda: tokenizer_for(config, data, RunFolder(config)))
+            trainer = Trainer(config, data, tokenizer, device, peers)
+            trainer.begin()
+            batch = next(trainer.loader)
+            trainer.backward(batch)
+            return sorted(batch.roster.sent), list(trainer.model.encoded)
+
+
+def test_keys_are_sent_while_other_streams_are_encoded() -> None:
+    for recipe in ("clip", "siglip"):
+        for world in (1, 2):
+            for sent, order in ranks.run(world, keys_sent, recipe):
+                assert order[0] == "text" and sent == [("text", "image", "text")][: world - 1]
+    for recipe in ("moco", "albef"):  # a queue's keys are the twin's; embeddings after tokens
+        for sent, _ in ranks.run(2, keys_sent, recipe):
+            assert not sent

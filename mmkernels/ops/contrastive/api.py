@@ -23,6 +23,7 @@ from mmkernels.ops.contrastive.checks import (
     weights_of,
 )
 from mmkernels.ops.contrastive.exchange import checked_machine
+from mmkernels.ops.contrastive.gathering import GatheredKeys, check_gathered, gather_keys
 from mmkernels.ops.contrastive.losses import Over, infonce_loss, siglip_loss
 from mmkernels.ops.contrastive.over import Local
 from mmkernels.ops.contrastive.over_ranks import infonce_over_ranks, refusing, siglip_over_ranks
@@ -30,7 +31,15 @@ from mmkernels.ops.contrastive.types import ContrastiveStats, Targets
 from mmkernels.runtime.backends import resolve
 from mmkernels.runtime.machine import Machine
 
-__all__ = ["ContrastiveStats", "infonce", "sample_negatives", "siglip", "topk_similar"]
+__all__ = [
+    "ContrastiveStats",
+    "GatheredKeys",
+    "gather_keys",
+    "infonce",
+    "sample_negatives",
+    "siglip",
+    "topk_similar",
+]
 
 
 def infonce(
@@ -50,6 +59,7 @@ def infonce(
     group: Any = None,
     exchange: str = "auto",
     machine: Machine | None = None,
+    gathered: GatheredKeys | None = None,
     return_stats: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -97,6 +107,7 @@ def infonce(
         machine: the `Machine` by which "auto" predicts; by default a GPU's from its data sheet, or a CPU's over gloo.
             Nothing is measured in a call (`Machine.measured` measures beforehand). Ranks may have different ones: all
             choose by the slowest of each figure, so they choose alike. Only used with a group.
+        gathered: what `gather_keys` returned for these keys, if their exchange has begun before; it is then not chosen.
         return_stats: also return `ContrastiveStats`, from the same pass.
         deterministic: deprecated, without effect: every backend gives the same bits for the same input and machine, on
             a CPU for any number of threads.
@@ -142,10 +153,11 @@ def infonce(
         plain = all(option is None for option in options.values())
         chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
         here = None if group is None else checked_machine(machine, queries)
+        check_gathered(gathered, keys, group, exchange)
     if plain:
         return op_plain.infonce_fwd(queries, keys, scale, chosen)[0]
     call = queries, keys, scale, pairs, soft, extra, row_weights, symmetric, return_stats
-    over: Over = Local(queries, keys) if here is None else infonce_over_ranks(group, exchange, here, *call)
+    over: Over = Local(queries, keys) if here is None else infonce_over_ranks(group, exchange, here, *call, gathered)
     loss, stats = infonce_loss(*call, over, chosen)
     return (loss, stats) if return_stats else loss
 
@@ -161,6 +173,7 @@ def siglip(
     group: Any = None,
     exchange: str = "auto",
     machine: Machine | None = None,
+    gathered: GatheredKeys | None = None,
     return_stats: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -182,7 +195,7 @@ def siglip(
         logit_bias: added to the logits; like logit_scale.
         query_ids, key_ids: [N], [M] int64 or int32: pairs with the same id are positive; key_ids default to query_ids.
             Without ids the positive of query i is key i.
-        group, exchange, machine: as in `infonce`; scale and bias get their full gradient on every rank.
+        group, exchange, machine, gathered: as in `infonce`; scale and bias get their full gradient on every rank.
         return_stats: also return `ContrastiveStats` of the same logits, from a separate forward pass.
         deterministic: deprecated, without effect: every backend gives the same bits for the same input and machine, on
             a CPU for any number of threads.
@@ -210,10 +223,11 @@ def siglip(
         options = {"query_ids": query_ids, "return_stats": return_stats or None, "group": group}
         chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
         here = None if group is None else checked_machine(machine, queries)
+        check_gathered(gathered, keys, group, exchange)
     if plain:
         return op_plain.siglip_fwd(queries, keys, scale, bias, chosen)[0]
     call = queries, keys, scale, bias, pairs, return_stats
-    over: Over = Local(queries, keys) if here is None else siglip_over_ranks(group, exchange, here, *call)
+    over: Over = Local(queries, keys) if here is None else siglip_over_ranks(group, exchange, here, *call, gathered)
     loss, stats = siglip_loss(*call, over, chosen)
     return (loss, stats) if return_stats else loss
 

@@ -174,7 +174,11 @@ class _Side:
 
     def gathered(self) -> tuple[Tensor | None, ...]:
         """All ranks' keys with what travels with them."""
-        return tuple(None if x is None else self.ranks.gathered(x, self.ranks.keys) for x in self._of_keys())
+        keys, *others = self._of_keys()
+        sent, counts = self.ranks.sent, self.ranks.keys
+        assert keys is not None
+        first = self.ranks.gathered(keys, counts) if sent is None else sent.wait()
+        return (first, *(None if x is None else self.ranks.gathered(x, counts) for x in others))
 
     def all_at_once(self, of_all_keys: Sequence[Tensor | None], columns: Tensor | None = None) -> _Visit:
         targets = None if self.pairs.targets is None else self.pairs.targets + self.ranks.first_key

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmkernels.ops.checks import wrong_type, wrong_value
 from mmkernels.ops.contrastive.choice import choose
+from mmkernels.ops.contrastive.gathering import GatheredKeys
 from mmkernels.ops.contrastive.traffic import TABLE, Call
 from mmkernels.runtime.gather import gather_into
 from mmkernels.runtime.machine import FIGURES, Machine, machine_of
@@ -33,6 +34,7 @@ class Ranks:
         rank: this rank.
         queries, keys, negatives: row counts of every rank.
         ring, ring_of_negatives: whether keys, and negatives, move block by block rather than all at once.
+        sent: the keys, if they are on their way.
     """
 
     group: Any
@@ -42,10 +44,15 @@ class Ranks:
     negatives: list[int]
     ring: bool
     ring_of_negatives: bool
+    sent: GatheredKeys | None = None
 
     def with_negatives(self) -> Ranks:
         """The same ranks with the negatives as keys."""
-        return replace(self, keys=self.negatives, ring=self.ring_of_negatives)
+        return replace(self, keys=self.negatives, ring=self.ring_of_negatives, sent=None)
+
+    def with_others(self) -> Ranks:
+        """The same ranks with other keys, as many."""
+        return self if self.sent is None else replace(self, sent=None)
 
     @property
     def world(self) -> int:
@@ -177,6 +184,7 @@ def agree(
     machine: Machine,
     same: Mapping[str, Any],
     call: Callable[[list[int], list[int], list[int]], Call],
+    sent: GatheredKeys | None = None,
 ) -> Ranks:
     """Exchange row counts, check that all ranks make the same call, and choose the exchange.
 
@@ -187,12 +195,14 @@ def agree(
         machine: this rank's; "auto" chooses by the slowest rank's figures.
         same: values that must be equal on every rank, by name: bools, numbers, strings.
         call: the call, from the queries, keys and negatives of every rank.
+        sent: the keys, if they are on their way.
 
     Raises:
         ValueError: on every rank, naming what differs.
     """
     width, dtype = queries.shape[1], str(queries.dtype).removeprefix("torch.")
-    common = {"queries: width": width, "queries: dtype": dtype, "exchange": exchange, **same}
+    given = "None" if sent is None else "given"
+    common = {"queries: width": width, "queries: dtype": dtype, "exchange": exchange, "gathered": given, **same}
     rows = [0 if x is None else x.shape[0] for x in (queries, keys, negatives)]
     values, figures = [_code(value) for value in common.values()], map(_code, machine.figures(queries.dtype))
     table = _table(group, [0, *rows, *values, *figures], queries.device)
@@ -209,7 +219,10 @@ def agree(
     if exchange == "auto":
         machines = [[_float(code) for code in line[after : after + FIGURES]] for line in table]
         chosen = choose(call(queries_of, keys_of, negatives_of), Machine.slowest(queries.dtype, machines))
-    return Ranks(group, rank, queries_of, keys_of, negatives_of, *(how == "ring" for how in chosen))
+    if sent is not None and sent.counts != keys_of:
+        raise ValueError(f"gathered: expected keys of {keys_of} rows, one number for each rank, got {sent.counts}")
+    ring, ring_of_negatives = (how == "ring" for how in chosen)
+    return Ranks(group, rank, queries_of, keys_of, negatives_of, ring and sent is None, ring_of_negatives, sent)
 
 
 def refused(group: Any, device: torch.device | None) -> None:

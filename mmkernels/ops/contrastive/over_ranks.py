@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from mmkernels.ops.contrastive import distributed
 from mmkernels.ops.contrastive.exchange import Ranks, agree, check_group, refused
+from mmkernels.ops.contrastive.gathering import GatheredKeys
 from mmkernels.ops.contrastive.traffic import Call
 from mmkernels.ops.contrastive.types import Pairs, Targets, Teacher
 from mmkernels.runtime.machine import Machine
@@ -43,8 +44,8 @@ def refusing(group: Any, exchange: Any, features: Any) -> Iterator[None]:
 class OverRanks:
     """A batch distributed over the ranks of a group; over.Local documents the methods."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, keys: Tensor) -> None:
+        self._ranks, self._keys = ranks, keys
         self.queries, self.keys = ranks.queries, ranks.keys
 
     def softmax(
@@ -58,8 +59,9 @@ class OverRanks:
         columns: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        rules = pairs, teacher, totals, columns
-        return distributed.softmax_fwd(self._ranks, queries, keys, logit_scale, *rules, backend)
+        rules, ranks = (pairs, teacher, totals, columns), self._ranks
+        ranks = ranks if keys is self._keys else ranks.with_others()
+        return distributed.softmax_fwd(ranks, queries, keys, logit_scale, *rules, backend)
 
     def of_negatives(self, queries: Tensor, negatives: Tensor, logit_scale: Tensor, backend: str) -> Tensor | None:
         if sum(self._ranks.negatives) == 0:
@@ -122,6 +124,7 @@ def infonce_over_ranks(
     weights: Tensor | None,
     symmetric: bool,
     return_stats: bool,
+    gathered: GatheredKeys | None = None,
 ) -> OverRanks:
     """Agree on an infonce call with the other ranks; arguments are already checked, `machine` is this rank's.
 
@@ -156,7 +159,7 @@ def infonce_over_ranks(
         gradients=(_needs(queries), _needs(keys), negatives is not None and _needs(negatives)),
         scalars=_scalars(logit_scale),
     )
-    return OverRanks(agree(group, queries, keys, negatives, exchange, machine, same, call))
+    return OverRanks(agree(group, queries, keys, negatives, exchange, machine, same, call, gathered), keys)
 
 
 def siglip_over_ranks(
@@ -169,6 +172,7 @@ def siglip_over_ranks(
     logit_bias: Tensor,
     pairs: Pairs,
     return_stats: bool,
+    gathered: GatheredKeys | None = None,
 ) -> OverRanks:
     """The same for siglip."""
     same = {
@@ -189,7 +193,7 @@ def siglip_over_ranks(
         gradients=(_needs(queries), _needs(keys), False),
         scalars=_scalars(logit_scale, logit_bias),
     )
-    return OverRanks(agree(group, queries, keys, None, exchange, machine, same, call))
+    return OverRanks(agree(group, queries, keys, None, exchange, machine, same, call, gathered), keys)
 
 
 def _given(x: Tensor | None) -> str:

@@ -42,6 +42,7 @@ class BatchObjective(Objective):
     the batch, and the mean of their gradients its gradient. (All may compute the same from `seen.everyone`.)
 
     Its part names their streams, in a property `compares`; in `taught` those whose momentum twin's embeddings it reads.
+    In `keys`, the streams whose rows of all ranks its loss takes as `gathered`: they are exchanged while others encode.
     With a true `by_concept` it takes samples of the same concept for positives, and a batch has no two of them.
     """
 

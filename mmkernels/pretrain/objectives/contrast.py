@@ -61,6 +61,10 @@ class Contrast:
         return (self.a, self.b) if self.symmetric or not self.queue else (self.a,)  # a queue's keys are the twin's
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        return () if self.queue else (self.b,)
+
+    @property
     def taught(self) -> tuple[str, ...]:
         if self.distil != 0.0 or (self.queue and self.symmetric):
             return self.a, self.b
@@ -95,15 +99,14 @@ class ContrastLoss(BatchObjective):
 
     def over_batch(self, seen: Seen) -> Tensor:
         a, b = self.part.a, self.part.b
-        rows = torch.nonzero(seen.present(a, b)).flatten()
-        if not seen.roster.present(a, b).any():
+        rows, everywhere = torch.nonzero(seen.present(a, b)).flatten(), seen.roster.present(a, b)
+        if not everywhere.any():
             return 0.0 * torch.stack([seen.embedding(name).sum() for name in self.part.compares]).sum()
         own = {name: seen.embedding(name)[rows] for name in self.part.compares}
         twins = {name: seen.teacher[name][rows] for name in (a, b) if name in seen.teacher}
-        everywhere = seen.roster.present(a, b)
         self._latest = {name: seen.roster.rows(seen.teacher[name].detach())[everywhere] for name in self.queues}
         ways = [(a, b), (b, a)] if self.one_way and self.part.symmetric else [(a, b)]
-        options: dict[str, Any] = {"group": seen.roster.ranks.group}
+        options: dict[str, Any] = {"group": seen.roster.ranks.group, "gathered": seen.roster.sent.get((b, a, b))}
         if self.part.by_concept and not seen.roster.distinct(a, b):
             options |= {"query_ids": seen.batch.concepts[rows], "key_ids": seen.batch.concepts[rows]}
         return torch.stack([self._one(own, twins, *way, seen, options) for way in ways]).mean()
@@ -115,8 +118,7 @@ class ContrastLoss(BatchObjective):
         # Against a queue, keys and negatives must come from the same encoder: the twin.
         keys = twins[y] if queue is not None else own[y]
         more: dict[str, Any] = {}
-        alpha = at(self.part.distil, seen.step)
-        if alpha > 0:
+        if (alpha := at(self.part.distil, seen.step)) > 0:
             more["teacher"] = (twins[x], twins[y], alpha)
         if queue is not None and len(queue):  # all ranks have the same queue: each brings its share
             more["negatives"] = queue.keys().tensor_split(seen.roster.ranks.size)[seen.roster.ranks.rank]

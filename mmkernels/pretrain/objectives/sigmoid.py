@@ -44,6 +44,10 @@ class Sigmoid:
     def compares(self) -> tuple[str, ...]:
         return self.a, self.b
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.b,)
+
     def build(self, facts: Facts) -> SigmoidLoss:
         return SigmoidLoss(self, facts)
 
@@ -65,7 +69,7 @@ class SigmoidLoss(BatchObjective):
         rows = torch.nonzero(seen.present(a, b)).flatten()
         if not seen.roster.present(a, b).any():
             return 0.0 * (seen.embedding(a).sum() + seen.embedding(b).sum())
-        options: dict[str, Any] = {"group": seen.roster.ranks.group}
+        options: dict[str, Any] = {"group": seen.roster.ranks.group, "gathered": seen.roster.sent.get((b, a, b))}
         if not seen.roster.distinct(a, b):
             options |= {"query_ids": seen.batch.concepts[rows], "key_ids": seen.batch.concepts[rows]}
         loss: Tensor = self.loss(seen.embedding(a)[rows], seen.embedding(b)[rows], **options)
