@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import sample_negatives
 from mmkernels.pretrain.roster import Roster
 from mmkernels.pretrain.tokens import Layout, Tokens
 
-__all__ = ["hard_negatives", "pooled"]
+__all__ = ["partners"]
+
+
+def partners(
+    streams: Mapping[str, tuple[Tensor, Tokens]], roster: Roster, scale: float, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tokens]]:
+    """Draw for each sample a wrong partner in either of two streams, by similarity.
+
+    Args:
+        streams: of both, embeddings [S, E] and tokens of this rank's samples.
+        roster: the samples to draw from.
+        scale, generator: as in `hard_negatives`.
+
+    Returns:
+        by stream: int64 [S], where the partner of each of this rank's samples is in the tokens, -1 for none; and the
+        tokens of this rank's samples and of the partners that others hold.
+    """
+    rows = {name: roster.rows(embeddings.detach()) for name, (embeddings, _) in streams.items()}
+    wrong, pool = {}, {}
+    for name, other in zip(streams, reversed(list(streams)), strict=True):
+        chosen = hard_negatives(rows[other], rows[name], roster, roster.present(*streams), scale, generator)
+        pool[name], places = pooled(streams[name][1], roster, chosen)
+        wrong[name] = _or_none(places, _or_none(chosen, roster.mine)).to(rows[name].device)
+    return wrong, pool
+
+
+def _or_none(values: Tensor, at: Tensor) -> Tensor:
+    """Values at some places; at place -1, for none, -1."""
+    return F.pad(values, (0, 1), value=-1)[at]
 
 
 @torch.no_grad()

@@ -72,6 +72,16 @@ class Roster:
         return cls(ranks, every[:, 1].contiguous(), columns, owners, mine, order, counts)
 
     @property
+    def own(self) -> Roster:
+        """Of this rank's samples alone, as if there were no other ranks."""
+        has = self.mine >= 0
+        mine, here = torch.full_like(self.mine, -1), self.mine[has]
+        order = torch.arange(len(here))
+        mine[has] = order
+        lengths = {name: each[here] for name, each in self.lengths.items()}
+        return Roster(ALONE, self.concepts[here], lengths, torch.zeros_like(here), mine, order, (len(mine),))
+
+    @property
     def samples(self) -> int:
         """B."""
         return len(self.concepts)

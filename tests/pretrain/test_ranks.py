@@ -162,3 +162,44 @@ def test_keys_are_sent_while_other_streams_are_encoded() -> None:
     for recipe in ("moco", "albef"):  # a queue's keys are the twin's; embeddings after tokens
         for sent, _ in ranks.run(2, keys_sent, recipe):
             assert not sent
+
+
+def partners_of(rank: int, world: int, scope: str, batch: int) -> dict[str, Any]:
+    """One step of matching: who was paired with whom, and what was received."""
+    with tempfile.TemporaryDirectory() as folder:
+        parts = SMALL | {"objectives.matching.scope": scope}
+        config = Config.of("albef", run=Path(folder) / "run", steps=2, batch=batch, chunk=2, parts=parts)
+        data = open_source(config)
+        with launched(config) as (peers, device):
+            tokenizer = peers.of_leader(lambda: tokenizer_for(config, data, RunFolder(config)))
+            trainer = Trainer(config, data, tokenizer, device, peers)
+            trainer.begin()
+            batch_ = next(trainer.loader)
+            before = peers.received
+            outcome = trainer.backward(batch_)
+            wrong = trainer.model.objectives["matching"]._wrong
+            pairs = {name: each.tolist() for name, each in wrong.items()}
+        concepts = batch_.concepts.tolist()
+    return {"pairs": pairs, "concepts": concepts, "received": peers.received - before, "outcome": outcome}
+
+
+def test_negatives_of_a_rank_alone() -> None:
+    (one,), (same,) = (ranks.run(1, partners_of, scope, 12) for scope in ("batch", "rank"))
+    assert one["pairs"] == same["pairs"] and one["outcome"] == same["outcome"]
+    batch, own = (ranks.run(2, partners_of, scope, 12) for scope in ("batch", "rank"))
+    for rank in range(2):
+        concepts = own[rank]["concepts"]
+        for wrong in own[rank]["pairs"].values():
+            assert len(wrong) == len(concepts) and max(wrong) < len(concepts), "none of another rank's"
+            assert all(n < 0 or concepts[n] != mine for n, mine in zip(wrong, concepts, strict=True))
+            assert max(wrong) >= 0
+        assert own[rank]["received"] < 0.5 * batch[rank]["received"], "no tokens are exchanged"
+    assert math.isfinite(own[0]["outcome"].loss) and own[0]["outcome"] == own[1]["outcome"]
+    for alone in ranks.run(4, partners_of, "rank", 4):  # a sample each: no negatives, and nobody waits
+        assert all(n == -1 for wrong in alone["pairs"].values() for n in wrong)
+        assert math.isfinite(alone["outcome"].loss)
+
+
+def test_scope_is_checked() -> None:
+    with pytest.raises(ValueError, match="scope: expected 'batch' or 'rank', got 'node'"):
+        partners_of(0, 1, "node", 4)

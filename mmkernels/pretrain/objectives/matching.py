@@ -16,7 +16,7 @@ from torch import Tensor
 from mmkernels import segment_pool
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.objectives.base import Classification, Head
-from mmkernels.pretrain.pool import hard_negatives, pooled
+from mmkernels.pretrain.pool import partners
 from mmkernels.pretrain.recipe import Facts, Ramp
 from mmkernels.pretrain.seen import Chunk, Seen
 from mmkernels.pretrain.tokens import Tokens
@@ -37,12 +37,16 @@ class Matching:
     negatives: Literal["sampled", "swapped"] = "sampled"
     """sampled: for each sample one wrong `a` and one wrong `b` of the whole batch, drawn by similarity; what the fusion
     joins with them stays its own. swapped: those samples in which a view (`Swap`) has replaced a stream."""
+    scope: Literal["batch", "rank"] = "batch"
+    """Where sampled negatives come from: the batch of all ranks, which exchange tokens, or each rank's own part."""
     scale: float = 10.0
     """Factor of the similarities that negatives are drawn by; 0: evenly."""
     weight: float | Ramp = 1.0
     """Factor of the loss."""
 
     def build(self, facts: Facts) -> MatchingLoss:
+        if self.scope not in ("batch", "rank"):
+            raise ValueError(f"scope: expected 'batch' or 'rank', got {self.scope!r}")
         swaps = any(getattr(view, "swaps", False) for stream in facts.streams.values() for view in stream.views)
         if self.negatives == "swapped" and not swaps:
             raise ValueError("streams: expected a view that swaps (Swap), which Matching with swapped negatives needs")
@@ -54,28 +58,25 @@ class MatchingLoss(Classification):
         super().__init__()
         self.part, self.read, self.seed = part, part.read or part.b, facts.seed
         self.head = Head(facts, 2)
-        self._wrong: dict[str, Tensor] = {}
-        self._pool: dict[str, Tokens] = {}
+        self._wrong, self._pool = dict[str, Tensor](), dict[str, Tokens]()
 
     def begin(self, seen: Seen) -> None:
         """Draw the whole batch's negatives, so that they depend neither on its chunks nor on the ranks that hold it."""
         if self.part.negatives == "swapped":
             return
-        a, b, roster = self.part.a, self.part.b, seen.roster
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + seen.step) % 2**63)
-        rows = {name: roster.rows(seen.embedding(name).detach()) for name in (a, b)}
-        for name, other in ((a, b), (b, a)):
-            wrong = hard_negatives(rows[other], rows[name], roster, roster.present(a, b), self.part.scale, generator)
-            self._pool[name], places = pooled(seen.tokens(name), roster, wrong)
-            mine = torch.where(roster.mine >= 0, wrong[roster.mine], -1)
-            self._wrong[name] = torch.where(mine >= 0, places[mine], -1).to(rows[name].device)
+        roster, seed = seen.roster, self.seed * 1_000_003 + seen.step
+        streams = {name: (seen.embedding(name), seen.tokens(name)) for name in (self.part.a, self.part.b)}
+        if self.part.scope == "rank":
+            roster, seed = roster.own, seed + roster.ranks.rank * 1_000_000_007
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        self._wrong, self._pool = partners(streams, roster, self.part.scale, generator)
 
     def after_step(self) -> None:
         self._pool = {}
 
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
-        total, count = super().over_tokens(chunk)  # every rank sends back the gradients of what it got, be they none
-        return sum((pool.x[:0].sum() for pool in self._pool.values()), total), count
+        loss, count = super().over_tokens(chunk)  # every rank sends back the gradients of what it got, be they none
+        return sum((pool.x[:0].sum() for pool in self._pool.values()), loss), count
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if self.part.negatives == "swapped":
@@ -93,8 +94,7 @@ class MatchingLoss(Classification):
             tokens[name], pairing[name] = self._needed(chunk, name, samples)
         right = self._pooled(chunk.fused[self.read])[own - first]
         wrong = self._pooled(chunk.fusion(tokens, pairing)[self.read])
-        targets = torch.zeros(len(right) + len(wrong), dtype=torch.int64, device=own.device)
-        targets[: len(right)] = 1
+        targets = (torch.arange(len(right) + len(wrong), device=own.device) < len(right)).long()
         return self.head(torch.cat([right, wrong])), targets
 
     def scores(self, chunk: Chunk, tokens: Mapping[str, Tokens], pairing: Mapping[str, Tensor]) -> Tensor:
