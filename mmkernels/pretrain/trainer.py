@@ -217,7 +217,7 @@ class Trainer:
         return of_rows
 
     def _of_all(self, batch: Batch, names: list[str], mine: list[float], parts: dict[str, Tensor]) -> Outcome:
-        """The means over the ranks, whose losses and chances are parts of those of the batch; and their pace."""
+        """The means over the ranks, whose losses are parts of those of the batch, its chances, and the ranks' pace."""
         chances = {name: self.model.objectives[name].chance_loss(batch) for name in parts}
         first = len(mine)
         for name in names:
