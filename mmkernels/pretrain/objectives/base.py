@@ -28,6 +28,9 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         """Called after every optimizer step."""
 
+    def forget(self) -> None:
+        """Drop what a forward has left for `after_step`: called after each step, be it taken or skipped."""
+
     def metrics(self) -> dict[str, float]:
         """Values of its own for the log, such as a learned scale."""
         return {}

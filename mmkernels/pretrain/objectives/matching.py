@@ -70,7 +70,7 @@ class MatchingLoss(Classification):
             mine = torch.where(roster.mine >= 0, wrong[roster.mine], -1)
             self._wrong[name] = torch.where(mine >= 0, places[mine], -1).to(rows[name].device)
 
-    def after_step(self) -> None:
+    def forget(self) -> None:
         self._pool = {}
 
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
