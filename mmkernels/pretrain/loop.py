@@ -92,6 +92,7 @@ def _loop(
         if fault := guard.fault(found.loss, found.norm):
             what = f"{fault}. The batch begins with {', '.join(batch.names[:5])}"
             if not guard.may_skip():
+                trainer.undo()
                 trainer.loader.load_state_dict(before)
                 path = trainer.save(folder.checkpoints, wait=True, guard=guard.state_dict())
                 saved_in = f"No weight was updated; the run before this step is saved in {path}"

@@ -39,6 +39,7 @@ from mmkernels.pretrain.schedule import (
 )
 from mmkernels.pretrain.setup import documents
 from mmkernels.pretrain.state import Twin, Twins
+from mmkernels.pretrain.statistics import Statistics
 from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.warm_start import WarmStart, warm_start
 from mmkernels.pretrain.workload import workload
@@ -88,6 +89,7 @@ class Trainer:
         self.carried = nn.ModuleDict({"model": self.model, "twins": self.twins})
         if self.average is not None:
             self.carried["average"] = self.average
+        self.statistics = Statistics(self.carried)
         followers = [twin.module for twin in (*self.twins.of.values(), *([self.average] if self.average else []))]
         self.placed = placed(self.model, ranks, config, device, followers)
         self.ahead = Ahead(self.model, ranks, device)
@@ -181,6 +183,7 @@ class Trainer:
         lr = stage.lr_scale * learning_rate(config.lr, config.warmup, config.steps, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.statistics.keep()
         return lr
 
     def _deepen(self, stage: Stage) -> None:
@@ -220,7 +223,7 @@ class Trainer:
         return of_rows
 
     def _of_all(self, batch: Batch, names: list[str], mine: list[float], parts: dict[str, Tensor]) -> Outcome:
-        """The means over the ranks, whose losses and chances are parts of those of the batch; and their pace."""
+        """The means over the ranks, whose losses are parts of those of the batch, its chances, and the ranks' pace."""
         chances = {name: self.model.objectives[name].chance_loss(batch) for name in parts}
         first = len(mine)
         for name in names:
@@ -240,18 +243,28 @@ class Trainer:
     def update(self) -> None:
         """Step the optimizer, and what follows the weights."""
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         for objective in self.model.objectives.values():
             objective.after_step()
+        self._forget()
         self.twins.follow(self.model.streams)  # type: ignore[arg-type]
         if self.average is not None:
             self.average.follow(self.model)
         self.step += 1
 
     def skip(self) -> None:
-        """Leave this step's gradients unused."""
-        self.optimizer.zero_grad(set_to_none=True)
+        """Count a step that was undone."""
+        self.undo()
         self.step += 1
+
+    def undo(self) -> None:
+        """Leave no trace of a backward since `begin`."""
+        self.statistics.restore()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for objective in self.model.objectives.values():
+            objective.forget()
 
     def metrics(self) -> dict[str, float]:
         """Values of the objectives' own, such as learned scales."""

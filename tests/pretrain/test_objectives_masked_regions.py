@@ -143,7 +143,7 @@ def test_swapped_pairs_need_both_streams() -> None:
     found = of.whole(given, "masked")
     _, targets = of.objectives["masked"].logits(found)
     assert targets.tolist() == [1, 0, 1]
-    share = 2 / 4  # of those that were labelled
+    share = 2 / 3  # of those that are judged
     entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
     assert of.objectives["masked"].chance_loss(given) == pytest.approx(entropy)
 

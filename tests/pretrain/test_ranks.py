@@ -63,6 +63,7 @@ def assert_same_run(recipe: str, world: int, count: int, **changes: Any) -> None
             where = f"{recipe}, step {step}"
             assert mine.loss == pytest.approx(theirs.loss, rel=CLOSE, abs=CLOSE), where
             assert mine.parts == pytest.approx(theirs.parts, rel=CLOSE, abs=CLOSE), where
+            assert mine.chances == pytest.approx(theirs.chances, rel=CLOSE, abs=CLOSE), where
             assert mine.norm == pytest.approx(theirs.norm, rel=30 * CLOSE), where
         for name, value in each["weights"].items():
             assert torch.equal(value, every[0]["weights"][name]), f"{recipe}: ranks differ in {name}"

@@ -10,7 +10,7 @@ import torch
 
 from mmkernels import PackedBatch
 from mmkernels.pretrain.batch import Batch, Piece
-from mmkernels.pretrain.candidates import Candidates
+from mmkernels.pretrain.candidates import SWAPPED_BY, Candidates
 from mmkernels.pretrain.data.base import Sample, Source
 from mmkernels.pretrain.data.seeds import Draws
 from mmkernels.pretrain.recipe import Stream
@@ -20,32 +20,30 @@ __all__ = ["Collator", "Mode", "Others"]
 
 
 class Others:
-    """The whole batch of which other ranks have the rest: what a view that swaps may take.
+    """The whole batch, of which what is collated is a part: what a view that swaps may take.
 
     Args:
         source: the training data.
         items: int64 [B]: the numbers of the batch's samples.
-        present: stream -> bool [B]: the samples that have it.
+        present: stream -> bool [B]: the samples that have it; empty: other ranks have no part of the batch, and what is
+            not collated cannot be read.
     """
 
     def __init__(self, source: Source, items: np.ndarray, present: Mapping[str, np.ndarray]) -> None:
         self.source, self.items, self.present = source, items, present
 
-    def candidates(self, stream: str, field: str, taken: Callable[[Any, int], Any]) -> Candidates:
-        """The values of a stream.
+    @property
+    def concepts(self) -> np.ndarray:
+        """int64 [B]."""
+        found: np.ndarray = self.source.concepts[self.items]
+        return found
 
-        Args:
-            stream: its name.
-            field: that it reads.
-            taken: (a value, the number of its sample) -> the value as a view finds it.
-        """
-
-        def value(place: int) -> Any:
-            read = self.source.read_some([int(self.items[place])])
-            found = read.samples[0].values.get(field) if read.samples else None
-            return None if found is None else taken(found, int(self.items[place]))
-
-        return Candidates(self.source.concepts[self.items], self.present[stream], value)
+    def sample(self, stream: str, place: int) -> Sample | None:
+        """One that is not collated here; None if it lacks the stream or cannot be read."""
+        if not self.present or not self.present[stream][place]:
+            return None
+        read = self.source.read_some([int(self.items[place])])
+        return read.samples[0] if read.samples else None
 
 
 # train: all views; loss: those that make the task (masks), drawn once and for all; plain: none.
@@ -98,7 +96,7 @@ class Collator:
             step: of the run.
             mode: which views apply.
             objective: the only one in use, for mode loss; empty: all are.
-            others: the rest of the batch, if other ranks have it.
+            others: the whole batch, if this may be a part of it.
         """
         labels = {
             name: np.array([sample.values.get(name, -100) for sample in samples], np.int64)
@@ -113,6 +111,7 @@ class Collator:
             name: self._packed(name, samples, numbers, step, mode, used, labels, others) for name in self.streams
         }
         concepts = torch.from_numpy(labels.pop("concept"))
+        labels.pop(SWAPPED_BY, None)
         return Batch(
             streams,
             {name: torch.from_numpy(values) for name, values in labels.items()},
@@ -166,25 +165,30 @@ class Collator:
             and (used is None or not view.when or not used.isdisjoint(view.when))
         ]
 
-        def changed(view: Any, what: list[Any], of: np.ndarray, *more: Any) -> list[Any]:
+        def changed(view: Any, what: list[Any], of: np.ndarray, known: dict[str, np.ndarray], *more: Any) -> list[Any]:
             purpose = f"{field}/{type(view).__name__}/{view.salt}"
-            return list(view(what, Draws(self.seed, step if mode == "train" else 0, purpose, of), labels, *more))
+            return list(view(what, Draws(self.seed, step if mode == "train" else 0, purpose, of), known, *more))
 
-        of_values = [view for view in views if not view.of_tokens]
-        for i, view in enumerate(of_values):
-            more: list[Any] = []
-            if view.swaps and others is not None:
+        before: list[Any] = []
+        swapped = False
+        for view in (view for view in views if not view.of_tokens):
+            more = []
+            if view.swaps:
 
-                def taken(value: Any, number: int, before: Sequence[Any] = of_values[:i]) -> Any:
-                    for each in before:
-                        (value,) = changed(each, [value], np.array([number], np.int64))
-                    return value
+                def alone(sample: Sample, number: int, before: Sequence[Any] = tuple(before)) -> Any:
+                    """A sample's own value, as the view finds it."""
+                    one, of = [sample.values.get(field)], np.array([number], np.int64)
+                    for each in before if one[0] is not None else ():
+                        one = changed(each, one, of, {"concept": np.array([sample.concept], np.int64)})
+                    return one[0]
 
-                more = [others.candidates(name, field, taken)]
-            values = changed(view, values, numbers, *more)
+                own = {} if swapped else dict(zip(numbers.tolist(), values, strict=True))
+                more, swapped = [self._candidates(name, samples, numbers, others, own, alone)], True
+            values = changed(view, values, numbers, labels, *more)
+            before += [] if view.swaps else [view]
         pieces: list[Piece] = stream.encoder.prepare(values, self.tokenizer)
         for view in (view for view in views if view.of_tokens):
-            pieces = changed(view, pieces, numbers)
+            pieces = changed(view, pieces, numbers, labels)
         labelled = any(piece.labels is not None for piece in pieces)
         empty = torch.zeros(0, dtype=torch.int64)
         return PackedBatch.from_samples(
@@ -192,3 +196,36 @@ class Collator:
             labels=[empty if p.labels is None else p.labels for p in pieces] if labelled else None,
             mrope=any(isinstance(piece.tokens, list) for piece in pieces),
         )
+
+    def _candidates(
+        self,
+        name: str,
+        samples: Sequence[Sample],
+        numbers: np.ndarray,
+        others: Others | None,
+        own: Mapping[int, Any],
+        alone: Callable[[Sample, int], Any],
+    ) -> Candidates:
+        """The own values of a stream that a view may give to other samples.
+
+        Args:
+            name: of the stream.
+            samples, numbers: that are collated.
+            others: the whole batch; None: these are.
+            own: values as the view finds them, by number, of those whose value is at hand.
+            alone: (a sample, its number) -> that of another.
+        """
+        items = numbers if others is None else others.items
+        here = {int(number): sample for number, sample in zip(numbers, samples, strict=True)}
+
+        def value(place: int) -> Any:
+            number = int(items[place])
+            if number in own:
+                return own[number]
+            sample = here.get(number)
+            if sample is None and others is not None:
+                sample = others.sample(name, place)
+            return None if sample is None or name in self.without else alone(sample, number)
+
+        concepts = np.array([sample.concept for sample in samples], np.int64) if others is None else others.concepts
+        return Candidates(concepts, value)

@@ -138,7 +138,7 @@ class _Builder(Dataset[Batch]):
         items, places = turn.items[turn.hand.places], turn.hand.places.tolist()
         read = self.source.read_some(items)
         if read.samples:
-            others = Others(self.source, turn.items, turn.hand.present) if turn.hand.present else None
+            others = Others(self.source, turn.items, turn.hand.present)
             batch = self.collator(read.samples, read.items, turn.step, others=others)
             at = dict(zip(items.tolist(), places, strict=True))
             places = [at[number] for number in batch.numbers]

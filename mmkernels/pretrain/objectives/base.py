@@ -28,12 +28,17 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         """Called after every optimizer step."""
 
+    def forget(self) -> None:
+        """Drop what a forward has left for `after_step`: called after each step, be it taken or skipped."""
+
     def metrics(self) -> dict[str, float]:
         """Values of its own for the log, such as a learned scale."""
         return {}
 
     def chance_loss(self, batch: Batch) -> float | None:
-        """The loss of a guess that ignores the input, or None if there is no such thing."""
+        """The loss of a guess that ignores the input, or None if there is no such thing. It is that of the whole batch,
+        which may lie on several ranks: what depends on their samples adds up over `batch.roster.ranks`, all of which
+        call this at the same time."""
         return None
 
 
@@ -66,6 +71,10 @@ class TokenObjective(Objective):
         """(sum, count) of one chunk; it must depend on the chunk's samples alone, not on how the batch is cut."""
         raise NotImplementedError
 
+    def owners(self, chunk: Chunk) -> Tensor:
+        """int64 [n]: the sample, by its place in the chunk, that each prediction is about."""
+        raise NotImplementedError
+
 
 class Classification(TokenObjective):
     """A token objective that chooses among classes: cross entropy.
@@ -75,10 +84,6 @@ class Classification(TokenObjective):
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(logits [n, K], targets int64 [n]) of the chunk's n predictions."""
-        raise NotImplementedError
-
-    def owners(self, chunk: Chunk) -> Tensor:
-        """int64 [n]: the sample, by its place in the chunk, that each prediction is about."""
         raise NotImplementedError
 
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
@@ -92,10 +97,6 @@ class Regression(TokenObjective):
 
     def vectors(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(predictions [n, F], targets [n, F]) of the chunk."""
-        raise NotImplementedError
-
-    def owners(self, chunk: Chunk) -> Tensor:
-        """int64 [n]: the sample, by its place in the chunk, that each prediction is about."""
         raise NotImplementedError
 
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:

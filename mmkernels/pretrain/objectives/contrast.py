@@ -129,6 +129,8 @@ class ContrastLoss(BatchObjective):
         self.loss.clamp_()
         for name, keys in self._latest.items():
             self.queues[name].push(keys)
+
+    def forget(self) -> None:
         self._latest = {}  # a step without this objective has none
 
     def metrics(self) -> dict[str, float]:

@@ -99,6 +99,8 @@ class CorrelationLoss(BatchObjective):
         for kept, new in zip((self.mean, self.covariance), self._latest, strict=True):
             kept.lerp_(new, 1 - decay)
         self.steps += 1
+
+    def forget(self) -> None:
         self._latest = None
 
     def shared(self, stream: str, x: Tensor) -> Tensor:

@@ -98,8 +98,10 @@ class MaskedPatchesLoss(TokenObjective):
 
     def chance_loss(self, batch: Batch) -> float | None:
         """Of the mean of the batch's hidden patches, the best guess that is the same for all."""
-        targets = self.targets(batch[self.part.stream])
-        return float((targets - targets.mean(0)).square().mean()) if len(targets) else None
+        own = self.targets(batch[self.part.stream]).double()
+        sums = torch.cat([own.new_tensor([len(own)]), own.sum(0), own.square().sum(0)]).cpu()
+        count, total, squares = batch.roster.ranks.total(sums).split([1, own.shape[1], own.shape[1]])
+        return float((squares / count - (total / count).square()).mean()) if count else None
 
 
 def patches_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:

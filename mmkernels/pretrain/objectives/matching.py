@@ -71,7 +71,7 @@ class MatchingLoss(Classification):
         generator = torch.Generator().manual_seed(seed % 2**63)
         self._wrong, self._pool = partners(streams, roster, self.part.scale, generator)
 
-    def after_step(self) -> None:
+    def forget(self) -> None:
         self._pool = {}
 
     def over_tokens(self, chunk: Chunk) -> tuple[Tensor, float]:
@@ -80,7 +80,7 @@ class MatchingLoss(Classification):
 
     def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         if self.part.negatives == "swapped":
-            rows = self._known(chunk)
+            rows = self._known(chunk.batch)
             return self.head(self._pooled(chunk.fused[self.read])[rows]), chunk.batch.labels["matched"][rows]
         a, b, first = self.part.a, self.part.b, chunk.samples.start
         own = self._whole(chunk)
@@ -105,15 +105,15 @@ class MatchingLoss(Classification):
 
     def owners(self, chunk: Chunk) -> Tensor:
         if self.part.negatives == "swapped":
-            return self._known(chunk)
+            return self._known(chunk.batch)
         own = self._whole(chunk)
         has_a, has_b = (self._wrong[name][own] >= 0 for name in (self.part.a, self.part.b))
         return torch.cat([own, own[has_a], own[has_b]]) - chunk.samples.start
 
-    def _known(self, chunk: Chunk) -> Tensor:
-        """int64 [n]: the samples of a chunk of which it is known whether they match."""
-        present = chunk.whole.present(self.part.a, self.part.b)[chunk.samples.start : chunk.samples.stop]
-        return torch.nonzero((chunk.batch.labels["matched"] >= 0) & present).flatten()
+    def _known(self, batch: Batch) -> Tensor:
+        """int64 [n]: the samples with both streams of which it is known whether they match."""
+        has_a, has_b = (batch[name].cu_seqlens.diff() > 0 for name in (self.part.a, self.part.b))
+        return torch.nonzero((batch.labels["matched"] >= 0) & has_a & has_b).flatten()
 
     def _whole(self, chunk: Chunk) -> Tensor:
         """int64 [n]: the samples of a chunk, by their place in the batch, that have both streams."""
@@ -133,8 +133,8 @@ class MatchingLoss(Classification):
 
     def chance_loss(self, batch: Batch) -> float | None:
         """Of the share of right pairs: a third when sampled."""
-        matched = batch.labels.get("matched")
-        share = 1 / 3
-        if self.part.negatives == "swapped" and matched is not None and bool((matched >= 0).any()):
-            share = float(matched[matched >= 0].float().mean())
-        return 0.0 if share in (0.0, 1.0) else -share * math.log(share) - (1 - share) * math.log(1 - share)
+        right, known = 1.0, 3.0
+        if self.part.negatives == "swapped":
+            matched = batch.labels["matched"][self._known(batch)]
+            right, known = batch.roster.ranks.table([int(matched.sum()), len(matched)]).sum(0).tolist()
+        return sum(part / known * math.log(known / part) for part in (right, known - right) if part > 0)
