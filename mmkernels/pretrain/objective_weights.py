@@ -77,7 +77,8 @@ class ObjectiveWeights:
 
         Args:
             losses: of the objectives that it tells anything, over all ranks.
-            chances: the losses of a guess, of those that have one.
+            chances: the losses of a guess of objectives over the batch, whatever the ranks; others' depend on who
+                holds which samples.
             squares: squared norms of the gradients, summed over the ranks.
             ranks: W. A rank's gradient is of its part of the loss, W times too large.
         """

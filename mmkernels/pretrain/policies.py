@@ -13,7 +13,8 @@ objective a step is drawn and workers may have built the batches of the next win
 `grad_norm` (Chen et al. 2018) sets the weights at which each weighted gradient has the norm that GradNorm aims at;
 GradNorm itself takes a gradient step towards them; running means over windows take the place of its learning rate.
 `progress` (Liu et al. 2019) is their dynamic weight average, over windows instead of epochs. Both look at losses as
-parts of the loss at chance, which a queue, say, makes larger; where there is none, of the objective's first loss.
+parts of the objective's first loss; where embeddings of a batch are compared, of the loss at chance, which grows with a
+queue.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Measured:
         self._factors: list[dict[str, float]] = [{} for _ in range(1 + ahead)]  # of this window and those after it
         self._sums: dict[str, list[float]] = {}  # objective -> relative loss, summed over this window, and its steps
         self._norms: dict[str, float] = {}  # those measured in this window
-        self._first: dict[str, float] = {}  # loss at its first step of each that has none of chance
+        self._first: dict[str, float] = {}  # loss at its first step of each that is compared with it
         self._means: dict[str, list[float]] = {}  # grad_norm: norm, relative loss; progress: relative loss
 
     def factors(self, step: int) -> Mapping[str, float]:
@@ -129,7 +130,7 @@ class Measured:
 
         Args:
             losses: of the objectives to which it said something.
-            chances: the losses of a guess, of those that have one.
+            chances: the losses of a guess, of those that are to be compared with them.
             norms: of the gradients that were measured.
         """
         if not self.policy.measures:

@@ -234,7 +234,8 @@ class Trainer:
         told = {name: rest[:, i] for i, name in enumerate(weights) if rest[:, i, 1].any()}
         losses = {name: float(each[:, 0].sum() / each[:, 1].sum()) for name, each in told.items()}
         chances = {name: float(e[:, 2].sum() / e[:, 3].sum()) if e[:, 3].any() else None for name, e in told.items()}
-        self.weights.tell(losses, chances, {name: float(e[:, 4].sum()) for name, e in told.items()}, len(table))
+        everyones = {name: chance for name, chance in chances.items() if name not in self.model.by_token}
+        self.weights.tell(losses, everyones, {name: float(e[:, 4].sum()) for name, e in told.items()}, len(table))
         return Outcome(
             loss,
             losses,
