@@ -41,6 +41,9 @@ class Journal(logging.Handler):
         folder, config, device: of the run.
         step: optimizer steps done. What the log has of later ones is dropped: they run again.
         leads: whether this is the leading rank.
+
+    Attributes:
+        seconds: that the last step took, its data included.
     """
 
     def __init__(self, folder: RunFolder, config: Config, device: torch.device, step: int, leads: bool = True) -> None:
@@ -53,7 +56,7 @@ class Journal(logging.Handler):
         shown = {"initial": step, "unit": "step", "dynamic_ncols": True, "disable": None if leads else True}
         self._bar = tqdm(total=config.steps, **shown)
         self._bar_note: dict[str, str] = {}
-        self._waited = 0.0
+        self._waited = self.seconds = 0.0
         self._step_began = time.perf_counter()
         if damaged:
             self.warn(f"{folder.log.name}: left out what was damaged: line {', '.join(map(str, damaged))}")
@@ -124,7 +127,7 @@ class Journal(logging.Handler):
             figures: loss, lr, grad_norm, and those of the objectives.
         """
         self.step_now = step
-        seconds = time.perf_counter() - self._step_began
+        self.seconds = seconds = time.perf_counter() - self._step_began
         rates = {
             "samples_per_s": batch.roster.samples / seconds,
             "tokens_per_s": batch.roster.tokens / seconds,

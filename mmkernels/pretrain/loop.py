@@ -17,7 +17,7 @@ from mmkernels.pretrain.profiling import ProfileWindow
 from mmkernels.pretrain.ranks import Ranks
 from mmkernels.pretrain.report import write_report
 from mmkernels.pretrain.run_folder import RunFolder, begun_before
-from mmkernels.pretrain.schedule import total, unreached, weights_at
+from mmkernels.pretrain.schedule import total, unreached
 from mmkernels.pretrain.setup import open_source, tokenizer_for
 from mmkernels.pretrain.trainer import Trainer
 from mmkernels.pretrain.warm_start import cautions_of
@@ -100,16 +100,16 @@ def _loop(
             trainer.skip()
             journal.skipped(trainer.step, f"step {trainer.step}: {what}. Skipped, {guard.skipped} of {config.skip}")
         else:
-            weights = weights_at(trainer.recipe, config.seed, trainer.step)
-            chance = total({name: weights[name] for name in found.parts}, found.chances) if found.parts else None
+            chance = total({name: found.weights[name] for name in found.parts}, found.chances) if found.parts else None
             at("updating weights")
             trainer.update()
             of_parts = {f"{name}/loss": value for name, value in found.parts.items()} if several else {}
             of_parts |= {f"{name}/chance": x for name, x in found.chances.items() if several and x is not None}
             figures = {"loss": found.loss, "lr": lr, "grad_norm": found.norm, **of_parts, **trainer.metrics()}
-            figures |= found.pace
+            figures |= found.pace | found.shares | trainer.times.predicted()
             figures |= {} if chance is None else {"chance": chance}
             journal.step(trainer.step, batch, **figures)
+            trainer.times.see(journal.seconds)
             for warning in (watch.see(found.loss, chance) if chance else "", trainer.pace.straggler()):
                 if warning:
                     journal.warn(warning)

@@ -67,7 +67,7 @@ class Model(nn.Module):
             parts = {name: (objective.over_batch(seen), objective.told(seen)) for name, objective in whole.items()}
             parts |= self._over_tokens(seen, [name for name in weights if name in self.by_token], chunk)
             total = torch.stack([weights[name] * part for name, (part, _) in parts.items()]).sum()
-            return total, {name: part.detach() for name, (part, told) in parts.items() if told}
+            return total, {name: part for name, (part, told) in parts.items() if told}
 
         return of_rows
 

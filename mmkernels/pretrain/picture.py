@@ -27,6 +27,8 @@ def picture(name: str, recipe: Recipe) -> str:
     ]
     if len(recipe.stages) > 1:
         lines += ["", "  stages:", *(f"    {_call(stage)}" for stage in recipe.stages)]
+    if recipe.policy.measures:
+        lines += ["", f"  weights follow: {_call(recipe.policy)}"]
     if recipe.metrics:
         lines += ["", f"  measured by: {', '.join(_call(metric) for metric in recipe.metrics)}"]
     return "\n".join(lines)

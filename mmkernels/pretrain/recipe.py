@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmkernels.pretrain.policies import Policy
+
 __all__ = ["Facts", "Ramp", "Recipe", "Shape", "Stage", "Stream"]
 
 
@@ -98,5 +100,6 @@ class Recipe:
     metrics: tuple[Any, ...] = ()
     stages: tuple[Stage, ...] = (Stage(),)
     draw: bool = False  # one objective a step, drawn by weight, instead of their weighted sum
+    policy: Policy = Policy()  # noqa: RUF009  frozen
     model: Shape = Shape()
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the run, where they differ from `Config`'s

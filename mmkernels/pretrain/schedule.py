@@ -1,4 +1,5 @@
-"""What holds at a step: weights of the objectives, what trains, how deep the fusion is. Functions of the step alone."""
+"""What holds at a step: weights of the objectives, what trains, how deep the fusion is. Functions of the step, and of
+what a policy has measured before."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from mmkernels.pretrain.data.seeds import Stream, generator
+from mmkernels.pretrain.policies import weighed
 from mmkernels.pretrain.recipe import Ramp, Recipe, Stage
 
 __all__ = [
     "at",
+    "check_policy",
     "check_stages",
+    "drawn",
     "freeze",
     "had_steps",
     "in_use",
@@ -22,6 +26,7 @@ __all__ = [
     "learns",
     "reached",
     "rest",
+    "shares_at",
     "stage_at",
     "step_seed",
     "unreached",
@@ -41,8 +46,14 @@ def stage_at(recipe: Recipe, step: int) -> Stage:
     return next((stage for stage in recipe.stages if stage.until is None or step < stage.until), recipe.stages[-1])
 
 
-def weights_at(recipe: Recipe, seed: int, step: int) -> dict[str, float]:
-    """The objectives in use at a step, with their weights; with `draw`, one of them, drawn by weight, with weight 1."""
+def shares_at(recipe: Recipe, step: int, factors: Mapping[str, float] | None = None) -> dict[str, float]:
+    """The weights of a step before one of them may be drawn: with `draw`, the odds.
+
+    Args:
+        recipe: of the run.
+        step: of the run.
+        factors: of a policy, for this step.
+    """
     names = stage_at(recipe, step).objectives
     weights = {
         name: at(part.weight, step) for name, part in recipe.objectives.items() if names is None or name in names
@@ -50,6 +61,16 @@ def weights_at(recipe: Recipe, seed: int, step: int) -> dict[str, float]:
     weights = {name: weight for name, weight in weights.items() if weight > 0}
     if not weights:
         raise ValueError(f"objectives: expected one with a weight above 0 at step {step}, got none")
+    return weighed(weights, factors or {}, recipe.policy.floor)
+
+
+def weights_at(recipe: Recipe, seed: int, step: int, factors: Mapping[str, float] | None = None) -> dict[str, float]:
+    """The objectives in use at a step, with their weights; with `draw`, one of them, drawn by weight, with weight 1."""
+    return drawn(recipe, seed, step, shares_at(recipe, step, factors))
+
+
+def drawn(recipe: Recipe, seed: int, step: int, weights: dict[str, float]) -> dict[str, float]:
+    """The weights themselves; with `draw`, one of the objectives, drawn by weight, with weight 1."""
     if recipe.draw and len(weights) > 1:
         chosen = generator(seed, step, Stream.OBJECTIVE).random() * math.fsum(weights.values())
         for name, weight in weights.items():
@@ -65,9 +86,9 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(generator(seed, step, Stream.ENCODERS, rank).integers(2**63))
 
 
-def in_use(recipe: Recipe, seed: int, step: int) -> frozenset[str]:
+def in_use(recipe: Recipe, seed: int, step: int, factors: Mapping[str, float] | None = None) -> frozenset[str]:
     """The names of the objectives in use at a step."""
-    return frozenset(weights_at(recipe, seed, step))
+    return frozenset(weights_at(recipe, seed, step, factors))
 
 
 def learns(name: str, patterns: Sequence[str]) -> bool:
@@ -108,6 +129,18 @@ def rest(module: nn.Module, learns: bool = True) -> None:
     module.training = any(own) if own else learns
     for child in module.children():
         rest(child, module.training)
+
+
+def check_policy(recipe: Recipe, workers: int) -> None:
+    """Raise ValueError if a policy has nothing to choose between, or cannot know the odds of batches that are read
+    ahead: a DataLoader has two batches of each worker under way."""
+    policy, ahead = recipe.policy, 2 * workers
+    if policy.measures and len(recipe.objectives) < 2:
+        only = ", ".join(recipe.objectives)
+        raise ValueError(f"policy.kind: expected fixed, since {only} is the only objective, got {policy.kind}")
+    if policy.measures and recipe.draw and policy.every < ahead:
+        why = f"the batches that {workers} workers read ahead, since one objective a step is drawn"
+        raise ValueError(f"policy.every: expected at least {ahead}, {why}, got {policy.every}")
 
 
 def check_stages(recipe: Recipe, model: nn.Module) -> None:

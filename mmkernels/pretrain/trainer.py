@@ -20,6 +20,7 @@ from mmkernels.pretrain.data import BatchSampler, Collator, Data, Dealer, TokenS
 from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.model import Model
+from mmkernels.pretrain.objective_weights import ObjectiveWeights
 from mmkernels.pretrain.pace import Pace
 from mmkernels.pretrain.placement import placed
 from mmkernels.pretrain.ranks import ALONE, Ranks
@@ -28,18 +29,17 @@ from mmkernels.pretrain.schedule import (
     check_stages,
     freeze,
     had_steps,
-    in_use,
     learning,
     learning_rate,
     reached,
     rest,
     stage_at,
     step_seed,
-    weights_at,
 )
 from mmkernels.pretrain.setup import documents
 from mmkernels.pretrain.state import Twin, Twins
 from mmkernels.pretrain.statistics import Statistics
+from mmkernels.pretrain.step_time import StepTime, work_of
 from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.warm_start import WarmStart, warm_start
 from mmkernels.pretrain.workload import workload
@@ -55,6 +55,8 @@ class Outcome(NamedTuple):
     chances: dict[str, float | None]  # of each of these, that of a guess
     norm: float  # of the gradient, before it was clipped
     pace: dict[str, float]  # of several ranks
+    weights: dict[str, float]  # of the objectives in use
+    shares: dict[str, float]  # NAME/weight of each before one is drawn, where a policy measures
 
 
 class Trainer:
@@ -73,9 +75,10 @@ class Trainer:
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.device, self.ranks, self.step = config, device, ranks, 0
-        self.pace = Pace(device)
+        self.pace, self.times = Pace(device), StepTime()
         self._stage: Stage | None = None
         self.recipe = config.wiring()
+        self.weights = ObjectiveWeights(self.recipe, config.seed, config.workers)
         self.model = Model(self.recipe, facts_of(config, data, tokenizer)).to(device)
         check_stages(self.recipe, self.model)
         for name, stream in self.recipe.streams.items():  # what is made once, of the training texts
@@ -112,7 +115,6 @@ class Trainer:
             tokenizer,
             tuple(data.train.classes),
             seed=config.seed,
-            in_use=partial(in_use, self.recipe, config.seed),  # picklable, for workers
             without=config.without,
         )
         self.loader = TrainLoader(
@@ -124,6 +126,7 @@ class Trainer:
             else Dealer(data.train, self.collator, ranks, partial(workload, self.recipe)),
             workers=config.workers,
             pin=device.type == "cuda",
+            in_use=self.weights.in_use,
         )
         self.held_out = {
             name: HeldOut(name, source, self.collator, device, data.train, limit=config.eval_limit)
@@ -194,7 +197,7 @@ class Trainer:
     def backward(self, batch: Batch) -> Outcome:
         """Gradients of a batch, clipped."""
         config = self.config
-        weights = weights_at(self.recipe, config.seed, self.step)
+        weights = self.weights.begin(self.step)
         torch.manual_seed(step_seed(config.seed, self.step, self.ranks.rank))
         before = received_bytes() + self.ranks.received
         self.pace.mark()
@@ -205,13 +208,15 @@ class Trainer:
             taught = {name: self.model.owner[name] for name in self.model.taught}
             teacher = self.twins.embeddings(batch.streams, taught, config.chunk)
             self._cache.on_embedded = self.ahead.of(batch, weights)
-            self._cache.loss_fn = self._marked(self.model.loss(batch, weights, config.chunk, teacher))
+            loss_fn = self.weights.measuring(self.model.loss(batch, weights, config.chunk, teacher))
+            self._cache.loss_fn = self._marked(loss_fn)
             loss, parts = self._cache(*(batch[name] for name in self.model.encoded))
         norm = self.placed.clip(self.parameters, config.clip_grad)
         received = received_bytes() + self.ranks.received - before + self.placed.traffic()
         values = [loss.item(), norm.item()]  # from here on the device is done
         pace = self.pace.numbers(self.loader.waited, self.loader.waited_for_peers, received)
-        return self._of_all(batch, list(weights), [*values, *pace], parts)
+        self.times.begin((self._stage, *weights, bool(self.weights.squares)), work_of(self.recipe, batch))
+        return self._of_all(batch, weights, [*values, *pace], parts)
 
     def _marked(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """Its first exchange with other ranks is in the loss."""
@@ -222,22 +227,26 @@ class Trainer:
 
         return of_rows
 
-    def _of_all(self, batch: Batch, names: list[str], mine: list[float], parts: dict[str, Tensor]) -> Outcome:
+    def _of_all(self, batch: Batch, weights: dict[str, float], mine: list[float], parts: dict[str, Tensor]) -> Outcome:
         """The means over the ranks, whose losses are parts of those of the batch, its chances, and the ranks' pace."""
-        chances = {name: self.model.objectives[name].chance_loss(batch) for name in parts}
-        first = len(mine)
-        for name in names:
-            chance = chances.get(name)
-            mine += [float(parts[name]) if name in parts else 0.0, name in parts, chance or 0.0, chance is not None]
+        first, squares = len(mine), self.weights.squares
+        for name in weights:
+            mine += [float(parts[name]) if name in parts else 0.0, name in parts, squares.get(name, 0.0)]
         table = self.ranks.table(mine)
-        (loss, norm), rest = table[:, :2].mean(0).tolist(), table[:, first:].reshape(len(table), -1, 4)
-        told = {name: rest[:, i] for i, name in enumerate(names) if rest[:, i, 1].any()}
+        (loss, norm), rest = table[:, :2].mean(0).tolist(), table[:, first:].reshape(len(table), -1, 3)
+        told = {name: rest[:, i] for i, name in enumerate(weights) if rest[:, i, 1].any()}
+        losses = {name: float(each[:, 0].sum() / each[:, 1].sum()) for name, each in told.items()}
+        chances = {name: self.model.objectives[name].chance_loss(batch) for name in told}
+        everyones = {name: chance for name, chance in chances.items() if name not in self.model.by_token}
+        self.weights.tell(losses, everyones, {name: float(e[:, 2].sum()) for name, e in told.items()}, len(table))
         return Outcome(
             loss,
-            {name: float(each[:, 0].sum() / each[:, 1].sum()) for name, each in told.items()},
-            {name: float(e[:, 2].sum() / e[:, 3].sum()) if e[:, 3].any() else None for name, e in told.items()},
+            losses,
+            chances,
             norm,
             self.pace.figures(table[:, 2:first]),
+            weights,
+            self.weights.shown,
         )
 
     def update(self) -> None:
@@ -250,11 +259,13 @@ class Trainer:
         if self.average is not None:
             self.average.follow(self.model)
         self.step += 1
+        self.weights.count(self.step)
 
     def skip(self) -> None:
         """Count a step that was undone."""
         self.undo()
         self.step += 1
+        self.weights.count(self.step, skipped=True)
 
     def undo(self) -> None:
         """Leave no trace of a backward since `begin`."""
@@ -273,7 +284,7 @@ class Trainer:
 
     def save(self, folder: Path, *, wait: bool = False, **more: Any) -> Path:
         """Begin to write a checkpoint; with `wait`, or after `saver.wait`, it is on disk. `more` are further values."""
-        values = {"step": self.step, "loader": self.loader.state_dict(), **more}
+        values = {"step": self.step, "loader": self.loader.state_dict(), **self.weights.state_dict(), **more}
         path = self.saver.save(folder, self.step, self.carried, self.optimizer, values)
         if wait:
             self.saver.wait()
@@ -284,6 +295,7 @@ class Trainer:
         values = checkpoint.load_into(path, self.carried, self.optimizer, group=self.saver.group)
         self.step = values["step"]
         self._deepen(stage_at(self.recipe, max(self.step - 1, 0)))  # of the last step, should there be no other
+        self.weights.load_state_dict(values)
         self.loader.load_state_dict(values["loader"])
         return values
 

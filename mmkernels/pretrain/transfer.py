@@ -15,6 +15,7 @@ from typing import Any, Literal
 from mmkernels.pretrain.encoders import Adapted
 from mmkernels.pretrain.fusion import AdaptedFusion
 from mmkernels.pretrain.objectives import Answer
+from mmkernels.pretrain.policies import Policy
 from mmkernels.pretrain.recipe import Recipe, Stage, Stream
 from mmkernels.pretrain.tasks import TASKS, Task
 from mmkernels.pretrain.unfreezing import EVERYTHING, stages_of
@@ -99,6 +100,7 @@ def transferred(base: Recipe, transfer: Transfer) -> Recipe:
         metrics=task.metrics,
         stages=stages,
         draw=False,
+        policy=Policy(),
         settings={},
     )
 

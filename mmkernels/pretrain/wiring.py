@@ -7,14 +7,17 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from mmkernels.pretrain.recipe import Recipe
 
 __all__ = ["BRANCHES", "leaves", "typed", "with_leaves"]
 
 # The fields of a recipe that a run may change; the others describe it.
-BRANCHES = ("model", "streams", "fusion", "objectives", "metrics", "stages", "draw")
+BRANCHES = ("model", "streams", "fusion", "objectives", "metrics", "stages", "draw", "policy")
+ALIASES = {"policy.kind": "--policy"}  # further names on the command line
 
 
 def leaves(recipe: Recipe) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def typed(recipe: Recipe) -> tuple[list[tuple[str, Any, Any]], dict[str, Any]]:
         if isinstance(value, bool):
             fields.append((branch, bool, value))
         elif value is not None and leaves_of(value):
-            fields.append((branch, *_typed(value)))
+            fields.append((branch, *_typed(value, branch)))
     return fields, {name: default for name, _, default in fields}
 
 
@@ -97,15 +100,18 @@ def _rebuilt(path: str, value: Any, changes: Mapping[str, Any]) -> Any:
     return tuple(made.values()) if isinstance(value, tuple) else dataclasses.replace(value, **made)
 
 
-def _typed(value: Any) -> tuple[type, Any]:
+def _typed(value: Any, path: str) -> tuple[type, Any]:
     """A dataclass with a field per setting of a branch, typed as its part is, and its default."""
     hints = typing.get_type_hints(type(value)) if dataclasses.is_dataclass(value) else {}
     fields = []
     for name, member in members(value) or ():
         if members(member) is None:
-            fields.append((name, _of_leaf(hints[name]), dataclasses.field(default=member)))
+            hint = _of_leaf(hints[name])
+            if alias := ALIASES.get(f"{path}.{name}"):
+                hint = Annotated[hint, tyro.conf.arg(aliases=[alias])]
+            fields.append((name, hint, dataclasses.field(default=member)))
         elif leaves_of(member):
-            kind, default = _typed(member)
+            kind, default = _typed(member, f"{path}.{name}")
             fields.append((name, kind, dataclasses.field(default=default)))
     bases = (_Plain,)
     made = dataclasses.make_dataclass(type(value).__name__, fields, frozen=True, bases=bases)

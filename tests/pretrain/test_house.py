@@ -52,7 +52,8 @@ BASE = (
     *("tokenizer", "tokens"),
 )
 MAY = {
-    "recipe": (),
+    "policies": (),
+    "recipe": ("policies",),
     "recipes": (*PARTS, "recipe", "recipes", "state"),
     "data": (*BASE, "data", "log_mel"),
     "data_report": (
@@ -73,7 +74,7 @@ MAY = {
     "stream": (*BASE,),
     "state": (*BASE,),
     "layers": (*BASE,),
-    "schedule": (*BASE, "data.seeds"),
+    "schedule": (*BASE, "data.seeds", "policies"),
 }
 
 

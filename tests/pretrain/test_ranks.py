@@ -16,7 +16,7 @@ from mmkernels.pretrain.launch import launched
 from mmkernels.pretrain.recipes import names
 from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.setup import open_source, tokenizer_for
-from mmkernels.pretrain.trainer import Trainer
+from mmkernels.pretrain.trainer import Outcome, Trainer
 
 SMALL = {"model.width": 32, "model.heads": 2, "model.embed_dim": 32}
 CLOSE = 3e-6  # of losses: float32, summed in another order
@@ -55,7 +55,8 @@ def whole(value: Any) -> torch.Tensor:
     return gathered.detach().clone()
 
 
-def assert_same_run(recipe: str, world: int, count: int, **changes: Any) -> None:
+def assert_same_run(recipe: str, world: int, count: int, **changes: Any) -> list[list[Outcome]]:
+    """The steps of one process, and of each rank."""
     (one,) = ranks.run(1, steps, recipe, count, changes | {"parallel": "ddp"}, timeout=600)
     every = ranks.run(world, steps, recipe, count, changes, timeout=600)
     for each in every:
@@ -74,6 +75,7 @@ def assert_same_run(recipe: str, world: int, count: int, **changes: Any) -> None
     for step, samples in enumerate(one["samples"]):
         dealt = [name for each in every for name in each["samples"][step]]
         assert sorted(dealt) == sorted(samples), f"{recipe}, step {step}: each sample once"
+    return [one["steps"], *(each["steps"] for each in every)]
 
 
 @pytest.mark.parametrize("recipe", names())
@@ -98,6 +100,17 @@ def test_more_ranks_than_samples_to_deal() -> None:
 def test_frozen_parts_and_stages() -> None:
     """Encoders that do not learn are not reduced; a stage changes what does."""
     assert_same_run("progressive", 2, 3, batch=8, chunk=3, parts={"stages.stage_0.until": 1, "stages.stage_1.until": 2})
+
+
+@pytest.mark.parametrize(("recipe", "parallel"), [("albef", "ddp"), ("albef", "fsdp"), ("uniter", "ddp")])
+def test_measured_weights(recipe: str, parallel: str) -> None:
+    """Norms and losses are those of all ranks, and so are the weights, or odds, that follow."""
+    parts = {"policy.kind": "grad_norm", "policy.every": 2}
+    found = assert_same_run(recipe, 2, 5, batch=8, chunk=3, parallel=parallel, parts=parts)
+    for steps in zip(*found, strict=True):
+        assert all(step.shares == pytest.approx(steps[0].shares, rel=1e-4) for step in steps)
+        assert steps[1].shares == steps[2].shares, "exactly the same on both ranks"
+    assert found[0][-1].shares != found[0][0].shares
 
 
 def test_low_precision_shards() -> None:

@@ -138,7 +138,7 @@ def test_learns(name: str, tmp_path: Path) -> None:
     drawn = trainer.recipe.draw
     for _ in range(16 * (len(trainer.model.objectives) if drawn else 1)):
         trainer.begin()
-        used = frozenset(trainer.collator.in_use(trainer.step)) if drawn and trainer.collator.in_use else frozenset()
+        used = trainer.weights.in_use(trainer.step) if drawn else frozenset()
         if drawn or not batches:
             batches.setdefault(used, next(trainer.loader))  # what it holds depends on the step's objectives
         found = trainer.backward(batches[used])

@@ -58,7 +58,6 @@ class Collator:
         tokenizer: of the run.
         label_fields: fields whose values are labels.
         seed: of the views.
-        in_use: step -> the objectives in use, for views that belong to some of them.
         without: streams that every sample lacks.
     """
 
@@ -69,11 +68,10 @@ class Collator:
         label_fields: Sequence[str] = (),
         *,
         seed: int = 0,
-        in_use: Callable[[int], frozenset[str]] | None = None,
         without: Sequence[str] = (),
     ) -> None:
         self.streams, self.tokenizer, self.label_fields = dict(streams), tokenizer, tuple(label_fields)
-        self.seed, self.in_use, self.without = seed, in_use, frozenset(without)
+        self.seed, self.without = seed, frozenset(without)
         for name, stream in self.streams.items():
             for view in stream.views:
                 view.check(name, self.streams)
@@ -86,6 +84,7 @@ class Collator:
         step: int = 0,
         mode: Mode = "train",
         objective: str = "",
+        used: frozenset[str] | None = None,
         others: Others | None = None,
     ) -> Batch:
         """A batch; every draw depends on the seed, the step, and the number of its sample in the data set alone.
@@ -96,6 +95,7 @@ class Collator:
             step: of the run.
             mode: which views apply.
             objective: the only one in use, for mode loss; empty: all are.
+            used: those in use, for mode train; None: all are.
             others: the whole batch, if this may be a part of it.
         """
         labels = {
@@ -104,9 +104,8 @@ class Collator:
         }
         labels["concept"] = np.array([sample.concept for sample in samples], np.int64)
         numbers = np.asarray(items, np.int64)
-        used = frozenset({objective}) if objective else None
-        if self.in_use is not None and mode == "train":
-            used = self.in_use(step)
+        if mode != "train":
+            used = frozenset({objective}) if objective else None
         streams = {
             name: self._packed(name, samples, numbers, step, mode, used, labels, others) for name in self.streams
         }

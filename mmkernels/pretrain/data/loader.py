@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +43,7 @@ class _Turn(NamedTuple):
     items: np.ndarray  # of the whole batch
     hand: Hand  # this rank's part
     state: dict[str, Any]  # of the sampler after it
+    used: frozenset[str] | None  # the objectives in use, for views that belong to some; None: all
 
 
 class TrainLoader:
@@ -55,6 +56,8 @@ class TrainLoader:
         dealer: which samples of a batch this rank reads; None: all.
         workers: processes that read ahead; 0 reads in this one.
         pin: keep batches in page-locked memory, for a GPU.
+        in_use: step -> the objectives in use, for views that belong to some of them; None: all. It is asked in this
+            process, when a batch is begun: with workers, two batches of each before it is yielded.
 
     Attributes:
         waited, waited_for_peers: seconds that the last batch took to come, and other ranks' parts of it after that.
@@ -69,7 +72,9 @@ class TrainLoader:
         dealer: Dealer | None = None,
         workers: int = 0,
         pin: bool = False,
+        in_use: Callable[[int], frozenset[str]] | None = None,
     ) -> None:
+        self.in_use = in_use
         self.source, self.sampler, self.workers, self.pin = source, sampler, workers, pin
         self.dealer, self.ranks = dealer, ALONE if dealer is None else dealer.ranks
         self.waited = self.waited_for_peers = 0.0
@@ -82,7 +87,7 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            turns: Any = _Turns(self.sampler, self.dealer)
+            turns: Any = _Turns(self.sampler, self.dealer, self.in_use)
             options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.pin, "collate_fn": _itself}
             if self.workers:  # forked unless you chose otherwise: such workers have what your own recipe's file defines
                 options["multiprocessing_context"] = multiprocessing.get_start_method(allow_none=True) or "fork"
@@ -139,11 +144,11 @@ class _Builder(Dataset[Batch]):
         read = self.source.read_some(items)
         if read.samples:
             others = Others(self.source, turn.items, turn.hand.present)
-            batch = self.collator(read.samples, read.items, turn.step, others=others)
+            batch = self.collator(read.samples, read.items, turn.step, used=turn.used, others=others)
             at = dict(zip(items.tolist(), places, strict=True))
             places = [at[number] for number in batch.numbers]
         else:  # a rank without samples takes part all the same
-            batch = self.collator([Sample({}, -1, "")], [0], turn.step)
+            batch = self.collator([Sample({}, -1, "")], [0], turn.step, used=turn.used)
             places = [-1]
         return replace(batch, state=turn.state, broken=read.broken, places=tuple(places))
 
@@ -155,8 +160,8 @@ def _itself(batch: Batch) -> Batch:
 class _Turns:
     """The sampler inside the DataLoader, which runs ahead of the batches that the loader yields."""
 
-    def __init__(self, sampler: Sampler, dealer: Dealer | None) -> None:
-        self.sampler, self.dealer = sampler, dealer
+    def __init__(self, sampler: Sampler, dealer: Dealer | None, in_use: Callable[[int], frozenset[str]] | None) -> None:
+        self.sampler, self.dealer, self.in_use = sampler, dealer, in_use
 
     def __iter__(self) -> Iterator[_Turn]:
         while True:
@@ -168,4 +173,4 @@ class _Turns:
             every = [Hand(np.arange(len(batch)), {}) for batch in batches]
             hands = every if self.dealer is None else self.dealer.hands(batches)
             for (step, items, state), hand in zip(ahead, hands, strict=True):
-                yield _Turn(step, items, hand, state)
+                yield _Turn(step, items, hand, state, None if self.in_use is None else self.in_use(step))
