@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,17 +118,20 @@ class Journal(logging.Handler):
         yield
         self._waited = time.perf_counter() - began
 
-    def step(self, step: int, batch: Batch, **figures: float) -> None:
+    def step(
+        self, step: int, batch: Batch, rates: Callable[[float], Mapping[str, float]] | None = None, **figures: float
+    ) -> None:
         """Log an optimizer step.
 
         Args:
             step: steps done.
             batch: of the step.
+            rates: further figures of a step that took so many seconds.
             figures: loss, lr, grad_norm, and those of the objectives.
         """
         self.step_now = step
         self.seconds = seconds = time.perf_counter() - self._step_began
-        rates = {
+        found = {
             "samples_per_s": batch.roster.samples / seconds,
             "tokens_per_s": batch.roster.tokens / seconds,
             "tokens": batch.roster.tokens,
@@ -136,10 +139,11 @@ class Journal(logging.Handler):
             "data_wait": self._waited / seconds,
             "peak_memory": peak_memory(self.device),
             "seconds": seconds,
+            **(rates(seconds) if rates else {}),
         }
-        self.write("step", **figures, **{name: float(f"{value:.5g}") for name, value in rates.items()})
-        self._scalars("train", {**figures, **rates})
-        self._bar_note |= {"loss": f"{figures['loss']:.3f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
+        self.write("step", **figures, **{name: float(f"{value:.5g}") for name, value in found.items()})
+        self._scalars("train", {**figures, **found})
+        self._bar_note |= {"loss": f"{figures['loss']:.3f}", "tokens/s": f"{found['tokens_per_s']:.0f}"}
         self._bar.set_postfix(self._bar_note, refresh=False)
         self._bar.update()
 

@@ -108,7 +108,7 @@ def _loop(
             figures = {"loss": found.loss, "lr": lr, "grad_norm": found.norm, **of_parts, **trainer.metrics()}
             figures |= found.pace | found.shares | trainer.times.predicted()
             figures |= {} if chance is None else {"chance": chance}
-            journal.step(trainer.step, batch, **figures)
+            journal.step(trainer.step, batch, trainer.flops.figures, **figures)
             trainer.times.see(journal.seconds)
             for warning in (watch.see(found.loss, chance) if chance else "", trainer.pace.straggler()):
                 if warning:

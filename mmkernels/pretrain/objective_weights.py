@@ -56,6 +56,11 @@ class ObjectiveWeights:
         self._wanted, self.squares, self._told = self._measured.wanted(list(weights)), {}, ({}, {}, {})
         return weights
 
+    @property
+    def measures(self) -> bool:
+        """Whether this step measures gradients."""
+        return bool(self._wanted)
+
     def measuring(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """A loss of the streams' rows, (total, parts), that also sets `squares`."""
 

@@ -69,8 +69,9 @@ class StepTime:
                 line.fit()
 
 
-def work_of(recipe: Recipe, batch: Batch) -> float:
-    """Flop of a forward pass over a batch, of the rank that has most of it."""
+def work_of(recipe: Recipe, batch: Batch, ranks: int) -> list[float]:
+    """Each rank's part of the work in a batch."""
     roster = batch.roster
     lengths = np.stack([roster.lengths[name].numpy() for name in recipe.streams], 1)
-    return float(np.bincount(roster.owners.numpy(), workload(recipe, lengths)).max(initial=0.0))
+    found: list[float] = np.bincount(roster.owners.numpy(), workload(recipe, lengths), minlength=ranks).tolist()
+    return found

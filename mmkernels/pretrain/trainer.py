@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from mmkernels.pretrain.ahead import Ahead
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import BatchSampler, Collator, Data, Dealer, TokenSampler, TrainLoader
+from mmkernels.pretrain.flops import Flops
 from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
 from mmkernels.pretrain.model import Model
@@ -96,16 +97,10 @@ class Trainer:
         followers = [twin.module for twin in (*self.twins.of.values(), *([self.average] if self.average else []))]
         self.placed = placed(self.model, ranks, config, device, followers)
         self.ahead = Ahead(self.model, ranks, device)
+        low = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self.flops = Flops(device, low, ranks, countable=not config.compile)
         self.parameters = list(self.model.parameters())
-        decayed = [p for p in self.parameters if p.ndim > 1]
-        others = [p for p in self.parameters if p.ndim <= 1]
-        groups = [(config.weight_decay, decayed), *((0.0, group) for group in self.placed.groups(others))]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group, "weight_decay": decay} for decay, group in groups],
-            lr=config.lr,
-            betas=(0.9, config.beta2),
-            fused=True,
-        )
+        self.optimizer = self._adamw()
         self.saver = checkpoint.Saver(config.keep_checkpoints, ranks.group)
         if config.compile:
             for block in (module for module in self.model.modules() if isinstance(module, Block)):
@@ -132,6 +127,13 @@ class Trainer:
             name: HeldOut(name, source, self.collator, device, data.train, limit=config.eval_limit)
             for name, source in data.held_out.items()
         }
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        config, decayed = self.config, [p for p in self.parameters if p.ndim > 1]
+        others = [p for p in self.parameters if p.ndim <= 1]
+        groups = [(config.weight_decay, decayed), *((0.0, group) for group in self.placed.groups(others))]
+        options = [{"params": group, "weight_decay": decay} for decay, group in groups]
+        return torch.optim.AdamW(options, lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
     def _sampler(self, data: Data) -> BatchSampler | TokenSampler:
         config, source = self.config, data.train
@@ -180,7 +182,7 @@ class Trainer:
             rest(self.model)
             self._deepen(stage)
             self.placed.learn_others()
-            encoders = self.placed.encoders(self.model.encoders())
+            encoders = [partial(self.flops.encoded, each) for each in self.placed.encoders(self.model.encoders())]
             self._cache = GradCache(encoders, self.model.loss, chunk_size=config.chunk, group=self.ranks.group)
             self._stage = stage
         lr = stage.lr_scale * learning_rate(config.lr, config.warmup, config.steps, self.step)
@@ -199,9 +201,11 @@ class Trainer:
         config = self.config
         weights = self.weights.begin(self.step)
         torch.manual_seed(step_seed(config.seed, self.step, self.ranks.rank))
+        kind, work = self._kind(weights), work_of(self.recipe, batch, self.ranks.size)
         before = received_bytes() + self.ranks.received
         self.pace.mark()
         with (
+            self.flops.step(kind, sum(work)),
             self.placed.step(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
         ):
@@ -215,14 +219,20 @@ class Trainer:
         received = received_bytes() + self.ranks.received - before + self.placed.traffic()
         values = [loss.item(), norm.item()]  # from here on the device is done
         pace = self.pace.numbers(self.loader.waited, self.loader.waited_for_peers, received)
-        self.times.begin((self._stage, *weights, bool(self.weights.squares)), work_of(self.recipe, batch))
+        self.times.begin(kind, max(work))
         return self._of_all(batch, weights, [*values, *pace], parts)
+
+    def _kind(self, weights: Mapping[str, float]) -> str:
+        """What steps have in common that need flop and seconds in proportion to their work."""
+        stage = self.recipe.stages.index(stage_at(self.recipe, self.step))
+        return f"stage {stage}: {', '.join(weights)}{', measured' * self.weights.measures}"
 
     def _marked(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """Its first exchange with other ranks is in the loss."""
 
         def of_rows(*rows: Tensor) -> Any:
             self.pace.mark()
+            self.flops.losing()
             return loss(*rows)
 
         return of_rows
@@ -284,7 +294,8 @@ class Trainer:
 
     def save(self, folder: Path, *, wait: bool = False, **more: Any) -> Path:
         """Begin to write a checkpoint; with `wait`, or after `saver.wait`, it is on disk. `more` are further values."""
-        values = {"step": self.step, "loader": self.loader.state_dict(), **self.weights.state_dict(), **more}
+        values = {"step": self.step, "loader": self.loader.state_dict(), **self.weights.state_dict()}
+        values |= {"flops": self.flops.state_dict(), **more}
         path = self.saver.save(folder, self.step, self.carried, self.optimizer, values)
         if wait:
             self.saver.wait()
@@ -296,6 +307,7 @@ class Trainer:
         self.step = values["step"]
         self._deepen(stage_at(self.recipe, max(self.step - 1, 0)))  # of the last step, should there be no other
         self.weights.load_state_dict(values)
+        self.flops.load_state_dict(values.get("flops", {}))
         self.loader.load_state_dict(values["loader"])
         return values
 

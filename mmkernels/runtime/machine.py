@@ -104,6 +104,15 @@ class Machine:
         return machine_of(torch.device(device))
 
     @staticmethod
+    def peak(device: torch.device | str, dtype: torch.dtype) -> float | None:
+        """flop/s of dense products in the data sheet of an A100, H100 or H200 on an SXM board; None for another
+        device."""
+        kind = torch.device(device)
+        name = torch.cuda.get_device_properties(kind).name if kind.type == "cuda" else ""
+        found = [PRESETS[known] for known in ("H200", "H100", "A100-80GB") if known[:4] in name]
+        return None if not found or "PCIe" in name or "NVL" in name else found[0].rate(dtype) / PRODUCTS
+
+    @staticmethod
     def named(name: str) -> Machine:
         """A preset: "A100-80GB", "H100" or "H200" by data sheet, or "CPU".
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import named
 import numpy as np
+import pytest
 import ranks
 import torch
 import torch.distributed as dist
@@ -70,6 +71,14 @@ def test_gpus_are_known_by_name(monkeypatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, about=about: about)
         with named.case(name):
             assert machine_of(torch.device("cuda", 90 + index)) == replace(PRESETS[expected], memory=1e10)
+            peak = None if "L4" in name else pytest.approx(989e12)
+            assert Machine.peak("cuda", torch.bfloat16) == peak
+    for name, peak in {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 PCIe": None, "NVIDIA H100 NVL": None}.items():
+        about = SimpleNamespace(name=name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, about=about: about)
+        assert Machine.peak("cuda:0", torch.float16) == (peak and pytest.approx(peak))
+    assert Machine.peak("cpu", torch.float32) is None
+    assert Machine.of("cpu") is PRESETS["CPU"]
 
 
 def test_slowest_takes_the_worst_of_each() -> None:

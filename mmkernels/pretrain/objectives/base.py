@@ -36,9 +36,8 @@ class Objective(nn.Module):
         return {}
 
     def chance_loss(self, batch: Batch) -> float | None:
-        """The loss of a guess that ignores the input, or None if there is no such thing. It is that of the whole batch,
-        which may lie on several ranks: what depends on their samples adds up over `batch.roster.ranks`, all of which
-        call this at the same time."""
+        """The loss of a guess that ignores the input, or None if there is no such thing. What depends on the samples
+        adds up over `batch.roster.ranks`, all of which call this at the same time."""
         return None
 
 

@@ -115,15 +115,13 @@ class ContrastLoss(BatchObjective):
         self, own: dict[str, Tensor], twins: dict[str, Tensor], x: str, y: str, seen: Seen, options: dict[str, Any]
     ) -> Tensor:
         queue = self.queues[y] if y in self.queues else None  # noqa: SIM401  a ModuleDict has no get
-        # Against a queue, keys and negatives must come from the same encoder: the twin.
-        keys = twins[y] if queue is not None else own[y]
+        keys = own[y] if queue is None else twins[y]  # keys and a queue must come from the same encoder: the twin
         more: dict[str, Any] = {}
         if (alpha := at(self.part.distil, seen.step)) > 0:
             more["teacher"] = (twins[x], twins[y], alpha)
         if queue is not None and len(queue):  # all ranks have the same queue: each brings its share
             more["negatives"] = queue.keys().tensor_split(seen.roster.ranks.size)[seen.roster.ranks.rank]
-        loss: Tensor = self.loss(own[x], keys, **options, **more)
-        return loss
+        return self.loss(own[x], keys, **options, **more)
 
     def after_step(self) -> None:
         self.loss.clamp_()
