@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmkernels.pretrain.policies import Policy
+from mmkernels.pretrain.stages import Ramp, Stage
 
 __all__ = ["Facts", "Ramp", "Recipe", "Shape", "Stage", "Stream"]
 
@@ -43,15 +44,6 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Ramp:
-    """A value that moves linearly from `start` to `end` during the first `steps` steps."""
-
-    start: float
-    end: float
-    steps: int
-
-
-@dataclass(frozen=True)
 class Stream:
     """One input of the model."""
 
@@ -69,22 +61,6 @@ class Stream:
     """A stream whose encoder this one shares."""
     teacher: Any = None
     """An `Ema`: a twin of the encoder that follows it slowly, built where an objective reads it."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What holds until a step; the first stage that has not ended applies."""
-
-    until: int | None = None
-    """First step of the next stage; None: to the end."""
-    trainable: tuple[str, ...] = ("*",)
-    """Patterns of the names of parameters that learn; those of a pattern that begins with "!" do not."""
-    lr_scale: float = 1.0
-    """Factor of the learning rate."""
-    objectives: tuple[str, ...] | None = None
-    """Those in use; None: all."""
-    fusion_depth: int | None = None
-    """Fusion layers in use; None: all."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ __all__ = [
     "learns",
     "reached",
     "rest",
+    "samplings",
     "shares_at",
     "stage_at",
     "step_seed",
@@ -62,6 +63,14 @@ def shares_at(recipe: Recipe, step: int, factors: Mapping[str, float] | None = N
     if not weights:
         raise ValueError(f"objectives: expected one with a weight above 0 at step {step}, got none")
     return weighed(weights, factors or {}, recipe.policy.floor)
+
+
+def samplings(recipe: Recipe) -> list[tuple[int | None, int]]:
+    """Where samples begin to be drawn otherwise: (the step before which that ends, number of the stage)."""
+    stages = recipe.stages
+    first = [i for i in range(len(stages)) if not i or stages[i].sampling != stages[i - 1].sampling]
+    ends = [*(stages[after - 1].until for after in first[1:]), None]
+    return list(zip(ends, first, strict=True))
 
 
 def weights_at(recipe: Recipe, seed: int, step: int, factors: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -160,6 +169,9 @@ def check_stages(recipe: Recipe, model: nn.Module) -> None:
             raise ValueError(f"{where}: objectives: expected some of {known}, got {', '.join(names) or 'none'}")
         if stage.fusion_depth is not None and not 0 <= stage.fusion_depth <= layers:
             raise ValueError(f"{where}: fusion_depth: expected 0 to {layers} layers, got {stage.fusion_depth}")
+        for name in ("batch", "tokens", "chunk"):
+            if (size := getattr(stage, name)) is not None and size < 1:
+                raise ValueError(f"{where}: {name}: expected None or at least 1, got {size}")
         if not learning(model, stage):
             raise ValueError(f"{where}: trainable: expected something to learn, got {', '.join(stage.trainable)}")
         before = before if until is None else until

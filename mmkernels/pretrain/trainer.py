@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,8 @@ from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.ahead import Ahead
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.data import BatchSampler, Collator, Data, Dealer, TokenSampler, TrainLoader
+from mmkernels.pretrain.data import Collator, Data, Dealer, TrainLoader
+from mmkernels.pretrain.drawing import sampler_of
 from mmkernels.pretrain.flops import Flops
 from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
@@ -114,7 +114,7 @@ class Trainer:
         )
         self.loader = TrainLoader(
             data.train,
-            self._sampler(data),
+            sampler_of(config, self.recipe, data.train, self.collator, ranks),
             self.collator,
             dealer=None
             if ranks.group is None
@@ -134,17 +134,6 @@ class Trainer:
         groups = [(config.weight_decay, decayed), *((0.0, group) for group in self.placed.groups(others))]
         options = [{"params": group, "weight_decay": decay} for decay, group in groups]
         return torch.optim.AdamW(options, lr=config.lr, betas=(0.9, config.beta2), fused=True)
-
-    def _sampler(self, data: Data) -> BatchSampler | TokenSampler:
-        config, source = self.config, data.train
-        if config.tokens is not None:
-            lengths = self.collator.lengths(source)
-            return TokenSampler(
-                lengths, config.tokens, max_samples=config.batch, seed=config.seed, shares=source.shares
-            )
-        distinct = any(getattr(part, "by_concept", False) for part in self.recipe.objectives.values())
-        concepts = source.concepts if distinct else np.arange(len(source))
-        return BatchSampler(concepts, config.batch, config.seed, source.shares)
 
     @property
     def trained(self) -> Model:
@@ -183,7 +172,8 @@ class Trainer:
             self._deepen(stage)
             self.placed.learn_others()
             encoders = [partial(self.flops.encoded, each) for each in self.placed.encoders(self.model.encoders())]
-            self._cache = GradCache(encoders, self.model.loss, chunk_size=config.chunk, group=self.ranks.group)
+            self._chunk = config.chunk if stage.chunk is None else stage.chunk
+            self._cache = GradCache(encoders, self.model.loss, chunk_size=self._chunk, group=self.ranks.group)
             self._stage = stage
         lr = stage.lr_scale * learning_rate(config.lr, config.warmup, config.steps, self.step)
         for group in self.optimizer.param_groups:
@@ -210,9 +200,9 @@ class Trainer:
             torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
         ):
             taught = {name: self.model.owner[name] for name in self.model.taught}
-            teacher = self.twins.embeddings(batch.streams, taught, config.chunk)
+            teacher = self.twins.embeddings(batch.streams, taught, self._chunk)
             self._cache.on_embedded = self.ahead.of(batch, weights)
-            loss_fn = self.weights.measuring(self.model.loss(batch, weights, config.chunk, teacher))
+            loss_fn = self.weights.measuring(self.model.loss(batch, weights, self._chunk, teacher))
             self._cache.loss_fn = self._marked(loss_fn)
             loss, parts = self._cache(*(batch[name] for name in self.model.encoded))
         norm = self.placed.clip(self.parameters, config.clip_grad)

@@ -53,7 +53,8 @@ BASE = (
 )
 MAY = {
     "policies": (),
-    "recipe": ("policies",),
+    "recipe": ("policies", "stages"),
+    "stages": (),
     "recipes": (*PARTS, "recipe", "recipes", "state"),
     "data": (*BASE, "data", "log_mel"),
     "data_report": (

@@ -29,7 +29,7 @@ from mmkernels.pretrain.data.hub import HubDataset
 from mmkernels.pretrain.data.loader import TrainLoader
 from mmkernels.pretrain.data.mixed import Mixed, mix
 from mmkernels.pretrain.data.opening import EMBEDDED, open_data
-from mmkernels.pretrain.data.sampler import BatchSampler, TokenSampler
+from mmkernels.pretrain.data.sampler import BatchSampler, StagedSampler, TokenSampler
 from mmkernels.pretrain.data.shares import Shares, check_weights
 from mmkernels.pretrain.data.tables import TableFormat
 from mmkernels.pretrain.data.webdataset import WebDataset
@@ -53,6 +53,7 @@ __all__ = [
     "Sample",
     "Shares",
     "Source",
+    "StagedSampler",
     "Subset",
     "TableFormat",
     "Text",

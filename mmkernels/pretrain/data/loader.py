@@ -24,7 +24,8 @@ __all__ = ["Sampler", "TrainLoader"]
 class Sampler(Protocol):
     """Endless batches of sample numbers, resumed from a JSON-serialisable state."""
 
-    step: int
+    @property
+    def step(self) -> int: ...
 
     def __next__(self) -> np.ndarray: ...
 

@@ -13,7 +13,7 @@ from mmkernels import plan_packing
 from mmkernels.pretrain.data.seeds import Stream, generator
 from mmkernels.pretrain.data.shares import Shares
 
-__all__ = ["BatchSampler", "TokenSampler"]
+__all__ = ["BatchSampler", "StagedSampler", "TokenSampler"]
 
 
 class _Dealt(ABC):
@@ -37,6 +37,11 @@ class _Dealt(ABC):
     @abstractmethod
     def _size(self) -> int:
         """What bounds a batch."""
+
+    def begin(self, epoch: int, step: int) -> None:
+        """Go to the first batch of an epoch, after so many batches in total."""
+        self.epoch, self.position, self.step = epoch, 0, step
+        self._batches = self._deal(epoch)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self
@@ -189,3 +194,46 @@ class TokenSampler(_Dealt):
             apart[place].append(index)
             free[place] -= needs
         return [np.array(pack, np.int64) for pack in apart]
+
+
+class StagedSampler:
+    """One sampler after another; each begins an epoch, since its batches are others.
+
+    Args:
+        parts: (the step before which it ends, sampler); the last one lasts. The samplers have the same seed.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int | None, BatchSampler | TokenSampler]]) -> None:
+        self.parts, self.part = list(parts), 0
+
+    @property
+    def now(self) -> BatchSampler | TokenSampler:
+        """The one in use."""
+        return self.parts[self.part][1]
+
+    @property
+    def step(self) -> int:
+        return self.now.step
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        before = self.now
+        while (until := self.parts[self.part][0]) is not None and before.step >= until:
+            self.part += 1
+        if self.now is not before:
+            self.now.begin(before.epoch + 1, before.step)  # an order that has not been seen
+        return next(self.now)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the sampler in use, and which one that is; JSON-serialisable."""
+        return {**self.now.state_dict(), "part": self.part}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken. Stages, data and seed must be the same."""
+        part = state.get("part", 0)
+        if part >= len(self.parts):
+            raise ValueError(f"state: expected one of {len(self.parts)} parts as in this run, got part {part}")
+        self.parts[part][1].load_state_dict(state)
+        self.part = part
