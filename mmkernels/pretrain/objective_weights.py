@@ -65,6 +65,8 @@ class ObjectiveWeights:
         """A loss of the streams' rows, (total, parts), that also sets `squares`."""
 
         def of_rows(*rows: Tensor) -> Any:
+            if self._wanted:  # those of frozen encoders, too: a stage must not change what is measured
+                rows = tuple(each if each.requires_grad else each.detach().requires_grad_() for each in rows)
             total, parts = loss(*rows)
             self.squares = squared_gradients({name: parts[name] for name in self._wanted if name in parts}, rows)
             return total, {name: part.detach() for name, part in parts.items()}
@@ -114,14 +116,12 @@ def squared_gradients(losses: Mapping[str, Tensor], rows: Sequence[Tensor]) -> d
 
     Args:
         losses: scalars with a graph, which is kept.
-        rows: of the streams, [T, C] or [S, E]; those that need no gradient are left out.
+        rows: of the streams, [T, C] or [S, E], which need gradients.
     """
-    learning = [each for each in rows if each.requires_grad]
     found: dict[str, float] = {}
     for name, loss in losses.items():
-        if learning and loss.requires_grad:
-            with torch.autocast(loss.device.type, enabled=False):
-                grads = torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True)
-            squares = [grad.double().square().sum() for grad in grads if grad is not None]
-            found[name] = float(torch.stack(squares).sum()) if squares else 0.0
+        with torch.autocast(loss.device.type, enabled=False):
+            grads = torch.autograd.grad(loss, rows, retain_graph=True, allow_unused=True)
+        squares = [grad.double().square().sum() for grad in grads if grad is not None]
+        found[name] = float(torch.stack(squares).sum()) if squares else 0.0
     return found

@@ -76,6 +76,6 @@ class Recipe:
     metrics: tuple[Any, ...] = ()
     stages: tuple[Stage, ...] = (Stage(),)
     draw: bool = False  # one objective a step, drawn by weight, instead of their weighted sum
-    policy: Policy = Policy()  # noqa: RUF009  frozen
     model: Shape = Shape()
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the run, where they differ from `Config`'s
+    policy: Policy = Policy()  # noqa: RUF009  frozen

@@ -102,10 +102,13 @@ def test_frozen_parts_and_stages() -> None:
     assert_same_run("progressive", 2, 3, batch=8, chunk=3, parts={"stages.stage_0.until": 1, "stages.stage_1.until": 2})
 
 
-@pytest.mark.parametrize(("recipe", "parallel"), [("albef", "ddp"), ("albef", "fsdp"), ("uniter", "ddp")])
+@pytest.mark.parametrize(("recipe", "parallel"), [("albef", "ddp"), ("uniter", "ddp"), ("progressive", "fsdp")])
 def test_measured_weights(recipe: str, parallel: str) -> None:
-    """Norms and losses are those of all ranks, and so are the weights, or odds, that follow."""
-    parts = {"policy.kind": "grad_norm", "policy.every": 2}
+    """Norms and losses are those of all ranks, and so are the weights, or odds, that follow; also in a stage that
+    freezes the encoders."""
+    parts: dict[str, Any] = {"policy.kind": "grad_norm", "policy.every": 2}
+    if recipe == "progressive":
+        parts |= {"policy.every": 1, "stages.stage_0.until": 1, "stages.stage_1.until": 3}
     found = assert_same_run(recipe, 2, 5, batch=8, chunk=3, parallel=parallel, parts=parts)
     for steps in zip(*found, strict=True):
         assert all(step.shares == pytest.approx(steps[0].shares, rel=1e-4) for step in steps)
