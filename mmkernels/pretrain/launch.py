@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -55,8 +55,20 @@ def launched(config: Config) -> Iterator[tuple[Ranks, torch.device]]:
     )
     try:
         yield _ranks(dist.group.WORLD, config), device
-    finally:
+    except BaseException:
+        _end_after_error()
+        raise
+    dist.destroy_process_group()
+
+
+def _end_after_error() -> None:
+    """End the group that was made here without waiting for other ranks, which may be gone: NCCL waits for what is in
+    flight when it is destroyed. Afterwards another can be made, if this torch can abort one."""
+    if "nccl" not in backends_of(dist.group.WORLD).values():
         dist.destroy_process_group()
+    elif abort := getattr(dist.distributed_c10d, "_abort_process_group", None):
+        with suppress(Exception):  # what is raised already says more
+            abort()
 
 
 @contextmanager
