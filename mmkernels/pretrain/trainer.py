@@ -160,7 +160,7 @@ class Trainer:
 
     def warm_start(self, run: Path) -> WarmStart:
         """Begin with the weights of another run; twins and average, too. Raises as `warm_start` does."""
-        found = warm_start(self.model, run, self.config.fresh)
+        found = warm_start(self.model, run, self.config.fresh, self.ranks)
         for name, twin in self.twins.of.items():
             twin.module.load_state_dict(self.model.streams[name].state_dict())
         if self.average is not None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import torch
+from pretrain.runs import TINY
 
-from mmkernels.pretrain import Config, checkpoint
+from mmkernels.pretrain import Config, checkpoint, train, warm_start
 from mmkernels.pretrain.launch import launched
+from mmkernels.pretrain.load import stored_weights
 from mmkernels.pretrain.recipes import names
 from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.setup import open_source, tokenizer_for
+from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.trainer import Trainer
 
 SMALL = {"model.width": 32, "model.heads": 2, "model.embed_dim": 32}
@@ -139,3 +143,43 @@ def test_resumed_on_other_ranks(recipe: str, tmp_path: Path) -> None:
     for name, value in one["weights"].items():
         different = (value - parts[-1][0]["weights"][name]).abs() > 100 * CLOSE
         assert different.sum() <= 2e-3 * value.numel() + 2, name
+
+
+def begun_with(rank: int, world: int, run: Path, parallel: str, data: str, fresh: tuple[str, ...]) -> Any:
+    """(What a run begins with, how often this rank has read the other run); or an error."""
+    torch.set_num_threads(1)
+    read = []
+
+    def counted(run: Path) -> Any:
+        read.append(run)
+        return stored_weights(run)
+
+    changes: Any = {"parallel": parallel, "data": data, "batch": 8, "parts": TINY, "fresh": fresh}
+    config = Config.of("clip", run=run.parent / "other", init=run, **changes)
+    source = open_source(config)
+    with launched(config) as (peers, device), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm_start, "stored_weights", counted)
+        trainer = Trainer(config, source, TextTokenizer.load(run / "tokenizer.json"), device, peers)
+        try:
+            trainer.warm_start(run)
+        except ValueError as error:
+            return str(error), len(read)
+        return {name: whole(value) for name, value in trainer.carried.state_dict().items()}, len(read)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_rank_reads_the_weights_that_all_begin_with(parallel: str, tiny: Callable[..., Config]) -> None:
+    config = tiny(steps=2, eval_every=0)
+    train(config)
+    ((expected, _),) = ranks.run(1, begun_with, config.run, "ddp", config.data, ())
+    both = ranks.run(2, begun_with, config.run, parallel, config.data, ())
+    assert [reads for _, reads in both] == [1, 0]
+    for weights, _ in both:
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in expected.items())
+    wrong = ranks.run(2, begun_with, config.run, parallel, config.data, ("no.such.*",))
+    assert wrong[0][0] == wrong[1][0] != "" and "fresh: expected patterns" in wrong[0][0]
+    for shard in (config.run / "checkpoints/step-00000002").glob("weights*"):
+        shard.write_bytes(shard.read_bytes()[:-4])
+    torn = ranks.run(2, begun_with, config.run, parallel, config.data, ())
+    assert torn[0][0] == torn[1][0] and "is damaged" in torn[0][0]
