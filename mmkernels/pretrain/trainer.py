@@ -88,8 +88,8 @@ class Trainer:
         self.carried = nn.ModuleDict({"model": self.model, "twins": self.twins})
         if self.average is not None:
             self.carried["average"] = self.average
-        self.statistics = Statistics(self.carried)
         followers = [twin.module for twin in (*self.twins.of.values(), *([self.average] if self.average else []))]
+        self.statistics = Statistics(self.model, followers, ranks)
         self.placed = placed(self.model, ranks, config, device, followers)
         self.parameters = list(self.model.parameters())
         decayed = [p for p in self.parameters if p.ndim > 1]
@@ -243,6 +243,7 @@ class Trainer:
         for objective in self.model.objectives.values():
             objective.after_step()
         self._forget()
+        self.statistics.share()
         self.twins.follow(self.model.streams)  # type: ignore[arg-type]
         if self.average is not None:
             self.average.follow(self.model)
