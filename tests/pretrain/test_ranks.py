@@ -99,16 +99,20 @@ def test_more_ranks_than_samples_to_deal() -> None:
     assert_same_run("gpt", 4, 2, batch=4, tokens=400, chunk=2, parallel="fsdp")
 
 
-def test_frozen_parts_and_stages() -> None:
+@pytest.mark.parametrize(("world", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "hsdp")])
+def test_frozen_parts_and_stages(world: int, parallel: str) -> None:
     """Encoders that do not learn are not reduced; a stage changes what does."""
-    assert_same_run("progressive", 2, 3, batch=8, chunk=3, parts={"stages.stage_0.until": 1, "stages.stage_1.until": 2})
+    parts = {"stages.stage_0.until": 1, "stages.stage_1.until": 2}
+    assert_same_run("progressive", world, 4, batch=8, chunk=3, parallel=parallel, shard_ranks=2, parts=parts)
 
 
-def test_low_precision_shards() -> None:
-    """Gathered weights are bfloat16: losses agree to its rounding."""
-    changes = {"batch": 12, "precision": "bfloat16"}
-    (one,) = ranks.run(1, steps, "clip", 3, changes)
-    both = ranks.run(2, steps, "clip", 3, changes | {"parallel": "fsdp"})
+@pytest.mark.parametrize("recipe", ["clip", "progressive", "gpt", "albef"])
+def test_low_precision_shards(recipe: str) -> None:
+    """Gathered weights are bfloat16: losses agree to its rounding. With stages, rotary tables and a queue, too."""
+    stages = {"stages.stage_0.until": 1, "stages.stage_1.until": 2} if recipe == "progressive" else {}
+    changes = {"batch": 12, "precision": "bfloat16", "parts": stages}
+    (one,) = ranks.run(1, steps, recipe, 3, changes)
+    both = ranks.run(2, steps, recipe, 3, changes | {"parallel": "fsdp"})
     assert both[0]["steps"] == both[1]["steps"]
     for mine, theirs in zip(both[0]["steps"], one["steps"], strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=0.02)
