@@ -98,7 +98,7 @@ LAYERS = (
     ),
     Layer(
         r"mmkernels\.pretrain(\..*)?",
-        below=("mmkernels", "mmkernels.nn", "mmkernels.pretrain.*"),
+        below=("mmkernels", "mmkernels.nn", "mmkernels.pretrain.*", "mmkernels.runtime.groups"),
         never=("mmkernels.pretrain.data_report.*",),
         packages=_PYTORCH | _EXTRAS | {"pyarrow", "soundfile", "datasets", "zstandard", "sacrebleu", "rouge_score"},
         late=("pyarrow", "soundfile", "datasets", "zstandard", "sacrebleu", "rouge_score"),
@@ -114,7 +114,7 @@ LAYERS = (
         packages=_PYTORCH | {"transformers"},
     ),
     Layer(r"mmkernels\.nn(\..*)?", below=("mmkernels.nn.*", *_FUNCTIONS)),
-    Layer(r"mmkernels\.gradcache(\..*)?", below=("mmkernels.gradcache.*", *_FUNCTIONS)),
+    Layer(r"mmkernels\.gradcache(\..*)?", below=("mmkernels.gradcache.*", "mmkernels.runtime.groups", *_FUNCTIONS)),
     Layer(r"mmkernels\.batch(\..*)?", below=("mmkernels.batch.*", *_FUNCTIONS)),
     Layer(
         r"mmkernels\.planning(\..*)?",

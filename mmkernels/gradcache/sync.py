@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmkernels.gradcache.shards import Shards
 from mmkernels.ops.checks import wrong_value
+from mmkernels.runtime.groups import device_of_numbers
 
 __all__ = ["Sync", "anywhere", "reduced"]
 
@@ -107,8 +108,7 @@ def _distinct(groups: Iterable[Any]) -> list[Any]:
 def reduced(values: Sequence[float] | Tensor, group: Any, op: str = "sum") -> Tensor:
     """The elementwise sum or maximum over the ranks of a group, float64 on the host."""
     flat = torch.as_tensor(values, dtype=torch.float64).detach()
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
-    moved = flat.to(device, copy=True)
+    moved = flat.to(device_of_numbers(group), copy=True)
     dist.all_reduce(moved, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
     return moved.cpu()
 

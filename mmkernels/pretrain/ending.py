@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from mmkernels.pretrain.checkpoint import SaveError
 from mmkernels.pretrain.data import TooManyBrokenError
 from mmkernels.pretrain.guards import NotFiniteError
 from mmkernels.pretrain.journal import Journal
@@ -47,6 +48,16 @@ def reported(
             for source in (held_out.source, held_out.train):
                 source.broken.limit(1.0)  # those that can be read are examples still
         _write(write, folder, trainer)
+        raise
+    except SaveError as error:
+
+        def try_to_write(folder: RunFolder, trainer: Trainer) -> None:
+            with suppress(OSError):
+                write(folder, trainer)
+
+        with suppress(OSError):  # where a checkpoint does not fit, nothing else may
+            journal.stopped(str(error))
+        _write(try_to_write, folder, trainer)
         raise
     _write(write, folder, trainer)
 

@@ -6,14 +6,16 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.ranks import ALONE, PeerError, Ranks
+from mmkernels.runtime.groups import backends_of
 
 __all__ = ["device_of", "launched", "leads", "shards_of"]
 
@@ -27,13 +29,15 @@ def launched(config: Config) -> Iterator[tuple[Ranks, torch.device]]:
     and SLURM_STEP_NUM_TASKS, as by srun, with the same MASTER_ADDR and MASTER_PORT. Without, this process is alone.
 
     Raises:
-        ValueError: the settings do not fit the ranks, or the device is not there.
+        ValueError: the settings do not fit the ranks, or the device is not there, or a process group has no backend for
+            it.
     """
     device = device_of(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     if dist.is_available() and dist.is_initialized():
-        yield _ranks(dist.group.WORLD, config), device
+        with _with_hosts(device, timedelta(seconds=config.timeout)) as group:
+            yield _ranks(group, config), device
         return
     world = _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
     if world == 1:
@@ -51,8 +55,36 @@ def launched(config: Config) -> Iterator[tuple[Ranks, torch.device]]:
     )
     try:
         yield _ranks(dist.group.WORLD, config), device
-    finally:
+    except BaseException:
+        _end_after_error()
+        raise
+    dist.destroy_process_group()
+
+
+def _end_after_error() -> None:
+    """End the group that was made here without waiting for other ranks, which may be gone: NCCL waits for what is in
+    flight when it is destroyed. Afterwards another can be made, if this torch can abort one."""
+    if "nccl" not in backends_of(dist.group.WORLD).values():
         dist.destroy_process_group()
+    elif abort := getattr(dist.distributed_c10d, "_abort_process_group", None):
+        with suppress(Exception):  # what is raised already says more
+            abort()
+
+
+@contextmanager
+def _with_hosts(device: torch.device, patience: timedelta) -> Iterator[Any]:
+    """The process group that there is, or one of the same ranks if that takes no tensors on the host: ranks exchange
+    many of these."""
+    kinds = backends_of(dist.group.WORLD)
+    shown = ",".join(f"{kind}:{backend}" for kind, backend in kinds.items())
+    if device.type not in ("cpu", *kinds) and dist.get_world_size() > 1:
+        raise ValueError(f"device: expected one for which the process group has a backend ({shown}), got {device}")
+    if "cpu" in kinds or dist.get_world_size() == 1:
+        yield dist.group.WORLD
+        return
+    made = dist.new_group(timeout=patience, backend=f"cpu:gloo,{shown}")
+    yield made
+    dist.destroy_process_group(made)  # not after an error: it would wait for ranks that may be gone
 
 
 def _store_of_this_start(rank: int, world: int, patience: timedelta) -> dist.Store:

@@ -110,7 +110,8 @@ def _loop(
             figures |= {} if chance is None else {"chance": chance}
             journal.step(trainer.step, batch, trainer.flops.figures, **figures)
             trainer.times.see(journal.seconds)
-            for warning in (watch.see(found.loss, chance) if chance else "", trainer.pace.straggler()):
+            said = (watch.see(found.loss, chance) if chance else "", trainer.pace.straggler())
+            for warning in (*said, trainer.statistics.warning()):
                 if warning:
                     journal.warn(warning)
 

@@ -114,7 +114,10 @@ class Sharded(Placed):
         self._across, self._within = [1, *mesh.shape][-2:]
         self._narrowed = 1.0 if low is None else low.itemsize / torch.float32.itemsize
         self._followers, self._low, self._device = followers, low, next(model.parameters()).device.type
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32)
+        # Inputs stay as they are: autocast takes what it wants in low precision, and rotary tables must be in float32.
+        policy = MixedPrecisionPolicy(
+            param_dtype=low, reduce_dtype=None if low is None else torch.float32, cast_forward_inputs=False
+        )
         options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": False, "mp_policy": policy}
         self._through = _Through(model)
         for block in [module for module in model.modules() if isinstance(module, Block)]:

@@ -93,8 +93,8 @@ class Trainer:
         self.carried = nn.ModuleDict({"model": self.model, "twins": self.twins})
         if self.average is not None:
             self.carried["average"] = self.average
-        self.statistics = Statistics(self.carried)
         followers = [twin.module for twin in (*self.twins.of.values(), *([self.average] if self.average else []))]
+        self.statistics = Statistics(self.model, followers, ranks)
         self.placed = placed(self.model, ranks, config, device, followers)
         self.ahead = Ahead(self.model, ranks, device)
         low = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
@@ -156,7 +156,7 @@ class Trainer:
 
     def warm_start(self, run: Path) -> WarmStart:
         """Begin with the weights of another run; twins and average, too. Raises as `warm_start` does."""
-        found = warm_start(self.model, run, self.config.fresh)
+        found = warm_start(self.model, run, self.config.fresh, self.ranks)
         for name, twin in self.twins.of.items():
             twin.module.load_state_dict(self.model.streams[name].state_dict())
         if self.average is not None:
@@ -255,6 +255,7 @@ class Trainer:
         for objective in self.model.objectives.values():
             objective.after_step()
         self._forget()
+        self.statistics.share()
         self.twins.follow(self.model.streams)  # type: ignore[arg-type]
         if self.average is not None:
             self.average.follow(self.model)

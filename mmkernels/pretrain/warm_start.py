@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmkernels.pretrain.checkpoint import fill, weights_of
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data.opening import EMBEDDED, places
 from mmkernels.pretrain.load import stored_weights
+from mmkernels.pretrain.ranks import ALONE, Ranks
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.run_folder import other_classes, stored_classes, stored_config
 from mmkernels.pretrain.schedule import stage_at
@@ -41,19 +42,27 @@ class WarmStart(NamedTuple):
 
 
 @torch.no_grad()
-def warm_start(model: nn.Module, run: Path, fresh: Sequence[str] = ()) -> WarmStart:
+def warm_start(model: nn.Module, run: Path, fresh: Sequence[str] = (), ranks: Ranks = ALONE) -> WarmStart:
     """Load those of another run's weights that the model has by name.
 
     Args:
         model: on any device; wrapped or sharded as in `Saver.save`.
         run: folder of the other run, or of exported weights.
         fresh: patterns of names that are not loaded.
+        ranks: who begin together. Rank 0 reads, and hands out one tensor after the other.
 
     Raises:
-        RunFolderError: no run there, or no checkpoint yet.
+        RunFolderError: no run there, or no checkpoint yet. Like the others on all ranks.
         ValueError: no name fits, or a tensor of the same name has another shape; a pattern of `fresh` fits none.
     """
-    step, given = stored_weights(run)
+    read: dict[str, Tensor] = {}
+
+    def stored() -> tuple[int, dict[str, tuple[torch.Size, torch.dtype]]]:
+        step, weights = stored_weights(run)
+        read.update(weights)
+        return step, {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
+
+    step, given = ranks.of_leader(stored)
     own = weights_of(model)
     for pattern in fresh:
         if not any(fnmatchcase(name, pattern) for name in own):
@@ -65,12 +74,15 @@ def warm_start(model: nn.Module, run: Path, fresh: Sequence[str] = ()) -> WarmSt
             f"init: expected a run whose parameters are called as this model's, such as {_some(list(own))}, "
             f"got {run}, whose are called {_some(list(given))}"
         )
-    other = [name for name in loaded if own[name].shape != given[name].shape]
+    other = [name for name in loaded if own[name].shape != given[name][0]]
     if other:
-        shapes = "; ".join(f"{n}: {list(given[n].shape)} for {list(own[n].shape)}" for n in other[:_SHOWN])
+        shapes = "; ".join(f"{n}: {list(given[n][0])} for {list(own[n].shape)}" for n in other[:_SHOWN])
         raise ValueError(f"init: expected tensors of this model's shapes, got of {run} {shapes} ({len(other)} in all)")
     for name in loaded:
-        fill(own[name], given[name])
+        weight = read.pop(name).contiguous() if ranks.leads else torch.empty(given[name][0], dtype=given[name][1])
+        if weight.numel():
+            ranks.of_rank_0(weight.reshape(-1).view(torch.uint8))  # bytes: not every dtype can be sent
+        fill(own[name], weight)
     kept = set(loaded)
     return WarmStart(run, step, loaded, [n for n in own if n not in kept], [n for n in given if n not in kept])
 

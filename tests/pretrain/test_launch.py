@@ -11,12 +11,15 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 from torch.distributed.run import get_args_parser
 
-from mmkernels.pretrain import checkpoint, load_model
+from mmkernels.pretrain import checkpoint, launch, load_model
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.run_folder import RunFolder, begun_before, stored_records
 
@@ -197,3 +200,79 @@ def test_a_whole_run_in_shards(parallel: str, pictures: Path, tmp_path: Path) ->
     assert (run / "report.html").stat().st_size > 10_000
     vectors = load_model(run).embed("text", ["a red circle", "a blue square"])
     assert vectors.isfinite().all() and vectors.dtype == torch.float32
+
+
+def _beside_nccl(rank: int, world: int) -> tuple[str, list[float], str]:
+    """As if the group that there is had NCCL alone."""
+    made, new_group = [], dist.new_group
+
+    def recorded(**options: Any) -> Any:
+        made.append(options.pop("backend"))
+        return new_group(backend="gloo", **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "backends_of", lambda group: {"cuda": "nccl"})
+        patch.setattr(dist, "new_group", recorded)
+        with launch.launched(Config(device="cpu")) as (peers, _):
+            told = peers.table([rank]).flatten().tolist()
+            assert peers.group is not dist.group.WORLD
+        patch.setattr(launch, "backends_of", lambda group: {"cpu": "gloo"})
+        patch.setattr(launch, "device_of", lambda config: torch.device("cuda", 1))
+        with pytest.raises(ValueError, match="device: ") as error, launch.launched(Config()):
+            pass
+    return made[0], told, str(error.value)
+
+
+def test_a_group_that_takes_nothing_on_the_host_gets_one_beside_it() -> None:
+    expected = "device: expected one for which the process group has a backend (cpu:gloo), got cuda:1"
+    assert ranks.run(2, _beside_nccl) == [("cpu:gloo,cuda:nccl", [0, 1], expected)] * 2
+
+
+@pytest.mark.parametrize(("backend", "ended"), [("gloo", ["destroyed"]), ("nccl", ["aborted"])])
+def test_after_an_error_nobody_waits_for_ranks_that_are_gone(
+    backend: str, ended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To destroy a group of NCCL waits for what is in flight."""
+    done: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launch, "_store_of_this_start", lambda *args: None)
+    monkeypatch.setattr(launch, "_ranks", lambda group, config: launch.ALONE)
+    monkeypatch.setattr(launch, "backends_of", lambda group: {"cpu": "gloo", "cuda": backend})
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: done.append("aborted"))
+    with launch.launched(Config(device="cpu")):
+        pass
+    assert done == ["destroyed"]
+    done.clear()
+    with pytest.raises(OSError, match="gone"), launch.launched(Config(device="cpu")):
+        raise OSError("gone")
+    assert done == ended
+
+
+def test_after_an_error_a_new_group_can_be_made(pictures: Path, tmp_path: Path) -> None:
+    """In the same processes."""
+    script = tmp_path / "twice.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import torch.distributed as dist
+
+            from mmkernels.pretrain import Config
+            from mmkernels.pretrain.launch import launched
+
+            for attempt in range(2):
+                try:
+                    with launched(Config(device="cpu")) as (ranks, _):
+                        assert ranks.table([1]).sum() == 2
+                        if attempt == 0:
+                            raise OSError("gone")
+                except OSError:
+                    assert not dist.is_initialized()
+            """
+        ),
+        encoding="utf-8",
+    )
+    command = torchrun(pictures, "")
+    place = len(command) - 1 - command[::-1].index("-m")
+    subprocess.run([*command[:place], str(script)], env=environment(), check=True, timeout=120)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import torch
+from pretrain.runs import TINY
 
-from mmkernels.pretrain import Config, checkpoint
+from mmkernels.pretrain import Config, checkpoint, train, warm_start
 from mmkernels.pretrain.launch import launched
+from mmkernels.pretrain.load import stored_weights
 from mmkernels.pretrain.recipes import names
 from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.setup import open_source, tokenizer_for
+from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.trainer import Outcome, Trainer
 
 SMALL = {"model.width": 32, "model.heads": 2, "model.embed_dim": 32}
@@ -97,9 +101,11 @@ def test_more_ranks_than_samples_to_deal() -> None:
     assert_same_run("gpt", 4, 2, batch=4, tokens=400, chunk=2, parallel="fsdp")
 
 
-def test_frozen_parts_and_stages() -> None:
+@pytest.mark.parametrize(("world", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "hsdp")])
+def test_frozen_parts_and_stages(world: int, parallel: str) -> None:
     """Encoders that do not learn are not reduced; a stage changes what does."""
-    assert_same_run("progressive", 2, 3, batch=8, chunk=3, parts={"stages.stage_0.until": 1, "stages.stage_1.until": 2})
+    parts = {"stages.stage_0.until": 1, "stages.stage_1.until": 2}
+    assert_same_run("progressive", world, 4, batch=8, chunk=3, parallel=parallel, shard_ranks=2, parts=parts)
 
 
 @pytest.mark.parametrize(("recipe", "parallel"), [("albef", "ddp"), ("uniter", "ddp"), ("progressive", "fsdp")])
@@ -116,11 +122,13 @@ def test_measured_weights(recipe: str, parallel: str) -> None:
     assert found[0][-1].shares != found[0][0].shares
 
 
-def test_low_precision_shards() -> None:
-    """Gathered weights are bfloat16: losses agree to its rounding."""
-    changes = {"batch": 12, "precision": "bfloat16"}
-    (one,) = ranks.run(1, steps, "clip", 3, changes)
-    both = ranks.run(2, steps, "clip", 3, changes | {"parallel": "fsdp"})
+@pytest.mark.parametrize("recipe", ["clip", "progressive", "gpt", "albef"])
+def test_low_precision_shards(recipe: str) -> None:
+    """Gathered weights are bfloat16: losses agree to its rounding. With stages, rotary tables and a queue, too."""
+    stages = {"stages.stage_0.until": 1, "stages.stage_1.until": 2} if recipe == "progressive" else {}
+    changes = {"batch": 12, "precision": "bfloat16", "parts": stages}
+    (one,) = ranks.run(1, steps, recipe, 3, changes)
+    both = ranks.run(2, steps, recipe, 3, changes | {"parallel": "fsdp"})
     assert both[0]["steps"] == both[1]["steps"]
     for mine, theirs in zip(both[0]["steps"], one["steps"], strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=0.02)
@@ -220,3 +228,43 @@ def test_negatives_of_a_rank_alone() -> None:
 def test_scope_is_checked() -> None:
     with pytest.raises(ValueError, match="scope: expected 'batch' or 'rank', got 'node'"):
         partners_of(0, 1, "node", 4)
+
+
+def begun_with(rank: int, world: int, run: Path, parallel: str, data: str, fresh: tuple[str, ...]) -> Any:
+    """(What a run begins with, how often this rank has read the other run); or an error."""
+    torch.set_num_threads(1)
+    read = []
+
+    def counted(run: Path) -> Any:
+        read.append(run)
+        return stored_weights(run)
+
+    changes: Any = {"parallel": parallel, "data": data, "batch": 8, "parts": TINY, "fresh": fresh}
+    config = Config.of("clip", run=run.parent / "other", init=run, **changes)
+    source = open_source(config)
+    with launched(config) as (peers, device), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm_start, "stored_weights", counted)
+        trainer = Trainer(config, source, TextTokenizer.load(run / "tokenizer.json"), device, peers)
+        try:
+            trainer.warm_start(run)
+        except ValueError as error:
+            return str(error), len(read)
+        return {name: whole(value) for name, value in trainer.carried.state_dict().items()}, len(read)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_rank_reads_the_weights_that_all_begin_with(parallel: str, tiny: Callable[..., Config]) -> None:
+    config = tiny(steps=2, eval_every=0)
+    train(config)
+    ((expected, _),) = ranks.run(1, begun_with, config.run, "ddp", config.data, ())
+    both = ranks.run(2, begun_with, config.run, parallel, config.data, ())
+    assert [reads for _, reads in both] == [1, 0]
+    for weights, _ in both:
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in expected.items())
+    wrong = ranks.run(2, begun_with, config.run, parallel, config.data, ("no.such.*",))
+    assert wrong[0][0] == wrong[1][0] != "" and "fresh: expected patterns" in wrong[0][0]
+    for shard in (config.run / "checkpoints/step-00000002").glob("weights*"):
+        shard.write_bytes(shard.read_bytes()[:-4])
+    torn = ranks.run(2, begun_with, config.run, parallel, config.data, ())
+    assert torn[0][0] == torn[1][0] and "is damaged" in torn[0][0]

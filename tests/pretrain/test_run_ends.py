@@ -14,8 +14,10 @@ from pretrain.stored_runs import figure, stored
 from mmkernels import cli
 from mmkernels.pretrain import Config, checkpoint, train
 from mmkernels.pretrain.batch import Batch
+from mmkernels.pretrain.checkpoint import SaveError, saver
 from mmkernels.pretrain.data import TooManyBrokenError
 from mmkernels.pretrain.guards import NotFiniteError
+from mmkernels.pretrain.journal import Journal
 from mmkernels.pretrain.report.compare import compared, comparison_page, comparison_table
 from mmkernels.pretrain.run_folder import RunFolder, RunFolderError, stored_records
 from mmkernels.pretrain.trainer import Trainer
@@ -194,3 +196,33 @@ def test_a_skipped_step_that_runs_again_is_logged_once(
     folder: RunFolder = train(dataclasses.replace(config, resume=True)).folder
     assert [record["step"] for record in folder.records("warning")] == [2, 5]
     assert steps_shown(folder.path, stored(tmp_path / "other")) == "12 (2 skipped)"
+
+
+@pytest.mark.parametrize("log_too", [False, True])
+def test_a_checkpoint_that_cannot_be_written_is_why_a_run_stopped(
+    log_too: bool, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the log can be: what is raised tells in any case."""
+    write = saver._write
+
+    def full(job: Any, *args: Any) -> None:
+        if job.step > 3:
+            raise OSError("disk full")
+        write(job, *args)
+
+    def full_log(self: Journal, reason: str) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(saver, "_write", full)
+    if log_too:
+        monkeypatch.setattr(Journal, "stopped", full_log)
+    with pytest.raises(SaveError, match=r"the checkpoint of step 6 could not be written .*disk full") as error:
+        train(tiny(eval_every=0))
+    run, other = tmp_path / "run", stored(tmp_path / "other")
+    found = compared([run, other])
+    assert steps_shown(run, other) == f"9 of 12: {'unfinished' if log_too else 'stopped'}"
+    if not log_too:
+        (warning,) = stored_records(run, "warning")
+        assert warning["message"] == str(error.value) and warning["stopped"]
+        assert any(remark.startswith("run has stopped: the checkpoint of step 6") for remark in found.remarks)
+        assert "could not be written" in (run / "report.html").read_text(encoding="utf-8")

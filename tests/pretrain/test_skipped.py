@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretrain.normed import write_normed
 
 from mmkernels.pretrain import Config, checkpoint, train
 from mmkernels.pretrain.guards import NotFiniteError
@@ -20,42 +20,6 @@ from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.trainer import Trainer
 
 SMALL = {"model.width": 16, "model.heads": 2, "model.embed_dim": 8}
-
-NORMED = """
-    from torch import nn
-
-    from mmkernels.pretrain import Recipe, Stream
-    from mmkernels.pretrain.encoders import Module, Words
-    from mmkernels.pretrain.objectives import Contrast
-    from mmkernels.pretrain.recipe import Shape
-    from mmkernels.pretrain.state import Ema
-
-
-    def net() -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.BatchNorm1d(8))
-
-
-    RECIPE = Recipe(
-        "A norm over the batch",
-        source="",
-        data="scenes",
-        streams={
-            "image": Stream(Module(net, out=8, size=16), teacher=Ema(0.9)),
-            "text": Stream(Words(layers=0), teacher=Ema(0.9)),
-        },
-        objectives={"contrast": Contrast("image", "text", queue=64)},
-        model=Shape(16, 2, 8),
-        settings={"batch": 8, "chunk": 8, "steps": 8},
-    )
-"""
-
-
-@pytest.fixture
-def normed(tmp_path: Path) -> str:
-    """A recipe of your own with BatchNorm."""
-    path = tmp_path / "normed.py"
-    path.write_text(textwrap.dedent(NORMED), encoding="utf-8")
-    return str(path)
 
 
 def state_after(config: Config, *, seen: bool) -> dict[str, torch.Tensor]:
@@ -96,14 +60,12 @@ def test_queues_and_covariances(recipe: str, tmp_path: Path) -> None:
     assert_no_trace(Config.of(recipe, run=tmp_path / "run", **changes))
 
 
-def test_statistics_of_batch_norm(normed: str, tmp_path: Path) -> None:
-    assert_no_trace(Config.of(normed, run=tmp_path / "run"))
+def test_statistics_of_batch_norm(tmp_path: Path) -> None:
+    assert_no_trace(Config.of(write_normed(tmp_path), run=tmp_path / "run"))
 
 
-def test_what_is_saved_when_a_step_is_one_too_many(
-    normed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backward = Trainer.backward
+def test_what_is_saved_when_a_step_is_one_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backward, normed = Trainer.backward, write_normed(tmp_path)
 
     def failing(self: Trainer, batch: Any) -> Any:
         found = backward(self, batch)

@@ -19,10 +19,11 @@ from mmkernels.ops.contrastive.choice import choose
 from mmkernels.ops.contrastive.gathering import GatheredKeys
 from mmkernels.ops.contrastive.traffic import TABLE, Call
 from mmkernels.runtime.gather import gather_into
+from mmkernels.runtime.groups import backends_of, device_of_numbers
 from mmkernels.runtime.machine import FIGURES, Machine, machine_of
 from mmkernels.runtime.received import count
 
-__all__ = ["Ranks", "agree", "check_group", "checked_machine", "refused"]
+__all__ = ["Ranks", "agree", "check_device", "check_group", "checked_machine", "refused"]
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def agree(
     common = {"queries: width": width, "queries: dtype": dtype, "exchange": exchange, "gathered": given, **same}
     rows = [0 if x is None else x.shape[0] for x in (queries, keys, negatives)]
     values, figures = [_code(value) for value in common.values()], map(_code, machine.figures(queries.dtype))
-    table = _table(group, [0, *rows, *values, *figures], queries.device)
+    table = _table(group, [0, *rows, *values, *figures])
     rank, after = dist.get_rank(group), 1 + len(rows) + len(values)
     for other, line in enumerate(table):
         if line[0]:
@@ -225,11 +226,17 @@ def agree(
     return Ranks(group, rank, queries_of, keys_of, negatives_of, ring and sent is None, ring_of_negatives, sent)
 
 
-def refused(group: Any, device: torch.device | None) -> None:
-    """This rank will raise; tell the others, which wait in `agree`. device None: one that the group supports."""
-    if device is None or (device.type != "cuda" and dist.get_backend(group) == "nccl"):
-        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    _table(group, [1], device)
+def refused(group: Any) -> None:
+    """This rank will raise; tell the others, which wait in `agree`."""
+    _table(group, [1])
+
+
+def check_device(group: Any, features: Tensor) -> None:
+    """Raise ValueError for features on a device of which the group cannot move tensors."""
+    kinds = backends_of(group)
+    if features.device.type not in kinds:
+        of = ", ".join(f"{device}:{backend}" for device, backend in kinds.items())
+        wrong_value("queries", f"a device for which the group has a backend ({of})", features.device)
 
 
 def checked_machine(machine: Any, features: Tensor) -> Machine:
@@ -255,10 +262,11 @@ def check_group(group: Any, exchange: Any) -> None:
         wrong_value("exchange", "'auto', 'all_gather' or 'ring'", exchange)
 
 
-def _table(group: Any, numbers: list[int], device: torch.device) -> list[list[int]]:
+def _table(group: Any, numbers: list[int]) -> list[list[int]]:
     """All ranks' numbers, one row per rank."""
     assert len(numbers) <= TABLE
-    mine = torch.tensor(numbers + [0] * (TABLE - len(numbers)), dtype=torch.int64, device=device)
+    padded = numbers + [0] * (TABLE - len(numbers))
+    mine = torch.tensor(padded, dtype=torch.int64, device=device_of_numbers(group))
     everybody = mine.new_empty(group.size() * TABLE)
     gather_into(everybody, mine, group)
     return everybody.view(-1, TABLE).tolist()

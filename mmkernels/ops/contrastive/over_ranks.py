@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmkernels.ops.contrastive import distributed
-from mmkernels.ops.contrastive.exchange import Ranks, agree, check_group, refused
+from mmkernels.ops.contrastive.exchange import Ranks, agree, check_device, check_group, refused
 from mmkernels.ops.contrastive.gathering import GatheredKeys
 from mmkernels.ops.contrastive.traffic import Call
 from mmkernels.ops.contrastive.types import Pairs, Targets, Teacher
@@ -35,9 +35,11 @@ def refusing(group: Any, exchange: Any, features: Any) -> Iterator[None]:
             "group: expected None under torch.func and forward mode, which collectives do not support"
         )
     try:
+        if isinstance(features, Tensor):
+            check_device(group, features)
         yield
     except Exception:
-        refused(group, features.device if isinstance(features, Tensor) else None)
+        refused(group)
         raise
 
 

@@ -120,7 +120,7 @@ class ContrastLoss(BatchObjective):
         if (alpha := at(self.part.distil, seen.step)) > 0:
             more["teacher"] = (twins[x], twins[y], alpha)
         if queue is not None and len(queue):  # all ranks have the same queue: each brings its share
-            more["negatives"] = queue.keys().tensor_split(seen.roster.ranks.size)[seen.roster.ranks.rank]
+            more["negatives"] = queue.keys().to(keys.dtype).tensor_split(seen.roster.ranks.size)[seen.roster.ranks.rank]
         return self.loss(own[x], keys, **options, **more)
 
     def after_step(self) -> None:

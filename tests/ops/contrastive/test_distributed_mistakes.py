@@ -117,3 +117,35 @@ def _ids_and_options(rank: int, world: int) -> None:
 
 def test_ids_of_other_ranks_and_values() -> None:
     ranks.run(2, _ids_and_options)
+
+
+def _no_backend(rank: int, world: int) -> list[str]:
+    """As if the group had NCCL alone, and one rank, or both, had tensors on the host. Its numbers still travel."""
+    from mmkernels.ops.contrastive import exchange
+
+    x, y = batch(4, 8, torch.float32)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "device_of_numbers", lambda group: torch.device("cpu"))
+        for wrong in ((0, 1), (1,)):
+            kinds = {"cuda": "nccl"} if rank in wrong else {"cpu": "gloo"}
+            patch.setattr(exchange, "backends_of", lambda group, kinds=kinds: kinds)
+            for call in (
+                lambda: infonce(x, y, 10.0, group=dist.group.WORLD),
+                lambda: infonce("x", y, 10.0, group=dist.group.WORLD),
+            ):
+                try:
+                    call()  # type: ignore[no-untyped-call]
+                    said.append("nothing")
+                except (TypeError, ValueError) as error:
+                    said.append(str(error))
+    return said
+
+
+def test_a_group_without_a_backend_for_the_tensors_is_named() -> None:
+    named = "queries: expected a device for which the group has a backend (cuda:nccl), got "
+    first, second = ranks.run(2, _no_backend)
+    assert first[0].startswith(named) and second[0].startswith(named)
+    assert first[2] == "group: expected every rank to call with valid arguments, rank 1 raised an error"
+    assert second[2].startswith(named)
+    assert all(line.startswith("queries: expected") for line in (first[1], second[1], first[3], second[3]))
