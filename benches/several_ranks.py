@@ -31,10 +31,12 @@ import torch
 import tyro
 from report import RESULTS, machine
 
+from mmkernels import Machine, TrainingStep, plan_scale
 from mmkernels.pretrain import checkpoint
 from mmkernels.pretrain.run_folder import stored_records
 
 PARITY = ("clip", "siglip", "albef", "uniter", "moco", "caption")
+LOSSES = {"clip": "infonce", "siglip": "siglip"}  # those that a plan knows
 SMALL = "--model.width 32 --model.heads 2 --model.embed-dim 32"
 QUIET = "--no-tensorboard --eval-every 0 --eval-limit 8 --threads 1 --warmup 10"
 
@@ -78,8 +80,29 @@ def parity(steps: int = 50, recipes: Sequence[str] = PARITY) -> None:
                     rows.append({"recipe": recipe, "ranks": world, "parallel": parallel, "steps": steps})
                     rows[-1] |= {"largest_difference": max(off), "after_10": max(off[:10]), "last_loss": losses[-1]}
                     rows[-1] |= {"received": median(record.get("ranks/received", 0.0) for record in found)}
+                    if recipe in LOSSES:
+                        parameters = stored_records(run, "start")[0]["parameters"]
+                        rows[-1] |= {"planned": planned(recipe, 24 // world, parameters, parallel, world)}
                     print(rows[-1], flush=True)
     save("parity", rows)
+
+
+def planned(recipe: str, rows: int, parameters: int, parallel: str, world: int) -> int:
+    """Bytes that a rank receives in a step by the plan of `mmkernels scale`: of the loss and the gradients. A run has
+    further small messages: the roster of the batch, lengths, losses and the pace of all ranks."""
+    step = TrainingStep(
+        rows=rows,
+        width=32,
+        parameters=parameters,
+        flops=0.0,
+        loss=LOSSES[recipe],
+        dtype="float32",
+        weights="float32",
+        reduction=parallel,
+        gathers=1,
+    )
+    (plan,) = plan_scale(step, [world], machine=Machine.of("cpu"))
+    return plan.exchanges["all_gather"].received + plan.reduction.received
 
 
 def kills(count: int = 100, world: int = 2, steps: int = 2000, seed: int = 0) -> None:

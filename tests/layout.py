@@ -98,7 +98,7 @@ LAYERS = (
     ),
     Layer(
         r"mmkernels\.pretrain(\..*)?",
-        below=("mmkernels", "mmkernels.nn", "mmkernels.pretrain.*", "mmkernels.runtime.groups"),
+        below=("mmkernels", "mmkernels.nn", "mmkernels.pretrain.*"),
         never=("mmkernels.pretrain.data_report.*",),
         packages=_PYTORCH | _EXTRAS | {"pyarrow", "soundfile", "datasets", "zstandard", "sacrebleu", "rouge_score"},
         late=("pyarrow", "soundfile", "datasets", "zstandard", "sacrebleu", "rouge_score"),

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.ranks import ALONE, PeerError, Ranks
-from mmkernels.runtime.groups import backends_of
 
 __all__ = ["device_of", "launched", "leads", "shards_of"]
 
@@ -64,7 +63,7 @@ def launched(config: Config) -> Iterator[tuple[Ranks, torch.device]]:
 def _end_after_error() -> None:
     """End the group that was made here without waiting for other ranks, which may be gone: NCCL waits for what is in
     flight when it is destroyed. Afterwards another can be made, if this torch can abort one."""
-    if "nccl" not in backends_of(dist.group.WORLD).values():
+    if "nccl" not in dist.get_backend_config():
         dist.destroy_process_group()
     elif abort := getattr(dist.distributed_c10d, "_abort_process_group", None):
         with suppress(Exception):  # what is raised already says more
@@ -75,11 +74,10 @@ def _end_after_error() -> None:
 def _with_hosts(device: torch.device, patience: timedelta) -> Iterator[Any]:
     """The process group that there is, or one of the same ranks if that takes no tensors on the host: ranks exchange
     many of these."""
-    kinds = backends_of(dist.group.WORLD)
-    shown = ",".join(f"{kind}:{backend}" for kind, backend in kinds.items())
-    if device.type not in ("cpu", *kinds) and dist.get_world_size() > 1:
+    shown = dist.get_backend_config()  # such as cpu:gloo,cuda:nccl
+    if device.type != "cpu" and f"{device.type}:" not in shown and dist.get_world_size() > 1:
         raise ValueError(f"device: expected one for which the process group has a backend ({shown}), got {device}")
-    if "cpu" in kinds or dist.get_world_size() == 1:
+    if "cpu:" in shown or dist.get_world_size() == 1:
         yield dist.group.WORLD
         return
     made = dist.new_group(timeout=patience, backend=f"cpu:gloo,{shown}")

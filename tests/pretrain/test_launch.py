@@ -211,12 +211,12 @@ def _beside_nccl(rank: int, world: int) -> tuple[str, list[float], str]:
         return new_group(backend="gloo", **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "backends_of", lambda group: {"cuda": "nccl"})
+        patch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
         patch.setattr(dist, "new_group", recorded)
         with launch.launched(Config(device="cpu")) as (peers, _):
             told = peers.table([rank]).flatten().tolist()
             assert peers.group is not dist.group.WORLD
-        patch.setattr(launch, "backends_of", lambda group: {"cpu": "gloo"})
+        patch.setattr(dist, "get_backend_config", lambda: "cpu:gloo")
         patch.setattr(launch, "device_of", lambda config: torch.device("cuda", 1))
         with pytest.raises(ValueError, match="device: ") as error, launch.launched(Config()):
             pass
@@ -237,7 +237,7 @@ def test_after_an_error_nobody_waits_for_ranks_that_are_gone(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "_store_of_this_start", lambda *args: None)
     monkeypatch.setattr(launch, "_ranks", lambda group, config: launch.ALONE)
-    monkeypatch.setattr(launch, "backends_of", lambda group: {"cpu": "gloo", "cuda": backend})
+    monkeypatch.setattr(dist, "get_backend_config", lambda: f"cpu:gloo,cuda:{backend}")
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
     monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: done.append("aborted"))
