@@ -63,12 +63,12 @@ class MatchingLoss(Classification):
             return
         a, b, roster = self.part.a, self.part.b, seen.roster
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + seen.step) % 2**63)
-        rows = {name: roster.rows(seen.embedding(name).detach()) for name in (a, b)}
-        for name, other in ((a, b), (b, a)):
-            wrong = hard_negatives(rows[other], rows[name], roster, roster.present(a, b), self.part.scale, generator)
+        x, y = (roster.rows(seen.embedding(name).detach()) for name in (a, b))
+        drawn = hard_negatives(((y, x), (x, y)), roster, roster.present(a, b), self.part.scale, generator)
+        for name, wrong in zip((a, b), drawn, strict=True):
             self._pool[name], places = pooled(seen.tokens(name), roster, wrong)
             mine = torch.where(roster.mine >= 0, wrong[roster.mine], -1)
-            self._wrong[name] = torch.where(mine >= 0, places[mine], -1).to(rows[name].device)
+            self._wrong[name] = torch.where(mine >= 0, places[mine], -1).to(x.device)
 
     def forget(self) -> None:
         self._pool = {}
