@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,13 +66,13 @@ class Batch:
         """The samples of all ranks; those of this batch alone as long as no other rank is known."""
         return self.among or self._called(ALONE)
 
-    def called(self, ranks: Ranks) -> Batch:
-        """With the samples of all ranks known."""
-        return replace(self, among=self._called(ranks))
+    def called(self, ranks: Ranks, counts: Sequence[int]) -> Batch:
+        """With the samples of all ranks known, of which each has so many."""
+        return replace(self, among=self._called(ranks, counts))
 
-    def _called(self, ranks: Ranks) -> Roster:
+    def _called(self, ranks: Ranks, counts: Sequence[int] | None = None) -> Roster:
         lengths = {name: torch.tensor(packed.cu_seqlens_host).diff() for name, packed in self.streams.items()}
-        return Roster.of(self.concepts, lengths, self.places, ranks)
+        return Roster.of(self.concepts, lengths, self.places, ranks, counts)
 
     def _map(self, packed: Callable[[PackedBatch], PackedBatch], tensor: Callable[[Tensor], Tensor]) -> Batch:
         return replace(

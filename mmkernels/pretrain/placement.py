@@ -171,8 +171,8 @@ class Sharded(Placed):
     def _close(self) -> None:
         parameters = [p for p in self._through.parameters() if p.requires_grad]
         waiting = self._accumulated()
-        used = [p.grad is not None or id(p) in waiting for p in parameters]
-        anyone = self.ranks.table(used).any(0).tolist()
+        used = torch.tensor([p.grad is not None or id(p) in waiting for p in parameters], dtype=torch.int64)
+        anyone = (self.ranks.total(used) > 0).tolist()
         if any(anyone):  # what another rank has used gets zeros; what none has, nothing
             wanted = [p for p, so in zip(parameters, anyone, strict=True) if so]
             self._through(partial(_nothing_of, wanted)).backward()

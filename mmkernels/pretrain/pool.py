@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,10 +31,11 @@ def partners(
         tokens of this rank's samples and of the partners that others hold.
     """
     rows = {name: roster.rows(embeddings.detach()) for name, (embeddings, _) in streams.items()}
+    x, y = rows.values()
+    every = hard_negatives(((y, x), (x, y)), roster, roster.present(*streams), scale, generator)
     wrong, pool = {}, {}
-    for name, other in zip(streams, reversed(list(streams)), strict=True):
-        chosen = hard_negatives(rows[other], rows[name], roster, roster.present(*streams), scale, generator)
-        pool[name], places = pooled(streams[name][1], roster, chosen)
+    for (name, (_, tokens)), chosen in zip(streams.items(), every, strict=True):
+        pool[name], places = pooled(tokens, roster, chosen)
         wrong[name] = _or_none(places, _or_none(chosen, roster.mine)).to(rows[name].device)
     return wrong, pool
 
@@ -46,26 +47,32 @@ def _or_none(values: Tensor, at: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hard_negatives(
-    queries: Tensor, keys: Tensor, roster: Roster, present: Tensor, scale: float, generator: torch.Generator
+    ways: Sequence[tuple[Tensor, Tensor]],
+    roster: Roster,
+    present: Tensor,
+    scale: float,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Draw for each sample another one by similarity, the same on all ranks.
+    """Draw for each sample others by similarity, the same on all ranks.
 
     Args:
-        queries, keys: [B, E] of the whole batch.
+        ways: n pairs (queries, keys) [B, E] of the whole batch.
         roster: its samples; those of the same concept are never drawn.
         present: bool [B] on the host: the samples that take part.
         scale: factor of the similarities.
         generator: on the host, in the same state on all ranks.
 
     Returns:
-        int64 [B] on the host, -1 for a sample without any.
+        int64 [n, B] on the host: whose key each query gets, -1 for a sample without any.
     """
-    wrong, both = torch.full((roster.samples,), -1), torch.nonzero(present).flatten()
+    wrong, both = torch.full((len(ways), roster.samples), -1), torch.nonzero(present).flatten()
     concepts = roster.concepts[both]
-    if bool((concepts != concepts[:1]).any()):
-        at, ids = both.to(keys.device), concepts.to(keys.device)
-        chosen = sample_negatives(queries[at], keys[at], scale, query_ids=ids, key_ids=ids, generator=generator).cpu()
-        wrong[both] = torch.where(chosen >= 0, both[chosen.clamp(min=0)], -1)
+    for row, (queries, keys) in zip(wrong, ways, strict=True):
+        if bool((concepts != concepts[:1]).any()):
+            at, ids = both.to(keys.device), concepts.to(keys.device)
+            drawn = sample_negatives(queries[at], keys[at], scale, query_ids=ids, key_ids=ids, generator=generator)
+            chosen = drawn.cpu()
+            row[both] = torch.where(chosen >= 0, both[chosen.clamp(min=0)], -1)
     return roster.ranks.of_rank_0(wrong)  # where similarities are rounded otherwise, ranks could draw others
 
 

@@ -49,6 +49,7 @@ class Roster:
         lengths: Mapping[str, Tensor],
         places: Sequence[int] | None = None,
         ranks: Ranks = ALONE,
+        counts: Sequence[int] | None = None,
     ) -> Roster:
         """Exchange who has what.
 
@@ -57,10 +58,11 @@ class Roster:
             lengths: stream -> int64 [S].
             places: of its samples in the whole batch, -1 for one that is none; None: in order.
             ranks: who exchange.
+            counts: samples of each rank; None: of this one alone.
         """
         own = torch.arange(len(concepts)) if places is None else torch.tensor(places, dtype=torch.int64)
         lines = torch.stack([own, concepts.cpu(), *(each.cpu() for each in lengths.values())], 1)  # [S, 2 + streams]
-        counts = (len(lines),) if ranks.group is None else tuple(ranks.table([len(lines)])[:, 0].long().tolist())
+        counts = tuple(counts or [len(lines)])
         every = ranks.rows(lines, counts)
         owners = torch.arange(ranks.size).repeat_interleave(torch.tensor(counts))
         order = every[:, 0].argsort(stable=True)

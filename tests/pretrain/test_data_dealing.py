@@ -109,7 +109,9 @@ def _roster(rank: int, world: int) -> tuple[Roster, torch.Tensor, torch.Tensor]:
     with launched(Config(batch=8)) as (peers, _):
         places = [[4, 0], [-1], [3, 1, 2]][rank]
         concepts = torch.tensor([10 + place for place in places])
-        found = Roster.of(concepts, {"text": torch.tensor([max(place, 0) for place in places])}, places, peers)
+        found = Roster.of(
+            concepts, {"text": torch.tensor([max(place, 0) for place in places])}, places, peers, (2, 1, 3)
+        )
         mine = torch.tensor([[float(place)] for place in places], requires_grad=True)
         rows = found.rows(mine)
         (rows * torch.arange(5.0)[:, None]).sum().backward()

@@ -113,7 +113,9 @@ class TrainLoader:
 
     def _met(self, batch: Batch | None, failed: Exception | None) -> Batch:
         """The batch, once all ranks have theirs and have said what they could not read."""
-        found = self.ranks.table([failed is not None, bool(batch and batch.broken)]).any(0).tolist()
+        mine = [failed is not None, bool(batch and batch.broken), batch.samples if batch else 0]
+        table = self.ranks.table(mine)
+        found = table[:, :2].any(0).tolist()
         if found[0]:
             errors = self.ranks.objects("" if failed is None else f"{type(failed).__name__}: {failed}")
             rank, error = next((rank, error) for rank, error in enumerate(errors) if error)
@@ -122,7 +124,7 @@ class TrainLoader:
         for broken in self.ranks.objects(dict(batch.broken)) if found[1] else ():
             for name, reason in broken.items():
                 self.source.broken.add(name, reason)
-        return batch.called(self.ranks)
+        return batch.called(self.ranks, table[:, 2].long().tolist())
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last yielded batch, however far workers have read ahead; JSON-serialisable."""
