@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-__all__ = ["Measured", "Policy", "grad_norm_factor", "progress_factor", "weighed"]
+__all__ = ["Measured", "Policy", "log_grad_norm", "log_progress", "weighed"]
 
 Kind = Literal["fixed", "grad_norm", "progress"]
 
@@ -66,25 +66,25 @@ class Policy:
         return self.kind != "fixed"
 
 
-def grad_norm_factor(norm: float, left: float, alpha: float) -> float:
-    """left ** alpha / norm: weighted by it, all gradients are in the proportion that GradNorm aims at.
+def log_grad_norm(norm: float, left: float, alpha: float) -> float:
+    """Logarithm of left ** alpha / norm: weighted by this, gradients are in the proportion that GradNorm aims at.
 
     Args:
         norm: of the objective's gradient, not weighted; above 0.
         left: its loss, as a part of what it was in the beginning; above 0.
         alpha: strength of the pull towards equal rates of training.
     """
-    return float(left**alpha / norm)
+    return alpha * math.log(left) - math.log(norm)
 
 
-def progress_factor(left: float, before: float, temperature: float) -> float:
-    """exp(left / before / temperature), as in dynamic weight averaging.
+def log_progress(left: float, before: float, temperature: float) -> float:
+    """Logarithm of exp(left / before / temperature), the factor of dynamic weight averaging.
 
     Args:
         left, before: the objective's mean loss in a window and in the one before; above 0.
         temperature: softens the differences.
     """
-    return math.exp(left / before / temperature)
+    return left / before / temperature
 
 
 class Measured:
@@ -101,14 +101,16 @@ class Measured:
     def __init__(self, policy: Policy, ahead: int = 0) -> None:
         self.policy = policy
         self._window = 0
-        self._factors: list[dict[str, float]] = [{} for _ in range(1 + ahead)]  # of this window and those after it
+        self._factors: list[dict[str, float]] = [
+            {} for _ in range(1 + ahead)
+        ]  # logarithms, of this window and those after it
         self._sums: dict[str, list[float]] = {}  # objective -> relative loss, summed over this window, and its steps
         self._norms: dict[str, float] = {}  # those measured in this window
         self._first: dict[str, float] = {}  # loss at its first step of each that is compared with it
         self._means: dict[str, list[float]] = {}  # grad_norm: norm, relative loss; progress: relative loss
 
     def factors(self, step: int) -> Mapping[str, float]:
-        """Objective -> factor of its weight at a step, up to a common one; those left out have none yet.
+        """Objective -> logarithm of the factor of its weight at a step, up to a constant; those left out have none yet.
 
         Raises:
             RuntimeError: a step that is not in a window whose factors are known: batches were read too far ahead.
@@ -154,12 +156,12 @@ class Measured:
             now, before = [total / count], self._means.get(name)
             if policy.kind == "progress":
                 if before is not None:
-                    found[name] = progress_factor(now[0], before[0], policy.temperature)
+                    found[name] = log_progress(now[0], before[0], policy.temperature)
             elif name in self._norms:
                 now = [self._norms[name], *now]
                 if before is not None:
                     now = [policy.decay * old + (1 - policy.decay) * new for old, new in zip(before, now, strict=True)]
-                found[name] = grad_norm_factor(now[0], now[1], policy.alpha)
+                found[name] = log_grad_norm(now[0], now[1], policy.alpha)
             else:
                 continue
             self._means[name] = now
@@ -193,14 +195,14 @@ def weighed(weights: Mapping[str, float], factors: Mapping[str, float], floor: f
 
     Args:
         weights: of the objectives in use, the recipe's; above 0.
-        factors: above 0; of those that a policy has measured.
+        factors: their logarithms, of those that a policy has measured.
         floor: share that stays the recipe's.
     """
     known = [name for name in weights if name in factors]
     if not known:
         return dict(weights)
-    largest = max(factors[name] for name in known)  # so that no product overflows
-    scaled = {name: factors[name] / largest for name in known}
+    largest = max(factors[name] for name in known)  # so that nothing overflows
+    scaled = {name: math.exp(factors[name] - largest) for name in known}
     mean = math.fsum(weights[name] * scaled[name] for name in known) / math.fsum(weights[name] for name in known)
     return {
         name: weight * ((1 - floor) * scaled[name] / mean + floor) if name in scaled else weight

@@ -53,7 +53,7 @@ def shares_at(recipe: Recipe, step: int, factors: Mapping[str, float] | None = N
     Args:
         recipe: of the run.
         step: of the run.
-        factors: of a policy, for this step.
+        factors: of a policy, for this step: logarithms.
     """
     names = stage_at(recipe, step).objectives
     weights = {

@@ -41,6 +41,7 @@ _SPEED: dict[str, tuple[str, float, Callable[[float], str]]] = {
     "data_wait": ("Time spent on data", 0.01, _share),
     "peak_memory": ("Peak memory", _MB, lambda value: f"{value:,.0f} MB"),
     "seconds": ("Seconds a step", 1, lambda value: f"{value:.2g} s"),
+    "seconds_predicted": ("Seconds a step, predicted", 1, lambda value: f"{value:.2g} s"),
 }
 _NO_CURVE = {"kind", "step", "loss", "chance", "tokens", *_SPEED}
 
