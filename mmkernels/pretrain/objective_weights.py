@@ -84,8 +84,7 @@ class ObjectiveWeights:
 
         Args:
             losses: of the objectives that it tells anything, over all ranks.
-            chances: the losses of a guess of objectives over the batch, whatever the ranks; others' depend on who
-                holds which samples.
+            chances: the losses of a guess, of those that compare embeddings: they grow with the batch and a queue.
             squares: squared norms of the gradients, summed over the ranks.
             ranks: W. A rank's gradient is of its part of the loss, W times too large.
         """

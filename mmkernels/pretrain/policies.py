@@ -101,9 +101,8 @@ class Measured:
     def __init__(self, policy: Policy, ahead: int = 0) -> None:
         self.policy = policy
         self._window = 0
-        self._factors: list[dict[str, float]] = [
-            {} for _ in range(1 + ahead)
-        ]  # logarithms, of this window and those after it
+        # Logarithms, of this window and those after it.
+        self._factors: list[dict[str, float]] = [{} for _ in range(1 + ahead)]
         self._sums: dict[str, list[float]] = {}  # objective -> relative loss, summed over this window, and its steps
         self._norms: dict[str, float] = {}  # those measured in this window
         self._first: dict[str, float] = {}  # loss at its first step of each that is compared with it
