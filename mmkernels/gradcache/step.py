@@ -116,7 +116,7 @@ class Step:
 
     def _plain(self, bundles: list[Bundle]) -> Any:
         """One graph from the inputs to the loss, one backward: a wrapper reduces in the one that reaches all of it."""
-        made = self._embed_all(bundles, keep=True)
+        made = self._embed_all(bundles, keep=True, join=self.on_embedded is not None)
         outputs = [out for each in made for out in each.outputs]
         output = self.loss_fn(*map(embedding, outputs))
         parts = [self.scale_loss(_loss_of(output))]
@@ -159,7 +159,7 @@ class Step:
             return [[(tower, i) for tower in self.towers] for i in range(len(self.towers[0].chunks))]
         return [[(tower, i)] for tower in self.towers for i in range(len(tower.chunks))]
 
-    def _embed_all(self, bundles: list[Bundle], keep: bool) -> list[_Made]:
+    def _embed_all(self, bundles: list[Bundle], keep: bool, join: bool = True) -> list[_Made]:
         """Pass 1. What is told of an encoder may be sent to other ranks, so that under automatic sizes nothing is until
         all ranks have had enough memory."""
         made, told = [], 0
@@ -167,7 +167,7 @@ class Step:
             for bundle in bundles:
                 made.append(self._embed(bundle, keep))
                 for tower, i in bundle:
-                    if i == len(tower.chunks) - 1:
+                    if join and i == len(tower.chunks) - 1:
                         tower.join()
                 if not self.peers:
                     told = self._tell(told)

@@ -53,7 +53,8 @@ class Ahead:
                     counts = torch.bincount(roster.owners[there], minlength=roster.ranks.size).tolist()
                     size = 2 * len(counts) * max(counts) * rows.shape[1] * rows.element_size()
                     if size <= self._most and any(counts):
-                        mine = rows[batch.present(*key[1:])]
+                        own = (roster.mine >= 0) & there[roster.mine]  # on the host: nobody waits for the encoder
+                        mine = rows if own.all() else rows[torch.nonzero(own).flatten().to(rows.device)]
                         roster.sent[key] = gather_keys(mine, roster.ranks.group, counts=counts)
 
         return embedded

@@ -27,7 +27,7 @@ def sampler_of(
     concepts = _concepts(recipe, source) if config.tokens is None else None
     lengths = None if config.tokens is None else collator.lengths(source)
     parts = []
-    for until, i in samplings(recipe):
+    for until, i in samplings(recipe, (config.batch, config.tokens, config.data_weights)):
         try:
             parts.append((until, _of_stage(config, recipe, i, source, concepts, lengths, ranks)))
         except ValueError as error:

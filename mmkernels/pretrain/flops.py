@@ -9,11 +9,12 @@ Source of the measure: Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), model flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -43,16 +44,27 @@ class Flops:
         device: of this rank.
         dtype: of products.
         ranks: who train together.
+        encoders: modules that gradient caching may run twice.
         countable: whether they can be: not those of compiled code.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, ranks: Ranks, countable: bool = True) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        ranks: Ranks,
+        encoders: Iterable[nn.Module] = (),
+        countable: bool = True,
+    ) -> None:
         self.ranks, self._countable = ranks, countable
         self._peak = Machine.peak(device, dtype)
         self._per_work: dict[str, float] = {}
         self._counter: _Counter | None = None
         self._repeated: int | None = None  # by encoders after the loss
         self._now = 0.0
+        for encoder in encoders:
+            encoder.register_forward_pre_hook(lambda *_: self._repeat(-1))
+            encoder.register_forward_hook(lambda *_: self._repeat(1))
 
     @contextmanager
     def step(self, kind: str, work: float) -> Iterator[None]:
@@ -76,14 +88,9 @@ class Flops:
         """Called before the loss: what is embedded after it was embedded before."""
         self._repeated = 0
 
-    def encoded(self, encoder: Callable[..., Any], *inputs: Any) -> Any:
-        """What an encoder returns."""
-        if self._counter is None or self._repeated is None:
-            return encoder(*inputs)
-        before = self._counter.total
-        out = encoder(*inputs)
-        self._repeated += self._counter.total - before
-        return out
+    def _repeat(self, sign: int) -> None:
+        if self._counter is not None and self._repeated is not None:
+            self._repeated += sign * self._counter.total
 
     def figures(self, seconds: float) -> dict[str, float]:
         """Of the last step, which took so long: `flops`, flop/s of a rank; `mfu`, their share of the peak that a GPU's

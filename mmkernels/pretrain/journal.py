@@ -44,6 +44,7 @@ class Journal(logging.Handler):
 
     Attributes:
         seconds: that the last step took, its data included.
+        rates: further figures of a step that took so many seconds.
     """
 
     def __init__(self, folder: RunFolder, config: Config, device: torch.device, step: int, leads: bool = True) -> None:
@@ -57,6 +58,7 @@ class Journal(logging.Handler):
         self._bar = tqdm(total=config.steps, **shown)
         self._bar_note: dict[str, str] = {}
         self._waited = self.seconds = 0.0
+        self.rates: Callable[[float], Mapping[str, float]] = lambda seconds: {}
         self._step_began = time.perf_counter()
         if damaged:
             self.warn(f"{folder.log.name}: left out what was damaged: line {', '.join(map(str, damaged))}")
@@ -118,15 +120,12 @@ class Journal(logging.Handler):
         yield
         self._waited = time.perf_counter() - began
 
-    def step(
-        self, step: int, batch: Batch, rates: Callable[[float], Mapping[str, float]] | None = None, **figures: float
-    ) -> None:
+    def step(self, step: int, batch: Batch, **figures: float) -> None:
         """Log an optimizer step.
 
         Args:
             step: steps done.
             batch: of the step.
-            rates: further figures of a step that took so many seconds.
             figures: loss, lr, grad_norm, and those of the objectives.
         """
         self.step_now = step
@@ -139,7 +138,7 @@ class Journal(logging.Handler):
             "data_wait": self._waited / seconds,
             "peak_memory": peak_memory(self.device),
             "seconds": seconds,
-            **(rates(seconds) if rates else {}),
+            **self.rates(seconds),
         }
         self.write("step", **figures, **{name: float(f"{value:.5g}") for name, value in found.items()})
         self._scalars("train", {**figures, **found})

@@ -116,8 +116,6 @@ def _ranks(group: object, config: Config) -> Ranks:
     if config.parallel == "hsdp" and ranks.size % shards_of(config, ranks):
         got = f"{shards_of(config, ranks)} of {ranks.size} ranks"
         raise ValueError(f"shard_ranks: expected a number that divides that of the ranks, got {got}")
-    if config.tokens is None and config.batch < ranks.size:
-        raise ValueError(f"batch: expected at least a sample for each of {ranks.size} ranks, got {config.batch}")
     return ranks
 
 

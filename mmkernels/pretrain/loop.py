@@ -76,6 +76,7 @@ def _loop(
 ) -> int:
     """The signal that interrupted the run, on any rank: all learn of it after the same step."""
     watch, profiled = LossWatch(), ProfileWindow(config.profile if trainer.ranks.leads else None, folder.path)
+    journal.rates = trainer.flops.figures
     saved, several, stop = trainer.step, len(trainer.recipe.objectives) > 1, 0
     while trainer.step < config.steps and not stop:
         profiled.before(trainer.step)
@@ -108,7 +109,7 @@ def _loop(
             figures = {"loss": found.loss, "lr": lr, "grad_norm": found.norm, **of_parts, **trainer.metrics()}
             figures |= found.pace | found.shares | trainer.times.predicted()
             figures |= {} if chance is None else {"chance": chance}
-            journal.step(trainer.step, batch, trainer.flops.figures, **figures)
+            journal.step(trainer.step, batch, **figures)
             trainer.times.see(journal.seconds)
             said = (watch.see(found.loss, chance) if chance else "", trainer.pace.straggler())
             for warning in (*said, trainer.statistics.warning()):

@@ -85,10 +85,11 @@ class ObjectiveWeights:
         Args:
             losses: of the objectives that it tells anything, over all ranks.
             chances: the losses of a guess, of those that compare embeddings: they grow with the batch and a queue.
-            squares: squared norms of the gradients, summed over the ranks.
+            squares: squared norms of these objectives' gradients, summed over the ranks; 0 where none was measured.
             ranks: W. A rank's gradient is of its part of the loss, W times too large.
         """
-        self._told = losses, chances, {name: math.sqrt(square) / ranks for name, square in squares.items()}
+        norms = {name: math.sqrt(squares[name]) / ranks for name in self._wanted if name in squares}
+        self._told = losses, chances, norms
 
     def count(self, steps: int, skipped: bool = False) -> None:
         """A step is done; a skipped one has told nothing."""

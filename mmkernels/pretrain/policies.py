@@ -141,7 +141,7 @@ class Measured:
                 left = loss / (chances.get(name) or self._first.setdefault(name, loss))
                 total = self._sums.setdefault(name, [0.0, 0])
                 total[0], total[1] = total[0] + left, total[1] + 1
-        self._norms |= {name: norm for name, norm in norms.items() if 0 < norm < math.inf}
+        self._norms |= norms
 
     def done(self, steps: int) -> None:
         """Say how many steps of the run are done, after each: at the end of a window the weights change."""
@@ -156,7 +156,7 @@ class Measured:
             if policy.kind == "progress":
                 if before is not None:
                     found[name] = log_progress(now[0], before[0], policy.temperature)
-            elif name in self._norms:
+            elif 0 < self._norms.get(name, 0.0) < math.inf:
                 now = [self._norms[name], *now]
                 if before is not None:
                     now = [policy.decay * old + (1 - policy.decay) * new for old, new in zip(before, now, strict=True)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -65,10 +66,16 @@ def shares_at(recipe: Recipe, step: int, factors: Mapping[str, float] | None = N
     return weighed(weights, factors or {}, recipe.policy.floor)
 
 
-def samplings(recipe: Recipe) -> list[tuple[int | None, int]]:
-    """Where samples begin to be drawn otherwise: (the step before which that ends, number of the stage)."""
+def samplings(recipe: Recipe, usual: Sequence[Any]) -> list[tuple[int | None, int]]:
+    """Where samples begin to be drawn otherwise: (the step before which that ends, number of the stage).
+
+    Args:
+        recipe: of the run.
+        usual: what holds in stages that say nothing, as in `Stage.sampling`.
+    """
     stages = recipe.stages
-    first = [i for i in range(len(stages)) if not i or stages[i].sampling != stages[i - 1].sampling]
+    ways = [[of if own is None else own for own, of in zip(stage.sampling, usual, strict=True)] for stage in stages]
+    first = [i for i in range(len(stages)) if not i or ways[i] != ways[i - 1]]
     ends = [*(stages[after - 1].until for after in first[1:]), None]
     return list(zip(ends, first, strict=True))
 

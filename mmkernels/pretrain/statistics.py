@@ -1,4 +1,4 @@
-"""Running statistics of BatchNorm layers, which every forward in training changes."""
+"""Running statistics of BatchNorm and InstanceNorm layers, which every forward in training changes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mmkernels.pretrain.ranks import ALONE, Ranks
 
@@ -16,7 +16,7 @@ _SHOWN = 3  # layers that a message names
 
 
 class Statistics:
-    """The statistics of all BatchNorm layers of a model.
+    """The statistics of all such layers of a model.
 
     Args:
         model: that learns.
@@ -65,5 +65,5 @@ class Statistics:
 
 
 def _buffers_of(modules: Sequence[nn.Module]) -> list[Tensor]:
-    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, _BatchNorm))
+    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, _NormBase))
     return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]

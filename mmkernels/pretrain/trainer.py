@@ -98,7 +98,7 @@ class Trainer:
         self.placed = placed(self.model, ranks, config, device, followers)
         self.ahead = Ahead(self.model, ranks, device)
         low = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self.flops = Flops(device, low, ranks, countable=not config.compile)
+        self.flops = Flops(device, low, ranks, self.model.streams.values(), countable=not config.compile)
         self.parameters = list(self.model.parameters())
         self.optimizer = self._adamw()
         self.saver = checkpoint.Saver(config.keep_checkpoints, ranks.group)
@@ -171,7 +171,7 @@ class Trainer:
             rest(self.model)
             self._deepen(stage)
             self.placed.learn_others()
-            encoders = [partial(self.flops.encoded, each) for each in self.placed.encoders(self.model.encoders())]
+            encoders = self.placed.encoders(self.model.encoders())
             self._chunk = config.chunk if stage.chunk is None else stage.chunk
             self._cache = GradCache(encoders, self.model.loss, chunk_size=self._chunk, group=self.ranks.group)
             self._stage = stage
@@ -191,7 +191,7 @@ class Trainer:
         config = self.config
         weights = self.weights.begin(self.step)
         torch.manual_seed(step_seed(config.seed, self.step, self.ranks.rank))
-        kind, work = self._kind(weights), work_of(self.recipe, batch, self.ranks.size)
+        kind, work = self._kind(weights, batch), work_of(self.recipe, batch, self.ranks.size)
         before = received_bytes() + self.ranks.received
         self.pace.mark()
         with (
@@ -212,10 +212,14 @@ class Trainer:
         self.times.begin(kind, max(work))
         return self._of_all(batch, weights, [*values, *pace], parts)
 
-    def _kind(self, weights: Mapping[str, float]) -> str:
+    def _kind(self, weights: Mapping[str, float], batch: Batch) -> str:
         """What steps have in common that need flop and seconds in proportion to their work."""
-        stage = self.recipe.stages.index(stage_at(self.recipe, self.step))
-        return f"stage {stage}: {', '.join(weights)}{', measured' * self.weights.measures}"
+        stage, several = (
+            self.recipe.stages.index(stage_at(self.recipe, self.step)),
+            max(batch.roster.counts) > self._chunk,
+        )
+        also = [", several chunks"] * several + [", gradients measured"] * self.weights.measures
+        return f"stage {stage}: {', '.join(weights)}{''.join(also)}"
 
     def _marked(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """Its first exchange with other ranks is in the loss."""

@@ -109,8 +109,9 @@ class Machine:
         device."""
         kind = torch.device(device)
         name = torch.cuda.get_device_properties(kind).name if kind.type == "cuda" else ""
-        found = [PRESETS[known] for known in ("H200", "H100", "A100-80GB") if known[:4] in name]
-        return None if not found or "PCIe" in name or "NVL" in name else found[0].rate(dtype) / PRODUCTS
+        words = set(name.upper().replace("-", " ").split())
+        found = [PRESETS[known] for known in ("H200", "H100", "A100-80GB") if known[:4] in words]
+        return None if not found or words & {"PCIE", "NVL", "MIG"} else found[0].rate(dtype) / PRODUCTS
 
     @staticmethod
     def named(name: str) -> Machine:

@@ -104,3 +104,20 @@ def test_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with compiled.step("a", 2.0):
         pass
     assert compiled.figures(1.0) == {}
+
+
+def test_frozen_encoders_run_once(tmp_path: Path) -> None:
+    """Counting does not hide from gradient caching that nothing in them learns."""
+    parts = SMALL | {"stages.stage.trainable": ("streams.text.*", "objectives.*")}
+    config = Config.of("clip", run=tmp_path / "run", steps=5, batch=12, chunk=4, parts=parts)
+    data = open_source(config)
+    trainer = Trainer(config, data, tokenizer_for(config, data, RunFolder(config)), torch.device("cpu"))
+    runs = {"image": 0, "text": 0}
+    for name in runs:
+        encoder = trainer.model.encoder(name)
+        encoder.register_forward_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
+    for _ in range(2):
+        trainer.begin()
+        trainer.backward(next(trainer.loader))
+        trainer.update()
+    assert runs == {"image": 2 * 3, "text": 2 * 2 * 3}

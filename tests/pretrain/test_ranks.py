@@ -228,6 +228,39 @@ def test_negatives_of_a_rank_alone() -> None:
         assert math.isfinite(alone["outcome"].loss)
 
 
+def both_contrasts(rank: int, world: int, file: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        config = Config.of(file, run=Path(folder) / "run", steps=2, batch=12, chunk=2, parts=SMALL)
+        data = open_source(config)
+        with launched(config) as (peers, device):
+            tokenizer = peers.of_leader(lambda: tokenizer_for(config, data, RunFolder(config)))
+            trainer = Trainer(config, data, tokenizer, device, peers)
+            trainer.begin()
+            return trainer.backward(next(trainer.loader))
+
+
+TWO = """
+from mmkernels.pretrain.encoders import Patches, Words
+from mmkernels.pretrain.objectives import Contrast, Sigmoid
+from mmkernels.pretrain.recipe import Recipe, Stream
+from mmkernels.pretrain.state import Ema
+
+RECIPE = Recipe(
+    "Two contrasts of the same streams, one of them with a queue",
+    source="none",
+    data="emoji",
+    streams={"image": Stream(Patches(), teacher=Ema(0.9)), "text": Stream(Words(), teacher=Ema(0.9))},
+    objectives={"pairs": Sigmoid("image", "text"), "queued": Contrast("image", "text", queue=64)},
+)
+"""
+
+
+def test_what_one_objective_sends_is_not_anothers(tmp_path: Path) -> None:
+    (tmp_path / "both.py").write_text(TWO, encoding="utf-8")
+    (one,), two = (ranks.run(world, both_contrasts, str(tmp_path / "both.py")) for world in (1, 2))
+    assert two[0].parts == pytest.approx(one.parts, rel=CLOSE)
+
+
 def test_scope_is_checked() -> None:
     with pytest.raises(ValueError, match="scope: expected 'batch' or 'rank', got 'node'"):
         partners_of(0, 1, "node", 4)

@@ -73,7 +73,8 @@ def test_gpus_are_known_by_name(monkeypatch) -> None:
             assert machine_of(torch.device("cuda", 90 + index)) == replace(PRESETS[expected], memory=1e10)
             peak = None if "L4" in name else pytest.approx(989e12)
             assert Machine.peak("cuda", torch.bfloat16) == peak
-    for name, peak in {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 PCIe": None, "NVIDIA H100 NVL": None}.items():
+    others = ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-PCIE-40GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    for name, peak in {"NVIDIA A100-SXM4-80GB": 312e12, **dict.fromkeys(others)}.items():
         about = SimpleNamespace(name=name)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, about=about: about)
         assert Machine.peak("cuda:0", torch.float16) == (peak and pytest.approx(peak))

@@ -202,7 +202,7 @@ def agree(
         ValueError: on every rank, naming what differs.
     """
     width, dtype = queries.shape[1], str(queries.dtype).removeprefix("torch.")
-    given = "None" if sent is None else "given"
+    given = "None" if sent is None else f"keys of {sent.counts} rows"
     common = {"queries: width": width, "queries: dtype": dtype, "exchange": exchange, "gathered": given, **same}
     rows = [0 if x is None else x.shape[0] for x in (queries, keys, negatives)]
     values, figures = [_code(value) for value in common.values()], map(_code, machine.figures(queries.dtype))

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmkernels.ops.checks import expect_tensor, expect_true, integer, wrong_type, wrong_value
 from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime.gather import gather_into
+from mmkernels.runtime.groups import device_of_numbers
 
 __all__ = ["GatheredKeys", "check_gathered", "gather_keys"]
 
@@ -20,20 +21,19 @@ class GatheredKeys:
     """What `gather_keys` returns, for one call of `infonce` or `siglip`.
 
     Attributes:
-        keys: [M, E] of this rank, without gradient.
+        keys: [M, E] of this rank as they were sent, without gradient.
         counts: rows of every rank.
         group: whose ranks.
     """
 
     def __init__(self, keys: Tensor, counts: Sequence[int], group: Any) -> None:
-        self.keys, self.counts, self.group = keys, list(counts), group
+        self.counts, self.group = list(counts), group
         longest = max(self.counts)
-        self._everything = keys
+        padded = keys.new_zeros(longest, keys.shape[1])  # a copy, kept until it is sent, and to compare with
+        padded[: len(keys)] = keys
+        self.keys = self._everything = padded[: len(keys)]
         self._work: Any = None
         if len(self.counts) > 1 and longest:
-            padded = keys.new_zeros(longest, keys.shape[1])
-            padded[: len(keys)] = keys
-            self._padded = padded  # kept until it is sent
             self._everything = keys.new_empty(len(self.counts) * longest, keys.shape[1])
             whole, mine = (x.view(-1).view(torch.uint8) for x in (self._everything, padded))
             self._work = gather_into(whole, mine, group, wait=False)
@@ -42,7 +42,7 @@ class GatheredKeys:
         """[sum(counts), E]: the keys of all ranks, one rank after another, once they have arrived."""
         if self._work is not None:
             self._work.wait()
-            self._work = self._padded = None  # type: ignore[assignment]
+            self._work = None
             if min(self.counts) != max(self.counts):
                 parts = self._everything.split(max(self.counts))
                 self._everything = torch.cat([part[:n] for part, n in zip(parts, self.counts, strict=True)])
@@ -57,13 +57,14 @@ def gather_keys(keys: Tensor, group: Any, *, counts: Sequence[int] | None = None
     Args:
         keys: [M, E] float32, bfloat16, float16 or float64 of this rank, as `infonce` or `siglip` will get them.
         group: a process group of torch.distributed.
-        counts: M of every rank, if they are known, which saves a small exchange that waits for the device.
+        counts: M of every rank, if they are known, which saves a small exchange that waits for the device. In it ranks
+            also find out that their keys differ in width or dtype; with counts, which all must give, they do not.
 
     Returns:
         what to give to `infonce` or `siglip` as `gathered`. It holds the keys of all ranks: O(N·E) memory.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype or shape.
+        TypeError, ValueError: an argument of the wrong type, dtype or shape; without counts on every rank.
 
     Example:
         >>> texts = text_tower(tokens)
@@ -71,16 +72,12 @@ def gather_keys(keys: Tensor, group: Any, *, counts: Sequence[int] | None = None
         >>> images = image_tower(pixels)
         >>> loss = infonce(images, texts, scale, group=group, gathered=gathered)
     """
-    expect_tensor("keys", keys, "[M, E] floating point", ndim=2)
-    compute_dtype(keys.dtype)
     if not isinstance(group, dist.ProcessGroup):
         wrong_type("group", "a process group of torch.distributed that this rank is a member of", group)
     world, rank = group.size(), dist.get_rank(group)
     if counts is None:
-        own = torch.tensor([len(keys)], device=keys.device)
-        everybody = own.new_empty(world)
-        gather_into(everybody, own, group)
-        return GatheredKeys(keys.detach(), everybody.tolist(), group)
+        return GatheredKeys(keys, _agreed(keys, group), group)
+    _check_keys(keys)
     if not isinstance(counts, Sequence):
         wrong_type("counts", f"None, or {world} ints", counts)
     known = [integer(f"counts[{i}]", count, "an int >= 0") for i, count in enumerate(counts)]
@@ -88,7 +85,37 @@ def gather_keys(keys: Tensor, group: Any, *, counts: Sequence[int] | None = None
         wrong_value("counts", f"{world} numbers of rows, one for each rank", list(counts))
     if known[rank] != len(keys):
         wrong_value(f"counts[{rank}]", f"the {len(keys)} keys of this rank", known[rank])
-    return GatheredKeys(keys.detach(), known, group)
+    return GatheredKeys(keys, known, group)
+
+
+def _check_keys(keys: Any) -> None:
+    expect_tensor("keys", keys, "[M, E] floating point", ndim=2)
+    compute_dtype(keys.dtype)
+
+
+def _agreed(keys: Any, group: Any) -> list[int]:
+    """Rows of every rank, once all have keys of one width and dtype."""
+    wrong: Exception | None = None
+    try:
+        _check_keys(keys)
+        mine = [*keys.shape, torch.finfo(keys.dtype).bits, keys.dtype == torch.bfloat16]
+    except (TypeError, ValueError) as error:
+        wrong, mine = error, [-1] * 4
+    own = torch.tensor(mine, dtype=torch.int64, device=device_of_numbers(group))
+    everybody = own.new_empty(group.size() * len(mine))
+    gather_into(everybody, own, group)
+    if wrong is not None:
+        raise wrong
+    lines = everybody.view(-1, len(mine)).tolist()
+    for rank, line in enumerate(lines):
+        if line[0] < 0:
+            raise ValueError(f"group: expected every rank to call with valid arguments, rank {rank} raised an error")
+        if line[1:] != lines[0][1:]:
+            raise ValueError(
+                f"keys: expected the same width and dtype on every rank of the group, but rank {rank} differs from "
+                f"rank 0; here it is [{len(keys)}, {keys.shape[1]}] {keys.dtype}"
+            )
+    return [line[0] for line in lines]
 
 
 def check_gathered(gathered: Any, keys: Tensor, group: Any, exchange: str) -> None:
@@ -111,4 +138,4 @@ def check_gathered(gathered: Any, keys: Tensor, group: Any, exchange: str) -> No
     # By their bits: a NaN is itself.
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[keys.element_size()]
     same = gathered.keys.contiguous().view(bits) == keys.detach().contiguous().view(bits)
-    expect_true(same, f"{said}, got others")
+    expect_true(same, f"{said}, got others (InfoNCELoss and SigLIPLoss change keys, unless normalize=False)")

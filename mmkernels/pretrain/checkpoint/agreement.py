@@ -28,7 +28,7 @@ def own_group(group: Group) -> Group:
     if group is None:
         return None
     members = dist.get_process_group_ranks(group)
-    part = len(members) < dist.get_world_size()  # of all ranks, each counts the groups that were ever made
+    part = len(members) < dist.get_world_size()  # a group of all is named after how many there ever were
     if part:
         groups: list[Any] = [None] * len(members)
         dist.all_gather_object(groups, len(dist.distributed_c10d._world.pg_names), group=group)

@@ -177,8 +177,10 @@ class Collator:
                 def alone(sample: Sample, number: int, before: Sequence[Any] = tuple(before)) -> Any:
                     """A sample's own value, as the view finds it."""
                     one, of = [sample.values.get(field)], np.array([number], np.int64)
+                    its = {label: np.array([sample.values.get(label, -100)], np.int64) for label in labels}
+                    its["concept"] = np.array([sample.concept], np.int64)
                     for each in before if one[0] is not None else ():
-                        one = changed(each, one, of, {"concept": np.array([sample.concept], np.int64)})
+                        one = changed(each, one, of, its)
                     return one[0]
 
                 own = {} if swapped else dict(zip(numbers.tolist(), values, strict=True))

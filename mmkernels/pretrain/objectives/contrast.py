@@ -106,7 +106,7 @@ class ContrastLoss(BatchObjective):
         twins = {name: seen.teacher[name][rows] for name in (a, b) if name in seen.teacher}
         self._latest = {name: seen.roster.rows(seen.teacher[name].detach())[everywhere] for name in self.queues}
         ways = [(a, b), (b, a)] if self.one_way and self.part.symmetric else [(a, b)]
-        options: dict[str, Any] = {"group": seen.roster.ranks.group, "gathered": seen.roster.sent.get((b, a, b))}
+        options: dict[str, Any] = {"group": seen.roster.ranks.group}
         if self.part.by_concept and not seen.roster.distinct(a, b):
             options |= {"query_ids": seen.batch.concepts[rows], "key_ids": seen.batch.concepts[rows]}
         return torch.stack([self._one(own, twins, *way, seen, options) for way in ways]).mean()
@@ -116,7 +116,7 @@ class ContrastLoss(BatchObjective):
     ) -> Tensor:
         queue = self.queues[y] if y in self.queues else None  # noqa: SIM401  a ModuleDict has no get
         keys = own[y] if queue is None else twins[y]  # keys and a queue must come from the same encoder: the twin
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"gathered": seen.roster.sent.get((y, x, y)) if queue is None else None}
         if (alpha := at(self.part.distil, seen.step)) > 0:
             more["teacher"] = (twins[x], twins[y], alpha)
         if queue is not None and len(queue):  # all ranks have the same queue: each brings its share

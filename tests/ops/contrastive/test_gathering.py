@@ -47,7 +47,7 @@ def same_as_at_once(rank: int, world: int, which: str, known: bool) -> None:
     assert not gathered.keys.requires_grad
     found = called(which, x, y, ids, group, gathered)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert received_bytes() - before == at_once + (0 if known else 8 * (world - 1))
+    assert received_bytes() - before == at_once + (0 if known else 4 * 8 * (world - 1))
     assert torch.equal(gathered.wait(), torch.cat([rows_of(each)[1] for each in range(world)]))
 
 
@@ -80,7 +80,8 @@ def test_mistakes() -> None:
     """Those of one rank are told on all."""
     first, second = ranks.run(2, mistakes)
     told = "group: expected every rank to call with valid arguments, rank 0 raised an error"
-    assert first[0] == "gathered: expected what gather_keys returned for these keys, got others" and second[0] == told
+    assert first[0].startswith("gathered: expected what gather_keys returned for these keys, got others")
+    assert "normalize=False" in first[0] and second[0] == told
     assert "[5, 8] torch.float32 on cpu, got [5, 8] torch.float64 on cpu" in first[1]
     assert first[2] == "exchange: expected 'auto' or 'all_gather' with gathered keys, got 'ring' (str)"
     assert first[3].startswith("gathered: expected None, or what gather_keys returned")
@@ -103,6 +104,42 @@ def arguments(rank: int, world: int) -> None:
 
 def test_arguments() -> None:
     ranks.run(2, arguments)
+
+
+def differ(rank: int, world: int) -> list[str]:
+    group, said = dist.group.WORLD, []
+    y = torch.randn(3, 8)
+    for mine in (y.double() if rank else y, y[:, :4] if rank else y, y[0] if rank else y, y.long() if rank else y):
+        with pytest.raises((TypeError, ValueError)) as error:
+            gather_keys(mine, group)
+        said.append(str(error.value))
+    assert len(gather_keys(y, group).wait()) == 6  # all are still together
+    return said
+
+
+def test_keys_that_differ_between_ranks() -> None:
+    first, second = ranks.run(2, differ)
+    assert "keys: expected the same width and dtype on every rank of the group, but rank 1 differs" in first[0]
+    assert "rank 1 differs" in second[0] and "[3, 4] torch.float32" in second[1]
+    assert first[2] == "group: expected every rank to call with valid arguments, rank 1 raised an error" == first[3]
+    assert second[2].startswith("keys: expected [M, E]") and second[3].startswith("keys: expected")
+
+
+def changed_since(rank: int, world: int) -> None:
+    x, y, _ = rows_of(rank + 2)
+    keys = y.detach().clone()
+    gathered = gather_keys(keys, dist.group.WORLD)
+    keys.mul_(2)
+    with pytest.raises(ValueError, match=r"these keys, got others|rank \d raised an error"):
+        infonce(x, keys, 3.0, group=dist.group.WORLD, gathered=gathered)
+    keys.div_(2)
+    infonce(x, keys, 3.0, group=dist.group.WORLD, gathered=gathered)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_keys_that_changed_since(world: int) -> None:
+    """In place: they are compared with what was sent."""
+    ranks.run(world, changed_since)
 
 
 def test_without_a_group() -> None:
