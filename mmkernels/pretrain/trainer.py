@@ -105,13 +105,8 @@ class Trainer:
         if config.compile:
             for block in (module for module in self.model.modules() if isinstance(module, Block)):
                 block.compile(dynamic=True)
-        self.collator = Collator(
-            self.recipe.streams,
-            tokenizer,
-            tuple(data.train.classes),
-            seed=config.seed,
-            without=config.without,
-        )
+        classes = tuple(data.train.classes)
+        self.collator = Collator(self.recipe.streams, tokenizer, classes, seed=config.seed, without=config.without)
         self.loader = TrainLoader(
             data.train,
             sampler_of(config, self.recipe, data.train, self.collator, ranks),
@@ -214,12 +209,10 @@ class Trainer:
 
     def _kind(self, weights: Mapping[str, float], batch: Batch) -> str:
         """What steps have in common that need flop and seconds in proportion to their work."""
-        stage, several = (
-            self.recipe.stages.index(stage_at(self.recipe, self.step)),
-            max(batch.roster.counts) > self._chunk,
-        )
-        also = [", several chunks"] * several + [", gradients measured"] * self.weights.measures
-        return f"stage {stage}: {', '.join(weights)}{''.join(also)}"
+        names = [f"stage {self.recipe.stages.index(stage_at(self.recipe, self.step))}", *weights]
+        names += ["several chunks"] if max(batch.roster.counts) > self._chunk else []
+        names += ["gradients measured"] if self.weights.measures else []
+        return ", ".join(names)
 
     def _marked(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """Its first exchange with other ranks is in the loss."""

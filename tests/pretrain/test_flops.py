@@ -47,7 +47,7 @@ def test_as_counted(tmp_path: Path) -> None:
     assert first == pytest.approx(seen, rel=1e-9), "the one that is counted"
     for mine, seen in one["steps"][1:]:  # others have texts of other lengths
         assert mine == pytest.approx(seen, rel=0.05)
-    assert list(one["per work"]) == ["stage 0: contrast"]
+    assert list(one["per work"]) == ["stage 0, contrast"]
 
 
 def test_what_is_embedded_twice_counts_once(tmp_path: Path) -> None:
