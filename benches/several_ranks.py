@@ -105,13 +105,14 @@ def planned(recipe: str, rows: int, parameters: int, parallel: str, world: int) 
     return plan.exchanges["all_gather"].received + plan.reduction.received
 
 
-def kills(count: int = 100, world: int = 2, steps: int = 2000, seed: int = 0) -> None:
+def kills(count: int = 100, world: int = 2, steps: int = 3500, gap: float = 10.0, seed: int = 0) -> None:
     """Kill random ranks at random moments until the run is done; its weights against those of a run left alone.
 
     Args:
         count: kills.
         world: ranks.
         steps: of the run; enough for so many kills.
+        gap: most seconds between two; a start takes about six.
         seed: of ranks and moments.
     """
     draws = random.Random(seed)
@@ -124,7 +125,7 @@ def kills(count: int = 100, world: int = 2, steps: int = 2000, seed: int = 0) ->
         whole = command(run, options, world, restarts=10 * count)
         with subprocess.Popen(whole, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
             while killed < count and launcher.poll() is None:
-                time.sleep(draws.uniform(0, 15))
+                time.sleep(draws.uniform(0, gap))
                 found = subprocess.run(
                     ["ps", "--ppid", str(launcher.pid), "-o", "pid="], capture_output=True, text=True
                 )
