@@ -9,15 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import ranks
+from pretrain.started import SMALL, started
 
 from mmkernels.pretrain import Config, train
 from mmkernels.pretrain.data import BatchSampler, StagedSampler, TokenSampler
-from mmkernels.pretrain.launch import launched
-from mmkernels.pretrain.run_folder import RunFolder, stored_records
-from mmkernels.pretrain.setup import open_source, tokenizer_for
-from mmkernels.pretrain.trainer import Trainer
-
-SMALL = {"model.width": 32, "model.heads": 2, "model.embed_dim": 32}
+from mmkernels.pretrain.run_folder import stored_records
 
 
 def staged() -> StagedSampler:
@@ -64,10 +60,7 @@ STAGES = {"stages.stage_0.until": 2, "stages.stage_0.batch": 6, "stages.stage_1.
 
 def drawn(rank: int, world: int, run: str, steps: int, parts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     config = Config.of("progressive", run=Path(run), **{"batch": 12, "chunk": 5, **more}, parts=SMALL | parts)
-    data = open_source(config)
-    with launched(config) as (peers, device):
-        tokenizer = peers.of_leader(lambda: tokenizer_for(config, data, RunFolder(config)))
-        trainer = Trainer(config, data, tokenizer, device, peers)
+    with started(config) as trainer:
         found: dict[str, list[Any]] = {"names": [], "losses": [], "chunks": []}
         for _ in range(steps):
             trainer.begin()

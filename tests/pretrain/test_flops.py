@@ -9,33 +9,28 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from pretrain.started import SMALL, started
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels.pretrain import Config, flops, train
 from mmkernels.pretrain.flops import Flops
-from mmkernels.pretrain.launch import launched
 from mmkernels.pretrain.ranks import ALONE
 from mmkernels.pretrain.run_folder import RunFolder, stored_records
 from mmkernels.pretrain.setup import open_source, tokenizer_for
 from mmkernels.pretrain.trainer import Trainer
 
-SMALL = {"model.width": 32, "model.heads": 2, "model.embed_dim": 32}
-
 
 def counted(rank: int, world: int, run: str, recipe: str, steps: int, more: dict[str, Any]) -> dict[str, Any]:
     """(per kind: flop for each unit of work; of each step: its flop, and those that a counter around it sees)"""
     config = Config.of(recipe, run=Path(run), **{"steps": 50, "batch": 12, "chunk": 12, **more}, parts=SMALL)
-    data = open_source(config)
-    with launched(config) as (peers, device):
-        tokenizer = peers.of_leader(lambda: tokenizer_for(config, data, RunFolder(config)))
-        trainer = Trainer(config, data, tokenizer, device, peers)
+    with started(config) as trainer:
         found = []
         for _ in range(steps):
             trainer.begin()
             batch = next(trainer.loader)
             with FlopCounterMode(display=False) as counter:
                 trainer.backward(batch)
-            seen = float(peers.table([counter.get_total_flops()]).sum())
+            seen = float(trainer.ranks.table([counter.get_total_flops()]).sum())
             found.append((trainer.flops.figures(1.0)["flops"] * world, seen))
             trainer.update()
         return {"per work": trainer.flops.state_dict(), "steps": found}

@@ -12,6 +12,7 @@ import pytest
 import ranks
 import torch
 from pretrain.runs import TINY
+from pretrain.started import SMALL, started
 
 from mmkernels.pretrain import Config, checkpoint, train, warm_start
 from mmkernels.pretrain.launch import launched
@@ -22,7 +23,6 @@ from mmkernels.pretrain.setup import open_source, tokenizer_for
 from mmkernels.pretrain.tokenizer import TextTokenizer
 from mmkernels.pretrain.trainer import Outcome, Trainer
 
-SMALL = {"model.width": 32, "model.heads": 2, "model.embed_dim": 32}
 CLOSE = 3e-6  # of losses: float32, summed in another order
 
 
@@ -172,10 +172,7 @@ def keys_sent(rank: int, world: int, recipe: str) -> tuple[list[tuple[str, ...]]
     """(what was on its way before the loss, the streams in the order in which they were encoded)"""
     with tempfile.TemporaryDirectory() as folder:
         config = Config.of(recipe, run=Path(folder) / "run", steps=2, batch=12, chunk=2, parts=SMALL)
-        data = open_source(config)
-        with launched(config) as (peers, device):
-            tokenizer = peers.of_leader(lambda: tokenizer_for(config, data, RunFolder(config)))
-            trainer = Trainer(config, data, tokenizer, device, peers)
+        with started(config) as trainer:
             trainer.begin()
             batch = next(trainer.loader)
             trainer.backward(batch)
@@ -197,18 +194,15 @@ def partners_of(rank: int, world: int, scope: str, batch: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         parts = SMALL | {"objectives.matching.scope": scope}
         config = Config.of("albef", run=Path(folder) / "run", steps=2, batch=batch, chunk=2, parts=parts)
-        data = open_source(config)
-        with launched(config) as (peers, device):
-            tokenizer = peers.of_leader(lambda: tokenizer_for(config, data, RunFolder(config)))
-            trainer = Trainer(config, data, tokenizer, device, peers)
+        with started(config) as trainer:
             trainer.begin()
             batch_ = next(trainer.loader)
-            before = peers.received
+            before = trainer.ranks.received
             outcome = trainer.backward(batch_)
             wrong = trainer.model.objectives["matching"]._wrong
             pairs = {name: each.tolist() for name, each in wrong.items()}
         concepts = batch_.concepts.tolist()
-    return {"pairs": pairs, "concepts": concepts, "received": peers.received - before, "outcome": outcome}
+    return {"pairs": pairs, "concepts": concepts, "received": trainer.ranks.received - before, "outcome": outcome}
 
 
 def test_negatives_of_a_rank_alone() -> None:
@@ -231,10 +225,7 @@ def test_negatives_of_a_rank_alone() -> None:
 def both_contrasts(rank: int, world: int, file: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         config = Config.of(file, run=Path(folder) / "run", steps=2, batch=12, chunk=2, parts=SMALL)
-        data = open_source(config)
-        with launched(config) as (peers, device):
-            tokenizer = peers.of_leader(lambda: tokenizer_for(config, data, RunFolder(config)))
-            trainer = Trainer(config, data, tokenizer, device, peers)
+        with started(config) as trainer:
             trainer.begin()
             return trainer.backward(next(trainer.loader))
 
