@@ -1,6 +1,8 @@
-"""A recipe with its own weights beside measured ones (`mmkernels/pretrain/policies.py`), at equal time.
+"""A recipe with its own weights beside measured ones (`mmkernels/pretrain/policies.py`), or a mixture of data sets
+beside measured shares of them (`mmkernels/pretrain/mixing.py`), at equal time.
 
     python benches/policies.py --recipe vilbert --steps 1500     trains 3 seeds of each, then prints a table
+    python benches/policies.py --measured mixing --recipe clip --data emoji::scenes
     python benches/policies.py --table                           the table of the newest results
 
 Equal time: the policies' steps are timed in turn, one of each at a time, in processor time of one thread, which other
@@ -38,22 +40,22 @@ POLICIES = ("fixed", "grad_norm", "progress")
 def config_of(
     args: argparse.Namespace, policy: str, run: Path, more: Mapping[str, Any] | None = None, **changes: Any
 ) -> Config:
-    parts = {"model.width": args.width, "model.embed_dim": args.width, "policy.kind": policy, **(more or {})}
+    parts = {"model.width": args.width, "model.embed_dim": args.width, f"{args.measured}.kind": policy}
     quiet = {"eval_every": 0, "checkpoint_every": 0, "tensorboard": False, "threads": 1, "eval_limit": args.limit}
-    sizes = {"batch": args.batch, "chunk": args.batch, "steps": args.steps}
-    return Config.of(args.recipe, run=run, parts=parts, **quiet, **{**sizes, **changes})
+    sizes = {"batch": args.batch, "chunk": args.batch, "steps": args.steps, "data": args.data}
+    return Config.of(args.recipe, run=run, parts=parts | (more or {}), **quiet, **{**sizes, **changes})
 
 
 def seconds_of_steps(args: argparse.Namespace, windows: int = 4) -> dict[str, float]:
     """Processor seconds of a step of each policy: the mean over whole windows, the first left out."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        same: dict[str, Any] = {"policy.floor": 1.0}  # odds, too, so that all draw the same objectives
+        same: dict[str, Any] = {f"{args.measured}.floor": 1.0}  # all draw the same objectives and data
         configs = {policy: config_of(args, policy, Path(folder) / policy, same) for policy in POLICIES}
         data = open_source(configs["fixed"])
         tokenizer = tokenizer_for(configs["fixed"], data, RunFolder(configs["fixed"]))
         trainers = {policy: Trainer(config, data, tokenizer, torch.device("cpu")) for policy, config in configs.items()}
-        every = trainers["fixed"].recipe.policy.every
+        every = getattr(trainers["fixed"].recipe, args.measured).every
         seconds, reading = dict.fromkeys(POLICIES, 0.0), 0.0
         for step in range(windows * every):
             for i in range(len(POLICIES)):
@@ -61,6 +63,7 @@ def seconds_of_steps(args: argparse.Namespace, windows: int = 4) -> dict[str, fl
                 trainer, began = trainers[policy], time.process_time()
                 batch = next(trainer.loader)
                 read = time.process_time()
+                trainer.measure()
                 trainer.begin()
                 trainer.backward(batch)
                 trainer.update()
@@ -77,7 +80,7 @@ def trained(args: argparse.Namespace, policy: str, seed: int, steps: int) -> dic
         records = outcome.folder.records("step")
         evaluated = outcome.folder.records("eval")
     last = records[len(records) // 2 :]
-    names = [name for name in records[-1] if name.endswith("/weight")]
+    names = [name for name in records[-1] if name.endswith(("/weight", "/share"))]
     predicted = [each for each in records if "seconds_predicted" in each]
     return {
         "policy": policy,
@@ -86,7 +89,7 @@ def trained(args: argparse.Namespace, policy: str, seed: int, steps: int) -> dic
         "seconds": round(sum(each["seconds"] for each in records), 1),
         "predicted_of_measured": sum(each["seconds_predicted"] for each in predicted)
         / sum(each["seconds"] for each in predicted),
-        "weights": {name.removesuffix("/weight"): fmean(each[name] for each in last) for name in names},
+        "weights": {name.rpartition("/")[0]: fmean(each[name] for each in last) for name in names},
         "figures": {each["split"]: [f for f in each["figures"] if f["headline"]] for each in evaluated},
     }
 
@@ -118,7 +121,9 @@ def path_of(about: dict[str, Any]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", choices=("policy", "mixing"), default="policy", help="weights or shares of data")
     parser.add_argument("--recipe", default="vilbert", help="of several objectives")
+    parser.add_argument("--data", help="with --measured mixing: several data sets, A::B")
     parser.add_argument("--steps", type=int, default=1500, help="with fixed weights")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", type=int, default=64, help="of the model and of embeddings")
@@ -132,7 +137,9 @@ def main() -> None:
     every = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if not args.table:
         settings = {name: value for name, value in vars(args).items() if name not in ("table", "seeds")}
-        found = every.setdefault(args.recipe, {"about": about, "settings": settings, "runs": []})
+        found = every.setdefault(
+            " on ".join(filter(None, (args.recipe, args.data))), {"about": about, "settings": settings, "runs": []}
+        )
         if found["settings"] != settings:
             sys.exit(f"{path}: expected runs with the settings {settings}, got {found['settings']}; remove them")
         if "step_seconds" not in found:

@@ -81,6 +81,7 @@ def _loop(
     while trainer.step < config.steps and not stop:
         profiled.before(trainer.step)
         before, at = trainer.loader.state_dict(), trainer.ranks.at
+        trainer.measure()
         at("beginning", trainer.step)
         lr = trainer.begin()
 

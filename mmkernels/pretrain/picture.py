@@ -29,6 +29,8 @@ def picture(name: str, recipe: Recipe) -> str:
         lines += ["", "  stages:", *(f"    {_call(stage)}" for stage in recipe.stages)]
     if recipe.policy.measures:
         lines += ["", f"  weights follow: {_call(recipe.policy)}"]
+    if recipe.mixing.measures:
+        lines += ["", f"  shares of the data follow: {_call(recipe.mixing)}"]
     if recipe.metrics:
         lines += ["", f"  measured by: {', '.join(_call(metric) for metric in recipe.metrics)}"]
     return "\n".join(lines)

@@ -24,7 +24,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-__all__ = ["Measured", "Policy", "log_grad_norm", "log_progress", "weighed"]
+from mmkernels.pretrain.windows import Windows
+
+__all__ = ["Measured", "Policy", "blended", "log_grad_norm", "log_progress", "weighed"]
 
 Kind = Literal["fixed", "grad_norm", "progress"]
 
@@ -87,7 +89,7 @@ def log_progress(left: float, before: float, temperature: float) -> float:
     return left / before / temperature
 
 
-class Measured:
+class Measured(Windows):
     """What a policy has measured so far, and the factors of the weights that follow; the same on all ranks.
 
     Losses that are not above 0 and norms that are 0 or not finite tell nothing: their objective keeps the factor that
@@ -98,11 +100,11 @@ class Measured:
         ahead: windows between a measurement and the window that it changes: 0, or 1 if batches are built ahead.
     """
 
+    kept = ("window", "factors", "sums", "norms", "first", "means")
+
     def __init__(self, policy: Policy, ahead: int = 0) -> None:
+        super().__init__(policy.every, ahead)
         self.policy = policy
-        self._window = 0
-        # Logarithms, of this window and those after it.
-        self._factors: list[dict[str, float]] = [{} for _ in range(1 + ahead)]
         self._sums: dict[str, list[float]] = {}  # objective -> relative loss, summed over this window, and its steps
         self._norms: dict[str, float] = {}  # those measured in this window
         self._first: dict[str, float] = {}  # loss at its first step of each that is compared with it
@@ -110,17 +112,8 @@ class Measured:
 
     def factors(self, step: int) -> Mapping[str, float]:
         """Objective -> logarithm of the factor of its weight at a step, up to a constant; those left out have none yet.
-
-        Raises:
-            RuntimeError: a step that is not in a window whose factors are known: batches were read too far ahead.
-        """
-        if not self.policy.measures:
-            return {}
-        place = step // self.policy.every - self._window
-        if not 0 <= place < len(self._factors):
-            last = (self._window + len(self._factors)) * self.policy.every
-            raise RuntimeError(f"step: expected one of {self._window * self.policy.every} to {last - 1}, got {step}")
-        return self._factors[place]
+        Raises as `Windows.factors` does."""
+        return super().factors(step) if self.policy.measures else {}
 
     def wanted(self, names: Sequence[str]) -> list[str]:
         """Of some objectives those whose gradient is to be measured: once in a window, when there is one."""
@@ -146,8 +139,8 @@ class Measured:
     def done(self, steps: int) -> None:
         """Say how many steps of the run are done, after each: at the end of a window the weights change."""
         if self.policy.measures and steps % self.policy.every == 0:
-            self._factors = [*self._factors[1:], self._new()]
-            self._window, self._sums, self._norms = steps // self.policy.every, {}, {}
+            self._go_on(self._new())
+            self._sums, self._norms = {}, {}
 
     def _new(self) -> dict[str, float]:
         policy, found = self.policy, dict(self._factors[-1])
@@ -168,42 +161,32 @@ class Measured:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as JSON values; empty where nothing is measured."""
-        if not self.policy.measures:
-            return {}
-        names = ("window", "factors", "sums", "norms", "first", "means")
-        return {name: _copied(getattr(self, f"_{name}")) for name in names}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        for name, value in state.items():
-            setattr(self, f"_{name}", _copied(value))
-
-
-def _copied(value: Any) -> Any:
-    """Containers anew: what is being written to a checkpoint must not change."""
-    if isinstance(value, dict):
-        return {name: _copied(each) for name, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list) else value
+        return super().state_dict() if self.policy.measures else {}
 
 
 def weighed(weights: Mapping[str, float], factors: Mapping[str, float], floor: float) -> dict[str, float]:
-    """Weights with a policy's factors; their sum stays.
+    """`blended`, of factors given by their logarithms."""
+    known = [name for name in weights if name in factors]
+    largest = max((factors[name] for name in known), default=0.0)  # so that nothing overflows
+    return blended(weights, {name: math.exp(factors[name] - largest) for name in known}, floor)
+
+
+def blended(weights: Mapping[str, float], factors: Mapping[str, float], floor: float) -> dict[str, float]:
+    """Weights with measured factors; their sum stays.
 
     weight * ((1 - floor) * factor / mean factor + floor), the mean weighted by the weights. Those without a factor stay
     as they are.
 
     Args:
-        weights: of the objectives in use, the recipe's; above 0.
-        factors: their logarithms, of those that a policy has measured.
+        weights: the recipe's; above 0.
+        factors: at least 0, of those that were measured, not all of them 0.
         floor: share that stays the recipe's.
     """
     known = [name for name in weights if name in factors]
     if not known:
         return dict(weights)
-    largest = max(factors[name] for name in known)  # so that nothing overflows
-    scaled = {name: math.exp(factors[name] - largest) for name in known}
-    mean = math.fsum(weights[name] * scaled[name] for name in known) / math.fsum(weights[name] for name in known)
+    mean = math.fsum(weights[name] * factors[name] for name in known) / math.fsum(weights[name] for name in known)
     return {
-        name: weight * ((1 - floor) * scaled[name] / mean + floor) if name in scaled else weight
+        name: weight * ((1 - floor) * factors[name] / mean + floor) if name in factors else weight
         for name, weight in weights.items()
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmkernels.pretrain.mixing import Mixing
 from mmkernels.pretrain.policies import Policy
 from mmkernels.pretrain.stages import Ramp, Stage
 
@@ -79,3 +80,4 @@ class Recipe:
     model: Shape = Shape()
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the run, where they differ from `Config`'s
     policy: Policy = Policy()  # noqa: RUF009  frozen
+    mixing: Mixing = Mixing()  # noqa: RUF009  frozen

@@ -16,6 +16,7 @@ from mmkernels.pretrain.recipe import Ramp, Recipe, Stage
 
 __all__ = [
     "at",
+    "check_mixing",
     "check_policy",
     "check_stages",
     "drawn",
@@ -157,6 +158,17 @@ def check_policy(recipe: Recipe, workers: int) -> None:
     if policy.measures and recipe.draw and policy.every < ahead:
         why = f"the batches that {workers} workers read ahead, since one objective a step is drawn"
         raise ValueError(f"policy.every: expected at least {ahead}, {why}, got {policy.every}")
+
+
+def check_mixing(recipe: Recipe, several: bool, workers: int) -> None:
+    """Raise ValueError if shares are to follow what is measured and there are no `several` parts, or they would have to
+    be known of batches that are read ahead: two of each worker, which are dealt four at a time."""
+    mixing, ahead = recipe.mixing, 2 * workers + 4
+    if mixing.measures and not several:
+        raise ValueError(f"mixing.kind: expected fixed, since the data are no mixture (A::B), got {mixing.kind}")
+    if mixing.measures and mixing.every < ahead:
+        why = f"the batches that {workers} workers read ahead"
+        raise ValueError(f"mixing.every: expected at least {ahead}, {why}, got {mixing.every}")
 
 
 def check_stages(recipe: Recipe, model: nn.Module) -> None:

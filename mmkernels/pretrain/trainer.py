@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +19,12 @@ from mmkernels.pretrain.ahead import Ahead
 from mmkernels.pretrain.batch import Batch
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import Collator, Data, Dealer, TrainLoader
+from mmkernels.pretrain.data_mixing import DataMixing
 from mmkernels.pretrain.drawing import sampler_of
 from mmkernels.pretrain.flops import Flops
 from mmkernels.pretrain.layers import Block
 from mmkernels.pretrain.metrics import HeldOut
+from mmkernels.pretrain.mixing import Taught
 from mmkernels.pretrain.model import Model
 from mmkernels.pretrain.objective_weights import ObjectiveWeights
 from mmkernels.pretrain.pace import Pace
@@ -57,7 +62,9 @@ class Outcome(NamedTuple):
     norm: float  # of the gradient, before it was clipped
     pace: dict[str, float]  # of several ranks
     weights: dict[str, float]  # of the objectives in use
-    shares: dict[str, float]  # NAME/weight of each before one is drawn, where a policy measures
+    shares: dict[
+        str, float
+    ]  # NAME/weight of each before one is drawn, NAME/share of the data, where these are measured
 
 
 class Trainer:
@@ -80,6 +87,7 @@ class Trainer:
         self._stage: Stage | None = None
         self.recipe = config.wiring()
         self.weights = ObjectiveWeights(self.recipe, config.seed, config.workers)
+        self.mixing = DataMixing(config, self.recipe, data.train, ranks)
         self.model = Model(self.recipe, facts_of(config, data, tokenizer)).to(device)
         check_stages(self.recipe, self.model)
         for name, stream in self.recipe.streams.items():  # what is made once, of the training texts
@@ -109,7 +117,7 @@ class Trainer:
         self.collator = Collator(self.recipe.streams, tokenizer, classes, seed=config.seed, without=config.without)
         self.loader = TrainLoader(
             data.train,
-            sampler_of(config, self.recipe, data.train, self.collator, ranks),
+            sampler_of(config, self.recipe, data.train, self.collator, ranks, self.mixing.shares_at),
             self.collator,
             dealer=None
             if ranks.group is None
@@ -192,10 +200,9 @@ class Trainer:
         with (
             self.flops.step(kind, sum(work)),
             self.placed.step(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
+            self._autocast(),
         ):
-            taught = {name: self.model.owner[name] for name in self.model.taught}
-            teacher = self.twins.embeddings(batch.streams, taught, self._chunk)
+            teacher = self._teachers(batch)
             self._cache.on_embedded = self.ahead.of(batch, weights)
             loss_fn = self.weights.measuring(self.model.loss(batch, weights, self._chunk, teacher))
             self._cache.loss_fn = self._marked(loss_fn)
@@ -243,8 +250,63 @@ class Trainer:
             norm,
             self.pace.figures(table[:, 2:first]),
             weights,
-            self.weights.shown,
+            self.weights.shown | self.mixing.shown(batch.state.get("mix")),
         )
+
+    def measure(self) -> None:
+        """Before a step: where shares of the data follow it, measure what each part teaches. Changes nothing else."""
+        if not self.mixing.due(self.step):
+            return
+        began = time.perf_counter()
+        self.ranks.at("measuring the data sets")
+        self.begin()
+        every = self.mixing.objectives(self.step)
+        found = {name: self._taught(items, every) for name, items in self.mixing.probes.items()}
+        self.mixing.see(self.step, found, time.perf_counter() - began)
+
+    def _taught(self, items: np.ndarray, every: Sequence[tuple[float, dict[str, float]]]) -> Taught:
+        """What some samples tell, of (odds, weights of objectives)."""
+        losses: dict[str, float] = {}
+        expected = 0.0
+        for odds, weights in every:
+            batch = self.loader.built(items, frozenset(weights)).to(self.device)
+            torch.manual_seed(step_seed(self.config.seed, 0, self.ranks.rank))
+            parts, norm = self._probed(batch, weights)
+            self.undo()
+            mine = [(float(parts[name].detach()), 1) if name in parts else (0.0, 0) for name in weights]
+            table = self.ranks.table([norm, *(number for pair in mine for number in pair)])
+            expected += odds * float(table[0, 0])
+            for name, (total, ranks) in zip(weights, table[:, 1:].sum(0).reshape(-1, 2).tolist(), strict=True):
+                if ranks:
+                    compares = name not in self.model.by_token
+                    chance = self.model.objectives[name].chance_loss(batch) if compares else None
+                    losses[name] = total / ranks / (chance or 1.0)
+        return Taught(losses, expected)
+
+    def _probed(self, batch: Batch, weights: dict[str, float]) -> tuple[dict[str, Tensor], float]:
+        """(The losses of a batch, and the norm of its gradient, which is in place; 0 where it is not wanted.)"""
+        gradient, chunk = self.recipe.mixing.kind == "grad_norm", self._chunk
+        with self.placed.step() if gradient else self.placed.whole(), self._autocast():
+            loss = self.model.loss(batch, weights, chunk, self._teachers(batch))
+            if gradient:
+                self._cache.loss_fn, self._cache.on_embedded = loss, None
+                _, parts = self._cache(*(batch[name] for name in self.model.encoded))
+            else:
+                with torch.no_grad():
+                    encoders = zip(self.model.encoded, self._cache.encoders, strict=True)
+                    rows = [
+                        torch.cat([encoder(each) for each in batch[name].split(chunk)]) for name, encoder in encoders
+                    ]
+                    _, parts = loss(*rows)
+        return parts, float(self.placed.clip(self.parameters, math.inf)) if gradient else 0.0
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def _teachers(self, batch: Batch) -> dict[str, Tensor]:
+        """The momentum twins' embeddings."""
+        taught = {name: self.model.owner[name] for name in self.model.taught}
+        return self.twins.embeddings(batch.streams, taught, self._chunk)
 
     def update(self) -> None:
         """Step the optimizer, and what follows the weights."""
@@ -283,7 +345,7 @@ class Trainer:
     def save(self, folder: Path, *, wait: bool = False, **more: Any) -> Path:
         """Begin to write a checkpoint; with `wait`, or after `saver.wait`, it is on disk. `more` are further values."""
         values = {"step": self.step, "loader": self.loader.state_dict(), **self.weights.state_dict()}
-        values |= {"flops": self.flops.state_dict(), **more}
+        values |= {"flops": self.flops.state_dict(), **self.mixing.state_dict(), **more}
         path = self.saver.save(folder, self.step, self.carried, self.optimizer, values)
         if wait:
             self.saver.wait()
@@ -295,6 +357,7 @@ class Trainer:
         self.step = values["step"]
         self._deepen(stage_at(self.recipe, max(self.step - 1, 0)))  # of the last step, should there be no other
         self.weights.load_state_dict(values)
+        self.mixing.load_state_dict(values)
         self.flops.load_state_dict(values.get("flops", {}))
         self.loader.load_state_dict(values["loader"])
         return values

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from mmkernels.pretrain.encoders import Adapted
 from mmkernels.pretrain.fusion import AdaptedFusion
+from mmkernels.pretrain.mixing import Mixing
 from mmkernels.pretrain.objectives import Answer
 from mmkernels.pretrain.policies import Policy
 from mmkernels.pretrain.recipe import Recipe, Stage, Stream
@@ -101,6 +102,7 @@ def transferred(base: Recipe, transfer: Transfer) -> Recipe:
         stages=stages,
         draw=False,
         policy=Policy(),
+        mixing=Mixing(),
         settings={},
     )
 

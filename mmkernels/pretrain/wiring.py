@@ -16,8 +16,8 @@ from mmkernels.pretrain.recipe import Recipe
 __all__ = ["BRANCHES", "leaves", "typed", "with_leaves"]
 
 # The fields of a recipe that a run may change; the others describe it.
-BRANCHES = ("model", "streams", "fusion", "objectives", "metrics", "stages", "draw", "policy")
-ALIASES = {"policy.kind": "--policy"}  # further names on the command line
+BRANCHES = ("model", "streams", "fusion", "objectives", "metrics", "stages", "draw", "policy", "mixing")
+ALIASES = {"policy.kind": "--policy", "mixing.kind": "--mixing"}  # further names on the command line
 
 
 def leaves(recipe: Recipe) -> dict[str, Any]:

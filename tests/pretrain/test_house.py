@@ -52,8 +52,10 @@ BASE = (
     *("tokenizer", "tokens"),
 )
 MAY = {
-    "policies": (),
-    "recipe": ("policies", "stages"),
+    "policies": ("windows",),
+    "mixing": ("windows",),
+    "windows": (),
+    "recipe": ("mixing", "policies", "stages"),
     "stages": (),
     "recipes": (*PARTS, "recipe", "recipes", "state"),
     "data": (*BASE, "data", "log_mel"),

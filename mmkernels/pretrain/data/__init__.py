@@ -27,10 +27,12 @@ from mmkernels.pretrain.data.filter_list import FilterList
 from mmkernels.pretrain.data.folder import FolderDataset
 from mmkernels.pretrain.data.hub import HubDataset
 from mmkernels.pretrain.data.loader import TrainLoader
+from mmkernels.pretrain.data.measured import MeasuredSampler
 from mmkernels.pretrain.data.mixed import Mixed, mix
 from mmkernels.pretrain.data.opening import EMBEDDED, open_data
-from mmkernels.pretrain.data.sampler import BatchSampler, StagedSampler, TokenSampler
+from mmkernels.pretrain.data.sampler import BatchSampler, TokenSampler
 from mmkernels.pretrain.data.shares import Shares, check_weights
+from mmkernels.pretrain.data.staged import StagedSampler
 from mmkernels.pretrain.data.tables import TableFormat
 from mmkernels.pretrain.data.webdataset import WebDataset
 
@@ -48,6 +50,7 @@ __all__ = [
     "FilterList",
     "FolderDataset",
     "HubDataset",
+    "MeasuredSampler",
     "Mixed",
     "Regions",
     "Sample",

@@ -35,6 +35,7 @@ class Sampler(Protocol):
 
 
 _AHEAD = 4  # batches that are dealt at a time
+_NEVER = 2**40  # the number of a step
 
 
 class _Turn(NamedTuple):
@@ -125,6 +126,18 @@ class TrainLoader:
             for name, reason in broken.items():
                 self.source.broken.add(name, reason)
         return batch.called(self.ranks, table[:, 2].long().tolist())
+
+    def built(self, items: np.ndarray, used: frozenset[str]) -> Batch:
+        """A batch of some samples, int64 [n], with the views of a step that never comes, for objectives in use: always
+        the same. It is read in this process, and does not change which batch is the next."""
+        hands = [Hand(np.arange(len(items)), {})] if self.dealer is None else self.dealer.hands([items])
+        turn = _Turn(_NEVER, items, hands[0], {}, used)
+        batch, failed = None, None
+        try:
+            batch = self._builder[turn]
+        except Exception as error:
+            failed = error
+        return self._met(batch, failed)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last yielded batch, however far workers have read ahead; JSON-serialisable."""

@@ -13,7 +13,7 @@ from mmkernels import plan_packing
 from mmkernels.pretrain.data.seeds import Stream, generator
 from mmkernels.pretrain.data.shares import Shares
 
-__all__ = ["BatchSampler", "StagedSampler", "TokenSampler"]
+__all__ = ["BatchSampler", "TokenSampler"]
 
 
 class _Dealt(ABC):
@@ -33,6 +33,18 @@ class _Dealt(ABC):
     @abstractmethod
     def _deal(self, epoch: int) -> Sequence[np.ndarray]:
         """The batches of an epoch."""
+
+    @abstractmethod
+    def cut(self, order: np.ndarray, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """Samples in order, int64 [n], as batches; and those that are left over, in order."""
+
+    @abstractmethod
+    def size_of(self, shares: Sequence[float]) -> float:
+        """Samples of a batch, about, if the parts of the mixture have these shares."""
+
+    @abstractmethod
+    def most(self) -> list[float]:
+        """The largest share of each part of the mixture that batches can have."""
 
     @abstractmethod
     def _size(self) -> int:
@@ -70,12 +82,18 @@ class _Dealt(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken. Data, seed, batch size and shares must be the same."""
+        self.expect(state)
+        if "mix" in state:
+            raise ValueError("state: expected that of a run with fixed shares, got one with measured shares")
+        self.epoch, self.position, self.step = int(state["epoch"]), int(state["position"]), int(state["step"])
+        self._batches = self._deal(self.epoch)
+
+    def expect(self, state: dict[str, Any]) -> None:
+        """Raise ValueError unless a state is of the same data, seed, batch size and shares."""
         mine = self.state_dict()
         for name in ("seed", "batch", "samples", "shares"):
             if state.get(name) != mine.get(name):
                 raise ValueError(f"state: expected {name} {mine.get(name)} as in this run, got {state.get(name)}")
-        self.epoch, self.position, self.step = int(state["epoch"]), int(state["position"]), int(state["step"])
-        self._batches = self._deal(self.epoch)
 
     def _order(self, epoch: int) -> np.ndarray:
         """The samples of an epoch: each once, or those that the shares deal."""
@@ -113,8 +131,11 @@ class BatchSampler(_Dealt):
         return self.batch
 
     def _deal(self, epoch: int) -> list[np.ndarray]:
+        return self.cut(self._order(epoch), epoch)[0]
+
+    def cut(self, order: np.ndarray, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
         concepts = self.concepts.tolist()
-        fresh, waiting = deque(self._order(epoch).tolist()), deque[int]()
+        fresh, waiting = deque(order.tolist()), deque[int]()
         batches: list[list[int]] = []
         while True:
             batch: list[int] = []
@@ -129,8 +150,15 @@ class BatchSampler(_Dealt):
                     batch.append(index)
             waiting = deferred + waiting
             if len(batch) < self.batch:
-                return [np.array(each, np.int64) for each in batches]
+                return [np.array(each, np.int64) for each in batches], np.array([*batch, *waiting], np.int64)
             batches.append(batch)
+
+    def size_of(self, shares: Sequence[float]) -> float:
+        return self.batch
+
+    def most(self) -> list[float]:
+        assert self.shares is not None
+        return self.shares.most(self.concepts, self.batch)
 
 
 class TokenSampler(_Dealt):
@@ -168,12 +196,24 @@ class TokenSampler(_Dealt):
         return self.tokens
 
     def _deal(self, epoch: int) -> list[np.ndarray]:
-        seed = (self.seed << 32) + epoch + 1
         dealt = np.arange(self.samples) if self.shares is None else self._order(epoch)
-        plan = plan_packing(self.lengths[dealt], self.tokens, max_samples=self.max_samples, seed=seed)
-        packs = self._apart([dealt[np.asarray(plan[i])] for i in range(plan.num_packs)])
+        packs, _ = self.cut(dealt, (self.seed << 32) + epoch + 1)
         # Best-fit leaves the emptiest packs last; a batch must not depend on the place in the epoch.
         return [packs[i] for i in generator(self.seed, epoch, Stream.ORDER).permutation(len(packs))]
+
+    def cut(self, order: np.ndarray, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+        plan = plan_packing(self.lengths[order], self.tokens, max_samples=self.max_samples, seed=seed)
+        return self._apart([order[np.asarray(plan[i])] for i in range(plan.num_packs)]), order[:0]
+
+    def size_of(self, shares: Sequence[float]) -> float:
+        assert self.shares is not None
+        lengths = [part.mean() for part in np.split(self.lengths, np.cumsum(self.shares.sizes)[:-1])]
+        mean = float(np.dot(shares, lengths) / np.sum(shares))
+        return min(self.tokens / max(mean, 1e-9), self.max_samples or len(self.lengths))
+
+    def most(self) -> list[float]:
+        assert self.shares is not None
+        return self.shares.most(np.arange(self.samples), self.size_of(self.shares.sizes))
 
     def _apart(self, packs: list[np.ndarray]) -> list[np.ndarray]:
         """A sample that is dealt twice, in different batches: its second occurrence moves where there is room."""
@@ -194,46 +234,3 @@ class TokenSampler(_Dealt):
             apart[place].append(index)
             free[place] -= needs
         return [np.array(pack, np.int64) for pack in apart]
-
-
-class StagedSampler:
-    """One sampler after another; each begins an epoch, since its batches are others.
-
-    Args:
-        parts: (the step before which it ends, sampler); the last one lasts. The samplers have the same seed.
-    """
-
-    def __init__(self, parts: Sequence[tuple[int | None, BatchSampler | TokenSampler]]) -> None:
-        self.parts, self.part = list(parts), 0
-
-    @property
-    def now(self) -> BatchSampler | TokenSampler:
-        """The one in use."""
-        return self.parts[self.part][1]
-
-    @property
-    def step(self) -> int:
-        return self.now.step
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self
-
-    def __next__(self) -> np.ndarray:
-        before = self.now
-        while (until := self.parts[self.part][0]) is not None and before.step >= until:
-            self.part += 1
-        if self.now is not before:
-            self.now.begin(before.epoch + 1, before.step)  # an order that has not been seen
-        return next(self.now)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the sampler in use, and which one that is; JSON-serialisable."""
-        return {**self.now.state_dict(), "part": self.part}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken. Stages, data and seed must be the same."""
-        part = state.get("part", 0)
-        if part >= len(self.parts):
-            raise ValueError(f"state: expected one of {len(self.parts)} parts as in this run, got part {part}")
-        self.parts[part][1].load_state_dict(state)
-        self.part = part

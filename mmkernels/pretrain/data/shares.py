@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
 from mmkernels.pretrain.data.seeds import Stream, generator
 
-__all__ = ["Shares", "check_weights"]
+__all__ = ["Shares", "capped", "check_weights"]
 
 
 def check_weights(weights: Sequence[float]) -> None:
@@ -50,6 +51,7 @@ class Shares:
         # As decimals: shares of 0.1 and 0.2 are a third and two thirds, which no float is.
         exact = [Fraction(str(weight)) for weight in (self.sizes if weights is None else weights)]
         self.of: tuple[Fraction, ...] = tuple(each / sum(exact) for each in exact)
+        self._latest: dict[int, tuple[Any, Any]] = {}
         for name, share in zip(self.names, self.of, strict=True):
             if share * len(self) < 1:
                 raise ValueError(
@@ -72,19 +74,30 @@ class Shares:
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The samples of an epoch in order, int64 [n]; one may occur more than once."""
+        return self.between(seed, self.dealt(epoch), self.dealt(epoch + 1), generator(seed, epoch, Stream.ORDER))
+
+    def between(self, seed: int, first: Sequence[int], last: Sequence[int], spread: np.random.Generator) -> np.ndarray:
+        """What the parts deal from their `first` sample up to their `last` one, spread evenly: int64 [n]."""
         places, samples = [], []
-        spread = generator(seed, epoch, Stream.ORDER)
-        for part, (first, last) in enumerate(zip(self.dealt(epoch), self.dealt(epoch + 1), strict=True)):
-            samples.append(self._passes(seed, part, first, last) + self._starts[part])
-            places.append((np.arange(last - first) + spread.random(last - first)) / max(last - first, 1))
+        for part, (begin, end) in enumerate(zip(first, last, strict=True)):
+            samples.append(self._passes(seed, part, begin, end) + self._starts[part])
+            places.append((np.arange(end - begin) + spread.random(end - begin)) / max(end - begin, 1))
         return np.concatenate(samples)[np.argsort(np.concatenate(places), kind="stable")]
 
     def _passes(self, seed: int, part: int, first: int, last: int) -> np.ndarray:
         """Samples `first` to `last` of the endless passes of a part, numbered within it."""
         size = self.sizes[part]
         passes = range(first // size, -(-last // size))
-        each = [generator(seed, number, Stream.PASS, part).permutation(size) for number in passes]
+        each = [self._pass(seed, part, number) for number in passes]
         return np.concatenate([*each, np.zeros(0, np.int64)])[first - passes.start * size :][: last - first]
+
+    def _pass(self, seed: int, part: int, number: int) -> np.ndarray:
+        """One pass; the last one of each part is remembered, which may be read bit by bit."""
+        key = (seed, number)
+        if self._latest.get(part, (None,))[0] != key:
+            order = generator(seed, number, Stream.PASS, part).permutation(self.sizes[part])
+            self._latest[part] = key, order
+        return self._latest[part][1]
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -97,9 +110,7 @@ class Shares:
             concepts: int64 [n], of all samples.
             batch: samples of a batch, all of different concepts.
         """
-        for part, (name, share) in enumerate(zip(self.names, self.of, strict=True)):
-            _, counts = np.unique(concepts[self._starts[part] : self._starts[part + 1]], return_counts=True)
-            distinct, most = len(counts), counts.max() / counts.sum()
+        for name, share, (distinct, most) in zip(self.names, self.of, self._frequent(concepts), strict=True):
             if self.weights is not None and share * batch > distinct:
                 raise ValueError(
                     f"data_weights: expected at most {100 * distinct / batch:.3g}% for {name}, with {distinct} "
@@ -112,6 +123,18 @@ class Shares:
                     f"once; got {100 * float(share):.3g}%"
                 )
 
+    def most(self, concepts: np.ndarray, batch: float) -> list[float]:
+        """The largest share of each part that a batch can have, see `fit`: at most 1."""
+        return [min(1.0, distinct / batch, 1 / (batch * most)) for distinct, most in self._frequent(concepts)]
+
+    def _frequent(self, concepts: np.ndarray) -> list[tuple[int, float]]:
+        """Of each part: (how many concepts it has, the share of its samples that have the most frequent one)."""
+        each = [
+            np.unique(concepts[begin:end], return_counts=True)[1]
+            for begin, end in zip(self._starts, self._starts[1:], strict=False)
+        ]
+        return [(len(counts), counts.max() / counts.sum()) for counts in each]
+
     def spread(self, most: int) -> np.ndarray:
         """At most about `most` different samples, evenly spaced in each part, each part by its share: int64."""
         found = []
@@ -123,3 +146,19 @@ class Shares:
     def described(self) -> list[str]:
         """What the order depends on, for a state."""
         return [f"{share} from {size}" for share, size in zip(self.of, self.sizes, strict=True)]
+
+
+def capped(shares: Sequence[float], most: Sequence[float]) -> list[float]:
+    """Shares that add up to 1, none of them above its bound: what is above it goes to the others, in proportion.
+
+    Args:
+        shares: positive; they need not add up to 1.
+        most: of each; together at least 1.
+    """
+    found, full = [share / math.fsum(shares) for share in shares], set[int]()
+    while over := {i for i, (share, bound) in enumerate(zip(found, most, strict=True)) if share > bound} - full:
+        full |= over
+        rest = [i for i in range(len(found)) if i not in full]
+        left, of_rest = 1 - math.fsum(most[i] for i in full), math.fsum(found[i] for i in rest)
+        found = [most[i] if i in full else found[i] * left / of_rest for i in range(len(found))]
+    return found

@@ -1,0 +1,95 @@
+"""The shares of a run's data sets, window by window, and the samples that tell what each teaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmkernels.pretrain.config import Config
+from mmkernels.pretrain.data import Source
+from mmkernels.pretrain.data.spaced import spaced
+from mmkernels.pretrain.mixing import MeasuredMix, Taught
+from mmkernels.pretrain.policies import blended
+from mmkernels.pretrain.ranks import Ranks
+from mmkernels.pretrain.recipe import Recipe
+from mmkernels.pretrain.schedule import check_mixing, shares_at, stage_at
+
+__all__ = ["DataMixing"]
+
+
+class DataMixing:
+    """The shares that `schedule.py` says, with what the recipe's mixing has measured.
+
+    Args:
+        config, recipe: of the run.
+        source: the training data.
+        ranks: who train together.
+
+    Attributes:
+        probes: int64 [n] of each part: the samples that are measured, of different concepts; empty for fixed shares.
+        found: of the last measurement NAME/gain of each part that it could measure, and mixing_seconds.
+
+    Raises:
+        ValueError: as `check_mixing`.
+    """
+
+    def __init__(self, config: Config, recipe: Recipe, source: Source, ranks: Ranks) -> None:
+        parts = source.shares
+        check_mixing(recipe, parts is not None and len(parts.names) > 1, config.workers)
+        self.recipe, self.weights = recipe, config.data_weights
+        self.names: tuple[str, ...] = () if parts is None else parts.names
+        self.sizes: tuple[int, ...] = () if parts is None else parts.sizes
+        self.found: dict[str, float] = {}
+        self._measured = MeasuredMix(
+            recipe.mixing, lambda values: ranks.of_rank_0(torch.tensor(values, dtype=torch.float64)).tolist()
+        )
+        self.probes = self._probes(source.concepts, recipe.mixing.samples) if recipe.mixing.measures else {}
+
+    def _probes(self, concepts: np.ndarray, most: int) -> dict[str, np.ndarray]:
+        found, start = {}, 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            _, first = np.unique(concepts[start : start + size], return_index=True)
+            different = start + np.sort(first)
+            found[name] = different[spaced(len(different), most)]
+            start += size
+        return found
+
+    def shares_at(self, step: int) -> list[float]:
+        """The share of each part at a step, which may be ahead of the run by as much as workers read. They add up to
+        1; those that batches cannot have are bounded where these are dealt."""
+        weights = stage_at(self.recipe, step).data_weights or self.weights or self.sizes
+        prior = {name: weight / sum(weights) for name, weight in zip(self.names, weights, strict=True)}
+        return [*blended(prior, self._measured.factors(step), self.recipe.mixing.floor).values()]
+
+    def due(self, step: int) -> bool:
+        """Whether to measure before a step."""
+        return self._measured.due(step)
+
+    def objectives(self, step: int) -> list[tuple[float, dict[str, float]]]:
+        """What to measure of each part: (odds, weights of objectives), one objective at a time if they are drawn."""
+        weights = shares_at(self.recipe, step)  # not a policy's: losses must be comparable
+        if not self.recipe.draw:
+            return [(1.0, weights)]
+        return [(weight / sum(weights.values()), {name: 1.0}) for name, weight in weights.items()]
+
+    def see(self, step: int, found: Mapping[str, Taught], seconds: float) -> None:
+        """Take what was measured before a step, and how long that took."""
+        shares = dict(zip(self.names, self.shares_at(max(step - 1, 0)), strict=True))
+        gains = self._measured.see(found, shares_at(self.recipe, step), shares)
+        self.found = {**{f"{name}/gain": gain for name, gain in gains.items()}, "mixing_seconds": seconds}
+
+    def shown(self, mix: Sequence[float] | None) -> dict[str, float]:
+        """For the log: NAME/share of each part in a batch, of the sampler's; and, once, what was measured."""
+        found, self.found = self.found, {}
+        return {f"{name}/share": share for name, share in zip(self.names, mix or (), strict=bool(mix))} | found
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values: what a checkpoint keeps; empty for fixed shares."""
+        return {"mixing": self._measured.state_dict()} if self.recipe.mixing.measures else {}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """From the values of a checkpoint."""
+        self._measured.load_state_dict(values.get("mixing", {}))

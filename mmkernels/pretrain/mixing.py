@@ -1,0 +1,144 @@
+"""How much of each part of a mixture is drawn, by what the model learns from it. No torch.
+
+Time is cut into windows of `every` steps. Before each, the same samples of every part are asked what they teach; this
+sets the shares of the window after that one, whose batches nobody has built yet.
+
+| kind | a part is drawn more, the more | source |
+|---|---|---|
+| `fixed` | never: shares are the run's | |
+| `grad_norm` | a step on its samples alone would change the weights | arXiv:1704.03003, arXiv:1511.06481 |
+| `progress` | its losses have fallen in a window, for each sample drawn | arXiv:1704.03003 |
+
+Both are learning progress in the sense of Graves et al. 2017: `progress` is their prediction gain, over a window
+instead of a step, as a part of the loss; `grad_norm` their gradient prediction gain, what a step is expected to gain,
+for steps of a given length, as Adam's are (they take the square, for plain gradient descent). It is also the share with
+which sampling has the least variance (Alain et al. 2015). Both are known for all parts, so that no bandit has to
+explore: the shares are set in proportion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from mmkernels.pretrain.windows import Windows
+
+__all__ = ["MeasuredMix", "Mixing", "Taught"]
+
+Kind = Literal["fixed", "grad_norm", "progress"]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the shares of several data sets follow what is measured."""
+
+    kind: Kind = "fixed"
+    """fixed: `data_weights`; grad_norm: more of what has large gradients; progress: of what is learned fastest."""
+    every: int = 50
+    """Steps of a window, after which the shares change."""
+    samples: int = 64
+    """Samples of each data set that are measured, always the same ones."""
+    floor: float = 0.2
+    """Part of each share that stays as it would be if it were fixed, so that no data set is forgotten."""
+    alpha: float = 1.0
+    """How strongly the shares follow: they are in proportion to what is measured, to this power."""
+    decay: float = 0.5
+    """How much of the running means of what is measured is left after a window."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"mixing.kind: expected one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        for name in ("every", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"mixing.{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.floor <= 1:
+            raise ValueError(f"mixing.floor: expected a share above 0, at most 1, got {self.floor}")
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"mixing.alpha: expected at least 0, got {self.alpha}")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"mixing.decay: expected 0 <= decay < 1, got {self.decay}")
+
+    @property
+    def measures(self) -> bool:
+        """Whether shares depend on what is measured."""
+        return self.kind != "fixed"
+
+
+class Taught(NamedTuple):
+    """What the samples of a part have told."""
+
+    losses: dict[str, float]  # of the objectives to which they say something; comparisons as parts of that of a guess
+    norm: float = 0.0  # of the gradient; 0: not measured
+
+
+class MeasuredMix(Windows):
+    """What has been measured so far, and the factors of the shares that follow.
+
+    A part of which nothing is known keeps its share; one that cannot be measured (no loss above 0, a gradient of 0 or
+    not finite) keeps what was known of it.
+
+    Args:
+        mixing: of the recipe.
+        agreed: of factors as they came out on this rank those that all take: a last bit would draw other samples.
+    """
+
+    kept = ("window", "factors", "losses", "gains")
+
+    def __init__(self, mixing: Mixing, agreed: Callable[[list[float]], list[float]] = list) -> None:
+        super().__init__(mixing.every, ahead=1)
+        self.mixing, self._agreed = mixing, agreed
+        self._window = -1  # so that the first measurement is before the first step
+        self._losses: dict[str, dict[str, float]] = {}  # of each part when it was measured last
+        self._gains: dict[str, float] = {}  # of each part, running means
+
+    def due(self, step: int) -> bool:
+        """Whether to measure before a step."""
+        return self.mixing.measures and step // self.every > self._window
+
+    def see(
+        self, found: Mapping[str, Taught], weights: Mapping[str, float], shares: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Take what was measured before a window; returns the gain of each part that could be measured.
+
+        Args:
+            found: of each part.
+            weights: of the objectives at this time; all of them, if one a step is drawn.
+            shares: of each part in the window that has ended.
+        """
+        gains: dict[str, float] = {}
+        for part, (losses, norm) in found.items():
+            if self.mixing.kind == "grad_norm":
+                gain = norm if 0 < norm < math.inf else None
+            else:
+                gain = _fall(self._losses.get(part, {}), losses, weights)
+                gain = None if gain is None else gain / shares[part]
+            if losses:
+                self._losses[part] = dict(losses)
+            if gain is not None:
+                gains[part] = gain
+                kept = self.mixing.decay if part in self._gains else 0.0
+                self._gains[part] = kept * self._gains.get(part, 0.0) + (1 - kept) * gain
+        largest = max(self._gains.values(), default=0.0)
+        factors = dict(self._factors[-1])
+        if largest > 0:
+            values = [(gain / largest) ** self.mixing.alpha for gain in self._gains.values()]
+            factors = dict(zip(self._gains, self._agreed(values), strict=True))
+        self._go_on(factors)
+        return gains
+
+
+def _fall(before: Mapping[str, float], now: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
+    """The logarithm of how many times smaller losses have become, the mean by weight, 0 if they have grown; None: it
+    is not known.
+
+    Args:
+        before, now: losses of objectives; those that are above 0 in both count.
+        weights: of the objectives.
+    """
+    both = [name for name in weights if 0 < before.get(name, 0.0) < math.inf and 0 < now.get(name, 0.0) < math.inf]
+    if not both:
+        return None
+    total = math.fsum(weights[name] * math.log(before[name] / now[name]) for name in both)
+    return max(0.0, total / math.fsum(weights[name] for name in both))
