@@ -10,6 +10,7 @@ from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.finetune import finetuned
 from mmkernels.pretrain.load import Pretrained, load_model
 from mmkernels.pretrain.loop import Outcome, train
+from mmkernels.pretrain.mixing import Mixing
 from mmkernels.pretrain.policies import Policy
 from mmkernels.pretrain.recipe import Facts, Ramp, Recipe, Shape, Stage, Stream
 from mmkernels.pretrain.transfer import Transfer
@@ -17,6 +18,7 @@ from mmkernels.pretrain.transfer import Transfer
 __all__ = [
     "Config",
     "Facts",
+    "Mixing",
     "Outcome",
     "Policy",
     "Pretrained",
