@@ -3,11 +3,13 @@ beside measured shares of them (`mmkernels/pretrain/mixing.py`), at equal time.
 
     python benches/policies.py --recipe vilbert --steps 1500     trains 3 seeds of each, then prints a table
     python benches/policies.py --measured mixing --recipe clip --data emoji::scenes
+    python benches/policies.py --measured mixing --recipe clip --data emoji::./shuffled
     python benches/policies.py --table                           the table of the newest results
 
 Equal time: the policies' steps are timed in turn, one of each at a time, in processor time of one thread, which other
 processes of the machine do not change; the slower a policy's steps, the fewer it gets. Evaluation does not count. The
-learning rate decays to zero over each run's own steps. Results of the same day and processor are added to; runs that
+learning rate decays to zero over each run's own steps. `./shuffled` is made here: pictures of scenes with the captions
+of others, from which nothing can be learned. Results of the same day and processor are added to; runs that
 are there already are not repeated.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -26,10 +29,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from PIL import Image
 from report import RESULTS, machine
 from tabulate import tabulate
 
 from mmkernels.pretrain import Config, train
+from mmkernels.pretrain.data import open_data
 from mmkernels.pretrain.run_folder import RunFolder
 from mmkernels.pretrain.setup import open_source, tokenizer_for
 from mmkernels.pretrain.trainer import Trainer
@@ -94,6 +99,17 @@ def trained(args: argparse.Namespace, policy: str, seed: int, steps: int) -> dic
     }
 
 
+def shuffled(folder: Path, samples: int = 5000) -> None:
+    """Some scenes, each with the caption of another one, as a folder's `data.jsonl`."""
+    scenes = open_data("scenes").train
+    folder.mkdir()
+    with (folder / "data.jsonl").open("w", encoding="utf-8") as lines:
+        for i in range(samples):
+            Image.fromarray(scenes[i].values["image"]).save(folder / f"{i}.png")
+            caption = scenes.peek((i + 1) % samples)["text"].captions[0]
+            lines.write(json.dumps({"image": f"{i}.png", "caption": caption}) + "\n")
+
+
 def table(found: dict[str, Any]) -> str:
     """Of each headline figure the mean over the seeds ± half of their range."""
     values: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -119,6 +135,27 @@ def path_of(about: dict[str, Any]) -> Path:
     return RESULTS / f"policies-{device}-{about['date'][:10]}.json"
 
 
+def run_all(args: argparse.Namespace, about: dict[str, Any], path: Path, every: dict[str, Any]) -> None:
+    """Train what `every` does not have, and write it."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("table", "seeds")}
+    found = every.setdefault(
+        " on ".join(filter(None, (args.recipe, args.data))), {"about": about, "settings": settings, "runs": []}
+    )
+    if found["settings"] != settings:
+        sys.exit(f"{path}: expected runs with the settings {settings}, got {found['settings']}; remove them")
+    if "step_seconds" not in found:
+        found["step_seconds"] = seconds_of_steps(args)
+    pace = found["step_seconds"]
+    print(pace, flush=True)
+    for seed in range(args.seeds):
+        for policy in POLICIES:
+            if not any((run["policy"], run["seed"]) == (policy, seed) for run in found["runs"]):
+                steps = round(args.steps * pace["fixed"] / pace[policy])
+                found["runs"].append(trained(args, policy, seed, steps))
+                print({name: found["runs"][-1][name] for name in ("policy", "seed", "steps", "seconds")}, flush=True)
+                path.write_text(json.dumps(every, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", choices=("policy", "mixing"), default="policy", help="weights or shares of data")
@@ -135,26 +172,12 @@ def main() -> None:
     about = machine(torch.device("cpu"))
     path = max(RESULTS.glob("policies-*.json"), key=lambda each: each.name[-15:]) if args.table else path_of(about)
     every = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if not args.table:
-        settings = {name: value for name, value in vars(args).items() if name not in ("table", "seeds")}
-        found = every.setdefault(
-            " on ".join(filter(None, (args.recipe, args.data))), {"about": about, "settings": settings, "runs": []}
-        )
-        if found["settings"] != settings:
-            sys.exit(f"{path}: expected runs with the settings {settings}, got {found['settings']}; remove them")
-        if "step_seconds" not in found:
-            found["step_seconds"] = seconds_of_steps(args)
-        pace = found["step_seconds"]
-        print(pace, flush=True)
-        for seed in range(args.seeds):
-            for policy in POLICIES:
-                if not any((run["policy"], run["seed"]) == (policy, seed) for run in found["runs"]):
-                    steps = round(args.steps * pace["fixed"] / pace[policy])
-                    found["runs"].append(trained(args, policy, seed, steps))
-                    print(
-                        {name: found["runs"][-1][name] for name in ("policy", "seed", "steps", "seconds")}, flush=True
-                    )
-                    path.write_text(json.dumps(every, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        if args.data is not None and "./shuffled" in args.data.split("::"):
+            shuffled(Path("shuffled"))
+        if not args.table:
+            run_all(args, about, path, every)
     for recipe, found in every.items():
         print(f"\n{recipe}\n\n{table(found)}")
 
