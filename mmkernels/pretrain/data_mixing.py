@@ -15,7 +15,7 @@ from mmkernels.pretrain.mixing import MeasuredMix, Taught
 from mmkernels.pretrain.policies import blended
 from mmkernels.pretrain.ranks import Ranks
 from mmkernels.pretrain.recipe import Recipe
-from mmkernels.pretrain.schedule import check_mixing, shares_at, stage_at
+from mmkernels.pretrain.schedule import check_mixing, data_shares, shares_at
 
 __all__ = ["DataMixing"]
 
@@ -29,7 +29,7 @@ class DataMixing:
         ranks: who train together.
 
     Attributes:
-        probes: int64 [n] of each part: the samples that are measured, of different concepts; empty for fixed shares.
+        probes: int64 [n] of each part: the samples that are measured, of different concepts; empty if none are.
         found: of the last measurement NAME/gain of each part that it could measure, and mixing_seconds.
 
     Raises:
@@ -38,10 +38,10 @@ class DataMixing:
 
     def __init__(self, config: Config, recipe: Recipe, source: Source, ranks: Ranks) -> None:
         parts = source.shares
-        check_mixing(recipe, parts is not None and len(parts.names) > 1, config.workers)
-        self.recipe, self.weights = recipe, config.data_weights
         self.names: tuple[str, ...] = () if parts is None else parts.names
         self.sizes: tuple[int, ...] = () if parts is None else parts.sizes
+        check_mixing(recipe, self.names, config.workers)
+        self.recipe, self.weights = recipe, config.data_weights or self.sizes
         self.found: dict[str, float] = {}
         self._measured = MeasuredMix(
             recipe.mixing, lambda values: ranks.of_rank_0(torch.tensor(values, dtype=torch.float64)).tolist()
@@ -60,9 +60,11 @@ class DataMixing:
     def shares_at(self, step: int) -> list[float]:
         """The share of each part at a step, which may be ahead of the run by as much as workers read. They add up to
         1; those that batches cannot have are bounded where these are dealt."""
-        weights = stage_at(self.recipe, step).data_weights or self.weights or self.sizes
-        prior = {name: weight / sum(weights) for name, weight in zip(self.names, weights, strict=True)}
-        return [*blended(prior, self._measured.factors(step), self.recipe.mixing.floor).values()]
+        prior = data_shares(self.recipe, step, self.weights)
+        if not self.recipe.mixing.measures:
+            return prior
+        of = dict(zip(self.names, prior, strict=True))
+        return [*blended(of, self._measured.factors(step), self.recipe.mixing.floor).values()]
 
     def due(self, step: int) -> bool:
         """Whether to measure before a step."""
@@ -87,7 +89,7 @@ class DataMixing:
         return {f"{name}/share": share for name, share in zip(self.names, mix or (), strict=bool(mix))} | found
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values: what a checkpoint keeps; empty for fixed shares."""
+        """JSON values: what a checkpoint keeps; empty where nothing is measured."""
         return {"mixing": self._measured.state_dict()} if self.recipe.mixing.measures else {}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmkernels.pretrain.config import Config
-from mmkernels.pretrain.data import BatchSampler, Collator, MeasuredSampler, Source, StagedSampler, TokenSampler
+from mmkernels.pretrain.data import BatchSampler, Collator, Source, StagedSampler, TokenSampler, WindowedSampler
 from mmkernels.pretrain.data.shares import Shares
 from mmkernels.pretrain.ranks import Ranks
 from mmkernels.pretrain.recipe import Recipe
@@ -23,26 +23,26 @@ def sampler_of(
     collator: Collator,
     ranks: Ranks,
     shares_at: Callable[[int], Sequence[float]],
-) -> BatchSampler | TokenSampler | MeasuredSampler | StagedSampler:
+) -> BatchSampler | TokenSampler | WindowedSampler | StagedSampler:
     """The batches of a run.
 
     Args:
         config, recipe, ranks: of the run.
         source: the training data.
         collator: knows the lengths of samples.
-        shares_at: step -> the shares of a mixture's parts, where they follow what is measured.
+        shares_at: step -> the shares of a mixture's parts, where they change.
 
     Raises:
         ValueError: the data or the ranks do not allow a batch of a stage.
     """
     concepts = _concepts(recipe, source) if config.tokens is None else None
     lengths = None if config.tokens is None else collator.lengths(source)
-    parts: list[tuple[int | None, BatchSampler | TokenSampler | MeasuredSampler]] = []
+    parts: list[tuple[int | None, BatchSampler | TokenSampler | WindowedSampler]] = []
     for until, i in samplings(recipe, (config.batch, config.tokens, config.data_weights)):
         try:
             one = _of_stage(config, recipe, i, source, concepts, lengths, ranks)
-            measures, every = recipe.mixing.measures, recipe.mixing.every
-            parts.append((until, MeasuredSampler(one, shares_at, every) if measures else one))
+            changes, every = recipe.mixing.changes, recipe.mixing.every
+            parts.append((until, WindowedSampler(one, shares_at, every) if changes else one))
         except ValueError as error:
             own = any(each is not None for each in recipe.stages[i].sampling)
             raise (ValueError(f"stages[{i}]: {error}") if own else error) from None

@@ -1,11 +1,12 @@
-"""How much of each part of a mixture is drawn, by what the model learns from it. No torch.
+"""How much of each part of a mixture is drawn: as the run says, on a ramp, or by what is learned from it. No torch.
 
-Time is cut into windows of `every` steps. Before each, the same samples of every part are asked what they teach; this
-sets the shares of the window after that one, whose batches nobody has built yet.
+Time is cut into windows of `every` steps, in which shares stay. Where they are measured, the same samples of every part
+are asked before each window what they teach; this sets the shares of the window after it, whose batches nobody has
+built yet.
 
 | kind | a part is drawn more, the more | source |
 |---|---|---|
-| `fixed` | never: shares are the run's | |
+| `fixed`, `ramp` | never: shares are the run's, or move from these to others | |
 | `grad_norm` | a step on its samples alone would change the weights | arXiv:1704.03003, arXiv:1511.06481 |
 | `progress` | its losses have fallen in a window, for each sample drawn | arXiv:1704.03003 |
 
@@ -27,17 +28,22 @@ from mmkernels.pretrain.windows import Windows
 
 __all__ = ["MeasuredMix", "Mixing", "Taught"]
 
-Kind = Literal["fixed", "grad_norm", "progress"]
+Kind = Literal["fixed", "ramp", "grad_norm", "progress"]
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """How the shares of several data sets follow what is measured."""
+    """How the shares of several data sets change, or follow what is measured."""
 
     kind: Kind = "fixed"
-    """fixed: `data_weights`; grad_norm: more of what has large gradients; progress: of what is learned fastest."""
+    """fixed: `data_weights`; ramp: from these `to` others; grad_norm: more of what has large gradients; progress: of
+    what is learned fastest."""
     every: int = 50
     """Steps of a window, after which the shares change."""
+    to: tuple[float, ...] | None = None
+    """Of ramp: the shares at its end, one for each data set, which stay."""
+    steps: int = 0
+    """Of ramp: the step at which it ends; it begins with the run, and is linear."""
     samples: int = 64
     """Samples of each data set that are measured, always the same ones."""
     floor: float = 0.2
@@ -50,6 +56,10 @@ class Mixing:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"mixing.kind: expected one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        if self.kind == "ramp" and (self.to is None or self.steps < 1):
+            raise ValueError(f"mixing.to, mixing.steps: expected shares and a step, got {self.to} and {self.steps}")
+        if self.kind != "ramp" and (self.to is not None or self.steps):
+            raise ValueError(f"mixing.to, mixing.steps: expected none unless kind is ramp, got {self.to}, {self.steps}")
         for name in ("every", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"mixing.{name}: expected at least 1, got {getattr(self, name)}")
@@ -61,9 +71,14 @@ class Mixing:
             raise ValueError(f"mixing.decay: expected 0 <= decay < 1, got {self.decay}")
 
     @property
+    def changes(self) -> bool:
+        """Whether shares change from window to window."""
+        return self.kind != "fixed"
+
+    @property
     def measures(self) -> bool:
         """Whether shares depend on what is measured."""
-        return self.kind != "fixed"
+        return self.kind not in ("fixed", "ramp")
 
 
 class Taught(NamedTuple):

@@ -19,6 +19,7 @@ __all__ = [
     "check_mixing",
     "check_policy",
     "check_stages",
+    "data_shares",
     "drawn",
     "freeze",
     "had_steps",
@@ -160,12 +161,31 @@ def check_policy(recipe: Recipe, workers: int) -> None:
         raise ValueError(f"policy.every: expected at least {ahead}, {why}, got {policy.every}")
 
 
-def check_mixing(recipe: Recipe, several: bool, workers: int) -> None:
-    """Raise ValueError if shares are to follow what is measured and there are no `several` parts, or they would have to
+def data_shares(recipe: Recipe, step: int, usual: Sequence[float]) -> list[float]:
+    """The shares of a mixture's parts at a step, without what is measured: positive, they add up to 1.
+
+    Args:
+        recipe: of the run.
+        step: of the run.
+        usual: what holds in stages that say nothing.
+    """
+    mixing, now = recipe.mixing, stage_at(recipe, step).data_weights or usual
+    found = [weight / math.fsum(now) for weight in now]
+    if mixing.to is None:
+        return found
+    ends = [weight / math.fsum(mixing.to) for weight in mixing.to]
+    return [at(Ramp(start, end, mixing.steps), step) for start, end in zip(found, ends, strict=True)]
+
+
+def check_mixing(recipe: Recipe, parts: Sequence[str], workers: int) -> None:
+    """Raise ValueError if shares are to change and there are no several parts, or those that are measured would have to
     be known of batches that are read ahead: two of each worker, which are dealt four at a time."""
     mixing, ahead = recipe.mixing, 2 * workers + 4
-    if mixing.measures and not several:
+    if mixing.changes and len(parts) < 2:
         raise ValueError(f"mixing.kind: expected fixed, since the data are no mixture (A::B), got {mixing.kind}")
+    if mixing.to is not None and not (len(mixing.to) == len(parts) and all(0 < w < math.inf for w in mixing.to)):
+        got = " ".join(map(str, mixing.to))
+        raise ValueError(f"mixing.to: expected a positive number for each of {', '.join(parts)}, got {got}")
     if mixing.measures and mixing.every < ahead:
         why = f"the batches that {workers} workers read ahead"
         raise ValueError(f"mixing.every: expected at least {ahead}, {why}, got {mixing.every}")

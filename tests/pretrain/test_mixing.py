@@ -28,7 +28,7 @@ from mmkernels.pretrain.trainer import Trainer
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"kind": "loss"}, r"mixing.kind: expected one of fixed, grad_norm, progress, got 'loss'"),
+        ({"kind": "loss"}, r"mixing.kind: expected one of fixed, ramp, grad_norm, progress, got 'loss'"),
         ({"every": 0}, "mixing.every: expected at least 1, got 0"),
         ({"samples": 0}, "mixing.samples: expected at least 1, got 0"),
         ({"floor": 0.0}, "mixing.floor: expected a share above 0, at most 1, got 0.0"),
@@ -170,7 +170,9 @@ def stepped(trainer: Trainer, count: int) -> list[dict[str, Any]]:
         batch = next(trainer.loader)
         outcome = trainer.backward(batch)
         trainer.update()
-        found.append({"names": [name for name in batch.names if name], "loss": outcome.loss, "shares": outcome.shares})
+        samples = [number for number, name in zip(batch.numbers, batch.names, strict=True) if name]
+        shares = {name: value for name, value in outcome.shares.items() if name != "mixing_seconds"}
+        found.append({"samples": samples, "loss": outcome.loss, "shares": shares})
     return found
 
 
@@ -312,8 +314,8 @@ def test_over_ranks(kind: str, parallel: str, tmp_path: Path) -> None:
     path = next((tmp_path / "2/checkpoints").iterdir())
     (rest,) = ranks.run(1, of_ranks, str(tmp_path / "3"), kind, {}, 0, str(path))
     for step, (each, *others) in enumerate(zip(one, *([*mine, *rest] for mine in two), strict=True)):
-        names = others[0]["names"] + (others[1]["names"] if step < 6 else [])
-        assert sorted(names) == sorted(each["names"]), step
+        samples = others[0]["samples"] + (others[1]["samples"] if step < 6 else [])
+        assert sorted(samples) == sorted(each["samples"]), step
         assert others[0]["loss"] == pytest.approx(each["loss"], rel=1e-4)
         assert others[0]["shares"] == pytest.approx(each["shares"], rel=0.02)
         assert others[0]["shares"] == others[1]["shares"]
@@ -341,5 +343,37 @@ def test_a_run_logs_and_shows_them(tmp_path: Path) -> None:
     steps = stored_records(tmp_path / "run", "step")
     assert all({"emoji/share", "scenes/share"} <= each.keys() for each in steps)
     assert [each["step"] for each in steps if "emoji/gain" in each] == [1, 5, 9]
+    assert [each["step"] for each in steps if each.get("mixing_seconds", 0) > 0] == [1, 5, 9]
     page = (tmp_path / "run/report.html").read_text("utf-8")
     assert "emoji/share" in page and "scenes/gain" in page
+
+
+def test_a_ramp(tmp_path: Path) -> None:
+    """Window by window, from the run's shares to others, which stay; nothing is measured."""
+    parts = {"mixing.to": (1.0, 3.0), "mixing.steps": 16}
+    config = config_of("clip", tmp_path, "ramp", parts, data_weights=(9.0, 1.0), batch=20)
+    with started(config) as trainer:
+        steps = stepped(trainer, 30)
+        assert not trainer.mixing.probes and not trainer.mixing.state_dict()
+    shares = [each["shares"]["emoji/share"] for each in steps]
+    expected = [max(0.25, 0.9 - 0.65 * (step // 4 * 4) / 16) for step in range(30)]
+    assert shares == pytest.approx(expected)
+    assert all(each["shares"].keys() == {"emoji/share", "scenes/share"} for each in steps)
+    of_first = [sum(number < trainer.mixing.sizes[0] for number in each["samples"]) for each in steps]
+    assert sum(of_first[:4]) == pytest.approx(72, abs=2) and sum(of_first[16:28]) == pytest.approx(60, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({}, "mixing.to, mixing.steps: expected shares and a step, got None and 0"),
+        ({"mixing.to": (1.0, 1.0)}, "mixing.to, mixing.steps: expected shares and a step"),
+        ({"mixing.to": (1.0,), "mixing.steps": 5}, "mixing.to: expected a positive number for each of emoji, scenes"),
+        ({"mixing.to": (1.0, 0.0), "mixing.steps": 5}, r"mixing.to: expected a positive number for .* got 1.0 0.0"),
+    ],
+)
+def test_bad_ramps(parts: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said), started(config_of("clip", tmp_path, "ramp", parts)):
+        pass
+    with pytest.raises(ValueError, match=r"mixing.to, mixing.steps: expected none unless kind is ramp, got None, 3"):
+        Mixing("progress", steps=3)

@@ -27,7 +27,6 @@ from mmkernels.pretrain.data.filter_list import FilterList
 from mmkernels.pretrain.data.folder import FolderDataset
 from mmkernels.pretrain.data.hub import HubDataset
 from mmkernels.pretrain.data.loader import TrainLoader
-from mmkernels.pretrain.data.measured import MeasuredSampler
 from mmkernels.pretrain.data.mixed import Mixed, mix
 from mmkernels.pretrain.data.opening import EMBEDDED, open_data
 from mmkernels.pretrain.data.sampler import BatchSampler, TokenSampler
@@ -35,6 +34,7 @@ from mmkernels.pretrain.data.shares import Shares, check_weights
 from mmkernels.pretrain.data.staged import StagedSampler
 from mmkernels.pretrain.data.tables import TableFormat
 from mmkernels.pretrain.data.webdataset import WebDataset
+from mmkernels.pretrain.data.windowed import WindowedSampler
 
 __all__ = [
     "EMBEDDED",
@@ -50,7 +50,6 @@ __all__ = [
     "FilterList",
     "FolderDataset",
     "HubDataset",
-    "MeasuredSampler",
     "Mixed",
     "Regions",
     "Sample",
@@ -64,6 +63,7 @@ __all__ = [
     "TooManyBrokenError",
     "TrainLoader",
     "WebDataset",
+    "WindowedSampler",
     "check_weights",
     "decode_image",
     "load_emoji",

@@ -84,7 +84,7 @@ class _Dealt(ABC):
         """Continue exactly where `state_dict` was taken. Data, seed, batch size and shares must be the same."""
         self.expect(state)
         if "mix" in state:
-            raise ValueError("state: expected that of a run with fixed shares, got one with measured shares")
+            raise ValueError("state: expected that of a run with fixed shares, got one whose shares change")
         self.epoch, self.position, self.step = int(state["epoch"]), int(state["position"]), int(state["step"])
         self._batches = self._deal(self.epoch)
 

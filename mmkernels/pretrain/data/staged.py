@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mmkernels.pretrain.data.measured import MeasuredSampler
 from mmkernels.pretrain.data.sampler import BatchSampler, TokenSampler
+from mmkernels.pretrain.data.windowed import WindowedSampler
 
 __all__ = ["StagedSampler"]
 
@@ -20,11 +20,11 @@ class StagedSampler:
         parts: (the step before which it ends, sampler); the last one lasts. The samplers have the same seed.
     """
 
-    def __init__(self, parts: Sequence[tuple[int | None, BatchSampler | TokenSampler | MeasuredSampler]]) -> None:
+    def __init__(self, parts: Sequence[tuple[int | None, BatchSampler | TokenSampler | WindowedSampler]]) -> None:
         self.parts, self.part = list(parts), 0
 
     @property
-    def now(self) -> BatchSampler | TokenSampler | MeasuredSampler:
+    def now(self) -> BatchSampler | TokenSampler | WindowedSampler:
         """The one in use."""
         return self.parts[self.part][1]
 

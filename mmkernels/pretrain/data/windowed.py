@@ -12,7 +12,7 @@ from mmkernels.pretrain.data.sampler import BatchSampler, TokenSampler
 from mmkernels.pretrain.data.seeds import Stream, generator
 from mmkernels.pretrain.data.shares import capped
 
-__all__ = ["MeasuredSampler"]
+__all__ = ["WindowedSampler"]
 
 _SPREAD = 1  # block of counters of the order within a window; that of an epoch is 0
 
@@ -35,7 +35,7 @@ class _Place(NamedTuple):
         return _Place(dealt, [has - n for has, n in zip(owed, counts, strict=True)], self.waiting)
 
 
-class MeasuredSampler:
+class WindowedSampler:
     """Endless batches, dealt anew in each window of steps, by the shares that hold in it.
 
     Each part goes on where it was, pass after pass, so all of it is seen as long as it has a share. What does not fit
@@ -122,7 +122,7 @@ class MeasuredSampler:
         """Continue exactly where `state_dict` was taken. Data, seed, batch size and shares must be the same."""
         self.base.expect(state)
         if "mix" not in state:
-            raise ValueError("state: expected that of a run with measured shares, got one with fixed shares")
+            raise ValueError("state: expected that of a run whose shares change, got one with fixed shares")
         self.step, self._place = int(state["step"]), int(state["position"])
         self._begun = self._ended = _Place(*(list(state[name]) for name in _Place._fields))
         self._shares, self._batches = [], []

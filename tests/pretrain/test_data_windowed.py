@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmkernels.pretrain.data import BatchSampler, MeasuredSampler, Shares, StagedSampler, TokenSampler
+from mmkernels.pretrain.data import BatchSampler, Shares, StagedSampler, TokenSampler, WindowedSampler
 from mmkernels.pretrain.data.shares import capped
 
 PARTS = ("a", "b", "c")
@@ -28,12 +28,12 @@ def shares_at(step: int) -> list[float]:
     return np.random.default_rng(step // 6).dirichlet([4.0, 1.0, 2.0]).tolist()
 
 
-def by_count(asked: Any = shares_at) -> MeasuredSampler:
-    return MeasuredSampler(BatchSampler(CONCEPTS, 16, 2, Shares(PARTS, SIZES)), asked, 6)
+def by_count(asked: Any = shares_at) -> WindowedSampler:
+    return WindowedSampler(BatchSampler(CONCEPTS, 16, 2, Shares(PARTS, SIZES)), asked, 6)
 
 
-def by_tokens(asked: Any = shares_at) -> MeasuredSampler:
-    return MeasuredSampler(TokenSampler(LENGTHS, 200, 12, 2, Shares(PARTS, SIZES)), asked, 6)
+def by_tokens(asked: Any = shares_at) -> WindowedSampler:
+    return WindowedSampler(TokenSampler(LENGTHS, 200, 12, 2, Shares(PARTS, SIZES)), asked, 6)
 
 
 def counts(items: np.ndarray) -> np.ndarray:
@@ -107,7 +107,7 @@ def test_a_sampler_resumes_anywhere(make: Any) -> None:
 def test_a_sampler_refuses_other_states() -> None:
     state = json.loads(json.dumps(by_count().state_dict()))
     fixed = BatchSampler(CONCEPTS, 16, 2, Shares(PARTS, SIZES))
-    with pytest.raises(ValueError, match="state: expected that of a run with measured shares"):
+    with pytest.raises(ValueError, match="state: expected that of a run whose shares change"):
         by_count().load_state_dict(fixed.state_dict())
     with pytest.raises(ValueError, match="state: expected that of a run with fixed shares"):
         fixed.load_state_dict(state)
@@ -147,7 +147,7 @@ def test_a_part_has_no_more_than_batches_can_have() -> None:
     assert counts(batches)[1] / len(batches) == pytest.approx(15 / 16, abs=0.02)
     lonely = np.concatenate([np.zeros(60), np.ones(60), [2, 3]]).astype(np.int64)
     with pytest.raises(ValueError, match=r"mixing.kind: expected fixed, since each concept .* 25% of a, 25.8% of b"):
-        MeasuredSampler(BatchSampler(lonely, 4, 2, Shares("ab", (60, 62))), lambda step: [0.5, 0.5], 6)
+        WindowedSampler(BatchSampler(lonely, 4, 2, Shares("ab", (60, 62))), lambda step: [0.5, 0.5], 6)
 
 
 def test_a_tiny_share_is_dealt_in_the_end() -> None:
