@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmkernels.pretrain.blending import blended
 from mmkernels.pretrain.config import Config
 from mmkernels.pretrain.data import Source
 from mmkernels.pretrain.data.spaced import spaced
 from mmkernels.pretrain.mixing import MeasuredMix, Taught
-from mmkernels.pretrain.policies import blended
 from mmkernels.pretrain.ranks import Ranks
 from mmkernels.pretrain.recipe import Recipe
 from mmkernels.pretrain.schedule import check_mixing, data_shares, shares_at
@@ -43,6 +43,9 @@ class DataMixing:
         check_mixing(recipe, self.names, config.workers)
         self.recipe, self.weights = recipe, config.data_weights or self.sizes
         self.found: dict[str, float] = {}
+        self._mix: dict[str, float] = {}  # of the last batch
+        self._silent: list[str] = []
+        self._said: set[str] = set()
         self._measured = MeasuredMix(
             recipe.mixing, lambda values: ranks.of_rank_0(torch.tensor(values, dtype=torch.float64)).tolist()
         )
@@ -79,14 +82,32 @@ class DataMixing:
 
     def see(self, step: int, found: Mapping[str, Taught], seconds: float) -> None:
         """Take what was measured before a step, and how long that took."""
-        shares = dict(zip(self.names, self.shares_at(max(step - 1, 0)), strict=True))
-        gains = self._measured.see(found, shares_at(self.recipe, step), shares)
+        usual = dict(zip(self.names, data_shares(self.recipe, step, self.weights), strict=True))
+        gains = self._measured.see(found, shares_at(self.recipe, step), usual)
         self.found = {**{f"{name}/gain": gain for name, gain in gains.items()}, "mixing_seconds": seconds}
+        if self.recipe.mixing.kind == "grad_norm" or step:  # a fall takes two measurements
+            self._silent = [name for name in self.names if name not in gains]
 
     def shown(self, mix: Sequence[float] | None) -> dict[str, float]:
-        """For the log: NAME/share of each part in a batch, of the sampler's; and, once, what was measured."""
-        found, self.found = self.found, {}
-        return {f"{name}/share": share for name, share in zip(self.names, mix or (), strict=bool(mix))} | found
+        """For the log: NAME/share of each part in a batch, of the sampler's; and what was measured since the last."""
+        self._mix = dict(zip(self.names, mix, strict=True)) if mix else {}
+        return {f"{name}/share": share for name, share in self._mix.items()} | self.found
+
+    def count(self, skipped: bool = False) -> None:
+        """A step is done; a skipped one is not in the log."""
+        self._measured.count(self._mix)
+        self.found = self.found if skipped else {}
+
+    def warning(self) -> str:
+        """What to say, once, of parts that the last measurement could not measure; empty: nothing."""
+        names, self._silent = [name for name in self._silent if name not in self._said], []
+        self._said.update(names)
+        if not names:
+            return ""
+        return (
+            f"mixing: of {', '.join(names)} nothing could be measured: too few samples, or no loss to compare. Shares "
+            "of such data sets stay as they are"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values: what a checkpoint keeps; empty where nothing is measured."""

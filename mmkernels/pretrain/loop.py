@@ -113,7 +113,7 @@ def _loop(
             journal.step(trainer.step, batch, **figures)
             trainer.times.see(journal.seconds)
             said = (watch.see(found.loss, chance) if chance else "", trainer.pace.straggler())
-            for warning in (*said, trainer.statistics.warning()):
+            for warning in (*said, trainer.statistics.warning(), trainer.mixing.warning()):
                 if warning:
                     journal.warn(warning)
 

@@ -24,10 +24,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+from mmkernels.pretrain.blending import blended, capped
 from mmkernels.pretrain.windows import Windows
 
 __all__ = ["MeasuredMix", "Mixing", "Taught"]
 
+_MOST = 2.0  # times the share of the window before
 Kind = Literal["fixed", "ramp", "grad_norm", "progress"]
 
 
@@ -85,21 +87,23 @@ class Taught(NamedTuple):
     """What the samples of a part have told."""
 
     losses: dict[str, float]  # of the objectives to which they say something; comparisons as parts of that of a guess
-    norm: float = 0.0  # of the gradient; 0: not measured
+    norm: float = 0.0  # of the gradient, where it is measured
 
 
 class MeasuredMix(Windows):
-    """What has been measured so far, and the factors of the shares that follow.
+    """What has been measured so far, and the factors of the shares that follow; their mean, by the shares, is 1.
 
-    A part of which nothing is known keeps its share; one that cannot be measured (no loss above 0, a gradient of 0 or
-    not finite) keeps what was known of it.
+    A part that could not be measured the last time (no loss above 0, a gradient that is not finite) has no factor: its
+    share is as it would be if it were fixed, and so are those of all if none gains. No other share more than doubles
+    from one window to the next: what a part owes to others that are learned is not its own, and what was measured of
+    few samples is not exact.
 
     Args:
         mixing: of the recipe.
         agreed: of factors as they came out on this rank those that all take: a last bit would draw other samples.
     """
 
-    kept = ("window", "factors", "losses", "gains")
+    kept = ("window", "factors", "losses", "gains", "dealt")
 
     def __init__(self, mixing: Mixing, agreed: Callable[[list[float]], list[float]] = list) -> None:
         super().__init__(mixing.every, ahead=1)
@@ -107,41 +111,64 @@ class MeasuredMix(Windows):
         self._window = -1  # so that the first measurement is before the first step
         self._losses: dict[str, dict[str, float]] = {}  # of each part when it was measured last
         self._gains: dict[str, float] = {}  # of each part, running means
+        self._dealt: dict[str, float] = {}  # shares of each part, summed over the steps of this window
 
     def due(self, step: int) -> bool:
         """Whether to measure before a step."""
         return self.mixing.measures and step // self.every > self._window
 
+    def count(self, shares: Mapping[str, float]) -> None:
+        """Say what a step that is done has had of each part."""
+        if self.mixing.measures:
+            self._dealt = {part: self._dealt.get(part, 0.0) + share for part, share in shares.items()}
+
     def see(
-        self, found: Mapping[str, Taught], weights: Mapping[str, float], shares: Mapping[str, float]
+        self, found: Mapping[str, Taught], weights: Mapping[str, float], usual: Mapping[str, float]
     ) -> dict[str, float]:
         """Take what was measured before a window; returns the gain of each part that could be measured.
 
         Args:
             found: of each part.
             weights: of the objectives at this time; all of them, if one a step is drawn.
-            shares: of each part in the window that has ended.
+            usual: the shares of all parts if they were fixed.
         """
-        gains: dict[str, float] = {}
-        for part, (losses, norm) in found.items():
-            if self.mixing.kind == "grad_norm":
-                gain = norm if 0 < norm < math.inf else None
-            else:
-                gain = _fall(self._losses.get(part, {}), losses, weights)
-                gain = None if gain is None else gain / shares[part]
-            if losses:
-                self._losses[part] = dict(losses)
-            if gain is not None:
-                gains[part] = gain
-                kept = self.mixing.decay if part in self._gains else 0.0
-                self._gains[part] = kept * self._gains.get(part, 0.0) + (1 - kept) * gain
-        largest = max(self._gains.values(), default=0.0)
-        factors = dict(self._factors[-1])
-        if largest > 0:
-            values = [(gain / largest) ** self.mixing.alpha for gain in self._gains.values()]
-            factors = dict(zip(self._gains, self._agreed(values), strict=True))
-        self._go_on(factors)
+        gains = {part: gain for part, told in found.items() if (gain := self._gain(part, told, weights)) is not None}
+        self._losses |= {part: finite for part, told in found.items() if (finite := _finite(told.losses))}
+        kept = self.mixing.decay
+        self._gains = {
+            part: kept * self._gains[part] + (1 - kept) * gain if part in self._gains else gain
+            for part, gain in gains.items()
+        }
+        factors = self._new(usual) if self._gains else {}
+        self._dealt = {}
+        self._go_on(dict(zip(factors, self._agreed([*factors.values()]), strict=True)))
         return gains
+
+    def _gain(self, part: str, told: Taught, weights: Mapping[str, float]) -> float | None:
+        """What a part teaches; None: it could not be measured."""
+        if self.mixing.kind == "grad_norm":
+            return told.norm if told.losses and 0 <= told.norm < math.inf else None
+        fall, dealt = _fall(self._losses.get(part, {}), told.losses, weights), self._dealt.get(part, 0.0)
+        return fall * math.fsum(self._dealt.values()) / dealt if fall is not None and dealt > 0 else None
+
+    def _new(self, usual: Mapping[str, float]) -> dict[str, float]:
+        """Factors of the parts that have gains."""
+        floor, largest = self.mixing.floor, max(self._gains.values())
+        known = {part: usual[part] for part in self._gains}
+        if largest == 0 or floor == 1:
+            return dict.fromkeys(known, 1.0)
+        factors = {part: (gain / largest) ** self.mixing.alpha for part, gain in self._gains.items()}
+        before, total = blended(usual, self._factors[-1], floor), math.fsum(known.values())
+        most = [_MOST * before[part] / total for part in known]
+        shares = capped([*blended(known, factors, floor).values()], most)
+        return {
+            part: max(0.0, (share * total / known[part] - floor) / (1 - floor))
+            for part, share in zip(known, shares, strict=True)
+        }
+
+
+def _finite(losses: Mapping[str, float]) -> dict[str, float]:
+    return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
 
 
 def _fall(before: Mapping[str, float], now: Mapping[str, float], weights: Mapping[str, float]) -> float | None:

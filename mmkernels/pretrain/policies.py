@@ -24,9 +24,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from mmkernels.pretrain.blending import blended
 from mmkernels.pretrain.windows import Windows
 
-__all__ = ["Measured", "Policy", "blended", "log_grad_norm", "log_progress", "weighed"]
+__all__ = ["Measured", "Policy", "log_grad_norm", "log_progress", "weighed"]
 
 Kind = Literal["fixed", "grad_norm", "progress"]
 
@@ -169,24 +170,3 @@ def weighed(weights: Mapping[str, float], factors: Mapping[str, float], floor: f
     known = [name for name in weights if name in factors]
     largest = max((factors[name] for name in known), default=0.0)  # so that nothing overflows
     return blended(weights, {name: math.exp(factors[name] - largest) for name in known}, floor)
-
-
-def blended(weights: Mapping[str, float], factors: Mapping[str, float], floor: float) -> dict[str, float]:
-    """Weights with measured factors; their sum stays.
-
-    weight * ((1 - floor) * factor / mean factor + floor), the mean weighted by the weights. Those without a factor stay
-    as they are.
-
-    Args:
-        weights: the recipe's; above 0.
-        factors: at least 0, of those that were measured, not all of them 0.
-        floor: share that stays the recipe's.
-    """
-    known = [name for name in weights if name in factors]
-    if not known:
-        return dict(weights)
-    mean = math.fsum(weights[name] * factors[name] for name in known) / math.fsum(weights[name] for name in known)
-    return {
-        name: weight * ((1 - floor) * factors[name] / mean + floor) if name in factors else weight
-        for name, weight in weights.items()
-    }

@@ -187,7 +187,7 @@ def check_mixing(recipe: Recipe, parts: Sequence[str], workers: int) -> None:
         got = " ".join(map(str, mixing.to))
         raise ValueError(f"mixing.to: expected a positive number for each of {', '.join(parts)}, got {got}")
     if mixing.measures and mixing.every < ahead:
-        why = f"the batches that {workers} workers read ahead"
+        why = f"as many batches as may be dealt ahead of a step (--workers {workers})"
         raise ValueError(f"mixing.every: expected at least {ahead}, {why}, got {mixing.every}")
 
 
@@ -239,13 +239,17 @@ def had_steps(recipe: Recipe, steps: int) -> set[str]:
 
 
 def unreached(recipe: Recipe, steps: int) -> list[str]:
-    """What to say of the stages that a run of some steps does not get to."""
+    """What to say of the stages that a run of some steps does not get to, and of shares that it does not measure."""
     every, late = len(recipe.stages), sum(begin >= steps for _, begin, _ in _spans(recipe, steps))
-    return (
-        [f"stages: the run ends at step {steps}, before {late} of its {every} stages begin{'s' * (late == 1)}"]
-        if late
-        else []
-    )
+    mixing = recipe.mixing
+    first = mixing.every * (1 if mixing.kind == "grad_norm" else 2)
+    said = []
+    if late:
+        begins = "begins" if late == 1 else "begin"
+        said.append(f"stages: the run ends at step {steps}, before {late} of its {every} stages {begins}")
+    if mixing.measures and steps <= first:
+        said.append(f"mixing.every: the run ends at step {steps}; what is measured changes shares from step {first} on")
+    return said
 
 
 def learning_rate(lr: float, warmup: int, steps: int, step: int) -> float:

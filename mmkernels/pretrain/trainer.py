@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +84,7 @@ class Trainer:
         self.config, self.device, self.ranks, self.step = config, device, ranks, 0
         self.pace, self.times = Pace(device), StepTime()
         self._stage: Stage | None = None
+        self._probes: dict[tuple[str, frozenset[str]], Batch] = {}
         self.recipe = config.wiring()
         self.weights = ObjectiveWeights(self.recipe, config.seed, config.workers)
         self.mixing = DataMixing(config, self.recipe, data.train, ranks)
@@ -258,18 +258,26 @@ class Trainer:
         if not self.mixing.due(self.step):
             return
         began = time.perf_counter()
-        self.ranks.at("measuring the data sets")
         self.begin()
         every = self.mixing.objectives(self.step)
-        found = {name: self._taught(items, every) for name, items in self.mixing.probes.items()}
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            found = {name: self._taught(name, every) for name in self.mixing.probes}
         self.mixing.see(self.step, found, time.perf_counter() - began)
 
-    def _taught(self, items: np.ndarray, every: Sequence[tuple[float, dict[str, float]]]) -> Taught:
-        """What some samples tell, of (odds, weights of objectives)."""
+    def _taught(self, part: str, every: Sequence[tuple[float, dict[str, float]]]) -> Taught:
+        """What the samples of a part tell, of (odds, weights of objectives)."""
         losses: dict[str, float] = {}
         expected = 0.0
         for odds, weights in every:
-            batch = self.loader.built(items, frozenset(weights)).to(self.device)
+            self.ranks.at(f"measuring {part}")
+            batch = self._probe(part, frozenset(weights)).to(self.device)
+            weights = {
+                name: weight
+                for name, weight in weights.items()
+                if batch.roster.samples >= getattr(self.model.objectives[name], "least", 1)
+            }
+            if not weights:
+                continue
             torch.manual_seed(step_seed(self.config.seed, 0, self.ranks.rank))
             parts, norm = self._probed(batch, weights)
             self.undo()
@@ -282,6 +290,12 @@ class Trainer:
                     chance = self.model.objectives[name].chance_loss(batch) if compares else None
                     losses[name] = total / ranks / (chance or 1.0)
         return Taught(losses, expected)
+
+    def _probe(self, part: str, used: frozenset[str]) -> Batch:
+        """The samples of a part that are measured, on the host."""
+        if (part, used) not in self._probes:
+            self._probes[part, used] = self.loader.built(self.mixing.probes[part], used)
+        return self._probes[part, used]
 
     def _probed(self, batch: Batch, weights: dict[str, float]) -> tuple[dict[str, Tensor], float]:
         """(The losses of a batch, and the norm of its gradient, which is in place; 0 where it is not wanted.)"""
@@ -320,12 +334,14 @@ class Trainer:
             self.average.follow(self.model)
         self.step += 1
         self.weights.count(self.step)
+        self.mixing.count()
 
     def skip(self) -> None:
         """Count a step that was undone."""
         self.undo()
         self.step += 1
         self.weights.count(self.step, skipped=True)
+        self.mixing.count(skipped=True)
 
     def undo(self) -> None:
         """Leave no trace of a backward since `begin`."""

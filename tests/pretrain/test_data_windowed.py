@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmkernels.pretrain.blending import capped
 from mmkernels.pretrain.data import BatchSampler, Shares, StagedSampler, TokenSampler, WindowedSampler
-from mmkernels.pretrain.data.shares import capped
 
 PARTS = ("a", "b", "c")
 SIZES = (120, 15, 40)
@@ -145,9 +145,50 @@ def test_a_part_has_no_more_than_batches_can_have() -> None:
         batches = np.concatenate([next(sampler) for _ in range(6)])
         assert len(sampler._ended.waiting) < 60, "nothing piles up"
     assert counts(batches)[1] / len(batches) == pytest.approx(15 / 16, abs=0.02)
+
+
+def possible(sampler: WindowedSampler, windows: int = 30) -> np.ndarray:
+    """The last window's samples: nothing piles up, and no time is lost."""
+    for _ in range(windows):
+        items = np.concatenate([next(sampler) for _ in range(sampler.every)])
+        state = sampler.state_dict()
+        assert len(sampler._ended.waiting) <= 8 * sampler.base.size_of(state["mix"]) + 1
+    return items
+
+
+def test_concepts_that_do_not_fit() -> None:
+    """Most samples of each part have one concept; or one concept is in both parts; or nearly all have it."""
     lonely = np.concatenate([np.zeros(60), np.ones(60), [2, 3]]).astype(np.int64)
-    with pytest.raises(ValueError, match=r"mixing.kind: expected fixed, since each concept .* 25% of a, 25.8% of b"):
-        WindowedSampler(BatchSampler(lonely, 4, 2, Shares("ab", (60, 62))), lambda step: [0.5, 0.5], 6)
+    sampler = WindowedSampler(BatchSampler(lonely, 4, 2, Shares("ab", (60, 62))), lambda step: [0.5, 0.5], 6)
+    assert sorted(lonely[possible(sampler)].tolist()) == sorted([0, 1, 2, 3] * 6)
+    once = np.where(np.arange(2000) % 10, np.arange(2000), 0)
+    twice = BatchSampler(np.concatenate([once, once]), 16, 2, Shares("ab", (2000, 2000)))
+    items = possible(WindowedSampler(twice, lambda step: [0.5, 0.5], 50))
+    assert (np.concatenate([once, once])[items] == 0).sum() == 50 and abs((items < 2000).mean() - 0.5) < 0.1
+    rare = np.where(np.arange(40000) % 400, 0, np.arange(40000))
+    sampler = WindowedSampler(BatchSampler(rare, 16, 2, Shares("ab", (20000, 20000))), lambda step: [0.5, 0.5], 6)
+    assert (rare[possible(sampler, 3)] == 0).sum() == 6
+
+
+def test_shares_that_are_just_possible() -> None:
+    """All concepts are in every batch."""
+    whole = WindowedSampler(BatchSampler(np.arange(6), 6, 0, Shares("ab", (1, 5))), lambda step: [0.9, 0.1], 4)
+    assert np.bincount(possible(whole)).tolist() == [4] * 6
+    packs = WindowedSampler(TokenSampler(np.full(6, 5), 30, None, 0, Shares("ab", (1, 5))), lambda step: [0.9, 0.1], 4)
+    assert np.bincount(possible(packs)).max() <= 4
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.9, 0.98])
+def test_more_of_a_part_of_short_samples(share: float) -> None:
+    """A batch has more samples the shorter they are, but none of the part twice."""
+    lengths = np.repeat([100, 2], [1000, 50])
+    base = TokenSampler(lengths, 1000, None, 2, Shares("ab", (1000, 50)))
+    sampler = WindowedSampler(base, lambda step: [1 - share, share], 6)
+    items = possible(sampler)
+    assert lengths[items].sum() / 6000 > 0.9
+    mix = sampler.state_dict()["mix"]
+    assert mix[1] == pytest.approx(min(share, 0.847), abs=0.01)
+    assert (items >= 1000).mean() == pytest.approx(mix[1], abs=0.06)
 
 
 def test_a_tiny_share_is_dealt_in_the_end() -> None:

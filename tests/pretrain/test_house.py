@@ -48,12 +48,24 @@ def test_a_recipe_is_one_value(name: str) -> None:
 
 # What the modules of a place may import of the loop, by prefix; everything else of the loop is not theirs.
 BASE = (
-    *("batch", "candidates", "cooccurrence", "hashing", "pixels", "ranks", "recipe", "region_columns", "roster"),
+    *(
+        "batch",
+        "blending",
+        "candidates",
+        "cooccurrence",
+        "hashing",
+        "pixels",
+        "ranks",
+        "recipe",
+        "region_columns",
+        "roster",
+    ),
     *("tokenizer", "tokens"),
 )
 MAY = {
-    "policies": ("windows",),
-    "mixing": ("windows",),
+    "blending": (),
+    "policies": ("blending", "windows"),
+    "mixing": ("blending", "windows"),
     "windows": (),
     "recipe": ("mixing", "policies", "stages"),
     "stages": (),

@@ -1,26 +1,17 @@
-"""Measured shares of a mixture: against oracles, undisturbed by workers, ranks and resuming; measuring is unseen."""
+"""Measured shares of a mixture: the factors, against an oracle."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-import ranks
-import torch
-from pretrain.started import SMALL, started
-from torch import Tensor
 
-from mmkernels.pretrain import Config, train
-from mmkernels.pretrain.cli import parse
+from mmkernels.pretrain.blending import blended
 from mmkernels.pretrain.mixing import MeasuredMix, Mixing, Taught
-from mmkernels.pretrain.picture import picture
-from mmkernels.pretrain.run_folder import stored_records
-from mmkernels.pretrain.trainer import Trainer
 
 # -------------------------------------------------------------------------------------------------- the factors
 
@@ -46,48 +37,55 @@ PARTS, OBJECTIVES = ("a", "b", "c"), ("x", "y")
 
 
 def oracle(
-    mixing: Mixing, losses: np.ndarray, norms: np.ndarray, weights: np.ndarray, shares: np.ndarray
+    mixing: Mixing, losses: np.ndarray, norms: np.ndarray, weights: np.ndarray, usual: np.ndarray, steps: int
 ) -> np.ndarray:
-    """[n + 1, parts]: the factor of each part in each window, from scratch; NaN: none. `losses` [n, parts, objectives],
-    NaN where nothing was said, `norms` and `shares` [n, parts] (the shares of the window before)."""
+    """[n + 1, parts]: the shares in each window, from scratch. `losses` [n, parts, objectives], NaN where nothing was
+    said; `norms` [n, parts], NaN where they could not be measured; `usual` [parts], the shares if they were fixed."""
     n, parts, _ = losses.shape
-    factors = np.full((n + 1, parts), np.nan)
-    for window in range(1, n + 1):
-        means = np.full(parts, np.nan)
+    shares = np.tile(usual, (n + 2, 1))  # of windows 0 to n + 1; measurement t is before window t, and sets t + 1
+    means, last = np.full(parts, np.nan), np.full(losses.shape[1:], np.nan)
+    for t in range(n):
+        gains = np.full(parts, np.nan)
         for part in range(parts):
-            before = np.full(losses.shape[2], np.nan)
-            for t in range(window):
-                now, gain = losses[t, part], np.nan
-                if mixing.kind == "grad_norm":
-                    gain = norms[t, part] if norms[t, part] > 0 else np.nan
-                else:
-                    both = ~np.isnan(now) & ~np.isnan(before)
-                    if both.any():
-                        falls = np.log(before[both] / now[both])
-                        gain = max(0.0, np.average(falls, weights=weights[both])) / shares[t, part]
-                if not np.isnan(now).all():
-                    before = now
-                if not np.isnan(gain):
-                    keep = 0.0 if np.isnan(means[part]) else mixing.decay
-                    means[part] = keep * np.nan_to_num(means[part]) + (1 - keep) * gain
-        if np.nanmax(np.append(means, 0.0)) > 0:
-            factors[window] = means**mixing.alpha
-            factors[window] /= np.nanmax(factors[window])
-        elif window:
-            factors[window] = factors[window - 1]
-    return factors
+            now, before = losses[t, part], last[part]
+            if mixing.kind == "grad_norm":
+                gains[part] = np.nan if np.isnan(now).all() else norms[t, part]
+            else:
+                both = ~np.isnan(now) & ~np.isnan(before)
+                if both.any():
+                    falls = np.log(before[both] / now[both])
+                    gains[part] = max(0.0, np.average(falls, weights=weights[both])) / shares[t - 1, part]
+            if not np.isnan(now).all():
+                last[part] = now
+        means = np.where(np.isnan(means) | np.isnan(gains), gains, mixing.decay * means + (1 - mixing.decay) * gains)
+        known = ~np.isnan(means)
+        total = usual[known].sum()
+        if not known.any() or np.nanmax(means) == 0:
+            continue
+        product = usual[known] * means[known] ** mixing.alpha
+        new = (1 - mixing.floor) * total * product / product.sum() + mixing.floor * usual[known]
+        most, bound = 2 * shares[t, known], np.zeros(known.sum(), bool)
+        if most.sum() < total:
+            most *= total / most.sum()
+        while (over := (new > most * (1 + 1e-15)) & ~bound).any():  # what is above the bound goes to the others
+            bound |= over
+            if not bound.all():
+                new[~bound] *= (total - most[bound].sum()) / new[~bound].sum()
+            new[bound] = most[bound]
+        shares[t + 1, known] = new
+    return shares[1 : n + 1]
 
 
 @pytest.mark.parametrize("kind", ["grad_norm", "progress"])
-@pytest.mark.parametrize("silent", [0.0, 0.5])
-def test_factors_are_those_of_an_oracle(kind: Any, silent: float) -> None:
+@pytest.mark.parametrize("silent", [0.0, 0.3])
+def test_shares_are_those_of_an_oracle(kind: Any, silent: float) -> None:
     draws, n = np.random.default_rng(11), 30
-    mixing = Mixing(kind, every=4, alpha=0.7, decay=0.3)
-    losses, norms = draws.uniform(0.5, 4.0, (n, 3, 2)), draws.uniform(0.01, 9.0, (n, 3))
+    mixing = Mixing(kind, every=4, alpha=0.7, decay=0.3, floor=0.1)
+    losses, norms = draws.uniform(0.5, 4.0, (n, 3, 2)), 10.0 ** draws.uniform(-2, 2, (n, 3))
     losses[draws.random(losses.shape) < silent] = np.nan
-    norms[draws.random(norms.shape) < silent] = 0.0
-    shares, weights = draws.dirichlet(np.ones(3), n), np.array([1.0, 0.3])
-    measured, found = MeasuredMix(mixing), np.full((n + 1, 3), np.nan)
+    norms[draws.random(norms.shape) < silent / 2] = np.nan
+    usual, weights = np.array([0.5, 0.02, 0.48]), np.array([1.0, 0.3])
+    of, measured, found = dict(zip(PARTS, usual.tolist(), strict=True)), MeasuredMix(mixing), np.empty((n, 3))
     for t in range(n):
         assert measured.due(4 * t)
         told = {
@@ -97,45 +95,83 @@ def test_factors_are_those_of_an_oracle(kind: Any, silent: float) -> None:
             )
             for i, part in enumerate(PARTS)
         }
-        of = dict(zip(PARTS, shares[t].tolist(), strict=True))
         measured.see(told, dict(zip(OBJECTIVES, weights.tolist(), strict=True)), of)
         assert not any(measured.due(4 * t + i) for i in range(4))
-        known = measured.factors(4 * t + 4)
-        found[t + 1] = [known.get(part, np.nan) for part in PARTS]
-    np.testing.assert_allclose(found, oracle(mixing, losses, norms, weights, shares), rtol=1e-12)
-    assert np.nanmax(np.ptp(found[5:], 0)) > 0.1, "they do change"
+        for step in range(4 * t, 4 * t + 4):
+            measured.count(blended(of, measured.factors(step), mixing.floor))
+        found[t] = [*blended(of, measured.factors(4 * t + 4), mixing.floor).values()]
+    expected = oracle(mixing, losses, norms, weights, usual, 4)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(found.sum(1), 1.0, rtol=1e-12)
+    assert np.ptp(found[5:], 0).max() > 0.3, "they do change"
+    assert not silent or (found == usual).any(), "some part could not be measured"
+
+
+def seen(measured: MeasuredMix, told: dict[str, Taught]) -> dict[str, float]:
+    """After a window with equal shares of all."""
+    usual = dict.fromkeys(told, 1 / len(told))
+    measured.count(usual)
+    return measured.see(told, {"x": 1.0}, usual)
 
 
 def test_what_teaches_most_is_drawn_most() -> None:
     measured = MeasuredMix(Mixing("progress", every=1))
     for window, fast in enumerate((4.0, 2.0, 1.0)):
-        told = {"fast": Taught({"x": fast}), "slow": Taught({"x": 4.0 - 0.1 * window}), "noise": Taught({"x": 4.0})}
-        measured.see(told, {"x": 1.0}, dict.fromkeys(told, 1 / 3))
+        seen(measured, {"fast": Taught({"x": fast}), "slow": Taught({"x": 4 - window / 2}), "no": Taught({"x": 4.0})})
     factors = measured.factors(3)
-    assert factors["fast"] == 1.0 > factors["slow"] > factors["noise"] == 0.0
+    assert factors["fast"] > factors["slow"] > factors["no"] == 0.0
 
 
-def test_what_cannot_be_measured_changes_nothing() -> None:
-    measured = MeasuredMix(Mixing("grad_norm", every=1))
-    assert measured.see({"a": Taught({}, 2.0), "b": Taught({}, 0.0)}, {}, {}) == {"a": 2.0}
-    assert measured.factors(1) == {"a": 1.0}, "of b nothing is known"
-    measured.see({"a": Taught({}, 1.0), "b": Taught({}, 3.0)}, {}, {})
-    before = measured.factors(2)
-    measured.see({"a": Taught({}, math.inf), "b": Taught({}, math.nan)}, {}, {})
-    assert measured.factors(3) == before
-    with pytest.raises(RuntimeError, match="step: expected one of 2 to 3, got 4"):
-        measured.factors(4)
+def test_what_is_drawn_more_does_not_seem_to_teach_more() -> None:
+    measured = MeasuredMix(Mixing("progress", every=1, floor=0.1))
+    usual = {"a": 0.5, "b": 0.5}
+    for loss_a, loss_b in ((1.0, 1.0), (0.9**3, 0.9)):
+        gains = measured.see({"a": Taught({"x": loss_a}), "b": Taught({"x": loss_b})}, {"x": 1.0}, usual)
+        for step in range(4):
+            measured.count({"a": 0.9, "b": 0.1} if step % 2 else {"a": 0.6, "b": 0.4})
+    assert gains["a"] == pytest.approx(gains["b"])
+
+
+def test_a_share_at_most_doubles() -> None:
+    """A part of a thousandth, to which a third of the progress is credited that others have made."""
+    mixing, usual = Mixing("progress", every=1, floor=0.2), {"tiny": 0.001, "a": 0.5, "b": 0.499}
+    measured, shares = MeasuredMix(mixing), [usual] * 2
+    for window in range(40):
+        measured.see({part: Taught({"x": 0.9**window}) for part in usual}, {"x": 1.0}, usual)
+        measured.count(shares[-2])
+        shares.append(blended(usual, measured.factors(window + 1), mixing.floor))
+        assert math.fsum(shares[-1].values()) == pytest.approx(1.0)
+    tiny = [each["tiny"] for each in shares]
+    assert max(now / before for before, now in pairwise(tiny)) <= 2 * (1 + 1e-9)
+    assert max(tiny) < 0.1 and max(tiny[-9:]) < 1.3 * min(tiny[-9:]), "no bursts, no swings"
+
+
+def test_what_cannot_be_measured_has_its_usual_share() -> None:
+    measured = MeasuredMix(Mixing("grad_norm", every=1, decay=0.0))
+    x = {"x": 1.0}
+    assert seen(measured, {"a": Taught(x, 2.0), "b": Taught({}, 0.0)}) == {"a": 2.0}
+    assert measured.factors(1) == pytest.approx({"a": 1.0})
+    assert seen(measured, {"a": Taught(x, 1.0), "b": Taught(x, 3.0)}) == {"a": 1.0, "b": 3.0}
+    assert measured.factors(2) == pytest.approx({"a": 0.5, "b": 1.5})
+    assert seen(measured, {"a": Taught(x, math.inf), "b": Taught(x, math.nan)}) == {} == measured.factors(3)
+    assert seen(measured, {"a": Taught(x, 1.0), "b": Taught(x, 0.0)}) == {"a": 1.0, "b": 0.0}, "it is learned"
+    assert measured.factors(4) == pytest.approx({"a": 2.0, "b": 0.0})
+    assert seen(measured, {"a": Taught(x, 0.0), "b": Taught(x, 0.0)}) == {"a": 0.0, "b": 0.0}
+    assert measured.factors(5) == {"a": 1.0, "b": 1.0}, "neither teaches more"
+    with pytest.raises(RuntimeError, match="step: expected one of 4 to 5, got 6"):
+        measured.factors(6)
     growing = MeasuredMix(Mixing("progress", every=1))
     for loss in (1.0, 2.0, math.nan, 3.0):
-        assert growing.see({"a": Taught({"x": loss})}, {"x": 1.0}, {"a": 1.0}) in ({}, {"a": 0.0})
-    assert growing.factors(4) == {}
+        assert seen(growing, {"a": Taught({"x": loss})}) in ({}, {"a": 0.0})
+        json.dumps(growing.state_dict(), allow_nan=False)
+    assert growing.factors(4) == {"a": 1.0}
 
 
 def test_all_ranks_take_the_same_factors_to_the_last_bit() -> None:
     """Those of rank 0: another logarithm would draw other samples."""
     measured = MeasuredMix(Mixing("grad_norm", every=1), lambda values: [value / 2 for value in values])
-    measured.see({"a": Taught({}, 1.0), "b": Taught({}, 4.0)}, {}, {})
-    assert measured.factors(1) == {"a": 0.125, "b": 0.5}
+    seen(measured, {"a": Taught({"x": 1.0}, 1.0), "b": Taught({"x": 1.0}, 3.0)})
+    assert measured.factors(1) == pytest.approx({"a": 0.25, "b": 0.75})
 
 
 def test_its_state_is_json_and_complete() -> None:
@@ -146,234 +182,11 @@ def test_its_state_is_json_and_complete() -> None:
         two.load_state_dict(state)
         assert two.state_dict() == state
         told = {part: Taught({"x": float(draws.uniform(1, 2))}) for part in PARTS if draws.random() < 0.7}
-        one.see(told, {"x": 1.0}, dict.fromkeys(PARTS, 1 / 3))
+        usual = dict.fromkeys(PARTS, 1 / 3)
+        one.count(usual)
+        two.count(usual)
+        state = two.state_dict()
+        one.see(told, {"x": 1.0}, usual)
         assert state == two.state_dict(), "what is being written does not change"
-        two.see(told, {"x": 1.0}, dict.fromkeys(PARTS, 1 / 3))
+        two.see(told, {"x": 1.0}, usual)
         assert one.factors(3 * window + 3) == two.factors(3 * window + 3)
-
-
-# ---------------------------------------------------------------------------------------------------- in a run
-
-MIXED = {"data": "emoji::scenes", "batch": 12, "chunk": 5, "threads": 1, "tensorboard": False, "steps": 60, "warmup": 2}
-
-
-def config_of(recipe: str, folder: Path, kind: str, parts: dict[str, Any] | None = None, **changes: Any) -> Config:
-    mixing = {"mixing.kind": kind, "mixing.every": 4, "mixing.samples": 6, "mixing.decay": 0.0}
-    return Config.of(recipe, run=folder / "run", parts=SMALL | mixing | (parts or {}), **MIXED | changes)
-
-
-def stepped(trainer: Trainer, count: int) -> list[dict[str, Any]]:
-    found = []
-    for _ in range(count):
-        trainer.measure()
-        trainer.begin()
-        batch = next(trainer.loader)
-        outcome = trainer.backward(batch)
-        trainer.update()
-        samples = [number for number, name in zip(batch.numbers, batch.names, strict=True) if name]
-        shares = {name: value for name, value in outcome.shares.items() if name != "mixing_seconds"}
-        found.append({"samples": samples, "loss": outcome.loss, "shares": shares})
-    return found
-
-
-def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in trainer.carried.state_dict().items()}
-
-
-def assert_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        assert torch.equal(value, theirs[name]), name
-
-
-def test_runs_that_cannot_work(tmp_path: Path) -> None:
-    def begun(**changes: Any) -> None:
-        with started(config_of("clip", tmp_path, "progress", **changes)):
-            pass
-
-    with pytest.raises(ValueError, match=r"mixing.kind: expected fixed, since the data are no mixture \(A::B\), got"):
-        begun(data="emoji")
-    with pytest.raises(ValueError, match=r"mixing.every: expected at least 8, the batches that 2 workers read ahead"):
-        begun(workers=2)
-    with pytest.raises(ValueError, match=r"mixing.kind: expected fixed, since the data are no mixture"):
-        train(config_of("clip", tmp_path, "progress", data="emoji"))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("kind", ["grad_norm", "progress"])
-@pytest.mark.parametrize("recipe", ["moco", "albef"])
-def test_measuring_leaves_no_trace(recipe: str, kind: str, tmp_path: Path) -> None:
-    """Of queues, twins and dropout; the batches are the same too, since the floor is 1."""
-    with started(config_of(recipe, tmp_path, kind, {"mixing.floor": 1.0, "model.dropout": 0.1})) as trainer:
-        found = stepped(trainer, 9)
-        weights = weights_of(trainer)
-    with started(config_of(recipe, tmp_path, kind, {"mixing.floor": 1.0, "model.dropout": 0.1})) as trainer:
-        trainer.measure()  # shares have to be known of two windows
-        factors = trainer.mixing._measured
-        trainer.measure = lambda: factors._go_on({}) if factors.due(trainer.step) else None  # type: ignore[method-assign]
-        alone = stepped(trainer, 9)
-        assert_equal(weights, weights_of(trainer))
-    assert [each["loss"] for each in found] == [each["loss"] for each in alone]
-    assert any(name.endswith("/gain") for name in found[8]["shares"])
-
-
-@pytest.mark.parametrize("recipe", ["clip", "albef"])
-def test_what_is_measured_is_loss_and_gradient_of_the_samples(recipe: str, tmp_path: Path) -> None:
-    with started(config_of(recipe, tmp_path, "grad_norm")) as trainer:
-        trainer.begin()
-        model, data = trainer.model, trainer.loader.source
-        assert data.shares is not None
-        ((odds, weights),) = trainer.mixing.objectives(0)
-        assert odds == 1.0 and weights.keys() == trainer.recipe.objectives.keys()
-        for part, items in enumerate(trainer.mixing.probes.values()):
-            start = sum(data.shares.sizes[:part])
-            assert len(set(data.concepts[items].tolist())) == len(items) == 6
-            assert start <= items.min() and items.max() < start + data.shares.sizes[part]
-            told = trainer._taught(items, [(1.0, weights)])
-            assert all(parameter.grad is None for parameter in trainer.parameters)
-            batch = trainer.loader.built(items, frozenset(weights))
-            teacher = trainer._teachers(batch)
-            rows = [model.encoder(name)(batch[name]) for name in model.encoded]
-            loss, parts = model.loss(batch, weights, 6, teacher)(*rows)
-            loss.backward()
-            squares = [float(p.grad.double().square().sum()) for p in trainer.parameters if p.grad is not None]
-            assert told.norm == pytest.approx(math.sqrt(math.fsum(squares)), rel=1e-4)
-            chance = {"contrast": math.log(6)}
-            expected = {name: float(value.detach()) / chance.get(name, 1.0) for name, value in parts.items()}
-            assert told.losses == pytest.approx(expected, rel=1e-4)
-            trainer.undo()
-
-
-def test_losses_without_gradients_are_the_same(tmp_path: Path) -> None:
-    found = []
-    for kind in ("grad_norm", "progress"):
-        with started(config_of("albef", tmp_path, kind, {"model.dropout": 0.1})) as trainer:
-            trainer.begin()
-            every = trainer.mixing.objectives(0)
-            found.append({name: trainer._taught(items, every) for name, items in trainer.mixing.probes.items()})
-    for name, told in found[0].items():
-        assert found[1][name].losses == pytest.approx(told.losses, rel=1e-5) and found[1][name].norm == 0 < told.norm
-
-
-def test_drawn_objectives_are_measured_one_by_one(tmp_path: Path) -> None:
-    with started(config_of("uniter", tmp_path, "grad_norm", data="scenes::scenes")) as trainer:
-        trainer.begin()
-        every = trainer.mixing.objectives(0)
-        assert all(len(weights) == 1 for _, weights in every) and math.fsum(odds for odds, _ in every) == 1.0
-        items = next(iter(trainer.mixing.probes.values()))
-        told = trainer._taught(items, every)
-        alone = [trainer._taught(items, [(1.0, weights)]) for _, weights in every]
-        assert told.losses == {name: loss for each in alone for name, loss in each.losses.items()}
-        expected = math.fsum(odds * each.norm for (odds, _), each in zip(every, alone, strict=True))
-        assert told.norm == pytest.approx(expected)
-
-
-def test_a_part_to_which_no_objective_has_anything_to_say(tmp_path: Path) -> None:
-    """Texts alone, beside pairs: it keeps its share."""
-    for kind in ("grad_norm", "progress"):
-        with started(config_of("clip", tmp_path / kind, kind, data="emoji::languages")) as trainer:
-            shares = [each["shares"] for each in stepped(trainer, 13)]
-        assert "languages/gain" not in {name for each in shares for name in each} and "emoji/gain" in shares[12]
-        assert shares[12]["languages/share"] == pytest.approx(shares[0]["languages/share"])
-
-
-@pytest.mark.parametrize("at", [4, 6, 11])
-@pytest.mark.parametrize("kind", ["grad_norm", "progress"])
-def test_a_resumed_run_goes_on_as_it_would_have(kind: str, at: int, tmp_path: Path) -> None:
-    """Stopped at the end of a window, before it was measured, or within; with workers, who have read ahead."""
-    parts, workers = {"mixing.every": 8} if at == 11 else {}, 2 * (at == 11)
-    config = config_of("moco", tmp_path, kind, parts, data_weights=(1.0, 1.0))
-    with started(config) as whole:
-        steps = stepped(whole, 18)
-        weights = weights_of(whole)
-    assert len({tuple(v for k, v in each["shares"].items() if k.endswith("share")) for each in steps}) >= 2
-    with started(dataclasses.replace(config, workers=workers)) as first:
-        assert stepped(first, at) == steps[:at]
-        path = first.save(tmp_path / "checkpoints", wait=True)
-    with started(config) as second:
-        second.load(path)
-        assert stepped(second, 18 - at) == steps[at:]
-        assert_equal(weights, weights_of(second))
-
-
-def of_ranks(rank: int, world: int, run: str, kind: str, more: dict[str, Any], saved: int, path: str) -> Any:
-    with started(config_of("albef", Path(run), kind, data_weights=(1.0, 1.0), **more)) as trainer:
-        if path:
-            trainer.load(Path(path))
-        found = stepped(trainer, 10 - trainer.step if path else saved or 10)
-        if saved:
-            trainer.save(Path(run) / "checkpoints", wait=True)
-        return found
-
-
-@pytest.mark.parametrize(("kind", "parallel"), [("grad_norm", "ddp"), ("grad_norm", "fsdp"), ("progress", "fsdp")])
-def test_over_ranks(kind: str, parallel: str, tmp_path: Path) -> None:
-    """The same samples, losses and gains as in one process; and a run of two goes on in one."""
-    (one,) = ranks.run(1, of_ranks, str(tmp_path / "1"), kind, {}, 0, "")
-    two = ranks.run(2, of_ranks, str(tmp_path / "2"), kind, {"parallel": parallel}, 6, "")
-    path = next((tmp_path / "2/checkpoints").iterdir())
-    (rest,) = ranks.run(1, of_ranks, str(tmp_path / "3"), kind, {}, 0, str(path))
-    for step, (each, *others) in enumerate(zip(one, *([*mine, *rest] for mine in two), strict=True)):
-        samples = others[0]["samples"] + (others[1]["samples"] if step < 6 else [])
-        assert sorted(samples) == sorted(each["samples"]), step
-        assert others[0]["loss"] == pytest.approx(each["loss"], rel=1e-4)
-        assert others[0]["shares"] == pytest.approx(each["shares"], rel=0.02)
-        assert others[0]["shares"] == others[1]["shares"]
-    assert one[8]["shares"]["emoji/share"] != one[0]["shares"]["emoji/share"]
-
-
-def test_a_run_logs_and_shows_them(tmp_path: Path) -> None:
-    argv = ["--recipe", "clip", "--mixing", "grad_norm", "--mixing.every", "4", "--mixing.samples", "6"]
-    argv += ["--run-folder", str(tmp_path / "run"), "--eval-every", "0", "--eval-limit", "8", "--steps", "9"]
-    argv += [
-        "--data",
-        "emoji::scenes",
-        "--batch",
-        "12",
-        "--no-tensorboard",
-        "--model.width",
-        "32",
-        "--model.heads",
-        "2",
-    ]
-    config = parse(argv)
-    assert config.parts["mixing.kind"] == "grad_norm"
-    assert "shares of the data follow: Mixing(kind='grad_norm', every=4, samples=6)" in picture("clip", config.wiring())
-    train(config)
-    steps = stored_records(tmp_path / "run", "step")
-    assert all({"emoji/share", "scenes/share"} <= each.keys() for each in steps)
-    assert [each["step"] for each in steps if "emoji/gain" in each] == [1, 5, 9]
-    assert [each["step"] for each in steps if each.get("mixing_seconds", 0) > 0] == [1, 5, 9]
-    page = (tmp_path / "run/report.html").read_text("utf-8")
-    assert "emoji/share" in page and "scenes/gain" in page
-
-
-def test_a_ramp(tmp_path: Path) -> None:
-    """Window by window, from the run's shares to others, which stay; nothing is measured."""
-    parts = {"mixing.to": (1.0, 3.0), "mixing.steps": 16}
-    config = config_of("clip", tmp_path, "ramp", parts, data_weights=(9.0, 1.0), batch=20)
-    with started(config) as trainer:
-        steps = stepped(trainer, 30)
-        assert not trainer.mixing.probes and not trainer.mixing.state_dict()
-    shares = [each["shares"]["emoji/share"] for each in steps]
-    expected = [max(0.25, 0.9 - 0.65 * (step // 4 * 4) / 16) for step in range(30)]
-    assert shares == pytest.approx(expected)
-    assert all(each["shares"].keys() == {"emoji/share", "scenes/share"} for each in steps)
-    of_first = [sum(number < trainer.mixing.sizes[0] for number in each["samples"]) for each in steps]
-    assert sum(of_first[:4]) == pytest.approx(72, abs=2) and sum(of_first[16:28]) == pytest.approx(60, abs=2)
-
-
-@pytest.mark.parametrize(
-    ("parts", "said"),
-    [
-        ({}, "mixing.to, mixing.steps: expected shares and a step, got None and 0"),
-        ({"mixing.to": (1.0, 1.0)}, "mixing.to, mixing.steps: expected shares and a step"),
-        ({"mixing.to": (1.0,), "mixing.steps": 5}, "mixing.to: expected a positive number for each of emoji, scenes"),
-        ({"mixing.to": (1.0, 0.0), "mixing.steps": 5}, r"mixing.to: expected a positive number for .* got 1.0 0.0"),
-    ],
-)
-def test_bad_ramps(parts: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said), started(config_of("clip", tmp_path, "ramp", parts)):
-        pass
-    with pytest.raises(ValueError, match=r"mixing.to, mixing.steps: expected none unless kind is ramp, got None, 3"):
-        Mixing("progress", steps=3)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from mmkernels import plan_packing
+from mmkernels.pretrain.blending import capped
 from mmkernels.pretrain.data.seeds import Stream, generator
 from mmkernels.pretrain.data.shares import Shares
 
 __all__ = ["BatchSampler", "TokenSampler"]
+
+_HALVINGS = 30  # of an interval that is searched
 
 
 class _Dealt(ABC):
@@ -36,15 +40,15 @@ class _Dealt(ABC):
 
     @abstractmethod
     def cut(self, order: np.ndarray, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """Samples in order, int64 [n], as batches; and those that are left over, in order."""
+        """Samples in order, int64 [n], as full batches; and those that are left over, to go on with."""
 
     @abstractmethod
-    def size_of(self, shares: Sequence[float]) -> float:
+    def size_of(self, shares: Sequence[float] | np.ndarray) -> float:
         """Samples of a batch, about, if the parts of the mixture have these shares."""
 
     @abstractmethod
-    def most(self) -> list[float]:
-        """The largest share of each part of the mixture that batches can have."""
+    def possible(self, shares: Sequence[float]) -> list[float]:
+        """Shares of the mixture's parts as near as batches, which have a sample or concept once, can come to these."""
 
     @abstractmethod
     def _size(self) -> int:
@@ -153,10 +157,14 @@ class BatchSampler(_Dealt):
                 return [np.array(each, np.int64) for each in batches], np.array([*batch, *waiting], np.int64)
             batches.append(batch)
 
-    def size_of(self, shares: Sequence[float]) -> float:
+    def size_of(self, shares: Sequence[float] | np.ndarray) -> float:
         return self.batch
 
-    def most(self) -> list[float]:
+    def possible(self, shares: Sequence[float]) -> list[float]:
+        return capped(shares, self._most)
+
+    @cached_property
+    def _most(self) -> list[float]:
         assert self.shares is not None
         return self.shares.most(self.concepts, self.batch)
 
@@ -197,23 +205,51 @@ class TokenSampler(_Dealt):
 
     def _deal(self, epoch: int) -> list[np.ndarray]:
         dealt = np.arange(self.samples) if self.shares is None else self._order(epoch)
-        packs, _ = self.cut(dealt, (self.seed << 32) + epoch + 1)
+        packs = self._packs(dealt, (self.seed << 32) + epoch + 1)
         # Best-fit leaves the emptiest packs last; a batch must not depend on the place in the epoch.
         return [packs[i] for i in generator(self.seed, epoch, Stream.ORDER).permutation(len(packs))]
 
-    def cut(self, order: np.ndarray, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    def _packs(self, order: np.ndarray, seed: int) -> list[np.ndarray]:
         plan = plan_packing(self.lengths[order], self.tokens, max_samples=self.max_samples, seed=seed)
-        return self._apart([order[np.asarray(plan[i])] for i in range(plan.num_packs)]), order[:0]
+        return self._apart([order[np.asarray(plan[i])] for i in range(plan.num_packs)])
 
-    def size_of(self, shares: Sequence[float]) -> float:
-        assert self.shares is not None
-        lengths = [part.mean() for part in np.split(self.lengths, np.cumsum(self.shares.sizes)[:-1])]
-        mean = float(np.dot(shares, lengths) / np.sum(shares))
-        return min(self.tokens / max(mean, 1e-9), self.max_samples or len(self.lengths))
+    def cut(self, order: np.ndarray, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The emptiest is not full."""
+        packs = self._packs(order, seed)
+        emptiest = min(range(len(packs)), key=lambda i: int(self.lengths[packs[i]].sum()), default=None)
+        return packs, order if emptiest is None else packs.pop(emptiest)
 
-    def most(self) -> list[float]:
+    def size_of(self, shares: Sequence[float] | np.ndarray) -> float:
         assert self.shares is not None
-        return self.shares.most(np.arange(self.samples), self.size_of(self.shares.sizes))
+        mean = float(np.dot(shares, self._means) / np.sum(shares))
+        return min(self.tokens / max(mean, 1e-9), self.max_samples or self.samples, self.samples)
+
+    @cached_property
+    def _means(self) -> list[float]:
+        """Tokens of a sample of each part."""
+        assert self.shares is not None
+        return [float(part.mean()) for part in np.split(self.lengths, np.cumsum(self.shares.sizes)[:-1])]
+
+    def possible(self, shares: Sequence[float]) -> list[float]:
+        """On the way from shares by size, of which a batch never has a sample twice. How many samples it has depends on
+        the shares."""
+        assert self.shares is not None
+        sizes, wanted = np.array(self.shares.sizes), np.array(shares) / np.sum(shares)
+
+        def mixed(far: float) -> np.ndarray:
+            found: np.ndarray = (1 - far) * sizes / sizes.sum() + far * wanted
+            return found
+
+        def fits(far: float) -> bool:
+            return bool((mixed(far) * self.size_of(mixed(far)) <= sizes * (1 + 1e-9)).all())
+
+        if fits(1.0):
+            return [float(share) for share in wanted]
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return [float(share) for share in mixed(low)]
 
     def _apart(self, packs: list[np.ndarray]) -> list[np.ndarray]:
         """A sample that is dealt twice, in different batches: its second occurrence moves where there is room."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmkernels.pretrain.data.seeds import Stream, generator
 
-__all__ = ["Shares", "capped", "check_weights"]
+__all__ = ["Shares", "check_weights"]
 
 
 def check_weights(weights: Sequence[float]) -> None:
@@ -87,9 +87,11 @@ class Shares:
     def _passes(self, seed: int, part: int, first: int, last: int) -> np.ndarray:
         """Samples `first` to `last` of the endless passes of a part, numbered within it."""
         size = self.sizes[part]
-        passes = range(first // size, -(-last // size))
-        each = [self._pass(seed, part, number) for number in passes]
-        return np.concatenate([*each, np.zeros(0, np.int64)])[first - passes.start * size :][: last - first]
+        each = [
+            self._pass(seed, part, number)[max(first - number * size, 0) : last - number * size]
+            for number in range(first // size, -(-last // size))
+        ]
+        return np.concatenate([*each, np.zeros(0, np.int64)])
 
     def _pass(self, seed: int, part: int, number: int) -> np.ndarray:
         """One pass; the last one of each part is remembered, which may be read bit by bit."""
@@ -146,19 +148,3 @@ class Shares:
     def described(self) -> list[str]:
         """What the order depends on, for a state."""
         return [f"{share} from {size}" for share, size in zip(self.of, self.sizes, strict=True)]
-
-
-def capped(shares: Sequence[float], most: Sequence[float]) -> list[float]:
-    """Shares that add up to 1, none of them above its bound: what is above it goes to the others, in proportion.
-
-    Args:
-        shares: positive; they need not add up to 1.
-        most: of each; together at least 1.
-    """
-    found, full = [share / math.fsum(shares) for share in shares], set[int]()
-    while over := {i for i, (share, bound) in enumerate(zip(found, most, strict=True)) if share > bound} - full:
-        full |= over
-        rest = [i for i in range(len(found)) if i not in full]
-        left, of_rest = 1 - math.fsum(most[i] for i in full), math.fsum(found[i] for i in rest)
-        found = [most[i] if i in full else found[i] * left / of_rest for i in range(len(found))]
-    return found

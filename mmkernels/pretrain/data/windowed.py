@@ -10,10 +10,10 @@ import numpy as np
 
 from mmkernels.pretrain.data.sampler import BatchSampler, TokenSampler
 from mmkernels.pretrain.data.seeds import Stream, generator
-from mmkernels.pretrain.data.shares import capped
 
 __all__ = ["WindowedSampler"]
 
+_WAITING = 8  # batches' worth of samples that may wait for the next window
 _SPREAD = 1  # block of counters of the order within a window; that of an epoch is 0
 
 
@@ -39,17 +39,14 @@ class WindowedSampler:
     """Endless batches, dealt anew in each window of steps, by the shares that hold in it.
 
     Each part goes on where it was, pass after pass, so all of it is seen as long as it has a share. What does not fit
-    into the batches of a window is the first of the next. Shares are exact over the windows, to within a sample.
+    into the batches of a window is the first of the next, up to some batches' worth: more of a concept than batches can
+    have is left out of a pass, as at the end of an epoch. Shares are exact over the windows, to within a sample.
 
     Args:
         base: how samples make a batch; it has the parts.
-        shares_at: step -> shares of the parts in its window, positive; those that batches cannot have are bounded,
-            see `capped`. It is asked when the first
-            batch of a window is, which may be long before that step.
+        shares_at: step -> shares of the parts in its window, positive; those that batches cannot have are bounded. It
+            is asked when the first batch of a window is, which may be long before that step.
         every: steps of a window; windows begin at multiples of it.
-
-    Raises:
-        ValueError: no shares at all fill a batch, since each concept is in it once.
     """
 
     def __init__(
@@ -57,13 +54,6 @@ class WindowedSampler:
     ) -> None:
         assert base.shares is not None
         self.base, self.shares_at, self.every, self.parts = base, shares_at, every, base.shares
-        self._most = base.most()
-        if math.fsum(self._most) < 1:
-            bounds = ", ".join(f"{100 * m:.3g}% of {n}" for n, m in zip(self.parts.names, self._most, strict=True))
-            raise ValueError(
-                "mixing.kind: expected fixed, since each concept is at most once in a batch, which therefore cannot "
-                f"have more than {bounds}"
-            )
         self.begin(0, 0)
 
     def begin(self, epoch: int, step: int) -> None:
@@ -87,7 +77,7 @@ class WindowedSampler:
         """The next batch: int64, sample numbers."""
         if self._place == len(self._batches):
             self._begun, self._place = self._ended, 0
-            self._deal(capped(self.shares_at(self.step), self._most))
+            self._deal(self.base.possible(self.shares_at(self.step)))
         batch = self._batches[self._place]
         self._place += 1
         self.step += 1
@@ -97,21 +87,22 @@ class WindowedSampler:
         """The batches of the window that has begun `_place` steps ago."""
         first = self.step - self._place
         wanted, base, seed = self.every - first % self.every, self.base, (self.base.seed << 32) + first + 1
-        spread = generator(base.seed, first, Stream.ORDER, _SPREAD)
-        now, order = self._begun, np.array(self._begun.waiting, np.int64)
-        missing = wanted * base.size_of(shares) - len(order)
-        while True:
+        spread, size = generator(base.seed, first, Stream.ORDER, _SPREAD), base.size_of(shares)
+        bound = math.ceil(_WAITING * size)
+        now, rest, batches = self._begun, np.array(self._begun.waiting, np.int64), list[np.ndarray]()
+        missing, least = wanted * size - len(rest), size / 2
+        while len(batches) < wanted:
             then = now.further(max(1, math.ceil(missing)), shares)
-            order = np.concatenate([order, self.parts.between(base.seed, now.dealt, then.dealt, spread)])
-            (batches, rest), now = base.cut(order, seed), then
-            if len(batches) >= wanted:
-                break
-            missing = base.size_of(shares) * (wanted - len(batches)) / 2
+            order = np.concatenate([rest, self.parts.between(base.seed, now.dealt, then.dealt, spread)])
+            (new, rest), now = base.cut(order, seed), then
+            batches, rest = [*batches, *new], rest[:bound]
+            least = min(1.5 * least, wanted * size)  # so that even of one concept in all, a few others are soon found
+            missing = max(size * (wanted - len(batches)) - len(rest), least)
         waited = set(self._begun.waiting)  # they come first, so that none waits for long
         batches.sort(key=lambda batch: waited.isdisjoint(batch.tolist()))
         self._batches = [batches[i] for i in spread.permutation(wanted)]
         left = [*rest.tolist(), *(index for batch in batches[wanted:] for index in batch.tolist())]
-        self._shares, self._ended = shares, now._replace(waiting=left)
+        self._shares, self._ended = shares, now._replace(waiting=left[:bound])
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the window's batches follow from; JSON-serialisable."""

@@ -62,13 +62,14 @@ class CorrelationLoss(BatchObjective):
     def __init__(self, part: Correlation, facts: Facts) -> None:
         super().__init__()
         self.part, self.size = part, facts.shape.embed_dim
+        self.least = self.size + 1
         self.register_buffer("mean", torch.zeros(2 * self.size, dtype=torch.float64))
         self.register_buffer("covariance", torch.zeros(2 * self.size, 2 * self.size, dtype=torch.float64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._latest: tuple[Tensor, Tensor] | None = None
 
     def over_batch(self, seen: Seen) -> Tensor:
-        if 1 < seen.roster.samples <= self.size:
+        if 1 < seen.roster.samples < self.least:
             expected = f"expected more samples than the {self.size} numbers of an embedding (model.embed_dim)"
             raise ValueError(f"batch: {expected}, which Correlation needs, got {seen.roster.samples}")
         embedded, have = seen.everyone(self.part.a, self.part.b)
