@@ -47,7 +47,7 @@ class BatchObjective(Objective):
 
     Its part names their streams, in a property `compares`; in `taught` those whose momentum twin's embeddings it reads.
     In `keys`, the streams whose rows of all ranks its loss takes as `gathered`: they are exchanged while others encode.
-    With a true `by_concept` samples of the same concept are positives, and a batch has no two; `least`: samples it needs.
+    With a true `by_concept` samples of the same concept are positives, and a batch has no two; it has `least` samples.
     """
 
     def over_batch(self, seen: Seen) -> Tensor:
