@@ -76,7 +76,8 @@ class Recipe:
     fusion: Any = None
     metrics: tuple[Any, ...] = ()
     stages: tuple[Stage, ...] = (Stage(),)
-    draw: bool = False  # one objective a step, drawn by weight, instead of their weighted sum
+    draw: bool = False
+    """One objective a step, drawn by weight, instead of their weighted sum."""
     model: Shape = Shape()
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the run, where they differ from `Config`'s
     policy: Policy = Policy()  # noqa: RUF009  frozen

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any
 
 import tyro
@@ -49,7 +54,7 @@ def typed(recipe: Recipe) -> tuple[list[tuple[str, Any, Any]], dict[str, Any]]:
     for branch in BRANCHES:
         value = getattr(recipe, branch)
         if isinstance(value, bool):
-            fields.append((branch, bool, value))
+            fields.append((branch, Annotated[bool, tyro.conf.arg(help=_docs_of(Recipe).get(branch))], value))
         elif value is not None and leaves_of(value):
             fields.append((branch, *_typed(value, branch)))
     return fields, {name: default for name, _, default in fields}
@@ -92,8 +97,8 @@ def _collect(path: str, value: Any, into: dict[str, Any]) -> None:
 def _rebuilt(path: str, value: Any, changes: Mapping[str, Any]) -> Any:
     inner = members(value)
     if inner is None:
-        new = changes.get(path, value)
-        return tuple(new) if isinstance(value, tuple) and isinstance(new, list) else new
+        new = changes.get(path, value)  # of a run folder: JSON has no tuples
+        return tuple(new) if isinstance(new, list) and not isinstance(value, list) else new
     made = {name: _rebuilt(f"{path}.{name}", member, changes) for name, member in inner}
     if isinstance(value, Mapping):
         return made
@@ -103,13 +108,14 @@ def _rebuilt(path: str, value: Any, changes: Mapping[str, Any]) -> Any:
 def _typed(value: Any, path: str) -> tuple[type, Any]:
     """A dataclass with a field per setting of a branch, typed as its part is, and its default."""
     hints = typing.get_type_hints(type(value)) if dataclasses.is_dataclass(value) else {}
-    fields = []
+    of: Any = type(value)
+    docs = _docs_of(of) if dataclasses.is_dataclass(value) else {}
+    fields: list[tuple[str, Any, Any]] = []
     for name, member in members(value) or ():
         if members(member) is None:
-            hint = _of_leaf(hints[name])
-            if alias := ALIASES.get(f"{path}.{name}"):
-                hint = Annotated[hint, tyro.conf.arg(aliases=[alias])]
-            fields.append((name, hint, dataclasses.field(default=member)))
+            alias = ALIASES.get(f"{path}.{name}")
+            about = tyro.conf.arg(help=docs.get(name), aliases=[alias] if alias else None)
+            fields.append((name, Annotated[_of_leaf(hints[name]), about], dataclasses.field(default=member)))
         elif leaves_of(member):
             kind, default = _typed(member, f"{path}.{name}")
             fields.append((name, kind, dataclasses.field(default=default)))
@@ -117,6 +123,24 @@ def _typed(value: Any, path: str) -> tuple[type, Any]:
     made = dataclasses.make_dataclass(type(value).__name__, fields, frozen=True, bases=bases)
     made.__doc__ = type(value).__doc__ if dataclasses.is_dataclass(value) else ""
     return made, made()
+
+
+@cache
+def _docs_of(kind: Any) -> dict[str, str]:
+    """The docstrings under the fields of a dataclass, which only its source has."""
+    found, kinds = {}, [each for each in reversed(kind.__mro__) if dataclasses.is_dataclass(each)]
+    each: Any
+    for each in kinds:
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        except (OSError, TypeError, SyntaxError):  # made while running
+            continue
+        for field, below in pairwise(getattr(tree, "body", [])):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                text = below.value.value if isinstance(below.value, ast.Constant) else None
+                if isinstance(text, str):
+                    found[field.target.id] = " ".join(text.split())
+    return found
 
 
 def _of_leaf(hint: Any) -> Any:

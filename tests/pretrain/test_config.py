@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from mmkernels.pretrain import Config, Ramp, main
 from mmkernels.pretrain.cli import parse
 from mmkernels.pretrain.config import RESUMABLE, from_dict, to_dict
+from mmkernels.pretrain.wiring import typed
 
 
 def test_overrides() -> None:
@@ -48,6 +50,17 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(to_dict(stored)), encoding="utf-8")
     config = parse(["--resume", "--run", str(tmp_path), "--eval-every", "2"])
     assert config == dataclasses.replace(stored, resume=True, eval_every=2)
+
+
+def test_a_resumed_run_keeps_shares_that_a_recipe_leaves_out(tmp_path: Path) -> None:
+    """None by default, a list in JSON, and numbers again on the command line."""
+    parts = {"mixing.kind": "ramp", "mixing.to": [1.0, 2.0], "mixing.steps": 3}
+    more = {"stages.stage_0.data_weights": [1.0, 1.0]}
+    stored = Config(recipe="progressive", run=tmp_path, data="emoji::scenes", parts=parts | more)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(stored)), encoding="utf-8")
+    config = parse(["--resume", "--run", str(tmp_path)])
+    assert config == dataclasses.replace(stored, resume=True)
+    assert config.wiring().mixing.to == (1.0, 2.0) and config.wiring().stages[0].data_weights == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -98,3 +111,14 @@ def test_help(capsys) -> None:
     assert "Peak learning rate" in shown
     assert "--objectives.contrast.queue" in shown
     assert "sigmoid" not in shown, "of another recipe"
+    options = shown[shown.index("training options") if "training options" in shown else 0 :].splitlines()
+    lines = [line.strip("│ ╰╯─") for line in options]
+    bare = [line for line, below in pairwise(lines) if line.startswith("--") and below.startswith("(default")]
+    assert not bare, "every setting says what it is"
+
+
+def test_parts_that_are_not_the_projects_own_are_shown_without_their_source() -> None:
+    """A dataclass that was made while running has no docstrings of its fields."""
+    made = dataclasses.make_dataclass("Made", [("x", int, 3)], frozen=True)
+    recipe = dataclasses.replace(Config().wiring(), fusion=made())
+    assert dict(typed(recipe)[1])["fusion"].x == 3
