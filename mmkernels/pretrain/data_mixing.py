@@ -105,8 +105,8 @@ class DataMixing:
         if not names:
             return ""
         return (
-            f"mixing: of {', '.join(names)} nothing could be measured: too few samples, or no loss to compare. Shares "
-            "of such data sets stay as they are"
+            f"mixing: of {', '.join(names)} nothing could be measured: too few samples, or no loss to compare. The "
+            "share of such a data set is as if it were fixed"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class MeasuredMix(Windows):
         }
         factors = self._new(usual) if self._gains else {}
         self._dealt = {}
-        self._go_on(dict(zip(factors, self._agreed([*factors.values()]), strict=True)))
+        self._go_on(dict(zip(factors, self._agreed([*factors.values()]), strict=True)) if factors else {})
         return gains
 
     def _gain(self, part: str, told: Taught, weights: Mapping[str, float]) -> float | None:

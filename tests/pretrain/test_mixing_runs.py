@@ -289,3 +289,14 @@ def test_bad_ramps(parts: dict[str, Any], said: str, tmp_path: Path) -> None:
         pass
     with pytest.raises(ValueError, match=r"mixing.to, mixing.steps: expected none unless kind is ramp, got None, 3"):
         Mixing("progress", steps=3)
+
+
+def test_a_run_says_what_it_cannot_measure(tmp_path: Path) -> None:
+    """Once for each part; and that it is over before anything changes."""
+    train(config_of("clip", tmp_path, "grad_norm", data="emoji::languages", steps=4, eval_every=0, eval_limit=8))
+    train(config_of("clip", tmp_path / "2", "progress", data="emoji::languages", steps=13, eval_every=0, eval_limit=8))
+    short, longer = ([each["message"] for each in stored_records(tmp_path / at / "run", "warning")] for at in ("", "2"))
+    over = "mixing.every: the run ends at step 4; what is measured changes shares from step 4 on"
+    silent = [message for message in longer if "nothing could be measured" in message]
+    assert over in short and not any("what is measured" in message for message in longer)
+    assert len(silent) == 1 and silent[0].startswith("mixing: of languages nothing could be measured: too few samples")
