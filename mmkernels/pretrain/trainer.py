@@ -61,9 +61,7 @@ class Outcome(NamedTuple):
     norm: float  # of the gradient, before it was clipped
     pace: dict[str, float]  # of several ranks
     weights: dict[str, float]  # of the objectives in use
-    shares: dict[
-        str, float
-    ]  # NAME/weight of each before one is drawn, NAME/share of the data, where these are measured
+    shares: dict[str, float]  # NAME/weight of each before one is drawn, NAME/share of data sets, where they change
 
 
 class Trainer:

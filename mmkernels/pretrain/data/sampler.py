@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -221,7 +222,7 @@ class TokenSampler(_Dealt):
 
     def size_of(self, shares: Sequence[float] | np.ndarray) -> float:
         assert self.shares is not None
-        mean = float(np.dot(shares, self._means) / np.sum(shares))
+        mean = math.fsum(share * of for share, of in zip(shares, self._means, strict=True)) / math.fsum(shares)
         return min(self.tokens / max(mean, 1e-9), self.max_samples or self.samples, self.samples)
 
     @cached_property
@@ -234,7 +235,7 @@ class TokenSampler(_Dealt):
         """On the way from shares by size, of which a batch never has a sample twice. How many samples it has depends on
         the shares."""
         assert self.shares is not None
-        sizes, wanted = np.array(self.shares.sizes), np.array(shares) / np.sum(shares)
+        sizes, wanted = np.array(self.shares.sizes), np.array(shares) / math.fsum(shares)
 
         def mixed(far: float) -> np.ndarray:
             found: np.ndarray = (1 - far) * sizes / sizes.sum() + far * wanted
