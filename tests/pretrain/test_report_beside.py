@@ -18,6 +18,7 @@ from mmkernels.pretrain.data import Text
 from mmkernels.pretrain.encoders import HashedWords, Patches, Regions, Words
 from mmkernels.pretrain.fusion import Co, Cross, Gated, Late, Merged, Weighted
 from mmkernels.pretrain.metrics import Captioning, Figure, Retrieval
+from mmkernels.pretrain.mixing import Mixing
 from mmkernels.pretrain.objectives import (
     Answer,
     Contrast,
@@ -167,7 +168,7 @@ def test_objectives_that_had_steps() -> None:
 
 def test_a_stage_without_steps_is_not_reached() -> None:
     stages = (Stage(until=0), Stage(until=5), Stage(until=5), Stage(until=7), Stage())
-    of: Any = SimpleNamespace(stages=stages)
+    of: Any = SimpleNamespace(stages=stages, mixing=Mixing())
     assert reached(of, 3) == stages[1:2]
     assert reached(of, 7) == (stages[1], stages[3])
     assert reached(of, 8) == (stages[1], stages[3], stages[4])
