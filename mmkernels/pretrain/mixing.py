@@ -47,13 +47,13 @@ class Mixing:
     steps: int = 0
     """Of ramp: the step at which it ends; it begins with the run, and is linear."""
     samples: int = 64
-    """Samples of each data set that are measured, always the same ones."""
+    """Of the measured kinds: samples of each data set that are measured, always the same ones."""
     floor: float = 0.2
-    """Part of each share that stays as it would be if it were fixed, so that no data set is forgotten."""
+    """Of these: part of each share that stays as if it were fixed, so that no data set is forgotten."""
     alpha: float = 1.0
-    """How strongly the shares follow: they are in proportion to what is measured, to this power."""
+    """Of these: how strongly the shares follow, which are in proportion to what is measured, to this power."""
     decay: float = 0.5
-    """How much of the running means of what is measured is left after a window."""
+    """Of these: how much of the running means of what is measured is left after a window."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

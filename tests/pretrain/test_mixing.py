@@ -13,8 +13,6 @@ import pytest
 from mmkernels.pretrain.blending import blended
 from mmkernels.pretrain.mixing import MeasuredMix, Mixing, Taught
 
-# -------------------------------------------------------------------------------------------------- the factors
-
 
 @pytest.mark.parametrize(
     ("options", "said"),
@@ -36,9 +34,7 @@ def test_bad_options(options: dict[str, Any], said: str) -> None:
 PARTS, OBJECTIVES = ("a", "b", "c"), ("x", "y")
 
 
-def oracle(
-    mixing: Mixing, losses: np.ndarray, norms: np.ndarray, weights: np.ndarray, usual: np.ndarray, steps: int
-) -> np.ndarray:
+def oracle(mixing: Mixing, losses: np.ndarray, norms: np.ndarray, weights: np.ndarray, usual: np.ndarray) -> np.ndarray:
     """[n + 1, parts]: the shares in each window, from scratch. `losses` [n, parts, objectives], NaN where nothing was
     said; `norms` [n, parts], NaN where they could not be measured; `usual` [parts], the shares if they were fixed."""
     n, parts, _ = losses.shape
@@ -100,7 +96,7 @@ def test_shares_are_those_of_an_oracle(kind: Any, silent: float) -> None:
         for step in range(4 * t, 4 * t + 4):
             measured.count(blended(of, measured.factors(step), mixing.floor))
         found[t] = [*blended(of, measured.factors(4 * t + 4), mixing.floor).values()]
-    expected = oracle(mixing, losses, norms, weights, usual, 4)
+    expected = oracle(mixing, losses, norms, weights, usual)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
     np.testing.assert_allclose(found.sum(1), 1.0, rtol=1e-12)
     assert np.ptp(found[5:], 0).max() > 0.3, "they do change"

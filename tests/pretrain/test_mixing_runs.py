@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from pretrain.started import SMALL, started
-from torch import Tensor
+from pretrain.started import SMALL, assert_equal, started, weights_of
 
 from mmkernels.pretrain import Config, train
 from mmkernels.pretrain.cli import parse
@@ -41,16 +40,6 @@ def stepped(trainer: Trainer, count: int) -> list[dict[str, Any]]:
         shares = {name: value for name, value in outcome.shares.items() if name != "mixing_seconds"}
         found.append({"samples": samples, "loss": outcome.loss, "shares": shares})
     return found
-
-
-def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in trainer.carried.state_dict().items()}
-
-
-def assert_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        assert torch.equal(value, theirs[name]), name
 
 
 def test_runs_that_cannot_work(tmp_path: Path) -> None:
@@ -300,3 +289,29 @@ def test_a_run_says_what_it_cannot_measure(tmp_path: Path) -> None:
     silent = [message for message in longer if "nothing could be measured" in message]
     assert over in short and not any("what is measured" in message for message in longer)
     assert len(silent) == 1 and silent[0].startswith("mixing: of languages nothing could be measured: too few samples")
+
+
+def test_a_skipped_step_counts_and_does_not_take_the_log_away(tmp_path: Path) -> None:
+    with started(config_of("clip", tmp_path, "grad_norm")) as trainer:
+        for skipped in (True, False, False):
+            trainer.measure()
+            trainer.begin()
+            shares = trainer.backward(next(trainer.loader)).shares
+            assert ("emoji/gain" in shares) == (trainer.step < 2), "once, in the first step that is in the log"
+            trainer.skip() if skipped else trainer.update()
+        assert math.fsum(trainer.mixing.state_dict()["mixing"]["dealt"].values()) == pytest.approx(3.0)
+
+
+def test_batches_by_tokens(tmp_path: Path) -> None:
+    """Within the bound, by measured shares, and from where a run was saved."""
+    config = config_of("clip", tmp_path, "grad_norm", {"mixing.floor": 0.1}, batch=12, tokens=400, train_fraction=0.05)
+    with started(config) as whole:
+        steps = stepped(whole, 14)
+    assert all(0 < len(each["samples"]) <= 12 for each in steps)
+    assert steps[0]["shares"]["emoji/share"] != steps[13]["shares"]["emoji/share"]
+    with started(config) as first:
+        assert stepped(first, 6) == steps[:6]
+        path = first.save(tmp_path / "checkpoints", wait=True)
+    with started(config) as second:
+        second.load(path)
+        assert stepped(second, 8) == steps[6:]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from pretrain.started import assert_equal, weights_of
 
 from mmkernels.pretrain import Config, Stage, train
 from mmkernels.pretrain.batch import Batch
@@ -222,16 +222,6 @@ def stepped(trainer: Trainer, count: int) -> list[tuple[Batch, Outcome]]:
         found.append((batch, trainer.backward(batch)))
         trainer.update()
     return found
-
-
-def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in trainer.carried.state_dict().items()}
-
-
-def assert_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        assert torch.equal(value, theirs[name]), name
 
 
 @pytest.mark.parametrize("chunk", [4, 6])
