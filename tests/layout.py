@@ -104,9 +104,15 @@ LAYERS = (
         late=("pyarrow", "soundfile", "datasets", "zstandard", "sacrebleu", "rouge_score"),
     ),
     Layer(
-        r"mmkernels\.integrations\.open_clip",
+        r"mmkernels\.integrations\.open_clip\.model",
         below=("mmkernels", "mmkernels.pretrain.*"),
         packages=_PYTORCH | {"open_clip"},
+    ),
+    Layer(
+        r"mmkernels\.integrations\.open_clip(\..*)?",
+        below=("mmkernels", "mmkernels.integrations.open_clip.*"),
+        packages=_PYTORCH | {"open_clip", "open_clip_train"},
+        late=("mmkernels.integrations.open_clip.model",),
     ),
     Layer(
         r"mmkernels\.integrations(\..*)?",
