@@ -217,7 +217,11 @@ def _idefics3() -> Any:
 def _mllama() -> Any:
     vision = VISION | {"attention_heads": 2, "num_global_layers": 1, "max_num_tiles": 2, "vision_output_dim": 64}
     vision |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2]]}
-    of_text = GROUPED | {"num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    of_text = GROUPED | {
+        "num_hidden_layers": 3,
+        "cross_attention_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
     return hf.MllamaConfig(vision_config=vision, text_config=of_text, image_token_index=IMAGE)
 
 
@@ -243,13 +247,13 @@ MODELS: dict[str, Tiny] = {
     "qwen2": Tiny(hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**GROUPED), _words, _logits),
     "gemma2": Tiny(hf.Gemma2ForCausalLM, lambda: hf.Gemma2Config(**GEMMA, sliding_window=4), _words, _logits),
     "gemma3": Tiny(hf.Gemma3ForConditionalGeneration, _gemma3, _beside_image(4, types=True), _logits),
-    "paligemma": Tiny(hf.PaliGemmaForConditionalGeneration, _paligemma, _prefix, _logits, packable=False),
+    "paligemma": Tiny(hf.PaliGemmaForConditionalGeneration, _paligemma, _prefix, _logits),
     "llava": Tiny(hf.LlavaForConditionalGeneration, _llava, _beside_image(4), _logits),
     "qwen2_vl": Tiny(hf.Qwen2VLForConditionalGeneration, _qwen2_vl, _of_qwen, _logits),
     "qwen2_5_vl": Tiny(hf.Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl, _of_qwen, _logits),
     "qwen3_vl": Tiny(hf.Qwen3VLForConditionalGeneration, _qwen3_vl, _of_qwen, _logits),
     "idefics3": Tiny(hf.Idefics3ForConditionalGeneration, _idefics3, _of_idefics, _logits),
-    "mllama": Tiny(hf.MllamaForConditionalGeneration, _mllama, _of_mllama, _logits, packable=False),
+    "mllama": Tiny(hf.MllamaForConditionalGeneration, _mllama, _of_mllama, _logits),
 }
 
 

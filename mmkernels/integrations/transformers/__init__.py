@@ -1,9 +1,9 @@
 """`attn_implementation="mmkernels"` in the models of transformers.
 
-    from mmkernels.integrations.transformers import register
+from mmkernels.integrations.transformers import register
 
-    register()
-    model = AutoModel.from_pretrained(..., attn_implementation="mmkernels")
+register()
+model = AutoModel.from_pretrained(..., attn_implementation="mmkernels")
 """
 
 from __future__ import annotations

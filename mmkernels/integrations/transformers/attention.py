@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmkernels import AttentionMask, attention
 from mmkernels.integrations.transformers.rows import (
+    Seen,
     Segments,
     decoded,
     encoded,
@@ -86,9 +87,14 @@ def attention_forward(
         teach_vision(module)
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
+    if _of_images(module) or _crosses(module, attention_mask, cu_seq_lens_q):
+        position_ids = cu_seq_lens_q = cu_seq_lens_k = None  # of the text, which the model hands to all its layers
     batch, tokens_q, tokens_k = key.shape[0], query.shape[2], key.shape[2]
     query = query.expand(batch, -1, -1, -1)  # queries that are learned, the same for all rows
-    boundaries = None if cu_seq_lens_q is None else (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
+    boundaries = None
+    if cu_seq_lens_q is not None:
+        boundaries = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        _expect_boundaries(*boundaries, batch, tokens_q, tokens_k)
     mask = _mask(attention_mask, batch, tokens_q, tokens_k, is_causal, sliding_window, position_ids, boundaries, key)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = attention(q, k, v, mask, scale=scaling, sink=s_aux, dropout_p=dropout, **_capped(softcap))
@@ -111,6 +117,18 @@ def _expect_supported(kwargs: dict[str, Any]) -> None:
             )
 
 
+def _expect_boundaries(cu_q: Tensor, cu_k: Tensor, batch: int, tokens_q: int, tokens_k: int) -> None:
+    """They cover the tokens of one row. Reads their last values, once."""
+    if batch != 1:
+        raise ValueError(f"cu_seq_lens_q: expected packed samples in a batch of one row, got one of {batch} rows")
+    if torch.compiler.is_compiling():
+        return
+    for name, cu, tokens in (("cu_seq_lens_q", cu_q, tokens_q), ("cu_seq_lens_k", cu_k, tokens_k)):
+        end = kept(cu, ("end",), lambda cu=cu: int(cu[-1]))  # type: ignore[misc]
+        if end != tokens:
+            raise ValueError(f"{name}: expected boundaries that end at {tokens}, the tokens here, got {end}")
+
+
 def _mask(
     given: Tensor | None,
     batch: int,
@@ -123,15 +141,13 @@ def _mask(
     like: Tensor,
 ) -> AttentionMask | None:
     """What each query sees."""
-    if boundaries is not None and batch != 1:
-        raise ValueError(f"cu_seq_lens_q: expected packed samples in a batch of one row, got one of {batch} rows")
     if given is None:
         if tokens_q == 1 or not causal:
             return _bidirectional(boundaries, window if tokens_k > 1 else None)
         given = _causal(batch, tokens_q, tokens_k, window, like)
     if not is_encoded(given):
         dense = given
-        return kept(dense, (tokens_q, tokens_k), lambda: _of_dense(dense, batch, tokens_q, tokens_k))
+        given = kept(dense, (tokens_q, tokens_k), lambda: encoded(from_dense(dense, tokens_q, tokens_k), padded=True))
     ours, restarts = given, None
     if boundaries is None and tokens_q == tokens_k and position_ids is not None and not is_padded(given):
         restarts = position_ids if position_ids.ndim == 2 and position_ids.shape[1] == tokens_q else None
@@ -161,18 +177,28 @@ def _causal(batch: int, tokens_q: int, tokens_k: int, window: int | None, like: 
         raise ValueError(
             f"attention_mask: expected one for {tokens_q} queries and {tokens_k} keys of a causal call, got None"
         )
-    from mmkernels.integrations.transformers.rows import Seen
-
     end = torch.arange(1, tokens_q + 1, device=like.device)
     begin = end * 0 if window is None else (end - window).clamp(min=0)
     return encoded(Seen(begin.expand(batch, -1), end.expand(batch, -1)), padded=False)
 
 
-def _of_dense(mask: Tensor, batch: int, tokens_q: int, tokens_k: int) -> AttentionMask:
-    return decoded(encoded(from_dense(mask, tokens_q, tokens_k), padded=True), batch, tokens_q, tokens_k)
+def _crosses(module: nn.Module, mask: Tensor | None, cu_seq_lens: Tensor | None) -> bool:
+    """Whether its keys are other tokens than its queries, so that only a mask can tell which belong to which sample."""
+    if "Cross" not in type(module).__name__ and not getattr(module, "is_cross_attention", False):
+        return False
+    if cu_seq_lens is not None and mask is None:
+        raise ValueError("attention_mask: expected one for cross attention in a row of several samples, got None")
+    return True
 
 
 # Vision towers
+
+
+def _of_images(module: nn.Module) -> bool:
+    """Whether it is a vision tower that does not pack images, but hands on the arguments of the text around them."""
+    source = sys.modules.get(type(module).__module__)
+    of_vision = "Vision" in type(getattr(module, "config", None)).__name__
+    return of_vision and not hasattr(source, "is_flash_attention_requested")
 
 
 def teach_vision(module: nn.Module) -> None:
@@ -189,7 +215,13 @@ def teach_vision(module: nn.Module) -> None:
     kind = type(getattr(module, "config", None))
 
     def is_flash_attention_requested(config: Any = None, *args: Any, **kwargs: Any) -> bool:
-        if type(config) is kind and config._attn_implementation == NAME and not args and not kwargs:
+        if (
+            config is not None
+            and type(config) is kind
+            and config._attn_implementation == NAME
+            and not args
+            and not kwargs
+        ):
             return True
         return bool(asked(config, *args, **kwargs))
 

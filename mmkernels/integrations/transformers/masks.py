@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,11 +52,12 @@ def make_mask(
     elif mask_function is masking_utils.causal_mask_function:
         lo, hi = _rows(queries * 0, (queries + q_offset - kv_offset + 1).clamp(0, kv_length), batch_size)
     else:
+        function = _by_index(mask_function) if use_vmap else mask_function
 
         def blocks(but_padding: Tensor | None) -> Iterator[Tensor]:
             keys = torch.arange(kv_length, device=place) + kv_offset
             for rows in (queries + q_offset).split(max(1, _BLOCK // max(batch_size * kv_length, 1))):
-                block = _visible(mask_function, batch_size, rows, keys, use_vmap)
+                block = _visible(function, batch_size, rows, keys, use_vmap)
                 yield block if but_padding is None else block & but_padding[:, None]
 
         lo, hi, count = seen_by(blocks(None), kv_length)
@@ -64,6 +66,19 @@ def make_mask(
         elif not bool((count == hi - lo).all()):
             return encoded(seen_in(lambda: blocks(valid), kv_length), valid is not None)
     return encoded(Seen(lo, hi) if valid is None else _without_padding(lo, hi, valid), valid is not None)
+
+
+def _by_index(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same mask without the mapping of indices to positions that transformers wraps around all parts of the mask of
+    packed samples. Overlays of a model (image spans) look indices up: with positions they would find those of the
+    row's first samples. Causal masks and windows are the same within a sample."""
+    name = getattr(function, "__qualname__", "").split(".")[0]
+    if name == masking_utils.remap_positions_for_packed_sequence.__name__:
+        return inspect.getclosurevars(function).nonlocals["mask_function"]
+    if name in ("and_masks", "or_masks"):
+        parts = inspect.getclosurevars(function).nonlocals["mask_functions"]
+        return getattr(masking_utils, name)(*map(_by_index, parts))
+    return function
 
 
 def _rows(lo: Tensor, hi: Tensor, batch: int) -> tuple[Tensor, Tensor]:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from mmkernels import AttentionMask
 
-__all__ = ["Segments", "Seen", "decoded", "encoded", "from_dense", "is_encoded", "kept"]
+__all__ = ["Seen", "Segments", "decoded", "encoded", "from_dense", "is_encoded", "kept"]
 
 _COLUMNS, _PADDED_COLUMNS = 3, 4
 MOST_CLASSES = 31  # bits of an int32 without its sign
+_KEPT = 7  # results besides the newest, such as those of full and sliding layers
 
 
 class Seen(NamedTuple):
@@ -59,8 +60,7 @@ class Segments(NamedTuple):
         """Segment s of the queries sees segment s of the keys; one row."""
         cu_q, cu_k = cu_q.long(), cu_k.long()
         segment = torch.searchsorted(cu_q, torch.arange(tokens, device=cu_q.device), right=True) - 1
-        segment = segment.clamp(max=len(cu_k) - 2)
-        return cls(cu_k[segment][None], cu_k[segment + 1][None])
+        return cls(cu_k[segment][None], cu_k[(segment + 1).clamp(max=len(cu_k) - 1)][None])
 
 
 def encoded(seen: Seen, padded: bool) -> Tensor:
@@ -115,16 +115,21 @@ def decoded(mask: Tensor, batch: int, tokens_q: int, tokens_k: int, segments: Se
     return AttentionMask.from_rows(*interval, allow_q=allow, class_k=classes)
 
 
-def kept(holder: Tensor, key: tuple[Any, ...], make: Callable[[], AttentionMask]) -> AttentionMask:
-    """What `make` returns, made once for this tensor and key; anew while torch.compile traces."""
-    if torch.compiler.is_compiling():
+def kept(holder: Tensor, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What `make` returns, made once for this tensor and key (tensors in it count by identity) as long as none of them
+    is changed in place; anew while torch.compile traces, and for tensors of inference mode, which count no changes."""
+    tensors = [holder, *(part for part in key if isinstance(part, Tensor))]
+    if torch.compiler.is_compiling() or any(map(torch.is_inference, tensors)):
         return make()
-    masks = holder.__dict__.setdefault("_mmkernels_masks", {})
-    for known, mask in masks.values():
-        if len(known) == len(key) and all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(known, key)):
-            return mask
-    masks[len(masks)] = key, make()
-    return masks[len(masks) - 1][1]
+    stamp = [(id(part), part._version) if isinstance(part, Tensor) else part for part in (holder, *key)]
+    made = holder.__dict__.setdefault("_mmkernels", [])
+    for known, _, value in made:
+        if known == stamp:
+            return value
+    value = make()
+    del made[:-_KEPT]
+    made.append((stamp, tensors[1:], value))  # holds the tensors, so that no other gets their id
+    return value
 
 
 # Masks that are given dense, and functions of indices
@@ -198,7 +203,7 @@ def from_dense(mask: Tensor, tokens_q: int, tokens_k: int) -> Seen:
     if mask.dtype != torch.bool:
         hidden = mask <= torch.finfo(mask.dtype).min / 4
         if not bool((hidden | (mask == 0)).all()):
-            raise ValueError("attention_mask: expected 0 where a key is seen and the lowest number elsewhere, got a bias")
+            raise ValueError("attention_mask: expected 0 where a key is seen, elsewhere the lowest number, got a bias")
         mask = ~hidden
     return seen_in(lambda: iter(mask.split(_rows_of_block(mask.shape[0], tokens_k), 1)), tokens_k)
 
