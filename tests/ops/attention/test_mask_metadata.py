@@ -257,7 +257,7 @@ def test_a_mask_serves_one_pair_of_sizes():
 
 def test_values_on_a_device_are_checked_when_asked(monkeypatch):
     """As on a GPU, where values are not read until validate() or MMKERNELS_VALIDATE asks for it."""
-    from mmkernels.ops.attention import mask as module
+    from mmkernels.ops.attention import mask_layout as module
 
     monkeypatch.setattr(module, "readable", lambda tensor: validating())
     monkeypatch.setenv("MMKERNELS_VALIDATE", "0")
