@@ -160,6 +160,7 @@ MASKS = {
     "cross": MaskCase((40, 0, 7, 100, 12), (3, 90, 0, 110, 17)),
     "cross_causal": MaskCase((40, 20, 7, 100), (30, 90, 0, 110), options={"causal": True}),
     "window": MaskCase((120, 75), options={"causal": True, "window": 17}),
+    "window_both": MaskCase((120, 75), (90, 80), options={"window": (17, 5)}),
     "tiny": MaskCase((4, 3, 1, 0, 2, 5) * 11),
     "single": MaskCase((1,)),
     "image_spans": MaskCase(_LENGTHS, build=_multimodal),

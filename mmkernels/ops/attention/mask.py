@@ -19,7 +19,7 @@ from mmkernels.ops.attention import builders, metadata
 from mmkernels.ops.attention.flops import visible_pairs
 from mmkernels.ops.attention.mask_layout import MaskLayout
 from mmkernels.ops.attention.tiles import TILE_K, TILE_Q
-from mmkernels.ops.checks import describe, wrong_value
+from mmkernels.ops.checks import describe, integer, wrong_value
 from mmkernels.ops.modality import Modality
 
 __all__ = ["AttentionMask"]
@@ -41,17 +41,21 @@ class AttentionMask(MaskLayout):
         cu_seqlens_k: Tensor | None = None,
         *,
         causal: bool = False,
-        window: int | None = None,
+        window: metadata.Window | None = None,
     ) -> AttentionMask:
         """Segment s of the queries sees segment s of the keys.
+
+        Query p of a segment stands at position p + len_k - len_q of its keys (bottom-right aligned, as in
+        flash-attention), which may lie before the first.
 
         Args:
             cu_seqlens_q: int32 [S+1], boundaries of the query segments in tokens, starting at 0, non-decreasing;
                 segments may be empty.
             cu_seqlens_k: int32 [S+1], the same for the keys; None: self attention.
-            causal: query p of a segment sees its keys j <= p + len_k - len_q (bottom-right aligned, as in
-                flash-attention).
-            window: with `causal`, a query sees only the last `window` of those keys.
+            causal: a query sees no key after its position.
+            window: a pair (left, right): only the keys from `left` before to `right` after a query's position, None for
+                no bound on a side; with `causal` right is None or 0. Or an int, with `causal`: only the last `window`
+                keys up to the position, itself included, which is (window - 1, None).
 
         Raises:
             TypeError, ValueError: wrong dtype or shape; on CPU also wrong values.
@@ -60,10 +64,39 @@ class AttentionMask(MaskLayout):
         if cu_seqlens_k is None:
             cu_seqlens_k = cu_seqlens_q
         cu_seqlens_k = metadata.boundaries("cu_seqlens_k", cu_seqlens_k, like=cu_seqlens_q)
-        window = metadata.window_size(window)
-        if window is not None and not causal:
-            wrong_value("window", "None without causal=True", window)
+        window = metadata.window_of(window, causal)
         return cls(builders.Packed(cu_seqlens_q, cu_seqlens_k, bool(causal), window))
+
+    @classmethod
+    def batched(
+        cls,
+        batch: int,
+        tokens_q: int,
+        tokens_k: int | None = None,
+        *,
+        causal: bool = False,
+        window: metadata.Window | None = None,
+        device: torch.device | str | None = None,
+    ) -> AttentionMask:
+        """The mask of `packed` for tensors [B, T, H, D], whose samples have equally many tokens.
+
+        Args:
+            batch: B.
+            tokens_q: queries of each sample.
+            tokens_k: keys of each sample; None: self attention.
+            causal, window: as in `packed`.
+            device: of q; None: torch's default device.
+
+        Raises:
+            TypeError, ValueError: not integers, negative, or more than 2^31 - 1 tokens.
+        """
+        batch = integer("batch", batch, "an int of at least 0", at_least=0)
+        tokens_q = integer("tokens_q", tokens_q, "an int of at least 0", at_least=0)
+        cu_seqlens_q, cu_seqlens_k = metadata.even_boundaries(batch, tokens_q, "tokens_q", device), None
+        if tokens_k is not None:
+            tokens_k = integer("tokens_k", tokens_k, "an int of at least 0 or None", at_least=0)
+            cu_seqlens_k = metadata.even_boundaries(batch, tokens_k, "tokens_k", device)
+        return cls.packed(cu_seqlens_q, cu_seqlens_k, causal=causal, window=window)
 
     @classmethod
     def prefix(cls, cu_seqlens: Tensor, prefix_lengths: Tensor) -> AttentionMask:

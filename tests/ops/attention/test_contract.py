@@ -65,6 +65,8 @@ def test_fullgraph_compile(backend, mask_in_graph):
 
 
 BUILDERS = {
+    "window": lambda cu, modalities, spans: AttentionMask.packed(cu, window=(2, 1)),
+    "batched": lambda cu, modalities, spans: AttentionMask.batched(2, 5, window=(None, 1), device=cu.device),
     "multimodal": lambda cu, modalities, spans: AttentionMask.multimodal(cu, modalities, spans, window=4),
     "prefix": lambda cu, modalities, spans: AttentionMask.prefix(cu, (cu[1:] - cu[:-1] + 1) // 2),
     "media": lambda cu, modalities, spans: AttentionMask.media(cu, cu, spans, spans.clamp(min=1)),
