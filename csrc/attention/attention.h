@@ -38,6 +38,7 @@ struct AttentionExtras {
   Tensor sink;              // [H]
   Tensor seed;              // [1], given with dropout
   double dropout_p = 0;
+  double softcap = 0;  // of the scaled products, before the bias: softcap tanh(x / softcap); 0: none
 };
 
 struct AttentionFwdArgs {

@@ -1,8 +1,8 @@
 // Scratch memory of a CPU backward task.
 #pragma once
 
-#include "attention/attention_cpu_extras.h"
 #include "attention/attention_cpu_odd_rows.h"
+#include "attention/attention_cpu_scores.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -11,7 +11,7 @@ namespace MMK_ISA {
 constexpr int64_t kGradientKeyTile = 256;
 // Sums over keys are split into partial sums of this many: equal terms in one long sum round in the same direction.
 constexpr int64_t kKeysPerSum = 16;
-// One key in this many is sampled for a query's mean key.
+// One key in this many is sampled for a query's mean key; every key with a soft cap.
 constexpr int64_t kKeysPerSample = 64;
 
 template <class C>
@@ -57,10 +57,12 @@ struct BackwardScratch {
   Packed<S>* ds_q;      // A [queries, keys]
   C *dk, *dv;           // [key_range, D], [key_range, Dv]
   C* bias;
-  C* z;  // [keys, ld]: dropout's factors
+  C* z;      // [keys, ld]: dropout's factors
+  C* slope;  // [keys, ld]: derivatives of the soft cap; null without one
 
   BackwardScratch(Arena& arena, const AttentionShape& n, const AttentionExtras& extras, int64_t key_range) {
     const int64_t pattern = extras.tiles.given() ? kQueryTile : 0, biased = extras.pair_bias.given() ? kQueryTile : 0;
+    const int64_t samples = extras.softcap > 0 ? kGradientKeyTile : kGradientKeyTile / kKeysPerSample;
     for (TileState& t : tile) {
       t.q_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim));
       t.do_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));
@@ -86,9 +88,9 @@ struct BackwardScratch {
     k = arena.take<Packed<T>>(packed_size_a<T>(kGradientKeyTile, n.dim));
     v = arena.take<Packed<T>>(packed_size_a<T>(kGradientKeyTile, n.dim_v));
     k_rows = arena.take<Packed<S>>(packed_size_b<S>(n.dim, kGradientKeyTile));
-    sample_k = arena.take<Packed<C>>(packed_size_b<C>(n.dim, kGradientKeyTile / kKeysPerSample));
-    sample_square = arena.take<C>(kGradientKeyTile / kKeysPerSample);
-    sample_p = arena.take<Packed<C>>(packed_size_a<C>(kQueryTile, kGradientKeyTile / kKeysPerSample));
+    sample_k = arena.take<Packed<C>>(packed_size_b<C>(n.dim, samples));
+    sample_square = arena.take<C>(samples);
+    sample_p = arena.take<Packed<C>>(packed_size_a<C>(kQueryTile, samples));
     s = arena.take<C>(kGradientKeyTile * ld);
     dp = arena.take<C>(kGradientKeyTile * ld);
     p = arena.take<Packed<S>>(packed_size_a<S>(kGradientKeyTile, kQueryTile));
@@ -98,6 +100,7 @@ struct BackwardScratch {
     dv = arena.take<C>(key_range * n.dim_v);
     bias = arena.take<C>(biased > 0 ? BiasTable<C>::kSize : 0);
     z = arena.take<C>(extras.seed.given() ? kGradientKeyTile * ld + Dropout::kWide * ld : 0);
+    slope = extras.softcap > 0 ? arena.take<C>(kGradientKeyTile * ld) : nullptr;
   }
 };
 

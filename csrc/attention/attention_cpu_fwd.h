@@ -7,8 +7,8 @@
 // largest term is exactly 1 and differences of close scores are exact.
 #pragma once
 
-#include "attention/attention_cpu_extras.h"
 #include "attention/attention_cpu_odd_rows.h"
+#include "attention/attention_cpu_scores.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -115,8 +115,10 @@ class ForwardTask {
         hi_(args.mask.hi.ptr<int32_t>()),
         extras_(args.extras),
         map_(args.extras.tiles),
-        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given()),
+        softcap_(args.extras, args.scale),
+        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given() || softcap_.given()),
         scale_(static_cast<C>(args.scale)),
+        score_scale_(softcap_.given() ? C{1} : scale_),
         sign_(!rewrites_ && args.scale < 0 ? -1 : 1),
         factor_(rewrites_ ? C{1} : scale_ * sign_),
         dropout_(args.extras, head),
@@ -186,7 +188,8 @@ class ForwardTask {
     const int64_t width = to - from;
     multiply<T>(rows, width, n_.dim, state.q, w_.k + from / kColTile<T> * panel_size_b<T>(n_.dim), 0, n_.dim, w_.s,
                 Scratch::ld, false);
-    if (rewrites_) write_logits(tile, key, from, width);
+    if (softcap_.given()) softcap_.apply(w_.s, nullptr, rows, width, Scratch::ld);
+    if (map_.given() || extras_.pair_bias.given()) write_logits(tile, key, from, width);
     softmax(tile, state, key + from, width);
     if (dropout_.given()) drop(tile, key + from, width);
     if (state.touched)
@@ -197,7 +200,8 @@ class ForwardTask {
     state.touched = true;
   }
 
-  // Turns scores into logits: scaled and biased, -inf where the pattern hides a key. Column 0 is key + from.
+  // Turns scores into logits: scaled (unless capped) and biased, -inf where the pattern hides a key. Column 0 is
+  // key + from.
   void write_logits(const QueryTile& tile, int64_t key, int64_t from, int64_t width) {
     const bool hides = map_.given() && !map_.full(tile, key + from, key + from + width);
     const bool biased = extras_.pair_bias.given();
@@ -208,7 +212,7 @@ class ForwardTask {
       const Vec<Int> span = splat(static_cast<Int>(hides ? extras_.span_q.ptr<int32_t>()[query] : 0));
       const Vec<Int> allow = splat(static_cast<Int>(hides ? extras_.allow_q.ptr<int32_t>()[query] : 0));
       for (int64_t j = 0; j < width; j += kLanes<C>) {
-        Vec<C> logit = load(s + j) * scale_;
+        Vec<C> logit = load(s + j) * score_scale_;
         if (biased) logit += look_up(bias, w_.class_k + from + j);
         if (hides) {
           const auto sees = (load_as<Int>(w_.span_k + from + j) == span) |
@@ -303,9 +307,10 @@ class ForwardTask {
   const int32_t *lo_, *hi_;
   const AttentionExtras& extras_;
   const TileMap map_;
-  const bool rewrites_;  // whether scores become logits before the softmax
-  const C scale_;
-  const C sign_, factor_;  // sign and magnitude of the scale; 1 and 1 for logits
+  const SoftCap<C> softcap_;
+  const bool rewrites_;          // whether scores become logits before the softmax
+  const C scale_, score_scale_;  // score_scale_: 1 for capped scores
+  const C sign_, factor_;        // sign and magnitude of the scale; 1 and 1 for logits
   const Dropout dropout_;
   const BiasTable<C> bias_;
   const HeadView<T> q_, k_, v_, out_;

@@ -14,42 +14,47 @@ class MeanKeys {
 
  public:
   MeanKeys(const AttentionBwdArgs& args, const AttentionShape& shape, Scratch& scratch)
-      : args_(args), n_(shape), w_(scratch) {}
+      : args_(args), n_(shape), w_(scratch), step_(scratch.slope != nullptr ? 1 : kKeysPerSample) {}
 
   // The sample of a key tile.
   void pack(HeadView<T> k, int64_t key, int64_t keys) {
-    const HeadView<T> sample{k.row(key), kKeysPerSample * k.stride};
-    const int64_t count = round_up(keys, kKeysPerSample) / kKeysPerSample;
+    const HeadView<T> sample{k.row(key), step_ * k.stride};
+    const int64_t count = round_up(keys, step_) / step_;
     w_.odd_sample.template pack<C>(sample, 0, count, n_.dim, w_.sample_k);
     for (int64_t i = 0; i < count; ++i) w_.sample_square[i] = square_of(sample.row(i));
   }
 
   // What rows [from, from + height) of the key tile add to the mean keys of `rows` queries.
   void add(TileState& state, int64_t keys, int64_t from, int64_t height, int64_t rows) {
-    const int64_t first = round_up(from, kKeysPerSample) / kKeysPerSample;
-    const int64_t count = round_up(from + height, kKeysPerSample) / kKeysPerSample - first;
+    const int64_t first = round_up(from, step_) / step_;
+    const int64_t count = round_up(from + height, step_) / step_ - first;
     state.in_parts = true;
     if (count == 0) return;
-    C* p = w_.s + (first * kKeysPerSample - from) * Scratch::ld;
+    C* p = w_.s + (first * step_ - from) * Scratch::ld;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0; c < rows; c += kLanes<C>) {
-        C* at = p + i * kKeysPerSample * Scratch::ld + c;
+        C* at = p + i * step_ * Scratch::ld + c;
         const Vec<C> term = load(at), seen = select(term == Scratch::kHidden, Vec<C>{}, term);
         store(at, seen);
         store(state.weight + c, load(state.weight + c) + seen);
         store(state.weight_square + c, load(state.weight_square + c) + seen * seen);
         store(state.square_sum + c, load(state.square_sum + c) + seen * w_.sample_square[first + i]);
+        if (w_.slope != nullptr) {
+          const Vec<C> slope = load(w_.slope + (at - w_.s));
+          store(at, select(term == Scratch::kHidden, Vec<C>{}, seen * slope));
+        }
       }
-    pack_a<C>(p, 1, kKeysPerSample * Scratch::ld, rows, count, w_.sample_p);
-    multiply<C>(rows, n_.dim, count, w_.sample_p, w_.sample_k, first, round_up(keys, kKeysPerSample) / kKeysPerSample,
-                state.key_sum, n_.dim, state.sampled);
+    pack_a<C>(p, 1, step_ * Scratch::ld, rows, count, w_.sample_p);
+    multiply<C>(rows, n_.dim, count, w_.sample_p, w_.sample_k, first, round_up(keys, step_) / step_, state.key_sum,
+                n_.dim, state.sampled);
     state.sampled = true;
   }
 
   // Where the keys came in parts, delta used the rounded out, and the sum of dS reveals its error: dS lacks P times the
   // error, and dQ the error times the query's mean key, which matters where the keys have a common mean. The sampled
   // keys estimate it, shrunk towards 0 according to their spread (James and Stein), which a single key does not tell;
-  // for a query without two, which has few keys as a rule, its first ones are used.
+  // for a query without two, which has few keys as a rule, its first ones are used. With a soft cap dQ has the error
+  // times the mean of slope times key, which no sample tells where most slopes are 0: every key is used.
   void settle(TileState& state, int64_t rows, HeadView<T> k) {
     for (int64_t i = 0; i < rows; ++i) {
       const C sink = args_.extras.sink.given() ? exp(splat(state.sink - state.lse[i]))[0] : C{0};  // its P
@@ -59,6 +64,12 @@ class MeanKeys {
       const int64_t end = min64(n_.num_keys, static_cast<int64_t>(state.hi[i]));
       if (!(rest - rest == 0) || first >= end) continue;  // infinite, or sees nothing
       C* dq = state.dq + i * n_.dim;
+      if (w_.slope != nullptr) {
+        if (!(weight > 0)) continue;
+        state.dot[i] += rest;
+        subtract(dq, rest / weight, state.key_sum + i * n_.dim);
+        continue;
+      }
       if (pairs > weight * weight * kLeastPairs) {
         state.dot[i] += rest;
         const C *key_sum = state.key_sum + i * n_.dim, square = square_of(key_sum);
@@ -106,6 +117,7 @@ class MeanKeys {
   const AttentionBwdArgs& args_;
   const AttentionShape& n_;
   Scratch& w_;
+  const int64_t step_;  // one key in this many is sampled
 };
 
 }  // namespace MMK_ISA

@@ -63,3 +63,10 @@ def tanh(x):
     p = p * z - 0.33333316445350647
     far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
     return tl.where(tl.abs(x) < 0.55, x + x * (z * p), tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def tanh_slope(x, b_tanh):
+    """1 - tanh(x)^2 given tanh(x), without cancellation where that rounds to 1."""
+    rest = 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.55, 1.0 - b_tanh * b_tanh, rest * (2.0 - rest))

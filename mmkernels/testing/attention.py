@@ -21,6 +21,7 @@ __all__ = [
     "AttentionInputs",
     "Gradients",
     "cancelling_terms",
+    "capped",
     "dense_mask",
     "interleaved",
     "make_inputs",
@@ -33,7 +34,7 @@ __all__ = [
 class AttentionInputs:
     """q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv], their mask, and gradients of out [Tq, H, Dv] and lse [H, Tq].
 
-    pair_bias [H, Cq, Ck], sink [H] and dropout_p as in `attention`; `seed` seeds torch before the call.
+    pair_bias [H, Cq, Ck], sink [H], dropout_p and softcap as in `attention`; `seed` seeds torch before the call.
     """
 
     q: Tensor
@@ -47,6 +48,7 @@ class AttentionInputs:
     sink: Tensor | None = None
     dropout_p: float = 0.0
     seed: int = 0
+    softcap: float | None = None
 
     def to(self, dtype: torch.dtype) -> AttentionInputs:
         """The same values in another dtype (float64 for the truth)."""
@@ -158,6 +160,7 @@ MASKS = {
     "cross": MaskCase((40, 0, 7, 100, 12), (3, 90, 0, 110, 17)),
     "cross_causal": MaskCase((40, 20, 7, 100), (30, 90, 0, 110), options={"causal": True}),
     "window": MaskCase((120, 75), options={"causal": True, "window": 17}),
+    "window_both": MaskCase((120, 75), (90, 80), options={"window": (17, 5)}),
     "tiny": MaskCase((4, 3, 1, 0, 2, 5) * 11),
     "single": MaskCase((1,)),
     "image_spans": MaskCase(_LENGTHS, build=_multimodal),
@@ -185,6 +188,7 @@ def make_inputs(
     classes: tuple[int, int] | None = None,
     sink: bool = False,
     dropout_p: float = 0.0,
+    softcap: float | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> AttentionInputs:
@@ -200,7 +204,8 @@ def make_inputs(
     grad_out, grad_lse = normal(tokens_q, heads, dim_v), normal(heads, tokens_q, of=lse_dtype)
     bias = None if classes is None else normal(heads, *classes, of=lse_dtype)
     sinks = normal(heads, of=lse_dtype) if sink else None
-    return AttentionInputs(q * amplitude, k, v, grad_out, grad_lse, mask, scale, bias, sinks, dropout_p, seed)
+    of_call = mask, scale, bias, sinks, dropout_p, seed, softcap
+    return AttentionInputs(q * amplitude, k, v, grad_out, grad_lse, *of_call)
 
 
 def dense_mask(x: AttentionInputs) -> Tensor:
@@ -232,7 +237,9 @@ def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str,
         group = x.q.shape[1] // x.k.shape[1]
         scale = x.q.shape[-1] ** -0.5 if x.scale is None else x.scale
         key, value = (t.repeat_interleave(group, 1) for t in (truth.k, truth.v))
-        scores = torch.einsum("qhd,khd->hqk", truth.q, key) * scale + truth.pair_bias[:, class_q[:, None], class_k]
+        scores = torch.einsum("qhd,khd->hqk", truth.q, key) * scale
+        slope = 1.0 if x.softcap is None else 1 - (scores / x.softcap).tanh().square()
+        scores = capped(scores, x.softcap) + truth.pair_bias[:, class_q[:, None], class_k]
         p = (scores - exact.lse[..., None]).exp().where(dense_mask(x), 0.0).nan_to_num(0.0)
         dp = torch.einsum("qhd,khd->hqk", truth.grad_out, value)
         if x.dropout_p > 0:
@@ -243,9 +250,14 @@ def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str,
             for ids, size in zip((class_q, class_k), truth.pair_bias.shape[1:], strict=True)
         ]
         terms = p * (dp.abs() + delta[..., None].abs())
-        found["dq"] = torch.einsum("hqk,khd->qhd", terms, key.abs()) * abs(scale)
+        found["dq"] = torch.einsum("hqk,khd->qhd", terms * slope, key.abs()) * abs(scale)
         found["dbias"] = torch.einsum("hqk,qa,kb->hab", ds, *one_hot)
     return found
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """The soft cap as models write it."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _kept(x: AttentionInputs) -> Tensor:
@@ -274,9 +286,9 @@ def run(x: AttentionInputs, backend: str | None = None, *, with_lse: bool = Fals
 
     def call(leaf: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         torch.manual_seed(x.seed)
-        options = {"pair_bias": leaf.get("bias"), "sink": leaf.get("sink"), "dropout_p": x.dropout_p}
-        qkv = leaf["q"], leaf["k"], leaf["v"]
-        out = attention(*qkv, x.mask, scale=x.scale, return_lse=True, backend=backend, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"pair_bias": leaf.get("bias"), "sink": leaf.get("sink"), "dropout_p": x.dropout_p}
+        options |= {"scale": x.scale, "softcap": x.softcap}
+        out = attention(leaf["q"], leaf["k"], leaf["v"], x.mask, return_lse=True, backend=backend, **options)
         assert isinstance(out, tuple)
         return out
 
@@ -288,8 +300,8 @@ def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
 
     A row that sees no key is undefined in SDPA, so it sees all keys and its result is replaced by zeros. Head dims are
     zero-padded to one size, because SDPA's fused kernels need equal ones; otherwise it would materialise float32
-    matrices. A bias is part of the mask; a sink is an extra key with value 0. With dropout the softmax is written out,
-    because SDPA's random numbers cannot be chosen.
+    matrices. A bias is part of the mask; a sink is an extra key with value 0. With dropout, whose random numbers SDPA
+    does not let us choose, or a soft cap, which it does not have, the softmax is written out.
     """
     mask = dense_mask(x)
     seen = mask.any(1)
@@ -305,13 +317,13 @@ def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
         terms = _logit_terms(x, leaf, mask | ~seen[:, None])
         if "sink" in leaf:
             key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
-        if x.dropout_p > 0:
+        if x.dropout_p > 0 or x.softcap is not None:
             out = _written_out(x, query, key, value, terms, scale)
         else:
             allowed = (mask | ~seen[:, None]) if terms is None else terms.to(q.dtype)
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
         out = torch.where(seen[:, None, None], out[0].transpose(0, 1)[..., :dim_v], 0.0)
-        scores = query[0].to(lse_dtype) @ key[0].to(lse_dtype).mT * scale
+        scores = capped(query[0].to(lse_dtype) @ key[0].to(lse_dtype).mT * scale, x.softcap)
         scores = scores.masked_fill(~mask & seen[:, None], -torch.inf) if terms is None else scores + terms
         return out, torch.where(seen, torch.logsumexp(scores, -1), -torch.inf)
 
@@ -320,7 +332,7 @@ def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
 
 def _logit_terms(x: AttentionInputs, leaf: dict[str, Tensor], mask: Tensor) -> Tensor | None:
     """The additive mask with bias and sink: [H, Tq, Tk (+ 1 with a sink)]; None if the bool mask suffices."""
-    if "bias" not in leaf and "sink" not in leaf and x.dropout_p == 0:
+    if "bias" not in leaf and "sink" not in leaf and x.dropout_p == 0 and x.softcap is None:
         return None
     dtype = compute_dtype(x.q.dtype)
     terms = x.q.new_zeros((x.q.shape[1], *mask.shape), dtype=dtype)
@@ -344,7 +356,9 @@ def _written_out(
 ) -> Tensor:
     """Explicit softmax, [1, H, Tq, width], dropping the pairs that `attention` drops for the same generator state."""
     assert terms is not None
+    p = (capped(query @ key.mT * scale, x.softcap) + terms.to(query.dtype)).softmax(-1)
+    if x.dropout_p == 0:
+        return p @ value
     kept = _kept(x)
     kept = F.pad(kept, (0, key.shape[2] - kept.shape[2]))  # a sink has no value to drop
-    p = (query @ key.mT * scale + terms.to(query.dtype)).softmax(-1)
     return (p * kept / (1 - x.dropout_p)) @ value

@@ -59,7 +59,13 @@ void check_math(Failures& fail) {
   const double low = wide ? -1022 : -126, high = wide ? 1024 : 128, ln2 = 0.69314718055994530942;
   const Unary<E> f_exp2 = [](Vec<E> x) { return exp2(x); }, f_exp = [](Vec<E> x) { return exp(x); },
                  f_log2 = [](Vec<E> x) { return log2(x); }, f_log2_1p = [](Vec<E> x) { return log2_1p(x); },
-                 f_log_sigmoid = [](Vec<E> x) { return log_sigmoid(x); }, f_tanh = [](Vec<E> x) { return tanh(x); };
+                 f_log_sigmoid = [](Vec<E> x) { return log_sigmoid(x); }, f_tanh = [](Vec<E> x) { return tanh(x); },
+                 f_tanh_too = [](Vec<E> x) { return tanh(x, x); }, f_tanh_slope = [](Vec<E> x) {
+                   Vec<E> slope;
+                   tanh(x, slope);
+                   return slope;
+                 };
+  const Exact tanh_slopel = [](long double x) { return 1 / (coshl(x) * coshl(x)); };
   const Exact log2_1pl = [](long double x) { return log1pl(x) * 1.44269504088896340736L; };
   const Exact log_sigmoidl = [](long double x) { return x < 0 ? x - log1pl(expl(x)) : -log1pl(expl(-x)); };
 
@@ -74,9 +80,13 @@ void check_math(Failures& fail) {
   sweep<E>("log2_1p of 2^x", f_log2_1p, log2_1pl, low, 0, true, 1.25, fail);
   sweep<E>("log_sigmoid", f_log_sigmoid, log_sigmoidl, -100, 100, false, 2.5, fail);
   sweep<E>("log_sigmoid", f_log_sigmoid, log_sigmoidl, -1, 1, false, 2.5, fail);
-  sweep<E>("tanh", f_tanh, tanhl, -1, 1, false, 2, fail);
-  sweep<E>("tanh", f_tanh, tanhl, -30, 30, false, 2, fail);
-  sweep<E>("tanh of 2^x", f_tanh, tanhl, low / 2, high - 1e-6, true, 2, fail);
+  for (Unary<E> f : {f_tanh, f_tanh_too}) {
+    sweep<E>("tanh", f, tanhl, -1, 1, false, 2, fail);
+    sweep<E>("tanh", f, tanhl, -30, 30, false, 2, fail);
+    sweep<E>("tanh of 2^x", f, tanhl, low / 2, high - 1e-6, true, 2, fail);
+  }
+  sweep<E>("derivative of tanh", f_tanh_slope, tanh_slopel, -1, 1, false, 4, fail);
+  sweep<E>("derivative of tanh", f_tanh_slope, tanh_slopel, -40, 40, false, 4, fail);
 
   for (Unary<E> f : {f_exp2, f_exp}) {
     check_special<E>("exp", f, -INFINITY, 0, fail);
@@ -102,10 +112,16 @@ void check_math(Failures& fail) {
   check_special<E>("log_sigmoid", f_log_sigmoid, INFINITY, 0, fail);
   check_special<E>("log_sigmoid", f_log_sigmoid, -INFINITY, -INFINITY, fail);
   check_special<E>("log_sigmoid", f_log_sigmoid, NAN, NAN, fail);
-  check_special<E>("tanh", f_tanh, INFINITY, 1, fail);
-  check_special<E>("tanh", f_tanh, -INFINITY, -1, fail);
-  check_special<E>("tanh", f_tanh, NAN, NAN, fail);
-  check_special<E>("tanh", f_tanh, 0, 0, fail);
+  for (Unary<E> f : {f_tanh, f_tanh_too}) {
+    check_special<E>("tanh", f, INFINITY, 1, fail);
+    check_special<E>("tanh", f, -INFINITY, -1, fail);
+    check_special<E>("tanh", f, NAN, NAN, fail);
+    check_special<E>("tanh", f, 0, 0, fail);
+  }
+  check_special<E>("derivative of tanh", f_tanh_slope, INFINITY, 0, fail);
+  check_special<E>("derivative of tanh", f_tanh_slope, -INFINITY, 0, fail);
+  check_special<E>("derivative of tanh", f_tanh_slope, NAN, NAN, fail);
+  check_special<E>("derivative of tanh", f_tanh_slope, 0, 1, fail);
 }
 
 }  // namespace

@@ -33,6 +33,8 @@ __all__ = ["attention"]
 _MAX_GPU_HEAD_DIM = 256
 _MAX_TRITON_HEAD_DIM_FLOAT32 = 128
 _MAX_SM90_HEAD_DIM = 128
+# Of float32, with room for products.
+_SOFTCAPS = 1e-30, 1e30
 
 
 def attention(
@@ -42,6 +44,7 @@ def attention(
     mask: AttentionMask | None = None,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     pair_bias: Tensor | None = None,
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -54,7 +57,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of packed queries over the keys that a mask lets them see.
 
-        s_ij = scale <q_i, k_j> + pair_bias[class_i, class_j]
+        s_ij = cap(scale <q_i, k_j>) + pair_bias[class_i, class_j]      cap(x) = softcap tanh(x / softcap), or x
         lse_i = log(exp(sink) + sum_j exp(s_ij))      out_i = sum_j exp(s_ij - lse_i) v_j
 
     over the visible keys j of query i (no sink: without its term). A query that sees no key gives out 0, lse -inf and
@@ -69,6 +72,8 @@ def attention(
         mask: which keys each query sees; with batched tensors it covers the B·Tq queries and B·Tk keys in order. None:
             every query sees all keys (batched: of its own sample).
         scale: factor of the logits; None: 1 / sqrt(D).
+        softcap: bounds the scaled products smoothly to (-softcap, softcap), before all other terms (Gemma 2, Grok); a
+            number from 1e-30 to 1e30. None: no bound.
         pair_bias: [H, Cq, Ck] floating point, added to the logits by query head, class of the query and class of the
             key; differentiable. The mask has the classes: modalities of `multimodal` and `cross_only`, or what
             `from_rows` or `with_classes` were given.
@@ -93,11 +98,11 @@ def attention(
         BackendError: `backend` does not support this call.
 
     Source: Vaswani et al. 2017 (attention); Dao 2023 (FlashAttention-2: tiling, recomputation); Xiao et al. 2023
-        (sinks); Salmon et al. 2011 (Philox).
+        (sinks); Gemma Team 2024 (Gemma 2: soft caps); Salmon et al. 2011 (Philox).
     """
     deprecated_deterministic(deterministic)
     if _is_additive(score, score_weight, score_bias):
-        _expect_defaults(scale=scale, pair_bias=pair_bias, sink=sink, dropout_p=dropout_p or None)
+        _expect_defaults(scale=scale, softcap=softcap, pair_bias=pair_bias, sink=sink, dropout_p=dropout_p or None)
         assert score_weight is not None
         return additive_attention(q, k, v, score_weight, mask, bias=score_bias, return_lse=return_lse, backend=backend)
     q, k, v = _autocast(q, k, v)
@@ -111,7 +116,8 @@ def attention(
     if q.ndim == 4:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     rows = _rows(mask, samples, tokens_q, tokens_k, q.device, pair_bias)
-    options = Options(pair_bias, sink, _seed(q.device) if dropout_p > 0 else None, dropout_p, factor)
+    seed = _seed(q.device) if dropout_p > 0 else None
+    options = Options(pair_bias, sink, seed, dropout_p, factor, _cap(softcap))
     chosen = backends.resolve("attention", q, backend, _limits(q, v, rows, options))
     out, lse = attention_fwd(q, k, v, rows, options, chosen)
     if len(shape) == 4:
@@ -172,7 +178,12 @@ def _limits(q: Tensor, v: Tensor, rows: MaskRows, options: Options) -> dict[str,
     if q.device.type != "cpu":
         if head_dim > _MAX_GPU_HEAD_DIM:
             limits["native"] = f"head dims up to {_MAX_GPU_HEAD_DIM} on a GPU, not {head_dim}"
-        beyond = {"pair_bias": options.pair_bias, "sink": options.sink, "dropout_p": options.seed}
+        beyond = {
+            "softcap": options.softcap,
+            "pair_bias": options.pair_bias,
+            "sink": options.sink,
+            "dropout_p": options.seed,
+        }
         refused = [what for what, given in beyond.items() if given is not None]
         lacking = _pattern_wants(q, v) if rows.span_q is not None else None
         if lacking is not None:
@@ -235,6 +246,15 @@ def _numbers(q: Tensor, scale: Any, dropout_p: Any) -> tuple[float, float]:
     if not 0 <= probability < 1:
         wrong_value("dropout_p", "a probability in [0, 1)", dropout_p)
     return factor, probability
+
+
+def _cap(softcap: Any) -> float | None:
+    if softcap is None:
+        return None
+    number = real("softcap", softcap, "a float or None")
+    if not _SOFTCAPS[0] <= number <= _SOFTCAPS[1]:
+        wrong_value("softcap", f"a number from {_SOFTCAPS[0]} to {_SOFTCAPS[1]}", softcap)
+    return number
 
 
 def _check_logits(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.metadata import Window
 from mmkernels.ops.attention.rows import (
     cross_rows,
     media_rows,
@@ -19,6 +20,7 @@ from mmkernels.ops.attention.rows import (
     packed_rows,
     prefix_rows,
     query_hull,
+    reach_of,
     segments_of,
 )
 from mmkernels.ops.attention.types import MaskRows
@@ -63,7 +65,7 @@ class Packed(Builder):
     cu_q: Tensor
     cu_k: Tensor
     causal: bool
-    window: int | None
+    window: Window | None
 
     def ends(self) -> tuple[int, int]:
         return int(self.cu_q[-1]), int(self.cu_k[-1])
@@ -73,7 +75,8 @@ class Packed(Builder):
         _expect_boundaries("cu_seqlens_k", self.cu_k, tokens_k)
 
     def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
-        return packed_rows(self.cu_q, self.cu_k, self.causal, self.window, tokens_q, tokens_k)
+        reach = reach_of(self.causal, self.window, tokens_q + tokens_k)
+        return packed_rows(self.cu_q, self.cu_k, *reach, tokens_q, tokens_k)
 
 
 @dataclass

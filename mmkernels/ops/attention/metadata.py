@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 from mmkernels.ops.checks import INTEGERS, expect_tensor, integer, narrowed, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES
 
-__all__ = ["bits_of", "boundaries", "classes", "vector", "window_size"]
+__all__ = ["Window", "bits_of", "boundaries", "classes", "even_boundaries", "vector", "window_of", "window_size"]
+
+Window = int | tuple[int | None, int | None]
 
 
 def vector(
@@ -43,13 +46,36 @@ def boundaries(name: str, cu_seqlens: Tensor, like: Tensor | None = None) -> Ten
     return cu_seqlens
 
 
-def window_size(window: int | None) -> int | None:
+def window_size(window: int | None, expected: str = "an int or None") -> int | None:
     if window is None:
         return None
-    number = integer("window", window, "an int or None")
+    number = integer("window", window, expected)
     if number < 1:
         wrong_value("window", "at least 1 key", window)
     return number
+
+
+def window_of(window: Any, causal: bool) -> Window | None:
+    """The window of `packed`: an int, which needs `causal`, or the keys seen before and after a query's position."""
+    if not isinstance(window, (tuple, list)):
+        window = window_size(window, "an int, a pair (left, right) or None")
+        if window is not None and not causal:
+            wrong_value("window", "None or a pair (left, right) without causal=True", window)
+        return window
+    if len(window) != 2:
+        wrong_value("window", "a pair (left, right)", window)
+    expected = "ints of at least 0 or None in a pair (left, right)"
+    left, right = (None if side is None else integer("window", side, expected, at_least=0) for side in window)
+    if causal and right:
+        wrong_value("window", "None or 0 after a query's position with causal=True", window)
+    return left, right
+
+
+def even_boundaries(batch: int, tokens: int, name: str, device: torch.device | str | None) -> Tensor:
+    """Boundaries of `batch` samples of `tokens` tokens: int32 [batch + 1]."""
+    if batch * tokens > torch.iinfo(torch.int32).max:
+        wrong_value(name, f"at most {torch.iinfo(torch.int32).max} tokens in the batch", tokens)
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
 
 
 def bits_of(name: str, modalities: Sequence[int]) -> int:

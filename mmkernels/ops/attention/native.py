@@ -56,7 +56,9 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Opti
         native.core.launch_attention_fwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), stream(q))
     else:
         extras = *_pattern(rows), *_extras(rows, options, None)
-        native.core.launch_attention_fwd_cpu(*inputs, options.scale, *outputs, *extras, options.dropout_p, threads())
+        native.core.launch_attention_fwd_cpu(
+            *inputs, options.scale, *outputs, *extras, options.dropout_p, options.softcap or 0.0, threads()
+        )
     return out, lse
 
 
@@ -86,7 +88,9 @@ def attention_bwd(
         native.core.launch_attention_bwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), stream(q))
     else:
         extras = *_pattern(rows), *_extras(rows, options, row_sums)
-        native.core.launch_attention_bwd_cpu(*inputs, options.scale, *outputs, *extras, options.dropout_p, threads())
+        native.core.launch_attention_bwd_cpu(
+            *inputs, options.scale, *outputs, *extras, options.dropout_p, options.softcap or 0.0, threads()
+        )
     if row_sums is not None:
         dbias = bias_gradient(row_sums, rows, options)
     if options.sink is not None:

@@ -1,13 +1,15 @@
 """Reference semantics: PyTorch over the dense score matrix, float64-capable.
 
-    s_ij  = scale <q_i, k_j> + bias[class_q_i, class_k_j]  where i sees j, else -inf
+    s_ij  = cap(scale <q_i, k_j>) + bias[class_q_i, class_k_j]  where i sees j, else -inf
     lse_i = log(exp(sink) + sum_j exp(s_ij))       p_ij = exp(s_ij - lse_i)       out_i = sum_j z_ij p_ij v_j
 
+with cap(x) = softcap tanh(x / softcap) and its derivative cap' = 1 - tanh^2; without softcap x itself, and 1;
 with z_ij = 1 / (1 - dropout_p) for pairs that dropout keeps and 0 for the rest (1 without dropout). With do = dL/dout,
 dlse = dL/dlse, dp_ij = z_ij <do_i, v_j> and delta_i = sum_j p_ij dp_ij - dlse_i:
 
     ds_ij = p_ij (dp_ij - delta_i)      dbias[a, b] = sum of ds_ij over i of class a, j of class b
-    dq_i  = scale sum_j ds_ij k_j       dk_j = scale sum_i ds_ij q_i       dv_j = sum_i z_ij p_ij do_i
+    dx_ij = cap'_ij ds_ij               dv_j = sum_i z_ij p_ij do_i
+    dq_i  = scale sum_j dx_ij k_j       dk_j = scale sum_i dx_ij q_i
     dsink = -sum_i exp(sink - lse_i) delta_i
 
 A row that sees no key has out 0 and lse -inf, with or without a sink, and adds nothing to any gradient. Scores, softmax
@@ -27,9 +29,11 @@ __all__ = [
     "attention_bwd",
     "attention_fwd",
     "bias_gradient",
+    "cap_derivatives",
     "dropout",
     "keep",
     "probabilities",
+    "scaled_products",
     "sink_gradient",
     "weighted_sums",
 ]
@@ -66,9 +70,26 @@ def keep(
     return words >> 1 < round((1 - dropout_p) * 2**31)
 
 
+def scaled_products(q: Tensor, k: Tensor, options: Options) -> Tensor:
+    """scale <q_i, k_j>: float64 [H, Tq, Tk] from q [Tq, H, D], k [Tk, H, D]."""
+    return torch.einsum("qhd,khd->hqk", q.double(), k.double()) * options.scale
+
+
+def cap_derivatives(q: Tensor, k: Tensor, seen: Tensor, options: Options) -> tuple[Tensor, Tensor] | None:
+    """First and second derivative of the soft cap at visible pairs, 0 elsewhere: [H, Tq, Tk]; None without a cap."""
+    if options.softcap is None:
+        return None
+    t = torch.tanh(scaled_products(q, k, options) / options.softcap)
+    slope = 1 - t.square()
+    bend = -2 * t * slope / options.softcap
+    return torch.where(seen, slope, 0.0).to(q.dtype), torch.where(seen, bend, 0.0).to(q.dtype)
+
+
 def probabilities(q: Tensor, k: Tensor, seen: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     """p [H, Tq, Tk] and lse [H, Tq] in q's dtype from q [Tq, H, D], k [Tk, H, D] and seen [Tq, Tk]."""
-    scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * options.scale
+    scores = scaled_products(q, k, options)
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     if options.pair_bias is not None:
         assert rows.class_q is not None and rows.class_k is not None
         scores = scores + options.pair_bias[:, rows.class_q.long()[:, None], rows.class_k.long()]
@@ -138,8 +159,10 @@ def attention_bwd(
     if grad_lse is not None:
         delta = delta - grad_lse.to(dtype)
     ds = torch.where(seen, p * (dp - delta[..., None]), 0.0)
-    dq = weighted_sums(ds * options.scale, y)
-    dk = weighted_sums((ds * options.scale).mT, x).unflatten(1, (k.shape[1], group)).sum(2)
+    cap = cap_derivatives(x, y, seen, options)
+    dx = (ds if cap is None else ds * cap[0]) * options.scale
+    dq = weighted_sums(dx, y)
+    dk = weighted_sums(dx.mT, x).unflatten(1, (k.shape[1], group)).sum(2)
     dv = weighted_sums((p if z is None else p * z).mT, do).unflatten(1, (k.shape[1], group)).sum(2)
     dbias, dsink = lse.new_empty(0), lse.new_empty(0)
     if options.pair_bias is not None:

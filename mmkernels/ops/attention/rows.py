@@ -7,9 +7,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.metadata import Window
 from mmkernels.ops.attention.types import MaskRows
 
-__all__ = ["cross_rows", "dense_rows", "media_rows", "multimodal_rows", "packed_rows", "prefix_rows", "query_hull"]
+__all__ = [
+    "cross_rows",
+    "dense_rows",
+    "media_rows",
+    "multimodal_rows",
+    "packed_rows",
+    "prefix_rows",
+    "query_hull",
+    "reach_of",
+]
 
 
 def dense_rows(samples: int, tokens_q: int, tokens_k: int, device: torch.device) -> MaskRows:
@@ -42,8 +52,17 @@ def segments_of(cu_seqlens: Tensor, tokens: int) -> Segments:
     return Segments(index, token - cu_seqlens[index], inside)
 
 
-def packed_rows(cu_q: Tensor, cu_k: Tensor, causal: bool, window: int | None, tokens_q: int, tokens_k: int) -> MaskRows:
-    """Rows of `packed`: with d = len_k - len_q, query p of a segment sees its keys p + d - window < j <= p + d."""
+def reach_of(causal: bool, window: Window | None, tokens: int) -> tuple[int | None, int | None]:
+    """How many keys before and after its position a query sees; None: all. Wider than `tokens` would overflow int32."""
+    left, right = window if isinstance(window, tuple) else (None if window is None else window - 1, None)
+    right = 0 if causal else right
+    return None if left is None else min(left, tokens), None if right is None else min(right, tokens)
+
+
+def packed_rows(
+    cu_q: Tensor, cu_k: Tensor, left: int | None, right: int | None, tokens_q: int, tokens_k: int
+) -> MaskRows:
+    """Rows of `packed`: query p of a segment sees its keys p + d - left to p + d + right, with d = len_k - len_q."""
     if cu_q.shape[0] == 1:
         cu_q, cu_k = cu_q.expand(2), cu_k.expand(2)
     begin_q, end_q, begin_k, end_k = cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]
@@ -51,15 +70,13 @@ def packed_rows(cu_q: Tensor, cu_k: Tensor, causal: bool, window: int | None, to
     q, k = segments_of(cu_q, tokens_q), segments_of(cu_k, tokens_k)
     lo, hi = begin_k[q.segment], end_k[q.segment]
     first_q, last_q = begin_q[k.segment], end_q[k.segment]
-    if causal:
-        past_self = lo + q.position + offset[q.segment] + 1
-        sees_self = first_q + k.position - offset[k.segment]
-        if window is not None:
-            window = min(window, tokens_k)  # wider ones hide nothing, and would overflow int32
-            lo = torch.maximum(lo, past_self - window)
-            last_q = torch.minimum(last_q, sees_self + window)
-        hi = torch.minimum(hi, past_self)
-        first_q = torch.maximum(first_q, sees_self)
+    itself, sees_itself = lo + q.position + offset[q.segment], first_q + k.position - offset[k.segment]
+    if left is not None:
+        lo = torch.maximum(lo, itself - left)
+        last_q = torch.minimum(last_q, sees_itself + left + 1)
+    if right is not None:
+        hi = torch.minimum(hi, itself + right + 1)
+        first_q = torch.maximum(first_q, sees_itself - right)
     return normalised(lo, hi, q.inside, first_q, last_q, k.inside)
 
 
@@ -179,5 +196,5 @@ def media_rows(cu_q: Tensor, cu_k: Tensor, media_q: Tensor, media_k: Tensor, eve
 
 def cross_rows(cu_q: Tensor, cu_k: Tensor, blind: Tensor | None, tokens: tuple[int, int]) -> MaskRows:
     """Each query sees its sample's keys, except the `blind` [Tq]."""
-    rows = packed_rows(cu_q, cu_k, False, None, *tokens)
+    rows = packed_rows(cu_q, cu_k, None, None, *tokens)
     return rows if blind is None else rows.changed(hi=torch.where(blind, rows.lo, rows.hi))

@@ -2,14 +2,16 @@
 
 Tangents are written with a prime; s, p, z, dp, delta are as in reference.py::
 
-    s'_ij = scale (<q'_i, k_j> + <q_i, k'_j>) + bias'        lse'_i = sum_j p_ij s'_ij (+ p_sink,i sink')
+    x'_ij = scale (<q'_i, k_j> + <q_i, k'_j>)                s'_ij = cap'_ij x'_ij + bias'
+    lse'_i = sum_j p_ij s'_ij (+ p_sink,i sink')
     p'_ij = p_ij (s'_ij - lse'_i)                            out'_i = sum_j z_ij (p'_ij v_j + p_ij v'_j)
 
 and of the gradient, ds_ij = p_ij (dp_ij - delta_i)::
 
     dp'_ij = z_ij <do_i, v'_j>         delta'_i = sum_j p'_ij dp_ij + p_ij dp'_ij
     ds'_ij = p'_ij (dp_ij - delta_i) + p_ij (dp'_ij - delta'_i)
-    dq'_i  = scale sum_j ds'_ij k_j + ds_ij k'_j             dk'_j = scale sum_i ds'_ij q_i + ds_ij q'_i
+    dx_ij  = cap'_ij ds_ij                                   dx'_ij = cap'_ij ds'_ij + cap''_ij x'_ij ds_ij
+    dq'_i  = scale sum_j dx'_ij k_j + dx_ij k'_j             dk'_j = scale sum_i dx'_ij q_i + dx_ij q'_i
     dv'_j  = sum_i z_ij p'_ij do_i                           dbias' = sums of ds'
     dsink' = -sum_i p'_sink,i delta_i + p_sink,i delta'_i
 
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from mmkernels.ops.attention.reference import (
     bias_gradient,
+    cap_derivatives,
     dropout,
     probabilities,
     weighted_sums,
@@ -177,7 +180,9 @@ class _Call:
         p, lse = probabilities(q, k, seen, rows, options)
         z = dropout(options, q.shape[1], seen, q.dtype, (queries.start, keys.start))
         moved = torch.einsum("qhd,khd->hqk", dq, k) + torch.einsum("qhd,khd->hqk", q, dk)
-        moved = moved * options.scale
+        moved_x = torch.where(seen, moved * options.scale, 0.0)
+        cap = cap_derivatives(q, k, seen, options)
+        moved = moved_x if cap is None else moved_x * cap[0]
         if self.tangent_bias is not None:
             assert rows.class_q is not None and rows.class_k is not None
             moved = moved + self.tangent_bias[:, rows.class_q.long()[:, None], rows.class_k.long()].to(q.dtype)
@@ -190,7 +195,10 @@ class _Call:
             return
         do, dlse = grad_out[queries].to(q.dtype), None if grad_lse is None else grad_lse[:, queries].to(q.dtype)
         ds, moved_ds, delta, moved_delta = softmax.scores(do, dlse, v, dv)
-        w, moved_w = ds * options.scale, moved_ds * options.scale
+        w, moved_w = ds, moved_ds
+        if cap is not None:
+            w, moved_w = ds * cap[0], moved_ds * cap[0] + ds * moved_x * cap[1]
+        w, moved_w = w * options.scale, moved_w * options.scale
         self.grads[0][queries] = weighted_sums(moved_w, k) + weighted_sums(w, dk)
         self.grads[1][keys] += grouped(weighted_sums(moved_w.mT, q) + weighted_sums(w.mT, dq), self.kv_heads)
         self.grads[2][keys] += grouped(softmax.moved_dv(do), self.kv_heads)

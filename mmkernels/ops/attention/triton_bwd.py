@@ -25,23 +25,21 @@ from mmkernels.ops.attention.triton_fwd import (
     SKIP,
     as_extras,
     as_heads,
-    bias_of,
-    exponential,
     hull,
-    in_log2,
     keep_tile,
     key_ranges,
     load_ints,
     load_keys,
     load_queries,
     load_tile,
-    needs_registers,
     of_head,
+    register_pressure,
     store_tile,
     tile_state,
     tiles,
     visible,
 )
+from mmkernels.ops.attention.triton_scores import bias_of, exponential, in_log2, score_tile
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.triton_common import block_dim, cast, dot, generation, unit_rows
 
@@ -79,7 +77,7 @@ def _gather_queries(
     b_q = load_tile(of_head(q, i_h), o_m, Tq, D, BLOCK_D, True)
     b_do = load_tile(of_head(do, i_h), o_m, Tq, DV, BLOCK_DV, True)
     b_lse = in_log2(tl.load(lse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0), b_k.dtype)
-    b_s = dot(b_k, tl.trans(b_q)) * in_log2(extras.scale, b_k.dtype)  # [BLOCK_N, BLOCK_M]
+    b_s, b_slope = score_tile(extras, dot(b_k, tl.trans(b_q)), b_k.dtype)  # [BLOCK_N, BLOCK_M]
     # Load these only now: the rows of the largest tiles fill the registers.
     if extras.pair_bias is not None:
         b_s += bias_of(extras, i_h, load_ints(rows.class_q, o_m, Tq)[None, :], keys.kind[:, None], b_k.dtype)
@@ -96,6 +94,8 @@ def _gather_queries(
         b_dv += dot(cast(b_p, b_do.dtype), b_do)
     b_delta = tl.load(delta_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
     b_ds = b_p * (b_dp - b_delta[None, :])
+    if extras.softcap is not None:
+        b_ds = b_ds * b_slope
     b_dk += dot(cast(b_ds, b_q.dtype), b_q)
     return b_dk, b_dv
 
@@ -147,7 +147,7 @@ def _gather_keys(
     keys = load_keys(rows, start, end, BLOCK_N)
     b_k = load_tile(k, keys.index, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
     b_v = load_tile(v, keys.index, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
-    b_s = dot(b_q, tl.trans(b_k)) * in_log2(extras.scale, b_q.dtype)  # [BLOCK_M, BLOCK_N]
+    b_s, b_slope = score_tile(extras, dot(b_q, tl.trans(b_k)), b_q.dtype)  # [BLOCK_M, BLOCK_N]
     if extras.pair_bias is not None:
         b_s += bias_of(extras, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
     b_p = exponential(b_s - b_lse[:, None], b_q.dtype)
@@ -159,7 +159,10 @@ def _gather_keys(
         b_dp = tl.where(tl.trans(m_keep), b_dp * extras.keep_factor, 0.0)
     b_exact = b_p * (b_dp - b_delta[:, None])  # [BLOCK_M, BLOCK_N]
     b_ds = cast(b_exact, b_k.dtype)
-    b_dq += dot(b_ds, b_k)
+    if extras.softcap is not None:
+        b_dq += dot(cast(b_exact * b_slope, b_k.dtype), b_k)
+    else:
+        b_dq += dot(b_ds, b_k)
     if extras.pair_bias is not None:
         b_one = keys.kind[:, None] == tl.arange(0, BLOCK_C)[None, :]  # [BLOCK_N, BLOCK_C]
         b_one = cast(tl.where(b_one, 1.0, 0.0), b_ds.dtype)
@@ -230,15 +233,17 @@ def _attention_dq_kernel(
         tl.store(row_sums_ptr + o_c[None, :].to(tl.int64) * Tq + o_m[:, None], b_sums, mask=m_sums)
 
 
-def dkdv_config(needs_registers: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
+def dkdv_config(pressure: int, single: bool, head_dim: int, major: int) -> dict[str, int]:
     """As `fwd_config`, without spills on sm_80, sm_90 and sm_100."""
-    if needs_registers:
+    if pressure:
         if single:
-            return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
+            return tiles(16, 32 if pressure == 1 else 16, 4) if head_dim <= 64 else tiles(16, 16, 8)
         if head_dim <= 128:
             if major >= 9:
-                return tiles(32, 64, 8)
+                return tiles(32, 64 if pressure == 1 else 32, 8)
             return tiles(16, 64, 4) if head_dim <= 64 else tiles(16, 64, 8)
+        if major >= 9 and pressure == 2:
+            return tiles(32, 16, 8)
         return tiles(32, 32, 8) if major != 9 else tiles(16, 32, 8)
     if single:
         return tiles(32, 32, 4) if head_dim <= 64 else tiles(16, 16, 4)
@@ -247,9 +252,9 @@ def dkdv_config(needs_registers: bool, single: bool, head_dim: int, major: int) 
     return tiles(32, 64, 8, 2) if head_dim <= 128 else tiles(32, 32, 8)
 
 
-def dq_config(needs_registers: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
+def dq_config(pressure: int, single: bool, head_dim: int, major: int) -> dict[str, int]:
     """As `fwd_config`, without spills on sm_80, sm_90 and sm_100."""
-    if needs_registers:
+    if pressure:
         if single:
             return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
         if head_dim <= 128:
@@ -285,7 +290,7 @@ def attention_bwd(
     delta, dbias, dsink, row_sums = torch.empty_like(lse), lse.new_empty(0), lse.new_empty(0), None
     if options.pair_bias is not None:
         row_sums = lse.new_empty((H, options.pair_bias.shape[2], Tq))
-    case = needs_registers(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device)
+    case = register_pressure(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device)
     sizes = {"D": D, "DV": DV, "BLOCK_D": block_dim(D), "BLOCK_DV": block_dim(DV)}
     inputs = tuple(as_heads(x) for x in (q, k, v, do))
     scalars = rows, as_extras(options), Tq, Tk, H // Hkv

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.attention.triton_scores import bias_of, exponential, in_log2, score_tile
 from mmkernels.ops.attention.types import MaskRows, Options
-from mmkernels.ops.triton_common import LN_2, LOG2_E, block_dim, cast, dot, generation, unit_rows
+from mmkernels.ops.triton_common import LN_2, block_dim, cast, dot, generation, unit_rows
 
 __all__ = ["attention_fwd"]
 
@@ -60,6 +61,8 @@ class Extras(NamedTuple):
     seed: Any  # [1]
     keep_below: Any  # dropout keeps 31-bit words below this
     keep_factor: Any
+    softcap: Any
+    scale_in_cap: Any  # scale / softcap
 
 
 class Queries(NamedTuple):
@@ -185,28 +188,6 @@ def key_ranges(queries, Tq, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def in_log2(x, dtype: tl.constexpr):
-    """Convert a score factor or natural logarithm to the units of scores: natural for float32, log2 otherwise."""
-    return x if dtype == tl.float32 else x * LOG2_E
-
-
-@triton.jit
-def exponential(x, dtype: tl.constexpr):
-    """exp of a score difference in those units."""
-    return tl.exp2(x * LOG2_E) if dtype == tl.float32 else tl.exp2(x)
-
-
-@triton.jit
-def bias_of(extras, i_h, b_class_q, b_class_k, dtype: tl.constexpr):
-    """The pair bias of scores, from classes broadcast against each other. A class out of range gives NaN: the error is
-    visible, and nothing is read out of bounds."""
-    m_inside = (b_class_q >= 0) & (b_class_q < extras.classes_q) & (b_class_k >= 0) & (b_class_k < extras.classes_k)
-    table_ptr = extras.pair_bias + i_h * extras.classes_q * extras.classes_k
-    b_bias = tl.load(table_ptr + b_class_q * extras.classes_k + b_class_k, mask=m_inside, other=float("nan"))
-    return in_log2(b_bias, dtype)
-
-
-@triton.jit
 def keep_tile(extras, i_h, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The pairs of a tile that dropout keeps, [BLOCK_N, BLOCK_M]; its first query is a multiple of 4.
 
@@ -231,7 +212,7 @@ def _attend(
     """Online softmax over the keys [start, start + BLOCK_N), those before `end` if MASKED."""
     keys = load_keys(rows, start, end, BLOCK_N)
     b_k = load_tile(k, keys.index, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-    b_s = dot(b_q, tl.trans(b_k)) * in_log2(extras.scale, b_q.dtype)  # [BLOCK_M, BLOCK_N]
+    b_s, _ = score_tile(extras, dot(b_q, tl.trans(b_k)), b_q.dtype)  # [BLOCK_M, BLOCK_N]
     if extras.pair_bias is not None:
         b_s += bias_of(extras, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
     if MASKED:
@@ -310,12 +291,12 @@ def tiles(block_m: int, block_n: int, num_warps: int, num_stages: int = 1) -> di
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def fwd_config(needs_registers: bool, single: bool, head_dim: int, major: int) -> dict[str, int]:
+def fwd_config(pressure: int, single: bool, head_dim: int, major: int) -> dict[str, int]:
     """Tiles and launch options without spills on compute capability `major` (a float32 product is three of tf32).
 
-    `needs_registers`: for a pattern, a bias or dropout; these tiles lie inside tiles of the tile map.
+    `pressure`: register_pressure of the call; where it is not 0, tiles lie inside tiles of the tile map.
     """
-    if needs_registers:
+    if pressure:
         if single:
             return tiles(32, 32, 8) if head_dim <= 64 else tiles(16, 16, 4)
         if head_dim <= 64:
@@ -338,12 +319,17 @@ def as_extras(options: Options) -> Extras:
     bias, seed, kept = options.pair_bias, options.seed, 1 - options.dropout_p
     classes_q, classes_k = (None, None) if bias is None else bias.shape[1:]
     keep_below, keep_factor = (None, None) if seed is None else (round(kept * 2**31), 1 / kept)
-    return Extras(options.scale, bias, classes_q, classes_k, options.sink, seed, keep_below, keep_factor)
+    cap, scale = options.softcap, options.scale
+    of_cap = (None, None) if cap is None else (cap, scale / cap)
+    return Extras(scale, bias, classes_q, classes_k, options.sink, seed, keep_below, keep_factor, *of_cap)
 
 
-def needs_registers(rows: MaskRows, options: Options) -> bool:
-    """Whether a call needs smaller tiles to leave registers for a pattern, a bias or dropout (a sink needs none)."""
-    return rows.tiles is not None or options.pair_bias is not None or options.seed is not None
+def register_pressure(rows: MaskRows, options: Options) -> int:
+    """How many registers a call needs beside its tiles, which must leave them: 0 without options (a sink needs none), 1
+    with a pattern, a bias or dropout, 2 with a soft cap."""
+    if options.softcap is not None:
+        return 2
+    return int(rows.tiles is not None or options.pair_bias is not None or options.seed is not None)
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
@@ -354,7 +340,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Opti
     lse = torch.empty((H, Tq), dtype=torch.float32, device=q.device)
     if Tq == 0:
         return out, lse
-    config = fwd_config(needs_registers(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device))
+    config = fwd_config(register_pressure(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device))
     _attention_fwd_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
         as_heads(q), as_heads(k), as_heads(v), as_heads(out), lse, rows, as_extras(options), Tq, Tk, H // Hkv,
         D=D, DV=DV, BLOCK_D=block_dim(D), BLOCK_DV=block_dim(DV), **config,

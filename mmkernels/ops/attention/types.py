@@ -69,7 +69,8 @@ class MaskRows(NamedTuple):
 class Options(NamedTuple):
     """A call's options besides q, k, v and the mask.
 
-    pair_bias [H, Cq, Ck] and sink [H] in the dtype of lse; seed int64 [1] of dropout, set if dropout_p > 0.
+    pair_bias [H, Cq, Ck] and sink [H] in the dtype of lse; seed int64 [1] of dropout, set if dropout_p > 0; softcap is
+    positive, or None.
     """
 
     pair_bias: Tensor | None
@@ -77,3 +78,4 @@ class Options(NamedTuple):
     seed: Tensor | None
     dropout_p: float
     scale: float
+    softcap: float | None = None

@@ -1,7 +1,7 @@
 """Every Triton configuration of attention and its parts.
 
 For `attention` one head dim per tile size and a padded one, on each architecture, because tiles differ: without
-options, and with all of them. For the parts, every kind of launch.
+options, with a pattern, bias, sink and dropout, and with all of them. For the parts, every kind of launch.
 """
 
 from __future__ import annotations
@@ -52,32 +52,36 @@ def _case(
 _BARE = (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 64), ("fp32", 128))
 _RICH = (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128))
 
+# The fields of Extras after the scale, and how many of them a launch of each register pressure has.
+_EXTRAS = ("*fp32", "i32", "i32", "*fp32", "*i64", "i32", "fp32", "fp32", "fp32")
+_OF_PRESSURE = (0, 7, 9)
+
 
 def _attention() -> Iterator[TritonCase]:
-    launches = [(*launch, False) for launch in _BARE] + [(*launch, True) for launch in _RICH]
-    for arch, (kind, D, needs_registers) in itertools.product(TRITON_ARCHS, launches):
-        label = f"[{kind},D={D}{',all options' * needs_registers},sm_{arch}]"
+    launches = [(*launch, 0) for launch in _BARE] + [(*launch, p) for launch in _RICH for p in (1, 2)]
+    for arch, (kind, D, pressure) in itertools.product(TRITON_ARCHS, launches):
+        label = f"[{kind},D={D}{('', ',pattern bias dropout', ',all options')[pressure]},sm_{arch}]"
         x, block = _heads(kind), block_dim(D)
-        of_extras = ("*fp32", "i32", "i32", "*fp32", "*i64", "i32", "fp32") if needs_registers else (None,) * 7
+        of_extras = _EXTRAS[: _OF_PRESSURE[pressure]] + (None,) * (len(_EXTRAS) - _OF_PRESSURE[pressure])
         inputs: dict[str, Any] = {
             **dict.fromkeys(("q", "k", "v"), x),
             "lse_ptr": "*fp32",
-            "rows": _rows(11 if needs_registers else 4),
+            "rows": _rows(11 if pressure else 4),
             "extras": Extras("fp32", *of_extras),
             **dict.fromkeys(("Tq", "Tk", "group"), "i32"),
         }
         grads = inputs | {"do": x, "delta_ptr": "*fp32"}
-        of_bias = dict.fromkeys(("row_sums_ptr", "dlse_ptr"), "*fp32" if needs_registers else None)
+        of_bias = dict.fromkeys(("row_sums_ptr", "dlse_ptr"), "*fp32" if pressure else None)
         sizes = {"D": D, "DV": D, "BLOCK_D": block, "BLOCK_DV": block}
-        case, more = (needs_registers, kind == "fp32", D, arch // 10), {"tensor_cores": True, "archs": (arch,)}
+        case, more = (pressure, kind == "fp32", D, arch // 10), {"tensor_cores": True, "archs": (arch,)}
         kernel, config = triton_fwd._attention_fwd_kernel, triton_fwd.fwd_config(*case)
         yield _case(f"attention_fwd{label}", kernel, inputs | {"out": x}, sizes, config, **more)
         kernel, config = triton_bwd._attention_dkdv_kernel, triton_bwd.dkdv_config(*case)
         yield _case(f"attention_dkdv{label}", kernel, grads | {"dk": x, "dv": x}, sizes, config, **more)
         kernel, config = triton_bwd._attention_dq_kernel, triton_bwd.dq_config(*case)
-        classes = {"BLOCK_C": 32 if needs_registers else 16}
+        classes = {"BLOCK_C": 32 if pressure else 16}
         yield _case(f"attention_dq{label}", kernel, grads | of_bias | {"dq": x}, sizes | classes, config, **more)
-        if not needs_registers:
+        if not pressure:
             signature = {"do": x, "out": x, "dlse_ptr": "*fp32", "delta_ptr": "*fp32", "Tq": "i32"}
             sizes = {"DV": D, "BLOCK_DV": block, "BLOCK_M": triton_bwd.DELTA_BLOCK_M}
             kernel = triton_bwd._attention_delta_kernel

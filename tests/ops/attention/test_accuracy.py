@@ -18,6 +18,7 @@ from mmkernels.testing.attention import (
     Gradients,
     MaskCase,
     cancelling_terms,
+    capped,
     dense_mask,
     make_inputs,
     plain,
@@ -42,7 +43,7 @@ def product_terms(x: AttentionInputs, with_lse: bool) -> dict[str, Tensor]:
     k, v = (t.repeat_interleave(group, 1) for t in (x.k, x.v))
     scale = x.q.shape[-1] ** -0.5 if x.scale is None else x.scale
     scores, of_scores = (torch.einsum("qhd,khd->hqk", *both) for both in ((q, k), (q.abs(), k.abs())))
-    scores, of_scores = scores * scale, of_scores * abs(scale)
+    scores, of_scores = capped(scores * scale, x.softcap), of_scores * abs(scale)
     if x.pair_bias is not None:
         class_q, class_k = (ids.long() for ids in x.mask.classes)
         scores = scores + x.pair_bias[:, class_q[:, None], class_k]
@@ -196,6 +197,9 @@ OPTIONS = {
     "sink": ("image_spans", {"sink": True}),
     "dropout": ("image_spans", {"dropout_p": 0.3}),
     "all": ("image_spans", {"classes": (2, 2), "sink": True, "dropout_p": 0.1}),
+    "softcap": ("packed_causal", {"softcap": 1.5}),
+    "softcap_far": ("cross", {"softcap": 20.0, "amplitude": 40.0, "scale": -0.3}),
+    "softcap_and_all": ("cross_only", {"softcap": 2.0, "classes": (2, 2), "sink": True, "dropout_p": 0.1}),
     "all_and_pattern": ("cross_only", {"classes": (2, 2), "sink": True, "dropout_p": 0.1}),
 }
 
@@ -206,7 +210,7 @@ def assert_option(
     mask, options = OPTIONS[option]
     case = times(MASKS[mask], factor)
     sizes = {"heads": heads[0], "kv_heads": heads[1], "dim": 40, "dtype": dtype, **options}
-    count = 3 if option == "all_and_pattern" else draws(backend, device=device)
+    count = 3 if option.endswith("_pattern") or option == "softcap_and_all" else draws(backend, device=device)
     inputs = [make_inputs(*case.tokens, **sizes, mask=case.mask(), seed=seed) for seed in range(count)]
     assert_right(inputs, backend, with_lse=option != "bias", case=option, device=device)
 
@@ -227,6 +231,9 @@ options_in_triton = pytest.mark.parametrize(
         ("dropout", torch.float16),
         ("all", torch.float32),
         ("all_and_pattern", torch.bfloat16),
+        ("softcap", torch.float32),
+        ("softcap_far", torch.bfloat16),
+        ("softcap_and_all", torch.float16),
     ],
     ids=str,
 )

@@ -65,6 +65,18 @@ def test_a_sink_is_a_key_without_a_value(backend):
         torch.testing.assert_close(out, bare if height < 0 else torch.zeros_like(bare))
 
 
+def test_a_soft_cap_bounds_the_scores(backend):
+    q, k, v = qkv(kv_heads=4)
+    bare = attention(q, k, v, MASK, backend=backend)
+    torch.testing.assert_close(attention(q, k, v, MASK, softcap=1e4, backend=backend), bare)
+    mean = attention(torch.zeros_like(q), k, v, MASK, backend=backend)
+    torch.testing.assert_close(attention(q, k, v, MASK, softcap=1e-30, backend=backend), mean)
+    large = attention(q * 1e15, k * 1e15, v, MASK, softcap=0.5, return_lse=True, backend=backend)
+    signs = torch.einsum("qhd,khd->hqk", q, k).sign()
+    expected = torch.logsumexp((0.5 * signs).masked_fill(~MASK.to_dense(), -torch.inf), -1)
+    torch.testing.assert_close(large[1], expected)
+
+
 def test_a_query_that_sees_nothing_has_no_sink(backend):
     mask = AttentionMask.cross_only(cu_seqlens_of((3, 2)), torch.tensor([0, 1, 1, 0, 0], dtype=torch.uint8))
     q, k, v = (x.requires_grad_() for x in qkv(5))
@@ -182,6 +194,7 @@ def test_cuda_kernels_say_what_they_do_not_take():
     for what in ("spans and classes in a mask", "pair_bias", "sink", "dropout_p"):
         assert what in reason
     assert "sink" in _limits(q, q, bare[0], bare[1]._replace(sink=torch.zeros(4)))["native"]
+    assert "softcap" in _limits(q, q, bare[0], bare[1]._replace(softcap=30.0))["native"]
     assert _limits(q, q, *bare) is None
     assert _limits(torch.empty(10, 4, 8), q, *given) is None
 
@@ -264,6 +277,13 @@ BAD = {
         (dict(sink=torch.zeros(3)), ValueError, r"sink: expected \[4\], one per head"),
         (dict(sink=0.5), TypeError, r"sink: expected \[H\] floating point, got 0.5"),
         (dict(sink=torch.zeros(4, dtype=torch.int32)), TypeError, r"sink: expected \[H\] floating point"),
+    ],
+    "softcap": [
+        (dict(softcap=0.0), ValueError, r"softcap: expected a number from 1e-30 to 1e\+30, got 0.0"),
+        (dict(softcap=-1.0), ValueError, "softcap: expected a number from 1e-30"),
+        (dict(softcap=float("inf")), ValueError, "softcap: expected a number from 1e-30"),
+        (dict(softcap=float("nan")), ValueError, "softcap: expected a number from 1e-30"),
+        (dict(softcap=True), TypeError, "softcap: expected a float or None"),
     ],
     "dropout_p": [
         (dict(dropout_p=1.0), ValueError, r"dropout_p: expected a probability in \[0, 1\), got 1.0"),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import AttentionMask, GradCache, attention
+from mmkernels.ops.attention.types import Options
 from mmkernels.testing.attention import make_inputs
 from mmkernels.testing.packing import cu_seqlens_of
 
@@ -28,13 +29,15 @@ def leaves(tokens=10, heads=4, kv_heads=2, dim=8):
 def arguments(dropout_p=0.25, scale=0.3):
     """Every argument of the bare op after q, k, v and before the backend, each option in use."""
     seed = torch.tensor([11])
-    options = torch.randn(4, 2, 2, requires_grad=True), torch.randn(4, requires_grad=True), seed, dropout_p, scale
-    return (*CROSS.rows_with_classes(10, 10, (2, 2)), *options)
+    learned = torch.randn(4, 2, 2, requires_grad=True), torch.randn(4, requires_grad=True)
+    return (*CROSS.rows_with_classes(10, 10, (2, 2)), *Options(*learned, seed, dropout_p, scale, softcap=2.0))
+
+
+NONE = Options(None, None, None, 0.0, 8**-0.5)
 
 
 def test_opcheck(backend):
-    plain_rows, none = MASK.rows(10, 10), (None, None, None, 0.0, 0.3)
-    for extra in ((*plain_rows, *none), arguments()):
+    for extra in ((*MASK.rows(10, 10), *NONE), arguments()):
         torch.library.opcheck(OPS.attention_fwd.default, (*leaves(), *extra, backend))
         q, k, v = (x.detach() for x in leaves())
         extra = [x.detach() if isinstance(x, Tensor) else x for x in extra]
@@ -62,6 +65,8 @@ def test_fullgraph_compile(backend, mask_in_graph):
 
 
 BUILDERS = {
+    "window": lambda cu, modalities, spans: AttentionMask.packed(cu, window=(2, 1)),
+    "batched": lambda cu, modalities, spans: AttentionMask.batched(2, 5, window=(None, 1), device=cu.device),
     "multimodal": lambda cu, modalities, spans: AttentionMask.multimodal(cu, modalities, spans, window=4),
     "prefix": lambda cu, modalities, spans: AttentionMask.prefix(cu, (cu[1:] - cu[:-1] + 1) // 2),
     "media": lambda cu, modalities, spans: AttentionMask.media(cu, cu, spans, spans.clamp(min=1)),
@@ -87,7 +92,7 @@ def test_builders_compile(build):
 
 def test_options_compile(backend):
     def loss(q, k, v, bias, sink):
-        out = attention(q, k, v, CROSS, pair_bias=bias, sink=sink, dropout_p=0.25, backend=backend)
+        out = attention(q, k, v, CROSS, softcap=2.0, pair_bias=bias, sink=sink, dropout_p=0.25, backend=backend)
         return out.square().sum()
 
     torch.compiler.reset()
@@ -127,7 +132,7 @@ def test_functorch(backend):
 def test_bare_op_and_checkpoint(backend):
     q, k, v = leaves()
     expected = torch.autograd.grad(attention(q, k, v, MASK, backend=backend).sum(), q)[0]
-    bare = OPS.attention_fwd(q, k, v, *MASK.rows(10, 10), None, None, None, 0.0, 8**-0.5, backend)[0]
+    bare = OPS.attention_fwd(q, k, v, *MASK.rows(10, 10), *NONE, backend)[0]
     assert torch.equal(torch.autograd.grad(bare.sum(), q)[0], expected)
     again = torch.utils.checkpoint.checkpoint(attention, q, k, v, MASK, backend=backend, use_reentrant=False)
     assert torch.equal(torch.autograd.grad(again.sum(), q)[0], expected)

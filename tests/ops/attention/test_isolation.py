@@ -19,6 +19,8 @@ CASES = {
     "media_own": ("media_own", {}),
     "cross_only": ("cross_only", {"classes": (2, 2), "dropout_p": 0.2}),
     "noise": ("noise", {"sink": True}),
+    "softcap": ("image_spans", {"softcap": 2.0}),
+    "softcap_long": ("packed_causal", {"softcap": 2.0}),
 }
 # Without Triton: docs/numerics.md says how far a NaN can reach in a tile.
 BACKENDS = [*(("native", dtype) for dtype in backends.DTYPES), ("reference", torch.float32)]

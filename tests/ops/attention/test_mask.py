@@ -12,17 +12,23 @@ from mmkernels.testing.packing import cu_seqlens_of
 
 segments = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=6)
 window = st.none() | st.integers(1, 9)
+side = st.none() | st.integers(0, 9)
+pair_of_sides = st.none() | st.tuples(side, side)
 
 
 def dense_packed(lengths_q, lengths_k, causal, window):
-    """The definition, pair by pair."""
+    """The definition, pair by pair; `window` is an int or a pair."""
+    if not isinstance(window, tuple):
+        window = (None if window is None else window - 1, None)
+    left, right = window
+    right = 0 if causal else right
     mask = torch.zeros(sum(lengths_q), sum(lengths_k), dtype=torch.bool)
     begin_q = begin_k = 0
     for len_q, len_k in zip(lengths_q, lengths_k, strict=True):
         for p in range(len_q):
             last = p + len_k - len_q
             for j in range(len_k):
-                visible = not causal or (j <= last and (window is None or j > last - window))
+                visible = (left is None or j >= last - left) and (right is None or j <= last + right)
                 mask[begin_q + p, begin_k + j] = visible
         begin_q, begin_k = begin_q + len_q, begin_k + len_k
     return mask
@@ -66,6 +72,36 @@ def test_packed(pairs, causal, window):
     lengths_q, lengths_k = [q for q, _ in pairs], [k for _, k in pairs]
     mask = AttentionMask.packed(cu_seqlens_of(lengths_q), cu_seqlens_of(lengths_k), causal=causal, window=window)
     check(mask, dense_packed(lengths_q, lengths_k, causal, window))
+
+
+@settings(max_examples=300, deadline=None)
+@given(segments, st.booleans(), side, side)
+def test_windows_of_two_sides(pairs, causal, left, right):
+    right = None if causal and right else right
+    lengths_q, lengths_k = [q for q, _ in pairs], [k for _, k in pairs]
+    cu = cu_seqlens_of(lengths_q), cu_seqlens_of(lengths_k)
+    mask = AttentionMask.packed(*cu, causal=causal, window=(left, right))
+    check(mask, dense_packed(lengths_q, lengths_k, causal, (left, right)))
+    if causal and left is not None:
+        same = AttentionMask.packed(*cu, causal=True, window=left + 1).rows(sum(lengths_q), sum(lengths_k))
+        for ours, theirs in zip(mask.rows(sum(lengths_q), sum(lengths_k)), same, strict=True):
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 4),
+    st.integers(0, 7),
+    st.none() | st.integers(0, 7),
+    st.booleans(),
+    st.none() | st.tuples(side, side),
+)
+def test_batched(batch, tokens_q, tokens_k, causal, window):
+    if causal and window is not None:
+        window = window[0], None
+    mask = AttentionMask.batched(batch, tokens_q, tokens_k, causal=causal, window=window)
+    tokens_k = tokens_q if tokens_k is None else tokens_k
+    check(mask, dense_packed([tokens_q] * batch, [tokens_k] * batch, causal, window))
 
 
 @settings(max_examples=200, deadline=None)

@@ -15,6 +15,11 @@ length = st.sampled_from([0, 1, 2, 15, 17, 33, 64, 65])
 window = st.none() | st.sampled_from([1, 5, 40])
 
 
+def sides(causal):
+    reach = st.none() | st.sampled_from([0, 4, 33])
+    return st.tuples(reach, st.sampled_from([None, 0]) if causal else reach)
+
+
 def column(values, dtype):
     return torch.tensor(values, dtype=dtype)
 
@@ -35,7 +40,10 @@ def packed(draw):
     lengths_q = lengths_of(draw)
     lengths_k = draw(st.lists(length, min_size=len(lengths_q), max_size=len(lengths_q)))
     causal = draw(st.booleans())
-    options = {"causal": causal, "window": draw(window) if causal else None}
+    options = {
+        "causal": causal,
+        "window": draw(sides(causal)) if draw(st.booleans()) else draw(window) if causal else None,
+    }
     return (
         AttentionMask.packed(cu_seqlens_of(lengths_q), cu_seqlens_of(lengths_k), **options),
         sum(lengths_q),

@@ -55,8 +55,25 @@ BAD = {
         (
             lambda: AttentionMask.packed(cu_seqlens_of([3]), window=2),
             ValueError,
-            "window: expected None without causal=True",
+            r"window: expected None or a pair \(left, right\) without causal=True",
         ),
+        (
+            lambda: AttentionMask.packed(cu_seqlens_of([3]), causal=True, window=(1, 1)),
+            ValueError,
+            r"window: expected None or 0 after a query's position with causal=True, got \(1, 1\)",
+        ),
+        (lambda: AttentionMask.packed(cu_seqlens_of([3]), window=(1, 2, 3)), ValueError, "window: expected a pair"),
+        (
+            lambda: AttentionMask.packed(cu_seqlens_of([3]), window=(-1, None)),
+            ValueError,
+            "window: expected ints of at least 0 or None",
+        ),
+        (
+            lambda: AttentionMask.packed(cu_seqlens_of([3]), window=(1.0, 0)),
+            TypeError,
+            "window: expected ints of at least 0 or None",
+        ),
+        (lambda: AttentionMask.packed(cu_seqlens_of([3]), window="3"), TypeError, "window: expected an int, a pair"),
         (
             lambda: AttentionMask.packed(cu_seqlens_of([3]), causal=True, window=0),
             ValueError,
@@ -67,6 +84,12 @@ BAD = {
             ValueError,
             "cu_seqlens_q: expected at most 5 tokens",
         ),
+    ],
+    "batched": [
+        (lambda: AttentionMask.batched(-1, 3), ValueError, "batch: expected an int of at least 0, got -1"),
+        (lambda: AttentionMask.batched(2, 3.0), TypeError, "tokens_q: expected an int of at least 0, got 3.0"),
+        (lambda: AttentionMask.batched(2, 3, True), TypeError, "tokens_k: expected an int of at least 0 or None"),
+        (lambda: AttentionMask.batched(2**16, 2**16), ValueError, "tokens_q: expected at most 2147483647 tokens"),
     ],
     "prefix": [
         (
@@ -257,7 +280,7 @@ def test_a_mask_serves_one_pair_of_sizes():
 
 def test_values_on_a_device_are_checked_when_asked(monkeypatch):
     """As on a GPU, where values are not read until validate() or MMKERNELS_VALIDATE asks for it."""
-    from mmkernels.ops.attention import mask as module
+    from mmkernels.ops.attention import mask_layout as module
 
     monkeypatch.setattr(module, "readable", lambda tensor: validating())
     monkeypatch.setenv("MMKERNELS_VALIDATE", "0")

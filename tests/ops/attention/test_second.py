@@ -13,7 +13,7 @@ from derivatives import assert_differentiable_twice
 from mmkernels import AttentionMask, additive_attention, attention, gated_residual, norm_rope, qk_norm_rope
 from mmkernels.ops.attention import second
 from mmkernels.testing import assert_as_accurate
-from mmkernels.testing.attention import MASKS, AttentionInputs, dense_mask, make_inputs
+from mmkernels.testing.attention import MASKS, AttentionInputs, capped, dense_mask, make_inputs
 
 T, H, D = 12, 4, 3
 CU = torch.tensor([0, 3, 3, 9, T], dtype=torch.int32)
@@ -58,15 +58,27 @@ def test_attention_with_any_options(kind, block, monkeypatch):
         logits["pair_bias"] = leaf(H, 2, 2)
     if draw.random() < 0.5:
         logits["sink"] = leaf(H)
-    dropout_p = draw.choice([0.0, 0.0, 0.3])
+    dropout_p, softcap = draw.choice([0.0, 0.0, 0.3]), draw.choice([None, 1.5])
 
     def function(q, k, v, *of_logits):
         torch.manual_seed(3)
         given = dict(zip(logits, of_logits, strict=True))
-        out, lse = attention(q, k, v, mask, return_lse=True, dropout_p=dropout_p, **given)
+        out, lse = attention(q, k, v, mask, return_lse=True, dropout_p=dropout_p, softcap=softcap, **given)
         return out, lse[lse > -torch.inf]
 
     assert_differentiable_twice(function, leaf(T, H, D), leaf(T, 2, D, seed=1), leaf(T, 2, 2), *logits.values())
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("kind", ["causal", "multimodal"])
+def test_softcap(kind, block, monkeypatch):
+    monkeypatch.setattr(second, "_SCORES_A_BLOCK", block)
+    mask, _ = random_mask(kind, random.Random(0))
+
+    def function(q, k, v, sink):
+        return attention(q, k, v, mask, return_lse=True, softcap=0.7, sink=sink)
+
+    assert_differentiable_twice(function, leaf(T, H, D), leaf(T, 2, D, seed=1), leaf(T, 2, 2), leaf(H))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -136,7 +148,7 @@ def written_out(x, q, k, v):
     """SDPA's fused kernels have no double backward."""
     seen = dense_mask(x)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    scores = capped(torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5, x.softcap)
     p = scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1).masked_fill(~seen, 0.0)
     return torch.einsum("hqk,khd->qhd", p, v)
 
@@ -148,16 +160,17 @@ PENALISED = [
 ]
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize(("backend", "name", "dtype"), PENALISED, ids=str)
-def test_gradient_penalty(backend, name, dtype):
+def test_gradient_penalty(backend, name, dtype, softcap):
     """As accurate as plain PyTorch, whichever backend gave the first derivatives: second derivatives share one code."""
     backends.need("attention", backend, dtype)
     case = MASKS[name]
-    sizes = dict(heads=4, kv_heads=2, dim=16, dtype=dtype, mask=case.mask())
+    sizes = dict(heads=4, kv_heads=2, dim=16, dtype=dtype, mask=case.mask(), softcap=softcap)
     draws = [make_inputs(*case.tokens, **sizes, seed=seed) for seed in range(3)]
 
     def ours(x, q, k, v):
-        return attention(q, k, v, x.mask, backend=backend)
+        return attention(q, k, v, x.mask, softcap=softcap, backend=backend)
 
     wide = [x.to(torch.float64) for x in draws]
     results = (
