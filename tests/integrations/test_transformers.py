@@ -50,9 +50,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def outcome(name: str, which: str, inputs: dict[str, Any], keep: Tensor | None = None) -> Outcome:
-    """Output and gradients in float64."""
-    model = built(name, which).double()
-    inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    """Output and gradients, in float64 unless eager is the reference, which gives NaN in float64 (it rounds the lowest
+    number to -inf)."""
+    dtype = torch.float32 if own(name)[0] == "eager" else torch.float64
+    model = built(name, which).to(dtype)
+    inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
     out = MODELS[name].output(model(**inputs))
     out = out if keep is None else out[keep]
     weighted(out).backward()

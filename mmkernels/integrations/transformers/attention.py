@@ -215,13 +215,8 @@ def teach_vision(module: nn.Module) -> None:
     kind = type(getattr(module, "config", None))
 
     def is_flash_attention_requested(config: Any = None, *args: Any, **kwargs: Any) -> bool:
-        if (
-            config is not None
-            and type(config) is kind
-            and config._attn_implementation == NAME
-            and not args
-            and not kwargs
-        ):
+        of_ours = type(config) is kind and getattr(config, "_attn_implementation", None) == NAME
+        if of_ours and not args and not kwargs:
             return True
         return bool(asked(config, *args, **kwargs))
 
