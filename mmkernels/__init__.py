@@ -42,6 +42,7 @@ __all__ = [
     "sample_negatives",
     "segment_pool",
     "siglip",
+    "similarity_logsumexp",
     "topk_similar",
     "unpack",
     "unpad",
@@ -83,6 +84,7 @@ else:
         infonce,
         sample_negatives,
         siglip,
+        similarity_logsumexp,
         topk_similar,
     )
     from mmkernels.ops.modality import Modality

@@ -24,6 +24,7 @@ __all__ = [
     "plain_infonce_options",
     "plain_infonce_two_matrices",
     "plain_siglip",
+    "plain_similarity_logsumexp",
     "siglip_terms",
 ]
 
@@ -205,6 +206,21 @@ def plain_infonce_options(
     of_teacher = None if of_teacher is None else of_teacher.T
     back = _plain_direction(logits.T, positive.T, seen.T, None, label_smoothing, of_teacher, alpha, weights)
     return (loss + back) / 2
+
+
+def plain_similarity_logsumexp(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+) -> Tensor:
+    """The log-sum-exp of each row of the logit matrix, without pairs of equal ids."""
+    logits = logit_scale * queries @ keys.T
+    if query_ids is not None:
+        logits = logits.masked_fill(query_ids[:, None] == (query_ids if key_ids is None else key_ids), -torch.inf)
+    return logits.logsumexp(1)
 
 
 def plain_siglip(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:

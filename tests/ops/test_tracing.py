@@ -20,6 +20,7 @@ from mmkernels import (
     sample_negatives,
     segment_pool,
     siglip,
+    similarity_logsumexp,
     topk_similar,
     unpack,
     unpad,
@@ -62,6 +63,7 @@ def contrast(device):
     loss = infonce(x, y, 10.0) + infonce(x, y, 10.0, targets=ids, weights=weights)
     loss = loss + infonce(x, y, 10.0, query_ids=ids) + siglip(x, y, 10.0, -1.0, query_ids=ids)
     loss = loss + infonce(x, y, 10.0, query_ids=ids, same_id="ignore", return_stats=True)[0]
+    loss = loss + similarity_logsumexp(x, y, 10.0, query_ids=ids).float().sum()
     topk_similar(x, y, 3)
     sample_negatives(x, y, 10.0, query_ids=ids)
     return torch.autograd.grad(loss, (x, y))
@@ -147,6 +149,7 @@ BATCHED = {
     "targets": (lambda x, targets: infonce(x, x, 2.0, targets=targets), PERMUTED),
     "weights": (lambda x, weights: infonce(x, x, 2.0, weights=weights), WEIGHTS),
     "siglip": (lambda x, ids: siglip(x, x, 2.0, -1.0, query_ids=ids), IDS),
+    "similarity_logsumexp": (lambda x, ids: similarity_logsumexp(x, x, 2.0, query_ids=ids), IDS),
     "sample_negatives": (lambda x, ids: topk_similar(x, x[ids], 2)[0], PERMUTED),
     "segment_pool": (segment_pool, torch.tensor([[0, 3, 8], [0, 0, 2], [0, 8, 8]])),
     "pack": (pack, torch.tensor([[0, 7], [-1, 3], [2, 2]])),

@@ -9,6 +9,7 @@ from mmkernels.ops.contrastive.api import (
     siglip,
     topk_similar,
 )
+from mmkernels.ops.contrastive.lse import similarity_logsumexp
 
 __all__ = [
     "ContrastiveStats",
@@ -17,5 +18,6 @@ __all__ = [
     "infonce",
     "sample_negatives",
     "siglip",
+    "similarity_logsumexp",
     "topk_similar",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +13,7 @@ from mmkernels.ops.contrastive import op_plain, op_search
 from mmkernels.ops.contrastive.checks import (
     check_features,
     check_flag,
+    limits_of,
     negatives_of,
     number_of_keys,
     pairs_of,
@@ -151,7 +151,7 @@ def infonce(
         extra = negatives_of(negatives, queries)
         row_weights = weights_of(weights, queries, keys, symmetric, some=one_has)
         plain = all(option is None for option in options.values())
-        chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+        chosen = resolve("contrastive", queries, backend, None if plain else limits_of(options, queries))
         here = None if group is None else checked_machine(machine, queries)
         check_gathered(gathered, keys, group, exchange)
     if plain:
@@ -221,7 +221,7 @@ def siglip(
         pairs = pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=True, each_has_one=False)
         plain = query_ids is None and not return_stats and group is None
         options = {"query_ids": query_ids, "return_stats": return_stats or None, "group": group}
-        chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+        chosen = resolve("contrastive", queries, backend, None if plain else limits_of(options, queries))
         here = None if group is None else checked_machine(machine, queries)
         check_gathered(gathered, keys, group, exchange)
     if plain:
@@ -277,7 +277,7 @@ def sample_negatives(
     scale = scalar("logit_scale", logit_scale, queries)
     pairs = pairs_of(queries, keys, targets, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)
     seed = torch.randint(2**32, (2,), generator=generator, device="cpu").to(queries.device)
-    chosen = resolve("contrastive", queries, backend, _limits({"sample_negatives": True}, queries))
+    chosen = resolve("contrastive", queries, backend, limits_of({"sample_negatives": True}, queries))
     return op_search.sample_negatives(queries.detach(), keys.detach(), scale.detach(), seed, pairs, chosen)
 
 
@@ -302,7 +302,7 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
     """
     check_features(queries, keys)
     k = number_of_keys(k, keys)
-    chosen = resolve("contrastive", queries, backend, _limits({"topk_similar": True}, queries))
+    chosen = resolve("contrastive", queries, backend, limits_of({"topk_similar": True}, queries))
     return op_search.topk_similar(queries.detach(), keys.detach(), k, chosen)
 
 
@@ -315,9 +315,3 @@ def _checking(group: Any, exchange: Any, machine: Any, features: Any) -> Abstrac
     if machine is not None:
         wrong_value("machine", "None without a group", machine)
     return nullcontext()  # torch.compile can trace this; in torch 2.6 it cannot trace generator-based context managers
-
-
-def _limits(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None]:
-    """The CUDA C++ kernels support only the plain losses."""
-    used = ", ".join(name for name, value in options.items() if value is not None)
-    return {"native": f"no CUDA C++ kernel supports {used}" if queries.is_cuda else None}

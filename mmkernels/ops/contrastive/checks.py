@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,14 +16,22 @@ from mmkernels.ops.dtypes import compute_dtype
 __all__ = [
     "check_features",
     "check_flag",
+    "limits_of",
     "negatives_of",
     "number_of_keys",
     "pairs_of",
     "scalar",
     "smoothing",
     "teacher_of",
+    "unseen_of",
     "weights_of",
 ]
+
+
+def limits_of(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None]:
+    """The CUDA C++ kernels support only the plain losses."""
+    used = ", ".join(name for name, value in options.items() if value is not None)
+    return {"native": f"no CUDA C++ kernel supports {used}" if queries.is_cuda else None}
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -121,6 +130,15 @@ def pairs_of(
     elif same_id == "ignore":
         wrong_value("query_ids", "[N] ids, required when same_id='ignore'", None)
     return Pairs(_targets(targets, queries, keys, both_ways), query_ids, key_ids, same_id)
+
+
+def unseen_of(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> Pairs:
+    """Pairs with equal ids are not seen; none is positive."""
+    if query_ids is None and key_ids is None:
+        return Pairs()
+    return pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)._replace(
+        same_id="ignore"
+    )
 
 
 def _ids_meet(name: str, ids: Tensor, others: Tensor, of: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmkernels import BackendError, infonce
-from mmkernels.ops.contrastive import api
+from mmkernels.ops.contrastive.checks import limits_of
 from mmkernels.runtime.backends import resolve
 
 X, Y = torch.randn(2, 4, 8).unbind()
@@ -70,7 +70,7 @@ def test_a_mistake_is_named():
 
 def test_a_backend_that_does_not_know_an_option_says_so():
     on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32)
-    limits = api._limits({"targets": None, "label_smoothing": 0.1}, on_gpu)
+    limits = limits_of({"targets": None, "label_smoothing": 0.1}, on_gpu)
     with pytest.raises(BackendError, match=r"(?s)no CUDA.* supports label_smoothing.*reference: supported"):
         resolve("contrastive", on_gpu, "native", limits)
     assert limits.get("triton") is None
