@@ -126,10 +126,10 @@ class _ContrastiveLoss(nn.Module):
     def _features(self, features: Tensor) -> Tensor:
         if not self.normalize:
             return features
-        if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
+        if not isinstance(features, Tensor) or features.ndim not in (2, 3) or not features.is_floating_point():
             return features  # the function will reject it by name
         wide = features.to(torch.promote_types(features.dtype, torch.float32))
-        return F.normalize(wide, dim=1).to(features.dtype)
+        return F.normalize(wide, dim=-1).to(features.dtype)
 
     def _arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The module's options and those of a call, with further features treated like queries and keys."""

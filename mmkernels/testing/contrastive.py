@@ -169,6 +169,11 @@ def _plain_direction(
     return loss.mean() if weights is None else (weights.to(loss.dtype) * loss).sum() / weights.to(loss.dtype).sum()
 
 
+def _similarity_of_negatives(queries: Tensor, negatives: Tensor) -> Tensor:
+    """[N, K] of [K, E], or of [N, K, E]: each query's own."""
+    return queries @ negatives.T if negatives.ndim == 2 else (negatives @ queries[:, :, None])[:, :, 0]
+
+
 def plain_infonce_options(
     queries: Tensor,
     keys: Tensor,
@@ -194,7 +199,7 @@ def plain_infonce_options(
     if query_ids is not None:
         same = query_ids[:, None] == (query_ids if key_ids is None else key_ids)
         positive, seen = (same, seen) if same_id == "positive" else (positive, ~same | positive)
-    extra = None if negatives is None else logit_scale * queries @ negatives.T
+    extra = None if negatives is None else logit_scale * _similarity_of_negatives(queries, negatives)
     of_teacher, alpha = None, 0.0
     if teacher is not None:
         of_teacher, alpha = logit_scale.detach() * teacher[0].detach() @ teacher[1].detach().T, teacher[2]

@@ -84,8 +84,9 @@ def infonce(
         same_id: how pairs with the same id are treated. "positive": the target is uniform over the keys with the
             query's id (at least one; targets must be None). "ignore": they are left out of the denominator, except the
             target.
-        negatives: [K, E], same dtype and device: extra keys (hard negatives, a queue) that are positives of no query;
-            they join the denominator of the queries->keys direction only.
+        negatives: same dtype and device: extra keys that are positives of no query and join the denominator of the
+            queries->keys direction only. [K, E]: seen by every query (hard negatives, a queue); [N, K, E]: K for each
+            query, seen by it alone.
         label_smoothing: e in [0, 1]: the target is mixed (1-e) : e with the uniform distribution over the keys that the
             row sees (without `negatives`), as in `F.cross_entropy`.
         symmetric: average both directions, or only queries->keys.
@@ -96,10 +97,10 @@ def infonce(
         group: a process group of torch.distributed: the rows are this rank's (any number, including 0), and every rank
             gets the loss of one process with all rows. Gradients assume averaging over the ranks, as in
             DistributedDataParallel: features and negatives get W times their gradient, the scale its full gradient on
-            every rank. targets index this rank's keys; ids match across all ranks. A rank's negatives (any number) are
-            keys of every rank's queries, so a queue replicated on all ranks would count W times: give each rank its
-            shard. The statistics lse_q and lse_k cover this rank's rows, the others all ranks. Everything else must be
-            the same on all ranks.
+            every rank. targets index this rank's keys; ids match across all ranks. A rank's negatives [K, E] (any
+            number) are keys of every rank's queries, so a queue replicated on all ranks would count W times: give each
+            rank its shard. The statistics lse_q and lse_k cover this rank's rows, the others all ranks. Everything else
+            must be the same on all ranks.
         exchange: how keys and negatives are exchanged: "all_gather" (all at once, O(N·E) memory), "ring" (block by
             block, O(N/W·E), overlapped with computation) or "auto", for keys and negatives separately: the ring if all
             ranks' keys with their gradients would take more than a quarter of a rank's memory, or if the step is

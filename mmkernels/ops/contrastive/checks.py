@@ -166,9 +166,16 @@ def _targets(targets: Any, queries: Tensor, keys: Tensor, both_ways: bool) -> Te
 
 
 def negatives_of(negatives: Any, queries: Tensor) -> Tensor | None:
-    """[K, E] like the queries, or None."""
-    if negatives is not None:
-        _like_queries("negatives", "K", negatives, queries)
+    """[K, E] or [N, K, E] like the queries, or None."""
+    if negatives is None:
+        return None
+    n, e = queries.shape
+    expected = f"[K, {e}] (seen by all queries) or [{n}, K, {e}] (each query's own)"
+    expect_tensor("negatives", negatives, expected, like=queries)
+    if negatives.dtype != queries.dtype:
+        wrong_type("negatives", f"{str(queries.dtype).removeprefix('torch.')} like queries", negatives)
+    if negatives.ndim not in (2, 3) or negatives.shape[-1] != e or (negatives.ndim == 3 and negatives.shape[0] != n):
+        wrong_value("negatives", expected, negatives)
     return negatives
 
 

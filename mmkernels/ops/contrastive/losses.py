@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmkernels.ops.contrastive.over import Local
 from mmkernels.ops.contrastive.over_ranks import OverRanks
+from mmkernels.ops.contrastive.own import of_own_negatives
 from mmkernels.ops.contrastive.types import (
     BEST,
     LSE,
@@ -116,7 +117,7 @@ def infonce_loss(
 ) -> tuple[Tensor, ContrastiveStats | None]:
     """The loss of all rows, [] in the statistics' dtype, and its statistics. Arguments are already checked.
 
-    Targets index local keys; ids match across all ranks; negatives are those of all ranks.
+    Targets index local keys; ids match across all ranks; negatives [K, E] are all ranks', [N, K, E] a row's own.
     """
     totals, columns = targets.label_smoothing > 0 or return_stats, symmetric or return_stats
     directions = [_counts_of_rows(pairs, over)]
@@ -127,7 +128,7 @@ def infonce_loss(
     logit_scale = over.shared(logit_scale)
     teacher = _teacher_of(targets, logit_scale, pairs, columns, over, backend)
     lines = over.softmax(queries, keys, logit_scale, pairs, teacher, totals, columns, backend)
-    extra = None if negatives is None else over.of_negatives(queries, negatives, logit_scale, backend)
+    extra = _of_negatives(queries, negatives, logit_scale, over, backend)
     lse = [line[LSE] for line in lines]
     if extra is not None:
         lse[0] = torch.logaddexp(lse[0], extra[LSE])
@@ -139,6 +140,17 @@ def infonce_loss(
     seen = lines[0].detach(), lines[1].detach(), None if extra is None else extra.detach()
     sums = over.summed(_stats_sums(*seen, scale.detach(), directions[0]))
     return loss.to(dtype), _stats_of(lse[0].detach(), lse[1].detach(), sums, symmetric, dtype)
+
+
+def _of_negatives(
+    queries: Tensor, negatives: Tensor | None, logit_scale: Tensor, over: Over, backend: str
+) -> Tensor | None:
+    """Statistics [7, N] of rows over the negatives; None without any."""
+    if negatives is None:
+        return None
+    if negatives.ndim == 2:
+        return over.of_negatives(queries, negatives, logit_scale, backend)
+    return of_own_negatives(queries, negatives, logit_scale) if negatives.shape[1] else None
 
 
 def _weights_of_directions(weights: Tensor, pairs: Pairs, symmetric: bool) -> list[Tensor]:

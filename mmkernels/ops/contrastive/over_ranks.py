@@ -140,7 +140,7 @@ def infonce_over_ranks(
         "symmetric": symmetric,
         "same_id": pairs.same_id,
         "query_ids": _given(pairs.query_ids),
-        "negatives": "None" if negatives is None else f"given, {_gradient(negatives)}",
+        "negatives": "None" if negatives is None else f"given, {negatives.ndim} dimensions, {_gradient(negatives)}",
         "weights": _given(weights),
         "teacher: width": width,
         "teacher[2]": alpha,
@@ -148,6 +148,7 @@ def infonce_over_ranks(
         "queries: gradient": _gradient(queries),
         "keys: gradient": _gradient(keys),
     }
+    exchanged = negatives if negatives is not None and negatives.ndim == 2 else None  # a row's own stay where it is
     call = functools.partial(
         Call,
         width=queries.shape[1],
@@ -158,10 +159,10 @@ def infonce_over_ranks(
         weights=weights is not None,
         return_stats=return_stats,
         teacher=width or 0,
-        gradients=(_needs(queries), _needs(keys), negatives is not None and _needs(negatives)),
+        gradients=(_needs(queries), _needs(keys), exchanged is not None and _needs(exchanged)),
         scalars=_scalars(logit_scale),
     )
-    return OverRanks(agree(group, queries, keys, negatives, exchange, machine, same, call, gathered), keys)
+    return OverRanks(agree(group, queries, keys, exchanged, exchange, machine, same, call, gathered), keys)
 
 
 def siglip_over_ranks(

@@ -90,7 +90,10 @@ def _whole(name: str, rows: list[int]) -> Whole:
         noise = 0.2 * torch.randn(2, n, 16, generator=generator, dtype=torch.float64)
         narrow = [(x + e)[:, :11] for x, e in zip(features, noise, strict=True)]
         options["teacher"] = (*narrow, 0.4)
-    if "negatives" in name:
+    if "own negatives" in name:
+        negatives = rows
+        features.append(torch.randn(n, 3, 16, generator=generator, dtype=torch.float64) / 4)
+    elif "negatives" in name:
         negatives = [0 if len(rows) > 1 and r == len(rows) - 1 else 5 + 3 * r for r in range(len(rows))]
         features.append(torch.randn(sum(negatives), 16, generator=generator, dtype=torch.float64) / 4)
     return Whole(rows, negatives, features, options, swapped if "targets" in name else None)
@@ -113,6 +116,8 @@ OPTIONS = (
     "negatives, teacher, targets, weights, smoothing",
     "negatives, teacher, ids, ignore, smoothing, one way",
     "teacher, ids",
+    "own negatives",
+    "own negatives, teacher, ids, ignore, smoothing, weights",
 )
 
 

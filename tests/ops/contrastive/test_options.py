@@ -22,6 +22,7 @@ WEIGHTS = torch.rand(N, generator=torch.Generator().manual_seed(4))
 SHUFFLED = torch.randperm(N, generator=torch.Generator().manual_seed(5))
 TEACHER = rows(N, 24, 6), rows(N, 24, 7)
 SURE = rows(N, 70, 8), F.normalize(rows(N, 70, 9) + 2 * rows(N, 70, 8), dim=1)  # each row's mass is on its own key
+OWN = rows(N * 7, E, 8).view(N, 7, E)
 
 # name -> (number of keys, options); features among the options are cast to the dtype of the case
 OPTIONS = {
@@ -35,6 +36,18 @@ OPTIONS = {
     "ignored": (N, dict(query_ids=IDS, same_id="ignore")),
     "ignored, shuffled": (N, dict(query_ids=IDS, key_ids=IDS.flip(0), same_id="ignore", targets=SHUFFLED)),
     "negatives": (N, dict(negatives=rows(70, E, 8))),
+    "own negatives": (N, dict(negatives=OWN)),
+    "own negatives, everything": (
+        N,
+        dict(
+            negatives=OWN,
+            query_ids=IDS,
+            same_id="ignore",
+            label_smoothing=0.1,
+            weights=WEIGHTS,
+            teacher=(*TEACHER, 0.4),
+        ),
+    ),
     "smoothing": (N, dict(label_smoothing=0.1)),
     "smoothing, ignored": (N, dict(label_smoothing=0.3, query_ids=IDS, same_id="ignore")),
     "weights": (N, dict(weights=WEIGHTS)),
@@ -60,7 +73,7 @@ def cast(options, dtype):
     def converted(value):
         if isinstance(value, tuple):
             return tuple(converted(v) for v in value)
-        matrix = isinstance(value, Tensor) and value.ndim == 2
+        matrix = isinstance(value, Tensor) and value.ndim >= 2
         return value.to(dtype) if matrix else value
 
     return {name: converted(value) for name, value in options.items()}
@@ -233,6 +246,23 @@ def test_no_rows_and_one_row(backend):
         loss, _ = infonce(x, x, 2.0, **options)
         assert loss.item() == pytest.approx(expected, abs=1e-6)
         assert torch.autograd.grad(loss, x)[0].shape == x.shape
+
+
+def test_own_negatives_of_any_number(backend):
+    """None, one, or so many that a row's own decide its loss."""
+    x, y, scale = inputs_of(N, torch.float32)
+    expected = infonce(x, y, scale, backend=backend)
+    none = torch.zeros(N, 0, E, requires_grad=True)
+    loss = infonce(x, y, scale, negatives=none, backend=backend)
+    assert torch.equal(loss, infonce(x, y, scale, negatives=torch.zeros(0, E), backend=backend))
+    torch.testing.assert_close(loss, expected)
+    assert infonce(x[:0], y[:0], scale, negatives=torch.zeros(0, 3, E), backend=backend).item() == 0
+    hard = (y[:, None] * 300).expand(N, 2, E).contiguous()
+    loss = infonce(x, y, scale, negatives=hard, symmetric=False, backend=backend)
+    logits = scale.double() * x.double() @ y.double().T
+    own = 300 * logits.diagonal()[:, None].expand(N, 2)
+    truth = torch.cat([logits, own], 1).logsumexp(1) - logits.diagonal()
+    torch.testing.assert_close(loss.double(), truth.mean(), rtol=1e-6, atol=0)
 
 
 def test_logits_that_overflow_float32(backend):

@@ -31,12 +31,15 @@ def widest(backend) -> torch.dtype:
     return torch.float32 if backend == "triton" else torch.float64
 
 
-def test_statistics(backend, widest):
+@pytest.mark.parametrize("own", [False, True])
+def test_statistics(backend, widest, own):
     x, y, scale = inputs_of(N, widest)
-    negatives = rows(30, E, 8).to(widest)
+    negatives = rows(N * 3 if own else 30, E, 8).to(widest)
+    negatives = negatives.view(N, 3, E) if own else negatives
     loss, stats = infonce(x, y, scale, negatives=negatives, return_stats=True, backend=backend)
     assert isinstance(stats, ContrastiveStats)
-    logits, wide = scale * x @ y.T, scale * x @ torch.cat([y, negatives]).T
+    others = (negatives @ x[:, :, None])[:, :, 0] if own else x @ negatives.T
+    logits, wide = scale * x @ y.T, scale * torch.cat([x @ y.T, others], 1)
     labels, off = torch.arange(N), ~torch.eye(N, dtype=torch.bool)
     torch.testing.assert_close(loss, infonce(x, y, scale, negatives=negatives, backend=backend))
     torch.testing.assert_close(stats.lse_q, wide.logsumexp(1))
