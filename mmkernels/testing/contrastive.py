@@ -156,6 +156,7 @@ def _plain_direction(
     of_teacher: Tensor | None,
     alpha: float,
     weights: Tensor | None,
+    decoupled: bool = False,
 ) -> Tensor:
     """Cross entropy of rows against their target distribution, materialised as [N, M]."""
     positives, everyone = positive.to(logits.dtype), seen.to(logits.dtype)
@@ -163,9 +164,11 @@ def _plain_direction(
     target = target + label_smoothing * everyone / everyone.sum(1, keepdim=True)
     if of_teacher is not None:
         target = (1 - alpha) * target + alpha * of_teacher.masked_fill(~seen, -torch.inf).softmax(1)
-    masked = logits.masked_fill(~seen, -torch.inf)
+    masked = logits.masked_fill(~seen | (positive & decoupled), -torch.inf)
     everything = masked if extra is None else torch.cat([masked, extra], 1)
     loss = everything.logsumexp(1) - (target * logits).sum(1)
+    if decoupled:
+        loss = loss.where((everything > -torch.inf).any(1), 0.0)
     return loss.mean() if weights is None else (weights.to(loss.dtype) * loss).sum() / weights.to(loss.dtype).sum()
 
 
@@ -188,6 +191,7 @@ def plain_infonce_options(
     symmetric: bool = True,
     weights: Tensor | None = None,
     teacher: tuple[Tensor, Tensor, float] | None = None,
+    decoupled: bool = False,
 ) -> Tensor:
     """InfoNCE with every option, with logits and target distribution materialised."""
     (n, m), device = (len(queries), len(keys)), queries.device
@@ -203,13 +207,13 @@ def plain_infonce_options(
     of_teacher, alpha = None, 0.0
     if teacher is not None:
         of_teacher, alpha = logit_scale.detach() * teacher[0].detach() @ teacher[1].detach().T, teacher[2]
-    loss = _plain_direction(logits, positive, seen, extra, label_smoothing, of_teacher, alpha, weights)
+    loss = _plain_direction(logits, positive, seen, extra, label_smoothing, of_teacher, alpha, weights, decoupled)
     if not symmetric:
         return loss
     if weights is not None and targets is not None:
         weights = weights[targets.argsort()]
     of_teacher = None if of_teacher is None else of_teacher.T
-    back = _plain_direction(logits.T, positive.T, seen.T, None, label_smoothing, of_teacher, alpha, weights)
+    back = _plain_direction(logits.T, positive.T, seen.T, None, label_smoothing, of_teacher, alpha, weights, decoupled)
     return (loss + back) / 2
 
 

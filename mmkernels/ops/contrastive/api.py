@@ -13,6 +13,7 @@ from mmkernels.ops.contrastive import op_plain, op_search
 from mmkernels.ops.contrastive.checks import (
     check_features,
     check_flag,
+    denominator_of,
     limits_of,
     negatives_of,
     number_of_keys,
@@ -56,6 +57,7 @@ def infonce(
     symmetric: bool = True,
     weights: Tensor | None = None,
     teacher: tuple[Tensor, Tensor, float] | None = None,
+    decoupled: bool = False,
     group: Any = None,
     exchange: str = "auto",
     machine: Machine | None = None,
@@ -94,6 +96,9 @@ def infonce(
             symmetric, a key has the weight of its query (N == M).
         teacher: (queries_m [N, F], keys_m [M, F], alpha in [0, 1]): momentum distillation. The target (after smoothing)
             is mixed (1-alpha) : alpha with the softmax of `logit_scale · <queries_m, keys_m>`, which gets no gradient.
+        decoupled: leave a row's positives out of its denominator, which then sums negatives only. They are not summed
+            rather than subtracted, so nothing cancels. With same_id="ignore" each target must have the id of its
+            query. A row without negatives has loss 0 and no gradient. Statistics are those of decoupled=False.
         group: a process group of torch.distributed: the rows are this rank's (any number, including 0), and every rank
             gets the loss of one process with all rows. Gradients assume averaging over the ranks, as in
             DistributedDataParallel: features and negatives get W times their gradient, the scale its full gradient on
@@ -127,7 +132,8 @@ def infonce(
         mmkernels.BackendError: `backend` does not support this call.
 
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
-    (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher).
+    (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher); Yeh et al. 2022
+    (arXiv:2110.06848, decoupled).
     """
     with _checking(group, exchange, machine, queries):
         deprecated_deterministic(deterministic)
@@ -141,6 +147,7 @@ def infonce(
             "negatives": negatives,
             "weights": weights,
             "teacher": teacher,
+            "decoupled": decoupled or None,
             "label_smoothing": smooth or None,
             "symmetric=False": None if symmetric else True,
             "return_stats": return_stats or None,
@@ -150,6 +157,7 @@ def infonce(
         pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
         soft = Targets(smooth, teacher_of(teacher, queries, keys))
         extra = negatives_of(negatives, queries)
+        denominator = denominator_of(decoupled, pairs)
         row_weights = weights_of(weights, queries, keys, symmetric, some=one_has)
         plain = all(option is None for option in options.values())
         chosen = resolve("contrastive", queries, backend, None if plain else limits_of(options, queries))
@@ -157,7 +165,7 @@ def infonce(
         check_gathered(gathered, keys, group, exchange)
     if plain:
         return op_plain.infonce_fwd(queries, keys, scale, chosen)[0]
-    call = queries, keys, scale, pairs, soft, extra, row_weights, symmetric, return_stats
+    call = queries, keys, scale, pairs, soft, extra, denominator, row_weights, symmetric, return_stats
     over: Over = Local(queries, keys) if here is None else infonce_over_ranks(group, exchange, here, *call, gathered)
     loss, stats = infonce_loss(*call, over, chosen)
     return (loss, stats) if return_stats else loss

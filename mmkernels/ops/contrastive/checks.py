@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.checks import describe, expect_tensor, expect_true, integer, real, wrong_type, wrong_value
-from mmkernels.ops.contrastive.types import Pairs
+from mmkernels.ops.contrastive.types import Denominator, Pairs
 from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = [
     "check_features",
     "check_flag",
+    "denominator_of",
     "limits_of",
     "negatives_of",
     "number_of_keys",
@@ -139,6 +140,20 @@ def unseen_of(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> Pa
     return pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)._replace(
         same_id="ignore"
     )
+
+
+def denominator_of(decoupled: Any, pairs: Pairs) -> Denominator:
+    """How the denominators differ from sums over all keys."""
+    check_flag("decoupled", decoupled)
+    denominator = Denominator(decoupled)
+    if denominator.apart and pairs.same_id == "ignore":
+        targets, ids, key_ids = pairs.targets, pairs.query_ids, pairs.key_ids
+        assert targets is not None and ids is not None and key_ids is not None
+        # What the kernels leave out are equal ids, so a target with another id would be summed.
+        if len(key_ids):
+            same = key_ids[targets.clamp(0, len(key_ids) - 1)] == ids
+            expect_true(same, "key_ids: expected the id of each query at its target, with decoupled", key_ids)
+    return denominator
 
 
 def _ids_meet(name: str, ids: Tensor, others: Tensor, of: str) -> None:

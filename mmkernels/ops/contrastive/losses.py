@@ -8,6 +8,7 @@ over_ranks.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mmkernels.ops.contrastive.over import Local
 from mmkernels.ops.contrastive.over_ranks import OverRanks
-from mmkernels.ops.contrastive.own import of_own_negatives
+from mmkernels.ops.contrastive.own import joined, lines_of_targets, of_own_negatives
 from mmkernels.ops.contrastive.types import (
     BEST,
     LSE,
@@ -25,9 +26,11 @@ from mmkernels.ops.contrastive.types import (
     TOP,
     TOTAL,
     ContrastiveStats,
+    Denominator,
     Pairs,
     Targets,
     Teacher,
+    beside,
 )
 from mmkernels.ops.dtypes import compute_dtype
 
@@ -80,14 +83,20 @@ def _targets_alike(pairs: Pairs) -> Tensor:
 # InfoNCE
 
 
-def _losses(line: Tensor, lse: Tensor, counts: _Counts, scale: Tensor, targets: Targets) -> Tensor:
+def _losses(
+    line: Tensor, lse: Tensor, counts: _Counts, scale: Tensor, targets: Targets, denominator: Denominator
+) -> Tensor:
     """The loss per row or column, from its statistics; lse includes `negatives`."""
     similarity = line[POSITIVE] / counts.positives
     if targets.label_smoothing > 0:
         similarity = similarity.lerp(line[TOTAL] / counts.seen, targets.label_smoothing)
     if targets.teacher is not None:
         similarity = similarity.lerp(line[TEACHER], targets.teacher[2])
-    return lse - scale * similarity
+    if not denominator.decoupled:
+        return lse - scale * similarity
+    # Without negatives there is nothing to learn: 0, but NaN where the features are not finite.
+    nothing = lse == -torch.inf
+    return torch.where(nothing, 0.0 * (scale * similarity).detach(), lse - scale * similarity)
 
 
 def _teacher_of(
@@ -109,6 +118,7 @@ def infonce_loss(
     pairs: Pairs,
     targets: Targets,
     negatives: Tensor | None,
+    denominator: Denominator,
     weights: Tensor | None,
     symmetric: bool,
     return_stats: bool,
@@ -126,20 +136,56 @@ def infonce_loss(
     for name, counts in zip(("query_ids", "key_ids"), directions, strict=False):
         over.each_has_one(name, counts.positives)
     logit_scale = over.shared(logit_scale)
-    teacher = _teacher_of(targets, logit_scale, pairs, columns, over, backend)
-    lines = over.softmax(queries, keys, logit_scale, pairs, teacher, totals, columns, backend)
+    lines: Sequence[Tensor]
+    if denominator.apart and not beside(pairs, targets, return_stats):
+        assert pairs.targets is not None
+        lines = lines_of_targets(queries, keys, pairs.targets, symmetric)
+    else:
+        teacher = _teacher_of(targets, logit_scale, pairs, columns, over, backend)
+        lines = over.softmax(queries, keys, logit_scale, pairs, teacher, totals, columns, backend)
     extra = _of_negatives(queries, negatives, logit_scale, over, backend)
     lse = [line[LSE] for line in lines]
     if extra is not None:
         lse[0] = torch.logaddexp(lse[0], extra[LSE])
     scale, dtype = logit_scale.double(), compute_dtype(queries.dtype)
-    losses = [_losses(*of, scale, targets) for of in zip(lines, lse, directions, strict=False)]
+    summed = (
+        lse
+        if not denominator.apart
+        else _lse_of_others(queries, keys, logit_scale, pairs, extra, symmetric, over, backend)
+    )
+    losses = [_losses(*of, scale, targets, denominator) for of in zip(lines, summed, directions, strict=False)]
     loss = over.mean(losses, None if weights is None else _weights_of_directions(weights.double(), pairs, symmetric))
     if not return_stats:
         return loss.to(dtype), None
     seen = lines[0].detach(), lines[1].detach(), None if extra is None else extra.detach()
     sums = over.summed(_stats_sums(*seen, scale.detach(), directions[0]))
     return loss.to(dtype), _stats_of(lse[0].detach(), lse[1].detach(), sums, symmetric, dtype)
+
+
+def _lse_of_others(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    pairs: Pairs,
+    extra: Tensor | None,
+    symmetric: bool,
+    over: Over,
+    backend: str,
+) -> list[Tensor]:
+    """The lse of rows, and of columns if symmetric, over what is not positive, negatives included.
+
+    The kernels leave out pairs of equal ids: those of the call or, without any, the index of each row's target.
+    """
+    ids = pairs.query_ids, pairs.key_ids
+    if pairs.query_ids is None:
+        assert pairs.targets is not None
+        ids = pairs.targets + over.first_key, over.first_key + torch.arange(len(keys), device=keys.device)
+    others = Pairs(None, *ids, "ignore")
+    lines = over.softmax(queries, keys, logit_scale, others, None, False, symmetric, backend)
+    lse = [line[LSE] for line in lines[: 1 + symmetric]]
+    if extra is not None:
+        lse[0] = joined(lse[0], extra[LSE])
+    return lse
 
 
 def _of_negatives(

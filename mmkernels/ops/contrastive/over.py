@@ -17,7 +17,10 @@ class Local:
 
     Attributes:
         queries, keys: row counts per rank.
+        first_key: the index of this rank's first key among all keys.
     """
+
+    first_key = 0
 
     def __init__(self, queries: Tensor, keys: Tensor) -> None:
         self.queries, self.keys = [queries.shape[0]], [keys.shape[0]]

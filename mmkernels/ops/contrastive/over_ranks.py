@@ -20,7 +20,7 @@ from mmkernels.ops.contrastive import distributed
 from mmkernels.ops.contrastive.exchange import Ranks, agree, check_device, check_group, refused
 from mmkernels.ops.contrastive.gathering import GatheredKeys
 from mmkernels.ops.contrastive.traffic import Call
-from mmkernels.ops.contrastive.types import Pairs, Targets, Teacher
+from mmkernels.ops.contrastive.types import Denominator, Pairs, Targets, Teacher, beside
 from mmkernels.runtime.machine import Machine
 
 __all__ = ["OverRanks", "infonce_over_ranks", "refusing", "siglip_over_ranks"]
@@ -49,6 +49,7 @@ class OverRanks:
     def __init__(self, ranks: Ranks, keys: Tensor) -> None:
         self._ranks, self._keys = ranks, keys
         self.queries, self.keys = ranks.queries, ranks.keys
+        self.first_key = ranks.first_key
 
     def softmax(
         self,
@@ -123,6 +124,7 @@ def infonce_over_ranks(
     pairs: Pairs,
     targets: Targets,
     negatives: Tensor | None,
+    denominator: Denominator,
     weights: Tensor | None,
     symmetric: bool,
     return_stats: bool,
@@ -141,6 +143,7 @@ def infonce_over_ranks(
         "same_id": pairs.same_id,
         "query_ids": _given(pairs.query_ids),
         "negatives": "None" if negatives is None else f"given, {negatives.ndim} dimensions, {_gradient(negatives)}",
+        "decoupled": denominator.decoupled,
         "weights": _given(weights),
         "teacher: width": width,
         "teacher[2]": alpha,
@@ -159,6 +162,8 @@ def infonce_over_ranks(
         weights=weights is not None,
         return_stats=return_stats,
         teacher=width or 0,
+        others=denominator.apart,
+        alone=denominator.apart and not beside(pairs, targets, return_stats),
         gradients=(_needs(queries), _needs(keys), exchanged is not None and _needs(exchanged)),
         scalars=_scalars(logit_scale),
     )

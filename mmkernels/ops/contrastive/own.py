@@ -1,4 +1,4 @@
-"""What only one query sees: its own negatives, a batched product of O(N·K·E) rather than all pairs.
+"""What only one query sees: its own negatives and its target, in batched products rather than all pairs.
 
 Plain PyTorch, differentiable in every order and mode. Rows are local, also over a process group.
 """
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive.reference import no_autocast
-from mmkernels.ops.contrastive.types import BEST, LSE, MEAN, STATISTICS, TOP
+from mmkernels.ops.contrastive.types import BEST, LSE, MEAN, POSITIVE, STATISTICS, TOP
 from mmkernels.ops.dtypes import compute_dtype
 
-__all__ = ["joined", "of_own_negatives"]
+__all__ = ["joined", "lines_of_targets", "of_own_negatives"]
 
 
 def similarities(queries: Tensor, negatives: Tensor) -> Tensor:
@@ -32,6 +32,16 @@ def of_own_negatives(queries: Tensor, negatives: Tensor, logit_scale: Tensor) ->
     lines[TOP] = logits.amax(1).detach()
     lines[BEST] = torch.full_like(lines[TOP], -torch.inf)
     return torch.stack(lines)
+
+
+def lines_of_targets(queries: Tensor, keys: Tensor, targets: Tensor, columns: bool) -> list[Tensor]:
+    """Statistics [7, N] of rows and, if asked, [7, M] of columns, with POSITIVE alone: the similarity of the row's
+    target, which each column is once."""
+    positive = similarities(queries, keys[targets][:, None])[:, 0]
+    lines = [positive]
+    if columns:
+        lines.append(torch.zeros_like(positive).index_copy(0, targets, positive))
+    return [torch.stack([x if i == POSITIVE else torch.zeros_like(x) for i in range(STATISTICS)]) for x in lines]
 
 
 def joined(a: Tensor, b: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ class Call:
         sigmoid: `siglip` rather than `infonce`.
         symmetric, same_id, weights, return_stats: options of the call; weights and ids: whether there are any.
         teacher: width of the teacher's features, 0 for none.
+        others: a pass over the keys that are not positive, told by ids, besides that over all keys; alone: instead.
         gradients: whether queries, keys and negatives need one.
         scalars: bytes of each scalar (scale, bias) that needs a gradient.
     """
@@ -72,6 +73,8 @@ class Call:
     weights: bool = False
     return_stats: bool = False
     teacher: int = 0
+    others: bool = False
+    alone: bool = False
     gradients: tuple[bool, bool, bool] = (True, True, False)
     scalars: tuple[int, ...] = (4,)
 
@@ -81,7 +84,7 @@ class Call:
         return len(self.queries)
 
     def rounds(self) -> list[Round]:
-        """Those of the keys: a teacher's own, the loss's, and that of a sigmoid's statistics."""
+        """Those of the keys: a teacher's own, the loss's, that of the others, and that of a sigmoid's statistics."""
         queries, keys, _ = self.gradients
         columns = not self.sigmoid and (self.symmetric or self.return_stats)
         main = self._round(self.keys, self.width, columns, (queries, keys))
@@ -92,7 +95,10 @@ class Call:
             more = 2 * self.teacher
             main = main._replace(tensors=(*main.tensors, *travelling), forward=main.forward + more)
             main = main._replace(backward=main.backward + more if main.visited_again else 0)
-        found.append(main)
+        if not self.alone:
+            found.append(main)
+        if self.others:
+            found.append(self._round(self.keys, self.width, self.symmetric, (queries, keys), ids=True))
         if self.sigmoid and self.return_stats:
             found.append(self._round(self.keys, self.width, True, (False, False)))
         return found
@@ -105,13 +111,14 @@ class Call:
         return [self._round(self.negatives, self.width, False, (queries, negatives), ids=False)]
 
     def _round(
-        self, keys: Sequence[int], width: int, columns: bool, need: tuple[bool, bool], ids: bool = True
+        self, keys: Sequence[int], width: int, columns: bool, need: tuple[bool, bool], ids: bool | None = None
     ) -> Round:
         features = width * self.dtype.itemsize
         again = any(need)
+        ids = self.ids if ids is None else ids
         return Round(
             keys=keys,
-            tensors=(features, *([_NUMBER] if self.ids and ids else [])),
+            tensors=(features, *([_NUMBER] if ids else [])),
             statistics=STATISTICS * _NUMBER if columns else 0,
             coefficients=(COEFFICIENTS + 1) * _NUMBER if columns and again else 0,
             gradient=features if need[1] else 0,

@@ -18,12 +18,14 @@ __all__ = [
     "TOP",
     "TOTAL",
     "ContrastiveStats",
+    "Denominator",
     "Means",
     "Need",
     "Pairs",
     "Slopes",
     "Targets",
     "Teacher",
+    "beside",
     "merged",
     "merged_parts",
     "nothing_seen",
@@ -73,6 +75,20 @@ class Targets(NamedTuple):
     teacher: tuple[Tensor, Tensor, float] | None
 
 
+class Denominator(NamedTuple):
+    """How a row's denominator differs from the sum over all keys that it sees.
+
+    decoupled: the row's positives are left out.
+    """
+
+    decoupled: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether positives are not summed with the other keys."""
+        return self.decoupled
+
+
 class Need(NamedTuple):
     """Which feature gradients a backward computes; the others are [0, E]."""
 
@@ -113,6 +129,12 @@ class ContrastiveStats(NamedTuple):
 
 
 torch.serialization.add_safe_globals([ContrastiveStats])
+
+
+def beside(pairs: Pairs, targets: Targets, return_stats: bool) -> bool:
+    """Whether a loss whose positives are apart needs statistics over all keys besides the lse over the others; if not,
+    the similarity of each row's one target will do."""
+    return pairs.targets is None or targets.label_smoothing > 0 or targets.teacher is not None or return_stats
 
 
 def nothing_seen(features: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ def _whole(name: str, rows: list[int]) -> Whole:
         options = {"query_ids": ids, "key_ids": ids}
     if "ignore" in name:
         options["same_id"] = "ignore"
+    if "decoupled" in name:
+        options["decoupled"] = True
     if "weights" in name:
         options["weights"] = weights
     if "smoothing" in name:
@@ -116,6 +118,11 @@ OPTIONS = (
     "negatives, teacher, targets, weights, smoothing",
     "negatives, teacher, ids, ignore, smoothing, one way",
     "teacher, ids",
+    "decoupled",
+    "decoupled, targets, negatives",
+    "decoupled, ids, one way",
+    "decoupled, ids, ignore, weights, own negatives",
+    "decoupled, teacher, smoothing",
     "own negatives",
     "own negatives, teacher, ids, ignore, smoothing, weights",
 )

@@ -60,6 +60,12 @@ MISTAKES = [
         "weights: expected None, because the 8 keys have no weights",
     ),
     (dict(keys=torch.cat([Y, Y]), query_ids=FOUR), ValueError, r"key_ids: expected \[8\]"),
+    (dict(decoupled=1), TypeError, "decoupled: expected True or False"),
+    (
+        dict(decoupled=True, query_ids=FOUR, key_ids=FOUR.flip(0), same_id="ignore"),
+        ValueError,
+        "key_ids: expected the id of each query at its target, with decoupled",
+    ),
     (dict(return_stats=1), TypeError, "return_stats: expected True or False"),
     (dict(exchange="ring"), ValueError, "exchange: expected 'auto' without a group"),
     (dict(group=object()), ValueError, "group: expected None, or a process group .call init_process_group"),

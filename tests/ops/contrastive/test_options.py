@@ -48,6 +48,23 @@ OPTIONS = {
             teacher=(*TEACHER, 0.4),
         ),
     ),
+    "decoupled": (N, dict(decoupled=True)),
+    "decoupled, shuffled": (N, dict(decoupled=True, targets=SHUFFLED, weights=WEIGHTS)),
+    "decoupled, one way": (2 * N + 5, dict(decoupled=True, symmetric=False, negatives=OWN)),
+    "decoupled, ids": (N, dict(decoupled=True, query_ids=IDS)),
+    "decoupled, ignored": (N, dict(decoupled=True, query_ids=IDS, same_id="ignore", negatives=rows(70, E, 8))),
+    "decoupled, everything": (
+        N,
+        dict(
+            decoupled=True,
+            query_ids=IDS,
+            same_id="ignore",
+            negatives=OWN,
+            label_smoothing=0.1,
+            weights=WEIGHTS,
+            teacher=(*TEACHER, 0.4),
+        ),
+    ),
     "smoothing": (N, dict(label_smoothing=0.1)),
     "smoothing, ignored": (N, dict(label_smoothing=0.3, query_ids=IDS, same_id="ignore")),
     "weights": (N, dict(weights=WEIGHTS)),
@@ -129,6 +146,7 @@ def test_native(dtype):
 # is slow: each path in one dtype, and in float32 those where the loss itself rounds.
 ROADS = (
     *("targets", "more keys", "ids of more keys", "ignored, shuffled", "negatives", "teacher", "all", "all, ids"),
+    *("decoupled, shuffled", "decoupled, ids", "decoupled, everything"),
     *("ids, huge and negative", "fewer keys", "weights, shuffled"),
 )
 INTERPRETED = {(name, LOW[i % 3]): None for i, name in enumerate(ROADS)}
@@ -263,6 +281,38 @@ def test_own_negatives_of_any_number(backend):
     own = 300 * logits.diagonal()[:, None].expand(N, 2)
     truth = torch.cat([logits, own], 1).logsumexp(1) - logits.diagonal()
     torch.testing.assert_close(loss.double(), truth.mean(), rtol=1e-6, atol=0)
+
+
+def test_decoupled_rows_without_negatives(backend):
+    """Their loss is 0, they count in the mean, and get no gradient; NaN still shows."""
+    for n in (0, 1):
+        x, y = (rows(n, 8, seed).float().requires_grad_() for seed in (1, 2))
+        loss = infonce(x, y, torch.tensor(5.0), decoupled=True, backend=backend)
+        assert loss.item() == 0
+        assert not any(grad.any() for grad in torch.autograd.grad(loss, (x, y)))
+    x, y = (rows(3, 8, seed).float().requires_grad_() for seed in (1, 2))
+    negatives = torch.zeros(3, 1, 8)
+    options = dict(same_id="positive", query_ids=torch.zeros(3).long(), decoupled=True, backend=backend)
+    loss = infonce(x, y, 5.0, **options)
+    assert loss.item() == 0
+    assert not any(grad.any() for grad in torch.autograd.grad(loss, (x, y)))
+    loss = infonce(x, y, 5.0, negatives=negatives, symmetric=False, **options)
+    torch.testing.assert_close(loss, -5 * (x @ y.T).mean())
+    broken = x.detach().clone()
+    broken[0, 0] = torch.nan
+    assert infonce(broken, y, 5.0, **options).isnan()
+
+
+def test_decoupled_does_not_cancel(backend):
+    """The positive has all of the mass, 1e8 times and more: the rest is not a difference."""
+    x = F.normalize(rows(40, 16) + 1e-3, dim=1).float()
+    scale = 200.0
+    logits = scale * x.double() @ x.double().T
+    eye = torch.eye(40, dtype=torch.bool)
+    truth = logits.masked_fill(eye, -torch.inf).logsumexp(1) - logits.diagonal()
+    assert (truth < -18).sum() > 20
+    loss = infonce(x, x, scale, decoupled=True, symmetric=False, backend=backend)
+    torch.testing.assert_close(loss.double(), truth.mean(), rtol=1e-5, atol=0)
 
 
 def test_logits_that_overflow_float32(backend):

@@ -26,6 +26,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ids": {"ids": True},
     "ids ignored": {"ids": True, "same_id": "ignore"},
     "weights": {"weights": True},
+    "decoupled": {"others": True, "alone": True},
+    "decoupled, statistics": {"others": True, "return_stats": True, "symmetric": False},
+    "decoupled, ids": {"others": True, "ids": True},
+    "decoupled, ids ignored": {"others": True, "alone": True, "ids": True, "same_id": "ignore"},
+    "decoupled, teacher": {"others": True, "teacher": F},
     "teacher": {"teacher": F},
     "teacher, ids": {"teacher": F, "ids": True, "symmetric": False},
     "hard negatives": {"gradients": (True, True, True), "negatives": True},
@@ -64,6 +69,7 @@ def _counted(rank: int, world: int, rows: str, exchange: str, option: str) -> tu
             loss = siglip(x, y, scale, bias, **more)
         else:
             more |= {"symmetric": call.symmetric, "same_id": call.same_id}
+            more["decoupled"] = call.others
             if call.weights:
                 more["weights"] = torch.ones(mine)
             if call.teacher:
