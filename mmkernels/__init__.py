@@ -8,6 +8,7 @@ __all__ = [
     "BackendError",
     "ContrastiveStats",
     "EncoderCost",
+    "FalseNegatives",
     "GatheredKeys",
     "GradCache",
     "Link",
@@ -79,6 +80,7 @@ else:
     )
     from mmkernels.ops.contrastive import (
         ContrastiveStats,
+        FalseNegatives,
         GatheredKeys,
         gather_keys,
         infonce,

@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmkernels import (
     AttentionMask,
+    FalseNegatives,
     additive_attention,
     attention,
     embed_splice,
@@ -64,6 +65,15 @@ def contrast(device):
     loss = loss + infonce(x, y, 10.0, query_ids=ids) + siglip(x, y, 10.0, -1.0, query_ids=ids)
     loss = loss + infonce(x, y, 10.0, query_ids=ids, same_id="ignore", return_stats=True)[0]
     loss = loss + similarity_logsumexp(x, y, 10.0, query_ids=ids).float().sum()
+    filtered = FalseNegatives(x.detach(), y.detach(), 0.1)
+    loss = loss + infonce(
+        x,
+        y,
+        10.0,
+        decoupled=True,
+        negatives=y[:, None],
+        false_negatives=filtered._replace(guide_negatives=y.detach()[:, None]),
+    )
     topk_similar(x, y, 3)
     sample_negatives(x, y, 10.0, query_ids=ids)
     return torch.autograd.grad(loss, (x, y))
@@ -146,6 +156,12 @@ WEIGHTS = torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
 BATCHED = {
     "query_ids": (lambda x, ids: infonce(x, x, 2.0, query_ids=ids), IDS),
     "ignored ids": (lambda x, ids: infonce(x, x, 2.0, query_ids=ids, same_id="ignore"), IDS),
+    "decoupled": (lambda x, targets: infonce(x, x, 2.0, targets=targets, decoupled=True), PERMUTED),
+    "a filter": (
+        lambda x, targets: infonce(x, x, 2.0, targets=targets, false_negatives=FalseNegatives(x, x, 0.1)),
+        PERMUTED,
+    ),
+    "own negatives": (lambda x, targets: infonce(x, x, 2.0, negatives=x[targets][:, None]), PERMUTED),
     "targets": (lambda x, targets: infonce(x, x, 2.0, targets=targets), PERMUTED),
     "weights": (lambda x, weights: infonce(x, x, 2.0, weights=weights), WEIGHTS),
     "siglip": (lambda x, ids: siglip(x, x, 2.0, -1.0, query_ids=ids), IDS),

@@ -2,6 +2,7 @@
 
 from mmkernels.ops.contrastive.api import (
     ContrastiveStats,
+    FalseNegatives,
     GatheredKeys,
     gather_keys,
     infonce,
@@ -13,6 +14,7 @@ from mmkernels.ops.contrastive.lse import similarity_logsumexp
 
 __all__ = [
     "ContrastiveStats",
+    "FalseNegatives",
     "GatheredKeys",
     "gather_keys",
     "infonce",

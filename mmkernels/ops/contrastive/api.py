@@ -28,12 +28,13 @@ from mmkernels.ops.contrastive.gathering import GatheredKeys, check_gathered, ga
 from mmkernels.ops.contrastive.losses import Over, infonce_loss, siglip_loss
 from mmkernels.ops.contrastive.over import Local
 from mmkernels.ops.contrastive.over_ranks import infonce_over_ranks, refusing, siglip_over_ranks
-from mmkernels.ops.contrastive.types import ContrastiveStats, Targets
+from mmkernels.ops.contrastive.types import ContrastiveStats, FalseNegatives, Targets
 from mmkernels.runtime.backends import resolve
 from mmkernels.runtime.machine import Machine
 
 __all__ = [
     "ContrastiveStats",
+    "FalseNegatives",
     "GatheredKeys",
     "gather_keys",
     "infonce",
@@ -58,6 +59,7 @@ def infonce(
     weights: Tensor | None = None,
     teacher: tuple[Tensor, Tensor, float] | None = None,
     decoupled: bool = False,
+    false_negatives: FalseNegatives | None = None,
     group: Any = None,
     exchange: str = "auto",
     machine: Machine | None = None,
@@ -99,6 +101,10 @@ def infonce(
         decoupled: leave a row's positives out of its denominator, which then sums negatives only. They are not summed
             rather than subtracted, so nothing cancels. With same_id="ignore" each target must have the id of its
             query. A row without negatives has loss 0 and no gradient. Statistics are those of decoupled=False.
+        false_negatives: a guide's features and a margin: keys and negatives that the guide finds more similar to a
+            query than its target are left out of the denominator (see `FalseNegatives`). One target per query; no
+            label_smoothing, teacher or return_stats. It costs a second product per pass and, if symmetric, a pass for
+            each direction, because a key has another threshold than a query.
         group: a process group of torch.distributed: the rows are this rank's (any number, including 0), and every rank
             gets the loss of one process with all rows. Gradients assume averaging over the ranks, as in
             DistributedDataParallel: features and negatives get W times their gradient, the scale its full gradient on
@@ -133,7 +139,7 @@ def infonce(
 
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
     (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher); Yeh et al. 2022
-    (arXiv:2110.06848, decoupled).
+    (arXiv:2110.06848, decoupled); Solatorio 2024 (arXiv:2402.16829, false_negatives).
     """
     with _checking(group, exchange, machine, queries):
         deprecated_deterministic(deterministic)
@@ -148,6 +154,7 @@ def infonce(
             "weights": weights,
             "teacher": teacher,
             "decoupled": decoupled or None,
+            "false_negatives": false_negatives,
             "label_smoothing": smooth or None,
             "symmetric=False": None if symmetric else True,
             "return_stats": return_stats or None,
@@ -157,7 +164,7 @@ def infonce(
         pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
         soft = Targets(smooth, teacher_of(teacher, queries, keys))
         extra = negatives_of(negatives, queries)
-        denominator = denominator_of(decoupled, pairs)
+        denominator = denominator_of(queries, keys, extra, pairs, options, decoupled, false_negatives)
         row_weights = weights_of(weights, queries, keys, symmetric, some=one_has)
         plain = all(option is None for option in options.values())
         chosen = resolve("contrastive", queries, backend, None if plain else limits_of(options, queries))

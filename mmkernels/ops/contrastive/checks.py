@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.checks import describe, expect_tensor, expect_true, integer, real, wrong_type, wrong_value
-from mmkernels.ops.contrastive.types import Denominator, Pairs
+from mmkernels.ops.contrastive.types import Denominator, FalseNegatives, Guide, Pairs
 from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = [
     "check_features",
     "check_flag",
     "denominator_of",
+    "guide_of",
     "limits_of",
     "negatives_of",
     "number_of_keys",
@@ -142,10 +143,85 @@ def unseen_of(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> Pa
     )
 
 
-def denominator_of(decoupled: Any, pairs: Pairs) -> Denominator:
-    """How the denominators differ from sums over all keys."""
+_NOT_FILTERED = "label_smoothing", "teacher", "return_stats"  # they need the number of keys that a row sees
+
+
+def _false_negatives_of(
+    filtered: Any, queries: Tensor, keys: Tensor, negatives: Tensor | None, pairs: Pairs, options: Mapping[str, Any]
+) -> FalseNegatives | None:
+    if filtered is None:
+        return None
+    if not isinstance(filtered, FalseNegatives):
+        wrong_type("false_negatives", "None, or an mmkernels.FalseNegatives", filtered)
+    for name in _NOT_FILTERED:
+        if options[name] is not None:
+            raise ValueError(f"{name}: expected to be left out with false_negatives, got {describe(options[name])}")
+    if pairs.targets is None:
+        wrong_value("same_id", "'ignore' with false_negatives and ids (a threshold needs one target)", "positive")
+    margin = real("false_negatives.margin", filtered.margin, "a finite number")
+    if not math.isfinite(margin):
+        wrong_value("false_negatives.margin", "a finite number", filtered.margin)
+    if filtered.kind not in ("absolute", "relative"):
+        wrong_value("false_negatives.kind", "'absolute' or 'relative'", filtered.kind)
+    if (negatives is None) != (filtered.guide_negatives is None):
+        expected = "None without negatives" if negatives is None else "the guide's features of the negatives"
+        wrong_value("false_negatives.guide_negatives", expected, filtered.guide_negatives)
+    _check_guide("false_negatives", filtered, queries, keys, negatives)
+    return filtered._replace(margin=margin)
+
+
+def _check_guide(
+    argument: str, filtered: FalseNegatives, queries: Tensor, keys: Tensor, negatives: Tensor | None
+) -> None:
+    """A row for each of the features, all of one width."""
+    width: Any = "F"
+    for field, own in (("queries", queries), ("keys", keys), ("negatives", negatives)):
+        if own is None:
+            continue
+        name, features = f"{argument}.guide_{field}", getattr(filtered, f"guide_{field}")
+        sizes = ", ".join(map(str, (*own.shape[:-1], width)))
+        expected = f"[{sizes}] {str(own.dtype).removeprefix('torch.')}"
+        expect_tensor(name, features, expected, ndim=own.ndim, dtypes=(own.dtype,), like=queries)
+        if features.shape[:-1] != own.shape[:-1] or width not in ("F", features.shape[-1]):
+            wrong_value(name, expected, features)
+        width = features.shape[-1]
+
+
+def guide_of(guide: Any, thresholds: Any, queries: Tensor, keys: Tensor) -> Guide | None:
+    """A guide's features and the thresholds of rows, detached."""
+    if guide is None and thresholds is None:
+        return None
+    if guide is None:
+        wrong_value("guide", "(guide_queries, guide_keys), required with thresholds", None)
+    if not isinstance(guide, tuple) or len(guide) != 2:
+        wrong_type("guide", "(guide_queries, guide_keys)", guide)
+    _check_guide("guide", FalseNegatives(*guide), queries, keys, None)
+    expected = f"[{queries.shape[0]}] floating point, one per query, required with guide"
+    expect_tensor("thresholds", thresholds, expected, ndim=1, like=queries)
+    if thresholds.shape[0] != queries.shape[0]:
+        wrong_value("thresholds", expected, thresholds)
+    return Guide(guide[0].detach(), guide[1].detach(), thresholds.detach().to(compute_dtype(queries.dtype)))
+
+
+def denominator_of(
+    queries: Tensor,
+    keys: Tensor,
+    negatives: Tensor | None,
+    pairs: Pairs,
+    options: Mapping[str, Any],
+    decoupled: Any,
+    false_negatives: Any,
+) -> Denominator:
+    """How the denominators differ from sums over all keys.
+
+    Args:
+        queries, keys, negatives, pairs: checked.
+        options: of the call by name, None where not used.
+        decoupled, false_negatives: as passed by the user.
+    """
     check_flag("decoupled", decoupled)
-    denominator = Denominator(decoupled)
+    filtered = _false_negatives_of(false_negatives, queries, keys, negatives, pairs, options)
+    denominator = Denominator(decoupled, filtered)
     if denominator.apart and pairs.same_id == "ignore":
         targets, ids, key_ids = pairs.targets, pairs.query_ids, pairs.key_ids
         assert targets is not None and ids is not None and key_ids is not None

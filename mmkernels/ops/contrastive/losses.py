@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels.ops.contrastive.guides import Guides, guides_of, turned
 from mmkernels.ops.contrastive.over import Local
 from mmkernels.ops.contrastive.over_ranks import OverRanks
 from mmkernels.ops.contrastive.own import joined, lines_of_targets, of_own_negatives
@@ -27,6 +28,7 @@ from mmkernels.ops.contrastive.types import (
     TOTAL,
     ContrastiveStats,
     Denominator,
+    Guide,
     Pairs,
     Targets,
     Teacher,
@@ -107,7 +109,8 @@ def _teacher_of(
         return None
     queries, keys = targets.teacher[0].detach(), targets.teacher[1].detach()
     with torch.no_grad():
-        of_rows, of_columns = over.softmax(queries, keys, logit_scale.detach(), pairs, None, False, columns, backend)
+        rules = pairs, None, None, False, columns
+        of_rows, of_columns = over.softmax(queries, keys, logit_scale.detach(), *rules, backend)
     return Teacher(queries, keys, of_rows[LSE], of_columns[LSE] if columns else None)
 
 
@@ -136,23 +139,27 @@ def infonce_loss(
     for name, counts in zip(("query_ids", "key_ids"), directions, strict=False):
         over.each_has_one(name, counts.positives)
     logit_scale = over.shared(logit_scale)
+    filtered = denominator.false_negatives
+    guides = None
+    if filtered is not None:
+        assert pairs.targets is not None
+        guides = guides_of(filtered, pairs.targets, symmetric, backend)
     lines: Sequence[Tensor]
     if denominator.apart and not beside(pairs, targets, return_stats):
         assert pairs.targets is not None
         lines = lines_of_targets(queries, keys, pairs.targets, symmetric)
     else:
         teacher = _teacher_of(targets, logit_scale, pairs, columns, over, backend)
-        lines = over.softmax(queries, keys, logit_scale, pairs, teacher, totals, columns, backend)
-    extra = _of_negatives(queries, negatives, logit_scale, over, backend)
+        lines = _lines(queries, keys, logit_scale, pairs, teacher, guides, totals, columns, over, backend)
+    extra = _of_negatives(queries, negatives, logit_scale, guides, over, backend)
     lse = [line[LSE] for line in lines]
     if extra is not None:
-        lse[0] = torch.logaddexp(lse[0], extra[LSE])
+        join = torch.logaddexp if guides is None else joined
+        lse[0] = join(lse[0], extra[LSE])
     scale, dtype = logit_scale.double(), compute_dtype(queries.dtype)
-    summed = (
-        lse
-        if not denominator.apart
-        else _lse_of_others(queries, keys, logit_scale, pairs, extra, symmetric, over, backend)
-    )
+    summed = lse
+    if denominator.apart:
+        summed = _lse_of_others(queries, keys, logit_scale, pairs, guides, extra, symmetric, over, backend)
     losses = [_losses(*of, scale, targets, denominator) for of in zip(lines, summed, directions, strict=False)]
     loss = over.mean(losses, None if weights is None else _weights_of_directions(weights.double(), pairs, symmetric))
     if not return_stats:
@@ -162,11 +169,34 @@ def infonce_loss(
     return loss.to(dtype), _stats_of(lse[0].detach(), lse[1].detach(), sums, symmetric, dtype)
 
 
+def _lines(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    pairs: Pairs,
+    teacher: Teacher | None,
+    guides: Guides | None,
+    totals: bool,
+    columns: bool,
+    over: Over,
+    backend: str,
+) -> Sequence[Tensor]:
+    """Statistics [7, N] of rows, and [7, M] of columns if asked: of one pass or, where guides filter rows and columns
+    differently, of one for each direction."""
+    if guides is None:
+        return over.softmax(queries, keys, logit_scale, pairs, teacher, None, totals, columns, backend)
+    lines = [over.softmax(queries, keys, logit_scale, pairs, None, guides.rows, False, False, backend)[0]]
+    if columns:
+        lines.append(over.turned(queries, keys, logit_scale, turned(pairs), guides.columns, backend))
+    return lines
+
+
 def _lse_of_others(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
     pairs: Pairs,
+    guides: Guides | None,
     extra: Tensor | None,
     symmetric: bool,
     over: Over,
@@ -181,7 +211,7 @@ def _lse_of_others(
         assert pairs.targets is not None
         ids = pairs.targets + over.first_key, over.first_key + torch.arange(len(keys), device=keys.device)
     others = Pairs(None, *ids, "ignore")
-    lines = over.softmax(queries, keys, logit_scale, others, None, False, symmetric, backend)
+    lines = _lines(queries, keys, logit_scale, others, None, guides, False, symmetric, over, backend)
     lse = [line[LSE] for line in lines[: 1 + symmetric]]
     if extra is not None:
         lse[0] = joined(lse[0], extra[LSE])
@@ -189,14 +219,22 @@ def _lse_of_others(
 
 
 def _of_negatives(
-    queries: Tensor, negatives: Tensor | None, logit_scale: Tensor, over: Over, backend: str
+    queries: Tensor,
+    negatives: Tensor | None,
+    logit_scale: Tensor,
+    guides: Guides | None,
+    over: Over,
+    backend: str,
 ) -> Tensor | None:
     """Statistics [7, N] of rows over the negatives; None without any."""
     if negatives is None:
         return None
+    filtered = None if guides is None else guides.negatives
     if negatives.ndim == 2:
-        return over.of_negatives(queries, negatives, logit_scale, backend)
-    return of_own_negatives(queries, negatives, logit_scale) if negatives.shape[1] else None
+        assert not isinstance(filtered, Tensor)
+        return over.of_negatives(queries, negatives, logit_scale, filtered, backend)
+    assert not isinstance(filtered, Guide)
+    return of_own_negatives(queries, negatives, logit_scale, filtered) if negatives.shape[1] else None
 
 
 def _weights_of_directions(weights: Tensor, pairs: Pairs, symmetric: bool) -> list[Tensor]:
@@ -230,7 +268,7 @@ def siglip_loss(
         return loss, None
     with torch.no_grad():
         features = queries.detach(), keys.detach(), scale.detach()
-        of_rows, of_columns = over.softmax(*features, pairs, None, True, True, backend)
+        of_rows, of_columns = over.softmax(*features, pairs, None, None, True, True, backend)
         sums = over.summed(_stats_sums(of_rows, of_columns, None, features[2].double(), _counts_of_rows(pairs, over)))
         lse_q, lse_k = (line[LSE] + bias.detach() for line in (of_rows, of_columns))
         return loss, _stats_of(lse_q, lse_k, sums, True, dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import op
-from mmkernels.ops.contrastive.checks import check_features, limits_of, scalar, unseen_of
+from mmkernels.ops.contrastive.checks import check_features, guide_of, limits_of, scalar, unseen_of
 from mmkernels.ops.contrastive.types import LSE
 from mmkernels.runtime.backends import resolve
 
@@ -20,6 +20,8 @@ def similarity_logsumexp(
     *,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
+    thresholds: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The log-sum-exp of each query's logits over the keys that it sees, streaming: no N x M matrix is stored.
@@ -38,6 +40,9 @@ def similarity_logsumexp(
             its exact gradient.
         query_ids, key_ids: [N], [M] int64 or int32: pairs with equal ids are not seen; key_ids default to query_ids.
             Without ids a query sees every key.
+        guide, thresholds: ((guide_queries [N, F], guide_keys [M, F]), [N] floating point), both or neither, features in
+            the dtype of the queries, without gradient: query i does not see keys with `<guide_queries_i, guide_keys_j>`
+            above thresholds_i, such as false negatives. NaN is not above.
         backend: None picks the fastest one that supports the call; or "native" (CPU), "triton", "reference".
 
     Returns:
@@ -62,12 +67,12 @@ def similarity_logsumexp(
         >>> positive = 20.0 * (queries * documents).sum(1)
         >>> loss = (torch.stack(lse).logsumexp(0) - positive).mean()
 
-    Source: Li et al. 2023 (arXiv:2308.03281, the loss of the example).
+    Source: Li et al. 2023 (arXiv:2308.03281, the loss of the example); Solatorio 2024 (arXiv:2402.16829, guide).
     """
     check_features(queries, keys)
     scale = scalar("logit_scale", logit_scale, queries)
-    pairs = unseen_of(queries, keys, query_ids, key_ids)
+    pairs, filtered = unseen_of(queries, keys, query_ids, key_ids), guide_of(guide, thresholds, queries, keys)
     chosen = resolve("contrastive", queries, backend, limits_of({"similarity_logsumexp": True}, queries))
-    of_rows, _ = op.softmax_fwd(queries, keys, scale, pairs, None, False, False, chosen)
+    of_rows, _ = op.softmax_fwd(queries, keys, scale, pairs, None, filtered, False, False, chosen)
     # A constant where nothing is seen, so that a NaN that comes back is not multiplied by a weight of 0.
     return torch.where(of_rows[LSE] == -torch.inf, -torch.inf, of_rows[LSE])

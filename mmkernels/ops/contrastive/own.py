@@ -22,11 +22,17 @@ def similarities(queries: Tensor, negatives: Tensor) -> Tensor:
         return (negatives.to(wide) @ queries.to(wide)[:, :, None])[:, :, 0].double()
 
 
-def of_own_negatives(queries: Tensor, negatives: Tensor, logit_scale: Tensor) -> Tensor:
-    """Statistics [7, N] of each query over its own negatives [N, K, E], K > 0; only LSE is differentiable."""
+def of_own_negatives(queries: Tensor, negatives: Tensor, logit_scale: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Statistics [7, N] of each query over its own negatives [N, K, E], K > 0, or those seen; only LSE is
+    differentiable."""
     similarity = similarities(queries, negatives)
     logits = logit_scale.double() * similarity
     lines = [torch.zeros_like(logits[:, 0])] * STATISTICS
+    if seen is not None:
+        some = seen.any(1)
+        lines[LSE] = torch.where(seen | ~some[:, None], torch.where(seen, logits, 0.0), -torch.inf).logsumexp(1)
+        lines[LSE] = torch.where(some, lines[LSE], -torch.inf)
+        return torch.stack(lines)
     lines[LSE] = logits.logsumexp(1)
     lines[MEAN] = (logits.softmax(1) * similarity).sum(1).detach()
     lines[TOP] = logits.amax(1).detach()

@@ -240,7 +240,7 @@ def test_compiled_whole_and_functorch(backend):
 def test_opcheck(backend):
     x, y, scale = (t.requires_grad_() for t in inputs_of(N + 4, torch.float32))
     ids = IDS, torch.cat([IDS, IDS[:4]])
-    args = (x, y, scale, None, *ids, "positive", *(None,) * 4, True, True, backend)
+    args = (x, y, scale, None, *ids, "positive", *(None,) * 7, True, True, backend)
     torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_fwd.default, args)
     bias = torch.tensor(-3.0, requires_grad=True)
     torch.library.opcheck(
@@ -250,7 +250,7 @@ def test_opcheck(backend):
     lse = torch.zeros(N, dtype=torch.float64), torch.zeros(N + 4, dtype=torch.float64)
     weights = torch.ones(4, N, dtype=torch.float64), torch.ones(4, N + 4, dtype=torch.float64)
     for mean in ((None, None), lse):
-        args = (*weights, *plain, *lse, None, *ids, "ignore", *(None,) * 4, *mean, True, False, backend)
+        args = (*weights, *plain, *lse, None, *ids, "ignore", *(None,) * 7, *mean, True, False, backend)
         torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_bwd.default, args)
         for coefficients in (weights, (None, None)):
             second = (x.detach(), None, scale.detach(), *coefficients, *args[2:])
