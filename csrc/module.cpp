@@ -173,13 +173,15 @@ void bind_contrastive(py::module_& m) {
   m.def(
       "launch_contrastive_softmax_fwd_cpu",
       [](Tensor queries, Tensor keys, Tensor logit_scale, Tensor targets, Tensor query_ids, Tensor key_ids, bool ignore,
-         Tensor teacher_queries, Tensor teacher_keys, Tensor teacher_lse_q, Tensor teacher_lse_k, bool totals,
-         bool columns, Tensor rows_out, Tensor columns_out, int num_threads) {
+         Tensor teacher_queries, Tensor teacher_keys, Tensor teacher_lse_q, Tensor teacher_lse_k, Tensor guide_queries,
+         Tensor guide_keys, Tensor thresholds, bool totals, bool columns, Tensor rows_out, Tensor columns_out,
+         int num_threads) {
         mmk::contrastive_kernels().softmax_fwd({queries,
                                                 keys,
                                                 logit_scale,
                                                 {targets, query_ids, key_ids, ignore},
                                                 {teacher_queries, teacher_keys, teacher_lse_q, teacher_lse_k},
+                                                {guide_queries, guide_keys, thresholds},
                                                 totals,
                                                 columns,
                                                 rows_out,
@@ -191,8 +193,8 @@ void bind_contrastive(py::module_& m) {
       "launch_contrastive_softmax_bwd_cpu",
       [](Tensor coefficients_q, Tensor coefficients_k, Tensor lse_q, Tensor lse_k, Tensor queries, Tensor keys,
          Tensor logit_scale, Tensor targets, Tensor query_ids, Tensor key_ids, bool ignore, Tensor teacher_queries,
-         Tensor teacher_keys, Tensor teacher_lse_q, Tensor teacher_lse_k, bool columns, Tensor dqueries, Tensor dkeys,
-         int num_threads) {
+         Tensor teacher_keys, Tensor teacher_lse_q, Tensor teacher_lse_k, Tensor guide_queries, Tensor guide_keys,
+         Tensor thresholds, bool columns, Tensor dqueries, Tensor dkeys, int num_threads) {
         mmk::contrastive_kernels().softmax_bwd({coefficients_q,
                                                 coefficients_k,
                                                 lse_q,
@@ -202,6 +204,7 @@ void bind_contrastive(py::module_& m) {
                                                 logit_scale,
                                                 {targets, query_ids, key_ids, ignore},
                                                 {teacher_queries, teacher_keys, teacher_lse_q, teacher_lse_k},
+                                                {guide_queries, guide_keys, thresholds},
                                                 columns,
                                                 dqueries,
                                                 dkeys},

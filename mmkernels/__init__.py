@@ -8,6 +8,7 @@ __all__ = [
     "BackendError",
     "ContrastiveStats",
     "EncoderCost",
+    "FalseNegatives",
     "GatheredKeys",
     "GradCache",
     "Link",
@@ -42,6 +43,7 @@ __all__ = [
     "sample_negatives",
     "segment_pool",
     "siglip",
+    "similarity_logsumexp",
     "topk_similar",
     "unpack",
     "unpad",
@@ -78,11 +80,13 @@ else:
     )
     from mmkernels.ops.contrastive import (
         ContrastiveStats,
+        FalseNegatives,
         GatheredKeys,
         gather_keys,
         infonce,
         sample_negatives,
         siglip,
+        similarity_logsumexp,
         topk_similar,
     )
     from mmkernels.ops.modality import Modality

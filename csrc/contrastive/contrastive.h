@@ -42,6 +42,14 @@ struct TeacherArguments {
   Tensor lse_k;    // [M] float64
 };
 
+// A filter of what a row sees: keys whose similarity to its query under other features is above the row's threshold are
+// left out, except its target. All given or none; neither with a teacher nor with columns.
+struct GuideArguments {
+  Tensor queries;     // [N, F]
+  Tensor keys;        // [M, F]
+  Tensor thresholds;  // [N] float64
+};
+
 // Lines of the statistics, as documented in mmkernels/ops/contrastive/types.py. The first kCoefficients are
 // differentiable; a backward takes one coefficient for each.
 enum Statistic { kLse, kPositive, kTotal, kTeacher, kMean, kTop, kBest, kStatistics, kCoefficients = kMean };
@@ -60,6 +68,7 @@ struct SoftmaxForwardArguments {
   Tensor logit_scale;  // []
   PairArguments pairs;
   TeacherArguments teacher;
+  GuideArguments guide;
   bool totals, columns;
   // outputs
   Tensor rows_out;     // [kStatistics, N] float64
@@ -77,6 +86,7 @@ struct SoftmaxBackwardArguments {
   Tensor logit_scale;     // []
   PairArguments pairs;
   TeacherArguments teacher;
+  GuideArguments guide;
   bool columns;
   // outputs
   Tensor dqueries;  // [N, E], or not given

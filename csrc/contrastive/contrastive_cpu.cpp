@@ -15,13 +15,14 @@ Rows<T> rows_of(const Tensor& t) {
   return {t.ptr<const T>(), t.size[0], t.size[1], t.stride[0]};
 }
 
-PairRule rule_of(const PairArguments& pairs) {
+const double* numbers(const Tensor& t) { return t.given() ? t.ptr<const double>() : nullptr; }
+
+PairRule rule_of(const PairArguments& pairs, const GuideArguments& guide = {}) {
   return {pairs.targets.given() ? pairs.targets.ptr<const int64_t>() : nullptr,
           pairs.query_ids.given() ? pairs.query_ids.ptr<const int32_t>() : nullptr,
-          pairs.key_ids.given() ? pairs.key_ids.ptr<const int32_t>() : nullptr, pairs.ignore};
+          pairs.key_ids.given() ? pairs.key_ids.ptr<const int32_t>() : nullptr, pairs.ignore,
+          numbers(guide.thresholds)};
 }
-
-const double* numbers(const Tensor& t) { return t.given() ? t.ptr<const double>() : nullptr; }
 
 // 0, 1, 2, ...: in the plain losses the positive of query i is key i.
 class OwnTargets {
@@ -39,6 +40,21 @@ template <class T>
 void zero(const Tensor& gradient) {
   for (int64_t i = 0; gradient.given() && i < gradient.size[0] * gradient.size[1]; ++i) gradient.ptr<T>()[i] = T{};
 }
+
+// The second product of a softmax: the teacher's or the guide's, if either is given.
+template <class T>
+class SecondProduct {
+ public:
+  SecondProduct(const TeacherArguments& teacher, const GuideArguments& guide)
+      : given_(teacher.queries.given() || guide.queries.given()),
+        operands_(guide.queries.given() ? Operands<T>{rows_of<T>(guide.queries), rows_of<T>(guide.keys)}
+                                        : Operands<T>{rows_of<T>(teacher.queries), rows_of<T>(teacher.keys)}) {}
+  const Operands<T>* operands() const { return given_ ? &operands_ : nullptr; }
+
+ private:
+  bool given_;
+  Operands<T> operands_;
+};
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
@@ -61,11 +77,10 @@ void softmax_fwd(const SoftmaxForwardArguments& a, int threads) {
   with_dtype(a.queries.dtype, [&](auto t) {
     using T = decltype(t);
     const Operands<T> student{rows_of<T>(a.queries), rows_of<T>(a.keys)};
-    const Operands<T> teacher{rows_of<T>(a.teacher.queries), rows_of<T>(a.teacher.keys)};
-    const bool of_teacher = a.teacher.queries.given();
-    statistics<T>(student, of_teacher ? &teacher : nullptr, {numbers(a.teacher.lse_q), numbers(a.teacher.lse_k)},
-                  *a.logit_scale.ptr<ComputeOf<T>>(), rule_of(a.pairs), a.totals, a.columns, a.rows_out.ptr<double>(),
-                  a.columns_out.ptr<double>(), threads);
+    const SecondProduct<T> second(a.teacher, a.guide);
+    statistics<T>(student, second.operands(), {numbers(a.teacher.lse_q), numbers(a.teacher.lse_k)},
+                  *a.logit_scale.ptr<ComputeOf<T>>(), rule_of(a.pairs, a.guide), a.totals, a.columns,
+                  a.rows_out.ptr<double>(), a.columns_out.ptr<double>(), threads);
   });
 }
 
@@ -87,12 +102,12 @@ void softmax_bwd(const SoftmaxBackwardArguments& a, int threads) {
   with_dtype(a.queries.dtype, [&](auto t) {
     using T = decltype(t);
     const Operands<T> student{rows_of<T>(a.queries), rows_of<T>(a.keys)};
-    const Operands<T> teacher{rows_of<T>(a.teacher.queries), rows_of<T>(a.teacher.keys)};
+    const SecondProduct<T> second(a.teacher, a.guide);
     const Line rows{numbers(a.coefficients_q), numbers(a.lse_q), numbers(a.teacher.lse_q), student.x.count};
     const Line columns{numbers(a.coefficients_k), numbers(a.lse_k), numbers(a.teacher.lse_k),
                        a.columns ? student.y.count : 0};
-    softmax_gradients<T>(student, a.teacher.queries.given() ? &teacher : nullptr, rows, columns,
-                         *a.logit_scale.ptr<ComputeOf<T>>(), rule_of(a.pairs), a.dqueries, a.dkeys, threads);
+    softmax_gradients<T>(student, second.operands(), rows, columns, *a.logit_scale.ptr<ComputeOf<T>>(),
+                         rule_of(a.pairs, a.guide), a.dqueries, a.dkeys, threads);
   });
 }
 

@@ -43,14 +43,17 @@ MMK_INLINE void for_each_vector(int64_t count, Body body) {
 }
 
 // targets [N]: the one positive of each row, or -1; ids: int32 codes of rows [N] and columns [M]. With ids and without
-// `ignore`, pairs with equal ids are positive; with `ignore` they are not seen, except the target.
+// `ignore`, pairs with equal ids are positive; with `ignore` they are not seen, except the target. thresholds [N]: nor
+// are keys that the guide finds more similar than that, except the target.
 struct PairRule {
   const int64_t* targets = nullptr;
   const int32_t *row_ids = nullptr, *column_ids = nullptr;
   bool ignore = false;
+  const double* thresholds = nullptr;
 
   bool by_id() const { return row_ids && !ignore; }
   bool ignores() const { return row_ids && ignore; }
+  bool hides() const { return ignores() || thresholds; }
   int64_t target(int64_t i) const { return targets && !by_id() ? targets[i] : -1; }
 };
 
@@ -85,22 +88,28 @@ class Pairs {
   struct Row {
     Int target, id;
     const Int* ids;
+    const C* guide;
+    C threshold;
 
     MMK_INLINE Mask is_target(int64_t v) const {
       return lane_numbers<C>() == (target >= v ? static_cast<Int>(target - v) : Int{-1});
     }
     MMK_INLINE Mask same_id(int64_t v) const { return load_as<Int>(ids + v) == id; }
+    MMK_INLINE Mask above(int64_t v) const { return Mask(load(guide + v) > threshold); }
   };
   template <class Tile>
   Row row(const Tile& tile, int64_t r) const {
     return {static_cast<Int>(in(tile, r)), rule_.row_ids ? static_cast<Int>(rule_.row_ids[tile.i0 + r]) : Int{0},
-            ids_.data() + (rule_.row_ids ? tile.j0 : 0)};
+            ids_.data() + (rule_.row_ids ? tile.j0 : 0), tile.guide ? tile.guide + r * Tile::kCols : nullptr,
+            rule_.thresholds ? static_cast<C>(rule_.thresholds[tile.i0 + r]) : C{0}};
   }
   MMK_INLINE Mask positive(const Row& row, int64_t v) const {
     return rule_.by_id() ? row.same_id(v) : row.is_target(v);
   }
   MMK_INLINE Mask unseen(const Row& row, int64_t v) const {
-    return rule_.ignores() ? Mask(row.same_id(v) & ~row.is_target(v)) : Mask{};
+    Mask hidden = rule_.ignores() ? row.same_id(v) : Mask{};
+    if (row.guide) hidden |= row.above(v);
+    return hidden & ~row.is_target(v);
   }
 
  private:

@@ -1,6 +1,8 @@
 // The epilogue that reduces tiles of similarities to row and column statistics.
 #pragma once
 
+#include <utility>
+
 #include "contrastive/contrastive.h"
 #include "contrastive/softmax.h"
 
@@ -40,9 +42,11 @@ class SoftmaxForward {
     columns_.clear();
   }
 
-  void tile(int64_t t, const Tile& tile, const C* of_teacher) const {
+  // The second product is the teacher's or, with thresholds, the guide's.
+  void tile(int64_t t, Tile tile, const C* of_teacher) const {
+    if (pairs_.rule().thresholds) std::swap(tile.guide, of_teacher);
     const Stats<C> column = partial_.stats().at(with_columns_ ? t * kPassCols + tile.j0 % kPassCols : 0);
-    if (pairs_.rule().ignores())
+    if (pairs_.rule().hides())
       with_columns_ ? statistics<true, true>(tile, column) : statistics<true, false>(tile, column);
     else if (pairs_.rule().targets && pairs_.meet(tile))
       with_columns_ ? statistics<true, true>(tile, column) : statistics<true, false>(tile, column);

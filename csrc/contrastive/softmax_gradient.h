@@ -1,6 +1,8 @@
 // The epilogue that turns tiles of similarities into the gradient of a function of the statistics.
 #pragma once
 
+#include <utility>
+
 #include "contrastive/contrastive.h"
 #include "contrastive/softmax.h"
 
@@ -97,10 +99,13 @@ class SoftmaxGradient {
         pairs_(pairs),
         rows_(rows, scale),
         columns_(columns, scale),
-        plain_(!pairs.rule().row_ids && !rows_.any(kTotal) && !columns_.any(kTotal) && !rows.teacher_lse),
+        plain_(!pairs.rule().row_ids && !pairs.rule().thresholds && !rows_.any(kTotal) && !columns_.any(kTotal) &&
+               !rows.teacher_lse),
         shared_(rows, columns, scale, low_precision && plain_ && columns.count > 0) {}
 
-  void operator()(const Tile& tile, const C* of_teacher) const {
+  // The second product is the teacher's or, with thresholds, the guide's.
+  void operator()(Tile tile, const C* of_teacher) const {
+    if (pairs_.rule().thresholds) std::swap(tile.guide, of_teacher);
     if (shared_.serves())
       shared_gradient(tile);
     else if (plain_)

@@ -33,6 +33,7 @@ struct SimilarityTile {
 
   int64_t i0, rows, j0, cols;  // rows i0.. of X against rows j0.. of Y
   C* s;                        // [rows, kCols], cols of them filled
+  const C* guide = nullptr;    // the guide's similarities of the same pairs, if a filter looks at them
 
   C* row(int64_t r) const { return s + r * kCols; }
 };
@@ -66,7 +67,7 @@ void pack_depth(const Rows<T>& x, int64_t i0, int64_t count, int threads, Packed
 
 // ---- one pass over all tiles ----------------------------------------------------------------------------------------
 
-// Both sides of a product, or of a teacher's, which may have another width.
+// Both sides of a product, or of a teacher's or a guide's, which may have another width.
 template <class T>
 struct Operands {
   Rows<T> x, y;

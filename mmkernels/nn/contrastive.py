@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.ops.checks import deprecated_deterministic, real
-from mmkernels.ops.contrastive import infonce, siglip
+from mmkernels.ops.contrastive import FalseNegatives, infonce, siglip
 
 __all__ = ["InfoNCELoss", "SigLIPLoss"]
 
@@ -126,16 +126,21 @@ class _ContrastiveLoss(nn.Module):
     def _features(self, features: Tensor) -> Tensor:
         if not self.normalize:
             return features
-        if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
+        if not isinstance(features, Tensor) or features.ndim not in (2, 3) or not features.is_floating_point():
             return features  # the function will reject it by name
         wide = features.to(torch.promote_types(features.dtype, torch.float32))
-        return F.normalize(wide, dim=1).to(features.dtype)
+        return F.normalize(wide, dim=-1).to(features.dtype)
 
     def _arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The module's options and those of a call, with further features treated like queries and keys."""
         self._expect_known(arguments)
         deprecated_deterministic(arguments.pop("deterministic", None))
         merged = {**self.options, **arguments}
+        filtered = merged.get("false_negatives")
+        if isinstance(filtered, FalseNegatives):
+            queries, keys = (self._features(x) for x in (filtered.guide_queries, filtered.guide_keys))
+            negatives = None if filtered.guide_negatives is None else self._features(filtered.guide_negatives)
+            merged["false_negatives"] = FalseNegatives(queries, keys, filtered.margin, filtered.kind, negatives)
         if merged.get("negatives") is not None:
             merged["negatives"] = self._features(merged["negatives"])
         teacher = merged.get("teacher")
@@ -156,9 +161,9 @@ class InfoNCELoss(_ContrastiveLoss):
         max_scale: the largest scale the loss uses, or None; call `clamp_()` after each optimizer step to hold the
             parameter itself to it.
         learnable: False keeps the initial scale: `log_scale` is then a buffer, not a parameter.
-        normalize: divide every row (of queries, keys, `negatives` and the teacher's features) by its Euclidean norm,
-            taken in float32 (float64 for float64 features); the result has the features' dtype again. A row of zeros
-            stays zero.
+        normalize: divide every row (of queries, keys, `negatives`, the teacher's and the guide's features) by its
+            Euclidean norm, taken in float32 (float64 for float64 features); the result has the features' dtype again. A
+            row of zeros stays zero.
         **options: keyword arguments of `mmkernels.infonce` for every call, such as `label_smoothing=0.1`,
             `symmetric=False`, `group=...` or `backend="triton"`.
 

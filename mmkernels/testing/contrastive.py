@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops.contrastive import FalseNegatives
 from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.testing.accuracy import Accuracy, assert_as_accurate
 
@@ -24,6 +25,7 @@ __all__ = [
     "plain_infonce_options",
     "plain_infonce_two_matrices",
     "plain_siglip",
+    "plain_similarity_logsumexp",
     "siglip_terms",
 ]
 
@@ -155,6 +157,7 @@ def _plain_direction(
     of_teacher: Tensor | None,
     alpha: float,
     weights: Tensor | None,
+    decoupled: bool = False,
 ) -> Tensor:
     """Cross entropy of rows against their target distribution, materialised as [N, M]."""
     positives, everyone = positive.to(logits.dtype), seen.to(logits.dtype)
@@ -162,10 +165,34 @@ def _plain_direction(
     target = target + label_smoothing * everyone / everyone.sum(1, keepdim=True)
     if of_teacher is not None:
         target = (1 - alpha) * target + alpha * of_teacher.masked_fill(~seen, -torch.inf).softmax(1)
-    masked = logits.masked_fill(~seen, -torch.inf)
+    masked = logits.masked_fill(~seen | (positive & decoupled), -torch.inf)
     everything = masked if extra is None else torch.cat([masked, extra], 1)
     loss = everything.logsumexp(1) - (target * logits).sum(1)
+    if decoupled:
+        loss = loss.where((everything > -torch.inf).any(1), 0.0)
     return loss.mean() if weights is None else (weights.to(loss.dtype) * loss).sum() / weights.to(loss.dtype).sum()
+
+
+def _similarity_of_negatives(queries: Tensor, negatives: Tensor) -> Tensor:
+    """[N, K] of [K, E], or of [N, K, E]: each query's own."""
+    return queries @ negatives.T if negatives.ndim == 2 else (negatives @ queries[:, :, None])[:, :, 0]
+
+
+def _without_false_negatives(
+    filtered: FalseNegatives, positive: Tensor, seen: Tensor, extra: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pairs seen by rows and by columns, [N, M] each, and the logits of the negatives with -inf where not seen."""
+    queries, keys, margin, kind, negatives = filtered
+
+    def threshold(own: Tensor) -> Tensor:
+        return own - margin * (own.abs() if kind == "relative" else 1)
+
+    g = queries @ keys.T
+    of_rows = threshold((g * positive).sum(1, keepdim=True))
+    of_columns = threshold((g * positive).sum(0, keepdim=True))
+    if extra is not None and negatives is not None:
+        extra = extra.masked_fill(_similarity_of_negatives(queries, negatives) > of_rows, -torch.inf)
+    return seen & (positive | ~(g > of_rows)), seen & (positive | ~(g > of_columns)), extra
 
 
 def plain_infonce_options(
@@ -182,6 +209,8 @@ def plain_infonce_options(
     symmetric: bool = True,
     weights: Tensor | None = None,
     teacher: tuple[Tensor, Tensor, float] | None = None,
+    decoupled: bool = False,
+    false_negatives: FalseNegatives | None = None,
 ) -> Tensor:
     """InfoNCE with every option, with logits and target distribution materialised."""
     (n, m), device = (len(queries), len(keys)), queries.device
@@ -193,18 +222,42 @@ def plain_infonce_options(
     if query_ids is not None:
         same = query_ids[:, None] == (query_ids if key_ids is None else key_ids)
         positive, seen = (same, seen) if same_id == "positive" else (positive, ~same | positive)
-    extra = None if negatives is None else logit_scale * queries @ negatives.T
+    extra = None if negatives is None else logit_scale * _similarity_of_negatives(queries, negatives)
+    seen_q = seen_k = seen
+    if false_negatives is not None:
+        seen_q, seen_k, extra = _without_false_negatives(false_negatives, positive, seen, extra)
     of_teacher, alpha = None, 0.0
     if teacher is not None:
         of_teacher, alpha = logit_scale.detach() * teacher[0].detach() @ teacher[1].detach().T, teacher[2]
-    loss = _plain_direction(logits, positive, seen, extra, label_smoothing, of_teacher, alpha, weights)
+    loss = _plain_direction(logits, positive, seen_q, extra, label_smoothing, of_teacher, alpha, weights, decoupled)
     if not symmetric:
         return loss
     if weights is not None and targets is not None:
         weights = weights[targets.argsort()]
     of_teacher = None if of_teacher is None else of_teacher.T
-    back = _plain_direction(logits.T, positive.T, seen.T, None, label_smoothing, of_teacher, alpha, weights)
+    back = _plain_direction(
+        logits.T, positive.T, seen_k.T, None, label_smoothing, of_teacher, alpha, weights, decoupled
+    )
     return (loss + back) / 2
+
+
+def plain_similarity_logsumexp(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
+    thresholds: Tensor | None = None,
+) -> Tensor:
+    """The log-sum-exp of each row of the logit matrix, without pairs of equal ids and those above a threshold."""
+    logits = logit_scale * queries @ keys.T
+    if guide is not None and thresholds is not None:
+        logits = logits.masked_fill(guide[0] @ guide[1].T > thresholds[:, None], -torch.inf)
+    if query_ids is not None:
+        logits = logits.masked_fill(query_ids[:, None] == (query_ids if key_ids is None else key_ids), -torch.inf)
+    return logits.logsumexp(1)
 
 
 def plain_siglip(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:

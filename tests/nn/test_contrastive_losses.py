@@ -276,6 +276,9 @@ def test_every_feature_is_normalized(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["negatives"] is features["negatives"]
     loss_fn(x, y, teacher="a string")
     assert seen["teacher"] == "a string", "for the function to refuse"
+    own = 3 * torch.randn(4, 2, 8)
+    loss_fn(x, y, negatives=own)
+    assert torch.equal(seen["negatives"], F.normalize(own, dim=2))
 
 
 @LOSSES

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkernels import (
     AttentionMask,
+    FalseNegatives,
     additive_attention,
     attention,
     embed_splice,
@@ -48,6 +49,7 @@ def contrast() -> Tensor:
     topk_similar(x, y, 2)
     pairs = {"query_ids": IDS, "key_ids": IDS}
     losses = [infonce(x, y, scale), infonce(x, y, scale, **pairs, same_id="ignore")]
+    losses += [infonce(x, y, scale, false_negatives=FalseNegatives(x.detach(), y.detach(), 0.1))]
     losses += [siglip(x, y, scale, leaf()), siglip(x, y, scale, leaf(), **pairs)]
     return torch.stack(losses).sum()
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels import (
     AttentionMask,
+    FalseNegatives,
     additive_attention,
     attention,
     infonce,
@@ -77,6 +78,9 @@ def test_losses():
     negatives = torch.randn(5, E)
     many = counted(lambda: infonce(x, y, scale, negatives=negatives))
     assert many == product + 2 * N * 5 * E
+    guide = FalseNegatives(torch.randn(N, 3), torch.randn(N, 3))
+    filtered = counted(lambda: infonce(x, y, scale, false_negatives=guide))
+    assert filtered == 2 * (product + 2 * N * N * 3 + 2 * N * 3)
     of_teacher = counted(lambda: infonce(x, y, scale, teacher=(torch.randn(N, 3), torch.randn(N, 3), 0.5)))
     assert of_teacher == product + 2 * (2 * N * N * 3)
     keys = torch.randn(M, E)

@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmkernels import (
     AttentionMask,
+    FalseNegatives,
     additive_attention,
     attention,
     embed_splice,
@@ -20,6 +21,7 @@ from mmkernels import (
     sample_negatives,
     segment_pool,
     siglip,
+    similarity_logsumexp,
     topk_similar,
     unpack,
     unpad,
@@ -62,6 +64,16 @@ def contrast(device):
     loss = infonce(x, y, 10.0) + infonce(x, y, 10.0, targets=ids, weights=weights)
     loss = loss + infonce(x, y, 10.0, query_ids=ids) + siglip(x, y, 10.0, -1.0, query_ids=ids)
     loss = loss + infonce(x, y, 10.0, query_ids=ids, same_id="ignore", return_stats=True)[0]
+    loss = loss + similarity_logsumexp(x, y, 10.0, query_ids=ids).float().sum()
+    filtered = FalseNegatives(x.detach(), y.detach(), 0.1)
+    loss = loss + infonce(
+        x,
+        y,
+        10.0,
+        decoupled=True,
+        negatives=y[:, None],
+        false_negatives=filtered._replace(guide_negatives=y.detach()[:, None]),
+    )
     topk_similar(x, y, 3)
     sample_negatives(x, y, 10.0, query_ids=ids)
     return torch.autograd.grad(loss, (x, y))
@@ -144,9 +156,16 @@ WEIGHTS = torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
 BATCHED = {
     "query_ids": (lambda x, ids: infonce(x, x, 2.0, query_ids=ids), IDS),
     "ignored ids": (lambda x, ids: infonce(x, x, 2.0, query_ids=ids, same_id="ignore"), IDS),
+    "decoupled": (lambda x, targets: infonce(x, x, 2.0, targets=targets, decoupled=True), PERMUTED),
+    "a filter": (
+        lambda x, targets: infonce(x, x, 2.0, targets=targets, false_negatives=FalseNegatives(x, x, 0.1)),
+        PERMUTED,
+    ),
+    "own negatives": (lambda x, targets: infonce(x, x, 2.0, negatives=x[targets][:, None]), PERMUTED),
     "targets": (lambda x, targets: infonce(x, x, 2.0, targets=targets), PERMUTED),
     "weights": (lambda x, weights: infonce(x, x, 2.0, weights=weights), WEIGHTS),
     "siglip": (lambda x, ids: siglip(x, x, 2.0, -1.0, query_ids=ids), IDS),
+    "similarity_logsumexp": (lambda x, ids: similarity_logsumexp(x, x, 2.0, query_ids=ids), IDS),
     "sample_negatives": (lambda x, ids: topk_similar(x, x[ids], 2)[0], PERMUTED),
     "segment_pool": (segment_pool, torch.tensor([[0, 3, 8], [0, 0, 2], [0, 8, 8]])),
     "pack": (pack, torch.tensor([[0, 7], [-1, 3], [2, 2]])),

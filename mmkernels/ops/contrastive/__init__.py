@@ -2,6 +2,7 @@
 
 from mmkernels.ops.contrastive.api import (
     ContrastiveStats,
+    FalseNegatives,
     GatheredKeys,
     gather_keys,
     infonce,
@@ -9,13 +10,16 @@ from mmkernels.ops.contrastive.api import (
     siglip,
     topk_similar,
 )
+from mmkernels.ops.contrastive.lse import similarity_logsumexp
 
 __all__ = [
     "ContrastiveStats",
+    "FalseNegatives",
     "GatheredKeys",
     "gather_keys",
     "infonce",
     "sample_negatives",
     "siglip",
+    "similarity_logsumexp",
     "topk_similar",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +13,8 @@ from mmkernels.ops.contrastive import op_plain, op_search
 from mmkernels.ops.contrastive.checks import (
     check_features,
     check_flag,
+    denominator_of,
+    limits_of,
     negatives_of,
     number_of_keys,
     pairs_of,
@@ -27,12 +28,13 @@ from mmkernels.ops.contrastive.gathering import GatheredKeys, check_gathered, ga
 from mmkernels.ops.contrastive.losses import Over, infonce_loss, siglip_loss
 from mmkernels.ops.contrastive.over import Local
 from mmkernels.ops.contrastive.over_ranks import infonce_over_ranks, refusing, siglip_over_ranks
-from mmkernels.ops.contrastive.types import ContrastiveStats, Targets
+from mmkernels.ops.contrastive.types import ContrastiveStats, FalseNegatives, Targets
 from mmkernels.runtime.backends import resolve
 from mmkernels.runtime.machine import Machine
 
 __all__ = [
     "ContrastiveStats",
+    "FalseNegatives",
     "GatheredKeys",
     "gather_keys",
     "infonce",
@@ -56,6 +58,8 @@ def infonce(
     symmetric: bool = True,
     weights: Tensor | None = None,
     teacher: tuple[Tensor, Tensor, float] | None = None,
+    decoupled: bool = False,
+    false_negatives: FalseNegatives | None = None,
     group: Any = None,
     exchange: str = "auto",
     machine: Machine | None = None,
@@ -84,8 +88,9 @@ def infonce(
         same_id: how pairs with the same id are treated. "positive": the target is uniform over the keys with the
             query's id (at least one; targets must be None). "ignore": they are left out of the denominator, except the
             target.
-        negatives: [K, E], same dtype and device: extra keys (hard negatives, a queue) that are positives of no query;
-            they join the denominator of the queries->keys direction only.
+        negatives: same dtype and device: extra keys that are positives of no query and join the denominator of the
+            queries->keys direction only. [K, E]: seen by every query (hard negatives, a queue); [N, K, E]: K for each
+            query, seen by it alone.
         label_smoothing: e in [0, 1]: the target is mixed (1-e) : e with the uniform distribution over the keys that the
             row sees (without `negatives`), as in `F.cross_entropy`.
         symmetric: average both directions, or only queries->keys.
@@ -93,13 +98,20 @@ def infonce(
             symmetric, a key has the weight of its query (N == M).
         teacher: (queries_m [N, F], keys_m [M, F], alpha in [0, 1]): momentum distillation. The target (after smoothing)
             is mixed (1-alpha) : alpha with the softmax of `logit_scale · <queries_m, keys_m>`, which gets no gradient.
+        decoupled: leave a row's positives out of its denominator, which then sums negatives only. They are not summed
+            rather than subtracted, so nothing cancels. With same_id="ignore" each target must have the id of its
+            query. A row without negatives has loss 0 and no gradient. Statistics are those of decoupled=False.
+        false_negatives: a guide's features and a margin: keys and negatives that the guide finds more similar to a
+            query than its target are left out of the denominator (see `FalseNegatives`). One target per query; no
+            label_smoothing, teacher or return_stats. It costs a second product per pass and, if symmetric, a pass for
+            each direction, because a key has another threshold than a query.
         group: a process group of torch.distributed: the rows are this rank's (any number, including 0), and every rank
             gets the loss of one process with all rows. Gradients assume averaging over the ranks, as in
             DistributedDataParallel: features and negatives get W times their gradient, the scale its full gradient on
-            every rank. targets index this rank's keys; ids match across all ranks. A rank's negatives (any number) are
-            keys of every rank's queries, so a queue replicated on all ranks would count W times: give each rank its
-            shard. The statistics lse_q and lse_k cover this rank's rows, the others all ranks. Everything else must be
-            the same on all ranks.
+            every rank. targets index this rank's keys; ids match across all ranks. A rank's negatives [K, E] (any
+            number) are keys of every rank's queries, so a queue replicated on all ranks would count W times: give each
+            rank its shard. The statistics lse_q and lse_k cover this rank's rows, the others all ranks. Everything else
+            must be the same on all ranks.
         exchange: how keys and negatives are exchanged: "all_gather" (all at once, O(N·E) memory), "ring" (block by
             block, O(N/W·E), overlapped with computation) or "auto", for keys and negatives separately: the ring if all
             ranks' keys with their gradients would take more than a quarter of a rank's memory, or if the step is
@@ -126,7 +138,8 @@ def infonce(
         mmkernels.BackendError: `backend` does not support this call.
 
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
-    (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher).
+    (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher); Yeh et al. 2022
+    (arXiv:2110.06848, decoupled); Solatorio 2024 (arXiv:2402.16829, false_negatives).
     """
     with _checking(group, exchange, machine, queries):
         deprecated_deterministic(deterministic)
@@ -140,6 +153,8 @@ def infonce(
             "negatives": negatives,
             "weights": weights,
             "teacher": teacher,
+            "decoupled": decoupled or None,
+            "false_negatives": false_negatives,
             "label_smoothing": smooth or None,
             "symmetric=False": None if symmetric else True,
             "return_stats": return_stats or None,
@@ -149,14 +164,15 @@ def infonce(
         pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
         soft = Targets(smooth, teacher_of(teacher, queries, keys))
         extra = negatives_of(negatives, queries)
+        denominator = denominator_of(queries, keys, extra, pairs, options, decoupled, false_negatives)
         row_weights = weights_of(weights, queries, keys, symmetric, some=one_has)
         plain = all(option is None for option in options.values())
-        chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+        chosen = resolve("contrastive", queries, backend, None if plain else limits_of(options, queries))
         here = None if group is None else checked_machine(machine, queries)
         check_gathered(gathered, keys, group, exchange)
     if plain:
         return op_plain.infonce_fwd(queries, keys, scale, chosen)[0]
-    call = queries, keys, scale, pairs, soft, extra, row_weights, symmetric, return_stats
+    call = queries, keys, scale, pairs, soft, extra, denominator, row_weights, symmetric, return_stats
     over: Over = Local(queries, keys) if here is None else infonce_over_ranks(group, exchange, here, *call, gathered)
     loss, stats = infonce_loss(*call, over, chosen)
     return (loss, stats) if return_stats else loss
@@ -221,7 +237,7 @@ def siglip(
         pairs = pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=True, each_has_one=False)
         plain = query_ids is None and not return_stats and group is None
         options = {"query_ids": query_ids, "return_stats": return_stats or None, "group": group}
-        chosen = resolve("contrastive", queries, backend, None if plain else _limits(options, queries))
+        chosen = resolve("contrastive", queries, backend, None if plain else limits_of(options, queries))
         here = None if group is None else checked_machine(machine, queries)
         check_gathered(gathered, keys, group, exchange)
     if plain:
@@ -277,7 +293,7 @@ def sample_negatives(
     scale = scalar("logit_scale", logit_scale, queries)
     pairs = pairs_of(queries, keys, targets, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)
     seed = torch.randint(2**32, (2,), generator=generator, device="cpu").to(queries.device)
-    chosen = resolve("contrastive", queries, backend, _limits({"sample_negatives": True}, queries))
+    chosen = resolve("contrastive", queries, backend, limits_of({"sample_negatives": True}, queries))
     return op_search.sample_negatives(queries.detach(), keys.detach(), scale.detach(), seed, pairs, chosen)
 
 
@@ -302,7 +318,7 @@ def topk_similar(queries: Tensor, keys: Tensor, k: int, *, backend: str | None =
     """
     check_features(queries, keys)
     k = number_of_keys(k, keys)
-    chosen = resolve("contrastive", queries, backend, _limits({"topk_similar": True}, queries))
+    chosen = resolve("contrastive", queries, backend, limits_of({"topk_similar": True}, queries))
     return op_search.topk_similar(queries.detach(), keys.detach(), k, chosen)
 
 
@@ -315,9 +331,3 @@ def _checking(group: Any, exchange: Any, machine: Any, features: Any) -> Abstrac
     if machine is not None:
         wrong_value("machine", "None without a group", machine)
     return nullcontext()  # torch.compile can trace this; in torch 2.6 it cannot trace generator-based context managers
-
-
-def _limits(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None]:
-    """The CUDA C++ kernels support only the plain losses."""
-    used = ", ".join(name for name, value in options.items() if value is not None)
-    return {"native": f"no CUDA C++ kernel supports {used}" if queries.is_cuda else None}

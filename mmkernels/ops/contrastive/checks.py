@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels.ops.checks import describe, expect_tensor, expect_true, integer, real, wrong_type, wrong_value
-from mmkernels.ops.contrastive.types import Pairs
+from mmkernels.ops.contrastive.types import Denominator, FalseNegatives, Guide, Pairs
 from mmkernels.ops.dtypes import compute_dtype
 
 __all__ = [
     "check_features",
     "check_flag",
+    "denominator_of",
+    "guide_of",
+    "limits_of",
     "negatives_of",
     "number_of_keys",
     "pairs_of",
     "scalar",
     "smoothing",
     "teacher_of",
+    "unseen_of",
     "weights_of",
 ]
+
+
+def limits_of(options: Mapping[str, Any], queries: Tensor) -> dict[str, str | None]:
+    """The CUDA C++ kernels support only the plain losses."""
+    used = ", ".join(name for name, value in options.items() if value is not None)
+    return {"native": f"no CUDA C++ kernel supports {used}" if queries.is_cuda else None}
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -123,6 +134,104 @@ def pairs_of(
     return Pairs(_targets(targets, queries, keys, both_ways), query_ids, key_ids, same_id)
 
 
+def unseen_of(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> Pairs:
+    """Pairs with equal ids are not seen; none is positive."""
+    if query_ids is None and key_ids is None:
+        return Pairs()
+    return pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)._replace(
+        same_id="ignore"
+    )
+
+
+_NOT_FILTERED = "label_smoothing", "teacher", "return_stats"  # they need the number of keys that a row sees
+
+
+def _false_negatives_of(
+    filtered: Any, queries: Tensor, keys: Tensor, negatives: Tensor | None, pairs: Pairs, options: Mapping[str, Any]
+) -> FalseNegatives | None:
+    if filtered is None:
+        return None
+    if not isinstance(filtered, FalseNegatives):
+        wrong_type("false_negatives", "None, or an mmkernels.FalseNegatives", filtered)
+    for name in _NOT_FILTERED:
+        if options[name] is not None:
+            raise ValueError(f"{name}: expected to be left out with false_negatives, got {describe(options[name])}")
+    if pairs.targets is None:
+        wrong_value("same_id", "'ignore' with false_negatives and ids (a threshold needs one target)", "positive")
+    margin = real("false_negatives.margin", filtered.margin, "a finite number")
+    if not math.isfinite(margin):
+        wrong_value("false_negatives.margin", "a finite number", filtered.margin)
+    if filtered.kind not in ("absolute", "relative"):
+        wrong_value("false_negatives.kind", "'absolute' or 'relative'", filtered.kind)
+    if (negatives is None) != (filtered.guide_negatives is None):
+        expected = "None without negatives" if negatives is None else "the guide's features of the negatives"
+        wrong_value("false_negatives.guide_negatives", expected, filtered.guide_negatives)
+    _check_guide("false_negatives", filtered, queries, keys, negatives)
+    return filtered._replace(margin=margin)
+
+
+def _check_guide(
+    argument: str, filtered: FalseNegatives, queries: Tensor, keys: Tensor, negatives: Tensor | None
+) -> None:
+    """A row for each of the features, all of one width."""
+    width: Any = "F"
+    for field, own in (("queries", queries), ("keys", keys), ("negatives", negatives)):
+        if own is None:
+            continue
+        name, features = f"{argument}.guide_{field}", getattr(filtered, f"guide_{field}")
+        sizes = ", ".join(map(str, (*own.shape[:-1], width)))
+        expected = f"[{sizes}] {str(own.dtype).removeprefix('torch.')}"
+        expect_tensor(name, features, expected, ndim=own.ndim, dtypes=(own.dtype,), like=queries)
+        if features.shape[:-1] != own.shape[:-1] or width not in ("F", features.shape[-1]):
+            wrong_value(name, expected, features)
+        width = features.shape[-1]
+
+
+def guide_of(guide: Any, thresholds: Any, queries: Tensor, keys: Tensor) -> Guide | None:
+    """A guide's features and the thresholds of rows, detached."""
+    if guide is None and thresholds is None:
+        return None
+    if guide is None:
+        wrong_value("guide", "(guide_queries, guide_keys), required with thresholds", None)
+    if not isinstance(guide, tuple) or len(guide) != 2:
+        wrong_type("guide", "(guide_queries, guide_keys)", guide)
+    _check_guide("guide", FalseNegatives(*guide), queries, keys, None)
+    expected = f"[{queries.shape[0]}] floating point, one per query, required with guide"
+    expect_tensor("thresholds", thresholds, expected, ndim=1, like=queries)
+    if thresholds.shape[0] != queries.shape[0]:
+        wrong_value("thresholds", expected, thresholds)
+    return Guide(guide[0].detach(), guide[1].detach(), thresholds.detach().to(compute_dtype(queries.dtype)))
+
+
+def denominator_of(
+    queries: Tensor,
+    keys: Tensor,
+    negatives: Tensor | None,
+    pairs: Pairs,
+    options: Mapping[str, Any],
+    decoupled: Any,
+    false_negatives: Any,
+) -> Denominator:
+    """How the denominators differ from sums over all keys.
+
+    Args:
+        queries, keys, negatives, pairs: checked.
+        options: of the call by name, None where not used.
+        decoupled, false_negatives: as passed by the user.
+    """
+    check_flag("decoupled", decoupled)
+    filtered = _false_negatives_of(false_negatives, queries, keys, negatives, pairs, options)
+    denominator = Denominator(decoupled, filtered)
+    if denominator.apart and pairs.same_id == "ignore":
+        targets, ids, key_ids = pairs.targets, pairs.query_ids, pairs.key_ids
+        assert targets is not None and ids is not None and key_ids is not None
+        # What the kernels leave out are equal ids, so a target with another id would be summed.
+        if len(key_ids):
+            same = key_ids[targets.clamp(0, len(key_ids) - 1)] == ids
+            expect_true(same, "key_ids: expected the id of each query at its target, with decoupled", key_ids)
+    return denominator
+
+
 def _ids_meet(name: str, ids: Tensor, others: Tensor, of: str) -> None:
     expect_true(torch.isin(ids, others), f"{name}: expected each to occur among {of}", ids)
 
@@ -148,9 +257,16 @@ def _targets(targets: Any, queries: Tensor, keys: Tensor, both_ways: bool) -> Te
 
 
 def negatives_of(negatives: Any, queries: Tensor) -> Tensor | None:
-    """[K, E] like the queries, or None."""
-    if negatives is not None:
-        _like_queries("negatives", "K", negatives, queries)
+    """[K, E] or [N, K, E] like the queries, or None."""
+    if negatives is None:
+        return None
+    n, e = queries.shape
+    expected = f"[K, {e}] (seen by all queries) or [{n}, K, {e}] (each query's own)"
+    expect_tensor("negatives", negatives, expected, like=queries)
+    if negatives.dtype != queries.dtype:
+        wrong_type("negatives", f"{str(queries.dtype).removeprefix('torch.')} like queries", negatives)
+    if negatives.ndim not in (2, 3) or negatives.shape[-1] != e or (negatives.ndim == 3 and negatives.shape[0] != n):
+        wrong_value("negatives", expected, negatives)
     return negatives
 
 

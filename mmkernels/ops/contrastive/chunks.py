@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import reference
-from mmkernels.ops.contrastive.types import STATISTICS, Need, Pairs, Teacher, merged
+from mmkernels.ops.contrastive.types import STATISTICS, Guide, Need, Pairs, Teacher, merged
 from mmkernels.ops.dtypes import compute_dtype
 
-__all__ = ["sigmoid_bwd", "sigmoid_fwd", "softmax_bwd", "softmax_fwd"]
+__all__ = ["of_targets", "sigmoid_bwd", "sigmoid_fwd", "softmax_bwd", "softmax_fwd"]
 
 LOGITS = 2**24  # per chunk: 64 MiB of float32
 
@@ -41,12 +41,19 @@ def _teacher_of(teacher: Teacher | None, rows: slice) -> Teacher | None:
     return teacher._replace(teacher_queries=teacher.teacher_queries[rows], teacher_lse_q=teacher.teacher_lse_q[rows])
 
 
+def _guide_of(guide: Guide | None, rows: slice) -> Guide | None:
+    if guide is None:
+        return None
+    return guide._replace(guide_queries=guide.guide_queries[rows], thresholds=guide.thresholds[rows])
+
+
 def softmax_fwd(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -54,7 +61,7 @@ def softmax_fwd(
     of_rows = queries.new_empty(STATISTICS, queries.shape[0], dtype=torch.float64)
     of_columns = None
     for rows in _chunks(queries, keys):
-        rules = _pairs_of(pairs, rows), _teacher_of(teacher, rows)
+        rules = _pairs_of(pairs, rows), _teacher_of(teacher, rows), _guide_of(guide, rows)
         of_rows[:, rows], part = reference.softmax_fwd(queries[rows], keys, logit_scale, *rules, totals, columns)
         of_columns = part if of_columns is None else merged(of_columns, part)
     assert of_columns is not None
@@ -83,16 +90,24 @@ def softmax_bwd(
     lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
 
     def chunk(rows: slice) -> tuple[Tensor, Tensor]:
         weights, lse = (coefficients_q[:, rows], coefficients_k), (lse_q[rows], lse_k)
-        features, rules = (queries[rows], keys, logit_scale), (_pairs_of(pairs, rows), _teacher_of(teacher, rows))
-        return reference.softmax_bwd(*weights, *features, *lse, *rules, need)
+        features = queries[rows], keys, logit_scale
+        soft = _teacher_of(teacher, rows), _guide_of(guide, rows)
+        return reference.softmax_bwd(*weights, *features, *lse, _pairs_of(pairs, rows), *soft, need)
 
     return _gradients(queries, keys, need, chunk)
+
+
+def of_targets(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
+    """[N]: the similarity of each query and its target."""
+    parts = [reference.of_targets(queries[rows], keys, targets[rows]) for rows in _chunks(queries, keys)]
+    return torch.cat(parts)
 
 
 def sigmoid_fwd(

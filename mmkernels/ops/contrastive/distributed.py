@@ -34,6 +34,7 @@ from mmkernels.ops.contrastive.types import (
     LSE,
     MEAN,
     STATISTICS,
+    Guide,
     Need,
     Pairs,
     Teacher,
@@ -54,13 +55,14 @@ def softmax_fwd(
     logit_scale: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     totals: bool,
     columns: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`op.softmax_fwd` of the global batch: statistics of this rank's rows [7, N] over all keys and of its columns [7,
     M] over all queries. Targets index this rank's keys; the teacher's lse are global."""
-    return _Softmax.apply(ranks, queries, keys, logit_scale, pairs, teacher, totals, columns, backend)
+    return _Softmax.apply(ranks, queries, keys, logit_scale, pairs, teacher, guide, totals, columns, backend)
 
 
 def sigmoid_fwd(
@@ -134,18 +136,19 @@ class _Visit:
     Attributes:
         keys: [m, E].
         pairs: targets and ids for these keys.
-        teacher: with the matching teacher keys.
+        teacher, guide: with the matching keys.
         columns: other data that travels with each key [m, C]; None in a forward.
     """
 
     keys: Tensor
     pairs: Pairs
     teacher: Teacher | None
+    guide: Guide | None
     columns: Tensor | None
 
 
-# What other ranks' queries receive: keys, their ids, the teacher's keys and their lse.
-_OfKeys = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# What other ranks' queries receive: keys, their ids, the teacher's keys and their lse, the guide's keys.
+_OfKeys = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -157,20 +160,23 @@ class _Side:
     keys: Tensor
     pairs: Pairs
     teacher: Teacher | None = None
+    guide: Guide | None = None
 
     def _of_keys(self) -> _OfKeys:
-        if self.teacher is None:
-            return self.keys, self.pairs.key_ids, None, None
-        return self.keys, self.pairs.key_ids, self.teacher.teacher_keys, self.teacher.teacher_lse_k
+        of_teacher = (None, None) if self.teacher is None else (self.teacher.teacher_keys, self.teacher.teacher_lse_k)
+        return self.keys, self.pairs.key_ids, *of_teacher, None if self.guide is None else self.guide.guide_keys
 
     def _visit(self, targets: Tensor | None, of_keys: Sequence[Tensor | None], columns: Tensor | None) -> _Visit:
-        keys, key_ids, teacher_keys, teacher_lse_k = of_keys
+        keys, key_ids, teacher_keys, teacher_lse_k, guide_keys = of_keys
         assert keys is not None
-        teacher = self.teacher
+        teacher, guide = self.teacher, self.guide
+        if guide is not None:
+            assert guide_keys is not None
+            guide = guide._replace(guide_keys=guide_keys)
         if teacher is not None:
             assert teacher_keys is not None
             teacher = teacher._replace(teacher_keys=teacher_keys, teacher_lse_k=teacher_lse_k)
-        return _Visit(keys, self.pairs._replace(targets=targets, key_ids=key_ids), teacher, columns)
+        return _Visit(keys, self.pairs._replace(targets=targets, key_ids=key_ids), teacher, guide, columns)
 
     def gathered(self) -> tuple[Tensor | None, ...]:
         """All ranks' keys with what travels with them."""
@@ -251,18 +257,19 @@ class _Softmax(torch.autograd.Function):
         logit_scale: Tensor,
         pairs: Pairs,
         teacher: Teacher | None,
+        guide: Guide | None,
         totals: bool,
         columns: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        side = _Side(ranks, queries, keys, pairs, teacher)
+        side = _Side(ranks, queries, keys, pairs, teacher, guide)
         of_rows = nothing_seen(queries)
 
         def statistics(here: _Visit) -> Tensor:  # column statistics, one row per key for transport: [m, 7], or [m, 0]
             nonlocal of_rows
             of_columns = nothing_seen(here.keys)
             if len(queries) and len(here.keys):
-                rules = here.pairs, here.teacher, totals, columns
+                rules = here.pairs, here.teacher, here.guide, totals, columns
                 of_part, of_columns = op.softmax_fwd(queries, here.keys, logit_scale, *rules, backend)
                 of_rows = merged(of_rows, of_part)
             return of_columns.T.contiguous() if columns else here.keys.new_empty(len(here.keys), 0)
@@ -277,13 +284,13 @@ class _Softmax(torch.autograd.Function):
                 of_keys = merged_parts(torch.stack(ranks.scattered(of_keys)).mT).T
         of_columns = of_keys.T.contiguous() if columns else of_rows.new_empty(STATISTICS, 0)
         ctx.ranks, ctx.columns, ctx.backend = ranks, columns, backend
-        _save(ctx, queries, keys, logit_scale, pairs, teacher, of_rows, of_columns, everything)
+        _save(ctx, queries, keys, logit_scale, pairs, teacher, guide, of_rows, of_columns, everything)
         return of_rows, of_columns
 
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> Any:
-        queries, keys, logit_scale, pairs, teacher, of_rows, of_columns, everything = _saved(ctx)
+        queries, keys, logit_scale, pairs, teacher, guide, of_rows, of_columns, everything = _saved(ctx)
         need, need_scale = Need(*ctx.needs_input_grad[1:3]), ctx.needs_input_grad[3]
         of_queries, lse_q = grad_rows[:COEFFICIENTS].contiguous(), of_rows[LSE]
         travelling = torch.cat([grad_columns[:COEFFICIENTS], of_columns[LSE : LSE + 1]]).T if ctx.columns else None
@@ -294,15 +301,15 @@ class _Softmax(torch.autograd.Function):
             of_keys = here.keys.new_empty(COEFFICIENTS + 1, 0, dtype=torch.float64)
             of_keys = of_keys if here.columns is None else here.columns.T.contiguous()
             arguments = of_queries, of_keys[:COEFFICIENTS], queries, here.keys, logit_scale, lse_q, of_keys[-1]
-            return op.softmax_bwd(*arguments, here.pairs, here.teacher, None, need, ctx.backend)[:2]
+            return op.softmax_bwd(*arguments, here.pairs, here.teacher, here.guide, None, need, ctx.backend)[:2]
 
-        side = _Side(ctx.ranks, queries, keys, pairs, teacher)
+        side = _Side(ctx.ranks, queries, keys, pairs, teacher, guide)
         dqueries, dkeys = side.gradients(gradients, everything, travelling, need)
         dscale = None
         if need_scale:
             parts = (grad_rows[LSE] * of_rows[MEAN]).sum() + (grad_columns[LSE] * of_columns[MEAN]).sum()
             dscale = parts.to(logit_scale.dtype)
-        return None, dqueries, dkeys, dscale, None, None, None, None, None
+        return None, dqueries, dkeys, dscale, None, None, None, None, None, None
 
 
 class _Sigmoid(torch.autograd.Function):

@@ -55,6 +55,10 @@ class Ranks:
         """The same ranks with other keys, as many."""
         return self if self.sent is None else replace(self, sent=None)
 
+    def turned(self) -> Ranks:
+        """The same ranks with keys for queries and queries for keys."""
+        return replace(self, queries=self.keys, keys=self.queries, sent=None)
+
     @property
     def world(self) -> int:
         return len(self.queries)

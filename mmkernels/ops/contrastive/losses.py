@@ -8,13 +8,16 @@ over_ranks.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmkernels.ops.contrastive.guides import Guides, guides_of, turned
 from mmkernels.ops.contrastive.over import Local
 from mmkernels.ops.contrastive.over_ranks import OverRanks
+from mmkernels.ops.contrastive.own import joined, lines_of_targets, of_own_negatives
 from mmkernels.ops.contrastive.types import (
     BEST,
     LSE,
@@ -24,9 +27,12 @@ from mmkernels.ops.contrastive.types import (
     TOP,
     TOTAL,
     ContrastiveStats,
+    Denominator,
+    Guide,
     Pairs,
     Targets,
     Teacher,
+    beside,
 )
 from mmkernels.ops.dtypes import compute_dtype
 
@@ -79,14 +85,20 @@ def _targets_alike(pairs: Pairs) -> Tensor:
 # InfoNCE
 
 
-def _losses(line: Tensor, lse: Tensor, counts: _Counts, scale: Tensor, targets: Targets) -> Tensor:
+def _losses(
+    line: Tensor, lse: Tensor, counts: _Counts, scale: Tensor, targets: Targets, denominator: Denominator
+) -> Tensor:
     """The loss per row or column, from its statistics; lse includes `negatives`."""
     similarity = line[POSITIVE] / counts.positives
     if targets.label_smoothing > 0:
         similarity = similarity.lerp(line[TOTAL] / counts.seen, targets.label_smoothing)
     if targets.teacher is not None:
         similarity = similarity.lerp(line[TEACHER], targets.teacher[2])
-    return lse - scale * similarity
+    if not denominator.decoupled:
+        return lse - scale * similarity
+    # Without negatives there is nothing to learn: 0, but NaN where the features are not finite.
+    nothing = lse == -torch.inf
+    return torch.where(nothing, 0.0 * (scale * similarity).detach(), lse - scale * similarity)
 
 
 def _teacher_of(
@@ -97,7 +109,8 @@ def _teacher_of(
         return None
     queries, keys = targets.teacher[0].detach(), targets.teacher[1].detach()
     with torch.no_grad():
-        of_rows, of_columns = over.softmax(queries, keys, logit_scale.detach(), pairs, None, False, columns, backend)
+        rules = pairs, None, None, False, columns
+        of_rows, of_columns = over.softmax(queries, keys, logit_scale.detach(), *rules, backend)
     return Teacher(queries, keys, of_rows[LSE], of_columns[LSE] if columns else None)
 
 
@@ -108,6 +121,7 @@ def infonce_loss(
     pairs: Pairs,
     targets: Targets,
     negatives: Tensor | None,
+    denominator: Denominator,
     weights: Tensor | None,
     symmetric: bool,
     return_stats: bool,
@@ -116,7 +130,7 @@ def infonce_loss(
 ) -> tuple[Tensor, ContrastiveStats | None]:
     """The loss of all rows, [] in the statistics' dtype, and its statistics. Arguments are already checked.
 
-    Targets index local keys; ids match across all ranks; negatives are those of all ranks.
+    Targets index local keys; ids match across all ranks; negatives [K, E] are all ranks', [N, K, E] a row's own.
     """
     totals, columns = targets.label_smoothing > 0 or return_stats, symmetric or return_stats
     directions = [_counts_of_rows(pairs, over)]
@@ -125,20 +139,102 @@ def infonce_loss(
     for name, counts in zip(("query_ids", "key_ids"), directions, strict=False):
         over.each_has_one(name, counts.positives)
     logit_scale = over.shared(logit_scale)
-    teacher = _teacher_of(targets, logit_scale, pairs, columns, over, backend)
-    lines = over.softmax(queries, keys, logit_scale, pairs, teacher, totals, columns, backend)
-    extra = None if negatives is None else over.of_negatives(queries, negatives, logit_scale, backend)
+    filtered = denominator.false_negatives
+    guides = None
+    if filtered is not None:
+        assert pairs.targets is not None
+        guides = guides_of(filtered, pairs.targets, symmetric, backend)
+    lines: Sequence[Tensor]
+    if denominator.apart and not beside(pairs, targets, return_stats):
+        assert pairs.targets is not None
+        lines = lines_of_targets(queries, keys, pairs.targets, symmetric)
+    else:
+        teacher = _teacher_of(targets, logit_scale, pairs, columns, over, backend)
+        lines = _lines(queries, keys, logit_scale, pairs, teacher, guides, totals, columns, over, backend)
+    extra = _of_negatives(queries, negatives, logit_scale, guides, over, backend)
     lse = [line[LSE] for line in lines]
     if extra is not None:
-        lse[0] = torch.logaddexp(lse[0], extra[LSE])
+        join = torch.logaddexp if guides is None else joined
+        lse[0] = join(lse[0], extra[LSE])
     scale, dtype = logit_scale.double(), compute_dtype(queries.dtype)
-    losses = [_losses(*of, scale, targets) for of in zip(lines, lse, directions, strict=False)]
+    summed = lse
+    if denominator.apart:
+        summed = _lse_of_others(queries, keys, logit_scale, pairs, guides, extra, symmetric, over, backend)
+    losses = [_losses(*of, scale, targets, denominator) for of in zip(lines, summed, directions, strict=False)]
     loss = over.mean(losses, None if weights is None else _weights_of_directions(weights.double(), pairs, symmetric))
     if not return_stats:
         return loss.to(dtype), None
     seen = lines[0].detach(), lines[1].detach(), None if extra is None else extra.detach()
     sums = over.summed(_stats_sums(*seen, scale.detach(), directions[0]))
     return loss.to(dtype), _stats_of(lse[0].detach(), lse[1].detach(), sums, symmetric, dtype)
+
+
+def _lines(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    pairs: Pairs,
+    teacher: Teacher | None,
+    guides: Guides | None,
+    totals: bool,
+    columns: bool,
+    over: Over,
+    backend: str,
+) -> Sequence[Tensor]:
+    """Statistics [7, N] of rows, and [7, M] of columns if asked: of one pass or, where guides filter rows and columns
+    differently, of one for each direction."""
+    if guides is None:
+        return over.softmax(queries, keys, logit_scale, pairs, teacher, None, totals, columns, backend)
+    lines = [over.softmax(queries, keys, logit_scale, pairs, None, guides.rows, False, False, backend)[0]]
+    if columns:
+        lines.append(over.turned(queries, keys, logit_scale, turned(pairs), guides.columns, backend))
+    return lines
+
+
+def _lse_of_others(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    pairs: Pairs,
+    guides: Guides | None,
+    extra: Tensor | None,
+    symmetric: bool,
+    over: Over,
+    backend: str,
+) -> list[Tensor]:
+    """The lse of rows, and of columns if symmetric, over what is not positive, negatives included.
+
+    The kernels leave out pairs of equal ids: those of the call or, without any, the index of each row's target.
+    """
+    ids = pairs.query_ids, pairs.key_ids
+    if pairs.query_ids is None:
+        assert pairs.targets is not None
+        ids = pairs.targets + over.first_key, over.first_key + torch.arange(len(keys), device=keys.device)
+    others = Pairs(None, *ids, "ignore")
+    lines = _lines(queries, keys, logit_scale, others, None, guides, False, symmetric, over, backend)
+    lse = [line[LSE] for line in lines[: 1 + symmetric]]
+    if extra is not None:
+        lse[0] = joined(lse[0], extra[LSE])
+    return lse
+
+
+def _of_negatives(
+    queries: Tensor,
+    negatives: Tensor | None,
+    logit_scale: Tensor,
+    guides: Guides | None,
+    over: Over,
+    backend: str,
+) -> Tensor | None:
+    """Statistics [7, N] of rows over the negatives; None without any."""
+    if negatives is None:
+        return None
+    filtered = None if guides is None else guides.negatives
+    if negatives.ndim == 2:
+        assert not isinstance(filtered, Tensor)
+        return over.of_negatives(queries, negatives, logit_scale, filtered, backend)
+    assert not isinstance(filtered, Guide)
+    return of_own_negatives(queries, negatives, logit_scale, filtered) if negatives.shape[1] else None
 
 
 def _weights_of_directions(weights: Tensor, pairs: Pairs, symmetric: bool) -> list[Tensor]:
@@ -172,7 +268,7 @@ def siglip_loss(
         return loss, None
     with torch.no_grad():
         features = queries.detach(), keys.detach(), scale.detach()
-        of_rows, of_columns = over.softmax(*features, pairs, None, True, True, backend)
+        of_rows, of_columns = over.softmax(*features, pairs, None, None, True, True, backend)
         sums = over.summed(_stats_sums(of_rows, of_columns, None, features[2].double(), _counts_of_rows(pairs, over)))
         lse_q, lse_k = (line[LSE] + bias.detach() for line in (of_rows, of_columns))
         return loss, _stats_of(lse_q, lse_k, sums, True, dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmkernels.ops.contrastive.types import STATISTICS, Need, Pairs, Teacher
+from mmkernels.ops.contrastive.types import POSITIVE, STATISTICS, Guide, Need, Pairs, Teacher
 from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import native
 from mmkernels.runtime.native import stream, threads, unit_stride, view
@@ -15,6 +15,7 @@ from mmkernels.runtime.native import stream, threads, unit_stride, view
 __all__ = [
     "infonce_bwd",
     "infonce_fwd",
+    "of_targets",
     "sample_negatives",
     "siglip_bwd",
     "siglip_fwd",
@@ -43,6 +44,13 @@ def _of_teacher(teacher: Teacher | None) -> tuple[Tensor | None, ...]:
         return None, None, None, None
     queries, keys, lse_q, lse_k = teacher
     return unit_stride(queries), unit_stride(keys), *_vectors(lse_q, lse_k)
+
+
+def _of_guide(guide: Guide | None) -> tuple[Tensor | None, ...]:
+    """Launcher arguments of a guide."""
+    if guide is None:
+        return None, None, None
+    return unit_stride(guide.guide_queries), unit_stride(guide.guide_keys), guide.thresholds.double().contiguous()
 
 
 def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
@@ -88,6 +96,7 @@ def softmax_fwd(
     logit_scale: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -95,7 +104,7 @@ def softmax_fwd(
     x, y = unit_stride(queries), unit_stride(keys)
     of_rows = x.new_empty(STATISTICS, x.shape[0], dtype=torch.float64)
     of_columns = y.new_empty(STATISTICS, y.shape[0] if columns else 0, dtype=torch.float64)
-    rules = *_positives(pairs), pairs.same_id == "ignore", *_of_teacher(teacher)
+    rules = *_positives(pairs), pairs.same_id == "ignore", *_of_teacher(teacher), *_of_guide(guide)
     results = of_rows, of_columns
     _launch_cpu(native.core.launch_contrastive_softmax_fwd_cpu, x, y, logit_scale, *rules, totals, columns, *results)
     return of_rows, of_columns
@@ -111,17 +120,33 @@ def softmax_bwd(
     lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     x, y = unit_stride(queries), unit_stride(keys)
     gradients = _room(x, y, need)
     statistics = _vectors(coefficients_q, coefficients_k, lse_q, lse_k)
-    rules = *_positives(pairs), pairs.same_id == "ignore", *_of_teacher(teacher)
+    rules = *_positives(pairs), pairs.same_id == "ignore", *_of_teacher(teacher), *_of_guide(guide)
     columns = coefficients_k.shape[1] > 0
     features = x, y, logit_scale
     _launch_cpu(native.core.launch_contrastive_softmax_bwd_cpu, *statistics, *features, *rules, columns, *gradients)
     return _needed(gradients, x, y, need)
+
+
+_ROWS_A_PRODUCT = 192  # of which the targets' similarities are the diagonal
+
+
+def of_targets(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
+    """[N]: the similarity of each query and its target, bit for bit that of the tiles, from small products."""
+    out = queries.new_empty(queries.shape[0], dtype=compute_dtype(queries.dtype))
+    one = queries.new_ones((), dtype=out.dtype)
+    for start in range(0, queries.shape[0], _ROWS_A_PRODUCT):
+        rows = slice(start, start + _ROWS_A_PRODUCT)
+        own = Pairs(torch.arange(len(targets[rows])))
+        of_rows, _ = softmax_fwd(queries[rows], keys[targets[rows]], one, own, None, None, False, False)
+        out[rows] = of_rows[POSITIVE]
+    return out
 
 
 def sigmoid_fwd(

@@ -1,5 +1,6 @@
 """The statistics ops that every loss is built from: schema, fake, saved tensors, backward.
 
+    targets_fwd         the similarities of rows and their targets, a guide's thresholds
     softmax_fwd/_bwd    statistics of rows and columns of the logits, and the gradient of any function of them: every
                         InfoNCE variant, including one rank's part of a distributed one
     sigmoid_fwd/_bwd    the sum of all pairs' sigmoid losses
@@ -27,11 +28,13 @@ from mmkernels.ops.contrastive.types import (
     MEAN,
     STATISTICS,
     TOTAL,
+    Guide,
     Means,
     Need,
     Pairs,
     Teacher,
 )
+from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime.register import Context, Op, on_triton
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "expect_no_ignored",
     "forward_flops",
     "need_of",
+    "of_targets",
     "sigmoid_bwd",
     "sigmoid_fwd",
     "softmax_bwd",
@@ -103,8 +107,45 @@ def backward_flops(queries: Tensor, keys: Tensor, need: Need) -> int:
     return (1 + sum(need)) * forward_flops(queries, keys) if any(need) else 0
 
 
-def _teacher_flops(teacher: Teacher | None) -> int:
-    return 0 if teacher is None else forward_flops(teacher.teacher_queries, teacher.teacher_keys)
+def _second_product_flops(teacher: Teacher | None, guide: Guide | None) -> int:
+    return sum(forward_flops(of[0], of[1]) for of in (teacher, guide) if of is not None)
+
+
+def _expect_rows_alone(*args: Any) -> None:
+    """Check of the softmax ops: a guide filters rows, by its own product."""
+    if not any(isinstance(arg, Guide) for arg in args):
+        return
+    if any(isinstance(arg, Teacher) for arg in args):
+        raise ValueError("teacher_queries: expected None with a guide, got a teacher")
+    (pairs,) = (arg for arg in args if isinstance(arg, Pairs))
+    if pairs.query_ids is not None and pairs.same_id == "positive":
+        raise ValueError("same_id: expected 'ignore' with a guide and ids, got 'positive'")
+
+
+def _expect_no_columns_with_a_guide(*args: Any) -> None:
+    _expect_rows_alone(*args)
+    columns = args[-1]
+    if columns and any(isinstance(arg, Guide) for arg in args):
+        raise ValueError("columns: expected False with a guide, got True")
+
+
+# The similarity [N] of each row and its target, in the statistics' dtype, with the arithmetic of the tiles
+
+
+def _targets_fake(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
+    return queries.new_empty(queries.shape[0], dtype=compute_dtype(queries.dtype))
+
+
+of_targets = Op(
+    "contrastive_targets_fwd",
+    fake=_targets_fake,
+    impls={
+        "native": native.of_targets,
+        "triton": on_triton("mmkernels.ops.contrastive.triton_targets", "of_targets"),
+        "reference": chunks.of_targets,
+    },
+    flops=lambda queries, keys, targets: 2 * queries.shape[0] * queries.shape[1],
+)
 
 
 # Softmax statistics [7, N] of rows and [7, M] of columns ([7, 0] if columns=False), float64; see types.py.
@@ -116,6 +157,7 @@ def _softmax_fwd_fake(
     logit_scale: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -133,6 +175,7 @@ def _softmax_bwd_fake(
     lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     means: Means | None,
     need: Need,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,8 +192,8 @@ def _softmax_scale(
 
 
 def _softmax_bwd_flops(of_rows: Tensor, of_columns: Tensor, queries: Tensor, keys: Tensor, *rest: Any) -> int:
-    *_, teacher, _means, need = rest
-    return backward_flops(queries, keys, need) + (_teacher_flops(teacher) if any(need) else 0)
+    *_, teacher, guide, _means, need = rest
+    return backward_flops(queries, keys, need) + (_second_product_flops(teacher, guide) if any(need) else 0)
 
 
 softmax_bwd = Op(
@@ -165,6 +208,7 @@ softmax_bwd = Op(
         _softmax_bwd_fake,
         _softmax_scale,
     ),
+    check=_expect_rows_alone,
     second=softmax_second,
     flops=_softmax_bwd_flops,
 )
@@ -178,7 +222,7 @@ def _softmax_backward(ctx: Context, grad_rows: Tensor | None, grad_columns: Tens
     )
     features = inputs.queries, inputs.keys, inputs.logit_scale
     means = Means(of_rows[MEAN], of_columns[MEAN]) if "logit_scale" in ctx.needs else None
-    rules = inputs.pairs, inputs.teacher, means, need_of(ctx)
+    rules = inputs.pairs, inputs.teacher, inputs.guide, means, need_of(ctx)
     dqueries, dkeys, dscale = softmax_bwd(*coefficients, *features, of_rows[LSE], of_columns[LSE], *rules, ctx.backend)
     return {"queries": dqueries, "keys": dkeys, "logit_scale": dscale}
 
@@ -188,7 +232,8 @@ def _softmax_jvp(
 ) -> tuple[Tensor, Tensor]:
     inputs, (of_rows, of_columns) = ctx.saved
     features = inputs.queries, inputs.keys, inputs.logit_scale, of_rows[LSE], of_columns[LSE]
-    rules = inputs.pairs, inputs.teacher, Means(of_rows[MEAN], of_columns[MEAN]), Need(True, True)
+    means = Means(of_rows[MEAN], of_columns[MEAN])
+    rules = inputs.pairs, inputs.teacher, inputs.guide, means, Need(True, True)
     tangents = tangent_queries, tangent_keys, tangent_scale
     moved_rows, moved_columns, *_ = softmax_bwd.second(*tangents, None, None, *features, *rules, ctx.backend)
     return _all_statistics(moved_rows, inputs.totals), _all_statistics(moved_columns, inputs.totals)
@@ -203,9 +248,15 @@ def _all_statistics(tangents: Tensor, totals: bool) -> Tensor:
 
 
 def _softmax_fwd_flops(
-    queries: Tensor, keys: Tensor, logit_scale: Tensor, pairs: Pairs, teacher: Teacher | None, *_: Any
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor,
+    pairs: Pairs,
+    teacher: Teacher | None,
+    guide: Guide | None,
+    *_: Any,
 ) -> int:
-    return forward_flops(queries, keys) + _teacher_flops(teacher)
+    return forward_flops(queries, keys) + _second_product_flops(teacher, guide)
 
 
 softmax_fwd = Op(
@@ -216,6 +267,7 @@ softmax_fwd = Op(
         "triton": on_triton("mmkernels.ops.contrastive.triton_fwd", "softmax_fwd"),
         "reference": chunks.softmax_fwd,
     },
+    check=_expect_no_columns_with_a_guide,
     save=lambda inputs, outputs: (inputs, outputs),
     backward=_softmax_backward,
     jvp=_softmax_jvp,

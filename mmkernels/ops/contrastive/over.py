@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mmkernels.ops.contrastive import op
-from mmkernels.ops.contrastive.types import Pairs, Teacher
+from mmkernels.ops.contrastive.types import Guide, Pairs, Teacher
 
 __all__ = ["Local"]
 
@@ -17,7 +17,10 @@ class Local:
 
     Attributes:
         queries, keys: row counts per rank.
+        first_key: the index of this rank's first key among all keys.
     """
+
+    first_key = 0
 
     def __init__(self, queries: Tensor, keys: Tensor) -> None:
         self.queries, self.keys = [queries.shape[0]], [keys.shape[0]]
@@ -29,18 +32,27 @@ class Local:
         logit_scale: Tensor,
         pairs: Pairs,
         teacher: Teacher | None,
+        guide: Guide | None,
         totals: bool,
         columns: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """`op.softmax_fwd` of the global batch: local rows over all keys, local columns over all queries."""
-        return op.softmax_fwd(queries, keys, logit_scale, pairs, teacher, totals, columns, backend)
+        return op.softmax_fwd(queries, keys, logit_scale, pairs, teacher, guide, totals, columns, backend)
 
-    def of_negatives(self, queries: Tensor, negatives: Tensor, logit_scale: Tensor, backend: str) -> Tensor | None:
+    def turned(
+        self, queries: Tensor, keys: Tensor, logit_scale: Tensor, pairs: Pairs, guide: Guide | None, backend: str
+    ) -> Tensor:
+        """Statistics [7, M] of local keys as rows, over all queries; pairs and guide are those of the transpose."""
+        return op.softmax_fwd(keys, queries, logit_scale, pairs, None, guide, False, False, backend)[0]
+
+    def of_negatives(
+        self, queries: Tensor, negatives: Tensor, logit_scale: Tensor, guide: Guide | None, backend: str
+    ) -> Tensor | None:
         """Statistics [7, N] of local rows over all negatives; None without negatives."""
         if negatives.shape[0] == 0:
             return None
-        return op.softmax_fwd(queries, negatives, logit_scale, Pairs(), None, False, False, backend)[0]
+        return op.softmax_fwd(queries, negatives, logit_scale, Pairs(), None, guide, False, False, backend)[0]
 
     def sigmoid(
         self, queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs, backend: str

@@ -20,7 +20,7 @@ from mmkernels.ops.contrastive import distributed
 from mmkernels.ops.contrastive.exchange import Ranks, agree, check_device, check_group, refused
 from mmkernels.ops.contrastive.gathering import GatheredKeys
 from mmkernels.ops.contrastive.traffic import Call
-from mmkernels.ops.contrastive.types import Pairs, Targets, Teacher
+from mmkernels.ops.contrastive.types import Denominator, Guide, Pairs, Targets, Teacher, beside
 from mmkernels.runtime.machine import Machine
 
 __all__ = ["OverRanks", "infonce_over_ranks", "refusing", "siglip_over_ranks"]
@@ -49,6 +49,7 @@ class OverRanks:
     def __init__(self, ranks: Ranks, keys: Tensor) -> None:
         self._ranks, self._keys = ranks, keys
         self.queries, self.keys = ranks.queries, ranks.keys
+        self.first_key = ranks.first_key
 
     def softmax(
         self,
@@ -57,19 +58,28 @@ class OverRanks:
         logit_scale: Tensor,
         pairs: Pairs,
         teacher: Teacher | None,
+        guide: Guide | None,
         totals: bool,
         columns: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        rules, ranks = (pairs, teacher, totals, columns), self._ranks
+        rules, ranks = (pairs, teacher, guide, totals, columns), self._ranks
         ranks = ranks if keys is self._keys else ranks.with_others()
         return distributed.softmax_fwd(ranks, queries, keys, logit_scale, *rules, backend)
 
-    def of_negatives(self, queries: Tensor, negatives: Tensor, logit_scale: Tensor, backend: str) -> Tensor | None:
+    def turned(
+        self, queries: Tensor, keys: Tensor, logit_scale: Tensor, pairs: Pairs, guide: Guide | None, backend: str
+    ) -> Tensor:
+        rules = pairs, None, guide, False, False
+        return distributed.softmax_fwd(self._ranks.turned(), keys, queries, logit_scale, *rules, backend)[0]
+
+    def of_negatives(
+        self, queries: Tensor, negatives: Tensor, logit_scale: Tensor, guide: Guide | None, backend: str
+    ) -> Tensor | None:
         if sum(self._ranks.negatives) == 0:
             return None
-        others = self._ranks.with_negatives()
-        return distributed.softmax_fwd(others, queries, negatives, logit_scale, Pairs(), None, False, False, backend)[0]
+        others, rules = self._ranks.with_negatives(), (Pairs(), None, guide, False, False)
+        return distributed.softmax_fwd(others, queries, negatives, logit_scale, *rules, backend)[0]
 
     def sigmoid(
         self, queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs, backend: str
@@ -123,6 +133,7 @@ def infonce_over_ranks(
     pairs: Pairs,
     targets: Targets,
     negatives: Tensor | None,
+    denominator: Denominator,
     weights: Tensor | None,
     symmetric: bool,
     return_stats: bool,
@@ -133,6 +144,8 @@ def infonce_over_ranks(
     Raises:
         ValueError: on every rank, if ranks differ in a value that must be the same.
     """
+    filtered = denominator.false_negatives
+    guide = 0 if filtered is None else filtered.guide_queries.shape[1]
     width, alpha = (None, None) if targets.teacher is None else (targets.teacher[0].shape[1], targets.teacher[2])
     same = {
         "logit_scale: gradient": _gradient(logit_scale),
@@ -140,7 +153,9 @@ def infonce_over_ranks(
         "symmetric": symmetric,
         "same_id": pairs.same_id,
         "query_ids": _given(pairs.query_ids),
-        "negatives": "None" if negatives is None else f"given, {_gradient(negatives)}",
+        "negatives": "None" if negatives is None else f"given, {negatives.ndim} dimensions, {_gradient(negatives)}",
+        "decoupled": denominator.decoupled,
+        "false_negatives": None if filtered is None else (filtered.kind, filtered.margin, guide),
         "weights": _given(weights),
         "teacher: width": width,
         "teacher[2]": alpha,
@@ -148,6 +163,7 @@ def infonce_over_ranks(
         "queries: gradient": _gradient(queries),
         "keys: gradient": _gradient(keys),
     }
+    exchanged = negatives if negatives is not None and negatives.ndim == 2 else None  # a row's own stay where it is
     call = functools.partial(
         Call,
         width=queries.shape[1],
@@ -158,10 +174,13 @@ def infonce_over_ranks(
         weights=weights is not None,
         return_stats=return_stats,
         teacher=width or 0,
-        gradients=(_needs(queries), _needs(keys), negatives is not None and _needs(negatives)),
+        guide=guide,
+        others=denominator.apart,
+        alone=denominator.apart and not beside(pairs, targets, return_stats),
+        gradients=(_needs(queries), _needs(keys), exchanged is not None and _needs(exchanged)),
         scalars=_scalars(logit_scale),
     )
-    return OverRanks(agree(group, queries, keys, negatives, exchange, machine, same, call, gathered), keys)
+    return OverRanks(agree(group, queries, keys, exchanged, exchange, machine, same, call, gathered), keys)
 
 
 def siglip_over_ranks(

@@ -5,7 +5,7 @@ Features are first converted to the statistics' dtype: float64 for float64, othe
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from mmkernels.ops.contrastive.types import (
     STATISTICS,
     TEACHER,
     TOTAL,
+    Guide,
     Need,
     Pairs,
     Teacher,
@@ -27,6 +28,7 @@ __all__ = [
     "infonce_bwd",
     "infonce_fwd",
     "no_autocast",
+    "of_targets",
     "own_pairs",
     "positive_and_seen",
     "sample_negatives",
@@ -42,7 +44,7 @@ __all__ = [
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    return torch.autocast(x.device.type, enabled=False)
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _similarity(queries: Tensor, keys: Tensor) -> Tensor:
@@ -59,8 +61,16 @@ def _feature_gradients(grad_similarity: Tensor, queries: Tensor, keys: Tensor, n
     return dqueries.to(queries.dtype), dkeys.to(keys.dtype)
 
 
-def positive_and_seen(similarity: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def positive_and_seen(similarity: Tensor, pairs: Pairs, guide: Guide | None = None) -> tuple[Tensor, Tensor]:
     """Which pairs are positive, and which are seen: bool [N, M] each."""
+    positive, seen = _by_pairs(similarity, pairs)
+    if guide is None:
+        return positive, seen
+    above = _similarity(guide.guide_queries, guide.guide_keys) > guide.thresholds[:, None]
+    return positive, seen & ~(above & ~positive)
+
+
+def _by_pairs(similarity: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     targets, query_ids, key_ids, same_id = pairs
     n, m = similarity.shape
     positive = torch.zeros(n, m, dtype=torch.bool, device=similarity.device)
@@ -124,13 +134,14 @@ def softmax_fwd(
     logit_scale: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
     """Statistics of rows [7, N] and columns [7, M] (or [7, 0]) in float64."""
     similarity = _similarity(queries, keys)
     logits = logit_scale * similarity
-    positive, seen = positive_and_seen(similarity, pairs)
+    positive, seen = positive_and_seen(similarity, pairs, guide)
     of_q, of_k = _softmax_of_teacher(teacher, logit_scale, seen)
     of_rows = _statistics(similarity, logits, positive, seen, totals, of_q)
     if not columns:
@@ -148,12 +159,13 @@ def softmax_bwd(
     lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     similarity = _similarity(queries, keys)
     logits = logit_scale * similarity
-    positive, seen = positive_and_seen(similarity, pairs)
+    positive, seen = positive_and_seen(similarity, pairs, guide)
     columns = coefficients_k.shape[1] > 0
     scale = logit_scale.double()
     of_q, of_k = coefficients_q.double()[:, :, None], coefficients_k.double()[:, None, :]
@@ -174,6 +186,11 @@ def softmax_bwd(
     if columns and teacher_k is not None:
         grad += of_k[TEACHER] * teacher_k
     return _feature_gradients(grad.to(similarity.dtype), queries, keys, need)
+
+
+def of_targets(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
+    """[N]: the similarity of each query and its target, from the product that `softmax_fwd` computes."""
+    return _similarity(queries, keys).gather(1, targets[:, None])[:, 0]
 
 
 # Sigmoid

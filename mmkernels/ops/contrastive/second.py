@@ -33,6 +33,7 @@ from mmkernels.ops.contrastive.types import (
     POSITIVE,
     TEACHER,
     TOTAL,
+    Guide,
     Means,
     Need,
     Pairs,
@@ -69,6 +70,7 @@ class _Call(NamedTuple):
     dscale: Tensor
     pairs: Pairs
     teacher: Teacher | None
+    guide: Guide | None = None
 
     def tiles(self, tangents: bool = True) -> Iterator[_Tile]:
         (n, _), m = self.x.shape, self.y.shape[0]
@@ -78,7 +80,8 @@ class _Call(NamedTuple):
             similarity = self.x[rows] @ self.y.T
             moved = self.dx[rows] @ self.y.T + self.x[rows] @ self.dy.T if tangents else torch.zeros_like(similarity)
             targets, query_ids = (None if t is None else t[rows] for t in self.pairs[:2])
-            positive, seen = positive_and_seen(similarity, self.pairs._replace(targets=targets, query_ids=query_ids))
+            pairs = self.pairs._replace(targets=targets, query_ids=query_ids)
+            positive, seen = positive_and_seen(similarity, pairs, self._guide_of(rows))
             yield _Tile(rows, similarity, moved, positive, seen, *self._softmax_of_teacher(rows, seen))
 
     def _softmax_of_teacher(self, rows: slice, seen: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -89,6 +92,12 @@ class _Call(NamedTuple):
         logits = self.scale * (queries[rows].to(self.x.dtype) @ keys.to(self.x.dtype).T)
         of_rows = softmax_of_seen(logits, lse_q[rows, None], seen)
         return of_rows, None if lse_k is None else softmax_of_seen(logits, lse_k[None], seen)
+
+    def _guide_of(self, rows: slice) -> Guide | None:
+        if self.guide is None:
+            return None
+        queries, keys, thresholds = self.guide
+        return Guide(queries[rows], keys, thresholds[rows])
 
     def logits_moved(self, tile: _Tile) -> Tensor:
         return self.dscale * tile.similarity + self.scale * tile.moved
@@ -101,12 +110,13 @@ def _call(
     logit_scale: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None = None,
 ) -> _Call:
     x, y, scale = inputs = [t.to(compute_dtype(queries.dtype)) for t in (queries, keys, logit_scale)]
     dx, dy, dscale = (
         torch.zeros_like(x) if t is None else t.to(x.dtype) for x, t in zip(inputs, tangents, strict=True)
     )
-    return _Call(x, y, scale, dx, dy, dscale, pairs, teacher)
+    return _Call(x, y, scale, dx, dy, dscale, pairs, teacher, guide)
 
 
 def _lse(call: _Call, columns: int) -> tuple[Tensor, Tensor]:
@@ -210,13 +220,14 @@ def softmax_second(
     lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     means: Means | None,
     need: Need,
 ) -> tuple[Tensor, ...]:
     """Tangents of the differentiable statistics [4, N] and [4, M] (or [4, 0]), and of dqueries, dkeys, dscale."""
     with no_autocast(queries):
         tangents = tangent_queries, tangent_keys, tangent_logit_scale
-        call = _call(tangents, queries, keys, logit_scale, pairs, teacher)
+        call = _call(tangents, queries, keys, logit_scale, pairs, teacher, guide)
         lse = _lse(call, columns=lse_k.shape[0])
         of_rows, of_columns = _moved_statistics(call, lse)
         if coefficients_q is None or coefficients_k is None:

@@ -18,7 +18,7 @@ from mmkernels.runtime.collectives import NOTHING, Cost, Network, all_gather, al
 
 __all__ = ["TABLE", "Call", "Round", "cost_of_round"]
 
-TABLE = 32  # numbers that each rank sends before a call, to agree on it
+TABLE = 40  # numbers that each rank sends before a call, to agree on it
 _NUMBER = 8  # bytes of a float64 or an id
 
 
@@ -56,6 +56,8 @@ class Call:
         sigmoid: `siglip` rather than `infonce`.
         symmetric, same_id, weights, return_stats: options of the call; weights and ids: whether there are any.
         teacher: width of the teacher's features, 0 for none.
+        guide: width of the guide's features of `false_negatives`, 0 for none.
+        others: a pass over the keys that are not positive, told by ids, besides that over all keys; alone: instead.
         gradients: whether queries, keys and negatives need one.
         scalars: bytes of each scalar (scale, bias) that needs a gradient.
     """
@@ -72,6 +74,9 @@ class Call:
     weights: bool = False
     return_stats: bool = False
     teacher: int = 0
+    guide: int = 0
+    others: bool = False
+    alone: bool = False
     gradients: tuple[bool, bool, bool] = (True, True, False)
     scalars: tuple[int, ...] = (4,)
 
@@ -81,7 +86,7 @@ class Call:
         return len(self.queries)
 
     def rounds(self) -> list[Round]:
-        """Those of the keys: a teacher's own, the loss's, and that of a sigmoid's statistics."""
+        """Those of the keys: a teacher's own, the loss's, that of the others, and that of a sigmoid's statistics."""
         queries, keys, _ = self.gradients
         columns = not self.sigmoid and (self.symmetric or self.return_stats)
         main = self._round(self.keys, self.width, columns, (queries, keys))
@@ -92,7 +97,10 @@ class Call:
             more = 2 * self.teacher
             main = main._replace(tensors=(*main.tensors, *travelling), forward=main.forward + more)
             main = main._replace(backward=main.backward + more if main.visited_again else 0)
-        found.append(main)
+        passes = [] if self.alone else [main]
+        if self.others:
+            passes.append(self._round(self.keys, self.width, self.symmetric, (queries, keys), ids=True))
+        found += [each for one in passes for each in (self._directions(one) if self.guide else [one])]
         if self.sigmoid and self.return_stats:
             found.append(self._round(self.keys, self.width, True, (False, False)))
         return found
@@ -102,16 +110,34 @@ class Call:
         queries, _, negatives = self.gradients
         if not any(self.negatives):
             return []
-        return [self._round(self.negatives, self.width, False, (queries, negatives), ids=False)]
+        return [self._guided(self._round(self.negatives, self.width, False, (queries, negatives), ids=False))]
+
+    def _guided(self, round_: Round) -> Round:
+        """With a guide's keys."""
+        if not self.guide:
+            return round_
+        tensors, more = (*round_.tensors, self.guide * self.dtype.itemsize), 2 * self.guide
+        round_ = round_._replace(tensors=tensors, forward=round_.forward + more)
+        return round_._replace(backward=round_.backward + more if round_.visited_again else 0)
+
+    def _directions(self, round_: Round) -> list[Round]:
+        """A guide's passes: rows alone, then the keys as rows, whom the queries visit."""
+        queries, keys, _ = self.gradients
+        ids = len(round_.tensors) > 1
+        found = [self._round(self.keys, self.width, False, (queries, keys), ids=ids)]
+        if self.symmetric:
+            found.append(self._round(self.queries, self.width, False, (keys, queries), ids=ids))
+        return [self._guided(each) for each in found]
 
     def _round(
-        self, keys: Sequence[int], width: int, columns: bool, need: tuple[bool, bool], ids: bool = True
+        self, keys: Sequence[int], width: int, columns: bool, need: tuple[bool, bool], ids: bool | None = None
     ) -> Round:
         features = width * self.dtype.itemsize
         again = any(need)
+        ids = self.ids if ids is None else ids
         return Round(
             keys=keys,
-            tensors=(features, *([_NUMBER] if self.ids and ids else [])),
+            tensors=(features, *([_NUMBER] if ids else [])),
             statistics=STATISTICS * _NUMBER if columns else 0,
             coefficients=(COEFFICIENTS + 1) * _NUMBER if columns and again else 0,
             gradient=features if need[1] else 0,

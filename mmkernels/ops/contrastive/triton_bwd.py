@@ -23,12 +23,14 @@ from torch import Tensor
 from mmkernels.ops.contrastive.reference import own_pairs
 from mmkernels.ops.contrastive.triton_gradients import HIGHEST_G, feature_gradients, gradient_tile
 from mmkernels.ops.contrastive.triton_tile import (
+    GUIDE,
     NUM_STAGES,
     NUM_WARPS,
     KernelPairs,
     KernelTeacher,
     depth_block,
     extras_of,
+    kernel_guide,
     kernel_pairs,
     kernel_teacher,
     lines_of,
@@ -37,7 +39,7 @@ from mmkernels.ops.contrastive.triton_tile import (
     similarity_of_pairs,
     split_softmax,
 )
-from mmkernels.ops.contrastive.types import COEFFICIENTS, LSE, Need, Pairs, Teacher
+from mmkernels.ops.contrastive.types import COEFFICIENTS, LSE, Guide, Need, Pairs, Teacher
 from mmkernels.ops.triton_common import cast, generation
 
 __all__ = ["infonce_bwd", "softmax_bwd", "softmax_gradient_tile"]
@@ -101,7 +103,8 @@ def _softmax_gradient_kernel(
     x_ptr, y_ptr, scale_ptr, target_ptr, at_target_ptr,  # [N, E], [M, E], [], [N], [N]
     line_q_ptr, line_k_ptr,  # [6, N], [6, M] of lines_of; [2, N], [2, M] for EXTRAS 0
     row_id_ptr, column_id_ptr,  # [N], [M]
-    teacher_x_ptr, teacher_y_ptr, teacher_row_ptr, teacher_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
+    teacher_x_ptr, teacher_y_ptr,  # [N, F], [M, F]: of the teacher or the guide
+    teacher_row_ptr, teacher_column_ptr,  # [2, N], [2, M]; the guide's thresholds [N], and None
     teacher_pair_ptr,  # [N]: the teacher's similarity of each row and its target
     g_ptr,  # [rows, cols] of the superblock at (row0, column0)
     row0, column0, rows, cols, n, m, e, stride_x, stride_y, f, stride_teacher_x, stride_teacher_y, stride_g,
@@ -135,7 +138,7 @@ def _softmax_gradient_kernel(
         of_row = tl.load(line_q_ptr + 4 * n, mask=m_i, other=0.0)
         of_column = tl.load(line_k_ptr + 4 * m, mask=m_j, other=0.0)
         b_g += of_row[:, None] + of_column[None, :]
-        if EXTRAS > 1:
+        if EXTRAS == 2:
             b_teacher = similarity(
                 teacher_x_ptr, teacher_y_ptr, o_i, o_j, m_i, m_j, f, stride_teacher_x, stride_teacher_y,
                 BLOCK_M, BLOCK_N, BLOCK_E,
@@ -144,7 +147,15 @@ def _softmax_gradient_kernel(
             b_teacher = tl.where(m_target, teacher_pair[:, None], b_teacher)
             b_g += weighted_softmax(b_teacher, teacher_row_ptr + o_i, line_q_ptr + 5 * n, n, m_i, scale, 1)
             b_g += weighted_softmax(b_teacher, teacher_column_ptr + o_j, line_k_ptr + 5 * m, m, m_j, scale, 0)
-        b_g = tl.where(m_same & (ignore != 0) & ~m_target, 0.0, b_g)
+        m_ignored = m_same & (ignore != 0)
+        if EXTRAS == 3:
+            b_guide = similarity(
+                teacher_x_ptr, teacher_y_ptr, o_i, o_j, m_i, m_j, f, stride_teacher_x, stride_teacher_y,
+                BLOCK_M, BLOCK_N, BLOCK_E,
+            )  # fmt: skip
+            threshold = tl.load(teacher_row_ptr + o_i, mask=m_i, other=0.0)
+            m_ignored = m_ignored | (b_guide > threshold[:, None])
+        b_g = tl.where(m_ignored & ~m_target, 0.0, b_g)
     o_g = o_r.to(tl.int64)[:, None] * stride_g + o_c[None, :]
     tl.store(g_ptr + o_g, cast(b_g, g_ptr.dtype.element_ty), mask=m_i[:, None] & m_j[None, :])
 
@@ -228,13 +239,14 @@ def softmax_bwd(
     lse_k: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     need: Need,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [N, E], dkeys [M, E]; [0, E] where not needed."""
     x, y = rows_of(queries), rows_of(keys)
     n, m = x.shape[0], y.shape[0]
     of_pairs = kernel_pairs(x, pairs)
-    of_teacher = kernel_teacher(teacher, logit_scale, of_pairs.target)
+    second = kernel_guide(guide) or kernel_teacher(teacher, logit_scale, of_pairs.target)
     unit = _unit((coefficients_q, coefficients_k), logit_scale, x.dtype)
     columns = coefficients_k.shape[1] > 0
     lse = lse_q.contiguous(), lse_k.contiguous() if columns else None
@@ -249,8 +261,8 @@ def softmax_bwd(
         lines_of(lse[0], logit_scale, n, coefficients[0], unit),
         lines_of(lse[1], logit_scale, m, coefficients[1], unit),
     )
-    extras = 1 if teacher is None else 2
-    return _features_from(lines, x, y, logit_scale, of_pairs, of_teacher, extras, 1.0, 1 / unit, need)
+    extras = 2 if teacher is not None else GUIDE if guide is not None else 1
+    return _features_from(lines, x, y, logit_scale, of_pairs, second, extras, 1.0, 1 / unit, need)
 
 
 def infonce_bwd(

@@ -16,7 +16,8 @@ slice of a [groups, FIELDS, M] buffer. Programs share no slice, so there are no 
 `triton_merge.py` merges the slices in float64 and adds each row's target, which the tiles leave out of these sums: when
 the target has nearly all of the mass, the rest determines the loss.
 
-EXTRAS adds sums to the same kernel: 1, totals and ids; 2, also a second product S' = X' Y'ᵀ, the teacher's.
+EXTRAS adds sums to the same kernel: 1, totals and ids; 2, also a second product S' = X' Y'ᵀ, the teacher's; 3, instead
+the guide's, which leaves out pairs above a row's threshold.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from mmkernels.ops.contrastive.reference import own_pairs
 from mmkernels.ops.contrastive.triton_merge import FIELDS, Joins, joins_of_columns, joins_of_rows, merge
 from mmkernels.ops.contrastive.triton_tile import (
+    GUIDE,
     LOWEST,
     NUM_STAGES,
     NUM_WARPS,
@@ -37,6 +39,7 @@ from mmkernels.ops.contrastive.triton_tile import (
     depth_block,
     extras_of,
     grid_of,
+    kernel_guide,
     kernel_pairs,
     kernel_teacher,
     rows_of,
@@ -51,6 +54,7 @@ from mmkernels.ops.contrastive.types import (
     POSITIVE,
     STATISTICS,
     TOTAL,
+    Guide,
     Pairs,
     Teacher,
     nothing_seen,
@@ -91,7 +95,8 @@ def _add_tile(ref, total, dot, b_t, size, AXIS: tl.constexpr):
 def _softmax_fwd_kernel(
     x_ptr, y_ptr, scale_ptr, target_ptr,  # [N, E], [M, E], [], [N]
     row_id_ptr, column_id_ptr,  # [N], [M]
-    teacher_x_ptr, teacher_y_ptr, teacher_row_ptr, teacher_column_ptr,  # [N, F], [M, F], [2, N], [2, M]
+    teacher_x_ptr, teacher_y_ptr,  # [N, F], [M, F]: of the teacher or the guide
+    teacher_row_ptr, teacher_column_ptr,  # [2, N], [2, M]; the guide's thresholds [N], and None
     teacher_pair_ptr, pair_ptr,  # [N], [N]: similarities of each row and its target, teacher's and own
     row_ptr, column_ptr,  # [splits, FIELDS, N], [groups, FIELDS, M]
     n, m, e, stride_x, stride_y, f, stride_teacher_x, stride_teacher_y, split_size, columns, has_ids, by_id, ignore,
@@ -119,25 +124,33 @@ def _softmax_fwd_kernel(
             row_total = tl.zeros((BLOCK_M,), tl.float32)
             row_positive = tl.zeros((BLOCK_M,), tl.float32)
             row_best = tl.full((BLOCK_M,), LOWEST, tl.float32)
-        if EXTRAS > 1:
+        if EXTRAS == 2:
             row_teacher = tl.zeros((BLOCK_M,), tl.float32)
             teacher_ref = tl.load(teacher_row_ptr + o_i, mask=m_i, other=0.0)
             teacher_rest = tl.load(teacher_row_ptr + n + o_i, mask=m_i, other=float("inf"))
             teacher_pair = tl.load(teacher_pair_ptr + o_i, mask=m_i, other=0.0)
             pair = sign * tl.load(pair_ptr + o_i, mask=m_i, other=0.0)
+        if EXTRAS == 3:
+            threshold = tl.load(teacher_row_ptr + o_i, mask=m_i, other=0.0)
         for j0 in range(part * split_size, tl.minimum((part + 1) * split_size, m), BLOCK_N):
             o_j = j0 + tl.arange(0, BLOCK_N)
             m_j = o_j < m
             b_s = similarity(x_ptr, y_ptr, o_i, o_j, m_i, m_j, e, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_E)
             b_s *= sign
             m_target = o_j[None, :] == target[:, None]  # [BLOCK_M, BLOCK_N]
-            if EXTRAS > 1:
+            if EXTRAS == 2:
                 b_s = tl.where(m_target, pair[:, None], b_s)
             m_counted = m_i[:, None] & m_j[None, :] & ~m_target
             if EXTRAS > 0:
                 column_id = tl.load(column_id_ptr + o_j, mask=m_j & (has_ids != 0), other=0)
                 m_same = row_id[:, None] == column_id[None, :]
                 m_ignored = m_same & (ignore != 0)
+                if EXTRAS == 3:
+                    b_guide = similarity(
+                        teacher_x_ptr, teacher_y_ptr, o_i, o_j, m_i, m_j, f, stride_teacher_x, stride_teacher_y,
+                        BLOCK_M, BLOCK_N, BLOCK_E,
+                    )  # fmt: skip
+                    m_ignored = m_ignored | (b_guide > threshold[:, None])
                 m_seen = m_i[:, None] & m_j[None, :] & (m_target | ~m_ignored)
                 m_positive = m_i[:, None] & m_j[None, :] & m_same & (by_id != 0)
                 m_counted = m_counted & ~m_ignored
@@ -147,7 +160,7 @@ def _softmax_fwd_kernel(
                 row_total += tl.sum(tl.where(m_seen, b_s, 0.0), 1)
                 row_positive += tl.sum(tl.where(m_positive, b_s, 0.0), 1)
                 row_best = tl.maximum(row_best, tl.max(tl.where(m_positive, b_s, LOWEST), 1))
-            if EXTRAS > 1:
+            if EXTRAS == 2:
                 b_teacher = similarity(
                     teacher_x_ptr, teacher_y_ptr, o_i, o_j, m_i, m_j, f, stride_teacher_x, stride_teacher_y,
                     BLOCK_M, BLOCK_N, BLOCK_E,
@@ -173,7 +186,7 @@ def _softmax_fwd_kernel(
                     old = tl.load(more + 2 * m, mask=m_old, other=LOWEST)
                     best = tl.max(tl.where(m_positive, b_s, LOWEST), 0)
                     tl.store(more + 2 * m, tl.maximum(old, best), mask=m_j)
-                if EXTRAS > 1:
+                if EXTRAS == 2:
                     ref = tl.load(teacher_column_ptr + o_j, mask=m_j, other=0.0)
                     rest = tl.load(teacher_column_ptr + m + o_j, mask=m_j, other=float("inf"))
                     b_p = split_softmax(b_teacher, ref, rest, scale, 0)
@@ -186,7 +199,7 @@ def _softmax_fwd_kernel(
             tl.store(row_ptr + 3 * n + o_i, row_total, mask=m_i)
             tl.store(row_ptr + 4 * n + o_i, row_positive, mask=m_i)
             tl.store(row_ptr + 5 * n + o_i, row_best, mask=m_i)
-        if EXTRAS > 1:
+        if EXTRAS == 2:
             tl.store(row_ptr + 6 * n + o_i, row_teacher, mask=m_i)
 
 
@@ -209,7 +222,7 @@ def _statistics(
     pointers, sizes = extras_of(pairs, teacher, extras)
     has_ids = pairs.by_id or pairs.ignore
     _softmax_fwd_kernel[(groups, splits)](
-        x, y, scale, pairs.target, *pointers, None if teacher is None else pair, of_rows, of_columns, n, m, e,
+        x, y, scale, pairs.target, *pointers, pair if extras == 2 else None, of_rows, of_columns, n, m, e,
         x.stride(0), y.stride(0), *sizes, split_size, int(columns is not None), int(has_ids), int(pairs.by_id),
         int(pairs.ignore), **tile, EXTRAS=extras, FIELDS=FIELDS[extras], num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
@@ -223,6 +236,7 @@ def softmax_fwd(
     logit_scale: Tensor,
     pairs: Pairs,
     teacher: Teacher | None,
+    guide: Guide | None,
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -232,10 +246,11 @@ def softmax_fwd(
     if n == 0 or m == 0:
         return nothing_seen(x), nothing_seen(y if columns else y[:0])
     of_pairs = kernel_pairs(x, pairs)
-    extras = 2 if teacher is not None else int(totals or of_pairs.by_id or of_pairs.ignore)
+    extras = int(totals or of_pairs.by_id or of_pairs.ignore)
+    extras = 2 if teacher is not None else GUIDE if guide is not None else extras
     joins = joins_of_columns(of_pairs.target, m) if columns else None
-    of_teacher = kernel_teacher(teacher, logit_scale, of_pairs.target)
-    of_rows, of_columns = _statistics(x, y, logit_scale, of_pairs, of_teacher, extras, joins)
+    second = kernel_guide(guide) or kernel_teacher(teacher, logit_scale, of_pairs.target)
+    of_rows, of_columns = _statistics(x, y, logit_scale, of_pairs, second, extras, joins)
     if not totals:
         for of in (of_rows, of_columns):
             if of is not None:

@@ -18,8 +18,8 @@ from mmkernels.ops.contrastive.types import STATISTICS
 
 __all__ = ["FIELDS", "Joins", "joins_of_columns", "joins_of_rows", "merge"]
 
-# Fields of a slice, by EXTRAS: ref, sum, dot; total, positive, best; teacher.
-FIELDS = (3, 6, 7)
+# Fields of a slice, by EXTRAS: ref, sum, dot; total, positive, best; teacher. A guide adds none.
+FIELDS = (3, 6, 7, 6)
 MERGE_BLOCK = 128
 
 

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.contrastive.types import Pairs, Teacher
+from mmkernels.ops.contrastive.types import Guide, Pairs, Teacher
 from mmkernels.ops.triton_common import dot
 
 __all__ = [
+    "GUIDE",
     "LOWEST",
     "NUM_STAGES",
     "NUM_WARPS",
@@ -30,6 +31,7 @@ __all__ = [
     "depth_block",
     "extras_of",
     "grid_of",
+    "kernel_guide",
     "kernel_pairs",
     "kernel_teacher",
     "lines_of",
@@ -52,6 +54,8 @@ VECTOR_BLOCK = 128
 PAIRS_BLOCK = {"BLOCK": 16, "BLOCK_E": 128}
 
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+GUIDE = 3  # EXTRAS of the softmax kernels with a guide
 
 # Marks excluded entries. Finite, so that differences give 0 and never NaN.
 LOWEST = tl.constexpr(-(2.0**126))
@@ -253,8 +257,8 @@ class KernelTeacher(NamedTuple):
     x: Tensor
     y: Tensor
     rows: Tensor
-    columns: Tensor
-    pair: Tensor
+    columns: Tensor | None
+    pair: Tensor | None
 
 
 def kernel_teacher(teacher: Teacher | None, logit_scale: Tensor, target: Tensor) -> KernelTeacher | None:
@@ -267,8 +271,17 @@ def kernel_teacher(teacher: Teacher | None, logit_scale: Tensor, target: Tensor)
     return KernelTeacher(x, y, of_rows, of_columns, similarity_of_pairs(x, y, target))
 
 
+def kernel_guide(guide: Guide | None) -> KernelTeacher | None:
+    """Kernel form of a guide, in the place of a teacher's: rows are the thresholds [N]; nothing of columns or pairs."""
+    if guide is None:
+        return None
+    x, y = rows_of(guide.guide_queries), rows_of(guide.guide_keys)
+    return KernelTeacher(x, y, guide.thresholds.contiguous(), None, None)
+
+
 class Extras(NamedTuple):
-    """Softmax kernel arguments that are read only for EXTRAS >= 1 (ids) and >= 2 (the teacher).
+    """Softmax kernel arguments that are read only for EXTRAS >= 1 (ids), 2 (the teacher) and 3 (the guide, whose
+    features and thresholds take the places of the teacher's features and rows).
 
     pointers: row_id_ptr, column_id_ptr, teacher_x_ptr, teacher_y_ptr, teacher_row_ptr, teacher_column_ptr,
         teacher_pair_ptr.

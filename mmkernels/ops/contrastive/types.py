@@ -18,12 +18,16 @@ __all__ = [
     "TOP",
     "TOTAL",
     "ContrastiveStats",
+    "Denominator",
+    "FalseNegatives",
+    "Guide",
     "Means",
     "Need",
     "Pairs",
     "Slopes",
     "Targets",
     "Teacher",
+    "beside",
     "merged",
     "merged_parts",
     "nothing_seen",
@@ -64,6 +68,58 @@ class Teacher(NamedTuple):
     teacher_keys: Tensor
     teacher_lse_q: Tensor
     teacher_lse_k: Tensor | None  # None without column statistics
+
+
+class FalseNegatives(NamedTuple):
+    """Which keys `infonce` takes for false negatives: those that a guide, a model that is already good, finds more
+    similar to a query than the query's own key, less a margin.
+
+    With g the inner products of the guide's features, query i does not see key j, unless it is its target, if::
+
+        g_ij > g_i,target - margin                            kind "absolute"
+        g_ij > g_i,target - margin · |g_i,target|             kind "relative"
+
+    Keys see queries by the same rule with the roles exchanged. A key that ties is seen. The features are used as they
+    are: normalise them if the guide's similarity is a cosine. They get no gradient.
+
+    guide_queries: [N, F], guide_keys: [M, F], in the dtype of the queries.
+    margin: a number; negative keeps more keys.
+    kind: "absolute" or "relative".
+    guide_negatives: [K, F] or [N, K, F], as `negatives`; required with them.
+
+    Source: Solatorio 2024 (arXiv:2402.16829, GISTEmbed); Moreira et al. 2024 (arXiv:2407.15831, margins).
+    """
+
+    guide_queries: Tensor
+    guide_keys: Tensor
+    margin: float = 0.0
+    kind: str = "absolute"
+    guide_negatives: Tensor | None = None
+
+
+class Denominator(NamedTuple):
+    """How a row's denominator differs from the sum over all keys that it sees.
+
+    decoupled: the row's positives are left out.
+    false_negatives: what else is.
+    """
+
+    decoupled: bool = False
+    false_negatives: FalseNegatives | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether positives are not summed with the other keys."""
+        return self.decoupled
+
+
+class Guide(NamedTuple):
+    """A filter of what a row sees: keys whose similarity under other features, [N, F] and [M, F], is above the row's
+    threshold [N] (in the statistics' dtype) are left out, except its target."""
+
+    guide_queries: Tensor
+    guide_keys: Tensor
+    thresholds: Tensor
 
 
 class Targets(NamedTuple):
@@ -112,7 +168,13 @@ class ContrastiveStats(NamedTuple):
     entropy: Tensor
 
 
-torch.serialization.add_safe_globals([ContrastiveStats])
+torch.serialization.add_safe_globals([ContrastiveStats, FalseNegatives])
+
+
+def beside(pairs: Pairs, targets: Targets, return_stats: bool) -> bool:
+    """Whether a loss whose positives are apart needs statistics over all keys besides the lse over the others; if not,
+    the similarity of each row's one target will do."""
+    return pairs.targets is None or targets.label_smoothing > 0 or targets.teacher is not None or return_stats
 
 
 def nothing_seen(features: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from mmkernels.ops.contrastive import (
     triton_merge,
     triton_search,
     triton_sigmoid,
+    triton_targets,
     triton_tile,
 )
 from mmkernels.ops.contrastive.triton_tile import NUM_STAGES, NUM_WARPS, TRITON_TYPES, depth_block
@@ -47,10 +48,13 @@ def _multiples(*names: str) -> dict[str, str]:
 def _extras(name: str) -> Iterator[tuple[int, str, dict[str, str], dict[str, None]]]:
     """EXTRAS of the softmax kernels: value, name, types of the pointers it reads, names of the others."""
     teacher = {"teacher_x_ptr": f"*{name}", "teacher_y_ptr": f"*{name}"}
-    teacher |= dict.fromkeys(("teacher_row_ptr", "teacher_column_ptr", "teacher_pair_ptr"), "*fp32")
+    lines = dict.fromkeys(("teacher_column_ptr", "teacher_pair_ptr"), "*fp32")
+    guide = teacher | {"teacher_row_ptr": "*fp32"}
+    teacher = guide | lines
     yield 0, "plain", {}, dict.fromkeys(_IDS | teacher)
     yield 1, "ids", _IDS, dict.fromkeys(teacher)
     yield 2, "teacher", _IDS | teacher, {}
+    yield triton_tile.GUIDE, "guide", _IDS | guide, dict.fromkeys(lines)
 
 
 def _vectors() -> Iterator[TritonCase]:
@@ -58,6 +62,13 @@ def _vectors() -> Iterator[TritonCase]:
         signature = _features(name) | {"target_ptr": "*i64", "pair_ptr": "*fp32"}
         signature |= _numbers("n", "m") | _multiples("e", "stride_x", "stride_y")
         yield TritonCase(f"pairs[{name}]", triton_tile._pairs_kernel, signature, triton_tile.PAIRS_BLOCK)
+    for dtype, name in TRITON_TYPES.items():
+        signature = _features(name) | {"target_ptr": "*i64", "out_ptr": "*fp32"}
+        signature |= _numbers("n", "m") | _multiples("e", "stride_x", "stride_y")
+        for major, archs in _MAJORS:
+            tile = triton_fwd.softmax_tile(dtype, major, triton_tile.GUIDE)
+            label, kernel = f"targets_fwd[{name},sm_{archs[0]}]", triton_targets._targets_fwd_kernel
+            yield TritonCase(label, kernel, signature, tile, archs=archs, **_LAUNCH)
     signature = {"lse_ptr": "*fp64", "scale_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}
     coefficients = {"coefficient_ptr": "*fp64", "unit_ptr": "*fp32"}
     block, kernel = {"BLOCK": triton_tile.VECTOR_BLOCK}, triton_tile._lines_kernel
@@ -68,7 +79,7 @@ def _vectors() -> Iterator[TritonCase]:
 def _merge() -> Iterator[TritonCase]:
     signature = {"part_ptr": "*fp32", "scale_ptr": "*fp32", "pair_ptr": "*fp32", "out_ptr": "*fp64"}
     signature |= dict.fromkeys(("order_ptr", "start_ptr", "end_ptr"), "*i64") | _numbers("count", "parts")
-    for fields in triton_merge.FIELDS:
+    for fields in sorted(set(triton_merge.FIELDS)):
         constexprs = {"FIELDS": fields, "BLOCK": triton_merge.MERGE_BLOCK}
         yield TritonCase(f"softmax_merge[{fields}]", triton_merge._softmax_merge_kernel, signature, constexprs)
 

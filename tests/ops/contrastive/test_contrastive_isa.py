@@ -5,7 +5,7 @@ import functools
 import isas
 import torch
 
-from mmkernels import infonce, sample_negatives, siglip, topk_similar
+from mmkernels import FalseNegatives, infonce, sample_negatives, siglip, topk_similar
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.contrastive import (
     Case,
@@ -53,15 +53,19 @@ def close(got, expected):
 
 
 def check_options(dtype):
-    """Ids as positives and as excluded pairs; a queue of negatives, smoothing, weights and a teacher; one direction."""
+    """Ids as positives and as excluded pairs; a queue of negatives, smoothing, weights and a teacher; one direction;
+    a filter."""
     n, e = 203, 40
     ids = torch.arange(n) % 40
     queue, teacher = features(Case("queue", 70, e), dtype, 8)[0], features(Case("teacher", n, 24), dtype, 9)
+    whole = [torch.arange(rows * 7).view(rows, 7).mul(37).remainder(5).to(dtype) - 2 for rows in (n, n, 70)]
+    guide = FalseNegatives(*whole[:2], 1.0, guide_negatives=whole[2])  # exact products: the same decisions in any dtype
     more = dict(negatives=queue, label_smoothing=0.1, teacher=(*teacher, 0.4))
     for options in (
         dict(query_ids=ids, **more),
         dict(query_ids=ids, same_id="ignore", weights=torch.linspace(0, 1, n), **more),
         dict(targets=torch.arange(n).flip(0), symmetric=False, label_smoothing=0.1),
+        dict(query_ids=ids, same_id="ignore", negatives=queue, false_negatives=guide),
     ):
         exact = {name: widened(value) for name, value in options.items()}
         ours = functools.partial(infonce, backend="native", **options)
@@ -76,6 +80,8 @@ def check_options(dtype):
 
 
 def widened(value):
+    if isinstance(value, FalseNegatives):
+        return FalseNegatives(*map(widened, value))
     if isinstance(value, tuple):
         return tuple(map(widened, value))
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -89,14 +89,14 @@ def teacher_of(name):
     scale, rule, of_teacher, _, columns = RULES[name]
     if not of_teacher:
         return None
-    rows, of_columns = reference.softmax_fwd(*wide((*TEACHER, number(scale))), rule, None, False, columns)
+    rows, of_columns = reference.softmax_fwd(*wide((*TEACHER, number(scale))), rule, None, None, False, columns)
     return Teacher(*TEACHER, rows[LSE], of_columns[LSE] if columns else None)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_statistics(name):
     scale, rule, _, totals, columns = RULES[name]
-    arguments = (X, Y, number(scale), rule, teacher_of(name), totals, columns)
+    arguments = (X, Y, number(scale), rule, teacher_of(name), None, totals, columns)
     ours, truth = triton_fwd.softmax_fwd(*arguments), reference.softmax_fwd(*wide(arguments))
     for got, expected in zip(ours, truth, strict=True):
         torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6 * max(1, abs(scale)))
@@ -116,10 +116,10 @@ def judge_gradients(name, dtype):
     inputs, teacher = (X.to(dtype), Y.to(dtype), number(scale)), teacher_of(name)
     if teacher is not None:
         teacher = Teacher(*(features.to(dtype) for features in teacher[:2]), *teacher[2:])
-    of_rows, of_columns = reference.softmax_fwd(*wide(inputs), rule, None, False, columns)
+    of_rows, of_columns = reference.softmax_fwd(*wide(inputs), rule, None, None, False, columns)
     # As small as for a mean over many rows: in float16 they would underflow to 0.
     coefficients = 1e-7 * drawn(4, N, seed=7).double(), 1e-7 * drawn(4, M if columns else 0, seed=8).double()
-    arguments = (*coefficients, *inputs, of_rows[LSE], of_columns[LSE], rule, teacher, Need(True, True))
+    arguments = (*coefficients, *inputs, of_rows[LSE], of_columns[LSE], rule, teacher, None, Need(True, True))
     truth = reference.softmax_bwd(*wide(arguments))
     plain = reference.softmax_bwd(*arguments)
     for what, got, same_dtype, exact in zip("xy", triton_bwd.softmax_bwd(*arguments), plain, truth, strict=True):
@@ -136,13 +136,13 @@ def test_sides_without_rows(sizes):
     x, y, scale = X[:n], Y[:m], number(2.0)
     zeros = X.new_zeros(n).long(), X.new_zeros(m).long()
     for rule in (Pairs(zeros[0]), Pairs(None, *zeros)):
-        arguments = (x, y, scale, rule, None, True, True)
+        arguments = (x, y, scale, rule, None, None, True, True)
         ours, truth = triton_fwd.softmax_fwd(*arguments), reference.softmax_fwd(*wide(arguments))
         for got, expected in zip(ours, truth, strict=True):
             torch.testing.assert_close(got, expected)
         coefficients = X.new_ones(4, n).double(), X.new_ones(4, m).double()
         lse = ours[0][LSE], ours[1][LSE]
-        arguments = (*coefficients, x, y, scale, *lse, rule, None, Need(True, True))
+        arguments = (*coefficients, x, y, scale, *lse, rule, None, None, Need(True, True))
         for got, expected in zip(triton_bwd.softmax_bwd(*arguments), reference.softmax_bwd(*arguments), strict=True):
             torch.testing.assert_close(got, expected)
         bias = number(-1.0)
@@ -167,9 +167,9 @@ def test_sigmoid_over_several_superblocks(ids, monkeypatch):
 
 def test_a_gradient_nobody_needs_is_not_formed():
     scale, rule, *_ = RULES["targets"]
-    of_rows, of_columns = reference.softmax_fwd(X, Y, number(scale), rule, None, False, True)
+    of_rows, of_columns = reference.softmax_fwd(X, Y, number(scale), rule, None, None, False, True)
     coefficients = X.new_ones(4, N).double(), X.new_ones(4, M).double()
-    arguments = (*coefficients, X, Y, number(scale), of_rows[LSE], of_columns[LSE], rule, None)
+    arguments = (*coefficients, X, Y, number(scale), of_rows[LSE], of_columns[LSE], rule, None, None)
     both = triton_bwd.softmax_bwd(*arguments, Need(True, True))
     for need in (Need(True, False), Need(False, True), Need(False, False)):
         for alone, together, needed in zip(triton_bwd.softmax_bwd(*arguments, need), both, need, strict=True):

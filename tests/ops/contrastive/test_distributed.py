@@ -19,7 +19,7 @@ from ops.contrastive.shared import EXCHANGES, batch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmkernels import ContrastiveStats, GradCache, infonce, siglip
+from mmkernels import ContrastiveStats, FalseNegatives, GradCache, infonce, siglip
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.contrastive import plain_infonce_options as plain_infonce
 
@@ -59,6 +59,12 @@ class Whole:
         if "teacher" in options:
             queries_m, keys_m, alpha = options["teacher"]
             options["teacher"] = queries_m[mine], keys_m[mine], alpha
+        if "false_negatives" in options:
+            guide, of_negatives = options["false_negatives"], self.slices(rank)[2]
+            of_negatives = guide.guide_negatives[of_negatives] if guide.guide_negatives is not None else None
+            options["false_negatives"] = guide._replace(
+                guide_queries=guide.guide_queries[mine], guide_keys=guide.guide_keys[mine], guide_negatives=of_negatives
+            )
         return options
 
 
@@ -78,6 +84,8 @@ def _whole(name: str, rows: list[int]) -> Whole:
         options = {"query_ids": ids, "key_ids": ids}
     if "ignore" in name:
         options["same_id"] = "ignore"
+    if "decoupled" in name:
+        options["decoupled"] = True
     if "weights" in name:
         options["weights"] = weights
     if "smoothing" in name:
@@ -90,9 +98,17 @@ def _whole(name: str, rows: list[int]) -> Whole:
         noise = 0.2 * torch.randn(2, n, 16, generator=generator, dtype=torch.float64)
         narrow = [(x + e)[:, :11] for x, e in zip(features, noise, strict=True)]
         options["teacher"] = (*narrow, 0.4)
-    if "negatives" in name:
+    if "own negatives" in name:
+        negatives = rows
+        features.append(torch.randn(n, 3, 16, generator=generator, dtype=torch.float64) / 4)
+    elif "negatives" in name:
         negatives = [0 if len(rows) > 1 and r == len(rows) - 1 else 5 + 3 * r for r in range(len(rows))]
         features.append(torch.randn(sum(negatives), 16, generator=generator, dtype=torch.float64) / 4)
+    if "filter" in name:
+        of_negatives = features[2][..., :5] + 0.1 if len(features) > 2 else None
+        noise = 0.5 * torch.randn(2, n, 16, generator=generator, dtype=torch.float64)
+        narrow = [(x + e)[:, :5] for x, e in zip(features, noise, strict=False)]
+        options["false_negatives"] = FalseNegatives(*narrow, 0.1, "relative", of_negatives)
     return Whole(rows, negatives, features, options, swapped if "targets" in name else None)
 
 
@@ -113,6 +129,18 @@ OPTIONS = (
     "negatives, teacher, targets, weights, smoothing",
     "negatives, teacher, ids, ignore, smoothing, one way",
     "teacher, ids",
+    "decoupled",
+    "decoupled, targets, negatives",
+    "decoupled, ids, one way",
+    "decoupled, ids, ignore, weights, own negatives",
+    "decoupled, teacher, smoothing",
+    "filter",
+    "filter, targets, weights, negatives",
+    "filter, ids, ignore, own negatives",
+    "filter, one way, decoupled",
+    "filter, decoupled, ids, ignore, negatives",
+    "own negatives",
+    "own negatives, teacher, ids, ignore, smoothing, weights",
 )
 
 
@@ -163,10 +191,14 @@ def _infonce(rank: int, world: int, ragged: bool, exchange: str) -> None:
 
         extra = {"negatives": whole.features[2]} if whole.features[2:] else {}
         scale = torch.tensor(14.3, dtype=torch.float64)
-        _, expected = infonce(*whole.features[:2], scale, return_stats=True, **whole.options, **extra)
+        with_stats = "filter" not in name
+        if with_stats:
+            _, expected = infonce(*whole.features[:2], scale, return_stats=True, **whole.options, **extra)
         try:
             _compare(rank, whole, functools.partial(ours, exchange=exchange), plain, [14.3])
             local = [x[of] for x, of in zip(whole.features, mine, strict=False)]
+            if not with_stats:
+                continue
             loss, stats = ours(*local, scale, exchange=exchange, return_stats=True)
             _same_stats(whole, mine[0], stats, expected)
             torch.testing.assert_close(loss, plain(*whole.features, scale), rtol=1e-12, atol=1e-14)

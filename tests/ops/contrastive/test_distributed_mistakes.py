@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from ops.contrastive.shared import batch
 
-from mmkernels import infonce, siglip
+from mmkernels import FalseNegatives, infonce, siglip
 
 
 def _mistakes(rank: int, world: int) -> list[str]:
@@ -32,6 +32,8 @@ def _mistakes(rank: int, world: int) -> list[str]:
         lambda: infonce(x, y, scale, group=group, teacher=(x, y, 0.1 + 0.1 * odd)),
         lambda: infonce(x, y, scale, group=group, teacher=None if odd else (x, y, 0.1)),
         lambda: infonce(x, y, scale, group=group, return_stats=odd),
+        lambda: infonce(x, y, scale, group=group, decoupled=odd),
+        lambda: infonce(x, y, scale, group=group, false_negatives=FalseNegatives(x, y, 0.1 * odd)),
         lambda: siglip(x, y, scale, 0.0, group=group, return_stats=odd),
         lambda: infonce(x, y[:5] if odd else y, scale, group=group),
         lambda: infonce(x, y, scale, group=group, negatives=y[:, :7] if odd else y),
@@ -51,7 +53,8 @@ def test_what_differs_between_ranks_is_named_on_each() -> None:
     said = ranks.run(2, _mistakes)
     names = [
         *("queries: width", "queries: dtype", "symmetric", "label_smoothing", "exchange", "queries: gradient"),
-        *("negatives", "negatives", "teacher[2]", "teacher: width", "return_stats", "return_stats"),
+        *("negatives", "negatives", "teacher[2]", "teacher: width", "return_stats"),
+        *("decoupled", "false_negatives", "return_stats"),
     ]
     for lines in said:
         for line, name in zip(lines, names, strict=False):

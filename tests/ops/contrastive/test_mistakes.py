@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmkernels import BackendError, infonce
-from mmkernels.ops.contrastive import api
+from mmkernels.ops.contrastive.checks import limits_of
 from mmkernels.runtime.backends import resolve
 
 X, Y = torch.randn(2, 4, 8).unbind()
@@ -31,7 +31,10 @@ MISTAKES = [
     (dict(query_ids=FOUR, targets=FOUR), ValueError, "targets: expected None with query_ids"),
     (dict(same_id="ignore"), ValueError, r"query_ids: expected \[N\] ids, required when same_id='ignore'"),
     (dict(same_id="both"), ValueError, "same_id: expected 'positive' or 'ignore', got 'both'"),
-    (dict(negatives=Y[:, :7]), ValueError, r"negatives: expected \[K, 8\], as wide as queries"),
+    (dict(negatives=Y[:, :7]), ValueError, r"negatives: expected \[K, 8\] .* or \[4, K, 8\]"),
+    (dict(negatives=Y[0]), ValueError, r"negatives: expected \[K, 8\] .*, got \[8\]"),
+    (dict(negatives=Y[:3, None]), ValueError, r"negatives: expected .* \[4, K, 8\] .*, got \[3, 1, 8\]"),
+    (dict(negatives=Y[:, None, :7]), ValueError, r"negatives: expected .*, got \[4, 1, 7\]"),
     (dict(negatives=Y.double()), TypeError, "negatives: expected float32 like queries"),
     (dict(label_smoothing=1.5), ValueError, r"label_smoothing: expected a number in \[0, 1\], got 1.5"),
     (dict(label_smoothing=torch.tensor(0.1)), TypeError, r"label_smoothing: expected a number in \[0, 1\]"),
@@ -57,6 +60,12 @@ MISTAKES = [
         "weights: expected None, because the 8 keys have no weights",
     ),
     (dict(keys=torch.cat([Y, Y]), query_ids=FOUR), ValueError, r"key_ids: expected \[8\]"),
+    (dict(decoupled=1), TypeError, "decoupled: expected True or False"),
+    (
+        dict(decoupled=True, query_ids=FOUR, key_ids=FOUR.flip(0), same_id="ignore"),
+        ValueError,
+        "key_ids: expected the id of each query at its target, with decoupled",
+    ),
     (dict(return_stats=1), TypeError, "return_stats: expected True or False"),
     (dict(exchange="ring"), ValueError, "exchange: expected 'auto' without a group"),
     (dict(group=object()), ValueError, "group: expected None, or a process group .call init_process_group"),
@@ -70,7 +79,7 @@ def test_a_mistake_is_named():
 
 def test_a_backend_that_does_not_know_an_option_says_so():
     on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32)
-    limits = api._limits({"targets": None, "label_smoothing": 0.1}, on_gpu)
+    limits = limits_of({"targets": None, "label_smoothing": 0.1}, on_gpu)
     with pytest.raises(BackendError, match=r"(?s)no CUDA.* supports label_smoothing.*reference: supported"):
         resolve("contrastive", on_gpu, "native", limits)
     assert limits.get("triton") is None

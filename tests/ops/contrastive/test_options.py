@@ -22,6 +22,7 @@ WEIGHTS = torch.rand(N, generator=torch.Generator().manual_seed(4))
 SHUFFLED = torch.randperm(N, generator=torch.Generator().manual_seed(5))
 TEACHER = rows(N, 24, 6), rows(N, 24, 7)
 SURE = rows(N, 70, 8), F.normalize(rows(N, 70, 9) + 2 * rows(N, 70, 8), dim=1)  # each row's mass is on its own key
+OWN = rows(N * 7, E, 8).view(N, 7, E)
 
 # name -> (number of keys, options); features among the options are cast to the dtype of the case
 OPTIONS = {
@@ -35,6 +36,35 @@ OPTIONS = {
     "ignored": (N, dict(query_ids=IDS, same_id="ignore")),
     "ignored, shuffled": (N, dict(query_ids=IDS, key_ids=IDS.flip(0), same_id="ignore", targets=SHUFFLED)),
     "negatives": (N, dict(negatives=rows(70, E, 8))),
+    "own negatives": (N, dict(negatives=OWN)),
+    "own negatives, everything": (
+        N,
+        dict(
+            negatives=OWN,
+            query_ids=IDS,
+            same_id="ignore",
+            label_smoothing=0.1,
+            weights=WEIGHTS,
+            teacher=(*TEACHER, 0.4),
+        ),
+    ),
+    "decoupled": (N, dict(decoupled=True)),
+    "decoupled, shuffled": (N, dict(decoupled=True, targets=SHUFFLED, weights=WEIGHTS)),
+    "decoupled, one way": (2 * N + 5, dict(decoupled=True, symmetric=False, negatives=OWN)),
+    "decoupled, ids": (N, dict(decoupled=True, query_ids=IDS)),
+    "decoupled, ignored": (N, dict(decoupled=True, query_ids=IDS, same_id="ignore", negatives=rows(70, E, 8))),
+    "decoupled, everything": (
+        N,
+        dict(
+            decoupled=True,
+            query_ids=IDS,
+            same_id="ignore",
+            negatives=OWN,
+            label_smoothing=0.1,
+            weights=WEIGHTS,
+            teacher=(*TEACHER, 0.4),
+        ),
+    ),
     "smoothing": (N, dict(label_smoothing=0.1)),
     "smoothing, ignored": (N, dict(label_smoothing=0.3, query_ids=IDS, same_id="ignore")),
     "weights": (N, dict(weights=WEIGHTS)),
@@ -60,7 +90,7 @@ def cast(options, dtype):
     def converted(value):
         if isinstance(value, tuple):
             return tuple(converted(v) for v in value)
-        matrix = isinstance(value, Tensor) and value.ndim == 2
+        matrix = isinstance(value, Tensor) and value.ndim >= 2
         return value.to(dtype) if matrix else value
 
     return {name: converted(value) for name, value in options.items()}
@@ -116,6 +146,7 @@ def test_native(dtype):
 # is slow: each path in one dtype, and in float32 those where the loss itself rounds.
 ROADS = (
     *("targets", "more keys", "ids of more keys", "ignored, shuffled", "negatives", "teacher", "all", "all, ids"),
+    *("decoupled, shuffled", "decoupled, ids", "decoupled, everything"),
     *("ids, huge and negative", "fewer keys", "weights, shuffled"),
 )
 INTERPRETED = {(name, LOW[i % 3]): None for i, name in enumerate(ROADS)}
@@ -209,7 +240,7 @@ def test_compiled_whole_and_functorch(backend):
 def test_opcheck(backend):
     x, y, scale = (t.requires_grad_() for t in inputs_of(N + 4, torch.float32))
     ids = IDS, torch.cat([IDS, IDS[:4]])
-    args = (x, y, scale, None, *ids, "positive", *(None,) * 4, True, True, backend)
+    args = (x, y, scale, None, *ids, "positive", *(None,) * 7, True, True, backend)
     torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_fwd.default, args)
     bias = torch.tensor(-3.0, requires_grad=True)
     torch.library.opcheck(
@@ -219,7 +250,7 @@ def test_opcheck(backend):
     lse = torch.zeros(N, dtype=torch.float64), torch.zeros(N + 4, dtype=torch.float64)
     weights = torch.ones(4, N, dtype=torch.float64), torch.ones(4, N + 4, dtype=torch.float64)
     for mean in ((None, None), lse):
-        args = (*weights, *plain, *lse, None, *ids, "ignore", *(None,) * 4, *mean, True, False, backend)
+        args = (*weights, *plain, *lse, None, *ids, "ignore", *(None,) * 7, *mean, True, False, backend)
         torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_bwd.default, args)
         for coefficients in (weights, (None, None)):
             second = (x.detach(), None, scale.detach(), *coefficients, *args[2:])
@@ -233,6 +264,55 @@ def test_no_rows_and_one_row(backend):
         loss, _ = infonce(x, x, 2.0, **options)
         assert loss.item() == pytest.approx(expected, abs=1e-6)
         assert torch.autograd.grad(loss, x)[0].shape == x.shape
+
+
+def test_own_negatives_of_any_number(backend):
+    """None, one, or so many that a row's own decide its loss."""
+    x, y, scale = inputs_of(N, torch.float32)
+    expected = infonce(x, y, scale, backend=backend)
+    none = torch.zeros(N, 0, E, requires_grad=True)
+    loss = infonce(x, y, scale, negatives=none, backend=backend)
+    assert torch.equal(loss, infonce(x, y, scale, negatives=torch.zeros(0, E), backend=backend))
+    torch.testing.assert_close(loss, expected)
+    assert infonce(x[:0], y[:0], scale, negatives=torch.zeros(0, 3, E), backend=backend).item() == 0
+    hard = (y[:, None] * 300).expand(N, 2, E).contiguous()
+    loss = infonce(x, y, scale, negatives=hard, symmetric=False, backend=backend)
+    logits = scale.double() * x.double() @ y.double().T
+    own = 300 * logits.diagonal()[:, None].expand(N, 2)
+    truth = torch.cat([logits, own], 1).logsumexp(1) - logits.diagonal()
+    torch.testing.assert_close(loss.double(), truth.mean(), rtol=1e-6, atol=0)
+
+
+def test_decoupled_rows_without_negatives(backend):
+    """Their loss is 0, they count in the mean, and get no gradient; NaN still shows."""
+    for n in (0, 1):
+        x, y = (rows(n, 8, seed).float().requires_grad_() for seed in (1, 2))
+        loss = infonce(x, y, torch.tensor(5.0), decoupled=True, backend=backend)
+        assert loss.item() == 0
+        assert not any(grad.any() for grad in torch.autograd.grad(loss, (x, y)))
+    x, y = (rows(3, 8, seed).float().requires_grad_() for seed in (1, 2))
+    negatives = torch.zeros(3, 1, 8)
+    options = dict(same_id="positive", query_ids=torch.zeros(3).long(), decoupled=True, backend=backend)
+    loss = infonce(x, y, 5.0, **options)
+    assert loss.item() == 0
+    assert not any(grad.any() for grad in torch.autograd.grad(loss, (x, y)))
+    loss = infonce(x, y, 5.0, negatives=negatives, symmetric=False, **options)
+    torch.testing.assert_close(loss, -5 * (x @ y.T).mean())
+    broken = x.detach().clone()
+    broken[0, 0] = torch.nan
+    assert infonce(broken, y, 5.0, **options).isnan()
+
+
+def test_decoupled_does_not_cancel(backend):
+    """The positive has all of the mass, 1e8 times and more: the rest is not a difference."""
+    x = F.normalize(rows(40, 16) + 1e-3, dim=1).float()
+    scale = 200.0
+    logits = scale * x.double() @ x.double().T
+    eye = torch.eye(40, dtype=torch.bool)
+    truth = logits.masked_fill(eye, -torch.inf).logsumexp(1) - logits.diagonal()
+    assert (truth < -18).sum() > 20
+    loss = infonce(x, x, scale, decoupled=True, symmetric=False, backend=backend)
+    torch.testing.assert_close(loss.double(), truth.mean(), rtol=1e-5, atol=0)
 
 
 def test_logits_that_overflow_float32(backend):

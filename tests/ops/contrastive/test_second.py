@@ -47,14 +47,16 @@ def random_options(seed):
     if draw.random() < 0.4 and m == N:
         options["weights"] = torch.rand(N, generator=torch_draw, dtype=torch.float64)
     if draw.random() < 0.4:
-        options["negatives"] = torch.randn(3, E, generator=torch_draw, dtype=torch.float64)
+        options["negatives"] = torch.randn(draw.choice([(3, E), (N, 3, E)]), generator=torch_draw, dtype=torch.float64)
     if draw.random() < 0.4:
         features = (torch.randn(rows, 4, generator=torch_draw, dtype=torch.float64) for rows in (N, m))
         options["teacher"] = (*features, 0.3)
+    if draw.random() < 0.4 and rule != "ignore":
+        options["decoupled"] = True
     return m, options
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_infonce_with_any_options(seed, monkeypatch):
     m, options = random_options(seed)
     x, y, scale = leaves(seed, m=m)

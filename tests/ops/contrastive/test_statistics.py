@@ -31,12 +31,15 @@ def widest(backend) -> torch.dtype:
     return torch.float32 if backend == "triton" else torch.float64
 
 
-def test_statistics(backend, widest):
+@pytest.mark.parametrize("own", [False, True])
+def test_statistics(backend, widest, own):
     x, y, scale = inputs_of(N, widest)
-    negatives = rows(30, E, 8).to(widest)
+    negatives = rows(N * 3 if own else 30, E, 8).to(widest)
+    negatives = negatives.view(N, 3, E) if own else negatives
     loss, stats = infonce(x, y, scale, negatives=negatives, return_stats=True, backend=backend)
     assert isinstance(stats, ContrastiveStats)
-    logits, wide = scale * x @ y.T, scale * x @ torch.cat([y, negatives]).T
+    others = (negatives @ x[:, :, None])[:, :, 0] if own else x @ negatives.T
+    logits, wide = scale * x @ y.T, scale * torch.cat([x @ y.T, others], 1)
     labels, off = torch.arange(N), ~torch.eye(N, dtype=torch.bool)
     torch.testing.assert_close(loss, infonce(x, y, scale, negatives=negatives, backend=backend))
     torch.testing.assert_close(stats.lse_q, wide.logsumexp(1))
@@ -74,7 +77,7 @@ def tolerance(dtype):
 
 
 def statistics(x, y, scale, targets, backend="native", columns=True):
-    return op.softmax_fwd(x, y, scale, Pairs(targets), None, True, columns, backend)
+    return op.softmax_fwd(x, y, scale, Pairs(targets), None, None, True, columns, backend)
 
 
 def test_all_parts_merge_as_two_by_two() -> None:
@@ -108,7 +111,7 @@ def test_parts_merge_into_the_whole(backend, widest):
     weights = torch.rand(2, 4, N, dtype=torch.float64)
 
     def backward(part):
-        rest = Pairs(targets[part]), None, None, Need(True, True), backend
+        rest = Pairs(targets[part]), None, None, None, Need(True, True), backend
         return op.softmax_bwd(weights[0][:, part], weights[1], x[part], y, scale, of_rows[LSE, part], lse, *rest)
 
     dx, dy, _ = backward(slice(0, N))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ops.contrastive.counting import counting
 from ops.contrastive.shared import EXCHANGES, batch
 
-from mmkernels import Link, infonce, received_bytes, siglip
+from mmkernels import FalseNegatives, Link, infonce, received_bytes, siglip
 from mmkernels.ops.contrastive.traffic import Call
 from mmkernels.runtime.collectives import Network
 
@@ -26,6 +26,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ids": {"ids": True},
     "ids ignored": {"ids": True, "same_id": "ignore"},
     "weights": {"weights": True},
+    "filter": {"guide": F},
+    "filter, one way, ids": {"guide": F, "ids": True, "same_id": "ignore", "symmetric": False},
+    "filter, decoupled": {"guide": F, "others": True, "alone": True},
+    "filter, hard negatives": {"guide": F, "gradients": (True, False, True), "negatives": True},
+    "filter, frozen queries": {"guide": F, "gradients": (False, True, False)},
+    "decoupled": {"others": True, "alone": True},
+    "decoupled, statistics": {"others": True, "return_stats": True, "symmetric": False},
+    "decoupled, ids": {"others": True, "ids": True},
+    "decoupled, ids ignored": {"others": True, "alone": True, "ids": True, "same_id": "ignore"},
+    "decoupled, teacher": {"others": True, "teacher": F},
     "teacher": {"teacher": F},
     "teacher, ids": {"teacher": F, "ids": True, "symmetric": False},
     "hard negatives": {"gradients": (True, True, True), "negatives": True},
@@ -64,6 +74,7 @@ def _counted(rank: int, world: int, rows: str, exchange: str, option: str) -> tu
             loss = siglip(x, y, scale, bias, **more)
         else:
             more |= {"symmetric": call.symmetric, "same_id": call.same_id}
+            more["decoupled"] = call.others
             if call.weights:
                 more["weights"] = torch.ones(mine)
             if call.teacher:
@@ -71,6 +82,10 @@ def _counted(rank: int, world: int, rows: str, exchange: str, option: str) -> tu
             if any(call.negatives):
                 rest = batch(12, E, call.dtype)[0][: call.negatives[rank]].clone()
                 more["negatives"] = rest.requires_grad_(call.gradients[2])
+            if call.guide:
+                of_negatives = more["negatives"].detach()[:, :F] if "negatives" in more else None
+                features = (t[:mine] for t in batch(9, F, call.dtype))
+                more["false_negatives"] = FalseNegatives(*features, guide_negatives=of_negatives)
             loss = infonce(x, y, scale, **more)
         loss = loss[0] if call.return_stats else loss
         if loss.requires_grad:
