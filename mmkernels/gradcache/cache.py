@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mmkernels.gradcache.attempts import Attempts
@@ -251,6 +252,7 @@ class GradCache:
             wrong_value("backward", "None for as_loss, whose backward is the trainer's", self._backward)
         return self._deferred
 
+    @torch.compiler.disable  # a model that is compiled whole breaks here; encoders that are compiled themselves stay so
     def _deferred(self, *inputs: Any) -> Any:
         self._expect_inputs(inputs)
         modules = self._modules()

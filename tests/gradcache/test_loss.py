@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -340,3 +341,35 @@ def test_the_backward_holds_the_activations_of_one_chunk() -> None:
             pair.cache(4).as_loss()(*batch(rows)).backward()
         peaks.append(peak)
     assert peaks[0] == peaks[1] > 0
+
+
+class Whole(nn.Module):
+    def __init__(self, compiled: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.pair = Pair(0.3)
+        encoders = [compiled(self.pair.image.layers), compiled(self.pair.text.layers)]
+        self.cache = GradCache(encoders, self.pair.loss, chunk_size=[4, 3])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.cache.as_loss()(x + 1, y) * 2
+
+
+@pytest.mark.parametrize("where", ["the encoders", "the whole model"])
+def test_compiled(where: str) -> None:
+    torch._dynamo.reset()
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    compiled = functools.partial(torch.compile, backend=backend)
+    inputs = batch()
+    whole = Whole(compiled if where == "the encoders" else lambda module: module)
+    plain = Whole(lambda module: module)
+    plain.load_state_dict(whole.state_dict())
+    expected = after(plain, lambda: plain(*inputs).backward())
+    run = whole if where == "the encoders" else compiled(whole)
+    for _ in range(2):
+        assert_same(after(whole, lambda: run(*inputs).backward()), expected, 1e-12)
+    assert graphs and (where == "the whole model" or max(graphs) > 4)
