@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -214,3 +215,31 @@ def _one_root(rank: int, world: int, size: Any) -> None:
 @pytest.mark.parametrize("size", [4, "auto"])
 def test_one_root_with_the_scale_of_the_loss(size: Any) -> None:
     ranks.run(2, _one_root, size)
+
+
+def _root_around_the_model(rank: int, world: int, size: int, parts: int) -> None:
+    """Sharded: the root alone, with the towers, or with a layer of them, too."""
+    model = Dual()
+    model.log_scale = nn.Parameter(torch.full((1,), 2.0))
+    plain, whole = copy.deepcopy(model), Whole(model, size)
+    del whole.unused
+    for tower in (model.image, model.text) if parts else ():
+        if parts > 1:
+            fully_shard(tower.layers[0])
+        fully_shard(tower)
+    fully_shard(whole)
+    inputs = [batches[0] for batches in _batches(world)]
+    for _ in range(2):
+        whole.zero_grad()
+        torch.manual_seed(5 + rank)
+        (whole(inputs[rank]) / 2).backward()
+    for r in range(world):
+        torch.manual_seed(5 + r)
+        (plain.loss(*chunk_graph([plain.image, plain.text], inputs[r], [size, size])) / (2 * world)).backward()
+    assert_same(_whole([model]), gradients(plain))  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("size", [7, 3])
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_fully_shard_around_the_whole_model(size: int, parts: int) -> None:
+    ranks.run(2, _root_around_the_model, size, parts)
