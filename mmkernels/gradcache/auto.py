@@ -15,7 +15,7 @@ from mmkernels.gradcache.budget import Fit, free_memory, largest_cut, peak_memor
 from mmkernels.gradcache.chunks import amount, split, tensors
 from mmkernels.gradcache.sync import Sync
 from mmkernels.gradcache.tokens import TokenLoss
-from mmkernels.gradcache.tower import Encoder, Tower, embedding
+from mmkernels.gradcache.tower import Tower
 
 __all__ = ["AutoSize", "split_together"]
 
@@ -24,19 +24,22 @@ class AutoSize:
     """The automatic chunk sizes of a GradCache.
 
     Args:
-        encoders, token_loss_fn: as in `GradCache`.
+        tower: (number of an encoder, its chunks) -> its part of a step.
+        encoders: how many.
+        token_loss_fn: as in `GradCache`.
         asked: a size or "auto" for each encoder.
         budget: bytes, or None for the free memory.
     """
 
     def __init__(
         self,
-        encoders: Sequence[Encoder],
+        tower: Callable[[int, list[Any]], Tower],
+        encoders: int,
         token_loss_fn: Callable[..., Any] | None,
         asked: Sequence[Any],
         budget: int | None,
     ) -> None:
-        self._encoders, self._token_loss_fn = encoders, token_loss_fn
+        self._tower, self._encoders, self._token_loss_fn = tower, encoders, token_loss_fn
         self._asked, self._budget = asked, budget
         self._fits: dict[int, Fit] = {}  # per automatic encoder; with a token loss, key 0 covers all of them
         self.measured, self._warned = False, False
@@ -51,7 +54,7 @@ class AutoSize:
         if self._token_loss_fn is not None:
             self._fits[0] = self._probe(range(len(inputs)), tuple(inputs), "inputs", 1, there, modules, sync)
             return
-        wrappers = [Sync(Tower(encoder, [None], "").modules).ids() for encoder in self._encoders]
+        wrappers = [Sync(self._tower(i, [None]).modules).ids() for i in range(self._encoders)]
         for i, size in enumerate(self._asked):
             if size == "auto":
                 sharing = sum(bool(wrappers[i] & other) for other in wrappers) or 1  # they share a backward
@@ -85,14 +88,11 @@ class AutoSize:
 
     def _run(self, towers: list[Tower]) -> list[Tensor]:
         outputs = [tower.run(tower.chunks[0]) for tower in towers]
-        made = [embedding(out) for out in outputs]
+        made = [tower.embedding(out) for tower, out in zip(towers, outputs, strict=True)]
         if self._token_loss_fn is not None:
             inputs = [tower.chunks[0] for tower in towers]
             made += TokenLoss(self._token_loss_fn, None).first(outputs, inputs, ()).values()
         return made
-
-    def _tower(self, i: int, chunks: list[Any]) -> Tower:
-        return Tower(self._encoders[i], chunks, f"encoders[{i}]", self._token_loss_fn is not None)
 
     def cut(self, inputs: Sequence[Any]) -> tuple[list[int], list[list[Any]]]:
         """The size in use and the chunks, for each encoder."""

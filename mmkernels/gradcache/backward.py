@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mmkernels.gradcache.replay import RandomState, batch_norms
 from mmkernels.gradcache.shards import Shards
 from mmkernels.gradcache.sync import Sync
 
-__all__ = ["Undo", "backward", "leaves", "out_of_memory"]
+__all__ = ["Undo", "autocast_off", "backward", "leaves", "out_of_memory"]
 
 
 class Undo:
@@ -26,18 +27,23 @@ class Undo:
     Args:
         modules: those whose parameters and statistics the step may change.
         devices: CUDA devices with generators that the step may use.
+        gradients: whether the step may change gradients.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], devices: Iterable[torch.device]) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], devices: Iterable[torch.device], *, gradients: bool = True
+    ) -> None:
         modules = list(modules)
         self._before: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self._random = RandomState.now(devices)
         self._statistics = [(b, b.clone()) for norm in batch_norms(modules) for b in norm.buffers(recurse=False)]
-        # Reentrant checkpoints hide their parameters from the graph.
-        self.keep(p for module in modules for p in module.parameters() if p.requires_grad)
         self._shards = Shards(Sync(modules).fsdp)
-        self.keep(p for p in self._shards.parameters() if p.requires_grad)
-        self._accumulated = [(s, None if grad is None else grad.clone()) for s, grad in self._shards.accumulated()]
+        self._accumulated: list[tuple[Any, Tensor | None]] = []
+        if gradients:
+            # Reentrant checkpoints hide their parameters from the graph.
+            self.keep(p for module in modules for p in module.parameters() if p.requires_grad)
+            self.keep(p for p in self._shards.parameters() if p.requires_grad)
+            self._accumulated = [(s, None if grad is None else grad.clone()) for s, grad in self._shards.accumulated()]
 
     def keep(self, leaves: Iterable[Tensor]) -> None:
         for leaf in leaves:
@@ -64,31 +70,34 @@ def backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], undo
     live = [i for i, out in enumerate(outputs) if out.requires_grad]
     if live and undo is not None:
         undo.keep(leaf for i in live for leaf in leaves(outputs[i]))
-    with _autocast_off():
+    with autocast_off():
         if live:
             torch.autograd.backward([outputs[i] for i in live], [gradients[i] for i in live])
     return bool(live)
 
 
-def leaves(output: Tensor) -> list[Tensor]:
-    """The leaves that a backward from this tensor sends gradients to."""
+def leaves(output: Tensor, ends: Mapping[tuple[Any, int], Tensor] = MappingProxyType({})) -> list[Tensor]:
+    """The leaves that a backward from this tensor sends gradients to, and those of `ends`, {(grad_fn, output_nr):
+    tensor}, where it ends."""
     if output.grad_fn is None:
         return [output] if output.requires_grad else []
-    found: list[Tensor] = []
+    found: dict[int, Tensor] = {}
     seen: set[Any] = {None}
-    stack: list[Any] = [output.grad_fn]
+    stack: list[tuple[Any, int]] = [(output.grad_fn, output.output_nr)]
     while stack:
-        node = stack.pop()
-        if node not in seen:
+        node, number = stack.pop()
+        end = ends.get((node, number))
+        if end is None and node not in seen:
             seen.add(node)
-            if hasattr(node, "variable"):
-                found.append(node.variable)
-            stack.extend(following for following, _ in node.next_functions)
-    return found
+            stack.extend(node.next_functions)
+            end = getattr(node, "variable", None)
+        if end is not None:
+            found[id(end)] = end
+    return list(found.values())
 
 
 @contextmanager
-def _autocast_off() -> Iterator[None]:
+def autocast_off() -> Iterator[None]:
     """Backward runs in the dtypes that forward chose, outside autocast."""
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda"):

@@ -13,7 +13,6 @@ Source: Gao, Zhang, Han, Callan, "Scaling Deep Contrastive Learning Batch Size u
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -21,14 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmkernels.gradcache.attempts import Attempts
 from mmkernels.gradcache.auto import AutoSize, split_together
-from mmkernels.gradcache.backward import Undo, out_of_memory
 from mmkernels.gradcache.chunks import split
+from mmkernels.gradcache.deferred import Deferred
 from mmkernels.gradcache.passes import Passes
+from mmkernels.gradcache.receivers import ByTrainer, IntoGrad, Receiver
 from mmkernels.gradcache.replay import batch_norms
-from mmkernels.gradcache.shards import Shards
-from mmkernels.gradcache.step import RanOut, Step
-from mmkernels.gradcache.sync import Sync, anywhere
+from mmkernels.gradcache.step import Step
 from mmkernels.gradcache.tokens import TokenLoss
 from mmkernels.gradcache.tower import Encoder, Tower, modules_behind
 from mmkernels.ops.checks import integer, wrong_type, wrong_value
@@ -52,7 +51,8 @@ class GradCache:
     - None, numbers, strings and 0-dim tensors go to every chunk whole.
 
     A chunk goes to its encoder as one argument, or as several when the input is `Args`. The encoder returns a tensor
-    whose rows are embeddings; the rows of all chunks, concatenated, go to the loss.
+    whose rows are embeddings, or an output in which `get_rep` finds them (a dict, a dataclass, a tuple); the rows of
+    all chunks, concatenated, go to the loss.
 
     Both forward passes run under the caller's autocast, both backward passes outside it. Dropout and anything else that
     draws from PyTorch's CPU and CUDA generators, `numpy.random`'s global one and Python's `random` draws the same
@@ -95,6 +95,12 @@ class GradCache:
     stay unsharded until the backward that reduces them: peers that wait in an all-gather cannot be interrupted. Besides
     the chunk, memory must hold the unsharded parameters and, as with any size, the unsharded gradients.
 
+    **Accumulated batches.** Calls add to `.grad`, so the mean over K batches takes `scale_loss=lambda loss: loss / K`
+    and one optimizer step after K calls; all but the last under each wrapper's `no_sync()`.
+
+    **In a trainer** that runs the backward itself, `as_loss` gives a loss that it can run it on. A trainer that wants
+    to be called instead of torch's backward (Lightning's `manual_backward`, Accelerate's `backward`) is `backward`.
+
     BatchNorm in training mode normalises over the chunk, so its gradient differs from the whole batch's; this warns
     once. Its running statistics are updated once per chunk, in the first pass.
 
@@ -113,14 +119,24 @@ class GradCache:
         check_passes: compare the embeddings (and the counts of token losses) of both passes, which reads a number from
             the device at the end of a step. A relative difference above 1% (10% where anything is narrower than
             float32) raises on the rank that sees it, whose gradients are then wrong.
+        get_rep: `output of an encoder -> embeddings [rows, ...]`, for all encoders or one per encoder, None for those
+            that return embeddings. With `token_loss_fn` it replaces the rule that a tuple begins with them; that
+            function still gets whole outputs.
+        backward: `scalar -> anything`: runs the backward of a scalar, and may multiply it by the same factor every time
+            (a loss scale, 1 / accumulated batches). It is called once for each chunk with `sum <embeddings, their
+            gradient>` and the chunk's token loss, before that with `sum <parameter, its gradient>` for the loss's own
+            parameters, if any. Gradients are those of the call without it, times that factor. The gradient of the
+            embeddings themselves is computed by torch, without the factor: where that scales float16, encoders should
+            return float32, or `as_loss` be used.
 
     Raises:
         TypeError: an argument, an input or an encoder's output of the wrong type.
         ValueError: a chunk size below 1, a wrong number of inputs, members of one input with different numbers of
             samples, DistributedDataParallel with a static graph, or, under fully_shard with fixed sizes, different
             numbers of chunks on different ranks.
-        RuntimeError: the second pass of an encoder or of a token loss differs from the first; or, with automatic sizes,
-            another rank ran out of memory even with single samples (and raises the allocator's error).
+        RuntimeError: the second pass of an encoder or of a token loss differs from the first; `backward` did not run
+            one; or, with automatic sizes, another rank ran out of memory even with single samples (and raises the
+            allocator's error).
         NotImplementedError: automatic sizes with fully_shard over tensor parallelism.
 
     Example:
@@ -140,6 +156,8 @@ class GradCache:
         group: Any = None,
         on_embedded: Callable[[int, Tensor], None] | None = None,
         check_passes: bool = True,
+        get_rep: Callable[[Any], Tensor] | Sequence[Callable[[Any], Tensor] | None] | None = None,
+        backward: Callable[[Tensor], Any] | None = None,
     ) -> None:
         if not isinstance(encoders, (Sequence, nn.ModuleList)) or not len(encoders):
             wrong_type("encoders", "a non-empty sequence of callables", encoders)
@@ -156,6 +174,8 @@ class GradCache:
             wrong_type("on_embedded", "None or a callable", on_embedded)
         if not isinstance(check_passes, bool):
             wrong_type("check_passes", "True or False", check_passes)
+        if backward is not None and not callable(backward):
+            wrong_type("backward", "None or a callable", backward)
         self.encoders: list[Encoder] = list(encoders)
         self.loss_fn = loss_fn
         self.token_loss_fn = token_loss_fn
@@ -166,7 +186,8 @@ class GradCache:
             wrong_value("chunk_size", "the same for every encoder, because of token_loss_fn", chunk_size)
         if memory_budget is not None:
             memory_budget = _budget(memory_budget, asked)
-        auto = AutoSize(self.encoders, token_loss_fn, asked, memory_budget)
+        self._reps, self._backward = _reps(get_rep, len(self.encoders)), backward
+        auto = AutoSize(self._tower, len(self.encoders), token_loss_fn, asked, memory_budget)
         self._auto = auto if "auto" in asked else None
         self.chunk_sizes: list[Any] = asked
         self._warned_of_batch_norm = False
@@ -184,69 +205,104 @@ class GradCache:
             what `loss_fn` returned, the loss detached and not scaled. With `token_loss_fn` a tuple: the loss with all
             objectives added, what else `loss_fn` returned, and a dict of the objectives ("token_loss" for a bare pair).
         """
-        if len(inputs) != len(self.encoders):
-            wrong_value("inputs", f"{len(self.encoders)}, one per encoder", len(inputs))
+        self._expect_inputs(inputs)
         if scale_loss is not None and not callable(scale_loss):
             wrong_type("scale_loss", "a callable", scale_loss)
-        scale_loss = scale_loss or _as_it_is
-        modules = list({id(m): m for f in (*self.encoders, self.token_loss_fn) for m in modules_behind(f)}.values())
+        scale_loss, modules = scale_loss or _as_it_is, self._modules()
+        receiver = IntoGrad() if self._backward is None else ByTrainer(self._backward)
+
+        def make(chunks: list[list[Any]]) -> Step:
+            return self._step(chunks, modules, scale_loss, receiver)
+
         if self._auto is not None:
-            return self._run_auto(self._auto, inputs, scale_loss, modules)
+            return self._attempts(self._auto, inputs, modules, make).run(Step.run)[1]
+        return make(self._split(inputs)).run()
+
+    def as_loss(self) -> Callable[..., Any]:
+        """A loss for a trainer that runs the backward itself.
+
+        The function that this returns takes what `__call__` takes, except `scale_loss`, and returns the same, but the
+        loss has a graph: it runs the first pass and the loss, and the loss's backward runs the rest. Then parameters
+        get what `__call__` would have given them, times the gradient that the loss itself gets: a loss scale, one over
+        the number of accumulated batches, another factor of a sum of losses::
+
+            loss = cache.as_loss()(images, texts)
+            (loss / 4 + other).backward()                  # or trainer.backward(loss), scaler.scale(loss).backward()
+
+        The backward may come any time later, after that of other losses too, and once; a loss without one leaves
+        nothing behind. Random numbers, autocast and DistributedDataParallel's `no_sync` are as they were in the
+        forward. Under `torch.no_grad()` the loss has no graph, and neither has it if it depends on nothing trainable.
+
+        Each parameter's gradient is accumulated once, in the trainer's backward, where hooks expect it. So the whole
+        model may be in one DistributedDataParallel whose forward returns the loss, and `torch.autograd.grad` works.
+        This needs memory for one more gradient of each parameter while gradients of an earlier batch are there. The
+        same holds for tensors of the inputs that other modules have made. Checkpoints in an encoder need
+        `use_reentrant=False`. If instead encoders are wrapped themselves (DistributedDataParallel, fully_shard), their
+        parameters get their gradient chunk by chunk within that backward, as in `__call__`.
+
+        With automatic sizes, if memory runs out in the backward, the step restarts from the random state of its
+        forward: `loss_fn` runs again, and gradients are those of chunks of the new sizes, the loss that of the old.
+
+        Raises:
+            ValueError: the GradCache has a `backward`.
+            RuntimeError: in the backward: a second one of the same loss, or `create_graph=True`.
+            NotImplementedError: automatic sizes with a loss whose parameters are under fully_shard.
+        """
+        if self._backward is not None:
+            wrong_value("backward", "None for as_loss, whose backward is the trainer's", self._backward)
+        return self._deferred
+
+    @torch.compiler.disable  # a model that is compiled whole breaks here; encoders that are compiled themselves stay so
+    def _deferred(self, *inputs: Any) -> Any:
+        self._expect_inputs(inputs)
+        modules = self._modules()
+
+        def make(chunks: list[list[Any]]) -> Step:
+            return self._step(chunks, modules, _as_it_is, IntoGrad())
+
+        attempts = None if self._auto is None else self._attempts(self._auto, inputs, modules, make)
+        chunks = self._split(inputs) if attempts is None else None
+        return Deferred(inputs, modules, make, chunks, attempts).forward()
+
+    def _expect_inputs(self, inputs: Sequence[Any]) -> None:
+        if len(inputs) != len(self.encoders):
+            wrong_value("inputs", f"{len(self.encoders)}, one per encoder", len(inputs))
+
+    def _modules(self) -> list[nn.Module]:
+        return list({id(m): m for f in (*self.encoders, self.token_loss_fn) for m in modules_behind(f)}.values())
+
+    def _split(self, inputs: Sequence[Any]) -> list[list[Any]]:
         if self.token_loss_fn is not None:
-            chunks = split_together(inputs, self.chunk_sizes[0])
-        else:
-            chunks = [
-                split(x, n, f"inputs[{i}]") for i, (x, n) in enumerate(zip(inputs, self.chunk_sizes, strict=True))
-            ]
-        return self._step(chunks, scale_loss, modules).run()
+            return split_together(inputs, self.chunk_sizes[0])
+        return [split(x, n, f"inputs[{i}]") for i, (x, n) in enumerate(zip(inputs, self.chunk_sizes, strict=True))]
 
-    def _run_auto(
-        self, auto: AutoSize, inputs: Sequence[Any], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]
-    ) -> Any:
-        sync = Sync(modules)
-        if sync.ddp_over_ranks():
-            sync.expect_no_static_graph()  # measuring is a step too
-        peers, shards = sync.groups() if self.group is None else [self.group], Shards(sync.fsdp)
-        with shards.kept():
-            shards.gather()
-            if not auto.measured:
-                failed: Exception | None = None
-                try:
-                    auto.fit(inputs, modules, sync)
-                except Exception as error:
-                    if not out_of_memory(error):
-                        raise
-                    failed = error
-                _raise_together(failed, peers)
-                auto.measured = True
-            while True:
-                self.chunk_sizes, chunks = auto.cut(inputs)
-                step = self._step(chunks, scale_loss, modules)
-                step.peers = peers
-                step.undo = undo = Undo(modules, {device for tower in step.towers for device in tower.devices})
-                try:
-                    return step.run()
-                except RanOut as error:
-                    undo.restore()
-                    short = [i for i, tower in enumerate(step.towers) if tower in error.towers]
-                    halved = auto.back_off(self.chunk_sizes, chunks, short)
-                    _raise_together(None if halved else error.cause, peers)
-                del step
-                gc.collect()  # the error's frames hold activations
-                if torch.cuda.is_initialized():
-                    torch.cuda.empty_cache()
-                shards.gather()  # those already reduced, the same on every rank
+    def _attempts(
+        self, auto: AutoSize, inputs: Sequence[Any], modules: list[nn.Module], make: Callable[[list[list[Any]]], Step]
+    ) -> Attempts:
+        def told(sizes: list[int]) -> None:
+            self.chunk_sizes = sizes
 
-    def _step(self, chunks: list[list[Any]], scale_loss: Callable[[Tensor], Tensor], modules: list[nn.Module]) -> Step:
+        return Attempts(auto, inputs, modules, self.group, make, told)
+
+    def _tower(self, i: int, chunks: list[Any]) -> Tower:
+        rep, name = self._reps[i]
         more = self.token_loss_fn is not None
-        towers = [
-            Tower(encoder, parts, f"encoders[{i}]", more, self.check_passes)
-            for i, (encoder, parts) in enumerate(zip(self.encoders, chunks, strict=True))
-        ]
+        return Tower(self.encoders[i], chunks, f"encoders[{i}]", more, self.check_passes, rep, name)
+
+    def _step(
+        self,
+        chunks: list[list[Any]],
+        modules: list[nn.Module],
+        scale_loss: Callable[[Tensor], Tensor],
+        receiver: Receiver,
+    ) -> Step:
+        towers = [self._tower(i, parts) for i, parts in enumerate(chunks)]
         self._warn_of_batch_norm(towers)
         passes = Passes("token_loss_fn", modules) if self.check_passes else None
         token = None if self.token_loss_fn is None else TokenLoss(self.token_loss_fn, self.group, passes)
-        return Step(towers, self.loss_fn, token, scale_loss, modules, group=self.group, on_embedded=self.on_embedded)
+        step = Step(towers, self.loss_fn, token, scale_loss, modules, group=self.group, on_embedded=self.on_embedded)
+        step.receiver = receiver
+        return step
 
     def _warn_of_batch_norm(self, towers: list[Tower]) -> None:
         for tower in towers:
@@ -261,14 +317,6 @@ class GradCache:
 
 def _as_it_is(loss: Tensor) -> Tensor:
     return loss
-
-
-def _raise_together(error: BaseException | None, peers: Sequence[Any]) -> None:
-    """Raise one rank's error on all: the others would wait for it."""
-    if anywhere(error is not None, peers):
-        raise error or RuntimeError(
-            "chunk_size: memory ran out on another rank, with a single sample in each chunk"
-        ) from None
 
 
 def _budget(budget: Any, asked: list[Any]) -> int:
@@ -292,3 +340,17 @@ def _chunk_sizes(chunk_size: Any, encoders: int) -> list[Any]:
     if len(sizes) != encoders:
         wrong_value("chunk_size", f"one for all, or one for each of the {encoders} encoders", chunk_size)
     return sizes
+
+
+def _reps(get_rep: Any, encoders: int) -> list[tuple[Callable[[Any], Any] | None, str]]:
+    """Of each encoder: what finds its embeddings, and its name in messages."""
+    if get_rep is None or callable(get_rep):
+        return [(get_rep, "get_rep")] * encoders
+    if not isinstance(get_rep, Sequence) or isinstance(get_rep, str):
+        wrong_type("get_rep", "None, a callable, or one per encoder", get_rep)
+    if len(get_rep) != encoders:
+        wrong_value("get_rep", f"one for all, or one for each of the {encoders} encoders", get_rep)
+    for i, each in enumerate(get_rep):
+        if each is not None and not callable(each):
+            wrong_type(f"get_rep[{i}]", "None or a callable", each)
+    return [(each, f"get_rep[{i}]") for i, each in enumerate(get_rep)]

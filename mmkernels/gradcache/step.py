@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmkernels.gradcache.backward import Undo, backward, leaves, out_of_memory
+from mmkernels.gradcache.receivers import IntoGrad, Receiver
 from mmkernels.gradcache.replay import kept
 from mmkernels.gradcache.sync import Sync, anywhere, reduced
 from mmkernels.gradcache.tokens import TokenLoss
-from mmkernels.gradcache.tower import Tower, embedding
+from mmkernels.gradcache.tower import Tower
 from mmkernels.ops.checks import wrong_type, wrong_value
 
 __all__ = ["RanOut", "Step"]
@@ -53,6 +54,8 @@ class Step:
         peers: under automatic sizes: process groups whose ranks must restart together.
         group: the ranks that train together, if known: they agree on what no rank uses and on plain steps.
         on_embedded: told each encoder's number and embeddings.
+        receiver: where gradients go.
+        graph: whether there will be a backward.
     """
 
     towers: list[Tower]
@@ -64,38 +67,85 @@ class Step:
     peers: Sequence[Any] = ()
     group: Any = None
     on_embedded: Callable[[int, Tensor], None] | None = None
+    receiver: Receiver = field(default_factory=IntoGrad)
+    graph: bool = True
+
+    def __post_init__(self) -> None:
+        self._at_once = self._plain = False
+        self._made: list[_Made] = []
+        self._output: Any = None
+
+    def trainable(self) -> bool:
+        """After `begin`: whether a backward has anything to do, as far as can be seen."""
+        return _loss_of(self._output).requires_grad or self.token is not None
+
+    def own_leaves(self) -> list[Tensor]:
+        """After `begin`: what the loss sends gradients to besides the embeddings."""
+        embeddings = {id(tower.embeddings) for tower in self.towers}
+        return [leaf for leaf in leaves(_loss_of(self._output)) if id(leaf) not in embeddings]
 
     def run(self) -> Any:
-        """What `loss_fn` returned, the loss detached; with a token loss, the whole loss first and its parts last.
+        """All three passes; returns what `begin` does."""
+        result = self.begin()
+        self.finish()
+        return result
+
+    def begin(self) -> Any:
+        """Pass 1 and the forward of pass 2.
 
         When every encoder has one chunk there is nothing to cache: pass 3 reuses the graph of pass 1. Several ranks can
         do this if they know that none has more chunks, since all must communicate in the same order.
+
+        Returns:
+            what `loss_fn` returned, the loss detached; with a token loss, the whole loss first and its parts last.
         """
         sync, bundles = Sync(self.modules), self._bundles()
         sync.expect_equal([len(tower.chunks) for tower in self.towers], gathered=self.undo is not None)
-        at_once = not self.peers and self._single(sync)
-        if at_once and sync.ddp:
-            return self._plain(bundles)
-        if not at_once:
+        self._at_once = not self.peers and self._single(sync)
+        self._plain = self._at_once and bool(sync.ddp)
+        if self._plain:
+            # One graph from the inputs to the loss: a wrapper reduces in the one backward that reaches all of it.
+            self._made = self._embed_all(bundles, keep=True, join=self.on_embedded is not None)
+            outputs = [out for each in self._made for out in each.outputs]
+            self._output = self.loss_fn(*(t.embedding(out) for t, out in zip(self.towers, outputs, strict=True)))
+        else:
+            self._cached(sync, bundles)
+        if self.token is not None:
+            self.token.settle()
+        return self._result(self._output)
+
+    def _cached(self, sync: Sync, bundles: list[Bundle]) -> None:
+        if not self._at_once:
             sync.expect_no_static_graph()
-        with nullcontext() if at_once else sync.held():
+        with nullcontext() if self._at_once else sync.held():
             # 1. Embed without gradients. Clear autocast's weight cache: filled under no_grad, it would cut off pass 3.
-            with torch.set_grad_enabled(at_once and torch.is_grad_enabled()):
-                made = self._embed_all(bundles, at_once)
-            if not at_once:
+            with torch.set_grad_enabled(self._at_once and torch.is_grad_enabled()):
+                self._made = self._embed_all(bundles, self._at_once)
+            if not self._at_once:
                 torch.clear_autocast_cache()
 
             # 2. Loss on the detached embeddings of the whole batch; `.grad` of these is the cache.
-            output = self.loss_fn(*(tower.embeddings for tower in self.towers))
-            from_loss = leaves(_loss_of(output))
-            self._backward_loss(output)
+            self._output = self.loss_fn(*(tower.embeddings for tower in self.towers))
+
+    def finish(self) -> None:
+        """The backward of pass 2, and pass 3: once, after `begin`."""
+        sync, made = Sync(self.modules), self._made
+        if self._plain:
+            parts = [self.scale_loss(_loss_of(self._output))]
+            if self.token is not None:
+                parts.append(self.scale_loss(self.token.part(made[-1].sums)))
+            self._reduce(self.modules, parts, [None] * len(parts))
+            return
+        with nullcontext() if self._at_once else sync.held():
+            from_loss = leaves(_loss_of(self._output))
+            self._backward_loss(self._output)
 
         # 3. Re-embed with gradients, backward from the cache. Only the last backward reduces gradients.
-        if at_once:
+        if self._at_once:
             joined = _Made([out for each in made for out in each.outputs], made[-1].sums)
             with self._may_run_out(self.towers):
-                self._backward([pair for bundle in bundles for pair in bundle], joined)
-            return self._result(output)
+                self._backward([pair for bundle in self._bundles() for pair in bundle], joined)
+            return
         for first, last in self._order():
             with kept(self.modules):
                 with sync.held(), self._all_or_none():
@@ -105,7 +155,6 @@ class Step:
         for passes in (*(tower.passes for tower in self.towers), self.token and self.token.passes):
             if passes is not None:
                 passes.settle()
-        return self._result(output)
 
     def _single(self, sync: Sync) -> bool:
         """Whether every encoder has one chunk; with gradients to reduce, on every rank."""
@@ -113,18 +162,6 @@ class Step:
         if not sync.ddp_over_ranks():
             return single
         return self.group is not None and not anywhere(not single, [self.group])
-
-    def _plain(self, bundles: list[Bundle]) -> Any:
-        """One graph from the inputs to the loss, one backward: a wrapper reduces in the one that reaches all of it."""
-        made = self._embed_all(bundles, keep=True, join=self.on_embedded is not None)
-        outputs = [out for each in made for out in each.outputs]
-        output = self.loss_fn(*map(embedding, outputs))
-        parts = [self.scale_loss(_loss_of(output))]
-        if self.token is not None:
-            self.token.settle()
-            parts.append(self.scale_loss(self.token.part(made[-1].sums)))
-        self._reduce(self.modules, parts, [None] * len(parts))
-        return self._result(output)
 
     def _reduce(
         self,
@@ -143,7 +180,7 @@ class Step:
         reached = {id(leaf) for out in outputs for leaf in leaves(out)} if wrapped else set()
         missing = [p for p in wrapped if id(p) not in reached]
         used = [id(p) in reached or id(p) in known or p.grad is not None for p in wrapped]
-        live = backward(outputs, gradients, self.undo)
+        live = self.receiver(outputs, gradients, self.undo)
         # After it: buckets are reduced once they are complete, and what the loss sends backward must come in the same
         # order on every rank.
         backward(missing, [*map(torch.zeros_like, missing)], self.undo)
@@ -168,7 +205,7 @@ class Step:
                 made.append(self._embed(bundle, keep))
                 for tower, i in bundle:
                     if join and i == len(tower.chunks) - 1:
-                        tower.join()
+                        tower.join(self.graph)
                 if not self.peers:
                     told = self._tell(told)
         self._tell(told)
@@ -191,10 +228,9 @@ class Step:
 
     def _backward_loss(self, output: Any) -> None:
         loss = _loss_of(output)
-        if not backward([self.scale_loss(loss)], [None], self.undo) and self.token is None:
+        embeddings = [tower.embeddings for tower in self.towers]
+        if not self.receiver.of_loss(self.scale_loss(loss), embeddings, self.undo) and self.token is None:
             wrong_value("loss_fn: output", "a loss that depends on something trainable", loss)
-        if self.token is not None:
-            self.token.settle()
 
     def _order(self) -> list[tuple[list[Bundle], Bundle]]:
         """The bundles of pass 3, wrapper by wrapper, and the one in which each wrapper reduces.
@@ -234,14 +270,14 @@ class Step:
         gradients: list[Tensor | None] = []
         for (tower, i), out in zip(bundle, made.outputs, strict=True):
             if tower.cache:
-                outputs.append(embedding(out))
+                outputs.append(tower.embedding(out))
                 gradients.append(tower.cache[i])
         if self.token is not None:
             outputs.append(self.scale_loss(self.token.part(made.sums)))
             gradients.append(None)
         with self._may_run_out([tower for tower, _ in bundle]):
             if from_loss is None:
-                return backward(outputs, gradients, self.undo)
+                return self.receiver(outputs, gradients, self.undo)
             modules = self.modules if self.token is not None else [m for tower, _ in bundle for m in tower.modules]
             return self._reduce(modules, outputs, gradients, from_loss)
 

@@ -55,7 +55,12 @@ class Sync:
         """The parameters that a reducer waits for. One that finds unused parameters itself looks for them in what its
         wrapper's last forward returned, and knows nothing of those with gradients `from_loss`."""
         known = {id(leaf) for leaf in from_loss}
-        every = [(p, m.find_unused_parameters) for m in self.ddp for p in m.parameters() if p.requires_grad]
+        every = [
+            (p, m.find_unused_parameters)
+            for m in self.ddp
+            for p in m.parameters()
+            if p.requires_grad and m.require_backward_grad_sync  # inside the caller's no_sync nothing is awaited
+        ]
         return [p for p, looked_for in every if not looked_for or id(p) in known]
 
     @contextmanager
@@ -70,6 +75,22 @@ class Sync:
                 yield
             finally:
                 self._set_fsdp(before)
+
+    def syncing(self) -> list[bool]:
+        """Whether each DistributedDataParallel module reduces, as the caller's `no_sync` has it now."""
+        return [m.require_backward_grad_sync for m in self.ddp]
+
+    @contextmanager
+    def set_syncing(self, each: Sequence[bool]) -> Iterator[None]:
+        """Inside, each DistributedDataParallel module reduces or not."""
+        before = self.syncing()
+        try:
+            for wrapper, so in zip(self.ddp, each, strict=True):
+                wrapper.require_backward_grad_sync = so
+            yield
+        finally:
+            for wrapper, so in zip(self.ddp, before, strict=True):
+                wrapper.require_backward_grad_sync = so
 
     def _set_fsdp(self, each: Sequence[tuple[bool, bool]]) -> None:
         for module, (reduces, reshards) in zip(self.fsdp, each, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from mmkernels.gradcache.chunks import Args, tensors
 from mmkernels.gradcache.passes import Passes
 from mmkernels.gradcache.replay import RandomState, cuda_devices
 from mmkernels.gradcache.sync import Sync
-from mmkernels.ops.checks import wrong_type, wrong_value
+from mmkernels.ops.checks import describe, wrong_type, wrong_value
 
 __all__ = ["Encoder", "Tower", "modules_behind"]
 
@@ -33,6 +33,8 @@ class Tower:
         name: its name in messages.
         more: whether its output may be a tuple that begins with the embeddings.
         compared: whether pass 3 is compared with pass 1.
+        get_rep: finds the embeddings in its output; None: they are the output, or what it begins with.
+        rep_name: its name in messages.
     """
 
     encoder: Encoder
@@ -40,6 +42,8 @@ class Tower:
     name: str
     more: bool = False
     compared: bool = False
+    get_rep: Callable[[Any], Any] | None = None
+    rep_name: str = "get_rep"
     states: list[RandomState] = field(default_factory=list)  # before each chunk of pass 1
     parts: list[Tensor] = field(default_factory=list)  # embeddings of each chunk, detached
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0))  # [all rows, ...], detached
@@ -53,20 +57,35 @@ class Tower:
 
     def run(self, chunk: Any) -> Any:
         """The encoder's output, checked."""
-        out = self.encoder(*chunk.args, **chunk.kwargs) if isinstance(chunk, Args) else self.encoder(chunk)
-        rows = embedding(out) if self.more else out
-        expected = "a floating-point tensor [rows, ...]" + (" or a tuple that begins with one" if self.more else "")
+        if isinstance(chunk, Args):
+            out = self.encoder(*chunk.args, **chunk.kwargs)
+        else:
+            # Some encoders write their results into the dict that they are given: activations that would stay.
+            out = self.encoder(dict(chunk) if type(chunk) is dict else chunk)
+        rows, name, expected = self.embedding(out), f"{self.name}: output", "a floating-point tensor [rows, ...]"
+        if self.get_rep is not None:
+            name = f"{self.rep_name}: output"
+        elif self.more:
+            expected += " or a tuple that begins with one"
         if not isinstance(rows, Tensor) or not rows.is_floating_point():
-            wrong_type(f"{self.name}: output", expected, out)
+            if self.get_rep is None and not isinstance(out, Tensor):
+                expected += " (get_rep finds it in an output of another kind)"
+            wrong_type(name, expected, _brief(rows if self.get_rep is not None else out))
         if rows.ndim == 0:
-            wrong_value(f"{self.name}: output", expected, rows)
+            wrong_value(name, expected, rows)
         return out
+
+    def embedding(self, output: Any) -> Any:
+        """The part of the encoder's output that goes to the loss."""
+        if self.get_rep is not None:
+            return self.get_rep(output)
+        return output[0] if self.more and isinstance(output, tuple) and output else output
 
     def first(self, i: int) -> Any:
         """Pass 1 of chunk i, without gradients."""
         self.states.append(RandomState.now(self.devices))
         out = self.run(self.chunks[i])
-        self.parts.append(embedding(out).detach())
+        self.parts.append(self.embedding(out).detach())
         return out
 
     def again(self, i: int) -> Any:
@@ -74,12 +93,12 @@ class Tower:
         with self.states[i].replayed():
             out = self.run(self.chunks[i])
         if self.passes is not None:
-            self.passes.compare(f"chunk {i + 1} of {len(self.chunks)}", self.parts[i], embedding(out))
+            self.passes.compare(f"chunk {i + 1} of {len(self.chunks)}", self.parts[i], self.embedding(out))
         return out
 
-    def join(self) -> None:
-        """The embeddings of the whole batch, ready to receive their gradient."""
-        self.embeddings = torch.cat(self.parts).requires_grad_(not self.frozen())
+    def join(self, graph: bool = True) -> None:
+        """The embeddings of the whole batch, with a graph ready to receive their gradient."""
+        self.embeddings = torch.cat(self.parts).requires_grad_(graph and not self.frozen())
 
     @property
     def through(self) -> bool:
@@ -101,9 +120,11 @@ class Tower:
         return not any(tensor.requires_grad for chunk in self.chunks for tensor in tensors(chunk))
 
 
-def embedding(output: Any) -> Any:
-    """The part of an encoder's output that goes to the loss."""
-    return output[0] if isinstance(output, tuple) and output else output
+def _brief(output: Any) -> Any:
+    """For a message: without the values of tensors."""
+    if isinstance(output, Mapping):
+        return {key: describe(value) if isinstance(value, Tensor) else type(value) for key, value in output.items()}
+    return output
 
 
 def modules_behind(function: Any) -> list[nn.Module]:
