@@ -117,7 +117,7 @@ LAYERS = (
     Layer(
         r"mmkernels\.integrations(\..*)?",
         below=("mmkernels", "mmkernels.nn", "mmkernels.gradcache", "mmkernels.integrations.*"),
-        packages=_PYTORCH | {"transformers"},
+        packages=_PYTORCH | {"datasets", "sentence_transformers", "transformers"},
     ),
     Layer(r"mmkernels\.nn(\..*)?", below=("mmkernels.nn.*", *_FUNCTIONS)),
     Layer(r"mmkernels\.gradcache(\..*)?", below=("mmkernels.gradcache.*", "mmkernels.runtime.groups", *_FUNCTIONS)),
