@@ -2,8 +2,9 @@
 #
 #   make pretrain      train a dual encoder on the embedded pictures and names (three to five minutes on two cores)
 #   make test          the tests
-#   make test-torch    the ops' tests only, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0. With
-#                      EXTRAS=test,open-clip those of open_clip, too, which brings torchvision, which pins one torch
+#   make test-torch    the ops' tests only, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0
+#   make test-clients  the package inside open_clip, transformers, sentence-transformers, Lightning, Accelerate and TRL,
+#                      the newest of each: VENV=.venv-clients TORCH_SPEC=torch, since torchvision pins one torch
 #   make aot           compile every Triton kernel for every architecture, inspect the built CUDA kernels; no GPU needed.
 #                      ARGS=--pairs compiles only configurations in which every two options meet
 #   make lint format   bench   wheel   clean
@@ -31,19 +32,23 @@ TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py tests/ops/*/test_second.p
 	tests/ops/attention/test_mask_metadata.py \
 	tests/ops/attention/test_calls.py tests/ops/attention/test_rope.py tests/ops/attention/test_gate.py \
 	tests/batch/test_batch.py tests/ops/packing/test_vision.py tests/nn tests/runtime \
-	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/test_import.py \
-	$(if $(findstring open-clip,$(EXTRAS)),tests/integrations/test_open_clip.py)
+	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/test_import.py
+CLIENTS := accelerate, datasets, lightning, open_clip, open_clip_train.main, sentence_transformers, transformers, trl
 
-.PHONY: pretrain test test-torch aot lint format bench wheel clean
+.PHONY: pretrain test test-torch test-clients aot lint format bench wheel clean
 
 pretrain: $(VENV)/installed-pretrain
 	$(BIN)/mmkernels pretrain --recipe clip $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n $(WORKERS) -m "not aot" $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) -m "not aot and not clients" $(ARGS)
 
 test-torch: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/pytest -n $(WORKERS) -m "not aot and not gpu and not slow" -k "not triton and not interpreted or test_second" $(TORCH_TESTS) $(ARGS)
+
+test-clients: $(VENV)/installed-clients
+	$(BIN)/python -c "import $(CLIENTS)"  # a test that lacks one skips
+	$(BIN)/pytest -n $(WORKERS) -m "clients and not gpu" tests/integrations $(ARGS)
 
 aot: $(VENV)/installed-dev
 	$(BIN)/pytest -n $(WORKERS) -m aot tests/aot $(ARGS)

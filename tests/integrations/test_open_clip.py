@@ -19,6 +19,8 @@ open_clip = pytest.importorskip("open_clip")
 
 from mmkernels.integrations.open_clip import to_open_clip  # noqa: E402  after the skip
 
+pytestmark = pytest.mark.clients
+
 ROTARY = """
 from mmkernels.pretrain.encoders import Adapted, Patches, Words
 from mmkernels.pretrain.objectives import Contrast

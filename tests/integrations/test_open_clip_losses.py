@@ -18,6 +18,7 @@ open_clip = pytest.importorskip("open_clip")
 
 from mmkernels.integrations import open_clip as ours  # noqa: E402  after the skip
 
+pytestmark = pytest.mark.clients
 NAMES = ("ClipLoss", "SigLipLoss", "DistillClipLoss", "CoCaLoss")
 WITH_GRAD = {"local_loss": False, "gather_with_grad": True}
 

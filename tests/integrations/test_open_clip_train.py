@@ -17,6 +17,8 @@ from PIL import Image
 pytest.importorskip("open_clip")
 pytest.importorskip("open_clip_train.main", reason="needs open_clip_torch[training]")
 
+pytestmark = pytest.mark.clients
+
 MODEL = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},

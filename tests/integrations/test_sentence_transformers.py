@@ -23,7 +23,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast  # noqa:
 
 from mmkernels.integrations import sentence_transformers as ours  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 WORDS = [f"w{i}" for i in range(60)]
 GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 DIRECTIONS = [
@@ -109,8 +109,8 @@ def test_guided(columns: int, rows: int, kind: str, margin: float) -> None:
 
 
 def test_a_tie_under_the_guide_is_kept() -> None:
-    """Documents that are the same to the guide as the positive, in every precision: of random features, so that rounding
-    could tell them apart."""
+    """Documents that are the same to the guide as the positive, in every precision: of random features, so that
+    rounding could tell them apart."""
     for dtype, seed in itertools.product((torch.float64, torch.float32, torch.bfloat16), range(5)):
         leaves = [torch.randn(40, 96, generator=torch.Generator().manual_seed(seed + i)).to(dtype) for i in range(2)]
         guide = [torch.randn(40, 96, generator=torch.Generator().manual_seed(seed + 9)).to(dtype)] * 2

@@ -21,7 +21,7 @@ from transformers import masking_utils  # noqa: E402
 from mmkernels.integrations.transformers import attention as implementation  # noqa: E402
 from mmkernels.integrations.transformers import attention_forward, make_mask, register  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 TEXTS = ("bert", "llama", "mistral", "qwen2", "gemma2")
 PACKABLE = [name for name, tiny in MODELS.items() if tiny.packable]
 PADDINGS = {
