@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,13 +68,13 @@ def multiple_negatives(
     queries, positives, documents = columns.queries, columns.own(), torch.cat(list(columns.documents))
     if tuple(directions) == ("query_to_doc",) and not hardness.strength:
         return infonce(queries, documents, scale, targets=columns.row, symmetric=False)
-    but_own = {"query_ids": columns.row, "key_ids": columns.rows.repeat(len(columns.documents))}
+    but_own: dict[str, Any] = {"query_ids": columns.row, "key_ids": columns.rows.repeat(len(columns.documents))}
     parts = []
     for direction in directions:
         if direction == "query_to_doc":
             parts.append(_to_documents(columns, documents, scale, hardness, but_own))
         elif direction == "query_to_query":
-            ids = {"query_ids": columns.row, "key_ids": columns.rows}
+            ids: dict[str, Any] = {"query_ids": columns.row, "key_ids": columns.rows}
             parts.append(similarity_logsumexp(queries, columns.everyone, scale, **ids))
         elif direction == "doc_to_query":
             parts.append(similarity_logsumexp(positives, columns.everyone, scale))
@@ -86,16 +86,13 @@ def multiple_negatives(
 
 
 def _to_documents(
-    columns: Columns, documents: Tensor, scale: float, hardness: Hardness, but_own: dict[str, Tensor]
+    columns: Columns, documents: Tensor, scale: float, hardness: Hardness, but_own: dict[str, Any]
 ) -> Tensor:
     """log sum exp over all documents of each of the rank's queries."""
     if not hardness.strength:
         return similarity_logsumexp(columns.queries, documents, scale)
     strength = hardness.strength if hardness.in_batch else 0.0
-    others = similarity_logsumexp(columns.queries, documents, scale + strength, **but_own)
-    # As large as with scale + strength, but with the gradient of scale alone, in which it is linear.
-    weighted = others.detach() + scale / (scale + strength) * (others - others.detach())
-    logits = [torch.where(others.isinf(), others, weighted)]
+    logits = [similarity_logsumexp(columns.queries, documents, scale, **but_own, hardness=strength)]
     for i in range(len(columns.documents)):
         similarity = _similarity(columns.queries, columns.own(i))
         penalty = hardness.strength * similarity.detach() if i and hardness.own else 0.0
@@ -120,7 +117,7 @@ def gist(
     rule = FalseNegatives(guide.queries, guide.own(), margin, kind)
     # The row's own positive is in Z whatever the guide says, so it joins apart.
     parts = [scale * _similarity(queries, own)]
-    ids = {"query_ids": columns.row, "key_ids": columns.rows}
+    ids: dict[str, Any] = {"query_ids": columns.row, "key_ids": columns.rows}
     of_guide = guide.queries, guide.documents[0]
     parts.append(similarity_logsumexp(queries, documents[0], scale, **ids, guide=of_guide, thresholds=rule))
     if anchors:

@@ -159,15 +159,21 @@ def _false_negatives_of(
             raise ValueError(f"{name}: expected to be left out with false_negatives, got {describe(options[name])}")
     if pairs.targets is None:
         wrong_value("same_id", "'ignore' with false_negatives and ids (a threshold needs one target)", "positive")
-    margin = real("false_negatives.margin", filtered.margin, "a finite number")
-    if not math.isfinite(margin):
-        wrong_value("false_negatives.margin", "a finite number", filtered.margin)
-    if filtered.kind not in ("absolute", "relative"):
-        wrong_value("false_negatives.kind", "'absolute' or 'relative'", filtered.kind)
+    filtered = _with_margin("false_negatives", filtered)
     if (negatives is None) != (filtered.guide_negatives is None):
         expected = "None without negatives" if negatives is None else "the guide's features of the negatives"
         wrong_value("false_negatives.guide_negatives", expected, filtered.guide_negatives)
     _check_guide("false_negatives", filtered, queries, keys, negatives)
+    return filtered
+
+
+def _with_margin(argument: str, filtered: FalseNegatives) -> FalseNegatives:
+    """Its kind checked, its margin a float."""
+    margin = real(f"{argument}.margin", filtered.margin, "a finite number")
+    if not math.isfinite(margin):
+        wrong_value(f"{argument}.margin", "a finite number", filtered.margin)
+    if filtered.kind not in ("absolute", "relative"):
+        wrong_value(f"{argument}.kind", "'absolute' or 'relative'", filtered.kind)
     return filtered._replace(margin=margin)
 
 
@@ -202,6 +208,16 @@ def guide_of(guide: Any, thresholds: Any, queries: Tensor, keys: Tensor) -> Guid
     if thresholds.shape[0] != queries.shape[0]:
         wrong_value("thresholds", expected, thresholds)
     return Guide(guide[0].detach(), guide[1].detach(), thresholds.detach().to(compute_dtype(queries.dtype)))
+
+
+def rule_of(thresholds: Any, queries: Tensor) -> FalseNegatives | None:
+    """The rule of `similarity_logsumexp`'s thresholds, if it is one, and not numbers."""
+    if not isinstance(thresholds, FalseNegatives):
+        return None
+    if thresholds.guide_negatives is not None:
+        wrong_value("thresholds.guide_negatives", "None (negatives are keys like others)", thresholds.guide_negatives)
+    _check_guide("thresholds", thresholds, queries, queries, None)
+    return _with_margin("thresholds", thresholds)
 
 
 def hardness_of(hardness: Any, scale: Tensor) -> float:

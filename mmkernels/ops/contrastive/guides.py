@@ -14,7 +14,7 @@ from torch import Tensor
 from mmkernels.ops.contrastive import op
 from mmkernels.ops.contrastive.types import FalseNegatives, Guide, Pairs
 
-__all__ = ["Guides", "guides_of", "turned"]
+__all__ = ["Guides", "guides_of", "thresholds_of", "turned"]
 
 
 class Guides(NamedTuple):
@@ -55,6 +55,12 @@ def turned(pairs: Pairs) -> Pairs:
 
 def _inverse(targets: Tensor) -> Tensor:
     return torch.zeros_like(targets).index_copy(0, targets, torch.arange(len(targets), device=targets.device))
+
+
+@torch.no_grad()
+def thresholds_of(filtered: FalseNegatives, targets: Tensor, backend: str) -> Tensor:
+    """[N]: of the queries, from their similarity to their targets among the keys."""
+    return _thresholds(filtered, filtered.guide_queries.detach(), filtered.guide_keys.detach(), targets, backend)
 
 
 def _thresholds(filtered: FalseNegatives, queries: Tensor, keys: Tensor, targets: Tensor, backend: str) -> Tensor:

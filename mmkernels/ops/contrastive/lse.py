@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import op
-from mmkernels.ops.contrastive.checks import check_features, guide_of, hardness_of, limits_of, scalar, unseen_of
-from mmkernels.ops.contrastive.types import LSE
+from mmkernels.ops.contrastive.checks import (
+    check_features,
+    guide_of,
+    hardness_of,
+    limits_of,
+    rule_of,
+    scalar,
+    unseen_of,
+)
+from mmkernels.ops.contrastive.guides import thresholds_of
+from mmkernels.ops.contrastive.types import LSE, FalseNegatives
 from mmkernels.runtime.backends import resolve
 
 __all__ = ["similarity_logsumexp"]
@@ -21,7 +30,7 @@ def similarity_logsumexp(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
-    thresholds: Tensor | None = None,
+    thresholds: Tensor | FalseNegatives | None = None,
     hardness: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
@@ -43,7 +52,9 @@ def similarity_logsumexp(
             Without ids a query sees every key.
         guide, thresholds: ((guide_queries [N, F], guide_keys [M, F]), [N] floating point), both or neither, features in
             the dtype of the queries, without gradient: query i does not see keys with `<guide_queries_i, guide_keys_j>`
-            above thresholds_i, such as false negatives. NaN is not above.
+            above thresholds_i, such as false negatives. NaN is not above. Instead of numbers a `FalseNegatives` whose
+            guide_keys [N, F] are of the queries' targets: its thresholds, computed so that a key whose features equal
+            the target's, bit for bit, is seen.
         hardness: h >= 0: `h · <x_i, y_j>` without its gradient is added to every logit. The scale must not be negative.
         backend: None picks the fastest one that supports the call; or "native" (CPU), "triton", "reference".
 
@@ -73,9 +84,12 @@ def similarity_logsumexp(
     """
     check_features(queries, keys)
     scale = scalar("logit_scale", logit_scale, queries)
-    pairs, filtered = unseen_of(queries, keys, query_ids, key_ids), guide_of(guide, thresholds, queries, keys)
-    harder = hardness_of(hardness, scale)
+    pairs, harder = unseen_of(queries, keys, query_ids, key_ids), hardness_of(hardness, scale)
     chosen = resolve("contrastive", queries, backend, limits_of({"similarity_logsumexp": True}, queries))
+    rule = rule_of(thresholds, queries)
+    if rule is not None:
+        thresholds = thresholds_of(rule, torch.arange(len(queries), device=queries.device), chosen)
+    filtered = guide_of(guide, thresholds, queries, keys)
     of_rows, _ = op.softmax_fwd(queries, keys, scale, pairs, None, filtered, harder, False, False, chosen)
     # A constant where nothing is seen, so that a NaN that comes back is not multiplied by a weight of 0.
     return torch.where(of_rows[LSE] == -torch.inf, -torch.inf, of_rows[LSE])
