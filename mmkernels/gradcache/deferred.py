@@ -63,7 +63,7 @@ class Deferred:
         graph = torch.is_grad_enabled()
 
         def begin(step: Step) -> Any:
-            step.graph = graph
+            step.graph, step.later = graph, True
             self._start = RandomState.now({device for tower in step.towers for device in tower.devices})
             return step.begin()
 

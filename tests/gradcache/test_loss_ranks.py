@@ -76,23 +76,31 @@ def _wrapped_encoders(rank: int, world: int, first: int, second: int, how: str, 
         torch.manual_seed(5 + rank)
         losses = []
         for i, inputs in enumerate(_batches(world)[rank]):
-            with wrapper.no_sync() if i < MICRO - 1 else nullcontext():
+            with wrapper.no_sync() if i < MICRO - 1 and how != "all reduce" else nullcontext():
                 if how == "call":
                     cache(*inputs, scale_loss=lambda loss: loss / MICRO)
                     continue
                 losses.append(loss_of(*inputs) / MICRO)
                 if how == "each":
                     losses[-1].backward()
-        if how == "later":  # all forwards first; whether each reduces was decided there
+        if how in ("later", "all reduce"):  # all forwards first; whether each reduces was decided there
             for loss in losses:
                 loss.backward()
-        assert reductions[0] == 1, "only the last micro-batch, and once"
+        assert reductions[0] == (MICRO if how == "all reduce" else 1), "only the last micro-batch, and once"
         assert_same(gradients(model), expected)
 
 
-@pairwise.cases(world=(1, 2, 4), sizes=((3, 2), (1, 4), (7, 6)), how=("call", "each", "later"), grouped=(False, True))
+@pairwise.cases(
+    world=(1, 2, 4), sizes=((3, 2), (1, 4), (7, 6)), how=("call", "each", "later", "all reduce"), grouped=(False, True)
+)
 def test_wrapped_encoders_and_accumulated_batches(world: int, sizes: tuple[int, int], how: str, grouped: bool) -> None:
     ranks.run(world, _wrapped_encoders, *sizes, how, grouped)
+
+
+@pytest.mark.parametrize("how", ["each", "later", "all reduce"])
+def test_wrapped_encoders_with_one_chunk_on_every_rank(how: str) -> None:
+    """A reducer would not reduce in the first backward after two forwards: its state is that of the last one."""
+    ranks.run(2, _wrapped_encoders, 7, 7, how, True)
 
 
 class Whole(nn.Module):
