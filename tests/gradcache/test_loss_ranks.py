@@ -13,7 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from gradcache.test_ranks import Dual, Parts, _alive
+from gradcache.test_ranks import Dual, Greedy, Parts, _alive
 from gradcache.test_shards import BUDGETS, Pair, Tower, _everyones, _expected, _sharded, _whole
 from gradcache.test_shards import _inputs as inputs_to_shard
 from gradcache.toys import assert_same, chunk_graph, clear, gradients
@@ -171,7 +171,7 @@ def test_ranks_may_use_other_parameters(grouped: bool) -> None:
     ranks.run(2, _other_parameters, grouped)
 
 
-def _shards(rank: int, world: int, size: Any, runs_out: bool) -> None:
+def _shards(rank: int, world: int, size: Any, runs_out: bool, twice: bool) -> None:
     towers, inputs = [Tower(), Tower()], inputs_to_shard(world)
     if size != "auto":
         inputs = [[x[:13] for x in of_rank] for of_rank in inputs]
@@ -185,17 +185,52 @@ def _shards(rank: int, world: int, size: Any, runs_out: bool) -> None:
         clear(*towers)
         if runs_out and i and rank == 1:
             towers[0].where, towers[0].limit = "again", cache.chunk_sizes[0] // 2
-        torch.manual_seed(5 + rank)
-        loss = cache.as_loss()(*inputs[rank])
+        losses = []
+        for _ in range(2 if twice else 1):
+            torch.manual_seed(5 + rank)
+            losses.append(cache.as_loss()(*inputs[rank]) / (2 if twice else 1))
         torch.manual_seed(9)
-        loss.backward()
+        for loss in losses:
+            loss.backward()
         assert_same(_whole(towers), _expected(plain, inputs, _everyones(cache.chunk_sizes, world)))
     assert (towers[0].hits > 0) == (runs_out and rank == 1)
 
 
-@pytest.mark.parametrize(("size", "runs_out"), [(5, False), ("auto", False), ("auto", True)])
-def test_fully_shard(size: Any, runs_out: bool) -> None:
-    ranks.run(2, _shards, size, runs_out)
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize(("size", "runs_out"), [(5, False), (13, False), ("auto", False), ("auto", True)])
+def test_fully_shard(size: Any, runs_out: bool, twice: bool) -> None:
+    """With two losses before their backwards, too; memory may run out in the first."""
+    ranks.run(2, _shards, size, runs_out, twice)
+
+
+def _one_rank_runs_out(rank: int, world: int) -> None:
+    model, state = Dual(), {"limit": 2 if rank == 1 else 100, "armed": 0, "hits": 0}
+    wrapper = DistributedDataParallel(model)
+    _alive.append(wrapper)
+    inputs = [batches[0] for batches in _batches(world, 9)]
+    encoders = [lambda x: Greedy.apply(wrapper("image", x), state), lambda x: wrapper("text", x)]
+    cache = GradCache(encoders, model.loss, chunk_size=["auto", 3], memory_budget=2000)
+    cache.as_loss()(*inputs[rank]).backward()  # sizes from the budget
+    before = cache.chunk_sizes[0]
+    assert 2 < before < 9
+    for accumulating in (False, True):
+        if not accumulating:
+            clear(model)
+        state["armed"] = 1
+        torch.manual_seed(5 + rank)
+        (cache.as_loss()(*inputs[rank]) / 2).backward()
+    assert state["hits"] == (1 if rank == 1 else 0)
+    assert cache.chunk_sizes == [before if rank == 0 else before // 2, 3]
+    actual, chosen = gradients(model), _everyones(cache.chunk_sizes, world)
+    clear(model)
+    for r in range(world):
+        torch.manual_seed(5 + r)
+        model.loss(*chunk_graph([model.image, model.text], inputs[r], chosen[r])).backward()
+    assert_same(actual, [grad / world for grad in gradients(model)])
+
+
+def test_one_rank_runs_out_of_memory_in_the_backward() -> None:
+    ranks.run(2, _one_rank_runs_out)
 
 
 def _one_root(rank: int, world: int, size: Any) -> None:
