@@ -119,7 +119,7 @@ class Step:
         return self._result(self._output)
 
     def _cached(self, sync: Sync, bundles: list[Bundle]) -> None:
-        if not self._at_once:
+        if self.graph and not self._at_once:
             sync.expect_no_static_graph()
         with nullcontext() if self._at_once else sync.held():
             # 1. Embed without gradients. Clear autocast's weight cache: filled under no_grad, it would cut off pass 3.

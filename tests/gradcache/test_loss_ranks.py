@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mmkernels import GradCache
+from mmkernels import GradCache, infonce
 from mmkernels.testing.contrastive import plain_infonce
 
 MICRO = 3
@@ -141,6 +141,60 @@ def _whole_model(rank: int, world: int, sizes: Any, unused: bool) -> None:
 @pairwise.cases(world=(1, 2), sizes=(2, 7, "auto"), unused=(False, True))
 def test_a_wrapper_around_the_whole_model(world: int, sizes: Any, unused: bool) -> None:
     ranks.run(world, _whole_model, sizes, unused)
+
+
+class OverRanks(nn.Module):
+    """Its loss has the keys of all ranks."""
+
+    def __init__(self, model: Dual, size: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.cache = GradCache([model.image, model.text], self.loss, chunk_size=size)
+
+    def loss(self, a: Tensor, b: Tensor) -> Tensor:
+        return infonce(a, b, self.model.log_scale.exp(), group=dist.group.WORLD)
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return self.cache.as_loss()(*inputs)
+
+
+def _loss_over_ranks(rank: int, world: int, size: int) -> None:
+    model, inputs = Dual().eval(), [batches[0] for batches in _batches(world)]
+    x, y = (torch.cat([of_rank[i] for of_rank in inputs]) for i in (0, 1))
+    (model.loss(model.image(x), model.text(y)) / 2).backward()
+    expected = gradients(model)
+    clear(model)
+    wrapper = DistributedDataParallel(OverRanks(model, [size, size + rank]))
+    _alive.append(wrapper)
+    for _ in range(2):
+        clear(model)
+        (wrapper(inputs[rank]) / 2).backward()
+        assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_a_loss_over_ranks_in_a_wrapper_around_the_whole_model(size: int) -> None:
+    ranks.run(2, _loss_over_ranks, size)
+
+
+def _evaluation(rank: int, world: int) -> None:
+    """Without gradients a static graph is no obstacle, and one rank may be alone."""
+    model = Dual()
+    wrapper = DistributedDataParallel(model, static_graph=True)
+    _alive.append(wrapper)
+    encoders = [functools.partial(wrapper, which) for which in ("image", "text")]
+    cache = GradCache(encoders, model.loss, chunk_size=3, group=dist.group.WORLD)
+    inputs = _batches(world)[rank][0]
+    if rank == 0:
+        with torch.no_grad():
+            loss = cache.as_loss()(*inputs)
+        assert not loss.requires_grad
+    with pytest.raises(ValueError, match="without static_graph=True"):
+        cache.as_loss()(*inputs)
+
+
+def test_evaluation() -> None:
+    ranks.run(2, _evaluation)
 
 
 def _other_parameters(rank: int, world: int, grouped: bool) -> None:
