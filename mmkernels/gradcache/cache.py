@@ -260,9 +260,9 @@ class GradCache:
         def make(chunks: list[list[Any]]) -> Step:
             return self._step(chunks, modules, _as_it_is, IntoGrad())
 
-        attempts = None if self._auto is None else self._attempts(self._auto, inputs, modules, make)
-        chunks = self._split(inputs) if attempts is None else None
-        return Deferred(inputs, modules, make, chunks, attempts).forward()
+        if self._auto is not None:
+            return Deferred(inputs, modules, None, self._attempts(self._auto, inputs, modules, make)).forward()
+        return Deferred(inputs, modules, make(self._split(inputs)), None).forward()
 
     def _expect_inputs(self, inputs: Sequence[Any]) -> None:
         if len(inputs) != len(self.encoders):

@@ -38,39 +38,35 @@ class Deferred:
     Args:
         inputs: one per encoder.
         modules: all that may run: those of the encoders and of the token loss.
-        make: chunks of each encoder -> a step. Called again if memory runs out in the backward.
-        chunks: of each encoder; None: automatic sizes.
-        attempts: with automatic sizes.
+        step: the step; None with automatic sizes.
+        attempts: with automatic sizes, what makes steps, and makes another if memory runs out in the backward.
     """
 
     def __init__(
         self,
         inputs: Sequence[Any],
         modules: list[nn.Module],
-        make: Callable[[list[list[Any]]], Step],
-        chunks: list[list[Any]] | None,
+        step: Step | None,
         attempts: Attempts | None,
     ) -> None:
-        self._inputs, self._modules, self._make = inputs, modules, make
-        self._chunks, self._attempts = chunks, attempts
+        self._inputs, self._modules = inputs, modules
+        self._step, self._attempts = step, attempts
         self._sync, self._autocast = Sync(modules), _autocast_now()
         self._syncing = self._sync.syncing()
         self._start: RandomState | None = None
-        self._step: Step | None = None
 
     def forward(self) -> Any:
         """What `GradCache.__call__` returns, the loss with a graph."""
         graph = torch.is_grad_enabled()
 
         def begin(step: Step) -> Any:
-            step.graph = graph
+            step.graph, step.later = graph, True
             self._start = RandomState.now({device for tower in step.towers for device in tower.devices})
             return step.begin()
 
         if self._attempts is None:
-            assert self._chunks is not None
-            step = self._make(self._chunks)
-            result = begin(step)
+            assert self._step is not None
+            step, result = self._step, begin(self._step)
         else:
             step, result = self._attempts.run(begin, gradients=False)
         if not graph or not step.trainable():

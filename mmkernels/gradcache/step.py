@@ -56,6 +56,7 @@ class Step:
         on_embedded: told each encoder's number and embeddings.
         receiver: where gradients go.
         graph: whether there will be a backward.
+        later: whether other steps may come between `begin` and `finish`.
     """
 
     towers: list[Tower]
@@ -69,6 +70,7 @@ class Step:
     on_embedded: Callable[[int, Tensor], None] | None = None
     receiver: Receiver = field(default_factory=IntoGrad)
     graph: bool = True
+    later: bool = False
 
     def __post_init__(self) -> None:
         self._at_once = self._plain = False
@@ -101,7 +103,9 @@ class Step:
         """
         sync, bundles = Sync(self.modules), self._bundles()
         sync.expect_equal([len(tower.chunks) for tower in self.towers], gathered=self.undo is not None)
-        self._at_once = not self.peers and self._single(sync)
+        # A wrapper reduces in the backward after its last forward only, which may be that of another loss.
+        later = self.later and bool(sync.ddp)
+        self._at_once = not self.peers and not later and self._single(sync)
         self._plain = self._at_once and bool(sync.ddp)
         if self._plain:
             # One graph from the inputs to the loss: a wrapper reduces in the one backward that reaches all of it.
@@ -115,7 +119,7 @@ class Step:
         return self._result(self._output)
 
     def _cached(self, sync: Sync, bundles: list[Bundle]) -> None:
-        if not self._at_once:
+        if self.graph and not self._at_once:
             sync.expect_no_static_graph()
         with nullcontext() if self._at_once else sync.held():
             # 1. Embed without gradients. Clear autocast's weight cache: filled under no_grad, it would cut off pass 3.

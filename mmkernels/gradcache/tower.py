@@ -57,11 +57,9 @@ class Tower:
 
     def run(self, chunk: Any) -> Any:
         """The encoder's output, checked."""
-        if isinstance(chunk, Args):
-            out = self.encoder(*chunk.args, **chunk.kwargs)
-        else:
-            # Some encoders write their results into the dict that they are given: activations that would stay.
-            out = self.encoder(dict(chunk) if type(chunk) is dict else chunk)
+        given = chunk if isinstance(chunk, Args) else Args(chunk)
+        # Some encoders write their results into the dict that they are given: activations that would stay.
+        out = self.encoder(*(dict(x) if type(x) is dict else x for x in given.args), **given.kwargs)
         rows, name, expected = self.embedding(out), f"{self.name}: output", "a floating-point tensor [rows, ...]"
         if self.get_rep is not None:
             name = f"{self.rep_name}: output"

@@ -13,7 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from gradcache.test_ranks import Dual, Parts, _alive
+from gradcache.test_ranks import Dual, Greedy, Parts, _alive
 from gradcache.test_shards import BUDGETS, Pair, Tower, _everyones, _expected, _sharded, _whole
 from gradcache.test_shards import _inputs as inputs_to_shard
 from gradcache.toys import assert_same, chunk_graph, clear, gradients
@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mmkernels import GradCache
+from mmkernels import GradCache, infonce
 from mmkernels.testing.contrastive import plain_infonce
 
 MICRO = 3
@@ -76,23 +76,31 @@ def _wrapped_encoders(rank: int, world: int, first: int, second: int, how: str, 
         torch.manual_seed(5 + rank)
         losses = []
         for i, inputs in enumerate(_batches(world)[rank]):
-            with wrapper.no_sync() if i < MICRO - 1 else nullcontext():
+            with wrapper.no_sync() if i < MICRO - 1 and how != "all reduce" else nullcontext():
                 if how == "call":
                     cache(*inputs, scale_loss=lambda loss: loss / MICRO)
                     continue
                 losses.append(loss_of(*inputs) / MICRO)
                 if how == "each":
                     losses[-1].backward()
-        if how == "later":  # all forwards first; whether each reduces was decided there
+        if how in ("later", "all reduce"):  # all forwards first; whether each reduces was decided there
             for loss in losses:
                 loss.backward()
-        assert reductions[0] == 1, "only the last micro-batch, and once"
+        assert reductions[0] == (MICRO if how == "all reduce" else 1), "only the last micro-batch, and once"
         assert_same(gradients(model), expected)
 
 
-@pairwise.cases(world=(1, 2, 4), sizes=((3, 2), (1, 4), (7, 6)), how=("call", "each", "later"), grouped=(False, True))
+@pairwise.cases(
+    world=(1, 2, 4), sizes=((3, 2), (1, 4), (7, 6)), how=("call", "each", "later", "all reduce"), grouped=(False, True)
+)
 def test_wrapped_encoders_and_accumulated_batches(world: int, sizes: tuple[int, int], how: str, grouped: bool) -> None:
     ranks.run(world, _wrapped_encoders, *sizes, how, grouped)
+
+
+@pytest.mark.parametrize("how", ["each", "later", "all reduce"])
+def test_wrapped_encoders_with_one_chunk_on_every_rank(how: str) -> None:
+    """A reducer would not reduce in the first backward after two forwards: its state is that of the last one."""
+    ranks.run(2, _wrapped_encoders, 7, 7, how, True)
 
 
 class Whole(nn.Module):
@@ -135,6 +143,60 @@ def test_a_wrapper_around_the_whole_model(world: int, sizes: Any, unused: bool) 
     ranks.run(world, _whole_model, sizes, unused)
 
 
+class OverRanks(nn.Module):
+    """Its loss has the keys of all ranks."""
+
+    def __init__(self, model: Dual, size: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.cache = GradCache([model.image, model.text], self.loss, chunk_size=size)
+
+    def loss(self, a: Tensor, b: Tensor) -> Tensor:
+        return infonce(a, b, self.model.log_scale.exp(), group=dist.group.WORLD)
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return self.cache.as_loss()(*inputs)
+
+
+def _loss_over_ranks(rank: int, world: int, size: int) -> None:
+    model, inputs = Dual().eval(), [batches[0] for batches in _batches(world)]
+    x, y = (torch.cat([of_rank[i] for of_rank in inputs]) for i in (0, 1))
+    (model.loss(model.image(x), model.text(y)) / 2).backward()
+    expected = gradients(model)
+    clear(model)
+    wrapper = DistributedDataParallel(OverRanks(model, [size, size + rank]))
+    _alive.append(wrapper)
+    for _ in range(2):
+        clear(model)
+        (wrapper(inputs[rank]) / 2).backward()
+        assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_a_loss_over_ranks_in_a_wrapper_around_the_whole_model(size: int) -> None:
+    ranks.run(2, _loss_over_ranks, size)
+
+
+def _evaluation(rank: int, world: int) -> None:
+    """Without gradients a static graph is no obstacle, and one rank may be alone."""
+    model = Dual()
+    wrapper = DistributedDataParallel(model, static_graph=True)
+    _alive.append(wrapper)
+    encoders = [functools.partial(wrapper, which) for which in ("image", "text")]
+    cache = GradCache(encoders, model.loss, chunk_size=3, group=dist.group.WORLD)
+    inputs = _batches(world)[rank][0]
+    if rank == 0:
+        with torch.no_grad():
+            loss = cache.as_loss()(*inputs)
+        assert not loss.requires_grad
+    with pytest.raises(ValueError, match="without static_graph=True"):
+        cache.as_loss()(*inputs)
+
+
+def test_evaluation() -> None:
+    ranks.run(2, _evaluation)
+
+
 def _other_parameters(rank: int, world: int, grouped: bool) -> None:
     """Rank 1 uses no texts and another head."""
     model, inputs = Parts(), _batches(world)
@@ -163,7 +225,7 @@ def test_ranks_may_use_other_parameters(grouped: bool) -> None:
     ranks.run(2, _other_parameters, grouped)
 
 
-def _shards(rank: int, world: int, size: Any, runs_out: bool) -> None:
+def _shards(rank: int, world: int, size: Any, runs_out: bool, twice: bool) -> None:
     towers, inputs = [Tower(), Tower()], inputs_to_shard(world)
     if size != "auto":
         inputs = [[x[:13] for x in of_rank] for of_rank in inputs]
@@ -177,17 +239,52 @@ def _shards(rank: int, world: int, size: Any, runs_out: bool) -> None:
         clear(*towers)
         if runs_out and i and rank == 1:
             towers[0].where, towers[0].limit = "again", cache.chunk_sizes[0] // 2
-        torch.manual_seed(5 + rank)
-        loss = cache.as_loss()(*inputs[rank])
+        losses = []
+        for _ in range(2 if twice else 1):
+            torch.manual_seed(5 + rank)
+            losses.append(cache.as_loss()(*inputs[rank]) / (2 if twice else 1))
         torch.manual_seed(9)
-        loss.backward()
+        for loss in losses:
+            loss.backward()
         assert_same(_whole(towers), _expected(plain, inputs, _everyones(cache.chunk_sizes, world)))
     assert (towers[0].hits > 0) == (runs_out and rank == 1)
 
 
-@pytest.mark.parametrize(("size", "runs_out"), [(5, False), ("auto", False), ("auto", True)])
-def test_fully_shard(size: Any, runs_out: bool) -> None:
-    ranks.run(2, _shards, size, runs_out)
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize(("size", "runs_out"), [(5, False), (13, False), ("auto", False), ("auto", True)])
+def test_fully_shard(size: Any, runs_out: bool, twice: bool) -> None:
+    """With two losses before their backwards, too; memory may run out in the first."""
+    ranks.run(2, _shards, size, runs_out, twice)
+
+
+def _one_rank_runs_out(rank: int, world: int) -> None:
+    model, state = Dual(), {"limit": 2 if rank == 1 else 100, "armed": 0, "hits": 0}
+    wrapper = DistributedDataParallel(model)
+    _alive.append(wrapper)
+    inputs = [batches[0] for batches in _batches(world, 9)]
+    encoders = [lambda x: Greedy.apply(wrapper("image", x), state), lambda x: wrapper("text", x)]
+    cache = GradCache(encoders, model.loss, chunk_size=["auto", 3], memory_budget=2000)
+    cache.as_loss()(*inputs[rank]).backward()  # sizes from the budget
+    before = cache.chunk_sizes[0]
+    assert 2 < before < 9
+    for accumulating in (False, True):
+        if not accumulating:
+            clear(model)
+        state["armed"] = 1
+        torch.manual_seed(5 + rank)
+        (cache.as_loss()(*inputs[rank]) / 2).backward()
+    assert state["hits"] == (1 if rank == 1 else 0)
+    assert cache.chunk_sizes == [before if rank == 0 else before // 2, 3]
+    actual, chosen = gradients(model), _everyones(cache.chunk_sizes, world)
+    clear(model)
+    for r in range(world):
+        torch.manual_seed(5 + r)
+        model.loss(*chunk_graph([model.image, model.text], inputs[r], chosen[r])).backward()
+    assert_same(actual, [grad / world for grad in gradients(model)])
+
+
+def test_one_rank_runs_out_of_memory_in_the_backward() -> None:
+    ranks.run(2, _one_rank_runs_out)
 
 
 def _one_root(rank: int, world: int, size: Any) -> None:

@@ -14,6 +14,7 @@ from gradcache.toys import Encoder, clear, gradients
 from torch import Tensor, nn
 
 from mmkernels import GradCache
+from mmkernels.gradcache import Args
 from mmkernels.testing.contrastive import plain_infonce
 
 
@@ -89,8 +90,9 @@ def test_an_encoder_that_writes_into_its_dict_keeps_no_activations() -> None:
         features["pooled"] = encoder(features["x"])
         return features
 
-    GradCache([tower], lambda a: plain_infonce(a, a), chunk_size=3, get_rep=itemgetter("pooled"))(batch)
-    assert set(batch) == {"x"}
+    for given in (batch, Args(batch)):
+        GradCache([tower], lambda a: plain_infonce(a, a), chunk_size=3, get_rep=itemgetter("pooled"))(given)
+        assert set(batch) == {"x"}
 
 
 def test_messages() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -236,37 +239,69 @@ class SentenceLoss(nn.Module):
         return plain_infonce(*(nn.functional.normalize(rows, dim=-1) for rows in (x, y)))
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_sentence_transformers(tmp_path: Path) -> None:
-    datasets, library = pytest.importorskip("datasets"), pytest.importorskip("sentence_transformers")
-    model = _sentence_model(tmp_path / "model")
-    plain = copy.deepcopy(model)
+def sentences(folder: Path, rows: int) -> tuple[nn.Module, nn.Module, Any, list[list[str]]]:
+    """A model, a copy, the trainer of the model in batches of so many rows, and the columns of texts."""
+    import datasets
+    import sentence_transformers as library
+
+    model = _sentence_model(folder)
+    plain = copy.deepcopy(model).train()
     count = BATCH * ACCUMULATED * STEPS
     anchors = [" ".join(f"w{(i * j) % 30}" for j in range(1, 2 + i % 4)) for i in range(count)]
     positives = [f"w{(7 * i) % 30} w{i % 5}" for i in range(count)]
 
     class InOrder(library.SentenceTransformerTrainer):  # type: ignore[misc, name-defined]
         def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> Any:
-            in_order = torch.utils.data.SequentialSampler(dataset)
-            return torch.utils.data.BatchSampler(in_order, batch_size, drop_last)
+            return torch.utils.data.BatchSampler(torch.utils.data.SequentialSampler(dataset), batch_size, drop_last)
 
-    start = [p.detach().clone() for p in model.parameters()]
-    InOrder(
+    trainer = InOrder(
         model,
-        library.SentenceTransformerTrainingArguments("runs", **TRAINING),
+        library.SentenceTransformerTrainingArguments("runs", **{**TRAINING, "per_device_train_batch_size": rows}),
         train_dataset=datasets.Dataset.from_dict({"anchor": anchors, "positive": positives}),
         loss=SentenceLoss(model, 5),
         optimizers=(adam(model.parameters()), None),
-    ).train()
-    plain.train()
-    loss = SentenceLoss(plain, None)
-    cut = [slice(i, i + BATCH) for i in range(0, count, BATCH)]
-    wanted = plain_loop(
-        plain,
-        [lambda part=part: loss(plain.preprocess(texts[part]) for texts in (anchors, positives)) for part in cut],  # type: ignore[misc]
     )
+    return model, plain, trainer, [anchors, positives]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sentence_transformers(tmp_path: Path) -> None:
+    for name in ("datasets", "sentence_transformers"):
+        pytest.importorskip(name)
+    model, plain, trainer, texts = sentences(tmp_path / "model", BATCH)
+    start, loss = [p.detach().clone() for p in model.parameters()], SentenceLoss(plain, None)
+    trainer.train()
+    cut = [slice(i, i + BATCH) for i in range(0, len(texts[0]), BATCH)]
+    steps = [lambda part=part: loss([plain.preprocess(column[part]) for column in texts]) for part in cut]  # type: ignore[misc]
     moved = 0
-    for parameter, before, after in zip(model.parameters(), start, wanted, strict=True):
+    for parameter, before, after in zip(model.parameters(), start, plain_loop(plain, steps), strict=True):
         torch.testing.assert_close(parameter.detach(), after, rtol=1e-6, atol=1e-8)
         moved += not torch.equal(before, after)
     assert moved > 10
+
+
+OVER_RANKS = {
+    "accelerate:model": ("accelerate",),
+    "accelerate:encoders": ("accelerate",),
+    "accelerate:backward": ("accelerate",),
+    "transformers": ("transformers", "accelerate"),
+    "lightning": ("lightning",),
+    "sentence_transformers": ("sentence_transformers", "datasets"),
+}
+
+
+@pytest.mark.parametrize("name", OVER_RANKS)
+def test_over_ranks(name: str) -> None:
+    for library in OVER_RANKS[name]:
+        pytest.importorskip(library)
+    tests = Path(__file__).resolve().parents[1]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if name != "lightning" else []
+    done = subprocess.run(
+        [sys.executable, *launch, str(tests / "integrations/over_ranks.py"), name],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests)))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2
