@@ -42,6 +42,7 @@ MASKS = {
     "packed": lambda: AttentionMask.packed(CU, causal=True, window=3),
     "two sides": lambda: AttentionMask.packed(CU, window=(2, None)),
     "batched": lambda: AttentionMask.batched(3, 3, causal=True),
+    "padding": lambda: AttentionMask.from_padding(torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]]), causal=True),
     "prefix": lambda: AttentionMask.prefix(CU, torch.tensor([2, 0, 1], dtype=torch.int32)),
     "multimodal": lambda: AttentionMask.multimodal(CU, KINDS, SPANS),
     "media": lambda: AttentionMask.media(CU, CU, SPANS, SPANS.clamp(min=0), mode="last"),

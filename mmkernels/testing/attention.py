@@ -125,6 +125,20 @@ def _multimodal(cu_q: Tensor, cu_k: Tensor, **options: Any) -> AttentionMask:
     return AttentionMask.multimodal(cu_q, *interleaved(cu_q), **options)
 
 
+def _padding(cu_q: Tensor, cu_k: Tensor, **options: Any) -> AttentionMask:
+    """Samples with padding on the left, on the right, everywhere, and in holes; one sample if lengths differ."""
+    generator = torch.Generator().manual_seed(3)
+    even = all(len(set(cu.diff().tolist())) == 1 for cu in (cu_q, cu_k))
+    masks = []
+    for cu in (cu_q, cu_k):
+        batch = len(cu) - 1 if even else 1
+        tokens = int(cu[-1]) // batch
+        real = torch.rand(batch, tokens, generator=generator) < 0.8
+        real[:1, : tokens // 3], real[1:2, tokens // 2 :], real[2:3] = False, False, False
+        masks.append(real.to(cu.device))
+    return AttentionMask.from_padding(*masks, **options)
+
+
 def _cross_only(cu_q: Tensor, cu_k: Tensor) -> AttentionMask:
     return AttentionMask.cross_only(cu_q, interleaved(cu_q)[0])
 
@@ -168,6 +182,7 @@ MASKS = {
     "media_last": MaskCase((40, 0, 7, 100, 12), (3, 90, 0, 110, 17), _media, {"mode": "last"}),
     "media_own": MaskCase((40, 0, 7, 100, 12), (3, 90, 0, 110, 17), _media, {"mode": "own"}, pattern=True),
     "cross_only": MaskCase(_LENGTHS, build=_cross_only, pattern=True),
+    "padding": MaskCase((40,) * 4, (55,) * 4, _padding, {"causal": True, "window": (30, None)}, pattern=True),
     "noise": MaskCase((150, 60), build=_noise, pattern=True),
 }
 INTERVAL_MASKS = [name for name, case in MASKS.items() if not case.pattern]

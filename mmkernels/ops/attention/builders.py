@@ -18,6 +18,7 @@ from mmkernels.ops.attention.rows import (
     media_rows,
     multimodal_rows,
     packed_rows,
+    padding_rows,
     prefix_rows,
     query_hull,
     reach_of,
@@ -27,7 +28,7 @@ from mmkernels.ops.attention.types import MaskRows
 from mmkernels.ops.checks import wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES
 
-__all__ = ["Builder", "CrossOnly", "FromRows", "Media", "Multimodal", "Packed", "Prefix"]
+__all__ = ["Builder", "CrossOnly", "FromRows", "Media", "Multimodal", "Packed", "Padding", "Prefix"]
 
 Classes = tuple[Tensor, Tensor]
 
@@ -77,6 +78,42 @@ class Packed(Builder):
     def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
         reach = reach_of(self.causal, self.window, tokens_q + tokens_k)
         return packed_rows(self.cu_q, self.cu_k, *reach, tokens_q, tokens_k)
+
+
+@dataclass
+class Padding(Builder):
+    real_q: Tensor  # bool [B, Tq]
+    real_k: Tensor  # bool [B, Tk]
+    causal: bool
+    window: Window | None
+    contiguous: bool
+
+    def ends(self) -> tuple[int, int]:
+        return self.real_q.numel(), self.real_k.numel()
+
+    def validate(self, tokens_q: int | None, tokens_k: int | None) -> None:
+        for name, real in (("mask", self.real_q), ("mask_k", self.real_k)):
+            good = is_contiguous(real)
+            if self.contiguous and not bool(good.all()):
+                at = int((~good).nonzero()[0, 0])
+                raise ValueError(
+                    f"{name}: expected adjacent real tokens with contiguous=True, got a gap in sample {at}"
+                )
+
+    def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
+        _expect_tokens("mask", self.real_q.flatten(), tokens_q)
+        _expect_tokens("mask_k", self.real_k.flatten(), tokens_k)
+        reach = reach_of(self.causal, self.window, tokens_q + tokens_k)
+        rows = padding_rows(self.real_q, self.real_k, *reach, self.contiguous)
+        if self.contiguous:
+            return rows
+        return _with_pattern(rows, None, None, self.real_q.flatten().int(), (~self.real_k).flatten())
+
+
+def is_contiguous(real: Tensor) -> Tensor:
+    """Whether the real tokens of a sample are adjacent: bool [B] from [B, T]."""
+    before = torch.nn.functional.pad(real, (1, 0))[:, :-1]
+    return (real & ~before).sum(1) <= 1
 
 
 @dataclass

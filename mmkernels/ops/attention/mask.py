@@ -19,7 +19,7 @@ from mmkernels.ops.attention import builders, metadata
 from mmkernels.ops.attention.flops import visible_pairs
 from mmkernels.ops.attention.mask_layout import MaskLayout
 from mmkernels.ops.attention.tiles import TILE_K, TILE_Q
-from mmkernels.ops.checks import describe, integer, wrong_value
+from mmkernels.ops.checks import describe, integer, readable, wrong_type, wrong_value
 from mmkernels.ops.modality import Modality
 
 __all__ = ["AttentionMask"]
@@ -97,6 +97,39 @@ class AttentionMask(MaskLayout):
             tokens_k = integer("tokens_k", tokens_k, "an int of at least 0 or None", at_least=0)
             cu_seqlens_k = metadata.even_boundaries(batch, tokens_k, "tokens_k", device)
         return cls.packed(cu_seqlens_q, cu_seqlens_k, causal=causal, window=window)
+
+    @classmethod
+    def from_padding(
+        cls,
+        mask: Tensor,
+        mask_k: Tensor | None = None,
+        *,
+        causal: bool = False,
+        window: metadata.Window | None = None,
+        contiguous: bool = False,
+    ) -> AttentionMask:
+        """Batched tensors [B, T, H, D] with padding: a real query sees its sample's real keys.
+
+        Padding may stand at either end or anywhere; as a query it sees nothing and gives out 0, as a key no query sees
+        it. Positions are columns of the padded layout, as in the masks of transformers.
+
+        Args:
+            mask: bool or integer [B, Tq], 1 for a real token and 0 for padding.
+            mask_k: the same for the keys [B, Tk]; None: mask (self attention).
+            causal, window: as in `packed`, where the query of column p stands at column p + Tk - Tq of the keys.
+            contiguous: promises that each sample's real tokens are adjacent. The mask is then plain intervals, which is
+                faster on a GPU, where values are not read; on a CPU it is found out.
+
+        Raises:
+            TypeError, ValueError: wrong dtype or shape; on CPU also wrong values, and a broken promise.
+        """
+        mask = metadata.padding("mask", mask)
+        mask_k = mask if mask_k is None else metadata.padding("mask_k", mask_k, like=mask)
+        if not isinstance(contiguous, bool):
+            wrong_type("contiguous", "a bool", contiguous)
+        if mask.device.type == "cpu" and readable(mask) and readable(mask_k):
+            contiguous = contiguous or all(bool(builders.is_contiguous(x).all()) for x in (mask, mask_k))
+        return cls(builders.Padding(mask, mask_k, bool(causal), metadata.window_of(window, causal), contiguous))
 
     @classmethod
     def prefix(cls, cu_seqlens: Tensor, prefix_lengths: Tensor) -> AttentionMask:

@@ -8,10 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.checks import INTEGERS, expect_tensor, integer, narrowed, wrong_type, wrong_value
+from mmkernels.ops.checks import INTEGERS, expect_tensor, integer, narrowed, readable, wrong_type, wrong_value
 from mmkernels.ops.modality import MAX_MODALITIES
 
-__all__ = ["Window", "bits_of", "boundaries", "classes", "even_boundaries", "vector", "window_of", "window_size"]
+__all__ = [
+    "Window",
+    "bits_of",
+    "boundaries",
+    "classes",
+    "even_boundaries",
+    "padding",
+    "vector",
+    "window_of",
+    "window_size",
+]
 
 Window = int | tuple[int | None, int | None]
 
@@ -76,6 +86,21 @@ def even_boundaries(batch: int, tokens: int, name: str, device: torch.device | s
     if batch * tokens > torch.iinfo(torch.int32).max:
         wrong_value(name, f"at most {torch.iinfo(torch.int32).max} tokens in the batch", tokens)
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
+
+
+def padding(name: str, mask: Tensor, like: Tensor | None = None) -> Tensor:
+    """bool [B, T], 1 for a real token, from bool or any integer dtype."""
+    expect_tensor(name, mask, "[B, T] bool or integer", ndim=2, dtypes=(torch.bool, *INTEGERS), like=like)
+    if like is not None and mask.shape[0] != like.shape[0]:
+        wrong_value(name, f"batch B={like.shape[0]} like mask", mask)
+    if mask.dtype == torch.bool:
+        return mask
+    if readable(mask):
+        wrong = ((mask != 0) & (mask != 1)).nonzero()
+        if len(wrong):
+            b, t = wrong[0].tolist()
+            raise ValueError(f"{name}: expected 0 for padding and 1 for a token, got {int(mask[b, t])} at [{b}, {t}]")
+    return mask != 0
 
 
 def bits_of(name: str, modalities: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ __all__ = [
     "media_rows",
     "multimodal_rows",
     "packed_rows",
+    "padding_rows",
     "prefix_rows",
     "query_hull",
     "reach_of",
@@ -78,6 +79,34 @@ def packed_rows(
         hi = torch.minimum(hi, itself + right + 1)
         first_q = torch.maximum(first_q, sees_itself - right)
     return normalised(lo, hi, q.inside, first_q, last_q, k.inside)
+
+
+def padding_rows(real_q: Tensor, real_k: Tensor, left: int | None, right: int | None, contiguous: bool) -> MaskRows:
+    """Rows of `from_padding`: the window around column p + Tk - Tq, cut to a sample's real keys if `contiguous`."""
+    (B, Tq), Tk = real_q.shape, real_k.shape[1]
+    sample = torch.arange(B, dtype=torch.int32, device=real_q.device)[:, None]
+    begin_q, begin_k = sample * Tq, sample * Tk
+    itself = begin_k + torch.arange(Tk - Tq, Tk, dtype=torch.int32, device=real_q.device)  # [B, Tq]
+    sees_itself = begin_q + torch.arange(Tq - Tk, Tq, dtype=torch.int32, device=real_q.device)  # [B, Tk]
+    (lo, hi), (first_q, last_q) = ((begin_k, begin_k + Tk), (begin_q, begin_q + Tq))
+    if contiguous:
+        lo, hi = _real_interval(begin_k, real_k)
+        first_q, last_q = _real_interval(begin_q, real_q)
+    lo, hi, first_q, last_q = (
+        x.expand(real.shape) for x, real in ((lo, real_q), (hi, real_q), (first_q, real_k), (last_q, real_k))
+    )
+    if left is not None:
+        lo, last_q = torch.maximum(lo, itself - left), torch.minimum(last_q, sees_itself + left + 1)
+    if right is not None:
+        hi, first_q = torch.minimum(hi, itself + right + 1), torch.maximum(first_q, sees_itself - right)
+    rows = normalised(lo, hi, real_q, first_q, last_q, real_k)
+    return MaskRows(*(x.flatten() for x in rows[:4]))
+
+
+def _real_interval(begin: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, 1] twice: from the first real token of each sample to past the last, where they are adjacent."""
+    first = begin + (real.cumsum(1) == 0).sum(1, keepdim=True).int()
+    return first, first + real.sum(1, keepdim=True).int()
 
 
 def prefix_rows(cu: Tensor, prefix_lengths: Tensor, tokens: int) -> MaskRows:

@@ -65,6 +65,8 @@ def test_fullgraph_compile(backend, mask_in_graph):
 
 
 BUILDERS = {
+    "padding": lambda cu, modalities, spans: AttentionMask.from_padding((spans >= 0).view(2, 5), causal=True),
+    "promised": lambda cu, modalities, spans: AttentionMask.from_padding(cu.new_ones(2, 5), contiguous=True),
     "window": lambda cu, modalities, spans: AttentionMask.packed(cu, window=(2, 1)),
     "batched": lambda cu, modalities, spans: AttentionMask.batched(2, 5, window=(None, 1), device=cu.device),
     "multimodal": lambda cu, modalities, spans: AttentionMask.multimodal(cu, modalities, spans, window=4),

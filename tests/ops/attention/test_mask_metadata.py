@@ -85,6 +85,35 @@ BAD = {
             "cu_seqlens_q: expected at most 5 tokens",
         ),
     ],
+    "from_padding": [
+        (lambda: AttentionMask.from_padding(torch.ones(2, 3)), TypeError, r"mask: expected \[B, T\] bool or integer"),
+        (lambda: AttentionMask.from_padding(torch.ones(3, dtype=INT)), ValueError, r"mask: expected \[B, T\] bool"),
+        (
+            lambda: AttentionMask.from_padding(torch.tensor([[1, 1], [1, 2]])),
+            ValueError,
+            r"mask: expected 0 for padding and 1 for a token, got 2 at \[1, 1\]",
+        ),
+        (
+            lambda: AttentionMask.from_padding(torch.ones(2, 3, dtype=INT), torch.ones(3, 3, dtype=INT)),
+            ValueError,
+            "mask_k: expected batch B=2 like mask",
+        ),
+        (
+            lambda: AttentionMask.from_padding(torch.tensor([[1, 1, 0], [1, 0, 1]]), contiguous=True),
+            ValueError,
+            "mask: expected adjacent real tokens with contiguous=True, got a gap in sample 1",
+        ),
+        (
+            lambda: AttentionMask.from_padding(torch.ones(2, 3, dtype=INT), contiguous=1),
+            TypeError,
+            "contiguous: expected a bool",
+        ),
+        (
+            lambda: AttentionMask.from_padding(torch.ones(2, 3, dtype=INT)).rows(8, 8),
+            ValueError,
+            r"mask: mask: expected \[8\], one per token",
+        ),
+    ],
     "batched": [
         (lambda: AttentionMask.batched(-1, 3), ValueError, "batch: expected an int of at least 0, got -1"),
         (lambda: AttentionMask.batched(2, 3.0), TypeError, "tokens_q: expected an int of at least 0, got 3.0"),
