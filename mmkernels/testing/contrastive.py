@@ -158,6 +158,7 @@ def _plain_direction(
     alpha: float,
     weights: Tensor | None,
     decoupled: bool = False,
+    harder: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of rows against their target distribution, materialised as [N, M]."""
     positives, everyone = positive.to(logits.dtype), seen.to(logits.dtype)
@@ -165,7 +166,8 @@ def _plain_direction(
     target = target + label_smoothing * everyone / everyone.sum(1, keepdim=True)
     if of_teacher is not None:
         target = (1 - alpha) * target + alpha * of_teacher.masked_fill(~seen, -torch.inf).softmax(1)
-    masked = logits.masked_fill(~seen | (positive & decoupled), -torch.inf)
+    summed = logits if harder is None else torch.where(positive, logits, logits + harder)
+    masked = summed.masked_fill(~seen | (positive & decoupled), -torch.inf)
     everything = masked if extra is None else torch.cat([masked, extra], 1)
     loss = everything.logsumexp(1) - (target * logits).sum(1)
     if decoupled:
@@ -210,6 +212,7 @@ def plain_infonce_options(
     weights: Tensor | None = None,
     teacher: tuple[Tensor, Tensor, float] | None = None,
     decoupled: bool = False,
+    hardness: float = 0.0,
     false_negatives: FalseNegatives | None = None,
 ) -> Tensor:
     """InfoNCE with every option, with logits and target distribution materialised."""
@@ -222,21 +225,30 @@ def plain_infonce_options(
     if query_ids is not None:
         same = query_ids[:, None] == (query_ids if key_ids is None else key_ids)
         positive, seen = (same, seen) if same_id == "positive" else (positive, ~same | positive)
-    extra = None if negatives is None else logit_scale * _similarity_of_negatives(queries, negatives)
+    harder = hardness * (queries @ keys.T).detach() if hardness else None
+    extra = None
+    if negatives is not None:
+        of_negatives = _similarity_of_negatives(queries, negatives)
+        extra = logit_scale * of_negatives
+        if hardness:
+            extra = extra + hardness * of_negatives.detach()
     seen_q = seen_k = seen
     if false_negatives is not None:
         seen_q, seen_k, extra = _without_false_negatives(false_negatives, positive, seen, extra)
     of_teacher, alpha = None, 0.0
     if teacher is not None:
         of_teacher, alpha = logit_scale.detach() * teacher[0].detach() @ teacher[1].detach().T, teacher[2]
-    loss = _plain_direction(logits, positive, seen_q, extra, label_smoothing, of_teacher, alpha, weights, decoupled)
+    loss = _plain_direction(
+        logits, positive, seen_q, extra, label_smoothing, of_teacher, alpha, weights, decoupled, harder
+    )
     if not symmetric:
         return loss
     if weights is not None and targets is not None:
         weights = weights[targets.argsort()]
     of_teacher = None if of_teacher is None else of_teacher.T
+    harder = None if harder is None else harder.T
     back = _plain_direction(
-        logits.T, positive.T, seen_k.T, None, label_smoothing, of_teacher, alpha, weights, decoupled
+        logits.T, positive.T, seen_k.T, None, label_smoothing, of_teacher, alpha, weights, decoupled, harder
     )
     return (loss + back) / 2
 
@@ -250,9 +262,12 @@ def plain_similarity_logsumexp(
     key_ids: Tensor | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
     thresholds: Tensor | None = None,
+    hardness: float = 0.0,
 ) -> Tensor:
     """The log-sum-exp of each row of the logit matrix, without pairs of equal ids and those above a threshold."""
     logits = logit_scale * queries @ keys.T
+    if hardness:
+        logits = logits + hardness * (queries @ keys.T).detach()
     if guide is not None and thresholds is not None:
         logits = logits.masked_fill(guide[0] @ guide[1].T > thresholds[:, None], -torch.inf)
     if query_ids is not None:

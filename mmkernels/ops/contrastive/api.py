@@ -59,6 +59,7 @@ def infonce(
     weights: Tensor | None = None,
     teacher: tuple[Tensor, Tensor, float] | None = None,
     decoupled: bool = False,
+    hardness: float = 0.0,
     false_negatives: FalseNegatives | None = None,
     group: Any = None,
     exchange: str = "auto",
@@ -101,6 +102,10 @@ def infonce(
         decoupled: leave a row's positives out of its denominator, which then sums negatives only. They are not summed
             rather than subtracted, so nothing cancels. With same_id="ignore" each target must have the id of its
             query. A row without negatives has loss 0 and no gradient. Statistics are those of decoupled=False.
+        hardness: h >= 0: `h · <x_i, y_j>`, without its gradient, is added to the logit of each negative in the
+            denominators, of either direction and of `negatives`: the harder a negative, the more it weighs. One target
+            per query, whose id, with same_id="ignore", is its query's; the scale must not be negative. Statistics are
+            those of hardness=0.
         false_negatives: a guide's features and a margin: keys and negatives that the guide finds more similar to a
             query than its target are left out of the denominator (see `FalseNegatives`). One target per query; no
             label_smoothing, teacher or return_stats. It costs a second product per pass and, if symmetric, a pass for
@@ -139,7 +144,8 @@ def infonce(
 
     Source: van den Oord et al. 2018 (arXiv:1807.03748); Radford et al. 2021 (arXiv:2103.00020); Khosla et al. 2020
     (arXiv:2004.11362, several positives); Li et al. 2021 (arXiv:2107.07651, teacher); Yeh et al. 2022
-    (arXiv:2110.06848, decoupled); Solatorio 2024 (arXiv:2402.16829, false_negatives).
+    (arXiv:2110.06848, decoupled); Lan et al. 2025 (arXiv:2503.04812, hardness); Solatorio 2024
+    (arXiv:2402.16829, false_negatives).
     """
     with _checking(group, exchange, machine, queries):
         deprecated_deterministic(deterministic)
@@ -154,6 +160,7 @@ def infonce(
             "weights": weights,
             "teacher": teacher,
             "decoupled": decoupled or None,
+            "hardness": hardness or None,
             "false_negatives": false_negatives,
             "label_smoothing": smooth or None,
             "symmetric=False": None if symmetric else True,
@@ -162,9 +169,8 @@ def infonce(
         }
         one_has = group is None  # over ranks, checked later among all keys
         pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
-        soft = Targets(smooth, teacher_of(teacher, queries, keys))
-        extra = negatives_of(negatives, queries)
-        denominator = denominator_of(queries, keys, extra, pairs, options, decoupled, false_negatives)
+        soft, extra = Targets(smooth, teacher_of(teacher, queries, keys)), negatives_of(negatives, queries)
+        rules = denominator_of(queries, keys, scale, extra, pairs, options, decoupled, hardness, false_negatives)
         row_weights = weights_of(weights, queries, keys, symmetric, some=one_has)
         plain = all(option is None for option in options.values())
         chosen = resolve("contrastive", queries, backend, None if plain else limits_of(options, queries))
@@ -172,7 +178,7 @@ def infonce(
         check_gathered(gathered, keys, group, exchange)
     if plain:
         return op_plain.infonce_fwd(queries, keys, scale, chosen)[0]
-    call = queries, keys, scale, pairs, soft, extra, denominator, row_weights, symmetric, return_stats
+    call = queries, keys, scale, pairs, soft, extra, rules, row_weights, symmetric, return_stats
     over: Over = Local(queries, keys) if here is None else infonce_over_ranks(group, exchange, here, *call, gathered)
     loss, stats = infonce_loss(*call, over, chosen)
     return (loss, stats) if return_stats else loss

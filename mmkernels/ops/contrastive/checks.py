@@ -18,6 +18,7 @@ __all__ = [
     "check_flag",
     "denominator_of",
     "guide_of",
+    "hardness_of",
     "limits_of",
     "negatives_of",
     "number_of_keys",
@@ -203,32 +204,50 @@ def guide_of(guide: Any, thresholds: Any, queries: Tensor, keys: Tensor) -> Guid
     return Guide(guide[0].detach(), guide[1].detach(), thresholds.detach().to(compute_dtype(queries.dtype)))
 
 
+def hardness_of(hardness: Any, scale: Tensor) -> float:
+    """A finite number >= 0, with a scale that is not negative."""
+    expected = "a finite number, at least 0"
+    number = real("hardness", hardness, expected)
+    if not 0 <= number < math.inf:
+        wrong_value("hardness", expected, hardness)
+    if number > 0:
+        # Where scale + hardness is 0, no scale of the lse's gradient would give that of the similarities.
+        expect_true(scale >= 0, "logit_scale: expected at least 0 with hardness", scale)
+    return number
+
+
 def denominator_of(
     queries: Tensor,
     keys: Tensor,
+    scale: Tensor,
     negatives: Tensor | None,
     pairs: Pairs,
     options: Mapping[str, Any],
     decoupled: Any,
+    hardness: Any,
     false_negatives: Any,
 ) -> Denominator:
     """How the denominators differ from sums over all keys.
 
     Args:
-        queries, keys, negatives, pairs: checked.
+        queries, keys, scale, negatives, pairs: checked.
         options: of the call by name, None where not used.
-        decoupled, false_negatives: as passed by the user.
+        decoupled, hardness, false_negatives: as passed by the user.
     """
     check_flag("decoupled", decoupled)
     filtered = _false_negatives_of(false_negatives, queries, keys, negatives, pairs, options)
-    denominator = Denominator(decoupled, filtered)
+    denominator = Denominator(decoupled, hardness_of(hardness, scale), filtered)
+    if denominator.hardness and pairs.targets is None:
+        wrong_value("same_id", "'ignore' with hardness and ids (one target per query)", "positive")
     if denominator.apart and pairs.same_id == "ignore":
         targets, ids, key_ids = pairs.targets, pairs.query_ids, pairs.key_ids
         assert targets is not None and ids is not None and key_ids is not None
         # What the kernels leave out are equal ids, so a target with another id would be summed.
         if len(key_ids):
             same = key_ids[targets.clamp(0, len(key_ids) - 1)] == ids
-            expect_true(same, "key_ids: expected the id of each query at its target, with decoupled", key_ids)
+            expect_true(
+                same, "key_ids: expected the id of each query at its target, with decoupled or hardness", key_ids
+            )
     return denominator
 
 

@@ -56,13 +56,14 @@ def softmax_fwd(
     pairs: Pairs,
     teacher: Teacher | None,
     guide: Guide | None,
+    hardness: float,
     totals: bool,
     columns: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`op.softmax_fwd` of the global batch: statistics of this rank's rows [7, N] over all keys and of its columns [7,
     M] over all queries. Targets index this rank's keys; the teacher's lse are global."""
-    return _Softmax.apply(ranks, queries, keys, logit_scale, pairs, teacher, guide, totals, columns, backend)
+    return _Softmax.apply(ranks, queries, keys, logit_scale, pairs, teacher, guide, hardness, totals, columns, backend)
 
 
 def sigmoid_fwd(
@@ -258,6 +259,7 @@ class _Softmax(torch.autograd.Function):
         pairs: Pairs,
         teacher: Teacher | None,
         guide: Guide | None,
+        hardness: float,
         totals: bool,
         columns: bool,
         backend: str,
@@ -269,7 +271,7 @@ class _Softmax(torch.autograd.Function):
             nonlocal of_rows
             of_columns = nothing_seen(here.keys)
             if len(queries) and len(here.keys):
-                rules = here.pairs, here.teacher, here.guide, totals, columns
+                rules = here.pairs, here.teacher, here.guide, hardness, totals, columns
                 of_part, of_columns = op.softmax_fwd(queries, here.keys, logit_scale, *rules, backend)
                 of_rows = merged(of_rows, of_part)
             return of_columns.T.contiguous() if columns else here.keys.new_empty(len(here.keys), 0)
@@ -283,7 +285,7 @@ class _Softmax(torch.autograd.Function):
             if columns:
                 of_keys = merged_parts(torch.stack(ranks.scattered(of_keys)).mT).T
         of_columns = of_keys.T.contiguous() if columns else of_rows.new_empty(STATISTICS, 0)
-        ctx.ranks, ctx.columns, ctx.backend = ranks, columns, backend
+        ctx.ranks, ctx.columns, ctx.hardness, ctx.backend = ranks, columns, hardness, backend
         _save(ctx, queries, keys, logit_scale, pairs, teacher, guide, of_rows, of_columns, everything)
         return of_rows, of_columns
 
@@ -301,7 +303,8 @@ class _Softmax(torch.autograd.Function):
             of_keys = here.keys.new_empty(COEFFICIENTS + 1, 0, dtype=torch.float64)
             of_keys = of_keys if here.columns is None else here.columns.T.contiguous()
             arguments = of_queries, of_keys[:COEFFICIENTS], queries, here.keys, logit_scale, lse_q, of_keys[-1]
-            return op.softmax_bwd(*arguments, here.pairs, here.teacher, here.guide, None, need, ctx.backend)[:2]
+            rules = here.pairs, here.teacher, here.guide, ctx.hardness
+            return op.softmax_bwd(*arguments, *rules, None, need, ctx.backend)[:2]
 
         side = _Side(ctx.ranks, queries, keys, pairs, teacher, guide)
         dqueries, dkeys = side.gradients(gradients, everything, travelling, need)
@@ -309,7 +312,7 @@ class _Softmax(torch.autograd.Function):
         if need_scale:
             parts = (grad_rows[LSE] * of_rows[MEAN]).sum() + (grad_columns[LSE] * of_columns[MEAN]).sum()
             dscale = parts.to(logit_scale.dtype)
-        return None, dqueries, dkeys, dscale, None, None, None, None, None, None
+        return None, dqueries, dkeys, dscale, None, None, None, None, None, None, None
 
 
 class _Sigmoid(torch.autograd.Function):

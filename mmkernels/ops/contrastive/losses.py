@@ -109,7 +109,7 @@ def _teacher_of(
         return None
     queries, keys = targets.teacher[0].detach(), targets.teacher[1].detach()
     with torch.no_grad():
-        rules = pairs, None, None, False, columns
+        rules = pairs, None, None, 0.0, False, columns
         of_rows, of_columns = over.softmax(queries, keys, logit_scale.detach(), *rules, backend)
     return Teacher(queries, keys, of_rows[LSE], of_columns[LSE] if columns else None)
 
@@ -150,8 +150,10 @@ def infonce_loss(
         lines = lines_of_targets(queries, keys, pairs.targets, symmetric)
     else:
         teacher = _teacher_of(targets, logit_scale, pairs, columns, over, backend)
-        lines = _lines(queries, keys, logit_scale, pairs, teacher, guides, totals, columns, over, backend)
-    extra = _of_negatives(queries, negatives, logit_scale, guides, over, backend)
+        lines = _lines(queries, keys, logit_scale, pairs, teacher, guides, 0.0, totals, columns, over, backend)
+    extra = None
+    if return_stats or not denominator.hardness:
+        extra = _of_negatives(queries, negatives, logit_scale, guides, 0.0, over, backend)
     lse = [line[LSE] for line in lines]
     if extra is not None:
         join = torch.logaddexp if guides is None else joined
@@ -159,7 +161,13 @@ def infonce_loss(
     scale, dtype = logit_scale.double(), compute_dtype(queries.dtype)
     summed = lse
     if denominator.apart:
-        summed = _lse_of_others(queries, keys, logit_scale, pairs, guides, extra, symmetric, over, backend)
+        harder = extra
+        if denominator.hardness:
+            harder = _of_negatives(queries, negatives, logit_scale, guides, denominator.hardness, over, backend)
+        rules = pairs, guides, denominator.hardness, harder
+        summed = _lse_of_others(queries, keys, logit_scale, *rules, symmetric, over, backend)
+        if not denominator.decoupled:
+            summed = [joined(of, scale * line[POSITIVE]) for of, line in zip(summed, lines, strict=False)]
     losses = [_losses(*of, scale, targets, denominator) for of in zip(lines, summed, directions, strict=False)]
     loss = over.mean(losses, None if weights is None else _weights_of_directions(weights.double(), pairs, symmetric))
     if not return_stats:
@@ -176,6 +184,7 @@ def _lines(
     pairs: Pairs,
     teacher: Teacher | None,
     guides: Guides | None,
+    hardness: float,
     totals: bool,
     columns: bool,
     over: Over,
@@ -184,10 +193,10 @@ def _lines(
     """Statistics [7, N] of rows, and [7, M] of columns if asked: of one pass or, where guides filter rows and columns
     differently, of one for each direction."""
     if guides is None:
-        return over.softmax(queries, keys, logit_scale, pairs, teacher, None, totals, columns, backend)
-    lines = [over.softmax(queries, keys, logit_scale, pairs, None, guides.rows, False, False, backend)[0]]
+        return over.softmax(queries, keys, logit_scale, pairs, teacher, None, hardness, totals, columns, backend)
+    lines = [over.softmax(queries, keys, logit_scale, pairs, None, guides.rows, hardness, False, False, backend)[0]]
     if columns:
-        lines.append(over.turned(queries, keys, logit_scale, turned(pairs), guides.columns, backend))
+        lines.append(over.turned(queries, keys, logit_scale, turned(pairs), guides.columns, hardness, backend))
     return lines
 
 
@@ -197,6 +206,7 @@ def _lse_of_others(
     logit_scale: Tensor,
     pairs: Pairs,
     guides: Guides | None,
+    hardness: float,
     extra: Tensor | None,
     symmetric: bool,
     over: Over,
@@ -211,7 +221,7 @@ def _lse_of_others(
         assert pairs.targets is not None
         ids = pairs.targets + over.first_key, over.first_key + torch.arange(len(keys), device=keys.device)
     others = Pairs(None, *ids, "ignore")
-    lines = _lines(queries, keys, logit_scale, others, None, guides, False, symmetric, over, backend)
+    lines = _lines(queries, keys, logit_scale, others, None, guides, hardness, False, symmetric, over, backend)
     lse = [line[LSE] for line in lines[: 1 + symmetric]]
     if extra is not None:
         lse[0] = joined(lse[0], extra[LSE])
@@ -223,6 +233,7 @@ def _of_negatives(
     negatives: Tensor | None,
     logit_scale: Tensor,
     guides: Guides | None,
+    hardness: float,
     over: Over,
     backend: str,
 ) -> Tensor | None:
@@ -232,9 +243,9 @@ def _of_negatives(
     filtered = None if guides is None else guides.negatives
     if negatives.ndim == 2:
         assert not isinstance(filtered, Tensor)
-        return over.of_negatives(queries, negatives, logit_scale, filtered, backend)
+        return over.of_negatives(queries, negatives, logit_scale, filtered, hardness, backend)
     assert not isinstance(filtered, Guide)
-    return of_own_negatives(queries, negatives, logit_scale, filtered) if negatives.shape[1] else None
+    return of_own_negatives(queries, negatives, logit_scale, filtered, hardness) if negatives.shape[1] else None
 
 
 def _weights_of_directions(weights: Tensor, pairs: Pairs, symmetric: bool) -> list[Tensor]:
@@ -268,7 +279,7 @@ def siglip_loss(
         return loss, None
     with torch.no_grad():
         features = queries.detach(), keys.detach(), scale.detach()
-        of_rows, of_columns = over.softmax(*features, pairs, None, None, True, True, backend)
+        of_rows, of_columns = over.softmax(*features, pairs, None, None, 0.0, True, True, backend)
         sums = over.summed(_stats_sums(of_rows, of_columns, None, features[2].double(), _counts_of_rows(pairs, over)))
         lse_q, lse_k = (line[LSE] + bias.detach() for line in (of_rows, of_columns))
         return loss, _stats_of(lse_q, lse_k, sums, True, dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import op
-from mmkernels.ops.contrastive.checks import check_features, guide_of, limits_of, scalar, unseen_of
+from mmkernels.ops.contrastive.checks import check_features, guide_of, hardness_of, limits_of, scalar, unseen_of
 from mmkernels.ops.contrastive.types import LSE
 from mmkernels.runtime.backends import resolve
 
@@ -22,6 +22,7 @@ def similarity_logsumexp(
     key_ids: Tensor | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
     thresholds: Tensor | None = None,
+    hardness: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """The log-sum-exp of each query's logits over the keys that it sees, streaming: no N x M matrix is stored.
@@ -43,6 +44,7 @@ def similarity_logsumexp(
         guide, thresholds: ((guide_queries [N, F], guide_keys [M, F]), [N] floating point), both or neither, features in
             the dtype of the queries, without gradient: query i does not see keys with `<guide_queries_i, guide_keys_j>`
             above thresholds_i, such as false negatives. NaN is not above.
+        hardness: h >= 0: `h · <x_i, y_j>` without its gradient is added to every logit. The scale must not be negative.
         backend: None picks the fastest one that supports the call; or "native" (CPU), "triton", "reference".
 
     Returns:
@@ -72,7 +74,8 @@ def similarity_logsumexp(
     check_features(queries, keys)
     scale = scalar("logit_scale", logit_scale, queries)
     pairs, filtered = unseen_of(queries, keys, query_ids, key_ids), guide_of(guide, thresholds, queries, keys)
+    harder = hardness_of(hardness, scale)
     chosen = resolve("contrastive", queries, backend, limits_of({"similarity_logsumexp": True}, queries))
-    of_rows, _ = op.softmax_fwd(queries, keys, scale, pairs, None, filtered, False, False, chosen)
+    of_rows, _ = op.softmax_fwd(queries, keys, scale, pairs, None, filtered, harder, False, False, chosen)
     # A constant where nothing is seen, so that a NaN that comes back is not multiplied by a weight of 0.
     return torch.where(of_rows[LSE] == -torch.inf, -torch.inf, of_rows[LSE])

@@ -113,6 +113,8 @@ def _second_product_flops(teacher: Teacher | None, guide: Guide | None) -> int:
 
 def _expect_rows_alone(*args: Any) -> None:
     """Check of the softmax ops: a guide filters rows, by its own product."""
+    if any(isinstance(arg, Teacher) for arg in args) and any(isinstance(arg, float) and arg for arg in args):
+        raise ValueError("hardness: expected 0 with a teacher, whose logits have none")
     if not any(isinstance(arg, Guide) for arg in args):
         return
     if any(isinstance(arg, Teacher) for arg in args):
@@ -158,6 +160,7 @@ def _softmax_fwd_fake(
     pairs: Pairs,
     teacher: Teacher | None,
     guide: Guide | None,
+    hardness: float,
     totals: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -176,6 +179,7 @@ def _softmax_bwd_fake(
     pairs: Pairs,
     teacher: Teacher | None,
     guide: Guide | None,
+    hardness: float,
     means: Means | None,
     need: Need,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,19 +196,58 @@ def _softmax_scale(
 
 
 def _softmax_bwd_flops(of_rows: Tensor, of_columns: Tensor, queries: Tensor, keys: Tensor, *rest: Any) -> int:
-    *_, teacher, guide, _means, need = rest
+    *_, teacher, guide, _hardness, _means, need = rest
     return backward_flops(queries, keys, need) + (_second_product_flops(teacher, guide) if any(need) else 0)
+
+
+# With `hardness` h the logits are s a + h a', where a' is a without its gradient: those of the scale S = s + h, with
+# the derivatives a by s, as usual, and s by a rather than S. The kernels' backward multiplies the coefficient of the
+# lse by S.
+
+
+def _harder_statistics(impls: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """Forwards of the op from those of the backends, which know no hardness."""
+
+    def with_hardness(statistics: Callable[..., Any]) -> Callable[..., Any]:
+        def run(queries: Tensor, keys: Tensor, logit_scale: Tensor, *rules: Any) -> Any:
+            *which, hardness, totals, columns = rules
+            scale = logit_scale + hardness if hardness else logit_scale
+            return statistics(queries, keys, scale, *which, totals, columns)
+
+        return run
+
+    return {backend: with_hardness(statistics) for backend, statistics in impls.items()}
+
+
+def _harder_gradients(impls: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """Backwards likewise."""
+
+    def with_hardness(gradients: Callable[..., Any]) -> Callable[..., Any]:
+        def run(of_rows: Tensor, of_columns: Tensor, queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any) -> Any:
+            *which, hardness, need = rest
+            if hardness:
+                harder = scale + hardness
+                share = scale.double() / harder
+                of_rows, of_columns = (torch.cat([of[:1] * share, of[1:]]) for of in (of_rows, of_columns))
+                scale = harder
+            return gradients(of_rows, of_columns, queries, keys, scale, *which, need)
+
+        return run
+
+    return {backend: with_hardness(gradients) for backend, gradients in impls.items()}
 
 
 softmax_bwd = Op(
     "contrastive_softmax_bwd",
     fake=_softmax_bwd_fake,
     impls=with_scalars(
-        {
-            "native": native.softmax_bwd,
-            "triton": on_triton("mmkernels.ops.contrastive.triton_bwd", "softmax_bwd"),
-            "reference": chunks.softmax_bwd,
-        },
+        _harder_gradients(
+            {
+                "native": native.softmax_bwd,
+                "triton": on_triton("mmkernels.ops.contrastive.triton_bwd", "softmax_bwd"),
+                "reference": chunks.softmax_bwd,
+            }
+        ),
         _softmax_bwd_fake,
         _softmax_scale,
     ),
@@ -222,7 +265,7 @@ def _softmax_backward(ctx: Context, grad_rows: Tensor | None, grad_columns: Tens
     )
     features = inputs.queries, inputs.keys, inputs.logit_scale
     means = Means(of_rows[MEAN], of_columns[MEAN]) if "logit_scale" in ctx.needs else None
-    rules = inputs.pairs, inputs.teacher, inputs.guide, means, need_of(ctx)
+    rules = inputs.pairs, inputs.teacher, inputs.guide, inputs.hardness, means, need_of(ctx)
     dqueries, dkeys, dscale = softmax_bwd(*coefficients, *features, of_rows[LSE], of_columns[LSE], *rules, ctx.backend)
     return {"queries": dqueries, "keys": dkeys, "logit_scale": dscale}
 
@@ -233,7 +276,7 @@ def _softmax_jvp(
     inputs, (of_rows, of_columns) = ctx.saved
     features = inputs.queries, inputs.keys, inputs.logit_scale, of_rows[LSE], of_columns[LSE]
     means = Means(of_rows[MEAN], of_columns[MEAN])
-    rules = inputs.pairs, inputs.teacher, inputs.guide, means, Need(True, True)
+    rules = inputs.pairs, inputs.teacher, inputs.guide, inputs.hardness, means, Need(True, True)
     tangents = tangent_queries, tangent_keys, tangent_scale
     moved_rows, moved_columns, *_ = softmax_bwd.second(*tangents, None, None, *features, *rules, ctx.backend)
     return _all_statistics(moved_rows, inputs.totals), _all_statistics(moved_columns, inputs.totals)
@@ -262,11 +305,13 @@ def _softmax_fwd_flops(
 softmax_fwd = Op(
     "contrastive_softmax_fwd",
     fake=_softmax_fwd_fake,
-    impls={
-        "native": native.softmax_fwd,
-        "triton": on_triton("mmkernels.ops.contrastive.triton_fwd", "softmax_fwd"),
-        "reference": chunks.softmax_fwd,
-    },
+    impls=_harder_statistics(
+        {
+            "native": native.softmax_fwd,
+            "triton": on_triton("mmkernels.ops.contrastive.triton_fwd", "softmax_fwd"),
+            "reference": chunks.softmax_fwd,
+        }
+    ),
     check=_expect_no_columns_with_a_guide,
     save=lambda inputs, outputs: (inputs, outputs),
     backward=_softmax_backward,

@@ -33,26 +33,41 @@ class Local:
         pairs: Pairs,
         teacher: Teacher | None,
         guide: Guide | None,
+        hardness: float,
         totals: bool,
         columns: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """`op.softmax_fwd` of the global batch: local rows over all keys, local columns over all queries."""
-        return op.softmax_fwd(queries, keys, logit_scale, pairs, teacher, guide, totals, columns, backend)
+        return op.softmax_fwd(queries, keys, logit_scale, pairs, teacher, guide, hardness, totals, columns, backend)
 
     def turned(
-        self, queries: Tensor, keys: Tensor, logit_scale: Tensor, pairs: Pairs, guide: Guide | None, backend: str
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        logit_scale: Tensor,
+        pairs: Pairs,
+        guide: Guide | None,
+        hardness: float,
+        backend: str,
     ) -> Tensor:
         """Statistics [7, M] of local keys as rows, over all queries; pairs and guide are those of the transpose."""
-        return op.softmax_fwd(keys, queries, logit_scale, pairs, None, guide, False, False, backend)[0]
+        return op.softmax_fwd(keys, queries, logit_scale, pairs, None, guide, hardness, False, False, backend)[0]
 
     def of_negatives(
-        self, queries: Tensor, negatives: Tensor, logit_scale: Tensor, guide: Guide | None, backend: str
+        self,
+        queries: Tensor,
+        negatives: Tensor,
+        logit_scale: Tensor,
+        guide: Guide | None,
+        hardness: float,
+        backend: str,
     ) -> Tensor | None:
         """Statistics [7, N] of local rows over all negatives; None without negatives."""
         if negatives.shape[0] == 0:
             return None
-        return op.softmax_fwd(queries, negatives, logit_scale, Pairs(), None, guide, False, False, backend)[0]
+        rules = Pairs(), None, guide, hardness, False, False
+        return op.softmax_fwd(queries, negatives, logit_scale, *rules, backend)[0]
 
     def sigmoid(
         self, queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs, backend: str

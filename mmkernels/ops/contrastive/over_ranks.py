@@ -59,26 +59,40 @@ class OverRanks:
         pairs: Pairs,
         teacher: Teacher | None,
         guide: Guide | None,
+        hardness: float,
         totals: bool,
         columns: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        rules, ranks = (pairs, teacher, guide, totals, columns), self._ranks
+        rules, ranks = (pairs, teacher, guide, hardness, totals, columns), self._ranks
         ranks = ranks if keys is self._keys else ranks.with_others()
         return distributed.softmax_fwd(ranks, queries, keys, logit_scale, *rules, backend)
 
     def turned(
-        self, queries: Tensor, keys: Tensor, logit_scale: Tensor, pairs: Pairs, guide: Guide | None, backend: str
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        logit_scale: Tensor,
+        pairs: Pairs,
+        guide: Guide | None,
+        hardness: float,
+        backend: str,
     ) -> Tensor:
-        rules = pairs, None, guide, False, False
+        rules = pairs, None, guide, hardness, False, False
         return distributed.softmax_fwd(self._ranks.turned(), keys, queries, logit_scale, *rules, backend)[0]
 
     def of_negatives(
-        self, queries: Tensor, negatives: Tensor, logit_scale: Tensor, guide: Guide | None, backend: str
+        self,
+        queries: Tensor,
+        negatives: Tensor,
+        logit_scale: Tensor,
+        guide: Guide | None,
+        hardness: float,
+        backend: str,
     ) -> Tensor | None:
         if sum(self._ranks.negatives) == 0:
             return None
-        others, rules = self._ranks.with_negatives(), (Pairs(), None, guide, False, False)
+        others, rules = self._ranks.with_negatives(), (Pairs(), None, guide, hardness, False, False)
         return distributed.softmax_fwd(others, queries, negatives, logit_scale, *rules, backend)[0]
 
     def sigmoid(
@@ -155,6 +169,7 @@ def infonce_over_ranks(
         "query_ids": _given(pairs.query_ids),
         "negatives": "None" if negatives is None else f"given, {negatives.ndim} dimensions, {_gradient(negatives)}",
         "decoupled": denominator.decoupled,
+        "hardness": denominator.hardness,
         "false_negatives": None if filtered is None else (filtered.kind, filtered.margin, guide),
         "weights": _given(weights),
         "teacher: width": width,

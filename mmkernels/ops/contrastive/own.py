@@ -22,11 +22,15 @@ def similarities(queries: Tensor, negatives: Tensor) -> Tensor:
         return (negatives.to(wide) @ queries.to(wide)[:, :, None])[:, :, 0].double()
 
 
-def of_own_negatives(queries: Tensor, negatives: Tensor, logit_scale: Tensor, seen: Tensor | None = None) -> Tensor:
+def of_own_negatives(
+    queries: Tensor, negatives: Tensor, logit_scale: Tensor, seen: Tensor | None = None, hardness: float = 0.0
+) -> Tensor:
     """Statistics [7, N] of each query over its own negatives [N, K, E], K > 0, or those seen; only LSE is
     differentiable."""
     similarity = similarities(queries, negatives)
     logits = logit_scale.double() * similarity
+    if hardness:
+        logits = logits + hardness * similarity.detach()
     lines = [torch.zeros_like(logits[:, 0])] * STATISTICS
     if seen is not None:
         some = seen.any(1)

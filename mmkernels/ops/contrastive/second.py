@@ -71,6 +71,11 @@ class _Call(NamedTuple):
     pairs: Pairs
     teacher: Teacher | None
     guide: Guide | None = None
+    hardness: float = 0.0
+
+    def logits(self, tile: _Tile) -> Tensor:
+        """The hardness adds to the logits but not to their derivatives by the similarity."""
+        return (self.scale + self.hardness) * tile.similarity
 
     def tiles(self, tangents: bool = True) -> Iterator[_Tile]:
         (n, _), m = self.x.shape, self.y.shape[0]
@@ -111,19 +116,20 @@ def _call(
     pairs: Pairs,
     teacher: Teacher | None,
     guide: Guide | None = None,
+    hardness: float = 0.0,
 ) -> _Call:
     x, y, scale = inputs = [t.to(compute_dtype(queries.dtype)) for t in (queries, keys, logit_scale)]
     dx, dy, dscale = (
         torch.zeros_like(x) if t is None else t.to(x.dtype) for x, t in zip(inputs, tangents, strict=True)
     )
-    return _Call(x, y, scale, dx, dy, dscale, pairs, teacher, guide)
+    return _Call(x, y, scale, dx, dy, dscale, pairs, teacher, guide, hardness)
 
 
 def _lse(call: _Call, columns: int) -> tuple[Tensor, Tensor]:
     """lse of rows and columns, float64 [N] and [M] (or [0])."""
     of_rows, of_columns = (call.x.new_full((n,), -torch.inf, dtype=torch.float64) for n in (len(call.x), columns))
     for tile in call.tiles(tangents=False):
-        logits = (call.scale * tile.similarity).double().masked_fill(~tile.seen, -torch.inf)
+        logits = call.logits(tile).double().masked_fill(~tile.seen, -torch.inf)
         of_rows[tile.rows] = logits.logsumexp(1)
         if columns:
             of_columns = torch.logaddexp(of_columns, logits.logsumexp(0))
@@ -135,7 +141,7 @@ def _moved_statistics(call: _Call, lse: tuple[Tensor, Tensor]) -> tuple[Tensor, 
     lse_q, lse_k = lse
     of_rows, of_columns = (x.new_zeros(COEFFICIENTS, x.shape[0]) for x in lse)
     for tile in call.tiles():
-        logits, moved = call.scale * tile.similarity, call.logits_moved(tile)
+        logits, moved = call.logits(tile), call.logits_moved(tile)
         sums = [(of_rows[:, tile.rows], 1, lse_q[tile.rows, None], tile.teacher_q)]
         if lse_k.shape[0]:
             sums.append((of_columns, 0, lse_k[None], tile.teacher_k))
@@ -188,7 +194,7 @@ def _softmax_tangents(
     wide = call.x.dtype
     sums = _Sums(call)
     for tile in call.tiles():
-        logits, change = call.scale * tile.similarity, call.logits_moved(tile)
+        logits, change = call.logits(tile), call.logits_moved(tile)
         of_logits, moved, of_similarity = (torch.zeros_like(logits) for _ in range(3))
         teachers = tile.teacher_q, tile.teacher_k
         of_rows = lse[0][tile.rows, None], moved_lse[0][tile.rows, None], coefficients[0][:, tile.rows, None]
@@ -221,13 +227,14 @@ def softmax_second(
     pairs: Pairs,
     teacher: Teacher | None,
     guide: Guide | None,
+    hardness: float,
     means: Means | None,
     need: Need,
 ) -> tuple[Tensor, ...]:
     """Tangents of the differentiable statistics [4, N] and [4, M] (or [4, 0]), and of dqueries, dkeys, dscale."""
     with no_autocast(queries):
         tangents = tangent_queries, tangent_keys, tangent_logit_scale
-        call = _call(tangents, queries, keys, logit_scale, pairs, teacher, guide)
+        call = _call(tangents, queries, keys, logit_scale, pairs, teacher, guide, hardness)
         lse = _lse(call, columns=lse_k.shape[0])
         of_rows, of_columns = _moved_statistics(call, lse)
         if coefficients_q is None or coefficients_k is None:

@@ -101,16 +101,18 @@ class Denominator(NamedTuple):
     """How a row's denominator differs from the sum over all keys that it sees.
 
     decoupled: the row's positives are left out.
-    false_negatives: what else is.
+    hardness: times the similarity, without a gradient, is added to each negative's logit.
+    false_negatives: what else is left out.
     """
 
     decoupled: bool = False
+    hardness: float = 0.0
     false_negatives: FalseNegatives | None = None
 
     @property
     def apart(self) -> bool:
         """Whether positives are not summed with the other keys."""
-        return self.decoupled
+        return self.decoupled or self.hardness > 0
 
 
 class Guide(NamedTuple):

@@ -84,6 +84,8 @@ def _whole(name: str, rows: list[int]) -> Whole:
         options = {"query_ids": ids, "key_ids": ids}
     if "ignore" in name:
         options["same_id"] = "ignore"
+    if "hardness" in name:
+        options["hardness"] = 4.0
     if "decoupled" in name:
         options["decoupled"] = True
     if "weights" in name:
@@ -134,6 +136,11 @@ OPTIONS = (
     "decoupled, ids, one way",
     "decoupled, ids, ignore, weights, own negatives",
     "decoupled, teacher, smoothing",
+    "hardness",
+    "hardness, targets, weights, negatives",
+    "hardness, ids, ignore, one way, decoupled, own negatives",
+    "hardness, filter, negatives",
+    "hardness, teacher",
     "filter",
     "filter, targets, weights, negatives",
     "filter, ids, ignore, own negatives",

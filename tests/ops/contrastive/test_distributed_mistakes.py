@@ -33,6 +33,7 @@ def _mistakes(rank: int, world: int) -> list[str]:
         lambda: infonce(x, y, scale, group=group, teacher=None if odd else (x, y, 0.1)),
         lambda: infonce(x, y, scale, group=group, return_stats=odd),
         lambda: infonce(x, y, scale, group=group, decoupled=odd),
+        lambda: infonce(x, y, scale, group=group, hardness=1.0 + odd),
         lambda: infonce(x, y, scale, group=group, false_negatives=FalseNegatives(x, y, 0.1 * odd)),
         lambda: siglip(x, y, scale, 0.0, group=group, return_stats=odd),
         lambda: infonce(x, y[:5] if odd else y, scale, group=group),
@@ -54,7 +55,7 @@ def test_what_differs_between_ranks_is_named_on_each() -> None:
     names = [
         *("queries: width", "queries: dtype", "symmetric", "label_smoothing", "exchange", "queries: gradient"),
         *("negatives", "negatives", "teacher[2]", "teacher: width", "return_stats"),
-        *("decoupled", "false_negatives", "return_stats"),
+        *("decoupled", "hardness", "false_negatives", "return_stats"),
     ]
     for lines in said:
         for line, name in zip(lines, names, strict=False):

@@ -52,6 +52,10 @@ OPTIONS = {
             decoupled=True,
         ),
     ),
+    "hardness": (
+        N,
+        dict(false_negatives=filtered(negatives=GUIDE_OWN, margin=2.0), negatives=OWN, hardness=3.0, targets=SHUFFLED),
+    ),
     "nothing but the target": (
         N,
         dict(false_negatives=filtered(margin=1e3, negatives=whole(70, 7, seed=4)), negatives=MANY),

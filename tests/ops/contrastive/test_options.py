@@ -65,6 +65,23 @@ OPTIONS = {
             teacher=(*TEACHER, 0.4),
         ),
     ),
+    "hardness": (N, dict(hardness=9.0)),
+    "hardness, shuffled": (N, dict(hardness=3.0, targets=SHUFFLED, weights=WEIGHTS)),
+    "hardness, more keys": (2 * N + 5, dict(hardness=5.0, symmetric=False, negatives=rows(70, E, 8))),
+    "hardness, ignored": (N, dict(hardness=9.0, query_ids=IDS, same_id="ignore", negatives=OWN)),
+    "hardness, decoupled": (N, dict(hardness=9.0, decoupled=True)),
+    "hardness, everything": (
+        N,
+        dict(
+            hardness=2.0,
+            query_ids=IDS,
+            same_id="ignore",
+            negatives=rows(70, E, 8),
+            label_smoothing=0.1,
+            weights=WEIGHTS,
+            teacher=(*TEACHER, 0.4),
+        ),
+    ),
     "smoothing": (N, dict(label_smoothing=0.1)),
     "smoothing, ignored": (N, dict(label_smoothing=0.3, query_ids=IDS, same_id="ignore")),
     "weights": (N, dict(weights=WEIGHTS)),
@@ -146,7 +163,7 @@ def test_native(dtype):
 # is slow: each path in one dtype, and in float32 those where the loss itself rounds.
 ROADS = (
     *("targets", "more keys", "ids of more keys", "ignored, shuffled", "negatives", "teacher", "all", "all, ids"),
-    *("decoupled, shuffled", "decoupled, ids", "decoupled, everything"),
+    *("decoupled, shuffled", "decoupled, ids", "decoupled, everything", "hardness, shuffled", "hardness, everything"),
     *("ids, huge and negative", "fewer keys", "weights, shuffled"),
 )
 INTERPRETED = {(name, LOW[i % 3]): None for i, name in enumerate(ROADS)}
@@ -240,7 +257,7 @@ def test_compiled_whole_and_functorch(backend):
 def test_opcheck(backend):
     x, y, scale = (t.requires_grad_() for t in inputs_of(N + 4, torch.float32))
     ids = IDS, torch.cat([IDS, IDS[:4]])
-    args = (x, y, scale, None, *ids, "positive", *(None,) * 7, True, True, backend)
+    args = (x, y, scale, None, *ids, "positive", *(None,) * 7, 0.0, True, True, backend)
     torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_fwd.default, args)
     bias = torch.tensor(-3.0, requires_grad=True)
     torch.library.opcheck(
@@ -250,7 +267,7 @@ def test_opcheck(backend):
     lse = torch.zeros(N, dtype=torch.float64), torch.zeros(N + 4, dtype=torch.float64)
     weights = torch.ones(4, N, dtype=torch.float64), torch.ones(4, N + 4, dtype=torch.float64)
     for mean in ((None, None), lse):
-        args = (*weights, *plain, *lse, None, *ids, "ignore", *(None,) * 7, *mean, True, False, backend)
+        args = (*weights, *plain, *lse, None, *ids, "ignore", *(None,) * 7, 0.0, *mean, True, False, backend)
         torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_bwd.default, args)
         for coefficients in (weights, (None, None)):
             second = (x.detach(), None, scale.detach(), *coefficients, *args[2:])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from derivatives import assert_differentiable_twice
 from torch.autograd import forward_ad
 
-from mmkernels import infonce, siglip
+from mmkernels import FalseNegatives, infonce, siglip
 from mmkernels.ops.contrastive import second
 from mmkernels.testing import assert_as_accurate
 from mmkernels.testing.contrastive import plain_infonce, plain_infonce_options, plain_siglip
@@ -81,6 +81,56 @@ def penalised(loss, *inputs):
     grads = torch.autograd.grad(value, inputs, create_graph=True)
     assert all(grad.requires_grad for grad in grads)
     return torch.autograd.grad(value + sum(grad.square().sum() for grad in grads), inputs)
+
+
+HARDER = {
+    "both ways": dict(),
+    "shuffled, weights": dict(targets=torch.randperm(N), weights=torch.rand(N, dtype=torch.float64)),
+    "decoupled": dict(decoupled=True),
+    "negatives": dict(negatives=torch.randn(3, E, dtype=torch.float64)),
+    "own negatives, filter": dict(
+        negatives=torch.randn(N, 2, E, dtype=torch.float64),
+        false_negatives=FalseNegatives(
+            *torch.randn(2, N, 3, dtype=torch.float64), 0.1, "relative", torch.randn(N, 2, 3, dtype=torch.float64)
+        ),
+    ),
+    "smoothing, ignored ids": dict(
+        label_smoothing=0.1, query_ids=torch.tensor([0, 1, 0, 2, 1, 3, 0]), same_id="ignore", symmetric=False
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("name", HARDER)
+def test_hardness_has_the_derivatives_of_detach(name, backend):
+    """Finite differences would see the detached similarity; autograd of the dense expression does not."""
+    inputs = leaves(7)
+    ours = functools.partial(infonce, backend=backend, hardness=2.5, **HARDER[name])
+    plain = functools.partial(plain_infonce_options, hardness=2.5, **HARDER[name])
+    for function in (torch.autograd.grad, None):
+        got, expected = (
+            penalised(f, *inputs) if function is None else function(f(*inputs), inputs) for f in (ours, plain)
+        )
+        for mine, exact in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-12)
+    values = [t.detach() for t in inputs]
+    tangents = [torch.randn_like(t) for t in values]
+    moved = [torch.func.jvp(f, tuple(values), tuple(tangents)) for f in (ours, plain)]
+    torch.testing.assert_close(*moved, rtol=1e-11, atol=1e-12)
+    jacobians = [torch.func.jacfwd(torch.func.grad(f))(*values) for f in (ours, plain)]
+    torch.testing.assert_close(*jacobians, rtol=1e-11, atol=1e-12)
+
+
+def test_hardness_of_a_scale_of_zero():
+    """The penalty remains; features get no gradient through it, the scale does."""
+    x, y, _ = leaves(8)
+    scale = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    results = []
+    for f in (infonce, plain_infonce_options):
+        loss = f(x, y, scale, hardness=2.0)
+        results.append((loss, *torch.autograd.grad(loss, (x, y, scale))))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+    assert not results[0][1].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -77,7 +77,7 @@ def tolerance(dtype):
 
 
 def statistics(x, y, scale, targets, backend="native", columns=True):
-    return op.softmax_fwd(x, y, scale, Pairs(targets), None, None, True, columns, backend)
+    return op.softmax_fwd(x, y, scale, Pairs(targets), None, None, 0.0, True, columns, backend)
 
 
 def test_all_parts_merge_as_two_by_two() -> None:
@@ -111,7 +111,7 @@ def test_parts_merge_into_the_whole(backend, widest):
     weights = torch.rand(2, 4, N, dtype=torch.float64)
 
     def backward(part):
-        rest = Pairs(targets[part]), None, None, None, Need(True, True), backend
+        rest = Pairs(targets[part]), None, None, 0.0, None, Need(True, True), backend
         return op.softmax_bwd(weights[0][:, part], weights[1], x[part], y, scale, of_rows[LSE, part], lse, *rest)
 
     dx, dy, _ = backward(slice(0, N))

@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ids": {"ids": True},
     "ids ignored": {"ids": True, "same_id": "ignore"},
     "weights": {"weights": True},
+    "hardness, hard negatives": {"others": True, "alone": True, "gradients": (True, True, True), "negatives": True},
     "filter": {"guide": F},
     "filter, one way, ids": {"guide": F, "ids": True, "same_id": "ignore", "symmetric": False},
     "filter, decoupled": {"guide": F, "others": True, "alone": True},
@@ -74,7 +75,7 @@ def _counted(rank: int, world: int, rows: str, exchange: str, option: str) -> tu
             loss = siglip(x, y, scale, bias, **more)
         else:
             more |= {"symmetric": call.symmetric, "same_id": call.same_id}
-            more["decoupled"] = call.others
+            more |= {"hardness": 2.0} if "hardness" in option else {"decoupled": call.others}
             if call.weights:
                 more["weights"] = torch.ones(mine)
             if call.teacher:
