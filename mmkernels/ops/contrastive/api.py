@@ -169,10 +169,8 @@ def infonce(
         }
         one_has = group is None  # over ranks, checked later among all keys
         pairs = pairs_of(queries, keys, targets, query_ids, key_ids, same_id, both_ways=symmetric, each_has_one=one_has)
-        soft = Targets(smooth, teacher_of(teacher, queries, keys))
-        extra = negatives_of(negatives, queries)
-        summed = decoupled, hardness, false_negatives
-        denominator = denominator_of(queries, keys, scale, extra, pairs, options, *summed)
+        soft, extra = Targets(smooth, teacher_of(teacher, queries, keys)), negatives_of(negatives, queries)
+        rules = denominator_of(queries, keys, scale, extra, pairs, options, decoupled, hardness, false_negatives)
         row_weights = weights_of(weights, queries, keys, symmetric, some=one_has)
         plain = all(option is None for option in options.values())
         chosen = resolve("contrastive", queries, backend, None if plain else limits_of(options, queries))
@@ -180,7 +178,7 @@ def infonce(
         check_gathered(gathered, keys, group, exchange)
     if plain:
         return op_plain.infonce_fwd(queries, keys, scale, chosen)[0]
-    call = queries, keys, scale, pairs, soft, extra, denominator, row_weights, symmetric, return_stats
+    call = queries, keys, scale, pairs, soft, extra, rules, row_weights, symmetric, return_stats
     over: Over = Local(queries, keys) if here is None else infonce_over_ranks(group, exchange, here, *call, gathered)
     loss, stats = infonce_loss(*call, over, chosen)
     return (loss, stats) if return_stats else loss
