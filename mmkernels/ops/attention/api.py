@@ -11,7 +11,7 @@ from torch import Tensor
 from mmkernels.ops.attention.additive import additive_attention
 from mmkernels.ops.attention.mask import AttentionMask
 from mmkernels.ops.attention.op import attention_fwd
-from mmkernels.ops.attention.rows import dense_rows
+from mmkernels.ops.attention.rows import dense_positions, dense_rows
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.checks import (
     deprecated,
@@ -45,6 +45,7 @@ def attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -57,13 +58,14 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of packed queries over the keys that a mask lets them see.
 
-        s_ij = cap(scale <q_i, k_j>) + pair_bias[class_i, class_j]      cap(x) = softcap tanh(x / softcap), or x
+        s_ij = cap(scale <q_i, k_j>) + pair_bias[class_i, class_j] - alibi_slopes |i - j|
         lse_i = log(exp(sink) + sum_j exp(s_ij))      out_i = sum_j exp(s_ij - lse_i) v_j
 
-    over the visible keys j of query i (no sink: without its term). A query that sees no key gives out 0, lse -inf and
-    zero gradients, with or without a sink. Query head h reads key/value head h // (H / Hkv). bf16 and fp16 accumulate
-    in float32. The kernels read any strides as long as the last dimension is contiguous; otherwise a contiguous copy is
-    made. Under torch.autocast, q, k and v are cast as for `F.scaled_dot_product_attention`.
+    over the visible keys j of query i (no sink: without its term), with cap(x) = softcap tanh(x / softcap). A query
+    that sees no key gives out 0, lse -inf and zero gradients, with or without a sink. Query head h reads key/value head
+    h // (H / Hkv). bf16 and fp16 accumulate in float32. The kernels read any strides as long as the last dimension is
+    contiguous; otherwise a contiguous copy is made. Under torch.autocast, q, k and v are cast as for
+    `F.scaled_dot_product_attention`.
 
     Args:
         q: [Tq, H, D] or [B, Tq, H, D]; float32, bfloat16, float16 or float64.
@@ -74,6 +76,10 @@ def attention(
         scale: factor of the logits; None: 1 / sqrt(D).
         softcap: bounds the scaled products smoothly to (-softcap, softcap), before all other terms (Gemma 2, Grok); a
             number from 1e-30 to 1e30. None: no bound.
+        alibi_slopes: [H] floating point, per query head; the logits lose it times the distance, in tokens, of query and
+            key in their sample, aligned at their ends where a sample has more keys than queries or fewer (ALiBi, as in
+            flash-attention); differentiable. The mask has the positions: `packed`, `batched`, `from_padding` (columns),
+            `prefix`, `multimodal`, or what `with_positions` was given.
         pair_bias: [H, Cq, Ck] floating point, added to the logits by query head, class of the query and class of the
             key; differentiable. The mask has the classes: modalities of `multimodal` and `cross_only`, or what
             `from_rows` or `with_classes` were given.
@@ -98,11 +104,12 @@ def attention(
         BackendError: `backend` does not support this call.
 
     Source: Vaswani et al. 2017 (attention); Dao 2023 (FlashAttention-2: tiling, recomputation); Xiao et al. 2023
-        (sinks); Gemma Team 2024 (Gemma 2: soft caps); Salmon et al. 2011 (Philox).
+        (sinks); Gemma Team 2024 (Gemma 2: soft caps); Press et al. 2022 (ALiBi); Salmon et al. 2011 (Philox).
     """
     deprecated_deterministic(deterministic)
     if _is_additive(score, score_weight, score_bias):
-        _expect_defaults(scale=scale, softcap=softcap, pair_bias=pair_bias, sink=sink, dropout_p=dropout_p or None)
+        logits = dict(scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, pair_bias=pair_bias, sink=sink)
+        _expect_defaults(**logits, dropout_p=dropout_p or None)
         assert score_weight is not None
         return additive_attention(q, k, v, score_weight, mask, bias=score_bias, return_lse=return_lse, backend=backend)
     q, k, v = _autocast(q, k, v)
@@ -111,13 +118,16 @@ def attention(
     if not isinstance(return_lse, bool):
         wrong_type("return_lse", "a bool", return_lse)
     pair_bias, sink = _check_logits(q, pair_bias, sink, mask)
+    slopes = _per_head("alibi_slopes", alibi_slopes, q)
     shape, tokens_q, tokens_k = q.shape, q.shape[-3], k.shape[-3]
     samples = shape[0] if q.ndim == 4 else 1
     if q.ndim == 4:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     rows = _rows(mask, samples, tokens_q, tokens_k, q.device, pair_bias)
+    if slopes is not None:
+        rows = rows.changed(at_q=_positions(mask, samples, tokens_q, tokens_k, q.device))
     seed = _seed(q.device) if dropout_p > 0 else None
-    options = Options(pair_bias, sink, seed, dropout_p, factor, _cap(softcap))
+    options = Options(pair_bias, sink, seed, dropout_p, factor, _cap(softcap), slopes)
     chosen = backends.resolve("attention", q, backend, _limits(q, v, rows, options))
     out, lse = attention_fwd(q, k, v, rows, options, chosen)
     if len(shape) == 4:
@@ -163,6 +173,12 @@ def _rows(
     return mask.rows_with_classes(*sizes, (pair_bias.shape[1], pair_bias.shape[2]))
 
 
+def _positions(mask: AttentionMask | None, samples: int, tokens_q: int, tokens_k: int, device: torch.device) -> Tensor:
+    if mask is None:
+        return dense_positions(samples, tokens_q, tokens_k, device)
+    return mask.positions(samples * tokens_q, samples * tokens_k)
+
+
 def _seed(device: torch.device) -> Tensor:
     """A seed from the device's torch generator, without a sync: int64 [1]."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
@@ -180,6 +196,7 @@ def _limits(q: Tensor, v: Tensor, rows: MaskRows, options: Options) -> dict[str,
             limits["native"] = f"head dims up to {_MAX_GPU_HEAD_DIM} on a GPU, not {head_dim}"
         beyond = {
             "softcap": options.softcap,
+            "alibi_slopes": options.slopes,
             "pair_bias": options.pair_bias,
             "sink": options.sink,
             "dropout_p": options.seed,
@@ -269,12 +286,17 @@ def _check_logits(
         if mask is None:
             raise ValueError(f"mask: expected a mask with classes for pair_bias, got {describe(mask)}")
         pair_bias = pair_bias.to(dtype).contiguous()
-    if sink is not None:
-        expect_tensor("sink", sink, "[H] floating point", ndim=1, like=q)
-        if sink.shape[0] != H:
-            wrong_value("sink", f"[{H}], one per head", sink)
-        sink = sink.to(dtype).contiguous()
-    return pair_bias, sink
+    return pair_bias, _per_head("sink", sink, q)
+
+
+def _per_head(name: str, value: Any, q: Tensor) -> Tensor | None:
+    """[H] in the dtype of lse."""
+    if value is None:
+        return None
+    expect_tensor(name, value, "[H] floating point", ndim=1, like=q)
+    if value.shape[0] != q.shape[-2]:
+        wrong_value(name, f"[{q.shape[-2]}], one per head", value)
+    return value.to(compute_dtype(q.dtype)).contiguous()
 
 
 def _dtype(x: Tensor) -> str:
