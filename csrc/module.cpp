@@ -88,10 +88,11 @@ void bind_attention(py::module_& m) {
       "launch_attention_fwd_cpu",
       [](Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, double scale, Tensor out,
          Tensor lse, Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, Tensor class_q,
-         Tensor class_k, Tensor pair_bias, Tensor row_sums, Tensor sink, Tensor seed, double dropout_p, double softcap,
-         int num_threads) {
-        const mmk::AttentionExtras extras = {span_q,    span_k,   allow_q, bit_k, tiles,     class_q, class_k,
-                                             pair_bias, row_sums, sink,    seed,  dropout_p, softcap};
+         Tensor class_k, Tensor pair_bias, Tensor row_sums, Tensor sink, Tensor seed, Tensor at_q, Tensor slopes,
+         Tensor distance_sums, double dropout_p, double softcap, int num_threads) {
+        const mmk::AttentionExtras extras = {span_q,  span_k,        allow_q,   bit_k,  tiles, class_q,
+                                             class_k, pair_bias,     row_sums,  sink,   seed,  at_q,
+                                             slopes,  distance_sums, dropout_p, softcap};
         mmk::attention_kernels().forward({q, k, v, {lo, hi, first_q, last_q}, scale, out, lse, extras}, num_threads);
       },
       released);
@@ -100,9 +101,11 @@ void bind_attention(py::module_& m) {
       [](Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lo, Tensor hi,
          Tensor first_q, Tensor last_q, double scale, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor span_q,
          Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, Tensor class_q, Tensor class_k, Tensor pair_bias,
-         Tensor row_sums, Tensor sink, Tensor seed, double dropout_p, double softcap, int num_threads) {
-        const mmk::AttentionExtras extras = {span_q,    span_k,   allow_q, bit_k, tiles,     class_q, class_k,
-                                             pair_bias, row_sums, sink,    seed,  dropout_p, softcap};
+         Tensor row_sums, Tensor sink, Tensor seed, Tensor at_q, Tensor slopes, Tensor distance_sums, double dropout_p,
+         double softcap, int num_threads) {
+        const mmk::AttentionExtras extras = {span_q,  span_k,        allow_q,   bit_k,  tiles, class_q,
+                                             class_k, pair_bias,     row_sums,  sink,   seed,  at_q,
+                                             slopes,  distance_sums, dropout_p, softcap};
         mmk::attention_kernels().backward(
             {grad_out, grad_lse, q, k, v, out, lse, {lo, hi, first_q, last_q}, scale, dq, dk, dv, delta, extras},
             num_threads);

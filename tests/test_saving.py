@@ -48,6 +48,7 @@ MASKS = {
     "media": lambda: AttentionMask.media(CU, CU, SPANS, SPANS.clamp(min=0), mode="last"),
     "cross_only": lambda: AttentionMask.cross_only(CU, KINDS),
     "from_rows": lambda: AttentionMask.from_rows(LO, HI, span_q=SPANS, span_k=SPANS),
+    "with_positions": lambda: AttentionMask.from_rows(LO, HI).with_positions(LO),
     "with_classes": lambda: AttentionMask.packed(CU).with_classes(KINDS),
 }
 

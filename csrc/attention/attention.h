@@ -37,6 +37,9 @@ struct AttentionExtras {
   Tensor row_sums;          // [H, Ck, Tq]: sums of dS over the keys of a class
   Tensor sink;              // [H]
   Tensor seed;              // [1], given with dropout
+  // distances, both or neither: s_ij - slopes[h] * |at_q[i] - j|; distance_sums, an output of the backward, is like lse
+  Tensor at_q, slopes;   // [Tq] [H]
+  Tensor distance_sums;  // [H, Tq]: sums of dS times distance
   double dropout_p = 0;
   double softcap = 0;  // of the scaled products, before the bias: softcap tanh(x / softcap); 0: none
 };

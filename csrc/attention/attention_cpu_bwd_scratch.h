@@ -42,6 +42,9 @@ struct BackwardScratch {
     Int *span, *allow, *class_q;  // [queries]
     C* row_sums;                  // [Ck + 1, queries]
     C sink;                       // -inf: none
+    // Only with distances: positions, sums of dS and of P times distance.
+    Int* at;                            // [queries]
+    C *distance_sum, *distance_weight;  // [queries]
   };
   TileState tile[kTilesPerTask];
   Packed<T>* out_columns;  // B [Dv, queries]
@@ -62,6 +65,7 @@ struct BackwardScratch {
 
   BackwardScratch(Arena& arena, const AttentionShape& n, const AttentionExtras& extras, int64_t key_range) {
     const int64_t pattern = extras.tiles.given() ? kQueryTile : 0, biased = extras.pair_bias.given() ? kQueryTile : 0;
+    const int64_t distant = extras.at_q.given() ? kQueryTile : 0;
     const int64_t samples = extras.softcap > 0 ? kGradientKeyTile : kGradientKeyTile / kKeysPerSample;
     for (TileState& t : tile) {
       t.q_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim));
@@ -82,6 +86,9 @@ struct BackwardScratch {
       t.span = arena.take<Int>(pattern);
       t.allow = arena.take<Int>(pattern);
       t.class_q = arena.take<Int>(biased);
+      t.at = arena.take<Int>(distant);
+      t.distance_sum = arena.take<C>(distant);
+      t.distance_weight = arena.take<C>(distant);
       t.row_sums = arena.take<C>(biased * (extras.pair_bias.size[2] + 1));
     }
     out_columns = arena.take<Packed<T>>(packed_size_b<T>(kQueryTile, n.dim_v));

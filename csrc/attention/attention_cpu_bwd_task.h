@@ -25,10 +25,12 @@ class BackwardTask {
         part_(part),
         map_(args.extras.tiles),
         softcap_(args.extras, args.scale),
-        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given() || softcap_.given() ||
+        distant_(Distances<C>::given(args.extras)),
+        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given() || softcap_.given() || distant_ ||
                   (args.extras.sink.given() && args.scale > -1e-6 && args.scale < 1e-6)),
         scale_(static_cast<C>(args.scale)),
-        score_scale_(softcap_.given() ? C{1} : scale_),
+        product_scale_(softcap_.given() ? C{1} : scale_),
+        score_scale_(distant_ ? C{1} : product_scale_),
         logit_scale_(rewrites_ ? C{1} : scale_),
         w_(scratch),
         mean_keys_(args, shape, w_) {}
@@ -55,6 +57,7 @@ class BackwardTask {
     const int64_t count = tile_end - tile_begin;
     const Dropout dropout(args_.extras, head);
     const BiasTable<C> bias(args_.extras.pair_bias, head, true, w_.bias);
+    const Distances<C> distances(args_.extras, head);
     int64_t key_begin = part_.key_end, key_end = part_.key_begin;
     for (int64_t t = 0; t < count; ++t) {
       if (tiles[t].key_begin == tiles[t].key_end) continue;
@@ -75,7 +78,8 @@ class BackwardTask {
       for (int64_t t = 0; t < count; ++t) {
         int64_t first = -min64(-key, -tiles[t].key_begin), end = min64(key + keys, tiles[t].key_end);
         if (map_.given()) map_.trim(tiles[t], first, end);
-        if (first < end) differentiate(tiles[t], w_.tile[t], bias, dropout, key, keys, first - key, end - key);
+        if (first < end)
+          differentiate(tiles[t], w_.tile[t], bias, distances, dropout, key, keys, first - key, end - key);
       }
     }
     if (!want_dq) return;
@@ -87,6 +91,10 @@ class BackwardTask {
       for (int64_t i = tiles[t].begin; i < tiles[t].end; ++i)
         delta[i] = w_.tile[t].dot[i - tiles[t].begin] - w_.tile[t].dlse[i - tiles[t].begin];
       if (args_.extras.pair_bias.given()) write_row_sums(head, tiles[t], w_.tile[t]);
+      if (distant_) {
+        C* sums = args_.extras.distance_sums.ptr<C>() + head * n_.num_queries + tiles[t].begin;
+        for (int64_t i = 0; i < tiles[t].end - tiles[t].begin; ++i) sums[i] = w_.tile[t].distance_sum[i];
+      }
     }
   }
 
@@ -137,6 +145,11 @@ class BackwardTask {
       copy_padded<Int>(extras.span_q.ptr<int32_t>() + tile.begin, rows, kQueryTile, 0, state.span);
       copy_padded<Int>(extras.allow_q.ptr<int32_t>() + tile.begin, rows, kQueryTile, 0, state.allow);
     }
+    if (distant_) {
+      copy_padded<Int>(extras.at_q.ptr<int32_t>() + tile.begin, rows, kQueryTile, 0, state.at);
+      clear(state.distance_sum, kQueryTile);
+      clear(state.distance_weight, kQueryTile);
+    }
     if (extras.pair_bias.given()) {
       copy_padded<Int>(extras.class_q.ptr<int32_t>() + tile.begin, rows, kQueryTile, 0, state.class_q);
       for (int64_t i = 0; i < rows; ++i) state.class_q[i] = static_cast<Int>(bias.column_index(state.class_q[i]));
@@ -145,8 +158,8 @@ class BackwardTask {
   }
 
   // The tile's queries against rows [from, to) of the packed key tile, which begins at `key`.
-  void differentiate(const QueryTile& tile, TileState& state, const BiasTable<C>& bias, const Dropout& dropout,
-                     int64_t key, int64_t keys, int64_t from, int64_t to) {
+  void differentiate(const QueryTile& tile, TileState& state, const BiasTable<C>& bias, const Distances<C>& distances,
+                     const Dropout& dropout, int64_t key, int64_t keys, int64_t from, int64_t to) {
     const int64_t rows = tile.end - tile.begin;
     // k_begin of the product for dQ must not split a word.
     constexpr int64_t step = kRowTile * kWordElements<S>;
@@ -160,9 +173,10 @@ class BackwardTask {
     const bool full = rows % kLanes<C> == 0 && tile.full_begin <= first && first + height <= tile.full_end;
     const bool whole = key <= tile.key_begin && tile.key_end <= key + keys;
     if (softcap_.given()) softcap_.apply(w_.s, w_.slope, height, rows, Scratch::ld);
+    if (distant_) distances.apply_transposed(w_.s, product_scale_, state.at, first, height, rows, Scratch::ld);
     if (rewrites_) write_logits(tile, state, bias, first, height, full);
     if (dropout.given()) weigh(tile, dropout, first, height);
-    if (softcap_.given())
+    if (softcap_.given() || distant_)
       probabilities<true, true>(state, bias, first, height, rows, whole);
     else if (full || rewrites_)
       probabilities<true, false>(state, bias, first, height, rows, whole);
@@ -183,7 +197,7 @@ class BackwardTask {
     }
   }
 
-  // Scores become logits: scaled (unless capped) and biased, -inf where a query does not see a key. `inside`: the
+  // Scores become logits: scaled (unless they are) and biased, -inf where a query does not see a key. `inside`: the
   // intervals hide none.
   void write_logits(const QueryTile& tile, const TileState& state, const BiasTable<C>& bias, int64_t key,
                     int64_t height, bool inside) {
@@ -224,7 +238,7 @@ class BackwardTask {
   // From w_.s and w_.dp, `height` keys starting at `key` (rows) and `rows` queries (columns): packs P and dS, stores dS
   // also in w_.dp. `whole`: these are all keys of the queries. With a cap these are times its slope; sums of dS are
   // not.
-  template <bool full, bool capped>
+  template <bool full, bool rich>
   void probabilities(TileState& state, const BiasTable<C>& bias, int64_t key, int64_t height, int64_t rows,
                      bool whole) {
     const bool hides = !full || rewrites_;
@@ -240,7 +254,7 @@ class BackwardTask {
       } else {
         recall_column<full>(state, key, height, c);
       }
-      Vec<C> ds_sum = {};
+      Vec<C> ds_sum = {}, distance_sum = {}, distance_weight = {};
       for (int64_t i = 0; i < height; ++i) {
         C* dp = w_.dp + i * Scratch::ld + c;
         const Vec<C> term = load(w_.s + i * Scratch::ld + c);
@@ -250,9 +264,16 @@ class BackwardTask {
           ds = select(term == Scratch::kHidden, Vec<C>{}, ds);
         }
         Vec<C> product_ds = ds;  // by the scaled product of q and k
-        if constexpr (capped) {
-          product_ds = ds * load(w_.slope + i * Scratch::ld + c);
-          product_ds = select(term == Scratch::kHidden, Vec<C>{}, product_ds);
+        if constexpr (rich) {
+          if (softcap_.given()) {
+            product_ds = ds * load(w_.slope + i * Scratch::ld + c);
+            product_ds = select(term == Scratch::kHidden, Vec<C>{}, product_ds);
+          }
+          if (want_dq && distant_) {
+            const Vec<C> distance = Distances<C>::along_queries(state.at + c, key + i);
+            distance_sum += ds * distance;
+            distance_weight += p * distance;
+          }
         }
         if (want_dkv) {
           store_packed(PackedRow<S>(w_.p, rows, i).at(c), dropped ? p * load(w_.z + i * Scratch::ld + c) : p);
@@ -266,6 +287,12 @@ class BackwardTask {
         ds_sum += ds;
       }
       if (want_dq && !whole) store(state.ds_sum + c, load(state.ds_sum + c) + ds_sum);
+      if constexpr (rich) {
+        if (want_dq && distant_) {
+          store(state.distance_sum + c, load(state.distance_sum + c) + distance_sum);
+          store(state.distance_weight + c, load(state.distance_weight + c) + distance_weight);
+        }
+      }
     }
   }
 
@@ -334,8 +361,10 @@ class BackwardTask {
   const AttentionTask& part_;
   const TileMap map_;
   const SoftCap<C> softcap_;
+  const bool distant_;
   const bool rewrites_;  // scores become logits before the softmax; for a sink only where it is none in units of scores
-  const C scale_, score_scale_, logit_scale_;  // score_scale_: 1 for capped scores
+  const C scale_;
+  const C product_scale_, score_scale_, logit_scale_;  // what is left of the scale: after the cap, the distances, all
   Scratch w_;
   MeanKeys<T, S> mean_keys_;
 };

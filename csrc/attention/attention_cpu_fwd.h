@@ -116,9 +116,12 @@ class ForwardTask {
         extras_(args.extras),
         map_(args.extras.tiles),
         softcap_(args.extras, args.scale),
-        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given() || softcap_.given()),
+        distances_(args.extras, head),
+        distant_(Distances<C>::given(args.extras)),
+        rewrites_(args.extras.tiles.given() || args.extras.pair_bias.given() || softcap_.given() || distant_),
         scale_(static_cast<C>(args.scale)),
-        score_scale_(softcap_.given() ? C{1} : scale_),
+        product_scale_(softcap_.given() ? C{1} : scale_),
+        score_scale_(distant_ ? C{1} : product_scale_),
         sign_(!rewrites_ && args.scale < 0 ? -1 : 1),
         factor_(rewrites_ ? C{1} : scale_ * sign_),
         dropout_(args.extras, head),
@@ -189,6 +192,7 @@ class ForwardTask {
     multiply<T>(rows, width, n_.dim, state.q, w_.k + from / kColTile<T> * panel_size_b<T>(n_.dim), 0, n_.dim, w_.s,
                 Scratch::ld, false);
     if (softcap_.given()) softcap_.apply(w_.s, nullptr, rows, width, Scratch::ld);
+    if (distant_) distances_.apply(w_.s, product_scale_, tile.begin, rows, key + from, width, Scratch::ld);
     if (map_.given() || extras_.pair_bias.given()) write_logits(tile, key, from, width);
     softmax(tile, state, key + from, width);
     if (dropout_.given()) drop(tile, key + from, width);
@@ -200,7 +204,7 @@ class ForwardTask {
     state.touched = true;
   }
 
-  // Turns scores into logits: scaled (unless capped) and biased, -inf where the pattern hides a key. Column 0 is
+  // Turns scores into logits: scaled (unless they are) and biased, -inf where the pattern hides a key. Column 0 is
   // key + from.
   void write_logits(const QueryTile& tile, int64_t key, int64_t from, int64_t width) {
     const bool hides = map_.given() && !map_.full(tile, key + from, key + from + width);
@@ -308,9 +312,12 @@ class ForwardTask {
   const AttentionExtras& extras_;
   const TileMap map_;
   const SoftCap<C> softcap_;
-  const bool rewrites_;          // whether scores become logits before the softmax
-  const C scale_, score_scale_;  // score_scale_: 1 for capped scores
-  const C sign_, factor_;        // sign and magnitude of the scale; 1 and 1 for logits
+  const Distances<C> distances_;
+  const bool distant_;
+  const bool rewrites_;  // whether scores become logits before the softmax
+  const C scale_;
+  const C product_scale_, score_scale_;  // what is left of the scale after the cap, and after the distances
+  const C sign_, factor_;                // sign and magnitude of the scale; 1 and 1 for logits
   const Dropout dropout_;
   const BiasTable<C> bias_;
   const HeadView<T> q_, k_, v_, out_;

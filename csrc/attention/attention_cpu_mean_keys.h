@@ -66,12 +66,12 @@ class MeanKeys {
       C* dq = state.dq + i * n_.dim;
       if (w_.slope != nullptr) {
         if (!(weight > 0)) continue;
-        state.dot[i] += rest;
-        subtract(dq, rest / weight, state.key_sum + i * n_.dim);
+        correct(state, i, rest);
+        subtract(dq, rest * (1 - sink) / weight, state.key_sum + i * n_.dim);
         continue;
       }
       if (pairs > weight * weight * kLeastPairs) {
-        state.dot[i] += rest;
+        correct(state, i, rest);
         const C *key_sum = state.key_sum + i * n_.dim, square = square_of(key_sum);
         const C spread = state.square_sum[i] * weight - square;  // below 0 by rounding alone
         const C noise = spread > 0 ? spread * state.weight_square[i] : C{0};
@@ -82,10 +82,10 @@ class MeanKeys {
         clear(mean, n_.dim);
         for (int64_t j = 0; j < count; ++j) subtract(mean, C{-1} / count, k.row(first + j));
         if (!(square_of(mean) < FloatTraits<C>::infinity)) continue;
-        state.dot[i] += rest;
+        correct(state, i, rest);
         subtract(dq, rest * (1 - sink), mean);
       } else if (weight > 0) {
-        state.dot[i] += rest;
+        correct(state, i, rest);
       }
     }
   }
@@ -93,6 +93,11 @@ class MeanKeys {
  private:
   // Of the weight's square: below, nearly all weight is on one sampled key.
   static constexpr C kLeastPairs = static_cast<C>(0.01);
+
+  void correct(TileState& state, int64_t i, C rest) const {
+    state.dot[i] += rest;
+    if (args_.extras.at_q.given()) state.distance_sum[i] -= rest * state.distance_weight[i];
+  }
 
   // |x|^2 of D elements.
   template <class E>

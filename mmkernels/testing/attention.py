@@ -23,6 +23,7 @@ __all__ = [
     "cancelling_terms",
     "capped",
     "dense_mask",
+    "distances",
     "interleaved",
     "make_inputs",
     "plain",
@@ -34,7 +35,7 @@ __all__ = [
 class AttentionInputs:
     """q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv], their mask, and gradients of out [Tq, H, Dv] and lse [H, Tq].
 
-    pair_bias [H, Cq, Ck], sink [H], dropout_p and softcap as in `attention`; `seed` seeds torch before the call.
+    pair_bias [H, Cq, Ck], sink [H], dropout_p, softcap, alibi_slopes as in `attention`; `seed` seeds torch before it.
     """
 
     q: Tensor
@@ -49,24 +50,27 @@ class AttentionInputs:
     dropout_p: float = 0.0
     seed: int = 0
     softcap: float | None = None
+    alibi_slopes: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> AttentionInputs:
         """The same values in another dtype (float64 for the truth)."""
         lse_dtype = compute_dtype(dtype)
         q, k, v, grad_out = (x.to(dtype) for x in (self.q, self.k, self.v, self.grad_out))
-        pair_bias, sink = (None if x is None else x.to(lse_dtype) for x in (self.pair_bias, self.sink))
-        options = {"pair_bias": pair_bias, "sink": sink, "grad_lse": self.grad_lse.to(lse_dtype)}
+        learned = {name: getattr(self, name) for name in ("pair_bias", "sink", "alibi_slopes")}
+        options = {name: None if x is None else x.to(lse_dtype) for name, x in learned.items()}
+        options |= {"grad_lse": self.grad_lse.to(lse_dtype)}
         return replace(self, q=q, k=k, v=v, grad_out=grad_out, **options)  # type: ignore[arg-type]
 
     def on(self, device: torch.device | str) -> AttentionInputs:
         """The same values and mask on another device."""
-        tensors = ("q", "k", "v", "grad_out", "grad_lse", "mask", "pair_bias", "sink")
+        tensors = ("q", "k", "v", "grad_out", "grad_lse", "mask", "pair_bias", "sink", "alibi_slopes")
         given = {name: x for name in tensors if (x := getattr(self, name)) is not None}
         return replace(self, **{name: x.to(device) for name, x in given.items()})
 
     def leaves(self) -> dict[str, Tensor]:
         """Differentiable inputs by name."""
         given = {"q": self.q, "k": self.k, "v": self.v, "bias": self.pair_bias, "sink": self.sink}
+        given["slopes"] = self.alibi_slopes
         return {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
 
 
@@ -81,9 +85,10 @@ class Gradients:
     dv: Tensor
     dbias: Tensor | None = None
     dsink: Tensor | None = None
+    dslopes: Tensor | None = None
 
     def items(self) -> list[tuple[str, Tensor]]:
-        names = ("out", "lse", "dq", "dk", "dv", "dbias", "dsink")
+        names = ("out", "lse", "dq", "dk", "dv", "dbias", "dsink", "dslopes")
         return [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
 
 
@@ -204,6 +209,7 @@ def make_inputs(
     sink: bool = False,
     dropout_p: float = 0.0,
     softcap: float | None = None,
+    alibi: bool = False,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> AttentionInputs:
@@ -219,7 +225,8 @@ def make_inputs(
     grad_out, grad_lse = normal(tokens_q, heads, dim_v), normal(heads, tokens_q, of=lse_dtype)
     bias = None if classes is None else normal(heads, *classes, of=lse_dtype)
     sinks = normal(heads, of=lse_dtype) if sink else None
-    of_call = mask, scale, bias, sinks, dropout_p, seed, softcap
+    slopes = torch.rand(heads, generator=generator).to(device, lse_dtype) / 8 if alibi else None
+    of_call = mask, scale, bias, sinks, dropout_p, seed, softcap, slopes
     return AttentionInputs(q * amplitude, k, v, grad_out, grad_lse, *of_call)
 
 
@@ -235,7 +242,7 @@ def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str,
     dbias and dsink are sums over all tokens. With a bias dq is included: plain PyTorch then materialises the softmax
     and cancels exactly; a kernel that saves lse and the rounded out cancels up to a rounding of the two terms of ds.
     """
-    if x.pair_bias is None and x.sink is None:
+    if x.pair_bias is None and x.sink is None and x.alibi_slopes is None:
         return {}
     truth = x.to(torch.float64)
     exact = plain(truth, with_lse=with_lse)
@@ -246,28 +253,40 @@ def cancelling_terms(x: AttentionInputs, *, with_lse: bool = False) -> dict[str,
     if truth.sink is not None:
         share = torch.where(torch.isfinite(exact.lse), (truth.sink[:, None] - exact.lse).exp(), 0.0)
         found["dsink"] = (share * delta).abs().sum(1)
+    if truth.pair_bias is None and truth.alibi_slopes is None:
+        return found
+    group = x.q.shape[1] // x.k.shape[1]
+    scale = x.q.shape[-1] ** -0.5 if x.scale is None else x.scale
+    key, value = (t.repeat_interleave(group, 1) for t in (truth.k, truth.v))
+    products = torch.einsum("qhd,khd->hqk", truth.q, key) * scale
+    slope = 1.0 if x.softcap is None else 1 - (products / x.softcap).tanh().square()
+    terms = _logit_terms(
+        replace(truth, sink=None), {n: t for n, t in truth.leaves().items() if n != "sink"}, dense_mask(x)
+    )
+    assert terms is not None
+    p = (capped(products, x.softcap) + terms.detach() - exact.lse[..., None]).exp().nan_to_num(0.0)
+    dp = torch.einsum("qhd,khd->hqk", truth.grad_out, value)
+    if x.dropout_p > 0:
+        dp = dp * _kept(x) / (1 - x.dropout_p)
+    ds = (p * (dp - delta[..., None])).abs()
+    pair_terms = p * (dp.abs() + delta[..., None].abs())
+    found["dq"] = torch.einsum("hqk,khd->qhd", pair_terms * slope, key.abs()) * abs(scale)
     if truth.pair_bias is not None:
         assert x.mask is not None and x.mask.classes is not None
-        class_q, class_k = (ids.long() for ids in x.mask.classes)
-        group = x.q.shape[1] // x.k.shape[1]
-        scale = x.q.shape[-1] ** -0.5 if x.scale is None else x.scale
-        key, value = (t.repeat_interleave(group, 1) for t in (truth.k, truth.v))
-        scores = torch.einsum("qhd,khd->hqk", truth.q, key) * scale
-        slope = 1.0 if x.softcap is None else 1 - (scores / x.softcap).tanh().square()
-        scores = capped(scores, x.softcap) + truth.pair_bias[:, class_q[:, None], class_k]
-        p = (scores - exact.lse[..., None]).exp().where(dense_mask(x), 0.0).nan_to_num(0.0)
-        dp = torch.einsum("qhd,khd->hqk", truth.grad_out, value)
-        if x.dropout_p > 0:
-            dp = dp * _kept(x) / (1 - x.dropout_p)
-        ds = (p * (dp - delta[..., None])).abs()
-        one_hot = [
-            F.one_hot(ids, size).double()
-            for ids, size in zip((class_q, class_k), truth.pair_bias.shape[1:], strict=True)
-        ]
-        terms = p * (dp.abs() + delta[..., None].abs())
-        found["dq"] = torch.einsum("hqk,khd->qhd", terms * slope, key.abs()) * abs(scale)
+        sizes = zip(x.mask.classes, truth.pair_bias.shape[1:], strict=True)
+        one_hot = [F.one_hot(ids.long(), size).double() for ids, size in sizes]
         found["dbias"] = torch.einsum("hqk,qa,kb->hab", ds, *one_hot)
+    if truth.alibi_slopes is not None:
+        found["dslopes"] = (ds * distances(x)).sum((1, 2))
     return found
+
+
+def distances(x: AttentionInputs) -> Tensor:
+    """Tokens between each query's position and each key: int64 [Tq, Tk]."""
+    tokens_q, tokens_k = len(x.q), len(x.k)
+    key = torch.arange(tokens_k, device=x.q.device)
+    at_q = torch.arange(tokens_k - tokens_q, tokens_k) if x.mask is None else x.mask.positions(tokens_q, tokens_k)
+    return (at_q.to(key)[:, None] - key).abs()
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
@@ -302,7 +321,7 @@ def run(x: AttentionInputs, backend: str | None = None, *, with_lse: bool = Fals
     def call(leaf: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         torch.manual_seed(x.seed)
         options: dict[str, Any] = {"pair_bias": leaf.get("bias"), "sink": leaf.get("sink"), "dropout_p": x.dropout_p}
-        options |= {"scale": x.scale, "softcap": x.softcap}
+        options |= {"scale": x.scale, "softcap": x.softcap, "alibi_slopes": leaf.get("slopes")}
         out = attention(leaf["q"], leaf["k"], leaf["v"], x.mask, return_lse=True, backend=backend, **options)
         assert isinstance(out, tuple)
         return out
@@ -347,7 +366,7 @@ def plain(x: AttentionInputs, *, with_lse: bool = False) -> Gradients:
 
 def _logit_terms(x: AttentionInputs, leaf: dict[str, Tensor], mask: Tensor) -> Tensor | None:
     """The additive mask with bias and sink: [H, Tq, Tk (+ 1 with a sink)]; None if the bool mask suffices."""
-    if "bias" not in leaf and "sink" not in leaf and x.dropout_p == 0 and x.softcap is None:
+    if not leaf.keys() & {"bias", "sink", "slopes"} and x.dropout_p == 0 and x.softcap is None:
         return None
     dtype = compute_dtype(x.q.dtype)
     terms = x.q.new_zeros((x.q.shape[1], *mask.shape), dtype=dtype)
@@ -355,6 +374,8 @@ def _logit_terms(x: AttentionInputs, leaf: dict[str, Tensor], mask: Tensor) -> T
         assert x.mask is not None and x.mask.classes is not None
         class_q, class_k = (ids.long() for ids in x.mask.classes)
         terms = terms + leaf["bias"][:, class_q[:, None], class_k]
+    if "slopes" in leaf:
+        terms = terms - leaf["slopes"][:, None, None] * distances(x).to(dtype)
     terms = terms.masked_fill(~mask, -torch.inf)
     if "sink" in leaf:
         terms = torch.cat([terms, leaf["sink"][:, None, None].expand(-1, len(mask), 1)], -1)

@@ -52,6 +52,9 @@ def attend(device):
     out = sum(attention(q, k, v, mask) for mask in masks)
     logits = dict(pair_bias=torch.zeros(2, 2, 2, device=device), sink=torch.zeros(2, device=device))
     out = out + attention(q, k, v, masks[2], dropout_p=0.1, softcap=2.0, **logits)
+    slopes = torch.ones(2, device=device)
+    known = [None, *masks[1:3], masks[4], AttentionMask.batched(2, 4, device=device), masks[6].with_positions(zeros)]
+    out = out + sum(attention(q, k, v, mask, alibi_slopes=slopes) for mask in known)
     out = out + additive_attention(q, k, v, torch.ones(2, 4, device=device), masks[1])
     out = gated_residual(norm_rope(out, torch.arange(8, device=device), base=100.0), out, torch.ones(1, device=device))
     return torch.autograd.grad(out.sum(), (q, k, v))

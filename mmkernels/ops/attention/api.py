@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels.ops.attention.additive import additive_attention
+from mmkernels.ops.attention.arguments import (
+    autocast,
+    cap,
+    check_logits,
+    check_tensors,
+    dtype_name,
+    numbers,
+    per_head,
+    positions_of,
+    rows_of,
+)
 from mmkernels.ops.attention.mask import AttentionMask
 from mmkernels.ops.attention.op import attention_fwd
-from mmkernels.ops.attention.rows import dense_rows
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.checks import (
     deprecated,
     deprecated_deterministic,
-    describe,
-    expect_tensor,
     not_yet,
-    real,
     wrong_type,
     wrong_value,
 )
-from mmkernels.ops.dtypes import compute_dtype
-from mmkernels.ops.modality import MAX_MODALITIES
 from mmkernels.runtime import backends
 
 __all__ = ["attention"]
@@ -33,8 +37,6 @@ __all__ = ["attention"]
 _MAX_GPU_HEAD_DIM = 256
 _MAX_TRITON_HEAD_DIM_FLOAT32 = 128
 _MAX_SM90_HEAD_DIM = 128
-# Of float32, with room for products.
-_SOFTCAPS = 1e-30, 1e30
 
 
 def attention(
@@ -45,6 +47,7 @@ def attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -57,13 +60,14 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of packed queries over the keys that a mask lets them see.
 
-        s_ij = cap(scale <q_i, k_j>) + pair_bias[class_i, class_j]      cap(x) = softcap tanh(x / softcap), or x
+        s_ij = cap(scale <q_i, k_j>) + pair_bias[class_i, class_j] - alibi_slopes |i - j|
         lse_i = log(exp(sink) + sum_j exp(s_ij))      out_i = sum_j exp(s_ij - lse_i) v_j
 
-    over the visible keys j of query i (no sink: without its term). A query that sees no key gives out 0, lse -inf and
-    zero gradients, with or without a sink. Query head h reads key/value head h // (H / Hkv). bf16 and fp16 accumulate
-    in float32. The kernels read any strides as long as the last dimension is contiguous; otherwise a contiguous copy is
-    made. Under torch.autocast, q, k and v are cast as for `F.scaled_dot_product_attention`.
+    over the visible keys j of query i (no sink: without its term), with cap(x) = softcap tanh(x / softcap). A query
+    that sees no key gives out 0, lse -inf and zero gradients, with or without a sink. Query head h reads key/value head
+    h // (H / Hkv). bf16 and fp16 accumulate in float32. The kernels read any strides as long as the last dimension is
+    contiguous; otherwise a contiguous copy is made. Under torch.autocast, q, k and v are cast as for
+    `F.scaled_dot_product_attention`.
 
     Args:
         q: [Tq, H, D] or [B, Tq, H, D]; float32, bfloat16, float16 or float64.
@@ -74,6 +78,10 @@ def attention(
         scale: factor of the logits; None: 1 / sqrt(D).
         softcap: bounds the scaled products smoothly to (-softcap, softcap), before all other terms (Gemma 2, Grok); a
             number from 1e-30 to 1e30. None: no bound.
+        alibi_slopes: [H] floating point, per query head; the logits lose it times the distance, in tokens, of query and
+            key in their sample, aligned at their ends where a sample has more keys than queries or fewer (ALiBi, as in
+            flash-attention); differentiable. The mask has the positions: `packed`, `batched`, `from_padding` (columns),
+            `prefix`, `multimodal`, or what `with_positions` was given.
         pair_bias: [H, Cq, Ck] floating point, added to the logits by query head, class of the query and class of the
             key; differentiable. The mask has the classes: modalities of `multimodal` and `cross_only`, or what
             `from_rows` or `with_classes` were given.
@@ -98,26 +106,30 @@ def attention(
         BackendError: `backend` does not support this call.
 
     Source: Vaswani et al. 2017 (attention); Dao 2023 (FlashAttention-2: tiling, recomputation); Xiao et al. 2023
-        (sinks); Gemma Team 2024 (Gemma 2: soft caps); Salmon et al. 2011 (Philox).
+        (sinks); Gemma Team 2024 (Gemma 2: soft caps); Press et al. 2022 (ALiBi); Salmon et al. 2011 (Philox).
     """
     deprecated_deterministic(deterministic)
     if _is_additive(score, score_weight, score_bias):
-        _expect_defaults(scale=scale, softcap=softcap, pair_bias=pair_bias, sink=sink, dropout_p=dropout_p or None)
+        logits = dict(scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, pair_bias=pair_bias, sink=sink)
+        _expect_defaults(**logits, dropout_p=dropout_p or None)
         assert score_weight is not None
         return additive_attention(q, k, v, score_weight, mask, bias=score_bias, return_lse=return_lse, backend=backend)
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, v, mask)
-    factor, dropout_p = _numbers(q, scale, dropout_p)
+    q, k, v = autocast(q, k, v)
+    check_tensors(q, k, v, mask)
+    factor, dropout_p = numbers(q, scale, dropout_p)
     if not isinstance(return_lse, bool):
         wrong_type("return_lse", "a bool", return_lse)
-    pair_bias, sink = _check_logits(q, pair_bias, sink, mask)
+    pair_bias, sink = check_logits(q, pair_bias, sink, mask)
+    slopes = per_head("alibi_slopes", alibi_slopes, q)
     shape, tokens_q, tokens_k = q.shape, q.shape[-3], k.shape[-3]
     samples = shape[0] if q.ndim == 4 else 1
     if q.ndim == 4:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    rows = _rows(mask, samples, tokens_q, tokens_k, q.device, pair_bias)
+    rows = rows_of(mask, samples, tokens_q, tokens_k, q.device, pair_bias)
+    if slopes is not None:
+        rows = rows.changed(at_q=positions_of(mask, samples, tokens_q, tokens_k, q.device))
     seed = _seed(q.device) if dropout_p > 0 else None
-    options = Options(pair_bias, sink, seed, dropout_p, factor, _cap(softcap))
+    options = Options(pair_bias, sink, seed, dropout_p, factor, cap(softcap), slopes)
     chosen = backends.resolve("attention", q, backend, _limits(q, v, rows, options))
     out, lse = attention_fwd(q, k, v, rows, options, chosen)
     if len(shape) == 4:
@@ -147,22 +159,6 @@ def _expect_defaults(**options: Any) -> None:
             not_yet(f"{name} with score='additive'", value)
 
 
-def _rows(
-    mask: AttentionMask | None,
-    samples: int,
-    tokens_q: int,
-    tokens_k: int,
-    device: torch.device,
-    pair_bias: Tensor | None,
-) -> MaskRows:
-    if mask is None:
-        return dense_rows(samples, tokens_q, tokens_k, device)
-    sizes = samples * tokens_q, samples * tokens_k
-    if pair_bias is None:
-        return mask.rows(*sizes)
-    return mask.rows_with_classes(*sizes, (pair_bias.shape[1], pair_bias.shape[2]))
-
-
 def _seed(device: torch.device) -> Tensor:
     """A seed from the device's torch generator, without a sync: int64 [1]."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
@@ -174,12 +170,13 @@ def _limits(q: Tensor, v: Tensor, rows: MaskRows, options: Options) -> dict[str,
     triton = _MAX_TRITON_HEAD_DIM_FLOAT32 if q.dtype == torch.float32 else _MAX_GPU_HEAD_DIM
     limits: dict[str, str | None] = {}
     if head_dim > triton:
-        limits["triton"] = f"head dims up to {triton} in {_dtype(q)}, not {head_dim}"
+        limits["triton"] = f"head dims up to {triton} in {dtype_name(q)}, not {head_dim}"
     if q.device.type != "cpu":
         if head_dim > _MAX_GPU_HEAD_DIM:
             limits["native"] = f"head dims up to {_MAX_GPU_HEAD_DIM} on a GPU, not {head_dim}"
         beyond = {
             "softcap": options.softcap,
+            "alibi_slopes": options.slopes,
             "pair_bias": options.pair_bias,
             "sink": options.sink,
             "dropout_p": options.seed,
@@ -199,83 +196,3 @@ def _pattern_wants(q: Tensor, v: Tensor) -> str | None:
     if max(dims) > _MAX_SM90_HEAD_DIM or any(dim % 8 for dim in dims):
         return f"head dims that are multiples of 8 up to {_MAX_SM90_HEAD_DIM}, not {dims[0]} and {dims[1]}"
     return backends.sm90_wants(q.device, q.dtype)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as torch.autocast does for F.scaled_dot_product_attention."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    castable = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> None:
-    expect_tensor("q", q, "[Tq, H, D] or [B, Tq, H, D] floating point", ndim=(3, 4))
-    lead = "B, " if q.ndim == 4 else ""
-    expect_tensor("k", k, f"[{lead}Tk, Hkv, D] {_dtype(q)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)
-    expect_tensor("v", v, f"[{lead}Tk, Hkv, Dv] {_dtype(q)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)
-    H, D = q.shape[-2:]
-    if H < 1 or D < 1:
-        wrong_value("q", "at least one head and a head dim of at least 1", q)
-    if k.shape[-1] != D:
-        wrong_value("k", f"head dim D={D} like q", k)
-    if k.shape[-2] < 1 or H % k.shape[-2] != 0:
-        wrong_value("k", f"a number of heads Hkv that divides q's {H}", k)
-    if q.ndim == 4 and k.shape[0] != q.shape[0]:
-        wrong_value("k", f"batch B={q.shape[0]} like q", k)
-    if v.shape[:-1] != k.shape[:-1]:
-        wrong_value("v", f"{[*k.shape[:-1], 'Dv']} like k", v)
-    if v.shape[-1] < 1:
-        wrong_value("v", "a head dim of at least 1", v)
-    if mask is None:
-        return
-    if not isinstance(mask, AttentionMask):
-        wrong_type("mask", "an AttentionMask or None", mask)
-    if mask.device != q.device:
-        raise ValueError(f"mask: expected metadata on {q.device} like q, got {mask.device}")
-
-
-def _numbers(q: Tensor, scale: Any, dropout_p: Any) -> tuple[float, float]:
-    """The logits' factor and the dropout probability."""
-    factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else real("scale", scale, "a float or None")
-    if not math.isfinite(factor):
-        wrong_value("scale", "a finite number", scale)
-    probability = real("dropout_p", dropout_p, "a float")
-    if not 0 <= probability < 1:
-        wrong_value("dropout_p", "a probability in [0, 1)", dropout_p)
-    return factor, probability
-
-
-def _cap(softcap: Any) -> float | None:
-    if softcap is None:
-        return None
-    number = real("softcap", softcap, "a float or None")
-    if not _SOFTCAPS[0] <= number <= _SOFTCAPS[1]:
-        wrong_value("softcap", f"a number from {_SOFTCAPS[0]} to {_SOFTCAPS[1]}", softcap)
-    return number
-
-
-def _check_logits(
-    q: Tensor, pair_bias: Any, sink: Any, mask: AttentionMask | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """pair_bias and sink in the dtype of lse."""
-    H, dtype = q.shape[-2], compute_dtype(q.dtype)
-    if pair_bias is not None:
-        expect_tensor("pair_bias", pair_bias, "[H, Cq, Ck] floating point", ndim=3, like=q)
-        if pair_bias.shape[0] != H or min(pair_bias.shape) < 1 or max(pair_bias.shape[1:]) > MAX_MODALITIES:
-            wrong_value("pair_bias", f"[{H}, Cq, Ck] with 1 to {MAX_MODALITIES} classes on each side", pair_bias)
-        if mask is None:
-            raise ValueError(f"mask: expected a mask with classes for pair_bias, got {describe(mask)}")
-        pair_bias = pair_bias.to(dtype).contiguous()
-    if sink is not None:
-        expect_tensor("sink", sink, "[H] floating point", ndim=1, like=q)
-        if sink.shape[0] != H:
-            wrong_value("sink", f"[{H}], one per head", sink)
-        sink = sink.to(dtype).contiguous()
-    return pair_bias, sink
-
-
-def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")

@@ -1,6 +1,7 @@
 """Mask builders: O(tokens) metadata, its checks, and its rows once the token counts are known.
 
-Every builder has `to` (another device), `ends` (tokens of q and k that the metadata covers; syncs), `validate` (checks
+Every builder has `to` (another device), `positions` (int32 [Tq], the key at the position of each query; no sync; or
+None), `ends` (tokens of q and k that the metadata covers; syncs), `validate` (checks
 values; syncs), `lay_out` (the rows; no sync), `classes` (of queries and keys, or None).
 """
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from mmkernels.ops.attention.metadata import Window
 from mmkernels.ops.attention.rows import (
     cross_rows,
+    dense_positions,
     media_rows,
     multimodal_rows,
+    packed_positions,
     packed_rows,
     padding_rows,
     prefix_rows,
@@ -51,6 +54,9 @@ class Builder:
     def classes(self) -> Classes | None:
         return None
 
+    def positions(self, tokens_q: int, tokens_k: int) -> Tensor | None:
+        return None
+
     def ends(self) -> tuple[int, int]:
         raise NotImplementedError
 
@@ -78,6 +84,9 @@ class Packed(Builder):
     def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
         reach = reach_of(self.causal, self.window, tokens_q + tokens_k)
         return packed_rows(self.cu_q, self.cu_k, *reach, tokens_q, tokens_k)
+
+    def positions(self, tokens_q: int, tokens_k: int) -> Tensor:
+        return packed_positions(self.cu_q, self.cu_k, tokens_q)
 
 
 @dataclass
@@ -109,6 +118,10 @@ class Padding(Builder):
             return rows
         return _with_pattern(rows, None, None, self.real_q.flatten().int(), (~self.real_k).flatten())
 
+    def positions(self, tokens_q: int, tokens_k: int) -> Tensor:
+        (samples, each_q), each_k = self.real_q.shape, self.real_k.shape[1]
+        return dense_positions(samples, each_q, each_k, self.real_q.device)
+
 
 def is_contiguous(real: Tensor) -> Tensor:
     """Whether the real tokens of a sample are adjacent: bool [B] from [B, T]."""
@@ -132,6 +145,9 @@ class Prefix(Builder):
     def lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
         _expect_self_attention("prefix", tokens_q, tokens_k)
         return prefix_rows(self.cu, self.lengths, tokens_q)
+
+    def positions(self, tokens_q: int, tokens_k: int) -> Tensor:
+        return torch.arange(tokens_q, dtype=torch.int32, device=self.cu.device)
 
 
 @dataclass
@@ -180,6 +196,9 @@ class Multimodal(Builder):
         _expect_self_attention("multimodal", tokens_q, tokens_k)
         _expect_tokens("span_ids", self.span_ids, tokens_q)
         return multimodal_rows(self.cu, self._in_span(), self.span_ids, self.window, tokens_q)
+
+    def positions(self, tokens_q: int, tokens_k: int) -> Tensor:
+        return torch.arange(tokens_q, dtype=torch.int32, device=self.cu.device)
 
 
 @dataclass

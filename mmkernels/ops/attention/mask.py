@@ -292,7 +292,19 @@ class AttentionMask(MaskLayout):
         like = self._builder.tensors()[0]
         class_q = metadata.classes("class_q", class_q, "Tq", like=like)
         class_k = class_q if class_k is None else metadata.classes("class_k", class_k, "Tk", like=like)
-        mask = AttentionMask(self._builder, (class_q, class_k))
+        mask = AttentionMask(self._builder, (class_q, class_k), self._positions)
+        mask._rows = self._rows
+        return mask
+
+    def with_positions(self, at_q: Tensor) -> AttentionMask:
+        """The same mask with positions for `alibi_slopes`, which replace those of its samples' tokens.
+
+        Args:
+            at_q: int32 [Tq], for each query the index of the key at the same position, in tokens of k; it may lie
+                outside the query's sample, or be negative. The distance to key j is |at_q - j|.
+        """
+        at_q = metadata.vector("at_q", at_q, "Tq", torch.int32, like=self._builder.tensors()[0]).contiguous()
+        mask = AttentionMask(self._builder, self._classes, at_q)
         mask._rows = self._rows
         return mask
 
@@ -301,7 +313,8 @@ class AttentionMask(MaskLayout):
         classes = self._classes
         if classes is not None:
             classes = classes[0].to(device, non_blocking=non_blocking), classes[1].to(device, non_blocking=non_blocking)
-        return AttentionMask(self._builder.to(device, non_blocking), classes)
+        positions = None if self._positions is None else self._positions.to(device, non_blocking=non_blocking)
+        return AttentionMask(self._builder.to(device, non_blocking), classes, positions)
 
     def to_dense(self, tokens_q: int | None = None, tokens_k: int | None = None) -> Tensor:
         """bool [Tq, Tk], for tests and plots.

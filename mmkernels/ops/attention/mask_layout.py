@@ -24,20 +24,27 @@ __all__ = ["MaskLayout"]
 class MaskLayout:
     """Base class of AttentionMask, which has the builders."""
 
-    def __init__(self, builder: builders.Builder, classes: builders.Classes | None = None) -> None:
+    def __init__(
+        self,
+        builder: builders.Builder,
+        classes: builders.Classes | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
         """Internal; use the builders."""
         self._builder = builder
         self._classes = classes if classes is not None else builder.classes()
+        self._positions = positions
         self._rows: MaskRows | None = None
+        self._at_q: Tensor | None = None
         self._int_classes: builders.Classes | None = None
         self._validate_if_readable(None, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"builder": self._builder, "classes": self._classes}
+        return {"builder": self._builder, "classes": self._classes, "positions": self._positions}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Lay out and check again at the first use: a file may hold anything, and kernels trust the rows."""
-        MaskLayout.__init__(self, state["builder"], state["classes"])
+        MaskLayout.__init__(self, state["builder"], state["classes"], state.get("positions"))
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +102,26 @@ class MaskLayout:
                 )
         return rows.changed(class_q=int_classes[0], class_k=int_classes[1])
 
+    def positions(self, tokens_q: int, tokens_k: int) -> Tensor:
+        """The key at the position of each query, for `alibi_slopes`: int32 [Tq]; made once and cached.
+
+        Raises:
+            ValueError: the mask does not know positions, or those given differ in number from the queries.
+        """
+        at_q = self._at_q
+        if at_q is None:
+            at_q = self._positions_for_keeps(tokens_q, tokens_k)
+            if at_q is None:
+                raise ValueError(
+                    "mask: expected positions for alibi_slopes (packed, batched, from_padding, prefix, multimodal, or"
+                    f" with_positions), got {type(self._builder).__name__}"
+                )
+            if _outlives_the_call(at_q):
+                self._at_q = at_q
+        if at_q.shape[0] != tokens_q:
+            wrong_value("mask: at_q", f"[{tokens_q}], one per query", at_q)
+        return at_q
+
     def validate(self, tokens_q: int | None = None, tokens_k: int | None = None) -> None:
         """Check the metadata's values. Syncs on CUDA.
 
@@ -132,6 +159,13 @@ class MaskLayout:
             rows = self._lay_out(tokens_q, tokens_k)
             kept = [x.clone() if x is not None and x.is_inference() else x for x in rows]
             return MaskRows(*kept)  # type: ignore[arg-type]
+
+    def _positions_for_keeps(self, tokens_q: int, tokens_k: int) -> Tensor | None:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return self._builder.positions(tokens_q, tokens_k) if self._positions is None else self._positions
+        with torch.inference_mode(False):
+            made = self._builder.positions(tokens_q, tokens_k) if self._positions is None else self._positions
+            return made.clone() if made is not None and made.is_inference() else made
 
     def _lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
         rows = self._builder.lay_out(tokens_q, tokens_k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import bias_gradient, sink_gradient
+from mmkernels.ops.attention.reference import bias_gradient, sink_gradient, slope_gradient
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import native
@@ -39,11 +39,12 @@ def _pattern(rows: MaskRows) -> tuple[_View, _View, _View, _View, _View]:
 
 
 def _extras(
-    rows: MaskRows, options: Options, row_sums: Tensor | None
-) -> tuple[_View, _View, _View, _View, _View, _View]:
+    rows: MaskRows, options: Options, row_sums: Tensor | None, distance_sums: Tensor | None
+) -> tuple[_View, _View, _View, _View, _View, _View, _View, _View, _View]:
     """What the CPU kernels take beyond the pattern; api.py never routes it to the CUDA kernels."""
     bias = view(rows.class_q), view(rows.class_k), view(options.pair_bias), view(row_sums)
-    return *bias, view(options.sink), view(options.seed)
+    distances = view(rows.at_q), view(options.slopes), view(distance_sums)
+    return *bias, view(options.sink), view(options.seed), *distances
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Opti
     if q.is_cuda:
         native.core.launch_attention_fwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), stream(q))
     else:
-        extras = *_pattern(rows), *_extras(rows, options, None)
+        extras = *_pattern(rows), *_extras(rows, options, None, None)
         native.core.launch_attention_fwd_cpu(
             *inputs, options.scale, *outputs, *extras, options.dropout_p, options.softcap or 0.0, threads()
         )
@@ -73,12 +74,12 @@ def attention_bwd(
     rows: MaskRows,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dbias and dsink, contiguous; the last two empty without a bias or sink."""
+    """dq, dk, dv, dbias, dsink and dslopes, contiguous; the last three empty without a bias, sink or slopes."""
     grad_out, q, k, v, out = _inputs(rows, grad_out, q, k, v, out)
     grad_lse = grad_lse.contiguous() if grad_lse is not None else None
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    delta, dbias, dsink = torch.empty_like(lse), lse.new_empty(0), lse.new_empty(0)
-    row_sums = None
+    delta, dbias, dsink, dslopes = torch.empty_like(lse), *(lse.new_empty(0) for _ in range(3))
+    row_sums, distance_sums = None, None if options.slopes is None else torch.empty_like(lse)
     if options.pair_bias is not None:
         row_sums = lse.new_empty((q.shape[1], options.pair_bias.shape[2], q.shape[0]))  # [H, Ck, Tq]
     features = view(q), view(k), view(v), view(out), view(lse)
@@ -87,7 +88,7 @@ def attention_bwd(
     if q.is_cuda:
         native.core.launch_attention_bwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), stream(q))
     else:
-        extras = *_pattern(rows), *_extras(rows, options, row_sums)
+        extras = *_pattern(rows), *_extras(rows, options, row_sums, distance_sums)
         native.core.launch_attention_bwd_cpu(
             *inputs, options.scale, *outputs, *extras, options.dropout_p, options.softcap or 0.0, threads()
         )
@@ -95,4 +96,6 @@ def attention_bwd(
         dbias = bias_gradient(row_sums, rows, options)
     if options.sink is not None:
         dsink = sink_gradient(delta, lse, options.sink)
-    return dq, dk, dv, dbias, dsink
+    if distance_sums is not None:
+        dslopes = slope_gradient(distance_sums)
+    return dq, dk, dv, dbias, dsink, dslopes

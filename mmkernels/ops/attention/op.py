@@ -20,6 +20,8 @@ from mmkernels.runtime.register import Context, Op, Second, on_triton
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
+_WRT = ("q", "k", "v", "pair_bias", "sink", "slopes")
+
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
@@ -36,16 +38,18 @@ def _bwd_fake(
     lse: Tensor,
     rows: MaskRows,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dbias, dsink = (lse.new_empty(0 if x is None else x.shape) for x in (options.pair_bias, options.sink))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsink
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    learned = options.pair_bias, options.sink, options.slopes
+    dbias, dsink, dslopes = (lse.new_empty(0 if x is None else x.shape) for x in learned)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsink, dslopes
 
 
 def _second_fake(*args: Any) -> tuple[Tensor, ...]:
-    grad_out, _, q, k, v, _, lse, rows, options = args[5:]
-    inputs = q, k, v, *(torch.empty(0) if x is None else x for x in (options.pair_bias, options.sink))
+    grad_out, _, q, k, v, _, lse, rows, options = args[len(_WRT) :]
+    learned = options.pair_bias, options.sink, options.slopes
+    inputs = q, k, v, *(torch.empty(0) if x is None else x for x in learned)
     shapes = [0 if grad_out is None else x.shape for x in inputs]
-    dtypes = q.dtype, k.dtype, v.dtype, lse.dtype, lse.dtype
+    dtypes = q.dtype, k.dtype, v.dtype, lse.dtype, lse.dtype, lse.dtype
     grads = (q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
     return *_fwd_fake(q, k, v, rows, options), *grads
 
@@ -62,8 +66,8 @@ attention_bwd = Op(
         attention_second,
         _second_fake,
         grads=("grad_out", "grad_lse"),
-        wrt=("q", "k", "v", "pair_bias", "sink"),
-        flops=lambda *args: second_flops(args[5], args[7], args[9], args[12].visible()),
+        wrt=_WRT,
+        flops=lambda *args: second_flops(args[6], args[8], args[10], args[13].visible()),
     ),
     flops=lambda do, dlse, q, k, v, out, lse, rows, options: bwd_flops(q, v, rows.visible()),
 )
@@ -78,11 +82,11 @@ def _backward(ctx: Context, grad_out: Tensor | None, grad_lse: Tensor | None) ->
     out = ctx.saved[3]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grads = attention_bwd(grad_out, grad_lse, *ctx.saved, ctx.backend)
-    return dict(zip(("q", "k", "v", "pair_bias", "sink"), grads, strict=True))
+    return dict(zip(_WRT, grads, strict=True))
 
 
 def _jvp(ctx: Context, q: Any, k: Any, v: Any, rows: MaskRows, options: Options) -> tuple[Tensor, ...]:
-    tangents = q, k, v, options.pair_bias, options.sink
+    tangents = q, k, v, options.pair_bias, options.sink, options.slopes
     moved: tuple[Tensor, ...] = attention_bwd.second(*tangents, None, None, *ctx.saved, ctx.backend)
     return moved[:2]
 

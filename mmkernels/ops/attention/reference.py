@@ -1,6 +1,6 @@
 """Reference semantics: PyTorch over the dense score matrix, float64-capable.
 
-    s_ij  = cap(scale <q_i, k_j>) + bias[class_q_i, class_k_j]  where i sees j, else -inf
+    s_ij  = cap(scale <q_i, k_j>) + bias[class_q_i, class_k_j] - slope |at_i - j|  where i sees j, else -inf
     lse_i = log(exp(sink) + sum_j exp(s_ij))       p_ij = exp(s_ij - lse_i)       out_i = sum_j z_ij p_ij v_j
 
 with cap(x) = softcap tanh(x / softcap) and its derivative cap' = 1 - tanh^2; without softcap x itself, and 1;
@@ -10,7 +10,7 @@ dlse = dL/dlse, dp_ij = z_ij <do_i, v_j> and delta_i = sum_j p_ij dp_ij - dlse_i
     ds_ij = p_ij (dp_ij - delta_i)      dbias[a, b] = sum of ds_ij over i of class a, j of class b
     dx_ij = cap'_ij ds_ij               dv_j = sum_i z_ij p_ij do_i
     dq_i  = scale sum_j dx_ij k_j       dk_j = scale sum_i dx_ij q_i
-    dsink = -sum_i exp(sink - lse_i) delta_i
+    dsink = -sum_i exp(sink - lse_i) delta_i       dslope = -sum_ij ds_ij |at_i - j|
 
 A row that sees no key has out 0 and lse -inf, with or without a sink, and adds nothing to any gradient. Scores, softmax
 and weighted sums are float64, because the rounding error of a score becomes a relative error of p. Everything else is
@@ -30,11 +30,13 @@ __all__ = [
     "attention_fwd",
     "bias_gradient",
     "cap_derivatives",
+    "distances",
     "dropout",
     "keep",
     "probabilities",
     "scaled_products",
     "sink_gradient",
+    "slope_gradient",
     "weighted_sums",
 ]
 
@@ -75,6 +77,12 @@ def scaled_products(q: Tensor, k: Tensor, options: Options) -> Tensor:
     return torch.einsum("qhd,khd->hqk", q.double(), k.double()) * options.scale
 
 
+def distances(rows: MaskRows, tokens_k: int) -> Tensor:
+    """|at_i - j|: float64 [Tq, Tk]."""
+    assert rows.at_q is not None
+    return (rows.at_q.double()[:, None] - torch.arange(tokens_k, device=rows.at_q.device)).abs()
+
+
 def cap_derivatives(q: Tensor, k: Tensor, seen: Tensor, options: Options) -> tuple[Tensor, Tensor] | None:
     """First and second derivative of the soft cap at visible pairs, 0 elsewhere: [H, Tq, Tk]; None without a cap."""
     if options.softcap is None:
@@ -93,6 +101,8 @@ def probabilities(q: Tensor, k: Tensor, seen: Tensor, rows: MaskRows, options: O
     if options.pair_bias is not None:
         assert rows.class_q is not None and rows.class_k is not None
         scores = scores + options.pair_bias[:, rows.class_q.long()[:, None], rows.class_k.long()]
+    if options.slopes is not None:
+        scores = scores - options.slopes[:, None, None] * distances(rows, k.shape[0])
     scores = scores.masked_fill(~seen, -torch.inf)
     if options.sink is not None:
         sink = options.sink[:, None, None].expand(-1, q.shape[0], 1)
@@ -143,7 +153,7 @@ def attention_bwd(
     rows: MaskRows,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv in the dtypes of q, k, v; dbias, dsink (empty without a bias or sink).
+    """dq, dk, dv in the dtypes of q, k, v; dbias, dsink, dslopes (empty without a bias, sink or slopes).
 
     Recomputes the probabilities; `out` and `lse` are not read.
     """
@@ -164,14 +174,17 @@ def attention_bwd(
     dq = weighted_sums(dx, y)
     dk = weighted_sums(dx.mT, x).unflatten(1, (k.shape[1], group)).sum(2)
     dv = weighted_sums((p if z is None else p * z).mT, do).unflatten(1, (k.shape[1], group)).sum(2)
-    dbias, dsink = lse.new_empty(0), lse.new_empty(0)
+    dbias, dsink, dslopes = (lse.new_empty(0) for _ in range(3))
     if options.pair_bias is not None:
         assert rows.class_k is not None
         of_class = torch.arange(options.pair_bias.shape[2], device=q.device)[:, None] == rows.class_k
         dbias = bias_gradient(torch.einsum("hqk,bk->hbq", ds, of_class.to(dtype)), rows, options)
     if options.sink is not None:
         dsink = sink_gradient(delta, lse, options.sink)
-    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dbias, dsink
+    if options.slopes is not None:
+        dslopes = slope_gradient((ds * distances(rows, k.shape[0])).sum(-1).to(lse.dtype))
+    grads = (x.to(like.dtype).contiguous() for x, like in ((dq, q), (dk, k), (dv, v)))
+    return *grads, dbias, dsink, dslopes
 
 
 def bias_gradient(row_sums: Tensor, rows: MaskRows, options: Options) -> Tensor:
@@ -189,3 +202,8 @@ def sink_gradient(delta: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """dsink [H] from delta, lse [H, Tq]. A row that sees no key gives the sink no gradient."""
     shares = torch.exp(sink[:, None] - lse).double() * delta.double()
     return -torch.where(lse == -torch.inf, 0.0, shares).sum(1).to(sink.dtype)
+
+
+def slope_gradient(sums: Tensor) -> Tensor:
+    """dslopes [H] from the sums of ds times distance over the keys: [H, Tq]."""
+    return -sums.double().sum(1).to(sums.dtype)

@@ -12,9 +12,11 @@ from mmkernels.ops.attention.types import MaskRows
 
 __all__ = [
     "cross_rows",
+    "dense_positions",
     "dense_rows",
     "media_rows",
     "multimodal_rows",
+    "packed_positions",
     "packed_rows",
     "padding_rows",
     "prefix_rows",
@@ -34,6 +36,12 @@ def dense_rows(samples: int, tokens_q: int, tokens_k: int, device: torch.device)
     first_k = (sample * tokens_k).expand(samples, tokens_q).reshape(-1)
     first_q = (sample * tokens_q).expand(samples, tokens_k).reshape(-1)
     return MaskRows(first_k, first_k + tokens_k, first_q, first_q + tokens_q)
+
+
+def dense_positions(samples: int, tokens_q: int, tokens_k: int, device: torch.device) -> Tensor:
+    """The key at the position of each query of equally long samples, aligned at their ends: int32 [Tq]."""
+    sample = torch.arange(samples, dtype=torch.int32, device=device)[:, None]
+    return (sample * tokens_k + torch.arange(tokens_k - tokens_q, tokens_k, dtype=torch.int32, device=device)).flatten()
 
 
 class Segments(NamedTuple):
@@ -79,6 +87,14 @@ def packed_rows(
         hi = torch.minimum(hi, itself + right + 1)
         first_q = torch.maximum(first_q, sees_itself - right)
     return normalised(lo, hi, q.inside, first_q, last_q, k.inside)
+
+
+def packed_positions(cu_q: Tensor, cu_k: Tensor, tokens_q: int) -> Tensor:
+    """The key at the position of each query, p + len_k - len_q of its segment: int32 [Tq]."""
+    if cu_q.shape[0] == 1:
+        cu_q, cu_k = cu_q.expand(2), cu_k.expand(2)
+    q = segments_of(cu_q, tokens_q)
+    return (torch.arange(tokens_q, dtype=torch.int32, device=cu_q.device) + (cu_k - cu_q)[q.segment + 1]).int()
 
 
 def padding_rows(real_q: Tensor, real_k: Tensor, left: int | None, right: int | None, contiguous: bool) -> MaskRows:

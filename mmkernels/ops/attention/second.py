@@ -2,7 +2,7 @@
 
 Tangents are written with a prime; s, p, z, dp, delta are as in reference.py::
 
-    x'_ij = scale (<q'_i, k_j> + <q_i, k'_j>)                s'_ij = cap'_ij x'_ij + bias'
+    x'_ij = scale (<q'_i, k_j> + <q_i, k'_j>)                s'_ij = cap'_ij x'_ij + bias' - slope' |at_i - j|
     lse'_i = sum_j p_ij s'_ij (+ p_sink,i sink')
     p'_ij = p_ij (s'_ij - lse'_i)                            out'_i = sum_j z_ij (p'_ij v_j + p_ij v'_j)
 
@@ -13,7 +13,7 @@ and of the gradient, ds_ij = p_ij (dp_ij - delta_i)::
     dx_ij  = cap'_ij ds_ij                                   dx'_ij = cap'_ij ds'_ij + cap''_ij x'_ij ds_ij
     dq'_i  = scale sum_j dx'_ij k_j + dx_ij k'_j             dk'_j = scale sum_i dx'_ij q_i + dx_ij q'_i
     dv'_j  = sum_i z_ij p'_ij do_i                           dbias' = sums of ds'
-    dsink' = -sum_i p'_sink,i delta_i + p_sink,i delta'_i
+    dsink' = -sum_i p'_sink,i delta_i + p_sink,i delta'_i    dslope' = -sum_ij ds'_ij |at_i - j|
 
 A block of queries visits all keys from the first to the last that any of them sees.
 """
@@ -29,8 +29,10 @@ from torch import Tensor
 from mmkernels.ops.attention.reference import (
     bias_gradient,
     cap_derivatives,
+    distances,
     dropout,
     probabilities,
+    slope_gradient,
     weighted_sums,
 )
 from mmkernels.ops.attention.types import MaskRows, Options
@@ -115,7 +117,8 @@ def _block(rows: MaskRows, queries: slice, keys: slice) -> MaskRows:
     span_q, allow_q, class_q = (None if x is None else x[queries] for x in (rows.span_q, rows.allow_q, rows.class_q))
     span_k, bit_k, class_k = (None if x is None else x[keys] for x in (rows.span_k, rows.bit_k, rows.class_k))
     lo, hi = rows.lo[queries] - keys.start, rows.hi[queries] - keys.start
-    return MaskRows(lo, hi, rows.first_q, rows.last_q, span_q, span_k, allow_q, bit_k, None, class_q, class_k)
+    at_q = None if rows.at_q is None else rows.at_q[queries] - keys.start
+    return MaskRows(lo, hi, rows.first_q, rows.last_q, span_q, span_k, allow_q, bit_k, None, class_q, class_k, at_q)
 
 
 def attention_second(
@@ -124,6 +127,7 @@ def attention_second(
     tangent_v: Tensor | None,
     tangent_bias: Tensor | None,
     tangent_sink: Tensor | None,
+    tangent_slopes: Tensor | None,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -134,15 +138,18 @@ def attention_second(
     rows: MaskRows,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """Tangents of the unrounded out [Tq, H, Dv], lse [H, Tq]; of dq, dk, dv, dbias, dsink, empty without grad_out."""
-    call = _Call((q, k, v), (tangent_q, tangent_k, tangent_v), (tangent_bias, tangent_sink), rows, options)
+    """Tangents of the unrounded out [Tq, H, Dv], lse [H, Tq]; of dq, dk, dv, dbias, dsink, dslopes: empty without
+    grad_out."""
+    of_logits = tangent_bias, tangent_sink, tangent_slopes
+    call = _Call((q, k, v), (tangent_q, tangent_k, tangent_v), of_logits, rows, options)
     for queries, keys in blocks(rows.lo, rows.hi, k.shape[0], q.shape[1]):
         call.visit(queries, keys, grad_out, grad_lse)
     dtype = compute_dtype(q.dtype)
     moved = call.out.to(q.dtype), call.lse
     if grad_out is None:
-        return *moved, *(x.new_empty(0) for x in (q, k, v)), *(q.new_empty(0, dtype=dtype) for _ in range(2))
-    return *moved, *(x.to(like.dtype) for x, like in zip(call.grads, (q, k, v), strict=True)), call.bias, call.sink
+        return *moved, *(x.new_empty(0) for x in (q, k, v)), *(q.new_empty(0, dtype=dtype) for _ in range(3))
+    grads = (x.to(like.dtype) for x, like in zip(call.grads, (q, k, v), strict=True))
+    return *moved, *grads, call.bias, call.sink, call.slopes
 
 
 class _Call:
@@ -152,7 +159,7 @@ class _Call:
         self,
         inputs: tuple[Tensor, ...],
         tangents: tuple[Tensor | None, ...],
-        of_logits: tuple[Tensor | None, Tensor | None],
+        of_logits: tuple[Tensor | None, Tensor | None, Tensor | None],
         rows: MaskRows,
         options: Options,
     ) -> None:
@@ -161,12 +168,13 @@ class _Call:
         self.rows, self.options = rows, options
         self.inputs = [x.to(dtype) for x in inputs]
         self.tangents = [zero_if_none(t, x, dtype) for t, x in zip(tangents, inputs, strict=True)]
-        self.tangent_bias, self.tangent_sink = of_logits
+        self.tangent_bias, self.tangent_sink, self.tangent_slopes = of_logits
         self.out = q.new_zeros(*q.shape[:2], v.shape[2], dtype=dtype)
         self.lse = q.new_zeros(q.shape[1], q.shape[0], dtype=dtype)
         self.grads = [torch.zeros_like(x) for x in self.inputs]
-        shapes = ((0,) if x is None else x.shape for x in (options.pair_bias, options.sink))
-        self.bias, self.sink = (q.new_zeros(shape, dtype=dtype) for shape in shapes)
+        learned = options.pair_bias, options.sink, options.slopes
+        shapes = ((0,) if x is None else x.shape for x in learned)
+        self.bias, self.sink, self.slopes = (q.new_zeros(shape, dtype=dtype) for shape in shapes)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.repeat_interleave(self.out.shape[1] // self.kv_heads, dim=1)
@@ -186,6 +194,8 @@ class _Call:
         if self.tangent_bias is not None:
             assert rows.class_q is not None and rows.class_k is not None
             moved = moved + self.tangent_bias[:, rows.class_q.long()[:, None], rows.class_k.long()].to(q.dtype)
+        if self.tangent_slopes is not None:
+            moved = moved - self.tangent_slopes[:, None, None].to(q.dtype) * distances(rows, len(k)).to(q.dtype)
         share = self._sink_share(lse)
         moved_sink = None if share is None or self.tangent_sink is None else share * self.tangent_sink[:, None]
         softmax = Softmax.along(p, moved, moved_sink, z, seen)
@@ -207,6 +217,8 @@ class _Call:
             of_class = torch.arange(options.pair_bias.shape[2], device=q.device)[:, None] == rows.class_k
             sums = torch.einsum("hqk,bk->hbq", moved_ds, of_class.to(q.dtype))
             self.bias += bias_gradient(sums, rows, options)
+        if options.slopes is not None:
+            self.slopes += slope_gradient((moved_ds * distances(rows, len(k)).to(q.dtype)).sum(-1))
         if share is not None:
             moved_share = -share * softmax.moved_lse
             moved_share = moved_share if moved_sink is None else moved_share + moved_sink

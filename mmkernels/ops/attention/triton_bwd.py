@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import bias_gradient, sink_gradient
+from mmkernels.ops.attention.reference import bias_gradient, sink_gradient, slope_gradient
 from mmkernels.ops.attention.triton_fwd import (
     FULL,
     SKIP,
@@ -39,7 +39,7 @@ from mmkernels.ops.attention.triton_fwd import (
     tiles,
     visible,
 )
-from mmkernels.ops.attention.triton_scores import bias_of, exponential, in_log2, score_tile
+from mmkernels.ops.attention.triton_scores import bias_of, distance_of, exponential, in_log2, score_tile, slope_of
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.triton_common import block_dim, cast, dot, generation, unit_rows
 
@@ -81,6 +81,9 @@ def _gather_queries(
     # Load these only now: the rows of the largest tiles fill the registers.
     if extras.pair_bias is not None:
         b_s += bias_of(extras, i_h, load_ints(rows.class_q, o_m, Tq)[None, :], keys.kind[:, None], b_k.dtype)
+    if extras.slopes is not None:
+        b_at = load_ints(rows.at_q, o_m, Tq)
+        b_s -= slope_of(extras, i_h, b_k.dtype) * distance_of(b_at[None, :], keys.index[:, None])
     queries = load_queries(rows, start, Tq, Tk, BLOCK_M)
     m_visible = visible(queries, keys, rows, 0)
     b_p = tl.where(m_visible, exponential(b_s - b_lse[None, :], b_k.dtype), 0.0)  # [BLOCK_N, BLOCK_M]
@@ -136,13 +139,15 @@ def _attention_dkdv_kernel(
 
 @triton.jit
 def _gather_keys(
-    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h, start, end,
+    b_dq, b_sums, b_mass, b_dot, b_far, b_reach, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
+    start, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """b_dq + ds k over the keys [start, start + BLOCK_N).
 
-    With a bias also sums of ds and, for 16-bit inputs, of p over the keys of each class, and of p dp over all.
+    With a bias also sums of ds and, for 16-bit inputs, of p over the keys of each class, and of p dp over all; with
+    slopes sums of ds and p times distance.
     """
     keys = load_keys(rows, start, end, BLOCK_N)
     b_k = load_tile(k, keys.index, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
@@ -150,6 +155,8 @@ def _gather_keys(
     b_s, b_slope = score_tile(extras, dot(b_q, tl.trans(b_k)), b_q.dtype)  # [BLOCK_M, BLOCK_N]
     if extras.pair_bias is not None:
         b_s += bias_of(extras, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
+    if extras.slopes is not None:
+        b_s -= slope_of(extras, i_h, b_q.dtype) * distance_of(queries.at[:, None], keys.index[None, :])
     b_p = exponential(b_s - b_lse[:, None], b_q.dtype)
     if MASKED:
         b_p = tl.where(visible(queries, keys, rows, 1), b_p, 0.0)
@@ -170,15 +177,21 @@ def _gather_keys(
         if b_ds.dtype != tl.float32:  # the 16-bit rounding error: thousands of terms cancel in these sums
             b_sums += dot(cast(b_exact - b_ds.to(tl.float32), b_ds.dtype), b_one)
             b_mass += dot(cast(b_p, b_ds.dtype), b_one)
-            b_dot += tl.sum(b_p * b_dp, 1)
-    return b_dq, b_sums, b_mass, b_dot
+    if extras.slopes is not None:
+        b_distance = distance_of(queries.at[:, None], keys.index[None, :])
+        b_far += tl.sum(b_exact * b_distance, 1)
+        b_reach += tl.sum(b_p * b_distance, 1)
+    if ((extras.pair_bias is not None) or (extras.slopes is not None)) and b_ds.dtype != tl.float32:
+        b_dot += tl.sum(b_p * b_dp, 1)
+    return b_dq, b_sums, b_mass, b_dot, b_far, b_reach
 
 
 @triton.jit
 def _attention_dq_kernel(
     q, k, v, do, dq,  # Heads
     lse_ptr, delta_ptr,  # [H, Tq]
-    row_sums_ptr,  # [H, classes_k, Tq]: sums of ds over the keys of a class; None without a pair bias, like dlse
+    row_sums_ptr,  # [H, classes_k, Tq]: sums of ds over the keys of a class; None without a pair bias
+    distance_sums_ptr,  # [H, Tq]: sums of ds times distance; None without slopes
     dlse_ptr,  # [H, Tq], or None
     rows, extras, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr,
@@ -198,37 +211,46 @@ def _attention_dq_kernel(
     b_sums = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     b_mass = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     b_dot = tl.zeros([BLOCK_M], tl.float32)
+    b_far, b_reach = b_dot, b_dot
     if rows.tiles is not None:
         for start in range(bounds[0] // BLOCK_N * BLOCK_N, bounds[3], BLOCK_N):
             state = tile_state(rows, queries.first, start, Tk)
             if state == FULL:
-                b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
+                b_dq, b_sums, b_mass, b_dot, b_far, b_reach = _gather_keys(
+                    b_dq, b_sums, b_mass, b_dot, b_far, b_reach, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras,
+                    i_h,
                     start, bounds[3], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, False,
                 )  # fmt: skip
             elif state != SKIP:
-                b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
+                b_dq, b_sums, b_mass, b_dot, b_far, b_reach = _gather_keys(
+                    b_dq, b_sums, b_mass, b_dot, b_far, b_reach, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras,
+                    i_h,
                     start, bounds[3], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, True,
                 )  # fmt: skip
     else:
         for part in tl.static_range(3):  # partial, full, partial
             for start in range(bounds[part], bounds[part + 1], BLOCK_N):
-                b_dq, b_sums, b_mass, b_dot = _gather_keys(
-                    b_dq, b_sums, b_mass, b_dot, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
+                b_dq, b_sums, b_mass, b_dot, b_far, b_reach = _gather_keys(
+                    b_dq, b_sums, b_mass, b_dot, b_far, b_reach, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras,
+                    i_h,
                     start, bounds[part + 1], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, part != 1,
                 )  # fmt: skip
     store_tile(of_head(dq, i_h), o_m, Tq, D, b_dq * extras.scale)
+    # delta carries the rounding error of a 16-bit out, which is the same for every key of a row and would add up in
+    # these sums. Use the sum of p dp instead.
+    b_error = tl.zeros([BLOCK_M], tl.float32)
+    if ((extras.pair_bias is not None) or (extras.slopes is not None)) and b_q.dtype != tl.float32:
+        b_exact = b_dot
+        if dlse_ptr is not None:
+            b_exact -= tl.load(dlse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
+        b_error = b_delta - b_exact
+    if extras.slopes is not None:
+        tl.store(distance_sums_ptr + i_h * Tq + o_m, b_far + b_error * b_reach, mask=o_m < Tq)
     if extras.pair_bias is not None:
         o_c = tl.arange(0, BLOCK_C)
         row_sums_ptr += i_h * extras.classes_k * Tq
-        # delta carries the rounding error of a 16-bit out, which is the same for every key of a row and would add up in
-        # these sums. Use the sum of p dp instead.
         if b_q.dtype != tl.float32:
-            b_exact = b_dot
-            if dlse_ptr is not None:
-                b_exact -= tl.load(dlse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
-            b_sums += (b_delta - b_exact)[:, None] * b_mass
+            b_sums += b_error[:, None] * b_mass
         m_sums = (o_m < Tq)[:, None] & (o_c < extras.classes_k)[None, :]
         tl.store(row_sums_ptr + o_c[None, :].to(tl.int64) * Tq + o_m[:, None], b_sums, mask=m_sums)
 
@@ -241,7 +263,7 @@ def dkdv_config(pressure: int, single: bool, head_dim: int, major: int) -> dict[
         if head_dim <= 128:
             if major >= 9:
                 return tiles(32, 64 if pressure == 1 else 32, 8)
-            return tiles(16, 64, 4) if head_dim <= 64 else tiles(16, 64, 8)
+            return tiles(16, 64, 4) if head_dim <= 64 else tiles(16, 64 if pressure == 1 else 32, 8)
         if major >= 9 and pressure == 2:
             return tiles(32, 16, 8)
         return tiles(32, 32, 8) if major != 9 else tiles(16, 32, 8)
@@ -283,11 +305,13 @@ def attention_bwd(
     rows: MaskRows,
     options: Options,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dbias and dsink, contiguous; the last two empty without a bias or sink."""
+    """dq, dk, dv, dbias, dsink and dslopes, contiguous; the last three empty without a bias, sink or slopes."""
     do, q, k, v, out = (unit_rows(x) for x in (grad_out, q, k, v, out))
     (Tq, H, D), (Tk, Hkv, DV) = q.shape, v.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta, dbias, dsink, row_sums = torch.empty_like(lse), lse.new_empty(0), lse.new_empty(0), None
+    delta, row_sums = torch.empty_like(lse), None
+    dbias, dsink, dslopes = (lse.new_empty(0) for _ in range(3))
+    distance_sums = None if options.slopes is None else torch.zeros_like(lse)
     if options.pair_bias is not None:
         row_sums = lse.new_empty((H, options.pair_bias.shape[2], Tq))
     case = register_pressure(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device)
@@ -301,7 +325,7 @@ def attention_bwd(
         )
         config = dq_config(*case)
         _attention_dq_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
-            *inputs, as_heads(dq), lse, delta, row_sums, dlse, *scalars,
+            *inputs, as_heads(dq), lse, delta, row_sums, distance_sums, dlse, *scalars,
             BLOCK_C=class_block(options.pair_bias), **sizes, **config,
         )  # fmt: skip
     if Tk > 0:
@@ -313,4 +337,6 @@ def attention_bwd(
         dbias = bias_gradient(row_sums, rows, options)
     if options.sink is not None:
         dsink = sink_gradient(delta, lse, options.sink)
-    return dq, dk, dv, dbias, dsink
+    if distance_sums is not None:
+        dslopes = slope_gradient(distance_sums)
+    return dq, dk, dv, dbias, dsink, dslopes

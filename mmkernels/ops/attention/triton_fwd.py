@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.triton_scores import bias_of, exponential, in_log2, score_tile
+from mmkernels.ops.attention.triton_scores import bias_of, distance_of, exponential, in_log2, score_tile, slope_of
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.triton_common import LN_2, block_dim, cast, dot, generation, unit_rows
 
@@ -63,6 +63,7 @@ class Extras(NamedTuple):
     keep_factor: Any
     softcap: Any
     scale_in_cap: Any  # scale / softcap
+    slopes: Any  # [H]
 
 
 class Queries(NamedTuple):
@@ -75,6 +76,7 @@ class Queries(NamedTuple):
     span: Any
     allow: Any
     kind: Any  # class
+    at: Any  # the key at the same position
 
 
 class Keys(NamedTuple):
@@ -128,7 +130,8 @@ def load_queries(rows, first, Tq, Tk, BLOCK_M: tl.constexpr):
     b_lo = tl.maximum(tl.load(rows.lo + o_m, mask=o_m < Tq, other=0), 0)
     b_hi = tl.minimum(tl.load(rows.hi + o_m, mask=o_m < Tq, other=0), Tk)
     b_span, b_allow = load_ints(rows.span_q, o_m, Tq), load_ints(rows.allow_q, o_m, Tq)
-    return Queries(first, o_m, b_lo, b_hi, b_span, b_allow, load_ints(rows.class_q, o_m, Tq))
+    b_kind, b_at = load_ints(rows.class_q, o_m, Tq), load_ints(rows.at_q, o_m, Tq)
+    return Queries(first, o_m, b_lo, b_hi, b_span, b_allow, b_kind, b_at)
 
 
 @triton.jit
@@ -215,6 +218,8 @@ def _attend(
     b_s, _ = score_tile(extras, dot(b_q, tl.trans(b_k)), b_q.dtype)  # [BLOCK_M, BLOCK_N]
     if extras.pair_bias is not None:
         b_s += bias_of(extras, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
+    if extras.slopes is not None:
+        b_s -= slope_of(extras, i_h, b_q.dtype) * distance_of(queries.at[:, None], keys.index[None, :])
     if MASKED:
         b_s = tl.where(visible(queries, keys, rows, 1), b_s, float("-inf"))
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
@@ -320,14 +325,15 @@ def as_extras(options: Options) -> Extras:
     classes_q, classes_k = (None, None) if bias is None else bias.shape[1:]
     keep_below, keep_factor = (None, None) if seed is None else (round(kept * 2**31), 1 / kept)
     cap, scale = options.softcap, options.scale
-    of_cap = (None, None) if cap is None else (cap, scale / cap)
-    return Extras(scale, bias, classes_q, classes_k, options.sink, seed, keep_below, keep_factor, *of_cap)
+    in_cap = None if cap is None else scale / cap
+    of_dropout = seed, keep_below, keep_factor
+    return Extras(scale, bias, classes_q, classes_k, options.sink, *of_dropout, cap, in_cap, options.slopes)
 
 
 def register_pressure(rows: MaskRows, options: Options) -> int:
     """How many registers a call needs beside its tiles, which must leave them: 0 without options (a sink needs none), 1
-    with a pattern, a bias or dropout, 2 with a soft cap."""
-    if options.softcap is not None:
+    with a pattern, a bias or dropout, 2 with a soft cap or distances."""
+    if options.softcap is not None or options.slopes is not None:
         return 2
     return int(rows.tiles is not None or options.pair_bias is not None or options.seed is not None)
 

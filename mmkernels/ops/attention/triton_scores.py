@@ -1,4 +1,5 @@
-"""From products of q and k to logits in Triton, shared by forward and backward: scale, soft cap, pair bias, units."""
+"""From products of q and k to logits in Triton, shared by forward and backward: scale, soft cap, pair bias,
+distances, units."""
 
 from __future__ import annotations
 
@@ -39,3 +40,15 @@ def bias_of(extras, i_h, b_class_q, b_class_k, dtype: tl.constexpr):
     table_ptr = extras.pair_bias + i_h * extras.classes_q * extras.classes_k
     b_bias = tl.load(table_ptr + b_class_q * extras.classes_k + b_class_k, mask=m_inside, other=float("nan"))
     return in_log2(b_bias, dtype)
+
+
+@triton.jit
+def slope_of(extras, i_h, dtype: tl.constexpr):
+    """A head's slope, in units of scores."""
+    return in_log2(tl.load(extras.slopes + i_h), dtype)
+
+
+@triton.jit
+def distance_of(b_at, b_key):
+    """Tokens between the queries' positions and the keys, broadcast against each other."""
+    return tl.abs(b_at - b_key).to(tl.float32)

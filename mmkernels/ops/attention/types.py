@@ -41,7 +41,8 @@ class MaskRows(NamedTuple):
     """A mask as the `attention` kernels read it: the fields of Visible, then (also int32)
 
     tiles: the pattern's tile map (tiles.py);
-    class_q [Tq], class_k [Tk]: indices into a pair bias, set only with one.
+    class_q [Tq], class_k [Tk]: indices into a pair bias, set only with one;
+    at_q [Tq]: the key at the position of each query, in tokens of k; may lie outside. Set only with slopes.
     """
 
     lo: Tensor
@@ -55,6 +56,7 @@ class MaskRows(NamedTuple):
     tiles: Tensor | None = None
     class_q: Tensor | None = None
     class_k: Tensor | None = None
+    at_q: Tensor | None = None
 
     def changed(self, **fields: Tensor) -> MaskRows:
         """As `_replace`, which torch 2.6 cannot compile."""
@@ -69,8 +71,8 @@ class MaskRows(NamedTuple):
 class Options(NamedTuple):
     """A call's options besides q, k, v and the mask.
 
-    pair_bias [H, Cq, Ck] and sink [H] in the dtype of lse; seed int64 [1] of dropout, set if dropout_p > 0; softcap is
-    positive, or None.
+    pair_bias [H, Cq, Ck], sink [H] and slopes [H] (of distances) in the dtype of lse; seed int64 [1] of dropout, set if
+    dropout_p > 0; softcap is positive, or None.
     """
 
     pair_bias: Tensor | None
@@ -79,3 +81,4 @@ class Options(NamedTuple):
     dropout_p: float
     scale: float
     softcap: float | None = None
+    slopes: Tensor | None = None

@@ -53,8 +53,9 @@ _BARE = (("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp16", 128)
 _RICH = (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128))
 
 # The fields of Extras after the scale, and how many of them a launch of each register pressure has.
-_EXTRAS = ("*fp32", "i32", "i32", "*fp32", "*i64", "i32", "fp32", "fp32", "fp32")
-_OF_PRESSURE = (0, 7, 9)
+_EXTRAS = ("*fp32", "i32", "i32", "*fp32", "*i64", "i32", "fp32", "fp32", "fp32", "*fp32")
+_OF_PRESSURE = (0, 7, 10)
+_ROWS = (4, 11, 12)
 
 
 def _attention() -> Iterator[TritonCase]:
@@ -66,12 +67,13 @@ def _attention() -> Iterator[TritonCase]:
         inputs: dict[str, Any] = {
             **dict.fromkeys(("q", "k", "v"), x),
             "lse_ptr": "*fp32",
-            "rows": _rows(11 if pressure else 4),
+            "rows": _rows(_ROWS[pressure]),
             "extras": Extras("fp32", *of_extras),
             **dict.fromkeys(("Tq", "Tk", "group"), "i32"),
         }
         grads = inputs | {"do": x, "delta_ptr": "*fp32"}
-        of_bias = dict.fromkeys(("row_sums_ptr", "dlse_ptr"), "*fp32" if pressure else None)
+        of_sums = dict.fromkeys(("row_sums_ptr", "dlse_ptr"), "*fp32" if pressure else None)
+        of_sums |= {"distance_sums_ptr": "*fp32" if pressure == 2 else None}
         sizes = {"D": D, "DV": D, "BLOCK_D": block, "BLOCK_DV": block}
         case, more = (pressure, kind == "fp32", D, arch // 10), {"tensor_cores": True, "archs": (arch,)}
         kernel, config = triton_fwd._attention_fwd_kernel, triton_fwd.fwd_config(*case)
@@ -80,7 +82,7 @@ def _attention() -> Iterator[TritonCase]:
         yield _case(f"attention_dkdv{label}", kernel, grads | {"dk": x, "dv": x}, sizes, config, **more)
         kernel, config = triton_bwd._attention_dq_kernel, triton_bwd.dq_config(*case)
         classes = {"BLOCK_C": 32 if pressure else 16}
-        yield _case(f"attention_dq{label}", kernel, grads | of_bias | {"dq": x}, sizes | classes, config, **more)
+        yield _case(f"attention_dq{label}", kernel, grads | of_sums | {"dq": x}, sizes | classes, config, **more)
         if not pressure:
             signature = {"do": x, "out": x, "dlse_ptr": "*fp32", "delta_ptr": "*fp32", "Tq": "i32"}
             sizes = {"DV": D, "BLOCK_DV": block, "BLOCK_M": triton_bwd.DELTA_BLOCK_M}

@@ -20,6 +20,7 @@ from mmkernels.testing.attention import (
     cancelling_terms,
     capped,
     dense_mask,
+    distances,
     make_inputs,
     plain,
     run,
@@ -47,6 +48,8 @@ def product_terms(x: AttentionInputs, with_lse: bool) -> dict[str, Tensor]:
     if x.pair_bias is not None:
         class_q, class_k = (ids.long() for ids in x.mask.classes)
         scores = scores + x.pair_bias[:, class_q[:, None], class_k]
+    if x.alibi_slopes is not None:
+        scores = scores - x.alibi_slopes[:, None, None] * distances(x)
     lse = plain(x).lse.clamp(min=torch.finfo(torch.float64).min)
     p = torch.where(dense_mask(x), (scores - lse[..., None]).exp(), 0.0)
     dp = torch.einsum("qhd,khd->hqk", grad_out, v.abs()) / (1 - x.dropout_p)
@@ -192,14 +195,20 @@ def test_scale(backend):
         assert_right([make_inputs(*case.tokens, dim=16, scale=scale, mask=case.mask())], backend, case=scale)
 
 
+_EVERYTHING = {"softcap": 2.0, "alibi": True, "classes": (2, 2), "sink": True, "dropout_p": 0.1}
 OPTIONS = {
     "bias": ("image_spans", {"classes": (2, 2)}),
     "sink": ("image_spans", {"sink": True}),
     "dropout": ("image_spans", {"dropout_p": 0.3}),
     "all": ("image_spans", {"classes": (2, 2), "sink": True, "dropout_p": 0.1}),
+    "alibi": ("packed_causal", {"alibi": True}),
+    "alibi_long": ("window_both", {"alibi": True, "softcap": 3.0, "sink": True}),
     "softcap": ("packed_causal", {"softcap": 1.5}),
     "softcap_far": ("cross", {"softcap": 20.0, "amplitude": 40.0, "scale": -0.3}),
-    "softcap_and_all": ("cross_only", {"softcap": 2.0, "classes": (2, 2), "sink": True, "dropout_p": 0.1}),
+    "softcap_and_all": (
+        "image_spans",
+        {"softcap": 2.0, "alibi": True, "classes": (2, 2), "sink": True, "dropout_p": 0.1},
+    ),
     "all_and_pattern": ("cross_only", {"classes": (2, 2), "sink": True, "dropout_p": 0.1}),
 }
 
@@ -232,6 +241,8 @@ options_in_triton = pytest.mark.parametrize(
         ("all", torch.float32),
         ("all_and_pattern", torch.bfloat16),
         ("softcap", torch.float32),
+        ("alibi", torch.bfloat16),
+        ("alibi_long", torch.float32),
         ("softcap_far", torch.bfloat16),
         ("softcap_and_all", torch.float16),
     ],

@@ -65,6 +65,26 @@ def test_a_sink_is_a_key_without_a_value(backend):
         torch.testing.assert_close(out, bare if height < 0 else torch.zeros_like(bare))
 
 
+def test_distances_change_only_the_logits(backend):
+    """Against a written-out softmax, for samples whose queries and keys differ in number, and without a mask."""
+    cu_q, cu_k = cu_seqlens_of((3, 0, 5)), cu_seqlens_of((5, 2, 3))
+    q, k, v = (torch.randn(tokens, 4, 8) for tokens in (8, 10, 10))
+    slopes = torch.tensor([0.5, 0.25, 0.125, -0.25])
+    mask = AttentionMask.packed(cu_q, cu_k)
+    out = attention(q, k, v, mask, alibi_slopes=slopes, backend=backend)
+    for i, j in ((slice(0, 3), slice(0, 5)), (slice(3, 8), slice(7, 10))):
+        at = torch.arange(q[i].shape[0]) + k[j].shape[0] - q[i].shape[0]
+        distance = (at[:, None] - torch.arange(k[j].shape[0])).abs()
+        scores = torch.einsum("qhd,khd->hqk", q[i], k[j]) / 8**0.5 - slopes[:, None, None] * distance
+        expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[j])
+        torch.testing.assert_close(out[i], expected)
+        torch.testing.assert_close(attention(q[i], k[j], v[j], alibi_slopes=slopes, backend=backend), expected)
+    batch = [torch.randn(2, tokens, 4, 8) for tokens in (3, 5, 5)]
+    both = attention(*batch, alibi_slopes=slopes, backend=backend)
+    for b, one in enumerate(zip(*batch, strict=True)):
+        torch.testing.assert_close(both[b], attention(*one, alibi_slopes=slopes, backend=backend))
+
+
 def test_a_soft_cap_bounds_the_scores(backend):
     q, k, v = qkv(kv_heads=4)
     bare = attention(q, k, v, MASK, backend=backend)
@@ -194,6 +214,7 @@ def test_cuda_kernels_say_what_they_do_not_take():
     for what in ("spans and classes in a mask", "pair_bias", "sink", "dropout_p"):
         assert what in reason
     assert "sink" in _limits(q, q, bare[0], bare[1]._replace(sink=torch.zeros(4)))["native"]
+    assert "alibi_slopes" in _limits(q, q, bare[0], bare[1]._replace(slopes=torch.zeros(4)))["native"]
     assert "softcap" in _limits(q, q, bare[0], bare[1]._replace(softcap=30.0))["native"]
     assert _limits(q, q, *bare) is None
     assert _limits(torch.empty(10, 4, 8), q, *given) is None
@@ -284,6 +305,20 @@ BAD = {
         (dict(softcap=float("inf")), ValueError, "softcap: expected a number from 1e-30"),
         (dict(softcap=float("nan")), ValueError, "softcap: expected a number from 1e-30"),
         (dict(softcap=True), TypeError, "softcap: expected a float or None"),
+    ],
+    "alibi_slopes": [
+        (dict(alibi_slopes=torch.zeros(3)), ValueError, r"alibi_slopes: expected \[4\], one per head"),
+        (dict(alibi_slopes=0.5), TypeError, r"alibi_slopes: expected \[H\] floating point, got 0.5"),
+        (
+            dict(alibi_slopes=torch.zeros(4), mask=AttentionMask.cross_only(cu_seqlens_of([5]), torch.zeros(5).byte())),
+            ValueError,
+            r"mask: expected positions for alibi_slopes \(packed, .*, or with_positions\), got CrossOnly",
+        ),
+        (
+            dict(alibi_slopes=torch.zeros(4), mask=SMALL.with_positions(torch.arange(4))),
+            ValueError,
+            r"mask: at_q: expected \[5\], one per query",
+        ),
     ],
     "dropout_p": [
         (dict(dropout_p=1.0), ValueError, r"dropout_p: expected a probability in \[0, 1\), got 1.0"),

@@ -30,7 +30,8 @@ def arguments(dropout_p=0.25, scale=0.3):
     """Every argument of the bare op after q, k, v and before the backend, each option in use."""
     seed = torch.tensor([11])
     learned = torch.randn(4, 2, 2, requires_grad=True), torch.randn(4, requires_grad=True)
-    return (*CROSS.rows_with_classes(10, 10, (2, 2)), *Options(*learned, seed, dropout_p, scale, softcap=2.0))
+    rows = CROSS.rows_with_classes(10, 10, (2, 2)).changed(at_q=MASK.positions(10, 10))
+    return (*rows, *Options(*learned, seed, dropout_p, scale, 2.0, torch.rand(4, requires_grad=True)))
 
 
 NONE = Options(None, None, None, 0.0, 8**-0.5)
@@ -93,18 +94,33 @@ def test_builders_compile(build):
 
 
 def test_options_compile(backend):
-    def loss(q, k, v, bias, sink):
-        out = attention(q, k, v, CROSS, softcap=2.0, pair_bias=bias, sink=sink, dropout_p=0.25, backend=backend)
-        return out.square().sum()
+    def loss(q, k, v, bias, sink, slopes):
+        mask = CROSS.with_positions(torch.arange(10))
+        options = {"softcap": 2.0, "alibi_slopes": slopes, "pair_bias": bias, "sink": sink, "dropout_p": 0.25}
+        return attention(q, k, v, mask, backend=backend, **options).square().sum()
 
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    inputs = [*leaves(), torch.randn(4, 2, 2, requires_grad=True), torch.randn(4, requires_grad=True)]
+    inputs = [*leaves(), *(torch.randn(shape, requires_grad=True) for shape in ((4, 2, 2), (4,), (4,)))]
     results = []
     for f in (loss, compiled):
         torch.manual_seed(5)
         results.append(torch.autograd.grad(f(*inputs), inputs))
     for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("build", [name for name in BUILDERS if not name.startswith(("media", "cross"))])
+def test_positions_compile(build):
+    def loss(q, k, v, slopes):
+        mask = BUILDERS[build](cu_seqlens_of(LENGTHS), MODALITIES, SPANS)
+        return attention(q, k, v, mask, alibi_slopes=slopes).square().sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = [*leaves(), torch.rand(4, requires_grad=True)]
+    expected, got = (torch.autograd.grad(f(*inputs), inputs) for f in (loss, compiled))
+    for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -19,6 +19,7 @@ CASES = {
     "media_own": ("media_own", {}),
     "cross_only": ("cross_only", {"classes": (2, 2), "dropout_p": 0.2}),
     "noise": ("noise", {"sink": True}),
+    "alibi": ("packed_causal", {"alibi": True, "softcap": 5.0}),
     "softcap": ("image_spans", {"softcap": 2.0}),
     "softcap_long": ("packed_causal", {"softcap": 2.0}),
 }

@@ -274,3 +274,22 @@ def test_tokens_after_the_last_segment_belong_to_none():
     dense = mask.to_dense(7, 7)
     assert not dense[5:].any()
     assert not dense[:, 5:].any()
+
+
+def test_positions():
+    """The key at each query's position, aligned at the samples' ends."""
+    cu_q, cu_k = cu_seqlens_of((3, 0, 4)), cu_seqlens_of((5, 2, 1))
+    expected = [2, 3, 4, 4, 5, 6, 7]
+    mask = AttentionMask.packed(cu_q, cu_k)
+    assert mask.positions(7, 8).tolist() == expected
+    assert mask.positions(7, 8) is mask.positions(7, 8)
+    assert AttentionMask.batched(2, 3, 2).positions(6, 4).tolist() == [-1, 0, 1, 1, 2, 3]
+    padded = AttentionMask.from_padding(torch.ones(2, 3).bool(), torch.ones(2, 2).bool())
+    assert padded.positions(6, 4).tolist() == [-1, 0, 1, 1, 2, 3]
+    assert AttentionMask.prefix(cu_q, torch.zeros(3, dtype=torch.int32)).positions(7, 7).tolist() == list(range(7))
+    other = mask.with_positions(torch.arange(7)).with_classes(torch.zeros(7).byte(), torch.zeros(8).byte()).to("cpu")
+    assert other.positions(7, 8).tolist() == list(range(7))
+    assert torch.equal(other.to_dense(7, 8), mask.to_dense(7, 8))
+    with torch.inference_mode():
+        made = AttentionMask.packed(cu_q, cu_k).positions(7, 8)
+    assert not made.is_inference()

@@ -58,6 +58,8 @@ def test_attention_with_any_options(kind, block, monkeypatch):
         logits["pair_bias"] = leaf(H, 2, 2)
     if draw.random() < 0.5:
         logits["sink"] = leaf(H)
+    if kind not in ("cross_only", "rows") and draw.random() < 0.5:
+        logits["alibi_slopes"] = leaf(H, seed=5)
     dropout_p, softcap = draw.choice([0.0, 0.0, 0.3]), draw.choice([None, 1.5])
 
     def function(q, k, v, *of_logits):
@@ -71,14 +73,15 @@ def test_attention_with_any_options(kind, block, monkeypatch):
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("kind", ["causal", "multimodal"])
-def test_softcap(kind, block, monkeypatch):
+def test_softcap_and_distances(kind, block, monkeypatch):
     monkeypatch.setattr(second, "_SCORES_A_BLOCK", block)
     mask, _ = random_mask(kind, random.Random(0))
 
-    def function(q, k, v, sink):
-        return attention(q, k, v, mask, return_lse=True, softcap=0.7, sink=sink)
+    def function(q, k, v, sink, slopes):
+        return attention(q, k, v, mask, return_lse=True, softcap=0.7, sink=sink, alibi_slopes=slopes)
 
-    assert_differentiable_twice(function, leaf(T, H, D), leaf(T, 2, D, seed=1), leaf(T, 2, 2), leaf(H))
+    learned = leaf(H), leaf(H, seed=1)
+    assert_differentiable_twice(function, leaf(T, H, D), leaf(T, 2, D, seed=1), leaf(T, 2, 2), *learned)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

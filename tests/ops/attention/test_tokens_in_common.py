@@ -61,7 +61,9 @@ def test_tokens_in_common_against_a_softmax_in_memory(mask):
                 assert_gradients(draw_common(family, mask, torch.float32), "native", names, family)
 
 
-@pytest.mark.parametrize("option", [{"sink": True}, {"dropout_p": 0.2}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"sink": True}, {"dropout_p": 0.2}, {"softcap": 2.0, "sink": True}, {"alibi": True}], ids=str
+)
 @pytest.mark.parametrize("mask", ["dense", "causal", "packed_causal"])
 def test_tokens_in_common_with_options(mask, option):
     backends.need("attention", "native")
