@@ -52,12 +52,13 @@ def attention(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    return_max_logit: bool = False,
     deterministic: bool | None = None,
     score: str | None = None,
     score_weight: Tensor | None = None,
     score_bias: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Softmax attention of packed queries over the keys that a mask lets them see.
 
         s_ij = cap(scale <q_i, k_j>) + pair_bias[class_i, class_j] - alibi_slopes |i - j|
@@ -91,6 +92,8 @@ def attention(
             kept: the same on every backend, in the backward, and when the generator's state is replayed
             (`torch.utils.checkpoint`, `GradCache`). It applies whenever it is above 0: there is no training mode.
         return_lse: also return lse, which is differentiable.
+        return_max_logit: also return the largest scaled product of each head over its visible pairs, before softcap and
+            all other terms (for QK-clip); without a gradient. It is the last output.
         deterministic: deprecated, without effect: no backend uses atomics, so the same input and thread count always
             give the same bits.
         score, score_weight, score_bias: deprecated: for score="additive" call `additive_attention` with w
@@ -100,6 +103,7 @@ def attention(
     Returns:
         out [Tq, H, Dv] (or [B, Tq, H, Dv]) in q's dtype; with `return_lse` also lse [H, Tq] (or [B, H, Tq]), natural
         logarithm, float32 (float64 for float64). Both are differentiable twice, and in forward mode.
+        With `return_max_logit` also max_logit [H] in the dtype of lse, -inf for a head that sees nothing.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name, with what was expected and what came.
@@ -111,14 +115,15 @@ def attention(
     deprecated_deterministic(deterministic)
     if _is_additive(score, score_weight, score_bias):
         logits = dict(scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, pair_bias=pair_bias, sink=sink)
-        _expect_defaults(**logits, dropout_p=dropout_p or None)
+        _expect_defaults(**logits, dropout_p=dropout_p or None, return_max_logit=return_max_logit or None)
         assert score_weight is not None
         return additive_attention(q, k, v, score_weight, mask, bias=score_bias, return_lse=return_lse, backend=backend)
     q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, mask)
     factor, dropout_p = numbers(q, scale, dropout_p)
-    if not isinstance(return_lse, bool):
-        wrong_type("return_lse", "a bool", return_lse)
+    for name, flag in (("return_lse", return_lse), ("return_max_logit", return_max_logit)):
+        if not isinstance(flag, bool):
+            wrong_type(name, "a bool", flag)
     pair_bias, sink = check_logits(q, pair_bias, sink, mask)
     slopes = per_head("alibi_slopes", alibi_slopes, q)
     shape, tokens_q, tokens_k = q.shape, q.shape[-3], k.shape[-3]
@@ -129,13 +134,14 @@ def attention(
     if slopes is not None:
         rows = rows.changed(at_q=positions_of(mask, samples, tokens_q, tokens_k, q.device))
     seed = _seed(q.device) if dropout_p > 0 else None
-    options = Options(pair_bias, sink, seed, dropout_p, factor, cap(softcap), slopes)
+    options = Options(pair_bias, sink, seed, dropout_p, factor, cap(softcap), slopes, return_max_logit)
     chosen = backends.resolve("attention", q, backend, _limits(q, v, rows, options))
-    out, lse = attention_fwd(q, k, v, rows, options, chosen)
+    out, lse, max_logit = attention_fwd(q, k, v, rows, options, chosen)
     if len(shape) == 4:
         out = out.view(*shape[:-1], v.shape[-1])
         lse = lse.view(shape[2], samples, tokens_q).transpose(0, 1)
-    return (out, lse) if return_lse else out
+    wanted = (out, *((lse,) if return_lse else ()), *((max_logit,) if return_max_logit else ()))
+    return wanted if len(wanted) > 1 else out
 
 
 def _is_additive(score: Any, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -180,6 +186,7 @@ def _limits(q: Tensor, v: Tensor, rows: MaskRows, options: Options) -> dict[str,
             "pair_bias": options.pair_bias,
             "sink": options.sink,
             "dropout_p": options.seed,
+            "return_max_logit": options.with_max or None,
         }
         refused = [what for what, given in beyond.items() if given is not None]
         lacking = _pattern_wants(q, v) if rows.span_q is not None else None

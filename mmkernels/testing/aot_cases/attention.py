@@ -75,8 +75,9 @@ def _attention() -> Iterator[TritonCase]:
         sums = "*fp32" if pressure else None, "*fp32" if pressure == 2 else None
         sizes = {"D": D, "DV": D, "BLOCK_D": block, "BLOCK_DV": block}
         case, more = (pressure, kind == "fp32", D, arch // 10), {"tensor_cores": True, "archs": (arch,)}
+        of_max = "*fp32" if pressure == 2 else None
         kernel, config = triton_fwd._attention_fwd_kernel, triton_fwd.fwd_config(*case)
-        yield _case(f"attention_fwd{label}", kernel, inputs | {"out": x}, sizes, config, **more)
+        yield _case(f"attention_fwd{label}", kernel, inputs | {"out": x, "row_max_ptr": of_max}, sizes, config, **more)
         kernel, config = triton_bwd._attention_dkdv_kernel, triton_bwd.dkdv_config(*case)
         yield _case(f"attention_dkdv{label}", kernel, grads | {"dk": x, "dv": x}, sizes, config, **more)
         kernel, config = triton_bwd._attention_dq_kernel, triton_bwd.dq_config(*case)

@@ -215,6 +215,7 @@ def test_cuda_kernels_say_what_they_do_not_take():
         assert what in reason
     assert "sink" in _limits(q, q, bare[0], bare[1]._replace(sink=torch.zeros(4)))["native"]
     assert "alibi_slopes" in _limits(q, q, bare[0], bare[1]._replace(slopes=torch.zeros(4)))["native"]
+    assert "return_max_logit" in _limits(q, q, bare[0], bare[1]._replace(with_max=True))["native"]
     assert "softcap" in _limits(q, q, bare[0], bare[1]._replace(softcap=30.0))["native"]
     assert _limits(q, q, *bare) is None
     assert _limits(torch.empty(10, 4, 8), q, *given) is None
@@ -268,6 +269,9 @@ BAD = {
     ],
     "return_lse": [
         (dict(return_lse=1), TypeError, "return_lse: expected a bool"),
+    ],
+    "return_max_logit": [
+        (dict(return_max_logit=1), TypeError, "return_max_logit: expected a bool"),
     ],
     "deterministic": [
         (dict(deterministic="yes"), TypeError, "deterministic: expected None, True or False"),
