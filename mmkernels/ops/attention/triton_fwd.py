@@ -315,10 +315,11 @@ def fwd_config(pressure: int, single: bool, head_dim: int, major: int) -> dict[s
     """
     if pressure:
         if single:
-            return tiles(32, 32, 8) if head_dim <= 64 else tiles(16, 16, 4)
+            return tiles(32, 32, 8) if head_dim <= 64 else tiles(16, 16, 8 if pressure == 2 and major >= 10 else 4)
+        few = pressure == 2 and major == 8
         if head_dim <= 64:
-            return tiles(64, 64, 8, 2)
-        return tiles(64, 32, 8) if head_dim <= 128 else tiles(32, 32, 8)
+            return tiles(64, 32, 8) if few else tiles(64, 64, 8, 2)
+        return tiles(64, 32, 8) if head_dim <= 128 and not few else tiles(32, 32, 8)
     if single:
         return tiles(64, 32, 4) if head_dim <= 64 else tiles(32, 32, 8, 2)
     if head_dim <= 64:
