@@ -15,6 +15,7 @@ from mmkernels.ops.attention.arguments import (
     check_tensors,
     dtype_name,
     numbers,
+    of_equal_heads,
     per_head,
     positions_of,
     rows_of,
@@ -73,7 +74,8 @@ def attention(
     Args:
         q: [Tq, H, D] or [B, Tq, H, D]; float32, bfloat16, float16 or float64.
         k: [Tk, Hkv, D] or [B, Tk, Hkv, D], q's dtype; Hkv divides H (grouped and multi-query attention).
-        v: [Tk, Hkv, Dv] or [B, Tk, Hkv, Dv], q's dtype; Dv may differ from D.
+        v: [Tk, Hkv, Dv] or [B, Tk, Hkv, Dv], q's dtype; Dv may differ from D. k and v may also differ in the number of
+            heads, if both numbers divide H and one divides the other: the smaller is repeated, in a copy.
         mask: which keys each query sees; with batched tensors it covers the B·Tq queries and B·Tk keys in order. None:
             every query sees all keys (batched: of its own sample).
         scale: factor of the logits; None: 1 / sqrt(D).
@@ -126,6 +128,7 @@ def attention(
             wrong_type(name, "a bool", flag)
     pair_bias, sink = check_logits(q, pair_bias, sink, mask)
     slopes = per_head("alibi_slopes", alibi_slopes, q)
+    k, v = of_equal_heads(k, v)
     shape, tokens_q, tokens_k = q.shape, q.shape[-3], k.shape[-3]
     samples = shape[0] if q.ndim == 4 else 1
     if q.ndim == 4:
