@@ -89,10 +89,10 @@ void bind_attention(py::module_& m) {
       [](Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, double scale, Tensor out,
          Tensor lse, Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, Tensor class_q,
          Tensor class_k, Tensor pair_bias, Tensor row_sums, Tensor sink, Tensor seed, Tensor at_q, Tensor slopes,
-         Tensor distance_sums, double dropout_p, double softcap, int num_threads) {
-        const mmk::AttentionExtras extras = {span_q,  span_k,        allow_q,   bit_k,  tiles, class_q,
-                                             class_k, pair_bias,     row_sums,  sink,   seed,  at_q,
-                                             slopes,  distance_sums, dropout_p, softcap};
+         Tensor distance_sums, Tensor row_max, double dropout_p, double softcap, int num_threads) {
+        const mmk::AttentionExtras extras = {span_q,  span_k,        allow_q,  bit_k,     tiles,  class_q,
+                                             class_k, pair_bias,     row_sums, sink,      seed,   at_q,
+                                             slopes,  distance_sums, row_max,  dropout_p, softcap};
         mmk::attention_kernels().forward({q, k, v, {lo, hi, first_q, last_q}, scale, out, lse, extras}, num_threads);
       },
       released);
@@ -103,9 +103,9 @@ void bind_attention(py::module_& m) {
          Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, Tensor class_q, Tensor class_k, Tensor pair_bias,
          Tensor row_sums, Tensor sink, Tensor seed, Tensor at_q, Tensor slopes, Tensor distance_sums, double dropout_p,
          double softcap, int num_threads) {
-        const mmk::AttentionExtras extras = {span_q,  span_k,        allow_q,   bit_k,  tiles, class_q,
-                                             class_k, pair_bias,     row_sums,  sink,   seed,  at_q,
-                                             slopes,  distance_sums, dropout_p, softcap};
+        const mmk::AttentionExtras extras = {span_q,  span_k,        allow_q,  bit_k,     tiles,  class_q,
+                                             class_k, pair_bias,     row_sums, sink,      seed,   at_q,
+                                             slopes,  distance_sums, {},       dropout_p, softcap};
         mmk::attention_kernels().backward(
             {grad_out, grad_lse, q, k, v, out, lse, {lo, hi, first_q, last_q}, scale, dq, dk, dv, delta, extras},
             num_threads);

@@ -40,6 +40,7 @@ struct AttentionExtras {
   // distances, both or neither: s_ij - slopes[h] * |at_q[i] - j|; distance_sums, an output of the backward, is like lse
   Tensor at_q, slopes;   // [Tq] [H]
   Tensor distance_sums;  // [H, Tq]: sums of dS times distance
+  Tensor row_max;        // [H, Tq], an output of the forward: largest scaled product that a query sees, before all else
   double dropout_p = 0;
   double softcap = 0;  // of the scaled products, before the bias: softcap tanh(x / softcap); 0: none
 };

@@ -298,7 +298,7 @@ class BackwardTask {
 
   // P from the forward's lse.
   template <bool full>
-  void recall_column(const TileState& state, int64_t key, int64_t height, int64_t c) {
+  MMK_INLINE void recall_column(const TileState& state, int64_t key, int64_t height, int64_t c) {
     const Vec<C> lse = load(state.lse + c), lowest = splat(-FloatTraits<C>::infinity);
     for (int64_t i = 0; i < height; ++i) {
       C* s = w_.s + i * Scratch::ld + c;
@@ -312,7 +312,8 @@ class BackwardTask {
   // P before division by its sum, and the inverse of that sum, from all keys of the queries; returns the correction to
   // `delta`.
   template <bool full>
-  Vec<C> softmax_column(const TileState& state, int64_t key, int64_t height, int64_t c, Vec<C> delta, Vec<C>& inverse) {
+  MMK_INLINE Vec<C> softmax_column(const TileState& state, int64_t key, int64_t height, int64_t c, Vec<C> delta,
+                                   Vec<C>& inverse) {
     const Vec<C> lowest = splat(-FloatTraits<C>::infinity);
     const C sign = logit_scale_ < 0 ? -1 : 1, factor = logit_scale_ * sign;
     Vec<C> shift = lowest, sum = {}, dot = {};

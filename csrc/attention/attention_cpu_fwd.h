@@ -131,6 +131,7 @@ class ForwardTask {
         v_(head_of<T>(args.v, head / shape.group())),
         out_(head_of<T>(args.out, head)),
         lse_(args.lse.ptr<C>() + head * shape.num_queries),
+        row_max_(args.extras.row_max.given() ? args.extras.row_max.ptr<C>() + head * shape.num_queries : nullptr),
         w_(scratch) {}
 
   void run(int64_t tile_begin, int64_t tile_end) {
@@ -180,6 +181,7 @@ class ForwardTask {
     for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
       state.shift[i] = -FloatTraits<C>::infinity;
       state.sum[i] = 0;
+      if (row_max_ != nullptr) row_max_[tile.begin + i] = -FloatTraits<C>::infinity;
     }
     state.touched = false;
   }
@@ -191,6 +193,7 @@ class ForwardTask {
     const int64_t width = to - from;
     multiply<T>(rows, width, n_.dim, state.q, w_.k + from / kColTile<T> * panel_size_b<T>(n_.dim), 0, n_.dim, w_.s,
                 Scratch::ld, false);
+    if (row_max_ != nullptr && rewrites_) note_maxima(tile, key, from, width);
     if (softcap_.given()) softcap_.apply(w_.s, nullptr, rows, width, Scratch::ld);
     if (distant_) distances_.apply(w_.s, product_scale_, tile.begin, rows, key + from, width, Scratch::ld);
     if (map_.given() || extras_.pair_bias.given()) write_logits(tile, key, from, width);
@@ -225,6 +228,28 @@ class ForwardTask {
         }
         store(s + j, logit);
       }
+    }
+  }
+
+  // Raises row_max_ to the tile's largest visible scaled product, from scores that are about to be rewritten.
+  void note_maxima(const QueryTile& tile, int64_t key, int64_t from, int64_t width) {
+    const bool hides = map_.given() && !map_.full(tile, key + from, key + from + width);
+    const Vec<C> lowest = splat(-FloatTraits<C>::infinity);
+    for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
+      const int64_t query = tile.begin + i;
+      const Vec<Int> span = splat(static_cast<Int>(hides ? extras_.span_q.ptr<int32_t>()[query] : 0));
+      const Vec<Int> allow = splat(static_cast<Int>(hides ? extras_.allow_q.ptr<int32_t>()[query] : 0));
+      const Vec<Int> begin = splat(static_cast<Int>(lo_[query] - key)), end = splat(static_cast<Int>(hi_[query] - key));
+      Vec<C> best = splat(row_max_[query]);
+      for (int64_t j = 0; j < width; j += kLanes<C>) {
+        const Vec<Int> column = splat(static_cast<Int>(from + j)) + count_lanes<Int>();
+        auto sees = (begin <= column) & (column < end) & (column < splat(static_cast<Int>(from + width)));
+        if (hides)
+          sees &= (load_as<Int>(w_.span_k + from + j) == span) |
+                  ((load_as<Int>(w_.bit_k + from + j) & allow) != Vec<Int>{});
+        best = max(best, select(sees, load(w_.s + i * Scratch::ld + j) * scale_, lowest));
+      }
+      row_max_[query] = reduce_max(best);
     }
   }
 
@@ -279,6 +304,7 @@ class ForwardTask {
     constexpr int L = kLanes<C>;
     for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
       const bool empty = state.sum[i] == 0;
+      if (row_max_ != nullptr && !rewrites_ && !empty) row_max_[tile.begin + i] = state.shift[i] * factor_;
       C shift = state.shift[i] * factor_, sum = state.sum[i], factor = static_cast<C>(dropout_.factor());
       if (extras_.sink.given() && !empty) add_sink(shift, sum, factor);
       const C inverse = empty ? 0 : factor / sum;
@@ -321,7 +347,7 @@ class ForwardTask {
   const Dropout dropout_;
   const BiasTable<C> bias_;
   const HeadView<T> q_, k_, v_, out_;
-  C* lse_;
+  C *lse_, *row_max_;  // row_max_: null if not wanted
   Scratch w_;
 };
 

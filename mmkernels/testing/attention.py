@@ -324,7 +324,7 @@ def run(x: AttentionInputs, backend: str | None = None, *, with_lse: bool = Fals
         options |= {"scale": x.scale, "softcap": x.softcap, "alibi_slopes": leaf.get("slopes")}
         out = attention(leaf["q"], leaf["k"], leaf["v"], x.mask, return_lse=True, backend=backend, **options)
         assert isinstance(out, tuple)
-        return out
+        return out[0], out[1]
 
     return _differentiate(x, call, with_lse)
 

@@ -15,6 +15,7 @@ from mmkernels.ops.attention.arguments import (
     check_tensors,
     dtype_name,
     numbers,
+    of_equal_heads,
     per_head,
     positions_of,
     rows_of,
@@ -52,12 +53,13 @@ def attention(
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    return_max_logit: bool = False,
     deterministic: bool | None = None,
     score: str | None = None,
     score_weight: Tensor | None = None,
     score_bias: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Softmax attention of packed queries over the keys that a mask lets them see.
 
         s_ij = cap(scale <q_i, k_j>) + pair_bias[class_i, class_j] - alibi_slopes |i - j|
@@ -72,7 +74,8 @@ def attention(
     Args:
         q: [Tq, H, D] or [B, Tq, H, D]; float32, bfloat16, float16 or float64.
         k: [Tk, Hkv, D] or [B, Tk, Hkv, D], q's dtype; Hkv divides H (grouped and multi-query attention).
-        v: [Tk, Hkv, Dv] or [B, Tk, Hkv, Dv], q's dtype; Dv may differ from D.
+        v: [Tk, Hkv, Dv] or [B, Tk, Hkv, Dv], q's dtype; Dv may differ from D. k and v may also differ in the number of
+            heads, if both numbers divide H and one divides the other: the smaller is repeated, in a copy.
         mask: which keys each query sees; with batched tensors it covers the B·Tq queries and B·Tk keys in order. None:
             every query sees all keys (batched: of its own sample).
         scale: factor of the logits; None: 1 / sqrt(D).
@@ -91,6 +94,8 @@ def attention(
             kept: the same on every backend, in the backward, and when the generator's state is replayed
             (`torch.utils.checkpoint`, `GradCache`). It applies whenever it is above 0: there is no training mode.
         return_lse: also return lse, which is differentiable.
+        return_max_logit: also return the largest scaled product of each head over its visible pairs, before softcap and
+            all other terms (for QK-clip); without a gradient. It is the last output.
         deterministic: deprecated, without effect: no backend uses atomics, so the same input and thread count always
             give the same bits.
         score, score_weight, score_bias: deprecated: for score="additive" call `additive_attention` with w
@@ -100,6 +105,7 @@ def attention(
     Returns:
         out [Tq, H, Dv] (or [B, Tq, H, Dv]) in q's dtype; with `return_lse` also lse [H, Tq] (or [B, H, Tq]), natural
         logarithm, float32 (float64 for float64). Both are differentiable twice, and in forward mode.
+        With `return_max_logit` also max_logit [H] in the dtype of lse, -inf for a head that sees nothing.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name, with what was expected and what came.
@@ -111,16 +117,18 @@ def attention(
     deprecated_deterministic(deterministic)
     if _is_additive(score, score_weight, score_bias):
         logits = dict(scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, pair_bias=pair_bias, sink=sink)
-        _expect_defaults(**logits, dropout_p=dropout_p or None)
+        _expect_defaults(**logits, dropout_p=dropout_p or None, return_max_logit=return_max_logit or None)
         assert score_weight is not None
         return additive_attention(q, k, v, score_weight, mask, bias=score_bias, return_lse=return_lse, backend=backend)
     q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, mask)
     factor, dropout_p = numbers(q, scale, dropout_p)
-    if not isinstance(return_lse, bool):
-        wrong_type("return_lse", "a bool", return_lse)
+    for name, flag in (("return_lse", return_lse), ("return_max_logit", return_max_logit)):
+        if not isinstance(flag, bool):
+            wrong_type(name, "a bool", flag)
     pair_bias, sink = check_logits(q, pair_bias, sink, mask)
     slopes = per_head("alibi_slopes", alibi_slopes, q)
+    k, v = of_equal_heads(k, v)
     shape, tokens_q, tokens_k = q.shape, q.shape[-3], k.shape[-3]
     samples = shape[0] if q.ndim == 4 else 1
     if q.ndim == 4:
@@ -129,13 +137,14 @@ def attention(
     if slopes is not None:
         rows = rows.changed(at_q=positions_of(mask, samples, tokens_q, tokens_k, q.device))
     seed = _seed(q.device) if dropout_p > 0 else None
-    options = Options(pair_bias, sink, seed, dropout_p, factor, cap(softcap), slopes)
+    options = Options(pair_bias, sink, seed, dropout_p, factor, cap(softcap), slopes, return_max_logit)
     chosen = backends.resolve("attention", q, backend, _limits(q, v, rows, options))
-    out, lse = attention_fwd(q, k, v, rows, options, chosen)
+    out, lse, max_logit = attention_fwd(q, k, v, rows, options, chosen)
     if len(shape) == 4:
         out = out.view(*shape[:-1], v.shape[-1])
         lse = lse.view(shape[2], samples, tokens_q).transpose(0, 1)
-    return (out, lse) if return_lse else out
+    wanted = (out, *((lse,) if return_lse else ()), *((max_logit,) if return_max_logit else ()))
+    return wanted if len(wanted) > 1 else out
 
 
 def _is_additive(score: Any, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -180,6 +189,7 @@ def _limits(q: Tensor, v: Tensor, rows: MaskRows, options: Options) -> dict[str,
             "pair_bias": options.pair_bias,
             "sink": options.sink,
             "dropout_p": options.seed,
+            "return_max_logit": options.with_max or None,
         }
         refused = [what for what, given in beyond.items() if given is not None]
         lacking = _pattern_wants(q, v) if rows.span_q is not None else None

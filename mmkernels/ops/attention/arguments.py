@@ -22,6 +22,7 @@ __all__ = [
     "check_tensors",
     "dtype_name",
     "numbers",
+    "of_equal_heads",
     "per_head",
     "positions_of",
     "rows_of",
@@ -55,8 +56,11 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -
         wrong_value("k", f"a number of heads Hkv that divides q's {H}", k)
     if q.ndim == 4 and k.shape[0] != q.shape[0]:
         wrong_value("k", f"batch B={q.shape[0]} like q", k)
-    if v.shape[:-1] != k.shape[:-1]:
+    Hk, Hv = k.shape[-2], v.shape[-2]
+    if v.shape[:-2] != k.shape[:-2]:
         wrong_value("v", f"{[*k.shape[:-1], 'Dv']} like k", v)
+    if Hv < 1 or H % Hv or (Hk % Hv and Hv % Hk):
+        wrong_value("v", f"a number of heads that divides q's {H}, and divides k's {Hk} or is a multiple of it", v)
     if v.shape[-1] < 1:
         wrong_value("v", "a head dim of at least 1", v)
     if mask is None:
@@ -65,6 +69,14 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -
         wrong_type("mask", "an AttentionMask or None", mask)
     if mask.device != q.device:
         raise ValueError(f"mask: expected metadata on {q.device} like q, got {mask.device}")
+
+
+def of_equal_heads(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with as many heads as the one that has more."""
+    Hk, Hv = k.shape[-2], v.shape[-2]
+    if Hk == Hv:
+        return k, v
+    return (k.repeat_interleave(Hv // Hk, -2), v) if Hk < Hv else (k, v.repeat_interleave(Hk // Hv, -2))
 
 
 def numbers(q: Tensor, scale: Any, dropout_p: Any) -> tuple[float, float]:

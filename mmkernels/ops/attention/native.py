@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.reference import bias_gradient, sink_gradient, slope_gradient
+from mmkernels.ops.attention.reference import bias_gradient, largest, sink_gradient, slope_gradient
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import native
@@ -47,20 +47,22 @@ def _extras(
     return *bias, view(options.sink), view(options.seed), *distances
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
-    """out [Tq, H, Dv] and lse [H, Tq]."""
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """out [Tq, H, Dv], lse [H, Tq] and max_logit [H], empty if not wanted."""
     q, k, v = _inputs(rows, q, k, v)
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
     inputs, outputs = (view(q), view(k), view(v), *_intervals(rows)), (view(out), view(lse))
+    row_max = None
     if q.is_cuda:
         native.core.launch_attention_fwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), stream(q))
     else:
-        extras = *_pattern(rows), *_extras(rows, options, None, None)
+        row_max = torch.empty_like(lse) if options.with_max else None
+        extras = *_pattern(rows), *_extras(rows, options, None, None), view(row_max)
         native.core.launch_attention_fwd_cpu(
             *inputs, options.scale, *outputs, *extras, options.dropout_p, options.softcap or 0.0, threads()
         )
-    return out, lse
+    return out, lse, largest(row_max, lse)
 
 
 def attention_bwd(

@@ -1,7 +1,7 @@
 """The ops `mmkernels::attention_fwd`, `_bwd` and `_second`: signatures, shapes, derivatives.
 
 q [Tq, H, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> out [Tq, H, Dv] in q's dtype, lse [H, Tq] natural log (float32; float64
-for float64).
+for float64), the largest scaled product of each head [H], empty if not wanted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ __all__ = ["attention_bwd", "attention_fwd"]
 _WRT = ("q", "k", "v", "pair_bias", "sink", "slopes")
 
 
-def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
+    return out, lse, lse.new_empty(q.shape[1] if options.with_max else 0)
 
 
 def _bwd_fake(
@@ -51,7 +52,7 @@ def _second_fake(*args: Any) -> tuple[Tensor, ...]:
     shapes = [0 if grad_out is None else x.shape for x in inputs]
     dtypes = q.dtype, k.dtype, v.dtype, lse.dtype, lse.dtype, lse.dtype
     grads = (q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-    return *_fwd_fake(q, k, v, rows, options), *grads
+    return *_fwd_fake(q, k, v, rows, options)[:2], *grads
 
 
 attention_bwd = Op(
@@ -75,7 +76,7 @@ attention_bwd = Op(
 
 def _save(inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
     q, k, v, rows, options = inputs
-    return q, k, v, *outputs, rows, options
+    return q, k, v, *outputs[:2], rows, options
 
 
 def _backward(ctx: Context, grad_out: Tensor | None, grad_lse: Tensor | None) -> dict[str, Tensor]:
@@ -102,5 +103,6 @@ attention_fwd = Op(
     save=_save,
     backward=_backward,
     jvp=_jvp,
+    constant_outputs=1,
     flops=lambda q, k, v, rows, options: fwd_flops(q, v, rows.visible()),
 )

@@ -33,6 +33,7 @@ __all__ = [
     "distances",
     "dropout",
     "keep",
+    "largest",
     "probabilities",
     "scaled_products",
     "sink_gradient",
@@ -132,14 +133,20 @@ def dropout(
     return kept.to(dtype) / (1 - options.dropout_p)
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
-    """out [Tq, H, Dv] in q's dtype and lse [H, Tq]."""
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """out [Tq, H, Dv] in q's dtype, lse [H, Tq] and max_logit [H], empty if not wanted."""
     dtype, group = compute_dtype(q.dtype), q.shape[1] // k.shape[1]
     seen = rows.visible().dense(k.shape[0])
     p, lse = probabilities(q.to(dtype), k.to(dtype).repeat_interleave(group, dim=1), seen, rows, options)
     z = dropout(options, q.shape[1], seen, dtype)
     out = weighted_sums(p if z is None else p * z, v.to(dtype).repeat_interleave(group, dim=1))
-    return out.to(q.dtype).contiguous(), lse
+    row_max = None
+    if options.with_max and len(k):
+        products = scaled_products(q, k.repeat_interleave(group, dim=1), options)
+        row_max = products.masked_fill(~seen, -torch.inf).amax(-1).to(dtype)
+    elif options.with_max:
+        row_max = torch.full_like(lse, -torch.inf)
+    return out.to(q.dtype).contiguous(), lse, largest(row_max, lse)
 
 
 def attention_bwd(
@@ -185,6 +192,13 @@ def attention_bwd(
         dslopes = slope_gradient((ds * distances(rows, k.shape[0])).sum(-1).to(lse.dtype))
     grads = (x.to(like.dtype).contiguous() for x, like in ((dq, q), (dk, k), (dv, v)))
     return *grads, dbias, dsink, dslopes
+
+
+def largest(row_max: Tensor | None, lse: Tensor) -> Tensor:
+    """max_logit [H] from the rows' [H, Tq]; -inf without rows, empty without row_max."""
+    if row_max is None:
+        return lse.new_empty(0)
+    return row_max.amax(1) if row_max.shape[1] else lse.new_full((lse.shape[0],), -torch.inf)
 
 
 def bias_gradient(row_sums: Tensor, rows: MaskRows, options: Options) -> Tensor:

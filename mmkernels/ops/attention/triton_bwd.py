@@ -14,6 +14,8 @@ Both recompute the scores: seven products instead of the minimum of five. Sums a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -142,12 +144,13 @@ def _gather_keys(
     b_dq, b_sums, b_mass, b_dot, b_far, b_reach, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras, i_h,
     start, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_C: tl.constexpr, BY_CLASS: tl.constexpr, BY_DISTANCE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """b_dq + ds k over the keys [start, start + BLOCK_N).
 
-    With a bias also sums of ds and, for 16-bit inputs, of p over the keys of each class, and of p dp over all; with
-    slopes sums of ds and p times distance.
+    BY_CLASS also sums of ds and, for 16-bit inputs, of p over the keys of each class; BY_DISTANCE of both times
+    distance; with either of p dp over all.
     """
     keys = load_keys(rows, start, end, BLOCK_N)
     b_k = load_tile(k, keys.index, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
@@ -170,18 +173,19 @@ def _gather_keys(
         b_dq += dot(cast(b_exact * b_slope, b_k.dtype), b_k)
     else:
         b_dq += dot(b_ds, b_k)
-    if extras.pair_bias is not None:
+    if BY_CLASS:
         b_one = keys.kind[:, None] == tl.arange(0, BLOCK_C)[None, :]  # [BLOCK_N, BLOCK_C]
         b_one = cast(tl.where(b_one, 1.0, 0.0), b_ds.dtype)
         b_sums += dot(b_ds, b_one)
         if b_ds.dtype != tl.float32:  # the 16-bit rounding error: thousands of terms cancel in these sums
             b_sums += dot(cast(b_exact - b_ds.to(tl.float32), b_ds.dtype), b_one)
             b_mass += dot(cast(b_p, b_ds.dtype), b_one)
-    if extras.slopes is not None:
+    if BY_DISTANCE:
         b_distance = distance_of(queries.at[:, None], keys.index[None, :])
         b_far += tl.sum(b_exact * b_distance, 1)
-        b_reach += tl.sum(b_p * b_distance, 1)
-    if ((extras.pair_bias is not None) or (extras.slopes is not None)) and b_ds.dtype != tl.float32:
+        if b_ds.dtype != tl.float32:
+            b_reach += tl.sum(b_p * b_distance, 1)
+    if (BY_CLASS or BY_DISTANCE) and b_ds.dtype != tl.float32:
         b_dot += tl.sum(b_p * b_dp, 1)
     return b_dq, b_sums, b_mass, b_dot, b_far, b_reach
 
@@ -190,8 +194,8 @@ def _gather_keys(
 def _attention_dq_kernel(
     q, k, v, do, dq,  # Heads
     lse_ptr, delta_ptr,  # [H, Tq]
-    row_sums_ptr,  # [H, classes_k, Tq]: sums of ds over the keys of a class; None without a pair bias
-    distance_sums_ptr,  # [H, Tq]: sums of ds times distance; None without slopes
+    row_sums_ptr,  # [H, classes_k, Tq]: sums of ds over the keys of a class; None if not wanted
+    distance_sums_ptr,  # [H, Tq]: sums of ds times distance; None if not wanted
     dlse_ptr,  # [H, Tq], or None
     rows, extras, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr,
@@ -212,6 +216,8 @@ def _attention_dq_kernel(
     b_mass = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     b_dot = tl.zeros([BLOCK_M], tl.float32)
     b_far, b_reach = b_dot, b_dot
+    BY_CLASS: tl.constexpr = row_sums_ptr is not None
+    BY_DISTANCE: tl.constexpr = distance_sums_ptr is not None
     if rows.tiles is not None:
         for start in range(bounds[0] // BLOCK_N * BLOCK_N, bounds[3], BLOCK_N):
             state = tile_state(rows, queries.first, start, Tk)
@@ -219,13 +225,15 @@ def _attention_dq_kernel(
                 b_dq, b_sums, b_mass, b_dot, b_far, b_reach = _gather_keys(
                     b_dq, b_sums, b_mass, b_dot, b_far, b_reach, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras,
                     i_h,
-                    start, bounds[3], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, False,
+                    start, bounds[3], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, BY_CLASS,
+                    BY_DISTANCE, False,
                 )  # fmt: skip
             elif state != SKIP:
                 b_dq, b_sums, b_mass, b_dot, b_far, b_reach = _gather_keys(
                     b_dq, b_sums, b_mass, b_dot, b_far, b_reach, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras,
                     i_h,
-                    start, bounds[3], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, True,
+                    start, bounds[3], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, BY_CLASS,
+                    BY_DISTANCE, True,
                 )  # fmt: skip
     else:
         for part in tl.static_range(3):  # partial, full, partial
@@ -233,20 +241,21 @@ def _attention_dq_kernel(
                 b_dq, b_sums, b_mass, b_dot, b_far, b_reach = _gather_keys(
                     b_dq, b_sums, b_mass, b_dot, b_far, b_reach, b_q, b_do, b_lse, b_delta, queries, k, v, rows, extras,
                     i_h,
-                    start, bounds[part + 1], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, part != 1,
+                    start, bounds[part + 1], D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_C, BY_CLASS,
+                    BY_DISTANCE, part != 1,
                 )  # fmt: skip
     store_tile(of_head(dq, i_h), o_m, Tq, D, b_dq * extras.scale)
     # delta carries the rounding error of a 16-bit out, which is the same for every key of a row and would add up in
     # these sums. Use the sum of p dp instead.
     b_error = tl.zeros([BLOCK_M], tl.float32)
-    if ((extras.pair_bias is not None) or (extras.slopes is not None)) and b_q.dtype != tl.float32:
+    if (BY_CLASS or BY_DISTANCE) and b_q.dtype != tl.float32:
         b_exact = b_dot
         if dlse_ptr is not None:
             b_exact -= tl.load(dlse_ptr + i_h * Tq + o_m, mask=o_m < Tq, other=0.0)
         b_error = b_delta - b_exact
-    if extras.slopes is not None:
+    if BY_DISTANCE:
         tl.store(distance_sums_ptr + i_h * Tq + o_m, b_far + b_error * b_reach, mask=o_m < Tq)
-    if extras.pair_bias is not None:
+    if BY_CLASS:
         o_c = tl.arange(0, BLOCK_C)
         row_sums_ptr += i_h * extras.classes_k * Tq
         if b_q.dtype != tl.float32:
@@ -280,6 +289,8 @@ def dq_config(pressure: int, single: bool, head_dim: int, major: int) -> dict[st
         if single:
             return tiles(16, 32, 4) if head_dim <= 64 else tiles(16, 16, 8)
         if head_dim <= 128:
+            if pressure == 2:
+                return tiles(64 if major >= 10 else 32, 16, 8)
             return tiles(64, 32 if major >= 10 else 16, 8)
         return tiles(16, 16 if major >= 10 else 32, 4)
     if single:
@@ -287,6 +298,13 @@ def dq_config(pressure: int, single: bool, head_dim: int, major: int) -> dict[st
     if head_dim <= 64:
         return tiles(64, 64, 4, 2)
     return tiles(64, 64, 8, 2) if head_dim <= 128 else tiles(32, 32, 8)
+
+
+def sums_of_launches(row_sums: Any, distance_sums: Any, single: bool, head_dim: int) -> list[tuple[Any, Any]]:
+    """The sums of each launch for dq: one launch, or two where both kinds of sums would not fit the registers."""
+    if single and head_dim > 64 and row_sums is not None and distance_sums is not None:
+        return [(row_sums, None), (None, distance_sums)]
+    return [(row_sums, distance_sums)]
 
 
 def class_block(pair_bias: Tensor | None) -> int:
@@ -324,10 +342,11 @@ def attention_bwd(
             as_heads(do), as_heads(out), dlse, delta, Tq, DV=DV, BLOCK_M=DELTA_BLOCK_M, BLOCK_DV=sizes["BLOCK_DV"]
         )
         config = dq_config(*case)
-        _attention_dq_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
-            *inputs, as_heads(dq), lse, delta, row_sums, distance_sums, dlse, *scalars,
-            BLOCK_C=class_block(options.pair_bias), **sizes, **config,
-        )  # fmt: skip
+        for sums in sums_of_launches(row_sums, distance_sums, *case[1:3]):
+            _attention_dq_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
+                *inputs, as_heads(dq), lse, delta, *sums, dlse, *scalars,
+                BLOCK_C=class_block(options.pair_bias), **sizes, **config,
+            )  # fmt: skip
     if Tk > 0:
         config = dkdv_config(*case)
         _attention_dkdv_kernel[(triton.cdiv(Tk, config["BLOCK_N"]), Hkv)](

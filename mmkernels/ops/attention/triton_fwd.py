@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.attention.reference import largest
 from mmkernels.ops.attention.triton_scores import bias_of, distance_of, exponential, in_log2, score_tile, slope_of
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.triton_common import LN_2, block_dim, cast, dot, generation, unit_rows
@@ -208,14 +209,20 @@ def keep_tile(extras, i_h, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def _attend(
-    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, end,
+    b_acc, b_m, b_l, b_top, b_q, queries, k, v, rows, extras, i_h, start, end,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, WITH_MAX: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [start, start + BLOCK_N), those before `end` if MASKED."""
     keys = load_keys(rows, start, end, BLOCK_N)
     b_k = load_tile(k, keys.index, end, D, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-    b_s, _ = score_tile(extras, dot(b_q, tl.trans(b_k)), b_q.dtype)  # [BLOCK_M, BLOCK_N]
+    b_products = dot(b_q, tl.trans(b_k))  # [BLOCK_M, BLOCK_N]
+    if WITH_MAX:
+        b_seen = b_products * extras.scale
+        if MASKED:
+            b_seen = tl.where(visible(queries, keys, rows, 1), b_seen, float("-inf"))
+        b_top = tl.maximum(b_top, tl.max(b_seen, 1))
+    b_s, _ = score_tile(extras, b_products, b_q.dtype)  # [BLOCK_M, BLOCK_N]
     if extras.pair_bias is not None:
         b_s += bias_of(extras, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)
     if extras.slopes is not None:
@@ -233,13 +240,14 @@ def _attend(
         b_p = tl.where(tl.trans(m_keep), b_p, 0.0)
     b_v = load_tile(v, keys.index, end, DV, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
     b_acc = b_acc * b_alpha[:, None] + dot(cast(b_p, b_v.dtype), b_v)
-    return b_acc, b_m_new, b_l
+    return b_acc, b_m_new, b_l, b_top
 
 
 @triton.jit
 def _attention_fwd_kernel(
     q, k, v, out,  # Heads
     lse_ptr,  # [H, Tq]
+    row_max_ptr,  # [H, Tq]: largest scaled product of a row; None if not wanted
     rows, extras, Tq, Tk, group,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -254,25 +262,27 @@ def _attention_fwd_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
+    WITH_MAX: tl.constexpr = row_max_ptr is not None
+    b_top = b_m
     if rows.tiles is not None:
         for start in range(bounds[0] // BLOCK_N * BLOCK_N, bounds[3], BLOCK_N):
             state = tile_state(rows, queries.first, start, Tk)
             if state == FULL:
-                b_acc, b_m, b_l = _attend(
-                    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, bounds[3],
-                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+                b_acc, b_m, b_l, b_top = _attend(
+                    b_acc, b_m, b_l, b_top, b_q, queries, k, v, rows, extras, i_h, start, bounds[3],
+                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, WITH_MAX,
                 )  # fmt: skip
             elif state != SKIP:
-                b_acc, b_m, b_l = _attend(
-                    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, bounds[3],
-                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+                b_acc, b_m, b_l, b_top = _attend(
+                    b_acc, b_m, b_l, b_top, b_q, queries, k, v, rows, extras, i_h, start, bounds[3],
+                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, WITH_MAX,
                 )  # fmt: skip
     else:
         for part in tl.static_range(3):  # partial, full, partial
             for start in range(bounds[part], bounds[part + 1], BLOCK_N):
-                b_acc, b_m, b_l = _attend(
-                    b_acc, b_m, b_l, b_q, queries, k, v, rows, extras, i_h, start, bounds[part + 1],
-                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part != 1,
+                b_acc, b_m, b_l, b_top = _attend(
+                    b_acc, b_m, b_l, b_top, b_q, queries, k, v, rows, extras, i_h, start, bounds[part + 1],
+                    D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, part != 1, WITH_MAX,
                 )  # fmt: skip
 
     m_empty = b_l == 0.0
@@ -290,6 +300,8 @@ def _attention_fwd_kernel(
     b_lse = tl.where(m_empty, float("-inf"), b_highest + tl.log2(tl.where(m_empty, 1.0, b_l)) * LN_2)
     store_tile(of_head(out, i_h), o_m, Tq, DV, b_out)
     tl.store(lse_ptr + i_h * Tq + o_m, b_lse, mask=o_m < Tq)
+    if WITH_MAX:
+        tl.store(row_max_ptr + i_h * Tq + o_m, b_top, mask=o_m < Tq)
 
 
 def tiles(block_m: int, block_n: int, num_warps: int, num_stages: int = 1) -> dict[str, int]:
@@ -303,10 +315,11 @@ def fwd_config(pressure: int, single: bool, head_dim: int, major: int) -> dict[s
     """
     if pressure:
         if single:
-            return tiles(32, 32, 8) if head_dim <= 64 else tiles(16, 16, 4)
+            return tiles(32, 32, 8) if head_dim <= 64 else tiles(16, 16, 8 if pressure == 2 and major >= 10 else 4)
+        few = pressure == 2 and major == 8
         if head_dim <= 64:
-            return tiles(64, 64, 8, 2)
-        return tiles(64, 32, 8) if head_dim <= 128 else tiles(32, 32, 8)
+            return tiles(64, 32, 8) if few else tiles(64, 64, 8, 2)
+        return tiles(64, 32, 8) if head_dim <= 128 and not few else tiles(32, 32, 8)
     if single:
         return tiles(64, 32, 4) if head_dim <= 64 else tiles(32, 32, 8, 2)
     if head_dim <= 64:
@@ -338,17 +351,18 @@ def register_pressure(rows: MaskRows, options: Options) -> int:
     return int(rows.tiles is not None or options.pair_bias is not None or options.seed is not None)
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor]:
-    """out [Tq, H, Dv] and lse [H, Tq]."""
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """out [Tq, H, Dv], lse [H, Tq] and max_logit [H], empty if not wanted."""
     q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     (Tq, H, D), (Tk, Hkv, DV) = q.shape, v.shape
     out = torch.empty((Tq, H, DV), dtype=q.dtype, device=q.device)
     lse = torch.empty((H, Tq), dtype=torch.float32, device=q.device)
+    row_max = torch.empty_like(lse) if options.with_max else None
     if Tq == 0:
-        return out, lse
+        return out, lse, largest(row_max, lse)
     config = fwd_config(register_pressure(rows, options), q.dtype == torch.float32, max(D, DV), generation(q.device))
     _attention_fwd_kernel[(triton.cdiv(Tq, config["BLOCK_M"]), H)](
-        as_heads(q), as_heads(k), as_heads(v), as_heads(out), lse, rows, as_extras(options), Tq, Tk, H // Hkv,
+        as_heads(q), as_heads(k), as_heads(v), as_heads(out), lse, row_max, rows, as_extras(options), Tq, Tk, H // Hkv,
         D=D, DV=DV, BLOCK_D=block_dim(D), BLOCK_DV=block_dim(DV), **config,
     )  # fmt: skip
-    return out, lse
+    return out, lse, largest(row_max, lse)

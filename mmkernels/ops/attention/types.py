@@ -72,7 +72,8 @@ class Options(NamedTuple):
     """A call's options besides q, k, v and the mask.
 
     pair_bias [H, Cq, Ck], sink [H] and slopes [H] (of distances) in the dtype of lse; seed int64 [1] of dropout, set if
-    dropout_p > 0; softcap is positive, or None.
+    dropout_p > 0; softcap is positive, or None; with_max: whether the forward returns the
+    largest products.
     """
 
     pair_bias: Tensor | None
@@ -82,3 +83,4 @@ class Options(NamedTuple):
     scale: float
     softcap: float | None = None
     slopes: Tensor | None = None
+    with_max: bool = False

@@ -72,17 +72,21 @@ def _attention() -> Iterator[TritonCase]:
             **dict.fromkeys(("Tq", "Tk", "group"), "i32"),
         }
         grads = inputs | {"do": x, "delta_ptr": "*fp32"}
-        of_sums = dict.fromkeys(("row_sums_ptr", "dlse_ptr"), "*fp32" if pressure else None)
-        of_sums |= {"distance_sums_ptr": "*fp32" if pressure == 2 else None}
+        sums = "*fp32" if pressure else None, "*fp32" if pressure == 2 else None
         sizes = {"D": D, "DV": D, "BLOCK_D": block, "BLOCK_DV": block}
         case, more = (pressure, kind == "fp32", D, arch // 10), {"tensor_cores": True, "archs": (arch,)}
+        of_max = "*fp32" if pressure == 2 else None
         kernel, config = triton_fwd._attention_fwd_kernel, triton_fwd.fwd_config(*case)
-        yield _case(f"attention_fwd{label}", kernel, inputs | {"out": x}, sizes, config, **more)
+        yield _case(f"attention_fwd{label}", kernel, inputs | {"out": x, "row_max_ptr": of_max}, sizes, config, **more)
         kernel, config = triton_bwd._attention_dkdv_kernel, triton_bwd.dkdv_config(*case)
         yield _case(f"attention_dkdv{label}", kernel, grads | {"dk": x, "dv": x}, sizes, config, **more)
         kernel, config = triton_bwd._attention_dq_kernel, triton_bwd.dq_config(*case)
         classes = {"BLOCK_C": 32 if pressure else 16}
-        yield _case(f"attention_dq{label}", kernel, grads | of_sums | {"dq": x}, sizes | classes, config, **more)
+        for of_classes, of_distances in triton_bwd.sums_of_launches(*sums, kind == "fp32", D):
+            of_sums = {"row_sums_ptr": of_classes, "distance_sums_ptr": of_distances, "dlse_ptr": sums[0]}
+            what = "dq" if (of_classes, of_distances) == sums else "dq_by_class" if of_classes else "dq_by_distance"
+            signature = grads | of_sums | {"dq": x}
+            yield _case(f"attention_{what}{label}", kernel, signature, sizes | classes, config, **more)
         if not pressure:
             signature = {"do": x, "out": x, "dlse_ptr": "*fp32", "delta_ptr": "*fp32", "Tq": "i32"}
             sizes = {"DV": D, "BLOCK_DV": block, "BLOCK_M": triton_bwd.DELTA_BLOCK_M}

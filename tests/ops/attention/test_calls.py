@@ -173,6 +173,20 @@ def test_batched_with_options_equals_packed(backend):
     assert torch.equal(batched.flatten(0, 1), packed)
 
 
+@pytest.mark.parametrize("heads", [(1, 4), (4, 2), (2, 1)])
+def test_keys_and_values_of_different_head_counts(backend, heads):
+    """As if each had a head for every query head, with exact gradients."""
+    q, k, v = (torch.randn(5, count, 8, requires_grad=True) for count in (4, *heads))
+    wide = (x.repeat_interleave(4 // count, 1) for x, count in zip((k, v), heads, strict=True))
+    results = [attention(q, k, v, SMALL, backend=backend), attention(q, *wide, SMALL, backend=backend)]
+    torch.testing.assert_close(*results)
+    grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in results]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    batch = [x.detach()[None] for x in (q, k, v)]
+    torch.testing.assert_close(attention(*batch, backend=backend)[0], attention(q, k, v, backend=backend))
+
+
 def test_non_contiguous(backend):
     wide = torch.randn(10, 3, 4, 16)
     q, _, v = wide[..., :8].unbind(1)  # the usual fused projection
@@ -215,6 +229,7 @@ def test_cuda_kernels_say_what_they_do_not_take():
         assert what in reason
     assert "sink" in _limits(q, q, bare[0], bare[1]._replace(sink=torch.zeros(4)))["native"]
     assert "alibi_slopes" in _limits(q, q, bare[0], bare[1]._replace(slopes=torch.zeros(4)))["native"]
+    assert "return_max_logit" in _limits(q, q, bare[0], bare[1]._replace(with_max=True))["native"]
     assert "softcap" in _limits(q, q, bare[0], bare[1]._replace(softcap=30.0))["native"]
     assert _limits(q, q, *bare) is None
     assert _limits(torch.empty(10, 4, 8), q, *given) is None
@@ -249,6 +264,16 @@ BAD = {
     ],
     "v": [
         (dict(v=V[:4]), ValueError, r"v: expected \[5, 2, 'Dv'\] like k"),
+        (
+            dict(v=torch.randn(5, 3, 8)),
+            ValueError,
+            "v: expected a number of heads that divides q's 4, and divides k's 2 or is a multiple of it",
+        ),
+        (
+            dict(q=torch.randn(5, 6, 8), v=torch.randn(5, 3, 8)),
+            ValueError,
+            "v: expected a number of heads that divides q's 6, and divides k's 2 or is a multiple of it",
+        ),
     ],
     "mask": [
         (dict(mask=torch.ones(5, 5)), TypeError, "mask: expected an AttentionMask or None"),
@@ -268,6 +293,9 @@ BAD = {
     ],
     "return_lse": [
         (dict(return_lse=1), TypeError, "return_lse: expected a bool"),
+    ],
+    "return_max_logit": [
+        (dict(return_max_logit=1), TypeError, "return_max_logit: expected a bool"),
     ],
     "deterministic": [
         (dict(deterministic="yes"), TypeError, "deterministic: expected None, True or False"),

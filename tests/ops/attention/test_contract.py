@@ -31,7 +31,7 @@ def arguments(dropout_p=0.25, scale=0.3):
     seed = torch.tensor([11])
     learned = torch.randn(4, 2, 2, requires_grad=True), torch.randn(4, requires_grad=True)
     rows = CROSS.rows_with_classes(10, 10, (2, 2)).changed(at_q=MASK.positions(10, 10))
-    return (*rows, *Options(*learned, seed, dropout_p, scale, 2.0, torch.rand(4, requires_grad=True)))
+    return (*rows, *Options(*learned, seed, dropout_p, scale, 2.0, torch.rand(4, requires_grad=True), True))
 
 
 NONE = Options(None, None, None, 0.0, 8**-0.5)
@@ -42,7 +42,7 @@ def test_opcheck(backend):
         torch.library.opcheck(OPS.attention_fwd.default, (*leaves(), *extra, backend))
         q, k, v = (x.detach() for x in leaves())
         extra = [x.detach() if isinstance(x, Tensor) else x for x in extra]
-        out, lse = OPS.attention_fwd(q, k, v, *extra, backend)
+        out, lse, _ = OPS.attention_fwd(q, k, v, *extra, backend)
         grads = torch.randn_like(out), torch.randn_like(lse)
         torch.library.opcheck(OPS.attention_bwd.default, (*grads, q, k, v, out, lse, *extra, backend))
         torch.library.opcheck(OPS.attention_bwd.default, (grads[0], None, q, k, v, out, lse, *extra, backend))
