@@ -19,7 +19,7 @@ from harness import Case, Inputs, Work, main
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmkernels import infonce, siglip
+from mmkernels import FalseNegatives, infonce, siglip
 from mmkernels.testing.contrastive import (
     infonce_terms,
     plain_infonce,
@@ -55,6 +55,8 @@ def setup(p: Params, device: torch.device) -> Inputs:
     for name in ("queries", "keys"):
         moved = inputs[name].detach().float() + 0.3 * F.normalize(draw(), dim=1)
         inputs[f"teacher_{name}"] = F.normalize(moved, dim=1).to(dtype)
+        # Small integers, whose products are exact in every dtype: the same keys are left out.
+        inputs[f"guide_{name}"] = (inputs[name].detach().float() * p["E"] ** 0.5 / 2).round().clamp(-2, 2).to(dtype)
     return inputs
 
 
@@ -171,6 +173,11 @@ def case(
     )
 
 
+def filter_of(inputs: Inputs) -> FalseNegatives:
+    """A guide of the same width, and a margin by which it leaves out a few keys of most queries."""
+    return FalseNegatives(inputs["guide_queries"], inputs["guide_keys"], inputs["guide_keys"].shape[1] // 8)
+
+
 # Options of infonce, and the number of matmuls of 2·N²·E that each needs forward and backward.
 OPTIONS: dict[str, tuple[Callable[[Inputs], dict[str, Any]], int]] = {
     "ids": (lambda inputs: {"query_ids": inputs["ids"]}, 4),
@@ -178,6 +185,11 @@ OPTIONS: dict[str, tuple[Callable[[Inputs], dict[str, Any]], int]] = {
     "negatives": (lambda inputs: {"negatives": inputs["queue"]}, 8),
     "label smoothing": (lambda inputs: {"label_smoothing": 0.1}, 4),
     "teacher": (lambda inputs: {"teacher": (inputs["teacher_queries"], inputs["teacher_keys"], 0.4)}, 7),
+    "decoupled": (lambda inputs: {"decoupled": True}, 4),
+    "hardness": (lambda inputs: {"hardness": 9.0}, 4),
+    # A pass for each direction, and in each the guide's product twice.
+    "false negatives": (lambda inputs: {"false_negatives": filter_of(inputs), "symmetric": False}, 6),
+    "false negatives, both ways": (lambda inputs: {"false_negatives": filter_of(inputs)}, 12),
 }
 
 

@@ -107,9 +107,9 @@ class Pairs {
     return rule_.by_id() ? row.same_id(v) : row.is_target(v);
   }
   MMK_INLINE Mask unseen(const Row& row, int64_t v) const {
-    Mask hidden = rule_.ignores() ? row.same_id(v) : Mask{};
-    if (row.guide) hidden |= row.above(v);
-    return hidden & ~row.is_target(v);
+    if (!rule_.thresholds) return rule_.ignores() ? Mask(row.same_id(v) & ~row.is_target(v)) : Mask{};
+    const Mask above = row.above(v);
+    return (rule_.ignores() ? Mask(above | row.same_id(v)) : above) & ~row.is_target(v);
   }
 
  private:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkernels import infonce, siglip
+from mmkernels import FalseNegatives, infonce, siglip
 from mmkernels.nn import InfoNCELoss, SigLIPLoss
 from mmkernels.testing.contrastive import plain_infonce, plain_siglip
 
@@ -276,6 +276,11 @@ def test_every_feature_is_normalized(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["negatives"] is features["negatives"]
     loss_fn(x, y, teacher="a string")
     assert seen["teacher"] == "a string", "for the function to refuse"
+    guide = FalseNegatives(3 * torch.randn(4, 5), 3 * torch.randn(4, 5), 0.1, "relative")
+    loss_fn(x, y, false_negatives=guide)
+    for got, given in zip(seen["false_negatives"][:2], guide[:2], strict=True):
+        assert torch.equal(got, F.normalize(given, dim=1))
+    assert seen["false_negatives"][2:] == (0.1, "relative", None)
     own = 3 * torch.randn(4, 2, 8)
     loss_fn(x, y, negatives=own)
     assert torch.equal(seen["negatives"], F.normalize(own, dim=2))

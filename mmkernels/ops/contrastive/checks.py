@@ -228,7 +228,7 @@ def hardness_of(hardness: Any, scale: Tensor) -> float:
         wrong_value("hardness", expected, hardness)
     if number > 0:
         # Where scale + hardness is 0, no scale of the lse's gradient would give that of the similarities.
-        expect_true(scale >= 0, "logit_scale: expected at least 0 with hardness", scale)
+        expect_true(~(scale < 0), "logit_scale: expected at least 0 with hardness", scale)
     return number
 
 

@@ -239,7 +239,7 @@ def test_oracle_in_chunks_is_the_oracle(name, monkeypatch):
 
 
 def test_compiled_whole_and_functorch(backend):
-    for name in ("all", "all, ids"):
+    for name in ("all", "all, ids", "decoupled, ids", "hardness, everything"):
         m, options = OPTIONS[name]
         loss = functools.partial(infonce, backend=backend, **cast(options, torch.float32))
         inputs = inputs_of(m, torch.float32)
@@ -272,6 +272,14 @@ def test_opcheck(backend):
         for coefficients in (weights, (None, None)):
             second = (x.detach(), None, scale.detach(), *coefficients, *args[2:])
             torch.library.opcheck(torch.ops.mmkernels.contrastive_softmax_second.default, second)
+
+
+def test_what_is_plain_pytorch_keeps_its_precision_under_autocast(backend):
+    x, y, scale = inputs_of(N, torch.bfloat16)
+    for options in (dict(negatives=OWN.bfloat16()), dict(decoupled=True), dict(hardness=2.0, negatives=OWN.bfloat16())):
+        expected = infonce(x, y, scale, backend=backend, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(infonce(x, y, scale, backend=backend, **options), expected)
 
 
 def test_no_rows_and_one_row(backend):
