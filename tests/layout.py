@@ -115,6 +115,11 @@ LAYERS = (
         late=("mmkernels.integrations.open_clip.model",),
     ),
     Layer(
+        r"mmkernels\.integrations\.datasets",
+        below=("mmkernels",),
+        packages=_PYTORCH | {"datasets", "pyarrow"},
+    ),
+    Layer(
         r"mmkernels\.integrations(\..*)?",
         below=("mmkernels", "mmkernels.nn", "mmkernels.gradcache", "mmkernels.integrations.*"),
         packages=_PYTORCH | {"transformers"},
