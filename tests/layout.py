@@ -120,6 +120,11 @@ LAYERS = (
         packages=_PYTORCH | {"datasets", "pyarrow"},
     ),
     Layer(
+        r"mmkernels\.integrations\.energon",
+        below=("mmkernels", "mmkernels.integrations.torch_collate"),
+        packages=_PYTORCH | {"megatron"},
+    ),
+    Layer(
         r"mmkernels\.integrations(\..*)?",
         below=("mmkernels", "mmkernels.nn", "mmkernels.gradcache", "mmkernels.integrations.*"),
         packages=_PYTORCH | {"transformers"},
