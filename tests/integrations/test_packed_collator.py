@@ -186,6 +186,10 @@ GRID = {"pixel_values": torch.zeros(8, 6), "image_grid_thw": torch.tensor([[1, 2
         (PICTURE, "input_ids: expected them in every sample"),
         ({"input_ids": [[1], [2]]}, r"input_ids: expected \[L\] or \[1, L\] integers of one sample, got \[2, 1\]"),
         ({"input_ids": [1.5]}, r"input_ids: expected \[L\] or \[1, L\] integers"),
+        (
+            IDS | {"attention_mask": [1, 1, 2, 2]},
+            r"attention_mask: expected 0 for padding and 1 elsewhere, got \[1, 2\]",
+        ),
         ({"input_ids": [1, 2], "labels": [1]}, "labels: expected 2 entries like input_ids, got 1"),
         ({"input_ids": [IMAGE]}, "input_ids: expected as many placeholders as there are images, got 1 in a row with 1"),
         ({"input_ids": [1]} | PICTURE, "input_ids: expected placeholders for 1 images of one size, got 0: truncated"),

@@ -63,8 +63,10 @@ def read(sample: Mapping[str, Any], placeholders: Placeholders) -> Sample:
         if row.shape != ids.shape:
             raise ValueError(f"{key}: expected {len(ids)} entries like input_ids, got {len(row)}")
     if "attention_mask" in rows:
-        keep = rows.pop("attention_mask").bool()
-        rows = {key: row[keep] for key, row in rows.items()}
+        mask = rows.pop("attention_mask")
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(f"attention_mask: expected 0 for padding and 1 elsewhere, got {mask.unique().tolist()}")
+        rows = {key: row[mask == 1] for key, row in rows.items()}
         ids = rows["input_ids"]
     kinds = torch.zeros(len(ids), dtype=torch.uint8)
     for modality, token in ((Modality.IMAGE, placeholders.image), (Modality.VIDEO, placeholders.video)):
