@@ -215,7 +215,8 @@ class PackedBatch(PackedFields):
                 position_ids, which must be [3, T] with images or clips. Text alone needs [3, T] too, or mrope=True,
                 which repeats positions [T].
             types: the argument that tells the model which tokens are images: "token_type_ids" (Gemma 3: 1 for those of
-                images, which then see each other) or "mm_token_type_ids" (1 for images, 2 for videos). None for none.
+                images, which then see each other; with attn_implementation="mmkernels", because the masks of
+                transformers 5.24 misplace them) or "mm_token_type_ids" (1 for images, 2 for videos). None for none.
 
         Raises:
             ValueError: weights or media that transformers does not take; `mrope` missing, or inconsistent with

@@ -114,6 +114,15 @@ def test_some_samples_without_images(name: str) -> None:
     assert_as_alone(name, samples)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_model_whose_own_attention_gets_rows_wrong_is_named() -> None:
+    """Gemma 3 with token_type_ids: transformers looks its images up by positions that begin again."""
+    with pytest.warns(UserWarning, match="take the images of Gemma 3 at wrong places in its sliding layers"):
+        PackedCollator.from_config(built("gemma3", "sdpa").config)
+    for name, implementation in (("gemma3", "mmkernels"), ("gemma2", "eager"), ("llava", "sdpa")):
+        PackedCollator.from_config(built(name, implementation).config)
+
+
 def test_two_images_side_by_side_and_unbatched_rows() -> None:
     """As a data set stores a processor's output: without the batch dimension, in lists."""
     ids = torch.tensor([[5, *[IMAGE] * 8, 6]])

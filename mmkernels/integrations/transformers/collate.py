@@ -7,6 +7,7 @@ PackedDataset(dataset, collate=collator)                    # planned packs, as 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,8 +64,16 @@ class PackedCollator:
     @classmethod
     def from_config(cls, config: Any, **options: Any) -> PackedCollator:
         """With the placeholder tokens, merge_size, mrope, tokens_per_second and pad_token of a model's configuration,
-        where `options` do not say otherwise."""
+        where `options` do not say otherwise. Warn of a model whose own attention gets such rows wrong."""
         text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+        own = getattr(config, "_attn_implementation", None) in ("eager", "sdpa", "flex_attention")
+        if own and vision is not None and "gemma3" in str(config.model_type):
+            # remap_positions_for_packed_sequence (5.24) renumbers the tokens by which an image's block is looked up.
+            warnings.warn(
+                "in rows of several samples transformers' own masks take the images of Gemma 3 at wrong places in its "
+                "sliding layers, if there are token_type_ids; attn_implementation='mmkernels' does not",
+                stacklevel=2,
+            )
         known: dict[str, Any] = {"pad_token": text.pad_token_id or 0}
         for name in ("image_token", "video_token"):
             ids = (getattr(config, f"{name}_{end}", None) for end in ("id", "index"))
