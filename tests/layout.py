@@ -115,6 +115,16 @@ LAYERS = (
         late=("mmkernels.integrations.open_clip.model",),
     ),
     Layer(
+        r"mmkernels\.integrations\.datasets",
+        below=("mmkernels",),
+        packages=_PYTORCH | {"datasets", "pyarrow"},
+    ),
+    Layer(
+        r"mmkernels\.integrations\.energon",
+        below=("mmkernels", "mmkernels.integrations.torch_collate"),
+        packages=_PYTORCH | {"megatron"},
+    ),
+    Layer(
         r"mmkernels\.integrations(\..*)?",
         below=("mmkernels", "mmkernels.nn", "mmkernels.gradcache", "mmkernels.integrations.*"),
         packages=_PYTORCH | {"datasets", "sentence_transformers", "transformers"},

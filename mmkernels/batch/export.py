@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkernels.batch.fields import IGNORE_LABEL, PackedFields
 from mmkernels.batch.loss import firsts, next_labels, target_weights
 from mmkernels.ops.checks import expect_tensor, wrong_value
-from mmkernels.ops.modality import Modality
+from mmkernels.ops.modality import MAX_MODALITIES, Modality
 
 __all__ = ["flash_attn", "hf", "megatron", "nested"]
 
@@ -29,16 +29,25 @@ def flash_attn(batch: PackedFields) -> dict[str, Any]:
     }
 
 
-def hf(batch: PackedFields, mrope: bool | None) -> dict[str, Any]:
+_HF_TYPES = {
+    "token_type_ids": {Modality.IMAGE: 1},
+    "mm_token_type_ids": {Modality.IMAGE: 1, Modality.VIDEO: 2},
+}
+
+
+def hf(batch: PackedFields, mrope: bool | None, types: str | None) -> dict[str, Any]:
     for name in ("loss_weight", "sample_weight"):
         if getattr(batch, name) is not None:
             wrong_value(name, "None for to_hf, whose loss takes no weights", getattr(batch, name))
     media_arguments: dict[str, Any] = {}
     for modality, media in batch.media.items():
-        if modality not in _HF_MEDIA or media.grid_thw is None:
-            wrong_value("media", "images and videos with grid_thw for to_hf", f"modality {int(modality)}")
+        if modality not in _HF_MEDIA or (media.grid_thw is None and modality != Modality.IMAGE):
+            expected = "images, and videos with grid_thw, for to_hf"
+            wrong_value("media", expected, f"modality {int(modality)}")
         values, grid = _HF_MEDIA[Modality(modality)]
-        media_arguments |= {values: media.values, grid: media.grid_thw}
+        media_arguments[values] = media.values
+        if media.grid_thw is not None:
+            media_arguments[grid] = media.grid_thw
     arguments = {
         "input_ids": batch.tokens[None],
         "position_ids": _hf_positions(batch, mrope),
@@ -51,7 +60,23 @@ def hf(batch: PackedFields, mrope: bool | None) -> dict[str, Any]:
     }
     if batch.labels is not None:
         arguments["labels"] = torch.where(firsts(batch), IGNORE_LABEL, batch.labels)[None]
+    if types is not None:
+        arguments[types] = _hf_types(batch, types)[None]
     return arguments | media_arguments
+
+
+def _hf_types(batch: PackedFields, types: str) -> Tensor:
+    """[T] int64: the modality of each token, in the numbers of transformers."""
+    if types not in _HF_TYPES:
+        wrong_value("types", f"None or one of {', '.join(_HF_TYPES)}", types)
+    numbers = _HF_TYPES[types]
+    other = set(batch.media) - set(numbers)
+    if other:
+        wrong_value("types", f"None for a batch with media of modality {min(map(int, other))}", types)
+    table = torch.zeros(MAX_MODALITIES, dtype=torch.int64, device=batch.tokens.device)
+    for modality, number in numbers.items():
+        table[modality] = number
+    return table[batch.modality_ids.long()]
 
 
 def _hf_positions(batch: PackedFields, mrope: bool | None) -> Tensor:

@@ -198,7 +198,7 @@ class PackedBatch(PackedFields):
         """Keyword arguments for `flash_attn_varlen_func` in self-attention: cu_seqlens and the longest segment."""
         return export.flash_attn(self)
 
-    def to_hf(self, *, mrope: bool | None = None) -> dict[str, Any]:
+    def to_hf(self, *, mrope: bool | None = None, types: str | None = None) -> dict[str, Any]:
         """Keyword arguments for a transformers causal model, batch size 1.
 
         Samples stay isolated under any attention implementation. Flash attention and others that take cu_seqlens get
@@ -207,19 +207,22 @@ class PackedBatch(PackedFields):
 
         transformers shifts the labels itself, so each segment's first label becomes -100: otherwise the last token of
         the previous segment would be trained to predict it. Images and clips are passed as pixel_values,
-        image_grid_thw, pixel_values_videos and video_grid_thw.
+        image_grid_thw, pixel_values_videos and video_grid_thw; images without a grid as pixel_values alone.
 
         Args:
             mrope: whether the model has M-RoPE, like Qwen2-VL. Such a model takes positions [4, 1, T]: from 0 in each
                 segment, then time, height and width; from [1, T] it cannot infer the samples. Default: as the batch's
                 position_ids, which must be [3, T] with images or clips. Text alone needs [3, T] too, or mrope=True,
                 which repeats positions [T].
+            types: the argument that tells the model which tokens are images: "token_type_ids" (Gemma 3: 1 for those of
+                images, which then see each other; with attn_implementation="mmkernels", because the masks of
+                transformers 5.24 misplace them) or "mm_token_type_ids" (1 for images, 2 for videos). None for none.
 
         Raises:
             ValueError: weights or media that transformers does not take; `mrope` missing, or inconsistent with
-                position_ids.
+                position_ids; `types` that is neither, or does not know the batch's media.
         """
-        return export.hf(self, mrope)
+        return export.hf(self, mrope, types)
 
     def to_megatron(self) -> dict[str, Any]:
         """What Megatron-LM's packed ("thd") path takes: tokens, labels, loss_mask and position_ids [1, T], and the

@@ -4,7 +4,7 @@ import pytest
 import torch
 from batch.samples import IMAGE, VIDEO, a_batch, image, text
 
-from mmkernels import PackedBatch
+from mmkernels import Media, PackedBatch
 
 
 def test_to_hf():
@@ -30,10 +30,30 @@ def test_to_hf():
         plain.to_hf()
     with pytest.raises(ValueError, match=r"mrope: expected True or None for a batch of positions \[3, T\], got False"):
         batch.to_hf(mrope=False)
-    with pytest.raises(ValueError, match="media: expected images and videos with grid_thw for to_hf, got 'modality 2'"):
+    with pytest.raises(
+        ValueError, match="media: expected images, and videos with grid_thw, for to_hf, got 'modality 2'"
+    ):
         a_batch().to_hf()
     with pytest.raises(ValueError, match="sample_weight: expected None for to_hf"):
         PackedBatch.from_samples([text(1)], sample_weight=[1.0]).to_hf()
+
+
+def test_to_hf_of_images_without_a_grid():
+    """As a tower of fixed size takes them, and what tells a model which tokens they are."""
+    pictures = [Media(IMAGE, torch.randn(1, 3, 4, 4), tokens=2) for _ in range(2)]
+    batch = PackedBatch.from_samples([[text(1), pictures[0], text(2)], [pictures[1]]], capacity=7)
+    hf = batch.to_hf(mrope=False, types="token_type_ids")
+    assert torch.equal(hf["pixel_values"], torch.cat([each.values for each in pictures]))
+    assert "image_grid_thw" not in hf
+    assert hf["token_type_ids"].tolist() == [[0, 1, 1, 0, 1, 1, 0]]
+    clips = PackedBatch.from_samples([[image(1, 2, 2), image(1, 2, 2, modality=VIDEO), text(3)]])
+    assert clips.to_hf(mrope=False, types="mm_token_type_ids")["mm_token_type_ids"].tolist() == [[1, 2, 0]]
+    with pytest.raises(ValueError, match="types: expected None for a batch with media of modality 3, got 'token_type"):
+        clips.to_hf(mrope=False, types="token_type_ids")
+    with pytest.raises(ValueError, match="types: expected None or one of token_type_ids, mm_token_type_ids, got 'x'"):
+        clips.to_hf(mrope=False, types="x")
+    with pytest.raises(ValueError, match=r"media: expected images, and videos with grid_thw, .*, got 'modality 3'"):
+        PackedBatch.from_samples([[Media(VIDEO, torch.randn(1, 3, 4, 4))]]).to_hf(mrope=False)
 
 
 def test_to_megatron():

@@ -4,6 +4,8 @@ from mmkernels.integrations.transformers import register
 
 register()
 model = AutoModel.from_pretrained(..., attn_implementation="mmkernels")
+
+`PackedCollator` packs what its processor returns.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from __future__ import annotations
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mmkernels.integrations.transformers.attention import NAME, attention_forward
+from mmkernels.integrations.transformers.collate import PackedCollator
 from mmkernels.integrations.transformers.masks import make_mask
 
-__all__ = ["attention_forward", "make_mask", "register"]
+__all__ = ["PackedCollator", "attention_forward", "make_mask", "register"]
 
 
 def register() -> None:
