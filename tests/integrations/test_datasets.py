@@ -17,6 +17,8 @@ from mmkernels import plan_packing  # noqa: E402  after the skip
 from mmkernels.integrations.datasets import PackCounts, pack_dataset  # noqa: E402
 from mmkernels.testing.lengths import lengths_like  # noqa: E402
 
+pytestmark = pytest.mark.clients
+
 CAPACITY = 64
 OVERSIZE = ("drop", "own_pack", "truncate", "split")
 

@@ -19,6 +19,8 @@ from mmkernels.integrations.energon import PackedSample, PackingMixin  # noqa: E
 from mmkernels.integrations.torch_data import PackCollator  # noqa: E402
 from mmkernels.testing.lengths import lengths_like  # noqa: E402
 
+pytestmark = pytest.mark.clients
+
 CAPACITY, BUFFER = 256, 40
 LENGTHS = (lengths_like("obelics@8192", 100)[0] // 32).clip(1, CAPACITY).tolist()
 

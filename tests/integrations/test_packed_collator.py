@@ -19,7 +19,7 @@ from mmkernels import Modality, PackedBatch  # noqa: E402
 from mmkernels.integrations.torch_data import PackedDataset, PackedLoader, PackedSampler  # noqa: E402
 from mmkernels.integrations.transformers import PackedCollator, register  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 NAMES = ("llama", "mistral", "gemma2", "llava", "gemma3", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 VIDEO = 98
 Inputs = dict[str, Tensor]

@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from mmkernels import GradCache
 from mmkernels.testing.contrastive import plain_infonce
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/trainers.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-LIBRARIES = ("sentence_transformers", "transformers", "lightning", "accelerate", "datasets")
+pytestmark = pytest.mark.clients
+
+PAGES = [Path(__file__).resolve().parents[2] / "docs" / name for name in ("trainers.md", "packing-trainers.md")]
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+]
+LIBRARIES = ("sentence_transformers", "transformers", "lightning", "accelerate", "datasets", "trl", "megatron")
 BATCH, ACCUMULATED, STEPS, CLIP = 12, 2, 3, 0.5
 
 
@@ -41,7 +47,7 @@ def test_the_examples_of_the_docs_run(block: str) -> None:
             pytest.importorskip(name)
     if "transformers" in block:
         pytest.importorskip("accelerate")  # the trainer needs it
-    exec(compile(block, str(PAGE), "exec"), {"__name__": "trainers"})
+    exec(compile(block, "docs", "exec"), {"__name__": "trainers"})
 
 
 class Dual(nn.Module):
