@@ -252,8 +252,12 @@ class GradCache:
             wrong_value("backward", "None for as_loss, whose backward is the trainer's", self._backward)
         return self._deferred
 
-    @torch.compiler.disable  # a model that is compiled whole breaks here; encoders that are compiled themselves stay so
     def _deferred(self, *inputs: Any) -> Any:
+        # A model that is compiled whole breaks here; encoders that are compiled themselves stay so. Not a decorator: it
+        # would import torch._dynamo, which takes 1.4 s.
+        return torch.compiler.disable(self._loss_of)(*inputs)
+
+    def _loss_of(self, *inputs: Any) -> Any:
         self._expect_inputs(inputs)
         modules = self._modules()
 
