@@ -227,6 +227,23 @@ def test_the_parts_of_other_losses(backend):
     assert not grads[0][0].any()
 
 
+@pytest.mark.parametrize("kind", ["absolute", "relative"])
+def test_a_rule_instead_of_thresholds(backend, kind):
+    """Keys that are the same to the guide as the target, bit for bit, are seen, wherever they are."""
+    x, y, scale = inputs_of(2 * N, torch.float32)
+    guide_queries, own = whole(N, 7, seed=1).float(), torch.randn(N, 7) / 3
+    copies = own.repeat(2, 1)
+    rule = FalseNegatives(guide_queries, own, kind=kind)
+    similar = guide_queries @ own.T
+    own_similarity = similar.diagonal()[:, None]
+    above = (similar > own_similarity + 1e-5).repeat(1, 2)
+    tied = torch.eye(N, dtype=torch.bool).repeat(1, 2)
+    assert ((similar - own_similarity).abs() > 2e-5).repeat(1, 2)[~tied].all()  # nothing else is close to a tie
+    lse = similarity_logsumexp(x, y, scale, guide=(guide_queries, copies), thresholds=rule, backend=backend)
+    logits = (scale.double() * (x.double() @ y.double().T)).masked_fill(above & ~tied, -torch.inf)
+    torch.testing.assert_close(lse, logits.logsumexp(1), rtol=1e-6, atol=1e-6)
+
+
 X, Y = torch.randn(2, 4, 8).unbind()
 FOUR = torch.arange(4)
 GUIDE = FalseNegatives(torch.randn(4, 3), torch.randn(4, 3))
@@ -262,6 +279,22 @@ def test_mistakes_are_named():
         (lse(thresholds=torch.ones(4)), ValueError, "guide: expected .guide_queries, guide_keys., required with"),
         (lse(guide=features), TypeError, r"thresholds: expected \[4\] floating point"),
         (lse(guide=features, thresholds=torch.ones(3)), ValueError, r"thresholds: expected \[4\] floating point"),
+        (
+            lse(guide=features, thresholds=GUIDE._replace(kind="x")),
+            ValueError,
+            "thresholds.kind: expected 'absolute' or",
+        ),
+        (
+            lse(guide=features, thresholds=GUIDE._replace(guide_keys=X)),
+            ValueError,
+            r"thresholds.guide_keys: expected \[",
+        ),
+        (
+            lse(guide=features, thresholds=GUIDE._replace(guide_negatives=three)),
+            ValueError,
+            "thresholds.guide_negatives: expected None",
+        ),
+        (lse(thresholds=GUIDE), ValueError, "guide: expected .guide_queries, guide_keys., required with"),
         (lse(guide=three, thresholds=torch.ones(4)), TypeError, r"guide: expected \(guide_queries, guide_keys\)"),
         (lse(guide=(X[:3], X), thresholds=torch.ones(4)), ValueError, r"guide.guide_queries: expected \[4, F\]"),
     )

@@ -161,7 +161,7 @@ def dense_guided(queries, docs, guide_queries, guide_docs, margin, kind, anchors
 
 def guided(queries, docs, guide_queries, guide_docs, margin, kind, anchors, positives):
     """The same, without a matrix: a loss, from which its denominator is recovered, and two more sets of keys."""
-    level = thresholds(guide_queries, guide_docs, margin, kind)
+    level = FalseNegatives(guide_queries, guide_docs[0], margin, kind)
     hard, guide_hard = (x[1:].flatten(0, 1) for x in (docs, guide_docs))
     positive = SCALE * (queries * docs[0]).sum(1)
     others = dict(query_ids=OWN, guide=(guide_queries, guide_docs[0]), thresholds=level)
