@@ -202,6 +202,29 @@ def qwen_vision() -> tuple[Side, Side]:
     return of_model(models, [{"hidden_states": patches, "grid_thw": grid}] * 2, lambda out: out.pooler_output)
 
 
+def packing() -> tuple[Side, Side]:
+    """20,000 rows of 8 to 4,000 tokens, without a cache. What is compared: how many tokens are there in the end."""
+    import datasets
+    import trl
+
+    from mmkernels.integrations.datasets import pack_dataset
+
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    lengths = (8 * torch.rand(20_000, generator=torch.Generator().manual_seed(0)).pow(-0.7)).long().clamp(max=4000)
+    rows = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in lengths.tolist()]})
+
+    def counted(pack: Callable[..., Any], **options: Any) -> Side:
+        def run() -> tuple[list[Tensor], list[Tensor]]:
+            packed = pack(rows, 2048, **options)
+            tokens = torch.tensor(float(sum(map(sum, packed["seq_lengths"][:]))))
+            return [tokens], [tokens]
+
+        return run
+
+    return counted(trl.pack_dataset, strategy="bfd_split"), counted(pack_dataset, oversize="split")
+
+
 LOSSES = [
     Row("clip_loss", "open_clip_torch", "ClipLoss, N=4096", 1, open_clip_loss("ClipLoss")),
     Row("siglip_loss", "open_clip_torch", "SigLipLoss, N=4096", 1, open_clip_loss("SigLipLoss")),
@@ -236,6 +259,7 @@ MODELS = [
     Row("mistral_packed", "transformers", "Mistral, window 128, 8 samples in a row, sdpa", 2, llama(128, True)),
     Row("qwen_vision", "transformers", "Qwen2-VL's vision tower, 16 images, against sdpa", 2, qwen_vision),
 ]
+PACKING = [Row("packing", "trl", "pack_dataset, 20,000 rows into 2,048 tokens: kept tokens", 1, packing)]
 ARCHITECTURES = (
     "bert",
     "vit",
@@ -257,6 +281,7 @@ ARCHITECTURES = (
 ROWS = [
     *LOSSES,
     *MODELS,
+    *PACKING,
     *(
         Row(name, "transformers", f"{name}, tiny, against eager", 2, of_architecture(name), False)
         for name in ARCHITECTURES
