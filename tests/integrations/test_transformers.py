@@ -239,9 +239,8 @@ def test_masks_take_little_memory() -> None:
         )
     assert largest.bytes <= 8 << 22  # a block of int64 indices; the whole mask would have 2^28 elements
     index = torch.arange(tokens)
-    assert torch.equal(mask[0, 0, :, 0], (index - 99).clamp(min=0).int()) and torch.equal(
-        mask[0, 0, :, 1], index.int() + 1
-    )
+    lines = mask[0, 0, 1:]
+    assert torch.equal(lines[:, 0], (index - 99).clamp(min=0).int()) and torch.equal(lines[:, 1], index.int() + 1)
 
 
 LAYER = nn.Module()
@@ -267,6 +266,9 @@ def test_dense_masks() -> None:
         torch.where(seen, 0.0, lowest / 2),
     ):
         torch.testing.assert_close(called(mask, is_causal=False), expected, rtol=1e-5, atol=1e-6)
+    for part in (seen[:, :, :1], seen[:1]):  # the same for all queries, or for all rows
+        expected = nn.functional.scaled_dot_product_attention(q, k, v, part).transpose(1, 2)
+        torch.testing.assert_close(called(part, is_causal=False), expected.nan_to_num(), rtol=1e-5, atol=1e-6)
     seen[1, 0, :, 0] = ~seen[1, 0, :, 0]  # in place: what was computed from it is stale
     expected = nn.functional.scaled_dot_product_attention(q, k, v, seen).nan_to_num().transpose(1, 2)
     torch.testing.assert_close(called(seen, is_causal=False), expected, rtol=1e-5, atol=1e-6)
@@ -299,12 +301,56 @@ def test_patterns_that_no_mask_describes() -> None:
     with pytest.raises(ValueError, match="attention_mask: expected an interval of keys for each query, or at most 31"):
         called(seen, tokens=64)
     q, k, v = torch.randn(3, 1, 2, 6, 8)
-    with pytest.raises(ValueError, match="expected boundaries that end at 6, the tokens here, got 5"):
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected boundaries from 0 to 6, the tokens here, got 0 to 5"):
         attention_forward(LAYER, q, k, v, None, cu_seq_lens_q=torch.tensor([0, 5]))
     with pytest.raises(
         ValueError, match="attention_mask: expected one for 2 queries and 6 keys of a causal call, got None"
     ):
         attention_forward(LAYER, q[:, :, :2], k, v, None, is_causal=True)
+
+
+def test_boundaries_of_a_row() -> None:
+    q, k, v = torch.randn(3, 1, 2, 6, 8)
+    two, late, three = torch.tensor([0, 4, 6]), torch.tensor([1, 4, 6]), torch.tensor([0, 2, 4, 6])
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected boundaries from 0 to 6, the tokens here, got 1 to 6"):
+        attention_forward(LAYER, q, k, v, None, cu_seq_lens_q=late)
+    with pytest.raises(ValueError, match="cu_seq_lens_k: expected 3 boundaries like cu_seq_lens_q, got 4"):
+        attention_forward(LAYER, q, k, v, None, cu_seq_lens_q=two, cu_seq_lens_k=three)
+    mask = make_mask(1, 6, 6, device="cpu")
+    out = attention_forward(LAYER, q, k, v, mask, cu_seq_lens_q=two, cu_seq_lens_k=two)[0]
+    others = attention_forward(LAYER, q, k, v, mask, cu_seq_lens_q=two, cu_seq_lens_k=torch.tensor([0, 1, 6]))[0]
+    assert not torch.allclose(out, others)  # not what was computed for other boundaries
+
+
+def test_models_that_compute_attention_by_themselves() -> None:
+    config = transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=4)
+    model = transformers.BloomModel._from_config(config, attn_implementation="mmkernels")
+    for tokens in (3, 4, 9):
+        with pytest.raises(
+            ValueError, match="attn_implementation: expected 'eager' for bloom, which computes attention"
+        ):
+            model(text(1, tokens), attention_mask=torch.ones(1, tokens, dtype=torch.long))
+
+
+def test_a_mask_of_which_a_part_is_passed_on() -> None:
+    mask = make_mask(1, 6, 6, attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1]]))
+    q, k, v = torch.randn(3, 1, 2, 6, 8)
+    for part in (slice(-6, None), slice(0, 6), slice(-3, None)):
+        with pytest.raises(ValueError, match="or only a part of it passed on"):
+            attention_forward(LAYER, q[:, :, part], k, v, mask[:, :, part])
+    logits = torch.randn(1, 2, 6, 4)
+    with pytest.raises(RuntimeError, match="must match"):  # a model that adds it to its logits
+        logits + mask
+
+
+def test_positions_that_jump_are_of_one_sample() -> None:
+    """With a cache; without one transformers itself takes every jump for another sample's beginning."""
+    ids, jumps = text(1, 9), torch.tensor([[2, 3, 4, 5, 9, 10, 11, 20, 21]])
+    found, expected = (
+        built("llama", which)(ids, position_ids=jumps, past_key_values=transformers.DynamicCache()).logits
+        for which in ("mmkernels", "eager")
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,4 +371,4 @@ def test_an_unknown_callable_mask_function(monkeypatch: Any) -> None:
 
     for use_vmap in (False, True):
         mask = make_mask(2, 6, 6, mask_function=function, use_vmap=use_vmap, device="cpu")
-        assert mask[1, 0, :, 1].tolist() == [3, 3, 3, 4, 5, 6] and mask[1, 0, :, 0].tolist() == [0] * 6
+        assert mask[1, 0, 1:, 1].tolist() == [3, 3, 3, 4, 5, 6] and mask[1, 0, 1:, 0].tolist() == [0] * 6

@@ -20,7 +20,8 @@ def patched() -> Iterator[None]:
     """Within it, `open_clip.create_loss` and the tasks of open_clip construct the losses of mmkernels.
 
     Replaced are the names `ClipLoss`, `CoCaLoss`, `DistillClipLoss` and `SigLipLoss` in `open_clip` and its modules;
-    losses that were constructed before stay what they are.
+    losses that were constructed before stay what they are. It holds for the whole process, so threads should not nest
+    or overlap it.
 
     Raises:
         RuntimeError: at the end, if someone else has replaced them meanwhile.

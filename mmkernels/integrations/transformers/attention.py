@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -27,7 +28,6 @@ NAME = "mmkernels"
 # Arguments of models that change no logit, or that the mask has in it already.
 _HARMLESS = {
     "attention_mask",
-    "cache",
     "cache_position",
     "deepstack_visual_embeds",
     "labels",
@@ -63,7 +63,7 @@ def attention_forward(
     """As `transformers.AttentionInterface` asks for it.
 
     Samples in one row of a batch are told apart by `cu_seq_lens_q`, `cu_seq_lens_k` (int32 [S+1], boundaries), or,
-    where the caller gave no padding mask, by `position_ids` that begin again.
+    where the caller gave no padding mask, by `position_ids` that begin again at 0.
 
     Args:
         module: the layer; its `is_causal` decides where there is neither a mask nor an argument.
@@ -109,6 +109,8 @@ def _capped(softcap: float | None) -> dict[str, Any]:
 def _expect_supported(kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: expected False (weights are never stored), got True; use 'eager'")
+    if kwargs.get("cache") is not None:
+        raise ValueError("cache: expected None (attention does not read caches in pages: no continuous batching)")
     for name, value in kwargs.items():
         if name not in _HARMLESS and isinstance(value, Tensor):
             raise ValueError(
@@ -118,15 +120,21 @@ def _expect_supported(kwargs: dict[str, Any]) -> None:
 
 
 def _expect_boundaries(cu_q: Tensor, cu_k: Tensor, batch: int, tokens_q: int, tokens_k: int) -> None:
-    """They cover the tokens of one row. Reads their last values, once."""
+    """They cover the tokens of one row. Reads their first and last values, once."""
     if batch != 1:
         raise ValueError(f"cu_seq_lens_q: expected packed samples in a batch of one row, got one of {batch} rows")
-    if torch.compiler.is_compiling():
-        return
+    if len(cu_q) != len(cu_k):
+        raise ValueError(f"cu_seq_lens_k: expected {len(cu_q)} boundaries like cu_seq_lens_q, got {len(cu_k)}")
     for name, cu, tokens in (("cu_seq_lens_q", cu_q, tokens_q), ("cu_seq_lens_k", cu_k, tokens_k)):
-        end = kept(cu, ("end",), lambda cu=cu: int(cu[-1]))  # type: ignore[misc]
-        if end != tokens:
-            raise ValueError(f"{name}: expected boundaries that end at {tokens}, the tokens here, got {end}")
+        expected = f"{name}: expected boundaries from 0 to {tokens}, the tokens here"
+        if torch.compiler.is_compiling():
+            torch._assert_async((cu[0] == 0) & (cu[-1] == tokens), expected)
+        elif (ends := kept(cu, ("ends",), functools.partial(_ends, cu))) != (0, tokens):
+            raise ValueError(f"{expected}, got {ends[0]} to {ends[1]}")
+
+
+def _ends(cu: Tensor) -> tuple[int, int]:
+    return int(cu[0]), int(cu[-1])
 
 
 def _mask(
@@ -160,7 +168,7 @@ def _mask(
             segments = Segments.of_positions(restarts)
         return decoded(ours, batch, tokens_q, tokens_k, segments)
 
-    return kept(given, (tokens_q, tokens_k, batch, boundaries and boundaries[0], restarts), narrowed)
+    return kept(given, (tokens_q, tokens_k, batch, *(boundaries or (None, None)), restarts), narrowed)
 
 
 def _bidirectional(boundaries: tuple[Tensor, Tensor] | None, window: int | None) -> AttentionMask | None:

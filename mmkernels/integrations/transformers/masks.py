@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,11 +40,14 @@ def make_mask(
         attention_mask: [B, tokens] bool, False for padding, which no query sees.
         use_vmap: whether the function takes numbers, not tensors that broadcast.
         device: of the mask.
-        **options: what the other implementations need.
+        **options: what the other implementations need; of these `config` tells whether the model's attention can be
+            replaced.
 
     Raises:
-        ValueError: the pattern is neither an interval for each query nor of at most 31 classes of keys.
+        ValueError: the model computes attention by itself; or the pattern is neither an interval for each query nor of
+            at most 31 classes of keys.
     """
+    _expect_replaceable(options.get("config"))
     place = attention_mask.device if device is None and attention_mask is not None else device
     queries = torch.arange(q_length, device=place)
     valid = _valid(attention_mask, kv_length, kv_offset)
@@ -66,6 +70,18 @@ def make_mask(
         elif not bool((count == hi - lo).all()):
             return encoded(seen_in(lambda: blocks(valid), kv_length), valid is not None)
     return encoded(Seen(lo, hi) if valid is None else _without_padding(lo, hi, valid), valid is not None)
+
+
+def _expect_replaceable(config: Any) -> None:
+    """Models that compute attention by themselves accept any name of an implementation, and its masks."""
+    source = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+    if source is None or hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+        return
+    if any(name.endswith("Attention") and isinstance(kind, type) for name, kind in vars(source).items()):
+        raise ValueError(
+            f"attn_implementation: expected 'eager' for {config.model_type}, which computes attention by itself, got "
+            f"{config._attn_implementation!r}"
+        )
 
 
 def _by_index(function: Callable[..., Any]) -> Callable[..., Any]:

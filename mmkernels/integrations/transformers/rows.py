@@ -3,13 +3,15 @@
 The models of transformers hand a mask from where it is made to every layer, and expect a tensor of four dimensions.
 Ours holds, for each query of each row of the batch, the interval of keys that it sees:
 
-    int32 [B, 1, Tq, C]        columns lo, hi, allow, and, where C = 4, a constant that says that the caller gave a
-                               padding mask
-    int32 [B, 1, Tq + Tk, C]   with holes in the intervals: then column 0 of the further lines is the class of each key,
-                               and a query sees the keys whose bit is set in its `allow`
+    int32 [B, 1, 1 + Tq, C]        after an empty line a line for each query: lo, hi, allow, and, where C = 4, a
+                                   constant that says that the caller gave a padding mask
+    int32 [B, 1, 1 + Tq + Tk, C]   with holes in the intervals: then column 0 of the further lines is the class of each
+                                   key, and a query sees the keys whose bit is set in its `allow`
 
-Being data, it survives torch.compile, checkpointing and a move to another device. What is computed from it, an
-`AttentionMask`, is kept as an attribute of the tensor, so that all layers share it.
+The empty line makes a model fail that adds the mask to its logits, since the shapes never fit, and one that passes only
+a part of the mask on, since the number of lines is wrong. Being data, the mask survives torch.compile, checkpointing
+and a move to another device. What is computed from it, an `AttentionMask`, is kept as an attribute of the tensor, so
+that all layers share it.
 """
 
 from __future__ import annotations
@@ -46,10 +48,10 @@ class Segments(NamedTuple):
 
     @classmethod
     def of_positions(cls, position_ids: Tensor) -> Segments:
-        """A sample begins wherever a position is not its predecessor's plus 1, as transformers has it."""
+        """A sample begins wherever positions begin again, at 0."""
         tokens = position_ids.shape[1]
         index = torch.arange(tokens, device=position_ids.device)
-        begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+        begins = (position_ids == 0) | (index == 0)
         start = torch.where(begins, index, 0).cummax(1).values
         following = torch.where(begins, index, tokens).flip(1).cummin(1).values.flip(1)  # at or after each token
         end = torch.cat([following[:, 1:], following.new_full((len(following), 1), tokens)], 1)
@@ -71,7 +73,7 @@ def encoded(seen: Seen, padded: bool) -> Tensor:
     if seen.classes is not None:
         of_keys = seen.classes.int()[..., None].expand(-1, -1, lines.shape[-1])
         lines = torch.cat([lines, of_keys], 1)
-    return lines[:, None].contiguous()
+    return torch.nn.functional.pad(lines, (0, 0, 1, 0))[:, None]
 
 
 def is_encoded(mask: Any) -> bool:
@@ -96,12 +98,12 @@ def decoded(mask: Tensor, batch: int, tokens_q: int, tokens_k: int, segments: Se
     Raises:
         ValueError: a mask of other numbers of tokens.
     """
-    rows = mask[:, 0].expand(batch, -1, -1)
-    if rows.shape[1] not in (tokens_q, tokens_q + tokens_k):
+    if mask.shape[2] not in (1 + tokens_q, 1 + tokens_q + tokens_k):
         raise ValueError(
-            f"attention_mask: expected the mask of {tokens_q} queries and {tokens_k} keys, got one of {rows.shape[1]} "
-            "rows: was it made for other tokens?"
+            f"attention_mask: expected the mask of {tokens_q} queries and {tokens_k} keys, got {list(mask.shape)} of "
+            "others: was it made for other tokens, or only a part of it passed on?"
         )
+    rows = mask[:, 0, 1:].expand(batch, -1, -1)
     lo, hi = rows[:, :tokens_q, 0].long(), rows[:, :tokens_q, 1].long()
     if segments is not None:
         lo, hi = torch.maximum(lo, segments.start), torch.minimum(hi, segments.end)
@@ -187,19 +189,24 @@ def from_dense(mask: Tensor, tokens_q: int, tokens_k: int) -> Seen:
     """What a mask of somebody's own lets queries see.
 
     Args:
-        mask: [B, 1, Tq, Tk]: bool, True where a key is seen; or floating point, 0 there, and elsewhere -inf, or the
+        mask: [B, 1, Tq, Tk], or 1 for B or Tq: bool, True where a key is seen; or floating point, 0 there, and elsewhere -inf, or the
             lowest number of its dtype or near it.
 
     Raises:
-        ValueError: another shape, one mask per head, numbers that are added to logits, or a pattern that is neither an
+        TypeError: integers.
+        ValueError: another shape, a mask with a gradient, one mask per head, numbers that are added to logits, or a pattern that is neither an
             interval for each query nor of at most 31 classes of keys.
     """
-    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != tokens_q or mask.shape[3] < tokens_k:
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, tokens_q) or mask.shape[3] < tokens_k:
         raise ValueError(
             f"attention_mask: expected a mask [B, 1, {tokens_q}, {tokens_k}] (the same for all heads) or one made by "
             f"transformers' own mask functions, got {list(mask.shape)} {mask.dtype}"
         )
-    mask = mask[:, 0, :, :tokens_k]
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"attention_mask: expected a mask of bools or floating-point numbers, got {mask.dtype}")
+    if mask.requires_grad:
+        raise ValueError("attention_mask: expected a mask without gradient, got a bias that learns")
+    mask = mask[:, 0, :, :tokens_k].expand(-1, tokens_q, -1)
     if mask.dtype != torch.bool:
         hidden = mask <= torch.finfo(mask.dtype).min / 4
         if not bool((hidden | (mask == 0)).all()):
