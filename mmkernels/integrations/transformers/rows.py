@@ -189,13 +189,13 @@ def from_dense(mask: Tensor, tokens_q: int, tokens_k: int) -> Seen:
     """What a mask of somebody's own lets queries see.
 
     Args:
-        mask: [B, 1, Tq, Tk], or 1 for B or Tq: bool, True where a key is seen; or floating point, 0 there, and elsewhere -inf, or the
-            lowest number of its dtype or near it.
+        mask: [B, 1, Tq, Tk], or 1 for B or Tq: bool, True where a key is seen; or floating point, 0 there, and elsewhere
+            -inf, or the lowest number of its dtype or near it.
 
     Raises:
         TypeError: integers.
-        ValueError: another shape, a mask with a gradient, one mask per head, numbers that are added to logits, or a pattern that is neither an
-            interval for each query nor of at most 31 classes of keys.
+        ValueError: another shape, a mask with a gradient, one mask per head, numbers that are added to logits, or a
+            pattern that is neither an interval for each query nor of at most 31 classes of keys.
     """
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, tokens_q) or mask.shape[3] < tokens_k:
         raise ValueError(
