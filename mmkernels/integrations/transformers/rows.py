@@ -189,7 +189,7 @@ def from_dense(mask: Tensor, tokens_q: int, tokens_k: int) -> Seen:
     """What a mask of somebody's own lets queries see.
 
     Args:
-        mask: [B, 1, Tq, Tk], or 1 for B or Tq: bool, True where a key is seen; or floating point, 0 there, and elsewhere
+        mask: [B, 1, Tq, Tk], or 1 for B or Tq: bool, True where a key is seen; or floating point, 0 there, elsewhere
             -inf, or the lowest number of its dtype or near it.
 
     Raises:
