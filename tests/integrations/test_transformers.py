@@ -150,6 +150,32 @@ def test_packed_as_alone(name: str, told: str) -> None:
         torch.testing.assert_close(found[key], grad, rtol=0, atol=1e-5 * max(1.0, largest))
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip", "vit"])
+def test_towers_as_alone(name: str) -> None:
+    """Texts in one row, images in one batch: hidden states and gradients."""
+    model, samples = built(name, "mmkernels"), [MODELS[name].sample(seed) for seed in (1, 2, 3)]
+    images = getattr(model, "vision_model", model)
+    alone, together = [images(s["pixel_values"]).last_hidden_state for s in samples], []
+    together += images(torch.cat([s["pixel_values"] for s in samples])).last_hidden_state.split(1)
+    if name == "clip":  # SigLIP's text tower does not hand on what tells samples apart, to any implementation
+        lengths = [s["input_ids"].shape[1] for s in samples]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        row = {"input_ids": torch.cat([s["input_ids"] for s in samples], 1), "position_ids": positions}
+        together += model.text_model(**row, **boundaries(lengths)).last_hidden_state.split(lengths, 1)
+        alone += [model.text_model(s["input_ids"]).last_hidden_state for s in samples]
+    parameters = [p for key, p in model.named_parameters() if not key.startswith(("logit_", "visual_p", "text_p"))]
+    grads = [
+        torch.autograd.grad(torch.stack([weighted(part) for part in parts]).sum(), parameters, allow_unused=True)
+        for parts in (together, alone)
+    ]
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for found, expected in zip(*grads, strict=True):
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_as_eager(name: str, cache: str) -> None:
