@@ -190,7 +190,7 @@ def from_dense(mask: Tensor, tokens_q: int, tokens_k: int) -> Seen:
 
     Args:
         mask: [B, 1, Tq, Tk], or 1 for B or Tq: bool, True where a key is seen; or floating point, 0 there, elsewhere
-            -inf, or the lowest number of its dtype or near it.
+            at most -10,000, where nothing is left of an exponential.
 
     Raises:
         TypeError: integers.
@@ -208,9 +208,9 @@ def from_dense(mask: Tensor, tokens_q: int, tokens_k: int) -> Seen:
         raise ValueError("attention_mask: expected a mask without gradient, got a bias that learns")
     mask = mask[:, 0, :, :tokens_k].expand(-1, tokens_q, -1)
     if mask.dtype != torch.bool:
-        hidden = mask <= torch.finfo(mask.dtype).min / 4
+        hidden = mask <= -1e4
         if not bool((hidden | (mask == 0)).all()):
-            raise ValueError("attention_mask: expected 0 where a key is seen, elsewhere the lowest number, got a bias")
+            raise ValueError("attention_mask: expected 0 where a key is seen, at most -10,000 elsewhere, got a bias")
         mask = ~hidden
     return seen_in(lambda: iter(mask.split(_rows_of_block(mask.shape[0], tokens_k), 1)), tokens_k)
 
