@@ -156,8 +156,11 @@ class EmulatedCore:
     def _attention(self, what: str, args: Sequence[Any]) -> None:
         """Of the arguments that end a CPU launcher's list (AttentionExtras), CUDA launchers take the first five, the
         pattern."""
-        assert not any(args[-7:]), "attention: the CUDA kernels support no bias, sink or dropout"
-        self._launch(what, args[:-7])
+        beyond = {"attention_fwd": 12, "attention_bwd": 11}[what]
+        assert not any(args[-beyond:]), (
+            "attention: the CUDA kernels support no bias, sink, dropout, distances or soft cap"
+        )
+        self._launch(what, args[:-beyond])
 
     def _contrastive(self, what: str, args: Sequence[Any]) -> None:
         """A CUDA launcher needs a workspace, and both gradients whichever are requested."""
