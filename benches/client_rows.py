@@ -98,7 +98,7 @@ def gist_loss() -> tuple[Side, Side]:
 
     from mmkernels.integrations import sentence_transformers as ours
 
-    rows = ROWS_OF_BATCH // 8  # theirs holds [mini-batch, rows, width]
+    rows = ROWS_OF_BATCH // 16  # theirs holds [mini-batch, rows, width]
     leaves = [features(rows, WIDTH, seed).requires_grad_() for seed in range(3)]
     guide = [features(rows, WIDTH, seed) for seed in range(7, 10)]
     settings = {"temperature": 0.05, "mini_batch_size": 32, "margin_strategy": "absolute", "margin": 0.05}
@@ -251,7 +251,7 @@ LOSSES = [
         1,
         ranking_loss(3, hardness_mode="all_negatives", hardness_strength=9.0),
     ),
-    Row("gist", "sentence-transformers", "CachedGISTEmbedLoss, three columns, N=512: loss stage", 1, gist_loss),
+    Row("gist", "sentence-transformers", "CachedGISTEmbedLoss, three columns, N=256: loss stage", 1, gist_loss),
 ]
 MODELS = [
     Row("llama_padded", "transformers", "Llama, padded batch of 8, against sdpa", 2, llama(None, False)),

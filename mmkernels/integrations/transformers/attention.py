@@ -97,13 +97,9 @@ def attention_forward(
         _expect_boundaries(*boundaries, batch, tokens_q, tokens_k)
     mask = _mask(attention_mask, batch, tokens_q, tokens_k, is_causal, sliding_window, position_ids, boundaries, key)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = attention(q, k, v, mask, scale=scaling, sink=s_aux, dropout_p=dropout, **_capped(softcap))
+    out = attention(q, k, v, mask, scale=scaling, softcap=softcap, sink=s_aux, dropout_p=dropout)
     assert isinstance(out, Tensor)
     return out, None
-
-
-def _capped(softcap: float | None) -> dict[str, Any]:
-    return {} if softcap is None else {"softcap": softcap}
 
 
 def _expect_supported(kwargs: dict[str, Any]) -> None:
