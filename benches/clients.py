@@ -35,6 +35,7 @@ from torch import Tensor
 from mmkernels.runtime import native
 
 RESULTS = Path(__file__).parent / "results"
+LITTLE = 16  # MiB, of which a ratio tells nothing
 
 
 @dataclass
@@ -156,6 +157,8 @@ def table(result: dict[str, Any]) -> list[str]:
         ratios = ["", ""]
         if row["seconds"]:
             ratios = [f"{ours / theirs:.2f}" for theirs, ours in (row["seconds"], row["mebibytes"])]
+            if max(row["mebibytes"]) < LITTLE:
+                ratios[1] = ""
         lines.append(
             f"| {row['library']} {row['version']} | {row['what']} | {row['lines']} | {row['loss_difference']:.1e} "
             f"| {row['gradient_difference']:.1e} | {ratios[0]} | {ratios[1]} |"
