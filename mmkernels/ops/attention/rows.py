@@ -108,9 +108,8 @@ def padding_rows(real_q: Tensor, real_k: Tensor, left: int | None, right: int | 
     if contiguous:
         lo, hi = _real_interval(begin_k, real_k)
         first_q, last_q = _real_interval(begin_q, real_q)
-    lo, hi, first_q, last_q = (
-        x.expand(real.shape) for x, real in ((lo, real_q), (hi, real_q), (first_q, real_k), (last_q, real_k))
-    )
+    lo, hi = lo.expand(real_q.shape), hi.expand(real_q.shape)
+    first_q, last_q = first_q.expand(real_k.shape), last_q.expand(real_k.shape)
     if left is not None:
         lo, last_q = torch.maximum(lo, itself - left), torch.minimum(last_q, sees_itself + left + 1)
     if right is not None:

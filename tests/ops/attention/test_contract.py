@@ -112,8 +112,10 @@ def test_options_compile(backend):
 
 @pytest.mark.parametrize("build", [name for name in BUILDERS if not name.startswith(("media", "cross"))])
 def test_positions_compile(build):
+    cu = cu_seqlens_of(LENGTHS)
+
     def loss(q, k, v, slopes):
-        mask = BUILDERS[build](cu_seqlens_of(LENGTHS), MODALITIES, SPANS)
+        mask = BUILDERS[build](cu, MODALITIES, SPANS)
         return attention(q, k, v, mask, alibi_slopes=slopes).square().sum()
 
     torch.compiler.reset()
