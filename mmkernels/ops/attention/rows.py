@@ -115,7 +115,7 @@ def padding_rows(real_q: Tensor, real_k: Tensor, left: int | None, right: int | 
     if right is not None:
         hi, first_q = torch.minimum(hi, itself + right + 1), torch.maximum(first_q, sees_itself - right)
     rows = normalised(lo, hi, real_q, first_q, last_q, real_k)
-    return MaskRows(*(x.flatten() for x in rows[:4]))
+    return MaskRows(rows.lo.flatten(), rows.hi.flatten(), rows.first_q.flatten(), rows.last_q.flatten())
 
 
 def _real_interval(begin: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
