@@ -209,7 +209,7 @@ class ForwardTask {
 
   // Turns scores into logits: scaled (unless they are) and biased, -inf where the pattern hides a key. Column 0 is
   // key + from.
-  void write_logits(const QueryTile& tile, int64_t key, int64_t from, int64_t width) {
+  MMK_NOINLINE void write_logits(const QueryTile& tile, int64_t key, int64_t from, int64_t width) {
     const bool hides = map_.given() && !map_.full(tile, key + from, key + from + width);
     const bool biased = extras_.pair_bias.given();
     for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
@@ -232,7 +232,7 @@ class ForwardTask {
   }
 
   // Raises row_max_ to the tile's largest visible scaled product, from scores that are about to be rewritten.
-  void note_maxima(const QueryTile& tile, int64_t key, int64_t from, int64_t width) {
+  MMK_NOINLINE void note_maxima(const QueryTile& tile, int64_t key, int64_t from, int64_t width) {
     const bool hides = map_.given() && !map_.full(tile, key + from, key + from + width);
     const Vec<C> lowest = splat(-FloatTraits<C>::infinity);
     for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
@@ -254,7 +254,7 @@ class ForwardTask {
   }
 
   // Zeros w_.p at dropped pairs; close() applies the factor of the others.
-  void drop(const QueryTile& tile, int64_t key, int64_t width) {
+  MMK_NOINLINE void drop(const QueryTile& tile, int64_t key, int64_t width) {
     constexpr int64_t ld = kKeyTile + Dropout::kWide;
     const int64_t rows = tile.end - tile.begin;
     dropout_.for_each(tile.begin, rows, key, width,
@@ -319,7 +319,7 @@ class ForwardTask {
   }
 
   // Adds the sink's term to a row's sum; `factor` receives the rescaling due to the new maximum.
-  void add_sink(C& shift, C& sum, C& factor) {
+  MMK_NOINLINE void add_sink(C& shift, C& sum, C& factor) {
     const C sink = extras_.sink.ptr<C>()[head_];
     if (sink <= shift) {
       sum += exp(splat(sink - shift))[0];

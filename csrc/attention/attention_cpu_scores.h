@@ -21,7 +21,7 @@ class SoftCap {
 
   // Products [rows, columns] become capped scores, in place; `slope`, if given, receives the derivatives. Rows are ld
   // apart and padded to whole vectors.
-  void apply(C* s, C* slope, int64_t rows, int64_t columns, int64_t ld) const {
+  MMK_NOINLINE void apply(C* s, C* slope, int64_t rows, int64_t columns, int64_t ld) const {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = i * ld; j < i * ld + columns; j += kLanes<C>) {
         Vec<C> derivative;
@@ -56,7 +56,7 @@ class Distances {
 
   // Scores [rows, columns] become scale * score - slope * distance, in place: queries from `query` on along the rows,
   // keys from `key` on along the columns.
-  void apply(C* s, C scale, int64_t query, int64_t rows, int64_t key, int64_t columns, int64_t ld) const {
+  MMK_NOINLINE void apply(C* s, C scale, int64_t query, int64_t rows, int64_t key, int64_t columns, int64_t ld) const {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; j += kLanes<C>) {
         C* at = s + i * ld + j;
@@ -64,7 +64,7 @@ class Distances {
       }
   }
   // The same for a transposed tile; `at` are the queries' positions, one a column.
-  void apply_transposed(C* s, C scale, const Int* at, int64_t key, int64_t rows, int64_t columns, int64_t ld) const {
+  MMK_NOINLINE void apply_transposed(C* s, C scale, const Int* at, int64_t key, int64_t rows, int64_t columns, int64_t ld) const {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t c = 0; c < columns; c += kLanes<C>) {
         C* here = s + i * ld + c;

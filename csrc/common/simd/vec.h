@@ -30,6 +30,8 @@
 #endif
 
 #define MMK_INLINE inline __attribute__((always_inline))
+// For what few calls need, so that it takes no registers from the loops of all the others.
+#define MMK_NOINLINE __attribute__((noinline))
 
 namespace mmk {
 namespace MMK_ISA {
