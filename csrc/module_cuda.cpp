@@ -40,10 +40,12 @@ struct type_caster<Stream> {
 
 namespace {
 
-// The CUDA launchers take only the pattern of the extras.
-mmk::AttentionExtras pattern_of(Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles) {
+// Of the extras, the CUDA launchers take the pattern and the soft cap.
+mmk::AttentionExtras extras_of(Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles,
+                               double softcap) {
   mmk::AttentionExtras extras;
   extras.span_q = span_q, extras.span_k = span_k, extras.allow_q = allow_q, extras.bit_k = bit_k, extras.tiles = tiles;
+  extras.softcap = softcap;
   return extras;
 }
 
@@ -52,8 +54,9 @@ void bind_attention(py::module_& m) {
   m.def(
       "launch_attention_fwd_cuda",
       [](Tensor q, Tensor k, Tensor v, Tensor lo, Tensor hi, Tensor first_q, Tensor last_q, double scale, Tensor out,
-         Tensor lse, Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, Stream stream) {
-        const mmk::AttentionExtras extras = pattern_of(span_q, span_k, allow_q, bit_k, tiles);
+         Tensor lse, Tensor span_q, Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, double softcap,
+         Stream stream) {
+        const mmk::AttentionExtras extras = extras_of(span_q, span_k, allow_q, bit_k, tiles, softcap);
         mmk::launch_attention_fwd_cuda({q, k, v, {lo, hi, first_q, last_q}, scale, out, lse, extras}, stream.handle);
       },
       released);
@@ -61,8 +64,8 @@ void bind_attention(py::module_& m) {
       "launch_attention_bwd_cuda",
       [](Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lo, Tensor hi,
          Tensor first_q, Tensor last_q, double scale, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor span_q,
-         Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, Stream stream) {
-        const mmk::AttentionExtras extras = pattern_of(span_q, span_k, allow_q, bit_k, tiles);
+         Tensor span_k, Tensor allow_q, Tensor bit_k, Tensor tiles, double softcap, Stream stream) {
+        const mmk::AttentionExtras extras = extras_of(span_q, span_k, allow_q, bit_k, tiles, softcap);
         mmk::launch_attention_bwd_cuda(
             {grad_out, grad_lse, q, k, v, out, lse, {lo, hi, first_q, last_q}, scale, dq, dk, dv, delta, extras},
             stream.handle);

@@ -1,5 +1,6 @@
-// Attention backward. With p_ij = exp(scale <q_i, k_j> - lse_i) and delta_i = <grad_out_i, out_i> - grad_lse_i:
-//   ds_ij = p_ij (<grad_out_i, v_j> - delta_i)
+// Attention backward. With p_ij = exp(s_ij - lse_i), delta_i = <grad_out_i, out_i> - grad_lse_i, and c_ij the
+// derivative of s_ij by scale <q_i, k_j>: 1, or with a soft cap 1 - (s_ij / softcap)^2:
+//   ds_ij = p_ij (<grad_out_i, v_j> - delta_i) c_ij
 //   dv_j = sum_i p_ij grad_out_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale sum_j ds_ij k_j
 // Two kernels recompute p, one per key tile and one per query tile: every sum has one owner and a fixed order, so there
 // are no atomics and results are bitwise reproducible.
@@ -82,7 +83,7 @@ struct BackwardSmem {
 // accumulates at most 128 columns of dK and dV (registers): for D = 256 two blocks share a key tile and both compute
 // the scores. Shared memory: K, V [outer, D] throughout, Q, grad_out [inner, D] and the queries' statistics; the next
 // grad_out tile loads during the last product. 16-bit: 38, 54, 68 KB for D = 64, 128, 256; float: 61, 72, 68 KB.
-template <class T, int kD>
+template <class T, int kD, bool kCapped>
 __global__ void __launch_bounds__(BackwardTile<T, kD>::outer * 2, 1)
     attention_bwd_dkdv_kernel(const __grid_constant__ BackwardParams<T> a) {
   using Tile = BackwardTile<T, kD>;
@@ -145,8 +146,9 @@ __global__ void __launch_bounds__(BackwardTile<T, kD>::outer * 2, 1)
         for (int e = c; e < 4; e += 2) {
           const int key = key0 + warp_row + fragment_row(e);
           const bool visible = key >= query.begin && key < query.end;
-          s[0][ni][e] = visible ? exp_of<T>(__fsub_rn(logit(s[0][ni][e], p.scale), query.lse)) : 0.f;
-          ds[0][ni][e] = visible ? s[0][ni][e] * (ds[0][ni][e] - query.delta) : 0.f;
+          const Logit x = logit<kCapped>(p, s[0][ni][e]);
+          s[0][ni][e] = visible ? exp_of<T>(__fsub_rn(x.value, query.lse)) : 0.f;
+          ds[0][ni][e] = visible ? s[0][ni][e] * (ds[0][ni][e] - query.delta) * x.slope : 0.f;
         }
       }
     }
@@ -179,7 +181,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kD>::outer * 2, 1)
 // over the key tiles of the rows' hull and masks only tiles that some row sees partially.
 // Shared memory: Q, grad_out [outer, D] throughout, K, V [inner, D]; the next V tile loads during the last product.
 // Same budget as the dK, dV kernel.
-template <class T, int kD>
+template <class T, int kD, bool kCapped>
 __global__ void __launch_bounds__(BackwardTile<T, kD>::outer * 2, 1)
     attention_bwd_dq_kernel(const __grid_constant__ BackwardParams<T> a) {
   using Tile = BackwardTile<T, kD>;
@@ -230,8 +232,9 @@ __global__ void __launch_bounds__(BackwardTile<T, kD>::outer * 2, 1)
       for (int e = 0; e < 4; ++e) {
         const int key = key0 + ni * 8 + fragment_column(e);
         const bool visible = !mask || (key >= query[e / 2].begin && key < query[e / 2].end);
-        const float probability = exp_of<T>(__fsub_rn(logit(s[0][ni][e], p.scale), query[e / 2].lse));
-        ds[0][ni][e] = visible ? probability * (ds[0][ni][e] - query[e / 2].delta) : 0.f;
+        const Logit x = logit<kCapped>(p, s[0][ni][e]);
+        const float probability = exp_of<T>(__fsub_rn(x.value, query[e / 2].lse));
+        ds[0][ni][e] = visible ? probability * (ds[0][ni][e] - query[e / 2].delta) * x.slope : 0.f;
       }
     }
     warp_gemm_from_accumulator<Major::outer>(dq, ds, k_tile, kLd, scratch);
@@ -261,12 +264,13 @@ void launch_attention_bwd_cuda(const AttentionBwdArgs& args, void* stream) {
   const cuda::DeviceGuard guard(args.q);
   const bool sm90 = cuda::use_attention_sm90(args.grad_out, args.q, args.k, args.v);
   if (!sm90) cuda::expect_no_pattern(args);
-  cuda::choose_attention_kernel(args.q, args.v, [&](auto element, auto head_dim) {
+  cuda::choose_attention_kernel(args, [&](auto element, auto head_dim, auto capped) {
     using T = decltype(element);
     constexpr int kD = decltype(head_dim)::value;
+    constexpr bool kCapped = decltype(capped)::value;
     using Tile = cuda::BackwardTile<T, kD>;
     constexpr int kBytes = cuda::BackwardSmem<T, kD>::bytes, kParts = kD > 128 ? kD / 128 : 1;
-    const cuda::AttentionProblem p = cuda::problem_of(args.q, args.k, args.v, args.mask, args.scale);
+    const cuda::AttentionProblem p = cuda::problem_of(args);
 
     const cuda::DeltaParams<T> delta{p.tq,
                                      p.heads,
@@ -281,7 +285,10 @@ void launch_attention_bwd_cuda(const AttentionBwdArgs& args, void* stream) {
                  dim3(static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock)), cuda::kDeltaThreads, 0,
                  stream, delta);
     if constexpr (cuda::kHaveSm90) {
-      if (sm90) return cuda::launch_attention_bwd_sm90(args, stream);
+      if (sm90) {
+        cuda::launch_attention_dkdv_sm90(args, stream);
+        return cuda::launch_attention_dq_sm90(args, stream);
+      }
     }
 
     const cuda::BackwardParams<T> params{p,
@@ -294,10 +301,10 @@ void launch_attention_bwd_cuda(const AttentionBwdArgs& args, void* stream) {
                                          cuda::heads_of<T>(args.dq),
                                          cuda::heads_of<T>(args.dk),
                                          cuda::heads_of<T>(args.dv)};
-    cuda::launch("attention_bwd_dkdv", cuda::attention_bwd_dkdv_kernel<T, kD>,
+    cuda::launch("attention_bwd_dkdv", cuda::attention_bwd_dkdv_kernel<T, kD, kCapped>,
                  dim3((p.tk + Tile::outer - 1) / Tile::outer, p.heads_kv, kParts), Tile::outer * 2, kBytes, stream,
                  params);
-    cuda::launch("attention_bwd_dq", cuda::attention_bwd_dq_kernel<T, kD>,
+    cuda::launch("attention_bwd_dq", cuda::attention_bwd_dq_kernel<T, kD, kCapped>,
                  dim3((p.tq + Tile::outer - 1) / Tile::outer, p.heads), Tile::outer * 2, kBytes, stream, params);
   });
 }

@@ -64,7 +64,8 @@ class Distances {
       }
   }
   // The same for a transposed tile; `at` are the queries' positions, one a column.
-  MMK_NOINLINE void apply_transposed(C* s, C scale, const Int* at, int64_t key, int64_t rows, int64_t columns, int64_t ld) const {
+  MMK_NOINLINE void apply_transposed(C* s, C scale, const Int* at, int64_t key, int64_t rows, int64_t columns,
+                                     int64_t ld) const {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t c = 0; c < columns; c += kLanes<C>) {
         C* here = s + i * ld + c;

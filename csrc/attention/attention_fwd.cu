@@ -1,4 +1,5 @@
-// Attention forward: out_i = sum_j exp(scale <q_i, k_j> - lse_i) v_j over the keys lo[i] <= j < hi[i].
+// Attention forward: out_i = sum_j exp(s_ij - lse_i) v_j over the keys lo[i] <= j < hi[i], with s_ij = scale <q_i, k_j>
+// or softcap tanh(scale <q_i, k_j> / softcap).
 #include "attention/attention_sm90.h"
 #include "attention/attention_tile.h"
 
@@ -63,7 +64,7 @@ struct ForwardSmem {
 // that some row sees partially.
 // Shared memory: Q [outer, D] throughout, one tile each of K and V [inner, D]; while one is used the other loads.
 // 16-bit: 27, 52, 68 KB for D = 64, 128, 256; float: 70, 77, 70 KB.
-template <class T, int kD>
+template <class T, int kD, bool kCapped>
 __global__ void __launch_bounds__(ForwardTile<T, kD>::outer * 2, 1)
     attention_fwd_kernel(const __grid_constant__ ForwardParams<T> a) {
   using Tile = ForwardTile<T, kD>;
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(ForwardTile<T, kD>::outer * 2, 1)
       for (int e = 0; e < 4; ++e) {
         const int key = key0 + ni * 8 + fragment_column(e);
         const bool visible = !mask || (key >= seen[e / 2].begin && key < seen[e / 2].end);
-        s[0][ni][e] = visible ? logit(s[0][ni][e], p.scale) : -INFINITY;
+        s[0][ni][e] = visible ? logit<kCapped>(p, s[0][ni][e]).value : -INFINITY;
       }
     }
     softmax_step<T>(s, m, l, out);
@@ -157,19 +158,17 @@ void launch_attention_fwd_cuda(const AttentionFwdArgs& args, void* stream) {
     if (cuda::use_attention_sm90(args.q, args.k, args.v)) return cuda::launch_attention_fwd_sm90(args, stream);
   }
   cuda::expect_no_pattern(args);
-  cuda::choose_attention_kernel(args.q, args.v, [&](auto element, auto head_dim) {
+  cuda::choose_attention_kernel(args, [&](auto element, auto head_dim, auto capped) {
     using T = decltype(element);
     constexpr int kD = decltype(head_dim)::value;
+    constexpr bool kCapped = decltype(capped)::value;
     constexpr int kRows = cuda::ForwardTile<T, kD>::outer;
-    const cuda::ForwardParams<T> params{cuda::problem_of(args.q, args.k, args.v, args.mask, args.scale),
-                                        cuda::heads_of<const T>(args.q),
-                                        cuda::heads_of<const T>(args.k),
-                                        cuda::heads_of<const T>(args.v),
-                                        cuda::heads_of<T>(args.out),
-                                        args.lse.ptr<float>()};
+    const cuda::ForwardParams<T> params{cuda::problem_of(args),          cuda::heads_of<const T>(args.q),
+                                        cuda::heads_of<const T>(args.k), cuda::heads_of<const T>(args.v),
+                                        cuda::heads_of<T>(args.out),     args.lse.ptr<float>()};
     const dim3 grid((params.p.tq + kRows - 1) / kRows, params.p.heads);
-    cuda::launch("attention_fwd", cuda::attention_fwd_kernel<T, kD>, grid, kRows * 2, cuda::ForwardSmem<T, kD>::bytes,
-                 stream, params);
+    cuda::launch("attention_fwd", cuda::attention_fwd_kernel<T, kD, kCapped>, grid, kRows * 2,
+                 cuda::ForwardSmem<T, kD>::bytes, stream, params);
   });
 }
 

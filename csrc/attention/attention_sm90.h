@@ -34,7 +34,8 @@ void expect_no_pattern(const Args& args) {
 }
 
 void launch_attention_fwd_sm90(const AttentionFwdArgs& args, void* stream);
-// Requires delta.
-void launch_attention_bwd_sm90(const AttentionBwdArgs& args, void* stream);
+// The backward; both require delta.
+void launch_attention_dkdv_sm90(const AttentionBwdArgs& args, void* stream);
+void launch_attention_dq_sm90(const AttentionBwdArgs& args, void* stream);
 
 }  // namespace mmk::cuda

@@ -1,4 +1,5 @@
-// Attention forward for sm_90a: out_i = sum_j exp(scale <q_i, k_j> - lse_i) v_j over the keys that query i sees.
+// Attention forward for sm_90a: out_i = sum_j exp(s_ij - lse_i) v_j over the keys that query i sees, with s_ij =
+// scale <q_i, k_j> or softcap tanh(scale <q_i, k_j> / softcap).
 #include "attention/attention_sm90_tile.h"
 
 namespace mmk::cuda {
@@ -115,7 +116,7 @@ __device__ __forceinline__ void produce(const ForwardParams<T>& a, unsigned char
 // softmax statistics in registers: 64 for scores, 32 for probabilities and kD / 2 for outputs. The product of one
 // tile's probabilities with V and the next tile's score product run concurrently, during that tile's softmax.
 // Shared memory: Q [128, kD] throughout, two (kD = 128) or four stages of K and of V [128, kD]: 160 or 144 KB.
-template <class T, int kD>
+template <class T, int kD, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 1) attention_fwd_sm90_kernel(const __grid_constant__ ForwardParams<T> a) {
   using Smem = ForwardSmem<kD>;
   constexpr int NO = kD / 8;
@@ -162,7 +163,15 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_sm90_kernel(const _
     accumulator_ready(s);
     release(&keys.empty[k_ring.slot]);
     k_ring.next();
-    a.problem.apply_sign(s);
+    if constexpr (kCapped) {
+#pragma unroll
+      for (int ni = 0; ni < kNI; ++ni) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[ni][e] = a.problem.capped(s[ni][e]).value;
+      }
+    } else {
+      a.problem.apply_sign(s);
+    }
     if (step.state == kPartial) {
       for_hidden<kNI>(a.problem, row, step.first, [&](int ni, int e) { s[ni][e] = -INFINITY; });
     }
@@ -226,14 +235,15 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_sm90_kernel(const _
 
 void launch_attention_fwd_sm90(const AttentionFwdArgs& args, void* stream) {
   using namespace attention_sm90;
-  choose_sm90_kernel(args.q, args.v, [&](auto element, auto head_dim) {
+  choose_sm90_kernel(args, [&](auto element, auto head_dim, auto capped) {
     using T = decltype(element);
     constexpr int kD = decltype(head_dim)::value;
+    constexpr bool kCapped = decltype(capped)::value;
     const ForwardParams<T> params{sm90_problem_of(args),     tokens_map(args.q, kRows), tokens_map(args.k, kKeys),
                                   tokens_map(args.v, kKeys), heads_of<T>(args.out),     args.lse.ptr<float>()};
     const dim3 grid((params.problem.p.tq + kRows - 1) / kRows, params.problem.p.heads);
-    launch("attention_fwd_sm90", attention_fwd_sm90_kernel<T, kD>, grid, kThreads, ForwardSmem<kD>::bytes, stream,
-           params);
+    launch("attention_fwd_sm90", attention_fwd_sm90_kernel<T, kD, kCapped>, grid, kThreads, ForwardSmem<kD>::bytes,
+           stream, params);
   });
 }
 

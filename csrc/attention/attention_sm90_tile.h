@@ -52,13 +52,17 @@ struct Pattern {
   }
 };
 
-// Scores are s' = sign * <q, k>, and logits in log2 are scale2 * s' with scale2 > 0, so that the maximum score is the
-// maximum logit for either sign of the scale.
+// Scores are s' = sign * <q, k>, or tanh(scale_in_cap * <q, k>) with a soft cap, and logits in log2 are scale2 * s'
+// with scale2 > 0, so that the maximum score is the maximum logit for either sign of the scale.
 struct Sm90Problem {
   AttentionProblem p;
   Pattern pattern;
   float sign, scale2;
 
+  // The score of a product, and its derivative by scale_in_cap * product.
+  __device__ __forceinline__ Tanh capped(float product) const { return tanh_of(product * p.scale_in_cap); }
+
+  // Products to scores without a cap.
   template <int NI>
   __device__ __forceinline__ void apply_sign(float (&s)[NI][4]) const {
     if (sign == 1.f) return;
@@ -214,23 +218,28 @@ inline TensorMap tokens_map(const Tensor& x, int tokens) {
 
 template <class Args>
 Sm90Problem sm90_problem_of(const Args& args) {
-  const AttentionProblem p = problem_of(args.q, args.k, args.v, args.mask, args.scale);
+  const AttentionProblem p = problem_of(args);
   const AttentionExtras& x = args.extras;
   const Pattern pattern{x.span_q.ptr<int>(), x.span_k.ptr<int>(), x.allow_q.ptr<int>(),
                         x.bit_k.ptr<int>(),  x.tiles.ptr<int>(),  static_cast<int>(x.tiles.size[1])};
+  if (p.softcap > 0.f) return {p, pattern, 1.f, p.softcap * kLog2E};
   const float sign = p.scale > 0.f ? 1.f : p.scale < 0.f ? -1.f : 0.f;
   return {p, pattern, sign, sign == 0.f ? 1.f : p.scale * sign * kLog2E};
 }
 
-// Calls run(T{}, integral_constant<int, padded head dim>).
-template <class Run>
-void choose_sm90_kernel(const Tensor& q, const Tensor& v, const Run& run) {
-  const bool small = q.size[2] <= 64 && v.size[2] <= 64;
-  const auto with_head_dim = [&](auto element) {
-    if (small) return run(element, std::integral_constant<int, 64>{});
-    return run(element, std::integral_constant<int, 128>{});
+// Calls run(T{}, integral_constant<int, padded head dim>, bool_constant<capped>).
+template <class Args, class Run>
+void choose_sm90_kernel(const Args& args, const Run& run) {
+  const bool small = args.q.size[2] <= 64 && args.v.size[2] <= 64;
+  const auto with_head_dim = [&](auto element, auto capped) {
+    if (small) return run(element, std::integral_constant<int, 64>{}, capped);
+    return run(element, std::integral_constant<int, 128>{}, capped);
   };
-  return q.dtype == DType::bf16 ? with_head_dim(bf16{}) : with_head_dim(f16{});
+  const auto with_cap = [&](auto element) {
+    if (args.extras.softcap > 0) return with_head_dim(element, std::true_type{});
+    return with_head_dim(element, std::false_type{});
+  };
+  return args.q.dtype == DType::bf16 ? with_cap(bf16{}) : with_cap(f16{});
 }
 
 }  // namespace mmk::cuda::attention_sm90

@@ -8,6 +8,7 @@
 #include "common/check.h"
 #include "common/cuda/dtype.h"
 #include "common/cuda/launch.h"
+#include "common/cuda/tanh.h"
 #include "common/cuda/tile.h"
 
 namespace mmk::cuda {
@@ -16,6 +17,7 @@ namespace mmk::cuda {
 struct AttentionProblem {
   int tq, tk, heads, heads_kv, d, dv;
   float scale;
+  float softcap, scale_in_cap;      // scale / softcap; both 0 without a cap
   const int* __restrict__ lo;       // [Tq] first key that a query sees
   const int* __restrict__ hi;       // [Tq] one past the last
   const int* __restrict__ first_q;  // [Tk] hull of the queries that see a key; bounds loops only
@@ -57,9 +59,22 @@ struct BackwardTile {
   static constexpr int inner = sizeof(T) == 2 ? (kD == 64 ? 64 : 32) : (kD == 256 ? 16 : 32);
 };
 
-// scale * score, rounded once and identically in forward and backward, so that its difference from a maximum, or from
-// the lse of a row that it dominates, is exact. (With an FMA it would not be.)
-__device__ __forceinline__ float logit(float score, float scale) { return __fmul_rn(score, scale); }
+// A logit, and its derivative by the scaled product.
+struct Logit {
+  float value, slope;
+};
+
+// scale * product, capped with kCapped; rounded identically in forward and backward, so that its difference from a
+// maximum, or from the lse of a row that it dominates, is exact. (With an FMA it would not be.)
+template <bool kCapped>
+__device__ __forceinline__ Logit logit(const AttentionProblem& p, float product) {
+  if constexpr (kCapped) {
+    const Tanh tanh = tanh_of(__fmul_rn(product, p.scale_in_cap));
+    return {__fmul_rn(tanh.value, p.softcap), tanh.slope};
+  } else {
+    return {__fmul_rn(product, p.scale), 1.f};
+  }
+}
 
 struct Interval {
   int begin, end;
@@ -98,26 +113,40 @@ __device__ __forceinline__ Hull hull_of(const int* first, const int* last, int r
   return hull;
 }
 
-inline AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionMask& mask,
-                                   double scale) {
+template <class Args>
+AttentionProblem problem_of(const Args& args) {
+  const Tensor &q = args.q, &k = args.k;
+  const double softcap = args.extras.softcap;
   MMK_CHECK(q.size[0] <= INT_MAX && k.size[0] <= INT_MAX, "attention: more than 2^31 - 1 tokens");
-  return {static_cast<int>(q.size[0]), static_cast<int>(k.size[0]), static_cast<int>(q.size[1]),
-          static_cast<int>(k.size[1]), static_cast<int>(q.size[2]), static_cast<int>(v.size[2]),
-          static_cast<float>(scale),   mask.lo.ptr<int>(),          mask.hi.ptr<int>(),
-          mask.first_q.ptr<int>(),     mask.last_q.ptr<int>()};
+  return {static_cast<int>(q.size[0]),
+          static_cast<int>(k.size[0]),
+          static_cast<int>(q.size[1]),
+          static_cast<int>(k.size[1]),
+          static_cast<int>(q.size[2]),
+          static_cast<int>(args.v.size[2]),
+          static_cast<float>(args.scale),
+          static_cast<float>(softcap),
+          softcap > 0 ? static_cast<float>(args.scale / softcap) : 0.f,
+          args.mask.lo.template ptr<int>(),
+          args.mask.hi.template ptr<int>(),
+          args.mask.first_q.template ptr<int>(),
+          args.mask.last_q.template ptr<int>()};
 }
 
-// Calls run(T{}, integral_constant<int, padded head dim>).
-template <class Run>
-void choose_attention_kernel(const Tensor& q, const Tensor& v, const Run& run) {
-  const int64_t d = q.size[2] > v.size[2] ? q.size[2] : v.size[2];
+// Calls run(T{}, integral_constant<int, padded head dim>, bool_constant<capped>).
+template <class Args, class Run>
+void choose_attention_kernel(const Args& args, const Run& run) {
+  const int64_t d = args.q.size[2] > args.v.size[2] ? args.q.size[2] : args.v.size[2];
   MMK_CHECK(d >= 1 && d <= 256, "attention: the CUDA kernels support head dims 1 to 256, got ", d);
-  const auto with_head_dim = [&](auto element) {
-    if (d <= 64) return run(element, std::integral_constant<int, 64>{});
-    if (d <= 128) return run(element, std::integral_constant<int, 128>{});
-    return run(element, std::integral_constant<int, 256>{});
+  const auto with_head_dim = [&](auto element, auto capped) {
+    if (d <= 64) return run(element, std::integral_constant<int, 64>{}, capped);
+    if (d <= 128) return run(element, std::integral_constant<int, 128>{}, capped);
+    return run(element, std::integral_constant<int, 256>{}, capped);
   };
-  with_dtype(q.dtype, "attention", with_head_dim);
+  with_dtype(args.q.dtype, "attention", [&](auto element) {
+    if (args.extras.softcap > 0) return with_head_dim(element, std::true_type{});
+    return with_head_dim(element, std::false_type{});
+  });
 }
 
 }  // namespace mmk::cuda

@@ -155,12 +155,11 @@ class EmulatedCore:
 
     def _attention(self, what: str, args: Sequence[Any]) -> None:
         """Of the arguments that end a CPU launcher's list (AttentionExtras), CUDA launchers take the first five, the
-        pattern."""
-        beyond = {"attention_fwd": 12, "attention_bwd": 11}[what]
-        assert not any(args[-beyond:]), (
-            "attention: the CUDA kernels support no bias, sink, dropout, distances or soft cap"
-        )
-        self._launch(what, args[:-beyond])
+        pattern, and the last, the soft cap."""
+        beyond = {"attention_fwd": 11, "attention_bwd": 10}[what]
+        *args, softcap = args
+        assert not any(args[-beyond:]), "attention: the CUDA kernels support no bias, sink, dropout or distances"
+        self._launch(what, [*args[:-beyond], softcap])
 
     def _contrastive(self, what: str, args: Sequence[Any]) -> None:
         """A CUDA launcher needs a workspace, and both gradients whichever are requested."""

@@ -21,6 +21,7 @@ from mmkernels.ops.attention.arguments import (
     rows_of,
 )
 from mmkernels.ops.attention.mask import AttentionMask
+from mmkernels.ops.attention.native import beyond_cuda
 from mmkernels.ops.attention.op import attention_fwd
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.ops.checks import (
@@ -183,15 +184,7 @@ def _limits(q: Tensor, v: Tensor, rows: MaskRows, options: Options) -> dict[str,
     if q.device.type != "cpu":
         if head_dim > _MAX_GPU_HEAD_DIM:
             limits["native"] = f"head dims up to {_MAX_GPU_HEAD_DIM} on a GPU, not {head_dim}"
-        beyond = {
-            "softcap": options.softcap,
-            "alibi_slopes": options.slopes,
-            "pair_bias": options.pair_bias,
-            "sink": options.sink,
-            "dropout_p": options.seed,
-            "return_max_logit": options.with_max or None,
-        }
-        refused = [what for what, given in beyond.items() if given is not None]
+        refused = beyond_cuda(options)
         lacking = _pattern_wants(q, v) if rows.span_q is not None else None
         if lacking is not None:
             refused.insert(0, f"spans and classes in a mask (which require {lacking})")

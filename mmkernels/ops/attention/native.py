@@ -11,7 +11,25 @@ from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import native
 from mmkernels.runtime.native import View, stream, threads, unit_stride, view
 
-__all__ = ["attention_bwd", "attention_fwd"]
+__all__ = ["attention_bwd", "attention_fwd", "beyond_cuda"]
+
+
+def beyond_cuda(options: Options) -> list[str]:
+    """The given options, as arguments of `attention`, that the CUDA C++ kernels do not take."""
+    given = {
+        "alibi_slopes": options.slopes,
+        "pair_bias": options.pair_bias,
+        "sink": options.sink,
+        "dropout_p": options.seed,
+        "return_max_logit": options.with_max or None,
+    }
+    return [name for name, value in given.items() if value is not None]
+
+
+def _expect_cuda_takes(options: Options) -> None:
+    """For calls of the op itself; `attention` picks a backend that takes them."""
+    if refused := beyond_cuda(options):
+        raise ValueError(f"attention: the CUDA C++ kernels do not support {', '.join(refused)}")
 
 
 def _tiles(x: Tensor) -> Tensor:
@@ -41,7 +59,7 @@ def _pattern(rows: MaskRows) -> tuple[_View, _View, _View, _View, _View]:
 def _extras(
     rows: MaskRows, options: Options, row_sums: Tensor | None, distance_sums: Tensor | None
 ) -> tuple[_View, _View, _View, _View, _View, _View, _View, _View, _View]:
-    """What the CPU kernels take beyond the pattern; api.py never routes it to the CUDA kernels."""
+    """What only the CPU kernels take."""
     bias = view(rows.class_q), view(rows.class_k), view(options.pair_bias), view(row_sums)
     distances = view(rows.at_q), view(options.slopes), view(distance_sums)
     return *bias, view(options.sink), view(options.seed), *distances
@@ -54,13 +72,15 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, rows: MaskRows, options: Opti
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
     inputs, outputs = (view(q), view(k), view(v), *_intervals(rows)), (view(out), view(lse))
     row_max = None
+    softcap = options.softcap or 0.0
     if q.is_cuda:
-        native.core.launch_attention_fwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), stream(q))
+        _expect_cuda_takes(options)
+        native.core.launch_attention_fwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), softcap, stream(q))
     else:
         row_max = torch.empty_like(lse) if options.with_max else None
         extras = *_pattern(rows), *_extras(rows, options, None, None), view(row_max)
         native.core.launch_attention_fwd_cpu(
-            *inputs, options.scale, *outputs, *extras, options.dropout_p, options.softcap or 0.0, threads()
+            *inputs, options.scale, *outputs, *extras, options.dropout_p, softcap, threads()
         )
     return out, lse, largest(row_max, lse)
 
@@ -87,12 +107,14 @@ def attention_bwd(
     features = view(q), view(k), view(v), view(out), view(lse)
     inputs = view(grad_out), view(grad_lse), *features, *_intervals(rows)
     outputs = view(dq), view(dk), view(dv), view(delta)
+    softcap = options.softcap or 0.0
     if q.is_cuda:
-        native.core.launch_attention_bwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), stream(q))
+        _expect_cuda_takes(options)
+        native.core.launch_attention_bwd_cuda(*inputs, options.scale, *outputs, *_pattern(rows), softcap, stream(q))
     else:
         extras = *_pattern(rows), *_extras(rows, options, row_sums, distance_sums)
         native.core.launch_attention_bwd_cpu(
-            *inputs, options.scale, *outputs, *extras, options.dropout_p, options.softcap or 0.0, threads()
+            *inputs, options.scale, *outputs, *extras, options.dropout_p, softcap, threads()
         )
     if row_sums is not None:
         dbias = bias_gradient(row_sums, rows, options)

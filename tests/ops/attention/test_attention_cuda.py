@@ -74,6 +74,27 @@ def test_scale(cuda):
         assert_right(inputs("packed", cuda.device, scale=scale, dim=16), case=scale)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softcap(cuda, dtype):
+    """Caps that bend some products, most of them (not all: the error of one straight pair would decide alone), and
+    none."""
+    bent = {"softcap": 1.5}, {"softcap": 20.0, "amplitude": 10.0, "scale": -0.3}, {"softcap": 1e4}
+    for mask, dim, options in zip(("packed_causal", "cross", "window"), (64, 96, 256), bent, strict=True):
+        x = inputs(mask, cuda.device, dtype=dtype, heads=4, kv_heads=2, dim=dim, **options)
+        assert_right(x, with_lse=True, case=(mask, options))
+
+
+def test_softcap_where_every_pair_is_bent(cuda):
+    """There 1 - tanh^2 would round to 0, and plain PyTorch's float32 gradient is noise."""
+    x = inputs("cross", cuda.device, amplitude=0.0, dim=16, softcap=2.0)
+    x = replace(x, q=x.q + 2.5, k=x.k + 2.0 + 0.1 * x.v.mean(2, keepdim=True))  # tanh of about 10
+    result, truth = run(x, "native"), plain(x.to(torch.float64))
+    for name in ("dq", "dk"):
+        ours, exact = getattr(result, name), getattr(truth, name)
+        assert exact.abs().max() > 0
+        assert (ours - exact).abs().max() < 1e-3 * exact.abs().max(), name
+
+
 @pytest.mark.parametrize("layout", ("packed_qkv", "heads_first", "off_by_one", "expanded"))
 def test_layouts(cuda, layout):
     """Strides that a kernel must follow, and addresses at which it may not use 16-byte accesses."""

@@ -89,6 +89,17 @@ def test_scale(sm90, mask):
         assert_right(sm90, x, with_lse=False, case=scale)
 
 
+@pairwise.cases(
+    mask=("packed_causal", "noise", "cross"), dim=(64, 128), dtype=LOW, softcap=((1.5, 1.0), (20.0, 40.0), (1e4, 10.0))
+)
+def test_softcap(sm90, mask, dim, dtype, softcap):
+    """A cap that bends some products, one that bends all (the derivative is far below the rounding of 1), and one that
+    bends none."""
+    options = {"softcap": softcap[0], "amplitude": softcap[1], "scale": -0.3}
+    x = inputs(mask, sm90.device, dtype=dtype, heads=4, kv_heads=2, dim=dim, **options)
+    assert_right(sm90, x, case=(mask, options))
+
+
 def blocky_mask(seed: int, tokens_q: int, tokens_k: int, device: str) -> AttentionMask:
     """Random intervals, spans and classes in runs: tiles of all three states, and rows that see nothing."""
     generator = torch.Generator().manual_seed(seed)
