@@ -138,7 +138,9 @@ def infonce_loss(
         directions.append(_counts_of_columns(pairs, over))
     for name, counts in zip(("query_ids", "key_ids"), directions, strict=False):
         over.each_has_one(name, counts.positives)
-    logit_scale = over.shared(logit_scale)
+    # Its gradient has a term from each pass and one from the similarities of targets. They cancel to a few percent, so
+    # they meet in float64; rounded to float32 first, they would leave up to twice the error of plain PyTorch.
+    logit_scale = over.shared(logit_scale).double()
     filtered = denominator.false_negatives
     guides = None
     if filtered is not None:
@@ -158,8 +160,7 @@ def infonce_loss(
     if extra is not None:
         join = torch.logaddexp if guides is None else joined
         lse[0] = join(lse[0], extra[LSE])
-    scale, dtype = logit_scale.double(), compute_dtype(queries.dtype)
-    summed = lse
+    dtype, summed = compute_dtype(queries.dtype), lse
     if denominator.apart:
         harder = extra
         if denominator.hardness:
@@ -167,13 +168,13 @@ def infonce_loss(
         rules = pairs, guides, denominator.hardness, harder
         summed = _lse_of_others(queries, keys, logit_scale, *rules, symmetric, over, backend)
         if not denominator.decoupled:
-            summed = [joined(of, scale * line[POSITIVE]) for of, line in zip(summed, lines, strict=False)]
-    losses = [_losses(*of, scale, targets, denominator) for of in zip(lines, summed, directions, strict=False)]
+            summed = [joined(of, logit_scale * line[POSITIVE]) for of, line in zip(summed, lines, strict=False)]
+    losses = [_losses(*of, logit_scale, targets, denominator) for of in zip(lines, summed, directions, strict=False)]
     loss = over.mean(losses, None if weights is None else _weights_of_directions(weights.double(), pairs, symmetric))
     if not return_stats:
         return loss.to(dtype), None
     seen = lines[0].detach(), lines[1].detach(), None if extra is None else extra.detach()
-    sums = over.summed(_stats_sums(*seen, scale.detach(), directions[0]))
+    sums = over.summed(_stats_sums(*seen, logit_scale.detach(), directions[0]))
     return loss.to(dtype), _stats_of(lse[0].detach(), lse[1].detach(), sums, symmetric, dtype)
 
 

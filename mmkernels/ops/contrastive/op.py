@@ -200,18 +200,21 @@ def _softmax_bwd_flops(of_rows: Tensor, of_columns: Tensor, queries: Tensor, key
     return backward_flops(queries, keys, need) + (_second_product_flops(teacher, guide) if any(need) else 0)
 
 
+# The softmax ops also take a scale in float64, for its gradient: the kernels get it in the statistics' dtype.
+#
 # With `hardness` h the logits are s a + h a', where a' is a without its gradient: those of the scale S = s + h, with
 # the derivatives a by s, as usual, and s by a rather than S. The kernels' backward multiplies the coefficient of the
 # lse by S.
 
 
 def _harder_statistics(impls: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """Forwards of the op from those of the backends, which know no hardness."""
+    """Forwards of the op from those of the backends, which know no hardness and a scale in the statistics' dtype."""
 
     def with_hardness(statistics: Callable[..., Any]) -> Callable[..., Any]:
         def run(queries: Tensor, keys: Tensor, logit_scale: Tensor, *rules: Any) -> Any:
             *which, hardness, totals, columns = rules
-            scale = logit_scale + hardness if hardness else logit_scale
+            scale = logit_scale.to(compute_dtype(queries.dtype))
+            scale = scale + hardness if hardness else scale
             return statistics(queries, keys, scale, *which, totals, columns)
 
         return run
@@ -225,6 +228,7 @@ def _harder_gradients(impls: Mapping[str, Callable[..., Any]]) -> dict[str, Call
     def with_hardness(gradients: Callable[..., Any]) -> Callable[..., Any]:
         def run(of_rows: Tensor, of_columns: Tensor, queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any) -> Any:
             *which, hardness, need = rest
+            scale = scale.to(compute_dtype(queries.dtype))
             if hardness:
                 harder = scale + hardness
                 share = scale.double() / harder

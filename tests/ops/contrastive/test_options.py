@@ -195,6 +195,24 @@ def test_float64_is_the_oracle(backend):
             )
 
 
+def test_the_scale_gradient_where_its_terms_cancel(backend):
+    """What remains of terms that nearly cancel is closer to float64 than plain PyTorch's, over several draws. It would
+    not be if they were rounded first, which the comparator's epsilon of the result does not see."""
+    for name in ("one way", "ids", "negatives", "own negatives", "teacher, sure", "weights", "decoupled, ids"):
+        m, options = OPTIONS[name]
+        options = cast(options, torch.float32)
+        ours, plain = functools.partial(infonce, backend=backend, **options), plain_infonce_options
+        wide = functools.partial(plain, **cast(options, torch.float64))
+        draws = []
+        for seed in range(3 if backends.interpreted(backend) else 24):
+            x, y, scale = inputs_of(m, torch.float32, seed)
+            losses = functools.partial(ours, x, y), functools.partial(plain, x, y, **options)
+            truth = loss_and_gradients(functools.partial(wide, x.double(), y.double()), scale.double())
+            draws.append((*(loss_and_gradients(loss, scale)[1] for loss in losses), truth[1]))
+        with named.case(name):
+            assert assert_as_accurate("scale", *map(torch.stack, zip(*draws, strict=True))).ratio < 1
+
+
 def test_smoothing_is_that_of_cross_entropy(backend):
     x, y, scale = inputs_of(N, torch.float32)
     expected = F.cross_entropy(scale * x @ y.T, torch.arange(N), label_smoothing=0.25)
