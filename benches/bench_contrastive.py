@@ -40,7 +40,7 @@ CHUNK_ELEMENTS = 2**26  # logits of a chunk under checkpointing: 256 MiB of floa
 
 def setup(p: Params, device: torch.device) -> Inputs:
     """Unit rows; a key is similar to its query (cosine about .7), as in mid-training."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(p.get("seed", 0))
     draw = partial(torch.randn, p["N"], p["E"], generator=generator, device=device)
     queries = F.normalize(draw(), dim=1)
     keys = F.normalize(queries + F.normalize(draw(), dim=1), dim=1)
@@ -95,6 +95,8 @@ def chunked_siglip(queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bia
 
 
 # Cases
+
+DRAWS = 32  # that the float64 gate judges together: the loss and the scale's gradient are one number a draw
 
 
 def forward(loss: Callable[..., Tensor], names: tuple[str, ...], inputs: Inputs) -> Outputs:
@@ -155,6 +157,7 @@ def case(
         quick=[{"N": 500, "E": 96, "dtype": dtype} for dtype in ("float32", "bfloat16")],
         large=points(32768, 65536, 131072, 1048576),
         gate={"N": 389},
+        draws=DRAWS,
         terms=terms if names == INFONCE else terms_of_siglip,
         setup=setup,
         ours=lambda inputs, backend: run(partial(ours, backend=backend), names, inputs),
@@ -210,6 +213,7 @@ def option_case(name: str) -> Case:
         quick=[{"N": 500, "E": 96, "dtype": "float32"}],
         large=points(32768, 131072),
         gate={"N": 389},
+        draws=DRAWS,
         terms=terms,
         setup=setup,
         ours=ours,
@@ -259,6 +263,7 @@ CASES = [
         grid=points(4096),
         quick=[{"N": 500, "E": 96, "dtype": "float32"}],
         gate={"N": 389},
+        draws=DRAWS,
         terms=terms,
         setup=setup,
         ours=statistics,

@@ -31,6 +31,8 @@ class Case:
         work: `(params) -> Work`.
         outputs: names of the outputs.
         gate: parameters that override the point's in the float64 gate; None to use the point's own.
+        draws: how many inputs the gate judges together, from `setup` with p["seed"] = 0, 1, ... A scalar's error in one
+            draw is chance, and so is its ratio to plain PyTorch's: it is 30 where that happens to be almost exact.
         terms: `(inputs) -> tensors`: the sum of absolute terms of each output, or of the first few, see
             `assert_as_accurate`. Needed for scalars with cancellation.
         check: replaces both gates: `(contender, outputs, inputs) -> None`, raises AssertionError.
@@ -51,6 +53,7 @@ class Case:
     work: Callable[[Params], Work] = lambda _: Work()
     outputs: Sequence[str] = ()
     gate: Params | None = None
+    draws: int = 1
     terms: Callable[[Inputs], Outputs] = lambda _inputs: ()
     check: Callable[[str, Outputs, Inputs], None] | None = None
     limits: Callable[[Params, str], str | None] = lambda _params, _name: None

@@ -27,20 +27,31 @@ def _converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return {name: convert(value) for name, value in inputs.items()}
 
 
+def _together(draws: list[Outputs]) -> list[Tensor]:
+    """Each output of all draws."""
+    return [torch.stack(of) for of in zip(*draws, strict=True)]
+
+
 def gate_against_truth(case: Case, params: Params, options: Options) -> dict[str, float]:
     """Our contenders -> their largest error ratio at the gate's size. Raise AssertionError if one is too large."""
     if case.check is not None or case.plain is None:
         return {}
-    inputs = case.setup({**params, **(case.gate or {})}, torch.device(options.device))
-    doubled = _converted(inputs, torch.float64)
-    truth, plain, terms = case.plain(doubled), case.plain(inputs), case.terms(doubled)
+    runs = {name: run for name, run in contenders(case, options)[0].items() if name.startswith("mmkernels")}
+    results: dict[str, list[Outputs]] = {name: [] for name in ("truth", "plain", "terms", *runs)}
+    for seed in range(case.draws):
+        point = {**params, **(case.gate or {}), **({"seed": seed} if case.draws > 1 else {})}
+        inputs = case.setup(point, torch.device(options.device))
+        doubled = _converted(inputs, torch.float64)
+        for name, run in {"truth": case.plain, "terms": case.terms}.items():
+            results[name].append(run(doubled))
+        for name, run in {"plain": case.plain, **runs}.items():
+            results[name].append(run(inputs))
+    truth, plain, terms = (_together(results.pop(name)) for name in ("truth", "plain", "terms"))
     ratios = {}
-    for name, run in contenders(case, options)[0].items():
-        if not name.startswith("mmkernels"):
-            continue
-        results = run(inputs)
-        assert len(results) == len(truth) == len(case.outputs), f"{case.name}: outputs= must name each of {len(truth)}"
-        compared = enumerate(zip(case.outputs, results, plain, truth, strict=True))
+    for name, drawn in results.items():
+        ours = _together(drawn)
+        assert len(ours) == len(truth) == len(case.outputs), f"{case.name}: outputs= must name each of {len(truth)}"
+        compared = enumerate(zip(case.outputs, ours, plain, truth, strict=True))
         ratios[name] = max(
             testing.assert_as_accurate(f"{name}: {what}", *three, terms=terms[i] if i < len(terms) else None).ratio
             for i, (what, *three) in compared
