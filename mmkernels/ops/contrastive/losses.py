@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive.guides import Guides, guides_of, turned
+from mmkernels.ops.contrastive.hardness import as_unrounded
 from mmkernels.ops.contrastive.over import Local
 from mmkernels.ops.contrastive.over_ranks import OverRanks
 from mmkernels.ops.contrastive.own import joined, lines_of_targets, of_own_negatives
@@ -223,7 +224,7 @@ def _lse_of_others(
         ids = pairs.targets + over.first_key, over.first_key + torch.arange(len(keys), device=keys.device)
     others = Pairs(None, *ids, "ignore")
     lines = _lines(queries, keys, logit_scale, others, None, guides, hardness, False, symmetric, over, backend)
-    lse = [line[LSE] for line in lines[: 1 + symmetric]]
+    lse = [as_unrounded(line, logit_scale, hardness, queries)[LSE] for line in lines[: 1 + symmetric]]
     if extra is not None:
         lse[0] = joined(lse[0], extra[LSE])
     return lse
@@ -244,7 +245,8 @@ def _of_negatives(
     filtered = None if guides is None else guides.negatives
     if negatives.ndim == 2:
         assert not isinstance(filtered, Tensor)
-        return over.of_negatives(queries, negatives, logit_scale, filtered, hardness, backend)
+        line = over.of_negatives(queries, negatives, logit_scale, filtered, hardness, backend)
+        return None if line is None else as_unrounded(line, logit_scale, hardness, queries)
     assert not isinstance(filtered, Guide)
     return of_own_negatives(queries, negatives, logit_scale, filtered, hardness) if negatives.shape[1] else None
 

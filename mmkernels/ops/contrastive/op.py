@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive import chunks, native
+from mmkernels.ops.contrastive.hardness import harder_gradients, harder_statistics
 from mmkernels.ops.contrastive.op_second import sigmoid_second, softmax_second
 from mmkernels.ops.contrastive.types import (
     COEFFICIENTS,
@@ -200,52 +201,11 @@ def _softmax_bwd_flops(of_rows: Tensor, of_columns: Tensor, queries: Tensor, key
     return backward_flops(queries, keys, need) + (_second_product_flops(teacher, guide) if any(need) else 0)
 
 
-# The softmax ops also take a scale in float64, for its gradient: the kernels get it in the statistics' dtype.
-#
-# With `hardness` h the logits are s a + h a', where a' is a without its gradient: those of the scale S = s + h, with
-# the derivatives a by s, as usual, and s by a rather than S. The kernels' backward multiplies the coefficient of the
-# lse by S.
-
-
-def _harder_statistics(impls: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """Forwards of the op from those of the backends, which know no hardness and a scale in the statistics' dtype."""
-
-    def with_hardness(statistics: Callable[..., Any]) -> Callable[..., Any]:
-        def run(queries: Tensor, keys: Tensor, logit_scale: Tensor, *rules: Any) -> Any:
-            *which, hardness, totals, columns = rules
-            scale = logit_scale.to(compute_dtype(queries.dtype))
-            scale = scale + hardness if hardness else scale
-            return statistics(queries, keys, scale, *which, totals, columns)
-
-        return run
-
-    return {backend: with_hardness(statistics) for backend, statistics in impls.items()}
-
-
-def _harder_gradients(impls: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """Backwards likewise."""
-
-    def with_hardness(gradients: Callable[..., Any]) -> Callable[..., Any]:
-        def run(of_rows: Tensor, of_columns: Tensor, queries: Tensor, keys: Tensor, scale: Tensor, *rest: Any) -> Any:
-            *which, hardness, need = rest
-            scale = scale.to(compute_dtype(queries.dtype))
-            if hardness:
-                harder = scale + hardness
-                share = scale.double() / harder
-                of_rows, of_columns = (torch.cat([of[:1] * share, of[1:]]) for of in (of_rows, of_columns))
-                scale = harder
-            return gradients(of_rows, of_columns, queries, keys, scale, *which, need)
-
-        return run
-
-    return {backend: with_hardness(gradients) for backend, gradients in impls.items()}
-
-
 softmax_bwd = Op(
     "contrastive_softmax_bwd",
     fake=_softmax_bwd_fake,
     impls=with_scalars(
-        _harder_gradients(
+        harder_gradients(
             {
                 "native": native.softmax_bwd,
                 "triton": on_triton("mmkernels.ops.contrastive.triton_bwd", "softmax_bwd"),
@@ -309,7 +269,7 @@ def _softmax_fwd_flops(
 softmax_fwd = Op(
     "contrastive_softmax_fwd",
     fake=_softmax_fwd_fake,
-    impls=_harder_statistics(
+    impls=harder_statistics(
         {
             "native": native.softmax_fwd,
             "triton": on_triton("mmkernels.ops.contrastive.triton_fwd", "softmax_fwd"),
