@@ -256,6 +256,30 @@ def test_options_in_triton(option, dtype):
     assert_option(option, dtype, "triton", (2, 1))
 
 
+# In float32 beyond 64, the kernel of dq runs twice if there is a bias as well as distances: once for the sums of each.
+BOTH_SUMS = {
+    (96, 96): {},
+    (40, 96): {"softcap": 2.0},
+    (96, 40): {"softcap": 2.0, "sink": True, "dropout_p": 0.1, "scale": -0.2},
+    (128, 128): {"softcap": 20.0, "amplitude": 20.0},
+}
+both_sums = pytest.mark.parametrize("dims", BOTH_SUMS, ids=str)
+
+
+def assert_both_sums(dims: tuple[int, int], lengths: tuple[int, ...], *, device: str = "cpu") -> None:
+    mask = MASKS["image_spans"].build(*[cu_seqlens_of(lengths)] * 2)
+    sizes = {"heads": 2, "kv_heads": 1, "dim": dims[0], "dim_v": dims[1], "classes": (2, 2), "alibi": True}
+    sizes |= {"mask": mask, **BOTH_SUMS[dims]}
+    inputs = [make_inputs(sum(lengths), sum(lengths), **sizes, seed=seed) for seed in range(3)]
+    assert_right(inputs, "triton", with_lse=dims[0] == 96, device=device)
+
+
+@both_sums
+def test_sums_by_class_and_by_distance_in_triton(dims):
+    backends.need("attention", "triton")
+    assert_both_sums(dims, (5, 70, 1))
+
+
 ON_A_DEVICE = 4  # how much longer the segments are
 on_a_device = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -286,6 +310,13 @@ def test_head_dims_on_a_device(dtype, device):
 def test_options_on_a_device(option, dtype, device):
     backends.need("attention", "triton", dtype, device)
     assert_option(option, dtype, "triton", (2, 1), device=device)
+
+
+@on_a_device
+@both_sums
+def test_sums_by_class_and_by_distance_on_a_device(dims, device):
+    backends.need("attention", "triton", device=device)
+    assert_both_sums(dims, (20, 280, 4), device=device)
 
 
 @on_a_device
