@@ -198,6 +198,7 @@ class ForwardTask {
     if (distant_) distances_.apply(w_.s, product_scale_, tile.begin, rows, key + from, width, Scratch::ld);
     if (map_.given() || extras_.pair_bias.given()) write_logits(tile, key, from, width);
     softmax(tile, state, key + from, width);
+    if (row_max_ != nullptr && !rewrites_) note_nan(tile, state, key + from, width);
     if (dropout_.given()) drop(tile, key + from, width);
     if (state.touched)
       for (int64_t i = 0; i < rows; ++i)
@@ -231,7 +232,8 @@ class ForwardTask {
     }
   }
 
-  // Raises row_max_ to the tile's largest visible scaled product, from scores that are about to be rewritten.
+  // Raises row_max_ to the tile's largest visible scaled product, from scores that are about to be rewritten. As in
+  // torch.amax, a NaN among them stays.
   MMK_NOINLINE void note_maxima(const QueryTile& tile, int64_t key, int64_t from, int64_t width) {
     const bool hides = map_.given() && !map_.full(tile, key + from, key + from + width);
     const Vec<C> lowest = splat(-FloatTraits<C>::infinity);
@@ -241,15 +243,32 @@ class ForwardTask {
       const Vec<Int> allow = splat(static_cast<Int>(hides ? extras_.allow_q.ptr<int32_t>()[query] : 0));
       const Vec<Int> begin = splat(static_cast<Int>(lo_[query] - key)), end = splat(static_cast<Int>(hi_[query] - key));
       Vec<C> best = splat(row_max_[query]);
+      auto odd = best != best;
       for (int64_t j = 0; j < width; j += kLanes<C>) {
         const Vec<Int> column = splat(static_cast<Int>(from + j)) + count_lanes<Int>();
         auto sees = (begin <= column) & (column < end) & (column < splat(static_cast<Int>(from + width)));
         if (hides)
           sees &= (load_as<Int>(w_.span_k + from + j) == span) |
                   ((load_as<Int>(w_.bit_k + from + j) & allow) != Vec<Int>{});
-        best = max(best, select(sees, load(w_.s + i * Scratch::ld + j) * scale_, lowest));
+        const Vec<C> product = select(sees, load(w_.s + i * Scratch::ld + j) * scale_, lowest);
+        odd |= product != product;
+        best = max(best, product);
       }
-      row_max_[query] = reduce_max(best);
+      const bool any_odd = reduce_add(select(odd, splat(C{1}), Vec<C>{})) > 0;
+      row_max_[query] = any_odd ? FloatTraits<C>::nan : reduce_max(best);
+    }
+  }
+
+  // Where scores are not rewritten, row_max_ becomes the softmax's maximum in close(), which drops NaN; so NaN is noted
+  // here. It is looked for only in rows whose sum is NaN, from it or from a product of inf. Column 0 is `key`.
+  MMK_NOINLINE void note_nan(const QueryTile& tile, const TileState& state, int64_t key, int64_t width) {
+    for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
+      if (state.sum[i] == state.sum[i]) continue;
+      const int64_t query = tile.begin + i;
+      for (int64_t j = -min64(0, key - lo_[query]); j < min64(width, hi_[query] - key); ++j) {
+        const C product = w_.s[i * Scratch::ld + j] * scale_;
+        if (product != product) row_max_[query] = product;
+      }
     }
   }
 
@@ -304,7 +323,10 @@ class ForwardTask {
     constexpr int L = kLanes<C>;
     for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
       const bool empty = state.sum[i] == 0;
-      if (row_max_ != nullptr && !rewrites_ && !empty) row_max_[tile.begin + i] = state.shift[i] * factor_;
+      if (row_max_ != nullptr && !rewrites_ && !empty) {
+        C& top = row_max_[tile.begin + i];
+        top = top == top ? state.shift[i] * factor_ : top;
+      }
       C shift = state.shift[i] * factor_, sum = state.sum[i], factor = static_cast<C>(dropout_.factor());
       if (extras_.sink.given() && !empty) add_sink(shift, sum, factor);
       const C inverse = empty ? 0 : factor / sum;

@@ -70,3 +70,17 @@ def tanh_slope(x, b_tanh):
     """1 - tanh(x)^2 given tanh(x), without cancellation where that rounds to 1."""
     rest = 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
     return tl.where(tl.abs(x) < 0.55, 1.0 - b_tanh * b_tanh, rest * (2.0 - rest))
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two numbers, NaN if one is: `tl.maximum` alone drops it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_of(x, axis: tl.constexpr):
+    """The largest along an axis, NaN if there is one: `tl.max` drops it. The interpreter would reduce one by one."""
+    if INTERPRETING:
+        return tl.max(x, axis) + tl.sum(tl.where(x == x, 0.0, x), axis)
+    return tl.reduce(x, axis, larger)

@@ -96,7 +96,8 @@ def attention(
             (`torch.utils.checkpoint`, `GradCache`). It applies whenever it is above 0: there is no training mode.
         return_lse: also return lse, which is differentiable.
         return_max_logit: also return the largest scaled product of each head over its visible pairs, before softcap and
-            all other terms (for QK-clip); without a gradient. It is the last output.
+            all other terms (for QK-clip); without a gradient. It is the last output. NaN for a head in which a visible
+            product is NaN; what the mask hides never counts.
         deterministic: deprecated, without effect: no backend uses atomics, so the same input and thread count always
             give the same bits.
         score, score_weight, score_bias: deprecated: for score="additive" call `additive_attention` with w

@@ -25,7 +25,7 @@ from torch import Tensor
 from mmkernels.ops.attention.reference import largest
 from mmkernels.ops.attention.triton_scores import bias_of, distance_of, exponential, in_log2, score_tile, slope_of
 from mmkernels.ops.attention.types import MaskRows, Options
-from mmkernels.ops.triton_common import LN_2, block_dim, cast, dot, generation, unit_rows
+from mmkernels.ops.triton_common import LN_2, block_dim, cast, dot, generation, larger, largest_of, unit_rows
 
 __all__ = ["attention_fwd"]
 
@@ -221,7 +221,7 @@ def _attend(
         b_seen = b_products * extras.scale
         if MASKED:
             b_seen = tl.where(visible(queries, keys, rows, 1), b_seen, float("-inf"))
-        b_top = tl.maximum(b_top, tl.max(b_seen, 1))
+        b_top = larger(b_top, largest_of(b_seen, 1))
     b_s, _ = score_tile(extras, b_products, b_q.dtype)  # [BLOCK_M, BLOCK_N]
     if extras.pair_bias is not None:
         b_s += bias_of(extras, i_h, queries.kind[:, None], keys.kind[None, :], b_q.dtype)

@@ -1,6 +1,7 @@
 """The family's CPU kernels on every instruction set; one process for all, because startup is slow."""
 
 import isas
+import torch
 from backends import DTYPES
 
 
@@ -13,9 +14,11 @@ def check_all() -> None:
     import test_accuracy
     import test_additive
     import test_gate
+    import test_max_logit
     import test_rope
 
     test_accuracy.check_native()
+    test_max_logit.test_nan_and_inf(torch.float32, "native")
     for dtype in DTYPES:
         for case in ("half_of_the_head", "neighbours_in_part", "rotation_alone"):
             test_rope.assert_case(case, dtype, "native")

@@ -1,6 +1,11 @@
 """The largest scaled product of each head, before all other terms."""
 
+import itertools
+import math
+from dataclasses import replace
+
 import backends
+import named
 import pytest
 import torch
 
@@ -46,6 +51,37 @@ def test_value(dtype, backend):
         plain = attention(x.q, x.k, x.v, x.mask, return_lse=True, **given)
         assert torch.equal(out, plain[0]), name  # the same bits
         assert torch.equal(lse, plain[1]), name
+
+
+# What one element of a token becomes, and where among the tokens it is.
+ODD = ((torch.nan, 0.0), (torch.nan, 0.5), (torch.nan, 1.0), (torch.inf, 0.5), (-torch.inf, 1.0))
+
+
+@backends.every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_and_inf(dtype, backend):
+    """As torch.amax: NaN where a visible product is, inf is a number. What is hidden does not count."""
+    backends.need("attention", backend, dtype)
+    found = set()
+    for name in ("dense", "packed", "image_spans", "cross_only", "padding", "window_both"):
+        if backends.interpreted(backend) and dtype != torch.float32 and name not in ("packed", "padding"):
+            continue  # the interpreter is slow
+        case = MASKS[name]
+        x = make_inputs(*case.tokens, heads=4, kv_heads=2, dim=24, dtype=dtype, mask=case.mask(), **CASES[name])
+        given = {"scale": x.scale, "softcap": x.softcap, "alibi_slopes": x.alibi_slopes, "dropout_p": x.dropout_p}
+        given |= {"pair_bias": x.pair_bias, "sink": x.sink, "backend": backend}
+        for (value, at), which in itertools.product(ODD[1::3] if backends.interpreted(backend) else ODD, "qk"):
+            odd = getattr(x, which).clone()
+            odd[int(at * (len(odd) - 1)), 1, 5] = value
+            y = replace(x, **{which: odd})
+            largest = attention(y.q, y.k, y.v, y.mask, return_max_logit=True, **given)[-1]
+            with named.case(name, which, value, at):
+                want = expected(y, dense_mask(y))
+                torch.testing.assert_close(largest.double(), want, rtol=2e-5, atol=1e-6, equal_nan=True)
+                assert largest[0].isfinite()
+            found |= {str(top) for top in largest.tolist() if not math.isfinite(top)}
+    assert "nan" in found
+    assert "inf" in found or backends.interpreted(backend)
 
 
 @backends.every
