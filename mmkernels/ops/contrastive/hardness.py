@@ -58,14 +58,13 @@ def _harder(scale: Tensor, hardness: float, queries: Tensor) -> Tensor:
 
 
 def as_unrounded(line: Tensor, scale: Tensor, hardness: float, queries: Tensor) -> Tensor:
-    """Statistics [7, N] with the lse as if S had not been rounded, by the derivative of the lse, which is MEAN.
+    """The lse [N] of a line of statistics as if S had not been rounded, by the derivative of the lse, which is MEAN.
 
     One rounding moves the logits of all rows the same way, and a mean over rows keeps it: the loss would have up to 4
     times the error of plain PyTorch's. The backward of `line` still gets the lse of the rounded S, as it must.
     """
     if not hardness:
-        return line
-    scale = scale.detach()
-    lost = scale.double() + hardness - _harder(scale, hardness, queries).double()
-    lse = line[LSE] + lost * line[MEAN].detach()
-    return torch.cat([lse[None], line[LSE + 1 :]])
+        return line[LSE]
+    scale = scale.detach().double()
+    lost = scale + hardness - _harder(scale, hardness, queries)
+    return line[LSE] + lost * line[MEAN].detach()

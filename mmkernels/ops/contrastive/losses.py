@@ -224,7 +224,7 @@ def _lse_of_others(
         ids = pairs.targets + over.first_key, over.first_key + torch.arange(len(keys), device=keys.device)
     others = Pairs(None, *ids, "ignore")
     lines = _lines(queries, keys, logit_scale, others, None, guides, hardness, False, symmetric, over, backend)
-    lse = [as_unrounded(line, logit_scale, hardness, queries)[LSE] for line in lines[: 1 + symmetric]]
+    lse = [as_unrounded(line, logit_scale, hardness, queries) for line in lines[: 1 + symmetric]]
     if extra is not None:
         lse[0] = joined(lse[0], extra[LSE])
     return lse
@@ -246,7 +246,9 @@ def _of_negatives(
     if negatives.ndim == 2:
         assert not isinstance(filtered, Tensor)
         line = over.of_negatives(queries, negatives, logit_scale, filtered, hardness, backend)
-        return None if line is None else as_unrounded(line, logit_scale, hardness, queries)
+        if line is None or not hardness:
+            return line
+        return torch.cat([as_unrounded(line, logit_scale, hardness, queries)[None], line[LSE + 1 :]])
     assert not isinstance(filtered, Guide)
     return of_own_negatives(queries, negatives, logit_scale, filtered, hardness) if negatives.shape[1] else None
 

@@ -17,7 +17,7 @@ from mmkernels.ops.contrastive.checks import (
 )
 from mmkernels.ops.contrastive.guides import thresholds_of
 from mmkernels.ops.contrastive.hardness import as_unrounded
-from mmkernels.ops.contrastive.types import LSE, FalseNegatives
+from mmkernels.ops.contrastive.types import FalseNegatives
 from mmkernels.runtime.backends import resolve
 
 __all__ = ["similarity_logsumexp"]
@@ -92,6 +92,6 @@ def similarity_logsumexp(
         thresholds = thresholds_of(rule, torch.arange(len(queries), device=queries.device), chosen)
     filtered = guide_of(guide, thresholds, queries, keys)
     of_rows, _ = op.softmax_fwd(queries, keys, scale, pairs, None, filtered, harder, False, False, chosen)
-    lse = as_unrounded(of_rows, scale, harder, queries)[LSE]
+    lse = as_unrounded(of_rows, scale, harder, queries)
     # A constant where nothing is seen, so that a NaN that comes back is not multiplied by a weight of 0.
     return torch.where(lse == -torch.inf, -torch.inf, lse)
