@@ -32,7 +32,8 @@ TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py tests/ops/*/test_second.p
 	tests/ops/attention/test_mask_metadata.py \
 	tests/ops/attention/test_calls.py tests/ops/attention/test_rope.py tests/ops/attention/test_gate.py \
 	tests/batch/test_batch.py tests/ops/packing/test_vision.py tests/nn tests/runtime \
-	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/test_import.py
+	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/gradcache/test_loss.py \
+	tests/gradcache/test_backward.py tests/test_import.py
 CLIENTS := accelerate, datasets, lightning, open_clip, open_clip_train.main, sentence_transformers, transformers, trl
 
 .PHONY: pretrain test test-torch test-clients aot lint format bench wheel clean
