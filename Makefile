@@ -3,8 +3,8 @@
 #   make pretrain      train a dual encoder on the embedded pictures and names (three to five minutes on two cores)
 #   make test          the tests
 #   make test-torch    the ops' tests only, for another torch: VENV=.venv-2.6 TORCH_SPEC=torch==2.6.0
-#   make test-clients  the package inside open_clip, transformers, sentence-transformers, Lightning, Accelerate and TRL,
-#                      the newest of each: VENV=.venv-clients TORCH_SPEC=torch, since torchvision pins one torch
+#   make test-clients  the package inside open_clip, transformers, sentence-transformers, Lightning, Accelerate, TRL and
+#                      Energon, the newest of each: VENV=.venv-clients TORCH_SPEC=torch; torchvision pins one torch
 #   make aot           compile every Triton kernel for every architecture, inspect the built CUDA kernels; no GPU needed.
 #                      ARGS=--pairs compiles only configurations in which every two options meet
 #   make lint format   bench   wheel   clean
@@ -34,7 +34,8 @@ TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py tests/ops/*/test_second.p
 	tests/batch/test_batch.py tests/ops/packing/test_vision.py tests/nn tests/runtime \
 	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/gradcache/test_loss.py \
 	tests/gradcache/test_backward.py tests/test_import.py
-CLIENTS := accelerate, datasets, lightning, open_clip, open_clip_train.main, sentence_transformers, transformers, trl
+CLIENTS := accelerate, datasets, lightning, megatron.energon, open_clip, open_clip_train.main, sentence_transformers, \
+	transformers, trl
 
 .PHONY: pretrain test test-torch test-clients aot lint format bench wheel clean
 
