@@ -18,6 +18,7 @@ __all__ = [
     "deprecated",
     "deprecated_deterministic",
     "describe",
+    "dtype_names",
     "expect_tensor",
     "expect_true",
     "integer",
@@ -38,8 +39,13 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def describe(value: Any) -> str:
     """A tensor as `[3, 4] int64 on cpu`; anything else as its repr."""
     if isinstance(value, Tensor):
-        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+        return f"{list(value.shape)} {dtype_names(value.dtype)} on {value.device}"
     return f"{value!r} ({type(value).__name__})"
+
+
+def dtype_names(*dtypes: torch.dtype) -> str:
+    """`float32 or bfloat16`: each once."""
+    return " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def wrong_value(name: str, expected: str, got: Any) -> NoReturn:
@@ -175,8 +181,9 @@ def narrowed(name: str, value: Tensor, dtype: torch.dtype, *, bits: bool = False
         fits = (value >= max(low, have.min)) & (value <= min(high, have.max))  # bounds within value's own dtype
         if not bool(fits.all()):
             at = int((~fits).nonzero()[0, 0])
-            kind = str(dtype).removeprefix("torch.")
-            raise ValueError(f"{name}: expected numbers that fit {kind}, got {int(value[at])} at index {at}")
+            raise ValueError(
+                f"{name}: expected numbers that fit {dtype_names(dtype)}, got {int(value[at])} at index {at}"
+            )
     return value.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Checks of the arguments that `attention` and `attention_weights` share, and their conversion."""
+"""Checks of the arguments that `attention`, `attention_weights` and `additive_attention` share; their conversion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from mmkernels.ops.attention.mask import AttentionMask
 from mmkernels.ops.attention.rows import dense_positions, dense_rows
 from mmkernels.ops.attention.types import MaskRows
-from mmkernels.ops.checks import describe, expect_tensor, real, wrong_type, wrong_value
+from mmkernels.ops.checks import describe, dtype_names, expect_tensor, real, wrong_type, wrong_value
 from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.ops.modality import MAX_MODALITIES
 
@@ -42,7 +42,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, *, equal_heads: bool = False) -> None:
+    """equal_heads: v has as many heads as k."""
     expect_tensor("q", q, "[Tq, H, D] or [B, Tq, H, D] floating point", ndim=(3, 4))
     lead = "B, " if q.ndim == 4 else ""
     expect_tensor("k", k, f"[{lead}Tk, Hkv, D] {dtype_name(q)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)
@@ -57,7 +58,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -
     if q.ndim == 4 and k.shape[0] != q.shape[0]:
         wrong_value("k", f"batch B={q.shape[0]} like q", k)
     Hk, Hv = k.shape[-2], v.shape[-2]
-    if v.shape[:-2] != k.shape[:-2]:
+    if v.shape[:-2] != k.shape[:-2] or (equal_heads and Hv != Hk):
         wrong_value("v", f"{[*k.shape[:-1], 'Dv']} like k", v)
     if Hv < 1 or H % Hv or (Hk % Hv and Hv % Hk):
         wrong_value("v", f"a number of heads that divides q's {H}, and divides k's {Hk} or is a multiple of it", v)
@@ -149,4 +150,4 @@ def positions_of(
 
 
 def dtype_name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+    return dtype_names(x.dtype)

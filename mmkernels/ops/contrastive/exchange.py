@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmkernels.ops.checks import wrong_type, wrong_value
+from mmkernels.ops.checks import dtype_names, wrong_type, wrong_value
 from mmkernels.ops.contrastive.choice import choose
 from mmkernels.ops.contrastive.gathering import GatheredKeys
 from mmkernels.ops.contrastive.traffic import TABLE, Call
@@ -205,7 +205,7 @@ def agree(
     Raises:
         ValueError: on every rank, naming what differs.
     """
-    width, dtype = queries.shape[1], str(queries.dtype).removeprefix("torch.")
+    width, dtype = queries.shape[1], dtype_names(queries.dtype)
     given = "None" if sent is None else f"keys of {sent.counts} rows"
     common = {"queries: width": width, "queries: dtype": dtype, "exchange": exchange, "gathered": given, **same}
     rows = [0 if x is None else x.shape[0] for x in (queries, keys, negatives)]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.attention.additive.op import additive_fwd
+from mmkernels.ops.attention.arguments import check_tensors, dtype_name, rows_of
 from mmkernels.ops.attention.mask import AttentionMask
-from mmkernels.ops.attention.types import Visible
-from mmkernels.ops.checks import expect_tensor, wrong_type, wrong_value
+from mmkernels.ops.checks import dtype_names, expect_tensor, wrong_type, wrong_value
 from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import backends
 
@@ -60,13 +60,15 @@ def additive_attention(
 
     Source: Bahdanau et al. 2015.
     """
-    _check(q, k, v, mask, return_lse)
+    check_tensors(q, k, v, mask, equal_heads=True)
+    if not isinstance(return_lse, bool):
+        wrong_type("return_lse", "a bool", return_lse)
     H, D = q.shape[-2:]
     compute = compute_dtype(q.dtype)
     w = _per_head("w", w, q, compute)
     bias = torch.zeros((H, D), dtype=compute, device=q.device) if bias is None else _per_head("bias", bias, q, compute)
     shape, samples, tokens_q = q.shape, q.shape[0] if q.ndim == 4 else 1, q.shape[-3]
-    visible = _visible(mask, samples, tokens_q, k.shape[-3], q.device)
+    visible = rows_of(mask, samples, tokens_q, k.shape[-3], q.device, None).visible()
     if q.ndim == 4:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     chosen = backends.resolve("attention", q, backend, _limits(q, v))
@@ -77,17 +79,6 @@ def additive_attention(
     return (out, lse) if return_lse else out
 
 
-def _visible(mask: AttentionMask | None, samples: int, tokens_q: int, tokens_k: int, device: torch.device) -> Visible:
-    """The mask's vectors; without a mask a query sees all keys of its sample."""
-    if mask is None:
-        mask = AttentionMask.packed(*(_boundaries(samples, tokens, device) for tokens in (tokens_q, tokens_k)))
-    return mask.rows(samples * tokens_q, samples * tokens_k).visible()
-
-
-def _boundaries(samples: int, tokens: int, device: torch.device) -> Tensor:
-    return torch.arange(samples + 1, dtype=torch.int32, device=device) * tokens
-
-
 def _limits(q: Tensor, v: Tensor) -> dict[str, str | None] | None:
     limits: dict[str, str | None] = {}
     if q.device.type != "cpu":
@@ -95,7 +86,7 @@ def _limits(q: Tensor, v: Tensor) -> dict[str, str | None] | None:
     most = _MAX_TRITON_HEAD_DIM_FLOAT32 if q.dtype == torch.float32 else _MAX_TRITON_HEAD_DIM
     widest = max(q.shape[-1], v.shape[-1])
     if widest > most:
-        limits["triton"] = f"head dims up to {most} in {_name(q.dtype)}, not {widest}"
+        limits["triton"] = f"head dims up to {most} in {dtype_name(q)}, not {widest}"
     return limits or None
 
 
@@ -103,38 +94,8 @@ def _per_head(name: str, x: Tensor, q: Tensor, compute: torch.dtype) -> Tensor:
     """[H, D] in the compute dtype, contiguous; gradients flow through the conversion."""
     H, D = q.shape[-2:]
     dtypes = (compute, q.dtype)
-    expected = f"[{H}, {D}] or [{D}] " + " or ".join(dict.fromkeys(map(_name, dtypes)))
+    expected = f"[{H}, {D}] or [{D}] " + dtype_names(*dtypes)
     expect_tensor(name, x, expected, ndim=(1, 2), dtypes=dtypes, like=q)
     if tuple(x.shape) not in ((H, D), (D,)):
         wrong_value(name, expected, x)
     return x.to(compute).expand(H, D).contiguous()
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, return_lse: bool) -> None:
-    expect_tensor("q", q, "[Tq, H, D] or [B, Tq, H, D] floating point", ndim=(3, 4))
-    lead = "B, " if q.ndim == 4 else ""
-    expect_tensor("k", k, f"[{lead}Tk, Hkv, D] {_name(q.dtype)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)
-    expect_tensor("v", v, f"[{lead}Tk, Hkv, Dv] {_name(q.dtype)}", ndim=q.ndim, dtypes=(q.dtype,), like=q)
-    H, D = q.shape[-2:]
-    if H < 1 or D < 1:
-        wrong_value("q", "at least one head and a head dim of at least 1", q)
-    if k.shape[-1] != D:
-        wrong_value("k", f"head dim D={D} like q", k)
-    if k.shape[-2] < 1 or H % k.shape[-2] != 0:
-        wrong_value("k", f"a number of heads Hkv that divides q's {H}", k)
-    if q.ndim == 4 and k.shape[0] != q.shape[0]:
-        wrong_value("k", f"batch B={q.shape[0]} like q", k)
-    if v.shape[:-1] != k.shape[:-1] or v.shape[-1] < 1:
-        wrong_value("v", f"{[*k.shape[:-1], 'Dv']} like k, Dv at least 1", v)
-    if not isinstance(return_lse, bool):
-        wrong_type("return_lse", "a bool", return_lse)
-    if mask is None:
-        return
-    if not isinstance(mask, AttentionMask):
-        wrong_type("mask", "an AttentionMask or None", mask)
-    if mask.device != q.device:
-        raise ValueError(f"mask: expected metadata on {q.device} like q, got {mask.device}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

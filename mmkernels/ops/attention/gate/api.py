@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.attention.gate.op import gated_residual_fwd
-from mmkernels.ops.checks import FLOATING, expect_tensor, wrong_value
+from mmkernels.ops.checks import FLOATING, dtype_names, expect_tensor, wrong_value
 from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import backends
 
@@ -54,21 +54,17 @@ def _check(residual: Tensor, x: Tensor, gate: Tensor) -> None:
     if residual.ndim < 1:
         wrong_value("residual", "at least one dimension", residual)
     low = (torch.bfloat16, torch.float16) if residual.dtype == torch.float32 else ()
-    expected = f"{list(residual.shape)} {_names(residual.dtype, *low)}"
+    expected = f"{list(residual.shape)} {dtype_names(residual.dtype, *low)}"
     expect_tensor("x", x, expected, dtypes=(residual.dtype, *low), like=residual)
     if x.shape != residual.shape:
         wrong_value("x", expected, x)
     compute = compute_dtype(x.dtype)
     C = x.shape[-1]
     heads = f", or [{x.shape[-2]}, 1]" if x.ndim > 1 else ""
-    expected = f"[], [1] or [{C}]{heads} {_names(compute, x.dtype)}"
+    expected = f"[], [1] or [{C}]{heads} {dtype_names(compute, x.dtype)}"
     expect_tensor("gate", gate, expected, dtypes=(compute, x.dtype), like=x)
     allowed: list[tuple[int, ...]] = [(), (1,), (C,)]
     if x.ndim > 1:
         allowed.append((x.shape[-2], 1))
     if tuple(gate.shape) not in allowed:
         wrong_value("gate", expected, gate)
-
-
-def _names(*dtypes: torch.dtype) -> str:
-    return " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))

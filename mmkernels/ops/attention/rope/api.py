@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkernels.ops.attention.rope.op import norm_rope_fwd
 from mmkernels.ops.attention.rope.table import rotary_cos_sin
-from mmkernels.ops.checks import FLOATING, expect_tensor, integer, not_yet, real, wrong_type, wrong_value
+from mmkernels.ops.checks import FLOATING, dtype_names, expect_tensor, integer, not_yet, real, wrong_type, wrong_value
 from mmkernels.ops.dtypes import compute_dtype
 from mmkernels.runtime import backends
 
@@ -222,9 +222,10 @@ def _check_tokens(name: str, expected: str, got: Tensor, cos: Tensor, x: Tensor)
 
 def _check_input(name: str, x: Any, like: Any) -> None:
     if name == "k":
-        dtype = str(like.dtype).removeprefix("torch.")
         lead = "B, " if like.ndim == 4 else ""
-        expect_tensor(name, x, f"[{lead}T, Hkv, D] {dtype}", ndim=like.ndim, dtypes=(like.dtype,), like=like)
+        expect_tensor(
+            name, x, f"[{lead}T, Hkv, D] {dtype_names(like.dtype)}", ndim=like.ndim, dtypes=(like.dtype,), like=like
+        )
     else:
         expect_tensor(name, x, "[T, H, D] or [B, T, H, D] floating point", ndim=(3, 4), dtypes=FLOATING)
     if x.shape[-1] < 1:
@@ -257,7 +258,7 @@ def _affine(
             if norm is None or (what == "bias" and norm != "layer"):
                 raise ValueError(f"{name}: expected None with norm={norm!r}, got a tensor")
             dtypes = (dtype, x.dtype)
-            expected = f"[{D}] " + " or ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in dtypes))
+            expected = f"[{D}] {dtype_names(*dtypes)}"
             expect_tensor(name, value, expected, ndim=1, dtypes=dtypes, like=x)
             if value.shape[0] != D:
                 wrong_value(name, expected, value)
