@@ -64,8 +64,9 @@ class MaskRows(NamedTuple):
         return MaskRows(*values)  # type: ignore[arg-type]
 
     def visible(self) -> Visible:
-        """Without the tile map and the classes."""
-        return Visible(*self[: len(Visible._fields)])  # type: ignore[arg-type]
+        """Without the tile map and the classes. Named one by one: torch 2.6 compiles no slice of a NamedTuple."""
+        pattern = self.span_q, self.span_k, self.allow_q, self.bit_k
+        return Visible(self.lo, self.hi, self.first_q, self.last_q, *pattern)
 
 
 class Options(NamedTuple):

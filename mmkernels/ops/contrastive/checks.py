@@ -139,9 +139,8 @@ def unseen_of(queries: Tensor, keys: Tensor, query_ids: Any, key_ids: Any) -> Pa
     """Pairs with equal ids are not seen; none is positive."""
     if query_ids is None and key_ids is None:
         return Pairs()
-    return pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)._replace(
-        same_id="ignore"
-    )
+    ids = pairs_of(queries, keys, None, query_ids, key_ids, "positive", both_ways=False, each_has_one=False)
+    return Pairs(ids.targets, ids.query_ids, ids.key_ids, "ignore")  # torch 2.6 compiles no _replace
 
 
 _NOT_FILTERED = "label_smoothing", "teacher", "return_stats"  # they need the number of keys that a row sees
@@ -174,7 +173,8 @@ def _with_margin(argument: str, filtered: FalseNegatives) -> FalseNegatives:
         wrong_value(f"{argument}.margin", "a finite number", filtered.margin)
     if filtered.kind not in ("absolute", "relative"):
         wrong_value(f"{argument}.kind", "'absolute' or 'relative'", filtered.kind)
-    return filtered._replace(margin=margin)
+    queries, keys, _, kind, negatives = filtered
+    return FalseNegatives(queries, keys, margin, kind, negatives)  # torch 2.6 compiles no _replace
 
 
 def _check_guide(
@@ -255,7 +255,7 @@ def denominator_of(
     denominator = Denominator(decoupled, hardness_of(hardness, scale), filtered)
     if denominator.hardness and pairs.targets is None:
         wrong_value("same_id", "'ignore' with hardness and ids (one target per query)", "positive")
-    if denominator.apart and pairs.same_id == "ignore":
+    if denominator.apart() and pairs.same_id == "ignore":
         targets, ids, key_ids = pairs.targets, pairs.query_ids, pairs.key_ids
         assert targets is not None and ids is not None and key_ids is not None
         # What the kernels leave out are equal ids, so a target with another id would be summed.

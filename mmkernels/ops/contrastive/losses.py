@@ -148,7 +148,7 @@ def infonce_loss(
         assert pairs.targets is not None
         guides = guides_of(filtered, pairs.targets, symmetric, backend)
     lines: Sequence[Tensor]
-    if denominator.apart and not beside(pairs, targets, return_stats):
+    if denominator.apart() and not beside(pairs, targets, return_stats):
         assert pairs.targets is not None
         lines = lines_of_targets(queries, keys, pairs.targets, symmetric)
     else:
@@ -162,7 +162,7 @@ def infonce_loss(
         join = torch.logaddexp if guides is None else joined
         lse[0] = join(lse[0], extra[LSE])
     dtype, summed = compute_dtype(queries.dtype), lse
-    if denominator.apart:
+    if denominator.apart():
         harder = extra
         if denominator.hardness:
             harder = _of_negatives(queries, negatives, logit_scale, guides, denominator.hardness, over, backend)

@@ -190,8 +190,8 @@ def infonce_over_ranks(
         return_stats=return_stats,
         teacher=width or 0,
         guide=guide,
-        others=denominator.apart,
-        alone=denominator.apart and not beside(pairs, targets, return_stats),
+        others=denominator.apart(),
+        alone=denominator.apart() and not beside(pairs, targets, return_stats),
         gradients=(_needs(queries), _needs(keys), exchanged is not None and _needs(exchanged)),
         scalars=_scalars(logit_scale),
     )

@@ -109,8 +109,7 @@ class Denominator(NamedTuple):
     hardness: float = 0.0
     false_negatives: FalseNegatives | None = None
 
-    @property
-    def apart(self) -> bool:
+    def apart(self) -> bool:  # torch 2.6 compiles no property of a NamedTuple
         """Whether positives are not summed with the other keys."""
         return self.decoupled or self.hardness > 0
 

@@ -372,7 +372,7 @@ def test_a_mistake_is_named(argument):
     )
 
 
-def test_a_backend_that_cannot_serve_says_why():
+def test_triton_says_why_it_cannot_serve():
     x = torch.randn(3, 1, 300)
     with pytest.raises(BackendError, match=r"(?s)backend='triton' does not support.*head dims up to 128"):
         additive_attention(x, x, x, x[0], backend="triton")
