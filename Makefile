@@ -30,7 +30,8 @@ CSRC := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o 
 TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py tests/ops/*/test_second.py) tests/ops/test_tracing.py \
 	tests/ops/test_flops.py tests/ops/contrastive/test_options.py tests/ops/contrastive/test_lse.py \
 	tests/ops/contrastive/test_false_negatives.py tests/ops/attention/test_mask_metadata.py \
-	tests/ops/attention/test_additive.py tests/ops/attention/test_calls.py tests/ops/attention/test_rope.py tests/ops/attention/test_gate.py \
+	tests/ops/attention/test_additive.py tests/ops/attention/test_calls.py tests/ops/attention/test_rope.py \
+	tests/ops/attention/test_gate.py \
 	tests/batch/test_batch.py tests/ops/packing/test_vision.py tests/nn tests/runtime \
 	tests/gradcache/test_step.py tests/gradcache/test_autocast.py tests/gradcache/test_loss.py \
 	tests/gradcache/test_backward.py tests/test_import.py
