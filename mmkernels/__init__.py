@@ -31,6 +31,7 @@ __all__ = [
     "gated_residual",
     "gather_keys",
     "infonce",
+    "maxsim",
     "mrope_position_ids",
     "norm_rope",
     "pack",
@@ -94,6 +95,7 @@ else:
     from mmkernels.ops.modality import Modality
     from mmkernels.ops.packing import (
         embed_splice,
+        maxsim,
         mrope_position_ids,
         pack,
         pad,

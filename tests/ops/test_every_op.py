@@ -16,6 +16,7 @@ from mmkernels import (
     embed_splice,
     gated_residual,
     infonce,
+    maxsim,
     mrope_position_ids,
     norm_rope,
     pack,
@@ -61,8 +62,9 @@ def packed() -> Tensor:
     mrope_position_ids(CU, GRID, torch.tensor([1]), T)
     spliced = embed_splice(torch.arange(T) % 5, leaf(5, D), x[:2], torch.tensor([0, 4]))
     pooled = segment_pool(x, CU, "mean") + segment_pool(x, CU, "weighted", weights=leaf(T))
+    scores = maxsim(x, leaf(T, D), CU, CU)
     return torch.stack(
-        [part.square().sum() for part in (pack(x, torch.tensor([3, -1, 0])), spliced, pooled, image)]
+        [part.square().sum() for part in (pack(x, torch.tensor([3, -1, 0])), spliced, pooled, image, scores)]
     ).sum()
 
 

@@ -16,6 +16,7 @@ from mmkernels import (
     additive_attention,
     attention,
     infonce,
+    maxsim,
     sample_negatives,
     siglip,
     topk_similar,
@@ -85,6 +86,16 @@ def test_losses():
     assert of_teacher == product + 2 * (2 * N * N * 3)
     keys = torch.randn(M, E)
     assert counted(lambda: topk_similar(x, keys, 3)) == counted(lambda: sample_negatives(x, keys, 1.0)) == 2 * N * M * E
+
+
+def test_late_interaction():
+    """The search multiplies every pair of tokens; gradients read each query token's winners, one of each document."""
+    (x,), (y,) = leaves(N, E, count=1), leaves(M, E, count=1)
+    cu_q, cu_k = torch.tensor([0, 5, N], dtype=torch.int32), torch.tensor([0, 3, 10, M], dtype=torch.int32)
+    search, read = 2 * N * M * E, 2 * N * 3 * E
+    assert counted(lambda: maxsim(x, y, cu_q, cu_k)) == search
+    assert counted(lambda: maxsim(x, y, cu_q, cu_k).sum().backward()) == search + 2 * read
+    assert counted(lambda: maxsim(x, y.detach(), cu_q, cu_k).sum().backward()) == search + read
 
 
 def test_second_derivatives_count():

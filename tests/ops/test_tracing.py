@@ -14,6 +14,7 @@ from mmkernels import (
     embed_splice,
     gated_residual,
     infonce,
+    maxsim,
     mrope_position_ids,
     norm_rope,
     pack,
@@ -86,6 +87,7 @@ def rearrange(device):
     x, cu = torch.randn(8, 4, device=device, requires_grad=True), boundaries(device)
     two = torch.tensor([1, 2], device=device)
     pooled = segment_pool(x, cu).sum() + segment_pool(x, cu, "max").sum() + pad(x, cu, 5).sum()
+    pooled = pooled + maxsim(x, x.detach().flip(0), cu, cu).sum()
     moved = pack(x, two).sum() + unpack(x, torch.arange(8, device=device)).sum()
     kept = unpad(x.view(2, 4, 4), two, 8)[0].sum()
     spliced = embed_splice(torch.zeros(8, dtype=torch.int64, device=device), x, x[:2], two).sum()
@@ -171,6 +173,7 @@ BATCHED = {
     "similarity_logsumexp": (lambda x, ids: similarity_logsumexp(x, x, 2.0, query_ids=ids), IDS),
     "sample_negatives": (lambda x, ids: topk_similar(x, x[ids], 2)[0], PERMUTED),
     "segment_pool": (segment_pool, torch.tensor([[0, 3, 8], [0, 0, 2], [0, 8, 8]])),
+    "maxsim": (lambda x, cu: maxsim(x, x.flip(0), cu, cu), torch.tensor([[0, 3, 8], [0, 0, 2], [0, 8, 8]])),
     "pack": (pack, torch.tensor([[0, 7], [-1, 3], [2, 2]])),
     "unpad": (lambda x, keep: unpad(x.view(2, 4, 4), keep, 8)[0], torch.tensor([[0, 4], [1, 1], [4, 4]])),
     "mask": (
@@ -196,6 +199,7 @@ def test_vmap_over_metadata(name):
         ("weights", (2, 0), -1.0, "weights: expected finite non-negative numbers"),
         ("pack", (1, 1), 8, r"index: expected each in \[-1, 8\), got 8"),
         ("segment_pool", (2, 1), -1, "cu_seqlens: expected"),
+        ("maxsim", (0, 2), 9, "cu_seqlens_[qk]: expected to start at 0"),
         ("mask", (0, 2), 9, "mask: expected metadata within 8 queries and 8 keys"),
         ("unpad", (1, 0), 5, r"keep: expected lengths in \[0, 4\]"),
     ],

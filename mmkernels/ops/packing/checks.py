@@ -21,18 +21,18 @@ def check_index(name: str, index: Tensor, rows: int) -> None:
         raise ValueError(f"{name}: expected each in [-1, {rows}), got {int(index[at])} at position {at}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, rows: int, name: str = "cu_seqlens") -> None:
     """Starts at 0, non-decreasing, within the rows."""
     if not readable(cu_seqlens):
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last > rows:
-        raise ValueError(f"cu_seqlens: expected to start at 0 and end within [0, {rows}], got {first} ... {last}")
+        raise ValueError(f"{name}: expected to start at 0 and end within [0, {rows}], got {first} ... {last}")
     falls = cu_seqlens[1:] < cu_seqlens[:-1]
     if falls.any():
         at = int(falls.nonzero()[0])
         raise ValueError(
-            f"cu_seqlens: expected non-decreasing entries, got {int(cu_seqlens[at])}, {int(cu_seqlens[at + 1])} at {at}"
+            f"{name}: expected non-decreasing entries, got {int(cu_seqlens[at])}, {int(cu_seqlens[at + 1])} at {at}"
         )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 import mmkernels.ops.packing.op  # noqa: F401  (registers torch.ops.mmkernels.packing_*)
 from mmkernels.ops.packing import (
     embed_splice,
+    maxsim,
     mrope_position_ids,
     pack,
     pad,
@@ -53,6 +54,12 @@ def test_opcheck(backend):
     for image in (torch.randn(2 * 3 * 4 * 2, requires_grad=True), torch.randn(6, 8, requires_grad=True)):
         cut = (image, torch.tensor([[1, 2, 1], [2, 1, 2]]), 2, 2, 1, 1, image.ndim == 2, backend)
         torch.library.opcheck(ops.packing_patchify_fwd.default, cut)
+    best, winners = ops.packing_maxsim_fwd(x, x.detach().flip(0), CU_SEQLENS, 2, backend)
+    torch.library.opcheck(ops.packing_maxsim_fwd.default, (x, x.detach().flip(0), CU_SEQLENS, 2, backend))
+    weights = best.detach().requires_grad_()
+    torch.library.opcheck(ops.packing_winners_dot_fwd.default, (x, x.detach(), winners, backend))
+    torch.library.opcheck(ops.packing_winners_gather_fwd.default, (weights, x, winners, backend))
+    torch.library.opcheck(ops.packing_winners_scatter_fwd.default, (weights, x, winners, 6, backend))
     spans = (torch.tensor([0, 9, 14]), torch.tensor([1, 4]), torch.tensor([[1, 1, 2], [2, 2, 1]]))
     torch.library.opcheck(ops.packing_mrope_fwd.default, (*spans, torch.tensor([0, 0, -2]), None, 15, backend))
     cut = ([torch.randn(1, 2, 4, 2), torch.randn(2, 2, 2, 4)], torch.tensor([[1, 2, 1], [2, 1, 2]]), 2, 2, 1, 1)
@@ -70,6 +77,7 @@ def functions(backend: str):
         "embed_splice": lambda x: embed_splice(TOKEN_IDS, x[:4], x[4:], DST_INDEX, backend=backend),
         "padding_idx": lambda x: embed_splice(TOKEN_IDS, x[:4], x[4:], DST_INDEX, padding_idx=3, backend=backend),
         "weighted": lambda x: segment_pool(x, CU_SEQLENS, "weighted", weights=x[:, 0].sin(), backend=backend),
+        "maxsim": lambda x: maxsim(x, 1.5 - x.flip(0), CU_SEQLENS, CU_SEQLENS, block=4, backend=backend),
         "patchify": lambda x: patchify([x.reshape(1, 6, 4), x[2:].reshape(1, 4, 4)], 2, backend=backend)[0],
         "unpatchify": lambda x: unpatchify(x, [(1, 2, 1), (2, 1, 2)], 2, backend=backend)[1],
     }
@@ -99,9 +107,9 @@ def test_fullgraph_compile(backend):
 
 def test_compile_with_dynamic_shapes(backend):
     def loss(x, index, cu_seqlens):
-        return (unpack(pack(x, index, backend=backend), index, x.shape[0], backend=backend)).sum() + segment_pool(
-            x, cu_seqlens, backend=backend
-        ).square().sum()
+        moved = unpack(pack(x, index, backend=backend), index, x.shape[0], backend=backend).sum()
+        scores = maxsim(x, x.flip(0), cu_seqlens, cu_seqlens, backend=backend).sum()
+        return moved + scores + segment_pool(x, cu_seqlens, backend=backend).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (6, 9, 14):
@@ -234,6 +242,7 @@ def test_no_host_sync():
         pooled = sum(segment_pool(x, cu_seqlens, mode).sum() for mode in MODES)
         packed = pack(x, index)
         padded = pad(x, cu_seqlens, 60)
+        pooled += maxsim(x, x.detach(), cu_seqlens, cu_seqlens, block=20).sum()
         pooled += segment_pool(x, cu_seqlens, "weighted", weights=x[:, 0]).sum()
         pooled += embed_splice(token_ids, x, x[:20], dst_index, padding_idx=0).sum() + pack([x, x[:9], x], index).sum()
         tokens, _ = patchify([x.reshape(2, 16, 16), x[:32].reshape(2, 8, 16)], 4)

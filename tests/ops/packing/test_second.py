@@ -7,9 +7,10 @@ import pytest
 import torch
 from derivatives import assert_differentiable_twice
 
-from mmkernels import embed_splice, pack, pad, patchify, segment_pool, unpack, unpad, unpatchify
+from mmkernels import embed_splice, maxsim, pack, pad, patchify, segment_pool, unpack, unpad, unpatchify
 
 CU = torch.tensor([0, 3, 3, 9, 12], dtype=torch.int32)
+CU_Q = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
 INDEX = torch.tensor([0, 3, 3, -1, 2])
 TOKENS, PLACES = torch.tensor([0, 1, 9, 2, 9, 1]), torch.tensor([2, 4])
 KEEP = torch.tensor([[True, False, True], [True, True, False]])
@@ -21,6 +22,11 @@ MODES = ("mean", "sum", "first", "max")
 CASES = {
     **{f"segment_pool, {m}": (functools.partial(segment_pool, cu_seqlens=CU, mode=m), [(12, 3)]) for m in MODES},
     "segment_pool, weighted": (lambda x, w, **b: segment_pool(x, CU, "weighted", weights=w, **b), [(12, 3), (12,)]),
+    **{
+        f"maxsim, {r}": (functools.partial(maxsim, cu_seqlens_q=CU_Q, cu_seqlens_k=CU, reduction=r), [(6, 3), (12, 3)])
+        for r in ("sum", "mean")
+    },
+    "maxsim in blocks": (lambda x, y, **b: maxsim(x, y, CU_Q, CU, block=4, **b), [(6, 3), (12, 3)]),
     "pack": (lambda x, y, **b: pack([x, y], INDEX, **b), [(2, 3), (2, 3)]),
     "pack, an empty source": (lambda x, y, **b: pack([x, x[2:], y], INDEX, **b), [(2, 3), (2, 3)]),
     "unpack": (lambda x, **b: unpack(x, INDEX, 5, **b), [(5, 3)]),
