@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.checks import expect_tensor, integer, narrowed, wrong_value
+from mmkernels.ops.checks import dtype_names, expect_tensor, integer, narrowed, wrong_value
 from mmkernels.ops.packing import op, op_maxsim
 from mmkernels.ops.packing.checks import check_cu_seqlens
 from mmkernels.runtime.backends import resolve
@@ -66,7 +66,7 @@ def maxsim(
     2.
     """
     expect_tensor("queries", queries, "[Tq, E] floating point", ndim=2)
-    expected = f"[Td, {queries.shape[1]}] {str(queries.dtype).removeprefix('torch.')}"
+    expected = f"[Td, {queries.shape[1]}] {dtype_names(queries.dtype)}"
     expect_tensor("documents", documents, expected, ndim=2, dtypes=(queries.dtype,), like=queries)
     if documents.shape[1] != queries.shape[1]:
         wrong_value("documents", expected, documents)
