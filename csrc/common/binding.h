@@ -4,9 +4,20 @@
 
 #include <pybind11/pybind11.h>
 
+#include "common/check.h"
 #include "common/tensor.h"
 
 namespace pybind11::detail {
+
+// The last dimension of every tensor must be contiguous. Kernels read vectors by their pointer alone, so a stride that a
+// caller forgot to remove would be other memory.
+inline void expect_unit_stride(const mmk::Tensor& x) {
+  int64_t elements = 1;
+  for (int i = 0; i < x.ndim; ++i) elements *= x.size[i];
+  if (x.ndim == 0 || elements == 0 || x.size[x.ndim - 1] == 1) return;
+  MMK_CHECK(x.stride[x.ndim - 1] == 1, "expected a contiguous last dimension, got stride ", x.stride[x.ndim - 1],
+            " for size ", x.size[x.ndim - 1]);
+}
 
 template <>
 struct type_caster<mmk::Tensor> {
@@ -24,7 +35,9 @@ struct type_caster<mmk::Tensor> {
       value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(field(2), i));
       value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(field(3), i));
     }
-    return !PyErr_Occurred();
+    if (PyErr_Occurred()) return false;
+    expect_unit_stride(value);
+    return true;
   }
 };
 

@@ -81,7 +81,7 @@ def attention(
             every query sees all keys (batched: of its own sample).
         scale: factor of the logits; None: 1 / sqrt(D).
         softcap: bounds the scaled products smoothly to (-softcap, softcap), before all other terms (Gemma 2, Grok); a
-            number from 1e-30 to 1e30. None: no bound.
+            number from 1e-30 to 1e30, and at least scale / 1e38. None: no bound.
         alibi_slopes: [H] floating point, per query head; the logits lose it times the distance, in tokens, of query and
             key in their sample, aligned at their ends where a sample has more keys than queries or fewer (ALiBi, as in
             flash-attention); differentiable. The mask has the positions: `packed`, `batched`, `from_padding` (columns),
@@ -139,7 +139,7 @@ def attention(
     if slopes is not None:
         rows = rows.changed(at_q=positions_of(mask, samples, tokens_q, tokens_k, q.device))
     seed = _seed(q.device) if dropout_p > 0 else None
-    options = Options(pair_bias, sink, seed, dropout_p, factor, cap(softcap), slopes, return_max_logit)
+    options = Options(pair_bias, sink, seed, dropout_p, factor, cap(softcap, factor), slopes, return_max_logit)
     chosen = backends.resolve("attention", q, backend, _limits(q, v, rows, options))
     out, lse, max_logit = attention_fwd(q, k, v, rows, options, chosen)
     if len(shape) == 4:

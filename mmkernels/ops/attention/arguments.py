@@ -30,6 +30,7 @@ __all__ = [
 
 # Of float32, with room for products.
 _SOFTCAPS = 1e-30, 1e30
+_LARGEST_SCALE_IN_CAP = 1e38
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -91,12 +92,14 @@ def numbers(q: Tensor, scale: Any, dropout_p: Any) -> tuple[float, float]:
     return factor, probability
 
 
-def cap(softcap: Any) -> float | None:
+def cap(softcap: Any, scale: float) -> float | None:
     if softcap is None:
         return None
     number = real("softcap", softcap, "a float or None")
     if not _SOFTCAPS[0] <= number <= _SOFTCAPS[1]:
         wrong_value("softcap", f"a number from {_SOFTCAPS[0]} to {_SOFTCAPS[1]}", softcap)
+    if abs(scale) > number * _LARGEST_SCALE_IN_CAP:  # scale / softcap would be inf, and inf times a product of 0 NaN
+        wrong_value("softcap", f"at least {abs(scale) / _LARGEST_SCALE_IN_CAP:.3g} with scale {scale:.3g}", softcap)
     return number
 
 

@@ -168,7 +168,7 @@ class MaskLayout:
             return made.clone() if made is not None and made.is_inference() else made
 
     def _lay_out(self, tokens_q: int, tokens_k: int) -> MaskRows:
-        rows = self._builder.lay_out(tokens_q, tokens_k)
+        rows = self._builder.lay_out(tokens_q, tokens_k).contiguous()
         if rows.span_q is None:
             return rows
         return rows.changed(tiles=pack_states(tile_states(rows, tokens_k)))

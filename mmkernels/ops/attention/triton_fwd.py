@@ -185,7 +185,7 @@ def key_ranges(queries, Tq, BLOCK_N: tl.constexpr):
     end = tl.max(tl.where(m_seen, queries.hi, 0), 0)
     begin = tl.minimum(begin, end)
     all_from = tl.max(tl.where(m_row, queries.lo, 0), 0)
-    all_to = tl.min(tl.where(m_row, queries.hi, end), 0)
+    all_to = tl.minimum(tl.min(tl.where(m_row, queries.hi, end), 0), end)  # end: 0 if no row sees a key
     full_begin = tl.minimum(begin + tl.cdiv(tl.maximum(all_from - begin, 0), BLOCK_N) * BLOCK_N, end)
     full_end = full_begin + tl.maximum(all_to - full_begin, 0) // BLOCK_N * BLOCK_N
     return begin, full_begin, full_end, end

@@ -63,6 +63,11 @@ class MaskRows(NamedTuple):
         values = [fields.get(name, value) for name, value in zip(MaskRows._fields, self, strict=True)]
         return MaskRows(*values)  # type: ignore[arg-type]
 
+    def contiguous(self) -> MaskRows:
+        """As the kernels need them, which read vectors by their pointers alone."""
+        values = [None if x is None else x.contiguous() for x in self]
+        return MaskRows(*values)  # type: ignore[arg-type]
+
     def visible(self) -> Visible:
         """Without the tile map and the classes. Named one by one: torch 2.6 compiles no slice of a NamedTuple."""
         pattern = self.span_q, self.span_k, self.allow_q, self.bit_k

@@ -67,7 +67,7 @@ def attention_weights(
     view = rows_of(mask, samples, tokens_q, tokens_k, q.device, pair_bias)
     if slopes is not None:
         view = view.changed(at_q=positions_of(mask, samples, tokens_q, tokens_k, q.device))
-    options = Options(pair_bias, sink, None, 0.0, factor, cap(softcap), slopes)
+    options = Options(pair_bias, sink, None, 0.0, factor, cap(softcap, factor), slopes)
     if q.ndim == 3:
         return _weights(q[rows], k, _chosen(view, rows, 0, tokens_k), options)
     found = (

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.checks import describe, expect_tensor, expect_true, integer, real, wrong_type, wrong_value
+from mmkernels.ops.checks import (
+    describe,
+    dtype_names,
+    expect_tensor,
+    expect_true,
+    integer,
+    real,
+    wrong_type,
+    wrong_value,
+)
 from mmkernels.ops.contrastive.types import Denominator, FalseNegatives, Guide, Pairs
 from mmkernels.ops.dtypes import compute_dtype
 
@@ -186,8 +195,8 @@ def _check_guide(
         if own is None:
             continue
         name, features = f"{argument}.guide_{field}", getattr(filtered, f"guide_{field}")
-        sizes = ", ".join(map(str, (*own.shape[:-1], width)))
-        expected = f"[{sizes}] {str(own.dtype).removeprefix('torch.')}"
+        rows = "".join([f"{size}, " for size in own.shape[:-1]])  # no str: torch.compile has none of a size
+        expected = f"[{rows}{width}] {dtype_names(own.dtype)}"
         expect_tensor(name, features, expected, ndim=own.ndim, dtypes=(own.dtype,), like=queries)
         if features.shape[:-1] != own.shape[:-1] or width not in ("F", features.shape[-1]):
             wrong_value(name, expected, features)

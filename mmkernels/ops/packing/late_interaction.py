@@ -15,6 +15,7 @@ __all__ = ["maxsim"]
 _INTEGERS = (torch.int64, torch.int32)
 # Tokens on each side of a block of products: 4 MiB, within a CPU's caches, or 256 MiB.
 _BLOCK_CPU, _BLOCK_GPU = 1024, 8192
+_LARGEST_BLOCK = 2**31 - 1
 
 
 def maxsim(
@@ -76,9 +77,12 @@ def maxsim(
         wrong_value("reduction", '"sum" or "mean"', reduction)
     if block is None:
         block = _BLOCK_CPU if queries.device.type == "cpu" else _BLOCK_GPU
-    block = integer("block", block, "None or an integer >= 1", at_least=1)
+    block = min(integer("block", block, "None or an integer >= 1", at_least=1), _LARGEST_BLOCK)
     check_cu_seqlens(cu_seqlens_q, queries.shape[0], "cu_seqlens_q")  # before the work
     served = resolve("packing", queries, backend)
+    # Rows past the end may hold anything: a weight of 0 would not hide their NaN, nor a NaN of the documents from them.
+    inside = torch.arange(queries.shape[0], device=queries.device) < cu_seqlens_q[-1]
+    queries = torch.where(inside[:, None], queries, 0)
     best, _ = op_maxsim.maxsim(queries, documents, cu_seqlens_k, block, served)
     return op.segment_pool(best, cu_seqlens_q, reduction, served)[0]
 

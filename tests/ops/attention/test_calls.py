@@ -332,6 +332,11 @@ BAD = {
         (dict(softcap=float("inf")), ValueError, "softcap: expected a number from 1e-30"),
         (dict(softcap=float("nan")), ValueError, "softcap: expected a number from 1e-30"),
         (dict(softcap=True), TypeError, "softcap: expected a float or None"),
+        (
+            dict(softcap=1e-30, scale=-1e10),
+            ValueError,
+            r"softcap: expected at least 1e-28 with scale -1e\+10, got 1e-30",
+        ),
     ],
     "alibi_slopes": [
         (dict(alibi_slopes=torch.zeros(3)), ValueError, r"alibi_slopes: expected \[4\], one per head"),

@@ -51,6 +51,21 @@ def packed(draw):
     )
 
 
+def padding(draw):
+    """Of one sample, too, whose intervals are all equal."""
+    batch, tokens_q = draw(st.integers(1, 3)), draw(length)
+    tokens_k = draw(st.sampled_from([tokens_q, draw(length)]))
+    real = [
+        torch.stack([column(in_runs(draw, tokens, st.booleans()), torch.bool) for _ in range(batch)])
+        if draw(st.booleans())
+        else torch.ones(batch, tokens, dtype=torch.bool)
+        for tokens in (tokens_q, tokens_k)
+    ]
+    causal = draw(st.booleans())
+    mask = AttentionMask.from_padding(*real, causal=causal, window=draw(st.none() | sides(causal)))
+    return mask, batch * tokens_q, batch * tokens_k
+
+
 def prefix(draw):
     lengths = lengths_of(draw)
     prefixes = [draw(st.integers(0, n)) for n in lengths]
@@ -119,7 +134,7 @@ def check(data, builder, backend, dtype, heads, tolerance):
         )
 
 
-BUILDERS = pytest.mark.parametrize("builder", [packed, prefix, multimodal, cross_only, media, from_rows])
+BUILDERS = pytest.mark.parametrize("builder", [packed, padding, prefix, multimodal, cross_only, media, from_rows])
 FEW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "derandomize": True}
 
 
@@ -137,3 +152,19 @@ def test_native(builder, data):
 def test_triton(builder, data):
     backends.need("attention", "triton")
     check(data, builder, "triton", torch.float32, {"heads": 1}, 2e-5)
+
+
+backend = backends.fixture("attention")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whole_tiles_of_rows_that_see_nothing(backend, dtype):
+    """Wherever their empty intervals lie: past keys that others see, or before."""
+    for at in (0, 70, 300):
+        lo, hi = torch.full((290,), at, dtype=torch.int32), torch.full((290,), at, dtype=torch.int32)
+        lo[:7], hi[:7] = 3, 90
+        x = make_inputs(290, 300, heads=1, dim=16, dtype=dtype, mask=AttentionMask.from_rows(lo, hi))
+        result = run(x, backend, with_lse=True)
+        assert (result.out[7:] == 0).all() and (result.lse[:, 7:] == -torch.inf).all(), at
+        assert (result.dq[7:] == 0).all() and not result.dq[:7].isnan().any(), at
+        assert (result.dk[90:] == 0).all() and (result.dv[90:] == 0).all(), at

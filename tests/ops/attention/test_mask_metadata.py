@@ -283,6 +283,23 @@ def test_any_integer_dtype(build):
         assert torch.equal(attention(q, k, k, mask, **bias), attention(q, k, k, expected, **bias))
 
 
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_kernels_get_contiguous_vectors(build):
+    """They read them by their pointers alone."""
+    mask = build(lambda x: torch.stack([x, x - 1], -1).to(INT)[..., 0])
+    assert all(rows is None or rows.is_contiguous() for rows in mask.rows(9, 9))
+    for got, want in zip(mask.rows(9, 9), build(lambda x: x.to(INT)).rows(9, 9), strict=True):
+        assert (got is None and want is None) or torch.equal(got, want)
+
+
+def test_the_rows_of_one_padded_sample_are_contiguous():
+    real = torch.ones(1, 9, dtype=torch.bool)
+    for options in ({}, {"causal": True}, {"window": (2, None)}, {"contiguous": True}):
+        for mask in (AttentionMask.from_padding(real, **options), AttentionMask.from_padding(real[:, :4], real)):
+            sizes = len(mask.to_dense()), 9
+            assert all(rows is None or rows.is_contiguous() for rows in mask.rows(*sizes)), options
+
+
 def test_a_class_in_the_sign_bit():
     """In int64 class 31 is 2^31, which is int32's sign bit."""
     classes, allow = torch.tensor([31, 0]), torch.tensor([1 << 31, (1 << 31) + 1])

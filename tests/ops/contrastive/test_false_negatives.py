@@ -197,6 +197,18 @@ def test_compiled_whole_and_functorch(backend):
         torch.testing.assert_close(got, want)
 
 
+def test_compiled_for_every_size():
+    torch.compiler.reset()
+
+    def loss(x, y, u, v):
+        return infonce(x, y, 7.0, false_negatives=FalseNegatives(u, v, 0.1))
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (9, 7):
+        inputs = torch.randn(4, size, 6).unbind()
+        torch.testing.assert_close(compiled(*inputs), loss(*inputs))
+
+
 def test_few_rows(backend):
     for n, k in ((0, 0), (0, 3), (1, 0), (1, 3)):
         x, y, own = (torch.randn(shape, requires_grad=True) for shape in ((n, 6), (n, 6), (n, k, 6)))

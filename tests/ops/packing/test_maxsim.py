@@ -285,6 +285,21 @@ def test_in_a_loss_of_gradcache():
         torch.testing.assert_close(parameter.grad, grad)
 
 
+def test_rows_past_the_end_may_hold_anything(backend):
+    """Also those of queries, which a weight of 0 would not hide; and nothing of theirs is another's."""
+    q, d, *cu = batch("rows left over", 6, torch.float32)
+    ends = [int(x[-1]) for x in cu]
+    expected = with_gradients(lambda q, d: maxsim(q, d, *cu, backend=backend), torch.ones(2, 2), q, d)
+    for odd in (torch.nan, torch.inf):
+        q[ends[0] :], d[ends[1] :] = odd, odd
+        got = with_gradients(lambda q, d: maxsim(q, d, *cu, backend=backend), torch.ones(2, 2), q, d)
+        for name, ours, wanted in zip(("scores", "grad_queries", "grad_documents"), got, expected, strict=True):
+            torch.testing.assert_close(ours, wanted, msg=lambda m, name=name: f"{name}: {m}")
+    d[3] = torch.nan
+    grad_queries = with_gradients(lambda q, d: maxsim(q, d, *cu, backend=backend), torch.ones(2, 2), q, d)[1]
+    assert grad_queries[0].isnan().all() and (grad_queries[ends[0] :] == 0).all()
+
+
 def test_bad_input():
     q, d, *cu = batch("rows left over", 6, torch.float32)
     call = functools.partial
