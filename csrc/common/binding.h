@@ -9,8 +9,8 @@
 
 namespace pybind11::detail {
 
-// The last dimension of every tensor must be contiguous. Kernels read vectors by their pointer alone, so a stride that a
-// caller forgot to remove would be other memory.
+// The last dimension of every tensor must be contiguous. Kernels read vectors by their pointer alone, so that a stride
+// which a caller forgot would be other memory.
 inline void expect_unit_stride(const mmk::Tensor& x) {
   int64_t elements = 1;
   for (int i = 0; i < x.ndim; ++i) elements *= x.size[i];
