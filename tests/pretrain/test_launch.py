@@ -135,7 +135,7 @@ HANGS = """
 def test_a_rank_that_waits_says_for_whom(what: str, said: str, pictures: Path, tmp_path: Path) -> None:
     script = tmp_path / "hangs.py"
     script.write_text(textwrap.dedent(HANGS).replace("{what}", what), encoding="utf-8")
-    command = torchrun(pictures, str(tmp_path / "run"), "--steps 8 --timeout 15")  # no less: ranks may start as far apart
+    command = torchrun(pictures, str(tmp_path / "run"), "--steps 8 --timeout 15")  # ranks may start far apart
     place = len(command) - 1 - command[::-1].index("-m")
     command[place : place + 2] = [str(script)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180)
