@@ -58,7 +58,8 @@ _MATRIX_INSTRUCTION = re.compile(r"\b(?:[HIDQBO]MMA|[HIQB]GMMA|UTC[A-Z]*MMA)\b")
 _MATRIX_INSTRUCTION_OF_PTX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 _SASS_FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_SOURCE = re.compile(r"^identifier = (\S+)", re.MULTILINE)
+# nvcc names an anonymous namespace after its file: _GLOBAL__N__<hash>_<length>_<stem>_cu_<hash>.
+_SOURCE = re.compile(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}")
 _SM90_INSTRUCTION = re.compile(r"\b(HGMMA|UTMALDG)\b")
 # ptxas marks the end of a group of wgmmas with "gsb0"; in a serialized kernel every wgmma ends a group.
 _WGMMA = re.compile(r"\b[HIQB]GMMA\b[^;]*;")
@@ -262,26 +263,27 @@ def read_cuda(binary: Path, arch: str) -> dict[str, dict[str, KernelReport]]:
     """Read every kernel's machine code for `arch` ("sm_80", "sm_90a", "sm_100a") in a built module, object or cubin.
 
     Returns:
-        stem of the `.cu` file ("" for a cubin) -> kernel name, such as `fwd_kernel<mmk::bf16, 64>` -> report. A report
-        counts spills as local memory: the machine code does not tell them apart.
+        stem of the `.cu` file ("" for a kernel outside an anonymous namespace) -> kernel name, such as
+        `fwd_kernel<mmk::bf16, 64>` -> report. A report counts spills as local memory: the machine code does not tell
+        them apart.
 
     Raises:
         RuntimeError: cuobjdump is missing or fails, or the file has no machine code for `arch`.
     """
-    sources: dict[str, dict[str, KernelReport]] = {}
     kernels = _resources(_run(_tool("cuobjdump"), "--dump-resource-usage", "-arch", arch, binary))
-    sass = _run(_tool("cuobjdump"), "-sass", "-arch", arch, binary)
-    for path, text in (_sections(_SOURCE, sass) or {"": sass}).items():
-        functions = _sections(_SASS_FUNCTION, text)
-        reports = [_report(name, arch, kernels[name], code) for name, code in functions.items() if name in kernels]
-        filt = shutil.which("cu++filt") or shutil.which("c++filt")
-        names = [report.name for report in reports]
-        names = [_short(name) for name in _run(filt, *names).splitlines()] if filt and names else names
-        assert len(set(names)) == len(names), f"duplicate kernel names: {names}"
-        named = zip(names, reports, strict=True)
-        sources[Path(path).stem] = {name: replace(report, name=name) for name, report in named}
-    if not any(sources.values()):
+    functions = _sections(_SASS_FUNCTION, _run(_tool("cuobjdump"), "-sass", "-arch", arch, binary))
+    reports = [_report(name, arch, kernels[name], code) for name, code in functions.items() if name in kernels]
+    if not reports:
         raise RuntimeError(f"{binary}: no kernel compiled for {arch}")
+    filt = shutil.which("cu++filt") or shutil.which("c++filt")
+    names = [report.name for report in reports]
+    short = [_short(name) for name in _run(filt, *names).splitlines()] if filt else names
+    sources: dict[str, dict[str, KernelReport]] = {}
+    for name, report in zip(short, reports, strict=True):
+        found = _SOURCE.search(report.name)
+        of_source = sources.setdefault(found[1] if found else "", {})
+        assert name not in of_source, f"duplicate kernel name: {name}"
+        of_source[name] = replace(report, name=name)
     return sources
 
 
@@ -314,8 +316,7 @@ def compile_cuda(source: Path, arch: str, include: Path) -> dict[str, KernelRepo
         cubin = Path(folder, "kernels.cubin")
         flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DNDEBUG", f"-I{include}"]
         _run(nvcc, "-cubin", f"-arch={arch}", *flags, source, "-o", cubin)
-        (reports,) = read_cuda(cubin, arch).values()
-    return reports
+        return {name: report for reports in read_cuda(cubin, arch).values() for name, report in reports.items()}
 
 
 def _short(demangled: str) -> str:
