@@ -68,7 +68,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(VENV)/installed-dev
-	for bench in benches/bench_*.py; do $(BIN)/python $$bench $(ARGS) || exit 1; done
+	$(BIN)/pytest benches $(ARGS)
 
 wheel: $(WHEELS)/built
 	mkdir -p dist

@@ -12,6 +12,7 @@ __all__ = ["main"]
 USAGE = """usage: mmkernels <command> [options]
 
   info         what is installed, which backend runs, and why
+  bench        check the kernels, time them against what you would use without them (needs mmkernels[bench])
   plan         how well lengths pack, and how evenly ranks share the packs (needs mmkernels[plan])
   scale        what a training step takes on many ranks (needs mmkernels[plan])
   fetch        get a larger data set for pretrain (needs mmkernels[pretrain])
@@ -28,6 +29,7 @@ mmkernels <command> --help shows its options; mmkernels --version shows the vers
 # Packages of the extras, by import name.
 _PRETRAIN_PACKAGES = {"tyro", "tqdm", "PIL", "tensorboard", "matplotlib", "safetensors", "jinja2", "tokenizers"}
 _REPORT_PACKAGES = {*_PRETRAIN_PACKAGES, "imagehash", "datasketch", "py3langid", "sklearn", "scipy"}
+_BENCH_PACKAGES = {"tyro", "tabulate", "pytest", "pytest_benchmark", "jinja2"}
 _PLAN_PACKAGES = {"tyro", "tabulate", "matplotlib", "pyarrow"}
 
 
@@ -44,6 +46,14 @@ def _missing(command: str, extra: str, error: ModuleNotFoundError, packages: set
         raise error
     print(f"mmkernels {command} needs the package {package}: pip install 'mmkernels[{extra}]'", file=sys.stderr)
     return 2
+
+
+def _bench(argv: list[str]) -> int:
+    try:
+        from mmkernels.bench import cli
+    except ModuleNotFoundError as error:
+        return _missing("bench", "bench", error, _BENCH_PACKAGES)
+    return cli.main(argv)
 
 
 def _pretrain(argv: list[str]) -> int:
@@ -131,6 +141,7 @@ def _scale(argv: list[str]) -> int:
 
 
 _COMMANDS = {
+    "bench": _bench,
     "compare": _compare,
     "data-report": _data_report,
     "evaluate": _evaluate,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from harness import Case, Inputs, Work
-from packing_rows import Params
 from torch import Tensor
 
+from mmkernels.bench.case import Case, Inputs, Work
+from mmkernels.bench.cases.packing_rows import Params
 from mmkernels.ops.packing import embed_splice, patchify
 
 # Splicing image features into embedded tokens
@@ -80,12 +80,12 @@ def splice_bytes(p: Params) -> Work:
 
 SPLICE = Case(
     name="embed_splice fwd+bwd",
-    grid=[
+    full=[
         {"T": 16384, "E": width, "V": vocabulary, "dtype": dtype}
         for dtype in ("bfloat16", "float32")
         for width, vocabulary in ((1024, 8192), (1024, 32768), (2048, 32768))
     ],
-    quick=[{"T": 1024, "E": 128, "V": 512, "dtype": "float32"}],
+    quick=[{"T": 4096, "E": 1024, "V": 8192, "dtype": "float32"}],
     setup=setup_splice,
     ours=splice,
     others={
@@ -94,7 +94,7 @@ SPLICE = Case(
         "copy of the same bytes": splice_floor,
     },
     check=check_splice,
-    baseline="embedding + masked_scatter",
+    baseline=("embedding + masked_scatter",),
     work=splice_bytes,
 )
 
@@ -135,8 +135,8 @@ def check_patches(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
 
 PATCHES = Case(
     name="patchify fwd",
-    grid=[{"patch": patch, "MiB": 128, "dtype": dtype} for patch in (14, 16) for dtype in ("bfloat16", "float32")],
-    quick=[{"patch": 14, "MiB": 2, "dtype": "float32"}],
+    full=[{"patch": patch, "MiB": 128, "dtype": dtype} for patch in (14, 16) for dtype in ("bfloat16", "float32")],
+    quick=[{"patch": 14, "MiB": 32, "dtype": "float32"}],
     setup=setup_images,
     ours=lambda inputs, backend: (patchify(inputs["images"], inputs["patch"], backend=backend)[0],),
     others={
@@ -145,6 +145,6 @@ PATCHES = Case(
         "copy of the same bytes": lambda inputs: (torch.cat([image.flatten() for image in inputs["images"]]),),
     },
     check=check_patches,
-    baseline="permute + cat",
+    baseline=("permute + cat",),
     work=lambda p: Work(bytes=2 * p["MiB"] * 2**20),
 )

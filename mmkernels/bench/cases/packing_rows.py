@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from harness import Case, Inputs, Work
 from torch import Tensor
 
+from mmkernels.bench.case import Case, Inputs, Work
 from mmkernels.ops.packing import pack, unpack
 
 Params = Mapping[str, Any]
@@ -29,7 +29,8 @@ def setup_rows(p: Params, device: torch.device) -> Inputs:
     return {"x": x.requires_grad_(), "index": index, "grad_out": grad_out}
 
 
-def with_gradient(out: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+def with_gradient(out: Tensor | tuple[Tensor, ...], inputs: Inputs) -> tuple[Tensor, ...]:
+    assert isinstance(out, Tensor)
     return out, *torch.autograd.grad(out, inputs["x"], inputs["grad_out"])
 
 
@@ -45,10 +46,10 @@ def check_moved(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
     assert torch.equal(outputs[1][inputs["index"]], inputs["grad_out"]), f"{name}: wrong gradient"
 
 
-WIDTHS = [
+WIDTHS: list[Params] = [
     {"E": width, "MiB": 256, "dtype": dtype} for dtype in ("bfloat16", "float32") for width in (64, 512, 1024, 4096)
 ]
-QUICK = [{"E": 512, "MiB": 4, "dtype": "bfloat16"}]
+QUICK: list[Params] = [{"E": 512, "MiB": 64, "dtype": "bfloat16"}]
 
 
 def bytes_moved(p: Params) -> Work:
@@ -58,7 +59,7 @@ def bytes_moved(p: Params) -> Work:
 
 PACK = Case(
     name="pack fwd+bwd",
-    grid=WIDTHS,
+    full=WIDTHS,
     quick=QUICK,
     setup=setup_rows,
     ours=lambda inputs, backend: with_gradient(pack(inputs["x"], inputs["index"], backend=backend), inputs),
@@ -68,7 +69,7 @@ PACK = Case(
         "copy of the same bytes": same_bytes,
     },
     check=check_moved,
-    baseline="copy of the same bytes",
+    baseline=("copy of the same bytes",),
     work=bytes_moved,
 )
 
@@ -87,13 +88,13 @@ def check_unpacked(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None
 
 UNPACK = Case(
     name="unpack fwd+bwd",
-    grid=WIDTHS,
+    full=WIDTHS,
     quick=QUICK,
     setup=setup_rows,
     ours=lambda inputs, backend: with_gradient(unpack(inputs["x"], inputs["index"], backend=backend), inputs),
     others={"zeros.index_add": unpack_in_torch, "copy of the same bytes": same_bytes},
     check=check_unpacked,
-    baseline="copy of the same bytes",
+    baseline=("copy of the same bytes",),
     work=bytes_moved,
 )
 
@@ -111,7 +112,7 @@ def check_forward(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
 
 SOURCES = Case(
     name="pack 3 sources fwd",
-    grid=[p for p in WIDTHS if p["E"] >= 512],
+    full=[p for p in WIDTHS if p["E"] >= 512],
     quick=QUICK,
     setup=setup_sources,
     ours=lambda inputs, backend: (pack(inputs["parts"], inputs["index"], backend=backend),),
@@ -120,6 +121,6 @@ SOURCES = Case(
         "copy of the same bytes": lambda inputs: (torch.empty_like(inputs["x"]).copy_(inputs["x"].detach()),),
     },
     check=check_forward,
-    baseline="torch.cat + index_select",
+    baseline=("torch.cat + index_select",),
     work=lambda p: Work(bytes=2 * p["MiB"] * 2**20),
 )

@@ -1,7 +1,7 @@
 """Adapters to other packages, if installed: each takes a bench's inputs and returns its outputs.
 
-None is a dependency. `python benches/peers.py` lists which are installed. An adapter imports its package lazily and
-passes the same checks as every contender: a peer with a wrong result on a point is reported as wrong and not timed.
+None is a dependency. `python -m mmkernels.bench.peers` lists which are installed. An adapter imports its package lazily
+and passes the same checks as every contender: a peer with a wrong result on a point is reported as wrong and not timed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import planner_peers
 import torch
 from torch import Tensor
+
+from mmkernels.bench import planner_peers
 
 Inputs = dict[str, Any]
 Adapter = Callable[[Inputs], tuple[Any, ...]]  # None: an output that the package does not compute
@@ -117,6 +118,17 @@ def flash_attn_varlen(inputs: Inputs) -> tuple[Tensor, ...]:
     return out, *torch.autograd.grad(out, [inputs["q"], inputs["k"], inputs["v"]], inputs["grad_out"])
 
 
+def flash_attn_4_varlen(inputs: Inputs) -> tuple[Tensor, ...]:
+    """The same by FlashAttention-4, a package of its own, in CuTe DSL."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    options = {name: inputs[name] for name in names}
+    found = flash_attn_varlen_func(*(inputs[name] for name in "qkv"), **options, causal=inputs["causal"])
+    out = found[0] if isinstance(found, tuple) else found
+    return out, *torch.autograd.grad(out, [inputs["q"], inputs["k"], inputs["v"]], inputs["grad_out"])
+
+
 def xformers_block_diagonal(inputs: Inputs) -> tuple[Tensor, ...]:
     """The same through xformers' block-diagonal bias; it has no GQA, so head counts must match."""
     from xformers.ops import memory_efficient_attention
@@ -157,6 +169,7 @@ PEERS = {
     ),
     "liger_kernel": Peer("liger_kernel", "liger-kernel", adapters={"linear_cross_entropy": liger_linear_cross_entropy}),
     "flash_attn": Peer("flash_attn", "flash-attn", adapters={"varlen": flash_attn_varlen}),
+    "flash_attn_4": Peer("flash_attn.cute", "flash-attn-4", adapters={"varlen": flash_attn_4_varlen}),
     "fbgemm_gpu": Peer("fbgemm_gpu", "fbgemm-gpu", needs_cuda=False, adapters={"padded": fbgemm_padded}),
     "xformers": Peer("xformers", "xformers", adapters={"block_diagonal": xformers_block_diagonal}),
     "trl": Peer("trl", "trl", needs_cuda=False, adapters={"bfd": planner_peers.trl_bfd}),
@@ -170,10 +183,17 @@ PEERS = {
 }
 
 
+def _is_here(peer: Peer) -> bool:
+    try:
+        return importlib.util.find_spec(peer.module) is not None
+    except ModuleNotFoundError:  # of the package that the module would be in
+        return False
+
+
 def adapter(package: str, name: str, device: str) -> tuple[Adapter | None, str]:
     """An adapter, or None and why it is unavailable."""
     peer = PEERS[package]
-    if importlib.util.find_spec(peer.module) is None:
+    if not _is_here(peer):
         return None, f"absent (pip install {peer.install})"
     if peer.needs_cuda and device == "cpu":
         return None, "needs a GPU"
@@ -182,6 +202,5 @@ def adapter(package: str, name: str, device: str) -> tuple[Adapter | None, str]:
 
 if __name__ == "__main__":
     for package, peer in PEERS.items():
-        here = importlib.util.find_spec(peer.module) is not None
-        version = importlib.metadata.version(peer.install) if here else f"absent (pip install {peer.install})"
+        version = importlib.metadata.version(peer.install) if _is_here(peer) else f"absent (pip install {peer.install})"
         print(f"{package:16} {version}{', needs a GPU' if peer.needs_cuda else ''}")

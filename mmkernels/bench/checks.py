@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from case import Case, Inputs, Options, Outputs, Params, contenders
 from torch import Tensor
 
-import mmkernels.testing as testing
+from mmkernels import testing
+from mmkernels.bench.case import Case, Contender, Inputs, Outputs, Params
 
 # Allowed relative RMS distance from plain PyTorch at full size, where float64 does not fit. In half precision the
 # reference is plain PyTorch in float32 on the same values, and twice its own half-precision error is allowed if that is
@@ -32,31 +32,38 @@ def _together(draws: list[Outputs]) -> list[Tensor]:
     return [torch.stack(of) for of in zip(*draws, strict=True)]
 
 
-def gate_against_truth(case: Case, params: Params, options: Options) -> dict[str, float]:
-    """Our contenders -> their largest error ratio at the gate's size. Raise AssertionError if one is too large."""
-    if case.check is not None or case.plain is None:
+def gate_against_truth(
+    case: Case, point: Params, ours: list[Contender], device: torch.device
+) -> dict[str, float | str]:
+    """Contenders of ours -> the largest error ratio of its outputs at the gate's size, or what is wrong."""
+    if case.check is not None or case.plain is None or not ours:
         return {}
-    runs = {name: run for name, run in contenders(case, options)[0].items() if name.startswith("mmkernels")}
+    runs = {contender.name: contender.run for contender in ours if contender.run is not None}
     results: dict[str, list[Outputs]] = {name: [] for name in ("truth", "plain", "terms", *runs)}
     for seed in range(case.draws):
-        point = {**params, **(case.gate or {}), **({"seed": seed} if case.draws > 1 else {})}
-        inputs = case.setup(point, torch.device(options.device))
+        drawn = {**point, **(case.gate or {}), **({"seed": seed} if case.draws > 1 else {})}
+        inputs = case.setup(drawn, device)
         doubled = _converted(inputs, torch.float64)
         for name, run in {"truth": case.plain, "terms": case.terms}.items():
             results[name].append(run(doubled))
         for name, run in {"plain": case.plain, **runs}.items():
             results[name].append(run(inputs))
     truth, plain, terms = (_together(results.pop(name)) for name in ("truth", "plain", "terms"))
-    ratios = {}
-    for name, drawn in results.items():
-        ours = _together(drawn)
-        assert len(ours) == len(truth) == len(case.outputs), f"{case.name}: outputs= must name each of {len(truth)}"
-        compared = enumerate(zip(case.outputs, ours, plain, truth, strict=True))
-        ratios[name] = max(
+    return {name: _judged(case, name, _together(drawn), plain, truth, terms) for name, drawn in results.items()}
+
+
+def _judged(
+    case: Case, name: str, ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], terms: list[Tensor]
+) -> float | str:
+    assert len(ours) == len(truth) == len(case.outputs), f"{case.name}: outputs= must name each of {len(truth)}"
+    compared = enumerate(zip(case.outputs, ours, plain, truth, strict=True))
+    try:
+        return max(
             testing.assert_as_accurate(f"{name}: {what}", *three, terms=terms[i] if i < len(terms) else None).ratio
             for i, (what, *three) in compared
         )
-    return ratios
+    except AssertionError as error:
+        return str(error)
 
 
 @dataclass
@@ -73,10 +80,10 @@ def _distance(result: Tensor, expected: Tensor) -> float:
     return ((result[both] - expected[both]).norm() / expected[both].norm().clamp_min(1e-30)).item()
 
 
-def reference_from(run: Callable[[Inputs], Outputs], results: Outputs, params: Params, inputs: Inputs) -> Reference:
+def reference_from(run: Callable[[Inputs], Outputs], results: Outputs, point: Params, inputs: Inputs) -> Reference:
     """The reference from plain PyTorch's results or, where it cannot run, from the next contender's."""
-    agreement = _AGREEMENT[params["dtype"]]
-    if params["dtype"] not in ("float16", "bfloat16"):
+    agreement = _AGREEMENT[point["dtype"]]
+    if point["dtype"] not in ("float16", "bfloat16"):
         return Reference(results, [agreement] * len(results))
     outputs = run(_converted(inputs, torch.float32))
     return Reference(outputs, [max(agreement, 2 * _distance(*x)) for x in zip(results, outputs, strict=True)])

@@ -1,10 +1,5 @@
 """The row-wise ops around attention, norm + rotary embedding and gated residual, against plain PyTorch.
 
-python benches/bench_attention_rows.py --help
-
-On a CPU run it with MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 in the environment: otherwise
-glibc requests the memory of each output anew from the kernel, and all contenders mostly wait for zeroed pages.
-
 Both are memory-bound: GB/s count only what must be read and written, forward and backward; the ceiling is a large copy.
 Plain PyTorch is what model code does: `F.rms_norm` and the rotation as transformers writes it; `residual + gate.tanh()
 * x`.
@@ -17,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Case, Inputs, Work, main
 from torch import Tensor
 
 from mmkernels import gated_residual, qk_norm_rope, rotary_cos_sin
+from mmkernels.bench.case import Case, Inputs, Work
 from mmkernels.testing.attention_rows import plain_gated_residual, plain_norm_rope
 
 Params = Mapping[str, Any]
@@ -76,8 +71,9 @@ def ours_rope(inputs: Inputs, backend: str | None) -> Outputs:
 
 
 def plain_rope(inputs: Inputs) -> Outputs:
-    options = {"cos_sin": (inputs["cos"], inputs["sin"]), "norm": "rms", "eps": 1e-6, "interleaved": False}
-    out = tuple(plain_norm_rope(inputs[x], inputs[f"{x}_weight"], None, **options) for x in "qk")
+    cos_sin = inputs["cos"], inputs["sin"]
+    plain = partial(plain_norm_rope, bias=None, cos_sin=cos_sin, norm="rms", eps=1e-6, interleaved=False)
+    out = tuple(plain(inputs[x], inputs[f"{x}_weight"]) for x in "qk")
     return with_gradients(out, inputs, "q", "k", "q_weight", "k_weight")
 
 
@@ -97,12 +93,12 @@ def rope_points(direction: str, **sizes: int) -> list[Params]:
 
 ROPE = [
     Case(
-        name="qk_norm_rope",
-        grid=[
+        name=f"qk_norm_rope {direction}",
+        full=[
             *rope_points(direction, T=8192, H=16, Hkv=4, D=128),
             *rope_points(direction, T=8192, H=16, Hkv=16, D=64),
         ],
-        quick=rope_points(direction, T=128, H=4, Hkv=2, D=64),
+        quick=rope_points(direction, T=2048, H=16, Hkv=4, D=128)[1:],
         gate={"T": 64},
         setup=setup_rope,
         ours=ours_rope,
@@ -144,9 +140,9 @@ def gate_points(direction: str, **sizes: int) -> list[Params]:
 
 GATE = [
     Case(
-        name="gated_residual",
-        grid=gate_points(direction, N=8192, C=2048),
-        quick=gate_points(direction, N=64, C=256),
+        name=f"gated_residual {direction}",
+        full=gate_points(direction, N=8192, C=2048),
+        quick=gate_points(direction, N=2048, C=2048)[2:],
         gate={"N": 64},
         setup=setup_gate,
         ours=ours_gate,
@@ -161,6 +157,3 @@ GATE = [
     )
     for direction, outputs in (("fwd", ("out",)), ("fwd+bwd", ("out", "d_residual", "dx", "d_gate")))
 ]
-
-if __name__ == "__main__":
-    main("attention_rows", [*ROPE, *GATE])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from harness import Case, Inputs, Work
-from packing_rows import Params
 from torch import Tensor
 
 from mmkernels import maxsim
+from mmkernels.bench.case import Case, Inputs, Work
+from mmkernels.bench.cases.packing_rows import Params
 from mmkernels.testing.packing import cu_seqlens_of, plain_maxsim
 
 
@@ -36,8 +36,8 @@ def setup(p: Params, device: torch.device) -> Inputs:
     }
 
 
-def batch(inputs: Inputs) -> tuple[Tensor, ...]:
-    return tuple(inputs[name] for name in ("queries", "documents", "cu_seqlens_q", "cu_seqlens_k"))
+def batch(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return inputs["queries"], inputs["documents"], inputs["cu_seqlens_q"], inputs["cu_seqlens_k"]
 
 
 def with_gradients(scores: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -67,8 +67,8 @@ SIZES = [
 ]
 MAXSIM = Case(
     name="maxsim fwd+bwd",
-    grid=[{**size, "E": 128, "dtype": dtype} for dtype in ("float32", "bfloat16") for size in SIZES],
-    quick=[{"N": 12, "Lq": 16, "Lk": 90, "lengths": "ragged", "E": 64, "dtype": "float32"}],
+    full=[{**size, "E": 128, "dtype": dtype} for dtype in ("float32", "bfloat16") for size in SIZES],
+    quick=[{"N": 32, "Lq": 32, "Lk": 180, "lengths": "ragged", "E": 128, "dtype": "float32"}],
     gate={"N": 12},
     setup=setup,
     ours=lambda inputs, backend: with_gradients(maxsim(*batch(inputs), backend=backend), inputs),

@@ -1,0 +1,144 @@
+"""`mmkernels bench`: the suite, for those who installed a wheel; `mmkernels bench model` plans exchanges instead."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import tyro
+
+from mmkernels.bench import suite
+from mmkernels.bench.case import FAMILIES
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Check the kernels on this machine, time them against what you would use without them, and show both.
+
+    Every contender's result is checked before any is timed. `mmkernels bench model` plans a loss over many ranks."""
+
+    families: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Of the benches; all if none is given."""
+    quick: bool = False
+    """Sizes that take a few minutes in all; the default."""
+    full: bool = False
+    """Sizes of trainers; half an hour on two cores."""
+    peers: bool = False
+    """Measure other installed packages, too."""
+    compile: bool = False
+    """Measure torch.compile and FlexAttention on a CPU, too, where they compile for tens of seconds."""
+    filter: str = ""
+    """A pytest -k expression: "infonce and float32 and not checkpointing". A ratio needs its baseline."""
+    backend: tuple[str, ...] = ()
+    """Our backends to measure, by name."""
+    device: str = ""
+    """Where to run; by default cuda, if there is one."""
+    threads: int = 0
+    """CPU threads; 0 for torch's default."""
+    seconds: float | None = None
+    """To spend on each contender of a point; by default 0.3, and 1 with --full."""
+    memory: bool = True
+    """Measure peak memory, too."""
+    json: Path | None = None
+    """Write the results there, in pytest-benchmark's format."""
+    html: Path | None = None
+    """Write a page there."""
+    compare: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="A.json B.json")] = None
+    """Measure nothing; say what became slower from A to B, by the ratio to the baseline in the same file."""
+
+
+def _wrong(options: Options) -> str:
+    """What is wrong with the options, or nothing."""
+    unknown = [name for name in options.families if name not in FAMILIES]
+    if unknown:
+        return f"family: expected some of {', '.join(FAMILIES)}, got {unknown[0]!r}"
+    if options.quick and options.full:
+        return "--quick: expected not to be given with --full"
+    if options.seconds is not None and not options.seconds > 0:
+        return f"--seconds: expected a number > 0, got {options.seconds}"
+    if options.threads < 0:
+        return f"--threads: expected a number >= 0, got {options.threads}"
+    for name in ("json", "html"):
+        path = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            return f"--{name}: expected a path in a folder that exists, got {str(path)!r}"
+    return ""
+
+
+def _arguments(options: Options, results: Path) -> list[str]:
+    """Pytest's."""
+    file = Path(suite.__file__)
+    given = [f"{file}::bench_{family}" for family in options.families or FAMILIES]
+    given += [
+        "-p",
+        "mmkernels.bench.plugin",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(file.parent),
+        "--import-mode=importlib",
+    ]
+    given += ["-o", "python_functions=bench_*", "-p", "no:cacheprovider", "-q", "--tb=short", "--disable-warnings"]
+    given += ["--benchmark-quiet", f"--benchmark-json={results}"]
+    flags = {"full": options.full, "peers": options.peers, "compile": options.compile, "no-memory": not options.memory}
+    given += [f"--{name}" for name, on in flags.items() if on]
+    given += [f"--backend={name}" for name in options.backend]
+    values = {"device": options.device, "threads": options.threads, "benchmark-max-time": options.seconds}
+    given += [f"--{name}={value}" for name, value in values.items() if value]
+    return given + (["-k", options.filter] if options.filter else [])
+
+
+def _compare(before: Path, after: Path) -> int:
+    from mmkernels.bench import compare
+
+    return compare.main(before, after)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `mmkernels bench`; returns the exit status: 1 if a result is wrong, or slower in a comparison."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["model"]:
+        from mmkernels.bench import model_cli
+
+        return model_cli.main(given[1:])
+    options = tyro.cli(Options, prog="mmkernels bench", args=given)
+    wrong = _wrong(options)
+    if wrong:
+        print(f"mmkernels bench: {wrong}", file=sys.stderr)
+        return 2
+    if options.compare is not None:
+        return _compare(*options.compare)
+    return _run(options)
+
+
+def _run(options: Options) -> int:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        status = int(pytest.main(_arguments(options, results)))
+        if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+            print(f"mmkernels bench: nothing to measure matches --filter {options.filter!r}", file=sys.stderr)
+            return 2
+        found: dict[str, Any] | None = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+    if found is None:
+        return status
+    if options.json is not None:
+        scratch = options.json.with_suffix(".tmp")  # a run that is killed here leaves an older file as it was
+        scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(options.json)
+        print(f"results: {options.json}")
+    if options.html is not None:
+        from mmkernels.bench.page import render
+
+        render(found, options.html)
+        print(f"page: {options.html}")
+    return status

@@ -1,0 +1,71 @@
+"""What is derived from times: ratios to the baseline, rates, and how near the machine's ceilings they come."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmkernels.bench.case import Case, Work
+from mmkernels.bench.group import Result
+
+__all__ = ["derived"]
+
+
+def derived(
+    case: Case, point: Mapping[str, Any], results: Mapping[str, Result], ceiling: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Contender -> the figures of its entry, those that it has."""
+    timed = {name: result for name, result in results.items() if result.kind == "timed"}
+    baselines = [result for name, result in timed.items() if name in case.baseline]
+    base = min(baselines, key=lambda result: statistics.median(result.seconds), default=None)
+    work = case.work(point)
+    return {name: _figures(case, point, result, base, work, ceiling) for name, result in timed.items()}
+
+
+def _figures(
+    case: Case,
+    point: Mapping[str, Any],
+    result: Result,
+    base: Result | None,
+    work: Work,
+    ceiling: Mapping[str, float],
+) -> dict[str, Any]:
+    median = statistics.median(result.seconds)
+    found: dict[str, Any] = {
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "items": work.items,
+        "tflops": work.flops and work.flops / median / 1e12,
+        "gbytes_per_s": work.bytes and work.bytes / median / 1e9,
+        "mitems_per_s": work.items and work.items / median / 1e6,
+        "peak_bytes": result.peak_bytes,
+        "error_ratio": result.error_ratio,
+        "curve": case.curve,
+        "predicted_s": case.predict(point, result.contender),
+        "figures": result.figures or None,
+        "note": result.note or None,
+    }
+    # The least time at the ceilings: a call that both computes and moves is bound by the slower of the two.
+    limits = {f"flops:{point.get('dtype')}": work.flops, "bytes": work.bytes}
+    times = {name: amount / ceiling[name] for name, amount in limits.items() if amount and name in ceiling}
+    if times:
+        found["bound"] = max(times, key=lambda name: times[name])
+        found["of_ceiling"] = times[found["bound"]] / median
+    if base is not None:
+        found["speedup"] = statistics.median(base.seconds) / median
+        found["speedup_noise"] = 0.0 if base is result else _noise(base.seconds, result.seconds)
+        if base.peak_bytes and result.peak_bytes is not None:
+            found["memory_ratio"] = result.peak_bytes / base.peak_bytes
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _noise(base: Sequence[float], mine: Sequence[float]) -> float | None:
+    """The relative standard error of the ratio of medians, from the ratios of rounds, which were taken in turn."""
+    logs = [math.log(a / b) for a, b in zip(base, mine, strict=False)]
+    if len(logs) < 2:
+        return None
+    middle = statistics.median(logs)
+    spread = 1.4826 * statistics.median(abs(x - middle) for x in logs)  # of a normal distribution
+    return 1.2533 * spread / math.sqrt(len(logs))  # of a median
