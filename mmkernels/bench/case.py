@@ -15,7 +15,7 @@ from mmkernels.runtime.backends import candidates
 
 __all__ = ["FAMILIES", "Case", "Contender", "Settings", "Work", "cases_of", "contenders", "points_of", "title"]
 
-FAMILIES = ("attention", "contrastive", "packing", "planner")
+FAMILIES = ("attention", "contrastive", "packing", "planner", "scaling")
 
 Params = Mapping[str, Any]
 Inputs = dict[str, Any]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mmkernels.bench.case import Case, Contender, Inputs, Settings, contenders, title
+from mmkernels.bench.case import Case, Contender, Inputs, Settings, contenders
 from mmkernels.bench.checks import Reference, agreement, gate_against_truth, reference_from
 from mmkernels.bench.measure import in_turn
 from mmkernels.bench.memory import Request, peak_memory, peak_memory_in_child
@@ -120,7 +120,7 @@ def _right(
             result.note = agreement(case, name, outputs, reference, inputs)
             result.figures = dict(case.figures(outputs, inputs))
         except AssertionError as error:
-            result.kind, result.why = "wrong", f"{title(case, point)}: {name}: {error}"
+            result.kind, result.why = "wrong", str(error)
         except Exception as error:  # a peer that fails at this size is a result; the bench continues
             result.kind, result.why = "fails", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
         else:

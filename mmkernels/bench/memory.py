@@ -83,7 +83,7 @@ def _measured(request: Request) -> int:
     case, device = cases_of(request.module, request.settings)[request.case], torch.device(request.settings.device)
     run = contenders(case, request.settings)[request.contender].run
     assert run is not None
-    run(case.setup({**request.point, **(case.gate or case.quick[0])}, device))
+    run(case.setup({**request.point, **(case.gate or {})}, device))
     inputs = case.setup(request.point, device)
     return peak_memory(lambda: run(inputs), device)
 

@@ -134,7 +134,6 @@ _suite = pytest.StashKey[Suite]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cases(module): the cases that a bench measures")
     for name in _NOT_HERE:
         if f"--benchmark-{name}" in _given(config):
             raise pytest.UsageError(f"--benchmark-{name}: expected not to be given: contenders are timed in turn here")
@@ -146,10 +145,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    marker = metafunc.definition.get_closest_marker("cases")
-    if marker is None:
+    module = getattr(metafunc.function, "cases_module", None)
+    if module is None:
         return
-    (module,) = marker.args
     settings = metafunc.config.stash[_suite].settings
     entries = [
         Entry(module, case, point, name)

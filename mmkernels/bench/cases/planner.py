@@ -5,6 +5,7 @@ Single-threaded.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from mmkernels.bench.planner_peers import LengthsOfPacks
 from mmkernels.testing.lengths import LENGTHS, samples_like
 
 Params = Mapping[str, Any]
-SLOW = ("trl", "numba", "torchtune")  # beyond tens of thousands of items
+SLOW = ("trl", "numba", "torchtune", "best fit in Python")  # beyond tens of thousands of items
 
 
 def setup(p: Params, device: torch.device) -> Inputs:
@@ -39,6 +40,10 @@ def plan_with(strategy: str, inputs: Inputs, backend: str | None = None) -> tupl
     return (plan,)
 
 
+def best_fit(inputs: Inputs, backend: str | None) -> tuple[PackingPlan]:
+    return plan_with("best_fit", inputs)
+
+
 def listed(inputs: Inputs) -> tuple[PackingPlan]:
     (plan,) = plan_with("histogram", inputs)
     assert len(plan.items)
@@ -54,6 +59,21 @@ def stream(inputs: Inputs) -> tuple[list[Any]]:
     planner.flush()
     while (pack := planner.pop()) is not None:
         packs.append(pack)
+    return (packs,)
+
+
+def best_fit_in_python(inputs: Inputs) -> tuple[list[list[int]]]:
+    """Best fit decreasing with a sorted list of the room that packs have left, as collators write it."""
+    lengths, packs = inputs["lengths"], []
+    room: list[tuple[int, int]] = []  # and the pack, sorted
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[item])
+        at = bisect.bisect_left(room, (length, -1))
+        left, pack = room.pop(at) if at < len(room) else (inputs["capacity"], len(packs))
+        if pack == len(packs):
+            packs.append([])
+        packs[pack].append(item)
+        bisect.insort(room, (left - length, pack))
     return (packs,)
 
 
@@ -103,13 +123,14 @@ PLAN = Case(
         "mmkernels histogram": partial(plan_with, "histogram"),
         "mmkernels next_fit": partial(plan_with, "next_fit"),
         "mmkernels StreamPlanner": stream,
+        "best fit in Python": best_fit_in_python,
         "padding 32 to the longest": pad_to_longest,
     },
     peers={"trl": "bfd", "numba": "first_fit", "lightbinpack": "obfd", "torchtune": "next_fit"},
     check=check_plan,
     figures=figures_of_plan,
     limits=lambda p, name: "too slow" if p["n"] > 20_000 and name in (*SLOW, "mmkernels StreamPlanner") else None,
-    baseline=("trl", "numba", "lightbinpack", "torchtune"),
+    baseline=("best fit in Python", "trl", "numba", "lightbinpack", "torchtune"),
     work=lambda p: Work(items=p["n"]),
 )
 
