@@ -68,7 +68,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(VENV)/installed-dev
-	$(BIN)/pytest benches $(ARGS)
+	$(BIN)/mmkernels bench $(ARGS)
 
 wheel: $(WHEELS)/built
 	mkdir -p dist

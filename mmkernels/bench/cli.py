@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +50,7 @@ class Options:
     memory: bool = True
     """Measure peak memory, too."""
     json: Path | None = None
-    """Write the results there, in pytest-benchmark's format."""
+    """Write the results there, in pytest-benchmark's format; in a folder, named after machine, instructions and day."""
     html: Path | None = None
     """Write a page there."""
     compare: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="A.json B.json")] = None
@@ -68,7 +70,7 @@ def _wrong(options: Options) -> str:
         return f"--threads: expected a number >= 0, got {options.threads}"
     for name in ("json", "html"):
         path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
+        if path is not None and not (path if name == "json" and path.is_dir() else path.parent).is_dir():
             return f"--{name}: expected a path in a folder that exists, got {str(path)!r}"
     return ""
 
@@ -77,16 +79,8 @@ def _arguments(options: Options, results: Path) -> list[str]:
     """Pytest's."""
     file = Path(suite.__file__)
     given = [f"{file}::bench_{family}" for family in options.families or FAMILIES]
-    given += [
-        "-p",
-        "mmkernels.bench.plugin",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(file.parent),
-        "--import-mode=importlib",
-    ]
-    given += ["-o", "python_functions=bench_*", "-p", "no:cacheprovider", "-q", "--tb=short", "--disable-warnings"]
+    given += ["-c", os.devnull, f"--rootdir={file.parent}", "--import-mode=importlib", "-pno:cacheprovider"]
+    given += ["-pmmkernels.bench.plugin", "-opython_functions=bench_*", "-q", "--tb=short", "--disable-warnings"]
     given += ["--benchmark-quiet", f"--benchmark-json={results}"]
     flags = {"full": options.full, "peers": options.peers, "compile": options.compile, "no-memory": not options.memory}
     given += [f"--{name}" for name, on in flags.items() if on]
@@ -94,6 +88,13 @@ def _arguments(options: Options, results: Path) -> list[str]:
     values = {"device": options.device, "threads": options.threads, "benchmark-max-time": options.seconds}
     given += [f"--{name}={value}" for name, value in values.items() if value]
     return given + (["-k", options.filter] if options.filter else [])
+
+
+def _file_name(results: dict[str, Any]) -> str:
+    about = results["machine_info"]["mmkernels"]
+    size = "" if results["mmkernels"]["size"] == "full" else "-quick"
+    name = f"suite-{about['device']}-{about['isa']}-{about['date'][:10]}{size}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
 
 
 def _compare(before: Path, after: Path) -> int:
@@ -120,8 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options) -> int:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         status = int(pytest.main(_arguments(options, results)))
@@ -132,10 +131,11 @@ def _run(options: Options) -> int:
     if found is None:
         return status
     if options.json is not None:
-        scratch = options.json.with_suffix(".tmp")  # a run that is killed here leaves an older file as it was
+        path = options.json / _file_name(found) if options.json.is_dir() else options.json
+        scratch = path.with_suffix(".tmp")  # a run that is killed here leaves an older file as it was
         scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(options.json)
-        print(f"results: {options.json}")
+        scratch.replace(path)
+        print(f"results: {path}")
     if options.html is not None:
         from mmkernels.bench.page import render
 

@@ -25,7 +25,7 @@ def benches_of(module: str) -> Callable[..., None]:
         if result.kind == "timed":
             hand_over(benchmark, entry, result, figures)
 
-    bench.cases_module = module  # type: ignore[attr-defined]  # what plugin.py makes tests of
+    bench.cases_module = module  # what plugin.py makes tests of
     return bench
 
 

@@ -255,9 +255,9 @@ def test_command_writes_results(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plugin, "keep_freed_memory", lambda: False)
-    path = tmp_path / "a.json"
-    arguments = ["planner", "--filter", "counts", "--seconds", "0.01", "--no-memory", "--json", str(path)]
+    arguments = ["planner", "--filter", "counts", "--seconds", "0.01", "--no-memory", "--json", str(tmp_path)]
     assert cli.main(arguments) == 0
+    (path,) = tmp_path.glob("suite-*-quick.json")
     results = json.loads(path.read_text(encoding="utf-8"))
     assert {each["extra_info"]["case"] for each in results["benchmarks"]} == {"counts"}
     assert not list(tmp_path.glob("*.tmp"))

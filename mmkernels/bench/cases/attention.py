@@ -214,13 +214,14 @@ def case(kind: Kind, backward: bool, settings: Settings) -> Case:
     device = torch.device(settings.device)
     calls: dict[str, Callable[..., Tensor]] = {}
     if "S" in kind.full and "I" not in kind.full:
-        calls |= {"SDPA by segment": sdpa_by_segment, "NestedTensor": sdpa_nested}
+        calls["SDPA by segment"] = sdpa_by_segment
+        calls |= {"NestedTensor": sdpa_nested} if settings.full else {}
     if "S" in kind.full:
         calls["SDPA padded"] = sdpa_padded
     if device.type == "cuda":
         calls |= {f"SDPA [{name}]": partial(sdpa_on, name) for name in _SDPA_BACKENDS}
     calls["FlexAttention"] = flex
-    if not settings.backends:
+    if settings.full and not settings.backends:
         for name in further_backends(device):
             calls[_REFERENCE if name == "reference" else f"mmkernels [{name}]"] = partial(ours, backend=name)
     # The adapters always compute gradients.

@@ -144,6 +144,7 @@ GATE = [
         full=gate_points(direction, N=8192, C=2048),
         quick=gate_points(direction, N=2048, C=2048)[2:],
         gate={"N": 64},
+        draws=16,  # d_gate is one number
         setup=setup_gate,
         ours=ours_gate,
         plain=plain_gate,
