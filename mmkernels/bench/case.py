@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,7 +13,18 @@ import torch
 from mmkernels.bench import peers
 from mmkernels.runtime.backends import candidates
 
-__all__ = ["FAMILIES", "Case", "Contender", "Settings", "Work", "cases_of", "contenders", "points_of", "title"]
+__all__ = [
+    "FAMILIES",
+    "Case",
+    "Contender",
+    "Settings",
+    "Work",
+    "cases_of",
+    "compiled",
+    "contenders",
+    "points_of",
+    "title",
+]
 
 FAMILIES = ("attention", "contrastive", "packing", "planner", "scaling")
 
@@ -130,6 +141,12 @@ class Contender:
     role: str  # ours, baseline, other, peer
     run: Run | None = None
     absent: str = ""
+
+
+def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile at the first call, since compiling imports what takes seconds."""
+    made = cache(partial(torch.compile, call, dynamic=False))
+    return lambda *args: made()(*args)
 
 
 def title(case: Case, point: Params) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmkernels.bench.case import Settings, cases_of, contenders
+from mmkernels.bench.case import FAMILIES, Settings, cases_of, contenders
 
 __all__ = ["Request", "keep_freed_memory", "peak_memory", "peak_memory_in_child"]
 
@@ -101,7 +101,7 @@ def peak_memory_in_child(request: Request) -> int | str:
     The process is forked from one that has imported torch and computed nothing, which takes a tenth of a second.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *(f"mmkernels.bench.cases.{family}" for family in FAMILIES)])
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(request, theirs), daemon=True)
     child.start()

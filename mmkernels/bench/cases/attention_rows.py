@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import gated_residual, qk_norm_rope, rotary_cos_sin
-from mmkernels.bench.case import Case, Inputs, Work
+from mmkernels.bench.case import Case, Inputs, Work, compiled
 from mmkernels.testing.attention_rows import plain_gated_residual, plain_norm_rope
 
 Params = Mapping[str, Any]
@@ -104,7 +104,7 @@ ROPE = [
         ours=ours_rope,
         plain=plain_rope,
         others={
-            "torch.compile": torch.compile(plain_rope),
+            "torch.compile": compiled(plain_rope),
             "same bytes": partial(same_bytes, len(outputs), (("q",), ("k",))),
         },
         outputs=outputs,
@@ -149,7 +149,7 @@ GATE = [
         ours=ours_gate,
         plain=plain_gate,
         others={
-            "torch.compile": torch.compile(plain_gate),
+            "torch.compile": compiled(plain_gate),
             "same bytes": partial(same_bytes, len(outputs), (("residual", "x"),)),
         },
         outputs=outputs,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels import FalseNegatives, infonce, siglip
-from mmkernels.bench.case import Case, Inputs, Settings, Work
+from mmkernels.bench.case import Case, Inputs, Settings, Work, compiled
 from mmkernels.testing.contrastive import (
     infonce_terms,
     plain_infonce,
@@ -171,7 +171,7 @@ def case(
         plain=partial(run, plain[first], names),
         others={
             **{form: partial(run, plain[form], names) for form in more},
-            "torch.compile": partial(run, torch.compile(plain[first], dynamic=False), names),
+            "torch.compile": partial(run, compiled(plain[first]), names),
             **{form: partial(run, loss, names) for form, loss in others.items()},
         },
         peers=peers,

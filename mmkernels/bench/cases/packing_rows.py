@@ -49,7 +49,7 @@ def check_moved(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
 WIDTHS: list[Params] = [
     {"E": width, "MiB": 256, "dtype": dtype} for dtype in ("bfloat16", "float32") for width in (64, 512, 1024, 4096)
 ]
-QUICK: list[Params] = [{"E": 512, "MiB": 64, "dtype": "bfloat16"}]
+QUICK: list[Params] = [{"E": 512, "MiB": 32, "dtype": "bfloat16"}]
 
 
 def bytes_moved(p: Params) -> Work:
