@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from report import RESULTS, machine
+from studies import RESULTS, measured_on
 from tabulate import tabulate
 
 from mmkernels.pretrain import Config, train
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the newest results, and train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    about = machine(torch.device("cpu"))
+    about = measured_on()
     path = max(RESULTS.glob("policies-*.json"), key=lambda each: each.name[-15:]) if args.table else path_of(about)
     every = json.loads(path.read_text("utf-8")) if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:

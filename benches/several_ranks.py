@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from report import RESULTS, machine
+from studies import RESULTS, measured_on
 
 from mmkernels import Machine, TrainingStep, plan_scale
 from mmkernels.pretrain import checkpoint
@@ -212,7 +212,7 @@ def overhead(steps: int = 60, repeats: int = 3) -> None:
 
 def save(name: str, rows: list[dict[str, Any]]) -> None:
     """Add to the results of this day and processor."""
-    about = machine(torch.device("cpu"))
+    about = measured_on()
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     path = RESULTS / f"several-ranks-{device}-{about['date'][:10]}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
