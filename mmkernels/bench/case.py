@@ -94,7 +94,7 @@ class Case:
             `assert_as_accurate`. Needed for scalars with cancellation.
         check: replaces both gates: `(contender, outputs, inputs) -> None`, raises AssertionError.
         limits: `(params, contender) -> reason` for skipping it (such as a logit matrix that would not fit), or None.
-        baseline: the contenders that ratios refer to: the fastest of them.
+        baseline: the contenders that ratios refer to: the fastest of them; () if there is no ratio of interest.
         backends_of: with `full`, measure every available backend of this op family, not only the one that
             `backend=None` picks.
         compiled: contenders that `Settings.compile` leaves out on a CPU, besides "torch.compile".

@@ -10,7 +10,7 @@ from typing import Any
 from mmkernels.bench.case import Case, Work
 from mmkernels.bench.group import Result
 
-__all__ = ["derived"]
+__all__ = ["derived", "ratio", "ratio_noise"]
 
 
 def derived(
@@ -54,15 +54,22 @@ def _figures(
         found["bound"] = max(times, key=lambda name: times[name])
         found["of_ceiling"] = times[found["bound"]] / median
     if base is not None:
-        found["speedup"] = statistics.median(base.seconds) / median
-        found["speedup_noise"] = 0.0 if base is result else _noise(base.seconds, result.seconds)
+        found["speedup"] = ratio(base.seconds, result.seconds)
+        found["speedup_noise"] = 0.0 if base is result else ratio_noise(base.seconds, result.seconds)
         if base.peak_bytes and result.peak_bytes is not None:
             found["memory_ratio"] = result.peak_bytes / base.peak_bytes
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _noise(base: Sequence[float], mine: Sequence[float]) -> float | None:
-    """The relative standard error of the ratio of medians, from the ratios of rounds, which were taken in turn."""
+def ratio(base: Sequence[float], mine: Sequence[float]) -> float:
+    """How many times faster: the median over rounds, which were taken in turn; of fewer than three, that of medians."""
+    if min(len(base), len(mine)) < 3:
+        return statistics.median(base) / statistics.median(mine)
+    return statistics.median(a / b for a, b in zip(base, mine, strict=False))
+
+
+def ratio_noise(base: Sequence[float], mine: Sequence[float]) -> float | None:
+    """The relative standard error of `ratio`, from how it differs between rounds."""
     logs = [math.log(a / b) for a, b in zip(base, mine, strict=False)]
     if len(logs) < 2:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,9 @@ def test_it_checks_times_and_writes(run: Run) -> None:
     assert about["point"] == {"N": 16, "dtype": "float32"}
     median = found["mmkernels"]["stats"]["median"]
     assert about["tflops"] == pytest.approx(16 * 16 / median / 1e12)
-    assert about["speedup"] == pytest.approx(found["plain PyTorch"]["stats"]["median"] / median, rel=1e-4)
+    rounds = [found[name]["stats"]["data"] for name in ("plain PyTorch", "mmkernels")]
+    ratios = [a / b for a, b in zip(*rounds, strict=False)]
+    assert about["speedup"] == pytest.approx(statistics.median(ratios), rel=1e-3)
     assert about["error_ratio"] <= 1.2
     assert about["peak_bytes"] >= 0
     assert (about["figures"], about["curve"], about["predicted_s"]) == ({"answer": 42.0}, "N", 16e-6)
@@ -212,7 +215,7 @@ def test_every_case_is_right(family: str) -> None:
         faults.pop("NestedTensor", None)  # the CPU's has no such attention in some releases
         assert not faults, f"{case.name}: {faults}"
         assert found[next(name for name in names if name.startswith("mmkernels"))].kind == "checked"
-        assert set(case.baseline) & set(names), f"{case.name}: no baseline"
+        assert not case.baseline or set(case.baseline) & set(names), f"{case.name}: no such baseline"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -64,7 +64,7 @@ def stream(inputs: Inputs) -> tuple[list[Any]]:
 
 def best_fit_in_python(inputs: Inputs) -> tuple[list[list[int]]]:
     """Best fit decreasing with a sorted list of the room that packs have left, as collators write it."""
-    lengths, packs = inputs["lengths"], []
+    lengths, packs = inputs["lengths"], list[list[int]]()
     room: list[tuple[int, int]] = []  # and the pack, sorted
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
@@ -132,6 +132,7 @@ PLAN = Case(
     limits=lambda p, name: "too slow" if p["n"] > 20_000 and name in (*SLOW, "mmkernels StreamPlanner") else None,
     baseline=("best fit in Python", "trl", "numba", "lightbinpack", "torchtune"),
     work=lambda p: Work(items=p["n"]),
+    memory=False,
 )
 
 COUNTS = Case(
@@ -145,6 +146,7 @@ COUNTS = Case(
     figures=figures_of_plan,
     baseline=("mmkernels best_fit",),
     work=lambda p: Work(items=p["n"]),
+    memory=False,
 )
 
 IMAGES = Case(
@@ -156,8 +158,9 @@ IMAGES = Case(
     others={f"mmkernels {name}": partial(plan_with, name) for name in ("best_fit", "subset_sum", "next_fit")},
     check=check_plan,
     figures=figures_of_plan,
-    baseline=("mmkernels best_fit",),
+    baseline=(),
     work=lambda p: Work(items=p["n"]),
+    memory=False,
 )
 
 # Ranks
@@ -206,8 +209,9 @@ RANKS = Case(
     others={"in turn": in_turn},
     check=check_ranks,
     figures=figures_of_ranks,
-    baseline=("in turn",),
+    baseline=(),
     work=lambda p: Work(items=p["n"]),
+    memory=False,
 )
 
 
