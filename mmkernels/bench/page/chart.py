@@ -92,7 +92,8 @@ def drawn(chart: Chart) -> Markup:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" xmlns="http://www.w3.org/2000/svg">',
         f"<title>{escape(chart.title)}</title><desc>{escape(chart.text)}</desc>",
     ]
-    for value in x.ticks([point[0] for series in chart.series if series.line for point in series.points]):
+    lines = all(series.line for series in chart.series)
+    for value in x.ticks([point[0] for point in points] if lines else []):
         parts.append(f'<line class="grid" x1="{x.at(value):.1f}" x2="{x.at(value):.1f}" y1="{TOP}" y2="{y.begin}"/>')
         parts.append(f'<text x="{x.at(value):.1f}" y="{y.begin + 15}" text-anchor="middle">{_label(value)}</text>')
     for value in y.ticks():
