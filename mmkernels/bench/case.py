@@ -73,6 +73,15 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What a contender gave that took its own times: seconds of each round, figures, and seconds by the cost model."""
+
+    seconds: Sequence[float]
+    figures: Mapping[str, float]
+    predicted: float | None = None
+
+
+@dataclass(frozen=True)
 class Case:
     """One thing to measure.
 
@@ -100,7 +109,9 @@ class Case:
         compiled: contenders that `Settings.compile` leaves out on a CPU, besides "torch.compile".
         figures: `(outputs, inputs) -> {column: value}`, more figures of a result, such as a plan's efficiency.
         curve: the parameter that is the x axis, for cases that show how time grows.
-        predict: `(params, contender) -> seconds` by the cost model, or None where it has none.
+        calibrate: one or two short points from which the cost model predicts the others' seconds, see prediction.py.
+        sample: for cases whose calls are not of this process: takes the place of setup, ours, plain and both gates;
+            `(params, contenders, settings) -> {contender: Sample, or what is wrong}`.
         memory: whether peak memory tells anything.
     """
 
@@ -125,7 +136,8 @@ class Case:
     compiled: Sequence[str] = ("torch.compile",)
     figures: Callable[[Outputs, Inputs], Mapping[str, float]] = lambda _outputs, _inputs: {}
     curve: str | None = None
-    predict: Callable[[Params, str], float | None] = lambda _params, _name: None
+    calibrate: Sequence[Params] = ()
+    sample: Callable[[Params, Sequence[str], Settings], Mapping[str, Sample | str]] | None = None
     memory: bool = True
 
     def __post_init__(self) -> None:

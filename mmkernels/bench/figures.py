@@ -9,19 +9,28 @@ from typing import Any
 
 from mmkernels.bench.case import Case, Work
 from mmkernels.bench.group import Result
+from mmkernels.bench.prediction import Rates
 
 __all__ = ["derived", "ratio", "ratio_noise"]
 
 
 def derived(
-    case: Case, point: Mapping[str, Any], results: Mapping[str, Result], ceiling: Mapping[str, float]
+    case: Case,
+    point: Mapping[str, Any],
+    results: Mapping[str, Result],
+    ceiling: Mapping[str, float],
+    rates: Rates | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Contender -> the figures of its entry, those that it has."""
     timed = {name: result for name, result in results.items() if result.kind == "timed"}
     baselines = [result for name, result in timed.items() if name in case.baseline]
     base = min(baselines, key=lambda result: statistics.median(result.seconds), default=None)
     work = case.work(point)
-    return {name: _figures(case, point, result, base, work, ceiling) for name, result in timed.items()}
+    found = {name: _figures(case, point, result, base, work, ceiling) for name, result in timed.items()}
+    for name, result in timed.items():
+        if rates is not None and result.role == "ours":
+            found[name]["predicted_s"] = rates.seconds(work)
+    return found
 
 
 def _figures(
@@ -43,7 +52,7 @@ def _figures(
         "peak_bytes": result.peak_bytes,
         "error_ratio": result.error_ratio,
         "curve": case.curve,
-        "predicted_s": case.predict(point, result.contender),
+        "predicted_s": result.predicted,
         "figures": result.figures or None,
         "note": result.note or None,
     }

@@ -47,6 +47,7 @@ class Result:
     error_ratio: float | None = None
     peak_bytes: int | None = None
     figures: dict[str, float] = field(default_factory=dict)
+    predicted: float | None = None
 
 
 def measured(
@@ -66,6 +67,8 @@ def measured(
             results[name].kind, results[name].why = "absent", contender.absent
         elif (why := case.limits(point, name)) is not None:
             results[name].kind, results[name].why = "skipped", why
+    if case.sample is not None:
+        return _sampled(case, point, results, settings)
     able = [contender for name, contender in chosen.items() if results[name].kind == "checked"]
     ours = [contender for contender in able if contender.name.startswith("mmkernels")]
     for name, found in gate_against_truth(case, point, ours, device).items():
@@ -90,6 +93,19 @@ def measured(
                 results[name].note = f"memory: {peak}"
             else:
                 results[name].peak_bytes = peak
+    return results
+
+
+def _sampled(case: Case, point: Mapping[str, Any], results: dict[str, Result], settings: Settings) -> dict[str, Result]:
+    """Of a case that takes its own times."""
+    assert case.sample is not None
+    able = [name for name, result in results.items() if result.kind == "checked"]
+    for name, found in case.sample(point, able, settings).items():
+        if isinstance(found, str):
+            results[name].kind, results[name].why = "wrong", found
+        else:
+            results[name].kind, results[name].seconds = "timed", list(found.seconds)
+            results[name].figures, results[name].predicted = dict(found.figures), found.predicted
     return results
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
@@ -21,6 +21,8 @@ from mmkernels.bench.group import Result, measured
 from mmkernels.bench.machine import machine
 from mmkernels.bench.measure import ceilings
 from mmkernels.bench.memory import keep_freed_memory
+from mmkernels.bench.model_cli import predictions
+from mmkernels.bench.prediction import Rates, fitted
 from mmkernels.bench.table import tables
 
 # pytest-benchmark's options about how it takes times, which it does not do here.
@@ -104,6 +106,7 @@ class Suite:
         self.figures: dict[str, dict[str, dict[str, Any]]] = {}
         self.not_timed: list[dict[str, Any]] = []
         self.ceilings: dict[str, float] = {}
+        self.rates: dict[str, Rates] = {}
 
     def ceiling(self, point: Mapping[str, Any]) -> dict[str, float]:
         """Of the machine, measured once for each dtype."""
@@ -115,6 +118,15 @@ class Suite:
             self.ceilings = {**found, **self.ceilings}
         return self.ceilings
 
+    def rate(self, entry: Entry) -> Rates | None:
+        """What the case's op attains in short calls, measured once."""
+        if not entry.case.calibrate:
+            return None
+        name = f"{entry.family}: {entry.case.name}"
+        if name not in self.rates:
+            self.rates[name] = fitted(entry.case, self.settings)
+        return self.rates[name]
+
     def result(self, entry: Entry, *, timed: bool) -> tuple[Result, dict[str, Any]]:
         """Of an entry; the first one of a point measures all that are selected."""
         if entry.key not in self.results:
@@ -122,7 +134,8 @@ class Suite:
             found = measured(entry.module, entry.case, entry.point, names, self.settings, timed=timed)
             self.results[entry.key] = found
             ceiling = self.ceiling(entry.point) if timed else {}
-            self.figures[entry.key] = derived(entry.case, entry.point, found, ceiling)
+            rates = self.rate(entry) if timed else None
+            self.figures[entry.key] = derived(entry.case, entry.point, found, ceiling, rates)
             for name, result in found.items():
                 if result.kind not in ("timed", "checked"):
                     about = {"group": entry.group, **entry.about(), "contender": name, "role": result.role}
@@ -214,7 +227,9 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
         if "data" in each["stats"]:
             each["stats"]["data"] = [float(f"{seconds:.5g}") for seconds in each["stats"]["data"]]
     size = "full" if suite.settings.full else "quick"
-    output_json["mmkernels"] = {"size": size, "not_timed": suite.not_timed, "predictions": []}
+    rates = {name: {key: rate for key, rate in asdict(found).items() if rate} for name, found in suite.rates.items()}
+    output_json["mmkernels"] = {"size": size, "not_timed": suite.not_timed, "rates": rates}
+    output_json["mmkernels"]["predictions"] = predictions()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

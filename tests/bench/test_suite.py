@@ -79,7 +79,10 @@ def test_it_checks_times_and_writes(run: Run) -> None:
     assert about["speedup"] == pytest.approx(statistics.median(ratios), rel=1e-3)
     assert about["error_ratio"] <= 1.2
     assert about["peak_bytes"] >= 0
-    assert (about["figures"], about["curve"], about["predicted_s"]) == ({"answer": 42.0}, "N", 16e-6)
+    assert (about["figures"], about["curve"]) == ({"answer": 42.0}, "N")
+    assert about["predicted_s"] > 0
+    assert "predicted_s" not in found["plain PyTorch"]["extra_info"]
+    assert set(results["mmkernels"]["rates"]["toy_cases: square"]) <= {"flops", "bytes"}
     assert found["plain PyTorch"]["extra_info"]["speedup"] == 1
     assert found["plain PyTorch"]["extra_info"]["role"] == "baseline"
     assert found["partial"]["extra_info"]["note"] == "does not give dx"

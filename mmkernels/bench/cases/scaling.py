@@ -23,11 +23,28 @@ def _points(name: str, values: Sequence[int], **others: Any) -> list[Params]:
     return [{name: value, **others} for value in values]
 
 
-def _over(case: Case, name: str, curve: str, quick: list[Params], full: list[Params], large: list[Params]) -> Case:
+def _over(
+    case: Case,
+    name: str,
+    curve: str,
+    quick: list[Params],
+    full: list[Params],
+    large: list[Params],
+    calibrate: list[Params],
+) -> Case:
     """The same contenders, without the further alternatives, over more sizes."""
     baseline = {of: run for of, run in case.others.items() if of in case.baseline}
     return replace(
-        case, name=name, curve=curve, quick=quick, full=full, large=large, others=baseline, peers={}, backends_of=None
+        case,
+        name=name,
+        curve=curve,
+        quick=quick,
+        full=full,
+        large=large,
+        calibrate=calibrate,
+        others=baseline,
+        peers={},
+        backends_of=None,
     )
 
 
@@ -43,6 +60,7 @@ def _contrastive() -> list[Case]:
             _points("N", powers[:3], **single),
             _points("N", powers, **single),
             _points("N", [2**k for k in range(15, 21)], **half),
+            _points("N", (512, 1024), **single),
         )
         for case in contrastive.CASES
         if case.name in wanted
@@ -66,6 +84,7 @@ def _attention(settings: Settings) -> list[Case]:
             _points("T", (512, 1024, 2048), **heads),
             _points("T", (256, 512, 1024, 2048, 4096, 8192), **heads),
             _points("T", (16384, 32768), **many),
+            _points("T", (256, 768), **heads),
         ),
         _over(
             attention.case(packed, True, settings),
@@ -74,6 +93,7 @@ def _attention(settings: Settings) -> list[Case]:
             segments(counts[1:4], _TOKENS, heads),
             segments(counts, _TOKENS, heads),
             [],
+            [{"S": 32, "L": 32, **heads}, {"S": 2, "L": 512, **heads}],
         ),
     ]
 
@@ -88,6 +108,7 @@ def _packing() -> list[Case]:
             _points("MiB", (16, 64), **rows),
             _points("MiB", (4, 16, 64, 256), **rows),
             [],
+            _points("MiB", (48,), **rows),
         ),
         replace(
             _over(
@@ -97,6 +118,7 @@ def _packing() -> list[Case]:
                 _points("n", (10_000, 100_000), **lengths),
                 _points("n", (10_000, 100_000, 1_000_000, 4_000_000), **lengths),
                 [],
+                _points("n", (300_000,), **lengths),
             ),
             ours=planner.best_fit,
         ),
