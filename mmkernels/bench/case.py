@@ -26,7 +26,7 @@ __all__ = [
     "title",
 ]
 
-FAMILIES = ("attention", "contrastive", "packing", "planner", "scaling")
+FAMILIES = ("attention", "contrastive", "packing", "planner", "scaling", "ranks")
 
 Params = Mapping[str, Any]
 Inputs = dict[str, Any]
@@ -202,7 +202,7 @@ def contenders(case: Case, settings: Settings) -> dict[str, Contender]:
             found[name] = Contender(name, role, absent="not on a CPU without --compile")
         else:
             found[name] = Contender(name, role, run)
-    for backend in _backends(case, settings):
+    for backend in _backends(case, settings) if case.sample is None else ():
         name = f"mmkernels [{backend}]" if backend else "mmkernels"
         role = "other" if backend == "reference" else "ours"
         found[name] = Contender(name, role, partial(_ours, case, backend))

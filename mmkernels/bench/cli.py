@@ -38,7 +38,7 @@ class Options:
     compile: bool = False
     """Measure torch.compile and FlexAttention on a CPU, too, where they compile for tens of seconds."""
     filter: str = ""
-    """A pytest -k expression: "infonce and float32 and not checkpointing". A ratio needs its baseline."""
+    """Only what has all these words in its name, such as "infonce fwd+bwd N=2048"."""
     backend: tuple[str, ...] = ()
     """Our backends to measure, by name."""
     device: str = ""
@@ -87,7 +87,7 @@ def _arguments(options: Options, results: Path) -> list[str]:
     given += [f"--backend={name}" for name in options.backend]
     values = {"device": options.device, "threads": options.threads, "benchmark-max-time": options.seconds}
     given += [f"--{name}={value}" for name, value in values.items() if value]
-    return given + (["-k", options.filter] if options.filter else [])
+    return [*given, f"--filter={options.filter}"]
 
 
 def _file_name(results: dict[str, Any]) -> str:
@@ -125,7 +125,10 @@ def _run(options: Options) -> int:
         results = Path(folder) / "results.json"
         status = int(pytest.main(_arguments(options, results)))
         if status == pytest.ExitCode.NO_TESTS_COLLECTED:
-            print(f"mmkernels bench: nothing to measure matches --filter {options.filter!r}", file=sys.stderr)
+            print(
+                f"mmkernels bench: --filter: expected words of some test's name, got {options.filter!r}",
+                file=sys.stderr,
+            )
             return 2
         found: dict[str, Any] | None = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
     if found is None:

@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--full", action="store_true", help="sizes of trainers, instead of those that take seconds")
     add("--peers", action="store_true", help="measure other installed packages, too")
     add("--compile", action="store_true", help="measure torch.compile and FlexAttention on a CPU, too")
+    add("--filter", default="", help="only tests whose names have all these words, such as 'infonce N=2048'")
     add("--device", default=None, help="where to run (default: cuda if there is one)")
     add("--backend", action="append", default=[], help="only these backends of ours; may be repeated")
     add("--threads", type=int, default=0, help="CPU threads (default: torch's)")
@@ -170,6 +171,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ]
     ids = [f"{title(entry.case, entry.point)} | {entry.contender}" for entry in entries]
     metafunc.parametrize("entry", entries, ids=ids)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """--filter, whose words may have signs that -k does not allow."""
+    words = config.getoption("filter").split()
+    kept = [item for item in items if all(word in item.name for word in words)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -201,12 +201,12 @@ class Machine:
         inside, between, per_node = usual.inside, usual.between, usual.ranks_per_node
         if group is not None:
             numbers = worst_of(numbers, [False] * (len(numbers) - 1) + [True], group, device)
-            inside = between = link_of(group if node_group is None else node_group, device)
+            inside = between = _link(group if node_group is None else node_group, device, usual)
             per_node = group.size()
         if node_group is not None:
             per_node = node_group.size()
             inside = Link(*worst_of([inside.latency, inside.bandwidth], [True, False], group, device))
-            between = _between(link_of(group, device), inside, group.size(), per_node)
+            between = _between(_link(group, device, usual), inside, group.size(), per_node)
         *rates, copies, launch = numbers
         return replace(
             usual,
@@ -223,6 +223,11 @@ class Machine:
 
 
 _LINKS, _OF_A_LINK = ("inside", "between"), ("latency", "bandwidth")
+
+
+def _link(group: Any, device: torch.device, usual: Machine) -> Link:
+    """Measured, or of a group of one rank, which sends nothing, what is usual."""
+    return link_of(group, device) if group.size() > 1 else usual.inside
 
 
 def _between(whole: Link, inside: Link, world: int, per_node: int) -> Link:

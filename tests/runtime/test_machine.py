@@ -129,18 +129,21 @@ def test_a_link_isfitted() -> None:
 
 
 def _measured(rank: int, world: int) -> list[Machine]:
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pairs, singles = [dist.new_group([0, 1]), dist.new_group([2, 3])], [dist.new_group([i]) for i in range(world)]
     short = {"seconds": 0.01, "dtypes": (torch.float32, torch.bfloat16)}
     alone = Machine.measured(**short)
     flat = Machine.measured(group=dist.group.WORLD, **short)
     nodes = Machine.measured(group=dist.group.WORLD, node_group=pairs[rank // 2], **short)
-    return [alone, flat, nodes]
+    single = Machine.measured(group=singles[rank], **short)
+    apart = Machine.measured(group=dist.group.WORLD, node_group=singles[rank], **short)
+    return [alone, flat, nodes, single, apart]
 
 
 def test_measured() -> None:
-    """Every rank gets the same figures of a group; timings are judged by benches/bench_exchange.py."""
+    """Every rank gets the same figures of a group; timings are judged by `mmkernels bench ranks`."""
     found = ranks.run(4, _measured)
-    alone, flat, nodes = found[0]
+    alone, flat, nodes, single, apart = found[0]
+    assert (single.inside, single.ranks_per_node, apart.ranks_per_node) == (PRESETS["CPU"].inside, 1, 1)
     assert alone.inside == PRESETS["CPU"].inside
     assert flat.inside == flat.between
     assert (flat.ranks_per_node, nodes.ranks_per_node) == (4, 2)
