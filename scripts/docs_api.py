@@ -7,7 +7,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from griffe import Docstring, DocstringSection, DocstringSectionParameters, Extension, Object
+from griffe import (
+    Docstring,
+    DocstringSection,
+    DocstringSectionParameters,
+    DocstringSectionRaises,
+    ExprTuple,
+    Extension,
+    Object,
+)
 
 __all__ = ["OurStyle"]
 
@@ -43,4 +51,7 @@ class _Typed(Docstring):
                 first = known.get(entry.name.split(",")[0].strip(" *"))
                 if first is not None and entry.annotation is None:
                     entry.annotation, entry.value = first.annotation, first.default
+            for raised in section.value if isinstance(section, DocstringSectionRaises) else ():
+                if isinstance(raised.annotation, ExprTuple):  # several errors: without brackets
+                    raised.annotation.implicit = True
         return sections

@@ -34,6 +34,7 @@ ELSEWHERE = {
     **{f"mmkernels/ops/{f}/README.md": f"families/{f}.md" for f in ("attention", "contrastive", "packing")},
 }
 _SOURCES = {page: source for source, page in ELSEWHERE.items()}
+_LISTS = ("changelog.md", "verified.md")  # they name everything: last among what a search finds
 _LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^][]|\[[^][]*\])*)\]\((?P<path>[^()\s#:]+)(?P<anchor>#[^()\s]*)?\)")
 _FENCE = re.compile(r"^ *(`{3,}).*?^ *\1`*$", re.MULTILINE | re.DOTALL)
 
@@ -60,6 +61,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Lead links between files of the repository to their pages; of a file that is not on the site, keep the text."""
     site = page.file.src_uri
+    page.meta["search"] = {"boost": 4 if site.startswith("reference/") else 0.2 if site in _LISTS else 1}
     source = Path(_SOURCES.get(site, f"docs/{site}"))
 
     def led(found: re.Match[str]) -> str:

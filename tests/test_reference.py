@@ -74,8 +74,8 @@ def unknown_arguments(thing: griffe.Object | griffe.Alias) -> list[str]:
         return []
     there = {each.name.lstrip("*") for each in getattr(thing, "parameters", ())}
     there |= {name for name, member in thing.all_members.items() if member.is_attribute} if thing.is_class else set()
-    if thing.is_class and not thing.parameters and {str(base) for base in thing.bases} - {"NamedTuple"}:
-        return []  # the constructor is that of another library's class
+    if {"args", "kwargs"} <= there:  # the arguments are those of another library's class
+        return []
     options = {"warn_unknown_params": False, "warn_missing_types": False, "warnings": False}
     named = [
         name.strip(" *")
