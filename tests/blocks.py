@@ -122,7 +122,7 @@ def problems(page: str, text: str | None = None) -> list[str]:
     ]
     reasons = [block.not_run for block in blocks if block.not_run is not None]
     found += [f"{page}: no reason of tests/blocks.py: {reason!r}" for reason in reasons if reason not in REASONS]
-    if len(re.findall("<!-- not run", text)) != len(reasons):
+    if len(re.findall("^<!-- not run", text, re.MULTILINE)) != len(reasons):
         found.append(f"{page}: a comment about a block that does not run is not right before one")
     return found
 

@@ -18,26 +18,34 @@ from mmkernels import Media, Modality, PackedBatch
 from mmkernels.pretrain import Config, recipes, train
 from mmkernels.pretrain.run_folder import RunFolder
 
-__all__ = ["make_runs", "names", "put_files"]
+__all__ = ["names", "put_files"]
 
-_TRAINED = ("caption", "clip", "mae")
+_TRAINED = ("caption", "clip", "mae")  # those whose weights a page uses
 _RUN = re.compile(r"\bruns/(\w+)")
 
 
-def make_runs(folder: Path) -> None:
-    """Trained runs of a step, as small as they get."""
-    for name in _TRAINED:
+def _trained(name: str, folder: Path) -> Path:
+    """A run of one step, as small as it gets, which pages share."""
+    run = folder / "runs" / name
+    if not run.exists():
         small: dict[str, Any] = {"steps": 1, "batch": 4, "chunk": 4, "eval_limit": 2, "tensorboard": False}
-        train(Config.of(name, **small, parts={"model.width": 32}, run=folder / "runs" / name))
+        train(Config.of(name, **small, parts={"model.width": 32}, run=run))
+    return run
 
 
 def put_files(page: str, folder: Path, runs: Path) -> None:
-    """Write the files that a page's blocks name: runs of recipes, and a recipe that its Python blocks are."""
+    """Write the files that a page's blocks name: runs of recipes, and a recipe that its Python blocks are.
+
+    Args:
+        page: its path.
+        folder: the working folder.
+        runs: where trained runs are kept for other pages.
+    """
     blocks = blocks_of(page)
     code = "\n".join(block.code for block in blocks)
     for name in sorted({*_RUN.findall(code)} & {*recipes.names()}):
         if name in _TRAINED:
-            shutil.copytree(runs / "runs" / name, folder / "runs" / name)
+            shutil.copytree(_trained(name, runs), folder / "runs" / name)
         else:  # its settings are enough to read a command
             config = Config.of(name, run=folder / "runs" / name)
             RunFolder(config).begin(config, "{}", {})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from blocks import CLIENTS, PAGES, Block, blocks_of, needs, problems, python_blocks, run
 from commands import commands, problem
-from given import make_runs, names, put_files
+from given import names, put_files
 
 ALONE = ("README.md",)  # each block can be copied by itself
 PYTHON = {page: python_blocks(page) for page in PAGES}
@@ -20,9 +20,7 @@ NOT_RUN = [block for page in PAGES for block in blocks_of(page) if block.not_run
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    make_runs(folder)
-    return folder
+    return tmp_path_factory.mktemp("trained")
 
 
 @pytest.fixture
@@ -34,11 +32,6 @@ def page_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def prepare(page: str, folder: Path, request: pytest.FixtureRequest) -> None:
-    needs_runs = any("runs/" in block.code for block in blocks_of(page))
-    put_files(page, folder, request.getfixturevalue("runs") if needs_runs else folder)
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_no_block_goes_unseen(page: str) -> None:
     assert problems(page) == []
@@ -46,24 +39,24 @@ def test_no_block_goes_unseen(page: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [page for page, blocks in WITHOUT.items() if blocks and page not in OF_CLIENTS])
-def test_python_runs(page: str, page_folder: Path, request: pytest.FixtureRequest) -> None:
-    prepare(page, page_folder, request)
+def test_python_runs(page: str, page_folder: Path, runs: Path) -> None:
+    put_files(page, page_folder, runs)
     run(WITHOUT[page], names(page), alone=page in ALONE)
 
 
 @pytest.mark.clients
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", OF_CLIENTS)
-def test_python_inside_trainers_runs(page: str, page_folder: Path, request: pytest.FixtureRequest) -> None:
+def test_python_inside_trainers_runs(page: str, page_folder: Path, runs: Path) -> None:
     for name in sorted({CLIENTS[name] for block in PYTHON[page] for name in needs(block)}):
         pytest.importorskip(name)
-    prepare(page, page_folder, request)
+    put_files(page, page_folder, runs)
     run(PYTHON[page], names(page))
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
-def test_commands_exist(block: Block, page_folder: Path, request: pytest.FixtureRequest) -> None:
-    prepare(block.page, page_folder, request)
+def test_commands_exist(block: Block, page_folder: Path, runs: Path) -> None:
+    put_files(block.page, page_folder, runs)
     found = {command: problem(command) for command in commands(block)}
     assert found
     assert {command: why for command, why in found.items() if why is not None} == {}
