@@ -22,6 +22,7 @@ __all__ = ["names", "put_files"]
 
 _TRAINED = ("caption", "clip", "mae")  # those whose weights a page uses
 _RUN = re.compile(r"\bruns/(\w+)")
+_MADE = re.compile(r"--recipe (\S+)[^\n]* --run runs/([\w-]+)")
 
 
 def _trained(name: str, folder: Path) -> Path:
@@ -33,21 +34,23 @@ def _trained(name: str, folder: Path) -> Path:
     return run
 
 
-def put_files(page: str, folder: Path, runs: Path) -> None:
+def put_files(page: str, folder: Path, runs: Path | None = None) -> None:
     """Write the files that a page's blocks name: runs of recipes, and a recipe that its Python blocks are.
 
     Args:
         page: its path.
         folder: the working folder.
-        runs: where trained runs are kept for other pages.
+        runs: where trained runs are kept for other pages. None: settings alone, which are enough to read a command.
     """
     blocks = blocks_of(page)
     code = "\n".join(block.code for block in blocks)
-    for name in sorted({*_RUN.findall(code)} & {*recipes.names()}):
-        if name in _TRAINED:
+    made = {name: name for name in _RUN.findall(code) if name in recipes.names()}
+    made |= {name: recipe for recipe, name in _MADE.findall(code) if recipe in recipes.names()}
+    for name, recipe in made.items():
+        if runs is not None and name in _TRAINED:
             shutil.copytree(_trained(name, runs), folder / "runs" / name)
-        else:  # its settings are enough to read a command
-            config = Config.of(name, run=folder / "runs" / name)
+        else:
+            config = Config.of(recipe, run=folder / "runs" / name)
             RunFolder(config).begin(config, "{}", {})
     if "./mine.py" in code:
         recipe = "\n".join(block.code for block in blocks if block.language == "python")

@@ -55,8 +55,8 @@ def test_python_inside_trainers_runs(page: str, page_folder: Path, runs: Path) -
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
-def test_commands_exist(block: Block, page_folder: Path, runs: Path) -> None:
-    put_files(block.page, page_folder, runs)
+def test_commands_exist(block: Block, page_folder: Path) -> None:
+    put_files(block.page, page_folder)
     found = {command: problem(command) for command in commands(block)}
     assert found
     assert {command: why for command, why in found.items() if why is not None} == {}
