@@ -79,6 +79,8 @@ def test_the_site_is_built() -> None:
 @pytest.mark.parametrize("name", HTML)
 def test_nothing_comes_from_elsewhere(name: str) -> None:
     assert from_elsewhere(read(name).fetched) == []
+    text = (SITE / name).read_text(encoding="utf-8")
+    assert 'class="mermaid"' not in text, "the theme fetches what draws these"
 
 
 def test_no_style_sheet_or_picture_fetches_from_elsewhere() -> None:
