@@ -7,6 +7,7 @@
 #                      Energon, the newest of each: VENV=.venv-clients TORCH_SPEC=torch; torchvision pins one torch
 #   make aot           compile every Triton kernel for every architecture, inspect the built CUDA kernels; no GPU needed.
 #                      ARGS=--pairs compiles only configurations in which every two options meet
+#   make docs          the documentation as a site, in build/site: any warning fails, and so does what it would fetch
 #   make lint format   bench   wheel   clean
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path the environment; ARGS="..." is passed on. TORCH_SPEC is installed
@@ -38,23 +39,27 @@ TORCH_TESTS := $(wildcard tests/ops/*/test_contract.py tests/ops/*/test_second.p
 CLIENTS := accelerate, datasets, lightning, megatron.energon, open_clip, open_clip_train.main, sentence_transformers, \
 	transformers, trl
 
-.PHONY: pretrain test test-torch test-clients aot lint format bench wheel clean
+.PHONY: pretrain test test-torch test-clients aot docs lint format bench wheel clean
 
 pretrain: $(VENV)/installed-pretrain
 	$(BIN)/mmkernels pretrain --recipe clip $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n $(WORKERS) -m "not aot and not clients" $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) -m "not aot and not clients and not site" $(ARGS)
 
 test-torch: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/pytest -n $(WORKERS) -m "not aot and not gpu and not slow" -k "not triton and not interpreted or test_second" $(TORCH_TESTS) $(ARGS)
 
 test-clients: $(VENV)/installed-clients
 	$(BIN)/python -c "import $(CLIENTS)"  # a test that lacks one skips
-	$(BIN)/pytest -n $(WORKERS) -m "clients and not gpu" tests/integrations $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) -m "clients and not gpu" tests/integrations tests/test_blocks.py $(ARGS)
 
 aot: $(VENV)/installed-dev
 	$(BIN)/pytest -n $(WORKERS) -m aot tests/aot $(ARGS)
+
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/pytest -m site tests/test_site.py $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -63,7 +63,7 @@ class GradCache:
 
     **Token losses.** With `token_loss_fn` an encoder may return a tuple that begins with the embeddings, and each chunk
     of samples also has losses over its tokens (masked words, captions), computed in the second pass, which has the
-    graph::
+    graph:
 
         def token_loss(outputs, inputs):                   # of one chunk: an entry for each encoder
             logits, labels = outputs[1][1], inputs[1]["labels"]
@@ -224,7 +224,7 @@ class GradCache:
         The function that this returns takes what `__call__` takes, except `scale_loss`, and returns the same, but the
         loss has a graph: it runs the first pass and the loss, and the loss's backward runs the rest. Then parameters
         get what `__call__` would have given them, times the gradient that the loss itself gets: a loss scale, one over
-        the number of accumulated batches, another factor of a sum of losses::
+        the number of accumulated batches, another factor of a sum of losses:
 
             loss = cache.as_loss()(images, texts)
             (loss / 4 + other).backward()                  # or trainer.backward(loss), scaler.scale(loss).backward()

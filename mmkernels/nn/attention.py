@@ -205,10 +205,9 @@ class CrossModalAttention(AttentionBase):
 class GatedCrossAttention(CrossModalAttention):
     """Flamingo's gated cross-attention: x + tanh(gate) attention(norm(x), context), which starts as the identity.
 
-    Args:
-        as for `CrossModalAttention`; the gate defaults to "scalar", and `norm_eps` is the epsilon of the LayerNorm
-        before the queries. (The gated feed-forward that follows it in Flamingo is `mmkernels.gated_residual(x, ff(x),
-        gate)`.)
+    Arguments are as for `CrossModalAttention`; the gate defaults to "scalar", and `norm_eps` is the epsilon of the
+    LayerNorm before the queries. (The gated feed-forward that follows it in Flamingo is
+    `mmkernels.gated_residual(x, ff(x), gate)`.)
 
     Source: Alayrac et al. 2022.
     """
@@ -281,8 +280,7 @@ class FusedSelfAttention(AttentionBase):
 
         q, k, v = qkv_proj(x)      out = out_proj(attention(q, k, v, mask))
 
-    Args:
-        as for `CrossModalAttention`, without context_dim, value_dim and gate.
+    Arguments are as for `CrossModalAttention`, without context_dim, value_dim and gate.
 
     It also loads the state dict of an nn.MultiheadAttention (num_kv_heads = H, D = E / H).
 

@@ -152,7 +152,7 @@ class _ContrastiveLoss(nn.Module):
 class InfoNCELoss(_ContrastiveLoss):
     """`mmkernels.infonce` with a learnable scale: the CLIP loss.
 
-    With `x̂ = x / |x|` (or x itself) and `s_ij = min(exp(log_scale), max_scale) · <x̂_i, ŷ_j>`::
+    With `x̂ = x / |x|` (or x itself) and `s_ij = min(exp(log_scale), max_scale) · <x̂_i, ŷ_j>`:
 
         loss = 1/2N · sum_i [log sum_j exp(s_ij) - s_ii] + [log sum_j exp(s_ji) - s_ii]
 
@@ -202,8 +202,7 @@ class InfoNCELoss(_ContrastiveLoss):
         Returns:
             what `mmkernels.infonce` returns: the loss, a scalar in float32 (float64 for float64 features).
 
-        Raises:
-            what `mmkernels.infonce` raises.
+        Raises what `mmkernels.infonce` raises.
         """
         return infonce(self._features(queries), self._features(keys), self.scale, **self._arguments(arguments))
 
@@ -211,7 +210,7 @@ class InfoNCELoss(_ContrastiveLoss):
 class SigLIPLoss(_ContrastiveLoss):
     """`mmkernels.siglip` with a learnable scale and bias.
 
-    With `x̂ = x / |x|` (or x itself) and `s = min(exp(log_scale), max_scale)`::
+    With `x̂ = x / |x|` (or x itself) and `s = min(exp(log_scale), max_scale)`:
 
         loss = -1/N · sum_ij log sigmoid(z_ij · (s · <x̂_i, ŷ_j> + logit_bias)),  z_ij = +1 if i == j else -1
 
@@ -263,8 +262,7 @@ class SigLIPLoss(_ContrastiveLoss):
         Returns:
             what `mmkernels.siglip` returns: the loss, a scalar in float32 (float64 for float64 features).
 
-        Raises:
-            what `mmkernels.siglip` raises.
+        Raises what `mmkernels.siglip` raises.
         """
         x, y = self._features(queries), self._features(keys)
         return siglip(x, y, self.scale, self.logit_bias, **self._arguments(arguments))

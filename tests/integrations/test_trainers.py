@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,13 +19,6 @@ from mmkernels.testing.contrastive import plain_infonce
 
 pytestmark = pytest.mark.clients
 
-PAGES = [Path(__file__).resolve().parents[2] / "docs" / name for name in ("trainers.md", "packing-trainers.md")]
-BLOCKS = [
-    block
-    for page in PAGES
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-]
-LIBRARIES = ("sentence_transformers", "transformers", "lightning", "accelerate", "datasets", "trl", "megatron")
 BATCH, ACCUMULATED, STEPS, CLIP = 12, 2, 3, 0.5
 
 
@@ -35,19 +27,6 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "ACCELERATE_USE_CPU"):
         monkeypatch.setenv(name, "1")
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "block", BLOCKS, ids=lambda block: "-".join(re.findall(r"^(?:from|import) (\w+)", block, re.M))
-)
-def test_the_examples_of_the_docs_run(block: str) -> None:
-    for name in LIBRARIES:
-        if re.search(rf"^(from|import) {name}\b", block, re.MULTILINE):
-            pytest.importorskip(name)
-    if "transformers" in block:
-        pytest.importorskip("accelerate")  # the trainer needs it
-    exec(compile(block, "docs", "exec"), {"__name__": "trainers"})
 
 
 class Dual(nn.Module):

@@ -71,7 +71,7 @@ def infonce(
 ) -> Any:
     """InfoNCE (the CLIP loss and its relatives) in O((N+M)·E) memory: the logits are never stored.
 
-    With `s_ij = logit_scale · <x_i, y_j>`, and a target distribution `t_i` over the keys of each query::
+    With `s_ij = logit_scale · <x_i, y_j>`, and a target distribution `t_i` over the keys of each query:
 
         loss = mean_i [log sum_j exp(s_ij) - sum_j t_ij s_ij]
 
@@ -201,8 +201,6 @@ def siglip(
     backend: str | None = None,
 ) -> Any:
     """The pairwise sigmoid loss of SigLIP in O((N+M)·E) memory: the logits are never stored.
-
-    ::
 
         loss = -1/N · sum_ij log sigmoid(z_ij · (logit_scale · <x_i, y_j> + logit_bias))
 

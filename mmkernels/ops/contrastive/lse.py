@@ -37,8 +37,6 @@ def similarity_logsumexp(
 ) -> Tensor:
     """The log-sum-exp of each query's logits over the keys that it sees, streaming: no N x M matrix is stored.
 
-    ::
-
         lse_i = log sum_{j seen by i} exp(logit_scale · <x_i, y_j>)
 
     The part of which losses with other denominators than those of `infonce` are made: several sets of keys join by

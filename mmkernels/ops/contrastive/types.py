@@ -74,7 +74,7 @@ class FalseNegatives(NamedTuple):
     """Which keys `infonce` takes for false negatives: those that a guide, a model that is already good, finds more
     similar to a query than the query's own key, less a margin.
 
-    With g the inner products of the guide's features, query i does not see key j, unless it is its target, if::
+    With g the inner products of the guide's features, query i does not see key j, unless it is its target, if:
 
         g_ij > g_i,target - margin                            kind "absolute"
         g_ij > g_i,target - margin · |g_i,target|             kind "relative"

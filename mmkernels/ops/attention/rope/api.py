@@ -121,8 +121,7 @@ def norm_rope(
     Returns:
         a new contiguous tensor of x's shape and dtype.
 
-    Raises:
-        As `qk_norm_rope`.
+    Raises as `qk_norm_rope`.
     """
     _check_input("x", x, x)
     table = _table(x, position_ids, cos_sin, rotary_dim, base, inv_freq, sections, section_layout)
