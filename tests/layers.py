@@ -88,7 +88,7 @@ LAYERS = (
     Layer(
         r"mmkernels\.bench(\..*)?",
         below=_BENCH,
-        packages=_PYTORCH | {"jinja2", "pytest", "tabulate", "tyro"},
+        packages=_PYTORCH | {"jinja2", "markupsafe", "pytest", "tabulate", "tyro"},
     ),
     Layer(
         r"mmkernels\.plan_cli(\..*)?",

@@ -110,7 +110,7 @@ def test_a_block_that_would_go_unseen_is_seen(text: str, found: str) -> None:
         "torchrun --nprocs 8 -m mmkernels.pretrain --recipe clip",
         "torchrun --nproc-per-node 8 -m mmkernels.pretrain --batches 4096",
         "python benches/no_such_bench.py",
-        "python benches/bench_packing.py --no-such-option",
+        "python benches/recipes.py --no-such-option",
         "make no-such-target",
         "make test NOSUCH=1",
         "pip install '.[nosuch]'",
