@@ -26,7 +26,7 @@ __all__ = [
     "title",
 ]
 
-FAMILIES = ("attention", "contrastive", "packing", "planner", "scaling", "ranks")
+FAMILIES = ("attention", "contrastive", "packing", "planner", "scaling", "ranks", "pretrain")
 
 Params = Mapping[str, Any]
 Inputs = dict[str, Any]

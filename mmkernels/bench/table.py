@@ -10,6 +10,12 @@ from tabulate import tabulate
 __all__ = ["tables"]
 
 
+def _many(millions: float | None) -> str:
+    if millions is None:
+        return ""
+    return f"{millions:.3g}M" if millions >= 0.1 else f"{1e6 * millions:,.0f}"
+
+
 def _cells(entry: Mapping[str, Any]) -> dict[str, str]:
     def show(name: str, text: str, factor: float = 1.0) -> str:
         return "" if entry.get(name) is None else text.format(factor * entry[name])
@@ -20,7 +26,7 @@ def _cells(entry: Mapping[str, Any]) -> dict[str, str]:
         "speed-up": show("speedup", "{:.2f}x"),
         "TFLOP/s": show("tflops", "{:.3g}"),
         "GB/s": show("gbytes_per_s", "{:.3g}"),
-        "M items/s": show("mitems_per_s", "{:.3g}"),
+        "items/s": _many(entry.get("mitems_per_s")),
         "of ceiling": show("of_ceiling", "{:.0%}"),
         "predicted ms": show("predicted_s", "{:.3g}", 1e3),
         "peak MB": show("peak_bytes", "{:.4g}", 1e-6),

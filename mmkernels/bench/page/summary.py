@@ -147,8 +147,9 @@ def _cells(entry: Entry) -> tuple[str, ...]:
     stats, info = entry["stats"], entry["extra_info"]
     quartiles = [finite(stats.get(name)) for name in ("q1", "q3")]
     between = " to ".join(three(1e3 * each) for each in quartiles if each is not None)
-    rates = {"tflops": " TFLOP/s", "gbytes_per_s": " GB/s", "mitems_per_s": " M items/s"}
-    rate = ", ".join(_shown(info.get(name), unit) for name, unit in rates.items() if finite(info.get(name)) is not None)
+    rates = {"tflops": (" TFLOP/s", 1.0), "gbytes_per_s": (" GB/s", 1.0), "mitems_per_s": (" items/s", 1e6)}
+    found = (_shown(info.get(name), unit, factor) for name, (unit, factor) in rates.items())
+    rate = ", ".join(each for each in found if each)
     more = [f"{name}: {_shown(value) or value}" for name, value in (info.get("figures") or {}).items()]
     return (
         str(info.get("contender", "")),
