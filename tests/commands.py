@@ -155,6 +155,34 @@ def _help_of_pip() -> str:
     return done.stdout
 
 
+class _Declared:
+    """Takes the place of pytest's parser, and keeps the names of options."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def getgroup(self, *_: Any) -> _Declared:
+        return self
+
+    def addoption(self, *names: str, **_: Any) -> None:
+        self.names |= set(names)
+
+    def addini(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _of_benches() -> set[str]:
+    """Options of the suite and of pytest-benchmark."""
+    from pytest_benchmark.plugin import pytest_addoption
+
+    from mmkernels.bench import plugin
+
+    declared: Any = _Declared()
+    for add in (plugin.pytest_addoption, pytest_addoption):
+        add(declared)
+    return declared.names
+
+
 def _pytest(argv: Sequence[str]) -> str | None:
     parser = argparse.ArgumentParser(prog="pytest", exit_on_error=False)
     parser.add_argument("-m")
@@ -165,6 +193,8 @@ def _pytest(argv: Sequence[str]) -> str | None:
     if options.m is not None and f'"{options.m}: ' not in _text("pyproject.toml"):
         return f"no marker {options.m}"
     missing = [str(path) for path in options.paths if not (ROOT / path).exists()]
+    if any(path.parts[0] == "benches" for path in options.paths):
+        unknown = [name for name in unknown if name.partition("=")[0] not in _of_benches()]
     return f"pytest: {[*unknown, *missing]}" if unknown or missing else None
 
 
