@@ -10,6 +10,7 @@ import torch
 
 from mmkernels import AttentionMask, BackendError, attention
 from mmkernels.ops.attention.api import _limits
+from mmkernels.ops.attention.native import _expect_cuda_takes
 from mmkernels.ops.attention.reference import keep
 from mmkernels.ops.attention.types import MaskRows, Options
 from mmkernels.testing.attention import make_inputs, run
@@ -373,3 +374,17 @@ def test_a_backend_that_cannot_serve_says_why():
     x = torch.randn(3, 1, 300)
     with pytest.raises(BackendError, match=r"(?s)backend='triton' does not support.*reference: supported"):
         attention(x.double(), x.double(), x.double(), backend="triton")
+
+
+def test_cuda_kernels_name_what_they_do_not_take():
+    """The op itself is called past `attention`, which picks another backend; it must not leave options out."""
+    plain = Options(None, None, None, 0.0, 1.0, softcap=5.0)
+    _expect_cuda_takes(plain)
+    some = torch.ones(1)
+    options = {"pair_bias": some, "sink": some, "seed": some, "slopes": some, "with_max": True}
+    given = {"seed": "dropout_p", "slopes": "alibi_slopes", "with_max": "return_max_logit"}
+    for name, value in options.items():
+        with named.case(name), pytest.raises(ValueError, match=f"do not support {given.get(name, name)}$"):
+            _expect_cuda_takes(plain._replace(**{name: value}))
+    with pytest.raises(ValueError, match="do not support alibi_slopes, pair_bias, sink, dropout_p, return_max_logit"):
+        _expect_cuda_takes(plain._replace(**options))
