@@ -52,7 +52,7 @@ test-torch: $(VENV)/installed-$(EXTRAS)
 
 test-clients: $(VENV)/installed-clients
 	$(BIN)/python -c "import $(CLIENTS)"  # a test that lacks one skips
-	$(BIN)/pytest -n $(WORKERS) -m "clients and not gpu" tests/integrations tests/test_blocks.py $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) -m "clients and not gpu" tests/integrations tests/test_blocks.py tests/test_examples.py $(ARGS)
 
 aot: $(VENV)/installed-dev
 	$(BIN)/pytest -n $(WORKERS) -m aot tests/aot $(ARGS)
