@@ -1,7 +1,7 @@
 """Draw `docs/images/speech.svg`: names as three voices speak them.
 
-    python scripts/draw_speech.py            # writes the picture
-    python scripts/draw_speech.py --check    # draws in memory and compares
+    python docs/drawings/speech.py            # writes the picture
+    python docs/drawings/speech.py --check    # draws in memory and compares
 
 Needs `mmkernels[plot]`.
 """

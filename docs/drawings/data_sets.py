@@ -1,7 +1,7 @@
 """Draw the pictures of the data sets: `data-emoji.png`, `data-scenes.png` and `data-motion.png` in `docs/images`.
 
-    python scripts/draw_data_sets.py            # writes the pictures
-    python scripts/draw_data_sets.py --check    # draws in memory and compares the pixels
+    python docs/drawings/data_sets.py            # writes the pictures
+    python docs/drawings/data_sets.py --check    # draws in memory and compares the pixels
 
 Needs `mmkernels[pretrain]`.
 """
@@ -22,7 +22,7 @@ from mmkernels.pretrain.data.motion import ANSWERS as MOTION_ANSWERS
 from mmkernels.pretrain.data.scene_text import ANSWERS, KINDS
 from mmkernels.pretrain.data.scenes import SceneSource
 
-IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+IMAGES = Path(__file__).resolve().parents[1] / "images"
 INK, BOX = "#2b2d42", "#d1495b"
 ZOOM, GAP, LINE, WIDTH = 4, 12, 15, 720
 

@@ -1,7 +1,7 @@
 """Draw the docs' pictures, `docs/images/*.svg`: how the kernels and the planner split their work.
 
-    python scripts/draw_tilings.py            # writes the pictures
-    python scripts/draw_tilings.py --check    # draws in memory and compares
+    python docs/drawings/tilings.py            # writes the pictures
+    python docs/drawings/tilings.py --check    # draws in memory and compares
 
 The contents come from the package where Python determines them (tile states of a mask, packs of a plan), and from the
 families' READMEs where only a kernel does (the order of InfoNCE's tiles). Needs `mmkernels[plot]`.
@@ -9,50 +9,18 @@ families' READMEs where only a kernel does (the order of InfoNCE's tiles). Needs
 
 from __future__ import annotations
 
-import argparse
-import io
 import sys
-from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from matplotlib.axes import Axes
+from drawing import BOTH, COLUMN, FULL, PARTIAL, QUIET, ROW, SKIP, arrow, bare, box, main
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.patches import Rectangle
 
 from mmkernels import AttentionMask, Modality, plan_packing
 from mmkernels.ops.attention.tiles import tile_states
-
-IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-INK, QUIET, ROW, COLUMN, BOTH = "#2b2d42", "#d9dce3", "#2a9d8f", "#e9c46a", "#9d4edd"
-SKIP, PARTIAL, FULL = "#f4f5f7", "#e9c46a", "#2a9d8f"
-
-mpl.rcParams |= {
-    "svg.hashsalt": "mmkernels",
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.edgecolor": INK,
-    "text.color": INK,
-}
-
-
-def _bare(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_aspect("equal")
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
-def _box(axes: Axes, x: float, y: float, width: float, height: float, color: str, label: str = "") -> None:
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="white", linewidth=1))
-    axes.text(x + width / 2, y + height / 2, label, ha="center", va="center", fontsize=8)
-
-
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color=INK, linewidth=1))
+from mmkernels.testing.lengths import lengths_like
 
 
 def infonce() -> Figure:
@@ -60,24 +28,24 @@ def infonce() -> Figure:
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     forward, backward = figure.subplots(1, 2)
     for axes, title in ((forward, "forward: one pass over S"), (backward, "backward: S again, tile by tile")):
-        _bare(axes, title)
+        bare(axes, title)
         axes.set_xlim(-1.6, 6.2)
         axes.set_ylim(6.2, -1.9)
         for i in range(5):
-            _box(axes, -1.4, i, 0.9, 1, ROW, f"X{i}")
-            _box(axes, i, -1.4, 1, 0.9, COLUMN, f"Y{i}")
+            box(axes, -1.4, i, 0.9, 1, ROW, f"X{i}")
+            box(axes, i, -1.4, 1, 0.9, COLUMN, f"Y{i}")
             for j in range(5):
-                _box(axes, j, i, 1, 1, QUIET)
-        _box(axes, 3, 1, 1, 1, BOTH, "tile")
-        _arrow(axes, (-0.5, 1.5), (3, 1.5))
-        _arrow(axes, (3.5, -0.5), (3.5, 1))
-    _arrow(forward, (4, 1.5), (5.25, 1.5))
+                box(axes, j, i, 1, 1, QUIET)
+        box(axes, 3, 1, 1, 1, BOTH, "tile")
+        arrow(axes, (-0.5, 1.5), (3, 1.5))
+        arrow(axes, (3.5, -0.5), (3.5, 1))
+    arrow(forward, (4, 1.5), (5.25, 1.5))
     forward.text(5.3, 1.5, "lse of\nrow 1", va="center")
-    _arrow(forward, (3.5, 2), (3.5, 5.3))
+    arrow(forward, (3.5, 2), (3.5, 5.3))
     forward.text(3.5, 5.75, "lse of column 3", ha="center", va="center")
-    _arrow(backward, (4, 1.5), (5.25, 1.5))
+    arrow(backward, (4, 1.5), (5.25, 1.5))
     backward.text(5.3, 1.5, "G Y\ninto dX", va="center")
-    _arrow(backward, (3.5, 2), (3.5, 5.3))
+    arrow(backward, (3.5, 2), (3.5, 5.3))
     backward.text(3.5, 5.75, "$G^T X$ into dY", ha="center", va="center")
     return figure
 
@@ -98,7 +66,7 @@ def tile_map() -> Figure:
     figure = Figure(figsize=(7.2, 3.9), layout="constrained")
     for axes, (title, mask) in zip(figure.subplots(1, 2), masks.items(), strict=True):
         states = tile_states(mask.rows(2048, 2048), 2048, 128, 64)
-        _bare(axes, f"{title}\n{mask.density():.0%} of the pairs are visible")
+        bare(axes, f"{title}\n{mask.density():.0%} of the pairs are visible")
         axes.set_aspect("auto")
         axes.imshow(states, cmap=ListedColormap([SKIP, PARTIAL, FULL]), vmin=0, vmax=2, aspect="auto")
         axes.vlines([j - 0.5 for j in range(1, 32)], -0.5, 15.5, color="white", linewidth=0.5)
@@ -122,7 +90,7 @@ def packing() -> Figure:
         (padded, f"padded: {sum(lengths) / (max(lengths) * len(lengths)):.0%} of the tokens are samples", max(lengths)),
         (packed, f"packed into 512: {plan.efficiency:.0%}", 512),
     ):
-        _bare(axes, title)
+        bare(axes, title)
         axes.set_aspect("auto")
         axes.set_xlim(0, 520)
         axes.set_ylim(len(lengths), -0.2)
@@ -136,31 +104,28 @@ def packing() -> Figure:
     return figure
 
 
-PICTURES = {"infonce": infonce, "tile-map": tile_map, "packing": packing}
+def strategies() -> Figure:
+    """The same lengths packed by best fit and by subset sums: what is left empty."""
+    lengths, capacity = lengths_like("caption@4096", 100)
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    for axes, strategy in zip(figure.subplots(1, 2, sharey=True), ("best_fit", "subset_sum"), strict=True):
+        plan = plan_packing(lengths, capacity, strategy=strategy)
+        bare(axes, f"{strategy}: {plan.num_packs} packs, {plan.efficiency:.1%} full")
+        axes.set_aspect("auto")
+        axes.set_xlim(0, capacity)
+        axes.set_ylim(len(plan_packing(lengths, capacity, strategy="best_fit")), -0.2)
+        for y, items in enumerate(plan):
+            axes.add_patch(Rectangle((0, y), capacity, 0.8, facecolor=PARTIAL))
+            x = 0
+            for i in sorted(items.tolist(), key=lambda i: -lengths[i]):
+                axes.add_patch(Rectangle((x, y), int(lengths[i]), 0.8, facecolor=ROW, edgecolor="white", linewidth=0.4))
+                x += int(lengths[i])
+    figure.supxlabel(f"100 captions in packs of {capacity:,} tokens: yellow stays empty", fontsize=9)
+    return figure
 
 
-def svg(figure: Figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    stale = []
-    for name, draw in PICTURES.items():
-        path, text = IMAGES / f"{name}.svg", svg(draw())
-        if not check:
-            path.write_text(text, encoding="utf-8")
-        elif not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(path.name)
-    if stale:
-        print(f"out of date: {', '.join(stale)}", file=sys.stderr)
-    return 1 if stale else 0
+PICTURES = {"infonce": infonce, "tile-map": tile_map, "packing": packing, "strategies": strategies}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(PICTURES, __doc__))
