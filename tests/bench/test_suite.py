@@ -26,11 +26,18 @@ Results = dict[str, Any]
 Run = Callable[..., tuple[int, Results, str]]
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pytest inside these tests is no worker of xdist, in which pytest-benchmark times nothing, and does not change how
+    the process that runs them allocates."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(plugin, "keep_freed_memory", lambda: False)
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs the toy bench by pytest in this process: its exit status, results and output."""
     monkeypatch.syspath_prepend(HERE)
-    monkeypatch.setattr(plugin, "keep_freed_memory", lambda: False)  # of the process that runs the tests
     file = tmp_path / "bench_square.py"
     file.write_text(BENCH, encoding="utf-8")
 
@@ -259,18 +266,12 @@ def test_every_point_has_its_own_title(family: str, device: str, monkeypatch: py
         ),
     ],
 )
-def test_command_says_what_is_wrong(
-    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plugin, "keep_freed_memory", lambda: False)
+def test_command_says_what_is_wrong(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2
     assert message in capfd.readouterr().err
 
 
-def test_command_writes_results(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plugin, "keep_freed_memory", lambda: False)
+def test_command_writes_results(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["planner", "--filter", "counts", "--seconds", "0.01", "--no-memory", "--json", str(tmp_path)]
     assert cli.main(arguments) == 0
     (path,) = tmp_path.glob("suite-*-quick.json")
