@@ -8,7 +8,7 @@ import pytest
 from mmkernels.runtime.backends import FAMILIES, VERIFIED_ON_GPU
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 PAGES += sorted(ROOT.glob("mmkernels/**/README.md"))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import ROOT, python_blocks, run
 from torch import Tensor, nn
 
 from mmkernels import GradCache
@@ -20,13 +21,10 @@ from mmkernels.testing.contrastive import plain_infonce
 
 pytestmark = pytest.mark.clients
 
-PAGES = [Path(__file__).resolve().parents[2] / "docs" / name for name in ("trainers.md", "packing-trainers.md")]
-BLOCKS = [
-    block
-    for page in PAGES
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-]
-LIBRARIES = ("sentence_transformers", "transformers", "lightning", "accelerate", "datasets", "trl", "megatron")
+PAGES = [ROOT / "docs/trainers.md", ROOT / "docs/packing-trainers.md", *sorted((ROOT / "docs/how-to").glob("*.md"))]
+LIBRARIES = (
+    "sentence_transformers", "transformers", "lightning", "accelerate", "datasets", "trl", "megatron", "open_clip"
+)  # fmt: skip
 BATCH, ACCUMULATED, STEPS, CLIP = 12, 2, 3, 0.5
 
 
@@ -38,16 +36,15 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "block", BLOCKS, ids=lambda block: "-".join(re.findall(r"^(?:from|import) (\w+)", block, re.M))
-)
-def test_the_examples_of_the_docs_run(block: str) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_examples_of_the_docs_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "".join(block.code for block in python_blocks(page))
     for name in LIBRARIES:
-        if re.search(rf"^(from|import) {name}\b", block, re.MULTILINE):
+        if re.search(rf"^(from|import) {name}\b", code, re.MULTILINE):
             pytest.importorskip(name)
-    if "transformers" in block:
-        pytest.importorskip("accelerate")  # the trainer needs it
-    exec(compile(block, "docs", "exec"), {"__name__": "trainers"})
+    if "Trainer" in code:
+        pytest.importorskip("accelerate")  # that of transformers needs it
+    run(page, lambda: capsys.readouterr().out)
 
 
 class Dual(nn.Module):
