@@ -2,7 +2,7 @@
 
     python benches/clients.py                       all rows; a table, and a file in benches/results
     python benches/clients.py clip_loss llama       some rows
-    python benches/clients.py --table               the newest file's table, for docs/trainers.md
+    python benches/clients.py --table               the newest file's table, for docs/drop-ins.md
 
 Each row is a loss or a model of another library with its own implementation and with ours, in this process, on the
 CPU, in float32: forward and backward of the same input. The difference of the loss (of a model: of its outputs) is

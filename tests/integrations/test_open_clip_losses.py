@@ -161,7 +161,7 @@ def test_over_ranks(name: str, options: dict[str, Any], world: int) -> None:
 
 
 def test_without_gradients_of_gathered_features_open_clips_are_a_wth() -> None:
-    """The factor that docs/drop-ins.md names."""
+    """The factor that docs/how-to/open_clip.md names."""
     options = {"local_loss": False, "gather_with_grad": False}
     theirs, found = (ranks.run(2, a_step, "ClipLoss", whose, options)[0] for whose in ("theirs", "ours"))
     for key in ("image", "text"):
