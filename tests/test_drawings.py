@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "docs/drawings"))
-
-import masks as drawings  # noqa: E402
+# By its path: tests/masks.py has the same name.
+SPEC = importlib.util.spec_from_file_location("drawings", ROOT / "docs/drawings/masks.py")
+assert SPEC is not None and SPEC.loader is not None
+drawings = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(drawings)
 
 
 def test_masks_are_what_the_script_draws() -> None:
