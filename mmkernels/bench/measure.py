@@ -44,7 +44,7 @@ class _Clock:
         return self.start.elapsed_time(self.end) / 1e3
 
 
-_WARM_UPS = 2  # calls of `in_turn` before those that count: one that compiles and fills caches, and a first look
+_WARM_UPS = 2  # calls of `in_turn` before those that count, one if it takes long
 
 
 def in_turn(
@@ -69,8 +69,9 @@ def in_turn(
         gc.disable()
     try:
         for name, run in runs.items():
-            run()
             first = clock(run)
+            if first < seconds:
+                first = clock(run)
             counts[name] = max(least if first < seconds else min(least, 3), min(MOST, int(seconds / max(first, 1e-6))))
         for round_ in range(max(counts.values(), default=0)):
             for name, run in runs.items():

@@ -16,6 +16,9 @@ from mmkernels.bench.case import FAMILIES, Settings, cases_of, contenders
 
 __all__ = ["Request", "keep_freed_memory", "peak_memory", "peak_memory_in_child"]
 
+# Imported before the fork: a first backward pass imports SymPy, and torch.utils.checkpoint torch._dynamo.
+_IMPORTED = (__name__, *(f"mmkernels.bench.cases.{family}" for family in FAMILIES), "torch._dynamo")
+
 # Parameters of glibc's mallopt.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
@@ -77,14 +80,16 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def _measured(request: Request) -> int:
-    """In the child: a small warm-up, then one call."""
+    """In the child: a warm-up, at the gate's size if the case has one, then one call."""
     if request.settings.threads:
         torch.set_num_threads(request.settings.threads)
     case, device = cases_of(request.module, request.settings)[request.case], torch.device(request.settings.device)
     run = contenders(case, request.settings)[request.contender].run
     assert run is not None
-    run(case.setup({**request.point, **(case.gate or {})}, device))
-    inputs = case.setup(request.point, device)
+    inputs = case.setup({**request.point, **(case.gate or {})}, device)
+    run(inputs)
+    if case.gate:
+        inputs = case.setup(request.point, device)
     return peak_memory(lambda: run(inputs), device)
 
 
@@ -101,7 +106,7 @@ def peak_memory_in_child(request: Request) -> int | str:
     The process is forked from one that has imported torch and computed nothing, which takes a tenth of a second.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *(f"mmkernels.bench.cases.{family}" for family in FAMILIES)])
+    context.set_forkserver_preload(list(_IMPORTED))
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(request, theirs), daemon=True)
     child.start()

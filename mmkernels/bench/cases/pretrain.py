@@ -242,7 +242,7 @@ def sample(p: Params, names: Sequence[str], settings: Settings) -> Mapping[str, 
 def _largest() -> Case:
     return Case(
         name="largest batch",
-        quick=[{"MiB": 256, "most": 2048}],
+        quick=[{"MiB": 128, "most": 1024}],
         full=[{"MiB": 1024, "most": 16384}],
         setup=lambda _point, _device: {},
         ours=lambda _inputs, _backend: (),
