@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,15 @@ def readme_table(every: Sequence[Results]) -> Iterator[str]:
             yield f"| {line.what.format(**point)} | {line.against} | {' | '.join(cells)} |"
 
 
+def replaced(text: str, begin: str, end: str, lines: Iterable[str]) -> str:
+    """The text with these lines between its two marks."""
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return before + begin + "\n" + "\n".join(lines).rstrip("\n") + "\n\n" + end + after
+
+
 def readme(every: Sequence[Results]) -> str:
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + "\n" + "\n".join(readme_table(every)) + "\n\n" + END + after
+    return replaced(README.read_text(encoding="utf-8"), BEGIN, END, readme_table(every))
 
 
 # The page

@@ -104,8 +104,8 @@ class Case:
         check: replaces both gates: `(contender, outputs, inputs) -> None`, raises AssertionError.
         limits: `(params, contender) -> reason` for skipping it (such as a logit matrix that would not fit), or None.
         baseline: the contenders that ratios refer to: the fastest of them; () if there is no ratio of interest.
-        backends_of: with `full`, measure every available backend of this op family, not only the one that
-            `backend=None` picks.
+        backends_of: with `full`, measure every backend of this op family that has kernels for the device, not only the
+            one that `backend=None` picks.
         compiled: contenders that `Settings.compile` leaves out on a CPU, besides "torch.compile".
         figures: `(outputs, inputs) -> {column: value}`, more figures of a result, such as a plan's efficiency.
         curve: the parameter that is the x axis, for cases that show how time grows.
@@ -184,8 +184,11 @@ def _backends(case: Case, settings: Settings) -> Sequence[str | None]:
     """Our backends to measure; None is the one that `backend=None` picks."""
     if settings.backends or case.backends_of is None or not settings.full:
         return settings.backends or (None,)
-    served = candidates(case.backends_of, torch.device(settings.device), torch.float32)
-    return [name for name, why_not in served.items() if why_not is None]
+    device = torch.device(settings.device)
+    left_out = {"reference"} | ({"triton"} if device.type == "cpu" else set())  # slow, and an interpreter
+    served = candidates(case.backends_of, device, torch.float32)
+    found = [name for name, why_not in served.items() if why_not is None and name not in left_out]
+    return found if len(found) > 1 else (None,)
 
 
 def _ours(case: Case, backend: str | None, inputs: Inputs) -> Outputs:

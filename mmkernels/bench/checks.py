@@ -32,10 +32,13 @@ def _together(draws: list[Outputs]) -> list[Tensor]:
     return [torch.stack(of) for of in zip(*draws, strict=True)]
 
 
+Errors = dict[str, testing.Accuracy]  # output -> its errors
+
+
 def gate_against_truth(
     case: Case, point: Params, ours: list[Contender], device: torch.device
-) -> dict[str, float | str]:
-    """Contenders of ours -> the largest error ratio of its outputs at the gate's size, or what is wrong."""
+) -> dict[str, Errors | str]:
+    """Contenders of ours -> the errors of its outputs at the gate's size, or what is wrong."""
     if case.check is not None or case.plain is None or not ours:
         return {}
     runs = {contender.name: contender.run for contender in ours if contender.run is not None}
@@ -54,14 +57,14 @@ def gate_against_truth(
 
 def _judged(
     case: Case, name: str, ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], terms: list[Tensor]
-) -> float | str:
+) -> Errors | str:
     assert len(ours) == len(truth) == len(case.outputs), f"{case.name}: outputs= must name each of {len(truth)}"
     compared = enumerate(zip(case.outputs, ours, plain, truth, strict=True))
     try:
-        return max(
-            testing.assert_as_accurate(f"{name}: {what}", *three, terms=terms[i] if i < len(terms) else None).ratio
+        return {
+            what: testing.assert_as_accurate(f"{name}: {what}", *three, terms=terms[i] if i < len(terms) else None)
             for i, (what, *three) in compared
-        )
+        }
     except AssertionError as error:
         return str(error)
 

@@ -44,11 +44,17 @@ class _Clock:
         return self.start.elapsed_time(self.end) / 1e3
 
 
-_WARM_UPS = 2  # calls of `in_turn` before those that count, one if it takes long
+_WARM_UPS = 2  # calls of `in_turn` before those that count: one that fills caches, and a first look
 
 
 def in_turn(
-    runs: Mapping[str, Run], device: torch.device, *, seconds: float, least: int = 5, disable_gc: bool = False
+    runs: Mapping[str, Run],
+    device: torch.device,
+    *,
+    seconds: float,
+    least: int = 5,
+    disable_gc: bool = False,
+    took: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call of each contender, which take turns, so that a drift of the machine affects all equally.
 
@@ -60,6 +66,7 @@ def in_turn(
         seconds: time to spend on each, after the warm-up.
         least: minimum rounds (3 if a single call takes longer than `seconds`).
         disable_gc: without Python's garbage collector.
+        took: name -> seconds of a call before; those that took `seconds` or more are not warmed up again.
     """
     clock = _Clock(device)
     counts: dict[str, int] = {}
@@ -69,8 +76,9 @@ def in_turn(
         gc.disable()
     try:
         for name, run in runs.items():
-            first = clock(run)
+            first = (took or {}).get(name, 0.0)
             if first < seconds:
+                run()
                 first = clock(run)
             counts[name] = max(least if first < seconds else min(least, 3), min(MOST, int(seconds / max(first, 1e-6))))
         for round_ in range(max(counts.values(), default=0)):

@@ -44,6 +44,12 @@ class Facts:
     recompute: bool = False  # activations of each block are computed again in the backward
 
 
+def _expect_several(name: str, values: Any) -> None:
+    """A tuple of one needs a comma, which is easily forgotten."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a tuple, such as ({type(values).__name__}(...),), got {values!r}")
+
+
 @dataclass(frozen=True)
 class Stream:
     """One input of the model."""
@@ -62,6 +68,9 @@ class Stream:
     """A stream whose encoder this one shares."""
     teacher: Any = None
     """An `Ema`: a twin of the encoder that follows it slowly, built where an objective reads it."""
+
+    def __post_init__(self) -> None:
+        _expect_several("views", self.views)
 
 
 @dataclass(frozen=True)
@@ -82,3 +91,7 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the run, where they differ from `Config`'s
     policy: Policy = Policy()  # noqa: RUF009  frozen
     mixing: Mixing = Mixing()  # noqa: RUF009  frozen
+
+    def __post_init__(self) -> None:
+        _expect_several("metrics", self.metrics)
+        _expect_several("stages", self.stages)

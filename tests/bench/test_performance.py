@@ -1,4 +1,4 @@
-"""The figures of the README and the performance page are those of the results files."""
+"""The figures of the README and of the pages on performance and accuracy are those of the results files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import write_performance as written  # noqa: E402
 
 
-def test_pages_are_what_the_script_writes() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts/write_performance.py", "--check"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize("script", ["write_performance.py", "write_accuracy.py"])
+def test_pages_are_what_the_script_writes(script: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts" / script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -116,6 +116,7 @@ def test_full_has_other_points(run: Run) -> None:
     assert sorted(points) == [(name, d) for name in ("mmkernels", "torch.compile") for d in ("bfloat16", "float32")]
     for each in results["benchmarks"]:
         assert not {"speedup", "peak_bytes"} & set(each["extra_info"])  # the baseline was not selected
+        assert each["stats"]["rounds"] >= 5  # that torch.compile's first call takes long does not count
     assert results["mmkernels"]["size"] == "full"
 
 
@@ -176,9 +177,9 @@ def test_contenders_take_turns(seconds: float, rounds: int, monkeypatch: pytest.
     monkeypatch.setattr(measure, "_Clock", lambda device: tenth)
     calls: list[str] = []
     runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    samples = measure.in_turn(runs, torch.device("cpu"), seconds=seconds, least=5)
-    warm_ups = 1 if seconds < 0.1 else 2
-    assert calls == ["a"] * warm_ups + ["b"] * warm_ups + list("ab") * rounds
+    samples = measure.in_turn(runs, torch.device("cpu"), seconds=seconds, least=5, took={"b": 0.1})
+    warm_ups = list("aabb") if seconds > 0.1 else list("aa")  # b took long in a call before
+    assert calls == warm_ups + list("ab") * rounds
     assert samples == {"a": [0.1] * rounds, "b": [0.1] * rounds}
 
 
@@ -238,8 +239,7 @@ def test_every_case_is_right(family: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_point_has_its_own_title(family: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmkernels.bench.cases.attention.further_backends", lambda device: [])
+def test_every_point_has_its_own_title(family: str, device: str) -> None:
     for full in (False, True):
         settings = Settings(full=full, device=device, peers=True, backends=("reference",))
         for case in cases_of(f"mmkernels.bench.cases.{family}", settings).values():

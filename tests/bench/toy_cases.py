@@ -32,6 +32,13 @@ def sleepy(inputs: dict[str, Any]) -> tuple[Any, ...]:
     return plain(inputs)
 
 
+def compiling(inputs: dict[str, Any]) -> tuple[Any, ...]:
+    if "compiled" not in inputs:
+        inputs["compiled"] = True
+        time.sleep(0.15)
+    return plain(inputs)
+
+
 def cases(settings: Settings) -> list[Case]:
     return [
         Case(
@@ -49,7 +56,7 @@ def cases(settings: Settings) -> list[Case]:
                 "limited": plain,
                 "partial": lambda inputs: (plain(inputs)[0], None),
                 "sleepy": sleepy,
-                "torch.compile": plain,
+                "torch.compile": compiling,
             },
             work=lambda p: Work(flops=16 * p["N"], bytes=64 * p["N"]),
             limits=lambda p, name: "too large for it" if name == "limited" else None,

@@ -15,7 +15,7 @@ from torch import nn
 from mmkernels.pretrain.encoders import Module
 from mmkernels.pretrain.metrics import NearestNeighbours, Predictions, Retrieval
 from mmkernels.pretrain.objectives import Answer, Contrast, NtXent
-from mmkernels.pretrain.recipe import Ramp, Recipe, Stream
+from mmkernels.pretrain.recipe import Ramp, Recipe, Stage, Stream
 from mmkernels.pretrain.setup import expect_fields
 from mmkernels.pretrain.state import Ema, Twins
 
@@ -149,6 +149,15 @@ def test_a_metric_that_cannot_be_measured_is_refused_before_the_run(metric: Any,
     expect_fields("r", dataclasses.replace(of, metrics=(NearestNeighbours("query", "kind"),)), "d", source())
     with pytest.raises(ValueError, match=message):
         expect_fields("r", of, "d", source())
+
+
+def test_one_metric_one_stage_or_one_view_without_a_comma_is_refused() -> None:
+    for name, value in (("metrics", Retrieval("a", "b")), ("stages", Stage())):
+        example = rf"\({type(value).__name__}\(...\),\)"
+        with pytest.raises(TypeError, match=f"{name}: expected a tuple, such as {example}, got"):
+            recipe(streams={"x": vector()}, objectives={}, **{name: value})
+    with pytest.raises(TypeError, match=r"views: expected a tuple, such as \(Identity\(...\),\), got"):
+        vector(views=nn.Identity())
 
 
 def test_an_objective_that_reads_what_is_not_there_is_refused() -> None:

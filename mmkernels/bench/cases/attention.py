@@ -7,10 +7,9 @@ memory do not count; separate columns show the build time and FlexAttention's co
 query-key pairs: 4 D per pair and head forward, 10 D backward (five matmuls, the minimum), so computing masked pairs
 shows as a lower rate.
 
-All our backends available on the device are measured, unless `--backend` names some. The kernels must pass the
-float64 gate. The reference, next to a faster backend, only has to agree with SDPA, as other packages do: it
-is plain PyTorch, and in float32 its long plain sums (dv of the first keys of a causal mask) exceed the gate. `--backend
-reference` applies the gate to it, which therefore fails.
+All our backends with kernels for the device are measured, unless `--backend` names some. `--backend reference` fails
+the float64 gate: it is plain PyTorch, and in float32 its long plain sums (dv of the first keys of a causal mask) exceed
+it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ Run = Callable[[Inputs], Outputs]
 
 _DTYPES = ("float32", "bfloat16")
 _SDPA_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-_REFERENCE = "reference backend"
 _REFERENCE_SCORES = 2**30  # bytes; the reference holds several such matrices
 
 
@@ -164,17 +162,6 @@ def outputs_of(call: Callable[..., Tensor], backward: bool, inputs: Inputs, *bac
 # Cases
 
 
-def further_backends(device: torch.device) -> list[str]:
-    """Available backends besides the one that `backend=None` picks, without Triton's interpreter."""
-    default = default_backend(device)
-    served = backends.candidates("attention", device, torch.float32)
-    return [
-        name
-        for name, reason in served.items()
-        if reason is None and name != default and not (name == "triton" and device.type == "cpu")
-    ]
-
-
 def default_backend(device: torch.device) -> str:
     return backends.resolve("attention", torch.empty(0, device=device))
 
@@ -183,7 +170,7 @@ def limits(kind: Kind, backward: bool, device: torch.device, p: Params, contende
     if contender == "FlexAttention" and backward and device.type == "cpu":
         return "forward only on a CPU"
     default_is_reference = contender == "mmkernels" and default_backend(device) == "reference"
-    if contender in (_REFERENCE, "mmkernels [reference]") or default_is_reference:
+    if contender == "mmkernels [reference]" or default_is_reference:
         tokens_q, tokens_k = (sum(lengths) for lengths in kind.lengths(p))
         size = p["H"] * tokens_q * tokens_k * 4
         if size > _REFERENCE_SCORES:
@@ -200,12 +187,13 @@ def work(kind: Kind, backward: bool, p: Params) -> Work:
 
 
 def points(kind: Kind, backward: bool) -> dict[str, Any]:
-    """Forward alone and bfloat16 are quick only where they are most asked for."""
-    dtypes = _DTYPES if kind.name in ("dense", "packed") and backward else _DTYPES[:1]
-    quick = dtypes if backward or kind.name in ("dense", "packed") else ()
+    """bfloat16, which processors without instructions for it emulate, forward and backward only; quick is what is most
+    asked for."""
+    asked = kind.name in ("dense", "packed")
+    quick = _DTYPES if asked and backward else _DTYPES[:1] if asked or backward else ()
     return {
         "quick": [{**kind.quick, "H": 8, "D": 64, "dtype": dtype} for dtype in quick],
-        "full": [{**kind.full, "H": 8, "D": 64, "dtype": dtype} for dtype in _DTYPES],
+        "full": [{**kind.full, "H": 8, "D": 64, "dtype": dtype} for dtype in _DTYPES[: 1 + backward]],
         "large": [{**size, "H": 16, "D": 128, "dtype": "bfloat16"} for size in kind.large],
     }
 
@@ -221,9 +209,6 @@ def case(kind: Kind, backward: bool, settings: Settings) -> Case:
     if device.type == "cuda":
         calls |= {f"SDPA [{name}]": partial(sdpa_on, name) for name in _SDPA_BACKENDS}
     calls["FlexAttention"] = flex
-    if settings.full and not settings.backends:
-        for name in further_backends(device):
-            calls[_REFERENCE if name == "reference" else f"mmkernels [{name}]"] = partial(ours, backend=name)
     # The adapters always compute gradients.
     peers = {"flash_attn": "varlen", "flash_attn_4": "varlen", "xformers": "block_diagonal"}
     return Case(
@@ -238,6 +223,7 @@ def case(kind: Kind, backward: bool, settings: Settings) -> Case:
         work=partial(work, kind, backward),
         outputs=("out", "dq", "dk", "dv") if backward else ("out",),
         limits=partial(limits, kind, backward, device),
+        backends_of="attention",
         compiled=("FlexAttention",),
         figures=lambda _, inputs: inputs["figures"],
     )

@@ -47,8 +47,10 @@ def check_moved(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
 
 
 WIDTHS: list[Params] = [
-    {"E": width, "MiB": 256, "dtype": dtype} for dtype in ("bfloat16", "float32") for width in (64, 512, 1024, 4096)
+    {"E": width, "MiB": 256, "dtype": dtype}
+    for width, dtype in ((64, "bfloat16"), (1024, "bfloat16"), (4096, "bfloat16"), (64, "float32"), (1024, "float32"))
 ]
+WIDE = [p for p in WIDTHS if p["E"] == 1024]
 QUICK: list[Params] = [{"E": 512, "MiB": 32, "dtype": "bfloat16"}]
 
 
@@ -112,7 +114,7 @@ def check_forward(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
 
 SOURCES = Case(
     name="pack 3 sources fwd",
-    full=[p for p in WIDTHS if p["E"] >= 512],
+    full=WIDE,
     quick=QUICK,
     setup=setup_sources,
     ours=lambda inputs, backend: (pack(inputs["parts"], inputs["index"], backend=backend),),

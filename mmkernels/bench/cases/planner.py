@@ -113,7 +113,10 @@ def figures_of_plan(outputs: Sequence[Any], inputs: Inputs) -> dict[str, float]:
 
 PLAN = Case(
     name="plan",
-    full=[{"lengths": name, "n": n} for n in (20_000, 1_000_000) for name in LENGTHS],
+    full=[
+        *({"lengths": name, "n": 20_000} for name in LENGTHS),
+        *({"lengths": name, "n": 1_000_000} for name in ("caption@4096", "navit@1024", "qwen2vl@16384")),
+    ],
     quick=[{"lengths": name, "n": 2000} for name in LENGTHS],
     setup=setup,
     ours=partial(plan_with, "auto"),
@@ -200,7 +203,7 @@ RANKS = Case(
     name="balance",
     full=[
         {"lengths": name, "n": 200_000 if name in ("caption@4096", "navit@4096") else 100_000, "W": 64, "cost": cost}
-        for name in LENGTHS
+        for name in ("caption@4096", "navit@1024", "obelics@8192", "qwen2vl@16384")
         for cost in ("default", "joint")
     ],
     quick=[{"lengths": "qwen2vl@16384", "n": 2000, "W": 4, "cost": "joint"}],

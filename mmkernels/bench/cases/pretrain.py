@@ -243,7 +243,7 @@ def _largest() -> Case:
     return Case(
         name="largest batch",
         quick=[{"MiB": 128, "most": 1024}],
-        full=[{"MiB": 1024, "most": 16384}],
+        full=[{"MiB": 512, "most": 4096}],
         setup=lambda _point, _device: {},
         ours=lambda _inputs, _backend: (),
         others={name: lambda _inputs: () for name in WAYS},

@@ -17,6 +17,7 @@ from mmkernels.bench.cases.packing_rows import PACK
 __all__ = ["cases"]
 
 _TOKENS = 4096  # of all segments together
+_PLAIN = 8192  # largest batch of plain PyTorch on a CPU
 
 
 def _points(name: str, values: Sequence[int], **others: Any) -> list[Params]:
@@ -48,13 +49,19 @@ def _over(
     )
 
 
-def _contrastive() -> list[Case]:
+def _contrastive(settings: Settings) -> list[Case]:
     wanted = {"infonce fwd+bwd": "infonce over N", "siglip fwd+bwd": "siglip over N"}
     single, half = {"E": 512, "dtype": "float32"}, {"E": 512, "dtype": "bfloat16"}
     powers = [2**k for k in range(10, 15)]
+
+    def limits(p: Params, name: str) -> str | None:
+        if settings.device == "cpu" and p["N"] > _PLAIN and not name.startswith("mmkernels"):
+            return f"too slow beyond N={_PLAIN}"
+        return contrastive.limits(p, name)
+
     return [
         _over(
-            case,
+            replace(case, limits=limits),
             wanted[case.name],
             "N",
             _points("N", powers[:2], **single),
@@ -126,4 +133,4 @@ def _packing() -> list[Case]:
 
 
 def cases(settings: Settings) -> list[Case]:
-    return [*_contrastive(), *_attention(settings), *_packing()]
+    return [*_contrastive(settings), *_attention(settings), *_packing()]
