@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE, README, RESULTS = ROOT / "docs" / "performance.md", ROOT / "README.md", ROOT / "benches" / "results"
 BEGIN, END = "<!-- figures: scripts/write_performance.py writes them -->\n", "<!-- end of figures -->\n"
 DTYPES = ("float32", "bfloat16")
+LONG = 0.05  # seconds; shorter calls are not predicted well, nor need they be
 
 Results = Mapping[str, Any]
 Entry = Mapping[str, Any]
@@ -198,6 +200,24 @@ def _row(entries: Sequence[Entry]) -> str | None:
     return f"| {' | '.join((*cells, times(mine, theirs), share_of_memory(mine, theirs), ceiling))} |"
 
 
+def _predictions(results: Results) -> Iterator[str]:
+    """How far the cost model's predictions are from what was measured."""
+    off: dict[str, list[tuple[float, float]]] = {}
+    for each in results["benchmarks"]:
+        info, took = each["extra_info"], each["stats"]["median"]
+        if "predicted_s" in info:
+            off.setdefault(info["case"], []).append((took, abs(info["predicted_s"] / took - 1)))
+    if not off:
+        return
+    yield "\n### The cost model\n\nHow far the predicted time of our ops is from the measured one.\n"
+    yield f"\n| what | calls | median | most | most, calls of {1e3 * LONG:.0f} ms and more |\n|---|---|---|---|---|\n"
+    for case, errors in off.items():
+        every = [error for _, error in errors]
+        long = [error for took, error in errors if took >= LONG]
+        most = f"{max(long):.0%}" if long else ""
+        yield f"| {case} | {len(every)} | {statistics.median(every):.0%} | {max(every):.0%} | {most} |\n"
+
+
 def page(every: Sequence[Results]) -> str:
     parts = [HEAD]
     for results in every:
@@ -213,6 +233,7 @@ def page(every: Sequence[Results]) -> str:
         for family, rows in families.items():
             parts.append(f"\n### {family}\n\n| what | sizes | dtype | against | speed | memory | ceiling |\n")
             parts.append("|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n")
+        parts += _predictions(results)
     return "".join(parts)
 
 

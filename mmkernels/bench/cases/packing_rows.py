@@ -47,10 +47,17 @@ def check_moved(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
 
 
 WIDTHS: list[Params] = [
-    {"E": width, "MiB": 256, "dtype": dtype}
+    {"E": width, "MiB": 64, "dtype": dtype}
     for width, dtype in ((64, "bfloat16"), (1024, "bfloat16"), (4096, "bfloat16"), (64, "float32"), (1024, "float32"))
 ]
 WIDE = [p for p in WIDTHS if p["E"] == 1024]
+
+
+def large(points: Sequence[Params]) -> list[Params]:
+    """The same, of as many bytes as a GPU takes a while to move."""
+    return [{**p, "MiB": 256} for p in points]
+
+
 QUICK: list[Params] = [{"E": 512, "MiB": 32, "dtype": "bfloat16"}]
 
 
@@ -62,6 +69,7 @@ def bytes_moved(p: Params) -> Work:
 PACK = Case(
     name="pack fwd+bwd",
     full=WIDTHS,
+    large=large(WIDTHS),
     quick=QUICK,
     setup=setup_rows,
     ours=lambda inputs, backend: with_gradient(pack(inputs["x"], inputs["index"], backend=backend), inputs),
@@ -91,6 +99,7 @@ def check_unpacked(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None
 UNPACK = Case(
     name="unpack fwd+bwd",
     full=WIDTHS,
+    large=large(WIDTHS),
     quick=QUICK,
     setup=setup_rows,
     ours=lambda inputs, backend: with_gradient(unpack(inputs["x"], inputs["index"], backend=backend), inputs),
@@ -115,6 +124,7 @@ def check_forward(name: str, outputs: Sequence[Tensor], inputs: Inputs) -> None:
 SOURCES = Case(
     name="pack 3 sources fwd",
     full=WIDE,
+    large=large(WIDE),
     quick=QUICK,
     setup=setup_sources,
     ours=lambda inputs, backend: (pack(inputs["parts"], inputs["index"], backend=backend),),

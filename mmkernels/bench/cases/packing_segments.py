@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.bench.case import Case, Inputs, Work
-from mmkernels.bench.cases.packing_rows import QUICK, WIDE, Params, bytes_moved, rows_of, with_gradient
+from mmkernels.bench.cases.packing_rows import QUICK, WIDE, Params, bytes_moved, large, rows_of, with_gradient
 from mmkernels.ops.packing import pad, segment_pool
 from mmkernels.testing.lengths import lengths_like
 
@@ -53,7 +53,8 @@ POOLS = [
     Case(
         name=f"segment_pool {mode} fwd+bwd",
         # Low precision has ties: torch splits their gradient, ours gives it to the first.
-        full=[p for p in WIDE if mode == "mean" or p["dtype"] == "float32"],
+        full=(points := [p for p in WIDE if mode == "mean" or p["dtype"] == "float32"]),
+        large=large(points),
         quick=QUICK if mode == "mean" else [{**QUICK[0], "dtype": "float32"}],
         gate={"MiB": 1},
         setup=setup_pool,
@@ -99,6 +100,7 @@ def copy_of_three(inputs: Inputs) -> tuple[None, None, None]:
 WEIGHTED = Case(
     name="segment_pool weighted fwd+bwd",
     full=WIDE,
+    large=large(WIDE),
     quick=QUICK,
     gate={"MiB": 1},
     setup=setup_weighted,
@@ -146,6 +148,7 @@ def copy_of_padded(inputs: Inputs) -> tuple[None, None]:
 PAD = Case(
     name="pad fwd+bwd",
     full=WIDE,
+    large=large(WIDE),
     quick=QUICK,
     gate={"MiB": 1},
     setup=setup_pad,
