@@ -28,8 +28,9 @@ def plain_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 def main() -> None:
     torch.manual_seed(0)
     image_tower, text_tower, loss = tower(96), tower(48), InfoNCELoss()  # the loss holds the temperature
-    parameters = [*image_tower.parameters(), *text_tower.parameters(), *loss.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    towers = [*image_tower.parameters(), *text_tower.parameters()]
+    scale = {"params": loss.parameters(), "weight_decay": 0.0}  # decay would pull the temperature towards 1
+    optimizer = torch.optim.AdamW([{"params": towers}, scale], lr=3e-3)
     cached = GradCache([image_tower, text_tower], loss, chunk_size=CHUNK)
 
     images = torch.randn(BATCH, 96)
@@ -43,6 +44,7 @@ def main() -> None:
 
     optimizer.zero_grad()
     cached(images, texts)
+    parameters = [*towers, *loss.parameters()]
     ours = [p.grad.clone() for p in parameters]
     optimizer.zero_grad()
     plain_loss(image_tower(images), text_tower(texts), loss.scale).backward()

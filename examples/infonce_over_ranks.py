@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 examples/infonce_over_ranks.py    # on GPUs: the backend "nccl", and tensors on the device
 """
 
+import copy
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,7 +19,6 @@ ROWS = 64  # pairs of each rank
 class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.image, self.text = nn.Linear(96, 32), nn.Linear(48, 32)
         self.log_scale = nn.Parameter(torch.tensor(2.66))
 
@@ -34,12 +35,14 @@ def main() -> None:
     texts = images[:, :48] + torch.randn(ROWS * world, 48, generator=generator)
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
 
+    torch.manual_seed(0)
     model = DistributedDataParallel(Towers())
     x, y, scale = model(images[mine], texts[mine])
     loss = infonce(x, y, scale, group=dist.group.WORLD)  # the same on every rank
     loss.backward()  # DistributedDataParallel averages: .grad is the gradient of the loss of all pairs
 
-    single = Towers()  # to compare with: one process that has all pairs
+    single = copy.deepcopy(model.module)  # to compare with: one process that has all pairs
+    single.zero_grad()
     expected = infonce(*single(images, texts))
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)

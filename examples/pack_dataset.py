@@ -30,11 +30,11 @@ def main() -> None:
     config = transformers.LlamaConfig(
         vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
-    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="mmkernels").eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="mmkernels").eval()
     with torch.no_grad():
         for row in packed:
             ids = torch.tensor([row["input_ids"]])
-            positions = torch.cat([torch.arange(length) for length in row["seq_lengths"]])[None]  # begin again
+            positions = torch.cat([torch.arange(length) for length in row["seq_lengths"]])[None]  # restart
             together = model(input_ids=ids, position_ids=positions).logits[0].split(row["seq_lengths"])
             for sample, logits in zip(ids[0].split(row["seq_lengths"]), together, strict=True):
                 alone = model(input_ids=sample[None]).logits[0]

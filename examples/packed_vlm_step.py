@@ -1,7 +1,8 @@
 """A training step of a small vision-language model over packed samples of text and images.
 
 Samples of different lengths form dense packs without padding between them. Image features replace placeholder tokens,
-text is causal, an image's tokens see each other in both directions, and samples do not see each other.
+text is causal, an image's tokens see each other in both directions, and samples do not see each other: the last lines
+compare a pack's loss with those of its samples alone.
 """
 
 import torch
@@ -61,6 +62,7 @@ def main() -> None:
     print(plan)
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # A pack is a step here; for several in a step see `PackedBatch.loss_weights`, whose mean is over the tokens of all.
     for step, items in enumerate(plan):
         parts, labels = zip(*(samples[i] for i in items), strict=True)
         batch = PackedBatch.from_samples(parts, capacity=CAPACITY, sample_ids=items.tolist(), labels=labels)
@@ -69,6 +71,15 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         print(f"pack {step}: {batch.num_samples} samples, {batch.num_tokens} tokens, loss {loss.item():.3f}")
+
+    with torch.no_grad():
+        together, sums, targets = model(batch), 0.0, 0
+        for part, label in zip(parts, labels, strict=True):
+            count = int((label[1:] != -100).sum())
+            sums += count * model(PackedBatch.from_samples([part], labels=[label])).item()
+            targets += count
+    torch.testing.assert_close(together.item(), sums / targets, rtol=1e-4, atol=0.0)
+    print("the loss of a pack is the mean over its samples' tokens, each as if alone")
 
 
 if __name__ == "__main__":

@@ -33,18 +33,18 @@ class Layer(nn.Module):
         return x + self.to_out(out.flatten(1))
 
 
-def sample(number: int, *parts: tuple[str, int]) -> tuple[list[int], list[int]]:
-    """Modality and span of each token; every image is a span of its own, text is in none."""
+def sample(*parts: tuple[str, int]) -> tuple[list[int], list[int]]:
+    """Modality and span of each token; every image of a sample is a span of its own, text is in none."""
     modalities, spans = [], []
     for i, (kind, length) in enumerate(parts):
         modalities += [Modality.IMAGE if kind == "image" else Modality.TEXT] * length
-        spans += [100 * number + i if kind == "image" else -1] * length
+        spans += [i if kind == "image" else -1] * length
     return modalities, spans
 
 
 def main() -> None:
     torch.manual_seed(0)
-    samples = [sample(0, ("text", 3), ("image", 16), ("text", 9)), sample(1, ("image", 9), ("text", 7), ("image", 9))]
+    samples = [sample(("text", 3), ("image", 16), ("text", 9)), sample(("image", 9), ("text", 7), ("image", 9))]
     lengths = [len(spans) for _, spans in samples]
     cu_seqlens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
     modality_ids = torch.tensor([m for modalities, _ in samples for m in modalities], dtype=torch.uint8)
@@ -61,7 +61,7 @@ def main() -> None:
     assert dense[3, 18]  # an image's first token sees its last
     assert not dense[1, 2]  # text sees no later text
     assert not dense[lengths[0] :, : lengths[0]].any()  # nor another sample
-    q, k, v = (x.transpose(0, 1)[None] for x in layer.heads(x, positions))
+    q, k, v = (y.transpose(0, 1)[None] for y in layer.heads(x, positions))
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=True)[0].transpose(0, 1)
     torch.testing.assert_close(out, x + layer.to_out(plain.flatten(1)), rtol=1e-4, atol=1e-5)
     print("the same as SDPA with the dense mask")

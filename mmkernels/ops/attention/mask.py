@@ -155,7 +155,7 @@ class AttentionMask(MaskLayout):
         bidirectional: Sequence[int] = (Modality.IMAGE,),
         window: int | None = None,
     ) -> AttentionMask:
-        """Causal self attention, bidirectional inside a span of a bidirectional modality (Gemma 3, PaliGemma).
+        """Causal self attention, bidirectional inside a span of a bidirectional modality (Gemma 3).
 
             j <= i, or i and j in one span;  with a window also j > i - window
 
