@@ -40,6 +40,9 @@ def largest(errors: Mapping[str, Pair], gradients: bool) -> Pair:
 def _row(case: str, by_dtype: Mapping[str, Mapping[str, Pair]]) -> str:
     cells = [case.removesuffix(" fwd+bwd")]
     for dtype in DTYPES:
+        if dtype not in by_dtype:
+            cells += ["", ""]
+            continue
         for gradients in (False, True):
             mine, plain = largest(by_dtype[dtype], gradients)
             cells.append(f"{mine:.1e} / {plain:.1e}" if mine or plain else "0")

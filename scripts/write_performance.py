@@ -65,21 +65,30 @@ _SPANS = ({"S": 8, "L": 1024, "I": 256}, {"S": 4, "L": 1024, "I": 256})
 _TINY = ({"S": 1024, "L": 16}, {"S": 256, "L": 16})
 _LOSS = ({"N": 8192, "E": 512},)
 LINES = (
-    Line("`infonce`, N = 8192, E = 512", "plain PyTorch", "infonce fwd+bwd", _LOSS, memory=True),
+    Line("`infonce`, N = 8192, E = 512", "plain PyTorch", "infonce fwd+bwd", _LOSS, "plain PyTorch", memory=True),
+    Line("", "torch.compile of it", "infonce fwd+bwd", _LOSS, "torch.compile", memory=True),
     Line("", "peak of the machine", "infonce fwd+bwd", _LOSS, ceiling=True),
-    Line("`siglip`, N = 8192, E = 512", "plain PyTorch", "siglip fwd+bwd", _LOSS, memory=True),
+    Line("`siglip`, N = 8192, E = 512", "plain PyTorch", "siglip fwd+bwd", _LOSS, "plain PyTorch", memory=True),
+    Line("", "torch.compile of it", "siglip fwd+bwd", _LOSS, "torch.compile", memory=True),
     Line("`attention`, H = 8, D = 64, T = 2048", "SDPA", "dense fwd+bwd", ({"T": 2048},)),
     Line("causal", "SDPA", "causal fwd+bwd", ({"T": 2048},)),
-    Line("{S} segments of {L}", "SDPA with the dense mask", "packed fwd+bwd", _SEGMENTS),
+    Line("{S} segments of {L}", "SDPA with the dense mask", "packed fwd+bwd", _SEGMENTS, "plain PyTorch"),
     Line("", "SDPA segment by segment", "packed fwd+bwd", _SEGMENTS, "SDPA by segment"),
-    Line("text and image spans, {S} samples of {L}", "SDPA with the dense mask", "image spans fwd+bwd", _SPANS),
-    Line("{S} segments of {L}", "SDPA with the dense mask", "tiny fwd+bwd", _TINY),
+    Line(
+        "text and image spans, {S} samples of {L}",
+        "SDPA with the dense mask",
+        "image spans fwd+bwd",
+        _SPANS,
+        "plain PyTorch",
+    ),
+    Line("{S} segments of {L}", "SDPA with the dense mask", "tiny fwd+bwd", _TINY, "plain PyTorch"),
     Line("`pack`, rows of 1024", "a copy of the same size", "pack fwd+bwd", ({"E": 1024},), "copy of the same bytes"),
     Line(
         "`embed_splice`, 16384 tokens of 1024, table of 8192",
         "embedding + `masked_scatter`",
         "embed_splice fwd+bwd",
         ({"E": 1024, "V": 8192},),
+        "embedding + masked_scatter",
     ),
 )
 
@@ -96,16 +105,19 @@ def newest(folder: Path) -> list[Results]:
 
 
 def ours(entries: Sequence[Entry]) -> Entry | None:
-    """The backend of ours that is chosen by default: the first."""
-    return next((each for each in entries if each["extra_info"]["role"] == "ours"), None)
+    """Ours with the backend that is chosen by default."""
+    those = [each for each in entries if each["extra_info"]["role"] == "ours"]
+    order = ("mmkernels", "mmkernels [native]", "mmkernels [triton]")
+    return next((each for name in order for each in those if each["extra_info"]["contender"] == name), None)
 
 
 def against(entries: Sequence[Entry], name: str = "") -> Entry | None:
-    """The contender of that name, or the fastest baseline."""
-    roles = [each for each in entries if each["extra_info"]["role"] == "baseline"]
+    """The fastest contender of that name, such as a form of "plain PyTorch", or the fastest baseline."""
     if name:
-        return next((each for each in entries if each["extra_info"]["contender"] == name), None)
-    return min(roles, key=lambda each: each["stats"]["median"], default=None)
+        named = (each for each in entries if each["extra_info"]["contender"].partition(",")[0] == name)
+    else:
+        named = (each for each in entries if each["extra_info"]["role"] == "baseline")
+    return min(named, key=lambda each: each["stats"]["median"], default=None)
 
 
 def groups(results: Results) -> dict[str, list[Entry]]:
@@ -116,9 +128,11 @@ def groups(results: Results) -> dict[str, list[Entry]]:
 
 
 def times(mine: Entry, theirs: Entry) -> str:
+    """How many times faster: the median over rounds, which took turns."""
+    rounds = list(zip(*(each["stats"].get("data", ()) for each in (theirs, mine)), strict=False))
     ratio = theirs["stats"]["median"] / mine["stats"]["median"]
-    if theirs["extra_info"]["role"] == "baseline":
-        ratio = mine["extra_info"].get("speedup", ratio)
+    if len(rounds) >= 3:
+        ratio = statistics.median(a / b for a, b in rounds)
     return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x" if ratio >= 0.995 else f"{ratio:.2f}x"
 
 

@@ -41,7 +41,7 @@ class Settings:
     Args:
         full: sizes of trainers instead of those that take seconds; on a GPU also those that only a GPU holds.
         device: where to run.
-        backends: our backends to measure, by name; () for what each case measures by default.
+        backends: our backends to measure, by name, of cases that have them; () for what each measures by default.
         peers: measure other installed packages, too.
         compile: measure torch.compile and FlexAttention, which compile for tens of seconds on a CPU.
         memory: measure peak memory.
@@ -103,7 +103,9 @@ class Case:
             `assert_as_accurate`. Needed for scalars with cancellation.
         check: replaces both gates: `(contender, outputs, inputs) -> None`, raises AssertionError.
         limits: `(params, contender) -> reason` for skipping it (such as a logit matrix that would not fit), or None.
-        baseline: the contenders that ratios refer to: the fastest of them; () if there is no ratio of interest.
+        baseline: the contenders that ratios refer to, the fastest of them: every form that a user could write in plain
+            PyTorch; () if there is no ratio of interest.
+        backends: whether `ours` takes a backend.
         backends_of: with `full`, measure every backend of this op family that has kernels for the device, not only the
             one that `backend=None` picks.
         compiled: contenders that `Settings.compile` leaves out on a CPU, besides "torch.compile".
@@ -130,8 +132,9 @@ class Case:
     terms: Callable[[Inputs], Outputs] = lambda _inputs: ()
     check: Callable[[str, Outputs, Inputs], None] | None = None
     limits: Callable[[Params, str], str | None] = lambda _params, _name: None
-    baseline: Sequence[str] = ("plain PyTorch",)
+    baseline: Sequence[str] = ("plain PyTorch", "torch.compile")
     large: Sequence[Params] = ()
+    backends: bool = True
     backends_of: str | None = None
     compiled: Sequence[str] = ("torch.compile",)
     figures: Callable[[Outputs, Inputs], Mapping[str, float]] = lambda _outputs, _inputs: {}
@@ -182,6 +185,8 @@ def points_of(case: Case, settings: Settings) -> Sequence[Params]:
 
 def _backends(case: Case, settings: Settings) -> Sequence[str | None]:
     """Our backends to measure; None is the one that `backend=None` picks."""
+    if not case.backends:
+        return (None,)
     if settings.backends or case.backends_of is None or not settings.full:
         return settings.backends or (None,)
     device = torch.device(settings.device)

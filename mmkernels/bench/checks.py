@@ -18,6 +18,10 @@ from mmkernels.bench.case import Case, Contender, Inputs, Outputs, Params
 _AGREEMENT = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 
 
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+
+
 def _converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     def convert(value: Any) -> Any:
         if not (isinstance(value, Tensor) and value.is_floating_point()):
@@ -43,16 +47,24 @@ def gate_against_truth(
         return {}
     runs = {contender.name: contender.run for contender in ours if contender.run is not None}
     results: dict[str, list[Outputs]] = {name: [] for name in ("truth", "plain", "terms", *runs)}
+    raised: dict[str, str] = {}
     for seed in range(case.draws):
         drawn = {**point, **(case.gate or {}), **({"seed": seed} if case.draws > 1 else {})}
         inputs = case.setup(drawn, device)
         doubled = _converted(inputs, torch.float64)
         for name, run in {"truth": case.plain, "terms": case.terms}.items():
             results[name].append(run(doubled))
-        for name, run in {"plain": case.plain, **runs}.items():
-            results[name].append(run(inputs))
+        results["plain"].append(case.plain(inputs))
+        for name, run in runs.items():
+            try:
+                results[name].append(run(inputs))
+            except Exception as error:  # the other contenders go on
+                raised[name] = first_line(error)
+    for name in raised:
+        results.pop(name)
     truth, plain, terms = (_together(results.pop(name)) for name in ("truth", "plain", "terms"))
-    return {name: _judged(case, name, _together(drawn), plain, truth, terms) for name, drawn in results.items()}
+    judged = {name: _judged(case, name, _together(drawn), plain, truth, terms) for name, drawn in results.items()}
+    return {**judged, **raised}
 
 
 def _judged(

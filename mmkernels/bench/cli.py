@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+import torch
 import tyro
 
 from mmkernels.bench import suite
 from mmkernels.bench.case import FAMILIES
+from mmkernels.runtime.backends import BACKENDS
 
 __all__ = ["main"]
 
@@ -40,7 +43,7 @@ class Options:
     filter: str = ""
     """Only what has all these words in its name, such as "infonce fwd+bwd N=2048"."""
     backend: tuple[str, ...] = ()
-    """Our backends to measure, by name."""
+    """Our backends to measure, by name; of the planner, ranks and the loop there is one."""
     device: str = ""
     """Where to run; by default cuda, if there is one."""
     threads: int = 0
@@ -64,14 +67,37 @@ def _wrong(options: Options) -> str:
         return f"family: expected some of {', '.join(FAMILIES)}, got {unknown[0]!r}"
     if options.quick and options.full:
         return "--quick: expected not to be given with --full"
-    if options.seconds is not None and not options.seconds > 0:
+    if options.seconds is not None and not 0 < options.seconds < math.inf:
         return f"--seconds: expected a number > 0, got {options.seconds}"
+    for backend in options.backend:
+        if backend not in BACKENDS:
+            return f"--backend: expected some of {', '.join(BACKENDS)}, got {backend!r}"
+    ignored = [name for name in ("families", "json", "html", "filter") if options.compare and getattr(options, name)]
+    if ignored:
+        return f"--compare: expected alone, got {ignored[0]}, too"
     if options.threads < 0:
         return f"--threads: expected a number >= 0, got {options.threads}"
     for name in ("json", "html"):
         path = getattr(options, name)
-        if path is not None and not (path if name == "json" and path.is_dir() else path.parent).is_dir():
-            return f"--{name}: expected a path in a folder that exists, got {str(path)!r}"
+        if path is None:
+            continue
+        folder = path if name == "json" and path.is_dir() else path.parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            return f"--{name}: expected a path in a folder that exists and can be written, got {str(path)!r}"
+        if name == "html" and path.is_dir():
+            return f"--html: expected a file, got the folder {str(path)!r}"
+    return _wrong_device(options.device)
+
+
+def _wrong_device(name: str) -> str:
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError:
+        return f"--device: expected cpu, cuda or cuda:N, got {name!r}"
+    if device.type not in ("cpu", "cuda"):
+        return f"--device: expected cpu, cuda or cuda:N, got {name!r}"
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        return f"--device: expected one of {torch.cuda.device_count()} CUDA devices, got {name!r}"
     return ""
 
 
@@ -90,10 +116,12 @@ def _arguments(options: Options, results: Path) -> list[str]:
     return [*given, f"--filter={options.filter}"]
 
 
-def _file_name(results: dict[str, Any]) -> str:
+def _file_name(results: dict[str, Any], options: Options) -> str:
+    """Of a part of the suite it begins with another word, so that it does not replace that day's whole run."""
     about = results["machine_info"]["mmkernels"]
     size = "" if results["mmkernels"]["size"] == "full" else "-quick"
-    name = f"suite-{about['device']}-{about['isa']}-{about['date'][:10]}{size}"
+    part = "-".join([*options.families, options.filter, *options.backend]).strip("-")
+    name = f"{'part-' + part if part else 'suite'}-{about['device']}-{about['isa']}-{about['date'][:10]}{size}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
 
 
@@ -132,12 +160,15 @@ def _run(options: Options) -> int:
             return 2
         found: dict[str, Any] | None = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
     if found is None:
-        return status
+        if options.json or options.html:
+            print("mmkernels bench: nothing was timed, so that there are no results to write", file=sys.stderr)
+        return status or int(bool(options.json or options.html))
     if options.json is not None:
-        path = options.json / _file_name(found) if options.json.is_dir() else options.json
-        scratch = path.with_suffix(".tmp")  # a run that is killed here leaves an older file as it was
-        scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        path = options.json / _file_name(found, options) if options.json.is_dir() else options.json
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # a run that is killed here leaves the older file
+            scratch = Path(folder) / path.name
+            scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            scratch.replace(path)
         print(f"results: {path}")
     if options.html is not None:
         from mmkernels.bench.page import render

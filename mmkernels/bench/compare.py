@@ -22,7 +22,8 @@ __all__ = ["Change", "compare", "main", "render"]
 
 Results = Mapping[str, Any]
 
-BETWEEN, ENOUGH = (0.02, 0.05), 8  # bounds of the noise between processes; of fewer points the upper one is taken
+BETWEEN, ENOUGH = (0.02, 0.1), 8  # bounds of the noise between processes; of fewer points their mean is taken
+EVERY = "all points"
 SURE = 3.0  # standard deviations
 
 # Which a reader should know of, though ratios can be compared all the same.
@@ -35,7 +36,7 @@ class Change:
 
     Args:
         verdict: "slower", "faster", "same", "noise" (more than the threshold, but no more than chance explains), "now
-            wrong", "no longer wrong", "new" or "gone".
+            wrong", "no longer wrong", "new", "gone", or "not comparable" (another baseline, or no ratio in one file).
         before, after: its ratio to the baseline, in each file.
         noise: standard deviation of the logarithm of after / before.
     """
@@ -49,7 +50,7 @@ class Change:
 
     @property
     def is_bad(self) -> bool:
-        return self.verdict in ("slower", "now wrong")
+        return self.verdict in ("slower", "now wrong", "gone")
 
 
 def _ours(results: Results) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -67,21 +68,32 @@ def _wrong(results: Results) -> set[tuple[str, str]]:
 
 
 def _own_noise(entry: Mapping[str, Any]) -> float:
-    """Of a ratio, relative: as its file states it, else from the quartiles of its own rounds."""
-    stated = entry["extra_info"].get("speedup_noise")
-    if stated is not None:
+    """Of a ratio, relative: as its file states it, else from the quartiles of its own rounds; too few tell nothing."""
+    stated, stats = entry["extra_info"].get("speedup_noise"), entry["stats"]
+    if stated is not None and stats["rounds"] >= 3:
         return float(stated)
-    stats = entry["stats"]
+    if stats["rounds"] < ENOUGH:
+        return math.inf
     spread = (stats["q3"] - stats["q1"]) / 1.349 / stats["median"]  # of a normal distribution
-    return 1.2533 * math.sqrt(2) * spread / math.sqrt(max(stats["rounds"], 1))
+    return 1.2533 * math.sqrt(2) * spread / math.sqrt(stats["rounds"])
 
 
 def _between(moves: Sequence[float]) -> float:
-    """The noise between processes: how far the ratio of a typical point moved."""
+    """The noise between processes: how far the ratio of a typical point moved from where all did."""
     least, most = BETWEEN
     if len(moves) < ENOUGH:
-        return most
-    return min(max(1.4826 * statistics.median(abs(move) for move in moves), least), most)
+        return (least + most) / 2
+    middle = statistics.median(moves)
+    return min(max(1.4826 * statistics.median(abs(move - middle) for move in moves), least), most)
+
+
+def _of_every(moves: Sequence[float], threshold: float) -> list[Change]:
+    """What all points have in common, such as a compiler's flag: a row of its own, from half the threshold on."""
+    if len(moves) < ENOUGH:
+        return []
+    move, noise = statistics.median(moves), 1.2533 * _between(moves) / math.sqrt(len(moves))
+    verdict = _verdict(move, noise, threshold / 2)
+    return [Change(EVERY, "mmkernels", verdict, 1.0, math.exp(move), noise)] if verdict != "same" else []
 
 
 def compare(before: Results, after: Results, threshold: float = 0.1) -> list[Change]:
@@ -101,16 +113,33 @@ def compare(before: Results, after: Results, threshold: float = 0.1) -> list[Cha
         raise ValueError("expected results that have a point in common")
     ratios = {key: (old[key]["extra_info"].get("speedup"), new[key]["extra_info"].get("speedup")) for key in both}
     moves = {key: math.log(b / a) for key, (a, b) in ratios.items() if a and b}
-    between = _between(list(moves.values()))
-    changes = []
+    baselines = {key: [each[key]["extra_info"].get("baseline") for each in (old, new)] for key in both}
+    others = {key for key, (a, b) in baselines.items() if a and b and a != b}
+    moves = {key: move for key, move in moves.items() if key not in others}
+    between = {family: _between(of) for family, of in _by_family(moves).items()}
+    changes = _of_every(list(moves.values()), threshold)
     for key, move in moves.items():
-        noise = math.hypot(_own_noise(old[key]), _own_noise(new[key]), between)
+        noise = math.hypot(_own_noise(old[key]), _own_noise(new[key]), between[_family(key)])
         changes.append(Change(*key, _verdict(move, noise, threshold), *ratios[key], noise))
+    alone = [key for key, (a, b) in ratios.items() if key in others or bool(a) != bool(b)]
+    changes += [Change(*key, "not comparable", *ratios[key]) for key in alone]
     changes += [Change(*key, "now wrong") for key in sorted(new_wrong - old_wrong)]
     changes += [Change(*key, "no longer wrong") for key in sorted(old_wrong - new_wrong) if key in new]
-    changes += [Change(*key, "gone") for key in old if key not in new and key not in new_wrong]
+    there = {each["group"] for each in after["benchmarks"]}  # a point that was not measured at all is not gone
+    changes += [Change(*key, "gone") for key in old if key not in new and key not in new_wrong and key[0] in there]
     changes += [Change(*key, "new") for key in new if key not in old and key not in old_wrong]
     return sorted(changes, key=_rank)
+
+
+def _family(key: tuple[str, str]) -> str:
+    return key[0].partition(":")[0]
+
+
+def _by_family(moves: Mapping[tuple[str, str], float]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for key, move in moves.items():
+        found.setdefault(_family(key), []).append(move)
+    return found
 
 
 def _verdict(move: float, noise: float, threshold: float) -> str:
@@ -121,7 +150,7 @@ def _verdict(move: float, noise: float, threshold: float) -> str:
     return "slower" if move < 0 else "faster"
 
 
-_ORDER = ("now wrong", "slower", "noise", "faster", "no longer wrong", "gone", "new", "same")
+_ORDER = ("now wrong", "gone", "slower", "noise", "not comparable", "faster", "no longer wrong", "new", "same")
 
 
 def _rank(change: Change) -> tuple[int, float]:
@@ -134,9 +163,10 @@ def render(changes: Sequence[Change], before: Results, after: Results) -> Iterat
     machines = [each["machine_info"]["mmkernels"] for each in (before, after)]
     pairs = {name: [each.get(name) for each in machines] for name in _MACHINE}
     pairs["torch"] = [each.get("versions", {}).get("torch") for each in machines]
+    pairs["size"] = [each["mmkernels"].get("size") for each in (before, after)]
     for name, (a, b) in pairs.items():
         if a != b:
-            yield f"{name}: {a} before, {b} after: ratios of different machines or versions"
+            yield f"{name}: {a} before, {b} after: ratios of different machines, versions or runs"
     shown = [change for change in changes if change.verdict != "same"]
     rows = [
         [
@@ -145,7 +175,7 @@ def render(changes: Sequence[Change], before: Results, after: Results) -> Iterat
             change.contender,
             *("" if ratio is None else f"{ratio:.2f}x" for ratio in (change.before, change.after)),
             f"{change.after / change.before - 1:+.0%}" if change.before and change.after else "",
-            "" if change.noise is None else f"{SURE * change.noise:.0%}",
+            "" if change.noise is None else "anything" if math.isinf(change.noise) else f"{SURE * change.noise:.0%}",
         ]
         for change in shown
     ]

@@ -56,6 +56,8 @@ def _figures(
         "figures": result.figures or None,
         "note": result.note or None,
     }
+    if base is not None:
+        found["baseline"] = base.contender
     # The least time at the ceilings: a call that both computes and moves is bound by the slower of the two.
     limits = {f"flops:{point.get('dtype')}": work.flops, "bytes": work.bytes}
     times = {name: amount / ceiling[name] for name, amount in limits.items() if amount and name in ceiling}
@@ -70,6 +72,10 @@ def _figures(
     return {name: value for name, value in found.items() if value is not None}
 
 
+# Rounds -> how many times wider than the normal distribution Student's is, at 99.7%.
+_STUDENT = {3: 6.4, 4: 3.1, 5: 2.2, 6: 1.8}
+
+
 def ratio(base: Sequence[float], mine: Sequence[float]) -> float:
     """How many times faster: the median over rounds, which were taken in turn; of fewer than three, that of medians."""
     if min(len(base), len(mine)) < 3:
@@ -78,10 +84,15 @@ def ratio(base: Sequence[float], mine: Sequence[float]) -> float:
 
 
 def ratio_noise(base: Sequence[float], mine: Sequence[float]) -> float | None:
-    """The relative standard error of `ratio`, from how it differs between rounds."""
+    """The relative standard error of `ratio`, from how it differs between rounds; None of fewer than three.
+
+    Of few rounds it is larger, so that three of it cover as much as of a known standard error (Student's t).
+    """
     logs = [math.log(a / b) for a, b in zip(base, mine, strict=False)]
-    if len(logs) < 2:
+    if len(logs) < 3:
         return None
     middle = statistics.median(logs)
     spread = 1.4826 * statistics.median(abs(x - middle) for x in logs)  # of a normal distribution
-    return 1.2533 * spread / math.sqrt(len(logs))  # of a median
+    if len(logs) < 5:  # the median distance of three is the smaller of two
+        spread = statistics.stdev(logs)
+    return _STUDENT.get(len(logs), 1.0) * 1.2533 * spread / math.sqrt(len(logs))  # of a median

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mmkernels.bench.case import FAMILIES, Settings, cases_of, contenders
+from mmkernels.bench.checks import first_line
 
 __all__ = ["Request", "keep_freed_memory", "peak_memory", "peak_memory_in_child"]
 
@@ -97,7 +98,7 @@ def _answer(request: Request, answers: Any) -> None:
     try:
         answers.send(_measured(request))
     except Exception as error:
-        answers.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}")
+        answers.send(first_line(error))
 
 
 def peak_memory_in_child(request: Request) -> int | str:

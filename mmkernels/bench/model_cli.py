@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mmkernels bench model: {wrong}", file=sys.stderr)
         return 2
     if options.json:
-        worlds = [options.world, *_worlds(options)]
+        worlds = [options.world, *(world for world in _worlds(options) if world <= options.n)]
         found = {world: [asdict(each) for each in _predicted(options, world, machine)] for world in worlds}
         print(json.dumps({"machine": asdict(machine), "options": asdict(options), "exchanges": found}, indent=1))
         return 0

@@ -186,7 +186,7 @@ PEERS = {
 def _is_here(peer: Peer) -> bool:
     try:
         return importlib.util.find_spec(peer.module) is not None
-    except ModuleNotFoundError:  # of the package that the module would be in
+    except ImportError:  # of the package that the module would be in, or of a build for another torch
         return False
 
 

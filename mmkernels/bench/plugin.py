@@ -26,7 +26,16 @@ from mmkernels.bench.prediction import Rates, fitted
 from mmkernels.bench.table import tables
 
 # pytest-benchmark's options about how it takes times, which it does not do here.
-_NOT_HERE = ("calibration-precision", "confidence", "cprofile", "min-time", "precision", "timer", "warmup")
+_NOT_HERE = (
+    "calibration-precision",
+    "confidence",
+    "cprofile",
+    "min-time",
+    "precision",
+    "timer",
+    "warmup",
+    "warmup-iterations",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -104,6 +113,8 @@ class Suite:
         self.settings = settings_of(config)
         self.selected: dict[str, list[str]] = {}
         self.results: dict[str, dict[str, Result]] = {}
+        self.errors: dict[str, Exception] = {}
+        self.machine = machine(torch.device(self.settings.device))  # its load is that of others, before the run
         self.figures: dict[str, dict[str, dict[str, Any]]] = {}
         self.not_timed: list[dict[str, Any]] = []
         self.ceilings: dict[str, float] = {}
@@ -120,8 +131,8 @@ class Suite:
         return self.ceilings
 
     def rate(self, entry: Entry) -> Rates | None:
-        """What the case's op attains in short calls, measured once."""
-        if not entry.case.calibrate:
+        """What the case's op attains in short calls, measured once, with the backend that is chosen by default."""
+        if not entry.case.calibrate or self.settings.backends:
             return None
         name = f"{entry.family}: {entry.case.name}"
         if name not in self.rates:
@@ -130,12 +141,20 @@ class Suite:
 
     def result(self, entry: Entry, *, timed: bool) -> tuple[Result, dict[str, Any]]:
         """Of an entry; the first one of a point measures all that are selected."""
+        if entry.key in self.errors:
+            raise self.errors[entry.key]
         if entry.key not in self.results:
             names = self.selected[entry.key]
-            found = measured(entry.module, entry.case, entry.point, names, self.settings, timed=timed)
+            try:
+                found = measured(entry.module, entry.case, entry.point, names, self.settings, timed=timed)
+            except Exception as error:  # the same for every contender: not measured again for each
+                self.errors[entry.key] = error
+                raise
             self.results[entry.key] = found
-            ceiling = self.ceiling(entry.point) if timed else {}
-            rates = self.rate(entry) if timed else None
+            # Processes of a case that takes its own times do not run as this one does.
+            ceiling = self.ceiling(entry.point) if timed and entry.case.sample is None else {}
+            right = any(result.kind == "timed" and result.role == "ours" for result in found.values())
+            rates = self.rate(entry) if right else None
             self.figures[entry.key] = derived(entry.case, entry.point, found, ceiling, rates)
             for name, result in found.items():
                 if result.kind not in ("timed", "checked"):
@@ -153,6 +172,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--benchmark-{name}: expected not to be given: contenders are timed in turn here")
     suite = Suite(config)
     keep_freed_memory()
+    if suite.settings.device.startswith("cuda"):
+        torch.cuda.set_device(suite.settings.device)  # events and memory statistics are of the current one
     if suite.settings.threads:
         torch.set_num_threads(suite.settings.threads)
     config.stash[_suite] = suite
@@ -226,8 +247,7 @@ def hand_over(benchmark: Any, entry: Entry, result: Result, figures: Mapping[str
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     suite = config.stash[_suite]
-    about = machine(torch.device(suite.settings.device))
-    machine_info["mmkernels"] = about | {"ceilings": suite.ceilings}
+    machine_info["mmkernels"] = suite.machine | {"threads": torch.get_num_threads(), "ceilings": suite.ceilings}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def simulated(
 ) -> dict[str, Any]:
     """A run of many points: rounds have noise that their pair shares and noise that it does not, one call in twenty is
     disturbed, and each process has a factor of its own for each contender."""
-    rng, groups, rounds = np.random.default_rng(seed), 30, 7
+    rng = np.random.default_rng(seed)
     found = []
     for i in range(groups):
         shared = rng.lognormal(0, 0.1, rounds)
@@ -54,6 +54,45 @@ def test_a_slower_kernel_is_flagged(seed: int) -> None:
     found = verdicts(compare.compare(simulated(2 * seed), simulated(2 * seed + 1, changed)))
     slower = [group for group, verdict in found.items() if verdict == "slower"]
     assert sorted(slower) == sorted(f"contrastive: loss N={2**i} dtype=float32" for i in changed)
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 5])
+def test_few_rounds_tell_little(rounds: int) -> None:
+    for seed in range(10):
+        changes = compare.compare(simulated(2 * seed, rounds=rounds), simulated(2 * seed + 1, rounds=rounds))
+        assert not [change for change in changes if change.is_bad], seed
+
+
+def test_what_all_points_have_in_common_is_a_row_of_its_own() -> None:
+    """A compiler's flag that was lost: no point alone need be beyond the noise."""
+    every = dict.fromkeys(range(30), 1.09)
+    (all_points,) = (each for each in compare.compare(simulated(0), simulated(1, every)) if each.group == compare.EVERY)
+    assert all_points.verdict == "slower"
+    assert all_points.after == pytest.approx(1 / 1.09, rel=0.02)
+    assert not any(change.group == compare.EVERY for change in compare.compare(simulated(0), simulated(1)))
+
+
+def test_ratios_to_different_baselines_are_not_compared() -> None:
+    def one(**more: Any) -> dict[str, Any]:
+        return results([entry("loss", {"N": 1}, "mmkernels", "ours", [1.0] * 9, speedup_noise=0.01, **more)])
+
+    before = one(speedup=2.0, baseline="plain PyTorch")
+    for after in (one(speedup=1.0, baseline="torch.compile"), one()):
+        assert [change.verdict for change in compare.compare(before, after)] == ["not comparable"]
+
+
+def test_ours_that_is_gone_is_bad_where_its_point_is_there() -> None:
+    point = {"N": 4}
+    base = entry("loss", point, "plain PyTorch", "baseline", [1.0] * 5)
+    both = results(
+        [
+            base,
+            entry("loss", point, "mmkernels", "ours", [1.0] * 5, speedup=2.0),
+            entry("other", point, "mmkernels", "ours", [1.0] * 5),
+        ]
+    )
+    alone = results([base, entry("other", point, "mmkernels", "ours", [1.0] * 5)])
+    assert [(change.verdict, change.is_bad) for change in compare.compare(both, alone)] == [("gone", True)]
 
 
 def test_an_absolute_time_does_not_count() -> None:

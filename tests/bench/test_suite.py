@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -93,7 +94,7 @@ def test_it_checks_times_and_writes(run: Run) -> None:
     assert found["plain PyTorch"]["extra_info"]["speedup"] == 1
     assert found["plain PyTorch"]["extra_info"]["role"] == "baseline"
     assert found["partial"]["extra_info"]["note"] == "does not give dx"
-    assert found["sleepy"]["extra_info"]["note"] == "its first call, once"
+    assert found["sleepy"]["extra_info"]["note"] == "one call"
     assert found["sleepy"]["stats"]["rounds"] == 1
     assert len(found["mmkernels"]["stats"]["data"]) == found["mmkernels"]["stats"]["rounds"] >= 5
     not_timed = {each["contender"]: (each["kind"], each["why"]) for each in results["mmkernels"]["not_timed"]}
@@ -136,6 +137,41 @@ def test_own_wrong_result_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     assert "plain PyTorch" in entries(results)
     wrong = [each for each in results["mmkernels"]["not_timed"] if each["contender"] == "mmkernels"]
     assert [each["kind"] for each in wrong] == ["wrong"]
+
+
+def test_own_result_is_checked_without_the_baseline(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also above the gate's size, which a kernel that overflows at large sizes passes."""
+    monkeypatch.setenv("TOY_LARGE_FACTOR", "5")
+    status, results, out = run("--no-memory", "--full", "-k", "mmkernels")
+    assert status == 1
+    assert "mmkernels: dx is" in out or "dx is" in out
+    assert not entries(results) if results else True
+
+
+def test_own_error_leaves_the_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_FACTOR", "no number")
+    status, results, out = run("--no-memory")
+    assert status == 1
+    assert "ValueError: could not convert" in out
+    assert {"plain PyTorch", "sleepy"} <= set(entries(results))
+    (wrong,) = (each for each in results["mmkernels"]["not_timed"] if each["contender"] == "mmkernels")
+    assert wrong["kind"] == "wrong"
+
+
+def test_a_backend_that_a_case_does_not_have_is_not_named() -> None:
+    settings = Settings(backends=("reference",))
+    for family, has in (("planner", False), ("pretrain", False), ("contrastive", True)):
+        for case in cases_of(f"mmkernels.bench.cases.{family}", settings).values():
+            assert ("mmkernels [reference]" in contenders(case, settings)) == has, case.name
+
+
+def test_nothing_is_set_up_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case whose contenders all lack a package does not need it for its inputs."""
+    monkeypatch.syspath_prepend(HERE)
+    (case,) = cases_of("toy_cases", Settings()).values()
+    without = dataclasses.replace(case, limits=lambda p, name: "needs a package", setup=lambda p, d: 1 / 0)
+    found = measured("toy_cases", without, case.quick[0], list(contenders(case, Settings())), Settings(), timed=True)
+    assert {result.kind for result in found.values()} <= {"skipped", "absent"}
 
 
 def test_without_times_it_checks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +295,12 @@ def test_every_point_has_its_own_title(family: str, device: str) -> None:
         (["attentive"], "family: expected some of attention, "),
         (["--quick", "--full"], "--quick: expected not to be given with --full"),
         (["--seconds", "0"], "--seconds: expected a number > 0, got 0.0"),
+        (["--seconds", "inf"], "--seconds: expected a number > 0, got inf"),
+        (["--device", "nosuch"], "--device: expected cpu, cuda or cuda:N, got 'nosuch'"),
+        (["--device", "cuda:99"], "CUDA devices, got 'cuda:99'"),
+        (["--backend", "nosuch"], "--backend: expected some of native, triton, reference, got 'nosuch'"),
+        (["planner", "--compare", "a", "b"], "--compare: expected alone, got families, too"),
+        (["--html", "."], "--html: expected a file, got the folder '.'"),
         (["--threads", "-1"], "--threads: expected a number >= 0, got -1"),
         (["--json", "/no/such/folder/a.json"], "--json: expected a path in a folder that exists"),
         (
@@ -275,10 +317,10 @@ def test_command_says_what_is_wrong(arguments: list[str], message: str, capfd: p
 def test_command_writes_results(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["planner", "--filter", "counts", "--seconds", "0.01", "--no-memory", "--json", str(tmp_path)]
     assert cli.main(arguments) == 0
-    (path,) = tmp_path.glob("suite-*-quick.json")
+    (path,) = tmp_path.glob("part-planner-counts-*-quick.json")  # not in the place of a whole run
     results = json.loads(path.read_text(encoding="utf-8"))
     assert {each["extra_info"]["case"] for each in results["benchmarks"]} == {"counts"}
-    assert not list(tmp_path.glob("*.tmp"))
+    assert list(tmp_path.iterdir()) == [path]
     assert "planner: counts" in capfd.readouterr().out
 
 

@@ -1,7 +1,8 @@
 """Attention against SDPA, FlexAttention, flash-attn and xformers.
 
-The baseline, "plain PyTorch", is `F.scaled_dot_product_attention`: without a mask for dense, with `is_causal` for
-causal, with the equivalent dense bool mask for everything else. Whatever does not depend on q, k and v is built
+"plain PyTorch" is `F.scaled_dot_product_attention`: without a mask for dense, with `is_causal` for causal, with the
+equivalent dense bool mask for everything else. Ratios refer to the fastest form: by segment, padded and FlexAttention,
+where they are measured, are baselines, too. Whatever does not depend on q, k and v is built
 beforehand, as a trainer would once per batch: our rows, SDPA's dense mask, FlexAttention's block mask. Its time and
 memory do not count; separate columns show the build time and FlexAttention's compile time. TFLOP/s count only visible
 query-key pairs: 4 D per pair and head forward, 10 D backward (five matmuls, the minimum), so computing masked pairs
@@ -223,6 +224,7 @@ def case(kind: Kind, backward: bool, settings: Settings) -> Case:
         work=partial(work, kind, backward),
         outputs=("out", "dq", "dk", "dv") if backward else ("out",),
         limits=partial(limits, kind, backward, device),
+        baseline=("plain PyTorch", *calls),
         backends_of="attention",
         compiled=("FlexAttention",),
         figures=lambda _, inputs: inputs["figures"],

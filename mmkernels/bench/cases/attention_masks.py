@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -119,8 +118,6 @@ KINDS = [
 
 
 def setup(kind: Kind, backward: bool, p: Params, device: torch.device) -> Inputs:
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # compile per point: torch.compile gives up after eight compilations of a function
     (lengths_q, lengths_k), dtype = kind.lengths(p), getattr(torch, p["dtype"])
     tokens_q, tokens_k = sum(lengths_q), sum(lengths_k)
     generator = torch.Generator().manual_seed(0)

@@ -75,6 +75,7 @@ MAXSIM = Case(
     ours=lambda inputs, backend: with_gradients(maxsim(*batch(inputs), backend=backend), inputs),
     plain=lambda inputs: with_gradients(plain_maxsim(*batch(inputs)), inputs),
     others={"one document at a time": by_document},
+    baseline=("plain PyTorch", "one document at a time"),
     outputs=("scores", "grad_queries", "grad_documents"),
     work=work,
 )

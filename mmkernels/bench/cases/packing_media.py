@@ -94,7 +94,7 @@ SPLICE = Case(
         "copy of the same bytes": splice_floor,
     },
     check=check_splice,
-    baseline=("embedding + masked_scatter",),
+    baseline=("embedding + masked_scatter", "embedding + index_put"),
     work=splice_bytes,
 )
 

@@ -62,6 +62,7 @@ POOLS = [
         plain=partial(pool_in_torch, mode),
         others={"copy of the same bytes": copy_of_rows}
         | ({"index_add": partial(pool_by_index_add, mode)} if mode == "mean" else {}),
+        baseline=("plain PyTorch", "index_add"),
         outputs=("out", "grad_x"),
         work=lambda p: Work(bytes=2 * p["MiB"] * 2**20),
     )

@@ -136,6 +136,7 @@ PLAN = Case(
     baseline=("best fit in Python", "trl", "numba", "lightbinpack", "torchtune"),
     work=lambda p: Work(items=p["n"]),
     memory=False,
+    backends=False,
 )
 
 COUNTS = Case(
@@ -150,6 +151,7 @@ COUNTS = Case(
     baseline=("mmkernels best_fit",),
     work=lambda p: Work(items=p["n"]),
     memory=False,
+    backends=False,
 )
 
 IMAGES = Case(
@@ -164,6 +166,7 @@ IMAGES = Case(
     baseline=(),
     work=lambda p: Work(items=p["n"]),
     memory=False,
+    backends=False,
 )
 
 # Ranks
@@ -215,6 +218,7 @@ RANKS = Case(
     baseline=(),
     work=lambda p: Work(items=p["n"]),
     memory=False,
+    backends=False,
 )
 
 

@@ -124,6 +124,7 @@ def _steps() -> Case:
         work=lambda p: Work(items=p["batch"]),
         figures=figures,
         limits=_limits,
+        backends=False,
     )
 
 
