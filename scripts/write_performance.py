@@ -28,7 +28,7 @@ Entry = Mapping[str, Any]
 HEAD = """# Performance
 
 Each figure is of one run of the suite on one machine: our op and what you would use without it, in turn, after both
-were checked. "Speed" is their ratio; "memory" is ours over theirs, of what a call needs at its peak; "ceiling" is how
+were checked. "Against" names the fastest form in plain PyTorch that was measured; "speed" is their ratio; "memory" is ours over theirs, of what a call needs at its peak; "ceiling" is how
 much of the machine's measured rate is reached: of multiply-adds, or, for ops that only move bytes, of a large copy.
 More than 100% means that the data fit into a cache. Where bfloat16 is far ahead, PyTorch emulates it: that processor
 has no instructions for it.
@@ -66,10 +66,10 @@ _TINY = ({"S": 1024, "L": 16}, {"S": 256, "L": 16})
 _LOSS = ({"N": 8192, "E": 512},)
 LINES = (
     Line("`infonce`, N = 8192, E = 512", "plain PyTorch", "infonce fwd+bwd", _LOSS, "plain PyTorch", memory=True),
-    Line("", "torch.compile of it", "infonce fwd+bwd", _LOSS, "torch.compile", memory=True),
+    Line("", "the same under torch.compile", "infonce fwd+bwd", _LOSS, "torch.compile", memory=True),
     Line("", "peak of the machine", "infonce fwd+bwd", _LOSS, ceiling=True),
     Line("`siglip`, N = 8192, E = 512", "plain PyTorch", "siglip fwd+bwd", _LOSS, "plain PyTorch", memory=True),
-    Line("", "torch.compile of it", "siglip fwd+bwd", _LOSS, "torch.compile", memory=True),
+    Line("", "the same under torch.compile", "siglip fwd+bwd", _LOSS, "torch.compile", memory=True),
     Line("`attention`, H = 8, D = 64, T = 2048", "SDPA", "dense fwd+bwd", ({"T": 2048},)),
     Line("causal", "SDPA", "causal fwd+bwd", ({"T": 2048},)),
     Line("{S} segments of {L}", "SDPA with the dense mask", "packed fwd+bwd", _SEGMENTS, "plain PyTorch"),
@@ -174,7 +174,7 @@ def readme_table(every: Sequence[Results]) -> Iterator[str]:
         heads += [f"{about['isa']}: {dtype}" for dtype in ("float32", "bf16")]
     threads = every[0]["machine_info"]["mmkernels"]["threads"]
     yield f"Forward + backward on {threads} threads, by instruction set; peaks of multiply-adds in float32 and bf16:"
-    yield f"{'; '.join(rates)}. More in [Performance](docs/performance.md)."
+    yield f"{'; '.join(rates)}. An empty cell was not measured. More in [Performance](docs/performance.md)."
     yield ""
     yield f"| what | against | {' | '.join(heads)} |"
     yield f"|---|---|{'---|' * len(heads)}"

@@ -135,6 +135,15 @@ def test_every_number_has_three_digits() -> None:
     assert [three(value) for value in values] == expected
 
 
+def test_of_ours_the_default_counts() -> None:
+    """A strategy of the planner, or a backend by its name, is measured before it."""
+    others = [
+        entry("loss", F32, name, "ours", [0.01] * 3, speedup=21.0) for name in ("mmkernels best_fit", "mmkernels [x]")
+    ]
+    (family,) = summary_of(results([*others, *measured()]))
+    assert [row.speed for row in family.rows] == ["2.10x"]
+
+
 def test_ratios_to_the_fastest_baseline_count() -> None:
     slow = entry("loss", F32, "two matrices", "baseline", [0.4] * 3, speedup=0.5)
     (family,) = summary_of(results([slow, *measured()]))
