@@ -31,7 +31,7 @@ its settings, and [Pretraining](pretraining.md) tells how to write your own. Thi
 MEASURED = """
 ## What they reach
 
-Held-out figures of the settings below on the data that comes along, as `python benches/recipes.py` measures them; a ±
+Held-out figures of the settings below on the bundled data, as `python benches/recipes.py` measures them; a ±
 is half the range of the seeds. Held out are, of the [emoji](data-emoji.md), a style of drawing (A), concepts (B) and
 both (C); of the [scenes](data-scenes.md), other scenes, pairs of objects never seen together (combinations), and a
 style of drawing. The ablation is the same recipe without what it is about; rows with an arrow fine-tune a trained one
