@@ -17,7 +17,7 @@ LAST_LINES = {
     "lightning_gradcache.py": "the same weights, with activations of 32 samples instead of 256",
     "open_clip_loss.py": "the same losses and weights as with open_clip's loss",
     "pack_dataset.py": "every sample gets the logits that it gets alone",
-    "packed_vlm_step.py": "pack",
+    "packed_vlm_step.py": "the loss of a pack is the mean",
     "vlm_layer.py": "the same as SDPA with the dense mask",
 }
 RANKS = {"infonce_over_ranks.py"}  # by torchrun
