@@ -38,7 +38,7 @@ def masks() -> dict[str, tuple[str, Tensor]]:
     two = boundaries(9, 7)
     padding = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
     media_q = torch.tensor([-1, -1, 0, 0, 0, 1, 1, 1, -1, 0, 0, 0], dtype=torch.int32)
-    media_k = torch.tensor([0] * 4 + [1] * 4 + [0] * 4, dtype=torch.int32)
+    media_k = torch.tensor([0] * 3 + [1] * 3 + [0] * 3, dtype=torch.int32)
     crossed = torch.tensor([text] * 4 + [image] * 5 + [text] * 3 + [audio] * 4, dtype=torch.uint8)
     lo = torch.tensor([0, 0, 0, 0, 4, 4, 4, 4], dtype=torch.int32)
     hi = torch.tensor([4, 4, 4, 4, 8, 8, 8, 8], dtype=torch.int32)
@@ -51,7 +51,7 @@ def masks() -> dict[str, tuple[str, Tensor]]:
         "cross": ("packed over two streams", AttentionMask.packed(samples, boundaries(4, 4, 4)).to_dense(16, 12)),
         "media": (
             "media",
-            AttentionMask.media(boundaries(8, 4), boundaries(8, 4), media_q, media_k).to_dense(12, 12),
+            AttentionMask.media(boundaries(8, 4), boundaries(6, 3), media_q, media_k).to_dense(12, 9),
         ),
         "cross-only": ("cross_only", AttentionMask.cross_only(two, crossed).to_dense(16, 16)),
         "padding": ("from_padding", AttentionMask.from_padding(padding).to_dense(16, 16)),
