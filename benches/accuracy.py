@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from studies import RESULTS, measured_on
+from studies import measured_on, results_of
 
 from mmkernels.bench.case import Case, Settings, cases_of, contenders
 from mmkernels.bench.checks import gate_against_truth
@@ -61,9 +61,9 @@ def main() -> None:
                 pairs = (f"{name} {mine:.1e} / {plain:.1e}" for name, (mine, plain) in found.items())
                 print(f"{case.name}, {dtype}: {', '.join(pairs)}")
     about = measured_on()
-    device = f"{about['device']}-{about['isa']}".lower().replace(" ", "-")
-    path = RESULTS / f"accuracy-{device}-{about['date'][:10]}.json"
-    path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    results_of("accuracy", about).write_text(
+        json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from studies import RESULTS, measured_on
+from studies import measured_on, results_of
 
 from mmkernels.bench.compare import Change, compare
 
@@ -81,10 +81,8 @@ def main() -> None:
     counts = {kind: sum(row["right"] for row in rows if row["kind"] == kind) for kind in ("unchanged", "slowed")}
     print(", ".join(f"{kind}: {count} of {args.runs} right" for kind, count in counts.items()))
     about = measured_on()
-    device = f"{about['device']}-{about['isa']}".lower().replace(" ", "-")
-    path = RESULTS / f"regressions-{device}-{about['date'][:10]}.json"
     result = {"about": about, "share": args.share, "right": counts, "runs": args.runs, "rows": rows}
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results_of("regressions", about).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

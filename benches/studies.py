@@ -25,6 +25,12 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def results_of(study: str, about: dict[str, Any]) -> Path:
+    """Where the results of a study go: named after the processor, its instructions and the day."""
+    device = f"{about['device']}-{about['isa']}".lower().replace(" ", "-")
+    return RESULTS / f"{study}-{device}-{about['date'][:10]}.json"
+
+
 def measured_on() -> dict[str, Any]:
     """The machine's processors, versions, and the commit."""
     return {**machine(torch.device("cpu")), "commit": _commit()}
