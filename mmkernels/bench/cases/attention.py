@@ -4,8 +4,8 @@
 equivalent dense bool mask for everything else. Ratios refer to the fastest form: by segment, padded and FlexAttention,
 where they are measured, are baselines, too. Whatever does not depend on q, k and v is built beforehand, as a trainer
 would once per batch: our rows, SDPA's dense mask, FlexAttention's block mask. Its time and memory do not count;
-separate columns show the build time and FlexAttention's compile time. TFLOP/s count only visible query-key pairs: 4 D per pair
-and head forward, 10 D backward (five matmuls, the minimum), so computing masked pairs shows as a lower rate.
+separate columns show the build time and FlexAttention's compile time. TFLOP/s count only visible query-key pairs: 4 D
+per pair and head forward, 10 D backward (five matmuls, the minimum), so computing masked pairs shows as a lower rate.
 
 All our backends with kernels for the device are measured, unless `--backend` names some. `--backend reference` fails
 the float64 gate: it is plain PyTorch, and in float32 its long plain sums (dv of the first keys of a causal mask) exceed
